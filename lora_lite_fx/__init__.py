@@ -1,0 +1,39 @@
+"""Adapters by rewriting the graph of a frozen PyTorch model. See the README for a tour."""
+
+from .adapters import adapter_parameters, adapter_state_dict, load_adapter_state_dict
+from .checkpoint import load, save
+from .eager import wrap
+from .errors import AdapterError, CaptureError, CheckpointError, ConfigError, SelectionError
+from .inspect import inspect
+from .rewrite import merge, remove, rewrite
+from .variant import FrozenLinear, ParamSpec, Variant, register, variants
+from .variants import HRA, IA3, DeLoRA, DoRA, LoRA, PiSSA
+
+__all__ = [
+    "HRA",
+    "IA3",
+    "AdapterError",
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "DeLoRA",
+    "DoRA",
+    "FrozenLinear",
+    "LoRA",
+    "ParamSpec",
+    "PiSSA",
+    "SelectionError",
+    "Variant",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "inspect",
+    "load",
+    "load_adapter_state_dict",
+    "merge",
+    "register",
+    "remove",
+    "rewrite",
+    "save",
+    "variants",
+    "wrap",
+]

@@ -1,0 +1,171 @@
+"""The adapters of an adapted model: where they are, and their tensors.
+
+A graph module says it in the provenance of its nodes, an eagerly wrapped model in its wrapped modules; both keep
+each tensor under the qualified name `<site>.<name>`, so everything here works on either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import AdapterError, CheckpointError
+from .provenance import insertions
+from .site import Site
+from .variant import Variant, adapter_namespace, from_config
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One adapter at one site.
+
+    Args:
+        variant: its config.
+        adapter: its index in the order in which adapters were added to the model.
+        site: qualified name of the site.
+        position: its index among the adapters of the site, the innermost first.
+        names: names of its tensors, as the variant calls them.
+    """
+
+    variant: Variant
+    adapter: int
+    site: str
+    position: int
+    names: tuple[str, ...]
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """The qualified name of each tensor. At a site's second adapter the last part ends in `_2`, and so on."""
+        suffix = f"_{self.position + 1}" if self.position else ""
+        return {name: f"{self.site}.{name}{suffix}" for name in self.names}
+
+    def register(self, model: nn.Module, site: Site, dtype: torch.dtype, device: torch.device) -> None:
+        """Add the tensors to `model`, not yet filled: parameters where trainable, else buffers."""
+        specs = self.variant.params(site)
+        for name, qualified in self.tensors.items():
+            path, _, attribute = qualified.rpartition(".")
+            tensor = specs[name].empty(self.variant.param_dtype(dtype), device)
+            if isinstance(tensor, nn.Parameter):
+                model.get_submodule(path).register_parameter(attribute, tensor)
+            else:
+                model.get_submodule(path).register_buffer(attribute, tensor)
+
+    def start(self, model: nn.Module, site: Site, weight: Tensor) -> None:
+        """Write the start values into the tensors. `weight (d_out, d_in)` is the site's."""
+        self.variant.start(site, weight, self.namespace(model))
+
+    def namespace(self, model: nn.Module) -> Any:
+        """The tensors as attributes by the variant's own names, for `Variant.forward`."""
+        return adapter_namespace({name: tensor_of(model, path) for name, path in self.tensors.items()})
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that qualified name."""
+    path, _, attribute = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), attribute)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def site_weight(model: nn.Module, site: Site) -> Tensor:
+    """The frozen weight of `site` in a captured graph, as `(d_out, d_in)`."""
+    weight = tensor_of(model, site.weight)
+    return weight.t() if site.transposed else weight
+
+
+def placements(model: nn.Module) -> list[Placement]:
+    """All adapters of an adapted model, in the order in which they were inserted; none for a model without."""
+    found: dict[tuple[int, str], Placement] = {}
+    if isinstance(model, fx.GraphModule):
+        for insertion in insertions(model.graph):
+            key = (insertion.adapter, insertion.site)
+            if key not in found:
+                variant = from_config(insertion.config)
+                found[key] = Placement(
+                    variant, insertion.adapter, insertion.site, insertion.position, insertion.tensors
+                )
+    else:
+        for module in model.modules():
+            for placement in getattr(module, "placements", ()):
+                found[placement.adapter, placement.site] = placement
+    return sorted(found.values(), key=lambda placement: placement.adapter)
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[Variant, list[Placement]]]:
+    """Each adapter of an adapted model: its config and its placements."""
+    by_adapter: dict[int, list[Placement]] = {}
+    for placement in placements(model):
+        by_adapter.setdefault(placement.adapter, []).append(placement)
+    for members in by_adapter.values():
+        yield members[0].variant, members
+
+
+def adapter_tensor_names(model: nn.Module) -> list[str]:
+    """Qualified names of the tensors of all adapters, frozen ones included."""
+    return [name for placement in placements(model) for name in placement.tensors.values()]
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters of an adapted model; nothing else in it requires grad.
+
+    Args:
+        model: what `rewrite`, `wrap` or `load` returned.
+
+    Raises:
+        AdapterError: the model has no adapters.
+    """
+    tensors = (tensor_of(model, name) for name in _names_or_raise(model))
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors by qualified name, `"<module path>.<param>"`; detached, and sharing the model's storage.
+
+    Args:
+        model: what `rewrite`, `wrap` or `load` returned.
+
+    Raises:
+        AdapterError: the model has no adapters.
+    """
+    return {name: tensor_of(model, name).detach() for name in _names_or_raise(model)}
+
+
+def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy the values of `state_dict` into the adapters of `model`.
+
+    Args:
+        model: what `rewrite`, `wrap` or `load` returned.
+        state_dict: as `adapter_state_dict` gives it, with the same keys, shapes and dtypes.
+
+    Raises:
+        CheckpointError: keys, shapes or dtypes differ; nothing has been changed then.
+        AdapterError: the model has no adapters.
+    """
+    own = adapter_state_dict(model)
+    problems = [f"missing: {name}" for name in own if name not in state_dict]
+    problems += [f"unexpected: {name}" for name in state_dict if name not in own]
+    for name in own.keys() & state_dict.keys():
+        ours, theirs = own[name], state_dict[name]
+        if not isinstance(theirs, Tensor):
+            problems.append(f"not a tensor: {name}")
+        elif ours.shape != theirs.shape:
+            problems.append(f"shape of {name}: {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
+        elif ours.dtype != theirs.dtype:
+            problems.append(f"dtype of {name}: {theirs.dtype} instead of {ours.dtype}")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise CheckpointError(f"The tensors do not fit the model's adapters: {'; '.join(sorted(problems)[:5])}{more}.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+
+
+def _names_or_raise(model: nn.Module) -> list[str]:
+    names = adapter_tensor_names(model)
+    if not names:
+        raise AdapterError(f"{type(model).__name__} has no adapters; it is not what rewrite, wrap or load returned.")
+    return names

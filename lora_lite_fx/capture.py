@@ -1,0 +1,282 @@
+"""Capture: a model becomes a `torch.fx.GraphModule` that shares its weights.
+
+This is the one home of every quirk of torch that capture has to know (`hf.py` has those of transformers). Two
+front doors: `torch.export` where there are example inputs, symbolic tracing where there are none. Both capture
+the model twice, in training and in evaluation mode; the pass `FollowMode` makes one graph of the two.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
+
+from .adapters import adapter_tensor_names
+from .errors import CaptureError
+from .hf import example_inputs_of, is_hugging_face, prepare_for_capture
+
+aten = torch.ops.aten
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model as captured, over frozen tensors of its own that share the model's storage.
+
+    Args:
+        gm: the graph module; of the training mode, where there are two.
+        eval_graph: the same model captured in evaluation mode, or None where the mode was fixed before.
+        training: the mode the model was in.
+    """
+
+    gm: fx.GraphModule
+    eval_graph: fx.Graph | None
+    training: bool
+
+
+def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs | None, dynamic_shapes: Any) -> Capture:
+    """Capture `model`, which is left as it is. Arguments and errors are those of `rewrite.base_graph`."""
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"A torch.nn.Module or an ExportedProgram is needed, not {type(model).__name__}.")
+    if isinstance(model, fx.GraphModule):
+        return Capture(_plain(share(model, adapter_tensor_names(model))), None, model.training)
+
+    shadow = share(model)
+    if is_hugging_face(shadow):
+        prepare_for_capture(shadow)
+        if example_inputs is None:
+            example_inputs = example_inputs_of(shadow)
+    if example_inputs is None:
+        shadow.train()
+        gm = _symbolic_trace(shadow)
+        eval_graph = _symbolic_trace(shadow.eval()).graph
+    else:
+        args, kwargs = _split_inputs(shadow, example_inputs)
+        shadow.train()
+        gm = _export(shadow, args, kwargs, dynamic_shapes)
+        eval_graph = _export(shadow.eval(), args, kwargs, dynamic_shapes).graph
+    return Capture(_plain(gm), eval_graph, model.training)
+
+
+def _plain(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph in a fresh module: what `torch.export` builds refuses `train()` and `eval()`."""
+    return fx.GraphModule(gm, gm.graph)
+
+
+def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
+    """A copy of `model` whose frozen parameters and buffers are new objects over the same storage.
+
+    Args:
+        model: left as it is; ties between its tensors are kept in the copy.
+        own: qualified names of tensors that the copy gets as copies of its own, trainable as they are.
+    """
+    owned = {id(_tensor(model, name)) for name in own}
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if not isinstance(tensor, Tensor) or id(tensor) in memo:
+                continue
+            if id(tensor) in owned:
+                memo[id(tensor)] = copy.deepcopy(tensor)
+            elif isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False)
+            else:
+                memo[id(tensor)] = tensor.detach()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied with its weights shared, {error}."
+            " Remove attributes that cannot be copied (locks, open files, generators) before rewriting."
+        ) from error
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(inputs, (tuple, dict)):
+        raise CaptureError(
+            "example_inputs must be a tuple of positional or a dict of keyword arguments,"
+            f" not {type(inputs).__name__}; for one tensor write example_inputs=(x,)."
+        )
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}."
+        ) from error
+    # Export takes one tensor passed twice for one input, and reads either placeholder for both.
+    clone = lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    return pytree.tree_map(clone, (args, kwargs))
+
+
+# The two front doors.
+
+
+def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+    if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
+        return _export_as(model, args, kwargs, dynamic_shapes)
+    dynamic = lambda leaf: [Dim.AUTO] * leaf.dim() if isinstance(leaf, Tensor) else None  # noqa: E731
+
+    def shapes(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        return pytree.tree_map(dynamic, dict(bound.arguments))
+
+    # A dimension of size one would be specialised silently: a batch of one is shown twice, where the model lets us.
+    doubled = _double_batch_of_one((args, kwargs))
+    if doubled is not None:
+        try:
+            return _export_as(model, *doubled, shapes(*doubled))
+        except CaptureError:
+            pass
+    return _export_as(model, args, kwargs, shapes(args, kwargs))
+
+
+def _export_as(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+    try:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise _uncapturable(model, error, "torch.export") from error
+    return program.module()  # type: ignore[return-value]
+
+
+def _double_batch_of_one(inputs: tuple[tuple, dict[str, Any]]) -> tuple[tuple, dict[str, Any]] | None:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
+        return None
+    twice = lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf  # noqa: E731
+    return pytree.tree_map(twice, inputs)
+
+
+class _Tracer(fx.Tracer):
+    """Traces into linears, so that their weights are in the graph; other torch modules (dropout, norms) are leaves."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return super().is_leaf_module(module, name) and not isinstance(module, nn.Linear)
+
+
+# What symbolic tracing records for the operators that sites are made of, and the operators.
+_ATEN_FUNCTIONS: dict[Any, Any] = {
+    nn.functional.linear: aten.linear.default,
+    torch.matmul: aten.matmul.default,
+    operator.matmul: aten.matmul.default,
+    torch.addmm: aten.addmm.default,
+}
+_ATEN_METHODS = {"matmul": aten.matmul.default, "t": aten.t.default}
+
+
+def _symbolic_trace(model: nn.Module) -> fx.GraphModule:
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:
+        raise _uncapturable(model, error, "symbolic tracing (no example_inputs were given)") from error
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _ATEN_FUNCTIONS:
+            node.target = _ATEN_FUNCTIONS[node.target]
+        elif node.op == "call_method" and node.target in _ATEN_METHODS:
+            node.op, node.target = "call_function", _ATEN_METHODS[node.target]
+        elif node.op == "call_function" and node.target is getattr and node.args[1:] in (("T",), ("mT",)):
+            node.target, node.args = aten.numpy_T.default, node.args[:1]
+        if node.target in (aten.linear.default, aten.matmul.default, aten.addmm.default):
+            node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
+    return fx.GraphModule(model, graph)
+
+
+def _uncapturable(model: nn.Module, error: Exception, how: str) -> CaptureError:
+    """An error that names the construct in the user's code which could not be captured, and the ways out."""
+    here = Path(__file__).parent
+    torch_folder = Path(torch.__file__).parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not {here, torch_folder} & set(Path(frame.filename).parents) and Path(frame.filename).exists()
+    ]
+    where = f" at `{frames[-1].line}` ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    ways_out = "replace the construct by tensor operations (torch.where, torch.cond), or adapt the submodules around it"
+    if how.startswith("symbolic"):
+        ways_out = "pass example_inputs, so that torch.export captures the model on real shapes, or " + ways_out
+    return CaptureError(
+        f"{type(model).__name__} could not be captured by {how}{where}: {reason.strip()}\nThe way out: {ways_out}."
+    )
+
+
+# Tracing a variant's function.
+
+
+def fake_input(node: fx.Node, weight: Tensor) -> Tensor:
+    """A stand-in without data for the value of `node (..., d_in)`, the input of a linear with `weight (d_out, d_in)`.
+
+    A symbolically traced graph knows no shapes; there it is of two dynamic dimensions and `d_in`.
+    """
+    value = node.meta.get("val")
+    if isinstance(value, FakeTensor):
+        return value
+    dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    example = torch.empty(2, 3, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return FakeTensorMode(shape_env=ShapeEnv()).from_tensor(example, symbolic_context=dynamic)
+
+
+def fake_like(tensor: Tensor, beside: Tensor) -> Tensor:
+    """A stand-in for `tensor` that can be used with the stand-in `beside`."""
+    return _mode_of(beside).from_tensor(tensor.detach(), static_shapes=True)
+
+
+def _mode_of(stand_in: Tensor) -> FakeTensorMode:
+    assert isinstance(stand_in, FakeTensor)
+    return stand_in.fake_mode
+
+
+def trace(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> fx.Graph:
+    """The aten graph of `function` on stand-ins, before autograd decomposes anything; one placeholder per tensor."""
+    # make_fx is what torch.export itself traces with; nothing public records `aten.linear` and keeps `detach`.
+    with _mode_of(tensors[0]):
+        return make_fx(function, pre_dispatch=True)(*tensors).graph
+
+
+# Buffers that a graph writes to.
+
+
+def own_written_buffers(gm: fx.GraphModule) -> None:
+    """Give `gm` copies of the buffers that running it changes (running statistics, counters)."""
+    for name in written_buffers(gm):
+        path, _, leaf = name.rpartition(".")
+        setattr(gm.get_submodule(path), leaf, _tensor(gm, name).clone())
+
+
+def written_buffers(gm: fx.GraphModule) -> list[str]:
+    """Qualified names of the buffers that running `gm` changes."""
+    buffers = {name for name, _ in gm.named_buffers()}
+    found: list[str] = []
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and getattr(gm.get_submodule(node.target), "track_running_stats", False):
+            found += [f"{node.target}.{name}" for name, _ in gm.get_submodule(node.target).named_buffers()]
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+                # The schema of batch and instance norm does not say that they update their statistics.
+                writes = argument.name in ("running_mean", "running_var") or (
+                    argument.alias_info is not None and argument.alias_info.is_write
+                )
+                if writes and isinstance(value, fx.Node) and value.op == "get_attr" and value.target in buffers:
+                    found.append(str(value.target))
+    return list(dict.fromkeys(found))

@@ -1,0 +1,214 @@
+"""`save` and `load`: adapters in one safetensors file.
+
+The tensors are those of `adapter_state_dict`. The metadata holds JSON: the configs with the sites they were
+inserted at, and a fingerprint of the frozen weights of those sites.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from .adapters import adapter_state_dict, adapters, load_adapter_state_dict, tensor_of
+from .capture import Inputs
+from .errors import AdapterError, CheckpointError, ConfigError
+from .rewrite import base_graph, insert_adapters
+from .site import Site, find_sites
+from .variant import Variant, from_config, to_config
+
+FORMAT = "lora_lite_fx"
+VERSION = "1"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
+
+    Args:
+        model: what `rewrite`, `wrap` or `load` returned.
+        path: of the file; its folder must exist.
+
+    Raises:
+        AdapterError: the model has no adapters.
+        CheckpointError: the file cannot be written.
+    """
+    state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    records = [
+        {"config": to_config(variant), "sites": [placement.site for placement in placements]}
+        for variant, placements in adapters(model)
+    ]
+    names = dict.fromkeys(name for record in records for name in record["sites"])
+    prints = {name: fingerprint(weight) for name, weight in _frozen_weights(model, names).items()}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "adapters": json.dumps(records),
+        "fingerprint": json.dumps(prints),
+    }
+    _write_atomically(Path(path), safetensors.torch.save(state, metadata))
+
+
+def load(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+) -> fx.GraphModule:
+    """Capture `model` and insert the adapters of a file that `save` wrote, with their saved values.
+
+    Args:
+        model: the base, which is not changed.
+        path: of the file. Only safetensors and JSON are read.
+        example_inputs, dynamic_shapes: as for `rewrite`.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, configs or sites do not fit
+            the model; or the base's weights are others than those that a variant was made for. Where the variant
+            does not depend on them, other weights are a warning.
+        CaptureError: the model cannot be captured.
+    """
+    state, metadata = _read(Path(path))
+    chosen, prints = _parse(metadata, Path(path))
+    gm = base_graph(model, example_inputs, dynamic_shapes)
+    sites = {site.name: site for site in find_sites(gm)}
+    placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
+    try:
+        for variant, targets in placed:
+            for site in targets:
+                variant.check(site)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _check_base(gm, placed, prints, path)
+    before = set(_names(gm))
+    insert_adapters(gm, placed)
+    earlier = {name: tensor for name, tensor in adapter_state_dict(gm).items() if name in before}
+    load_adapter_state_dict(gm, {**state, **earlier})
+    return gm
+
+
+def fingerprint(weight: Tensor) -> str:
+    """A hash of a weight's shape and values, the same for a base in float32 and the same base cast to bfloat16."""
+    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
+    digest.update(weight.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# Reading.
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file (truncated, corrupt or foreign): {error}.") from error
+
+
+def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, str]]:
+    """The variants with the names of their sites, and the fingerprints."""
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was not written by lora_lite_fx.save (format {metadata.get('format')!r}).")
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {metadata.get('version')!r}; this library reads version {VERSION!r}.")
+    try:
+        records = json.loads(metadata["adapters"])
+        prints = json.loads(metadata["fingerprint"])
+        if not isinstance(prints, dict) or not records:
+            raise TypeError("adapters must be a list that is not empty, fingerprint an object")
+        chosen = []
+        for record in records:
+            config, names = record["config"], record["sites"]
+            if not isinstance(config, dict) or not all(isinstance(name, str) for name in [*names, *config]):
+                raise TypeError("config must be an object, sites a list of names")
+            chosen.append((from_config(config), list(dict.fromkeys(names))))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged: {type(error).__name__}: {error}.") from error
+    return chosen, prints
+
+
+def _existing(sites: Mapping[str, Site], names: list[str], path: str | os.PathLike[str]) -> list[Site]:
+    missing = [name for name in names if name not in sites]
+    if missing:
+        raise CheckpointError(
+            f"{path} adapts {len(missing)} sites that the model does not have ({', '.join(missing[:3])}, ...);"
+            f" the model has {', '.join(list(sites)[:3])}, ..."
+        )
+    return [sites[name] for name in names]
+
+
+def _check_base(
+    gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]], prints: Mapping[str, str], path: object
+) -> None:
+    names = {site.name: site for _, targets in placed for site in targets}
+    now = {name: fingerprint(tensor_of(gm, site.weight)) for name, site in names.items()}
+    other = {name for name in names if prints.get(name) != now[name]}
+    for variant, targets in placed:
+        differ = [site.name for site in targets if site.name in other]
+        if not differ:
+            continue
+        message = (
+            f"{path}: the {type(variant).__name__} adapter was made for other weights than the model's, at"
+            f" {len(differ)} of {len(targets)} sites ({differ[0]}, ...)"
+        )
+        if variant.ties_to_weight:
+            raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")
+        warnings.warn(f"{message}.", stacklevel=3)
+
+
+def _names(gm: fx.GraphModule) -> list[str]:
+    try:
+        return list(adapter_state_dict(gm))
+    except AdapterError:
+        return []
+
+
+# Writing.
+
+
+def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
+    """The frozen weight of each site, as the model stores it."""
+    if isinstance(model, fx.GraphModule):
+        return {site.name: tensor_of(model, site.weight) for site in find_sites(model) if site.name in names}
+    return {name: tensor_of(model, f"{name}.base.weight") for name in names}
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Write a new file beside `path` and rename it over: readers see the old bytes or the new, never a part."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,115 @@
+"""`wrap`: the eager wrapper, the same variants on ordinary modules. It defines what a rewritten graph must compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Placement, adapter_tensor_names
+from .capture import Inputs, share, written_buffers
+from .errors import ConfigError
+from .provenance import inner_name
+from .rewrite import Config, as_variants, base_graph
+from .site import Site, find_sites
+from .variant import FrozenLinear, compose, select
+
+
+def wrap(
+    model: nn.Module, cfg: Config, example_inputs: Inputs | None = None, *, dynamic_shapes: Any = "auto"
+) -> nn.Module:
+    """A copy of `model`, of the same class and with the weights shared, whose targeted linears are wrapped.
+
+    It computes what `rewrite` computes, in plain eager modules: the reference semantics, and a way to step through
+    a variant in a debugger. The sites are found as `rewrite` finds them, which captures the model once.
+
+    Args:
+        model, cfg, example_inputs, dynamic_shapes: as for `rewrite`; `model` is not changed.
+
+    Returns:
+        The copy, in the model's mode. Only the adapters' parameters require grad.
+
+    Raises:
+        As `rewrite`; ConfigError also for a site that is no module of its own (a weight used functionally).
+    """
+    variants = as_variants(cfg)
+    gm = base_graph(model, example_inputs, dynamic_shapes)
+    sites = find_sites(gm)
+    chosen = [(variant, select(variant, sites)) for variant in variants]
+    wrapped = share(model, adapter_tensor_names(model))
+    for name in written_buffers(gm):
+        path, _, leaf = name.rpartition(".")
+        setattr(wrapped.get_submodule(path), leaf, getattr(wrapped.get_submodule(path), leaf).clone())
+    for adapter, (variant, targets) in enumerate(chosen):
+        for site in targets:
+            module = _adapted(wrapped, site)
+            placement = Placement(variant, adapter, site.name, len(module.placements), tuple(variant.params(site)))
+            module.placements.append(placement)
+            placement.register(wrapped, site, module.weight.dtype, module.weight.device)
+            placement.start(wrapped, site, module.out_in_weight)
+    return wrapped
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear module with adapters around it.
+
+    Args:
+        base: the module, `nn.Linear` or one with its attributes; called as it is.
+        site: the site it is.
+    """
+
+    def __init__(self, base: nn.Module, site: Site) -> None:
+        super().__init__()
+        self.base = base
+        self.site = site
+        self.placements: list[Placement] = []
+        self.train(base.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as the module stores it; some models read it from outside."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias `(d_out,)`, or None."""
+        return getattr(self.base, "bias", None)
+
+    @property
+    def out_in_weight(self) -> Tensor:
+        """The frozen weight as `(d_out, d_in)`."""
+        return self.weight.t() if self.site.transposed else self.weight
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """The adapted linear; its one argument may be passed by any name, as to the module it wraps."""
+        (x,) = (*args, *kwargs.values())
+        base = FrozenLinear(self.base, self.out_in_weight, self.bias, self.site, self.training)
+        return compose(base, [(placement.variant, self._tensors(placement)) for placement in self.placements])(x)
+
+    def _tensors(self, placement: Placement) -> Any:
+        # The qualified names end in attributes of this module, wherever in the model it is.
+        local = {name: path.rpartition(".")[2] for name, path in placement.tensors.items()}
+        return type("P", (), {name: getattr(self, attribute) for name, attribute in local.items()})
+
+
+def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
+    """The wrapper of the module that is `site`, put in its place wherever it is registered."""
+    module = model.get_submodule(site.name) if site.name in dict(model.named_modules()) else None
+    if isinstance(module, AdaptedLinear):
+        return module
+    weight = getattr(module, "weight", None)
+    called = all(inner_name(call.node) == site.name for call in site.calls)
+    if module is None or not called or not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ConfigError(
+            f"Site {site.name!r} is not a module that is called, so it cannot be wrapped eagerly; rewrite can adapt it."
+        )
+    wrapper = AdaptedLinear(module, site)
+    parents = [
+        (parent, name) for parent in model.modules() for name, child in parent.named_children() if child is module
+    ]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is module and parent is not wrapper:
+                parent._modules[name] = wrapper
+    return wrapper

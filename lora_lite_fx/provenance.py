@@ -1,0 +1,149 @@
+"""Provenance: which adapter a node belongs to, written on the node itself.
+
+It lives in `node.meta["custom"]`, which survives `torch.export` and `.pt2` files, so that a graph says by
+itself what was inserted into it, by which config, and where. Nothing else is kept on the side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx
+
+_KEY = "lora_lite_fx"
+
+INLET = "inlet"
+"""Part of the node that replaces the input of the frozen linear."""
+OUTLET = "outlet"
+"""Part of the node that replaces its output."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Why a node is in the graph.
+
+    Args:
+        site: qualified name of the adapted site.
+        adapter: index of the adapter in the order in which they were added to the model.
+        position: index of the adapter among those of its site; its tensors carry it as a suffix.
+        call: number of the insertion; one adapter of a site that runs twice has two.
+        tensors: names of the adapter's tensors, without the suffix of its position.
+        part: `INLET`, `OUTLET`, or empty for the nodes in between.
+        by: the pass that inserted it.
+        config: the adapter's config as JSON, on inlets and outlets.
+    """
+
+    site: str
+    adapter: int
+    position: int
+    call: int
+    tensors: tuple[str, ...]
+    part: str = ""
+    by: str = ""
+    config: str = ""
+
+
+def record(node: fx.Node, provenance: Provenance) -> None:
+    """Write `provenance` on `node`."""
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _KEY: asdict(provenance)}
+
+
+def recorded(node: fx.Node) -> Provenance | None:
+    """The provenance of `node`, or None if no pass inserted it."""
+    data = (node.meta.get("custom") or {}).get(_KEY)
+    return Provenance(**data) if data else None
+
+
+def is_inserted(node: fx.Node) -> bool:
+    """Whether a pass inserted `node`."""
+    return _KEY in (node.meta.get("custom") or {})
+
+
+def inner_name(node: fx.Node) -> str | None:
+    """The qualified name of the innermost module that `node` was captured in, or None."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else None
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One adapter at one call of a site, as found in a graph.
+
+    Args:
+        site, adapter, position, call, tensors: as in `Provenance`.
+        config: the adapter's config, as `variant.to_config` writes it.
+        nodes: its nodes in graph order.
+        inlet: the node that replaces the input of the frozen linear, or None.
+        outlet: the node that replaces its output, or None.
+    """
+
+    site: str
+    adapter: int
+    position: int
+    call: int
+    tensors: tuple[str, ...]
+    config: dict[str, Any]
+    nodes: tuple[fx.Node, ...]
+    inlet: fx.Node | None
+    outlet: fx.Node | None
+
+    @property
+    def entered_by(self) -> list[fx.Node]:
+        """The values that enter from outside, constants left out, in graph order.
+
+        They are the site's input, if the adapter reads it, and the frozen linear's output, if it changes that;
+        the output is computed from the input, so it comes last.
+        """
+        own = set(self.nodes)
+        return sorted(
+            {n for node in self.nodes for n in node.all_input_nodes if n not in own and not _is_constant(n)}
+        )
+
+
+def insertions(graph: fx.Graph) -> list[Insertion]:
+    """All adapters found in `graph`, in the order in which they were inserted."""
+    by_call: dict[int, list[tuple[fx.Node, Provenance]]] = {}
+    for node in graph.nodes:
+        if (provenance := recorded(node)) is not None:
+            by_call.setdefault(provenance.call, []).append((node, provenance))
+    return [_insertion(members) for _, members in sorted(by_call.items())]
+
+
+def _insertion(members: list[tuple[fx.Node, Provenance]]) -> Insertion:
+    first = members[0][1]
+    # Where re-capture split a node in two, both have its record: the last one is the result.
+    parts = {provenance.part: node for node, provenance in members}
+    config = next(provenance.config for _, provenance in members if provenance.config)
+    return Insertion(
+        first.site,
+        first.adapter,
+        first.position,
+        first.call,
+        tuple(first.tensors),
+        json.loads(config),
+        tuple(node for node, _ in members),
+        parts.get(INLET),
+        parts.get(OUTLET),
+    )
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether `node` is a tensor of the module, perhaps reshaped or cast."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
+
+
+
+
+def outermost(adapters: Iterable[Insertion], x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The input and output of a site's call with `adapters` around it, from those of the frozen linear alone."""
+    for insertion in adapters:
+        if insertion.inlet is x:
+            x = insertion.entered_by[0]
+        if insertion.outlet is not None and insertion.entered_by[-1] is y:
+            y = insertion.outlet
+    return x, y

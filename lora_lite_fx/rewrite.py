@@ -1,0 +1,134 @@
+"""`rewrite`, `merge` and `remove`: capture, then a pipeline of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from .adapters import adapter_tensor_names, placements, site_weight
+from .capture import Inputs, capture, own_written_buffers
+from .errors import AdapterError, ConfigError
+from .passes import DropMetadataAsserts, FollowMode, GraphPass, InsertAdapter, MergeAdapters, Pipeline, RemoveAdapters
+from .site import Site, find_sites
+from .variant import Variant, select
+
+Config = Variant | Sequence[Variant]
+
+
+def rewrite(
+    model: nn.Module | ExportedProgram,
+    cfg: Config,
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    calibration: Iterable[Any] | None = None,
+) -> fx.GraphModule:
+    """Capture `model` as a graph and insert adapters into it.
+
+    Args:
+        model: any module, which is not changed. A graph that has adapters already gets further ones, around the
+            first at sites they share; the first stay trainable, as copies of their own.
+        cfg: a variant, or several to insert in this order.
+        example_inputs: a tuple of positional or a dict of keyword arguments to capture with. Without, a Hugging Face
+            model is captured on inputs made from its config (`input_ids`, `attention_mask`, `labels`; no cache), and
+            any other module by symbolic tracing.
+        dynamic_shapes: `"auto"` for every dimension that can be dynamic, None for fixed shapes, or what
+            `torch.export.export` takes.
+        calibration: batches for variants that start from data. None of the variants so far does, so anything but
+            None is refused.
+
+    Returns:
+        A graph module over the model's own frozen weights, in the model's mode. Only the adapters' parameters
+        require grad.
+
+    Raises:
+        CaptureError: the model cannot be captured, or the inputs do not fit it.
+        SelectionError: a config's targets match no site.
+        ConfigError: `cfg` is no variant, or does not fit a site.
+    """
+    variants = as_variants(cfg)
+    if calibration is not None:
+        names = ", ".join(type(variant).__name__ for variant in variants)
+        raise ConfigError(f"calibration was given, but {names} does not start from data; leave it out.")
+    gm = base_graph(model, example_inputs, dynamic_shapes)
+    sites = find_sites(gm)
+    chosen = [(variant, select(variant, sites)) for variant in variants]
+    first = insert_adapters(gm, chosen)
+    by_name = {site.name: site for site in sites}
+    for placement in placements(gm):
+        if placement.adapter >= first:
+            site = by_name[placement.site]
+            placement.start(gm, site, site_weight(gm, site))
+    return gm
+
+
+def merge(model: fx.GraphModule) -> fx.GraphModule:
+    """The model with its adapters folded into the weights: node for node the base graph, with no adapter left.
+
+    Args:
+        model: what `rewrite` or `load` returned; it is not changed.
+
+    Raises:
+        AdapterError: the model has no adapters.
+        ConfigError: an adapter adds a bias where the model has none.
+    """
+    return _without_adapters(model, MergeAdapters())
+
+
+def remove(model: fx.GraphModule) -> fx.GraphModule:
+    """The model without its adapters: node for node the base graph, over the base weights bit for bit.
+
+    Args:
+        model: what `rewrite` or `load` returned, or the module of an exported program of it; it is not changed.
+
+    Raises:
+        AdapterError: the model has no adapters.
+    """
+    return _without_adapters(model, RemoveAdapters())
+
+
+def _without_adapters(model: fx.GraphModule, how: GraphPass) -> fx.GraphModule:
+    if not isinstance(model, fx.GraphModule) or not adapter_tensor_names(model):
+        raise AdapterError(f"{type(model).__name__} has no adapters in its graph; it is not what rewrite or load returned.")
+    gm = base_graph(model)
+    Pipeline((how,)).run(gm)
+    return gm
+
+
+def base_graph(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs | None = None, dynamic_shapes: Any = "auto"
+) -> fx.GraphModule:
+    """The model as a graph, before any adapter is inserted. Arguments and errors as for `rewrite`.
+
+    Parameters share the model's storage and require no grad (adapters that are there already are copied and do).
+    Buffers that the graph writes to are copies, so that training it leaves the model alone.
+    """
+    captured = capture(model, example_inputs, dynamic_shapes)
+    follow = (FollowMode(captured.eval_graph),) if captured.eval_graph is not None else ()
+    Pipeline((*follow, DropMetadataAsserts())).run(captured.gm)
+    own_written_buffers(captured.gm)
+    return captured.gm.train(captured.training)
+
+
+def insert_adapters(gm: fx.GraphModule, chosen: Iterable[tuple[Variant, Iterable[Site]]]) -> int:
+    """Insert each variant at its sites, in order, with tensors not yet filled; returns the index of the first adapter."""
+    first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
+    passes = (
+        InsertAdapter(variant, first + i, tuple(site.name for site in sites))
+        for i, (variant, sites) in enumerate(chosen)
+    )
+    Pipeline(tuple(passes)).run(gm)
+    return first
+
+
+def as_variants(cfg: Config) -> list[Variant]:
+    """`cfg` as a list, checked."""
+    variants = [cfg] if isinstance(cfg, Variant) else list(cfg) if isinstance(cfg, Sequence) else [cfg]
+    wrong = [item for item in variants if not isinstance(item, Variant)]
+    if wrong or not variants:
+        got = f"{wrong[0]!r}" if wrong else "an empty list"
+        raise ConfigError(f"cfg must be a variant such as LoRA(r=8), or a list of them, not {got}.")
+    return variants

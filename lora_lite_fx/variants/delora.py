@@ -1,0 +1,56 @@
+"""DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation (Bini et al., 2025), https://arxiv.org/abs/2503.18225"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..site import Site
+from ..variant import FrozenLinear, ParamSpec, Variant, cast, register, wide
+
+_SMALLEST_NORM = 1e-4
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DeLoRA(Variant):
+    """`y = W x + b + B diag(lambda / (r ||a_i|| ||b_i||)) A (w * x)`; https://arxiv.org/abs/2503.18225, equation 8.
+
+    `a_i` are the rows of `A`, `b_i` the columns of `B`, `w (d_in,)` the norms of the columns of `W`. Identity at the
+    start, exactly: `B = 0`. `alpha` is not used: `lambda`, which is trained, is the strength.
+
+    Args:
+        lambda0: what `lambda` starts at. Not zero, where every gradient would be zero.
+    """
+
+    lambda0: float = 15.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(
+            math.isfinite(self.lambda0) and self.lambda0 != 0,
+            f"lambda0={self.lambda0!r} would leave every gradient zero; use a finite number other than 0, such as 15",
+        )
+
+    def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        return {
+            "lora_A": ParamSpec((self.r, site.d_in), init="kaiming"),
+            "lora_B": ParamSpec((site.d_out, self.r)),
+            "lora_lambda": ParamSpec((), init=self.lambda0),
+            "lora_wnorm": ParamSpec((site.d_in,), trainable=False),
+        }
+
+    def init(self, site: Site, weight: Tensor, p: Any) -> None:
+        p.lora_wnorm.copy_(weight.norm(dim=0))
+
+    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        y = base(x)
+        a_norms = wide(p.lora_A).norm(dim=1).clamp_min(_SMALLEST_NORM)
+        b_norms = wide(p.lora_B).norm(dim=0).clamp_min(_SMALLEST_NORM)
+        strength = cast(p.lora_lambda / (self.r * a_norms * b_norms), p.lora_A)
+        # The small factor takes both scalings, so that nothing of the size of x is computed twice.
+        a = strength[:, None] * p.lora_A * p.lora_wnorm
+        return cast(y + F.linear(F.linear(cast(x, a), a), p.lora_B), y)

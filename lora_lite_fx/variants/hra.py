@@ -1,0 +1,45 @@
+"""HRA: Householder Reflection Adaptation (Yuan et al., 2024), https://arxiv.org/abs/2405.17484"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..site import Site
+from ..variant import FrozenLinear, ParamSpec, Variant, cast, register
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class HRA(Variant):
+    """`y = W R x + b`, `R = H_0 H_1 ... H_{r-1}`, `H_i = I - 2 u_i u_i^T / ||u_i||^2`; https://arxiv.org/abs/2405.17484.
+
+    In compact-WY form the product of reflections is `R = I - U^T S^{-1} U`, with unit rows `u_i` and
+    `S = striu(U U^T) + I / 2`: two thin products on `x` and one triangular solve, no `d_in x d_in` matrix.
+
+    Identity at the start to rounding: vectors are equal in pairs, and each pair of reflections cancels. `alpha` is
+    not used. `r` must be even.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.r % 2 == 0, f"r={self.r} must be even: vectors start in pairs whose reflections cancel")
+
+    def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        return {"lora_U": ParamSpec((self.r, site.d_in), init="kaiming")}
+
+    def init(self, site: Site, weight: Tensor, p: Any) -> None:
+        p.lora_U[1::2] = p.lora_U[::2]
+
+    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        # In double precision the small system is exact enough at any rank, and autocast leaves it alone.
+        u = F.normalize(p.lora_U.double(), dim=1)
+        gram = F.linear(u, u)
+        s = gram.triu() - torch.diag_embed(gram.diagonal() / 2)
+        solved = torch.linalg.solve_triangular(s, u, upper=True)
+        u, solved = u.to(p.lora_U.dtype), solved.to(p.lora_U.dtype)
+        wide_x = cast(x, u)
+        return base((wide_x - F.linear(F.linear(wide_x, solved), u.t())).type_as(x))

@@ -1,0 +1,24 @@
+"""The graph passes, one file each.
+
+A pass is a frozen dataclass with `run(gm) -> number of edits`; a `Pipeline` runs several and does what every pass
+needs around each.
+"""
+
+from .graph_pass import GraphPass, PassError, PassReport, Pipeline
+from .mode import FollowMode
+from .asserts import DropMetadataAsserts
+from .insert import InsertAdapter
+from .merge import MergeAdapters
+from .remove import RemoveAdapters
+
+__all__ = [
+    "DropMetadataAsserts",
+    "FollowMode",
+    "GraphPass",
+    "InsertAdapter",
+    "MergeAdapters",
+    "PassError",
+    "PassReport",
+    "Pipeline",
+    "RemoveAdapters",
+]

@@ -1,0 +1,119 @@
+"""Passes and pipelines: how a graph is changed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
+
+from ..errors import AdapterError
+
+
+class GraphPass(ABC):
+    """One change to a graph. Subclasses are frozen dataclasses; their docstring says why the change is safe."""
+
+    @property
+    def name(self) -> str:
+        """The class name in snake case."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @abstractmethod
+    def run(self, gm: fx.GraphModule) -> int:
+        """Change `gm` in place; returns the number of edits, 0 if there was nothing to do."""
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did: its name, its number of edits, and the seconds it took."""
+
+    name: str
+    edits: int
+    seconds: float
+
+
+class PassError(AdapterError, RuntimeError):
+    """A pass failed unexpectedly; the message names it and the passes that ran before."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An ordered tuple of passes.
+
+    Running it does what every pass needs: it times the pass, removes dead code, lints and recompiles the graph,
+    writes the graph's text before and after each pass to the folder `LORA_LITE_FX_DUMP` if that is set, and names
+    the pass in any error.
+    """
+
+    passes: tuple[GraphPass, ...]
+
+    def __iter__(self) -> Iterator[GraphPass]:
+        return iter(self.passes)
+
+    def without(self, *names: str) -> Pipeline:
+        """The pipeline without the passes of these names.
+
+        Raises:
+            ValueError: it has no pass of such a name.
+        """
+        known = [graph_pass.name for graph_pass in self.passes]
+        if unknown := sorted(set(names) - set(known)):
+            raise ValueError(f"No pass is named {', '.join(unknown)}; the pipeline has {', '.join(known)}.")
+        return Pipeline(tuple(graph_pass for graph_pass in self.passes if graph_pass.name not in names))
+
+    def run(self, gm: fx.GraphModule) -> list[PassReport]:
+        """Run all passes on `gm`, in place.
+
+        Raises:
+            AdapterError: a pass refused its input (its own error, with a note naming the pass).
+            PassError: a pass failed unexpectedly.
+        """
+        reports: list[PassReport] = []
+        for graph_pass in self.passes:
+            before = str(gm.graph) if _dump_folder() else ""
+            start = time.perf_counter()
+            try:
+                edits = graph_pass.run(gm)
+                _clean(gm)
+            except Exception as error:
+                done = ", ".join(report.name for report in reports) or "none"
+                where = f"in pass {graph_pass.name} (passes that ran before: {done})"
+                if isinstance(error, AdapterError):
+                    error.add_note(where)
+                    raise
+                raise PassError(f"{type(error).__name__} {where}: {error}") from error
+            reports.append(PassReport(graph_pass.name, edits, time.perf_counter() - start))
+            if before:
+                _dump(graph_pass.name, before, str(gm.graph))
+        return reports
+
+
+def _clean(gm: fx.GraphModule) -> None:
+    gm.graph.eliminate_dead_code()
+    with warnings.catch_warnings():
+        # lint expects a get_attr to name a tensor; the mode flag `training` is read the same way.
+        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
+        gm.graph.lint()
+    gm.recompile()
+
+
+def _dump_folder() -> str | None:
+    return os.environ.get("LORA_LITE_FX_DUMP")
+
+
+_numbers: Iterable[int] = itertools.count()
+
+
+def _dump(name: str, before: str, after: str) -> None:
+    folder = Path(_dump_folder() or "")
+    folder.mkdir(parents=True, exist_ok=True)
+    number = next(iter(_numbers))
+    for when, text in (("before", before), ("after", after)):
+        (folder / f"{number:03d}_{name}.{when}.txt").write_text(text + "\n", encoding="utf-8")

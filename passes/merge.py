@@ -1,0 +1,110 @@
+"""Fold adapters into the frozen weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..adapters import Placement, placements, site_weight, tensor_of
+from ..errors import ConfigError
+from ..site import Site, find_sites
+from ..variant import FrozenLinear, compose
+from .graph_pass import GraphPass
+from .remove import RemoveAdapters
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MergeAdapters(GraphPass):
+    """Give every adapted site the weight and bias that compute what its adapters do, and remove the adapters.
+
+    Safe because outside dropout every variant is affine in `x`: `b' = f(0)` and `W' = (f(I) - b')^T` hold all of it.
+    The frozen tensors, which the user's model shares, are not written to; a merged site gets tensors of its own, and
+    the other users of a tied weight keep theirs.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        by_site: dict[str, list[Placement]] = defaultdict(list)
+        for placement in placements(gm):
+            by_site[placement.site].append(placement)
+        sites = [site for site in find_sites(gm) if site.name in by_site]
+        merged = {site.name: _effective(gm, site, by_site[site.name]) for site in sites}
+        RemoveAdapters().run(gm)
+        for site in find_sites(gm):
+            if site.name in merged:
+                _replace(gm, site, *merged[site.name])
+        return len(sites)
+
+
+@torch.no_grad()
+def _effective(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple[Tensor, Tensor | None]:
+    """`W' (d_out, d_in)` and `b' (d_out,)`, in the dtype of the frozen ones; no bias where it is zero and none was there."""
+    weight = site_weight(gm, site)
+    bias = tensor_of(gm, site.bias) if site.bias else None
+    # In float32 at least, so that folding into a half-precision weight rounds once.
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    wide_weight = weight.to(exact)
+    wide_bias = bias.to(exact) if bias is not None else None
+    base = FrozenLinear(
+        lambda x: nn.functional.linear(x, wide_weight, wide_bias), wide_weight, wide_bias, site, training=False
+    )
+    adapted = compose(base, [(placement.variant, placement.namespace(gm)) for placement in around])
+    with torch.autocast(weight.device.type, enabled=False):
+        shift = adapted(torch.zeros(1, site.d_in, dtype=exact, device=weight.device)).squeeze(0)
+        rows = adapted(torch.eye(site.d_in, dtype=exact, device=weight.device)) - shift
+    needs_bias = bias is not None or bool(shift.any())
+    return rows.t().contiguous().to(weight.dtype), shift.to(weight.dtype) if needs_bias else None
+
+
+def _replace(gm: fx.GraphModule, site: Site, weight: Tensor, bias: Tensor | None) -> None:
+    _set(gm, site, site.weight, weight.t().contiguous() if site.transposed else weight)
+    if bias is None:
+        return
+    if site.bias is None:
+        raise ConfigError(f"The adapters of {site.name!r} add a bias, which the frozen linear has not; it cannot be merged.")
+    _set(gm, site, site.bias, bias)
+
+
+def _set(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> None:
+    """Let the calls of `site` read `tensor` instead of the parameter called `name`, and nobody else."""
+    shared = tensor_of(gm, name)
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    calls = {call.node for call in site.calls} | {call.y for call in site.calls}
+    readers = [
+        node for node in gm.graph.nodes if node.op == "get_attr" and _is(gm, str(node.target), shared)
+    ]
+    if all(_leads_only_to(user, calls) for node in readers for user in node.users):
+        for target in {str(node.target) for node in readers}:
+            path, _, attribute = target.rpartition(".")
+            setattr(gm.get_submodule(path), attribute, parameter)
+        return
+    # Tied: this site alone gets the new tensor, under a name of its own.
+    path = f"{site.name}.merged_{name.rpartition('.')[2]}"
+    if site.name not in dict(gm.named_modules()):
+        gm.add_submodule(site.name, nn.Module())
+    gm.get_submodule(site.name).register_parameter(path.rpartition(".")[2], parameter)
+    for node in readers:
+        mine = [user for user in node.users if _leads_only_to(user, calls)]
+        if mine:
+            with gm.graph.inserting_after(node):
+                own = gm.graph.get_attr(path)
+                own.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+            for user in mine:
+                user.replace_input_with(node, own)
+
+
+def _is(gm: fx.GraphModule, name: str, tensor: Tensor) -> bool:
+    owner = gm
+    path, _, attribute = name.rpartition(".")
+    return getattr(owner.get_submodule(path), attribute, None) is tensor
+
+
+def _leads_only_to(node: fx.Node, ends: set[fx.Node]) -> bool:
+    """Whether `node` is one of `ends`, or a view or cast of a weight that only they read."""
+    if node in ends:
+        return True
+    return len(node.all_input_nodes) == 1 and bool(node.users) and all(_leads_only_to(user, ends) for user in node.users)

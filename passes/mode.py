@@ -1,0 +1,153 @@
+"""One graph for training and evaluation."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import CaptureError
+from .graph_pass import GraphPass
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FollowMode(GraphPass):
+    """Make a graph captured in training mode compute what `eval_graph` does when its module is in evaluation mode.
+
+    Safe because the two were captured from one function and are compared node by node: they may differ in
+    literals only (the flags of dropout and batch norm, the dropout probability of attention), and in the counters
+    that batch norm keeps in training. Each difference becomes an expression of `self.training`, which
+    `torch.compile` guards on and `torch.export` freezes.
+
+    Raises:
+        CaptureError: the modes differ in structure (layer drop, noise), which one graph cannot follow.
+    """
+
+    eval_graph: fx.Graph
+
+    def run(self, gm: fx.GraphModule) -> int:
+        return follow_mode(gm.graph, self.eval_graph)
+
+
+def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
+    """What `FollowMode` does, on bare graphs; returns the number of arguments changed."""
+    merge = _TwoModes(train_graph)
+    evals = iter(eval_graph.nodes)
+    expected = next(evals, None)
+    for node in list(train_graph.nodes):
+        while expected is not None and _is_layout(expected) and not _is_layout(node):
+            merge.only_in_evaluation(expected, before=node)
+            expected = next(evals, None)
+        if expected is not None and (node.op, node.target) == (expected.op, expected.target):
+            merge.pair(node, expected)
+            expected = next(evals, None)
+        else:
+            merge.only_in_training(node)
+    if expected is not None:
+        raise _modes_differ(expected)
+    return merge.edits
+
+
+class _TwoModes:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.twin: dict[fx.Node, fx.Node] = {}
+        self.edits = 0
+        self.flag: fx.Node | None = None
+
+    def pair(self, node: fx.Node, twin: fx.Node) -> None:
+        """Let the arguments of `node` follow those of its twin in the other graph."""
+        if node.op in ("placeholder", "get_attr"):
+            self.twin[twin] = node
+            return
+        args, kwargs = _with_defaults(node, twin)
+        twin_args, twin_kwargs = _with_defaults(twin, node)
+        if kwargs.keys() != twin_kwargs.keys():
+            raise _modes_differ(node)
+        node.args = self._follow(node, args, twin_args)
+        node.kwargs = {key: self._follow(node, value, twin_kwargs[key]) for key, value in kwargs.items()}
+        self.twin[twin] = node
+
+    def only_in_evaluation(self, node: fx.Node, before: fx.Node) -> None:
+        """Take a change of layout over for both modes."""
+        with self.graph.inserting_before(before):
+            self.twin[node] = self.graph.node_copy(node, lambda operand: self.twin[operand])
+        self.edits += 1
+
+    def only_in_training(self, node: fx.Node) -> None:
+        """Let a counter stand still in evaluation, keep a change of layout; nothing else may run in one mode alone."""
+        if node.op == "get_attr" or _is_layout(node):
+            return
+        counter = node.args[0] if node.target is aten.add_.Tensor else None
+        if not isinstance(counter, fx.Node) or counter.op != "get_attr" or node.users:
+            raise _modes_differ(node)
+        node.update_arg(1, self._follow(node, node.args[1], 0))
+
+    def _follow(self, node: fx.Node, in_train: Any, in_eval: Any) -> Any:
+        if isinstance(in_train, fx.Node):
+            twin = self.twin.get(in_eval)
+            if twin is None or _without_layout(twin) is not _without_layout(in_train):
+                raise _modes_differ(node)
+            return twin if _is_layout(twin) else in_train
+        if isinstance(in_train, (tuple, list)) and isinstance(in_eval, (tuple, list)):
+            if len(in_train) != len(in_eval):
+                raise _modes_differ(node)
+            return type(in_train)(self._follow(node, t, e) for t, e in zip(in_train, in_eval, strict=True))
+        if type(in_train) is type(in_eval) and in_train == in_eval:
+            return in_train
+        if not all(isinstance(value, (bool, int, float)) for value in (in_train, in_eval)):
+            raise _modes_differ(node)
+        self.edits += 1
+        if in_train is True and in_eval is False:
+            return self._training()
+        flag = self._training()
+        with self.graph.inserting_before(node):
+            value = self.graph.call_function(operator.mul, (flag, in_train - in_eval))
+            return self.graph.call_function(operator.add, (value, in_eval)) if in_eval else value
+
+    def _training(self) -> fx.Node:
+        if self.flag is None:
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                self.flag = self.graph.create_node("get_attr", "training")
+        return self.flag
+
+
+def _is_layout(node: fx.Node) -> bool:
+    """Whether `node` only makes a tensor contiguous, which is left out where it is (the modes may differ in that)."""
+    return node.target is aten.contiguous.default
+
+
+def _without_layout(node: fx.Node) -> fx.Node:
+    while _is_layout(node):
+        (node,) = node.all_input_nodes
+    return node
+
+
+def _with_defaults(node: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `node`, with the defaults spelled out for those that only its twin gives."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    if isinstance(node.target, torch._ops.OpOverload):
+        for position, argument in enumerate(node.target._schema.arguments):
+            given = position < len(args) or argument.name in kwargs
+            if given or not argument.has_default_value():
+                continue
+            if position < len(twin.args):
+                args.append(argument.default_value)
+            elif argument.name in twin.kwargs:
+                kwargs[argument.name] = argument.default_value
+    return tuple(args), kwargs
+
+
+def _modes_differ(node: fx.Node) -> CaptureError:
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    where = f" ({' '.join(frames[-2:])})" if frames else ""
+    return CaptureError(
+        f"The model runs other operations in training than in evaluation, from `{node.format_node()}`{where} on."
+        " One graph cannot follow both. The way out: switch off what draws random decisions in training"
+        " (layerdrop, jitter, SpecAugment), or what branches on self.training."
+    )

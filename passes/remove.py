@@ -1,0 +1,50 @@
+"""Take adapters out of a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..adapters import adapter_tensor_names
+from ..provenance import insertions
+from .graph_pass import GraphPass
+
+
+@dataclass(frozen=True)
+class RemoveAdapters(GraphPass):
+    """Remove all adapters, leaving the base graph node for node.
+
+    Safe because insertion never changed a node of the frozen linear but for the input it reads: undoing it means
+    reading the adapter's own input again, and reading the frozen linear's output where the adapter's was read. Both
+    are found from the provenance of the inserted nodes alone, so it works on a graph loaded from a `.pt2` file too.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        found = insertions(gm.graph)
+        tensors = adapter_tensor_names(gm)
+        for insertion in found:
+            entered_by = insertion.entered_by
+            own = set(insertion.nodes)
+            for part, original in ((insertion.inlet, 0), (insertion.outlet, -1)):
+                if part is not None:
+                    part.replace_all_uses_with(
+                        entered_by[original], delete_user_cb=lambda user, own=own: user not in own
+                    )
+            for node in reversed(insertion.nodes):
+                if not node.users:
+                    gm.graph.erase_node(node)
+        gm.graph.eliminate_dead_code()
+        for name in tensors:
+            path, _, attribute = name.rpartition(".")
+            delattr(gm.get_submodule(path), attribute)
+        _drop_empty_modules(gm, {name.rpartition(".")[0] for name in tensors})
+        return len(found)
+
+
+def _drop_empty_modules(gm: fx.GraphModule, paths: set[str]) -> None:
+    """Delete the modules at `paths` that exist only to hold an adapter's tensors."""
+    for path in paths:
+        module = gm.get_submodule(path)
+        if not any(True for _ in module.state_dict()) and not list(module.children()):
+            gm.delete_submodule(path)

@@ -6,7 +6,7 @@ from .eager import wrap
 from .errors import AdapterError, CaptureError, CheckpointError, ConfigError, SelectionError
 from .inspect import inspect
 from .rewrite import merge, remove, rewrite
-from .variant import FrozenLinear, ParamSpec, Variant, register, variants
+from .variant import FrozenLinear, ParamSpec, Variant, register, registry
 from .variants import HRA, IA3, DeLoRA, DoRA, LoRA, PiSSA
 
 __all__ = [
@@ -31,9 +31,9 @@ __all__ = [
     "load_adapter_state_dict",
     "merge",
     "register",
+    "registry",
     "remove",
     "rewrite",
     "save",
-    "variants",
     "wrap",
 ]

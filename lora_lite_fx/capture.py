@@ -54,7 +54,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs | None, d
     if not isinstance(model, nn.Module):
         raise CaptureError(f"A torch.nn.Module or an ExportedProgram is needed, not {type(model).__name__}.")
     if isinstance(model, fx.GraphModule):
-        return Capture(_plain(share(model, adapter_tensor_names(model))), None, model.training)
+        return Capture(share(model, adapter_tensor_names(model)), None, model.training)
 
     shadow = share(model)
     if is_hugging_face(shadow):
@@ -70,12 +70,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs | None, d
         shadow.train()
         gm = _export(shadow, args, kwargs, dynamic_shapes)
         eval_graph = _export(shadow.eval(), args, kwargs, dynamic_shapes).graph
-    return Capture(_plain(gm), eval_graph, model.training)
-
-
-def _plain(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph in a fresh module: what `torch.export` builds refuses `train()` and `eval()`."""
-    return fx.GraphModule(gm, gm.graph)
+    return Capture(gm, eval_graph, model.training)
 
 
 def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
@@ -169,10 +164,12 @@ def _double_batch_of_one(inputs: tuple[tuple, dict[str, Any]]) -> tuple[tuple, d
 
 
 class _Tracer(fx.Tracer):
-    """Traces into linears, so that their weights are in the graph; other torch modules (dropout, norms) are leaves."""
+    """Traces into modules with weights to adapt or to tie, which so are in the graph; dropout and norms are leaves."""
+
+    _INLINED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return super().is_leaf_module(module, name) and not isinstance(module, nn.Linear)
+        return super().is_leaf_module(module, name) and not isinstance(module, self._INLINED)
 
 
 # What symbolic tracing records for the operators that sites are made of, and the operators.

@@ -109,8 +109,10 @@ def base_graph(
     captured = capture(model, example_inputs, dynamic_shapes)
     follow = (FollowMode(captured.eval_graph),) if captured.eval_graph is not None else ()
     Pipeline((*follow, DropMetadataAsserts())).run(captured.gm)
-    own_written_buffers(captured.gm)
-    return captured.gm.train(captured.training)
+    # What torch.export builds refuses train() and eval(); a plain module over the same graph does not.
+    gm = fx.GraphModule(captured.gm, captured.gm.graph)
+    own_written_buffers(gm)
+    return gm.train(captured.training)
 
 
 def insert_adapters(gm: fx.GraphModule, chosen: Iterable[tuple[Variant, Iterable[Site]]]) -> int:

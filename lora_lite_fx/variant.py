@@ -293,7 +293,7 @@ def register(cls: V) -> V:
     return cls
 
 
-def variants() -> dict[str, type[Variant]]:
+def registry() -> dict[str, type[Variant]]:
     """The registered variants by name, in the order of registration."""
     return dict(_REGISTRY)
 

@@ -58,7 +58,7 @@ class InsertAdapter(GraphPass):
             for call in site.calls:
                 x, y = outermost(around[site.name], call.x, call.y)
                 value = fake_input(x, site_weight(gm, site))
-                key = (value.shape, value.dtype, site.d_out, site.roles, site.bias is None)
+                key = (str(value.shape), value.dtype, site.d_out, site.roles, site.bias is None)
                 if key not in fragments:
                     fragments[key] = trace_fragment(gm, site, placement, value)
                 _splice(gm, site, Call(x, y, call.node), placement, fragments[key], next_call, self.name)

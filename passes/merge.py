@@ -77,7 +77,9 @@ def _set(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> None:
     readers = [
         node for node in gm.graph.nodes if node.op == "get_attr" and _is(gm, str(node.target), shared)
     ]
-    if all(_leads_only_to(user, calls) for node in readers for user in node.users):
+    leaves = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]
+    read_by_leaf = any(shared is parameter for leaf in leaves for parameter in leaf.parameters())
+    if not read_by_leaf and all(_leads_only_to(user, calls) for node in readers for user in node.users):
         for target in {str(node.target) for node in readers}:
             path, _, attribute = target.rpartition(".")
             setattr(gm.get_submodule(path), attribute, parameter)

@@ -1,0 +1,177 @@
+"""What every variant must satisfy. Runs over the registry: a new variant is covered without another line."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+import lora_lite_fx as llfx
+from lora_lite_fx.rewrite import base_graph
+
+Config = llfx.Variant | Sequence[llfx.Variant]
+
+
+def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Variant]:
+    """Random configs of a variant: rank, scale, and whatever of its own fields is a flag or a dropout."""
+    drawn: dict[str, st.SearchStrategy[Any]] = {
+        "r": st.sampled_from([2, 4]),
+        "alpha": st.sampled_from([1.0, 4.0, 16.0]),
+    }
+    for field in dataclasses.fields(cls):
+        if field.name == "dropout":
+            drawn[field.name] = st.sampled_from([0.0, 0.3])
+        elif isinstance(field.default, bool):
+            drawn[field.name] = st.booleans()
+    return st.builds(cls, **{**drawn, **{name: st.just(value) for name, value in fixed.items()}})
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Give every adapter tensor random values, frozen ones included: start values hide too much."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        name: (0.4 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64) + 0.1).to(tensor.dtype)
+        for name, tensor in llfx.adapter_state_dict(model).items()
+    }
+    llfx.load_adapter_state_dict(model, state)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Assert equality relative to the largest value."""
+    assert actual.shape == expected.shape, what
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
+    scale = expected.abs().max().clamp_min(1).item()
+    error = (actual - expected).abs().max().item() / scale
+    assert error <= tolerance, f"{what}: off by {error:.2e}"
+
+
+def output(model: Callable[..., Any], args: tuple[Any, ...], seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    result = model(*args)
+    return result if isinstance(result, Tensor) else result.logits
+
+
+def gradients(model: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and the gradient of a fixed random functional of it, for every parameter that has one."""
+    model.zero_grad()
+    y = output(model, args)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (y * direction.to(y.dtype)).sum().backward()
+    return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Assert that nothing observable of `model` changes: values, storage, flags, modes, hooks, gradients."""
+    before = observe(model)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    yield
+    assert observe(model) == before
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def observe(model: nn.Module) -> list[Any]:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+    seen: list[Any] = [
+        (name, type(module), module.training, [list(getattr(module, hook)) for hook in hooks])
+        for name, module in model.named_modules()
+    ]
+    return seen + [
+        (name, p.requires_grad, p.data_ptr(), p.grad is None) for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+
+
+# The properties.
+
+
+def check_rewrite_equals_wrap(
+    model: nn.Module, cfg: Config, example_inputs: Any, args: tuple[Any, ...], tolerance: float, seed: int = 0
+) -> None:
+    """Outputs and every adapter gradient of the rewritten graph are the eager wrapper's, in both modes."""
+    with unchanged(model):
+        gm, wrapped = llfx.rewrite(model, cfg, example_inputs), llfx.wrap(model, cfg, example_inputs)
+        assert type(wrapped) is type(model)
+        assert list(llfx.adapter_state_dict(gm)) == list(llfx.adapter_state_dict(wrapped))
+        randomise(gm, seed)
+        randomise(wrapped, seed)
+        trainable = {name for name, p in gm.named_parameters() if p.requires_grad}
+        assert {id(p) for p in llfx.adapter_parameters(gm)} == {id(p) for p in gm.parameters() if p.requires_grad}
+        for training in (True, False):
+            y, grads = gradients(gm.train(training), args)
+            expected_y, expected = gradients(wrapped.train(training), args)
+            mode = "train" if training else "eval"
+            close(y, expected_y, tolerance, f"{mode} output")
+            assert grads.keys() == expected.keys() == trainable, "base gradients, or missing adapter gradients"
+            for name, grad in grads.items():
+                close(grad, expected[name], tolerance, f"{mode} gradient of {name}")
+
+
+def check_merge(gm: fx.GraphModule, base: fx.GraphModule, args: tuple[Any, ...], tolerance: float, tied: bool = False) -> None:
+    """The merged graph computes the adapted one, and is the base graph node for node (but for ties it must undo)."""
+    merged = llfx.merge(gm)
+    close(output(merged.eval(), args), output(gm.eval(), args), tolerance, "merged output")
+    assert [n.target for n in merged.graph.nodes if n.op != "get_attr"] == [n.target for n in base.graph.nodes if n.op != "get_attr"]
+    if not tied:
+        assert str(merged.graph) == str(base.graph)
+    assert not any(p.requires_grad for p in merged.parameters())
+
+
+def check_remove(gm: fx.GraphModule, base: fx.GraphModule, model: nn.Module) -> None:
+    """Removal gives the base graph node for node, over the model's own weights."""
+    removed = llfx.remove(gm)
+    assert str(removed.graph) == str(base.graph)
+    assert removed.state_dict().keys() == base.state_dict().keys()
+    for name, parameter in removed.named_parameters():
+        own = model.get_parameter(name)
+        assert parameter.data_ptr() == own.data_ptr(), f"{name} is a copy"
+        assert not parameter.requires_grad
+
+
+def check_file(gm: fx.GraphModule, model: nn.Module, example_inputs: Any, args: tuple[Any, ...]) -> None:
+    """A file brings back every tensor and the output bit for bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        llfx.save(gm, path)
+        loaded = llfx.load(model, path, example_inputs)
+    state, expected = llfx.adapter_state_dict(loaded), llfx.adapter_state_dict(gm)
+    assert list(state) == list(expected)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert torch.equal(output(loaded.eval(), args), output(gm.eval(), args))
+
+
+def check_export(gm: fx.GraphModule, traced: tuple[Any, ...], args: tuple[Any, ...], tolerance: float) -> None:
+    """`torch.export`, saved and loaded, computes the same at another shape; and its adapters can be removed."""
+    dynamic = tuple([torch.export.Dim.AUTO] * arg.dim() for arg in traced)
+    program = torch.export.export(gm.eval(), traced, dynamic_shapes=dynamic)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    close(output(loaded, args), output(gm, args), tolerance, "exported output")
+    assert list(llfx.adapter_state_dict(loaded)) == list(llfx.adapter_state_dict(gm))
+    close(output(llfx.remove(loaded), args), output(llfx.remove(gm), args), tolerance, "output after removal from the file")
+
+
+def check_conformance(cfg: Config, case: Any, other: tuple[Any, ...]) -> None:
+    """All of the above on one random model."""
+    model = case.build()
+    traced = case.example_inputs
+    check_rewrite_equals_wrap(model, cfg, traced, other, case.tolerance, case.seed)
+    with unchanged(model):
+        gm, base = llfx.rewrite(model, cfg, traced), base_graph(model, traced)
+        randomise(gm, case.seed)
+        check_merge(gm, base, other, 1e-9 if case.dtype == torch.float64 else 1e-4, case.tied)
+        check_remove(gm, base, model)
+        check_file(gm, model, traced, other)
+        if case.exported:
+            check_export(gm, traced, other, case.tolerance)

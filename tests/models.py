@@ -1,0 +1,155 @@
+"""Small random models for property tests: every way a linear is written, non-square, with and without biases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+WIDTH, INNER, VOCABULARY = 8, 12, 11
+
+
+class ResidualMLP(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.fc_in = nn.Linear(WIDTH, INNER, bias)
+        self.fc_out = nn.Linear(INNER, WIDTH, bias)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.fc_out(F.gelu(self.fc_in(self.norm(x)))))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, INNER, bias)
+        self.up = nn.Linear(WIDTH, INNER, bias)
+        self.down = nn.Linear(INNER, WIDTH, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.gate(x)) * self.up(input=x))
+
+
+class Conv1DMLP(nn.Module):
+    """GPT-2's layers: weights stored as (in, out)."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.c_fc = Conv1D(INNER, WIDTH)
+        self.c_proj = Conv1D(WIDTH, INNER)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.c_proj(torch.relu(self.c_fc(x)))
+
+
+class Attention(nn.Module):
+    """Two heads; q, k and v from three linears or from one."""
+
+    def __init__(self, bias: bool, fused: bool = False) -> None:
+        super().__init__()
+        self.fused = fused
+        if fused:
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias)
+        else:
+            self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q(x), self.k(x), self.v(x))
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(-3, -2) for t in (q, k, v))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
+
+
+class FusedAttention(Attention):
+    def __init__(self, bias: bool) -> None:
+        super().__init__(bias, fused=True)
+
+
+class SharedLinear(nn.Module):
+    """One module that runs twice."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.mix(torch.tanh(self.mix(x))))
+
+
+class Normed(nn.Module):
+    """Batch norm, which follows the mode and keeps statistics."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH, bias)
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not norm(lin(x)): that does not depend on the scale of a gate, whose gradient would be rounding alone.
+        return self.norm((x + self.lin(x)).transpose(1, 2)).transpose(1, 2)
+
+
+BLOCKS = (ResidualMLP, GatedMLP, Conv1DMLP, Attention, FusedAttention, SharedLinear, Normed)
+
+
+class Net(nn.Module):
+    """Blocks between an embedding and a head of another width; the head may be tied to the embedding."""
+
+    def __init__(self, blocks: list[type[nn.Module]], bias: bool, tied: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(block(bias) for block in blocks)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to be built, and how it is captured."""
+
+    blocks: tuple[type[nn.Module], ...]
+    bias: bool
+    tied: bool
+    dtype: torch.dtype
+    exported: bool
+    seed: int
+
+    def build(self) -> Net:
+        torch.manual_seed(self.seed)
+        return Net(list(self.blocks), self.bias, self.tied).to(self.dtype).eval()
+
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...] | None:
+        return (ids(2, 5),) if self.exported else None
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-10 if self.dtype == torch.float64 else 1e-5
+
+
+def ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+cases = st.builds(
+    Case,
+    blocks=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=3).map(tuple),
+    bias=st.booleans(),
+    tied=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    exported=st.booleans(),
+    seed=st.integers(0, 999),
+)

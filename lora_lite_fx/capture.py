@@ -117,9 +117,7 @@ def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], di
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise CaptureError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}."
-        ) from error
+        raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}.") from error
     # Export takes one tensor passed twice for one input, and reads either placeholder for both.
     clone = lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf  # noqa: E731
     return pytree.tree_map(clone, (args, kwargs))
@@ -131,7 +129,9 @@ def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], di
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
         return _export_as(model, args, kwargs, dynamic_shapes)
-    dynamic = lambda leaf: [Dim.AUTO] * leaf.dim() if isinstance(leaf, Tensor) else None  # noqa: E731
+
+    def dynamic(leaf: Any) -> list[Any] | None:
+        return [Dim.AUTO] * leaf.dim() if isinstance(leaf, Tensor) else None
 
     def shapes(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
@@ -152,7 +152,7 @@ def _export_as(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_sh
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise _uncapturable(model, error, "torch.export") from error
-    return program.module()  # type: ignore[return-value]
+    return program.module()
 
 
 def _double_batch_of_one(inputs: tuple[tuple, dict[str, Any]]) -> tuple[tuple, dict[str, Any]] | None:
@@ -229,7 +229,9 @@ def fake_input(node: fx.Node, weight: Tensor) -> Tensor:
     value = node.meta.get("val")
     if isinstance(value, FakeTensor):
         return value
-    dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+        [DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
+    )
     example = torch.empty(2, 3, weight.shape[1], dtype=weight.dtype, device=weight.device)
     return FakeTensorMode(shape_env=ShapeEnv()).from_tensor(example, symbolic_context=dynamic)
 

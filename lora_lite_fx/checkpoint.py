@@ -104,7 +104,7 @@ def load(
 def fingerprint(weight: Tensor) -> str:
     """A hash of a weight's shape and values, the same for a base in float32 and the same base cast to bfloat16."""
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(weight.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy())
+    digest.update(weight.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -118,7 +118,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file (truncated, corrupt or foreign): {error}.") from error
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file (truncated, corrupt or foreign): {error}."
+        ) from error
 
 
 def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, str]]:
@@ -126,7 +128,9 @@ def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant,
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by lora_lite_fx.save (format {metadata.get('format')!r}).")
     if metadata.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {metadata.get('version')!r}; this library reads version {VERSION!r}.")
+        raise CheckpointError(
+            f"{path} has version {metadata.get('version')!r}; this library reads version {VERSION!r}."
+        )
     try:
         records = json.loads(metadata["adapters"])
         prints = json.loads(metadata["fingerprint"])

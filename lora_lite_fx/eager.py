@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapters import Placement, adapter_tensor_names
@@ -13,7 +12,7 @@ from .errors import ConfigError
 from .provenance import inner_name
 from .rewrite import Config, as_variants, base_graph
 from .site import Site, find_sites
-from .variant import FrozenLinear, compose, select
+from .variant import FrozenLinear, adapter_namespace, compose, select
 
 
 def wrap(
@@ -89,8 +88,9 @@ class AdaptedLinear(nn.Module):
 
     def _tensors(self, placement: Placement) -> Any:
         # The qualified names end in attributes of this module, wherever in the model it is.
-        local = {name: path.rpartition(".")[2] for name, path in placement.tensors.items()}
-        return type("P", (), {name: getattr(self, attribute) for name, attribute in local.items()})
+        return adapter_namespace(
+            {name: getattr(self, path.rpartition(".")[2]) for name, path in placement.tensors.items()}
+        )
 
 
 def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
@@ -105,9 +105,6 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
             f"Site {site.name!r} is not a module that is called, so it cannot be wrapped eagerly; rewrite can adapt it."
         )
     wrapper = AdaptedLinear(module, site)
-    parents = [
-        (parent, name) for parent in model.modules() for name, child in parent.named_children() if child is module
-    ]
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is module and parent is not wrapper:

@@ -25,11 +25,13 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 def prepare_for_capture(model: Any) -> None:
     """Set the model's switches for the training signature, in place: call it on a copy."""
-    model.config.use_cache = False
+    for module in model.modules():  # an encoder-decoder's stacks have configs of their own
+        if hasattr(module, "config"):
+            module.config.use_cache = False
     model.config.return_dict = True
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         warnings.warn(
-            f"{type(model).__name__}: gradient checkpointing does not survive capture; the graph saves all activations.",
+            f"{type(model).__name__}: gradient checkpointing is lost by capture; the graph saves all activations.",
             stacklevel=4,
         )
         model.gradient_checkpointing_disable()

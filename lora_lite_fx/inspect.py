@@ -81,7 +81,10 @@ class SiteTable(Sequence[SiteRow]):
         ]
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         lines = [
-            "  ".join(cell.rjust(w) if i in (2, 3, 5) else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                cell.rjust(w) if i in (2, 3, 5) else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in (head, tuple("-" * width for width in widths), *body)
         ]
         share = 100 * self.trainable / self.total if self.total else 0.0

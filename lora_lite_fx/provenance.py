@@ -90,6 +90,10 @@ class Insertion:
     inlet: fx.Node | None
     outlet: fx.Node | None
 
+    def is_outside(self, node: fx.Node) -> bool:
+        """Whether `node` is not one of its nodes."""
+        return node not in self.nodes
+
     @property
     def entered_by(self) -> list[fx.Node]:
         """The values that enter from outside, constants left out, in graph order.
@@ -98,9 +102,7 @@ class Insertion:
         the output is computed from the input, so it comes last.
         """
         own = set(self.nodes)
-        return sorted(
-            {n for node in self.nodes for n in node.all_input_nodes if n not in own and not _is_constant(n)}
-        )
+        return sorted({n for node in self.nodes for n in node.all_input_nodes if n not in own and not _is_constant(n)})
 
 
 def insertions(graph: fx.Graph) -> list[Insertion]:
@@ -135,8 +137,6 @@ def _is_constant(node: fx.Node) -> bool:
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return node.op == "get_attr"
-
-
 
 
 def outermost(adapters: Iterable[Insertion], x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -11,7 +11,15 @@ from torch.export import ExportedProgram
 from .adapters import adapter_tensor_names, placements, site_weight
 from .capture import Inputs, capture, own_written_buffers
 from .errors import AdapterError, ConfigError
-from .passes import DropMetadataAsserts, FollowMode, GraphPass, InsertAdapter, MergeAdapters, Pipeline, RemoveAdapters
+from .passes import (
+    DropMetadataAsserts,
+    FollowMode,
+    GraphPass,
+    InsertAdapter,
+    MergeAdapters,
+    Pipeline,
+    RemoveAdapters,
+)
 from .site import Site, find_sites
 from .variant import Variant, select
 
@@ -92,7 +100,9 @@ def remove(model: fx.GraphModule) -> fx.GraphModule:
 
 def _without_adapters(model: fx.GraphModule, how: GraphPass) -> fx.GraphModule:
     if not isinstance(model, fx.GraphModule) or not adapter_tensor_names(model):
-        raise AdapterError(f"{type(model).__name__} has no adapters in its graph; it is not what rewrite or load returned.")
+        raise AdapterError(
+            f"{type(model).__name__} has no adapters in its graph; it is not what rewrite or load returned."
+        )
     gm = base_graph(model)
     Pipeline((how,)).run(gm)
     return gm
@@ -116,7 +126,7 @@ def base_graph(
 
 
 def insert_adapters(gm: fx.GraphModule, chosen: Iterable[tuple[Variant, Iterable[Site]]]) -> int:
-    """Insert each variant at its sites, in order, with tensors not yet filled; returns the index of the first adapter."""
+    """Insert each variant at its sites, in order, with tensors not yet filled; returns the first adapter's index."""
     first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
     passes = (
         InsertAdapter(variant, first + i, tuple(site.name for site in sites))

@@ -39,23 +39,112 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 # Operations are known by their plain name, in lower case: `aten.add.Tensor`, `operator.add` and the method
 # `add` are all "add"; a module called as a leaf is its class name.
-_SPLITS = frozenset("split split_with_sizes chunk unbind getitem slice select narrow tensor_split".split())
+_SPLITS = frozenset(
+    ["split", "split_with_sizes", "chunk", "unbind", "getitem", "slice", "select", "narrow", "tensor_split"]
+)
 _SHAPES = frozenset(
-    "view reshape flatten unflatten transpose permute t numpy_t mt movedim swapaxes contiguous clone expand"
-    " expand_as view_as unsqueeze squeeze repeat repeat_interleave index index_select roll pad cat stack".split()
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "transpose",
+        "permute",
+        "t",
+        "numpy_t",
+        "mt",
+        "movedim",
+        "swapaxes",
+        "contiguous",
+        "clone",
+        "expand",
+        "expand_as",
+        "view_as",
+        "unsqueeze",
+        "squeeze",
+        "repeat",
+        "repeat_interleave",
+        "index",
+        "index_select",
+        "roll",
+        "pad",
+        "cat",
+        "stack",
+    ]
 )
-_CASTS = frozenset("to type_as float half bfloat16 double type detach alias identity dropout dropout_".split())
+_CASTS = frozenset(
+    [
+        "to",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "type",
+        "detach",
+        "alias",
+        "identity",
+        "dropout",
+        "dropout_",
+    ]
+)
 _NORMS = frozenset(
-    "layer_norm layernorm rms_norm rmsnorm group_norm groupnorm batch_norm batchnorm1d native_layer_norm"
-    " pow mean rsqrt sqrt var".split()
+    [
+        "layer_norm",
+        "layernorm",
+        "rms_norm",
+        "rmsnorm",
+        "group_norm",
+        "groupnorm",
+        "batch_norm",
+        "batchnorm1d",
+        "native_layer_norm",
+        "pow",
+        "mean",
+        "rsqrt",
+        "sqrt",
+        "var",
+    ]
 )
-_ARITHMETIC = frozenset("add sub mul div neg rsub add_ mul_ iadd imul truediv masked_fill where clamp".split())
+_ARITHMETIC = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "rsub",
+        "add_",
+        "mul_",
+        "iadd",
+        "imul",
+        "truediv",
+        "masked_fill",
+        "where",
+        "clamp",
+    ]
+)
 _CARRY = _SPLITS | _SHAPES | _CASTS | _NORMS | _ARITHMETIC
 _ACTIVATIONS = frozenset(
-    "relu relu_ relu6 gelu silu silu_ tanh sigmoid elu leaky_relu hardswish mish softplus hardtanh".split()
+    [
+        "relu",
+        "relu_",
+        "relu6",
+        "gelu",
+        "silu",
+        "silu_",
+        "tanh",
+        "sigmoid",
+        "elu",
+        "leaky_relu",
+        "hardswish",
+        "mish",
+        "softplus",
+        "hardtanh",
+    ]
 )
-_ADDS = frozenset("add add_ iadd".split())
-_PRODUCTS = frozenset("matmul bmm baddbmm einsum".split())
+_ADDS = frozenset(["add", "add_", "iadd"])
+_PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
 _FUSED_ATTENTION = frozenset(["scaled_dot_product_attention"])
 
 
@@ -117,7 +206,7 @@ class _Inference:
         return _walk(start, inputs)
 
     def _ahead(self, start: fx.Node, through: frozenset[str] = _CARRY) -> Iterator[fx.Node]:
-        """Nodes that carry `start` forward, itself included, up to what is not carrying or joins a residual (included)."""
+        """Nodes that carry `start` forward, itself included, up to (including) what does not, or joins a residual."""
 
         def users(node: fx.Node) -> Iterable[fx.Node]:
             ends = node is not start and (node in self.joins or self.ops[node] not in through)

@@ -6,6 +6,7 @@ import operator
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
@@ -112,16 +113,17 @@ def _match(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
     """`node` as the product of a linear over frozen parameters, or None."""
     if node.op != "call_function" or is_inserted(node):
         return None
+    args: tuple[Any, ...] = node.args
     if node.target is aten.linear.default:
-        x, weight, bias = (*node.args, None)[:3]
+        x, weight, bias = (*args, None)[:3]
         call = Call(x, node, node)
         out_in = True
     elif node.target is aten.addmm.default and not node.kwargs:
-        bias, x, weight = node.args
+        bias, x, weight = args
         call = _between_reshapes(x, node)
         out_in = False
     elif node.target in (aten.matmul.default, aten.mm.default, operator.matmul):
-        x, weight = node.args
+        x, weight = args
         call, bias = _with_bias_addition(gm, x, node)
         out_in = False
     else:
@@ -141,15 +143,12 @@ def _between_reshapes(x: fx.Node, product: fx.Node) -> Call:
         _is_reshape(x) and len(x.users) == 1 and len(users) == 1 and _is_reshape(users[0]) and _last(users[0], product)
     ):
         return Call(x, product, product)
-    outer = x.args[0]
-    assert isinstance(outer, fx.Node)
-    return Call(outer, users[0], product)
+    return Call(x.all_input_nodes[0], users[0], product)
 
 
 def _last(view: fx.Node, product: fx.Node) -> bool:
     """Whether `view` keeps the last dimension of `product`."""
-    shape = view.meta["val"].shape if "val" in view.meta else ()
-    return len(shape) > 0 and shape[-1] == product.meta["val"].shape[-1]
+    return "val" in view.meta and bool(view.meta["val"].shape[-1:] == product.meta["val"].shape[-1:])
 
 
 def _is_reshape(node: fx.Node) -> bool:
@@ -177,7 +176,7 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> tuple[str, bool] |
         if node.op != "call_function" or node.target not in (*_TRANSPOSES, *_COPIES):
             return None
         flipped ^= node.target in _TRANSPOSES
-        node = node.args[0]
+        node = node.all_input_nodes[0]
     if not isinstance(node, fx.Node) or is_inserted(node):
         return None
     try:

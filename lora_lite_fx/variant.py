@@ -124,7 +124,7 @@ class Variant:
     default_roles: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     """The roles adapted when the config names no targets."""
     ties_to_weight: ClassVar[bool] = False
-    """Whether the adapter's values mean something only on the weights it was made for (loading elsewhere is an error)."""
+    """Whether the values mean something only on the weights they were made for (loading elsewhere is an error)."""
     bounded_rank: ClassVar[bool] = True
     """Whether `r` may not exceed the smaller side of the weight."""
 
@@ -189,7 +189,7 @@ class Variant:
         raise NotImplementedError
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
-        """Overwrite start values that depend on the frozen weight, in place. `weight (d_out, d_in)` is float32 or wider."""
+        """Overwrite, in place, what starts from the frozen weight. `weight (d_out, d_in)` is float32 or wider."""
 
     # What it gets.
 

@@ -4,11 +4,11 @@ A pass is a frozen dataclass with `run(gm) -> number of edits`; a `Pipeline` run
 needs around each.
 """
 
-from .graph_pass import GraphPass, PassError, PassReport, Pipeline
-from .mode import FollowMode
 from .asserts import DropMetadataAsserts
+from .graph_pass import GraphPass, PassError, PassReport, Pipeline
 from .insert import InsertAdapter
 from .merge import MergeAdapters
+from .mode import FollowMode
 from .remove import RemoveAdapters
 
 __all__ = [

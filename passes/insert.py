@@ -79,13 +79,17 @@ class Fragment:
 
     Args:
         graph: placeholders `x`, `weight`, `bias` and the variant's tensors (of those, the ones that exist).
-        base: the node that stands for the call of the frozen linear.
         inputs: what each placeholder stands for, in order.
+        base: the node that stands for the call of the frozen linear.
+        base_input: the node that it is called on.
+        result: the node that is returned.
     """
 
     graph: fx.Graph
-    base: fx.Node
     inputs: dict[fx.Node, str]
+    base: fx.Node
+    base_input: fx.Node
+    result: fx.Node
 
 
 def trace_fragment(gm: fx.GraphModule, site: Site, placement: Placement, x: Tensor) -> Fragment:
@@ -105,9 +109,7 @@ def trace_fragment(gm: fx.GraphModule, site: Site, placement: Placement, x: Tens
 
     def run(values: tuple[Tensor, ...], training: bool) -> Tensor:
         named = dict(zip(tensors, values, strict=True))
-        base = FrozenLinear(
-            lambda v: F.linear(v, named["product"]), named["weight"], named.get("bias"), site, training
-        )
+        base = FrozenLinear(lambda v: F.linear(v, named["product"]), named["weight"], named.get("bias"), site, training)
         p = adapter_namespace({name: named[name] for name in placement.names})
         return placement.variant.forward(named["x"], base, p)
 
@@ -120,9 +122,11 @@ def trace_fragment(gm: fx.GraphModule, site: Site, placement: Placement, x: Tens
     calls = list(product.users)
     if len(calls) != 1:
         raise ConfigError(
-            f"{type(placement.variant).__name__}.forward must call base(...) exactly once; it called it {len(calls)} times."
+            f"{type(placement.variant).__name__}.forward must call base(...) exactly once;"
+            f" it called it {len(calls)} times."
         )
-    return Fragment(graph, calls[0], inputs)
+    result = graph.output_node().all_input_nodes[0]
+    return Fragment(graph, inputs, calls[0], calls[0].all_input_nodes[0], result)
 
 
 def _splice(
@@ -131,56 +135,80 @@ def _splice(
     """Copy `fragment` into the graph around `call`."""
     graph = gm.graph
     provenance = Provenance(site.name, placement.adapter, placement.position, number, placement.names, by=by)
-    config = json.dumps(to_config(placement.variant))
+    copier = _Copier(gm, site, call, placement, fragment, provenance)
     inside = span(call.x, call.y)
-    copies: dict[fx.Node, fx.Node] = {fragment.base: call.y}
-    inserted: list[fx.Node] = []
-
-    def add(node: fx.Node) -> fx.Node:
-        if "nn_module_stack" in call.node.meta:
-            node.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
-        record(node, provenance)
-        inserted.append(node)
-        return node
-
-    def copy(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            copies[node] = source(fragment.inputs[node]) if node.op == "placeholder" else add(graph.node_copy(node, copy))
-        return copies[node]
-
-    def source(name: str) -> fx.Node:
-        if name == "x":
-            return call.x
-        if name == "bias":
-            return add(graph.get_attr(site.bias or ""))
-        if name == "weight":
-            weight = add(graph.get_attr(site.weight))
-            return add(graph.call_function(aten.t.default, (weight,))) if site.transposed else weight
-        return add(graph.get_attr(placement.tensors[name]))
-
     body = [node for node in fragment.graph.nodes if node.op not in ("placeholder", "output")]
-    split = body.index(fragment.base)
-    base_input = fragment.base.args[0]
-    changes_input = fragment.inputs.get(base_input) != "x"
-    parts = {}
-    if changes_input:
+    parts: dict[str, fx.Node] = {}
+    if fragment.inputs.get(fragment.base_input) != "x":
+        split = body.index(fragment.base)
         with graph.inserting_before(inside[0]):
-            for node in body[:split]:
-                copy(node)
-        inlet = parts[INLET] = copies[base_input]
+            copier.copy_all(body[:split])
+        parts[INLET] = copier.copy(fragment.base_input)
         for node in inside:
-            node.replace_input_with(call.x, inlet)
-        body = body[split + 1 :]
+            node.replace_input_with(call.x, parts[INLET])
+        body = body[split:]
     with graph.inserting_before(call.y.next):
-        for node in body:
-            if node is not fragment.base:
-                copy(node)
-    (result,) = fragment.graph.output_node().args
-    if result is not fragment.base:
-        outlet = parts[OUTLET] = copies[result]
-        own = set(inserted)
-        call.y.replace_all_uses_with(outlet, delete_user_cb=lambda user: user not in own)
+        copier.copy_all(body)
+    if fragment.result is not fragment.base:
+        parts[OUTLET] = copier.copy(fragment.result)
+        own = set(copier.inserted)
+        call.y.replace_all_uses_with(parts[OUTLET], delete_user_cb=lambda user: user not in own)
     if not parts:
         raise ConfigError(f"{type(placement.variant).__name__}.forward returns base(x) unchanged.")
+    config = json.dumps(to_config(placement.variant))
     for part, node in parts.items():
         record(node, replace(provenance, part=part, config=config))
+
+
+class _Copier:
+    """Copies nodes of a fragment to where the graph inserts, each once, and writes their provenance."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        site: Site,
+        call: Call,
+        placement: Placement,
+        fragment: Fragment,
+        provenance: Provenance,
+    ) -> None:
+        self.graph = gm.graph
+        self.site = site
+        self.call = call
+        self.placement = placement
+        self.inputs = fragment.inputs
+        self.provenance = provenance
+        self.copies: dict[fx.Node, fx.Node] = {fragment.base: call.y}
+        self.inserted: list[fx.Node] = []
+
+    def copy_all(self, nodes: list[fx.Node]) -> None:
+        for node in nodes:
+            self.copy(node)
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        if node not in self.copies:
+            self.copies[node] = (
+                self._input(self.inputs[node])
+                if node in self.inputs
+                else self._inserted(self.graph.node_copy(node, self.copy))
+            )
+        return self.copies[node]
+
+    def _input(self, name: str) -> fx.Node:
+        if name == "x":
+            return self.call.x
+        if name == "bias":
+            return self._inserted(self.graph.get_attr(self.site.bias or ""))
+        if name == "weight":
+            weight = self._inserted(self.graph.get_attr(self.site.weight))
+            return (
+                self._inserted(self.graph.call_function(aten.t.default, (weight,))) if self.site.transposed else weight
+            )
+        return self._inserted(self.graph.get_attr(self.placement.tensors[name]))
+
+    def _inserted(self, node: fx.Node) -> fx.Node:
+        if "nn_module_stack" in self.call.node.meta:
+            node.meta["nn_module_stack"] = self.call.node.meta["nn_module_stack"]
+        record(node, self.provenance)
+        self.inserted.append(node)
+        return node

@@ -42,7 +42,7 @@ class MergeAdapters(GraphPass):
 
 @torch.no_grad()
 def _effective(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple[Tensor, Tensor | None]:
-    """`W' (d_out, d_in)` and `b' (d_out,)`, in the dtype of the frozen ones; no bias where it is zero and none was there."""
+    """`W' (d_out, d_in)` and `b' (d_out,)`, in the frozen dtype; no bias where it is zero and none was there."""
     weight = site_weight(gm, site)
     bias = tensor_of(gm, site.bias) if site.bias else None
     # In float32 at least, so that folding into a half-precision weight rounds once.
@@ -50,7 +50,11 @@ def _effective(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple
     wide_weight = weight.to(exact)
     wide_bias = bias.to(exact) if bias is not None else None
     base = FrozenLinear(
-        lambda x: nn.functional.linear(x, wide_weight, wide_bias), wide_weight, wide_bias, site, training=False
+        lambda x: nn.functional.linear(x, wide_weight, wide_bias),
+        wide_weight,
+        wide_bias,
+        site,
+        training=False,
     )
     adapted = compose(base, [(placement.variant, placement.namespace(gm)) for placement in around])
     with torch.autocast(weight.device.type, enabled=False):
@@ -65,7 +69,9 @@ def _replace(gm: fx.GraphModule, site: Site, weight: Tensor, bias: Tensor | None
     if bias is None:
         return
     if site.bias is None:
-        raise ConfigError(f"The adapters of {site.name!r} add a bias, which the frozen linear has not; it cannot be merged.")
+        raise ConfigError(
+            f"The adapters of {site.name!r} add a bias, which the frozen linear has not; it cannot be merged."
+        )
     _set(gm, site, site.bias, bias)
 
 
@@ -74,9 +80,7 @@ def _set(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> None:
     shared = tensor_of(gm, name)
     parameter = nn.Parameter(tensor, requires_grad=False)
     calls = {call.node for call in site.calls} | {call.y for call in site.calls}
-    readers = [
-        node for node in gm.graph.nodes if node.op == "get_attr" and _is(gm, str(node.target), shared)
-    ]
+    readers = [node for node in gm.graph.nodes if node.op == "get_attr" and _is(gm, str(node.target), shared)]
     leaves = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]
     read_by_leaf = any(shared is parameter for leaf in leaves for parameter in leaf.parameters())
     if not read_by_leaf and all(_leads_only_to(user, calls) for node in readers for user in node.users):
@@ -109,4 +113,6 @@ def _leads_only_to(node: fx.Node, ends: set[fx.Node]) -> bool:
     """Whether `node` is one of `ends`, or a view or cast of a weight that only they read."""
     if node in ends:
         return True
-    return len(node.all_input_nodes) == 1 and bool(node.users) and all(_leads_only_to(user, ends) for user in node.users)
+    return (
+        len(node.all_input_nodes) == 1 and bool(node.users) and all(_leads_only_to(user, ends) for user in node.users)
+    )

@@ -25,12 +25,9 @@ class RemoveAdapters(GraphPass):
         tensors = adapter_tensor_names(gm)
         for insertion in found:
             entered_by = insertion.entered_by
-            own = set(insertion.nodes)
             for part, original in ((insertion.inlet, 0), (insertion.outlet, -1)):
                 if part is not None:
-                    part.replace_all_uses_with(
-                        entered_by[original], delete_user_cb=lambda user, own=own: user not in own
-                    )
+                    part.replace_all_uses_with(entered_by[original], delete_user_cb=insertion.is_outside)
             for node in reversed(insertion.nodes):
                 if not node.users:
                     gm.graph.erase_node(node)

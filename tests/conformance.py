@@ -86,7 +86,8 @@ def observe(model: nn.Module) -> list[Any]:
         for name, module in model.named_modules()
     ]
     return seen + [
-        (name, p.requires_grad, p.data_ptr(), p.grad is None) for name, p in model.named_parameters(remove_duplicate=False)
+        (name, p.requires_grad, p.data_ptr(), p.grad is None)
+        for name, p in model.named_parameters(remove_duplicate=False)
     ]
 
 
@@ -115,11 +116,15 @@ def check_rewrite_equals_wrap(
                 close(grad, expected[name], tolerance, f"{mode} gradient of {name}")
 
 
-def check_merge(gm: fx.GraphModule, base: fx.GraphModule, args: tuple[Any, ...], tolerance: float, tied: bool = False) -> None:
+def check_merge(
+    gm: fx.GraphModule, base: fx.GraphModule, args: tuple[Any, ...], tolerance: float, tied: bool = False
+) -> None:
     """The merged graph computes the adapted one, and is the base graph node for node (but for ties it must undo)."""
     merged = llfx.merge(gm)
     close(output(merged.eval(), args), output(gm.eval(), args), tolerance, "merged output")
-    assert [n.target for n in merged.graph.nodes if n.op != "get_attr"] == [n.target for n in base.graph.nodes if n.op != "get_attr"]
+    assert [n.target for n in merged.graph.nodes if n.op != "get_attr"] == [
+        n.target for n in base.graph.nodes if n.op != "get_attr"
+    ]
     if not tied:
         assert str(merged.graph) == str(base.graph)
     assert not any(p.requires_grad for p in merged.parameters())
@@ -159,7 +164,12 @@ def check_export(gm: fx.GraphModule, traced: tuple[Any, ...], args: tuple[Any, .
     loaded = torch.export.load(file).module()
     close(output(loaded, args), output(gm, args), tolerance, "exported output")
     assert list(llfx.adapter_state_dict(loaded)) == list(llfx.adapter_state_dict(gm))
-    close(output(llfx.remove(loaded), args), output(llfx.remove(gm), args), tolerance, "output after removal from the file")
+    close(
+        output(llfx.remove(loaded), args),
+        output(llfx.remove(gm), args),
+        tolerance,
+        "output after removal from the file",
+    )
 
 
 def check_conformance(cfg: Config, case: Any, other: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything of `model` that a user could notice: modules, modes, hooks, flags, and every tensor bit for bit."""
+    """All of `model` that a user could notice: modules, modes, hooks, flags, and tensors bit for bit."""
     seen: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
@@ -21,7 +21,13 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]:
-        seen[f"tensor {name}"] = (id(tensor), tensor.data_ptr(), tensor.requires_grad, _bits(tensor), _bits(tensor.grad))
+        seen[f"tensor {name}"] = (
+            id(tensor),
+            tensor.data_ptr(),
+            tensor.requires_grad,
+            _bits(tensor),
+            _bits(tensor.grad),
+        )
     if (config := getattr(model, "config", None)) is not None:
         seen["config"] = repr(config)
     return seen

@@ -115,7 +115,9 @@ def test_the_suite_rejects_a_broken_variant(cls: type[llfx.Variant], monkeypatch
         check_conformance(cls(r=2), case, (ids(3, 4),))
 
 
-def test_the_suite_accepts_the_variant_that_the_broken_ones_derive_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_accepts_the_variant_that_the_broken_ones_derive_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(variant._REGISTRY, "Broken", Broken)
     case = Case((GatedMLP, ResidualMLP), True, False, torch.float64, False, 0)
     check_conformance(Broken(r=2), case, (ids(3, 4),))

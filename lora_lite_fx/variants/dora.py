@@ -16,7 +16,7 @@ from .lora import LowRank
 @register
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LowRank):
-    """`y = m / ||W + s B A|| * (W x + s B A drop(x)) + b`, norms over rows; https://arxiv.org/abs/2402.09353, equation 5.
+    """`y = m / ||W + s B A|| * (W x + s B A drop(x)) + b`, norms of rows; https://arxiv.org/abs/2402.09353, equation 5.
 
     The norm is a constant for autograd (section 4.3 of the paper); the bias is not scaled. Identity at the start to
     rounding: `m = ||W||`.

@@ -13,7 +13,7 @@ from ..variant import FrozenLinear, ParamSpec, Variant, register
 @register
 @dataclass(frozen=True, kw_only=True)
 class IA3(Variant):
-    """`y = g * (W x + b)`; at sites with the role `down`, `y = W (g * x) + b`; https://arxiv.org/abs/2205.05638, section 3.3.
+    """`y = g * (W x + b)`; at sites with the role `down`, `y = W (g * x) + b`; https://arxiv.org/abs/2205.05638.
 
     Gates the keys, the values and the *input* of the down-projection. Identity at the start, exactly: `g = 1`.
     `r` and `alpha` are not used.

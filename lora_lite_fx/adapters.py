@@ -6,7 +6,7 @@ each tensor under the qualified name `<site>.<name>`, so everything here works o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import AdapterError, CheckpointError
-from .provenance import insertions
+from .provenance import Insertion, insertions, qualified_names
 from .site import Site
 from .variant import Variant, adapter_namespace, from_config
 
@@ -39,9 +39,8 @@ class Placement:
 
     @property
     def tensors(self) -> dict[str, str]:
-        """The qualified name of each tensor. At a site's second adapter the last part ends in `_2`, and so on."""
-        suffix = f"_{self.position + 1}" if self.position else ""
-        return {name: f"{self.site}.{name}{suffix}" for name in self.names}
+        """The qualified name of each tensor."""
+        return qualified_names(self.site, self.position, self.names)
 
     def register(self, model: nn.Module, site: Site, dtype: torch.dtype, device: torch.device) -> None:
         """Add the tensors to `model`, not yet filled: parameters where trainable, else buffers."""
@@ -85,9 +84,7 @@ def placements(model: nn.Module) -> list[Placement]:
             key = (insertion.adapter, insertion.site)
             if key not in found:
                 variant = from_config(insertion.config)
-                found[key] = Placement(
-                    variant, insertion.adapter, insertion.site, insertion.position, insertion.tensors
-                )
+                found[key] = Placement(variant, insertion.adapter, insertion.site, insertion.position, insertion.names)
     else:
         for module in model.modules():
             for placement in getattr(module, "placements", ()):
@@ -106,7 +103,11 @@ def adapters(model: nn.Module) -> Iterator[tuple[Variant, list[Placement]]]:
 
 def adapter_tensor_names(model: nn.Module) -> list[str]:
     """Qualified names of the tensors of all adapters, frozen ones included."""
-    return [name for placement in placements(model) for name in placement.tensors.values()]
+    # A graph says so itself, also where the variant's class is not known to this process.
+    found: Iterable[Insertion | Placement] = (
+        insertions(model.graph) if isinstance(model, fx.GraphModule) else placements(model)
+    )
+    return list(dict.fromkeys(name for adapter in found for name in adapter.tensors.values()))
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -48,7 +48,7 @@ class Capture:
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs | None, dynamic_shapes: Any) -> Capture:
-    """Capture `model`, which is left as it is. Arguments and errors are those of `rewrite.base_graph`."""
+    """Capture `model`, which is left as it is. Arguments and errors as for `rewrite.base_graph`."""
     if isinstance(model, ExportedProgram):
         model = model.module()
     if not isinstance(model, nn.Module):
@@ -56,6 +56,11 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs | None, d
     if isinstance(model, fx.GraphModule):
         return Capture(share(model, adapter_tensor_names(model)), None, model.training)
 
+    if adapter_tensor_names(model):
+        raise CaptureError(
+            f"{type(model).__name__} is wrapped eagerly already. The way out: start from the model that it wraps, and"
+            " pass several configs at once."
+        )
     shadow = share(model)
     if is_hugging_face(shadow):
         prepare_for_capture(shadow)

@@ -21,9 +21,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .adapters import adapter_state_dict, adapters, load_adapter_state_dict, tensor_of
+from .adapters import (
+    Placement,
+    adapter_state_dict,
+    adapter_tensor_names,
+    adapters,
+    load_adapter_state_dict,
+    placements,
+    tensor_of,
+)
 from .capture import Inputs
-from .errors import AdapterError, CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError
+from .provenance import qualified_names
 from .rewrite import base_graph, insert_adapters
 from .site import Site, find_sites
 from .variant import Variant, from_config, to_config
@@ -45,8 +54,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
     records = [
-        {"config": to_config(variant), "sites": [placement.site for placement in placements]}
-        for variant, placements in adapters(model)
+        {"config": to_config(variant), "sites": [placement.site for placement in members]}
+        for variant, members in adapters(model)
     ]
     names = dict.fromkeys(name for record in records for name in record["sites"])
     prints = {name: fingerprint(weight) for name, weight in _frozen_weights(model, names).items()}
@@ -94,10 +103,12 @@ def load(
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check_base(gm, placed, prints, path)
-    before = set(_names(gm))
-    insert_adapters(gm, placed)
-    earlier = {name: tensor for name, tensor in adapter_state_dict(gm).items() if name in before}
-    load_adapter_state_dict(gm, {**state, **earlier})
+    earlier = adapter_tensor_names(gm)
+    first = insert_adapters(gm, placed)
+    own = adapter_state_dict(gm)
+    renamed = _renamed(placed, [placement for placement in placements(gm) if placement.adapter >= first], first)
+    values = {renamed.get(name, name): tensor for name, tensor in state.items()}
+    load_adapter_state_dict(gm, {**{name: own[name] for name in earlier}, **values})
     return gm
 
 
@@ -178,11 +189,15 @@ def _check_base(
         warnings.warn(f"{message}.", stacklevel=3)
 
 
-def _names(gm: fx.GraphModule) -> list[str]:
-    try:
-        return list(adapter_state_dict(gm))
-    except AdapterError:
-        return []
+def _renamed(placed: list[tuple[Variant, list[Site]]], new: list[Placement], first: int) -> dict[str, str]:
+    """The qualified names in the file to those in the model, where adapters that it has already come before."""
+    names: dict[str, str] = {}
+    for placement in new:
+        in_file = placement.adapter - first
+        position = sum(placement.site in {site.name for site in targets} for _, targets in placed[:in_file])
+        written = qualified_names(placement.site, position, placement.names)
+        names |= {written[name]: path for name, path in placement.tensors.items()}
+    return names
 
 
 # Writing.

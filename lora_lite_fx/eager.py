@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import Placement, adapter_tensor_names
+from .adapters import Placement
 from .capture import Inputs, share, written_buffers
 from .errors import ConfigError
 from .provenance import inner_name
@@ -36,7 +36,7 @@ def wrap(
     gm = base_graph(model, example_inputs, dynamic_shapes)
     sites = find_sites(gm)
     chosen = [(variant, select(variant, sites)) for variant in variants]
-    wrapped = share(model, adapter_tensor_names(model))
+    wrapped = share(model)
     for name in written_buffers(gm):
         path, _, leaf = name.rpartition(".")
         setattr(wrapped.get_submodule(path), leaf, getattr(wrapped.get_submodule(path), leaf).clone())

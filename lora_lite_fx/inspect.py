@@ -9,8 +9,9 @@ from typing import Any, overload
 from torch import nn
 from torch.export import ExportedProgram
 
-from .adapters import placements, tensor_of
+from .adapters import tensor_of
 from .capture import Inputs
+from .provenance import Insertion, insertions
 from .rewrite import base_graph
 from .roles import ROLES
 from .site import find_sites
@@ -105,20 +106,20 @@ def inspect(
         CaptureError: the model cannot be captured.
     """
     gm = base_graph(model, example_inputs, dynamic_shapes)
-    at: dict[str, list[Any]] = {}
-    for placement in placements(gm):
-        at.setdefault(placement.site, []).append(placement)
+    at: dict[str, dict[int, Insertion]] = {}
+    for insertion in insertions(gm.graph):
+        at.setdefault(insertion.site, {})[insertion.adapter] = insertion
     rows = []
     for site in find_sites(gm):
-        here = at.get(site.name, [])
-        tensors = [tensor_of(gm, name) for placement in here for name in placement.tensors.values()]
+        here = at.get(site.name, {}).values()
+        tensors = [tensor_of(gm, name) for insertion in here for name in insertion.tensors.values()]
         rows.append(
             SiteRow(
                 site.name,
                 tuple(role for role in ROLES if role in site.roles),
                 site.d_in,
                 site.d_out,
-                tuple(type(placement.variant).__name__ for placement in here),
+                tuple(insertion.config["variant"] for insertion in here),
                 sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)),
                 "; ".join(f"{role}: {site.reasons[role]}" for role in ROLES if role in site.reasons),
             )

@@ -30,7 +30,7 @@ class Provenance:
         adapter: index of the adapter in the order in which they were added to the model.
         position: index of the adapter among those of its site; its tensors carry it as a suffix.
         call: number of the insertion; one adapter of a site that runs twice has two.
-        tensors: names of the adapter's tensors, without the suffix of its position.
+        names: of the adapter's tensors, as its variant calls them.
         part: `INLET`, `OUTLET`, or empty for the nodes in between.
         by: the pass that inserted it.
         config: the adapter's config as JSON, on inlets and outlets.
@@ -40,7 +40,7 @@ class Provenance:
     adapter: int
     position: int
     call: int
-    tensors: tuple[str, ...]
+    names: tuple[str, ...]
     part: str = ""
     by: str = ""
     config: str = ""
@@ -73,7 +73,7 @@ class Insertion:
     """One adapter at one call of a site, as found in a graph.
 
     Args:
-        site, adapter, position, call, tensors: as in `Provenance`.
+        site, adapter, position, call, names: as in `Provenance`.
         config: the adapter's config, as `variant.to_config` writes it.
         nodes: its nodes in graph order.
         inlet: the node that replaces the input of the frozen linear, or None.
@@ -84,11 +84,16 @@ class Insertion:
     adapter: int
     position: int
     call: int
-    tensors: tuple[str, ...]
+    names: tuple[str, ...]
     config: dict[str, Any]
     nodes: tuple[fx.Node, ...]
     inlet: fx.Node | None
     outlet: fx.Node | None
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """The qualified name of each of the adapter's tensors."""
+        return qualified_names(self.site, self.position, self.names)
 
     def is_outside(self, node: fx.Node) -> bool:
         """Whether `node` is not one of its nodes."""
@@ -103,6 +108,12 @@ class Insertion:
         """
         own = set(self.nodes)
         return sorted({n for node in self.nodes for n in node.all_input_nodes if n not in own and not _is_constant(n)})
+
+
+def qualified_names(site: str, position: int, names: Iterable[str]) -> dict[str, str]:
+    """The qualified names of an adapter's tensors at a site. At a site's second adapter they end in `_2`, and so on."""
+    suffix = f"_{position + 1}" if position else ""
+    return {name: f"{site}.{name}{suffix}" for name in names}
 
 
 def insertions(graph: fx.Graph) -> list[Insertion]:
@@ -124,7 +135,7 @@ def _insertion(members: list[tuple[fx.Node, Provenance]]) -> Insertion:
         first.adapter,
         first.position,
         first.call,
-        tuple(first.tensors),
+        tuple(first.names),
         json.loads(config),
         tuple(node for node, _ in members),
         parts.get(INLET),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 
 import lora_lite_fx as llfx
+from lora_lite_fx import variant
 from lora_lite_fx.rewrite import base_graph
 
 from .conformance import close, gradients, observe, output, randomise, unchanged
@@ -356,3 +358,35 @@ def test_the_compiled_graph_follows_the_mode() -> None:
     for training in (True, False, True):
         gm.train(training)
         close(output(compiled, (ids(3, 4),)), output(gm, (ids(3, 4),)), 1e-6, f"training={training}")
+
+
+def test_wrapping_or_rewriting_an_eagerly_wrapped_model_is_refused() -> None:
+    wrapped = llfx.wrap(net(GatedMLP), llfx.LoRA(r=2))
+    for adapt in (llfx.rewrite, llfx.wrap):
+        with pytest.raises(llfx.CaptureError, match="wrapped eagerly already"):
+            adapt(wrapped, llfx.LoRA(r=2))
+
+
+def test_a_graph_is_inspected_and_freed_of_adapters_where_their_variant_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gm = llfx.rewrite(net(GatedMLP), llfx.LoRA(r=2), (ids(2, 5),))
+    randomise(gm, 0)
+    monkeypatch.delitem(variant._REGISTRY, "LoRA")
+    assert llfx.inspect(gm)[0].adapters == ("LoRA",)
+    assert torch.equal(llfx.remove(gm)(ids(3, 4)), net(GatedMLP)(ids(3, 4)))
+    with pytest.raises(llfx.ConfigError, match="Unknown variant 'LoRA'"):
+        llfx.merge(gm)
+
+
+def test_a_file_loads_onto_a_model_that_has_adapters(tmp_path: Path) -> None:
+    stacked = llfx.rewrite(net(GatedMLP), [llfx.LoRA(r=2), llfx.HRA(r=2)], (ids(2, 5),))
+    randomise(stacked, 0)
+    llfx.save(stacked, tmp_path / "two.safetensors")
+    first = llfx.rewrite(net(GatedMLP), llfx.DoRA(r=2), (ids(2, 5),))
+    loaded = llfx.load(first, tmp_path / "two.safetensors")
+    assert llfx.inspect(loaded)[0].adapters == ("DoRA", "LoRA", "HRA")
+    state = llfx.adapter_state_dict(loaded)
+    for name, tensor in llfx.adapter_state_dict(stacked).items():
+        renamed = name.replace("lora_U_2", "lora_U_3") if "lora_U" in name else f"{name}_2"
+        assert torch.equal(state[renamed], tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def causal(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> An
     config = copy.deepcopy(CAUSAL[name])
     config.num_hidden_layers = layers
     return hf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@functools.cache
+def captured(name: str, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """The graph of `causal(name)`, which rewriting does not change; capturing is most of a test's time."""
+    return base_graph(causal(name, dtype))
 
 
 def tokens(batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
@@ -230,7 +237,7 @@ def test_the_result_has_the_models_mode() -> None:
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_bfloat16_base_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
     model = causal("llama", torch.bfloat16)
-    gm, wrapped = llfx.rewrite(model, cls(r=4)), llfx.wrap(model, cls(r=4))
+    gm, wrapped = llfx.rewrite(captured("llama", torch.bfloat16), cls(r=4)), llfx.wrap(model, cls(r=4))
     assert all(t.dtype == torch.float32 for t in llfx.adapter_state_dict(gm).values())
     randomise(gm, 0)
     randomise(wrapped, 0)
@@ -244,7 +251,7 @@ def test_a_bfloat16_base_gets_float32_adapters_and_computes_in_bfloat16(cls: typ
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: type[llfx.Variant]) -> None:
     model = causal("llama")
-    gm, wrapped = llfx.rewrite(model, cls(r=4)), llfx.wrap(model, cls(r=4))
+    gm, wrapped = llfx.rewrite(captured("llama"), cls(r=4)), llfx.wrap(model, cls(r=4))
     randomise(gm, 0)
     randomise(wrapped, 0)
     batch = tokens(2, 7)
@@ -339,7 +346,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[llfx.Variant]) -> None:
-    gm = llfx.rewrite(causal("llama"), cls(r=4))
+    gm = llfx.rewrite(captured("llama"), cls(r=4))
     randomise(gm, 0)
     torch._dynamo.reset()
     counter = CompileCounter()

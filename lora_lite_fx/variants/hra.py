@@ -1,5 +1,6 @@
 """HRA: Householder Reflection Adaptation (Yuan et al., 2024), https://arxiv.org/abs/2405.17484"""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +30,13 @@ class HRA(Variant):
         self._require(self.r % 2 == 0, f"r={self.r} must be even: vectors start in pairs whose reflections cancel")
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
-        return {"lora_U": ParamSpec((self.r, site.d_in), init="kaiming")}
+        return {"lora_U": ParamSpec((self.r, site.d_in))}
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
-        p.lora_U[1::2] = p.lora_U[::2]
+        # The length of a vector changes nothing but its learning rate; drawn as in the reference code, where the
+        # vectors are columns.
+        half = torch.nn.init.kaiming_uniform_(p.lora_U.new_empty(site.d_in, self.r // 2), a=math.sqrt(5))
+        p.lora_U.copy_(half.t().repeat_interleave(2, dim=0))
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         # In double precision the small system is exact enough at any rank, and autocast leaves it alone.

@@ -75,6 +75,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs | None, d
         shadow.train()
         gm = _export(shadow, args, kwargs, dynamic_shapes)
         eval_graph = _export(shadow.eval(), args, kwargs, dynamic_shapes).graph
+    keep_aliases(shadow, gm)
+    _name_modules_once(shadow, gm.graph)
     return Capture(gm, eval_graph, model.training)
 
 
@@ -188,6 +190,7 @@ _ATEN_METHODS = {"matmul": aten.matmul.default, "t": aten.t.default}
 
 
 def _symbolic_trace(model: nn.Module) -> fx.GraphModule:
+    attributes = set(vars(model))
     try:
         graph = _Tracer().trace(model)
     except Exception as error:
@@ -201,7 +204,11 @@ def _symbolic_trace(model: nn.Module) -> fx.GraphModule:
             node.target, node.args = aten.numpy_T.default, node.args[:1]
         if node.target in (aten.linear.default, aten.matmul.default, aten.addmm.default):
             node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
-    return fx.GraphModule(model, graph)
+    gm = fx.GraphModule(model, graph)
+    # The tracer stores constant tensors on the model, under a new name each time it traces.
+    for name in set(vars(model)) - attributes:
+        delattr(model, name)
+    return gm
 
 
 def _uncapturable(model: nn.Module, error: Exception, how: str) -> CaptureError:
@@ -221,6 +228,15 @@ def _uncapturable(model: nn.Module, error: Exception, how: str) -> CaptureError:
     return CaptureError(
         f"{type(model).__name__} could not be captured by {how}{where}: {reason.strip()}\nThe way out: {ways_out}."
     )
+
+
+def _name_modules_once(model: nn.Module, graph: fx.Graph) -> None:
+    """Let the nodes of a module that is registered under several names all go by the first."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
+    for node in graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {key: (names.get(path, path), *rest) for key, (path, *rest) in stack.items()}
 
 
 # Tracing a variant's function.
@@ -258,7 +274,19 @@ def trace(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> fx.Grap
         return make_fx(function, pre_dispatch=True)(*tensors).graph
 
 
-# Buffers that a graph writes to.
+# Tensors of a captured graph.
+
+
+def keep_aliases(source: nn.Module, gm: fx.GraphModule) -> None:
+    """Register the tied parameters of `gm` under all the names they have in `source`; the graph reads only one."""
+    known = {id(parameter) for parameter in gm.parameters()}
+    names = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        if id(parameter) in known and name not in names:
+            path, _, leaf = name.rpartition(".")
+            if path not in dict(gm.named_modules()):
+                gm.add_submodule(path, nn.Module())
+            gm.get_submodule(path).register_parameter(leaf, parameter)
 
 
 def own_written_buffers(gm: fx.GraphModule) -> None:

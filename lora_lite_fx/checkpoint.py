@@ -1,7 +1,7 @@
 """`save` and `load`: adapters in one safetensors file.
 
-The tensors are those of `adapter_state_dict`. The metadata holds JSON: the configs with the sites they were
-inserted at, and a fingerprint of the frozen weights of those sites.
+The tensors are those of `adapter_state_dict`. The metadata holds one JSON document: the configs with the sites they
+were inserted at, a fingerprint of the frozen weights of those sites, and a checksum of the tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,8 +36,8 @@ from .rewrite import base_graph, insert_adapters
 from .site import Site, find_sites
 from .variant import Variant, from_config, to_config
 
-FORMAT = "lora_lite_fx"
-VERSION = "1"
+FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
+VERSION = 1
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -50,22 +49,20 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         AdapterError: the model has no adapters.
+        ConfigError: a variant is not registered, so that the file could not be loaded.
         CheckpointError: the file cannot be written.
     """
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    for variant, _ in adapters(model):
+        from_config(to_config(variant))  # refuses what could not be loaded again
     records = [
         {"config": to_config(variant), "sites": [placement.site for placement in members]}
         for variant, members in adapters(model)
     ]
     names = dict.fromkeys(name for record in records for name in record["sites"])
     prints = {name: fingerprint(weight) for name, weight in _frozen_weights(model, names).items()}
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "adapters": json.dumps(records),
-        "fingerprint": json.dumps(prints),
-    }
-    _write_atomically(Path(path), safetensors.torch.save(state, metadata))
+    document = {"version": VERSION, "adapters": records, "fingerprint": prints, "checksum": _checksum(state)}
+    _write_atomically(Path(path), safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
 
 
 def load(
@@ -92,7 +89,9 @@ def load(
         CaptureError: the model cannot be captured.
     """
     state, metadata = _read(Path(path))
-    chosen, prints = _parse(metadata, Path(path))
+    chosen, prints, checksum = _parse(metadata, Path(path))
+    if checksum != _checksum(state):
+        raise CheckpointError(f"{path} is corrupt: its tensors are not those that were saved.")
     gm = base_graph(model, example_inputs, dynamic_shapes)
     sites = {site.name: site for site in find_sites(gm)}
     placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
@@ -108,7 +107,10 @@ def load(
     own = adapter_state_dict(gm)
     renamed = _renamed(placed, [placement for placement in placements(gm) if placement.adapter >= first], first)
     values = {renamed.get(name, name): tensor for name, tensor in state.items()}
-    load_adapter_state_dict(gm, {**{name: own[name] for name in earlier}, **values})
+    try:
+        load_adapter_state_dict(gm, {**{name: own[name] for name in earlier}, **values})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return gm
 
 
@@ -117,6 +119,15 @@ def fingerprint(weight: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
     digest.update(weight.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    """A hash of the names, shapes, dtypes and values of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # Reading.
@@ -134,17 +145,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, str]]:
-    """The variants with the names of their sites, and the fingerprints."""
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by lora_lite_fx.save (format {metadata.get('format')!r}).")
-    if metadata.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has version {metadata.get('version')!r}; this library reads version {VERSION!r}."
-        )
+def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, str], str]:
+    """The variants with the names of their sites, the fingerprints, and the checksum."""
+    if FORMAT not in metadata:
+        raise CheckpointError(f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}.")
     try:
-        records = json.loads(metadata["adapters"])
-        prints = json.loads(metadata["fingerprint"])
+        document = json.loads(metadata[FORMAT])
+        if document["version"] != VERSION:
+            raise CheckpointError(
+                f"{path} has version {document['version']!r}; this library reads version {VERSION!r}."
+            )
+        records, prints = document["adapters"], document["fingerprint"]
         if not isinstance(prints, dict) or not records:
             raise TypeError("adapters must be a list that is not empty, fingerprint an object")
         chosen = []
@@ -153,11 +164,11 @@ def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant,
             if not isinstance(config, dict) or not all(isinstance(name, str) for name in [*names, *config]):
                 raise TypeError("config must be an object, sites a list of names")
             chosen.append((from_config(config), list(dict.fromkeys(names))))
+        return chosen, prints, document["checksum"]
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged: {type(error).__name__}: {error}.") from error
-    return chosen, prints
 
 
 def _existing(sites: Mapping[str, Site], names: list[str], path: str | os.PathLike[str]) -> list[Site]:
@@ -212,22 +223,15 @@ def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Te
 
 def _write_atomically(path: Path, data: bytes) -> None:
     """Write a new file beside `path` and rename it over: readers see the old bytes or the new, never a part."""
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .adapters import adapter_tensor_names, placements, site_weight
-from .capture import Inputs, capture, own_written_buffers
+from .capture import Inputs, capture, keep_aliases, own_written_buffers
 from .errors import AdapterError, ConfigError
 from .passes import (
     DropMetadataAsserts,
@@ -121,6 +121,7 @@ def base_graph(
     Pipeline((*follow, DropMetadataAsserts())).run(captured.gm)
     # What torch.export builds refuses train() and eval(); a plain module over the same graph does not.
     gm = fx.GraphModule(captured.gm, captured.gm.graph)
+    keep_aliases(captured.gm, gm)
     own_written_buffers(gm)
     return gm.train(captured.training)
 

@@ -143,6 +143,7 @@ _ACTIVATIONS = frozenset(
         "hardtanh",
     ]
 )
+_SOFTMAXES = frozenset(["softmax", "_softmax", "log_softmax", "_log_softmax"])
 _ADDS = frozenset(["add", "add_", "iadd"])
 _PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
 _FUSED_ATTENTION = frozenset(["scaled_dot_product_attention"])
@@ -278,7 +279,7 @@ class _Inference:
                 self._give_attention(found, node)
             elif self.ops[node] in ("softmax", "_softmax"):
                 for scores, result, values in self._around_softmax(node):
-                    query, key = _factors(scores)
+                    query, key = _query_and_key(scores, node)
                     self._give_attention({"query": query, "key": key, "value": values}, result)
 
     def _around_softmax(self, softmax: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
@@ -292,9 +293,13 @@ class _Inference:
         for result in self._ahead(softmax):
             if self.ops[result] not in _PRODUCTS or len(scores) != 1:
                 continue
-            probabilities, values = _factors(result)
-            if softmax in _walk(probabilities, lambda n: n.all_input_nodes if self.ops[n] in _CARRY else ()):
-                yield scores[0], result, values
+            first, second = _factors(result)
+            probable = [self._carries(softmax, factor) for factor in (first, second)]
+            if probable.count(True) == 1:
+                yield scores[0], result, second if probable[0] else first
+
+    def _carries(self, source: fx.Node, node: Any) -> bool:
+        return source in _walk(node, lambda n: n.all_input_nodes if self.ops[n] in _CARRY else ())
 
     def _give_attention(self, arguments: Mapping[str, Any], result: fx.Node) -> None:
         for role, argument in arguments.items():
@@ -302,7 +307,8 @@ class _Inference:
                 for linear in self._sources(argument):
                     linear.give(role, f"its output is the {role} of {result.name}")
         for node in self._ahead(result):
-            for linear in self.by_x.get(node, ()):
+            carried = node is result or (self.ops[node] in _CARRY and node not in self.joins)
+            for linear in self.by_x.get(node, ()) if carried and node not in self.by_y else ():
                 linear.give("output", f"it reads the result of {result.name}")
 
     # Feed-forward.
@@ -342,7 +348,7 @@ class _Inference:
         body = {role for group in GROUPS.values() for role in group}
         for linear in self.linears:
             if body.isdisjoint(linear.reasons) and "writer" not in linear.reasons:
-                ahead = self._ahead(linear.y, _CARRY | _ACTIVATIONS)
+                ahead = self._ahead(linear.y, _CARRY | _ACTIVATIONS | _SOFTMAXES)
                 if any(node.op == "output" for node in ahead):
                     linear.give("head", "its output is an output of the model")
 
@@ -353,6 +359,19 @@ def _factors(product: fx.Node) -> tuple[Any, Any]:
         return product.args[0], product.args[1]
     factors = [n for a in product.args[1:] for n in (a if isinstance(a, (list, tuple)) else [a])]
     return factors[0], factors[1]
+
+
+def _query_and_key(scores: fx.Node, softmax: fx.Node) -> tuple[Any, Any]:
+    """The factors of a score product: the key is the one whose axis the softmax normalises."""
+    first, second = _factors(scores)
+    dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim", -1)
+    if "val" in softmax.meta and isinstance(dim, int):
+        dim = dim % softmax.meta["val"].dim() - softmax.meta["val"].dim()
+    key_first: bool = dim == -2
+    if op_name(scores) == "einsum":
+        inputs, output = str(scores.args[0]).replace(" ", "").split("->")
+        key_first = isinstance(dim, int) and output[dim] in inputs.split(",")[0]
+    return (second, first) if key_first else (first, second)
 
 
 def _bits(mask: int) -> Iterator[int]:

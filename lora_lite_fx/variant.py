@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -133,13 +134,14 @@ class Variant:
             value = getattr(self, field)
             if isinstance(value, (str, int)):
                 value = (value,)
-            if value is not None:
-                object.__setattr__(self, field, tuple(value))
+            optional = value is None and field != "exclude_names"
+            self._require(
+                optional or isinstance(value, Iterable),
+                f"{field} must be a tuple (of roles, names, ...), got {value!r}",
+            )
+            object.__setattr__(self, field, None if optional else tuple(value))
         self._require(isinstance(self.r, int) and self.r >= 1, f"r must be a positive integer, got {self.r!r}")
-        self._require(
-            isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha),
-            f"alpha must be a finite number, got {self.alpha!r}",
-        )
+        self._require(is_finite(self.alpha), f"alpha must be a finite number, got {self.alpha!r}")
         self._require(
             self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point),
             f"dtype must be None or a floating-point torch.dtype, got {self.dtype!r}",
@@ -336,6 +338,11 @@ def from_config(config: Mapping[str, Any]) -> Variant:
 def wide(tensor: Tensor) -> Tensor:
     """`tensor` in float32 if it is in half precision, else as it is. For norms and factorisations."""
     return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def is_finite(value: object) -> bool:
+    """Whether `value` is a number that a float can hold. For checking the fields of variants."""
+    return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def cast(x: Tensor, like: Tensor) -> Tensor:

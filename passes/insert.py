@@ -48,6 +48,7 @@ class InsertAdapter(GraphPass):
             next_call = insertion.call + 1
         first_call = next_call
         fragments: dict[object, Fragment] = {}
+        moved: dict[fx.Node, fx.Node] = {}  # an adapted output may be the input of a call found before
         for site in find_sites(gm):
             there = {insertion.adapter for insertion in around[site.name]}
             if site.name not in self.names or self.adapter in there:
@@ -56,12 +57,12 @@ class InsertAdapter(GraphPass):
             placement = Placement(self.variant, self.adapter, site.name, len(there), names)
             self._register(gm, site, placement)
             for call in site.calls:
-                x, y = outermost(around[site.name], call.x, call.y)
+                x, y = outermost(around[site.name], moved.get(call.x, call.x), call.y)
                 value = fake_input(x, site_weight(gm, site))
                 key = (str(value.shape), value.dtype, site.d_out, site.roles, site.bias is None)
                 if key not in fragments:
                     fragments[key] = trace_fragment(gm, site, placement, value)
-                _splice(gm, site, Call(x, y, call.node), placement, fragments[key], next_call, self.name)
+                moved[y] = _splice(gm, site, Call(x, y, call.node), placement, fragments[key], next_call, self.name)
                 next_call += 1
         return next_call - first_call
 
@@ -131,8 +132,8 @@ def trace_fragment(gm: fx.GraphModule, site: Site, placement: Placement, x: Tens
 
 def _splice(
     gm: fx.GraphModule, site: Site, call: Call, placement: Placement, fragment: Fragment, number: int, by: str
-) -> None:
-    """Copy `fragment` into the graph around `call`."""
+) -> fx.Node:
+    """Copy `fragment` into the graph around `call`; returns the adapted output."""
     graph = gm.graph
     provenance = Provenance(site.name, placement.adapter, placement.position, number, placement.names, by=by)
     copier = _Copier(gm, site, call, placement, fragment, provenance)
@@ -158,6 +159,7 @@ def _splice(
     config = json.dumps(to_config(placement.variant))
     for part, node in parts.items():
         record(node, replace(provenance, part=part, config=config))
+    return parts.get(OUTLET, call.y)
 
 
 class _Copier:

@@ -80,12 +80,13 @@ def _set(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> None:
     shared = tensor_of(gm, name)
     parameter = nn.Parameter(tensor, requires_grad=False)
     calls = {call.node for call in site.calls} | {call.y for call in site.calls}
-    readers = [node for node in gm.graph.nodes if node.op == "get_attr" and _is(gm, str(node.target), shared)]
+    aliases = [alias for alias, tensor in gm.named_parameters(remove_duplicate=False) if tensor is shared]
+    readers = [node for node in gm.graph.nodes if node.op == "get_attr" and node.target in aliases]
     leaves = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]
     read_by_leaf = any(shared is parameter for leaf in leaves for parameter in leaf.parameters())
     if not read_by_leaf and all(_leads_only_to(user, calls) for node in readers for user in node.users):
-        for target in {str(node.target) for node in readers}:
-            path, _, attribute = target.rpartition(".")
+        for alias in aliases:
+            path, _, attribute = alias.rpartition(".")
             setattr(gm.get_submodule(path), attribute, parameter)
         return
     # Tied: this site alone gets the new tensor, under a name of its own.
@@ -101,12 +102,6 @@ def _set(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> None:
                 own.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
             for user in mine:
                 user.replace_input_with(node, own)
-
-
-def _is(gm: fx.GraphModule, name: str, tensor: Tensor) -> bool:
-    owner = gm
-    path, _, attribute = name.rpartition(".")
-    return getattr(owner.get_submodule(path), attribute, None) is tensor
 
 
 def _leads_only_to(node: fx.Node, ends: set[fx.Node]) -> bool:

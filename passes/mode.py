@@ -98,6 +98,11 @@ class _TwoModes:
             if len(in_train) != len(in_eval):
                 raise _modes_differ(node)
             return type(in_train)(self._follow(node, t, e) for t, e in zip(in_train, in_eval, strict=True))
+        if isinstance(in_train, dict) and isinstance(in_eval, dict) and in_train.keys() == in_eval.keys():
+            return {key: self._follow(node, value, in_eval[key]) for key, value in in_train.items()}
+        if isinstance(in_train, slice) and isinstance(in_eval, slice):
+            bounds = ((in_train.start, in_eval.start), (in_train.stop, in_eval.stop), (in_train.step, in_eval.step))
+            return slice(*(self._follow(node, *bound) for bound in bounds))
         if type(in_train) is type(in_eval) and in_train == in_eval:
             return in_train
         if not all(isinstance(value, (bool, int, float)) for value in (in_train, in_eval)):

@@ -82,6 +82,18 @@ class SharedLinear(nn.Module):
         return x + torch.tanh(self.mix(torch.tanh(self.mix(x))))
 
 
+class Chain(nn.Module):
+    """Linears that read each other's output directly; the first runs twice."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.one = nn.Linear(WIDTH, WIDTH, bias)
+        self.two = nn.Linear(WIDTH, WIDTH, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(self.one(x)))
+
+
 class Normed(nn.Module):
     """Batch norm, which follows the mode and keeps statistics."""
 
@@ -92,10 +104,10 @@ class Normed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Not norm(lin(x)): that does not depend on the scale of a gate, whose gradient would be rounding alone.
-        return self.norm((x + self.lin(x)).transpose(1, 2)).transpose(1, 2)
+        return self.norm((x + self.lin(x)).transpose(1, 2)).transpose(1, 2).contiguous()
 
 
-BLOCKS = (ResidualMLP, GatedMLP, Conv1DMLP, Attention, FusedAttention, SharedLinear, Normed)
+BLOCKS = (ResidualMLP, GatedMLP, Conv1DMLP, Attention, FusedAttention, SharedLinear, Chain, Normed)
 
 
 class Net(nn.Module):

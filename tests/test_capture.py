@@ -397,3 +397,30 @@ def test_a_file_loads_onto_a_model_that_has_adapters(tmp_path: Path) -> None:
     for name, tensor in llfx.adapter_state_dict(stacked).items():
         renamed = name.replace("lora_U_2", "lora_U_3") if "lora_U" in name else f"{name}_2"
         assert torch.equal(state[renamed], tensor)
+
+
+@pytest.mark.parametrize("example_inputs", [None, (ids(2, 5),)], ids=["traced", "exported"])
+def test_a_tied_weight_keeps_all_its_names(example_inputs: Any) -> None:
+    model = net(GatedMLP, tied=True)
+    gm = llfx.rewrite(model, llfx.LoRA(r=2), example_inputs)
+    for graph in (gm, llfx.remove(gm), llfx.merge(gm)):
+        assert graph.state_dict().keys() >= model.state_dict().keys()
+        assert graph.get_parameter("embed.weight") is graph.get_parameter("head.weight")
+
+
+def test_a_merge_replaces_the_weight_of_a_shared_module_under_all_its_names() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    for example_inputs in (None, (torch.randn(2, 4),)):
+        gm = llfx.rewrite(Twice(), llfx.LoRA(r=2, target_names="."), example_inputs)
+        randomise(gm, 0)
+        merged = llfx.merge(gm)
+        assert merged.get_parameter("first.weight") is merged.get_parameter("second.weight")
+        close(merged(torch.ones(3, 4)), gm(torch.ones(3, 4)).detach(), 1e-5, "merged")

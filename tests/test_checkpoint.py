@@ -71,7 +71,7 @@ def saved(folder: Path, cfg: Any = VARIANTS["LoRA"], model: nn.Module | None = N
 def edited(path: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
     """Rewrite the file with `edit` applied to its tensors and its metadata, with the JSON of that parsed."""
     with safe_open(path, framework="pt") as file:
-        metadata: dict[str, Any] = dict(file.metadata())
+        metadata: dict[str, Any] = dict(sorted(file.metadata().items()))
     tensors = load_file(path)
     for key in ("adapters", "fingerprint"):
         metadata[key] = json.loads(metadata[key])
@@ -194,7 +194,7 @@ def test_on_other_weights_a_variant_that_needs_its_own_is_refused_and_others_war
         assert [warning.filename for warning in caught] == [__file__]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["LoRA", "PiSSA", "DeLoRA"])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
 def test_the_same_base_in_bfloat16_is_the_same_base(
     name: str, dtypes: tuple[torch.dtype, torch.dtype], tmp_path: Path

@@ -73,6 +73,12 @@ def value_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (v.transpose(-1, -2) @ probabilities.transpose(-1, -2)).transpose(-1, -2)
 
 
+def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Slices whose bounds are values of the graph."""
+    keys = q.shape[2]
+    return torch.softmax(q @ k[:, :, :keys].transpose(-1, -2), dim=-1) @ v[:, :, :keys]
+
+
 def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).unflatten(0, (-1, HEADS))
@@ -96,6 +102,7 @@ ATTENTIONS: list[Attend] = [
     einsum_key_first,
     matmul_key_first,
     value_first,
+    windowed,
     batched,
     batched_with_bias,
 ]
@@ -120,11 +127,12 @@ class Attention(nn.Module):
         return self.head(x + self.mix(h, h))
 
 
-ATTENTION = """
+WRITER = "o      output writer    8  8\n"
+ATTENTION = f"""
 q      query reader     8  8
 k      key reader       8  8
 v      value reader     8  8
-o      output writer    8  8
+{WRITER}
 head   head reader      8  5
 """
 
@@ -146,6 +154,14 @@ v      value     8  8
 o      output    8  8
 head   head      8  5
 """
+
+
+class WithoutProjection(Attention):
+    """The heads are added to the stream as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.attend(split_heads(self.q(x)), split_heads(self.k(x)), split_heads(self.v(x)))
+        return self.head(x + join_heads(heads))
 
 
 class CrossAttention(Attention):
@@ -286,6 +302,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     **{f"attention-{attend.__name__}": (lambda attend=attend: Attention(attend), ATTENTION) for attend in ATTENTIONS},
     "attention-post-norm": (PostNormAttention, ATTENTION),
     "attention-alone": (AttentionAlone, NO_RESIDUAL),
+    "attention-without-projection": (WithoutProjection, ATTENTION.replace(WRITER, "")),
     "attention-cross": (CrossAttention, CROSS),
     "qkv-chunk": (FusedProjection, FUSED),
     "qkv-view-unbind": (Unbound, FUSED),

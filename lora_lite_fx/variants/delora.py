@@ -1,6 +1,5 @@
 """DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation (Bini et al., 2025), https://arxiv.org/abs/2503.18225"""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, register, wide
+from ..variant import FrozenLinear, ParamSpec, Variant, cast, is_finite, register, wide
 
 _SMALLEST_NORM = 1e-4
 
@@ -31,7 +30,7 @@ class DeLoRA(Variant):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(
-            math.isfinite(self.lambda0) and self.lambda0 != 0,
+            is_finite(self.lambda0) and self.lambda0 != 0,
             f"lambda0={self.lambda0!r} would leave every gradient zero; use a finite number other than 0, such as 15",
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, low_rank, register
+from ..variant import FrozenLinear, ParamSpec, Variant, cast, is_finite, low_rank, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,9 @@ class LowRank(Variant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(0 <= self.dropout < 1, f"dropout is a probability below 1, got {self.dropout!r}")
+        self._require(
+            is_finite(self.dropout) and 0 <= self.dropout < 1, f"dropout is a probability below 1, got {self.dropout!r}"
+        )
 
     @property
     def scale(self) -> float:

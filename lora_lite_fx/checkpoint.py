@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,8 +91,6 @@ def load(
     """
     state, metadata = _read(Path(path))
     chosen, prints, checksum = _parse(metadata, Path(path))
-    if checksum != _checksum(state):
-        raise CheckpointError(f"{path} is corrupt: its tensors are not those that were saved.")
     gm = base_graph(model, example_inputs, dynamic_shapes)
     sites = {site.name: site for site in find_sites(gm)}
     placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
@@ -111,6 +110,8 @@ def load(
         load_adapter_state_dict(gm, {**{name: own[name] for name in earlier}, **values})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if checksum != _checksum(state):
+        raise CheckpointError(f"{path} is corrupt: its tensors are not those that were saved.")
     return gm
 
 
@@ -223,15 +224,23 @@ def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Te
 
 def _write_atomically(path: Path, data: bytes) -> None:
     """Write a new file beside `path` and rename it over: readers see the old bytes or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = None
     try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # a temporary file starts readable by its owner alone
+        os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

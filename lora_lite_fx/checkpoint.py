@@ -1,7 +1,7 @@
 """`save` and `load`: adapters in one safetensors file.
 
 The tensors are those of `adapter_state_dict`. The metadata holds one JSON document: the configs with the sites they
-were inserted at, a fingerprint of the frozen weights of those sites, and a checksum of the tensors.
+were inserted at, a fingerprint of the frozen weights of those sites, and a checksum of all that.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ]
     names = dict.fromkeys(name for record in records for name in record["sites"])
     prints = {name: fingerprint(weight) for name, weight in _frozen_weights(model, names).items()}
-    document = {"version": VERSION, "adapters": records, "fingerprint": prints, "checksum": _checksum(state)}
+    document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
+    document["checksum"] = _checksum(document, state)
     _write_atomically(Path(path), safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
 
 
@@ -90,7 +91,7 @@ def load(
         CaptureError: the model cannot be captured.
     """
     state, metadata = _read(Path(path))
-    chosen, prints, checksum = _parse(metadata, Path(path))
+    chosen, document = _parse(metadata, Path(path))
     gm = base_graph(model, example_inputs, dynamic_shapes)
     sites = {site.name: site for site in find_sites(gm)}
     placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
@@ -100,7 +101,7 @@ def load(
                 variant.check(site)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _check_base(gm, placed, prints, path)
+    _check_base(gm, placed, document["fingerprint"], path)
     earlier = adapter_tensor_names(gm)
     first = insert_adapters(gm, placed)
     own = adapter_state_dict(gm)
@@ -110,8 +111,8 @@ def load(
         load_adapter_state_dict(gm, {**{name: own[name] for name in earlier}, **values})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if checksum != _checksum(state):
-        raise CheckpointError(f"{path} is corrupt: its tensors are not those that were saved.")
+    if document.get("checksum") != _checksum(document, state):
+        raise CheckpointError(f"{path} is corrupt: it does not hold what was saved.")
     return gm
 
 
@@ -122,9 +123,10 @@ def fingerprint(weight: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _checksum(state: Mapping[str, Tensor]) -> str:
-    """A hash of the names, shapes, dtypes and values of tensors."""
-    digest = hashlib.sha256()
+def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """A hash of the document without its checksum, and of the names, shapes, dtypes and values of the tensors."""
+    said = {key: value for key, value in document.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -146,8 +148,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, str], str]:
-    """The variants with the names of their sites, the fingerprints, and the checksum."""
+def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, Any]]:
+    """The variants with the names of their sites, and the whole document."""
     if FORMAT not in metadata:
         raise CheckpointError(f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}.")
     try:
@@ -165,7 +167,7 @@ def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant,
             if not isinstance(config, dict) or not all(isinstance(name, str) for name in [*names, *config]):
                 raise TypeError("config must be an object, sites a list of names")
             chosen.append((from_config(config), list(dict.fromkeys(names))))
-        return chosen, prints, document["checksum"]
+        return chosen, document
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:

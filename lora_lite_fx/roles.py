@@ -39,6 +39,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 # Operations are known by their plain name, in lower case: `aten.add.Tensor`, `operator.add` and the method
 # `add` are all "add"; a module called as a leaf is its class name.
+_TRANSPOSES = frozenset(["transpose", "t", "numpy_t", "mt", "swapaxes"])
 _SPLITS = frozenset(
     ["split", "split_with_sizes", "chunk", "unbind", "getitem", "slice", "select", "narrow", "tensor_split"]
 )
@@ -279,7 +280,7 @@ class _Inference:
                 self._give_attention(found, node)
             elif self.ops[node] in ("softmax", "_softmax"):
                 for scores, result, values in self._around_softmax(node):
-                    query, key = _query_and_key(scores, node)
+                    query, key = _query_and_key(scores, node, self._is_transposed(scores, node))
                     self._give_attention({"query": query, "key": key, "value": values}, result)
 
     def _around_softmax(self, softmax: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
@@ -297,6 +298,19 @@ class _Inference:
             probable = [self._carries(softmax, factor) for factor in (first, second)]
             if probable.count(True) == 1:
                 yield scores[0], result, second if probable[0] else first
+
+    def _is_transposed(self, scores: fx.Node, softmax: fx.Node) -> bool:
+        """Whether the scores are transposed on their way to the softmax."""
+        through = _CARRY | {"tanh"}
+        flipped, node = False, softmax
+        while node is not scores:
+            flipped ^= self.ops[node] in _TRANSPOSES
+            node = next(
+                n
+                for n in node.all_input_nodes
+                if scores in _walk(n, lambda m: m.all_input_nodes if self.ops[m] in through else ())
+            )
+        return flipped
 
     def _carries(self, source: fx.Node, node: Any) -> bool:
         return source in _walk(node, lambda n: n.all_input_nodes if self.ops[n] in _CARRY else ())
@@ -361,12 +375,14 @@ def _factors(product: fx.Node) -> tuple[Any, Any]:
     return factors[0], factors[1]
 
 
-def _query_and_key(scores: fx.Node, softmax: fx.Node) -> tuple[Any, Any]:
+def _query_and_key(scores: fx.Node, softmax: fx.Node, transposed: bool) -> tuple[Any, Any]:
     """The factors of a score product: the key is the one whose axis the softmax normalises."""
     first, second = _factors(scores)
     dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim", -1)
     if "val" in softmax.meta and isinstance(dim, int):
         dim = dim % softmax.meta["val"].dim() - softmax.meta["val"].dim()
+    if transposed and dim in (-1, -2):
+        dim = -3 - dim
     key_first: bool = dim == -2
     if op_name(scores) == "einsum":
         inputs, output = str(scores.args[0]).replace(" ", "").split("->")

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,12 @@ def test_metadata_that_is_not_the_document_is_damaged(text: str, graph: nn.Modul
     refuses(graph, path, "metadata is damaged")
 
 
+def test_a_changed_config_does_not_pass_for_what_was_saved(graph: nn.Module, path: Path) -> None:
+    """It fits the tensors, but computes something else."""
+    edited(path, lambda tensors, document: config_of(document).update(alpha=5.0))
+    refuses(graph, path, "corrupt")
+
+
 # Foreign files.
 
 
@@ -239,7 +247,8 @@ class Bomb:
 
 
 FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "safetensors": (lambda p: save_file({"fc1.lora_A": torch.zeros(2, 8)}, p), "not written by lora_lite_fx.save"),
+    "safetensors": (lambda p: save_file({"a": torch.zeros(2)}, p), "not written by lora_lite_fx.save"),
+    "other metadata": (lambda p: save_file({"a": torch.zeros(2)}, p, {"format": "pt"}), "not written by lora_lite_fx"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps(Bomb())), "not a readable safetensors file"),
     "torch": (lambda p: torch.save({"fc1.lora_A": Bomb()}, p), "not a readable safetensors file"),
     "text": (lambda p: p.write_text("hello, world\n" * 9), "not a readable safetensors file"),
@@ -308,6 +317,21 @@ def test_a_crash_while_saving_leaves_the_old_file_and_no_other(
         assert str(path) in str(caught.value)
     llfx.save(other, path)
     assert path.read_bytes() != old
+
+
+def test_two_that_save_at_once_both_succeed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [randomised(llfx.rewrite(Net(), llfx.IA3(target_names=name))) for name in ("fc1", "fc2")]
+    contents = []
+    for model in models:
+        llfx.save(model, path)
+        contents.append(path.read_bytes())
+    both_wrote, fsync = threading.Barrier(2, timeout=5), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (both_wrote.wait(), fsync(file)))
+    with ThreadPoolExecutor() as pool:
+        for saving in [pool.submit(llfx.save, model, path) for model in models]:
+            saving.result()
+    assert path.read_bytes() in contents
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_other(path: Path) -> None:

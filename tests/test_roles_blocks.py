@@ -67,6 +67,11 @@ def matmul_key_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(k @ q.transpose(-1, -2), dim=-2).transpose(-1, -2) @ v
 
 
+def scores_transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores computed transposed, and transposed back before the softmax."""
+    return torch.softmax((k @ q.transpose(-1, -2)).transpose(-1, -2), dim=-1) @ v
+
+
 def value_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The result computed transposed, from probabilities that are transposed for it."""
     probabilities = torch.softmax(q @ k.transpose(-1, -2), dim=-1)
@@ -101,6 +106,7 @@ ATTENTIONS: list[Attend] = [
     einsum,
     einsum_key_first,
     matmul_key_first,
+    scores_transposed,
     value_first,
     windowed,
     batched,

@@ -20,6 +20,7 @@ from .test_roles_blocks import (
     INNER,
     MLP,
     WIDTH,
+    Attend,
     Attention,
     FusedProjection,
     GatedMLP,
@@ -68,6 +69,14 @@ ROUTED = {
     "matmul": lambda p, experts: (p.unsqueeze(-2) @ experts).squeeze(-2),
     "einsum": lambda p, experts: torch.einsum("bte,bted->btd", p, experts),
 }
+
+
+def einsum_with_ellipsis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("...qd,...kd->...qk", q, k).softmax(3) @ v
+
+
+def einsum_of_lists(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum(q, [0, 1, 2, 3], k, [0, 1, 4, 3], [0, 1, 2, 4]).softmax(-1) @ v
 
 
 class SoftmaxClassifier(nn.Module):
@@ -124,6 +133,15 @@ def test_a_softmax_that_routes_is_not_attention(mix: str, exported: bool) -> Non
     model = Router(ROUTED[mix])
     for row in llfx.inspect(model, example(model, exported)):
         assert not {"query", "key", "value", "output", "gate", "up", "down"} & set(row.roles), row
+
+
+@both_captures
+@pytest.mark.parametrize("attend", [einsum_with_ellipsis, einsum_of_lists])
+def test_an_einsum_that_is_hard_to_read_gives_no_wrong_role(attend: Attend, exported: bool) -> None:
+    model = Attention(attend)
+    found = roles_of(llfx.inspect(model, example(model, exported)))
+    for name, role in {"q": "query", "k": "key", "v": "value"}.items():
+        assert found[name][0] <= {role, "reader"}, found
 
 
 @both_captures

@@ -222,7 +222,8 @@ def _uncapturable(model: nn.Module, error: Exception, how: str) -> CaptureError:
     ]
     where = f" at `{frames[-1].line}` ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    ways_out = "replace the construct by tensor operations (torch.where, torch.cond), or adapt the submodules around it"
+    ways_out = "check the inputs, replace the construct by tensor operations (torch.where, torch.cond),"
+    ways_out += " or adapt the submodules around it"
     if how.startswith("symbolic"):
         ways_out = "pass example_inputs, so that torch.export captures the model on real shapes, or " + ways_out
     return CaptureError(

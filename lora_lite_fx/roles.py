@@ -385,8 +385,14 @@ def _query_and_key(scores: fx.Node, softmax: fx.Node, transposed: bool) -> tuple
         dim = -3 - dim
     key_first: bool = dim == -2
     if op_name(scores) == "einsum":
-        inputs, output = str(scores.args[0]).replace(" ", "").split("->")
-        key_first = isinstance(dim, int) and output[dim] in inputs.split(",")[0]
+        # Written with lists, without "->", or with a dimension counted from the front past an ellipsis: a doubt.
+        equation = scores.args[0] if isinstance(scores.args[0], str) else ""
+        inputs, _, output = equation.replace(" ", "").partition("->")
+        left, _, right = inputs.partition(",")
+        counted = isinstance(dim, int) and -len(output) <= dim < (0 if "." in output else len(output))
+        if not counted or (output[dim] in left) == (output[dim] in right):
+            return None, None
+        key_first = output[dim] in left
     return (second, first) if key_first else (first, second)
 
 

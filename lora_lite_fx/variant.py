@@ -151,13 +151,14 @@ class Variant:
             self._require(
                 role in ROLES or role in GROUPS,
                 f"unknown role {role!r}"
-                + (f", did you mean {near[0]!r}?" if near else "")
+                + (f", did you mean {near[0]!r}?" if near else ".")
                 + f" The roles are {', '.join(ROLES)}; the groups are {', '.join(GROUPS)}",
             )
         for pattern in (*(self.target_names or ()), *self.exclude_names):
+            self._require(isinstance(pattern, str), f"{pattern!r} is not a regular expression: it must be a string")
             try:
                 re.compile(pattern)
-            except (re.error, TypeError) as error:
+            except re.error as error:
                 raise ConfigError(f"{self._name()}: {pattern!r} is not a regular expression: {error}") from error
         for layer in self.layers or ():
             self._require(isinstance(layer, int) and layer >= 0, f"layers are indices from 0, got {layer!r}")

@@ -5,8 +5,9 @@ from .checkpoint import load, save
 from .eager import wrap
 from .errors import AdapterError, CaptureError, CheckpointError, ConfigError, SelectionError
 from .inspect import inspect
+from .registry import register, registry
 from .rewrite import merge, remove, rewrite
-from .variant import FrozenLinear, ParamSpec, Variant, register, registry
+from .variant import FrozenLinear, ParamSpec, Variant
 from .variants import HRA, IA3, DeLoRA, DoRA, LoRA, PiSSA
 
 __all__ = [

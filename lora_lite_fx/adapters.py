@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .errors import AdapterError, CheckpointError
-from .provenance import Insertion, insertions, qualified_names
+from .provenance import SHARED, Insertion, insertions, qualified_names
+from .registry import from_config
 from .site import Site
-from .variant import Variant, adapter_namespace, from_config
+from .variant import Statistic, Variant, adapter_namespace
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Placement:
     """One adapter at one site.
 
     Args:
-        variant: its config.
+        variant: the adapter's config.
         adapter: its index in the order in which adapters were added to the model.
         site: qualified name of the site.
         position: its index among the adapters of the site, the innermost first.
@@ -40,22 +42,30 @@ class Placement:
     @property
     def tensors(self) -> dict[str, str]:
         """The qualified name of each tensor."""
-        return qualified_names(self.site, self.position, self.names)
+        return qualified_names(self.site, self.adapter, self.position, self.names)
+
+    @cached_property
+    def local(self) -> Variant:
+        """The variant as it is at this site: with the rank and alpha that its patterns give it."""
+        return self.variant.at(self.site)
 
     def register(self, model: nn.Module, site: Site, dtype: torch.dtype, device: torch.device) -> None:
         """Add the tensors to `model`, not yet filled: parameters where trainable, else buffers."""
-        specs = self.variant.params(site)
+        specs = self.local.params(site)
         for name, qualified in self.tensors.items():
             path, _, attribute = qualified.rpartition(".")
+            module = model.get_submodule(path)
+            if name.startswith(SHARED) and hasattr(module, attribute):
+                continue  # there since the adapter's first site
             tensor = specs[name].empty(self.variant.param_dtype(dtype), device)
             if isinstance(tensor, nn.Parameter):
-                model.get_submodule(path).register_parameter(attribute, tensor)
+                module.register_parameter(attribute, tensor)
             else:
-                model.get_submodule(path).register_buffer(attribute, tensor)
+                module.register_buffer(attribute, tensor)
 
-    def start(self, model: nn.Module, site: Site, weight: Tensor) -> None:
+    def start(self, model: nn.Module, site: Site, weight: Tensor, statistic: Statistic | None = None) -> None:
         """Write the start values into the tensors. `weight (d_out, d_in)` is the site's."""
-        self.variant.start(site, weight, self.namespace(model))
+        self.local.start(site, weight, self.namespace(model), statistic)
 
     def namespace(self, model: nn.Module) -> Any:
         """The tensors as attributes by the variant's own names, for `Variant.forward`."""

@@ -33,9 +33,10 @@ from .adapters import (
 from .capture import Inputs
 from .errors import CheckpointError, ConfigError
 from .provenance import qualified_names
+from .registry import from_config, to_config
 from .rewrite import base_graph, insert_adapters
 from .site import Site, find_sites
-from .variant import Variant, from_config, to_config
+from .variant import Variant
 
 FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
 VERSION = 1
@@ -98,7 +99,7 @@ def load(
     try:
         for variant, targets in placed:
             for site in targets:
-                variant.check(site)
+                variant.at(site.name).check(site)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check_base(gm, placed, document["fingerprint"], path)
@@ -209,7 +210,7 @@ def _renamed(placed: list[tuple[Variant, list[Site]]], new: list[Placement], fir
     for placement in new:
         in_file = placement.adapter - first
         position = sum(placement.site in {site.name for site in targets} for _, targets in placed[:in_file])
-        written = qualified_names(placement.site, position, placement.names)
+        written = qualified_names(placement.site, in_file, position, placement.names)
         names |= {written[name]: path for name, path in placement.tensors.items()}
     return names
 

@@ -6,17 +6,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import Placement
+from .adapters import Placement, tensor_of
+from .calibration import Batches, make_plans
 from .capture import Inputs, share, written_buffers
 from .errors import ConfigError
 from .provenance import inner_name
 from .rewrite import Config, as_variants, base_graph
-from .site import Site, find_sites
-from .variant import FrozenLinear, adapter_namespace, compose, select
+from .site import Site
+from .variant import FrozenLinear, adapter_namespace, compose
 
 
 def wrap(
-    model: nn.Module, cfg: Config, example_inputs: Inputs | None = None, *, dynamic_shapes: Any = "auto"
+    model: nn.Module,
+    cfg: Config,
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    calibration: Batches | None = None,
 ) -> nn.Module:
     """A copy of `model`, of the same class and with the weights shared, whose targeted linears are wrapped.
 
@@ -24,7 +30,7 @@ def wrap(
     a variant in a debugger. The sites are found as `rewrite` finds them, which captures the model once.
 
     Args:
-        model, cfg, example_inputs, dynamic_shapes: as for `rewrite`; `model` is not changed.
+        model, cfg, example_inputs, dynamic_shapes, calibration: as for `rewrite`; `model` is not changed.
 
     Returns:
         The copy, in the model's mode. Only the adapters' parameters require grad.
@@ -34,19 +40,19 @@ def wrap(
     """
     variants = as_variants(cfg)
     gm = base_graph(model, example_inputs, dynamic_shapes)
-    sites = find_sites(gm)
-    chosen = [(variant, select(variant, sites)) for variant in variants]
+    plans = make_plans(gm, base_graph(gm) if calibration is not None else None, variants, calibration)
     wrapped = share(model)
     for name in written_buffers(gm):
         path, _, leaf = name.rpartition(".")
         setattr(wrapped.get_submodule(path), leaf, getattr(wrapped.get_submodule(path), leaf).clone())
-    for adapter, (variant, targets) in enumerate(chosen):
-        for site in targets:
+    for adapter, plan in enumerate(plans):
+        for site in plan.sites:
             module = _adapted(wrapped, site)
-            placement = Placement(variant, adapter, site.name, len(module.placements), tuple(variant.params(site)))
-            module.placements.append(placement)
+            names = tuple(plan.variant.at(site.name).params(site))
+            placement = Placement(plan.variant, adapter, site.name, len(module.placements), names)
             placement.register(wrapped, site, module.weight.dtype, module.weight.device)
-            placement.start(wrapped, site, module.out_in_weight)
+            module.add(placement, wrapped)
+            placement.start(wrapped, site, module.out_in_weight, plan.statistics.get(site.name))
     return wrapped
 
 
@@ -64,6 +70,13 @@ class AdaptedLinear(nn.Module):
         self.site = site
         self.placements: list[Placement] = []
         self.train(base.training)
+
+    def add(self, placement: Placement, model: nn.Module) -> None:
+        """Put an adapter around those there are. Its tensors must be registered in `model`, of which this is a part."""
+        self.placements.append(placement)
+        for path in placement.tensors.values():
+            if "." not in path:  # shared with other sites
+                self.register_buffer(path, tensor_of(model, path), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -84,7 +97,7 @@ class AdaptedLinear(nn.Module):
         """The adapted linear; its one argument may be passed by any name, as to the module it wraps."""
         (x,) = (*args, *kwargs.values())
         base = FrozenLinear(self.base, self.out_in_weight, self.bias, self.site, self.training)
-        return compose(base, [(placement.variant, self._tensors(placement)) for placement in self.placements])(x)
+        return compose(base, [(placement.local, self._tensors(placement)) for placement in self.placements])(x)
 
     def _tensors(self, placement: Placement) -> Any:
         # The qualified names end in attributes of this module, wherever in the model it is.

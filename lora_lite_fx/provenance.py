@@ -15,6 +15,9 @@ from torch import fx
 
 _KEY = "lora_lite_fx"
 
+SHARED = "lora_shared_"
+"""What the names of tensors begin with that all sites of an adapter share."""
+
 INLET = "inlet"
 """Part of the node that replaces the input of the frozen linear."""
 OUTLET = "outlet"
@@ -93,7 +96,7 @@ class Insertion:
     @property
     def tensors(self) -> dict[str, str]:
         """The qualified name of each of the adapter's tensors."""
-        return qualified_names(self.site, self.position, self.names)
+        return qualified_names(self.site, self.adapter, self.position, self.names)
 
     def is_outside(self, node: fx.Node) -> bool:
         """Whether `node` is not one of its nodes."""
@@ -110,10 +113,20 @@ class Insertion:
         return sorted({n for node in self.nodes for n in node.all_input_nodes if n not in own and not _is_constant(n)})
 
 
-def qualified_names(site: str, position: int, names: Iterable[str]) -> dict[str, str]:
-    """The qualified names of an adapter's tensors at a site. At a site's second adapter they end in `_2`, and so on."""
-    suffix = f"_{position + 1}" if position else ""
-    return {name: f"{site}.{name}{suffix}" for name in names}
+def qualified_names(site: str, adapter: int, position: int, names: Iterable[str]) -> dict[str, str]:
+    """The qualified names of an adapter's tensors at a site.
+
+    At a site's second adapter they end in `_2`, and so on. Tensors that all sites of an adapter share are at the root
+    of the model, and are counted by adapter.
+    """
+    return {
+        name: f"{name}{_suffix(adapter)}" if name.startswith(SHARED) else f"{site}.{name}{_suffix(position)}"
+        for name in names
+    }
+
+
+def _suffix(index: int) -> str:
+    return f"_{index + 1}" if index else ""
 
 
 def insertions(graph: fx.Graph) -> list[Insertion]:

@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .adapters import adapter_tensor_names, placements, site_weight
+from .calibration import Batches, make_plans
 from .capture import Inputs, capture, keep_aliases, own_written_buffers
 from .errors import AdapterError, ConfigError
 from .passes import (
@@ -20,8 +21,8 @@ from .passes import (
     Pipeline,
     RemoveAdapters,
 )
-from .site import Site, find_sites
-from .variant import Variant, select
+from .site import Site
+from .variant import Variant
 
 Config = Variant | Sequence[Variant]
 
@@ -32,7 +33,7 @@ def rewrite(
     example_inputs: Inputs | None = None,
     *,
     dynamic_shapes: Any = "auto",
-    calibration: Iterable[Any] | None = None,
+    calibration: Batches | None = None,
 ) -> fx.GraphModule:
     """Capture `model` as a graph and insert adapters into it.
 
@@ -45,8 +46,8 @@ def rewrite(
             any other module by symbolic tracing.
         dynamic_shapes: `"auto"` for every dimension that can be dynamic, None for fixed shapes, or what
             `torch.export.export` takes.
-        calibration: batches for variants that start from data. None of the variants so far does, so anything but
-            None is refused.
+        calibration: batches for the variants that start from data (`EVA`, `AntiPaSTO`): tuples of positional or dicts
+            of keyword arguments. Run through the captured graph once, one after the other; padding does not count.
 
     Returns:
         A graph module over the model's own frozen weights, in the model's mode. Only the adapters' parameters
@@ -58,18 +59,14 @@ def rewrite(
         ConfigError: `cfg` is no variant, or does not fit a site.
     """
     variants = as_variants(cfg)
-    if calibration is not None:
-        names = ", ".join(type(variant).__name__ for variant in variants)
-        raise ConfigError(f"calibration was given, but {names} does not start from data; leave it out.")
     gm = base_graph(model, example_inputs, dynamic_shapes)
-    sites = find_sites(gm)
-    chosen = [(variant, select(variant, sites)) for variant in variants]
-    first = insert_adapters(gm, chosen)
-    by_name = {site.name: site for site in sites}
+    plans = make_plans(gm, base_graph(gm) if calibration is not None else None, variants, calibration)
+    first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])
     for placement in placements(gm):
         if placement.adapter >= first:
-            site = by_name[placement.site]
-            placement.start(gm, site, site_weight(gm, site))
+            plan = plans[placement.adapter - first]
+            site = next(site for site in plan.sites if site.name == placement.site)
+            placement.start(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
     return gm
 
 
@@ -81,7 +78,6 @@ def merge(model: fx.GraphModule) -> fx.GraphModule:
 
     Raises:
         AdapterError: the model has no adapters.
-        ConfigError: an adapter adds a bias where the model has none.
     """
     return _without_adapters(model, MergeAdapters())
 

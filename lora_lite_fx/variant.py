@@ -12,17 +12,17 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import ConfigError, SelectionError
+from .errors import ConfigError
 from .roles import GROUPS, ROLES
 from .site import Site
 
@@ -33,29 +33,50 @@ _HALF = (torch.float16, torch.bfloat16)
 class ParamSpec:
     """One tensor that a variant adds to a site.
 
+    A name that begins with `lora_shared_` is one tensor for all the sites of the adapter, registered at the root of
+    the model; its spec must be the same at each of them.
+
     Args:
         shape: its shape.
-        init: how it starts: `"zeros"`, `"ones"`, `"kaiming"` (uniform, a = sqrt(5)), or a number to fill with.
+        init: how it starts: `"zeros"`, `"ones"`, `"kaiming"` (uniform, a = sqrt(5)), a number to fill with, or a
+            function that fills a tensor in place.
         trainable: a parameter if true, else a frozen buffer. Both are saved with the adapter.
+        dtype: of the tensor, for indices; None means the adapter's own.
     """
 
     shape: tuple[int, ...]
-    init: str | float = "zeros"
+    init: str | float | Callable[[Tensor], object] = "zeros"
     trainable: bool = True
+    dtype: torch.dtype | None = None
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor, allocated and not yet filled: a Parameter if trainable."""
-        tensor = torch.empty(self.shape, dtype=dtype, device=device)
+        tensor = torch.empty(self.shape, dtype=self.dtype or dtype, device=device)
         return torch.nn.Parameter(tensor) if self.trainable else tensor
 
     def fill(self, tensor: Tensor) -> None:
         """Write the start values into `tensor`, in place."""
-        if self.init == "kaiming":
+        if callable(self.init):
+            self.init(tensor)
+        elif self.init == "kaiming":
             torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
         elif isinstance(self.init, str):
             tensor.fill_({"zeros": 0.0, "ones": 1.0}[self.init])
         else:
             tensor.fill_(self.init)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What a variant has observed of a site's inputs on calibration data.
+
+    Args:
+        total: the sum, over all batches, of what the variant's observer returned.
+        tokens: the number of inputs `(d_in,)` seen, padding left out.
+    """
+
+    total: Tensor
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +115,9 @@ def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callab
     return adapted
 
 
+Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """Base class of all variants; the fields common to them.
@@ -104,6 +128,9 @@ class Variant:
     Args:
         r: rank. Variants without a rank (`IA3`) do not use it.
         alpha: scale numerator; low-rank branches are multiplied by `alpha / r`. Unused where there is no scale.
+        rank_pattern: other ranks by name: a mapping (or pairs) of regular expressions, searched in the qualified name,
+            to ranks. The first that matches a site counts.
+        alpha_pattern: the same for `alpha`.
         dtype: of the adapter's tensors; None means float32 on a float16/bfloat16 base, else the base's own.
         target_roles: roles or groups of roles (`attention`, `mlp`) to adapt.
         target_names: regular expressions, searched in the qualified name.
@@ -116,6 +143,8 @@ class Variant:
 
     r: int = 8
     alpha: float = 16.0
+    rank_pattern: Pattern = ()
+    alpha_pattern: Pattern = ()
     dtype: torch.dtype | None = None
     target_roles: tuple[str, ...] | None = None
     target_names: tuple[str, ...] | None = None
@@ -130,18 +159,18 @@ class Variant:
     """Whether `r` may not exceed the smaller side of the weight."""
 
     def __post_init__(self) -> None:
-        for field in ("target_roles", "target_names", "exclude_names", "layers"):
-            value = getattr(self, field)
+        for name in ("target_roles", "target_names", "exclude_names", "layers"):
+            value = getattr(self, name)
             if isinstance(value, (str, int)):
                 value = (value,)
-            optional = value is None and field != "exclude_names"
+            optional = value is None and name != "exclude_names"
             self._require(
                 optional or isinstance(value, Iterable),
-                f"{field} must be a tuple (of roles, names, ...), got {value!r}",
+                f"{name} must be a tuple (of roles, names, ...), got {value!r}",
             )
-            object.__setattr__(self, field, None if optional else tuple(value))
-        self._require(isinstance(self.r, int) and self.r >= 1, f"r must be a positive integer, got {self.r!r}")
-        self._require(is_finite(self.alpha), f"alpha must be a finite number, got {self.alpha!r}")
+            object.__setattr__(self, name, None if optional else tuple(value))
+        self._check_plain_fields()
+        self._require(self.r >= 1, f"r must be a positive integer, got {self.r!r}")
         self._require(
             self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point),
             f"dtype must be None or a floating-point torch.dtype, got {self.dtype!r}",
@@ -155,13 +184,50 @@ class Variant:
                 + f" The roles are {', '.join(ROLES)}; the groups are {', '.join(GROUPS)}",
             )
         for pattern in (*(self.target_names or ()), *self.exclude_names):
-            self._require(isinstance(pattern, str), f"{pattern!r} is not a regular expression: it must be a string")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"{self._name()}: {pattern!r} is not a regular expression: {error}") from error
+            self._check_pattern(pattern)
         for layer in self.layers or ():
             self._require(isinstance(layer, int) and layer >= 0, f"layers are indices from 0, got {layer!r}")
+        self._check_overrides()
+
+    def _check_plain_fields(self) -> None:
+        """Check the fields that are a flag, an integer, a number or a choice, whichever class declares them."""
+        for name, kind in _field_types(type(self)).items():
+            value = getattr(self, name)
+            if kind is bool:
+                self._require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
+            elif kind is int:
+                self._require(type(value) is int, f"{name} must be {_an_integer(name)}, got {value!r}")
+            elif kind is float:
+                self._require(is_finite(value), f"{name} must be a finite number, got {value!r}")
+            elif get_origin(kind) is Literal:
+                choices = ", ".join(map(repr, get_args(kind)))
+                self._require(
+                    any(type(value) is type(choice) and value == choice for choice in get_args(kind)),
+                    f"{name} must be one of {choices}, got {value!r}",
+                )
+
+    def _check_overrides(self) -> None:
+        for name, valid, what in (
+            ("rank_pattern", lambda r: type(r) is int and r >= 1, "positive integers"),
+            ("alpha_pattern", is_finite, "finite numbers"),
+        ):
+            given = getattr(self, name)
+            pairs: list[Any] = list(_pairs(given)) if isinstance(given, Iterable) else [None]
+            well_formed = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs)
+            self._require(
+                well_formed and all(valid(value) for _, value in pairs),
+                f"{name} must map regular expressions to {what}, got {given!r}",
+            )
+            for pattern, _ in pairs:
+                self._check_pattern(pattern)
+            object.__setattr__(self, name, tuple((pattern, value) for pattern, value in pairs))
+
+    def _check_pattern(self, pattern: object) -> None:
+        self._require(isinstance(pattern, str), f"{pattern!r} is not a regular expression: it must be a string")
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            raise ConfigError(f"{self._name()}: {pattern!r} is not a regular expression: {error}") from error
 
     def _name(self) -> str:
         return type(self).__name__
@@ -194,7 +260,33 @@ class Variant:
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
         """Overwrite, in place, what starts from the frozen weight. `weight (d_out, d_in)` is float32 or wider."""
 
+    def observer(self, site: Site, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What to observe of the site's inputs on calibration data; None for a variant that does not start from data.
+
+        The function takes the inputs of one batch, `(tokens, d_in)` in float32 or wider, and returns a tensor to be
+        summed over all batches. `weight` is as for `init`.
+        """
+        return None
+
+    def settle(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
+        """The config to be used for these sites; for fields that depend on all of them, or on calibration data.
+
+        What is returned is what gets inserted and saved. It may select fewer of the sites.
+        """
+        return self
+
+    def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
+        """Overwrite, in place, what starts from data; called after `init`, if there was calibration data."""
+
     # What it gets.
+
+    def at(self, name: str) -> Variant:
+        """The config for the site called `name`: with the rank and alpha that the patterns give it."""
+        r = next((r for pattern, r in _pairs(self.rank_pattern) if re.search(pattern, name)), self.r)
+        alpha = next((alpha for pattern, alpha in _pairs(self.alpha_pattern) if re.search(pattern, name)), self.alpha)
+        if (r, alpha) == (self.r, self.alpha):
+            return self
+        return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern=(), alpha_pattern=())
 
     def check(self, site: Site) -> None:
         """Raise `ConfigError` if the variant cannot be applied to `site`."""
@@ -204,12 +296,14 @@ class Variant:
             f"r={self.r} is larger than site {site.name!r} allows ({site.d_out} x {site.d_in}); use r <= {limit}",
         )
 
-    def start(self, site: Site, weight: Tensor, p: Any) -> None:
+    def start(self, site: Site, weight: Tensor, p: Any, statistic: Statistic | None = None) -> None:
         """Write all start values into `p`, in place."""
         with torch.no_grad():
             for name, spec in self.params(site).items():
                 spec.fill(getattr(p, name))
             self.init(site, wide(weight), p)
+            if statistic is not None:
+                self.calibrate(site, wide(weight), p, statistic)
 
     def param_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
         """The dtype of the adapter's tensors on a base of `base_dtype`."""
@@ -235,102 +329,36 @@ class Variant:
         return bool(wanted & site.roles)
 
 
-def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
-    """The sites that the config's targets include, checked to fit the variant.
+def _field_types(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
-    Raises:
-        SelectionError: none does; the message lists the nearest names and the roles found.
-        ConfigError: the variant cannot be applied to one of them.
+
+def _an_integer(name: str) -> str:
+    return "a positive integer" if name == "r" else "an integer"
+
+
+def _pairs(patterns: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+    return patterns.items() if isinstance(patterns, Mapping) else patterns
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithDropout(Variant):
+    """Base class of the variants that drop elements of their input.
+
+    Args:
+        dropout: probability of dropping an element of the adapter's input, in training.
     """
-    sites = list(sites)
-    chosen = [site for site in sites if variant.selects(site)]
-    if not chosen:
-        raise SelectionError(_nothing_matched(variant, sites))
-    for site in chosen:
-        variant.check(site)
-    return chosen
 
+    dropout: float = 0.0
 
-def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
-    targets = {
-        field: getattr(variant, field)
-        for field in ("target_roles", "target_names", "exclude_names", "layers")
-        if getattr(variant, field)
-    } or {"default roles": variant.default_roles}
-    wanted = ", ".join(f"{field}={value!r}" for field, value in targets.items())
-    if not sites:
-        return f"{type(variant).__name__}: the model has no linear site to adapt."
-    names = [site.name for site in sites]
-    by_tail = {name.rsplit(".", 1)[-1]: name for name in names}
-    near = [
-        by_tail[tail]
-        for pattern in variant.target_names or ()
-        for tail in difflib.get_close_matches(pattern.strip("^$\\").rsplit(".", 1)[-1], by_tail, n=3, cutoff=0.4)
-    ]
-    roles = sorted({role for site in sites for role in site.roles})
-    return (
-        f"{type(variant).__name__}: no site matches {wanted}. The model has {len(sites)} sites"
-        f" ({'the nearest' if near else 'the first'}: {', '.join(dict.fromkeys(near or names[:5]))})"
-        f" with the roles: {', '.join(roles) or 'none that could be inferred'}."
-    )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(0 <= self.dropout < 1, f"dropout is a probability below 1, got {self.dropout!r}")
 
-
-# The registry.
-
-_REGISTRY: dict[str, type[Variant]] = {}
-V = TypeVar("V", bound=type[Variant])
-
-
-def register(cls: V) -> V:
-    """Class decorator: make a variant known by its class name, so that its checkpoints can be loaded.
-
-    Raises:
-        ConfigError: another class has the name, or `cls` is not a frozen dataclass derived from `Variant`.
-    """
-    if not (issubclass(cls, Variant) and dataclasses.is_dataclass(cls)):
-        raise ConfigError(f"{cls.__name__} must be a frozen dataclass derived from Variant.")
-    known = _REGISTRY.get(cls.__name__)
-    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ConfigError(f"A variant named {cls.__name__} is already registered, by {known.__module__}.")
-    _REGISTRY[cls.__name__] = cls
-    return cls
-
-
-def registry() -> dict[str, type[Variant]]:
-    """The registered variants by name, in the order of registration."""
-    return dict(_REGISTRY)
-
-
-def to_config(variant: Variant) -> dict[str, Any]:
-    """The variant as JSON-ready data: its class name under `"variant"`, then its fields."""
-    fields = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
-    fields["dtype"] = None if variant.dtype is None else str(variant.dtype).removeprefix("torch.")
-    return {"variant": type(variant).__name__, **fields}
-
-
-def from_config(config: Mapping[str, Any]) -> Variant:
-    """The variant that `to_config` described.
-
-    Raises:
-        ConfigError: the variant or one of its fields is unknown, or a value is invalid.
-    """
-    fields = dict(config)
-    name = fields.pop("variant", None)
-    if name not in _REGISTRY:
-        raise ConfigError(f"Unknown variant {name!r}; the registered variants are {', '.join(_REGISTRY)}.")
-    cls = _REGISTRY[name]
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(fields.keys() - known):
-        raise ConfigError(f"{name} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}.")
-    if fields.get("dtype") is not None:
-        dtype = getattr(torch, str(fields["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ConfigError(f"{name}: dtype {fields['dtype']!r} is not the name of a torch.dtype.")
-        fields["dtype"] = dtype
-    try:
-        return cls(**fields)
-    except TypeError as error:
-        raise ConfigError(f"{name}: {error}.") from error
+    def drop(self, x: Tensor, base: FrozenLinear) -> Tensor:
+        """`x` with elements dropped if the model is in training."""
+        return F.dropout(x, self.dropout, base.training) if self.dropout else x
 
 
 # Helpers for the maths of variants.
@@ -343,7 +371,11 @@ def wide(tensor: Tensor) -> Tensor:
 
 def is_finite(value: object) -> bool:
     """Whether `value` is a number that a float can hold. For checking the fields of variants."""
-    return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -sys.float_info.max <= value <= sys.float_info.max
+    )
 
 
 def cast(x: Tensor, like: Tensor) -> Tensor:
@@ -351,9 +383,9 @@ def cast(x: Tensor, like: Tensor) -> Tensor:
     return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
-def low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`B A x` in activation space: `x (..., d_in)`, `A (r, d_in)`, `B (d_out, r)` to `(..., d_out)`."""
-    return F.linear(F.linear(cast(x, a), a), b)
+def low_rank(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`B A x + bias` in activation space: `x (..., d_in)`, `A (r, d_in)`, `B (d_out, r)` to `(..., d_out)`."""
+    return F.linear(F.linear(cast(x, a), a), b, bias)
 
 
 def adapter_namespace(tensors: Mapping[str, Tensor]) -> Any:

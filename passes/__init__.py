@@ -9,6 +9,7 @@ from .graph_pass import GraphPass, PassError, PassReport, Pipeline
 from .insert import InsertAdapter
 from .merge import MergeAdapters
 from .mode import FollowMode
+from .observe import ObserveInputs, Observer
 from .remove import RemoveAdapters
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "GraphPass",
     "InsertAdapter",
     "MergeAdapters",
+    "ObserveInputs",
+    "Observer",
     "PassError",
     "PassReport",
     "Pipeline",

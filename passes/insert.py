@@ -14,8 +14,9 @@ from ..adapters import Placement, site_weight
 from ..capture import fake_input, fake_like, trace
 from ..errors import ConfigError
 from ..provenance import INLET, OUTLET, Insertion, Provenance, insertions, outermost, record
+from ..registry import to_config
 from ..site import Call, Site, find_sites, span
-from ..variant import FrozenLinear, Variant, adapter_namespace, to_config
+from ..variant import FrozenLinear, Variant, adapter_namespace
 from .graph_pass import GraphPass
 from .mode import follow_mode
 
@@ -53,13 +54,14 @@ class InsertAdapter(GraphPass):
             there = {insertion.adapter for insertion in around[site.name]}
             if site.name not in self.names or self.adapter in there:
                 continue
-            names = tuple(self.variant.params(site))
+            names = tuple(self.variant.at(site.name).params(site))
             placement = Placement(self.variant, self.adapter, site.name, len(there), names)
             self._register(gm, site, placement)
             for call in site.calls:
                 x, y = outermost(around[site.name], moved.get(call.x, call.x), call.y)
                 value = fake_input(x, site_weight(gm, site))
-                key = (str(value.shape), value.dtype, site.d_out, site.roles, site.bias is None)
+                local = placement.local
+                key = (str(value.shape), value.dtype, site.d_out, site.roles, site.bias is None, local.r, local.alpha)
                 if key not in fragments:
                     fragments[key] = trace_fragment(gm, site, placement, value)
                 moved[y] = _splice(gm, site, Call(x, y, call.node), placement, fragments[key], next_call, self.name)
@@ -112,7 +114,7 @@ def trace_fragment(gm: fx.GraphModule, site: Site, placement: Placement, x: Tens
         named = dict(zip(tensors, values, strict=True))
         base = FrozenLinear(lambda v: F.linear(v, named["product"]), named["weight"], named.get("bias"), site, training)
         p = adapter_namespace({name: named[name] for name in placement.names})
-        return placement.variant.forward(named["x"], base, p)
+        return placement.local.forward(named["x"], base, p)
 
     values = tuple(tensors.values())
     graph = trace(lambda *values: run(values, True), values)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..adapters import Placement, placements, site_weight, tensor_of
-from ..errors import ConfigError
 from ..site import Site, find_sites
 from ..variant import FrozenLinear, compose
 from .graph_pass import GraphPass
@@ -24,7 +25,7 @@ class MergeAdapters(GraphPass):
 
     Safe because outside dropout every variant is affine in `x`: `b' = f(0)` and `W' = (f(I) - b')^T` hold all of it.
     The frozen tensors, which the user's model shares, are not written to; a merged site gets tensors of its own, and
-    the other users of a tied weight keep theirs.
+    the other users of a tied weight keep theirs. A site without a bias gets one if its adapters add one.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -56,7 +57,7 @@ def _effective(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple
         site,
         training=False,
     )
-    adapted = compose(base, [(placement.variant, placement.namespace(gm)) for placement in around])
+    adapted = compose(base, [(placement.local, placement.namespace(gm)) for placement in around])
     with torch.autocast(weight.device.type, enabled=False):
         shift = adapted(torch.zeros(1, site.d_in, dtype=exact, device=weight.device)).squeeze(0)
         rows = adapted(torch.eye(site.d_in, dtype=exact, device=weight.device)) - shift
@@ -66,13 +67,33 @@ def _effective(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple
 
 def _replace(gm: fx.GraphModule, site: Site, weight: Tensor, bias: Tensor | None) -> None:
     _set(gm, site, site.weight, weight.t().contiguous() if site.transposed else weight)
-    if bias is None:
-        return
-    if site.bias is None:
-        raise ConfigError(
-            f"The adapters of {site.name!r} add a bias, which the frozen linear has not; it cannot be merged."
-        )
-    _set(gm, site, site.bias, bias)
+    if bias is not None and site.bias is not None:
+        _set(gm, site, site.bias, bias)
+    elif bias is not None:
+        _add_bias(gm, site, bias)
+
+
+def _add_bias(gm: fx.GraphModule, site: Site, bias: Tensor) -> None:
+    """Give the calls of `site`, whose linear has no bias, one."""
+    path = _own_parameter(gm, site, "bias", bias)
+    for call in site.calls:
+        with gm.graph.inserting_before(call.node):
+            added = gm.graph.get_attr(path)
+        if call.node.target is aten.linear.default:
+            call.node.args = (*call.node.args[:2], added)
+            continue
+        with gm.graph.inserting_after(call.y):
+            total = gm.graph.call_function(aten.add.Tensor, (call.y, added))
+        total.meta = dict(call.y.meta)
+        call.y.replace_all_uses_with(total, delete_user_cb=partial(operator.is_not, total))
+
+
+def _own_parameter(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> str:
+    """Register a frozen parameter that `site` alone reads; returns its qualified name."""
+    if site.name not in dict(gm.named_modules()):
+        gm.add_submodule(site.name, nn.Module())
+    gm.get_submodule(site.name).register_parameter(f"merged_{name}", nn.Parameter(tensor, requires_grad=False))
+    return f"{site.name}.merged_{name}"
 
 
 def _set(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> None:
@@ -90,10 +111,7 @@ def _set(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> None:
             setattr(gm.get_submodule(path), attribute, parameter)
         return
     # Tied: this site alone gets the new tensor, under a name of its own.
-    path = f"{site.name}.merged_{name.rpartition('.')[2]}"
-    if site.name not in dict(gm.named_modules()):
-        gm.add_submodule(site.name, nn.Module())
-    gm.get_submodule(site.name).register_parameter(path.rpartition(".")[2], parameter)
+    path = _own_parameter(gm, site, name.rpartition(".")[2], tensor)
     for node in readers:
         mine = [user for user in node.users if _leads_only_to(user, calls)]
         if mine:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-WIDTH, INNER, VOCABULARY = 8, 12, 11
+# No two are equal, and small blocks and groups divide them all.
+WIDTH, INNER, VOCABULARY = 8, 12, 20
 
 
 class ResidualMLP(nn.Module):
@@ -103,8 +104,9 @@ class Normed(nn.Module):
         self.norm = nn.BatchNorm1d(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not norm(lin(x)): that does not depend on the scale of a gate, whose gradient would be rounding alone.
-        return self.norm((x + self.lin(x)).transpose(1, 2)).transpose(1, 2).contiguous()
+        # Not norm(lin(x)): that does not depend on the scale of a gate, whose gradient would be rounding alone. And not
+        # the norm alone: its layout in memory differs between eager and captured, and with it what dropout drops next.
+        return x + self.norm((x + self.lin(x)).transpose(1, 2)).transpose(1, 2)
 
 
 BLOCKS = (ResidualMLP, GatedMLP, Conv1DMLP, Attention, FusedAttention, SharedLinear, Chain, Normed)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 
 import lora_lite_fx as llfx
-from lora_lite_fx import variant
+from lora_lite_fx.registry import _REGISTRY
 from lora_lite_fx.rewrite import base_graph
 
 from .conformance import close, gradients, observe, output, randomise, unchanged
@@ -379,7 +379,7 @@ def test_a_graph_is_inspected_and_freed_of_adapters_where_their_variant_is_not_k
 ) -> None:
     gm = llfx.rewrite(net(GatedMLP), llfx.LoRA(r=2), (ids(2, 5),))
     randomise(gm, 0)
-    monkeypatch.delitem(variant._REGISTRY, "LoRA")
+    monkeypatch.delitem(_REGISTRY, "LoRA")
     assert llfx.inspect(gm)[0].adapters == ("LoRA",)
     assert torch.equal(llfx.remove(gm)(ids(3, 4)), net(GatedMLP)(ids(3, 4)))
     with pytest.raises(llfx.ConfigError, match="Unknown variant 'LoRA'"):

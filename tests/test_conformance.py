@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_lite_fx as llfx
-from lora_lite_fx import variant
+from lora_lite_fx.registry import _REGISTRY
 from lora_lite_fx.site import Site
 
 from .conformance import check_conformance, configs
@@ -109,7 +109,7 @@ class WritesTheWeight(Broken):
 
 @pytest.mark.parametrize("cls", [ReadsTheMode, NotAffine, DeadParameter, LosesGradient, WritesTheWeight])
 def test_the_suite_rejects_a_broken_variant(cls: type[llfx.Variant], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(variant._REGISTRY, cls.__name__, cls)
+    monkeypatch.setitem(_REGISTRY, cls.__name__, cls)
     case = Case((GatedMLP, ResidualMLP), True, False, torch.float64, False, 0)
     with pytest.raises(AssertionError):
         check_conformance(cls(r=2), case, (ids(3, 4),))
@@ -118,6 +118,6 @@ def test_the_suite_rejects_a_broken_variant(cls: type[llfx.Variant], monkeypatch
 def test_the_suite_accepts_the_variant_that_the_broken_ones_derive_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(variant._REGISTRY, "Broken", Broken)
+    monkeypatch.setitem(_REGISTRY, "Broken", Broken)
     case = Case((GatedMLP, ResidualMLP), True, False, torch.float64, False, 0)
     check_conformance(Broken(r=2), case, (ids(3, 4),))

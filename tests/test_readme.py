@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora_lite_fx import variant
+from lora_lite_fx.registry import _REGISTRY, registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,9 +19,18 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture
+def own_registry() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    before = registry()
+    yield
+    _REGISTRY.clear()
+    _REGISTRY.update(before)
+
+
+@pytest.mark.usefixtures("own_registry")
 def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(variant, "_REGISTRY", dict(variant._REGISTRY))
     assert len(blocks("python")) >= 5
     namespace: dict[str, Any] = {"__name__": "readme"}
     for block in blocks("python"):
@@ -40,6 +50,6 @@ def test_ci_runs_the_readmes_commands() -> None:
 
 
 def test_every_variant_is_in_the_table() -> None:
-    for name, cls in variant.registry().items():
+    for name, cls in registry().items():
         if cls.__module__.startswith("lora_lite_fx."):
             assert f"[`{name}`](https://arxiv.org/" in README

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..registry import register
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, cast, register, wide
+from ..variant import FrozenLinear, ParamSpec, cast, wide
 from .lora import LowRank
 
 

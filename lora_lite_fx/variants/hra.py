@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..registry import register
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, register
+from ..variant import FrozenLinear, ParamSpec, Variant, cast
 
 
 @register

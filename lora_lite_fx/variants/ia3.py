@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..registry import register
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, register
+from ..variant import FrozenLinear, ParamSpec, Variant
 
 
 @register

@@ -6,29 +6,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..registry import register
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, is_finite, low_rank, register
+from ..variant import FrozenLinear, ParamSpec, WithDropout, cast, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(Variant):
-    """What LoRA, PiSSA and DoRA have in common: factors `A (r, d_in)` and `B (d_out, r)`, and the scale of `B A`.
+class LowRank(WithDropout):
+    """What the variants of LoRA have in common: factors `A (r, d_in)` and `B (d_out, r)`, and the scale of `B A`.
 
     Args:
-        dropout: probability of dropping an element of the branch's input, in training.
         rank_stabilized: scale by `alpha / sqrt(r)` instead of `alpha / r` (https://arxiv.org/abs/2312.03732).
+        train_A: whether `A` is trained; if not, it stays at its start (LoRA-FA, https://arxiv.org/abs/2308.03303).
     """
 
-    dropout: float = 0.0
     rank_stabilized: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(
-            is_finite(self.dropout) and 0 <= self.dropout < 1, f"dropout is a probability below 1, got {self.dropout!r}"
-        )
+    train_A: bool = True
 
     @property
     def scale(self) -> float:
@@ -37,15 +31,13 @@ class LowRank(Variant):
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         return {
-            "lora_A": ParamSpec((self.r, site.d_in), init="kaiming"),
+            "lora_A": ParamSpec((self.r, site.d_in), init="kaiming", trainable=self.train_A),
             "lora_B": ParamSpec((site.d_out, self.r)),
         }
 
     def branch(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         """`s B A drop(x)`."""
-        if self.dropout:
-            x = F.dropout(x, self.dropout, base.training)
-        return self.scale * low_rank(x, p.lora_A, p.lora_B)
+        return self.scale * low_rank(self.drop(x, base), p.lora_A, p.lora_B)
 
 
 @register
@@ -54,8 +46,18 @@ class LoRA(LowRank):
     """`y = W x + b + s B A drop(x)`, `s = alpha / r`; https://arxiv.org/abs/2106.09685, equation 3.
 
     Identity at the start, exactly: `B = 0`.
+
+    Args:
+        bias: whether to train a bias `c (d_out,)` of `B` too, from zero: `y = W x + b + s (B A drop(x) + c)`.
     """
+
+    bias: bool = False
+
+    def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        bias = {"lora_bias": ParamSpec((site.d_out,))} if self.bias else {}
+        return {**super().params(site), **bias}
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
-        return cast(y + self.branch(x, base, p), y)
+        bias = p.lora_bias if self.bias else None
+        return cast(y + self.scale * low_rank(self.drop(x, base), p.lora_A, p.lora_B, bias), y)

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..registry import register
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, cast, low_rank, register
+from ..variant import FrozenLinear, ParamSpec, cast, low_rank
 from .lora import LowRank
 
 

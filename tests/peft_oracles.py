@@ -1,0 +1,271 @@
+"""PEFT as an independent oracle: its config and tensors for each of our variants, and models that have both."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+import lora_lite_fx as llfx
+
+RANK, ALPHA, LAMBDA, VOCABULARY = 4, 6, 3, 37
+TOLERANCE = 1e-5
+
+# The variants.
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A variant, its PEFT config, and what PEFT calls its tensors (below the module of the site)."""
+
+    cls: type[llfx.Variant]
+    config: Callable[..., peft.PeftConfig]
+    tensors: dict[str, str]
+    fields: dict[str, Any] = field(default_factory=dict)
+    drawn: tuple[str, ...] = ()
+    """Tensors with a random start."""
+    conv1d: bool = True
+    """Whether PEFT has it for `Conv1D`; if not, the reference gets ordinary linears of the same weights."""
+    as_ours: Callable[[Tensor], Tensor] = torch.squeeze
+    """A view of PEFT's tensor in our shape."""
+
+
+LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
+LORA = functools.partial(peft.LoraConfig, r=RANK, lora_alpha=ALPHA)
+SCALED = {"r": RANK, "alpha": ALPHA}
+ORACLES = {
+    "LoRA": Oracle(llfx.LoRA, LORA, LOW_RANK, SCALED, ("lora_A",)),
+    "LoRA rank-stabilized": Oracle(
+        llfx.LoRA,
+        functools.partial(LORA, use_rslora=True),
+        LOW_RANK,
+        {**SCALED, "rank_stabilized": True},
+        ("lora_A",),
+    ),
+    "PiSSA": Oracle(llfx.PiSSA, functools.partial(LORA, init_lora_weights="pissa"), LOW_RANK, SCALED),
+    "DoRA": Oracle(
+        llfx.DoRA,
+        functools.partial(LORA, use_dora=True),
+        {**LOW_RANK, "lora_m": "lora_magnitude_vector.default.weight"},
+        SCALED,
+        ("lora_A",),
+    ),
+    "DeLoRA": Oracle(
+        llfx.DeLoRA,
+        functools.partial(peft.DeloraConfig, r=RANK, delora_lambda=LAMBDA),
+        {
+            "lora_A": "delora_A.default",
+            "lora_B": "delora_B.default",
+            "lora_lambda": "delora_lambda.default",
+            "lora_wnorm": "delora_w_norm.default",
+        },
+        {"r": RANK, "lambda0": float(LAMBDA)},
+        ("lora_A",),
+        conv1d=False,
+    ),
+    "HRA": Oracle(
+        llfx.HRA,
+        functools.partial(peft.HRAConfig, r=RANK),
+        {"lora_U": "hra_u.default"},
+        {"r": RANK},
+        ("lora_U",),
+        conv1d=False,
+        as_ours=torch.t,
+    ),
+    "IA3": Oracle(llfx.IA3, peft.IA3Config, {"lora_g": "ia3_l.default"}),
+}
+
+# The models.
+
+
+class ResidualMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.head = nn.Linear(7, 11), nn.Linear(11, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.fc2(F.gelu(self.fc1(x))))
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.2,
+        )
+    )
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=16,
+            n_inner=24,
+            n_layer=1,
+            n_head=2,
+            n_positions=16,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.2,
+        )
+    )
+
+
+def bert() -> nn.Module:
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            initializer_range=0.2,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, with patterns of the whole names to adapt: by most variants, by IA3, by IA3 at the input."""
+
+    build: Callable[[], nn.Module]
+    every: str
+    ia3: str
+    feedforward: str
+
+    def inputs(self, shape: tuple[int, int]) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(shape[1])
+        if self.build is ResidualMLP:
+            return {"x": torch.randn(*shape, 7, generator=generator, dtype=torch.float64)}
+        ids = torch.randint(3, VOCABULARY, shape, generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+CASES = {
+    "mlp": Case(ResidualMLP, r"fc1|fc2", r"fc1|fc2", r"fc2"),
+    "llama": Case(llama, r".*\d\.(self_attn|mlp)\.\w+_proj", r".*\.(k|v|down)_proj", r".*\.down_proj"),
+    "gpt2": Case(gpt2, r".*\.h\.\d\.(attn|mlp)\.c_\w+", r".*\.(c_attn|mlp\.c_proj)", r".*\.mlp\.c_proj"),
+    "bert": Case(
+        bert,
+        r".*layer\.\d\..*(query|key|value|dense)",
+        r".*layer\.\d\.(attention\.self\.(key|value)|output\.dense)",
+        r".*layer\.\d\.output\.dense",
+    ),
+}
+
+
+@functools.cache
+def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
+    """A model in double precision and its graph, captured once: rewriting the graph is much faster."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    # Built and rounded in single precision, in which alone PEFT can start PiSSA.
+    model = case.build().eval().double()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # biases start at zero, which hides how they are adapted
+            parameter.data.add_(0.3 * torch.randn(parameter.shape)).data.copy_(parameter.float())
+    with torch.random.fork_rng():
+        gm = llfx.rewrite(model, llfx.LoRA(r=1, target_names=(".",)), case.inputs((3, 6)))
+    return model, llfx.remove(gm)
+
+
+@dataclass
+class Pair:
+    """A graph of ours and a PEFT model with the same adapters at the same sites, each at its start."""
+
+    oracle: Oracle
+    case: Case
+    model: nn.Module
+    ours: fx.GraphModule
+    theirs: peft.PeftModel
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    """What PEFT's PiSSA has taken out of the frozen weights."""
+
+    def __post_init__(self) -> None:
+        if self.oracle.cls is llfx.PiSSA:
+            starts = ((f"{site}.{name}0", theirs) for site, name, _, theirs in self.twins())
+            self.factors = {name: start.detach().clone() for name, start in starts}
+
+    def twins(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+        """Each tensor: its site, our name for it, ours, and PEFT's own."""
+        state = dict(self.ours.named_parameters()) | dict(self.ours.named_buffers())
+        for site in self.theirs.targeted_module_names:
+            module = self.theirs.get_submodule(f"base_model.model.{site}")
+            reference = dict(module.named_parameters()) | dict(module.named_buffers())
+            for name, theirs in self.oracle.tensors.items():
+                yield site, name, state[f"{site}.{name}"], reference[theirs]
+
+    def randomise(self) -> None:
+        """Give both the same values, away from the start; frozen tensors keep theirs."""
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for name, factor in self.factors.items():
+                self.ours.get_buffer(name).copy_(factor)
+            for _, name, ours, theirs in self.twins():
+                if ours.requires_grad:
+                    value = torch.rand(ours.shape, generator=generator, dtype=torch.float64) + 0.2
+                    if name == "lora_lambda":
+                        value *= 10
+                    elif name != "lora_m":
+                        value *= torch.randn(ours.shape, generator=generator).sign()
+                    ours.copy_(value)
+                    self.oracle.as_ours(theirs).copy_(ours)
+
+
+def make_pair(name: str, oracle: Oracle) -> Pair:
+    case = CASES[name]
+    model, graph = captured(name)
+    targets = {"target_modules": case.every}
+    ours: dict[str, Any] = {"target_names": (f"^({case.every})$",)}
+    if oracle.cls is llfx.IA3:
+        targets = {"target_modules": case.ia3, "feedforward_modules": case.feedforward}
+        # Where attention tells keys from values, our own default targets must come to the same sites.
+        ours = {} if name != "mlp" else {"target_names": (f"^({case.ia3})$",)}
+    if name == "gpt2" and oracle.conv1d:
+        targets["fan_in_fan_out"] = True
+    torch.manual_seed(1)
+    gm = llfx.rewrite(graph, oracle.cls(**oracle.fields, **ours))
+    reference = copy.deepcopy(model)
+    if not oracle.conv1d:
+        use_ordinary_linears(reference)
+    reference = reference.float() if oracle.cls is llfx.PiSSA else reference
+    theirs = peft.get_peft_model(reference, oracle.config(**targets))
+    return Pair(oracle, case, model, gm, theirs.double().eval())
+
+
+def use_ordinary_linears(model: nn.Module) -> None:
+    """Replace `Conv1D` modules by linears that compute the same."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Conv1D):
+                d_in, d_out = child.weight.shape
+                linear = nn.Linear(d_in, d_out, dtype=child.weight.dtype)
+                linear.load_state_dict({"weight": child.weight.t(), "bias": child.bias})
+                setattr(module, name, linear)

@@ -8,21 +8,26 @@ from .inspect import inspect
 from .registry import register, registry
 from .rewrite import merge, remove, rewrite
 from .variant import FrozenLinear, ParamSpec, Variant
-from .variants import HRA, IA3, DeLoRA, DoRA, LoRA, PiSSA
+from .variants import EVA, HRA, IA3, AntiPaSTO, DeLoRA, DoRA, LoHa, LoRA, OLoRA, PiSSA, RoAd
 
 __all__ = [
+    "EVA",
     "HRA",
     "IA3",
     "AdapterError",
+    "AntiPaSTO",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
     "DeLoRA",
     "DoRA",
     "FrozenLinear",
+    "LoHa",
     "LoRA",
+    "OLoRA",
     "ParamSpec",
     "PiSSA",
+    "RoAd",
     "SelectionError",
     "Variant",
     "adapter_parameters",

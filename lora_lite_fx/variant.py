@@ -276,7 +276,7 @@ class Variant:
         return self
 
     def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
-        """Overwrite, in place, what starts from data; called after `init`, if there was calibration data."""
+        """Overwrite, in place, what starts from data; called instead of `init` if there was calibration data."""
 
     # What it gets.
 
@@ -301,8 +301,9 @@ class Variant:
         with torch.no_grad():
             for name, spec in self.params(site).items():
                 spec.fill(getattr(p, name))
-            self.init(site, wide(weight), p)
-            if statistic is not None:
+            if statistic is None:
+                self.init(site, wide(weight), p)
+            else:
                 self.calibrate(site, wide(weight), p, statistic)
 
     def param_dtype(self, base_dtype: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -38,7 +39,17 @@ def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Var
             drawn[field.name] = st.sampled_from([2, 4])
     names = {field.name for field in dataclasses.fields(cls)}
     drawn = {name: strategy for name, strategy in drawn.items() if name in names}
-    return st.builds(cls, **{**drawn, **{name: st.just(value) for name, value in fixed.items()}})
+    return st.builds(_built, st.just(cls), **{**drawn, **{name: st.just(value) for name, value in fixed.items()}})
+
+
+def _built(cls: type[llfx.Variant], **fields: Any) -> llfx.Variant:
+    """The config; combinations that the variant refuses, at a site too, are not drawn."""
+    try:
+        cfg = cls(**fields)
+        cfg.at("blocks.0.lin")
+    except llfx.ConfigError:
+        reject()
+    return cfg
 
 
 def randomise(model: nn.Module, seed: int) -> None:

@@ -1,10 +1,15 @@
 """The variants, one file each. To add one, write its file and import it here."""
 
+from .antipasto import AntiPaSTO
 from .delora import DeLoRA
 from .dora import DoRA
+from .eva import EVA
 from .hra import HRA
 from .ia3 import IA3
+from .loha import LoHa
 from .lora import LoRA
+from .olora import OLoRA
 from .pissa import PiSSA
+from .road import RoAd
 
-__all__ = ["HRA", "IA3", "DeLoRA", "DoRA", "LoRA", "PiSSA"]
+__all__ = ["EVA", "HRA", "IA3", "AntiPaSTO", "DeLoRA", "DoRA", "LoHa", "LoRA", "OLoRA", "PiSSA", "RoAd"]

@@ -13,19 +13,20 @@ from ..variant import FrozenLinear, ParamSpec, cast, low_rank
 from .lora import LowRank
 
 
-@register
 @dataclass(frozen=True, kw_only=True)
-class PiSSA(LowRank):
-    """`y = (W - s B0 A0) x + b + s B A drop(x)`; https://arxiv.org/abs/2404.02948, equations 2 to 4.
+class FromWeight(LowRank):
+    """What the variants that start from a part of the weight have in common: `y = (W - s B0 A0) x + b + s B A drop(x)`.
 
-    `A0 = sqrt(S / s) V^T` and `B0 = U sqrt(S / s)` of the top-r singular triplets of `W`; `A`, `B` start there.
-
-    The residual is not formed: the frozen factors are subtracted in activation space. The base weight stays shared
-    and exact (tied weights, half precision, removal), loading needs no SVD, and at the start the two branches
-    cancel to the last bit, where a residual rounded to the base's dtype would not.
+    `A`, `B` start at `A0`, `B0`. The residual is not formed: the frozen factors are subtracted in activation space.
+    The base weight stays shared and exact (tied weights, half precision, removal), loading needs no factorisation,
+    and at the start the two branches cancel to the last bit, where a residual rounded to the base's dtype would not.
     """
 
     ties_to_weight: ClassVar[bool] = True
+
+    def start_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`A0 (r, d_in)` and `B0 (d_out, r)` of a weight `(d_out, d_in)`."""
+        raise NotImplementedError
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         factors = super().params(site)
@@ -36,13 +37,26 @@ class PiSSA(LowRank):
         }
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        root = (s[: self.r] / self.scale).sqrt()
-        for a, b in ((p.lora_A, p.lora_B), (p.lora_A0, p.lora_B0)):
-            a.copy_(root[:, None] * vh[: self.r])
-            b.copy_(u[:, : self.r] * root)
+        a, b = self.start_factors(weight)
+        for tensor, value in ((p.lora_A, a), (p.lora_B, b), (p.lora_A0, a), (p.lora_B0, b)):
+            tensor.copy_(value)
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
         start = self.scale * low_rank(x, p.lora_A0, p.lora_B0)
         return cast(y + (self.branch(x, base, p) - start), y)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PiSSA(FromWeight):
+    """`y = (W - s B0 A0) x + b + s B A drop(x)`; https://arxiv.org/abs/2404.02948, equations 2 to 4.
+
+    `A0 = sqrt(S / s) V^T` and `B0 = U sqrt(S / s)` of the top-r singular triplets of `W`; `A`, `B` start there.
+    Identity at the start, exactly.
+    """
+
+    def start_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        root = (s[: self.r] / self.scale).sqrt()
+        return root[:, None] * vh[: self.r], u[:, : self.r] * root

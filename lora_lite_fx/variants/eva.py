@@ -1,0 +1,100 @@
+"""EVA: One Initialization to Rule them All: Explained Variance Adaptation (Paischer et al., 2024), https://arxiv.org/abs/2410.07170"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..registry import register
+from ..site import Site
+from ..variant import FrozenLinear, Statistic, Variant, cast
+from .lora import LowRank
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class EVA(LowRank):
+    """`y = W x + b + s B A drop(x)`, `A` from the data; https://arxiv.org/abs/2410.07170, section 3.
+
+    The rows of `A` start as the top-r right singular vectors of the site's inputs on calibration data. What is
+    accumulated is the inputs' second moment `X^T X`: its eigenvectors are those vectors, exactly and whatever the
+    batches. Identity at the start, exactly: `B = 0`.
+
+    Args:
+        rho: 1 gives each site the rank it is configured with. Above, the ranks are redistributed: the components of
+            all sites (at most `rho` times its rank for each) compete for the sum of the ranks by the share of the
+            variance that they explain at their site. A site that wins none is left alone; alpha follows the rank.
+        center: whether to take the mean off the inputs first (principal components, as PEFT does).
+    """
+
+    rho: float = 1.0
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.rho >= 1, f"rho must be at least 1, got {self.rho!r}")
+
+    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        y = base(x)
+        return cast(y + self.branch(x, base, p), y)
+
+    def observer(self, site: Site, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return _second_moment
+
+    def settle(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
+        ranks = {site.name: self.at(site.name).r for site in sites}
+        for name in ranks:
+            tokens = statistics[name].tokens if name in statistics else 0
+            self._require(
+                tokens >= ranks[name],
+                f"the start needs calibration data, see rewrite(..., calibration=batches): site {name!r} saw {tokens}"
+                f" tokens, and r={ranks[name]} needs as many at least",
+            )
+        if self.rho == 1:
+            return self
+        shares = {name: self._directions(statistics[name])[0] for name in ranks}
+        limits = {site.name: min(round(ranks[site.name] * self.rho), site.d_in, site.d_out) for site in sites}
+        competing = sorted(
+            ((share, name) for name in ranks for share in shares[name][: limits[name]].tolist()), reverse=True
+        )
+        winners = [name for _, name in competing[: sum(ranks.values())]]
+        won = {name: winners.count(name) for name in ranks}
+        alphas = {name: self._alpha_for(name, rank) for name, rank in won.items() if rank}
+        return replace(
+            self,
+            rank_pattern=tuple((_exactly(name), rank) for name, rank in won.items() if rank),
+            alpha_pattern=tuple((_exactly(name), alpha) for name, alpha in alphas.items()),
+            exclude_names=(*self.exclude_names, *(_exactly(name) for name, rank in won.items() if not rank)),
+        )
+
+    def _alpha_for(self, name: str, rank: int) -> float:
+        """The alpha that keeps the site's scale at another rank."""
+        before = self.at(name)
+        ratio = rank / before.r
+        return before.alpha * (ratio**0.5 if self.rank_stabilized else ratio)
+
+    def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
+        p.lora_A.copy_(self._directions(statistic)[1][: self.r])
+
+    def _directions(self, statistic: Statistic) -> tuple[Tensor, Tensor]:
+        """The share of the variance that each direction explains, `(d_in,)`, and the directions, `(d_in, d_in)`."""
+        moment, total = statistic.total[:-1, :-1], statistic.total[-1, :-1]
+        if self.center:
+            moment = moment - torch.outer(total, total) / statistic.tokens
+        values, vectors = torch.linalg.eigh(moment)
+        values = values.flip(0).clamp_min(0)
+        return values / values.sum(), vectors.flip(1).t()
+
+
+def _second_moment(x: Tensor) -> Tensor:
+    """`[X 1]^T [X 1]`: the second moment, with the sum of the inputs in its last row."""
+    x = F.pad(x, (0, 1), value=1.0)
+    return x.t() @ x
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}$"

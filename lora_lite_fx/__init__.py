@@ -8,7 +8,7 @@ from .inspect import inspect
 from .registry import register, registry
 from .rewrite import merge, remove, rewrite
 from .variant import FrozenLinear, ParamSpec, Variant
-from .variants import EVA, HRA, IA3, AntiPaSTO, DeLoRA, DoRA, LoHa, LoRA, OLoRA, PiSSA, RoAd
+from .variants import EVA, HRA, IA3, AntiPaSTO, DeLoRA, DoRA, LoHa, LoRA, OLoRA, PiSSA, RoAd, VeRA
 
 __all__ = [
     "EVA",
@@ -30,6 +30,7 @@ __all__ = [
     "RoAd",
     "SelectionError",
     "Variant",
+    "VeRA",
     "adapter_parameters",
     "adapter_state_dict",
     "inspect",

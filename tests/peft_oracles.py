@@ -23,8 +23,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
+from lora_lite_fx.variants.pissa import FromWeight
 
 RANK, ALPHA, LAMBDA, VOCABULARY = 4, 6, 3, 37
+SEED = 5  # of what is drawn and frozen
 TOLERANCE = 1e-5
 
 # The variants.
@@ -44,11 +46,19 @@ class Oracle:
     """Whether PEFT has it for `Conv1D`; if not, the reference gets ordinary linears of the same weights."""
     as_ours: Callable[[Tensor], Tensor] = torch.squeeze
     """A view of PEFT's tensor in our shape."""
+    cases: tuple[str, ...] = ("mlp", "llama", "gpt2", "bert")
+    """The models that it fits."""
+
+    @property
+    def from_weight(self) -> bool:
+        """Whether the factors start as a part of the frozen weight, which PEFT replaces by the rest."""
+        return issubclass(self.cls, FromWeight)
 
 
 LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
 LORA = functools.partial(peft.LoraConfig, r=RANK, lora_alpha=ALPHA)
 SCALED = {"r": RANK, "alpha": ALPHA}
+EVEN = ("llama", "gpt2", "bert")  # whose widths blocks and groups divide
 ORACLES = {
     "LoRA": Oracle(llfx.LoRA, LORA, LOW_RANK, SCALED, ("lora_A",)),
     "LoRA rank-stabilized": Oracle(
@@ -58,7 +68,16 @@ ORACLES = {
         {**SCALED, "rank_stabilized": True},
         ("lora_A",),
     ),
+    "LoRA with bias": Oracle(
+        llfx.LoRA,
+        functools.partial(LORA, lora_bias=True),
+        {**LOW_RANK, "lora_bias": "lora_B.default.bias"},
+        {**SCALED, "bias": True},
+        ("lora_A",),
+        cases=("mlp", "gpt2", "bert"),  # PEFT merges a bias only into a bias
+    ),
     "PiSSA": Oracle(llfx.PiSSA, functools.partial(LORA, init_lora_weights="pissa"), LOW_RANK, SCALED),
+    "OLoRA": Oracle(llfx.OLoRA, functools.partial(LORA, init_lora_weights="olora"), LOW_RANK, SCALED, conv1d=False),
     "DoRA": Oracle(
         llfx.DoRA,
         functools.partial(LORA, use_dora=True),
@@ -89,6 +108,41 @@ ORACLES = {
         as_ours=torch.t,
     ),
     "IA3": Oracle(llfx.IA3, peft.IA3Config, {"lora_g": "ia3_l.default"}),
+    **{
+        f"RoAd {kind}": Oracle(
+            llfx.RoAd,
+            functools.partial(peft.RoadConfig, variant=kind, group_size=8),
+            {"lora_road_theta": "road_theta.default", "lora_road_alpha": "road_alpha.default"},
+            {"kind": kind, "group_size": 8},
+            conv1d=False,
+            cases=EVEN,
+        )
+        for kind in ("road_1", "road_2", "road_4")
+    },
+    "LoHa": Oracle(
+        llfx.LoHa,
+        functools.partial(peft.LoHaConfig, r=RANK, alpha=ALPHA),
+        {
+            "lora_A1": "hada_w1_b.default",
+            "lora_B1": "hada_w1_a.default",
+            "lora_A2": "hada_w2_b.default",
+            "lora_B2": "hada_w2_a.default",
+        },
+        SCALED,
+        ("lora_A1", "lora_B1", "lora_B2"),
+        conv1d=False,
+    ),
+    "VeRA": Oracle(
+        llfx.VeRA,
+        functools.partial(peft.VeraConfig, r=RANK, projection_prng_key=SEED, d_initial=0.125),
+        {
+            "lora_ld": "vera_lambda_d.default",
+            "lora_lb": "vera_lambda_b.default",
+            "lora_shared_vera_A": "vera_A.default",
+            "lora_shared_vera_B": "vera_B.default",
+        },
+        {"r": RANK, "projection_seed": SEED, "d_initial": 0.125},
+    ),
 }
 
 # The models.
@@ -186,7 +240,7 @@ def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
     """A model in double precision and its graph, captured once: rewriting the graph is much faster."""
     case = CASES[name]
     torch.manual_seed(0)
-    # Built and rounded in single precision, in which alone PEFT can start PiSSA.
+    # Built and rounded in single precision, in which alone PEFT can start PiSSA and OLoRA.
     model = case.build().eval().double()
     for parameter in model.parameters():
         if parameter.dim() == 1:  # biases start at zero, which hides how they are adapted
@@ -206,10 +260,10 @@ class Pair:
     ours: fx.GraphModule
     theirs: peft.PeftModel
     factors: dict[str, Tensor] = field(default_factory=dict)
-    """What PEFT's PiSSA has taken out of the frozen weights."""
+    """What PEFT's PiSSA or OLoRA has taken out of the frozen weights."""
 
     def __post_init__(self) -> None:
-        if self.oracle.cls is llfx.PiSSA:
+        if self.oracle.from_weight:
             starts = ((f"{site}.{name}0", theirs) for site, name, _, theirs in self.twins())
             self.factors = {name: start.detach().clone() for name, start in starts}
 
@@ -220,7 +274,8 @@ class Pair:
             module = self.theirs.get_submodule(f"base_model.model.{site}")
             reference = dict(module.named_parameters()) | dict(module.named_buffers())
             for name, theirs in self.oracle.tensors.items():
-                yield site, name, state[f"{site}.{name}"], reference[theirs]
+                path = name if name.startswith("lora_shared_") else f"{site}.{name}"
+                yield site, name, state[path], reference[theirs]
 
     def randomise(self) -> None:
         """Give both the same values, away from the start; frozen tensors keep theirs."""
@@ -255,7 +310,7 @@ def make_pair(name: str, oracle: Oracle) -> Pair:
     reference = copy.deepcopy(model)
     if not oracle.conv1d:
         use_ordinary_linears(reference)
-    reference = reference.float() if oracle.cls is llfx.PiSSA else reference
+    reference = reference.float() if oracle.from_weight else reference
     theirs = peft.get_peft_model(reference, oracle.config(**targets))
     return Pair(oracle, case, model, gm, theirs.double().eval())
 

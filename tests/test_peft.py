@@ -15,7 +15,10 @@ import lora_lite_fx as llfx
 from .peft_oracles import ALPHA, CASES, ORACLES, RANK, TOLERANCE, Case, Pair, make_pair
 
 
-@pytest.fixture(scope="module", params=[(case, oracle) for case in CASES for oracle in ORACLES], ids=" ".join)
+PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=" ".join)
 def pair(request: pytest.FixtureRequest) -> Pair:
     """Each variant on each model, at its start values."""
     case, oracle = request.param
@@ -44,7 +47,7 @@ def run(model: nn.Module, case: Case, shape: tuple[int, int]) -> Tensor:
 
 
 def test_adapted_sites_are_those_that_peft_adapts(pair: Pair) -> None:
-    sites = {name.rpartition(".")[0] for name in llfx.adapter_state_dict(pair.ours)}
+    sites = {name.rpartition(".")[0] for name in llfx.adapter_state_dict(pair.ours) if "." in name}
     assert sites == set(pair.theirs.targeted_module_names)
 
 
@@ -56,8 +59,8 @@ def test_trainable_parameters_have_the_count_of_peft(pair: Pair) -> None:
 def test_deterministic_start_values_agree(pair: Pair) -> None:
     for site, name, ours, theirs in pair.twins():
         expected = pair.oracle.as_ours(theirs).detach()
-        if pair.oracle.cls is llfx.PiSSA:
-            # Up to the sign of the singular vectors, and to what PEFT loses in single precision.
+        if pair.oracle.from_weight:
+            # Up to the sign of the vectors, and to what PEFT loses in single precision.
             close(ours.abs(), expected.abs(), f"start of {site}.{name}", 1e-4)
         elif name not in pair.oracle.drawn:
             close(ours, expected, f"start of {site}.{name}", 1e-12)
@@ -103,7 +106,7 @@ def test_pissa_start_and_residual_sum_to_the_frozen_weight_as_in_peft(name: str)
         close(weight - start, residual, f"{site}: W - s B0 A0")
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA", "HRA"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA", "HRA", "LoHa"])
 def test_random_start_values_are_drawn_as_in_peft(name: str) -> None:
     oracle = ORACLES[name]
     model = nn.Sequential(nn.Linear(300, 200))
@@ -112,13 +115,13 @@ def test_random_start_values_are_drawn_as_in_peft(name: str) -> None:
     torch.manual_seed(0)
     gm = llfx.rewrite(model, oracle.cls(**{**oracle.fields, "r": rank}, target_names=("0",)))
     reference = peft.get_peft_model(copy.deepcopy(model), config)
-    (drawn,) = oracle.drawn
-    ours = gm.get_parameter(f"0.{drawn}").detach()
-    theirs = oracle.as_ours(reference.get_parameter(f"base_model.model.0.{oracle.tensors[drawn]}")).detach()
-    if name == "HRA":
-        for start in (ours, theirs):
-            assert torch.equal(start[::2], start[1::2]), "vectors come in pairs"
-            assert not torch.equal(start[0], start[2]), "pairs differ"
-    assert ours.mean().abs() < 0.1 * ours.std()
-    assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.03)
-    assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.01)
+    for drawn in oracle.drawn:
+        ours = gm.get_parameter(f"0.{drawn}").detach()
+        theirs = oracle.as_ours(reference.get_parameter(f"base_model.model.0.{oracle.tensors[drawn]}")).detach()
+        if name == "HRA":
+            for start in (ours, theirs):
+                assert torch.equal(start[::2], start[1::2]), "vectors come in pairs"
+                assert not torch.equal(start[0], start[2]), "pairs differ"
+        assert ours.mean().abs() < 0.1 * ours.std()
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.03)
+        assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.01)

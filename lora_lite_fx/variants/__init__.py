@@ -11,5 +11,6 @@ from .lora import LoRA
 from .olora import OLoRA
 from .pissa import PiSSA
 from .road import RoAd
+from .vera import VeRA
 
-__all__ = ["EVA", "HRA", "IA3", "AntiPaSTO", "DeLoRA", "DoRA", "LoHa", "LoRA", "OLoRA", "PiSSA", "RoAd"]
+__all__ = ["EVA", "HRA", "IA3", "AntiPaSTO", "DeLoRA", "DoRA", "LoHa", "LoRA", "OLoRA", "PiSSA", "RoAd", "VeRA"]

@@ -1,0 +1,150 @@
+"""Variants that rotate: their matrices written out a second time, entry by entry, and their traps."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lora_lite_fx as llfx
+
+from .test_variants import BF16, F64, close, gradients, randomised, ready, sample, tensors
+
+D_IN, D_OUT = 16, 24
+Adapted = tuple[Tensor, Tensor]
+
+
+def single(dtype: torch.dtype = F64) -> Any:
+    return ready(nn.Sequential(OrderedDict(fc=nn.Linear(D_IN, D_OUT))), dtype)
+
+
+# The formulas: the weight and bias that a variant makes of `w` and `b`.
+
+
+def road(cfg: Any, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Adapted:
+    rotation, half = torch.zeros(D_OUT, D_OUT, dtype=F64), cfg.group_size // 2
+    theta, alpha = p["road_theta"], p["road_alpha"]
+    for start in range(0, D_OUT, cfg.group_size):
+        for u in range(start, start + half):
+            v = u + half
+            # Where the angle and the scale of each entry stand: of (u, u), (u, v), (v, u), (v, v).
+            at = {
+                "road_1": [start // 2 + u - start] * 4,
+                "road_2": [u, u, v, v],
+                "road_4": [start + u, start + u + cfg.group_size, start + v + cfg.group_size, start + v],
+            }[cfg.kind]
+            rotation[u, u] = alpha[at[0]] * theta[at[0]].cos()
+            rotation[u, v] = -alpha[at[1]] * theta[at[1]].sin()
+            rotation[v, u] = alpha[at[2]] * theta[at[2]].sin()
+            rotation[v, v] = alpha[at[3]] * theta[at[3]].cos()
+    return rotation @ w, rotation @ b
+
+
+CASES: dict[str, tuple[llfx.Variant, Callable[..., Adapted]]] = {
+    "RoAd 1": (llfx.RoAd(kind="road_1", group_size=8, target_names=("fc",)), road),
+    "RoAd 2": (llfx.RoAd(kind="road_2", group_size=4, target_names=("fc",)), road),
+    "RoAd 4": (llfx.RoAd(kind="road_4", group_size=12, target_names=("fc",)), road),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+# All of them.
+
+
+@pytest.mark.parametrize("example_inputs", [None, (sample(2, 4, D_IN),)], ids=["symbolic", "exported"])
+@every_case
+def test_rewrite_wrap_and_merge_compute_the_formula(name: str, example_inputs: Any) -> None:
+    cfg, formula = CASES[name]
+    model, x = single(), sample(3, 5, D_IN)
+    gm = randomised(llfx.rewrite(model, cfg, example_inputs))
+    weight, bias = formula(cfg, model.fc.weight.detach(), model.fc.bias.detach(), tensors(gm, "fc"))
+    expected = F.linear(x, weight, bias)
+    assert (expected - model(x)).abs().max() > 0.05, "the adapter does nothing"
+    merged = llfx.merge(gm)
+    for adapted in (gm, merged, randomised(llfx.wrap(model, cfg))):
+        close(adapted(x), expected)
+    close(merged.get_parameter("fc.weight").detach(), weight)
+    close(merged.get_parameter("fc.bias").detach(), bias)
+
+
+STARTS_ELSEWHERE: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in STARTS_ELSEWHERE])
+def test_start_is_the_identity_exactly(name: str, dtype: torch.dtype) -> None:
+    model, x = single(dtype), sample(5, 3, D_IN, dtype=dtype)
+    assert torch.equal(llfx.rewrite(model, CASES[name][0])(x), model(x))
+
+
+@every_case
+def test_on_a_bfloat16_base_and_under_autocast_only_the_linear_is_in_half_precision(name: str) -> None:
+    cfg, x = CASES[name][0], sample(64, D_IN)
+    exact = randomised(llfx.rewrite(single(), cfg))
+    expected = exact(x).detach()
+    half = randomised(llfx.rewrite(single(BF16), cfg))
+    assert {tensor.dtype for tensor in llfx.adapter_state_dict(half).values()} == {torch.float32}
+    y = half(x.to(BF16))
+    assert y.dtype == BF16
+    gradients(half, y)
+    single_precision = randomised(llfx.rewrite(single(torch.float32), cfg))
+    with torch.autocast("cpu", BF16):
+        under_autocast = single_precision(x.float())
+    for actual in (y, under_autocast):
+        assert (actual - expected).norm() < 0.02 * expected.norm()
+
+
+@every_case
+def test_exported_and_compiled_graphs_take_other_shapes(name: str) -> None:
+    gm = randomised(llfx.rewrite(single(), CASES[name][0], (sample(2, 4, D_IN),)))
+    x = sample(5, 3, D_IN)
+    dims = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    program = torch.export.export(gm, (sample(2, 4, D_IN),), dynamic_shapes=dims)
+    close(program.module()(x), gm(x))
+    close(torch.compile(gm, fullgraph=True, backend="aot_eager", dynamic=True)(x), gm(x))
+
+
+# Their traps.
+
+
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        (llfx.RoAd(), "group_size=64 does not divide the 24 outputs"),
+        (llfx.RoAd(group_size=16), "group_size=16 does not divide the 24 outputs"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_a_site_are_refused(cfg: Any, words: str) -> None:
+    for how in (llfx.rewrite, llfx.wrap):
+        with pytest.raises(llfx.ConfigError, match=words):
+            how(single(), type(cfg)(**{**vars(cfg), "target_names": ("fc",)}))
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (llfx.RoAd, {"group_size": 0}),
+        (llfx.RoAd, {"group_size": 3}),
+        (llfx.RoAd, {"group_size": -2}),
+        (llfx.RoAd, {"kind": "road_3"}),
+    ],
+    ids=str,
+)
+def test_impossible_fields_are_refused(cls: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(llfx.ConfigError, match=next(iter(fields))):
+        cls(**fields)
+
+
+def test_road_1_turns_pairs_by_their_angle_and_the_bias_with_them() -> None:
+    model = single()
+    gm = llfx.rewrite(model, llfx.RoAd(group_size=D_OUT, target_names=("fc",)))
+    with torch.no_grad():
+        gm.get_parameter("fc.lora_road_theta").fill_(torch.pi / 2)
+    u, v = model.fc.bias.detach().chunk(2)
+    close(gm(torch.zeros(D_IN, dtype=F64)).detach(), torch.cat((-v, u)))

@@ -8,12 +8,13 @@ from .inspect import inspect
 from .registry import register, registry
 from .rewrite import merge, remove, rewrite
 from .variant import FrozenLinear, ParamSpec, Variant
-from .variants import EVA, HRA, IA3, AntiPaSTO, DeLoRA, DoRA, LoHa, LoRA, OLoRA, PiSSA, RoAd, VeRA
+from .variants import EVA, HRA, IA3, OFT, AntiPaSTO, DeLoRA, DoRA, LoHa, LoKr, LoRA, OLoRA, PiSSA, RoAd, VeRA
 
 __all__ = [
     "EVA",
     "HRA",
     "IA3",
+    "OFT",
     "AdapterError",
     "AntiPaSTO",
     "CaptureError",
@@ -23,6 +24,7 @@ __all__ = [
     "DoRA",
     "FrozenLinear",
     "LoHa",
+    "LoKr",
     "LoRA",
     "OLoRA",
     "ParamSpec",

@@ -59,6 +59,14 @@ LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"
 LORA = functools.partial(peft.LoraConfig, r=RANK, lora_alpha=ALPHA)
 SCALED = {"r": RANK, "alpha": ALPHA}
 EVEN = ("llama", "gpt2", "bert")  # whose widths blocks and groups divide
+LOKR = {
+    "lora_W1": "lokr_w1.default",
+    "lora_A1": "lokr_w1_b.default",
+    "lora_B1": "lokr_w1_a.default",
+    "lora_W2": "lokr_w2.default",
+    "lora_A2": "lokr_w2_b.default",
+    "lora_B2": "lokr_w2_a.default",
+}
 ORACLES = {
     "LoRA": Oracle(llfx.LoRA, LORA, LOW_RANK, SCALED, ("lora_A",)),
     "LoRA rank-stabilized": Oracle(
@@ -119,6 +127,17 @@ ORACLES = {
         )
         for kind in ("road_1", "road_2", "road_4")
     },
+    **{
+        name: Oracle(
+            llfx.OFT,
+            functools.partial(peft.OFTConfig, oft_block_size=4, use_cayley_neumann=neumann),
+            {"lora_oft_R": "oft_R.default.weight"},
+            {"block_size": 4, "use_cayley_neumann": neumann},
+            conv1d=False,
+            cases=EVEN,
+        )
+        for name, neumann in {"OFT": False, "OFT by Neumann series": True}.items()
+    },
     "LoHa": Oracle(
         llfx.LoHa,
         functools.partial(peft.LoHaConfig, r=RANK, alpha=ALPHA),
@@ -142,6 +161,24 @@ ORACLES = {
             "lora_shared_vera_B": "vera_B.default",
         },
         {"r": RANK, "projection_seed": SEED, "d_initial": 0.125},
+    ),
+    "LoKr": Oracle(
+        llfx.LoKr,
+        functools.partial(peft.LoKrConfig, r=RANK, alpha=ALPHA),
+        LOKR,
+        SCALED,
+        ("lora_A2", "lora_B2", "lora_W2"),
+        conv1d=False,
+        as_ours=lambda tensor: tensor,
+    ),
+    "LoKr of low ranks": Oracle(
+        llfx.LoKr,
+        functools.partial(peft.LoKrConfig, r=1, alpha=ALPHA, decompose_both=True, decompose_factor=4),
+        LOKR,
+        {"r": 1, "alpha": ALPHA, "decompose_both": True, "decompose_factor": 4},
+        ("lora_A1", "lora_A2", "lora_B2", "lora_W2"),
+        conv1d=False,
+        as_ours=lambda tensor: tensor,
     ),
 }
 
@@ -275,7 +312,8 @@ class Pair:
             reference = dict(module.named_parameters()) | dict(module.named_buffers())
             for name, theirs in self.oracle.tensors.items():
                 path = name if name.startswith("lora_shared_") else f"{site}.{name}"
-                yield site, name, state[path], reference[theirs]
+                if path in state or theirs in reference:  # which of its tensors LoKr has depends on the widths
+                    yield site, name, state[path], reference[theirs]
 
     def randomise(self) -> None:
         """Give both the same values, away from the start; frozen tensors keep theirs."""

@@ -45,10 +45,27 @@ def road(cfg: Any, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Adapted:
     return rotation @ w, rotation @ b
 
 
+def oft(cfg: Any, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Adapted:
+    size = cfg.block_size
+    one = torch.eye(size, dtype=F64)
+    blocks = []
+    for upper in p["oft_R"]:
+        q, values = torch.zeros(size, size, dtype=F64), iter(upper)
+        for i in range(size):
+            for j in range(i + 1, size):
+                q[i, j] = next(values)
+                q[j, i] = -q[i, j]
+        series = one - 2 * q + 2 * q @ q - 2 * q @ q @ q + q @ q @ q @ q
+        blocks.append(series if cfg.use_cayley_neumann else torch.linalg.inv(one - q) @ (one + q))
+    return w @ torch.block_diag(*blocks), b
+
+
 CASES: dict[str, tuple[llfx.Variant, Callable[..., Adapted]]] = {
     "RoAd 1": (llfx.RoAd(kind="road_1", group_size=8, target_names=("fc",)), road),
     "RoAd 2": (llfx.RoAd(kind="road_2", group_size=4, target_names=("fc",)), road),
     "RoAd 4": (llfx.RoAd(kind="road_4", group_size=12, target_names=("fc",)), road),
+    "OFT": (llfx.OFT(block_size=8, use_cayley_neumann=False, target_names=("fc",)), oft),
+    "OFT by Neumann series": (llfx.OFT(block_size=4, target_names=("fc",)), oft),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -117,6 +134,8 @@ def test_exported_and_compiled_graphs_take_other_shapes(name: str) -> None:
     [
         (llfx.RoAd(), "group_size=64 does not divide the 24 outputs"),
         (llfx.RoAd(group_size=16), "group_size=16 does not divide the 24 outputs"),
+        (llfx.OFT(), "block_size=32 does not divide the 16 inputs"),
+        (llfx.OFT(block_size=12), "block_size=12 does not divide the 16 inputs"),
     ],
     ids=str,
 )
@@ -133,6 +152,9 @@ def test_sizes_that_do_not_fit_a_site_are_refused(cfg: Any, words: str) -> None:
         (llfx.RoAd, {"group_size": 3}),
         (llfx.RoAd, {"group_size": -2}),
         (llfx.RoAd, {"kind": "road_3"}),
+        (llfx.OFT, {"block_size": 0}),
+        (llfx.OFT, {"block_size": 1}),
+        (llfx.OFT, {"use_cayley_neumann": 5}),
     ],
     ids=str,
 )
@@ -148,3 +170,31 @@ def test_road_1_turns_pairs_by_their_angle_and_the_bias_with_them() -> None:
         gm.get_parameter("fc.lora_road_theta").fill_(torch.pi / 2)
     u, v = model.fc.bias.detach().chunk(2)
     close(gm(torch.zeros(D_IN, dtype=F64)).detach(), torch.cat((-v, u)))
+
+
+def rotation(gm: Any) -> Tensor:
+    """The `R` of `W R`."""
+    return torch.linalg.pinv(single().fc.weight.detach()) @ llfx.merge(gm).get_parameter("fc.weight").detach()
+
+
+def test_oft_is_orthogonal_with_cayley_and_with_the_series_only_near_the_start() -> None:
+    one = torch.eye(D_IN, dtype=F64)
+    for neumann, scale, error in ((False, 1.0, 1e-10), (True, 1.0, None), (True, 1e-2, 1e-3)):
+        cfg = llfx.OFT(block_size=4, use_cayley_neumann=neumann, target_names=("fc",))
+        gm = randomised(llfx.rewrite(single(), cfg))
+        gm.get_parameter("fc.lora_oft_R").data.mul_(scale)
+        r = rotation(gm)
+        assert (r - one).abs().max() > 0.01, "it hardly turns"
+        off = (r @ r.t() - one).abs().max()
+        assert off > 0.1 if error is None else off < error
+
+
+def test_oft_turns_the_other_way_with_the_series() -> None:
+    turned = []
+    for neumann in (False, True):
+        cfg = llfx.OFT(block_size=4, use_cayley_neumann=neumann, target_names=("fc",))
+        gm = randomised(llfx.rewrite(single(), cfg))
+        gm.get_parameter("fc.lora_oft_R").data.mul_(1e-2)
+        turned.append(rotation(gm))
+    close(turned[0], turned[1].t(), 1e-4)
+    assert (turned[0] - turned[1]).abs().max() > 0.05

@@ -7,10 +7,27 @@ from .eva import EVA
 from .hra import HRA
 from .ia3 import IA3
 from .loha import LoHa
+from .lokr import LoKr
 from .lora import LoRA
+from .oft import OFT
 from .olora import OLoRA
 from .pissa import PiSSA
 from .road import RoAd
 from .vera import VeRA
 
-__all__ = ["EVA", "HRA", "IA3", "AntiPaSTO", "DeLoRA", "DoRA", "LoHa", "LoRA", "OLoRA", "PiSSA", "RoAd", "VeRA"]
+__all__ = [
+    "EVA",
+    "HRA",
+    "IA3",
+    "OFT",
+    "AntiPaSTO",
+    "DeLoRA",
+    "DoRA",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "OLoRA",
+    "PiSSA",
+    "RoAd",
+    "VeRA",
+]

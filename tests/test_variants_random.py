@@ -1,0 +1,344 @@
+"""Variants with random frozen parts: their formulas, written out a second time, and tensors that sites share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import lora_lite_fx as llfx
+
+R = 4
+D_IN, D_OUT = 6, 10
+F64, BF16 = torch.float64, torch.bfloat16
+CONFIGS = {
+    "VeRA": llfx.VeRA(r=R, projection_seed=3, target_names=("fc",)),
+}
+SHARED = {"VeRA": ("lora_shared_vera_A", "lora_shared_vera_B")}
+every_variant = pytest.mark.parametrize("name", CONFIGS)
+every_sharing = pytest.mark.parametrize("name", SHARED)
+captures = pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "exported"])
+
+
+class Net(nn.Module):
+    def __init__(self, linear: Any = nn.Linear) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = linear(D_IN, D_OUT), linear(D_OUT, D_IN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.gelu(self.fc1(x)))
+
+
+class Conv1DNet(Net):
+    def __init__(self) -> None:
+        super().__init__(lambda d_in, d_out: Conv1D(d_out, d_in))
+
+
+class Small(nn.Module):
+    """No side of a linear is the largest of the sites': each reads a part of the projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(3, 9), nn.Linear(9, 2), nn.Linear(2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(torch.tanh(self.fc2(torch.tanh(self.fc1(x)))))
+
+
+def ready(model: nn.Module, dtype: torch.dtype = F64) -> Any:
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data = 0.4 * sample(*parameter.shape, seed=10 + i)
+    return model.eval().to(dtype)
+
+
+def sample(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def randomised(model: Any, seed: int = 100) -> Any:
+    """The model with random values in every adapter tensor, frozen ones included; indices stay."""
+    state = llfx.adapter_state_dict(model)
+    for i, (name, tensor) in enumerate(state.items()):
+        if tensor.is_floating_point():
+            state[name] = sample(*tensor.shape, seed=seed + i, dtype=tensor.dtype)
+    llfx.load_adapter_state_dict(model, state)
+    return model
+
+
+def tensors(model: nn.Module, site: str) -> dict[str, Tensor]:
+    """The adapter's tensors at a site and those that it shares, by the names that formulas use."""
+    state = llfx.adapter_state_dict(model)
+    own = {name.removeprefix(f"{site}.lora_"): t for name, t in state.items() if name.startswith(f"{site}.")}
+    return own | {name.rpartition("_")[2]: t for name, t in state.items() if "." not in name}
+
+
+def weight_of(linear: Any) -> Tensor:
+    weight = linear.weight.detach()
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def delta(name: str, p: dict[str, Tensor], d_in: int, d_out: int, r: int = R) -> Tensor:
+    """What a variant adds to a weight `(d_out, d_in)`, term by term."""
+    total = torch.zeros(d_out, d_in, dtype=F64)
+    for k in range(r):
+        total += p["ld"][k] * torch.outer(p["lb"] * p["B"][:d_out, k], p["A"][k, :d_in])
+    return total
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    y = model(x)
+    (y * sample(*y.shape, seed=7, dtype=y.dtype)).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# The formulas.
+
+
+@captures
+@pytest.mark.parametrize("cls", [Net, Conv1DNet])
+@every_variant
+def test_rewrite_wrap_and_merge_compute_the_formula(name: str, cls: Any, exported: bool) -> None:
+    model, x = ready(cls()), sample(3, 5, D_IN)
+    gm = randomised(llfx.rewrite(model, CONFIGS[name], (sample(2, 4, D_IN),) if exported else None))
+    weights = [
+        weight_of(fc) + delta(name, tensors(gm, site), *weight_of(fc).shape[::-1])
+        for site, fc in (("fc1", model.fc1), ("fc2", model.fc2))
+    ]
+    expected = x + F.linear(F.gelu(F.linear(x, weights[0], model.fc1.bias)), weights[1], model.fc2.bias)
+    assert (expected - model(x)).abs().max() > 0.1, "the adapters do nothing"
+    merged = llfx.merge(gm)
+    for adapted in (gm, merged, randomised(llfx.wrap(model, CONFIGS[name]))):
+        close(adapted(x), expected)
+    for site, weight in zip(("fc1", "fc2"), weights, strict=True):
+        stored = merged.get_parameter(f"{site}.weight")
+        close(stored.t() if cls is Conv1DNet else stored, weight)
+        close(merged.get_parameter(f"{site}.bias"), model.get_parameter(f"{site}.bias").detach())
+
+
+@every_sharing
+def test_sites_of_any_size_read_the_first_rows_and_columns_of_the_projections(name: str) -> None:
+    model = ready(Small())
+    merged = llfx.merge(gm := randomised(llfx.rewrite(model, CONFIGS[name])))
+    for site in ("fc1", "fc2", "fc3"):
+        weight = model.get_parameter(f"{site}.weight")
+        changed = merged.get_parameter(f"{site}.weight") - weight
+        close(changed, delta(name, tensors(gm, site), *weight.shape[::-1]))
+
+
+@every_sharing
+def test_sites_of_other_ranks_read_a_part_of_projections_of_the_largest(name: str) -> None:
+    model, ranks = ready(Small()), {"fc1": 3, "fc2": R, "fc3": 1}
+    cfg = type(CONFIGS[name])(r=R, target_names=("fc",), rank_pattern={"fc1": 3, "fc3": 1})
+    merged = llfx.merge(gm := randomised(llfx.rewrite(model, cfg)))
+    for site, r in ranks.items():
+        weight = model.get_parameter(f"{site}.weight")
+        changed = merged.get_parameter(f"{site}.weight") - weight
+        close(changed, delta(name, tensors(gm, site), *weight.shape[::-1], r))
+
+
+@pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, BF16], ids=str)
+@every_variant
+def test_start_is_the_identity(name: str, dtype: torch.dtype, how: Any) -> None:
+    model, x = ready(Net(), dtype), sample(5, 3, D_IN, dtype=dtype)
+    adapted = how(model, CONFIGS[name])
+    assert torch.equal(adapted(x), model(x))
+    assert all(tensor.isfinite().all() for tensor in llfx.adapter_state_dict(adapted).values())
+
+
+WAITING = {"VeRA": {"lora_ld"}}  # for a factor that starts at zero
+
+
+@every_variant
+def test_each_element_gets_a_gradient_at_the_start_or_a_step_later(name: str) -> None:
+    torch.manual_seed(0)
+    gm, x = llfx.rewrite(ready(Net()), CONFIGS[name]), sample(5, 3, D_IN)
+    for parameter, grad in gradients(gm, x).items():
+        dead = parameter.rpartition(".")[2] in WAITING.get(name, ())
+        assert ((grad == 0) == dead).all(), parameter
+    torch.optim.SGD(llfx.adapter_parameters(gm), lr=1e-3).step()
+    for parameter, grad in gradients(gm, x).items():
+        assert (grad != 0).all(), f"{parameter} is dead after a step"
+
+
+@every_variant
+def test_tensors_are_float32_on_a_bfloat16_base_and_autocast_changes_no_more_than_rounding(name: str) -> None:
+    gm, x = randomised(llfx.rewrite(ready(Net(), BF16), CONFIGS[name])), sample(5, 3, D_IN, dtype=BF16)
+    floating = [tensor.dtype for tensor in llfx.adapter_state_dict(gm).values() if tensor.is_floating_point()]
+    assert set(floating) == {torch.float32}
+    assert gm(x).dtype == BF16
+    gm, x = randomised(llfx.rewrite(ready(Net(), torch.float32), CONFIGS[name])), sample(5, 3, D_IN).float()
+    with torch.autocast("cpu", BF16):
+        y = gm(x)
+    close(y.float(), gm(x), 0.1 * gm(x).abs().max().item())
+
+
+# What is drawn.
+
+
+@every_sharing
+def test_projections_follow_from_the_seed_alone(name: str) -> None:
+    models = {dtype: ready(Net(), dtype) for dtype in (F64, torch.float32, BF16)}
+    before = torch.get_rng_state()
+
+    def drawn(dtype: torch.dtype = F64, **changed: Any) -> list[Tensor]:
+        cfg = type(CONFIGS[name])(r=R, target_names=("fc",), **changed)
+        state = llfx.adapter_state_dict(llfx.rewrite(models[dtype], cfg))
+        return [state[shared] for shared in SHARED[name]]
+
+    first = drawn(projection_seed=7)
+    for again in (drawn(projection_seed=7), drawn(torch.float32, projection_seed=7), drawn(BF16, projection_seed=7)):
+        for ours, same in zip(first, again, strict=True):
+            assert torch.equal(ours, same.double())
+    for ours, other in zip(first, drawn(projection_seed=8), strict=True):
+        assert not torch.equal(ours, other)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is the user's"
+
+
+@every_sharing
+def test_given_sizes_make_the_projections_of_adapters_at_other_sites_the_same(name: str) -> None:
+    def drawn(target: str, **sizes: int) -> dict[str, Tensor]:
+        cfg = type(CONFIGS[name])(r=2, target_names=(target,), **sizes)
+        state = llfx.adapter_state_dict(llfx.rewrite(ready(Small()), cfg))
+        return {shared: state[shared] for shared in SHARED[name]}
+
+    sizes = {"shared_d_in": 12, "shared_d_out": 9, "shared_r": R}
+    one, other = drawn("fc1", **sizes), drawn("fc3", **sizes)
+    assert all(torch.equal(tensor, other[shared]) for shared, tensor in one.items())
+    assert all(tensor.shape != one[shared].shape for shared, tensor in drawn("fc1").items())
+
+
+@pytest.mark.parametrize("size", ["shared_r", "shared_d_in", "shared_d_out"])
+@every_sharing
+def test_projections_that_are_too_small_for_a_site_are_refused(name: str, size: str) -> None:
+    cfg = type(CONFIGS[name])(r=R, target_names=("fc",), **{size: 3})
+    with pytest.raises(llfx.ConfigError, match=rf"{size}=3 is too small for site 'fc1', which needs"):
+        llfx.rewrite(ready(Net()), cfg)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("projection_seed", -1),
+        ("projection_seed", 2**64),
+        ("projection_seed", 0.5),
+        ("shared_r", -1),
+        ("shared_d_in", -1),
+    ],
+)
+@every_sharing
+def test_impossible_seeds_and_sizes_are_refused(name: str, field: str, value: float) -> None:
+    with pytest.raises(llfx.ConfigError, match=field):
+        type(CONFIGS[name])(**{field: value})
+
+
+def test_vera_refuses_a_start_that_cannot_train() -> None:
+    with pytest.raises(llfx.ConfigError, match="d_initial"):
+        llfx.VeRA(d_initial=0.0)
+
+
+# Tensors that all sites share.
+
+
+def shared_names(model: nn.Module) -> list[str]:
+    return [name for name in llfx.adapter_state_dict(model) if name.startswith("lora_shared_")]
+
+
+def storages(model: nn.Module, name: str) -> set[int]:
+    """Where the buffers are, of any name, that end in a name."""
+    return {
+        buffer.data_ptr()
+        for path, buffer in model.named_buffers(remove_duplicate=False)
+        if path.rpartition(".")[2] == name
+    }
+
+
+@captures
+@every_sharing
+def test_a_graph_holds_each_shared_tensor_once(name: str, exported: bool) -> None:
+    gm = llfx.rewrite(ready(Small()), CONFIGS[name], (sample(2, 3),) if exported else None)
+    assert tuple(shared_names(gm)) == SHARED[name]
+    for shared in SHARED[name]:
+        assert [path for path, _ in gm.named_buffers(remove_duplicate=False) if shared in path] == [shared]
+        readers = [node for node in gm.graph.nodes if node.op == "get_attr" and "lora_shared" in node.target]
+        assert {node.target for node in readers} == set(SHARED[name])
+    trained = {id(parameter) for parameter in llfx.adapter_parameters(gm)}
+    assert not trained & {id(gm.get_buffer(shared)) for shared in SHARED[name]}
+
+
+@every_sharing
+def test_wrapped_modules_see_the_same_object(name: str) -> None:
+    wrapped = llfx.wrap(ready(Small()), CONFIGS[name])
+    assert tuple(shared_names(wrapped)) == SHARED[name]
+    for shared in SHARED[name]:
+        owner = wrapped.get_buffer(shared)
+        assert all(getattr(wrapped.get_submodule(site), shared) is owner for site in ("fc1", "fc2", "fc3"))
+        assert [path for path in wrapped.state_dict() if shared in path] == [shared]
+
+
+@every_sharing
+def test_shared_tensors_are_saved_once_and_come_back(name: str, tmp_path: Path) -> None:
+    model, file, x = ready(Small()), tmp_path / "adapter.safetensors", sample(4, 3)
+    for how in (llfx.rewrite, llfx.wrap):
+        llfx.save(adapted := randomised(how(model, CONFIGS[name])), file)
+        with safe_open(file, "pt") as saved:
+            assert sorted(key for key in saved.keys() if "shared" in key) == sorted(SHARED[name])  # noqa: SIM118
+            config = json.loads(saved.metadata()["lora_lite_fx"])["adapters"][0]["config"]
+        assert {field: config[field] for field in ("shared_r", "shared_d_in", "shared_d_out")} == {
+            "shared_r": R,
+            "shared_d_in": 9,
+            "shared_d_out": 9,
+        }
+        loaded = llfx.load(model, file)
+        assert tuple(shared_names(loaded)) == SHARED[name]
+        for key, tensor in llfx.adapter_state_dict(adapted).items():
+            assert torch.equal(llfx.adapter_state_dict(loaded)[key], tensor)
+        close(loaded(x), adapted(x), 1e-14)
+
+
+@pytest.mark.parametrize("again", [llfx.rewrite, llfx.load], ids=["rewritten", "loaded"])
+@every_sharing
+def test_a_second_adapter_has_shared_tensors_of_its_own(name: str, again: Any, tmp_path: Path) -> None:
+    model, file, x = ready(Small()), tmp_path / "adapter.safetensors", sample(4, 3)
+    # Not the sites of the first, hence other sizes too.
+    second = type(CONFIGS[name])(r=2, projection_seed=9, target_names=("fc2", "fc3"))
+    alone = randomised(llfx.rewrite(model, second), seed=500)
+    first = randomised(llfx.rewrite(model, CONFIGS[name]))
+    kept = {key: tensor.clone() for key, tensor in llfx.adapter_state_dict(first).items()}
+    llfx.save(alone, file)
+    both = again(first, second if again is llfx.rewrite else file)
+    state = llfx.adapter_state_dict(both)
+    values = {f"{key}_2": tensor for key, tensor in llfx.adapter_state_dict(alone).items()}
+    llfx.load_adapter_state_dict(both, {**state, **values})
+    assert state.keys() == kept.keys() | values.keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in kept.items())
+    if again is llfx.load:
+        assert all(torch.equal(state[key], tensor) for key, tensor in values.items())
+    together = llfx.wrap(model, [CONFIGS[name], second])
+    llfx.load_adapter_state_dict(together, {**kept, **values})
+    for adapted in (both, llfx.merge(both)):
+        close(adapted(x), together(x))
+
+
+@captures
+@every_sharing
+def test_shared_tensors_are_gone_after_removal_and_merge(name: str, exported: bool) -> None:
+    model, example = ready(Small()), (sample(2, 3),) if exported else None
+    gm = llfx.rewrite(model, [CONFIGS[name], CONFIGS[name]], example)
+    assert len(shared_names(gm)) == 4
+    for plain in (llfx.remove(gm), llfx.merge(gm)):
+        assert plain.state_dict().keys() == model.state_dict().keys()
+        assert not [name for name in dir(plain) if "lora" in name]
+        assert "lora" not in str(plain.graph)

@@ -115,6 +115,16 @@ ORACLES = {
         conv1d=False,
         as_ours=torch.t,
     ),
+    "HRA orthogonal": Oracle(
+        llfx.HRA,
+        # Not its usual start, of pairs: the second vector of each would be rounding errors.
+        functools.partial(peft.HRAConfig, r=RANK, apply_GS=True, init_weights=False),
+        {"lora_U": "hra_u.default"},
+        {"r": RANK, "orthogonal": True},
+        ("lora_U",),
+        conv1d=False,
+        as_ours=torch.t,
+    ),
     "IA3": Oracle(llfx.IA3, peft.IA3Config, {"lora_g": "ia3_l.default"}),
     **{
         f"RoAd {kind}": Oracle(
@@ -180,6 +190,26 @@ ORACLES = {
         conv1d=False,
         as_ours=lambda tensor: tensor,
     ),
+    **{
+        f"RandLoRA {basis}": Oracle(
+            llfx.RandLoRA,
+            functools.partial(
+                peft.RandLoraConfig,
+                r=RANK,
+                randlora_alpha=ALPHA,
+                projection_prng_key=SEED,
+                **({} if basis == "dense" else {basis: True}),
+            ),
+            {
+                "lora_lambda": "randlora_lambda.default",
+                "lora_gamma": "randlora_gamma.default",
+                "lora_shared_randlora_A": "randlora_A.default",
+                "lora_shared_randlora_B": "randlora_B.default",
+            },
+            {**SCALED, "projection_seed": SEED, "basis": basis},
+        )
+        for basis in ("dense", "sparse", "very_sparse")
+    },
 }
 
 # The models.

@@ -60,12 +60,23 @@ def oft(cfg: Any, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Adapted:
     return w @ torch.block_diag(*blocks), b
 
 
+def orthogonal_hra(cfg: Any, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Adapted:
+    basis: list[Tensor] = []
+    for vector in p["U"]:
+        for earlier in basis:
+            vector = vector - vector.dot(earlier) * earlier
+        basis.append(vector / vector.norm())
+        w = w - 2 * torch.outer(w @ basis[-1], basis[-1])
+    return w, b
+
+
 CASES: dict[str, tuple[llfx.Variant, Callable[..., Adapted]]] = {
     "RoAd 1": (llfx.RoAd(kind="road_1", group_size=8, target_names=("fc",)), road),
     "RoAd 2": (llfx.RoAd(kind="road_2", group_size=4, target_names=("fc",)), road),
     "RoAd 4": (llfx.RoAd(kind="road_4", group_size=12, target_names=("fc",)), road),
     "OFT": (llfx.OFT(block_size=8, use_cayley_neumann=False, target_names=("fc",)), oft),
     "OFT by Neumann series": (llfx.OFT(block_size=4, target_names=("fc",)), oft),
+    "HRA orthogonal": (llfx.HRA(r=5, orthogonal=True, target_names=("fc",)), orthogonal_hra),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -89,7 +100,7 @@ def test_rewrite_wrap_and_merge_compute_the_formula(name: str, example_inputs: A
     close(merged.get_parameter("fc.bias").detach(), bias)
 
 
-STARTS_ELSEWHERE: tuple[str, ...] = ()
+STARTS_ELSEWHERE = ("HRA orthogonal",)
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, BF16], ids=str)
@@ -198,3 +209,23 @@ def test_oft_turns_the_other_way_with_the_series() -> None:
         turned.append(rotation(gm))
     close(turned[0], turned[1].t(), 1e-4)
     assert (turned[0] - turned[1]).abs().max() > 0.05
+
+
+def test_orthogonal_hra_reflects_the_span_of_its_vectors_from_the_start_on() -> None:
+    torch.manual_seed(0)
+    gm = llfx.rewrite(single(), CASES["HRA orthogonal"][0])
+    u = gm.get_parameter("fc.lora_U")
+    assert torch.linalg.matrix_rank(u) == 5, "no vector repeats another"
+    r = rotation(gm)
+    close(torch.linalg.eigvalsh(r), torch.tensor([-1.0] * 5 + [1.0] * (D_IN - 5), dtype=F64))
+    close(u @ r.t(), -u)
+    mixed = (torch.randn(5, 5, dtype=F64) @ u).detach()
+    u.data.copy_(mixed)
+    close(rotation(gm), r, 1e-8)
+
+
+def test_orthogonal_hra_gets_a_gradient_for_every_element_from_the_start() -> None:
+    torch.manual_seed(0)
+    gm = llfx.rewrite(single(), CASES["HRA orthogonal"][0])
+    (grad,) = gradients(gm, gm(sample(7, D_IN))).values()
+    assert (grad != 0).all()

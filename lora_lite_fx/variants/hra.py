@@ -24,11 +24,21 @@ class HRA(Variant):
 
     Identity at the start to rounding: vectors are equal in pairs, and each pair of reflections cancels. `alpha` is
     not used. `r` must be even.
+
+    Args:
+        orthogonal: orthogonalise the vectors first, by Gram-Schmidt: `R = I - 2 V^T V`, the reflection of the whole
+            space that they span. It is the identity nowhere, so neither at the start: the frozen model loses r
+            directions of each input at once. Any r; the start is drawn without pairs, which would span only r / 2.
     """
+
+    orthogonal: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.r % 2 == 0, f"r={self.r} must be even: vectors start in pairs whose reflections cancel")
+        self._require(
+            self.orthogonal or self.r % 2 == 0,
+            f"r={self.r} must be even: vectors start in pairs whose reflections cancel",
+        )
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         return {"lora_U": ParamSpec((self.r, site.d_in))}
@@ -36,15 +46,21 @@ class HRA(Variant):
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
         # The length of a vector changes nothing but its learning rate; drawn as in the reference code, where the
         # vectors are columns.
-        half = torch.nn.init.kaiming_uniform_(p.lora_U.new_empty(site.d_in, self.r // 2), a=math.sqrt(5))
-        p.lora_U.copy_(half.t().repeat_interleave(2, dim=0))
+        repeats = 1 if self.orthogonal else 2
+        drawn = torch.nn.init.kaiming_uniform_(p.lora_U.new_empty(site.d_in, self.r // repeats), a=math.sqrt(5))
+        p.lora_U.copy_(drawn.t().repeat_interleave(repeats, dim=0))
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         # In double precision the small system is exact enough at any rank, and autocast leaves it alone.
         u = F.normalize(p.lora_U.double(), dim=1)
         gram = F.linear(u, u)
-        s = gram.triu() - torch.diag_embed(gram.diagonal() / 2)
-        solved = torch.linalg.solve_triangular(s, u, upper=True)
+        if self.orthogonal:
+            # The rows of L^{-1} U are what Gram-Schmidt makes of those of U; of them, S = I / 2.
+            u = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, u, upper=False)
+            solved = 2 * u
+        else:
+            s = gram.triu() - torch.diag_embed(gram.diagonal() / 2)
+            solved = torch.linalg.solve_triangular(s, u, upper=True)
         u, solved = u.to(p.lora_U.dtype), solved.to(p.lora_U.dtype)
         wide_x = cast(x, u)
         return base((wide_x - F.linear(F.linear(wide_x, solved), u.t())).type_as(x))

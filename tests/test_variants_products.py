@@ -7,12 +7,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from lora_lite_fx.variants.lokr import _factors
 
 from .test_variants import BF16, F64, close, gradients, randomised, ready, sample, tensors
 
@@ -21,6 +24,10 @@ FC: dict[str, Any] = {"target_names": ("fc",)}
 CONFIGS = {
     "LoHa": llfx.LoHa(r=2, alpha=3.0, **FC),
     "LoHa of a high rank": llfx.LoHa(r=8, alpha=3.0, **FC),
+    "LoKr": llfx.LoKr(r=2, alpha=3.0, **FC),
+    "LoKr of full factors": llfx.LoKr(r=100, alpha=150.0, **FC),
+    "LoKr of low ranks": llfx.LoKr(r=1, alpha=3.0, decompose_both=True, **FC),
+    "LoKr of wide blocks": llfx.LoKr(r=1, alpha=3.0, decompose_factor=12, **FC),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
@@ -39,6 +46,11 @@ def update(name: str, w: Tensor, p: dict[str, Tensor]) -> Tensor:
     if isinstance(cfg, llfx.LoHa):
         s = cfg.alpha / cfg.r
         return entries(lambda i, j: s * p["B1"][i].dot(p["A1"][:, j]) * p["B2"][i].dot(p["A2"][:, j]))
+    if isinstance(cfg, llfx.LoKr):
+        w1 = p["W1"] if "W1" in p else p["B1"] @ p["A1"]
+        w2 = p["W2"] if "W2" in p else p["B2"] @ p["A2"]
+        (k, n), s = w2.shape, cfg.alpha / cfg.r
+        return entries(lambda i, j: s * w1[i // k, j // n] * w2[i % k, j % n])
     raise AssertionError(name)
 
 
@@ -110,3 +122,47 @@ def test_loha_has_the_squared_rank_and_forms_no_weight_where_factors_are_cheaper
 def test_loha_takes_no_rank_above_the_smaller_side() -> None:
     with pytest.raises(llfx.ConfigError, match="use r <= 18"):
         llfx.rewrite(single(), llfx.LoHa(r=19, **FC))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"r": 3}, {"W1": (4, 3), "W2": (6, 6)}),
+        ({"r": 2}, {"W1": (4, 3), "A2": (2, 6), "B2": (6, 2)}),
+        ({"r": 2, "decompose_both": True}, {"W1": (4, 3), "A2": (2, 6), "B2": (6, 2)}),
+        ({"r": 1, "decompose_both": True}, {"A1": (1, 3), "B1": (4, 1), "A2": (1, 6), "B2": (6, 1)}),
+        ({"r": 8, "decompose_factor": 2}, {"W1": (2, 2), "W2": (12, 9)}),
+        ({"r": 1, "decompose_factor": 1}, {"W1": (1, 1), "A2": (1, 18), "B2": (24, 1)}),
+        ({"r": 8, "decompose_factor": 8}, {"W1": (8, 3), "W2": (3, 6)}),
+    ],
+)
+def test_lokr_has_full_factors_from_half_their_larger_side_on(fields: Any, expected: Any) -> None:
+    p = tensors(llfx.rewrite(single(), llfx.LoKr(**fields, **FC)), "fc")
+    assert {name: tuple(tensor.shape) for name, tensor in p.items()} == expected
+
+
+def test_lokr_factors_widths_as_peft_does() -> None:
+    for wanted in (-1, *range(1, 13)):
+        for width in range(1, 200):
+            assert _factors(width, wanted) == factorization(width, wanted)
+
+
+@pytest.mark.parametrize("r", [8, 100])
+def test_lokr_draws_its_start_as_peft_does(r: int) -> None:
+    model, kwargs = nn.Sequential(OrderedDict(fc=nn.Linear(900, 1600))), {"r": r, "decompose_both": True}
+    torch.manual_seed(0)
+    ours = tensors(llfx.rewrite(model, llfx.LoKr(**kwargs, **FC)), "fc")
+    reference = peft.get_peft_model(model, peft.LoKrConfig(target_modules=["fc"], **kwargs))
+    theirs = {name.split(".")[-2]: tensor for name, tensor in reference.named_parameters() if "lokr" in name}
+    assert len(ours) == len(theirs) == (4 if r == 8 else 2)
+    for name, tensor in ours.items():
+        key = f"lokr_w{name[1]}" + {"A": "_b", "B": "_a", "W": ""}[name[0]]
+        assert tensor.shape == theirs[key].shape
+        assert tensor.abs().max().item() == pytest.approx(theirs[key].abs().max().item(), rel=0.02)
+        assert tensor.float().std().item() == pytest.approx(theirs[key].float().std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("factor", [0, -2])
+def test_lokr_refuses_a_factor_that_is_none(factor: int) -> None:
+    with pytest.raises(llfx.ConfigError, match="decompose_factor must be positive, or -1"):
+        llfx.LoKr(decompose_factor=factor)

@@ -5,12 +5,32 @@ from .checkpoint import load, save
 from .eager import wrap
 from .errors import AdapterError, CaptureError, CheckpointError, ConfigError, SelectionError
 from .inspect import inspect
+from .peft import load_peft, save_peft, to_peft_config
+from .peft_config import from_peft_config
 from .registry import register, registry
 from .rewrite import merge, remove, rewrite
 from .variant import FrozenLinear, ParamSpec, Variant
-from .variants import EVA, HRA, IA3, OFT, AntiPaSTO, DeLoRA, DoRA, LoHa, LoKr, LoRA, OLoRA, PiSSA, RoAd, VeRA
+from .variants import (
+    BOFT,
+    EVA,
+    HRA,
+    IA3,
+    OFT,
+    AntiPaSTO,
+    DeLoRA,
+    DoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    OLoRA,
+    PiSSA,
+    RandLoRA,
+    RoAd,
+    VeRA,
+)
 
 __all__ = [
+    "BOFT",
     "EVA",
     "HRA",
     "IA3",
@@ -29,20 +49,25 @@ __all__ = [
     "OLoRA",
     "ParamSpec",
     "PiSSA",
+    "RandLoRA",
     "RoAd",
     "SelectionError",
     "Variant",
     "VeRA",
     "adapter_parameters",
     "adapter_state_dict",
+    "from_peft_config",
     "inspect",
     "load",
     "load_adapter_state_dict",
+    "load_peft",
     "merge",
     "register",
     "registry",
     "remove",
     "rewrite",
     "save",
+    "save_peft",
+    "to_peft_config",
     "wrap",
 ]

@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +30,7 @@ from .adapters import (
 )
 from .capture import Inputs
 from .errors import CheckpointError, ConfigError
+from .files import read_safetensors, write_atomically
 from .provenance import qualified_names
 from .registry import from_config, to_config
 from .rewrite import base_graph, insert_adapters
@@ -65,7 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     prints = {name: fingerprint(weight) for name, weight in _frozen_weights(model, names).items()}
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
     document["checksum"] = _checksum(document, state)
-    _write_atomically(Path(path), safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
+    write_atomically(Path(path), safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
 
 
 def load(
@@ -91,7 +90,7 @@ def load(
             does not depend on them, other weights are a warning.
         CaptureError: the model cannot be captured.
     """
-    state, metadata = _read(Path(path))
+    state, metadata = read_safetensors(Path(path))
     chosen, document = _parse(metadata, Path(path))
     gm = base_graph(model, example_inputs, dynamic_shapes)
     sites = {site.name: site for site in find_sites(gm)}
@@ -135,18 +134,6 @@ def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
 
 
 # Reading.
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file.")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file (truncated, corrupt or foreign): {error}."
-        ) from error
 
 
 def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, Any]]:
@@ -223,27 +210,3 @@ def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Te
     if isinstance(model, fx.GraphModule):
         return {site.name: tensor_of(model, site.weight) for site in find_sites(model) if site.name in names}
     return {name: tensor_of(model, f"{name}.base.weight") for name in names}
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write a new file beside `path` and rename it over: readers see the old bytes or the new, never a part."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # a temporary file starts readable by its owner alone
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

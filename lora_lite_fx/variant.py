@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -159,16 +159,10 @@ class Variant:
     """Whether `r` may not exceed the smaller side of the weight."""
 
     def __post_init__(self) -> None:
-        for name in ("target_roles", "target_names", "exclude_names", "layers"):
-            value = getattr(self, name)
-            if isinstance(value, (str, int)):
-                value = (value,)
-            optional = value is None and name != "exclude_names"
-            self._require(
-                optional or isinstance(value, Iterable),
-                f"{name} must be a tuple (of roles, names, ...), got {value!r}",
-            )
-            object.__setattr__(self, name, None if optional else tuple(value))
+        for name in ("target_roles", "layers"):
+            self._make_tuple(name)
+        for name in ("target_names", "exclude_names"):
+            self._check_names(name)
         self._check_plain_fields()
         self._require(self.r >= 1, f"r must be a positive integer, got {self.r!r}")
         self._require(
@@ -183,11 +177,26 @@ class Variant:
                 + (f", did you mean {near[0]!r}?" if near else ".")
                 + f" The roles are {', '.join(ROLES)}; the groups are {', '.join(GROUPS)}",
             )
-        for pattern in (*(self.target_names or ()), *self.exclude_names):
-            self._check_pattern(pattern)
         for layer in self.layers or ():
             self._require(isinstance(layer, int) and layer >= 0, f"layers are indices from 0, got {layer!r}")
         self._check_overrides()
+
+    def _make_tuple(self, name: str) -> None:
+        """Turn the field into a tuple: it may be one value, or a list as JSON has it, or None where that is allowed."""
+        value = getattr(self, name)
+        if isinstance(value, (str, int)):
+            value = (value,)
+        optional = value is None and name != "exclude_names"
+        self._require(
+            optional or isinstance(value, Iterable), f"{name} must be a tuple (of roles, names, ...), got {value!r}"
+        )
+        object.__setattr__(self, name, None if optional else tuple(value))
+
+    def _check_names(self, name: str) -> None:
+        """Check a field that holds regular expressions, and turn it into a tuple."""
+        self._make_tuple(name)
+        for pattern in getattr(self, name) or ():
+            self._check_pattern(pattern)
 
     def _check_plain_fields(self) -> None:
         """Check the fields that are a flag, an integer, a number or a choice, whichever class declares them."""
@@ -212,15 +221,15 @@ class Variant:
             ("alpha_pattern", is_finite, "finite numbers"),
         ):
             given = getattr(self, name)
-            pairs: list[Any] = list(_pairs(given)) if isinstance(given, Iterable) else [None]
-            well_formed = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs)
+            entries: list[Any] = list(pairs(given)) if isinstance(given, Iterable) else [None]
+            well_formed = all(isinstance(entry, (tuple, list)) and len(entry) == 2 for entry in entries)
             self._require(
-                well_formed and all(valid(value) for _, value in pairs),
+                well_formed and all(valid(value) for _, value in entries),
                 f"{name} must map regular expressions to {what}, got {given!r}",
             )
-            for pattern, _ in pairs:
+            for pattern, _ in entries:
                 self._check_pattern(pattern)
-            object.__setattr__(self, name, tuple((pattern, value) for pattern, value in pairs))
+            object.__setattr__(self, name, tuple((pattern, value) for pattern, value in entries))
 
     def _check_pattern(self, pattern: object) -> None:
         self._require(isinstance(pattern, str), f"{pattern!r} is not a regular expression: it must be a string")
@@ -257,6 +266,10 @@ class Variant:
         """
         raise NotImplementedError
 
+    def trace_key(self, site: Site) -> Hashable:
+        """What `forward` depends on of a site besides its sizes: sites with the same key share one trace of it."""
+        return site.roles
+
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
         """Overwrite, in place, what starts from the frozen weight. `weight (d_out, d_in)` is float32 or wider."""
 
@@ -282,8 +295,8 @@ class Variant:
 
     def at(self, name: str) -> Variant:
         """The config for the site called `name`: with the rank and alpha that the patterns give it."""
-        r = next((r for pattern, r in _pairs(self.rank_pattern) if re.search(pattern, name)), self.r)
-        alpha = next((alpha for pattern, alpha in _pairs(self.alpha_pattern) if re.search(pattern, name)), self.alpha)
+        r = next((r for pattern, r in pairs(self.rank_pattern) if re.search(pattern, name)), self.r)
+        alpha = next((alpha for pattern, alpha in pairs(self.alpha_pattern) if re.search(pattern, name)), self.alpha)
         if (r, alpha) == (self.r, self.alpha):
             return self
         return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern=(), alpha_pattern=())
@@ -339,7 +352,8 @@ def _an_integer(name: str) -> str:
     return "a positive integer" if name == "r" else "an integer"
 
 
-def _pairs(patterns: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+def pairs(patterns: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+    """The entries of a pattern field, as it was given or as the config keeps it."""
     return patterns.items() if isinstance(patterns, Mapping) else patterns
 
 

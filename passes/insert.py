@@ -61,7 +61,8 @@ class InsertAdapter(GraphPass):
                 x, y = outermost(around[site.name], moved.get(call.x, call.x), call.y)
                 value = fake_input(x, site_weight(gm, site))
                 local = placement.local
-                key = (str(value.shape), value.dtype, site.d_out, site.roles, site.bias is None, local.r, local.alpha)
+                shapes = (str(value.shape), value.dtype, site.d_out, site.bias is None)
+                key = (*shapes, local.r, local.alpha, local.trace_key(site))
                 if key not in fragments:
                     fragments[key] = trace_fragment(gm, site, placement, value)
                 moved[y] = _splice(gm, site, Call(x, y, call.node), placement, fragments[key], next_call, self.name)

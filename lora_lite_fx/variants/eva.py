@@ -46,16 +46,9 @@ class EVA(LowRank):
         return _second_moment
 
     def settle(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
-        ranks = {site.name: self.at(site.name).r for site in sites}
-        for name in ranks:
-            tokens = statistics[name].tokens if name in statistics else 0
-            self._require(
-                tokens >= ranks[name],
-                f"the start needs calibration data, see rewrite(..., calibration=batches): site {name!r} saw {tokens}"
-                f" tokens, and r={ranks[name]} needs as many at least",
-            )
-        if self.rho == 1:
+        if self.rho == 1 or not statistics:
             return self
+        ranks = {site.name: self.at(site.name).r for site in sites}
         shares = {name: self._directions(statistics[name])[0] for name in ranks}
         limits = {site.name: min(round(ranks[site.name] * self.rho), site.d_in, site.d_out) for site in sites}
         competing = sorted(
@@ -77,7 +70,14 @@ class EVA(LowRank):
         ratio = rank / before.r
         return before.alpha * (ratio**0.5 if self.rank_stabilized else ratio)
 
+    def init(self, site: Site, weight: Tensor, p: Any) -> None:
+        self._require(False, "it starts from data: use rewrite(..., calibration=batches)")
+
     def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
+        self._require(
+            statistic.tokens >= self.r,
+            f"site {site.name!r} saw {statistic.tokens} tokens of calibration data; r={self.r} needs as many at least",
+        )
         p.lora_A.copy_(self._directions(statistic)[1][: self.r])
 
     def _directions(self, statistic: Statistic) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """IA3: Infused Adapter by Inhibiting and Amplifying Inner Activations (Liu et al., 2022), https://arxiv.org/abs/2205.05638"""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,20 +19,35 @@ class IA3(Variant):
 
     Gates the keys, the values and the *input* of the down-projection. Identity at the start, exactly: `g = 1`.
     `r` and `alpha` are not used.
+
+    Args:
+        feedforward_names: regular expressions, searched in the qualified name, of the sites that are gated at their
+            input, instead of those with the role `down`.
     """
+
+    feedforward_names: tuple[str, ...] | None = None
 
     default_roles: ClassVar[tuple[str, ...]] = ("key", "value", "down")
     bounded_rank: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_names("feedforward_names")
+
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
-        return {"lora_g": ParamSpec((site.d_in if _gates_input(site) else site.d_out,), init="ones")}
+        return {"lora_g": ParamSpec((site.d_in if self.gates_input(site) else site.d_out,), init="ones")}
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
-        if _gates_input(base.site):
+        if self.gates_input(base.site):
             return base((x * p.lora_g).type_as(x))
         y = base(x)
         return (y * p.lora_g).type_as(y)
 
+    def trace_key(self, site: Site) -> Hashable:
+        return self.gates_input(site)
 
-def _gates_input(site: Site) -> bool:
-    return "down" in site.roles
+    def gates_input(self, site: Site) -> bool:
+        """Whether the gate is at the input of `site`."""
+        if self.feedforward_names is None:
+            return "down" in site.roles
+        return any(re.search(pattern, site.name) for pattern in self.feedforward_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
 
-R = 4
+R, ALPHA = 4, 6.0
 D_IN, D_OUT = 6, 10
 F64, BF16 = torch.float64, torch.bfloat16
 CONFIGS = {
     "VeRA": llfx.VeRA(r=R, projection_seed=3, target_names=("fc",)),
+    "RandLoRA": llfx.RandLoRA(r=R, alpha=ALPHA, projection_seed=3, target_names=("fc",)),
 }
-SHARED = {"VeRA": ("lora_shared_vera_A", "lora_shared_vera_B")}
+SHARED = {
+    "VeRA": ("lora_shared_vera_A", "lora_shared_vera_B"),
+    "RandLoRA": ("lora_shared_randlora_A", "lora_shared_randlora_B"),
+}
 every_variant = pytest.mark.parametrize("name", CONFIGS)
 every_sharing = pytest.mark.parametrize("name", SHARED)
 captures = pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "exported"])
@@ -87,8 +92,18 @@ def weight_of(linear: Any) -> Tensor:
 def delta(name: str, p: dict[str, Tensor], d_in: int, d_out: int, r: int = R) -> Tensor:
     """What a variant adds to a weight `(d_out, d_in)`, term by term."""
     total = torch.zeros(d_out, d_in, dtype=F64)
-    for k in range(r):
-        total += p["ld"][k] * torch.outer(p["lb"] * p["B"][:d_out, k], p["A"][k, :d_in])
+    if name == "VeRA":
+        for k in range(r):
+            total += p["ld"][k] * torch.outer(p["lb"] * p["B"][:d_out, k], p["A"][k, :d_in])
+    elif name == "RandLoRA":
+        m, larger = sorted((d_in, d_out))
+        n = math.ceil(m / r)
+        columns = [p["B"][:larger, j, i] for j in range(n) for i in range(r)]
+        for i in range(r):
+            for j in range(n):
+                row = p["lambda"][i, j] * p["A"][i, :m] * p["gamma"][j]
+                term = torch.outer(columns[i * n + j], row)
+                total += ALPHA / r * (term if m == d_in else term.t())
     return total
 
 
@@ -140,7 +155,7 @@ def test_sites_of_any_size_read_the_first_rows_and_columns_of_the_projections(na
 @every_sharing
 def test_sites_of_other_ranks_read_a_part_of_projections_of_the_largest(name: str) -> None:
     model, ranks = ready(Small()), {"fc1": 3, "fc2": R, "fc3": 1}
-    cfg = type(CONFIGS[name])(r=R, target_names=("fc",), rank_pattern={"fc1": 3, "fc3": 1})
+    cfg = type(CONFIGS[name])(r=R, alpha=ALPHA, target_names=("fc",), rank_pattern={"fc1": 3, "fc3": 1})
     merged = llfx.merge(gm := randomised(llfx.rewrite(model, cfg)))
     for site, r in ranks.items():
         weight = model.get_parameter(f"{site}.weight")
@@ -158,7 +173,7 @@ def test_start_is_the_identity(name: str, dtype: torch.dtype, how: Any) -> None:
     assert all(tensor.isfinite().all() for tensor in llfx.adapter_state_dict(adapted).values())
 
 
-WAITING = {"VeRA": {"lora_ld"}}  # for a factor that starts at zero
+WAITING = {"VeRA": {"lora_ld"}, "RandLoRA": {"lora_gamma"}}  # for a factor that starts at zero
 
 
 @every_variant
@@ -247,6 +262,36 @@ def test_impossible_seeds_and_sizes_are_refused(name: str, field: str, value: fl
 def test_vera_refuses_a_start_that_cannot_train() -> None:
     with pytest.raises(llfx.ConfigError, match="d_initial"):
         llfx.VeRA(d_initial=0.0)
+
+
+@pytest.mark.parametrize("basis", ["sparse", "very_sparse"])
+def test_sparse_bases_of_randlora_hold_two_opposite_values_and_zeros_in_their_share(basis: Any) -> None:
+    model = nn.Sequential(nn.Linear(400, 300))
+    gm = llfx.rewrite(model, llfx.RandLoRA(r=30, basis=basis, target_names=("0",)))
+    expected = 1 / 3 if basis == "sparse" else 1 / math.sqrt(300)
+    for name in SHARED["RandLoRA"]:
+        bases = gm.get_buffer(name)
+        values = bases.unique()
+        assert len(values) == 3
+        assert values[1] == 0
+        assert values[0] == -values[2]
+        assert bases.std().item() == pytest.approx(1, abs=1e-4)
+        assert (bases != 0).float().mean().item() == pytest.approx(expected, rel=0.1)
+
+
+def test_randlora_has_the_rank_of_the_weight_whatever_its_own() -> None:
+    gm = randomised(llfx.rewrite(model := ready(Net()), llfx.RandLoRA(r=2, target_names=("fc",))))
+    merged = llfx.merge(gm)
+    for site in ("fc1", "fc2"):
+        changed = merged.get_parameter(f"{site}.weight") - model.get_parameter(f"{site}.weight")
+        assert torch.linalg.matrix_rank(changed) == min(D_IN, D_OUT)
+
+
+def test_randlora_refuses_too_few_bases_and_bases_that_are_one_number() -> None:
+    with pytest.raises(llfx.ConfigError, match="shared_bases=1 is too small for site 'fc1', which needs 2"):
+        llfx.rewrite(ready(Net()), llfx.RandLoRA(r=R, shared_bases=1, target_names=("fc",)))
+    with pytest.raises(llfx.ConfigError, match="all one number; use a larger r"):
+        llfx.rewrite(nn.Sequential(nn.Linear(5, 1)), llfx.RandLoRA(r=1, target_names=("0",)))
 
 
 # Tensors that all sites share.

@@ -12,6 +12,7 @@ from .lora import LoRA
 from .oft import OFT
 from .olora import OLoRA
 from .pissa import PiSSA
+from .randlora import RandLoRA
 from .road import RoAd
 from .vera import VeRA
 
@@ -28,6 +29,7 @@ __all__ = [
     "LoRA",
     "OLoRA",
     "PiSSA",
+    "RandLoRA",
     "RoAd",
     "VeRA",
 ]

@@ -1,0 +1,114 @@
+"""RandLoRA: full-rank parameter-efficient fine-tuning (Albert et al., 2025), https://arxiv.org/abs/2502.00987"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..registry import register
+from ..site import Site
+from ..variant import FrozenLinear, ParamSpec, Statistic, cast
+from .vera import SharedProjections
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RandLoRA(SharedProjections):
+    """`y = W x + b + s sum_j B_j L_j A G_j drop(x)`, `s = alpha / r`; https://arxiv.org/abs/2502.00987.
+
+    `A (r, m)` and `B_j (M, r)` are random, frozen, and shared by all sites of the adapter, each of which reads as much
+    of them as it needs; `L_j`, `G_j` are diagonal and trained. `m` and `M` are the smaller and the larger side of `W`;
+    where `m` is `d_out`, the sum is transposed. There are `n = ceil(m / r)` terms: together they have full rank, the
+    products are as large as `W`, and a *smaller* `r` trains *more*. PEFT's default is `r=32, alpha=640`.
+
+    Identity at the start, exactly: `L = 0`.
+
+    Args:
+        basis: uniform (`dense`); or ternary, of which one in three (`sparse`), or `1 / sqrt(m)` (`very_sparse`), is not
+            zero, stored dense all the same. Each is scaled to a standard deviation of one.
+        shared_bases: the number of `B_j` that there are; 0 for the largest number of the sites.
+    """
+
+    basis: Literal["dense", "sparse", "very_sparse"] = "dense"
+    shared_bases: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.shared_bases >= 0, "shared_bases must be positive, or 0 for the largest of the sites")
+
+    def settle(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Self:
+        settled = super().settle(sites, statistics)
+        # As many as a site of both largest sides would need, whether or not there is one: PEFT's number.
+        smaller = min(settled.shared_d_in, settled.shared_d_out)
+        needed = max(math.ceil(smaller / self.at(site.name).r) for site in sites)
+        return dataclasses.replace(settled, shared_bases=self.shared_bases or needed)
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        needed = self._count(site)
+        self._require(
+            self.shared_bases == 0 or needed <= self.shared_bases,
+            f"shared_bases={self.shared_bases} is too small for site {site.name!r}, which needs {needed};"
+            " use 0 for the largest",
+        )
+
+    def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        n, m = self._count(site), min(site.d_in, site.d_out)
+        smaller, larger = sorted((self.shared_d_in, self.shared_d_out))
+        return {
+            "lora_lambda": ParamSpec((self.r, n)),
+            "lora_gamma": ParamSpec((n, m), init=1 / max(n, m)),
+            "lora_shared_randlora_A": ParamSpec((self.shared_r, smaller), self._draw_A, trainable=False),
+            "lora_shared_randlora_B": ParamSpec(
+                (larger, self.shared_bases, self.shared_r), self._draw_B, trainable=False
+            ),
+        }
+
+    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        y = base(x)
+        n, (m, larger) = self._count(base.site), sorted((base.site.d_in, base.site.d_out))
+        a = p.lora_shared_randlora_A[: self.r, None, :m]
+        a = (p.lora_lambda[:, :, None] * a * p.lora_gamma).flatten(0, 1)  # (r n, m)
+        # The columns of the B_j meet these rows in PEFT's order, by column first: another numbering of random columns.
+        b = p.lora_shared_randlora_B[:larger, :n, : self.r].flatten(1)  # (M, n r)
+        down, up = (a, b) if m == base.site.d_in else (b.t(), a.t())
+        return cast(y + self.alpha / self.r * F.linear(F.linear(cast(self.drop(x, base), a), down), up), y)
+
+    def _count(self, site: Site) -> int:
+        """The number of terms at `site`."""
+        return math.ceil(min(site.d_in, site.d_out) / self.r)
+
+    def _draw_A(self, a: Tensor) -> None:
+        a.copy_(self._draw()[0])
+
+    def _draw_B(self, b: Tensor) -> None:
+        b.copy_(self._draw()[1])
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """`A (shared_r, m)` and `B (M, shared_bases, shared_r)`, one after the other from one generator."""
+        generator = self.generator()
+        smaller, larger = sorted((self.shared_d_in, self.shared_d_out))
+        if self.basis == "dense":
+
+            def draw(rows: int, columns: int) -> Tensor:
+                # In bfloat16, as PEFT: in float32 the same seed would give other values.
+                empty = torch.empty(rows, columns, dtype=torch.bfloat16)
+                return torch.nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
+
+            a = draw(self.shared_r, smaller)
+            b = torch.stack([draw(larger, self.shared_r) for _ in range(self.shared_bases)], dim=1)
+        else:
+            share = 1 / (2 * (3 if self.basis == "sparse" else math.sqrt(smaller)))  # of each sign
+            shapes = (self.shared_r, smaller), (larger, self.shared_bases, self.shared_r)
+            draws = [torch.rand(shape, generator=generator, dtype=torch.float32) for shape in shapes]
+            a, b = ((drawn > 1 - share).float() - (drawn < share).float() for drawn in draws)
+        self._require(
+            all(bases.unique().numel() > 1 for bases in (a, b)),
+            f"the bases drawn for r={self.shared_r} and a side of {smaller} are all one number; use a larger r",
+        )
+        return a / a.std(), b / b.std()

@@ -5,6 +5,7 @@ from .checkpoint import load, save
 from .eager import wrap
 from .errors import AdapterError, CaptureError, CheckpointError, ConfigError, SelectionError
 from .inspect import inspect
+from .lora_lite import load_lora_lite, save_lora_lite
 from .peft import load_peft, save_peft, to_peft_config
 from .peft_config import from_peft_config
 from .registry import register, registry
@@ -19,6 +20,7 @@ from .variants import (
     AntiPaSTO,
     DeLoRA,
     DoRA,
+    FourierFT,
     LoHa,
     LoKr,
     LoRA,
@@ -42,6 +44,7 @@ __all__ = [
     "ConfigError",
     "DeLoRA",
     "DoRA",
+    "FourierFT",
     "FrozenLinear",
     "LoHa",
     "LoKr",
@@ -60,6 +63,7 @@ __all__ = [
     "inspect",
     "load",
     "load_adapter_state_dict",
+    "load_lora_lite",
     "load_peft",
     "merge",
     "register",
@@ -67,6 +71,7 @@ __all__ = [
     "remove",
     "rewrite",
     "save",
+    "save_lora_lite",
     "save_peft",
     "to_peft_config",
     "wrap",

@@ -10,6 +10,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.boft import layer as boft_layer
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from transformers import (
@@ -54,6 +55,20 @@ class Oracle:
         """Whether the factors start as a part of the frozen weight, which PEFT replaces by the rest."""
         return issubclass(self.cls, FromWeight)
 
+
+class BlockDiagonal:
+    """Stands in for PEFT's CUDA kernel, without which its BOFT has one factor only."""
+
+    def forward(self, blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+    def backward(self, grad: Tensor, blocks: Tensor) -> list[Tensor]:
+        count, size = blocks.shape[1:3]
+        tiles = grad.unflatten(2, (count, size)).unflatten(1, (count, size))
+        return [tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()]
+
+
+boft_layer._FBD_CUDA = BlockDiagonal()
 
 LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
 LORA = functools.partial(peft.LoraConfig, r=RANK, lora_alpha=ALPHA)
@@ -148,6 +163,18 @@ ORACLES = {
         )
         for name, neumann in {"OFT": False, "OFT by Neumann series": True}.items()
     },
+    **{
+        name: Oracle(
+            llfx.BOFT,
+            functools.partial(peft.BOFTConfig, boft_block_size=size, boft_n_butterfly_factor=factors),
+            {"lora_boft_R": "boft_R.default", "lora_boft_s": "boft_s.default"},
+            {"block_size": size, "butterfly_factors": factors},
+            conv1d=False,
+            as_ours=lambda tensor: tensor.squeeze(1) if tensor.dim() == 2 else tensor,
+            cases=EVEN,
+        )
+        for name, size, factors in (("BOFT", 4, 1), ("BOFT of 3 factors", 2, 3))
+    },
     "LoHa": Oracle(
         llfx.LoHa,
         functools.partial(peft.LoHaConfig, r=RANK, alpha=ALPHA),
@@ -210,6 +237,13 @@ ORACLES = {
         )
         for basis in ("dense", "sparse", "very_sparse")
     },
+    "FourierFT": Oracle(
+        llfx.FourierFT,
+        functools.partial(peft.FourierFTConfig, n_frequency=50, scaling=20.0, random_loc_seed=SEED),
+        {"lora_spectrum": "fourierft_spectrum.default"},
+        {"n_frequency": 50, "scaling": 20.0, "seed": SEED},
+        ("lora_spectrum",),
+    ),
 }
 
 # The models.

@@ -70,12 +70,34 @@ def orthogonal_hra(cfg: Any, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Adap
     return w, b
 
 
+def boft(cfg: Any, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Adapted:
+    size, one = cfg.block_size, torch.eye(cfg.block_size, dtype=F64)
+    half = size // 2
+    for i, factor in enumerate(p["boft_R"]):
+        # Half blocks that have all bits of their number but bit i in common are a group.
+        groups: dict[int, list[int]] = {}
+        for number in range(D_IN // half):
+            group = number >> (i + 1) << i | number & (1 << i) - 1
+            groups.setdefault(group, []).extend(range(number * half, (number + 1) * half))
+        butterfly = torch.zeros(D_IN, D_IN, dtype=F64)
+        for group, members in groups.items():
+            q = (factor[group] - factor[group].t()) / 2
+            turn = torch.linalg.inv(one - q) @ (one + q)
+            for j, row in enumerate(members):
+                for k, column in enumerate(members):
+                    butterfly[row, column] = turn[j, k]
+        w = w @ butterfly
+    return torch.diag(p["boft_s"]) @ w, b
+
+
 CASES: dict[str, tuple[llfx.Variant, Callable[..., Adapted]]] = {
     "RoAd 1": (llfx.RoAd(kind="road_1", group_size=8, target_names=("fc",)), road),
     "RoAd 2": (llfx.RoAd(kind="road_2", group_size=4, target_names=("fc",)), road),
     "RoAd 4": (llfx.RoAd(kind="road_4", group_size=12, target_names=("fc",)), road),
     "OFT": (llfx.OFT(block_size=8, use_cayley_neumann=False, target_names=("fc",)), oft),
     "OFT by Neumann series": (llfx.OFT(block_size=4, target_names=("fc",)), oft),
+    "BOFT": (llfx.BOFT(target_names=("fc",)), boft),
+    "BOFT of 3 factors": (llfx.BOFT(block_size=4, butterfly_factors=3, target_names=("fc",)), boft),
     "HRA orthogonal": (llfx.HRA(r=5, orthogonal=True, target_names=("fc",)), orthogonal_hra),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -147,6 +169,8 @@ def test_exported_and_compiled_graphs_take_other_shapes(name: str) -> None:
         (llfx.RoAd(group_size=16), "group_size=16 does not divide the 24 outputs"),
         (llfx.OFT(), "block_size=32 does not divide the 16 inputs"),
         (llfx.OFT(block_size=12), "block_size=12 does not divide the 16 inputs"),
+        (llfx.BOFT(block_size=6), "is 6, which does not divide the 16 inputs"),
+        (llfx.BOFT(block_size=8, butterfly_factors=3), "is 32, which does not divide the 16 inputs"),
     ],
     ids=str,
 )
@@ -166,6 +190,9 @@ def test_sizes_that_do_not_fit_a_site_are_refused(cfg: Any, words: str) -> None:
         (llfx.OFT, {"block_size": 0}),
         (llfx.OFT, {"block_size": 1}),
         (llfx.OFT, {"use_cayley_neumann": 5}),
+        (llfx.BOFT, {"block_size": 1}),
+        (llfx.BOFT, {"block_size": 3, "butterfly_factors": 2}),
+        (llfx.BOFT, {"butterfly_factors": 0}),
     ],
     ids=str,
 )
@@ -229,3 +256,26 @@ def test_orthogonal_hra_gets_a_gradient_for_every_element_from_the_start() -> No
     gm = llfx.rewrite(single(), CASES["HRA orthogonal"][0])
     (grad,) = gradients(gm, gm(sample(7, D_IN))).values()
     assert (grad != 0).all()
+
+
+def test_boft_connects_twice_as_many_inputs_with_each_factor_and_is_orthogonal() -> None:
+    one = torch.eye(D_IN, dtype=F64)
+    for factors, connected in ((1, 4), (2, 8), (3, 16)):
+        gm = randomised(llfx.rewrite(single(), llfx.BOFT(butterfly_factors=factors, target_names=("fc",))))
+        gm.get_parameter("fc.lora_boft_s").data.fill_(1)
+        r = rotation(gm)
+        close(r @ r.t(), one)
+        blocks = torch.block_diag(*[torch.ones(connected, connected)] * (D_IN // connected)).bool()
+        assert ((r.abs() > 1e-9) == blocks).all()
+
+
+def test_boft_of_one_factor_takes_blocks_of_odd_size() -> None:
+    model = ready(nn.Sequential(OrderedDict(fc=nn.Linear(9, 4))))
+    gm = randomised(llfx.rewrite(model, llfx.BOFT(block_size=3, target_names=("fc",))))
+    x = sample(2, 9)
+    close(gm(x), llfx.merge(gm)(x))
+
+
+def test_boft_does_not_scale_the_bias() -> None:
+    gm = randomised(llfx.rewrite(single(), llfx.BOFT(target_names=("fc",))))
+    close(gm(torch.zeros(2, D_IN, dtype=F64)), single().fc.bias.expand(2, -1), 1e-14)

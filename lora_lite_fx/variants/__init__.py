@@ -1,9 +1,11 @@
 """The variants, one file each. To add one, write its file and import it here."""
 
 from .antipasto import AntiPaSTO
+from .boft import BOFT
 from .delora import DeLoRA
 from .dora import DoRA
 from .eva import EVA
+from .fourierft import FourierFT
 from .hra import HRA
 from .ia3 import IA3
 from .loha import LoHa
@@ -17,6 +19,7 @@ from .road import RoAd
 from .vera import VeRA
 
 __all__ = [
+    "BOFT",
     "EVA",
     "HRA",
     "IA3",
@@ -24,6 +27,7 @@ __all__ = [
     "AntiPaSTO",
     "DeLoRA",
     "DoRA",
+    "FourierFT",
     "LoHa",
     "LoKr",
     "LoRA",

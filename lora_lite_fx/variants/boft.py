@@ -1,0 +1,77 @@
+"""BOFT: Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization (Liu et al., 2023), https://arxiv.org/abs/2311.06243"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..registry import register
+from ..site import Site
+from ..variant import FrozenLinear, ParamSpec, Variant, cast
+from .oft import cayley, times_blocks
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class BOFT(Variant):
+    """`y = s * (W R x) + b`, `R = B_0 B_1 ... B_{m-1}`, each B orthogonal; https://arxiv.org/abs/2311.06243.
+
+    A butterfly factor `B_i` turns groups of `block_size` inputs, each by `(I - Q)^{-1} (I + Q)` with Q the
+    skew-symmetric part of what is trained. A group of `B_0` is a block on the diagonal; one of `B_i` is two half
+    blocks that stand `2^i` half blocks apart. So m factors connect `2^(m-1) block_size` inputs. The bias is not scaled.
+    Identity at the start, exactly: `Q = 0`, `s = 1`. `r` and `alpha` are not used.
+
+    Args:
+        block_size: side of a block.
+        butterfly_factors: m. `2^(m-1) block_size` must divide `d_in`. With one, this is `OFT` (exact) with a scale.
+    """
+
+    block_size: int = 4
+    butterfly_factors: int = 1
+
+    bounded_rank: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.butterfly_factors >= 1, f"butterfly_factors={self.butterfly_factors} must be at least 1")
+        self._require(self.block_size >= 2, f"block_size={self.block_size} must be at least 2: there rotations begin")
+        self._require(
+            self.butterfly_factors == 1 or self.block_size % 2 == 0,
+            f"block_size={self.block_size} must be even for more than one factor: they connect half blocks",
+        )
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        connected = self.block_size * 2 ** (self.butterfly_factors - 1)
+        self._require(
+            site.d_in % connected == 0,
+            f"block_size={self.block_size} times 2^(butterfly_factors - 1) is {connected}, which does not divide the "
+            f"{site.d_in} inputs of site {site.name!r}",
+        )
+
+    def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        b = self.block_size
+        return {
+            "lora_boft_R": ParamSpec((self.butterfly_factors, site.d_in // b, b, b)),
+            "lora_boft_s": ParamSpec((site.d_out,), init="ones"),
+        }
+
+    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        trained = p.lora_boft_R.double()
+        turns = cayley((trained - trained.mT) / 2).to(p.lora_boft_R.dtype)
+        rotated = cast(x, turns)
+        for i in reversed(range(self.butterfly_factors)):
+            rotated = rotated + self._turned(rotated, turns[i], 2**i)
+        y = base(rotated.type_as(x))
+        result = p.lora_boft_s * y
+        if base.bias is not None:
+            result = result + (1 - p.lora_boft_s) * base.bias
+        return result.type_as(y)
+
+    def _turned(self, x: Tensor, blocks: Tensor, apart: int) -> Tensor:
+        """What `blocks` make of groups of two half blocks `apart` half blocks from each other; all in their places."""
+        halves = (2, self.block_size // 2) if self.block_size % 2 == 0 else (1, self.block_size)
+        grouped = x.unflatten(-1, (-1, halves[0], apart, halves[1])).transpose(-3, -2)
+        turned = times_blocks(grouped.flatten(-2).flatten(-3, -2), blocks)
+        return turned.unflatten(-1, halves).unflatten(-3, (-1, apart)).transpose(-3, -2).flatten(-4)

@@ -244,6 +244,24 @@ ORACLES = {
         {"n_frequency": 50, "scaling": 20.0, "seed": SEED},
         ("lora_spectrum",),
     ),
+    "MiSS": Oracle(
+        llfx.MiSS,
+        functools.partial(peft.MissConfig, r=RANK),
+        {"lora_D": "miss_block.default"},
+        {"r": RANK},
+        conv1d=False,
+    ),
+    **{
+        f"MiSS {mode}": Oracle(
+            llfx.MiSS,
+            functools.partial(peft.MissConfig, r=RANK, init_weights=mode, mini_r=8),
+            {"lora_D": "miss_block.default"},
+            {"r": RANK, "mode": mode, "mini_r": 8},
+            conv1d=False,
+            cases=EVEN,
+        )
+        for mode in ("mini", "bat")
+    },
 }
 
 # The models.

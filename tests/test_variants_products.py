@@ -28,6 +28,10 @@ CONFIGS = {
     "LoKr of full factors": llfx.LoKr(r=100, alpha=150.0, **FC),
     "LoKr of low ranks": llfx.LoKr(r=1, alpha=3.0, decompose_both=True, **FC),
     "LoKr of wide blocks": llfx.LoKr(r=1, alpha=3.0, decompose_factor=12, **FC),
+    "MiSS": llfx.MiSS(r=6, **FC),
+    "MiSS with a part of a block": llfx.MiSS(r=5, **FC),
+    "MiSS mini": llfx.MiSS(r=5, mode="mini", mini_r=8, **FC),
+    "MiSS bat": llfx.MiSS(r=6, mode="bat", **FC),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
@@ -51,6 +55,13 @@ def update(name: str, w: Tensor, p: dict[str, Tensor]) -> Tensor:
         w2 = p["W2"] if "W2" in p else p["B2"] @ p["A2"]
         (k, n), s = w2.shape, cfg.alpha / cfg.r
         return entries(lambda i, j: s * w1[i // k, j // n] * w2[i % k, j % n])
+    if isinstance(cfg, llfx.MiSS):
+        d, r = p["D"], cfg.r
+        if cfg.mode == "bat":
+            return entries(
+                lambda i, j: w[i, j - j % r : j - j % r + r].dot(d[i // r, :, j % r]) + d[i // r, i % r, j % r]
+            )
+        return entries(lambda i, j: d[j % r, i % d.shape[1]])
     raise AssertionError(name)
 
 
@@ -166,3 +177,36 @@ def test_lokr_draws_its_start_as_peft_does(r: int) -> None:
 def test_lokr_refuses_a_factor_that_is_none(factor: int) -> None:
     with pytest.raises(llfx.ConfigError, match="decompose_factor must be positive, or -1"):
         llfx.LoKr(decompose_factor=factor)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 19}, "r=19 is larger than the input of site 'fc' .* use r <= 18"),
+        ({"r": 4, "mode": "mini", "mini_r": 5}, "mini_r=5 does not divide the output of site 'fc' .24 x 18."),
+        ({"r": 9, "mode": "bat"}, "r=9 does not divide site 'fc' .24 x 18."),
+        ({"r": 8, "mode": "bat"}, "r=8 does not divide site 'fc' .24 x 18."),
+        ({"mini_r": 0}, "mini_r must be a positive integer, got 0"),
+        ({"mode": True}, "mode must be one of"),
+    ],
+)
+def test_miss_refuses_what_does_not_fit(fields: Any, message: str) -> None:
+    with pytest.raises(llfx.ConfigError, match=message):
+        llfx.rewrite(single(), llfx.MiSS(**fields, **FC))
+
+
+def test_miss_takes_a_rank_above_the_number_of_outputs() -> None:
+    gm = randomised(llfx.rewrite(single(D_OUT, 6), llfx.MiSS(r=8, **FC)))
+    assert gm(sample(3, D_OUT)).shape == (3, 6)
+
+
+@pytest.mark.parametrize("mode", ["balance", "mini", "bat"])
+def test_miss_drops_elements_of_the_input_of_its_branch(mode: Any) -> None:
+    gm = randomised(llfx.rewrite(single(), llfx.MiSS(r=6, mode=mode, dropout=0.25, **FC)))
+    x = sample(1, D_IN)
+    expected = gm(x).detach()
+    gm.train()
+    torch.manual_seed(0)
+    y = gm(x.expand(40_000, -1)).detach()
+    assert (y[0] - y[1]).abs().max() > 0.1
+    torch.testing.assert_close(y.mean(0), expected[0], rtol=0.05, atol=0.1)

@@ -11,6 +11,7 @@ from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
+from .miss import MiSS
 from .oft import OFT
 from .olora import OLoRA
 from .pissa import PiSSA
@@ -31,6 +32,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "MiSS",
     "OLoRA",
     "PiSSA",
     "RandLoRA",

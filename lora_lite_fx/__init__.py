@@ -13,6 +13,7 @@ from .rewrite import merge, remove, rewrite
 from .variant import FrozenLinear, ParamSpec, Variant
 from .variants import (
     BOFT,
+    C3A,
     EVA,
     HRA,
     IA3,
@@ -34,6 +35,7 @@ from .variants import (
 
 __all__ = [
     "BOFT",
+    "C3A",
     "EVA",
     "HRA",
     "IA3",

@@ -13,23 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .adapters import (
-    Placement,
-    adapter_state_dict,
-    adapters,
-    load_adapter_state_dict,
-    placements,
-    site_weight,
-)
+from .adapters import Placement, adapter_state_dict
 from .capture import Inputs
-from .eager import AdaptedLinear
 from .errors import CheckpointError, ConfigError
 from .files import read_json, read_safetensors, write_atomically
+from .foreign import insert_from_file, only_adapter, sites_of
 from .peft_config import config_for, format_of, from_peft_config
 from .peft_formats import PeftFormat
 from .provenance import SHARED
-from .rewrite import base_graph, insert_adapters
-from .site import Site, find_sites
 from .variant import Variant, pairs
 from .variants import LoRA
 from .variants.pissa import FromWeight
@@ -52,11 +43,11 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
         ConfigError: the adapter cannot be represented; the message says why.
         CheckpointError: the files cannot be written.
     """
-    variant, placed = _only_adapter(model)
+    variant, placed = only_adapter(model, "A PEFT directory")
     state: Mapping[str, Tensor] = adapter_state_dict(model)
     if as_lora:
         variant, state = _as_lora(variant, placed, state)
-    sites = _sites(model)
+    sites = sites_of(model)
     config = config_for(variant, [sites[placement.site] for placement in placed], _module_names(model))
     form = format_of(variant)
     tensors = {}
@@ -105,41 +96,7 @@ def load_peft(
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
     found = _by_site(form, state, folder / TENSORS)
-    gm = base_graph(model, example_inputs, dynamic_shapes)
-    sites = {site.name: site for site in find_sites(gm)}
-    if missing := [name for name in found if name not in sites]:
-        raise CheckpointError(
-            f"{folder} adapts {len(missing)} modules that are no linear site of the model ({', '.join(missing[:3])});"
-            f" it has {', '.join(list(sites)[:3])}, ..."
-        )
-    targets = [sites[name] for name in found]
-    try:
-        variant = variant.settle(targets, {})
-        for site in targets:
-            variant.at(site.name).check(site)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    first = insert_adapters(gm, [(variant, targets)])
-    own = adapter_state_dict(gm)
-    values = dict(own)
-    for placement in placements(gm):
-        if placement.adapter < first:
-            continue
-        site = sites[placement.site]
-        if set(placement.names) - found[placement.site].keys():
-            placement.start(gm, site, site_weight(gm, site))
-        for name, tensor in found[placement.site].items():
-            if name not in placement.tensors:
-                raise CheckpointError(f"{folder}: {placement.site} has a tensor {name}, which its config rules out.")
-            qualified = placement.tensors[name]
-            values[qualified] = form.tensors[name].to_ours(tensor).to(own[qualified].dtype)
-        if lacking := set(placement.names) - found[placement.site].keys() - set(form.rest):
-            raise CheckpointError(f"{folder}: {placement.site} lacks {', '.join(sorted(lacking))}.")
-    try:
-        load_adapter_state_dict(gm, values)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    return gm
+    return insert_from_file(model, variant, found, form.rest, folder, example_inputs, dynamic_shapes)
 
 
 def to_peft_config(model: nn.Module) -> dict[str, Any]:
@@ -151,27 +108,12 @@ def to_peft_config(model: nn.Module) -> dict[str, Any]:
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
-    variant, placed = _only_adapter(model)
-    sites = _sites(model)
+    variant, placed = only_adapter(model, "A PEFT directory")
+    sites = sites_of(model)
     return config_for(variant, [sites[placement.site] for placement in placed], _module_names(model))
 
 
 # What the model and the files hold.
-
-
-def _only_adapter(model: nn.Module) -> tuple[Variant, list[Placement]]:
-    adapter_state_dict(model)  # refuses a model without adapters
-    found = list(adapters(model))
-    if len(found) > 1:
-        names = ", ".join(type(variant).__name__ for variant, _ in found)
-        raise ConfigError(f"A PEFT directory holds one adapter; the model has {len(found)} ({names}).")
-    return found[0]
-
-
-def _sites(model: nn.Module) -> dict[str, Site]:
-    if isinstance(model, fx.GraphModule):
-        return {site.name: site for site in find_sites(model)}
-    return {module.site.name: module.site for module in model.modules() if isinstance(module, AdaptedLinear)}
 
 
 def _module_names(model: nn.Module) -> list[str]:
@@ -188,22 +130,27 @@ def _by_site(form: PeftFormat, state: Mapping[str, Tensor], path: Path) -> dict[
     found: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        for name, theirs in form.tensors.items():
-            if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
-                shared[name] = tensor
-                break
-            if key.startswith(_PREFIX) and key.endswith(f".{theirs.key}"):
-                site = key.removeprefix(_PREFIX).removesuffix(f".{theirs.key}")
-                found.setdefault(site, {})[name] = tensor
-                break
-        else:
-            known = ", ".join(theirs.key for theirs in form.tensors.values())
-            raise CheckpointError(
-                f"{path}: {key} cannot be represented here; of {form.variant.__name__}, modules have {known}."
-            )
+        name, site = _parsed(form, key, path)
+        try:
+            (shared if site is None else found.setdefault(site, {}))[name] = form.tensors[name].to_ours(tensor)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: {key} cannot have the shape {tuple(tensor.shape)}.") from error
     if not found:
         raise CheckpointError(f"{path} holds no adapter.")
     return {site: {**tensors, **shared} for site, tensors in found.items()}
+
+
+def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
+    """Our name of the tensor called `key`, and its site; None for one that sites share."""
+    for name, theirs in form.tensors.items():
+        if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
+            return name, None
+        if key.startswith(_PREFIX) and key.endswith(f".{theirs.key}"):
+            return name, key.removeprefix(_PREFIX).removesuffix(f".{theirs.key}")
+    known = ", ".join(theirs.key for theirs in form.tensors.values())
+    raise CheckpointError(
+        f"{path}: {key} cannot be represented here; of {form.variant.__name__}, modules have {known}."
+    )
 
 
 def _as_lora(

@@ -1,0 +1,116 @@
+"""What reading and writing other libraries' files have in common: one adapter, found by the modules it adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from .adapters import (
+    Placement,
+    adapter_state_dict,
+    adapters,
+    load_adapter_state_dict,
+    placements,
+    site_weight,
+)
+from .capture import Inputs
+from .eager import AdaptedLinear
+from .errors import CheckpointError, ConfigError
+from .rewrite import base_graph, insert_adapters
+from .site import Site, find_sites
+from .variant import Variant
+
+
+def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]]:
+    """The adapter of a model that has one, for a file (`where`) that holds one.
+
+    Raises:
+        AdapterError: it has none.
+        ConfigError: it has several.
+    """
+    adapter_state_dict(model)  # refuses a model without adapters
+    found = list(adapters(model))
+    if len(found) > 1:
+        names = ", ".join(type(variant).__name__ for variant, _ in found)
+        raise ConfigError(f"{where} holds one adapter; the model has {len(found)} ({names}).")
+    return found[0]
+
+
+def sites_of(model: nn.Module) -> dict[str, Site]:
+    """The sites of an adapted model by name."""
+    if isinstance(model, fx.GraphModule):
+        return {site.name: site for site in find_sites(model)}
+    return {module.site.name: module.site for module in model.modules() if isinstance(module, AdaptedLinear)}
+
+
+def weight_of(model: nn.Module, site: Site) -> Tensor:
+    """The frozen weight `(d_out, d_in)` of a site of an adapted model."""
+    if isinstance(model, fx.GraphModule):
+        return site_weight(model, site)
+    module = model.get_submodule(site.name)
+    assert isinstance(module, AdaptedLinear)
+    return module.out_in_weight
+
+
+def insert_from_file(
+    model: nn.Module | ExportedProgram,
+    variant: Variant,
+    found: Mapping[str, Mapping[str, Tensor]],
+    rest: Iterable[str],
+    path: Path,
+    example_inputs: Inputs | None,
+    dynamic_shapes: Any,
+) -> fx.GraphModule:
+    """Capture `model` and insert `variant` at the sites of a file, with its values.
+
+    Args:
+        model, example_inputs, dynamic_shapes: as for `rewrite`.
+        variant: the config.
+        found: the tensors of each site, by the variant's names.
+        rest: names of tensors that no file of this kind holds, as they follow from the frozen weight.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: the file's sites or tensors do not fit the model or the config.
+        CaptureError: the model cannot be captured.
+    """
+    gm = base_graph(model, example_inputs, dynamic_shapes)
+    sites = {site.name: site for site in find_sites(gm)}
+    if missing := [name for name in found if name not in sites]:
+        raise CheckpointError(
+            f"{path} adapts {len(missing)} modules that are no linear site of the model ({', '.join(missing[:3])});"
+            f" it has {', '.join(list(sites)[:3])}, ..."
+        )
+    targets = [site for name, site in sites.items() if name in found]
+    try:
+        variant = variant.settle(targets, {})
+        for site in targets:
+            variant.at(site.name).check(site)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    first = insert_adapters(gm, [(variant, targets)])
+    own = adapter_state_dict(gm)
+    values = dict(own)
+    for placement in placements(gm):
+        if placement.adapter < first:
+            continue
+        here = found[placement.site]
+        if lacking := set(placement.names) - here.keys() - set(rest):
+            raise CheckpointError(f"{path}: {placement.site} lacks {', '.join(sorted(lacking))}.")
+        if foreign := here.keys() - set(placement.names):
+            raise CheckpointError(f"{path}: {placement.site} has {', '.join(sorted(foreign))}, against its config.")
+        if set(placement.names) - here.keys():
+            site = sites[placement.site]
+            placement.start(gm, site, site_weight(gm, site))
+        for name, tensor in here.items():
+            qualified = placement.tensors[name]
+            values[qualified] = tensor.to(own[qualified].dtype)
+    try:
+        load_adapter_state_dict(gm, values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return gm

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,6 +25,7 @@ F64, BF16 = torch.float64, torch.bfloat16
 CONFIGS = {
     "VeRA": llfx.VeRA(r=R, projection_seed=3, target_names=("fc",)),
     "RandLoRA": llfx.RandLoRA(r=R, alpha=ALPHA, projection_seed=3, target_names=("fc",)),
+    "FourierFT": llfx.FourierFT(n_frequency=20, scaling=5.0, spectrum="zeros", target_names=("fc",)),
 }
 SHARED = {
     "VeRA": ("lora_shared_vera_A", "lora_shared_vera_B"),
@@ -104,6 +108,12 @@ def delta(name: str, p: dict[str, Tensor], d_in: int, d_out: int, r: int = R) ->
                 row = p["lambda"][i, j] * p["A"][i, :m] * p["gamma"][j]
                 term = torch.outer(columns[i * n + j], row)
                 total += ALPHA / r * (term if m == d_in else term.t())
+    else:
+        rows, columns = torch.arange(d_out)[:, None], torch.arange(d_in)
+        for coefficient, index in zip(p["spectrum"], p["index"].tolist(), strict=True):
+            frequency, other = divmod(index, d_in)
+            wave = torch.cos(2 * math.pi * (frequency * rows.double() / d_out + other * columns.double() / d_in))
+            total += 5.0 * coefficient * wave / (d_out * d_in)
     return total
 
 
@@ -292,6 +302,61 @@ def test_randlora_refuses_too_few_bases_and_bases_that_are_one_number() -> None:
         llfx.rewrite(ready(Net()), llfx.RandLoRA(r=R, shared_bases=1, target_names=("fc",)))
     with pytest.raises(llfx.ConfigError, match="all one number; use a larger r"):
         llfx.rewrite(nn.Sequential(nn.Linear(5, 1)), llfx.RandLoRA(r=1, target_names=("0",)))
+
+
+class Plain(nn.Module):
+    """Two sites of one size, and one with fewer frequencies than asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(60, 40), nn.Linear(40, 2), nn.Linear(60, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.tanh(self.fc1(x) + self.fc3(x)))
+
+
+def test_fourierft_takes_the_frequencies_of_peft_and_all_where_there_are_fewer() -> None:
+    model = Plain()
+    gm = llfx.rewrite(model, llfx.FourierFT(n_frequency=500, target_names=("fc",)))
+    config = peft.FourierFTConfig(n_frequency=500, target_modules=["fc1", "fc3"])
+    reference = peft.get_peft_model(copy.deepcopy(model), config)
+    for site in ("fc1", "fc3"):
+        rows, columns = reference.get_submodule(f"base_model.model.{site}").indices["default"]
+        index = gm.get_buffer(f"{site}.lora_index")
+        assert index.dtype == torch.int64
+        assert torch.equal(index, rows * 60 + columns)
+    assert sorted(gm.get_buffer("fc2.lora_index").tolist()) == list(range(80))
+    other = llfx.rewrite(model, llfx.FourierFT(n_frequency=500, seed=1, target_names=("fc1",)))
+    assert not torch.equal(other.get_buffer("fc1.lora_index"), gm.get_buffer("fc1.lora_index"))
+
+
+def test_fourierft_starts_from_standard_normal_coefficients_which_are_not_the_identity() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(300, 200)), torch.randn(2, 300)
+    gm = llfx.rewrite(model, llfx.FourierFT(n_frequency=20_000, target_names=("0",)))
+    spectrum = gm.get_parameter("0.lora_spectrum")
+    assert spectrum.mean().abs() < 0.03
+    assert spectrum.std().item() == pytest.approx(1, rel=0.03)
+    assert (spectrum.abs() < 1).double().mean().item() == pytest.approx(0.683, rel=0.03)
+    assert (gm(x) - model(x)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_fourierft_transforms_in_float32_or_wider_under_autocast_too(dtype: torch.dtype) -> None:
+    model, x = ready(Net(), dtype), sample(5, D_IN, dtype=dtype)
+    gm = randomised(llfx.rewrite(model, dataclasses.replace(CONFIGS["FourierFT"], dtype=dtype), (x,)))
+    exact = randomised(llfx.rewrite(ready(Net(), F64), CONFIGS["FourierFT"]))
+    with torch.autocast("cpu", BF16):
+        y = gm(x)
+    y.float().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in llfx.adapter_parameters(gm))
+    close(y.double(), exact(x.double()), 0.05 * exact(x.double()).abs().max().item())
+
+
+@pytest.mark.parametrize(("field", "value"), [("n_frequency", 0), ("scaling", 0.0), ("seed", -1), ("spectrum", "one")])
+def test_fourierft_refuses_impossible_fields(field: str, value: Any) -> None:
+    with pytest.raises(llfx.ConfigError, match=field):
+        llfx.FourierFT(**{field: value})
 
 
 # Tensors that all sites share.

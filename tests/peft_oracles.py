@@ -11,6 +11,8 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.boft import layer as boft_layer
+from peft.tuners.c3a import layer as c3a_layer
+from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from transformers import (
@@ -68,7 +70,17 @@ class BlockDiagonal:
         return [tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()]
 
 
+class CircularConvolution(BlockCircularConvolution):
+    """PEFT's own but for the gradient of its input, which in PEFT 0.21 is not that of its output."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        _, kernel = ctx.saved_tensors
+        return grad.to(kernel.dtype) @ get_circulant_fast(kernel), BlockCircularConvolution.backward(ctx, grad)[1]
+
+
 boft_layer._FBD_CUDA = BlockDiagonal()
+c3a_layer.BlockCircularConvolution = CircularConvolution
 
 LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
 LORA = functools.partial(peft.LoraConfig, r=RANK, lora_alpha=ALPHA)
@@ -175,6 +187,15 @@ ORACLES = {
         )
         for name, size, factors in (("BOFT", 4, 1), ("BOFT of 3 factors", 2, 3))
     },
+    "C3A": Oracle(
+        llfx.C3A,
+        functools.partial(peft.C3AConfig, block_size=4),
+        {"lora_c3a_kernel": "c3a_kernel.default"},
+        {"block_size": 4},
+        ("lora_c3a_kernel",),
+        conv1d=False,
+        cases=EVEN,
+    ),
     "LoHa": Oracle(
         llfx.LoHa,
         functools.partial(peft.LoHaConfig, r=RANK, alpha=ALPHA),
@@ -239,9 +260,9 @@ ORACLES = {
     },
     "FourierFT": Oracle(
         llfx.FourierFT,
-        functools.partial(peft.FourierFTConfig, n_frequency=50, scaling=20.0, random_loc_seed=SEED),
+        functools.partial(peft.FourierFTConfig, n_frequency=50, scaling=8.0, random_loc_seed=SEED),
         {"lora_spectrum": "fourierft_spectrum.default"},
-        {"n_frequency": 50, "scaling": 20.0, "seed": SEED},
+        {"n_frequency": 50, "scaling": 8.0, "seed": SEED},
         ("lora_spectrum",),
     ),
     "MiSS": Oracle(

@@ -90,6 +90,15 @@ def boft(cfg: Any, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Adapted:
     return torch.diag(p["boft_s"]) @ w, b
 
 
+def c3a(cfg: Any, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Adapted:
+    kernels, size = p["c3a_kernel"], cfg.block_size
+    circulant = torch.zeros(D_OUT, D_IN, dtype=F64)
+    for o in range(D_OUT):
+        for i in range(D_IN):
+            circulant[o, i] = kernels[o // size, i // size, (i - o) % size]
+    return w + circulant / D_IN, b
+
+
 CASES: dict[str, tuple[llfx.Variant, Callable[..., Adapted]]] = {
     "RoAd 1": (llfx.RoAd(kind="road_1", group_size=8, target_names=("fc",)), road),
     "RoAd 2": (llfx.RoAd(kind="road_2", group_size=4, target_names=("fc",)), road),
@@ -98,6 +107,8 @@ CASES: dict[str, tuple[llfx.Variant, Callable[..., Adapted]]] = {
     "OFT by Neumann series": (llfx.OFT(block_size=4, target_names=("fc",)), oft),
     "BOFT": (llfx.BOFT(target_names=("fc",)), boft),
     "BOFT of 3 factors": (llfx.BOFT(block_size=4, butterfly_factors=3, target_names=("fc",)), boft),
+    "C3A": (llfx.C3A(block_size=8, init_weights="zeros", target_names=("fc",)), c3a),
+    "C3A of small blocks": (llfx.C3A(block_size=2, init_weights="zeros", target_names=("fc",)), c3a),
     "HRA orthogonal": (llfx.HRA(r=5, orthogonal=True, target_names=("fc",)), orthogonal_hra),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -169,6 +180,8 @@ def test_exported_and_compiled_graphs_take_other_shapes(name: str) -> None:
         (llfx.RoAd(group_size=16), "group_size=16 does not divide the 24 outputs"),
         (llfx.OFT(), "block_size=32 does not divide the 16 inputs"),
         (llfx.OFT(block_size=12), "block_size=12 does not divide the 16 inputs"),
+        (llfx.C3A(), "block_size=256 does not divide both sides .* use 8 or a divisor"),
+        (llfx.C3A(block_size=16), "block_size=16 does not divide both sides .* use 8 or a divisor"),
         (llfx.BOFT(block_size=6), "is 6, which does not divide the 16 inputs"),
         (llfx.BOFT(block_size=8, butterfly_factors=3), "is 32, which does not divide the 16 inputs"),
     ],
@@ -193,6 +206,8 @@ def test_sizes_that_do_not_fit_a_site_are_refused(cfg: Any, words: str) -> None:
         (llfx.BOFT, {"block_size": 1}),
         (llfx.BOFT, {"block_size": 3, "butterfly_factors": 2}),
         (llfx.BOFT, {"butterfly_factors": 0}),
+        (llfx.C3A, {"block_size": 0}),
+        (llfx.C3A, {"init_weights": True}),
     ],
     ids=str,
 )
@@ -279,3 +294,24 @@ def test_boft_of_one_factor_takes_blocks_of_odd_size() -> None:
 def test_boft_does_not_scale_the_bias() -> None:
     gm = randomised(llfx.rewrite(single(), llfx.BOFT(target_names=("fc",))))
     close(gm(torch.zeros(2, D_IN, dtype=F64)), single().fc.bias.expand(2, -1), 1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 15])
+def test_c3a_takes_blocks_of_odd_size(size: int) -> None:
+    model, x = ready(nn.Sequential(OrderedDict(fc=nn.Linear(30, 15)))), sample(4, 30)
+    gm = randomised(llfx.rewrite(model, llfx.C3A(block_size=size, target_names=("fc",))))
+    kernels = gm.get_parameter("fc.lora_c3a_kernel").detach()
+    blocks = [[torch.stack([kernel.roll(j) for j in range(size)]) for kernel in row] for row in kernels]
+    circulant = torch.cat([torch.cat(row, 1) for row in blocks])
+    close(gm(x), model(x) + x @ circulant.t() / 30)
+
+
+def test_c3a_starts_near_the_identity_unless_at_zero_where_no_gradient_is_lost() -> None:
+    model, x = single(), sample(5, D_IN)
+    for init, low, high in (("xavier_uniform", 1e-3, 0.1), ("kaiming_uniform", 1e-3, 0.1), ("gaussian", 1e-2, 1.0)):
+        torch.manual_seed(0)
+        gm = llfx.rewrite(model, llfx.C3A(block_size=4, init_weights=init, target_names=("fc",)))
+        assert low < (gm(x) - model(x)).norm() / model(x).norm() < high
+    gm = llfx.rewrite(model, llfx.C3A(block_size=4, init_weights="zeros", target_names=("fc",)))
+    (grad,) = gradients(gm, gm(x)).values()
+    assert (grad != 0).all()

@@ -2,6 +2,7 @@
 
 from .antipasto import AntiPaSTO
 from .boft import BOFT
+from .c3a import C3A
 from .delora import DeLoRA
 from .dora import DoRA
 from .eva import EVA
@@ -21,6 +22,7 @@ from .vera import VeRA
 
 __all__ = [
     "BOFT",
+    "C3A",
     "EVA",
     "HRA",
     "IA3",

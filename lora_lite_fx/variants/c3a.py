@@ -1,0 +1,69 @@
+"""C3A: Parameter-Efficient Fine-Tuning via Circular Convolution (Chen et al., 2024), https://arxiv.org/abs/2407.19342"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..registry import register
+from ..site import Site
+from ..variant import FrozenLinear, ParamSpec, Variant, cast, wide
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class C3A(Variant):
+    """`y = W x + b + C x / d_in`, C of circulant blocks; https://arxiv.org/abs/2407.19342.
+
+    Row j of a block is its kernel shifted right j times. In place of the blocks, which would be a matrix as large as
+    `W`, their Fourier transforms are applied. Near the identity at the start, and exactly that with
+    `init_weights="zeros"`. `r` and `alpha` are not used.
+
+    Args:
+        block_size: side of a block, a common divisor of `d_in` and `d_out`. The larger, the fewer parameters.
+        init_weights: how the kernels start. `zeros` loses no gradient.
+    """
+
+    block_size: int = 256
+    init_weights: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"] = "xavier_uniform"
+
+    bounded_rank: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.block_size >= 1, f"block_size={self.block_size} must be at least 1")
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        common = math.gcd(site.d_in, site.d_out)
+        self._require(
+            common % self.block_size == 0,
+            f"block_size={self.block_size} does not divide both sides of site {site.name!r} ({site.d_out} x "
+            f"{site.d_in}); use {common} or a divisor of it",
+        )
+
+    def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        shape = (site.d_out // self.block_size, site.d_in // self.block_size, self.block_size)
+        return {"lora_c3a_kernel": ParamSpec(shape, init=self._init(site))}
+
+    def _init(self, site: Site) -> str | Callable[[Tensor], object]:
+        if self.init_weights == "zeros":
+            return "zeros"
+        if self.init_weights == "gaussian":
+            return torch.nn.init.normal_
+        # The matrix that the kernels make up counts, not the shape in which they are stored.
+        bound = math.sqrt(6 / (site.d_in + site.d_out) if self.init_weights == "xavier_uniform" else 1 / site.d_in)
+        return partial(torch.nn.init.uniform_, a=-bound, b=bound)
+
+    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        y = base(x)
+        # No transform in half precision exists.
+        kernel = wide(p.lora_c3a_kernel)
+        signal = torch.fft.rfft(cast(x, kernel).unflatten(-1, (-1, self.block_size)))
+        mixed = torch.einsum("...nk,mnk->...mk", signal, torch.fft.rfft(kernel).conj())
+        delta = torch.fft.irfft(mixed, n=self.block_size).flatten(-2) / base.site.d_in
+        return cast(y + delta, y)

@@ -283,6 +283,27 @@ ORACLES = {
         )
         for mode in ("mini", "bat")
     },
+    "GraLoRA": Oracle(
+        llfx.GraLoRA,
+        functools.partial(peft.GraloraConfig, r=RANK, alpha=ALPHA),
+        {"lora_A": "gralora_A.default", "lora_B": "gralora_B.default"},
+        SCALED,
+        ("lora_A",),
+        cases=EVEN,
+    ),
+    "GraLoRA hybrid": Oracle(
+        llfx.GraLoRA,
+        functools.partial(peft.GraloraConfig, r=RANK, alpha=ALPHA, gralora_k=4, hybrid_r=3),
+        {
+            "lora_A": "gralora_A.default",
+            "lora_B": "gralora_B.default",
+            "lora_hybrid_A": "gralora_A_general.default.weight",
+            "lora_hybrid_B": "gralora_B_general.default.weight",
+        },
+        {**SCALED, "k": 4, "hybrid_r": 3},
+        ("lora_A", "lora_hybrid_A"),
+        cases=EVEN,
+    ),
 }
 
 # The models.

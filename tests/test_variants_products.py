@@ -32,6 +32,8 @@ CONFIGS = {
     "MiSS with a part of a block": llfx.MiSS(r=5, **FC),
     "MiSS mini": llfx.MiSS(r=5, mode="mini", mini_r=8, **FC),
     "MiSS bat": llfx.MiSS(r=6, mode="bat", **FC),
+    "GraLoRA": llfx.GraLoRA(r=4, alpha=3.0, **FC),
+    "GraLoRA hybrid": llfx.GraLoRA(r=6, alpha=3.0, k=3, hybrid_r=2, **FC),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
@@ -62,6 +64,17 @@ def update(name: str, w: Tensor, p: dict[str, Tensor]) -> Tensor:
                 lambda i, j: w[i, j - j % r : j - j % r + r].dot(d[i // r, :, j % r]) + d[i // r, i % r, j % r]
             )
         return entries(lambda i, j: d[j % r, i % d.shape[1]])
+    if isinstance(cfg, llfx.GraLoRA):
+        s, height, width, part = cfg.alpha / (cfg.r + cfg.hybrid_r), D_OUT // cfg.k, D_IN // cfg.k, cfg.r // cfg.k
+
+        def entry(i: int, j: int) -> Tensor:
+            row, column = i // height, j // width
+            a = p["A"][column, j % width, row * part : (row + 1) * part]
+            b = p["B"][row, column * part : (column + 1) * part, i % height]
+            return s * a.dot(b)
+
+        blocks = entries(entry)
+        return blocks + s * p["hybrid_B"] @ p["hybrid_A"] if cfg.hybrid_r else blocks
     raise AssertionError(name)
 
 
@@ -200,13 +213,48 @@ def test_miss_takes_a_rank_above_the_number_of_outputs() -> None:
     assert gm(sample(3, D_OUT)).shape == (3, 6)
 
 
-@pytest.mark.parametrize("mode", ["balance", "mini", "bat"])
-def test_miss_drops_elements_of_the_input_of_its_branch(mode: Any) -> None:
-    gm = randomised(llfx.rewrite(single(), llfx.MiSS(r=6, mode=mode, dropout=0.25, **FC)))
-    x = sample(1, D_IN)
-    expected = gm(x).detach()
-    gm.train()
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        llfx.MiSS(r=6, dropout=0.25, **FC),
+        llfx.MiSS(r=6, mode="mini", dropout=0.25, **FC),
+        llfx.MiSS(r=6, mode="bat", dropout=0.25, **FC),
+        llfx.GraLoRA(r=4, dropout=0.25, **FC),
+        llfx.GraLoRA(r=4, hybrid_r=2, dropout=0.25, **FC),
+    ],
+    ids=str,
+)
+def test_dropout_drops_elements_of_the_input_of_the_branch(cfg: llfx.Variant) -> None:
+    model, x = single(), sample(3, 5, D_IN)
+    gm = randomised(llfx.rewrite(model, cfg))
     torch.manual_seed(0)
-    y = gm(x.expand(40_000, -1)).detach()
-    assert (y[0] - y[1]).abs().max() > 0.1
-    torch.testing.assert_close(y.mean(0), expected[0], rtol=0.05, atol=0.1)
+    dropped = F.dropout(x, 0.25)
+    expected = model(x) + gm(dropped) - model(dropped)
+    assert (expected - gm(x)).abs().max() > 0.1
+    torch.manual_seed(0)
+    close(gm.train()(x), expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_gralora_has_k_times_the_rank_for_the_parameters_of_lora(k: int) -> None:
+    model = single()
+    gm = randomised(llfx.rewrite(model, llfx.GraLoRA(r=6, k=k, **FC)))
+    change = llfx.merge(gm).get_parameter("fc.weight") - model.fc.weight
+    assert torch.linalg.matrix_rank(change, rtol=1e-9) == min(6 * k, D_IN)
+    assert sum(parameter.numel() for parameter in llfx.adapter_parameters(gm)) == 6 * (D_IN + D_OUT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 3}, "r=3 must be a multiple of k=2"),
+        ({"r": 4, "rank_pattern": {"fc": 3}}, "r=3 must be a multiple of k=2"),
+        ({"r": 5, "k": 5}, "k=5 does not divide site 'fc' .24 x 18. into equal blocks"),
+        ({"r": 4, "k": 4}, "k=4 does not divide site 'fc' .24 x 18. into equal blocks"),
+        ({"k": 0}, "k must be a positive integer, got 0"),
+        ({"hybrid_r": -1}, "hybrid_r must not be negative, got -1"),
+    ],
+)
+def test_gralora_refuses_what_does_not_fit(fields: Any, message: str) -> None:
+    with pytest.raises(llfx.ConfigError, match=message):
+        llfx.rewrite(single(), llfx.GraLoRA(**fields, **FC))

@@ -7,6 +7,7 @@ from .delora import DeLoRA
 from .dora import DoRA
 from .eva import EVA
 from .fourierft import FourierFT
+from .gralora import GraLoRA
 from .hra import HRA
 from .ia3 import IA3
 from .loha import LoHa
@@ -31,6 +32,7 @@ __all__ = [
     "DeLoRA",
     "DoRA",
     "FourierFT",
+    "GraLoRA",
     "LoHa",
     "LoKr",
     "LoRA",

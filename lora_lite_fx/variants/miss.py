@@ -22,9 +22,9 @@ class MiSS(WithDropout):
     the start, exactly: `D = 0`. `alpha` is not used.
 
     Args:
-        mode: `"balance"`: the form above. `"mini"`: `D` has `mini_r` columns, which are repeated. `"bat"`: `D` is a block
-            `D_o (r, r)` for each r outputs, and block o, i of the update is `W_oi D_o + D_o`. That is not of rank r, and
-            is formed as a matrix.
+        mode: `"balance"`: the form above. `"mini"`: `D` has `mini_r` columns, which are repeated. `"bat"`: `D` is a
+            block `D_o (r, r)` for each r outputs, and block o, i of the update is `W_oi D_o + D_o`. That is not of rank
+            r, and is formed as a matrix.
         mini_r: for `"mini"`, a divisor of `d_out`. Not used otherwise.
     """
 

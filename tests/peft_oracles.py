@@ -304,6 +304,13 @@ ORACLES = {
         ("lora_A", "lora_hybrid_A"),
         cases=EVEN,
     ),
+    "HiRA": Oracle(
+        llfx.HiRA,
+        functools.partial(peft.HiraConfig, r=RANK),
+        {"lora_A": "hira_A.default", "lora_B": "hira_B.default"},
+        {"r": RANK},
+        ("lora_A",),
+    ),
 }
 
 # The models.

@@ -107,7 +107,7 @@ def test_pissa_start_and_residual_sum_to_the_frozen_weight_as_in_peft(name: str)
         close(weight - start, residual, f"{site}: W - s B0 A0")
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA", "HRA", "HRA orthogonal", "C3A", "LoHa", "GraLoRA"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA", "HRA", "HRA orthogonal", "C3A", "LoHa", "GraLoRA", "HiRA"])
 def test_random_start_values_are_drawn_as_in_peft(name: str) -> None:
     oracle = ORACLES[name]
     model = nn.Sequential(nn.Linear(300, 200))

@@ -34,6 +34,7 @@ CONFIGS = {
     "MiSS bat": llfx.MiSS(r=6, mode="bat", **FC),
     "GraLoRA": llfx.GraLoRA(r=4, alpha=3.0, **FC),
     "GraLoRA hybrid": llfx.GraLoRA(r=6, alpha=3.0, k=3, hybrid_r=2, **FC),
+    "HiRA": llfx.HiRA(r=4, **FC),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
@@ -75,6 +76,8 @@ def update(name: str, w: Tensor, p: dict[str, Tensor]) -> Tensor:
 
         blocks = entries(entry)
         return blocks + s * p["hybrid_B"] @ p["hybrid_A"] if cfg.hybrid_r else blocks
+    if isinstance(cfg, llfx.HiRA):
+        return entries(lambda i, j: w[i, j] * p["B"][i].dot(p["A"][:, j]))
     raise AssertionError(name)
 
 
@@ -221,6 +224,7 @@ def test_miss_takes_a_rank_above_the_number_of_outputs() -> None:
         llfx.MiSS(r=6, mode="bat", dropout=0.25, **FC),
         llfx.GraLoRA(r=4, dropout=0.25, **FC),
         llfx.GraLoRA(r=4, hybrid_r=2, dropout=0.25, **FC),
+        llfx.HiRA(r=4, dropout=0.25, **FC),
     ],
     ids=str,
 )
@@ -258,3 +262,14 @@ def test_gralora_has_k_times_the_rank_for_the_parameters_of_lora(k: int) -> None
 def test_gralora_refuses_what_does_not_fit(fields: Any, message: str) -> None:
     with pytest.raises(llfx.ConfigError, match=message):
         llfx.rewrite(single(), llfx.GraLoRA(**fields, **FC))
+
+
+def test_hira_multiplies_the_rank_of_the_weight_and_leaves_its_zeros() -> None:
+    model = single()
+    weight = sample(D_OUT, 3, seed=1) @ sample(3, D_IN, seed=2)
+    weight[4] = 0
+    model.fc.weight.data = weight
+    gm = randomised(llfx.rewrite(model, llfx.HiRA(r=4, **FC)))
+    change = llfx.merge(gm).get_parameter("fc.weight") - weight
+    assert torch.linalg.matrix_rank(change, rtol=1e-9) == 3 * 4
+    assert torch.equal(change[4], torch.zeros_like(change[4]))

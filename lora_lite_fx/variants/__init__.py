@@ -8,6 +8,7 @@ from .dora import DoRA
 from .eva import EVA
 from .fourierft import FourierFT
 from .gralora import GraLoRA
+from .hira import HiRA
 from .hra import HRA
 from .ia3 import IA3
 from .loha import LoHa
@@ -33,6 +34,7 @@ __all__ = [
     "DoRA",
     "FourierFT",
     "GraLoRA",
+    "HiRA",
     "LoHa",
     "LoKr",
     "LoRA",

@@ -1,0 +1,33 @@
+"""HiRA: Hadamard High-Rank Adaptation (Huang et al., 2025), https://openreview.net/forum?id=TwJrTz9cRS"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..registry import register
+from ..site import Site
+from ..variant import FrozenLinear, ParamSpec, WithDropout, cast
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class HiRA(WithDropout):
+    """`y = W x + b + (W * B A) drop(x)`, elementwise; https://openreview.net/forum?id=TwJrTz9cRS, section 3.
+
+    The rank of the update is up to r times that of `W`, so it is formed as a matrix. Identity at the start, exactly:
+    `B = 0`. `alpha` is not used.
+    """
+
+    def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        return {
+            "lora_A": ParamSpec((self.r, site.d_in), init="kaiming"),
+            "lora_B": ParamSpec((site.d_out, self.r)),
+        }
+
+    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        y = base(x)
+        update = base.weight * (p.lora_B @ p.lora_A)
+        return cast(y + F.linear(cast(self.drop(x, base), update), update), y)

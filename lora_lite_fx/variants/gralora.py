@@ -15,7 +15,7 @@ from ..variant import FrozenLinear, ParamSpec, WithDropout, cast, low_rank
 @register
 @dataclass(frozen=True, kw_only=True)
 class GraLoRA(WithDropout):
-    """`y = W x + b + s D drop(x)`, D of k x k blocks of rank r / k; https://arxiv.org/abs/2505.20355, section 3.
+    """`y = W x + b + s D drop(x)`, D of k x k blocks of rank r / k; https://arxiv.org/abs/2505.20355.
 
     `s = alpha / (r + hybrid_r)`. Column i of blocks has factors `A_i (d_in / k, r)`, row o has `B_o (r, d_out / k)`;
     they meet in block o, i through a part of the rank: the o-th of the k parts of `A_i`, the i-th of `B_o`. As many

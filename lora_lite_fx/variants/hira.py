@@ -15,7 +15,7 @@ from ..variant import FrozenLinear, ParamSpec, WithDropout, cast
 @register
 @dataclass(frozen=True, kw_only=True)
 class HiRA(WithDropout):
-    """`y = W x + b + (W * B A) drop(x)`, elementwise; https://openreview.net/forum?id=TwJrTz9cRS, section 3.
+    """`y = W x + b + (W * B A) drop(x)`, elementwise; https://openreview.net/forum?id=TwJrTz9cRS.
 
     The rank of the update is up to r times that of `W`, so it is formed as a matrix. Identity at the start, exactly:
     `B = 0`. `alpha` is not used.

@@ -15,7 +15,7 @@ from ..variant import FrozenLinear, ParamSpec, Variant, cast, low_rank
 @register
 @dataclass(frozen=True, kw_only=True)
 class LoHa(Variant):
-    """`y = W x + b + s (B1 A1 * B2 A2) x`, elementwise, `s = alpha / r`; https://arxiv.org/abs/2108.06098, section 2.2.
+    """`y = W x + b + s (B1 A1 * B2 A2) x`, elementwise, `s = alpha / r`; https://arxiv.org/abs/2108.06098.
 
     The elementwise product of two matrices of rank r has rank up to r^2. Identity at the start, exactly: `A2 = 0`.
     """

@@ -18,7 +18,7 @@ from ..variant import FrozenLinear, ParamSpec, Variant, cast, low_rank
 @register
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Variant):
-    """`y = W x + b + s (W1 kron W2) x`, `s = alpha / r`; https://arxiv.org/abs/2309.14859, section 3.3.
+    """`y = W x + b + s (W1 kron W2) x`, `s = alpha / r`; https://arxiv.org/abs/2309.14859.
 
     With `d_out = a c` and `d_in = b d`: `W1 (a, b)` mixes the blocks of `x`, `W2 (c, d)` is applied to each of them, in
     activation space. A factor is itself `B A` of rank r where r is less than half its larger side (`W1` only if

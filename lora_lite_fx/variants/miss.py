@@ -16,7 +16,7 @@ from ..variant import FrozenLinear, ParamSpec, WithDropout, cast
 @register
 @dataclass(frozen=True, kw_only=True)
 class MiSS(WithDropout):
-    """`y = W x + b + D^T sum_i drop(x)_i`, `x_i` the blocks of r inputs; https://arxiv.org/abs/2409.15371, section 3.
+    """`y = W x + b + D^T sum_i drop(x)_i`, `x_i` the blocks of r inputs; https://arxiv.org/abs/2409.15371.
 
     Every r columns of the update are the same matrix, `D^T (d_out, r)`; the last ones may be a part of it. Identity at
     the start, exactly: `D = 0`. `alpha` is not used.

@@ -48,15 +48,16 @@ def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
     given = dict(config if isinstance(config, Mapping) else config.to_dict())
     form = _format_for(given)
     name = form.variant.__name__
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = dict(form.fixed)
     for ours, theirs in form.fields.items():
         value = given.get(theirs.name, theirs.default)
         try:
             fields[ours] = theirs.to_ours(value)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{name}: PEFT's {theirs.name}={value!r} is no valid value.") from error
-    known = {theirs.name for theirs in form.fields.values()} | form.constants.keys() | form.unread | form.patterns
-    for key in given.keys() - known - _UNREAD - _TARGETS:
+    known = {theirs.name for theirs in form.fields.values()} | form.unread | form.patterns
+    known |= form.constants.keys() | form.written.keys()
+    for key in sorted(given.keys() - known - _UNREAD - _TARGETS):
         if given[key] not in (None, False, 0, "none", [], {}, ()):
             raise ConfigError(f"{name}: PEFT's {key}={given[key]!r} cannot be represented here.")
     for key in form.patterns:
@@ -109,8 +110,9 @@ def _format_for(config: Mapping[str, Any]) -> PeftFormat:
     kind = config.get("peft_type")
     kind = getattr(kind, "value", kind)
     plain = dict(config)
-    if config.get("init_lora_weights", True) in (True, False, None, "gaussian", "orthogonal"):
-        plain["init_lora_weights"] = True  # how it started does not matter any more
+    for key in ("init_lora_weights", "init_weights"):
+        if config.get(key) in (True, False, None, "gaussian", "orthogonal"):
+            plain[key] = True  # how it started does not matter any more
     mine = [form for form in FORMATS if form.peft_type == kind]
     for form in mine:
         if all(plain.get(key, value) == value for key, value in form.constants.items()):
@@ -129,7 +131,8 @@ def format_of(variant: Variant) -> PeftFormat:
         ConfigError: PEFT does not have it.
     """
     for form in FORMATS:
-        if form.variant is type(variant):
+        fixed = all(getattr(variant, name, None) == value for name, value in form.fixed.items())
+        if form.variant is type(variant) and fixed:
             return form
     raise ConfigError(f"PEFT has no method that computes {type(variant).__name__}.")
 
@@ -150,7 +153,7 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
         theirs.name: theirs.to_peft(getattr(variant, ours)) for ours, theirs in form.fields.items()
     }
     config |= {"peft_type": form.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
-    config |= form.constants
+    config |= {**form.constants, **form.written}
     names = [site.name for site in sites]
     config["target_modules"] = _covering(names, modules)
     for field, key in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):

@@ -10,7 +10,26 @@ from torch import Tensor
 
 from .site import Site
 from .variant import Variant
-from .variants import EVA, HRA, IA3, DeLoRA, DoRA, LoRA, OLoRA, PiSSA
+from .variants import (
+    BOFT,
+    C3A,
+    EVA,
+    HRA,
+    IA3,
+    OFT,
+    DeLoRA,
+    DoRA,
+    FourierFT,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiSS,
+    OLoRA,
+    PiSSA,
+    RandLoRA,
+    RoAd,
+    VeRA,
+)
 
 
 @dataclass(frozen=True)
@@ -52,18 +71,22 @@ class PeftFormat:
         peft_type: PEFT's name of the method.
         fields: PEFT's fields, by ours.
         tensors: PEFT's tensors, by ours.
-        constants: fields that PEFT has and this variant fixes; a file says the same where it says anything.
-        unread: fields that say only how the tensors were started, or what the format here does not need.
+        fixed: what our other fields must be; one variant here may be several formats there.
+        constants: PEFT's fields that say so; what a file leaves out counts as said.
+        written: fields of PEFT that it needs in a file, and that are not read.
+        unread: fields that say only how an adapter starts, or what its other fields make pointless.
         patterns: which of `rank_pattern` and `alpha_pattern` PEFT has for it.
         conv1d: whether PEFT has it for `Conv1D`.
-        rest: names of our tensors that follow from the weight, and are in no file.
+        rest: our tensors that a file may lack, as they follow from the weight or the config.
     """
 
     variant: type[Variant]
     peft_type: str
     fields: Mapping[str, PeftField]
     tensors: Mapping[str, PeftTensor]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    written: Mapping[str, Any] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
     patterns: frozenset[str] = frozenset()
     conv1d: bool = False
@@ -76,7 +99,12 @@ class PeftFormat:
         return self.tensors[name].to_peft(tensor)
 
 
-def _lora(variant: type[Variant], start: object, **constants: Any) -> PeftFormat:
+_BOTH_PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
+_R = {"r": PeftField("r", 8)}
+_R_ALPHA = {**_R, "alpha": PeftField("alpha", 8)}
+
+
+def _lora(variant: type[Variant], start: object) -> PeftFormat:
     """One of the variants that PEFT treats as a LoRA."""
     magnitude = {"lora_m": PeftTensor("lora_magnitude_vector")} if variant is DoRA else {}
     bias = {"lora_bias": PeftTensor("lora_B.bias")} if variant is LoRA else {}
@@ -84,20 +112,57 @@ def _lora(variant: type[Variant], start: object, **constants: Any) -> PeftFormat
         variant,
         "LORA",
         {
-            "r": PeftField("r", 8),
+            **_R,
             "alpha": PeftField("lora_alpha", 8),
             "dropout": PeftField("lora_dropout", 0.0),
             "rank_stabilized": PeftField("use_rslora", False),
             **({"bias": PeftField("lora_bias", False)} if variant is LoRA else {}),
         },
         {"lora_A": PeftTensor("lora_A.weight"), "lora_B": PeftTensor("lora_B.weight"), **magnitude, **bias},
-        {"use_dora": variant is DoRA, "init_lora_weights": start, **constants},
-        frozenset({"eva_config", "loftq_config", "corda_config", "lora_ga_config", "qalora_group_size"}),
-        frozenset({"rank_pattern", "alpha_pattern"}),
+        constants={"use_dora": variant is DoRA, "init_lora_weights": start},
+        unread=frozenset({"eva_config", "qalora_group_size"}),
+        patterns=_BOTH_PATTERNS,
         conv1d=variant is not OLoRA,
         rest=("lora_A0", "lora_B0") if variant in (PiSSA, OLoRA) else (),
     )
 
+
+def _randlora(basis: str) -> PeftFormat:
+    return PeftFormat(
+        RandLoRA,
+        "RANDLORA",
+        {
+            "r": PeftField("r", 32),
+            "alpha": PeftField("randlora_alpha", 640),
+            "dropout": PeftField("randlora_dropout", 0.0),
+            "projection_seed": PeftField("projection_prng_key", 0),
+        },
+        {
+            "lora_lambda": PeftTensor("randlora_lambda"),
+            "lora_gamma": PeftTensor("randlora_gamma"),
+            "lora_shared_randlora_A": PeftTensor("randlora_A"),
+            "lora_shared_randlora_B": PeftTensor("randlora_B"),
+        },
+        fixed={"basis": basis},
+        constants={"sparse": basis == "sparse", "very_sparse": basis == "very_sparse"},
+        written={"save_projection": True},
+        conv1d=True,
+        rest=("lora_shared_randlora_A", "lora_shared_randlora_B"),
+    )
+
+
+def _miss(mode: str, start: object) -> PeftFormat:
+    return PeftFormat(
+        MiSS,
+        "MISS",
+        {"r": PeftField("r", 64), "dropout": PeftField("miss_dropout", 0.0), "mini_r": PeftField("mini_r", 1)},
+        {"lora_D": PeftTensor("miss_block")},
+        fixed={"mode": mode},
+        constants={"init_weights": start},
+    )
+
+
+_C3A_STARTS = {True: "zeros", False: "xavier_uniform"}
 
 FORMATS = (
     _lora(LoRA, True),
@@ -109,13 +174,13 @@ FORMATS = (
     PeftFormat(
         HRA,
         "HRA",
-        {"r": PeftField("r", 8), "orthogonal": PeftField("apply_GS", False)},
+        {**_R, "orthogonal": PeftField("apply_GS", False)},
         {"lora_U": PeftTensor("hra_u", to_ours=Tensor.t, to_peft=Tensor.t)},
     ),
     PeftFormat(
         DeLoRA,
         "DELORA",
-        {"r": PeftField("r", 8), "lambda0": PeftField("delora_lambda", 15.0, to_ours=float)},
+        {**_R, "lambda0": PeftField("delora_lambda", 15.0, to_ours=float)},
         {
             "lora_A": PeftTensor("delora_A"),
             "lora_B": PeftTensor("delora_B"),
@@ -124,4 +189,117 @@ FORMATS = (
         },
         patterns=frozenset({"rank_pattern"}),
     ),
+    PeftFormat(
+        RoAd,
+        "ROAD",
+        {"kind": PeftField("variant", "road_1"), "group_size": PeftField("group_size", 64)},
+        {"lora_road_theta": PeftTensor("road_theta"), "lora_road_alpha": PeftTensor("road_alpha")},
+    ),
+    PeftFormat(
+        OFT,
+        "OFT",
+        {
+            "block_size": PeftField("oft_block_size", 32),
+            "use_cayley_neumann": PeftField("use_cayley_neumann", True),
+        },
+        {"lora_oft_R": PeftTensor("oft_R.weight")},
+        constants={"num_cayley_neumann_terms": 5},
+        written={"r": 0},
+        unread=frozenset({"eps"}),
+    ),
+    PeftFormat(
+        BOFT,
+        "BOFT",
+        {
+            "block_size": PeftField("boft_block_size", 4),
+            "butterfly_factors": PeftField("boft_n_butterfly_factor", 1),
+        },
+        {
+            "lora_boft_R": PeftTensor("boft_R"),
+            "lora_boft_s": PeftTensor("boft_s", to_ours=Tensor.flatten, to_peft=lambda t: t[:, None]),
+        },
+    ),
+    PeftFormat(
+        C3A,
+        "C3A",
+        {
+            "block_size": PeftField("block_size", 256),
+            "init_weights": PeftField(
+                "init_weights",
+                "xavier_uniform",
+                to_ours=lambda start: _C3A_STARTS.get(start, start),
+                to_peft=lambda start: True if start == "zeros" else start,
+            ),
+        },
+        {"lora_c3a_kernel": PeftTensor("c3a_kernel")},
+    ),
+    PeftFormat(
+        LoHa,
+        "LOHA",
+        _R_ALPHA,
+        {
+            "lora_A1": PeftTensor("hada_w1_b"),
+            "lora_B1": PeftTensor("hada_w1_a"),
+            "lora_A2": PeftTensor("hada_w2_b"),
+            "lora_B2": PeftTensor("hada_w2_a"),
+        },
+        patterns=_BOTH_PATTERNS,
+    ),
+    PeftFormat(
+        LoKr,
+        "LOKR",
+        {
+            **_R_ALPHA,
+            "decompose_both": PeftField("decompose_both", False),
+            "decompose_factor": PeftField("decompose_factor", -1),
+        },
+        {
+            "lora_W1": PeftTensor("lokr_w1"),
+            "lora_A1": PeftTensor("lokr_w1_b"),
+            "lora_B1": PeftTensor("lokr_w1_a"),
+            "lora_W2": PeftTensor("lokr_w2"),
+            "lora_A2": PeftTensor("lokr_w2_b"),
+            "lora_B2": PeftTensor("lokr_w2_a"),
+        },
+        patterns=_BOTH_PATTERNS,
+    ),
+    PeftFormat(
+        VeRA,
+        "VERA",
+        {
+            "r": PeftField("r", 256),
+            "dropout": PeftField("vera_dropout", 0.0),
+            "projection_seed": PeftField("projection_prng_key", 0),
+            "d_initial": PeftField("d_initial", 0.1),
+        },
+        {
+            "lora_ld": PeftTensor("vera_lambda_d"),
+            "lora_lb": PeftTensor("vera_lambda_b"),
+            "lora_shared_vera_A": PeftTensor("vera_A"),
+            "lora_shared_vera_B": PeftTensor("vera_B"),
+        },
+        written={"save_projection": True},
+        conv1d=True,
+        rest=("lora_shared_vera_A", "lora_shared_vera_B"),
+    ),
+    *(_randlora(basis) for basis in ("dense", "sparse", "very_sparse")),
+    PeftFormat(
+        FourierFT,
+        "FOURIERFT",
+        {
+            "n_frequency": PeftField("n_frequency", 1000),
+            "scaling": PeftField("scaling", 150.0, to_ours=float),
+            "seed": PeftField("random_loc_seed", 777),
+            "spectrum": PeftField(
+                "init_weights",
+                False,
+                to_ours=lambda zeros: "zeros" if zeros else "normal",
+                to_peft=lambda spectrum: spectrum == "zeros",
+            ),
+        },
+        {"lora_spectrum": PeftTensor("fourierft_spectrum")},
+        conv1d=True,
+        rest=("lora_index",),
+    ),
+    *(_miss(mode, start) for mode, start in (("balance", True), ("mini", "mini"), ("bat", "bat"))),
 )

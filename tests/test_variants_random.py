@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -251,6 +252,19 @@ def test_projections_that_are_too_small_for_a_site_are_refused(name: str, size: 
     cfg = type(CONFIGS[name])(r=R, target_names=("fc",), **{size: 3})
     with pytest.raises(llfx.ConfigError, match=rf"{size}=3 is too small for site 'fc1', which needs"):
         llfx.rewrite(ready(Net()), cfg)
+
+
+@every_sharing
+def test_a_file_whose_config_lost_the_sizes_of_the_projections_is_refused(name: str, tmp_path: Path) -> None:
+    model, file = ready(Net()), tmp_path / "adapter.safetensors"
+    llfx.save(llfx.rewrite(model, CONFIGS[name]), file)
+    with safe_open(file, "pt") as saved:
+        state, metadata = {key: saved.get_tensor(key) for key in saved.keys()}, saved.metadata()  # noqa: SIM118
+    document = json.loads(metadata["lora_lite_fx"])
+    document["adapters"][0]["config"]["shared_d_in"] = 0
+    save_file(state, file, {"lora_lite_fx": json.dumps(document)})
+    with pytest.raises(llfx.AdapterError, match="no sizes before rewrite settles them"):
+        llfx.load(model, file)
 
 
 @pytest.mark.parametrize(

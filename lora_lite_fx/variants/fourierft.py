@@ -48,7 +48,7 @@ class FourierFT(Variant):
 
         def draw(index: Tensor) -> None:
             generator = torch.Generator().manual_seed(self.seed)
-            index.copy_(torch.randperm(size, generator=generator)[:count])
+            index.copy_(torch.randperm(size, generator=generator, device="cpu")[:count])
 
         return {
             "lora_spectrum": ParamSpec((count,), torch.nn.init.normal_ if self.spectrum == "normal" else "zeros"),

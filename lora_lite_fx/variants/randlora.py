@@ -1,6 +1,7 @@
 """RandLoRA: full-rank parameter-efficient fine-tuning (Albert et al., 2025), https://arxiv.org/abs/2502.00987"""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import ConfigError
 from ..registry import register
 from ..site import Site
 from ..variant import FrozenLinear, ParamSpec, Statistic, cast
@@ -58,14 +60,15 @@ class RandLoRA(SharedProjections):
         )
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        self.require_settled()
         n, m = self._count(site), min(site.d_in, site.d_out)
         smaller, larger = sorted((self.shared_d_in, self.shared_d_out))
         return {
             "lora_lambda": ParamSpec((self.r, n)),
             "lora_gamma": ParamSpec((n, m), init=1 / max(n, m)),
-            "lora_shared_randlora_A": ParamSpec((self.shared_r, smaller), self._draw_A, trainable=False),
+            "lora_shared_randlora_A": ParamSpec((self.shared_r, smaller), self.fill_A, trainable=False),
             "lora_shared_randlora_B": ParamSpec(
-                (larger, self.shared_bases, self.shared_r), self._draw_B, trainable=False
+                (larger, self.shared_bases, self.shared_r), self.fill_B, trainable=False
             ),
         }
 
@@ -83,32 +86,28 @@ class RandLoRA(SharedProjections):
         """The number of terms at `site`."""
         return math.ceil(min(site.d_in, site.d_out) / self.r)
 
-    def _draw_A(self, a: Tensor) -> None:
-        a.copy_(self._draw()[0])
+    def projections(self) -> tuple[Tensor, Tensor]:
+        m, larger = sorted((self.shared_d_in, self.shared_d_out))
+        return _draw(self.basis, self.projection_seed, self.shared_r, m, larger, self.shared_bases)
 
-    def _draw_B(self, b: Tensor) -> None:
-        b.copy_(self._draw()[1])
 
-    def _draw(self) -> tuple[Tensor, Tensor]:
-        """`A (shared_r, m)` and `B (M, shared_bases, shared_r)`, one after the other from one generator."""
-        generator = self.generator()
-        smaller, larger = sorted((self.shared_d_in, self.shared_d_out))
-        if self.basis == "dense":
+@functools.lru_cache(maxsize=1)  # the sites of an adapter ask for the same, one after the other
+def _draw(basis: str, seed: int, r: int, m: int, larger: int, count: int) -> tuple[Tensor, Tensor]:
+    """`A (r, m)` and `B (larger, count, r)`, one after the other from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    if basis == "dense":
 
-            def draw(rows: int, columns: int) -> Tensor:
-                # In bfloat16, as PEFT: in float32 the same seed would give other values.
-                empty = torch.empty(rows, columns, dtype=torch.bfloat16)
-                return torch.nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
+        def draw(rows: int, columns: int) -> Tensor:
+            # In bfloat16, as PEFT: in float32 the same seed would give other values.
+            empty = torch.empty(rows, columns, dtype=torch.bfloat16, device="cpu")
+            return torch.nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
 
-            a = draw(self.shared_r, smaller)
-            b = torch.stack([draw(larger, self.shared_r) for _ in range(self.shared_bases)], dim=1)
-        else:
-            share = 1 / (2 * (3 if self.basis == "sparse" else math.sqrt(smaller)))  # of each sign
-            shapes = (self.shared_r, smaller), (larger, self.shared_bases, self.shared_r)
-            draws = [torch.rand(shape, generator=generator, dtype=torch.float32) for shape in shapes]
-            a, b = ((drawn > 1 - share).float() - (drawn < share).float() for drawn in draws)
-        self._require(
-            all(bases.unique().numel() > 1 for bases in (a, b)),
-            f"the bases drawn for r={self.shared_r} and a side of {smaller} are all one number; use a larger r",
-        )
-        return a / a.std(), b / b.std()
+        a, b = draw(r, m), torch.stack([draw(larger, r) for _ in range(count)], dim=1)
+    else:
+        share = 1 / (2 * (3 if basis == "sparse" else math.sqrt(m)))  # of each sign
+        shapes = (r, m), (larger, count, r)
+        draws = [torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes]
+        a, b = ((drawn > 1 - share).float() - (drawn < share).float() for drawn in draws)
+    if a.min() == a.max() or b.min() == b.max():
+        raise ConfigError(f"RandLoRA: the bases drawn for r={r} and a side of {m} are all one number; use a larger r.")
+    return a / a.std(), b / b.std()

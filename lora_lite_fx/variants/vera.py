@@ -1,6 +1,7 @@
 """VeRA: Vector-based Random Matrix Adaptation (Kopiczko et al., 2023), https://arxiv.org/abs/2310.11454"""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -56,9 +57,22 @@ class SharedProjections(WithDropout):
                 f"{name}={size} is too small for site {site.name!r}, which needs {needed}; use 0 for the largest",
             )
 
-    def generator(self) -> torch.Generator:
-        """What the projections are drawn with, on the CPU whatever the device."""
-        return torch.Generator().manual_seed(self.projection_seed)
+    def require_settled(self) -> None:
+        """Raise `ConfigError` if the sizes of the projections are not known yet."""
+        sizes = {name: value for name, value in vars(self).items() if name.startswith("shared_")}
+        self._require(0 not in sizes.values(), f"the projections have no sizes before rewrite settles them: {sizes}")
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """The two projections, on the CPU; the same whatever the site. Not to be written to."""
+        raise NotImplementedError
+
+    def fill_A(self, a: Tensor) -> None:
+        """Write the first projection into `a`, in place."""
+        a.copy_(self.projections()[0])
+
+    def fill_B(self, b: Tensor) -> None:
+        """Write the second projection into `b`, in place."""
+        b.copy_(self.projections()[1])
 
 
 @register
@@ -83,11 +97,12 @@ class VeRA(SharedProjections):
         )
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        self.require_settled()
         return {
             "lora_ld": ParamSpec((self.r,), init=self.d_initial),
             "lora_lb": ParamSpec((site.d_out,)),
-            "lora_shared_vera_A": ParamSpec((self.shared_r, self.shared_d_in), self._draw_A, trainable=False),
-            "lora_shared_vera_B": ParamSpec((self.shared_d_out, self.shared_r), self._draw_B, trainable=False),
+            "lora_shared_vera_A": ParamSpec((self.shared_r, self.shared_d_in), self.fill_A, trainable=False),
+            "lora_shared_vera_B": ParamSpec((self.shared_d_out, self.shared_r), self.fill_B, trainable=False),
         }
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
@@ -97,17 +112,15 @@ class VeRA(SharedProjections):
         hidden = p.lora_ld * F.linear(cast(self.drop(x, base), a), a)
         return cast(y + p.lora_lb * F.linear(hidden, b), y)
 
-    def _draw_A(self, a: Tensor) -> None:
-        a.copy_(self._draw()[0])
+    def projections(self) -> tuple[Tensor, Tensor]:
+        return _draw(self.projection_seed, self.shared_r, self.shared_d_in, self.shared_d_out)
 
-    def _draw_B(self, b: Tensor) -> None:
-        b.copy_(self._draw()[1])
 
-    def _draw(self) -> tuple[Tensor, Tensor]:
-        """`A (shared_r, shared_d_in)` and `B (shared_d_out, shared_r)`, one after the other from one generator."""
-        generator = self.generator()
-        shapes = (self.shared_r, self.shared_d_in), (self.shared_d_out, self.shared_r)
-        a, b = (
-            torch.nn.init.kaiming_uniform_(torch.empty(s, dtype=torch.float32), generator=generator) for s in shapes
-        )
-        return a, b
+@functools.lru_cache(maxsize=1)  # the sites of an adapter ask for the same, one after the other
+def _draw(seed: int, r: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
+    """`A (r, d_in)` and `B (d_out, r)`, one after the other from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((r, d_in), (d_out, r)))
+    for projection in (a, b):
+        torch.nn.init.kaiming_uniform_(projection, generator=generator)
+    return a, b

@@ -20,6 +20,8 @@ from .variants import (
     DeLoRA,
     DoRA,
     FourierFT,
+    GraLoRA,
+    HiRA,
     LoHa,
     LoKr,
     LoRA,
@@ -140,7 +142,9 @@ def _randlora(basis: str) -> PeftFormat:
         {
             "lora_lambda": PeftTensor("randlora_lambda"),
             "lora_gamma": PeftTensor("randlora_gamma"),
-            "lora_shared_randlora_A": PeftTensor("randlora_A"),
+            "lora_shared_randlora_A": PeftTensor(
+                "randlora_A", to_ours=lambda t: t.squeeze(1), to_peft=lambda t: t[:, None]
+            ),
             "lora_shared_randlora_B": PeftTensor("randlora_B"),
         },
         fixed={"basis": basis},
@@ -300,6 +304,32 @@ FORMATS = (
         {"lora_spectrum": PeftTensor("fourierft_spectrum")},
         conv1d=True,
         rest=("lora_index",),
+    ),
+    PeftFormat(
+        GraLoRA,
+        "GRALORA",
+        {
+            "r": PeftField("r", 32),
+            "alpha": PeftField("alpha", 64),
+            "dropout": PeftField("gralora_dropout", 0.0),
+            "k": PeftField("gralora_k", 2),
+            "hybrid_r": PeftField("hybrid_r", 0),
+        },
+        {
+            "lora_A": PeftTensor("gralora_A"),
+            "lora_B": PeftTensor("gralora_B"),
+            "lora_hybrid_A": PeftTensor("gralora_A_general.weight"),
+            "lora_hybrid_B": PeftTensor("gralora_B_general.weight"),
+        },
+        conv1d=True,
+    ),
+    PeftFormat(
+        HiRA,
+        "HIRA",
+        {"r": PeftField("r", 32), "dropout": PeftField("hira_dropout", 0.0)},
+        {"lora_A": PeftTensor("hira_A"), "lora_B": PeftTensor("hira_B")},
+        patterns=frozenset({"rank_pattern"}),
+        conv1d=True,
     ),
     *(_miss(mode, start) for mode, start in (("balance", True), ("mini", "mini"), ("bat", "bat"))),
 )

@@ -50,14 +50,20 @@ class Placement:
         return self.variant.at(self.site)
 
     def register(self, model: nn.Module, site: Site, dtype: torch.dtype, device: torch.device) -> None:
-        """Add the tensors to `model`, not yet filled: parameters where trainable, else buffers."""
+        """Add the tensors to `model`: parameters where trainable, else buffers.
+
+        They are not yet filled, but for those that the sites of the adapter share: these come with the first of them.
+        """
         specs = self.local.params(site)
         for name, qualified in self.tensors.items():
             path, _, attribute = qualified.rpartition(".")
             module = model.get_submodule(path)
-            if name.startswith(SHARED) and hasattr(module, attribute):
-                continue  # there since the adapter's first site
+            shared = name.startswith(SHARED)
+            if shared and hasattr(module, attribute):
+                continue
             tensor = specs[name].empty(self.variant.param_dtype(dtype), device)
+            if shared:
+                specs[name].fill(tensor)
             if isinstance(tensor, nn.Parameter):
                 module.register_parameter(attribute, tensor)
             else:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ConfigError
+from .provenance import SHARED
 from .roles import GROUPS, ROLES
 from .site import Site
 
@@ -54,6 +55,7 @@ class ParamSpec:
         tensor = torch.empty(self.shape, dtype=self.dtype or dtype, device=device)
         return torch.nn.Parameter(tensor) if self.trainable else tensor
 
+    @torch.no_grad()
     def fill(self, tensor: Tensor) -> None:
         """Write the start values into `tensor`, in place."""
         if callable(self.init):
@@ -310,10 +312,11 @@ class Variant:
         )
 
     def start(self, site: Site, weight: Tensor, p: Any, statistic: Statistic | None = None) -> None:
-        """Write all start values into `p`, in place."""
+        """Write all start values into `p`, in place, but for those of shared tensors."""
         with torch.no_grad():
             for name, spec in self.params(site).items():
-                spec.fill(getattr(p, name))
+                if not name.startswith(SHARED):
+                    spec.fill(getattr(p, name))
             if statistic is None:
                 self.init(site, wide(weight), p)
             else:

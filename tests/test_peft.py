@@ -14,7 +14,6 @@ import lora_lite_fx as llfx
 
 from .peft_oracles import ALPHA, CASES, ORACLES, RANK, TOLERANCE, Case, Pair, make_pair
 
-
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
 
 

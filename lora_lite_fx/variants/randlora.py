@@ -1,7 +1,6 @@
 """RandLoRA: full-rank parameter-efficient fine-tuning (Albert et al., 2025), https://arxiv.org/abs/2502.00987"""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +90,6 @@ class RandLoRA(SharedProjections):
         return _draw(self.basis, self.projection_seed, self.shared_r, m, larger, self.shared_bases)
 
 
-@functools.lru_cache(maxsize=1)  # the sites of an adapter ask for the same, one after the other
 def _draw(basis: str, seed: int, r: int, m: int, larger: int, count: int) -> tuple[Tensor, Tensor]:
     """`A (r, m)` and `B (larger, count, r)`, one after the other from one generator."""
     generator = torch.Generator().manual_seed(seed)

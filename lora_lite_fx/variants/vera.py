@@ -1,7 +1,6 @@
 """VeRA: Vector-based Random Matrix Adaptation (Kopiczko et al., 2023), https://arxiv.org/abs/2310.11454"""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -63,7 +62,7 @@ class SharedProjections(WithDropout):
         self._require(0 not in sizes.values(), f"the projections have no sizes before rewrite settles them: {sizes}")
 
     def projections(self) -> tuple[Tensor, Tensor]:
-        """The two projections, on the CPU; the same whatever the site. Not to be written to."""
+        """The two projections, on the CPU; the same whatever the site."""
         raise NotImplementedError
 
     def fill_A(self, a: Tensor) -> None:
@@ -116,7 +115,6 @@ class VeRA(SharedProjections):
         return _draw(self.projection_seed, self.shared_r, self.shared_d_in, self.shared_d_out)
 
 
-@functools.lru_cache(maxsize=1)  # the sites of an adapter ask for the same, one after the other
 def _draw(seed: int, r: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
     """`A (r, d_in)` and `B (d_out, r)`, one after the other from one generator."""
     generator = torch.Generator().manual_seed(seed)

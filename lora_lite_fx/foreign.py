@@ -22,7 +22,7 @@ from .eager import AdaptedLinear
 from .errors import CheckpointError, ConfigError
 from .rewrite import base_graph, insert_adapters
 from .site import Site, find_sites
-from .variant import Variant
+from .variant import ParamSpec, Variant
 
 
 def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]]:
@@ -78,6 +78,8 @@ def insert_from_file(
         CheckpointError: the file's sites or tensors do not fit the model or the config.
         CaptureError: the model cannot be captured.
     """
+    if not found:
+        raise CheckpointError(f"{path} holds no adapter.")
     gm = base_graph(model, example_inputs, dynamic_shapes)
     sites = {site.name: site for site in find_sites(gm)}
     if missing := [name for name in found if name not in sites]:
@@ -89,7 +91,9 @@ def insert_from_file(
     try:
         variant = variant.settle(targets, {})
         for site in targets:
-            variant.at(site.name).check(site)
+            local = variant.at(site.name)
+            local.check(site)
+            _check_tensors(local.params(site), found[site.name], rest, f"{path}: {site.name}")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     first = insert_adapters(gm, [(variant, targets)])
@@ -99,18 +103,31 @@ def insert_from_file(
         if placement.adapter < first:
             continue
         here = found[placement.site]
-        if lacking := set(placement.names) - here.keys() - set(rest):
-            raise CheckpointError(f"{path}: {placement.site} lacks {', '.join(sorted(lacking))}.")
-        if foreign := here.keys() - set(placement.names):
-            raise CheckpointError(f"{path}: {placement.site} has {', '.join(sorted(foreign))}, against its config.")
         if set(placement.names) - here.keys():
             site = sites[placement.site]
             placement.start(gm, site, site_weight(gm, site))
         for name, tensor in here.items():
             qualified = placement.tensors[name]
             values[qualified] = tensor.to(own[qualified].dtype)
-    try:
-        load_adapter_state_dict(gm, values)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    load_adapter_state_dict(gm, values)
     return gm
+
+
+def _check_tensors(
+    specs: Mapping[str, ParamSpec], found: Mapping[str, Tensor], rest: Iterable[str], where: str
+) -> None:
+    """Raise `CheckpointError` unless the tensors found at a site are those that its config asks for.
+
+    Before any is made: a config may ask for more than there is memory.
+    """
+    if lacking := specs.keys() - found.keys() - set(rest):
+        raise CheckpointError(f"{where} lacks {', '.join(sorted(lacking))}.")
+    if foreign := found.keys() - specs.keys():
+        raise CheckpointError(f"{where} has {', '.join(sorted(foreign))}, against its config.")
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != specs[name].shape:
+            raise CheckpointError(
+                f"{where} has {name} of shape {tuple(tensor.shape)}; its config asks for {specs[name].shape}."
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where} has {name} in {tensor.dtype}, which is not a floating-point type.")

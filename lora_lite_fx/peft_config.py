@@ -33,7 +33,7 @@ _UNREAD = frozenset(
 _TARGETS = frozenset(
     {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules"}
 )
-_SUFFIX = r"(^|\.){}$"
+_START = r"(^|\.)"
 
 
 def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
@@ -45,7 +45,13 @@ def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
     Raises:
         ConfigError: it asks for something that cannot be represented here; the message says what.
     """
-    given = dict(config if isinstance(config, Mapping) else config.to_dict())
+    try:
+        return _read(dict(config if isinstance(config, Mapping) else config.to_dict()))
+    except (AttributeError, RecursionError) as error:
+        raise ConfigError(f"It is no config of PEFT: {error}.") from error
+
+
+def _read(given: dict[Any, Any]) -> Variant:
     form = _format_for(given)
     name = form.variant.__name__
     fields: dict[str, Any] = dict(form.fixed)
@@ -53,11 +59,11 @@ def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
         value = given.get(theirs.name, theirs.default)
         try:
             fields[ours] = theirs.to_ours(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{name}: PEFT's {theirs.name}={value!r} is no valid value.") from error
     known = {theirs.name for theirs in form.fields.values()} | form.unread | form.patterns
     known |= form.constants.keys() | form.written.keys()
-    for key in sorted(given.keys() - known - _UNREAD - _TARGETS):
+    for key in sorted(given.keys() - known - _UNREAD - _TARGETS, key=str):
         if given[key] not in (None, False, 0, "none", [], {}, ()):
             raise ConfigError(f"{name}: PEFT's {key}={given[key]!r} cannot be represented here.")
     for key in form.patterns:
@@ -66,10 +72,10 @@ def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
             raise ConfigError(f"{name}: PEFT's {key} must map patterns to values, got {pairs!r}.")
         fields[key] = tuple((rf"^(.*\.)?({pattern})$", value) for pattern, value in pairs.items())
     fields["target_names"] = _targets(given, name)
-    fields["exclude_names"] = _patterns(given.get("exclude_modules") or (), "exclude_modules", name, _SUFFIX)
+    fields["exclude_names"] = _patterns(given.get("exclude_modules") or (), "exclude_modules", name, _START)
     if form.variant is IA3:
         feedforward = given.get("feedforward_modules") or ()
-        fields["feedforward_names"] = _patterns(feedforward, "feedforward_modules", name, "{}$")
+        fields["feedforward_names"] = _patterns(feedforward, "feedforward_modules", name, "")
     try:
         return form.variant(**fields)
     except TypeError as error:
@@ -83,27 +89,32 @@ def _targets(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
             f"{name}: target_modules={targets!r} depends on PEFT's tables; give the names that PEFT made of it."
         )
     if layers in (None, []):
-        return _patterns(targets, "target_modules", name, _SUFFIX)
+        return _patterns(targets, "target_modules", name, _START)
     layers = [layers] if isinstance(layers, int) else layers
     stacks = config.get("layers_pattern") or [r"[^.]*"]
     stacks = [stacks] if isinstance(stacks, str) else stacks
-    if isinstance(targets, str) or not all(isinstance(value, str) for value in stacks):
+    if isinstance(targets, str) or not _are(stacks, str):
         raise ConfigError(f"{name}: layers_to_transform needs target_modules and layers_pattern to be lists of names.")
-    if not isinstance(layers, Iterable) or not all(isinstance(layer, int) for layer in layers):
+    if not _are(layers, int):
         raise ConfigError(f"{name}: layers_to_transform must be a list of integers, got {layers!r}.")
     # As in PEFT, the last number in the name that follows a stack's name says which layer it is.
     numbers, stack = "|".join(map(str, layers)), "|".join(stacks)
-    inside = rf"^(?=.*\.(?:{stack})\.(?:{numbers})\.(?!.*\.(?:{stack})\.\d+\.)).*\.{{}}$"
+    inside = rf"^(?=.*\.(?:{stack})\.(?:{numbers})\.(?!.*\.(?:{stack})\.\d+\.)).*\."
     return _patterns(targets, "target_modules", name, inside)
 
 
-def _patterns(value: Any, what: str, name: str, form: str) -> tuple[str, ...]:
-    """PEFT's way to name modules as regular expressions: a string is one for the whole name, a list holds endings."""
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, Iterable) and all(type(value) is kind for value in values)
+
+
+def _patterns(value: Any, what: str, name: str, start: str) -> tuple[str, ...]:
+    """PEFT's way to name modules as regular expressions: a string is one for the whole name, a list holds endings,
+    and `start` is what may precede them."""
     if isinstance(value, str):
         return (rf"^(?:{value})$",)
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
         raise ConfigError(f"{name}: PEFT's {what} must be a string or a list of strings, got {value!r}.")
-    return tuple(form.format(re.escape(item)) for item in sorted(value))
+    return tuple(f"{start}{re.escape(item)}$" for item in sorted(value))
 
 
 def _format_for(config: Mapping[str, Any]) -> PeftFormat:

@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import math
 import re
-import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from .roles import GROUPS, ROLES
 from .site import Site
 
 _HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALF, torch.float32, torch.float64)  # in narrower ones there is no arithmetic
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ class Variant:
         self._check_plain_fields()
         self._require(self.r >= 1, f"r must be a positive integer, got {self.r!r}")
         self._require(
-            self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point),
-            f"dtype must be None or a floating-point torch.dtype, got {self.dtype!r}",
+            self.dtype in (None, *_DTYPES),
+            f"dtype must be None or a floating-point torch.dtype of 16, 32 or 64 bits, got {self.dtype!r}",
         )
         for role in self.target_roles or ():
             near = difflib.get_close_matches(str(role), [*ROLES, *GROUPS])
@@ -208,6 +208,7 @@ class Variant:
                 self._require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
             elif kind is int:
                 self._require(type(value) is int, f"{name} must be {_an_integer(name)}, got {value!r}")
+                self._require(value.bit_length() <= 64, f"{name} does not fit 64 bits: {value!r}")
             elif kind is float:
                 self._require(is_finite(value), f"{name} must be a finite number, got {value!r}")
             elif get_origin(kind) is Literal:
@@ -237,7 +238,7 @@ class Variant:
         self._require(isinstance(pattern, str), f"{pattern!r} is not a regular expression: it must be a string")
         try:
             re.compile(str(pattern))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"{self._name()}: {pattern!r} is not a regular expression: {error}") from error
 
     def _name(self) -> str:
@@ -388,11 +389,9 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def is_finite(value: object) -> bool:
-    """Whether `value` is a number that a float can hold. For checking the fields of variants."""
+    """Whether `value` is a number that float32 can hold. For checking the fields of variants."""
     return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and -sys.float_info.max <= value <= sys.float_info.max
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
     )
 
 

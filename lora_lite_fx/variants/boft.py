@@ -43,6 +43,10 @@ class BOFT(Variant):
 
     def check(self, site: Site) -> None:
         super().check(site)
+        self._require(
+            self.butterfly_factors <= site.d_in.bit_length(),
+            f"butterfly_factors={self.butterfly_factors} is too many for the {site.d_in} inputs of site {site.name!r}",
+        )
         connected = self.block_size * 2 ** (self.butterfly_factors - 1)
         self._require(
             site.d_in % connected == 0,

@@ -42,7 +42,7 @@ shapes = st.tuples(st.integers(2, 4), st.integers(1, 7))
 
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_every_variant_conforms_on_random_models(cls: type[llfx.Variant], data: st.DataObject) -> None:
     cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))

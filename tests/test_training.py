@@ -93,7 +93,9 @@ class Run:
 
     def __init__(self, model: fx.GraphModule, optimizer: Any) -> None:
         self.model = copy.deepcopy(model)
-        self.optimizer = optimizer(llfx.adapter_parameters(self.model), lr=0.02)
+        self.optimizer = optimizer(
+            llfx.adapter_parameters(self.model), lr=0.2 if optimizer is torch.optim.SGD else 0.02
+        )
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def step(self) -> set[str]:

@@ -1,17 +1,21 @@
-"""`inspect`: the table of sites."""
+"""`inspect`: the sites of a model, as a table, as data and as a page."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, overload
 
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .adapters import tensor_of
 from .capture import Inputs
-from .provenance import Insertion, insertions
+from .files import write_atomically
+from .page import render
+from .provenance import Insertion, insertions, outermost
 from .rewrite import base_graph
 from .roles import ROLES
 from .site import find_sites
@@ -28,7 +32,12 @@ class SiteRow:
         d_out: size of the last dimension of the output.
         adapters: names of the variants at it, the innermost first.
         parameters: number of trainable adapter parameters at it.
-        reason: why it has its roles.
+        reasons: for each of its roles, why.
+        weight: qualified name of the frozen weight.
+        dtype: of the weight, such as `"float32"`.
+        bias: whether it adds a bias.
+        calls: how often the model runs it in one forward pass.
+        reads: name of the value in the graph that it reads; sites with the same name read the same value.
     """
 
     name: str
@@ -37,7 +46,17 @@ class SiteRow:
     d_out: int
     adapters: tuple[str, ...]
     parameters: int
-    reason: str
+    reasons: dict[str, str] = field(compare=False)
+    weight: str
+    dtype: str
+    bias: bool
+    calls: int
+    reads: str
+
+    @property
+    def reason(self) -> str:
+        """Why it has its roles, in one line."""
+        return "; ".join(f"{role}: {why}" for role, why in self.reasons.items())
 
 
 @dataclass(frozen=True)
@@ -47,15 +66,46 @@ class SiteTable(Sequence[SiteRow]):
     Args:
         rows: one for each site, in order of execution.
         total: number of all parameters of the model, adapters included.
+        model: class name of the model.
     """
 
     rows: tuple[SiteRow, ...]
     total: int
+    model: str
 
     @property
     def trainable(self) -> int:
         """The number of trainable parameters."""
         return sum(row.parameters for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON-ready data.
+
+        Returns:
+            `model`, `parameters` (of the whole model), `trainable`, and `sites`: one dict for each row, with the
+            fields of `SiteRow` as keys.
+        """
+        return {
+            "model": self.model,
+            "parameters": self.total,
+            "trainable": self.trainable,
+            "sites": [asdict(row) for row in self.rows],
+        }
+
+    def to_html(self) -> str:
+        """The table as one HTML page that needs nothing else: the model as a picture, its sites, and their reasons."""
+        return render(self)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_html()` to a file.
+
+        Args:
+            path: of the file; its folder must exist.
+
+        Raises:
+            CheckpointError: the file cannot be written; what was there before is unchanged.
+        """
+        write_atomically(Path(path), self.to_html().encode())
 
     @overload
     def __getitem__(self, index: int) -> SiteRow: ...
@@ -108,20 +158,38 @@ def inspect(
     gm = base_graph(model, example_inputs, dynamic_shapes)
     at: dict[str, dict[int, Insertion]] = {}
     for insertion in insertions(gm.graph):
-        at.setdefault(insertion.site, {})[insertion.adapter] = insertion
+        at.setdefault(insertion.site, {}).setdefault(insertion.adapter, insertion)
     rows = []
     for site in find_sites(gm):
-        here = at.get(site.name, {}).values()
+        here = list(at.get(site.name, {}).values())
         tensors = [tensor_of(gm, name) for insertion in here for name in insertion.tensors.values()]
+        x, _ = outermost(here, site.calls[0].x, site.calls[0].y)
         rows.append(
             SiteRow(
-                site.name,
-                tuple(role for role in ROLES if role in site.roles),
-                site.d_in,
-                site.d_out,
-                tuple(insertion.config["variant"] for insertion in here),
-                sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)),
-                "; ".join(f"{role}: {site.reasons[role]}" for role in ROLES if role in site.reasons),
+                name=site.name,
+                roles=tuple(role for role in ROLES if role in site.roles),
+                d_in=site.d_in,
+                d_out=site.d_out,
+                adapters=tuple(insertion.config["variant"] for insertion in here),
+                parameters=sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)),
+                reasons={role: site.reasons[role] for role in ROLES if role in site.reasons},
+                weight=site.weight,
+                dtype=str(gm.get_parameter(site.weight).dtype).removeprefix("torch."),
+                bias=site.bias is not None,
+                calls=len(site.calls),
+                reads=x.name,
             )
         )
-    return SiteTable(tuple(rows), sum(parameter.numel() for parameter in gm.parameters()))
+    total = sum(parameter.numel() for parameter in gm.parameters())
+    return SiteTable(tuple(rows), total, _class_name(model, gm))
+
+
+def _class_name(model: nn.Module | ExportedProgram, gm: fx.GraphModule) -> str:
+    """The name of the class that was captured. A graph has it in the module stack of its nodes, if it was exported."""
+    if not isinstance(model, (fx.GraphModule, ExportedProgram)):
+        return type(model).__name__
+    for node in gm.graph.nodes:
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            if path == "":
+                return str(getattr(kind, "__qualname__", kind)).rpartition(".")[2]
+    return "GraphModule"

@@ -119,7 +119,7 @@ def environment(request: pytest.FixtureRequest) -> Environment:
 
 def expected_modules(names: Sequence[str]) -> set[str]:
     """The files of the package as a wheel has them: `passes/` below it, and nothing else."""
-    package = {name for name in names if name.startswith(f"{NAME}/") and name.endswith((".py", "py.typed"))}
+    package = {name for name in names if name.startswith(f"{NAME}/") and name.endswith((".html", ".py", "py.typed"))}
     return package | {f"{NAME}/{name}" for name in names if name.startswith("passes/") and name.endswith(".py")}
 
 

@@ -1,0 +1,173 @@
+"""The command line: `python -m lora_lite_fx inspect MODEL` prints the sites of a model and what they do."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import load
+from .errors import AdapterError
+from .files import read_json
+from .inspect import SiteTable, inspect
+from .peft import load_peft
+
+
+class _Refused(Exception):
+    """Bad input; the message is for the user."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what stands after the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 2 for bad input, with one line on stderr that says what was wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_lite_fx", description="Adapters by rewriting torch.fx graphs."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("inspect", help="the sites of a model: their roles, sizes and adapters")
+    command.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder, hub id or config.json; or an exported program (.pt2)"
+    )
+    command.add_argument(
+        "--adapter", metavar="PATH", help="a file that save() wrote, or a PEFT directory, to show on it"
+    )
+    command.add_argument("--json", action="store_true", help="print data in place of the table")
+    command.add_argument("--html", metavar="FILE", help="write one HTML page with the model as a picture")
+    options = parser.parse_args(arguments)
+    try:
+        with _quiet():
+            table = _table(options.model, options.adapter)
+        if options.html is not None:
+            table.save_html(options.html)
+    except (_Refused, AdapterError) as error:
+        print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(table.to_dict(), indent=2))
+    elif options.html is None:
+        print(table)
+    return 0
+
+
+def _table(model: str, adapter: str | None) -> SiteTable:
+    if adapter is not None and not Path(adapter).exists():
+        raise _Refused(f"there is no {adapter}")
+    if model.endswith(".pt2"):
+        program = _exported(Path(model))
+        return inspect(program if adapter is None else _load(program, adapter))
+    if adapter is not None:
+        return inspect(_load(_with_weights(model), adapter))
+    return _without_weights(model)
+
+
+def _load(model: Any, adapter: str) -> nn.Module:
+    return load_peft(model, adapter) if Path(adapter).is_dir() else load(model, adapter)
+
+
+def _exported(path: Path) -> Any:
+    if not path.is_file():
+        raise _Refused(f"there is no {path}")
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        raise _Refused(f"{path} is not a readable exported program: {error}") from error
+
+
+def _without_weights(model: str) -> SiteTable:
+    """The table of a model from its config alone: a model of any size in no memory, if it can be captured like that."""
+    config, model_class = _config(model)
+    try:
+        with torch.device("meta"):
+            return inspect(_built(model_class, config))
+    except (_Refused, MemoryError):
+        raise
+    except Exception:  # what has no meta kernel raises anything; with real tensors it may work, or say why it does not
+        try:
+            return inspect(_built(model_class, config))
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise _Refused(f"{model_class.__name__} cannot be captured: {error}") from error
+
+
+def _built(model_class: Any, config: Any) -> nn.Module:
+    return model_class._from_config(config).eval()
+
+
+def _with_weights(model: str) -> nn.Module:
+    config, model_class = _config(model)
+    if Path(model).is_file():
+        raise _Refused("an adapter is shown on a model with its weights: give the folder, not its config.json")
+    try:
+        return model_class.from_pretrained(model, config=config)
+    except Exception as error:
+        raise _Refused(f"{model} cannot be loaded: {error}") from error
+
+
+def _config(model: str) -> tuple[Any, Any]:
+    """The config that `model` names, and the class of model that it is of."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise _Refused(f"{model} needs transformers: pip install transformers") from error
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if path.exists():
+        read_json(file)  # says what is wrong with it; transformers takes some broken ones for hub ids
+    elif path.suffix or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise _Refused(f"there is no {model}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(file) if path.exists() else model)
+    except Exception as error:
+        raise _Refused(f"{model} has no config that transformers can read: {error}") from error
+    name = next(iter(config.architectures or ()), None)
+    model_class = getattr(transformers, name, None) if name else None
+    if model_class is None:
+        try:
+            model_class = transformers.AutoModel._model_mapping[type(config)] if name is None else None
+        except KeyError:
+            model_class = None
+    if model_class is None:
+        raise _Refused(f"{model}: transformers has no class {name or f'for a config of {type(config).__name__}'}")
+    return config, model_class
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Keep progress bars, warnings and logs of the libraries out of the table's way."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Other libraries' errors go on at length; this library's have the way out in their second line.
+    return " ".join(lines if isinstance(error, AdapterError) else lines[:1]) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from .dataflow import Linear
 from .provenance import inner_name, is_inserted
-from .roles import Linear, infer_roles
+from .roles import infer_roles
 
 aten = torch.ops.aten
 

@@ -1,0 +1,210 @@
+"""The dataflow of a graph with linears: what carries a value on, and the residual stream.
+
+The *residual stream* is where an addition joins a value with something computed from it by linears.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+# Operations are known by their plain name, in lower case: `aten.add.Tensor`, `operator.add` and the method
+# `add` are all "add"; a module called as a leaf is its class name.
+TRANSPOSES = frozenset({"transpose", "t", "numpy_t", "mt", "swapaxes"})
+# fmt: off
+SPLITS = frozenset({
+    "split", "split_with_sizes", "chunk", "unbind", "getitem", "slice", "select", "narrow", "tensor_split",
+})
+SHAPES = TRANSPOSES | {
+    "view", "reshape", "flatten", "unflatten", "permute", "movedim", "contiguous", "clone", "expand", "expand_as",
+    "broadcast_to", "view_as", "unsqueeze", "squeeze", "repeat", "repeat_interleave", "index", "index_select", "roll",
+    "pad", "cat", "stack",
+}
+CASTS = frozenset({
+    "to", "type_as", "float", "half", "bfloat16", "double", "type", "detach", "alias", "identity", "dropout",
+    "dropout_",
+})
+NORMS = frozenset({
+    "layer_norm", "layernorm", "rms_norm", "rmsnorm", "group_norm", "groupnorm", "batch_norm", "batchnorm1d",
+    "native_layer_norm", "linalg_vector_norm", "pow", "square", "mean", "rsqrt", "sqrt", "var",
+})
+ARITHMETIC = frozenset({
+    "add", "sub", "mul", "div", "neg", "rsub", "add_", "mul_", "div_", "iadd", "imul", "truediv", "masked_fill",
+    "where", "clamp", "max", "maximum", "minimum",
+})
+CARRY = SPLITS | SHAPES | CASTS | NORMS | ARITHMETIC
+"""What hands a value on: its result holds the value, whatever its shape, scale, mask or norm."""
+ACTIVATIONS = frozenset({
+    "relu", "relu_", "relu6", "gelu", "silu", "silu_", "tanh", "sigmoid", "elu", "leaky_relu", "hardswish", "mish",
+    "softplus", "hardtanh", "glu",
+})
+# fmt: on
+SOFTMAXES = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax"})
+ADDS = frozenset({"add", "add_", "iadd"})
+PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
+_SIZES = frozenset({"size", "sym_size", "dim", "getattr"})
+
+
+def op_name(node: fx.Node) -> str:
+    """The plain lower-case name of what `node` computes, whatever the dialect of its graph."""
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    elif node.op == "call_module":
+        assert node.graph.owning_module is not None
+        name = type(node.graph.owning_module.get_submodule(str(node.target))).__name__
+    else:
+        name = str(node.target) if node.op == "call_method" else node.op
+    return name.lower()
+
+
+@dataclass
+class Linear:
+    """A linear in the graph as role inference sees it: input node `x`, output node `y`, and the roles found."""
+
+    x: fx.Node
+    y: fx.Node
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def give(self, role: str, reason: str) -> None:
+        self.reasons.setdefault(role, reason)
+
+
+class Dataflow:
+    """A graph, its linears, and the ways to walk it.
+
+    Args:
+        graph: left as it is.
+        linears: the linears in it, in order of execution.
+
+    Attributes:
+        ops: the plain name of every node.
+        by_y: the linear that ends in a node.
+        by_x: the linears that read a node.
+        joins: the additions to the residual stream, each with what it adds to.
+        skips: the nodes that are added to.
+    """
+
+    def __init__(self, graph: fx.Graph, linears: list[Linear]) -> None:
+        self.graph = graph
+        self.linears = linears
+        self.by_y = {linear.y: linear for linear in linears}
+        self.by_x: dict[fx.Node, list[Linear]] = defaultdict(list)
+        for linear in linears:
+            self.by_x[linear.x].append(linear)
+        self.ops = {node: op_name(node) for node in graph.nodes}
+        self.written = self._written()
+        self.joins = self._residual_joins()
+        self.skips = set(self.joins.values())
+
+    def behind(self, start: Any, through: frozenset[str] = CARRY) -> Iterator[fx.Node]:
+        """Nodes that `start` carries forward, itself included, up to linears and residual joins (both included)."""
+
+        def inputs(node: fx.Node) -> Iterable[fx.Node]:
+            ends = node in self.by_y or node in self.joins or self.ops[node] not in through
+            return [*self.written.get(node, ()), *(() if ends else node.all_input_nodes)]
+
+        return walk(start, inputs)
+
+    def ahead(self, start: fx.Node, through: frozenset[str] = CARRY) -> Iterator[fx.Node]:
+        """Nodes that carry `start` forward, itself included, up to (including) what does not, or joins a residual."""
+
+        def users(node: fx.Node) -> Iterable[fx.Node]:
+            ends = node is not start and (node in self.joins or self.ops[node] not in through)
+            return () if ends else node.users
+
+        return walk(start, users)
+
+    def sources(self, node: Any, through: frozenset[str] = CARRY) -> list[Linear]:
+        """The linears whose outputs `node` carries forward."""
+        return [self.by_y[n] for n in self.behind(node, through) if n in self.by_y]
+
+    def readers(self, node: fx.Node) -> list[Linear]:
+        """The linears that read what carries `node` forward, up to other linears and residual joins."""
+        carried = (n for n in self.ahead(node) if n is node or (self.ops[n] in CARRY and n not in self.joins))
+        return [linear for n in carried if n is node or n not in self.by_y for linear in self.by_x.get(n, ())]
+
+    def data(self) -> set[fx.Node]:
+        """The nodes whose values depend on the model's inputs, and not on their sizes alone."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "placeholder" or (
+                self.ops[node] not in _SIZES and not found.isdisjoint(node.all_input_nodes)
+            ):
+                found.add(node)
+        return found
+
+    def _written(self) -> dict[fx.Node, list[fx.Node]]:
+        """What is copied into a tensor, or into a view of it, after it was made."""
+        written: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in self.graph.nodes:
+            if self.ops[node] == "copy_" and all(isinstance(a, fx.Node) for a in node.args[:2]):
+                target = node.args[0]
+                while self.ops[target] in SPLITS | SHAPES and target.all_input_nodes:
+                    target = target.all_input_nodes[0]
+                written[target].append(node.args[1])
+        return written
+
+    def _residual_joins(self) -> dict[fx.Node, fx.Node]:
+        """The additions `h + f(h)` with a linear in `f`, and their `h`."""
+        index = {node: i for i, node in enumerate(self.graph.nodes)}
+        before: dict[fx.Node, int] = {}  # bit i: node i is this node or computed before it on some path to it
+        for node in self.graph.nodes:
+            bits = 1 << index[node]
+            for operand in node.all_input_nodes:
+                bits |= before[operand]
+            before[node] = bits
+        linear_bits = 0
+        by_index = {}
+        for linear in self.linears:
+            linear_bits |= 1 << index[linear.y]
+            by_index[index[linear.y]] = linear
+
+        def computed_by_linears(branch: fx.Node, skip: fx.Node) -> bool:
+            if not before[branch] >> index[skip] & 1:
+                return False
+            between = before[branch] & linear_bits & ~before[skip]
+            return any(before[by_index[i].x] >> index[skip] & 1 for i in _bits(between))
+
+        joins: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+            if self.ops[node] not in ADDS or len(operands) != 2:
+                continue
+            for skip, branch in (operands, operands[::-1]):
+                # The skip may pass a cast, a reshape or a dropout of its own before the addition; and where blocks
+                # run in parallel, `h + f(h) + g(h)`, the second addition is to the first.
+                while not computed_by_linears(branch, skip):
+                    if skip in joins:
+                        skip = joins[skip]
+                    elif self.ops[skip] in CASTS | SHAPES and skip.all_input_nodes:
+                        skip = skip.all_input_nodes[0]
+                    else:
+                        break
+                else:
+                    joins[node] = skip
+        return joins
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def walk(start: Any, following: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """Each node reached from `start` once, depth first."""
+    if not isinstance(start, fx.Node):
+        return
+    seen, stack = {start}, [start]
+    while stack:
+        node = stack.pop()
+        yield node
+        for other in following(node):
+            if other not in seen:
+                seen.add(other)
+                stack.append(other)

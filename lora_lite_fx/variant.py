@@ -258,6 +258,8 @@ class Variant:
         """The adapted linear.
 
         It must call `base` exactly once, be affine in `x` outside dropout, and act on the last dimension only.
+        It is traced: a cast of `x` itself that has nothing to do returns `x`, and a later capture may take one for the
+        other. `cast` adds nothing there; or cast what is computed from `x`.
 
         Args:
             x: `(..., d_in)`.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .roles import GROUPS, ROLES
+from .roles import GROUPS
 
 if TYPE_CHECKING:
     from .inspect import SiteRow
@@ -152,9 +152,13 @@ def _blocks(sites: Sequence[tuple[int, SiteRow]], depth: int) -> list[Block]:
         parts = tuple(Part(tuple(r for _, r in column), tuple(i for i, _ in column)) for column in columns)
         block = Block(prefix, tuple(n for _, n in places) if number >= 0 else (), parts)
         inner = _blocks(layers[places[0]], depth + 1) if len(places) == 1 and number >= 0 else []
-        # A stage of layers: what repeats is inside.
-        found += inner if any(len(one.layers) > 2 for one in inner) else [block]
+        # A stage of layers: what repeats is inside. Experts repeat too, but belong to their layer.
+        found += inner if any(len(one.layers) > 1 and _attends(one) for one in inner) else [block]
     return found
+
+
+def _attends(block: Block) -> bool:
+    return any(_QKV & set(part.row.roles) for part in block.parts)
 
 
 def _place(name: str, depth: int) -> tuple[str, int] | None:
@@ -230,6 +234,3 @@ def _shape(sublayer: Sublayer) -> object:
         for stage in sublayer.stages
     ]
     return (path, sites) if has_number else object()
-
-
-assert set(_COARSE) <= set(ROLES)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from math import ceil
 
 from .blocks import Part, Sublayer, main_roles
 
@@ -121,7 +122,7 @@ def _branch(sublayer: Sublayer, most: int, below: float) -> str:
             placed[-1].append(_Box(part, x, top + offset, width, text))
         x += width + _GAP
     end = x - _GAP + 44
-    drawn = [_line((0, stream), (max(end + _MARGIN, _title_width(sublayer)), stream), arrow=False, kind="stream")]
+    drawn = [_line((0, stream), (max(end + _MARGIN, _title_width(sublayer)) + 1, stream), arrow=False, kind="stream")]
 
     first = placed[0]
     for box in first:
@@ -281,8 +282,11 @@ def _text(x: float, y: float, text: str, kind: str) -> str:
 
 def _svg(sublayer: Sublayer, width: float, height: float, pieces: list[str]) -> str:
     title, path = _titles(sublayer)
+    # Whole pixels, and the lower edge exact: the streams of neighbours meet without a seam.
+    w, h = ceil(_SCALE * width), ceil(_SCALE * height)
+    view = f"0 {height - h / _SCALE:.2f} {w / _SCALE:.2f} {h / _SCALE:.2f}"
     return (
-        f'<svg width="{_SCALE * width:.0f}" height="{_SCALE * height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">'
+        f'<svg width="{w}" height="{h}" viewBox="{view}">'
         f"{_text(2, 20, title, 'kind')}{_text(2, 38, path, 'path')}{''.join(pieces)}</svg>"
     )
 
@@ -306,7 +310,7 @@ def shorten(text: str, most: int = 24) -> str:
 
 def _between(boxes: list[_Box], width: float) -> list[tuple[float, float]]:
     """The stretches of the stream around boxes that stand on it."""
-    edges = [0.0, *(edge for box in boxes for edge in (box.x, box.right)), width]
+    edges = [0.0, *(edge for box in boxes for edge in (box.x, box.right)), width + 1]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 

@@ -52,6 +52,12 @@ def _built(cls: type[llfx.Variant], **fields: Any) -> llfx.Variant:
     return cfg
 
 
+def small(cls: type[llfx.Variant], size: int = 4, **fields: Any) -> llfx.Variant:
+    """A config that fits small models: its rank, and its blocks and groups, are of that size."""
+    sizes = {field.name: size for field in dataclasses.fields(cls) if field.name.endswith("_size")}
+    return cls(**{"r": size, **sizes, **fields})
+
+
 def randomise(model: nn.Module, seed: int) -> None:
     """Give every adapter tensor random values, frozen ones included: start values hide too much."""
     generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.registry import _REGISTRY
 from lora_lite_fx.rewrite import base_graph
 
-from .conformance import close, gradients, observe, output, randomise, unchanged
+from .conformance import calibration, close, gradients, observe, output, randomise, small, unchanged
 from .models import GatedMLP, Net, Normed, ResidualMLP, ids
 
 SMALL = {
@@ -128,13 +128,17 @@ def test_a_vision_model_is_captured_on_images_made_from_its_config() -> None:
     assert torch.equal(base_graph(model)(**batch).logits, model(**batch).logits)
 
 
+def data_for(cls: type[llfx.Variant]) -> list[dict[str, torch.Tensor]] | None:
+    """Calibration data, for a variant that starts from data."""
+    return [tokens(2, 5)] if calibration(small(cls), None, ()) else None
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_adapted_language_models_equal_the_eager_wrapper(name: str, cls: type[llfx.Variant]) -> None:
     model = causal(name).double()
-    cfg = cls(r=4)
     with unchanged(model):
-        gm, wrapped = llfx.rewrite(model, cfg), llfx.wrap(model, cfg)
+        gm, wrapped = (make(model, small(cls), calibration=data_for(cls)) for make in (llfx.rewrite, llfx.wrap))
         randomise(gm, 0)
         randomise(wrapped, 0)
         batch = tokens(2, 11, padding=3)
@@ -237,8 +241,11 @@ def test_the_result_has_the_models_mode() -> None:
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_bfloat16_base_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
     model = causal("llama", torch.bfloat16)
-    gm, wrapped = llfx.rewrite(captured("llama", torch.bfloat16), cls(r=4)), llfx.wrap(model, cls(r=4))
-    assert all(t.dtype == torch.float32 for t in llfx.adapter_state_dict(gm).values())
+    gm, wrapped = (
+        make(base, small(cls), calibration=data_for(cls))
+        for make, base in ((llfx.rewrite, captured("llama", torch.bfloat16)), (llfx.wrap, model))
+    )
+    assert all(t.dtype == torch.float32 for t in llfx.adapter_state_dict(gm).values() if t.is_floating_point())
     randomise(gm, 0)
     randomise(wrapped, 0)
     batch = tokens(2, 7)
@@ -251,7 +258,10 @@ def test_a_bfloat16_base_gets_float32_adapters_and_computes_in_bfloat16(cls: typ
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: type[llfx.Variant]) -> None:
     model = causal("llama")
-    gm, wrapped = llfx.rewrite(captured("llama"), cls(r=4)), llfx.wrap(model, cls(r=4))
+    gm, wrapped = (
+        make(base, small(cls), calibration=data_for(cls))
+        for make, base in ((llfx.rewrite, captured("llama")), (llfx.wrap, model))
+    )
     randomise(gm, 0)
     randomise(wrapped, 0)
     batch = tokens(2, 7)
@@ -346,7 +356,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[llfx.Variant]) -> None:
-    gm = llfx.rewrite(captured("llama"), cls(r=4))
+    gm = llfx.rewrite(captured("llama"), small(cls), calibration=data_for(cls))
     randomise(gm, 0)
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -15,6 +15,7 @@ from lora_lite_fx.passes import GraphPass, InsertAdapter, MergeAdapters, PassErr
 from lora_lite_fx.provenance import INLET, OUTLET, insertions, recorded
 from lora_lite_fx.rewrite import base_graph
 
+from .conformance import calibration, small
 from .models import GatedMLP, Net, ids
 
 
@@ -169,10 +170,19 @@ def test_the_graph_of_a_block_is_exactly_as_designed(variant: llfx.Variant) -> N
     assert text(llfx.rewrite(Down(), targeted, EXAMPLE)) == GOLDEN[variant].strip()
 
 
+FILES = sorted((Path(__file__).parent / "golden").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_graph_of_a_block_is_that_of_its_file(path: Path) -> None:
+    cfg = small(llfx.registry()[path.stem], 2, alpha=4, target_names=("proj",))
+    gm = llfx.rewrite(Down(), cfg, EXAMPLE, calibration=calibration(cfg, None, EXAMPLE))
+    assert text(gm) == path.read_text(encoding="utf-8").strip()
+
+
 def test_every_registered_variant_has_a_golden_graph() -> None:
-    assert {type(variant) for variant in GOLDEN} >= {
-        cls for cls in llfx.registry().values() if cls.__module__.startswith("lora_lite_fx.")
-    }
+    own = {name for name, cls in llfx.registry().items() if cls.__module__.startswith("lora_lite_fx.")}
+    assert own == {type(variant).__name__ for variant in GOLDEN} | {path.stem for path in FILES}
 
 
 def test_inserted_nodes_say_where_they_come_from_and_no_other_node_does() -> None:

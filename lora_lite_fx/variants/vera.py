@@ -109,7 +109,8 @@ class VeRA(SharedProjections):
         a = p.lora_shared_vera_A[: self.r, : base.site.d_in]
         b = p.lora_shared_vera_B[: base.site.d_out, : self.r]
         hidden = p.lora_ld * F.linear(cast(self.drop(x, base), a), a)
-        return cast(y + p.lora_lb * F.linear(hidden, b), y)
+        # `lb` widens what autocast has narrowed, which a trace in single precision cannot know.
+        return (y + p.lora_lb * F.linear(hidden, b)).type_as(y)
 
     def projections(self) -> tuple[Tensor, Tensor]:
         return _draw(self.projection_seed, self.shared_r, self.shared_d_in, self.shared_d_out)

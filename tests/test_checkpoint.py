@@ -19,10 +19,11 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from lora_lite_fx.rewrite import base_graph
 
+from .conformance import calibration, small
 from .helpers import untouched
 
 ALL = {"target_names": ("fc",)}
-VARIANTS = {name: cls(r=2, **ALL) for name, cls in llfx.registry().items()}
+VARIANTS = {name: small(cls, 2, **ALL) for name, cls in llfx.registry().items()}
 STACK = [llfx.LoRA(r=2, dropout=0.1, target_names="fc1"), llfx.DoRA(r=4, dtype=torch.float64, **ALL)]
 CONFIGS: dict[str, Any] = {**VARIANTS, "stack": STACK}
 
@@ -46,7 +47,8 @@ def randomised(model: nn.Module) -> Any:
     """`model` with other adapter values than it starts with, in evaluation mode."""
     generator = torch.Generator().manual_seed(2)
     for tensor in llfx.adapter_state_dict(model).values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
     return model.eval()
 
 
@@ -64,7 +66,9 @@ def graph() -> nn.Module:
 
 def saved(folder: Path, cfg: Any = VARIANTS["LoRA"], model: nn.Module | None = None) -> Path:
     path = folder / "adapter.safetensors"
-    llfx.save(randomised(llfx.rewrite(model or Net(), cfg)), path)
+    model = model or Net()
+    data = calibration(cfg, None, (inputs(5).to(model.head.weight.dtype),))
+    llfx.save(randomised(llfx.rewrite(model, cfg, calibration=data)), path)
     return path
 
 
@@ -97,7 +101,8 @@ def test_a_file_brings_back_tensors_and_outputs_bit_for_bit(
     name: str, adapt: Callable[..., nn.Module], example: Any, tmp_path: Path
 ) -> None:
     model, path = Net(), tmp_path / "adapter.safetensors"
-    adapted = randomised(adapt(model, CONFIGS[name], example))
+    data = calibration(CONFIGS[name], None, (inputs(5, 2),))
+    adapted = randomised(adapt(model, CONFIGS[name], example, calibration=data))
     before = adapted(inputs(4, 2))
     llfx.save(adapted, path)
     with untouched(model), warnings.catch_warnings():
@@ -147,15 +152,19 @@ def test_the_metadata_says_what_was_inserted_where(tmp_path: Path) -> None:
     assert document["version"] == 1
     lora, ia3 = document["adapters"]
     common = {"alpha": 16.0, "target_roles": None, "exclude_names": [], "layers": None}
+    common |= {"rank_pattern": [], "alpha_pattern": []}
     assert lora == {
         "config": {
             **{"variant": "LoRA", "r": 2, "dtype": None, "target_names": ["fc2"], **common},
-            **{"dropout": 0.0, "rank_stabilized": False},
+            **{"dropout": 0.0, "rank_stabilized": False, "train_A": True, "bias": False},
         },
         "sites": ["fc2"],
     }
     assert ia3 == {
-        "config": {"variant": "IA3", "r": 8, "dtype": "float64", "target_names": ["fc"], **common},
+        "config": {
+            **{"variant": "IA3", "r": 8, "dtype": "float64", "target_names": ["fc"], **common},
+            **{"feedforward_names": None},
+        },
         "sites": ["fc1", "fc2"],
     }
     prints = document["fingerprint"]
@@ -182,7 +191,7 @@ def test_loading_pissa_factorises_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_on_other_weights_a_variant_that_needs_its_own_is_refused_and_others_warn(name: str, tmp_path: Path) -> None:
     path, other = saved(tmp_path, VARIANTS[name]), Net(seed=1)
     expected = f"the {name} adapter was made for other weights than the model's, at 2 of 2 sites (fc1, ...)"
-    if name == "PiSSA":
+    if VARIANTS[name].ties_to_weight:
         refuses(other, path, expected, "Load it on the base it was made for")
     else:
         with untouched(other), pytest.warns(UserWarning, match=re.escape(expected)) as caught:

@@ -68,12 +68,13 @@ def sample(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
 
 
-def randomised(model: Any) -> Any:
-    """The model with random values in every adapter tensor, frozen ones included; norms are positive."""
+def randomised(model: Any, seed: int = 100) -> Any:
+    """The model with random values in every adapter tensor, frozen ones included; norms are positive, indices stay."""
     state = llfx.adapter_state_dict(model)
     for i, (name, tensor) in enumerate(state.items()):
-        value = sample(*tensor.shape, seed=100 + i)
-        state[name] = (value.abs() + 0.5 if name.endswith(("_m", "_wnorm")) else value).to(tensor.dtype)
+        if tensor.is_floating_point():
+            value = sample(*tensor.shape, seed=seed + i)
+            state[name] = (value.abs() + 0.5 if name.endswith(("_m", "_wnorm")) else value).to(tensor.dtype)
     llfx.load_adapter_state_dict(model, state)
     return model
 

@@ -16,13 +16,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
 
-R, ALPHA = 4, 6.0
-D_IN, D_OUT = 6, 10
-F64, BF16 = torch.float64, torch.bfloat16
+from .test_variants import (
+    ALPHA,
+    BF16,
+    D_IN,
+    D_OUT,
+    F64,
+    Conv1DNet,
+    Net,
+    R,
+    close,
+    gradients,
+    randomised,
+    ready,
+    sample,
+    weight_of,
+)
+from .test_variants import tensors as own_tensors
+
 CONFIGS = {
     "VeRA": llfx.VeRA(r=R, projection_seed=3, target_names=("fc",)),
     "RandLoRA": llfx.RandLoRA(r=R, alpha=ALPHA, projection_seed=3, target_names=("fc",)),
@@ -37,20 +51,6 @@ every_sharing = pytest.mark.parametrize("name", SHARED)
 captures = pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "exported"])
 
 
-class Net(nn.Module):
-    def __init__(self, linear: Any = nn.Linear) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = linear(D_IN, D_OUT), linear(D_OUT, D_IN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(F.gelu(self.fc1(x)))
-
-
-class Conv1DNet(Net):
-    def __init__(self) -> None:
-        super().__init__(lambda d_in, d_out: Conv1D(d_out, d_in))
-
-
 class Small(nn.Module):
     """No side of a linear is the largest of the sites': each reads a part of the projections."""
 
@@ -62,36 +62,10 @@ class Small(nn.Module):
         return self.fc3(torch.tanh(self.fc2(torch.tanh(self.fc1(x)))))
 
 
-def ready(model: nn.Module, dtype: torch.dtype = F64) -> Any:
-    for i, parameter in enumerate(model.parameters()):
-        parameter.data = 0.4 * sample(*parameter.shape, seed=10 + i)
-    return model.eval().to(dtype)
-
-
-def sample(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
-
-
-def randomised(model: Any, seed: int = 100) -> Any:
-    """The model with random values in every adapter tensor, frozen ones included; indices stay."""
-    state = llfx.adapter_state_dict(model)
-    for i, (name, tensor) in enumerate(state.items()):
-        if tensor.is_floating_point():
-            state[name] = sample(*tensor.shape, seed=seed + i, dtype=tensor.dtype)
-    llfx.load_adapter_state_dict(model, state)
-    return model
-
-
 def tensors(model: nn.Module, site: str) -> dict[str, Tensor]:
     """The adapter's tensors at a site and those that it shares, by the names that formulas use."""
-    state = llfx.adapter_state_dict(model)
-    own = {name.removeprefix(f"{site}.lora_"): t for name, t in state.items() if name.startswith(f"{site}.")}
-    return own | {name.rpartition("_")[2]: t for name, t in state.items() if "." not in name}
-
-
-def weight_of(linear: Any) -> Tensor:
-    weight = linear.weight.detach()
-    return weight.t() if isinstance(linear, Conv1D) else weight
+    shared = {name.rpartition("_")[2]: t for name, t in llfx.adapter_state_dict(model).items() if "." not in name}
+    return own_tensors(model, site) | shared
 
 
 def delta(name: str, p: dict[str, Tensor], d_in: int, d_out: int, r: int = R) -> Tensor:
@@ -116,17 +90,6 @@ def delta(name: str, p: dict[str, Tensor], d_in: int, d_out: int, r: int = R) ->
             wave = torch.cos(2 * math.pi * (frequency * rows.double() / d_out + other * columns.double() / d_in))
             total += 5.0 * coefficient * wave / (d_out * d_in)
     return total
-
-
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    y = model(x)
-    (y * sample(*y.shape, seed=7, dtype=y.dtype)).sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 # The formulas.
@@ -191,11 +154,11 @@ WAITING = {"VeRA": {"lora_ld"}, "RandLoRA": {"lora_gamma"}}  # for a factor that
 def test_each_element_gets_a_gradient_at_the_start_or_a_step_later(name: str) -> None:
     torch.manual_seed(0)
     gm, x = llfx.rewrite(ready(Net()), CONFIGS[name]), sample(5, 3, D_IN)
-    for parameter, grad in gradients(gm, x).items():
+    for parameter, grad in gradients(gm, gm(x)).items():
         dead = parameter.rpartition(".")[2] in WAITING.get(name, ())
         assert ((grad == 0) == dead).all(), parameter
     torch.optim.SGD(llfx.adapter_parameters(gm), lr=1e-3).step()
-    for parameter, grad in gradients(gm, x).items():
+    for parameter, grad in gradients(gm, gm(x)).items():
         assert (grad != 0).all(), f"{parameter} is dead after a step"
 
 

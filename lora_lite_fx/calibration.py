@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from .adapters import site_weight
+from .capture import own_written_buffers, share
 from .errors import CaptureError, ConfigError
-from .passes.observe import ObserveInputs, Observer
+from .passes import ObserveInputs, Observer, Pipeline
 from .selection import select
 from .site import Site, find_sites
 from .variant import Statistic, Variant, wide
@@ -34,14 +35,11 @@ class Plan:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
 
 
-def make_plans(
-    gm: fx.GraphModule, observed: fx.GraphModule | None, variants: Sequence[Variant], calibration: Batches | None
-) -> list[Plan]:
+def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Batches | None) -> list[Plan]:
     """Select the sites of each variant, run the calibration data, and settle the configs.
 
     Args:
         gm: the graph to be adapted; it is not changed.
-        observed: a copy of it, which observers are inserted into; needed with calibration data only.
         variants: in the order of insertion.
         calibration: batches for the variants that start from data: each a tuple of positional or a dict of keyword
             arguments, or one tensor. Gone through once, batch after batch.
@@ -55,7 +53,6 @@ def make_plans(
     chosen = [(variant, select(variant, sites)) for variant in variants]
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
     if calibration is not None:
-        assert observed is not None
         observers = [
             {
                 site.name: Observer(observe)
@@ -67,7 +64,7 @@ def make_plans(
         if not any(observers):
             names = ", ".join(type(variant).__name__ for variant in variants)
             raise ConfigError(f"calibration was given, but {names} does not start from data; leave it out.")
-        _run(observed, observers, calibration)
+        _run(gm, observers, calibration)
         statistics = [
             {name: observer.statistic for name, observer in mine.items() if observer.statistic is not None}
             for mine in observers
@@ -82,21 +79,22 @@ def make_plans(
 
 @torch.no_grad()
 def _run(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observer]], calibration: Batches) -> None:
+    """Run the data through a copy of `gm` that has the observers in it."""
     by_site: dict[str, list[Observer]] = {}
     for mine in observers:
         for name, observer in mine.items():
             by_site.setdefault(name, []).append(observer)
-    ObserveInputs(by_site).run(gm)
-    gm.graph.lint()
-    gm.recompile()
-    gm.eval()
+    observed = share(gm)
+    own_written_buffers(observed)
+    Pipeline((ObserveInputs(by_site),)).run(observed)
+    observed.eval()
     count = 0
     for batch in calibration:
         try:
             if isinstance(batch, Mapping):
-                gm(**_completed(gm, batch))
+                observed(**_completed(gm, batch))
             else:
-                gm(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+                observed(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
         except Exception as error:
             raise CaptureError(
                 f"Calibration batch {count} does not fit the captured model ({type(error).__name__}: {error})."

@@ -40,7 +40,7 @@ def wrap(
     """
     variants = as_variants(cfg)
     gm = base_graph(model, example_inputs, dynamic_shapes)
-    plans = make_plans(gm, base_graph(gm) if calibration is not None else None, variants, calibration)
+    plans = make_plans(gm, variants, calibration)
     wrapped = share(model)
     for name in written_buffers(gm):
         path, _, leaf = name.rpartition(".")

@@ -60,12 +60,12 @@ def rewrite(
     """
     variants = as_variants(cfg)
     gm = base_graph(model, example_inputs, dynamic_shapes)
-    plans = make_plans(gm, base_graph(gm) if calibration is not None else None, variants, calibration)
+    plans = make_plans(gm, variants, calibration)
     first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])
+    by_name = {site.name: site for plan in plans for site in plan.sites}
     for placement in placements(gm):
         if placement.adapter >= first:
-            plan = plans[placement.adapter - first]
-            site = next(site for site in plan.sites if site.name == placement.site)
+            site, plan = by_name[placement.site], plans[placement.adapter - first]
             placement.start(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
     return gm
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..registry import register
 from ..site import Site
 from ..variant import FrozenLinear, ParamSpec, Statistic, Variant, cast, low_rank
+from .oft import skew
 
 
 @register
@@ -96,10 +97,7 @@ class AntiPaSTO(Variant):
         # Half the angle from each side of the difference with the transpose.
         half = bound * torch.tanh(angles / (2 * bound)) / 2
         size = self.block_size
-        rows, columns = torch.triu_indices(size, size, offset=1, device=half.device)
-        upper = half.new_zeros(half.shape[0], size * size).index_copy(1, rows * size + columns, half)
-        skew = upper.unflatten(1, (size, size))
-        skew = skew - skew.transpose(1, 2)
-        identity = torch.eye(size, dtype=skew.dtype, device=skew.device)
-        rotations = torch.linalg.solve(identity - skew, identity + skew)
+        x = skew(half, size)
+        identity = torch.eye(size, dtype=x.dtype, device=x.device)
+        rotations = torch.linalg.solve(identity - x, identity + x)
         return (rotations @ basis.double().unflatten(0, (-1, size))).flatten(0, 1).to(basis.dtype)

@@ -50,7 +50,7 @@ class OFT(Variant):
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         # In double precision autocast leaves the small products alone.
-        q = _skew(p.lora_oft_R.double(), self.block_size)
+        q = skew(p.lora_oft_R.double(), self.block_size)
         turn = _cayley_neumann(q) if self.use_cayley_neumann else cayley(q)
         turn = turn.to(p.lora_oft_R.dtype)
         wide_x = cast(x, turn)
@@ -81,7 +81,7 @@ def _cayley_neumann(q: Tensor) -> Tensor:
     return result
 
 
-def _skew(upper: Tensor, size: int) -> Tensor:
+def skew(upper: Tensor, size: int) -> Tensor:
     """The skew-symmetric matrices `(n, size, size)` with these upper triangles, by rows: `(n, size (size - 1) / 2)`."""
     row, column = torch.triu_indices(size, size, 1, device=upper.device)
     filled = upper.new_zeros(upper.shape[0], size * size).index_copy(1, row * size + column, upper)

@@ -82,9 +82,10 @@ def main() -> int:
     held = held[:: math.ceil(held.numel() / HELD_OUT_TOKENS)]
     print(f"text: {blocks.numel():,} tokens to train on, {held.numel():,} held out to score")
 
-    calibration = [inputs(part) for part in blocks[:CALIBRATION_BLOCKS].split(args.batch)]
-    starts_from_data = isinstance(args.config, llfx.EVA)
-    gm = llfx.rewrite(load_base(args), args.config, calibration=calibration if starts_from_data else None)
+    calibration = None
+    if isinstance(args.config, llfx.EVA):
+        calibration = [inputs(part) for part in blocks[:CALIBRATION_BLOCKS].split(args.batch)]
+    gm = llfx.rewrite(load_base(args), args.config, calibration=calibration)
     print(llfx.inspect(gm))
     before, sample_before = perplexity(gm, held, args.batch), continuation(gm, tokenizer, args.prompt)
     print(f"held-out perplexity before: {before:.2f}")

@@ -165,8 +165,8 @@ class Variant:
             self._make_tuple(name)
         for name in ("target_names", "exclude_names"):
             self._check_names(name)
+        self._require(type(self.r) is int and self.r >= 1, f"r must be a positive integer, got {self.r!r}")
         self._check_plain_fields()
-        self._require(self.r >= 1, f"r must be a positive integer, got {self.r!r}")
         self._require(
             self.dtype in (None, *_DTYPES),
             f"dtype must be None or a floating-point torch.dtype of 16, 32 or 64 bits, got {self.dtype!r}",
@@ -207,7 +207,7 @@ class Variant:
             if kind is bool:
                 self._require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
             elif kind is int:
-                self._require(type(value) is int, f"{name} must be {_an_integer(name)}, got {value!r}")
+                self._require(type(value) is int, f"{name} must be an integer, got {value!r}")
                 self._require(value.bit_length() <= 64, f"{name} does not fit 64 bits: {value!r}")
             elif kind is float:
                 self._require(is_finite(value), f"{name} must be a finite number, got {value!r}")
@@ -352,10 +352,6 @@ class Variant:
 def _field_types(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _an_integer(name: str) -> str:
-    return "a positive integer" if name == "r" else "an integer"
 
 
 def pairs(patterns: Iterable[Any]) -> Iterable[tuple[str, Any]]:

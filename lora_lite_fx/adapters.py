@@ -163,6 +163,14 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
         AdapterError: the model has no adapters.
     """
     own = adapter_state_dict(model)
+    check_fit(own, state_dict)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+
+
+def check_fit(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless `state_dict` has the keys, shapes and dtypes of `own`; values do not count."""
     problems = [f"missing: {name}" for name in own if name not in state_dict]
     problems += [f"unexpected: {name}" for name in state_dict if name not in own]
     for name in own.keys() & state_dict.keys():
@@ -176,9 +184,6 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise CheckpointError(f"The tensors do not fit the model's adapters: {'; '.join(sorted(problems)[:5])}{more}.")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
 
 
 def _names_or_raise(model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from .adapters import (
-    Placement,
     adapter_state_dict,
-    adapter_tensor_names,
     adapters,
+    check_fit,
     load_adapter_state_dict,
     placements,
     tensor_of,
@@ -99,18 +98,22 @@ def load(
         for variant, targets in placed:
             for site in targets:
                 variant.at(site.name).check(site)
+        expected = _expected(gm, placed)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check_base(gm, placed, document["fingerprint"], path)
-    earlier = adapter_tensor_names(gm)
-    first = insert_adapters(gm, placed)
-    own = adapter_state_dict(gm)
-    renamed = _renamed(placed, [placement for placement in placements(gm) if placement.adapter >= first], first)
-    values = {renamed.get(name, name): tensor for name, tensor in state.items()}
     try:
-        load_adapter_state_dict(gm, {**{name: own[name] for name in earlier}, **values})
+        # Before any tensor is made: a damaged config may ask for more of them than there is memory.
+        check_fit(expected, state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    first = insert_adapters(gm, placed)
+    values = adapter_state_dict(gm)
+    for placement in placements(gm):
+        if placement.adapter >= first:
+            written = _written(placed, placement.adapter - first, placement.site, placement.names)
+            values |= {own: state[written[name]] for name, own in placement.tensors.items()}
+    load_adapter_state_dict(gm, values)
     if document.get("checksum") != _checksum(document, state):
         raise CheckpointError(f"{path} is corrupt: it does not hold what was saved.")
     return gm
@@ -191,15 +194,22 @@ def _check_base(
         warnings.warn(f"{message}.", stacklevel=3)
 
 
-def _renamed(placed: list[tuple[Variant, list[Site]]], new: list[Placement], first: int) -> dict[str, str]:
-    """The qualified names in the file to those in the model, where adapters that it has already come before."""
-    names: dict[str, str] = {}
-    for placement in new:
-        in_file = placement.adapter - first
-        position = sum(placement.site in {site.name for site in targets} for _, targets in placed[:in_file])
-        written = qualified_names(placement.site, in_file, position, placement.names)
-        names |= {written[name]: path for name, path in placement.tensors.items()}
-    return names
+def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> dict[str, Tensor]:
+    """The tensors that a file with these adapters holds, without data."""
+    expected: dict[str, Tensor] = {}
+    for adapter, (variant, targets) in enumerate(placed):
+        for site in targets:
+            specs = variant.at(site.name).params(site)
+            dtype = variant.param_dtype(tensor_of(gm, site.weight).dtype)
+            written = _written(placed, adapter, site.name, specs)
+            expected |= {written[name]: spec.empty(dtype, torch.device("meta")) for name, spec in specs.items()}
+    return expected
+
+
+def _written(placed: list[tuple[Variant, list[Site]]], adapter: int, site: str, names: Iterable[str]) -> dict[str, str]:
+    """The qualified names in the file; in a model that has adapters already they may be others."""
+    position = sum(site in {target.name for target in targets} for _, targets in placed[:adapter])
+    return qualified_names(site, adapter, position, names)
 
 
 # Writing.

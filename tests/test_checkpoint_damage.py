@@ -230,6 +230,20 @@ def test_metadata_that_is_not_the_document_is_damaged(text: str, graph: nn.Modul
     refuses(graph, path, "metadata is damaged")
 
 
+def test_a_config_that_asks_for_more_than_the_file_holds_is_refused_before_any_tensor_is_made(
+    graph: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "adapter.safetensors"
+    llfx.save(llfx.rewrite(graph, llfx.VeRA(r=2, target_names=("fc",))), path)
+    edited(path, lambda _, document: document["adapters"][0]["config"].update(r=10**9, shared_r=10**9))
+
+    def insert(*_: Any) -> None:
+        raise AssertionError("tensors were about to be made")
+
+    monkeypatch.setattr("lora_lite_fx.checkpoint.insert_adapters", insert)
+    refuses(graph, path, "shape of", "1000000000")
+
+
 def test_a_changed_config_does_not_pass_for_what_was_saved(graph: nn.Module, path: Path) -> None:
     """It fits the tensors, but computes something else."""
     edited(path, lambda tensors, document: config_of(document).update(alpha=5.0))

@@ -23,6 +23,8 @@ from .files import read_json
 from .inspect import SiteTable, inspect
 from .peft import load_peft
 
+_MOST_REAL = 10**9  # parameters to fill at random, 4 GB of them
+
 
 class _Refused(Exception):
     """Bad input; the message is for the user."""
@@ -95,16 +97,21 @@ def _without_weights(model: str) -> SiteTable:
     config, model_class = _config(model)
     try:
         with torch.device("meta"):
-            return inspect(_built(model_class, config))
-    except (_Refused, MemoryError):
-        raise
-    except Exception:  # what has no meta kernel raises anything; with real tensors it may work, or say why it does not
+            empty = _built(model_class, config)
+    except Exception as error:
+        raise _Refused(f"{model_class.__name__} cannot be built from {model}: {error}") from error
+    try:
         try:
+            return inspect(empty)
+        except Exception:
+            # Some operators cannot be captured without data; random weights may do, if they are not too many.
+            if sum(parameter.numel() for parameter in empty.parameters()) > _MOST_REAL:
+                raise
             return inspect(_built(model_class, config))
-        except AdapterError:
-            raise
-        except Exception as error:
-            raise _Refused(f"{model_class.__name__} cannot be captured: {error}") from error
+    except AdapterError:
+        raise
+    except Exception as error:
+        raise _Refused(f"{model_class.__name__} cannot be captured: {error}") from error
 
 
 def _built(model_class: Any, config: Any) -> nn.Module:

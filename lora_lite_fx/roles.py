@@ -98,6 +98,7 @@ def _give_feed_forward_roles(flow: Dataflow) -> None:
 
 def _give_router_role(flow: Dataflow) -> None:
     """Give the role router: the largest of the linear's outputs choose what else its input goes through."""
+    data = flow.data()
     for topk in flow.graph.nodes:
         if flow.ops[topk] != "topk":
             continue
@@ -106,7 +107,7 @@ def _give_router_role(flow: Dataflow) -> None:
         meets = {operand for n in reached for operand in n.all_input_nodes} - reached
         # No reshape in between: what is compared are the outputs, and not the tokens.
         for linear in flow.sources(topk.args[0], CASTS | ARITHMETIC | ACTIVATIONS | SOFTMAXES):
-            if any(n in meets for n in flow.data().intersection(flow.behind(linear.x))):
+            if any(n in meets for n in data.intersection(flow.behind(linear.x))):
                 linear.give("router", f"{topk.name} chooses by its output where its input goes")
 
 

@@ -1,4 +1,4 @@
-"""PEFT as an independent oracle: its config and tensors for each of our variants, and models that have both."""
+"""PEFT as an independent oracle: its config and tensors for each of our variants, and models with both."""
 
 from __future__ import annotations
 
@@ -14,21 +14,14 @@ from peft.tuners.boft import layer as boft_layer
 from peft.tuners.c3a import layer as c3a_layer
 from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
 from lora_lite_fx.variants.pissa import FromWeight
 
-RANK, ALPHA, LAMBDA, VOCABULARY = 4, 6, 3, 37
+from .peft_models import CASES, Case, captured
+
+RANK, ALPHA, LAMBDA = 4, 6, 3
 SEED = 5  # of what is drawn and frozen
 TOLERANCE = 1e-5
 
@@ -82,6 +75,7 @@ class CircularConvolution(BlockCircularConvolution):
 boft_layer._FBD_CUDA = BlockDiagonal()
 c3a_layer.BlockCircularConvolution = CircularConvolution
 
+ALL = tuple(CASES)
 LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
 LORA = functools.partial(peft.LoraConfig, r=RANK, lora_alpha=ALPHA)
 SCALED = {"r": RANK, "alpha": ALPHA}
@@ -95,7 +89,7 @@ LOKR = {
     "lora_B2": "lokr_w2_a.default",
 }
 ORACLES = {
-    "LoRA": Oracle(llfx.LoRA, LORA, LOW_RANK, SCALED, ("lora_A",)),
+    "LoRA": Oracle(llfx.LoRA, LORA, LOW_RANK, SCALED, ("lora_A",), cases=ALL),
     "LoRA rank-stabilized": Oracle(
         llfx.LoRA,
         functools.partial(LORA, use_rslora=True),
@@ -111,7 +105,7 @@ ORACLES = {
         ("lora_A",),
         cases=("mlp", "gpt2", "bert"),  # PEFT merges a bias only into a bias
     ),
-    "PiSSA": Oracle(llfx.PiSSA, functools.partial(LORA, init_lora_weights="pissa"), LOW_RANK, SCALED),
+    "PiSSA": Oracle(llfx.PiSSA, functools.partial(LORA, init_lora_weights="pissa"), LOW_RANK, SCALED, cases=ALL),
     "OLoRA": Oracle(llfx.OLoRA, functools.partial(LORA, init_lora_weights="olora"), LOW_RANK, SCALED, conv1d=False),
     "DoRA": Oracle(
         llfx.DoRA,
@@ -119,6 +113,7 @@ ORACLES = {
         {**LOW_RANK, "lora_m": "lora_magnitude_vector.default.weight"},
         SCALED,
         ("lora_A",),
+        cases=ALL,
     ),
     "DeLoRA": Oracle(
         llfx.DeLoRA,
@@ -140,6 +135,7 @@ ORACLES = {
         {"r": RANK},
         ("lora_U",),
         conv1d=False,
+        cases=ALL,
         as_ours=torch.t,
     ),
     "HRA orthogonal": Oracle(
@@ -152,7 +148,7 @@ ORACLES = {
         conv1d=False,
         as_ours=torch.t,
     ),
-    "IA3": Oracle(llfx.IA3, peft.IA3Config, {"lora_g": "ia3_l.default"}),
+    "IA3": Oracle(llfx.IA3, peft.IA3Config, {"lora_g": "ia3_l.default"}, cases=ALL),
     **{
         f"RoAd {kind}": Oracle(
             llfx.RoAd,
@@ -171,7 +167,7 @@ ORACLES = {
             {"lora_oft_R": "oft_R.default.weight"},
             {"block_size": 4, "use_cayley_neumann": neumann},
             conv1d=False,
-            cases=EVEN,
+            cases=EVEN if neumann else (*EVEN, "t5"),
         )
         for name, neumann in {"OFT": False, "OFT by Neumann series": True}.items()
     },
@@ -219,6 +215,7 @@ ORACLES = {
             "lora_shared_vera_B": "vera_B.default",
         },
         {"r": RANK, "projection_seed": SEED, "d_initial": 0.125},
+        cases=ALL,
     ),
     "LoKr": Oracle(
         llfx.LoKr,
@@ -313,109 +310,7 @@ ORACLES = {
     ),
 }
 
-# The models.
-
-
-class ResidualMLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.head = nn.Linear(7, 11), nn.Linear(11, 7), nn.Linear(7, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.fc2(F.gelu(self.fc1(x))))
-
-
-def llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.2,
-        )
-    )
-
-
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=16,
-            n_inner=24,
-            n_layer=1,
-            n_head=2,
-            n_positions=16,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.2,
-        )
-    )
-
-
-def bert() -> nn.Module:
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            initializer_range=0.2,
-        )
-    )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, with patterns of the whole names to adapt: by most variants, by IA3, by IA3 at the input."""
-
-    build: Callable[[], nn.Module]
-    every: str
-    ia3: str
-    feedforward: str
-
-    def inputs(self, shape: tuple[int, int]) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(shape[1])
-        if self.build is ResidualMLP:
-            return {"x": torch.randn(*shape, 7, generator=generator, dtype=torch.float64)}
-        ids = torch.randint(3, VOCABULARY, shape, generator=generator)
-        mask = torch.ones_like(ids)
-        mask[0, -1] = 0
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids}
-
-
-CASES = {
-    "mlp": Case(ResidualMLP, r"fc1|fc2", r"fc1|fc2", r"fc2"),
-    "llama": Case(llama, r".*\d\.(self_attn|mlp)\.\w+_proj", r".*\.(k|v|down)_proj", r".*\.down_proj"),
-    "gpt2": Case(gpt2, r".*\.h\.\d\.(attn|mlp)\.c_\w+", r".*\.(c_attn|mlp\.c_proj)", r".*\.mlp\.c_proj"),
-    "bert": Case(
-        bert,
-        r".*layer\.\d\..*(query|key|value|dense)",
-        r".*layer\.\d\.(attention\.self\.(key|value)|output\.dense)",
-        r".*layer\.\d\.output\.dense",
-    ),
-}
-
-
-@functools.cache
-def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
-    """A model in double precision and its graph, captured once: rewriting the graph is much faster."""
-    case = CASES[name]
-    torch.manual_seed(0)
-    # Built and rounded in single precision, in which alone PEFT can start PiSSA and OLoRA.
-    model = case.build().eval().double()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:  # biases start at zero, which hides how they are adapted
-            parameter.data.add_(0.3 * torch.randn(parameter.shape)).data.copy_(parameter.float())
-    with torch.random.fork_rng():
-        gm = llfx.rewrite(model, llfx.LoRA(r=1, target_names=(".",)), case.inputs((3, 6)))
-    return model, llfx.remove(gm)
+# Both at once.
 
 
 @dataclass
@@ -427,6 +322,8 @@ class Pair:
     model: nn.Module
     ours: fx.GraphModule
     theirs: peft.PeftModel
+    size: float = 1
+    """Of the values of matrices."""
     factors: dict[str, Tensor] = field(default_factory=dict)
     """What PEFT's PiSSA or OLoRA has taken out of the frozen weights."""
 
@@ -459,21 +356,28 @@ class Pair:
                         value *= 10
                     elif name != "lora_m":
                         value *= torch.randn(ours.shape, generator=generator).sign()
-                    ours.copy_(value)
+                    ours.copy_(self.size * value if value.dim() > 1 else value)
                     self.oracle.as_ours(theirs).copy_(ours)
+
+
+def targets_of(name: str, oracle: Oracle) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields that say what to adapt, in PEFT's config and in ours."""
+    case = CASES[name]
+    theirs: dict[str, Any] = {"target_modules": case.every}
+    ours: dict[str, Any] = {"target_names": (f"^({case.every})$",)}
+    if oracle.cls is llfx.IA3:
+        theirs = {"target_modules": case.ia3, "feedforward_modules": case.feedforward}
+        # Where attention tells keys from values, our own default targets must come to the same sites.
+        ours = {} if name != "mlp" else {"target_names": (f"^({case.ia3})$",)}
+    if name == "gpt2" and oracle.conv1d:
+        theirs["fan_in_fan_out"] = True
+    return theirs, ours
 
 
 def make_pair(name: str, oracle: Oracle) -> Pair:
     case = CASES[name]
     model, graph = captured(name)
-    targets = {"target_modules": case.every}
-    ours: dict[str, Any] = {"target_names": (f"^({case.every})$",)}
-    if oracle.cls is llfx.IA3:
-        targets = {"target_modules": case.ia3, "feedforward_modules": case.feedforward}
-        # Where attention tells keys from values, our own default targets must come to the same sites.
-        ours = {} if name != "mlp" else {"target_names": (f"^({case.ia3})$",)}
-    if name == "gpt2" and oracle.conv1d:
-        targets["fan_in_fan_out"] = True
+    targets, ours = targets_of(name, oracle)
     torch.manual_seed(1)
     gm = llfx.rewrite(graph, oracle.cls(**oracle.fields, **ours))
     reference = copy.deepcopy(model)
@@ -481,7 +385,7 @@ def make_pair(name: str, oracle: Oracle) -> Pair:
         use_ordinary_linears(reference)
     reference = reference.float() if oracle.from_weight else reference
     theirs = peft.get_peft_model(reference, oracle.config(**targets))
-    return Pair(oracle, case, model, gm, theirs.double().eval())
+    return Pair(oracle, case, model, gm, theirs.double().eval(), case.size)
 
 
 def use_ordinary_linears(model: nn.Module) -> None:

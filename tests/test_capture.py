@@ -17,7 +17,17 @@ import lora_lite_fx as llfx
 from lora_lite_fx.registry import _REGISTRY
 from lora_lite_fx.rewrite import base_graph
 
-from .conformance import calibration, close, gradients, observe, output, randomise, small, unchanged
+from .conformance import (
+    calibration,
+    close,
+    gradients,
+    observe,
+    output,
+    randomise,
+    rewrite_and_wrap,
+    small,
+    unchanged,
+)
 from .models import GatedMLP, Net, Normed, ResidualMLP, ids
 
 SMALL = {
@@ -136,9 +146,9 @@ def data_for(cls: type[llfx.Variant]) -> list[dict[str, torch.Tensor]] | None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_adapted_language_models_equal_the_eager_wrapper(name: str, cls: type[llfx.Variant]) -> None:
-    model = causal(name).double()
+    model = causal(name, torch.float64)
     with unchanged(model):
-        gm, wrapped = (make(model, small(cls), calibration=data_for(cls)) for make in (llfx.rewrite, llfx.wrap))
+        gm, wrapped = rewrite_and_wrap(model, captured(name, torch.float64), small(cls), data_for(cls))
         randomise(gm, 0)
         randomise(wrapped, 0)
         batch = tokens(2, 11, padding=3)
@@ -241,10 +251,7 @@ def test_the_result_has_the_models_mode() -> None:
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_bfloat16_base_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
     model = causal("llama", torch.bfloat16)
-    gm, wrapped = (
-        make(base, small(cls), calibration=data_for(cls))
-        for make, base in ((llfx.rewrite, captured("llama", torch.bfloat16)), (llfx.wrap, model))
-    )
+    gm, wrapped = rewrite_and_wrap(model, captured("llama", torch.bfloat16), small(cls), data_for(cls))
     assert all(t.dtype == torch.float32 for t in llfx.adapter_state_dict(gm).values() if t.is_floating_point())
     randomise(gm, 0)
     randomise(wrapped, 0)
@@ -258,10 +265,7 @@ def test_a_bfloat16_base_gets_float32_adapters_and_computes_in_bfloat16(cls: typ
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: type[llfx.Variant]) -> None:
     model = causal("llama")
-    gm, wrapped = (
-        make(base, small(cls), calibration=data_for(cls))
-        for make, base in ((llfx.rewrite, captured("llama")), (llfx.wrap, model))
-    )
+    gm, wrapped = rewrite_and_wrap(model, captured("llama"), small(cls), data_for(cls))
     randomise(gm, 0)
     randomise(wrapped, 0)
     batch = tokens(2, 7)

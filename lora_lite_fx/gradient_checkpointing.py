@@ -36,7 +36,7 @@ class CheckpointedGraphModule(fx.GraphModule):
         # The class is this module's alone. Its methods are the layers; the outer graph calls them as if modules.
         cls: Any = type(self)
         outer = copy.deepcopy(self.graph)
-        for index, members in enumerate(list(_segments(self, outer))):
+        for index, members in enumerate(_segments(self, outer)):
             name = f"_checkpointed_{index}"
             segment = _cut_out(outer, members, name)
             setattr(cls, name, _under_checkpoint(_forward_of(self, segment)))
@@ -56,11 +56,11 @@ def checkpointed(gm: fx.GraphModule) -> fx.GraphModule:
     """
     if isinstance(gm, CheckpointedGraphModule):
         return gm
-    if not any(True for _ in _segments(gm, gm.graph)):
+    if not _segments(gm, gm.graph):
         raise CaptureError(
             "checkpoint_layers: the model has no layers to checkpoint. A layer is an element of a ModuleList or"
-            " Sequential, with a number in its qualified name as model.layers.0; and a layer that changes tensors in"
-            " place is not checkpointed. The way out: checkpoint_layers=False."
+            " Sequential, with a number in its qualified name as in model.layers.0."
+            " The way out: checkpoint_layers=False."
         )
     result = CheckpointedGraphModule(gm, gm.graph)
     keep_aliases(gm, result)
@@ -78,22 +78,42 @@ def checkpoints_layers(model: nn.Module | ExportedProgram) -> bool:
 # Cutting a graph into segments.
 
 
-def _segments(gm: fx.GraphModule, graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """The nodes of each layer, in graph order, in pieces that can be run as one.
+def _segments(gm: fx.GraphModule, graph: fx.Graph) -> list[list[fx.Node]]:
+    """The nodes of each layer, in graph order, in pieces that can be run as one, and again."""
+    overwritten = _overwritten(gm, graph)
+    outside: set[fx.Node] = set()
+    while True:
+        pieces = list(_pieces(graph, outside))
+        piece_of: dict[fx.Node | None, int] = {node: index for index, piece in enumerate(pieces) for node in piece}
+        # A piece may overwrite what it made itself; to be run again, it must not read what is overwritten elsewhere.
+        torn: set[fx.Node] = set()
+        for made_by, readers in overwritten:
+            places = {piece_of.get(reader) for reader in readers}
+            if places not in ({None}, {piece_of.get(made_by)}):
+                torn.update(readers)
+        if not torn:
+            return pieces
+        outside |= torn
 
-    A piece ends where a node outside the layer reads from it, so that what a piece reads comes before all of it.
+
+def _pieces(graph: fx.Graph, outside: set[fx.Node]) -> Iterator[list[fx.Node]]:
+    """The nodes of each layer but those in `outside`, cut at nodes outside the layer that must not run before it.
+
+    So a piece can run where its last node stands, with the other nodes that stand between its own before it.
     """
-    outside = _overwriting(gm, graph)
     current: str | None = None
-    members: dict[fx.Node, None] = {}
+    piece: dict[fx.Node, None] = {}
     for node in graph.nodes:
         layer = None if node in outside else _layer_of(node)
-        if members and layer != current and (layer or any(read in members for read in node.all_input_nodes)):
-            yield list(members)
-            members = {}
+        waits = layer or _is_impure(node) or any(read in piece for read in node.all_input_nodes)
+        if piece and layer != current and waits:
+            yield list(piece)
+            piece = {}
         if layer:
             current = layer
-            members[node] = None
+            piece[node] = None
+    if piece:
+        yield list(piece)
 
 
 def _layer_of(node: fx.Node) -> str | None:
@@ -106,22 +126,31 @@ def _layer_of(node: fx.Node) -> str | None:
     return None
 
 
-def _overwriting(gm: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that write in place, and those that read what is overwritten after them: not to be run again."""
-    tensors: dict[fx.Node, set[Any]] = {}
+def _is_impure(node: fx.Node) -> bool:
+    """Whether `node` draws random numbers or writes in place, so that its turn matters."""
+    return node.op == "call_module" or (node.op == "call_function" and node.is_impure())
+
+
+def _overwritten(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | None, list[fx.Node]]]:
+    """Each tensor that is written in place: the node that makes it, and those that read it up to the last write."""
+    made_by: dict[Any, fx.Node] = {}
+    seen_by: dict[fx.Node, set[Any]] = {}  # the tensors that a node's value may share memory with
     readers: dict[Any, list[fx.Node]] = {}
-    found: set[fx.Node] = set()
+    found: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
-        tensors[node] = {node.target if node.op == "get_attr" else node}
+        own = node.target if node.op == "get_attr" else node
+        made_by.setdefault(own, node)
+        seen_by[node] = {own}
         for read in node.all_input_nodes:
-            for tensor in tensors[read]:
+            for tensor in seen_by[read]:
                 readers.setdefault(tensor, []).append(node)
             if _may_return_a_view(node):
-                tensors[node] |= tensors[read]
+                seen_by[node] |= seen_by[read]
         for written in _written(gm, node):
-            for tensor in tensors[written]:
-                found.update(readers[tensor])
-    return found
+            found |= {tensor: list(readers[tensor]) for tensor in seen_by[written]}
+        if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "track_running_stats", False):
+            found.setdefault(node.target, []).append(node)  # the module's own statistics, which no node makes
+    return [(made_by.get(tensor), reading) for tensor, reading in found.items()]
 
 
 def _may_return_a_view(node: fx.Node) -> bool:
@@ -135,8 +164,7 @@ def _written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     if isinstance(node.target, torch._ops.OpOverload):
         return written_operands(node)
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        writes = getattr(module, "inplace", False) or getattr(module, "track_running_stats", False)
+        writes = getattr(gm.get_submodule(str(node.target)), "inplace", False)
     else:
         name = str(getattr(node.target, "__name__", node.target))
         flags = (*node.args, node.kwargs.get("inplace"))

@@ -127,8 +127,10 @@ def _layer_of(node: fx.Node) -> str | None:
 
 
 def _is_impure(node: fx.Node) -> bool:
-    """Whether `node` draws random numbers or writes in place, so that its turn matters."""
-    return node.op == "call_module" or (node.op == "call_function" and node.is_impure())
+    """Whether `node` draws random numbers or writes in place, so that its turn matters; it may, if nothing is known."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.is_impure()
+    return node.op.startswith("call_") and getattr(node.target, "__module__", "") != operator.mul.__module__
 
 
 def _overwritten(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | None, list[fx.Node]]]:

@@ -19,9 +19,9 @@ import lora_lite_fx as llfx
 from lora_lite_fx.gradient_checkpointing import CheckpointedGraphModule, checkpointed
 from lora_lite_fx.rewrite import base_graph
 
-from .conformance import calibration, check_merge, check_remove, output, randomise, small
+from .conformance import check_merge, check_remove, close, output, randomise, small
 from .helpers import untouched
-from .models import WIDTH, Case, Normed, ResidualMLP, SharedLinear, ids
+from .models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids
 from .models import Attention as AttentionBlock
 
 VOCABULARY = 40
@@ -31,7 +31,7 @@ def llama() -> Any:
     config = transformers.LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
@@ -165,12 +165,20 @@ def small_base(exported: bool) -> fx.GraphModule:
     return base_graph(case.build(), case.example_inputs)
 
 
-@pytest.mark.parametrize("exported", [True, False], ids=["exported", "symbolic"])
-@pytest.mark.parametrize("cls", llfx.registry().values(), ids=lambda cls: cls.__name__)
-def test_every_variant_and_batch_norm(cls: type[llfx.Variant], exported: bool) -> None:
+# Of the weight, of tensors that all sites share, and at inputs and outputs.
+VARIANTS = [
+    (llfx.DoRA, True),
+    (llfx.DoRA, False),
+    (llfx.VeRA, True),
+    (llfx.IA3, False),
+]
+
+
+@pytest.mark.parametrize(("cls", "exported"), VARIANTS)
+def test_two_adapters_with_dropout_and_batch_norm(cls: type[llfx.Variant], exported: bool) -> None:
     cfg = [small(cls, target_names=("blocks",)), llfx.LoRA(r=2, dropout=0.5, target_names=("fc", "lin"))]
     base = small_base(exported)
-    plain = llfx.rewrite(base, cfg, calibration=calibration(cfg, None, (ids(2, 5),)), checkpoint_layers=False).train()
+    plain = llfx.rewrite(base, cfg, checkpoint_layers=False).train()
     randomise(plain, 1)
     ours = checkpointed(copy.deepcopy(plain))
     assert_same(step(ours, (ids(3, 6),)), step(plain, (ids(3, 6),)))
@@ -197,7 +205,7 @@ class Layer(nn.Module):
         self.writes_input = writes_input
 
     def forward(self, x: Tensor) -> Tensor:
-        # Cosine keeps the first part's input nowhere that autograd would notice the write to it.
+        # Of what reads x nothing keeps it, so that autograd would not notice the write to it.
         y = self.drop(self.down(self.relu(self.up(torch.tanh(x + 0)))))
         return x.add_(y) if self.writes_input else x + y
 
@@ -223,9 +231,8 @@ def test_tensors_overwritten_in_place(writes_input: bool, exported: bool) -> Non
     randomise(plain, 1)
     ours = checkpointed(plain)
     assert_same(step(ours, (x,)), step(plain, (x,)))
-    # What cannot be run again is left as it is, and the rest of the layer is not.
-    assert_fewer = saved_bytes(ours, (x,)) < saved_bytes(plain, (x,))
-    assert assert_fewer or not exported
+    if exported:  # in symbolic traces it is not known what is a view of what
+        assert saved_bytes(ours, (x,)) < saved_bytes(plain, (x,))
 
 
 class Interleaved(nn.Module):
@@ -234,13 +241,14 @@ class Interleaved(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(ResidualMLP(bias=True) for _ in range(2))
+        self.layers[0].other = nn.Dropout(0.4)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = x.mean()
         first, second = self.layers
         y = first.drop(first.fc_in(x))
         noise = nn.functional.dropout(scale.expand(6), 0.5, self.training)
-        y = first.drop(torch.relu(y)) + noise.sum()
+        y = first.other(y) + noise.sum()
         y = first.fc_out(torch.tanh(y + y.mean()))
         return second(first.norm(y)) * scale
 
@@ -299,21 +307,24 @@ def test_every_call_of_a_shared_layer_is_checkpointed() -> None:
 
 
 def test_compiled_without_graph_breaks_it_still_saves_memory() -> None:
-    plain, ours = plain_and_checkpointed(llama)
-    inputs = tokens()
-
-    def compiled(gm: fx.GraphModule) -> Any:
+    torch.manual_seed(0)
+    x = torch.randn(64, 32, WIDTH)  # large beside the random states that are kept, which are of one size
+    model = nn.Sequential(*(GatedMLP(bias=True) for _ in range(3)))
+    plain = llfx.rewrite(model, llfx.LoRA(r=2), (x,)).train()
+    randomise(plain, 1)
+    ours = checkpointed(plain)
+    results = []
+    for gm in (plain, ours):
         torch.compiler.reset()
-        return torch.compile(gm, fullgraph=True, backend="aot_eager_decomp_partition")
-
-    rate = [(module, module.p) for module in ours.modules() if isinstance(module, nn.Dropout)]
-    assert not rate, "dropout is an operator in an exported graph"
-    results = {}
-    for name, gm in (("plain", plain), ("ours", ours)):
-        run = compiled(gm)
-        results[name] = step(run, inputs), saved_bytes(run, inputs)
-    assert results["ours"][1] < 0.3 * results["plain"][1]
+        # The partitioner that inductor uses, without its code generation.
+        compiled = torch.compile(gm, fullgraph=True, backend="aot_eager_decomp_partition")
+        results.append((step(compiled, (x,)), saved_bytes(compiled, (x,))))
     torch.compiler.reset()
+    (expected, unchecked), (actual, saved) = results
+    assert saved < 0.3 * unchecked
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        close(tensor, expected[name], 1e-5, name or "output")
 
 
 def test_a_deep_copy_is_checkpointed_and_of_its_own() -> None:

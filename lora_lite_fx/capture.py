@@ -304,12 +304,21 @@ def written_buffers(gm: fx.GraphModule) -> list[str]:
     for node in gm.graph.nodes:
         if node.op == "call_module" and getattr(gm.get_submodule(node.target), "track_running_stats", False):
             found += [f"{node.target}.{name}" for name, _ in gm.get_submodule(node.target).named_buffers()]
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-                # The schema of batch and instance norm does not say that they update their statistics.
-                writes = argument.name in ("running_mean", "running_var") or (
-                    argument.alias_info is not None and argument.alias_info.is_write
-                )
-                if writes and isinstance(value, fx.Node) and value.op == "get_attr" and value.target in buffers:
-                    found.append(str(value.target))
+        for operand in written_operands(node):
+            if operand.op == "get_attr" and operand.target in buffers:
+                found.append(str(operand.target))
     return list(dict.fromkeys(found))
+
+
+def written_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands that a call of an operator changes in place; of other calls nothing is known."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    given = {**dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)), **node.kwargs}
+    # The schema of batch and instance norm does not say that they update their statistics.
+    written = {"running_mean", "running_var"} | {
+        argument.name
+        for argument in node.target._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+    return [value for name, value in given.items() if name in written and isinstance(value, fx.Node)]

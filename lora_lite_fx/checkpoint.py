@@ -72,13 +72,14 @@ def load(
     example_inputs: Inputs | None = None,
     *,
     dynamic_shapes: Any = "auto",
+    checkpoint_layers: bool | None = None,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapters of a file that `save` wrote, with their saved values.
 
     Args:
         model: the base, which is not changed.
         path: of the file. Only safetensors and JSON are read.
-        example_inputs, dynamic_shapes: as for `rewrite`.
+        example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -91,7 +92,7 @@ def load(
     """
     state, metadata = read_safetensors(Path(path))
     chosen, document = _parse(metadata, Path(path))
-    gm = base_graph(model, example_inputs, dynamic_shapes)
+    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
     sites = {site.name: site for site in find_sites(gm)}
     placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
     try:

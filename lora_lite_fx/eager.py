@@ -39,7 +39,7 @@ def wrap(
         As `rewrite`; ConfigError also for a site that is no module of its own (a weight used functionally).
     """
     variants = as_variants(cfg)
-    gm = base_graph(model, example_inputs, dynamic_shapes)
+    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers=False)
     plans = make_plans(gm, variants, calibration)
     wrapped = share(model)
     for name in written_buffers(gm):

@@ -64,11 +64,12 @@ def insert_from_file(
     path: Path,
     example_inputs: Inputs | None,
     dynamic_shapes: Any,
+    checkpoint_layers: bool | None,
 ) -> fx.GraphModule:
     """Capture `model` and insert `variant` at the sites of a file, with its values.
 
     Args:
-        model, example_inputs, dynamic_shapes: as for `rewrite`.
+        model, example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
         variant: the config.
         found: the tensors of each site, by the variant's names.
         rest: names of tensors that no file of this kind holds, as they follow from the frozen weight.
@@ -80,7 +81,7 @@ def insert_from_file(
     """
     if not found:
         raise CheckpointError(f"{path} holds no adapter.")
-    gm = base_graph(model, example_inputs, dynamic_shapes)
+    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
     sites = {site.name: site for site in find_sites(gm)}
     if missing := [name for name in found if name not in sites]:
         raise CheckpointError(

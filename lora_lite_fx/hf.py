@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -26,16 +25,12 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 def prepare_for_capture(model: Any) -> None:
     """Set the model's switches for the training signature, in place: call it on a copy."""
-    for module in model.modules():  # an encoder-decoder's stacks have configs of their own
-        if hasattr(module, "config"):
+    for module in model.modules():
+        if hasattr(module, "config"):  # an encoder-decoder's stacks have configs of their own
             module.config.use_cache = False
+        if hasattr(module, "gradient_checkpointing"):  # capture loses it, and the graph does it itself
+            module.gradient_checkpointing = False
     model.config.return_dict = True
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        warnings.warn(
-            f"{type(model).__name__}: gradient checkpointing is lost by capture; the graph saves all activations.",
-            stacklevel=4,
-        )
-        model.gradient_checkpointing_disable()
     config = model.config.get_text_config()
     for switch in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
         if getattr(config, switch, 0.0):

@@ -155,7 +155,7 @@ def inspect(
     Raises:
         CaptureError: the model cannot be captured.
     """
-    gm = base_graph(model, example_inputs, dynamic_shapes)
+    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers=False)
     at: dict[str, dict[int, Insertion]] = {}
     for insertion in insertions(gm.graph):
         at.setdefault(insertion.site, {}).setdefault(insertion.adapter, insertion)

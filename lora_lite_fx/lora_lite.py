@@ -110,13 +110,14 @@ def load_lora_lite(
     example_inputs: Inputs | None = None,
     *,
     dynamic_shapes: Any = "auto",
+    checkpoint_layers: bool | None = None,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapter of a lora-lite file, with its values, in the dtype that they have there.
 
     Args:
         model: the base, which is not changed.
         path: of the file. Only safetensors and JSON are read.
-        example_inputs, dynamic_shapes: as for `rewrite`.
+        example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -134,7 +135,9 @@ def load_lora_lite(
         variant, form = _variant(metadata, sorted(found))
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its config cannot be read: {error}") from error
-    return insert_from_file(model, variant, found, form.rest, Path(path), example_inputs, dynamic_shapes)
+    return insert_from_file(
+        model, variant, found, form.rest, Path(path), example_inputs, dynamic_shapes, checkpoint_layers
+    )
 
 
 def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:

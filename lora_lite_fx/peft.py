@@ -71,13 +71,14 @@ def load_peft(
     example_inputs: Inputs | None = None,
     *,
     dynamic_shapes: Any = "auto",
+    checkpoint_layers: bool | None = None,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapter of a PEFT directory, with its saved values.
 
     Args:
         model: the base, which is not changed.
         path: of the directory. Only JSON and safetensors are read.
-        example_inputs, dynamic_shapes: as for `rewrite`.
+        example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -96,7 +97,7 @@ def load_peft(
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
     found = _by_site(form, state, folder / TENSORS)
-    return insert_from_file(model, variant, found, form.rest, folder, example_inputs, dynamic_shapes)
+    return insert_from_file(model, variant, found, form.rest, folder, example_inputs, dynamic_shapes, checkpoint_layers)
 
 
 def to_peft_config(model: nn.Module) -> dict[str, Any]:

@@ -92,10 +92,13 @@ def test_score_over_all_architectures() -> None:
 def inputs(name: str) -> dict[str, Tensor]:
     """Inputs of another batch size and length than those the model was captured with."""
 
+    architecture = ARCHITECTURES[name]
+
     def smaller(tensor: Tensor) -> Tensor:
-        if tensor.dim() != 2 or ARCHITECTURES[name].fixed_length:
-            return tensor[:2]
-        return (tensor[:2, :-500] if tensor.is_floating_point() else tensor[:2, :-2]).contiguous()
+        tensor = tensor if architecture.fixed_batch else tensor[:2]
+        if tensor.dim() == 2 and not architecture.fixed_length:
+            tensor = tensor[:, :-500] if tensor.is_floating_point() else tensor[:, :-2]
+        return tensor.contiguous()
 
     return {key: smaller(value) for key, value in example_inputs_of(copy.deepcopy(captured(name)[0])).items()}
 

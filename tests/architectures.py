@@ -301,6 +301,7 @@ DECODERS: dict[str, Architecture] = {
             "layerdrop": 0.0,
         },
         _XGLM,
+        dtype=torch.float32,  # torch.export makes its least float64 a float32
     ),
     "bloom": Architecture(  # ALiBi, added by baddbmm
         "BloomForCausalLM",

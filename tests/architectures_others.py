@@ -5,8 +5,6 @@ What makes the residual stream, a projection of embeddings, writes it: it is wha
 
 from __future__ import annotations
 
-import torch
-
 from .architectures import ATTENTION, FC, LAYER, OUT_PROJ, SELF_OUT, SMALL, Architecture, under
 
 _TOKENS = {**SMALL, "type_vocab_size": 2}
@@ -254,7 +252,6 @@ OTHERS: dict[str, Architecture] = {
         "DebertaV2ForMaskedLM",
         {**_DEBERTA_CONFIG, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True},
         under("deberta.encoder.layer.0", _DEBERTA_V2) + _MASKED_HEAD,
-        dtype=torch.float32,  # it fills masked scores with the least float32
     ),
     "modernbert": Architecture(
         "ModernBertForMaskedLM",

@@ -120,12 +120,7 @@ def outputs_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
     return {key: result.detach() for key, result in results.items()}, gradients
 
 
-# DeBERTa v2 projects its table of relative positions by the keys' and queries' linears too: the graph has that call,
-# and `find_sites` misses it, so that it stays without the adapter.
-_MISSED_CALL = pytest.mark.xfail(reason="a call on a table of relative positions is no call of the site", strict=True)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=_MISSED_CALL) if n == "deberta-v2" else n for n in CAPTURED])
+@pytest.mark.parametrize("name", CAPTURED)
 def test_rewritten_graph_equals_the_eager_wrapper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = ARCHITECTURES[name]
     model, gm = captured(name)

@@ -15,7 +15,7 @@ from .roles import GROUPS
 if TYPE_CHECKING:
     from .inspect import SiteRow
 
-_QKV = frozenset(["query", "key", "value"])
+QKV = frozenset(["query", "key", "value"])
 _COARSE = ("reader", "writer", "inner")
 
 
@@ -52,8 +52,9 @@ class Sublayer:
     Args:
         kind: `attention`, `feed-forward`, `router`, or empty for sites in a row.
         path: the part of the name that its sites share, inside the block.
-        stages: sites that stand side by side, stage after stage; of an attention always three, of a feed-forward two:
-            what comes before the operation in the middle and what comes after it. Some may be empty.
+        stages: sites that stand side by side, stage after stage; of an attention always three, what comes before the
+            projections (such as the first factors of those of low rank), these, and what comes after the operation in
+            the middle; of a feed-forward two, before and after that. Some may be empty.
         times: how many equal ones follow each other (experts).
         last: the path of the last of these.
     """
@@ -158,7 +159,7 @@ def _blocks(sites: Sequence[tuple[int, SiteRow]], depth: int) -> list[Block]:
 
 
 def _attends(block: Block) -> bool:
-    return any(_QKV & set(part.row.roles) for part in block.parts)
+    return any(QKV & set(part.row.roles) for part in block.parts)
 
 
 def _place(name: str, depth: int) -> tuple[str, int] | None:
@@ -174,9 +175,9 @@ def _sublayer(step: list[Part], home: str) -> Sublayer:
     roles = [set(part.row.roles) for part in step]
     present = set().union(*roles)
     named, path = _named(step, home)
-    if _QKV & present:
-        middle = [part for part, own in zip(named, roles, strict=True) if own & _QKV]
-        after = [part for part, own in zip(named, roles, strict=True) if "output" in own and not own & _QKV]
+    if QKV & present:
+        middle = [part for part, own in zip(named, roles, strict=True) if own & QKV and not _is_first(own, roles)]
+        after = [part for part, own in zip(named, roles, strict=True) if "output" in own and not own & QKV]
         before = [part for part in named if part not in middle and part not in after]
         return Sublayer("attention", path, (tuple(before), tuple(middle), tuple(after)))
     if set(GROUPS["mlp"]) & present:
@@ -185,6 +186,11 @@ def _sublayer(step: list[Part], home: str) -> Sublayer:
     if "router" in present:
         return Sublayer("router", path, tuple((part,) for part in named))
     return _in_a_row(step, home)
+
+
+def _is_first(own: set[str], roles: Sequence[set[str]]) -> bool:
+    """Whether a projection with the roles `own` is the first factor of one of low rank, among sites with `roles`."""
+    return "reader" in own and any("inner" in other and other & QKV and other & QKV <= own for other in roles)
 
 
 def _in_a_row(step: list[Part], home: str) -> Sublayer:

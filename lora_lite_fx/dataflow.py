@@ -32,12 +32,13 @@ NORMS = frozenset({
     "layer_norm", "layernorm", "rms_norm", "rmsnorm", "group_norm", "groupnorm", "batch_norm", "batchnorm1d",
     "native_layer_norm", "linalg_vector_norm", "pow", "square", "mean", "rsqrt", "sqrt", "var",
 })
+POOLS = frozenset({"adaptive_avg_pool1d", "adaptiveavgpool1d", "adaptive_avg_pool2d", "adaptiveavgpool2d"})
 ARITHMETIC = frozenset({
     "add", "sub", "mul", "div", "neg", "rsub", "add_", "mul_", "div_", "iadd", "imul", "truediv", "masked_fill",
     "where", "clamp", "max", "maximum", "minimum",
 })
-CARRY = SPLITS | SHAPES | CASTS | NORMS | ARITHMETIC
-"""What hands a value on: its result holds the value, whatever its shape, scale, mask or norm."""
+CARRY = SPLITS | SHAPES | CASTS | NORMS | POOLS | ARITHMETIC
+"""What hands a value on: its result holds the value, whatever its shape, scale, mask, mean or norm."""
 ACTIVATIONS = frozenset({
     "relu", "relu_", "relu6", "gelu", "silu", "silu_", "tanh", "sigmoid", "elu", "leaky_relu", "hardswish", "mish",
     "softplus", "hardtanh", "glu",

@@ -33,6 +33,7 @@ def render(table: SiteTable) -> str:
         "layers": f" in {sum(len(block.layers) for block in repeated)} layers" if repeated else "",
         "trainable": _short(table.trainable),
         "trainable_exact": f"{table.trainable:,}",
+        "idle": "" if table.trainable else " hidden",
         "share": f"{share:.3g}%" if share else "0%",
         "bar": f"{share:.4f}",
         "gradients": "".join(map(gradient, combinations)),

@@ -11,13 +11,13 @@ from html import escape
 from itertools import pairwise
 from math import ceil
 
-from .blocks import Part, Sublayer, main_roles
+from .blocks import QKV, Part, Sublayer, main_roles
 
 _LOW, _HIGH = 62.0, 100.0  # the height of a site's side, from no feature to the most
 _GAP = 60.0  # between columns: the adapter's branch, then the lines that meet
 _ROW = 16.0  # between sites above each other
 _PILL = 32.0  # what an adapter takes above its site
-_TITLE = 50.0
+_TOP = 8.0
 _MARGIN = 26.0
 _LIFT = 30.0  # from the sites down to the stream
 _CHARACTER = 8.43  # width in 14 px monospace
@@ -89,8 +89,7 @@ def gradient(roles: Sequence[str]) -> str:
 
 def _inline(sublayer: Sublayer, most: int, below: float) -> str:
     parts = sublayer.parts
-    title = _TITLE if any(_titles(sublayer)) else 8.0
-    stream = title + max(_offsets([part], most)[0] for part in parts)
+    stream = _TOP + _pill(parts) + max(_height(part, most) for part in parts) / 2
     x, boxes = _MARGIN + 30, []
     for part in parts:
         boxes.append(_Box(part, x, stream, _width(part)))
@@ -105,21 +104,23 @@ def _inline(sublayer: Sublayer, most: int, below: float) -> str:
 def _branch(sublayer: Sublayer, most: int, below: float) -> str:
     columns = _columns(sublayer)
     crossing = _crossing(sublayer)
-    offsets = [_offsets(column, most) for column in columns]
-    # All columns are centred on one line, so that single sites and operations are joined by straight lines.
-    above = max((own[0] + own[-1]) / 2 for own in offsets)
-    under = max((own[-1] - own[0]) / 2 + _height(col[-1], most) / 2 for col, own in zip(columns, offsets, strict=True))
-    centre, stream = _TITLE + above, _TITLE + above + under + _LIFT
+    items = [item for column in columns for item in column]
+    pill, tall = _pill(items), max(_height(item, most) for item in items)
+    # All columns are centred on one line and have the same rows: what stands in a row is joined by straight lines.
+    pitch = pill + tall + _ROW
+    spread = (max(map(len, columns)) - 1) * pitch
+    centre = _TOP + pill + (tall + spread) / 2
+    stream = centre + (tall + spread) / 2 + _LIFT
     bus = _MARGIN
     x = bus + (100.0 if crossing else 44.0)
     placed: list[list[_Box]] = []
-    for column, own in zip(columns, offsets, strict=True):
+    for column in columns:
         width = max(_width(item) for item in column)
-        top = centre - (own[0] + own[-1]) / 2
+        top = centre - (len(column) - 1) * pitch / 2
         placed.append([])
-        for item, offset in zip(column, own, strict=True):
+        for i, item in enumerate(column):
             part, text = (item, "") if isinstance(item, Part) else (None, item)
-            placed[-1].append(_Box(part, x, top + offset, width, text))
+            placed[-1].append(_Box(part, x, top + i * pitch, width, text))
         x += width + _GAP
     end = x - _GAP + 44
     drawn = [_line((0, stream), (max(end + _MARGIN, _title_width(sublayer)) + 1, stream), arrow=False, kind="stream")]
@@ -129,19 +130,20 @@ def _branch(sublayer: Sublayer, most: int, below: float) -> str:
         if box.part in crossing:
             drawn.append(_line((bus + 16, box.y), (box.x, box.y)))
             drawn.append(f'<circle class="port" cx="{bus + 16:g}" cy="{box.y:g}" r="4"/>')
-            drawn.append(_text(bus + 16, box.y - 9, "other input", "small"))
+            drawn.append(_text(bus + 12, box.y + 17, "other input", "small"))
         else:
             drawn.append(_line((bus, stream), (bus, box.y), (box.x, box.y)))
     for left, right in pairwise(placed):
         meet = max(box.right for box in left) + 36
         for target in right:
             if target.part and not _follows(target.part, left):
-                drawn.append(_line((target.x - 22, target.y), (target.x, target.y)))
-                drawn.append(f'<circle class="port" cx="{target.x - 22:g}" cy="{target.y:g}" r="4"/>')
-                drawn.append(_text(target.x - 44, target.y - 9, "stream", "small"))
+                drawn.append(_line((target.x - 26, target.y), (target.x, target.y)))
+                drawn.append(f'<circle class="port" cx="{target.x - 26:g}" cy="{target.y:g}" r="4"/>')
+                drawn.append(_text(target.x - 48, target.y + 17, "stream", "small"))
                 continue
             for box in left:
-                drawn.append(_line((box.right, box.y), (meet, box.y), (meet, target.y), (target.x, target.y)))
+                if _feeds(box, target):
+                    drawn.append(_line((box.right, box.y), (meet, box.y), (meet, target.y), (target.x, target.y)))
     returns = "line" if _returns(sublayer) else "open"
     for box in placed[-1]:
         drawn.append(_line((box.right, box.y), (end, box.y), (end, stream - 9), kind=returns))
@@ -180,6 +182,14 @@ def _agree(parts: list[Part]) -> bool:
 def _follows(part: Part, before: list[_Box]) -> bool:
     """Whether `part` reads what the sites before it computed, and not what they read themselves."""
     return part.row.reads not in {box.part.row.reads for box in before if box.part}
+
+
+def _feeds(box: _Box, target: _Box) -> bool:
+    """Whether a line goes from `box` to `target`: the first factor of a projection feeds those of its own roles."""
+    if box.part is None or target.part is None:
+        return True
+    own = QKV & set(box.part.row.roles)
+    return not own or not own.isdisjoint(target.part.row.roles)
 
 
 def _returns(sublayer: Sublayer) -> bool:
@@ -281,13 +291,13 @@ def _text(x: float, y: float, text: str, kind: str) -> str:
 
 
 def _svg(sublayer: Sublayer, width: float, height: float, pieces: list[str]) -> str:
-    title, path = _titles(sublayer)
+    title, path = map(escape, _titles(sublayer))
     # Whole pixels, and the lower edge exact: the streams of neighbours meet without a seam.
     w, h = ceil(_SCALE * width), ceil(_SCALE * height)
     view = f"0 {height - h / _SCALE:.2f} {w / _SCALE:.2f} {h / _SCALE:.2f}"
     return (
-        f'<svg width="{w}" height="{h}" viewBox="{view}">'
-        f"{_text(2, 20, title, 'kind')}{_text(2, 38, path, 'path')}{''.join(pieces)}</svg>"
+        f"<figure><figcaption><b>{title}</b><code>{path}</code></figcaption>"
+        f'<svg width="{w}" height="{h}" viewBox="{view}">{"".join(pieces)}</svg></figure>'
     )
 
 
@@ -322,15 +332,9 @@ def _height(item: Part | str, most: int) -> float:
     return max(_side(item.row.d_in, most), _side(item.row.d_out, most)) if isinstance(item, Part) else 42.0
 
 
-def _offsets(column: list[Part | str], most: int) -> list[float]:
-    """The middle of each item, from the top of its column; adapters get the same room above each."""
-    pill = _PILL if any(isinstance(item, Part) and item.row.adapters for item in column) else 0.0
-    y, offsets = 0.0, []
-    for item in column:
-        height = _height(item, most)
-        offsets.append(y + pill + height / 2)
-        y += pill + height + _ROW
-    return offsets
+def _pill(items: Iterable[Part | str]) -> float:
+    """The room that adapters take above each site: the same for all."""
+    return _PILL if any(isinstance(item, Part) and item.row.adapters for item in items) else 0.0
 
 
 def _width(item: Part | str) -> float:

@@ -103,8 +103,9 @@ def _give_router_role(flow: Dataflow) -> None:
         if flow.ops[topk] != "topk":
             continue
         chosen = [n for n in topk.users if flow.ops[n] == "getitem" and n.args[1] == 1]
-        reached = {n for start in chosen for n in walk(start, lambda n: () if n in flow.joins else n.users)}
-        meets = {operand for n in reached for operand in n.all_input_nodes} - reached
+        reached = {n for start in chosen for n in walk(start, lambda n: n.users - flow.joins.keys())}
+        operands = {operand for n in reached for operand in n.all_input_nodes} - reached
+        meets = {n for operand in operands for n in flow.behind(operand)}
         # No reshape in between: what is compared are the outputs, and not the tokens.
         for linear in flow.sources(topk.args[0], CASTS | ARITHMETIC | ACTIVATIONS | SOFTMAXES):
             if any(n in meets for n in data.intersection(flow.behind(linear.x))):

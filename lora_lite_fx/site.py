@@ -66,10 +66,12 @@ class Site:
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """The sites of a graph in order of first execution, adapted or not; adapters' own linears are no sites."""
     constants = _constants(gm.graph)
-    matches = (_match(gm, node) for node in gm.graph.nodes)
-    found = [match for match in matches if match is not None and match.call.x not in constants]
+    matches = [match for node in gm.graph.nodes if (match := _match(gm, node)) is not None]
+    # A linear that never sees data is no site; one that does is adapted at its calls on constants too.
+    weights = {match.weight for match in matches if match.call.x not in constants}
+    found = [match for match in matches if match.weight in weights]
     linears = [Linear(match.call.x, match.call.y) for match in found]
-    infer_roles(gm.graph, linears)
+    infer_roles(gm.graph, [linear for linear in linears if linear.x not in constants])
 
     groups: dict[tuple[str, str], list[tuple[_Match, Linear]]] = defaultdict(list)
     for match, linear in zip(found, linears, strict=True):

@@ -38,12 +38,12 @@ class Capture:
 
     Args:
         gm: the graph module; of the training mode, where there are two.
-        eval_graph: the same model captured in evaluation mode, or None where the mode was fixed before.
+        eval_gm: the same model captured in evaluation mode, or None where the mode was fixed before.
         training: the mode the model was in.
     """
 
     gm: fx.GraphModule
-    eval_graph: fx.Graph | None
+    eval_gm: fx.GraphModule | None
     training: bool
 
 
@@ -69,15 +69,15 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs | None, d
     if example_inputs is None:
         shadow.train()
         gm = _symbolic_trace(shadow)
-        eval_graph = _symbolic_trace(shadow.eval()).graph
+        eval_gm = _symbolic_trace(shadow.eval())
     else:
         args, kwargs = _split_inputs(shadow, example_inputs)
         shadow.train()
         gm = _export(shadow, args, kwargs, dynamic_shapes)
-        eval_graph = _export(shadow.eval(), args, kwargs, dynamic_shapes).graph
+        eval_gm = _export(shadow.eval(), args, kwargs, dynamic_shapes)
     keep_aliases(shadow, gm)
     _name_modules_once(shadow, gm.graph)
-    return Capture(gm, eval_graph, model.training)
+    return Capture(gm, eval_gm, model.training)
 
 
 def share(model: nn.Module, own: Sequence[str] = ()) -> Any:

@@ -7,7 +7,7 @@ itself what was inserted into it, by which config, and where. Nothing else is ke
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -130,12 +130,22 @@ def _suffix(index: int) -> str:
 
 
 def insertions(graph: fx.Graph) -> list[Insertion]:
-    """All adapters found in `graph`, in the order in which they were inserted."""
+    """All adapters found in `graph` and the graphs inside it, in the order in which they were inserted."""
     by_call: dict[int, list[tuple[fx.Node, Provenance]]] = {}
-    for node in graph.nodes:
+    for node in _with_inner(graph):
         if (provenance := recorded(node)) is not None:
             by_call.setdefault(provenance.call, []).append((node, provenance))
     return [_insertion(members) for _, members in sorted(by_call.items())]
+
+
+def _with_inner(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Its nodes, and those of the regions that `torch.export` has made of them."""
+    for node in graph.nodes:
+        yield node
+        if node.op == "get_attr" and isinstance(
+            body := getattr(graph.owning_module, node.target, None), fx.GraphModule
+        ):
+            yield from _with_inner(body.graph)
 
 
 def _insertion(members: list[tuple[fx.Node, Provenance]]) -> Insertion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .adapters import adapter_tensor_names, placements, site_weight
-from .calibration import Batches, make_plans
+from .calibration import Batches, Plan, make_plans
 from .capture import Inputs, capture, keep_aliases, own_written_buffers
 from .errors import AdapterError, ConfigError
 from .gradient_checkpointing import checkpointed, checkpoints_layers
@@ -17,10 +18,12 @@ from .passes import (
     DropMetadataAsserts,
     FollowMode,
     GraphPass,
+    InlineRegions,
     InsertAdapter,
     MergeAdapters,
     Pipeline,
     RemoveAdapters,
+    without_gradient,
 )
 from .site import Site
 from .variant import Variant
@@ -66,6 +69,7 @@ def rewrite(
     variants = as_variants(cfg)
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
     plans = make_plans(gm, variants, calibration)
+    _warn_of_no_gradient(gm, plans)
     first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])
     by_name = {site.name: site for plan in plans for site in plan.sites}
     for placement in placements(gm):
@@ -73,6 +77,17 @@ def rewrite(
             site, plan = by_name[placement.site], plans[placement.adapter - first]
             placement.start(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
     return gm
+
+
+def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan]) -> None:
+    frozen = without_gradient(gm.graph)
+    sites = (site.name for plan in plans for site in plan.sites if all(call.node in frozen for call in site.calls))
+    if names := list(dict.fromkeys(sites)):
+        warnings.warn(
+            f"The model runs {len(names)} of the sites ({', '.join(names[:3])}, ...) under torch.no_grad():"
+            " adapters there compute, but get no gradient. exclude_names leaves them out.",
+            stacklevel=3,
+        )
 
 
 def merge(model: fx.GraphModule) -> fx.GraphModule:
@@ -121,8 +136,11 @@ def base_graph(
     Buffers that the graph writes to are copies, so that training it leaves the model alone.
     """
     captured = capture(model, example_inputs, dynamic_shapes)
-    follow = (FollowMode(captured.eval_graph),) if captured.eval_graph is not None else ()
-    Pipeline((*follow, DropMetadataAsserts())).run(captured.gm)
+    follow: tuple[GraphPass, ...] = ()
+    if captured.eval_gm is not None:
+        Pipeline((InlineRegions(),)).run(captured.eval_gm)
+        follow = (FollowMode(captured.eval_gm.graph),)
+    Pipeline((InlineRegions(), *follow, DropMetadataAsserts())).run(captured.gm)
     # What torch.export builds refuses train() and eval(); a plain module over the same graph does not.
     gm = fx.GraphModule(captured.gm, captured.gm.graph)
     keep_aliases(captured.gm, gm)

@@ -10,12 +10,14 @@ from .insert import InsertAdapter
 from .merge import MergeAdapters
 from .mode import FollowMode
 from .observe import ObserveInputs, Observer
+from .regions import InlineRegions, without_gradient
 from .remove import RemoveAdapters
 
 __all__ = [
     "DropMetadataAsserts",
     "FollowMode",
     "GraphPass",
+    "InlineRegions",
     "InsertAdapter",
     "MergeAdapters",
     "ObserveInputs",
@@ -24,4 +26,5 @@ __all__ = [
     "PassReport",
     "Pipeline",
     "RemoveAdapters",
+    "without_gradient",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -58,7 +59,8 @@ def _is_region(node: fx.Node) -> bool:
 
 
 def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
-    body = gm.get_submodule(str(node.args[_SETTINGS[node.target]].target))
+    reference: Any = node.args[_SETTINGS[node.target]]
+    body = gm.get_submodule(reference.target)
     assert isinstance(body, fx.GraphModule)
     return body
 

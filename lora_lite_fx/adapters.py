@@ -54,7 +54,7 @@ class Placement:
 
         They are not yet filled, but for those that the sites of the adapter share: these come with the first of them.
         """
-        specs = self.local.params(site)
+        specs = self.local.specs(site)
         for name, qualified in self.tensors.items():
             path, _, attribute = qualified.rpartition(".")
             module = model.get_submodule(path)
@@ -70,7 +70,7 @@ class Placement:
                 module.register_buffer(attribute, tensor)
 
     def start(self, model: nn.Module, site: Site, weight: Tensor, statistic: Statistic | None = None) -> None:
-        """Write the start values into the tensors. `weight (d_out, d_in)` is the site's."""
+        """Write the start values into the tensors. `weight` is the site's, see `site_weight`."""
         self.local.start(site, weight, self.namespace(model), statistic)
 
     def namespace(self, model: nn.Module) -> Any:
@@ -87,9 +87,16 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
 
 
 def site_weight(model: nn.Module, site: Site) -> Tensor:
-    """The frozen weight of `site` in a captured graph, as `(d_out, d_in)`."""
-    weight = tensor_of(model, site.weight)
-    return weight.t() if site.transposed else weight
+    """The frozen weight of `site` in a captured graph, as `(d_out, d_in)`; of experts, `(experts, d_out, d_in)`."""
+    return site.product.matrix(tensor_of(model, site.weight).detach())
+
+
+def site_bias(model: nn.Module, site: Site) -> Tensor | None:
+    """The frozen bias `(d_out,)` of `site` in a captured graph, or None."""
+    if site.bias is None:
+        return None
+    bias = tensor_of(model, site.bias).detach()
+    return bias if site.product.rows is None else bias[slice(*site.product.rows)]
 
 
 def placements(model: nn.Module) -> list[Placement]:

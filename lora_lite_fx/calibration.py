@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .adapters import site_weight
+from .adapters import site_weight, tensor_of
 from .capture import own_written_buffers, share
 from .errors import CaptureError, ConfigError
+from .frozen import check_kind
 from .passes import ObserveInputs, Observer, Pipeline
 from .selection import select
 from .site import Site, find_sites
@@ -53,6 +54,9 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
     chosen = [(variant, select(variant, sites)) for variant in variants]
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
     if calibration is not None:
+        for variant, targets in chosen:
+            for site in targets:
+                _check_observable(variant, site)
         observers = [
             {
                 site.name: Observer(observe)
@@ -73,8 +77,18 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
     for (variant, targets), seen in zip(chosen, statistics, strict=True):
         settled = variant.settle(targets, seen)
         kept = [site for site in targets if settled.selects(site)]
+        for site in kept:
+            check_kind(settled.at(site.name), site, tensor_of(gm, site.weight))
         plans.append(Plan(settled, kept, seen))
     return plans
+
+
+def _check_observable(variant: Variant, site: Site) -> None:
+    if site.kind != "linear" and type(variant).observer is not Variant.observer:
+        raise ConfigError(
+            f"{type(variant).__name__}: only the inputs of plain linears can be observed on calibration data, and"
+            f" {site.name!r} is {site.product.article}."
+        )
 
 
 @torch.no_grad()

@@ -185,8 +185,10 @@ _ATEN_FUNCTIONS: dict[Any, Any] = {
     torch.matmul: aten.matmul.default,
     operator.matmul: aten.matmul.default,
     torch.addmm: aten.addmm.default,
+    torch.bmm: aten.bmm.default,
 }
-_ATEN_METHODS = {"matmul": aten.matmul.default, "t": aten.t.default}
+_ATEN_METHODS = {"matmul": aten.matmul.default, "t": aten.t.default, "bmm": aten.bmm.default}
+_CONVOLUTIONS = {nn.functional.conv1d: aten.conv1d, nn.functional.conv2d: aten.conv2d}
 
 
 def _symbolic_trace(model: nn.Module) -> fx.GraphModule:
@@ -202,7 +204,19 @@ def _symbolic_trace(model: nn.Module) -> fx.GraphModule:
             node.op, node.target = "call_function", _ATEN_METHODS[node.target]
         elif node.op == "call_function" and node.target is getattr and node.args[1:] in (("T",), ("mT",)):
             node.target, node.args = aten.numpy_T.default, node.args[:1]
-        if node.target in (aten.linear.default, aten.matmul.default, aten.addmm.default):
+        elif node.op == "call_function" and node.target in _CONVOLUTIONS:
+            packet = _CONVOLUTIONS[node.target]
+            by_name = any(value in ("same", "valid") for value in (*node.args, *node.kwargs.values()))
+            node.target = packet.padding if by_name else packet.default
+        elif node.target is nn.functional.embedding and node.kwargs.get("max_norm") is None and len(node.args) == 2:
+            ids, weight = node.args
+            padding = node.kwargs.get("padding_idx")
+            node.target, node.args, node.kwargs = (
+                aten.embedding.default,
+                (weight, ids, -1 if padding is None else padding),
+                {},
+            )
+        if node.target in (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.bmm.default):
             node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
     gm = fx.GraphModule(model, graph)
     # The tracer stores constant tensors on the model, under a new name each time it traces.
@@ -243,19 +257,20 @@ def _name_modules_once(model: nn.Module, graph: fx.Graph) -> None:
 # Tracing a variant's function.
 
 
-def fake_input(node: fx.Node, weight: Tensor) -> Tensor:
-    """A stand-in without data for the value of `node (..., d_in)`, the input of a linear with `weight (d_out, d_in)`.
+def fake_input(node: fx.Node, example: Tensor | None = None, fixed: Sequence[int] = ()) -> Tensor:
+    """A stand-in without data for the value of `node`.
 
-    A symbolically traced graph knows no shapes; there it is of two dynamic dimensions and `d_in`.
+    A symbolically traced graph knows no shapes; there it is one of `example`, whose dimensions may be of any size but
+    for the `fixed` ones.
     """
     value = node.meta.get("val")
     if isinstance(value, FakeTensor):
         return value
+    assert example is not None
     dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
-        [DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
+        [DimDynamic.STATIC if dim in fixed else DimDynamic.DYNAMIC for dim in range(example.dim())]
     )
-    example = torch.empty(2, 3, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return FakeTensorMode(shape_env=ShapeEnv()).from_tensor(example, symbolic_context=dynamic)
+    return FakeTensorMode(shape_env=ShapeEnv()).from_tensor(example.detach(), symbolic_context=dynamic)
 
 
 def fake_like(tensor: Tensor, beside: Tensor) -> Tensor:

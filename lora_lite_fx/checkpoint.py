@@ -30,6 +30,7 @@ from .adapters import (
 from .capture import Inputs
 from .errors import CheckpointError, ConfigError
 from .files import read_safetensors, write_atomically
+from .frozen import check_kind
 from .provenance import qualified_names
 from .registry import from_config, to_config
 from .rewrite import base_graph, insert_adapters
@@ -99,6 +100,7 @@ def load(
         for variant, targets in placed:
             for site in targets:
                 variant.at(site.name).check(site)
+                check_kind(variant.at(site.name), site, tensor_of(gm, site.weight))
         expected = _expected(gm, placed)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -200,7 +202,7 @@ def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> d
     expected: dict[str, Tensor] = {}
     for adapter, (variant, targets) in enumerate(placed):
         for site in targets:
-            specs = variant.at(site.name).params(site)
+            specs = variant.at(site.name).specs(site)
             dtype = variant.param_dtype(tensor_of(gm, site.weight).dtype)
             written = _written(placed, adapter, site.name, specs)
             expected |= {written[name]: spec.empty(dtype, torch.device("meta")) for name, spec in specs.items()}

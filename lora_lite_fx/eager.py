@@ -10,10 +10,11 @@ from .adapters import Placement, tensor_of
 from .calibration import Batches, make_plans
 from .capture import Inputs, share, written_buffers
 from .errors import ConfigError
+from .frozen import Frozen
 from .provenance import inner_name
 from .rewrite import Config, as_variants, base_graph
 from .site import Site
-from .variant import FrozenLinear, adapter_namespace, compose
+from .variant import adapter_namespace
 
 
 def wrap(
@@ -36,7 +37,7 @@ def wrap(
         The copy, in the model's mode. Only the adapters' parameters require grad.
 
     Raises:
-        As `rewrite`; ConfigError also for a site that is no module of its own (a weight used functionally).
+        As `rewrite`; ConfigError also for a site that is no module of its own (a weight used functionally, experts).
     """
     variants = as_variants(cfg)
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers=False)
@@ -48,19 +49,19 @@ def wrap(
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _adapted(wrapped, site)
-            names = tuple(plan.variant.at(site.name).params(site))
+            names = tuple(plan.variant.at(site.name).specs(site))
             placement = Placement(plan.variant, adapter, site.name, len(module.placements), names)
             placement.register(wrapped, site, module.weight.dtype, module.weight.device)
             module.add(placement, wrapped)
-            placement.start(wrapped, site, module.out_in_weight, plan.statistics.get(site.name))
+            placement.start(wrapped, site, site.product.matrix(module.weight.detach()), plan.statistics.get(site.name))
     return wrapped
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear module with adapters around it.
+    """A frozen linear, embedding or convolution module with adapters around it.
 
     Args:
-        base: the module, `nn.Linear` or one with its attributes; called as it is.
+        base: the module; called as it is.
         site: the site it is.
     """
 
@@ -88,22 +89,20 @@ class AdaptedLinear(nn.Module):
         """The frozen bias `(d_out,)`, or None."""
         return getattr(self.base, "bias", None)
 
-    @property
-    def out_in_weight(self) -> Tensor:
-        """The frozen weight as `(d_out, d_in)`."""
-        return self.weight.t() if self.site.transposed else self.weight
-
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """The adapted linear; its one argument may be passed by any name, as to the module it wraps."""
         (x,) = (*args, *kwargs.values())
-        base = FrozenLinear(self.base, self.out_in_weight, self.bias, self.site, self.training)
-        return compose(base, [(placement.local, self._tensors(placement)) for placement in self.placements])(x)
+        around = [(placement.local, self._tensors(placement)) for placement in self.placements]
+        return Frozen(self.site, self.weight, self.bias, self.training).adapted(self.base, around, x)
 
     def _tensors(self, placement: Placement) -> Any:
         # The qualified names end in attributes of this module, wherever in the model it is.
         return adapter_namespace(
             {name: getattr(self, path.rpartition(".")[2]) for name, path in placement.tensors.items()}
         )
+
+
+_PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)
 
 
 def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
@@ -113,9 +112,14 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
         return module
     weight = getattr(module, "weight", None)
     called = all(inner_name(call.node) == site.name for call in site.calls)
-    if module is None or not called or not isinstance(weight, Tensor) or weight.dim() != 2:
+    simple = module is not None and (
+        site.kind == "linear"
+        or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
+    )
+    if module is None or not called or not isinstance(weight, Tensor) or site.experts or not simple:
         raise ConfigError(
-            f"Site {site.name!r} is not a module that is called, so it cannot be wrapped eagerly; rewrite can adapt it."
+            f"Site {site.name!r} is not a module that is called and does nothing else, so it cannot be wrapped eagerly;"
+            " rewrite can adapt it."
         )
     wrapper = AdaptedLinear(module, site)
     for parent in list(model.modules()):

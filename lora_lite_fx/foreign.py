@@ -16,10 +16,12 @@ from .adapters import (
     load_adapter_state_dict,
     placements,
     site_weight,
+    tensor_of,
 )
 from .capture import Inputs
 from .eager import AdaptedLinear
 from .errors import CheckpointError, ConfigError
+from .frozen import check_kind
 from .rewrite import base_graph, insert_adapters
 from .site import Site, find_sites
 from .variant import ParamSpec, Variant
@@ -53,7 +55,7 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
         return site_weight(model, site)
     module = model.get_submodule(site.name)
     assert isinstance(module, AdaptedLinear)
-    return module.out_in_weight
+    return site.product.matrix(module.weight.detach())
 
 
 def insert_from_file(
@@ -94,7 +96,8 @@ def insert_from_file(
         for site in targets:
             local = variant.at(site.name)
             local.check(site)
-            _check_tensors(local.params(site), found[site.name], rest, f"{path}: {site.name}")
+            check_kind(local, site, tensor_of(gm, site.weight))
+            _check_tensors(local.specs(site), found[site.name], rest, f"{path}: {site.name}")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     first = insert_adapters(gm, [(variant, targets)])

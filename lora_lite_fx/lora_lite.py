@@ -64,7 +64,7 @@ _FORMATS = (
 )
 _COMMON = frozenset({"variant", "r", "alpha", "dtype", "target_roles", "target_names", "exclude_names", "layers"})
 # Fields of ours that say only how an adapter starts or trains; its file means the same whatever they are.
-_UNREAD = frozenset({"rho", "center", "train_A", "rank_pattern", "alpha_pattern"})
+_UNREAD = frozenset({"rho", "center", "train_A", "rank_pattern", "alpha_pattern", "target_kinds"})
 
 
 def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -182,7 +182,7 @@ def _format_of(variant: Variant, sites: list[Site]) -> _Format:
 
 def _check_site(model: nn.Module, variant: Variant, placement: Placement, site: Site) -> None:
     name = type(variant).__name__
-    if site.transposed or not site.weight.startswith(f"{site.name}."):
+    if site.kind != "linear" or site.transposed or not site.weight.startswith(f"{site.name}."):
         raise ConfigError(f"{name}: lora-lite adapts ordinary linear modules, and site {site.name!r} is none.")
     if (placement.local.r, placement.local.alpha) != (variant.r, variant.alpha):
         raise ConfigError(f"{name}: lora-lite has one rank and one alpha for all sites, and this adapter has several.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .dataflow import Linear
+from .dataflow import Linear, op_name
+from .experts import Experts
+from .products import Convolution, Lookup, Product
 from .provenance import inner_name, is_inserted
 from .roles import infer_roles
 
@@ -23,26 +25,31 @@ class Call:
     """One execution of a site in the graph: from its input node `x` to its output node `y`.
 
     `node` is the matrix product in between; they differ where the product is wrapped in reshapes (`Conv1D`) or
-    followed by a separate bias addition.
+    followed by a separate bias addition. `routing` is what it takes besides: of a grouped product, where the tokens of
+    each expert end.
     """
 
     x: fx.Node
     y: fx.Node
     node: fx.Node
+    routing: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
 class Site:
-    """One linear computation: `y = x W^T + b` with a frozen `W (d_out, d_in)`.
+    """One linear computation: `y = x W^T + b` with a frozen `W (d_out, d_in)`, or another product that is linear in it.
 
     Args:
-        name: qualified name of the module that owns the weight.
-        d_in: size of the last dimension of the input.
-        d_out: size of the last dimension of the output.
+        name: qualified name of the module that owns the weight; of one of its several weights,
+            `<module>.sites.<parameter>`, or the parameter's name less `_weight`.
+        d_in: size of the last dimension of the input; of an embedding the number of ids, of a convolution that of the
+            channels times the size of the kernel.
+        d_out: size of the last dimension of the output; of a convolution, the number of channels.
         roles: what it does in the model, see `roles.ROLES`; empty if the dataflow does not tell.
         weight: qualified name of the weight parameter.
         bias: qualified name of the bias parameter, or None.
-        transposed: whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does.
+        product: what it does with the weight: its kind, and the layout.
+        experts: how many experts have a `W` in the weight; 0 for a site that is no stack of experts.
         reasons: for each role, why.
         calls: where the graph runs it; several for a module used several times.
     """
@@ -53,9 +60,20 @@ class Site:
     roles: frozenset[str] = frozenset()
     weight: str = ""
     bias: str | None = None
-    transposed: bool = False
+    product: Product = field(default_factory=Product)
+    experts: int = 0
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
     calls: tuple[Call, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def kind(self) -> str:
+        """One of `products.KINDS`."""
+        return self.product.kind
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does."""
+        return self.product.transposed
 
     @cached_property
     def layer(self) -> int | None:
@@ -67,24 +85,25 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     """The sites of a graph in order of first execution, adapted or not; adapters' own linears are no sites."""
     constants = _constants(gm.graph)
     matches = [match for node in gm.graph.nodes if (match := _match(gm, node)) is not None]
-    # A linear that never sees data is no site; one that does is adapted at its calls on constants too.
-    weights = {match.weight for match in matches if match.call.x not in constants}
-    found = [match for match in matches if match.weight in weights]
-    linears = [Linear(match.call.x, match.call.y) for match in found]
-    infer_roles(gm.graph, [linear for linear in linears if linear.x not in constants])
+    # What never sees data is no site; what does is adapted at its calls on constants too.
+    seeing = {(match.weight, match.product) for match in matches if match.call.x not in constants}
+    found = [match for match in matches if (match.weight, match.product) in seeing]
+    linears = {id(match): Linear(match.call.x, match.call.y) for match in found if match.product.kind == "linear"}
+    infer_roles(gm.graph, [linear for linear in linears.values() if linear.x not in constants])
 
-    groups: dict[tuple[str, str], list[tuple[_Match, Linear]]] = defaultdict(list)
-    for match, linear in zip(found, linears, strict=True):
-        groups[_name(match), match.weight].append((match, linear))
-    names = [name for name, _ in groups]
+    groups: dict[tuple[str, str, Product], list[_Match]] = defaultdict(list)
+    for match in found:
+        groups[_name(match), match.weight, match.product].append(match)
+    names = Counter((name, product.kind == "linear") for name, _, product in groups)
     sites = []
-    for (name, weight), members in groups.items():
-        if names.count(name) > 1:  # one module with several weights
-            name = weight.removesuffix("_weight").removesuffix(".weight")
-        first = members[0][0]
-        reasons = {role: reason for _, linear in members for role, reason in linear.reasons.items()}
-        shape = tuple(gm.get_parameter(weight).shape)
-        d_out, d_in = shape[::-1] if first.transposed else shape
+    for (name, weight, product), members in groups.items():
+        if name == weight or names[name, product.kind == "linear"] > 1:
+            name = _name_in_module(weight, product)
+        elif product.kind != "linear" and names[name, True]:  # an embedding whose weight is a head too
+            name = f"{name}.sites.{product.kind}"
+        roles = (linears[id(match)].reasons for match in members if id(match) in linears)
+        reasons = {role: reason for each in roles for role, reason in each.items()}
+        *experts, d_out, d_in = product.matrix(gm.get_parameter(weight).detach()).shape
         sites.append(
             Site(
                 name,
@@ -92,10 +111,11 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
                 d_out,
                 frozenset(reasons),
                 weight,
-                first.bias,
-                first.transposed,
+                members[0].bias,
+                product,
+                experts[0] if experts else 0,
                 reasons,
-                tuple(match.call for match, _ in members),
+                tuple(match.call for match in members),
             )
         )
     return sites
@@ -104,18 +124,20 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
 # Finding linears, one dialect after the other.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Match:
     call: Call
     weight: str
-    transposed: bool
+    product: Product
     bias: str | None
 
 
 def _match(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
-    """`node` as the product of a linear over frozen parameters, or None."""
+    """`node` as the product of a site over frozen parameters, or None."""
     if node.op != "call_function" or is_inserted(node):
         return None
+    if node.target in _OTHER_KINDS or op_name(node) in _GROUPED:
+        return _match_other_kind(gm, node)
     args: tuple[Any, ...] = node.args
     if node.target is aten.linear.default:
         x, weight, bias = (*args, None)[:3]
@@ -127,16 +149,68 @@ def _match(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
         out_in = False
     elif node.target in (aten.matmul.default, aten.mm.default, operator.matmul):
         x, weight = args
+        if _parameter(gm, weight, dim=3) is not None:
+            return _match_other_kind(gm, node)
         call, bias = _with_bias_addition(gm, x, node)
         out_in = False
     else:
         return None
     source = _parameter(gm, weight, dim=2)
     bias_source = _parameter(gm, bias, dim=1) if bias is not None else None
-    if source is None or (bias is not None and bias_source is None):
+    if source is None or (bias is not None and (bias_source is None or bias_source.rows != source.rows)):
         return None
-    name, flipped = source
-    return _Match(call, name, transposed=out_in == flipped, bias=bias_source and bias_source[0])
+    product = Product(out_in == source.flipped, source.rows)
+    return _Match(call, source.name, product, bias_source.name if bias_source else None)
+
+
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
+_BATCHED = (aten.bmm.default, aten.matmul.default, operator.matmul)
+_OTHER_KINDS = (aten.embedding.default, *_CONVOLUTIONS, aten.bmm.default)
+_GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
+
+
+def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
+    args = _arguments(node)
+    if node.target is aten.embedding.default:
+        if (source := _parameter(gm, args["weight"], dim=2)) is None or source.flipped or source.rows:
+            return None
+        product: Product = Lookup(padding=args["padding_idx"])
+        return _Match(Call(args["indices"], node, node), source.name, product, None)
+    if node.target in _CONVOLUTIONS:
+        weight, bias = args["weight"], args["bias"]
+        dims = 1 if node.target in _CONVOLUTIONS[:2] else 2
+        source = _parameter(gm, weight, dim=2 + dims)
+        bias_source = _parameter(gm, bias, dim=1) if bias is not None else None
+        if source is None or (bias is not None and bias_source is None) or args["groups"] != 1:
+            return None
+        steps = {key: _each(args[key], dims) for key in ("stride", "padding", "dilation")}
+        product = Convolution(kernel=tuple(gm.get_parameter(source.name).shape[2:]), **steps)
+        return _Match(Call(args["input"], node, node), source.name, product, bias_source.name if bias_source else None)
+    x, weight, *rest = node.args
+    source = _parameter(gm, weight, dim=3)
+    plain = not node.kwargs and len(rest) == (op_name(node) in _GROUPED) and all(isinstance(n, fx.Node) for n in rest)
+    if source is None or source.rows or not plain or not isinstance(x, fx.Node):
+        return None
+    product = Experts(transposed=not source.flipped, operator=node.target)
+    return _Match(Call(x, node, node, tuple(rest)), source.name, product, None)  # type: ignore[arg-type]
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name, with its defaults."""
+    named = dict(node.kwargs)
+    if isinstance(node.target, torch._ops.OpOverload):
+        for position, argument in enumerate(node.target._schema.arguments):
+            given = node.args[position] if position < len(node.args) else argument.default_value
+            named.setdefault(argument.name, given)
+    return named
+
+
+def _each(value: Any, dims: int) -> Any:
+    """A setting of a convolution for each dimension; "same" and "valid" as they are."""
+    if isinstance(value, str):
+        return value
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * dims if len(values) == 1 else values
 
 
 def _between_reshapes(x: fx.Node, product: fx.Node) -> Call:
@@ -172,13 +246,30 @@ _TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.pe
 _COPIES = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.detach.default, aten.alias.default)
 
 
-def _parameter(gm: fx.GraphModule, node: object, dim: int) -> tuple[str, bool] | None:
-    """The parameter of `dim` dimensions that `node` is, looked up through casts and transposes; and if transposed."""
-    flipped = False
+@dataclass(frozen=True)
+class _Source:
+    """A parameter, whether it is transposed, and which of its rows are taken (None: all)."""
+
+    name: str
+    flipped: bool
+    rows: tuple[int, int] | None
+
+
+def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
+    """The parameter of `dim` dimensions that `node` is, looked up through casts, transposes and splits by rows."""
+    flipped, rows = False, None
     while isinstance(node, fx.Node) and node.op != "get_attr":
-        if node.op != "call_function" or node.target not in (*_TRANSPOSES, *_COPIES):
+        if node.op != "call_function":
             return None
-        flipped ^= node.target in _TRANSPOSES
+        if node.target in _TRANSPOSES:
+            if dim == 3 and not _swaps_last_two(node):
+                return None
+            flipped = not flipped
+        elif node.target not in _COPIES:
+            rows = _rows(node) if rows is None and not flipped else None
+            if rows is None:
+                return None
+            node = node.all_input_nodes[0]
         node = node.all_input_nodes[0]
     if not isinstance(node, fx.Node) or is_inserted(node):
         return None
@@ -186,7 +277,23 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> tuple[str, bool] |
         tensor = gm.get_parameter(str(node.target))
     except AttributeError:
         return None
-    return (str(node.target), flipped) if tensor.dim() == dim else None
+    return _Source(str(node.target), flipped, rows) if tensor.dim() == dim else None
+
+
+def _swaps_last_two(node: fx.Node) -> bool:
+    return node.target is aten.transpose.int and {dim % 3 for dim in node.args[1:3]} == {1, 2}  # type: ignore[operator]
+
+
+def _rows(node: fx.Node) -> tuple[int, int] | None:
+    """The rows that `node` is of a tensor split by rows, as `nn.MultiheadAttention` does; None if it is not that."""
+    split = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(split, fx.Node) or op_name(split) not in ("chunk", "split", "split_with_sizes"):
+        return None
+    parts, index = split.meta.get("val"), node.args[1]
+    if not isinstance(index, int) or parts is None or _arguments(split).get("dim", 0) != 0:
+        return None
+    start = sum(part.shape[0] for part in parts[:index])
+    return start, start + parts[index].shape[0]
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
@@ -207,9 +314,20 @@ def _name(match: _Match) -> str:
     """
     owner, _, leaf = match.weight.rpartition(".")
     stack = inner_name(match.call.node)
+    if isinstance(match.product, Experts):
+        return match.weight
     if stack is None or owner == stack or owner.startswith(f"{stack}." if stack else ""):
         return owner if leaf == "weight" or not leaf.endswith("weight") else f"{owner}.{leaf[: -len('_weight')]}"
     return stack
+
+
+def _name_in_module(weight: str, product: Product) -> str:
+    """The qualified name of a site that is one of several in its module."""
+    stem = weight.removesuffix("_weight").removesuffix(".weight")
+    owner, _, leaf = stem.rpartition(".")
+    if stem == weight:  # a module of the parameter's own name there cannot be
+        stem = f"{owner}.sites.{leaf}".lstrip(".")
+    return stem if product.rows is None else f"{stem}.rows_{product.rows[0]}_{product.rows[1]}"
 
 
 def span(x: fx.Node, y: fx.Node) -> list[fx.Node]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ConfigError
+from .products import KINDS
 from .provenance import SHARED
 from .roles import GROUPS, ROLES
 from .site import Site
@@ -49,6 +50,15 @@ class ParamSpec:
     init: str | float | Callable[[Tensor], object] = "zeros"
     trainable: bool = True
     dtype: torch.dtype | None = None
+
+    def repeated(self, count: int) -> ParamSpec:
+        """The spec of `count` such tensors as one, `(count, *shape)`, each started by itself."""
+
+        def fill_each(tensor: Tensor) -> None:
+            for one in tensor:
+                self.fill(one)
+
+        return dataclasses.replace(self, shape=(count, *self.shape), init=fill_each)
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor, allocated and not yet filled: a Parameter if trainable."""
@@ -83,7 +93,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class FrozenLinear:
-    """The frozen linear that a variant adapts: `base(x)` is `x W^T + b`.
+    """The frozen linear that a variant adapts: `base(x)` is `x W^T + b`, or the product of another kind of site.
 
     Args:
         call: computes `base(x)` for `x (..., d_in)`.
@@ -138,6 +148,8 @@ class Variant:
         target_names: regular expressions, searched in the qualified name.
         exclude_names: regular expressions; a site whose name matches one is left alone.
         layers: indices of layers (the first number in the qualified name) to adapt.
+        target_kinds: kinds of sites to adapt: `linear`, `embedding`, `conv`, `experts`. Only linears have roles; sites
+            of the other kinds are chosen by kind, name and layer.
 
     Raises:
         ConfigError: a field has an impossible value.
@@ -152,6 +164,7 @@ class Variant:
     target_names: tuple[str, ...] | None = None
     exclude_names: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
+    target_kinds: tuple[str, ...] = ("linear",)
 
     default_roles: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     """The roles adapted when the config names no targets."""
@@ -161,7 +174,7 @@ class Variant:
     """Whether `r` may not exceed the smaller side of the weight."""
 
     def __post_init__(self) -> None:
-        for name in ("target_roles", "layers"):
+        for name in ("target_roles", "layers", "target_kinds"):
             self._make_tuple(name)
         for name in ("target_names", "exclude_names"):
             self._check_names(name)
@@ -179,6 +192,8 @@ class Variant:
                 + (f", did you mean {near[0]!r}?" if near else ".")
                 + f" The roles are {', '.join(ROLES)}; the groups are {', '.join(GROUPS)}",
             )
+        for kind in self.target_kinds:
+            self._require(kind in KINDS, f"unknown kind of site {kind!r}; the kinds are {', '.join(KINDS)}")
         for layer in self.layers or ():
             self._require(isinstance(layer, int) and layer >= 0, f"layers are indices from 0, got {layer!r}")
         self._check_overrides()
@@ -188,7 +203,7 @@ class Variant:
         value = getattr(self, name)
         if isinstance(value, (str, int)):
             value = (value,)
-        optional = value is None and name != "exclude_names"
+        optional = value is None and name not in ("exclude_names", "target_kinds")
         self._require(
             optional or isinstance(value, Iterable), f"{name} must be a tuple (of roles, names, ...), got {value!r}"
         )
@@ -314,9 +329,20 @@ class Variant:
             f"r={self.r} is larger than site {site.name!r} allows ({site.d_out} x {site.d_in}); use r <= {limit}",
         )
 
+    def specs(self, site: Site) -> Mapping[str, ParamSpec]:
+        """The tensors that `site` gets: those of `params`; of a stack of experts, for each expert one."""
+        return {
+            name: spec.repeated(site.experts) if site.experts and not name.startswith(SHARED) else spec
+            for name, spec in self.params(site).items()
+        }
+
     def start(self, site: Site, weight: Tensor, p: Any, statistic: Statistic | None = None) -> None:
         """Write all start values into `p`, in place, but for those of shared tensors."""
         with torch.no_grad():
+            if weight.dim() == 3:
+                for expert, one in enumerate(weight):
+                    self.start(site, one, of_expert(p, expert), statistic)
+                return
             for name, spec in self.params(site).items():
                 if not name.startswith(SHARED):
                     spec.fill(getattr(p, name))
@@ -331,7 +357,7 @@ class Variant:
 
     def selects(self, site: Site) -> bool:
         """Whether the config's targets include `site`."""
-        if any(re.search(pattern, site.name) for pattern in self.exclude_names):
+        if site.kind not in self.target_kinds or any(re.search(pattern, site.name) for pattern in self.exclude_names):
             return False
         if self.layers is not None and site.layer not in self.layers:
             return False
@@ -340,7 +366,7 @@ class Variant:
             return False
         roles = self.target_roles
         if roles is None:
-            if named:
+            if named or site.kind != "linear":
                 return True
             roles = self.default_roles
         wanted = {member for role in roles for member in GROUPS.get(role, (role,))}
@@ -401,6 +427,13 @@ def cast(x: Tensor, like: Tensor) -> Tensor:
 def low_rank(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`B A x + bias` in activation space: `x (..., d_in)`, `A (r, d_in)`, `B (d_out, r)` to `(..., d_out)`."""
     return F.linear(F.linear(cast(x, a), a), b, bias)
+
+
+def of_expert(p: Any, expert: int) -> Any:
+    """The tensors of one expert, from those of all; shared ones as they are."""
+    return adapter_namespace(
+        {name: tensor if name.startswith(SHARED) else tensor[expert] for name, tensor in vars(p).items()}
+    )
 
 
 def adapter_namespace(tensors: Mapping[str, Tensor]) -> Any:

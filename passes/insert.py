@@ -6,21 +6,18 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from ..adapters import Placement, site_weight
+from ..adapters import Placement, site_weight, tensor_of
 from ..capture import fake_input, fake_like, trace
 from ..errors import ConfigError
+from ..frozen import Frozen
 from ..provenance import INLET, OUTLET, Insertion, Provenance, insertions, outermost, record
 from ..registry import to_config
 from ..site import Call, Site, find_sites, span
-from ..variant import FrozenLinear, Variant, adapter_namespace
+from ..variant import Variant, adapter_namespace
 from .graph_pass import GraphPass
 from .mode import follow_mode
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -54,18 +51,19 @@ class InsertAdapter(GraphPass):
             there = {insertion.adapter for insertion in around[site.name]}
             if site.name not in self.names or self.adapter in there:
                 continue
-            names = tuple(self.variant.at(site.name).params(site))
+            names = tuple(self.variant.at(site.name).specs(site))
             placement = Placement(self.variant, self.adapter, site.name, len(there), names)
             self._register(gm, site, placement)
             for call in site.calls:
                 x, y = outermost(around[site.name], moved.get(call.x, call.x), call.y)
-                value = fake_input(x, site_weight(gm, site))
+                value = fake_input(x, *site.product.example(tensor_of(gm, site.weight)))
                 local = placement.local
-                shapes = (str(value.shape), value.dtype, site.d_out, site.bias is None)
+                shapes = (str(value.shape), value.dtype, site.product, site.d_out, site.bias is None)
                 key = (*shapes, local.r, local.alpha, local.trace_key(site))
+                here = Call(x, y, call.node, call.routing)
                 if key not in fragments:
-                    fragments[key] = trace_fragment(gm, site, placement, value)
-                moved[y] = _splice(gm, site, Call(x, y, call.node), placement, fragments[key], next_call, self.name)
+                    fragments[key] = trace_fragment(gm, site, placement, value, call.routing)
+                moved[y] = _splice(gm, site, here, placement, fragments[key], next_call, self.name)
                 next_call += 1
         return next_call - first_call
 
@@ -82,7 +80,7 @@ class Fragment:
     """A variant's `forward` at a site, traced.
 
     Args:
-        graph: placeholders `x`, `weight`, `bias` and the variant's tensors (of those, the ones that exist).
+        graph: placeholders `x`, `weight`, `bias`, the variant's tensors (of those, the ones that exist), and routing.
         inputs: what each placeholder stands for, in order.
         base: the node that stands for the call of the frozen linear.
         base_input: the node that it is called on.
@@ -96,41 +94,51 @@ class Fragment:
     result: fx.Node
 
 
-def trace_fragment(gm: fx.GraphModule, site: Site, placement: Placement, x: Tensor) -> Fragment:
-    """Trace the variant's `forward` on stand-ins for the site's tensors and an input `x (..., d_in)`.
+def trace_fragment(
+    gm: fx.GraphModule, site: Site, placement: Placement, x: Tensor, routing: tuple[fx.Node, ...] = ()
+) -> Fragment:
+    """Trace the variant's `forward` on stand-ins for the site's tensors, an input `x`, and what routes it.
 
     Raises:
-        ConfigError: `forward` does not call `base` exactly once.
+        ConfigError: `forward` does not call `base` exactly once, or does with `x` what this kind of site cannot.
     """
-    weight = site_weight(gm, site)
-    tensors = {"x": x, "weight": fake_like(weight, x)}
+    stored = tensor_of(gm, site.weight).detach()
+    tensors = {"x": x, "weight": fake_like(stored, x)}
     if site.bias is not None:
-        tensors["bias"] = fake_like(gm.get_parameter(site.bias), x)
+        tensors["bias"] = fake_like(tensor_of(gm, site.bias), x)
     namespace = placement.namespace(gm)
     tensors |= {name: fake_like(getattr(namespace, name), x) for name in placement.names}
+    tensors |= {f"routing {i}": fake_input(node) for i, node in enumerate(routing)}
     # `base(x)` is recorded as a product with a weight of its own, so that it can be told from uses of base.weight.
-    tensors["product"] = fake_like(weight.detach().to(x.dtype), x)
+    dtype = x.dtype if x.dtype.is_floating_point else stored.dtype
+    tensors["factor"] = fake_like(site.product.factor(stored).to(dtype), x)
 
     def run(values: tuple[Tensor, ...], training: bool) -> Tensor:
         named = dict(zip(tensors, values, strict=True))
-        base = FrozenLinear(lambda v: F.linear(v, named["product"]), named["weight"], named.get("bias"), site, training)
-        p = adapter_namespace({name: named[name] for name in placement.names})
-        return placement.local.forward(named["x"], base, p)
+        routes = [named[name] for name in named if name.startswith("routing ")]
+        frozen = Frozen(site, named["weight"], named.get("bias"), training)
+        return frozen.adapted(
+            lambda v: site.product.multiply(v, named["factor"], *routes),
+            [(placement.local, adapter_namespace({name: named[name] for name in placement.names}))],
+            named["x"],
+            *routes,
+        )
 
     values = tuple(tensors.values())
     graph = trace(lambda *values: run(values, True), values)
     follow_mode(graph, trace(lambda *values: run(values, False), values))
+    graph.eliminate_dead_code()  # views of the weight that were not needed
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = dict(zip(placeholders, tensors, strict=True))
-    product = placeholders[-1]
-    calls = list(product.users)
+    calls = list(placeholders[-1].users)
     if len(calls) != 1:
         raise ConfigError(
             f"{type(placement.variant).__name__}.forward must call base(...) exactly once;"
             f" it called it {len(calls)} times."
         )
     result = graph.output_node().all_input_nodes[0]
-    return Fragment(graph, inputs, calls[0], calls[0].all_input_nodes[0], result)
+    (base_input,) = [n for n in calls[0].all_input_nodes if not inputs.get(n, "").startswith(("factor", "routing "))]
+    return Fragment(graph, inputs, calls[0], base_input, result)
 
 
 def _splice(
@@ -202,14 +210,10 @@ class _Copier:
     def _input(self, name: str) -> fx.Node:
         if name == "x":
             return self.call.x
-        if name == "bias":
-            return self._inserted(self.graph.get_attr(self.site.bias or ""))
-        if name == "weight":
-            weight = self._inserted(self.graph.get_attr(self.site.weight))
-            return (
-                self._inserted(self.graph.call_function(aten.t.default, (weight,))) if self.site.transposed else weight
-            )
-        return self._inserted(self.graph.get_attr(self.placement.tensors[name]))
+        if name.startswith("routing "):
+            return self.call.routing[int(name.removeprefix("routing "))]
+        frozen = {"weight": self.site.weight, "bias": self.site.bias or ""}
+        return self._inserted(self.graph.get_attr(frozen.get(name) or self.placement.tensors[name]))
 
     def _inserted(self, node: fx.Node) -> fx.Node:
         if "nn_module_stack" in self.call.node.meta:

@@ -6,13 +6,15 @@ import operator
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..adapters import Placement, placements, site_weight, tensor_of
-from ..site import Site, find_sites
-from ..variant import FrozenLinear, compose
+from ..adapters import Placement, placements, site_bias, site_weight, tensor_of
+from ..errors import AdapterError
+from ..site import Call, Site, find_sites
+from ..variant import FrozenLinear, Variant, compose, of_expert
 from .graph_pass import GraphPass
 from .remove import RemoveAdapters
 
@@ -35,21 +37,46 @@ class MergeAdapters(GraphPass):
         sites = [site for site in find_sites(gm) if site.name in by_site]
         merged = {site.name: _effective(gm, site, by_site[site.name]) for site in sites}
         RemoveAdapters().run(gm)
-        for site in find_sites(gm):
+        sites = find_sites(gm)
+        for site in sites:
             if site.name in merged:
-                _replace(gm, site, *merged[site.name])
-        return len(sites)
+                # Rows of one weight are read through one node: what is given to one site is given to all of them.
+                together = [
+                    other for other in sites if other is site or (site.product.rows and other.weight == site.weight)
+                ]
+                _replace(gm, site, [call for other in together for call in other.calls], *merged[site.name])
+        return len(merged)
 
 
 @torch.no_grad()
 def _effective(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple[Tensor, Tensor | None]:
-    """`W' (d_out, d_in)` and `b' (d_out,)`, in the frozen dtype; no bias where it is zero and none was there."""
-    weight = site_weight(gm, site)
-    bias = tensor_of(gm, site.bias) if site.bias else None
+    """`W' (d_out, d_in)` and `b' (d_out,)`, in the frozen dtype; no bias where it is zero and none was there.
+
+    Of experts, `(experts, d_out, d_in)` and `(experts, d_out)`.
+    """
+    weight, bias = site_weight(gm, site), site_bias(gm, site)
+    adapters = [(placement.local, placement.namespace(gm)) for placement in around]
+    if not site.experts:
+        return _effective_linear(site, weight, bias, adapters)
+    each = [
+        _effective_linear(site, one, None, [(variant, of_expert(p, expert)) for variant, p in adapters])
+        for expert, one in enumerate(weight)
+    ]
+    return torch.stack([one for one, _ in each]), (
+        torch.stack([torch.zeros_like(w[:, 0]) if shift is None else shift for w, shift in each])
+        if any(shift is not None for _, shift in each)
+        else None
+    )
+
+
+def _effective_linear(
+    site: Site, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Variant, Any]]
+) -> tuple[Tensor, Tensor | None]:
     # In float32 at least, so that folding into a half-precision weight rounds once.
     exact = torch.promote_types(weight.dtype, torch.float32)
     wide_weight = weight.to(exact)
     wide_bias = bias.to(exact) if bias is not None else None
+    # A product with a matrix is what it is with ordinary inputs, whatever the kind of site.
     base = FrozenLinear(
         lambda x: nn.functional.linear(x, wide_weight, wide_bias),
         wide_weight,
@@ -57,30 +84,41 @@ def _effective(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple
         site,
         training=False,
     )
-    adapted = compose(base, [(placement.local, placement.namespace(gm)) for placement in around])
+    adapted = compose(base, adapters)
     with torch.autocast(weight.device.type, enabled=False):
         shift = adapted(torch.zeros(1, site.d_in, dtype=exact, device=weight.device)).squeeze(0)
-        rows = adapted(torch.eye(site.d_in, dtype=exact, device=weight.device)) - shift
+        rows = adapted(site.product.identity(site.d_in, exact, weight.device)) - shift
     needs_bias = bias is not None or bool(shift.any())
     return rows.t().contiguous().to(weight.dtype), shift.to(weight.dtype) if needs_bias else None
 
 
-def _replace(gm: fx.GraphModule, site: Site, weight: Tensor, bias: Tensor | None) -> None:
-    _set(gm, site, site.weight, weight.t().contiguous() if site.transposed else weight)
+def _replace(gm: fx.GraphModule, site: Site, calls: list[Call], weight: Tensor, bias: Tensor | None) -> None:
+    _set(gm, site, calls, site.weight, site.product.stored(weight, tensor_of(gm, site.weight)))
     if bias is not None and site.bias is not None:
-        _set(gm, site, site.bias, bias)
+        stored, rows = tensor_of(gm, site.bias), site.product.rows
+        _set(
+            gm,
+            site,
+            calls,
+            site.bias,
+            bias if rows is None else torch.cat([stored[: rows[0]], bias, stored[rows[1] :]]),
+        )
     elif bias is not None:
         _add_bias(gm, site, bias)
 
 
 def _add_bias(gm: fx.GraphModule, site: Site, bias: Tensor) -> None:
     """Give the calls of `site`, whose linear has no bias, one."""
+    if site.experts:
+        raise AdapterError(
+            f"{site.name!r} is a stack of experts without biases, and its adapters add some: no merging."
+        )
     path = _own_parameter(gm, site, "bias", bias)
     for call in site.calls:
         with gm.graph.inserting_before(call.node):
             added = gm.graph.get_attr(path)
-        if call.node.target is aten.linear.default:
-            call.node.args = (*call.node.args[:2], added)
+        if call.node.target is aten.linear.default or site.kind == "conv":
+            call.node.args = (*call.node.args[:2], added, *call.node.args[3:])
             continue
         with gm.graph.inserting_after(call.y):
             total = gm.graph.call_function(aten.add.Tensor, (call.y, added))
@@ -96,11 +134,11 @@ def _own_parameter(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) ->
     return f"{site.name}.merged_{name}"
 
 
-def _set(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> None:
-    """Let the calls of `site` read `tensor` instead of the parameter called `name`, and nobody else."""
+def _set(gm: fx.GraphModule, site: Site, at: list[Call], name: str, tensor: Tensor) -> None:
+    """Let the calls `at` read `tensor` instead of the parameter called `name`, and nobody else."""
     shared = tensor_of(gm, name)
     parameter = nn.Parameter(tensor, requires_grad=False)
-    calls = {call.node for call in site.calls} | {call.y for call in site.calls}
+    calls = {call.node for call in at} | {call.y for call in at}
     aliases = [alias for alias, tensor in gm.named_parameters(remove_duplicate=False) if tensor is shared]
     readers = [node for node in gm.graph.nodes if node.op == "get_attr" and node.target in aliases]
     leaves = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]

@@ -1,0 +1,88 @@
+"""The frozen part of a site, and adapters around it: where a variant's function meets the kind of site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .experts import PerExpert
+from .provenance import SHARED
+from .site import Site
+from .variant import FrozenLinear, Variant, adapter_namespace, compose
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The frozen tensors of a site.
+
+    Args:
+        site: the site.
+        weight: as the model stores it.
+        bias: as the model stores it, or None.
+        training: whether the model is in training mode, for dropout.
+    """
+
+    site: Site
+    weight: Tensor
+    bias: Tensor | None
+    training: bool = False
+
+    def adapted(
+        self, call: Callable[[Tensor], Tensor], around: Iterable[tuple[Variant, Any]], x: Tensor, *routing: Tensor
+    ) -> Tensor:
+        """The output of the site with its adapters, in the model's layout, as its input `x` is.
+
+        Args:
+            call: computes the frozen output, in the model's layout.
+            around: the variants with their tensors, the innermost first.
+            x: what the model passes.
+            routing: what else the product takes.
+        """
+        around = list(around)
+        product, experts = self.site.product, self.site.experts
+        who = f"{' and '.join(type(variant).__name__ for variant, _ in around)} cannot adapt {self.site.name!r}"
+        entered = product.enter(x, self.weight.dtype, who, *routing)
+        matrix: Any = product.matrix(self.weight)
+        bias = self.bias if self.bias is None or product.rows is None else self.bias[slice(*product.rows)]
+
+        def base(v: Any) -> Any:
+            return product.result(call(v if isinstance(v, Tensor) else v.value), v)
+
+        def per_expert(p: Any) -> Any:
+            named: dict[str, Any] = vars(p)
+            return SimpleNamespace(
+                **{name: t if name.startswith(SHARED) else PerExpert(t, who) for name, t in named.items()}
+            )
+
+        if experts:
+            matrix, around = PerExpert(matrix, who), [(variant, per_expert(p)) for variant, p in around]
+        linear = FrozenLinear(base, matrix, bias, self.site, self.training)
+        return product.leave(compose(linear, around)(entered))
+
+
+def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
+    """Raise `ConfigError` if the config does with the input of `site` what this kind of site cannot.
+
+    Args:
+        variant: as it is at the site, settled.
+        site: any site; for a plain linear there is nothing to check.
+        stored: its weight as the model stores it.
+    """
+    if site.kind == "linear":
+        return
+    # Without data: `forward` itself is run on shapes.
+    weight = stored.detach().to("meta")
+    dtype = variant.param_dtype(weight.dtype)
+    tensors = {name: spec.empty(dtype, weight.device).detach() for name, spec in variant.specs(site).items()}
+    x, _ = site.product.example(weight)
+    routing = [torch.empty(site.experts, dtype=torch.int32, device="meta")] if site.product.routed else []
+    factor = site.product.factor(weight)
+    bias = weight.new_empty(site.d_out) if site.bias else None
+    Frozen(site, weight, bias).adapted(
+        lambda v: site.product.multiply(v, factor, *routing), [(variant, adapter_namespace(tensors))], x, *routing
+    )

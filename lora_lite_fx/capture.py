@@ -187,7 +187,12 @@ _ATEN_FUNCTIONS: dict[Any, Any] = {
     torch.addmm: aten.addmm.default,
     torch.bmm: aten.bmm.default,
 }
-_ATEN_METHODS = {"matmul": aten.matmul.default, "t": aten.t.default, "bmm": aten.bmm.default}
+_ATEN_METHODS = {
+    "matmul": aten.matmul.default,
+    "t": aten.t.default,
+    "bmm": aten.bmm.default,
+    "transpose": aten.transpose.int,
+}
 _CONVOLUTIONS = {nn.functional.conv1d: aten.conv1d, nn.functional.conv2d: aten.conv2d}
 
 
@@ -203,7 +208,7 @@ def _symbolic_trace(model: nn.Module) -> fx.GraphModule:
         elif node.op == "call_method" and node.target in _ATEN_METHODS:
             node.op, node.target = "call_function", _ATEN_METHODS[node.target]
         elif node.op == "call_function" and node.target is getattr and node.args[1:] in (("T",), ("mT",)):
-            node.target, node.args = aten.numpy_T.default, node.args[:1]
+            node.target, node.args = (aten.numpy_T if node.args[1] == "T" else aten.mT).default, node.args[:1]
         elif node.op == "call_function" and node.target in _CONVOLUTIONS:
             packet = _CONVOLUTIONS[node.target]
             by_name = any(value in ("same", "valid") for value in (*node.args, *node.kwargs.values()))

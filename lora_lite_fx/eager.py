@@ -71,6 +71,8 @@ class AdaptedLinear(nn.Module):
         self.site = site
         self.placements: list[Placement] = []
         self.train(base.training)
+        # nn.TransformerEncoderLayer's fast path reads the weights of its linears, unless there is a hook.
+        self.register_forward_hook(_keep)
 
     def add(self, placement: Placement, model: nn.Module) -> None:
         """Put an adapter around those there are. Its tensors must be registered in `model`, of which this is a part."""
@@ -100,6 +102,10 @@ class AdaptedLinear(nn.Module):
         return adapter_namespace(
             {name: getattr(self, path.rpartition(".")[2]) for name, path in placement.tensors.items()}
         )
+
+
+def _keep(*_: Any) -> None:
+    """A hook that changes nothing."""
 
 
 _PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)

@@ -242,7 +242,7 @@ def _with_bias_addition(gm: fx.GraphModule, x: fx.Node, product: fx.Node) -> tup
     return Call(x, product, product), None
 
 
-_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
+_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int, aten.permute.default)
 _COPIES = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.detach.default, aten.alias.default)
 
 
@@ -281,7 +281,11 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
 
 
 def _swaps_last_two(node: fx.Node) -> bool:
-    return node.target is aten.transpose.int and {dim % 3 for dim in node.args[1:3]} == {1, 2}  # type: ignore[operator]
+    return (
+        node.target is aten.mT.default
+        or node.target is aten.transpose.int
+        and {dim % 3 for dim in node.args[1:3]} == {1, 2}
+    )  # type: ignore[operator]
 
 
 def _rows(node: fx.Node) -> tuple[int, int] | None:

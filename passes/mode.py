@@ -20,9 +20,9 @@ class FollowMode(GraphPass):
     """Make a graph captured in training mode compute what `eval_graph` does when its module is in evaluation mode.
 
     Safe because the two were captured from one function and are compared node by node: they may differ in
-    literals only (the flags of dropout and batch norm, the dropout probability of attention), and in the counters
-    that batch norm keeps in training. Each difference becomes an expression of `self.training`, which
-    `torch.compile` guards on and `torch.export` freezes.
+    literals only (the flags of dropout and batch norm, the dropout probability of attention), in the counters that
+    batch norm keeps in training, and in dropouts that evaluation leaves out. Each difference becomes an expression of
+    `self.training`, which `torch.compile` guards on and `torch.export` freezes.
 
     Raises:
         CaptureError: the modes differ in structure (layer drop, noise), which one graph cannot follow.
@@ -59,6 +59,7 @@ class _TwoModes:
         self.twin: dict[fx.Node, fx.Node] = {}
         self.edits = 0
         self.flag: fx.Node | None = None
+        self.skipped: set[fx.Node] = set()
 
     def pair(self, node: fx.Node, twin: fx.Node) -> None:
         """Let the arguments of `node` follow those of its twin in the other graph."""
@@ -80,8 +81,14 @@ class _TwoModes:
         self.edits += 1
 
     def only_in_training(self, node: fx.Node) -> None:
-        """Let a counter stand still in evaluation, keep a change of layout; nothing else may run in one mode alone."""
+        """Let a counter stand still in evaluation, a dropout drop nothing, keep a change of layout; nothing else may run
+        in one mode alone."""
         if node.op == "get_attr" or _is_layout(node):
+            return
+        if node.target is aten.dropout.default and node.args[2] is True:
+            node.update_arg(2, self._training())
+            self.skipped.add(node)
+            self.edits += 1
             return
         counter = node.args[0] if node.target is aten.add_.Tensor else None
         if not isinstance(counter, fx.Node) or counter.op != "get_attr" or node.users:
@@ -91,7 +98,7 @@ class _TwoModes:
     def _follow(self, node: fx.Node, in_train: Any, in_eval: Any) -> Any:
         if isinstance(in_train, fx.Node):
             twin = self.twin.get(in_eval)
-            if twin is None or _without_layout(twin) is not _without_layout(in_train):
+            if twin is None or self._passed_on(twin) is not self._passed_on(in_train):
                 raise _modes_differ(node)
             return twin if _is_layout(twin) else in_train
         if isinstance(in_train, (tuple, list)) and isinstance(in_eval, (tuple, list)):
@@ -115,6 +122,12 @@ class _TwoModes:
             value = self.graph.call_function(operator.mul, (flag, in_train - in_eval))
             return self.graph.call_function(operator.add, (value, in_eval)) if in_eval else value
 
+    def _passed_on(self, node: fx.Node) -> fx.Node:
+        """What `node` is in evaluation but for its layout."""
+        while _is_layout(node) or node in self.skipped:
+            node = node.all_input_nodes[0]
+        return node
+
     def _training(self) -> fx.Node:
         if self.flag is None:
             with self.graph.inserting_before(next(iter(self.graph.nodes))):
@@ -125,12 +138,6 @@ class _TwoModes:
 def _is_layout(node: fx.Node) -> bool:
     """Whether `node` only makes a tensor contiguous, which is left out where it is (the modes may differ in that)."""
     return node.target is aten.contiguous.default
-
-
-def _without_layout(node: fx.Node) -> fx.Node:
-    while _is_layout(node):
-        (node,) = node.all_input_nodes
-    return node
 
 
 def _with_defaults(node: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

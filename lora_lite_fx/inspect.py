@@ -38,6 +38,8 @@ class SiteRow:
         bias: whether it adds a bias.
         calls: how often the model runs it in one forward pass.
         reads: name of the value in the graph that it reads; sites with the same name read the same value.
+        kind: `linear`, `embedding`, `conv` or `experts`.
+        experts: number of experts in its weight, each with an adapter of its own; 0 if it is no stack of experts.
     """
 
     name: str
@@ -52,6 +54,8 @@ class SiteRow:
     bias: bool
     calls: int
     reads: str
+    kind: str = "linear"
+    experts: int = 0
 
     @property
     def reason(self) -> str:
@@ -144,13 +148,18 @@ class SiteTable(Sequence[SiteRow]):
 
 
 def inspect(
-    model: nn.Module | ExportedProgram, example_inputs: Inputs | None = None, *, dynamic_shapes: Any = "auto"
+    model: nn.Module | ExportedProgram,
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    kinds: Sequence[str] = ("linear",),
 ) -> SiteTable:
     """The table of a model's sites, with the adapters it has.
 
     Args:
         model: any module, which is captured for that and not changed; or what `rewrite` or `load` returned.
         example_inputs, dynamic_shapes: as for `rewrite`.
+        kinds: of the sites to list, as in `target_kinds`; adapted sites are listed whatever their kind.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -162,6 +171,8 @@ def inspect(
     rows = []
     for site in find_sites(gm):
         here = list(at.get(site.name, {}).values())
+        if site.kind not in kinds and not here:
+            continue
         tensors = [tensor_of(gm, name) for insertion in here for name in insertion.tensors.values()]
         x, _ = outermost(here, site.calls[0].x, site.calls[0].y)
         rows.append(
@@ -178,6 +189,8 @@ def inspect(
                 bias=site.bias is not None,
                 calls=len(site.calls),
                 reads=x.name,
+                kind=site.kind,
+                experts=site.experts,
             )
         )
     total = sum(parameter.numel() for parameter in gm.parameters())

@@ -21,6 +21,7 @@ from .foreign import insert_from_file, only_adapter, sites_of
 from .peft_config import config_for, format_of, from_peft_config
 from .peft_formats import PeftFormat
 from .provenance import SHARED
+from .site import Site
 from .variant import Variant, pairs
 from .variants import LoRA
 from .variants.pissa import FromWeight
@@ -55,7 +56,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
         for name, qualified in placement.tensors.items():
             if name in form.tensors:
                 value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
-                tensors[_key(form, placement.site, name)] = value.contiguous().cpu()
+                tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,9 +122,9 @@ def _module_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if not name.endswith(".base")]
 
 
-def _key(form: PeftFormat, site: str, name: str) -> str:
-    key = form.tensors[name].key
-    return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{site}.{key}"
+def _key(form: PeftFormat, site: Site, name: str) -> str:
+    key = form.tensors[name].key_at(site.kind)
+    return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{site.name}.{key}"
 
 
 def _by_site(form: PeftFormat, state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -144,8 +145,9 @@ def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
     for name, theirs in form.tensors.items():
         if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
             return name, None
-        if key.startswith(_PREFIX) and key.endswith(f".{theirs.key}"):
-            return name, key.removeprefix(_PREFIX).removesuffix(f".{theirs.key}")
+        for ending in (theirs.key, theirs.embedding):
+            if ending and key.startswith(_PREFIX) and key.endswith(f".{ending}"):
+                return name, key.removeprefix(_PREFIX).removesuffix(f".{ending}")
     known = ", ".join(theirs.key for theirs in form.tensors.values())
     raise CheckpointError(
         f"{path}: {key} cannot be represented here; of {form.variant.__name__}, modules have {known}."

@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .peft_formats import FORMATS, PeftFormat
+from .products import Convolution
 from .site import Site
 from .variant import Variant
 from .variants import IA3
@@ -72,6 +73,7 @@ def _read(given: dict[Any, Any]) -> Variant:
             raise ConfigError(f"{name}: PEFT's {key} must map patterns to values, got {pairs!r}.")
         fields[key] = tuple((rf"^(.*\.)?({pattern})$", value) for pattern, value in pairs.items())
     fields["target_names"] = _targets(given, name)
+    fields["target_kinds"] = form.kinds
     fields["exclude_names"] = _patterns(given.get("exclude_modules") or (), "exclude_modules", name, _START)
     if form.variant is IA3:
         feedforward = given.get("feedforward_modules") or ()
@@ -158,6 +160,14 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
     for site in sites:
         if not site.weight.startswith(f"{site.name}."):
             raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is none of its own.")
+        if site.kind not in form.kinds:
+            raise ConfigError(
+                f"{name}: files of PEFT hold it for linears only here; {site.name!r} is {site.product.article}."
+            )
+        if isinstance(site.product, Convolution) and set(site.product.dilation) != {1}:
+            raise ConfigError(f"{name}: PEFT's convolutions are not dilated, and {site.name!r} is.")
+        if site.kind == "embedding" and getattr(variant, "bias", False):
+            raise ConfigError(f"{name}: PEFT has no bias at an embedding, and {site.name!r} is one.")
         if site.transposed and not form.conv1d:
             raise ConfigError(f"{name}: PEFT has it for ordinary linears only, and {site.name!r} is a Conv1D.")
     config: dict[str, Any] = {
@@ -175,7 +185,8 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
         if key in form.patterns:
             config[key] = own
     if form.conv1d:
-        config["fan_in_fan_out"] = all(site.transposed for site in sites)
+        layouts = {site.transposed for site in sites if site.kind == "linear"}
+        config["fan_in_fan_out"] = layouts == {True}
     if isinstance(variant, IA3):
         feedforward = [re.escape(site.name) for site in sites if variant.gates_input(site)]
         config["feedforward_modules"] = "|".join(feedforward) or []

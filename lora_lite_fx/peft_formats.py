@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from .products import Convolution
 from .site import Site
 from .variant import Variant
 from .variants import (
@@ -57,11 +59,19 @@ class PeftTensor:
     Args:
         key: what follows the module's path in PEFT's files; of a tensor that sites share, the whole key.
         to_ours, to_peft: converters of its layout.
+        embedding: what it is called at an embedding, if otherwise.
+        conv: its layout at a convolution, from ours and the size of the kernel.
     """
 
     key: str
     to_ours: Callable[[Tensor], Tensor] = lambda tensor: tensor
     to_peft: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    embedding: str = ""
+    conv: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None
+
+    def key_at(self, kind: str) -> str:
+        """The key at a site of that kind."""
+        return self.embedding if kind == "embedding" and self.embedding else self.key
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class PeftFormat:
         unread: fields that say only how an adapter starts, or what its other fields make pointless.
         patterns: which of `rank_pattern` and `alpha_pattern` PEFT has for it.
         conv1d: whether PEFT has it for `Conv1D`.
+        kinds: of the sites that can be read and written.
         rest: our tensors that a file may lack, as they follow from the weight or the config.
     """
 
@@ -92,13 +103,17 @@ class PeftFormat:
     unread: frozenset[str] = frozenset()
     patterns: frozenset[str] = frozenset()
     conv1d: bool = False
+    kinds: tuple[str, ...] = ("linear",)
     rest: tuple[str, ...] = ()
 
     def tensor_to_peft(self, variant: Variant, site: Site, name: str, tensor: Tensor) -> Tensor:
         """The tensor called `name` in PEFT's layout."""
         if isinstance(variant, IA3):
             return tensor[None, :] if variant.gates_input(site) else tensor[:, None]
-        return self.tensors[name].to_peft(tensor)
+        theirs = self.tensors[name]
+        if isinstance(site.product, Convolution) and theirs.conv is not None:
+            return theirs.conv(tensor, site.product.kernel)
+        return theirs.to_peft(tensor)
 
 
 _BOTH_PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
@@ -106,9 +121,32 @@ _R = {"r": PeftField("r", 8)}
 _R_ALPHA = {**_R, "alpha": PeftField("alpha", 8)}
 
 
+def _patches(a: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """`A (r, d_in)` as the weight of a convolution."""
+    return a.unflatten(1, (-1, *kernel))
+
+
+def _points(b: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """`B (d_out, r)` as the weight of a convolution whose kernel is a point."""
+    return b[(..., *[None] * len(kernel))]
+
+
+_FACTORS = {
+    "lora_A": PeftTensor(
+        "lora_A.weight", partial(Tensor.flatten, start_dim=1), embedding="lora_embedding_A", conv=_patches
+    ),
+    "lora_B": PeftTensor(
+        "lora_B.weight", partial(Tensor.flatten, start_dim=1), embedding="lora_embedding_B", conv=_points
+    ),
+}
+_MAGNITUDE = PeftTensor(
+    "lora_magnitude_vector", Tensor.flatten, conv=lambda m, kernel: m[(None, slice(None), *[None] * len(kernel))]
+)
+
+
 def _lora(variant: type[Variant], start: object) -> PeftFormat:
     """One of the variants that PEFT treats as a LoRA."""
-    magnitude = {"lora_m": PeftTensor("lora_magnitude_vector")} if variant is DoRA else {}
+    magnitude = {"lora_m": _MAGNITUDE} if variant is DoRA else {}
     bias = {"lora_bias": PeftTensor("lora_B.bias")} if variant is LoRA else {}
     return PeftFormat(
         variant,
@@ -120,11 +158,12 @@ def _lora(variant: type[Variant], start: object) -> PeftFormat:
             "rank_stabilized": PeftField("use_rslora", False),
             **({"bias": PeftField("lora_bias", False)} if variant is LoRA else {}),
         },
-        {"lora_A": PeftTensor("lora_A.weight"), "lora_B": PeftTensor("lora_B.weight"), **magnitude, **bias},
+        {**_FACTORS, **magnitude, **bias},
         constants={"use_dora": variant is DoRA, "init_lora_weights": start},
         unread=frozenset({"eva_config", "qalora_group_size"}),
         patterns=_BOTH_PATTERNS,
         conv1d=variant is not OLoRA,
+        kinds=("linear", "embedding", "conv") if variant in (LoRA, DoRA) else ("linear",),
         rest=("lora_A0", "lora_B0") if variant in (PiSSA, OLoRA) else (),
     )
 

@@ -42,8 +42,14 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
         if getattr(variant, field)
     } or {"default roles": variant.default_roles}
     wanted = ", ".join(f"{field}={value!r}" for field, value in targets.items())
+    kinds = " or ".join(variant.target_kinds)
+    others = [site for site in sites if site.kind not in variant.target_kinds and _is_named(variant, site)]
+    sites = [site for site in sites if site.kind in variant.target_kinds]
+    if others and not any(_is_named(variant, site) for site in sites):
+        found = ", ".join(f"{site.name} ({site.kind})" for site in others[:3])
+        return f"{type(variant).__name__}: no {kinds} site matches {wanted}; to adapt {found}, name its kind in target_kinds."
     if not sites:
-        return f"{type(variant).__name__}: the model has no linear site to adapt."
+        return f"{type(variant).__name__}: the model has no {kinds} site to adapt."
     names = [site.name for site in sites]
     by_tail = {name.rsplit(".", 1)[-1]: name for name in names}
     near = [
@@ -57,3 +63,7 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
         f" ({'the nearest' if near else 'the first'}: {', '.join(dict.fromkeys(near or names[:5]))})"
         f" with the roles: {', '.join(roles) or 'none that could be inferred'}."
     )
+
+
+def _is_named(variant: Variant, site: Site) -> bool:
+    return any(re.search(pattern, site.name) for pattern in variant.target_names or ())

@@ -101,6 +101,8 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             name = _name_in_module(weight, product)
         elif product.kind != "linear" and names[name, True]:  # an embedding whose weight is a head too
             name = f"{name}.sites.{product.kind}"
+        if product.kind == "embedding" and _is_same(gm, f"{name}.weight", weight):
+            weight = f"{name}.weight"  # the graph may read it by the name of a head that is tied to it
         roles = (linears[id(match)].reasons for match in members if id(match) in linears)
         reasons = {role: reason for each in roles for role, reason in each.items()}
         *experts, d_out, d_in = product.matrix(gm.get_parameter(weight).detach()).shape
@@ -281,11 +283,8 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
 
 
 def _swaps_last_two(node: fx.Node) -> bool:
-    return (
-        node.target is aten.mT.default
-        or node.target is aten.transpose.int
-        and {dim % 3 for dim in node.args[1:3]} == {1, 2}
-    )  # type: ignore[operator]
+    dims: Any = node.args[1:]
+    return node.target is aten.mT.default or (node.target is aten.transpose.int and {d % 3 for d in dims} == {1, 2})
 
 
 def _rows(node: fx.Node) -> tuple[int, int] | None:
@@ -323,6 +322,12 @@ def _name(match: _Match) -> str:
     if stack is None or owner == stack or owner.startswith(f"{stack}." if stack else ""):
         return owner if leaf == "weight" or not leaf.endswith("weight") else f"{owner}.{leaf[: -len('_weight')]}"
     return stack
+
+
+def _is_same(gm: fx.GraphModule, name: str, other: str) -> bool:
+    """Whether a parameter has both names."""
+    found = dict(gm.named_parameters(remove_duplicate=False))
+    return name in found and found[name] is found[other]
 
 
 def _name_in_module(weight: str, product: Product) -> str:

@@ -81,8 +81,10 @@ class _TwoModes:
         self.edits += 1
 
     def only_in_training(self, node: fx.Node) -> None:
-        """Let a counter stand still in evaluation, a dropout drop nothing, keep a change of layout; nothing else may run
-        in one mode alone."""
+        """Let a counter stand still in evaluation and a dropout drop nothing, keep a change of layout.
+
+        Nothing else may run in one mode alone.
+        """
         if node.op == "get_attr" or _is_layout(node):
             return
         if node.target is aten.dropout.default and node.args[2] is True:

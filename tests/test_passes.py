@@ -260,7 +260,7 @@ def test_graph_text_is_dumped_before_and_after_each_pass_when_asked_for(
     files = sorted((tmp_path / "dump").iterdir())
     assert [f.name.split("_", 1)[1] for f in files] == [
         f"{name}.{when}.txt"
-        for name in ("follow_mode", "drop_metadata_asserts", "insert_adapter")
+        for name in ("inline_regions", "inline_regions", "follow_mode", "drop_metadata_asserts", "insert_adapter")
         for when in ("after", "before")
     ]
     assert "lora_A" in files[-2].read_text()

@@ -93,10 +93,7 @@ def site_weight(model: nn.Module, site: Site) -> Tensor:
 
 def site_bias(model: nn.Module, site: Site) -> Tensor | None:
     """The frozen bias `(d_out,)` of `site` in a captured graph, or None."""
-    if site.bias is None:
-        return None
-    bias = tensor_of(model, site.bias).detach()
-    return bias if site.product.rows is None else bias[slice(*site.product.rows)]
+    return site.own_bias(tensor_of(model, site.bias).detach() if site.bias else None)
 
 
 def placements(model: nn.Module) -> list[Placement]:

@@ -48,7 +48,7 @@ class Frozen:
         who = f"{' and '.join(type(variant).__name__ for variant, _ in around)} cannot adapt {self.site.name!r}"
         entered = product.enter(x, self.weight.dtype, who, *routing)
         matrix: Any = product.matrix(self.weight)
-        bias = self.bias if self.bias is None or product.rows is None else self.bias[slice(*product.rows)]
+        bias = self.site.own_bias(self.bias)
 
         def base(v: Any) -> Any:
             return product.result(call(v if isinstance(v, Tensor) else v.value), v)

@@ -47,7 +47,10 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
     sites = [site for site in sites if site.kind in variant.target_kinds]
     if others and not any(_is_named(variant, site) for site in sites):
         found = ", ".join(f"{site.name} ({site.kind})" for site in others[:3])
-        return f"{type(variant).__name__}: no {kinds} site matches {wanted}; to adapt {found}, name its kind in target_kinds."
+        return (
+            f"{type(variant).__name__}: no {kinds} site matches {wanted};"
+            f" to adapt {found}, name its kind in target_kinds."
+        )
     if not sites:
         return f"{type(variant).__name__}: the model has no {kinds} site to adapt."
     names = [site.name for site in sites]

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .dataflow import Linear, op_name
 from .experts import Experts
@@ -49,6 +49,8 @@ class Site:
         weight: qualified name of the weight parameter.
         bias: qualified name of the bias parameter, or None.
         product: what it does with the weight: its kind, and the layout.
+        bias_rows: the first and the last but one entry of the bias parameter, where the bias is a part of it; None for
+            all.
         experts: how many experts have a `W` in the weight; 0 for a site that is no stack of experts.
         reasons: for each role, why.
         calls: where the graph runs it; several for a module used several times.
@@ -61,6 +63,7 @@ class Site:
     weight: str = ""
     bias: str | None = None
     product: Product = field(default_factory=Product)
+    bias_rows: tuple[int, int] | None = None
     experts: int = 0
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
     calls: tuple[Call, ...] = field(default=(), compare=False, repr=False)
@@ -74,6 +77,10 @@ class Site:
     def transposed(self) -> bool:
         """Whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does."""
         return self.product.transposed
+
+    def own_bias(self, stored: Tensor | None) -> Tensor | None:
+        """The bias `(d_out,)`, from the parameter that it is a part of."""
+        return stored if stored is None or self.bias_rows is None else stored[slice(*self.bias_rows)]
 
     @cached_property
     def layer(self) -> int | None:
@@ -113,8 +120,9 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
                 d_out,
                 frozenset(reasons),
                 weight,
-                members[0].bias,
+                members[0].bias.name if members[0].bias else None,
                 product,
+                members[0].bias.rows if members[0].bias else None,
                 experts[0] if experts else 0,
                 reasons,
                 tuple(match.call for match in members),
@@ -131,7 +139,7 @@ class _Match:
     call: Call
     weight: str
     product: Product
-    bias: str | None
+    bias: _Source | None
 
 
 def _match(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
@@ -159,10 +167,10 @@ def _match(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
         return None
     source = _parameter(gm, weight, dim=2)
     bias_source = _parameter(gm, bias, dim=1) if bias is not None else None
-    if source is None or (bias is not None and (bias_source is None or bias_source.rows != source.rows)):
+    if source is None or (bias is not None and bias_source is None):
         return None
     product = Product(out_in == source.flipped, source.rows)
-    return _Match(call, source.name, product, bias_source.name if bias_source else None)
+    return _Match(call, source.name, product, bias_source)
 
 
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
@@ -187,7 +195,7 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
             return None
         steps = {key: _each(args[key], dims) for key in ("stride", "padding", "dilation")}
         product = Convolution(kernel=tuple(gm.get_parameter(source.name).shape[2:]), **steps)
-        return _Match(Call(args["input"], node, node), source.name, product, bias_source.name if bias_source else None)
+        return _Match(Call(args["input"], node, node), source.name, product, bias_source)
     x, weight, *rest = node.args
     source = _parameter(gm, weight, dim=3)
     plain = not node.kwargs and len(rest) == (op_name(node) in _GROUPED) and all(isinstance(n, fx.Node) for n in rest)

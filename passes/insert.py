@@ -58,7 +58,7 @@ class InsertAdapter(GraphPass):
                 x, y = outermost(around[site.name], moved.get(call.x, call.x), call.y)
                 value = fake_input(x, *site.product.example(tensor_of(gm, site.weight)))
                 local = placement.local
-                shapes = (str(value.shape), value.dtype, site.product, site.d_out, site.bias is None)
+                shapes = (str(value.shape), value.dtype, site.product, site.d_out, site.bias is None, site.bias_rows)
                 key = (*shapes, local.r, local.alpha, local.trace_key(site))
                 here = Call(x, y, call.node, call.routing)
                 if key not in fragments:

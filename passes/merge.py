@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..adapters import Placement, placements, site_bias, site_weight, tensor_of
 from ..errors import AdapterError
-from ..site import Call, Site, find_sites
+from ..site import Site, find_sites
 from ..variant import FrozenLinear, Variant, compose, of_expert
 from .graph_pass import GraphPass
 from .remove import RemoveAdapters
@@ -40,11 +40,7 @@ class MergeAdapters(GraphPass):
         sites = find_sites(gm)
         for site in sites:
             if site.name in merged:
-                # Rows of one weight are read through one node: what is given to one site is given to all of them.
-                together = [
-                    other for other in sites if other is site or (site.product.rows and other.weight == site.weight)
-                ]
-                _replace(gm, site, [call for other in together for call in other.calls], *merged[site.name])
+                _replace(gm, site, sites, *merged[site.name])
         return len(merged)
 
 
@@ -92,17 +88,17 @@ def _effective_linear(
     return rows.t().contiguous().to(weight.dtype), shift.to(weight.dtype) if needs_bias else None
 
 
-def _replace(gm: fx.GraphModule, site: Site, calls: list[Call], weight: Tensor, bias: Tensor | None) -> None:
-    _set(gm, site, calls, site.weight, site.product.stored(weight, tensor_of(gm, site.weight)))
+def _replace(gm: fx.GraphModule, site: Site, sites: list[Site], weight: Tensor, bias: Tensor | None) -> None:
+    # Parts of one tensor are read through one node: what is given to one site is given to those of the other parts.
+    sharing = [s for s in sites if s is site or (site.product.rows and s.weight == site.weight)]
+    _set(gm, site, sharing, site.weight, site.product.stored(weight, tensor_of(gm, site.weight)))
     if bias is not None and site.bias is not None:
-        stored, rows = tensor_of(gm, site.bias), site.product.rows
-        _set(
-            gm,
-            site,
-            calls,
-            site.bias,
-            bias if rows is None else torch.cat([stored[: rows[0]], bias, stored[rows[1] :]]),
-        )
+        if site.bias_rows is not None:
+            start, end = site.bias_rows
+            stored = tensor_of(gm, site.bias)
+            bias = torch.cat([stored[:start], bias, stored[end:]])
+        sharing = [s for s in sites if s is site or (site.bias_rows and s.bias == site.bias)]
+        _set(gm, site, sharing, site.bias, bias)
     elif bias is not None:
         _add_bias(gm, site, bias)
 
@@ -134,11 +130,11 @@ def _own_parameter(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) ->
     return f"{site.name}.merged_{name}"
 
 
-def _set(gm: fx.GraphModule, site: Site, at: list[Call], name: str, tensor: Tensor) -> None:
-    """Let the calls `at` read `tensor` instead of the parameter called `name`, and nobody else."""
+def _set(gm: fx.GraphModule, site: Site, sharing: list[Site], name: str, tensor: Tensor) -> None:
+    """Let the calls of `sharing` read `tensor`, a merged one of `site`, and not the parameter called `name`."""
     shared = tensor_of(gm, name)
     parameter = nn.Parameter(tensor, requires_grad=False)
-    calls = {call.node for call in at} | {call.y for call in at}
+    calls = {node for each in sharing for call in each.calls for node in (call.node, call.y)}
     aliases = [alias for alias, tensor in gm.named_parameters(remove_duplicate=False) if tensor is shared]
     readers = [node for node in gm.graph.nodes if node.op == "get_attr" and node.target in aliases]
     leaves = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]

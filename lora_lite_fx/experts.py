@@ -50,6 +50,16 @@ class Experts(Product):
     def multiply(self, x: Tensor, factor: Tensor, *routing: Tensor) -> Tensor:
         return self.operator(x, factor, *routing)
 
+    def times(self, x: Tensor, matrix: Tensor, routing: tuple[Tensor, ...]) -> Tensor:
+        """The product with another `matrix (experts, m, d_in)`, in the dtype of `x`."""
+        if self.operator is not torch.ops.aten._grouped_mm.default:
+            return self.multiply(x, matrix.mT, *routing)
+        # PyTorch's own takes bfloat16 in rows of whole 16 bytes. As under autocast, the tensors may be wider.
+        m, d_in = matrix.shape[1:]
+        padded = F.pad(matrix.bfloat16(), (0, -d_in % 8, 0, -m % 8))
+        y = self.multiply(F.pad(x.bfloat16(), (0, -d_in % 8)), padded.mT, *routing)
+        return y[..., :m].to(x.dtype)
+
     def enter(self, x: Tensor, dtype: torch.dtype, who: str, *routing: Tensor) -> Routed:
         return Routed(x, self, routing, who)
 
@@ -193,7 +203,7 @@ def _of_routed(
     if name == "linear" and args[0] is routed:
         x, matrix, bias = (*args, kwargs.get("bias"))[:3]
         if isinstance(matrix, PerExpert):
-            y = product.multiply(x.value, matrix.value.mT, *routing)
+            y = product.times(x.value, matrix.value, routing)
         else:
             y = F.linear(x.value, matrix)
         return y if bias is None else y + meet(bias)

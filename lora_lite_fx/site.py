@@ -181,10 +181,11 @@ _GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 
 def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
     args = _arguments(node)
+    product: Product
     if node.target is aten.embedding.default:
         if (source := _parameter(gm, args["weight"], dim=2)) is None or source.flipped or source.rows:
             return None
-        product: Product = Lookup(padding=args["padding_idx"])
+        product = Lookup(padding=args["padding_idx"])
         return _Match(Call(args["indices"], node, node), source.name, product, None)
     if node.target in _CONVOLUTIONS:
         weight, bias = args["weight"], args["bias"]
@@ -196,13 +197,13 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
         steps = {key: _each(args[key], dims) for key in ("stride", "padding", "dilation")}
         product = Convolution(kernel=tuple(gm.get_parameter(source.name).shape[2:]), **steps)
         return _Match(Call(args["input"], node, node), source.name, product, bias_source)
-    x, weight, *rest = node.args
+    x, weight, *routing = (operand for operand in (*node.args, *node.kwargs.values()) if operand is not None)
     source = _parameter(gm, weight, dim=3)
-    plain = not node.kwargs and len(rest) == (op_name(node) in _GROUPED) and all(isinstance(n, fx.Node) for n in rest)
-    if source is None or source.rows or not plain or not isinstance(x, fx.Node):
+    known = isinstance(x, fx.Node) and all(isinstance(operand, fx.Node) for operand in routing)
+    if source is None or source.rows or not known or len(routing) != (op_name(node) in _GROUPED):
         return None
     product = Experts(transposed=not source.flipped, operator=node.target)
-    return _Match(Call(x, node, node, tuple(rest)), source.name, product, None)  # type: ignore[arg-type]
+    return _Match(Call(x, node, node, tuple(routing)), source.name, product, None)  # type: ignore[arg-type]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
         return _Match(Call(args["input"], node, node), source.name, product, bias_source)
     x, weight, *routing = (operand for operand in (*node.args, *node.kwargs.values()) if operand is not None)
     source = _parameter(gm, weight, dim=3)
-    known = isinstance(x, fx.Node) and all(isinstance(operand, fx.Node) for operand in routing)
+    known = isinstance(x, fx.Node) and all("val" in getattr(operand, "meta", ()) for operand in routing)
     if source is None or source.rows or not known or len(routing) != (op_name(node) in _GROUPED):
         return None
     product = Experts(transposed=not source.flipped, operator=node.target)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ConfigError
+from .param_spec import ParamSpec as ParamSpec  # which variants import from here
 from .products import KINDS
 from .provenance import SHARED
 from .roles import GROUPS, ROLES
@@ -29,53 +29,6 @@ from .site import Site
 
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALF, torch.float32, torch.float64)  # in narrower ones there is no arithmetic
-
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """One tensor that a variant adds to a site.
-
-    A name that begins with `lora_shared_` is one tensor for all the sites of the adapter, registered at the root of
-    the model; its spec must be the same at each of them.
-
-    Args:
-        shape: its shape.
-        init: how it starts: `"zeros"`, `"ones"`, `"kaiming"` (uniform, a = sqrt(5)), a number to fill with, or a
-            function that fills a tensor in place.
-        trainable: a parameter if true, else a frozen buffer. Both are saved with the adapter.
-        dtype: of the tensor, for indices; None means the adapter's own.
-    """
-
-    shape: tuple[int, ...]
-    init: str | float | Callable[[Tensor], object] = "zeros"
-    trainable: bool = True
-    dtype: torch.dtype | None = None
-
-    def repeated(self, count: int) -> ParamSpec:
-        """The spec of `count` such tensors as one, `(count, *shape)`, each started by itself."""
-
-        def fill_each(tensor: Tensor) -> None:
-            for one in tensor:
-                self.fill(one)
-
-        return dataclasses.replace(self, shape=(count, *self.shape), init=fill_each)
-
-    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tensor, allocated and not yet filled: a Parameter if trainable."""
-        tensor = torch.empty(self.shape, dtype=self.dtype or dtype, device=device)
-        return torch.nn.Parameter(tensor) if self.trainable else tensor
-
-    @torch.no_grad()
-    def fill(self, tensor: Tensor) -> None:
-        """Write the start values into `tensor`, in place."""
-        if callable(self.init):
-            self.init(tensor)
-        elif self.init == "kaiming":
-            torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
-        elif isinstance(self.init, str):
-            tensor.fill_({"zeros": 0.0, "ones": 1.0}[self.init])
-        else:
-            tensor.fill_(self.init)
 
 
 @dataclass(frozen=True)
@@ -277,7 +230,9 @@ class Variant:
         other. `cast` adds nothing there; or cast what is computed from `x`.
 
         Args:
-            x: `(..., d_in)`.
+            x: `(..., d_in)`. At an embedding, a convolution or experts an object in its place, which can be cast,
+                dropped out, and multiplied by `F.linear` with matrices of `d_in` columns; any other use of it is a
+                ConfigError. Of experts, `p` and `base.weight` are such objects too, with the shapes of one expert.
             base: the frozen linear.
             p: the variant's tensors as attributes.
 

@@ -259,6 +259,16 @@ def _name_modules_once(model: nn.Module, graph: fx.Graph) -> None:
             node.meta["nn_module_stack"] = {key: (names.get(path, path), *rest) for key, (path, *rest) in stack.items()}
 
 
+# Regions that run in a mode of their own.
+
+GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
+AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast
+# What torch.export traces at the borders of a region before it makes one, and so again when it captures an opened one.
+# The public forms are context managers, which a graph cannot hold.
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp._enter_autocast, torch.amp._exit_autocast
+
+
 # Tracing a variant's function.
 
 

@@ -28,7 +28,7 @@ class Product:
 
     Args:
         transposed: whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does.
-        rows: the first and the last but one row of the stored weight, where the site is a part of it; None for all.
+        rows: of the stored weight, where the site is a part of it: the first and the one after the last; None for all.
     """
 
     transposed: bool = False
@@ -88,7 +88,7 @@ class Product:
 
 
 class SiteInput:
-    """The input of a site that is no tensor `(..., d_in)`: it can be cast, dropped out, and multiplied, once.
+    """The input of a site that is no tensor `(..., d_in)`: it can be cast, dropped out, and multiplied.
 
     Args:
         product: the kind of site.

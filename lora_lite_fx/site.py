@@ -49,8 +49,8 @@ class Site:
         weight: qualified name of the weight parameter.
         bias: qualified name of the bias parameter, or None.
         product: what it does with the weight: its kind, and the layout.
-        bias_rows: the first and the last but one entry of the bias parameter, where the bias is a part of it; None for
-            all.
+        bias_rows: of the bias parameter, where the bias is a part of it: the first and the one after the last; None
+            for all.
         experts: how many experts have a `W` in the weight; 0 for a site that is no stack of experts.
         reasons: for each role, why.
         calls: where the graph runs it; several for a module used several times.

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..capture import AUTOCAST_REGION, ENTER_AUTOCAST, EXIT_AUTOCAST, GRAD_REGION, SET_GRAD_ENABLED
 from .graph_pass import GraphPass
 
-_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
-_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
-_SETTINGS = {_GRAD: 1, _AUTOCAST: 4}
+_SETTINGS = {GRAD_REGION: 1, AUTOCAST_REGION: 4}
 """The number of arguments that say how a region runs; after them come its body, a graph module, and the operands."""
 
 
@@ -47,7 +46,7 @@ def without_gradient(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node.target is torch.is_grad_enabled:
             at[node] = enabled
-        elif node.target is torch._C._set_grad_enabled:
+        elif node.target is SET_GRAD_ENABLED:
             enabled = at.get(node.args[0], node.args[0])
         elif not enabled:
             found.add(node)
@@ -87,15 +86,13 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
     )
     _take_attributes(gm, body)
     with graph.inserting_before(node):
-        # The functions that export itself traces; their public forms are context managers.
-        if node.target is _GRAD:
+        if node.target is GRAD_REGION:
             before = graph.call_function(torch.is_grad_enabled)
-            graph.call_function(torch._C._set_grad_enabled, settings)
+            graph.call_function(SET_GRAD_ENABLED, settings)
         else:
-            before = graph.call_function(torch.amp._enter_autocast, settings)
+            before = graph.call_function(ENTER_AUTOCAST, settings)
         results = graph.graph_copy(body.graph, values)
-        leave = torch._C._set_grad_enabled if node.target is _GRAD else torch.amp._exit_autocast
-        graph.call_function(leave, (before,))
+        graph.call_function(SET_GRAD_ENABLED if node.target is GRAD_REGION else EXIT_AUTOCAST, (before,))
     if isinstance(results, (tuple, list)):
         for user in list(node.users):
             assert user.target is operator.getitem

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -133,11 +133,18 @@ def base_graph(
     return checkpointed(gm) if checkpoint_layers else gm
 
 
-def insert_adapters(gm: fx.GraphModule, chosen: Iterable[tuple[Variant, Iterable[Site]]]) -> int:
-    """Insert each variant at its sites, in order, with tensors not yet filled; returns the first adapter's index."""
+def insert_adapters(
+    gm: fx.GraphModule,
+    chosen: Iterable[tuple[Variant, Iterable[Site]]],
+    roles: Mapping[str, frozenset[str]] | None = None,
+) -> int:
+    """Insert each variant at its sites, in order, with tensors not yet filled; returns the first adapter's index.
+
+    The sites have the `roles` given by name, where another graph of the model says more about them than this one.
+    """
     first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
     passes = (
-        InsertAdapter(variant, first + i, tuple(site.name for site in sites))
+        InsertAdapter(variant, first + i, tuple(site.name for site in sites), roles or {})
         for i, (variant, sites) in enumerate(chosen)
     )
     Pipeline(tuple(passes)).run(gm)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,13 @@ _BATCH, _LENGTH, _PAST = 3, 7, 5
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
 
 
+# Positions `(batch, length)` from a mask `(batch, length)` of all tokens: counted, or with padding left out.
+_POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "counted": lambda mask: torch.arange(mask.shape[1], device=mask.device).expand_as(mask),
+    "marked": lambda mask: mask.long().cumsum(1) * mask - 1,
+}
+
+
 @dataclass(frozen=True)
 class Decoder:
     """What a run of a causal language model has shown.
@@ -30,13 +37,13 @@ class Decoder:
     Args:
         layers: for each layer of its cache, keys `(1, heads, 0, d)` and values `(1, heads, 0, d)` of no token.
         parameters: names of the arguments that it takes.
-        counts_positions: whether no positions mean those from the number of cached tokens on.
+        positions: what no positions mean: the name of a rule in `_POSITIONS`, or None for another one.
         has_plain_loss: whether its loss is its `loss_function` of all logits.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     parameters: frozenset[str]
-    counts_positions: bool
+    positions: str | None
     has_plain_loss: bool
 
 
@@ -89,13 +96,10 @@ def probe(model: Any) -> Decoder | None:
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers):
             return None
         empty = tuple((layer.keys[:1, :, :0], layer.values[:1, :, :0]) for layer in layers)
-        positions = torch.arange(_LENGTH, device=model.device).expand(_BATCH, -1)
-        return Decoder(
-            empty,
-            frozenset(signature),
-            "position_ids" in signature and torch.equal(run(position_ids=positions).logits, plain.logits),
-            "labels" in signature and _has_plain_loss(model, run, ids),
-        )
+        rules = _POSITIONS if "position_ids" in signature else {}
+        found = [name for name, rule in rules.items() if torch.equal(run(position_ids=rule(mask)).logits, plain.logits)]
+        has_plain_loss = "labels" in signature and _has_plain_loss(model, run, ids)
+        return Decoder(empty, frozenset(signature), found[0] if found else None, has_plain_loss)
     finally:
         model.train(training)
 
@@ -129,7 +133,7 @@ def normal_form(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) 
     arguments = dict(arguments)
     cache, mask = arguments.get("cache"), arguments.get("attention_mask")
     text = model.config.get_text_config(decoder=True)
-    use_cache = arguments.get("use_cache", getattr(text, "use_cache", True))
+    use_cache = arguments.get("use_cache", True)
     if cache is None and mask is None and "position_ids" in arguments and not use_cache:
         return as_it_is  # positions that start again mark several texts in one row
     batch, length = tokens.shape[:2]
@@ -139,9 +143,10 @@ def normal_form(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) 
     if _only_appends(cache):
         past = cache.get_seq_length()
         if mask is None:
-            arguments["attention_mask"] = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
-        if decoder.counts_positions and "position_ids" not in arguments:
-            arguments["position_ids"] = torch.arange(past, past + length, device=tokens.device).expand(batch, -1)
+            mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
+        arguments["attention_mask"] = mask
+        if decoder.positions and "position_ids" not in arguments and mask.dim() == 2:
+            arguments["position_ids"] = _POSITIONS[decoder.positions](mask)[:, past : past + length]
     keep = arguments.get("logits_to_keep", 0)
     if "logits_to_keep" in decoder.parameters and isinstance(keep, int):
         arguments["logits_to_keep"] = torch.arange(length, device=tokens.device)[-keep:]

@@ -249,7 +249,7 @@ class Graphs:
         outcome: dict[str, Any] = {}
         shadow = self.plain()
         shadow.__class__ = _flat(type(shadow), call, outcome)
-        dynamic = {name: [Dim.AUTO] * leaf.dim() if isinstance(leaf, Tensor) else Dim.AUTO for name, leaf in example.items()}
+        dynamic = {name: _dynamic(name, leaf) for name, leaf in example.items()}
         with ExitStack() as stack:
             # Whatever the call runs under is no part of the graph.
             stack.enter_context(torch.inference_mode(False))
@@ -344,6 +344,8 @@ def _arguments(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             arguments |= value
         elif type(value) is not type(parameter.default) or value != parameter.default:
             arguments[name] = value
+    if "use_cache" in signature.parameters and "use_cache" not in arguments:
+        arguments["use_cache"] = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
     return_dict = arguments.pop("return_dict", None)
     return_dict = getattr(part.config, "return_dict", True) if return_dict is None else return_dict
     return {name: value for name, value in arguments.items() if value is not None}, return_dict
@@ -373,6 +375,15 @@ def _changed(before: tuple[tuple[str, Any], ...], now: tuple[tuple[str, Any], ..
 
 def _shapes(leaves: Leaves) -> list[Any]:
     return [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves.values()]
+
+
+def _dynamic(name: str, leaf: Any) -> Any:
+    """The shape of a leaf for torch.export: what can be dynamic is, but for the heads and widths of caches."""
+    if not isinstance(leaf, Tensor):
+        return Dim.AUTO
+    fixed = (1, 3) if name.startswith("cache") and leaf.dim() == 4 else ()
+    # Sizes of 0 and 1 are specialised anyway.
+    return [Dim.AUTO if size > 1 and dim not in fixed else Dim.STATIC for dim, size in enumerate(leaf.shape)]
 
 
 def _flat(cls: type, call: Call, outcome: dict[str, Any]) -> type:

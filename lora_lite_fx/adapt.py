@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from .adapters import Placement, adapter_state_dict, placements
 from .calibration import Batches
@@ -21,13 +22,10 @@ from .checkpoint import load, save
 from .errors import AdapterError, ConfigError
 from .graphs import Graphs
 from .hf import is_hugging_face
+from .passes import merged_tensors
 from .peft import CONFIG, load_peft
 from .rewrite import Config, rewrite
-
-
-def fold_into(plain, gm):
-    raise NotImplementedError
-
+from .site import find_sites
 
 _WEIGHTS = "model.safetensors"  # what a Trainer looks for in a checkpoint
 
@@ -106,7 +104,7 @@ def _adopted(graphs: Graphs) -> Any:
 
 
 @functools.cache
-def _subclass(kind: type, cls: Any) -> type:
+def _subclass(kind: Any, cls: Any) -> type:
     """A subclass of `cls`, of the same name, with the methods of `kind`."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "base": cls}
     if issubclass(kind, _Part):
@@ -155,7 +153,7 @@ class Adapted(_Part):
         """The model in its own class, with the adapters folded into copies of the adapted weights, or left out."""
         plain = self._graphs.plain()
         if fold:
-            fold_into(plain, self.adapted_graph())
+            _fold_into(plain, self.adapted_graph())
         return plain
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
@@ -195,3 +193,36 @@ class Adapted(_Part):
     def _tensors(self) -> list[Any]:
         tensors = [*self.parameters(), *self.buffers()]  # type: ignore[attr-defined]
         return [(id(tensor), tensor.dtype, tensor.device) for tensor in tensors]
+
+
+def _fold_into(model: Any, gm: fx.GraphModule) -> None:
+    """Give the adapted sites of a model, which is that of the graph without adapters, weights that do what these do.
+
+    Raises:
+        ConfigError: an adapter adds a bias where there is no place for one.
+    """
+    around: dict[str, list[Placement]] = defaultdict(list)
+    for placement in placements(gm):
+        around[placement.site].append(placement)
+    modules = dict(model.named_modules())
+    for site in find_sites(gm):
+        if site.name not in around:
+            continue
+        weight, bias = merged_tensors(gm, site, around[site.name])
+        owner, _, name = site.weight.rpartition(".")
+        if isinstance(getattr(modules.get(site.name), "weight", None), Tensor):
+            owner, name = site.name, "weight"  # where it is tied, the graph reads it from another module
+        module = modules[owner]
+        if bias is not None and site.bias is None and not isinstance(module, nn.Linear):
+            raise ConfigError(
+                f"The adapter of {site.name} adds a bias, for which a {type(module).__name__} has no place."
+            )
+        aliases = sum(tensor is getattr(module, name) for _, tensor in model.named_parameters(remove_duplicate=False))
+        if aliases > 1:
+            model.config.tie_word_embeddings = False  # the other keeps the frozen weight
+            model.all_tied_weights_keys.pop(f"{owner}.{name}", None)
+        stored = weight.t().contiguous() if site.transposed else weight
+        module.register_parameter(name, nn.Parameter(stored, requires_grad=False))
+        if bias is not None:
+            place = site.bias.rpartition(".")[2] if site.bias else "bias"
+            module.register_parameter(place, nn.Parameter(bias, requires_grad=False))

@@ -87,9 +87,11 @@ def disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str] 
         try:
             hash(value)
         except TypeError as error:
-            raise CaptureError(f"{name} is a {type(value).__name__}, which cannot be an argument of a graph.") from error
+            raise CaptureError(
+                f"{name} is a {type(value).__name__}, which cannot be an argument of a graph."
+            ) from error
         return Constant(type(value), value)
-    found = []
+    found: list[Structure] = []
     for key, part in zip(keys, parts, strict=True):
         if key in _COUNTERS and type(part) is int:
             leaves[f"{name}_{key}"] = part
@@ -120,7 +122,8 @@ def assemble(structure: Structure, leaves: Mapping[str, Any], given: Mapping[str
         return structure.value
     if isinstance(structure, Given):
         return (given or {})[structure.name]
-    kind, parts = structure.kind, [assemble(part, leaves, given) for part in structure.parts]
+    kind: Any = structure.kind
+    parts = [assemble(part, leaves, given) for part in structure.parts]
     if issubclass(kind, Mapping):
         items = dict(zip(structure.keys, parts, strict=True))
         return kind(**items) if dataclasses.is_dataclass(kind) else kind(items)

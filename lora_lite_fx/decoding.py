@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .calls import Leaves
 
@@ -93,7 +93,9 @@ def probe(model: Any) -> Decoder | None:
     try:
         plain = run()
         layers = plain.cache.layers
-        if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers):
+        if not all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers
+        ):
             return None
         empty = tuple((layer.keys[:1, :, :0], layer.values[:1, :, :0]) for layer in layers)
         rules = _POSITIONS if "position_ids" in signature else {}
@@ -204,7 +206,7 @@ def uncut_windows(arguments: Mapping[str, Any]) -> Iterator[None]:
             return DynamicLayer.update(self, key_states, value_states)
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            held = self.keys.shape[-2]
+            held = self.keys.shape[-2] if self.keys is not None else 0
             return held + query_length, self.cumulative_length - held
 
     layers = list(_sliding_layers(arguments))

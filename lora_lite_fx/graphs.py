@@ -75,7 +75,7 @@ class Graph:
     gm: fx.GraphModule
     call: Call
     shapes: Any
-    guards: Callable[..., None]
+    guards: Callable[..., object]
     result: Structure
     given: dict[str, Structure]
 
@@ -327,8 +327,8 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 @functools.cache
-def _signature(cls: type) -> inspect.Signature:
-    return inspect.signature(cls.forward)  # type: ignore[attr-defined]
+def _signature(cls: Any) -> inspect.Signature:
+    return inspect.signature(cls.forward)
 
 
 def _arguments(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -404,4 +404,6 @@ def _flat(cls: type, call: Call, outcome: dict[str, Any]) -> type:
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *call.leaves)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return type(
+        cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .adapters import adapter_tensor_names, placements, site_weight
+from .adapters import HasGraphs, adapter_tensor_names, placements, site_weight
 from .calibration import Batches, make_plans
 from .capture import Inputs, capture, keep_aliases, own_written_buffers
 from .errors import AdapterError, ConfigError
@@ -75,11 +75,12 @@ def rewrite(
     return gm
 
 
-def merge(model: fx.GraphModule) -> fx.GraphModule:
+def merge(model: nn.Module) -> Any:
     """The model with its adapters folded into the weights: node for node the base graph, with no adapter left.
 
     Args:
-        model: what `rewrite` or `load` returned; it is not changed.
+        model: what `rewrite`, `adapt` or `load` returned; it is not changed. Of an adapted Hugging Face model the
+            result is a model of its class.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -87,11 +88,12 @@ def merge(model: fx.GraphModule) -> fx.GraphModule:
     return _without_adapters(model, MergeAdapters())
 
 
-def remove(model: fx.GraphModule) -> fx.GraphModule:
+def remove(model: nn.Module) -> Any:
     """The model without its adapters: node for node the base graph, over the base weights bit for bit.
 
     Args:
-        model: what `rewrite` or `load` returned, or the module of an exported program of it; it is not changed.
+        model: what `rewrite`, `adapt` or `load` returned, or the module of an exported program; it is not changed. Of
+            an adapted Hugging Face model the result is a model of its class.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -99,7 +101,9 @@ def remove(model: fx.GraphModule) -> fx.GraphModule:
     return _without_adapters(model, RemoveAdapters())
 
 
-def _without_adapters(model: fx.GraphModule, how: GraphPass) -> fx.GraphModule:
+def _without_adapters(model: nn.Module, how: GraphPass) -> Any:
+    if isinstance(model, HasGraphs):
+        return model.without_adapters(fold=isinstance(how, MergeAdapters))
     if not isinstance(model, fx.GraphModule) or not adapter_tensor_names(model):
         raise AdapterError(
             f"{type(model).__name__} has no adapters in its graph; it is not what rewrite or load returned."

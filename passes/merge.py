@@ -33,7 +33,7 @@ class MergeAdapters(GraphPass):
         for placement in placements(gm):
             by_site[placement.site].append(placement)
         sites = [site for site in find_sites(gm) if site.name in by_site]
-        merged = {site.name: _effective(gm, site, by_site[site.name]) for site in sites}
+        merged = {site.name: merged_tensors(gm, site, by_site[site.name]) for site in sites}
         RemoveAdapters().run(gm)
         for site in find_sites(gm):
             if site.name in merged:
@@ -42,7 +42,7 @@ class MergeAdapters(GraphPass):
 
 
 @torch.no_grad()
-def _effective(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple[Tensor, Tensor | None]:
+def merged_tensors(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple[Tensor, Tensor | None]:
     """`W' (d_out, d_in)` and `b' (d_out,)`, in the frozen dtype; no bias where it is zero and none was there."""
     weight = site_weight(gm, site)
     bias = tensor_of(gm, site.bias) if site.bias else None

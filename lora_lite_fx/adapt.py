@@ -56,7 +56,7 @@ def adapt(
     Returns:
         The copy, in the model's mode. Only the adapters' parameters require grad. Its parts (`get_encoder()`, the
         model without its head) run graphs of their own; a layer that is adapted refuses to run alone.
-        `save_pretrained` writes the config and the adapters, as `save` does.
+        `save_pretrained` writes the adapters alone.
 
     Raises:
         AdapterError: `model` is not a transformers model, or is adapted already.
@@ -91,11 +91,12 @@ def _adopted(graphs: Graphs) -> Any:
     model = graphs.model
     sites = {placement.site for placement in graphs.placements}
     for name, module in model.named_modules():
+        cls: Any = type(module)
         if is_hugging_face(module):
-            module.__class__ = _subclass(Adapted if module is model else _Part, type(module))
+            module.__class__ = _subclass(Adapted if module is model else _Part, cls)
             module._graphs, module._path = graphs, name
         elif name in sites:
-            module.__class__ = _subclass(_Alone, type(module))
+            module.__class__ = _subclass(_Alone, cls)
             module._path = name
     trained = adapter_state_dict(model)
     # What transformers leaves out of checkpoints, and does not miss in them.
@@ -157,7 +158,9 @@ class Adapted(_Part):
         return plain
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
-        """Write the configs and `model.safetensors`, which holds the adapters as `save` writes them.
+        """Write the adapters as `save` does, to `model.safetensors`, which `adapt` and a resumed `Trainer` read.
+
+        There is no config beside it: the folder is not to be taken for one of a whole model.
 
         Args:
             save_directory: made if it is not there.
@@ -167,9 +170,6 @@ class Adapted(_Part):
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(folder)  # type: ignore[attr-defined]
-        if self.can_generate():  # type: ignore[attr-defined]
-            self.generation_config.save_pretrained(folder)  # type: ignore[attr-defined]
         save(self, folder / _WEIGHTS)  # type: ignore[arg-type]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **_: Any) -> None:

@@ -6,7 +6,6 @@ class or a flag, is part of the structure: it is the same in every call of one g
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import re
 from collections.abc import Iterator, Mapping
@@ -126,7 +125,7 @@ def assemble(structure: Structure, leaves: Mapping[str, Any], given: Mapping[str
     parts = [assemble(part, leaves, given) for part in structure.parts]
     if issubclass(kind, Mapping):
         items = dict(zip(structure.keys, parts, strict=True))
-        return kind(**items) if dataclasses.is_dataclass(kind) else kind(items)
+        return kind(**items) if hasattr(kind, "__dataclass_fields__") else kind(items)
     if issubclass(kind, (list, tuple)):
         return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
     value = kind.__new__(kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +23,6 @@ _BATCH, _LENGTH, _PAST = 3, 7, 5
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
 
 
-# Positions `(batch, length)` from a mask `(batch, length)` of all tokens: counted, or with padding left out.
-_POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "counted": lambda mask: torch.arange(mask.shape[1], device=mask.device).expand_as(mask),
-    "marked": lambda mask: mask.long().cumsum(1) * mask - 1,
-}
-
-
 @dataclass(frozen=True)
 class Decoder:
     """What a run of a causal language model has shown.
@@ -37,13 +30,13 @@ class Decoder:
     Args:
         layers: for each layer of its cache, keys `(1, heads, 0, d)` and values `(1, heads, 0, d)` of no token.
         parameters: names of the arguments that it takes.
-        positions: what no positions mean: the name of a rule in `_POSITIONS`, or None for another one.
+        counts_positions: whether no positions mean those from the number of cached tokens on, padding included.
         has_plain_loss: whether its loss is its `loss_function` of all logits.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     parameters: frozenset[str]
-    positions: str | None
+    counts_positions: bool
     has_plain_loss: bool
 
 
@@ -98,10 +91,13 @@ def probe(model: Any) -> Decoder | None:
         ):
             return None
         empty = tuple((layer.keys[:1, :, :0], layer.values[:1, :, :0]) for layer in layers)
-        rules = _POSITIONS if "position_ids" in signature else {}
-        found = [name for name, rule in rules.items() if torch.equal(run(position_ids=rule(mask)).logits, plain.logits)]
-        has_plain_loss = "labels" in signature and _has_plain_loss(model, run, ids)
-        return Decoder(empty, frozenset(signature), found[0] if found else None, has_plain_loss)
+        positions = torch.arange(_LENGTH, device=model.device).expand(_BATCH, -1)
+        return Decoder(
+            empty,
+            frozenset(signature),
+            "position_ids" in signature and torch.equal(run(position_ids=positions).logits, plain.logits),
+            "labels" in signature and _has_plain_loss(model, run, ids),
+        )
     finally:
         model.train(training)
 
@@ -146,9 +142,10 @@ def normal_form(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) 
         past = cache.get_seq_length()
         if mask is None:
             mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
-        arguments["attention_mask"] = mask
-        if decoder.positions and "position_ids" not in arguments and mask.dim() == 2:
-            arguments["position_ids"] = _POSITIONS[decoder.positions](mask)[:, past : past + length]
+        if mask.dim() == 2 and mask.shape[1] >= length:
+            arguments["cached_mask"], arguments["attention_mask"] = mask[:, :-length], mask[:, -length:]
+        if decoder.counts_positions and "position_ids" not in arguments:
+            arguments["position_ids"] = torch.arange(past, past + length, device=tokens.device).expand(batch, -1)
     keep = arguments.get("logits_to_keep", 0)
     if "logits_to_keep" in decoder.parameters and isinstance(keep, int):
         arguments["logits_to_keep"] = torch.arange(length, device=tokens.device)[-keep:]
@@ -156,6 +153,13 @@ def normal_form(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) 
     if decoder.has_plain_loss and "labels" in arguments:
         loss = {name: arguments.pop(name) for name in _LOSS_ARGUMENTS if name in arguments}
     return Form(arguments, given, loss, keeps_cache)
+
+
+def join_mask(arguments: dict[str, Any]) -> None:
+    """Put the mask together of its two parts. As one, its length would be an input of its own, with bounds."""
+    if "cached_mask" in arguments:
+        parts = [arguments.pop("cached_mask"), arguments["attention_mask"]]
+        arguments["attention_mask"] = torch.cat(parts, dim=1)
 
 
 def _opened(cache: Any, text: Any, decoder: Decoder, batch: int, device: torch.device) -> Any:
@@ -256,8 +260,8 @@ def _normal_example(leaves: Leaves) -> Leaves | None:
         head, _, part = name.rpartition("_")
         if tokens.get(name) == dim and dim is not None:
             example[name] = leaf.new_zeros((_BATCH, _LENGTH, *leaf.shape[2:]))
-        elif (name, dim) == ("attention_mask", 2):
-            example[name] = leaf.new_ones((_BATCH, _PAST + _LENGTH))
+        elif dim == 2 and name in ("attention_mask", "cached_mask"):
+            example[name] = leaf.new_ones((_BATCH, _LENGTH if name == "attention_mask" else _PAST))
         elif (name, dim) == ("logits_to_keep", 1):
             example[name] = torch.arange(2, device=leaf.device)
         elif head.startswith("cache_layers_") and part in ("keys", "values") and dim == 4:

@@ -20,7 +20,18 @@ from .adapters import Placement, placements, tensor_of
 from .calibration import Batches
 from .calls import Leaves, Structure, Tree, assemble, differences, disassemble, restore
 from .capture import Inputs, share, take_guards, written_buffers
-from .decoding import Decoder, Form, caches, cut_windows, examples, loss_of, normal_form, probe, uncut_windows
+from .decoding import (
+    Decoder,
+    Form,
+    caches,
+    cut_windows,
+    examples,
+    join_mask,
+    loss_of,
+    normal_form,
+    probe,
+    uncut_windows,
+)
 from .errors import CaptureError
 from .hf import example_inputs_of
 from .rewrite import base_graph, insert_adapters
@@ -333,7 +344,7 @@ def _signature(cls: Any) -> inspect.Signature:
 
 def _arguments(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The arguments of a call that say something, by name; and whether the result is to be a `ModelOutput`."""
-    signature = _signature(type(part))
+    signature = _signature(type(part))  # type: ignore[arg-type]
     if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
         kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
         del kwargs["past_key_values"]
@@ -391,6 +402,7 @@ def _flat(cls: type, call: Call, outcome: dict[str, Any]) -> type:
 
     def forward(self: Any, **leaves: Any) -> Leaves:
         arguments = assemble(call.structure, leaves)
+        join_mask(arguments)
         part = self.get_submodule(call.path)
         with uncut_windows(arguments):
             result = cls.forward(self, **arguments) if part is self else part(**arguments)  # type: ignore[attr-defined]

@@ -58,8 +58,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs | None, d
 
     if adapter_tensor_names(model):
         raise CaptureError(
-            f"{type(model).__name__} is wrapped eagerly already. The way out: start from the model that it wraps, and"
-            " pass several configs at once."
+            f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
+            " it was made of, and pass several configs at once."
         )
     shadow = share(model)
     if is_hugging_face(shadow):

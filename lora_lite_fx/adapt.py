@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def adapt(
     Returns:
         The copy, in the model's mode. Only the adapters' parameters require grad. Its parts (`get_encoder()`, the
         model without its head) run graphs of their own; a layer that is adapted refuses to run alone.
-        `save_pretrained` writes the adapters alone.
+        `save_pretrained` writes the adapters alone; `gradient_checkpointing_enable` checkpoints the layers of graphs.
 
     Raises:
         AdapterError: `model` is not a transformers model, or is adapted already.
@@ -172,12 +173,28 @@ class Adapted(_Part):
         folder.mkdir(parents=True, exist_ok=True)
         save(self, folder / _WEIGHTS)  # type: ignore[arg-type]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **_: Any) -> None:
-        """Refuse: the graphs save all activations."""
-        raise AdapterError(
-            f"{type(self).__name__}: gradient checkpointing of an adapted model is not there yet."
-            " The way out: train without it, or use wrap, which is eager."
-        )
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Let the graphs checkpoint their layers, as `rewrite(..., checkpoint_layers=True)` does.
+
+        Args:
+            gradient_checkpointing_kwargs: as for the model; `use_reentrant` may not be true.
+
+        Raises:
+            ConfigError: the reentrant kind is asked for.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ConfigError("The layers of a graph are checkpointed with use_reentrant=False; the other kind is not.")
+        self._switch_checkpointing("enable", gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Let the graphs save all activations again."""
+        self._switch_checkpointing("disable")
+
+    def _switch_checkpointing(self, how: str, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name calls the old one if that is overridden
+            getattr(super(), f"gradient_checkpointing_{how}")(*args, **kwargs)
+        self._graphs.drop()
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
         """Refuse: the graphs read the weights that there are."""

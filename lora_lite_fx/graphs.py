@@ -357,6 +357,8 @@ def _arguments(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             arguments[name] = value
     if "use_cache" in signature.parameters and "use_cache" not in arguments:
         arguments["use_cache"] = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
+    if getattr(part, "is_gradient_checkpointing", False) and part.training and torch.is_grad_enabled():
+        arguments["use_cache"] = False  # as the model does it: a cache would keep what is not to be kept
     return_dict = arguments.pop("return_dict", None)
     return_dict = getattr(part.config, "return_dict", True) if return_dict is None else return_dict
     return {name: value for name, value in arguments.items() if value is not None}, return_dict

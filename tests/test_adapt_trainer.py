@@ -13,6 +13,7 @@ import transformers as hf
 from torch import Tensor
 
 import lora_lite_fx as llfx
+from lora_lite_fx.gradient_checkpointing import CheckpointedGraphModule
 
 from .conformance import close, randomise
 from .helpers import untouched
@@ -166,6 +167,16 @@ def test_training_evaluating_and_generating_share_one_graph(tmp_path: Path) -> N
     assert len(model._graphs) == 1
 
 
-def test_gradient_checkpointing_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(llfx.AdapterError, match="way out"):
-        trainer(fresh(), tmp_path, gradient_checkpointing=True).train()
+def test_gradient_checkpointing_trains_the_same_adapters(tmp_path: Path) -> None:
+    trainer(fresh(), tmp_path, max_steps=3).train()
+    model = adapted()
+    trainer(model, tmp_path, max_steps=3, gradient_checkpointing=True).train()
+    assert model.is_gradient_checkpointing
+    assert isinstance(model._graphs.first_graph(), CheckpointedGraphModule)
+    for name, tensor in state(model).items():
+        close(tensor, state(shared())[name], 1e-6, name)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    assert len(model._graphs) == 0
+    with pytest.raises(llfx.ConfigError, match="use_reentrant=False"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})

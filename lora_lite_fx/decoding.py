@@ -6,6 +6,7 @@ loss is computed from the logits. What of that is the same to a model is not ass
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,33 @@ class Form:
     given: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] | None = None
     keeps_cache: bool = True
+
+
+@functools.cache
+def _signature(cls: Any) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The arguments of a call that say something, by name; and whether the result is to be a `ModelOutput`."""
+    signature = _signature(type(part))  # type: ignore[arg-type]
+    if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
+        kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
+        del kwargs["past_key_values"]
+    arguments: dict[str, Any] = {}
+    for name, value in list(signature.bind(part, *args, **kwargs).arguments.items())[1:]:
+        parameter = signature.parameters[name]
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= value
+        elif type(value) is not type(parameter.default) or value != parameter.default:
+            arguments[name] = value
+    if "use_cache" in signature.parameters and "use_cache" not in arguments:
+        arguments["use_cache"] = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
+    if getattr(part, "is_gradient_checkpointing", False) and part.training and torch.is_grad_enabled():
+        arguments["use_cache"] = False  # as the model does it: a cache would keep what is not to be kept
+    return_dict = arguments.pop("return_dict", None)
+    return_dict = getattr(part.config, "return_dict", True) if return_dict is None else return_dict
+    return {name: value for name, value in arguments.items() if value is not None}, return_dict
 
 
 def caches(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .capture import Inputs, share, take_guards, written_buffers
 from .decoding import (
     Decoder,
     Form,
+    arguments_of,
     caches,
     cut_windows,
     examples,
@@ -144,7 +145,7 @@ class Graphs:
 
     def run(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a part of the model, as its own `forward` would be."""
-        arguments, return_dict = _arguments(part, args, kwargs)
+        arguments, return_dict = arguments_of(part, args, kwargs)
         call = self._call(part, arguments)
         graph = self._graph_for(call)
         graph.gm.training = part.training
@@ -213,13 +214,14 @@ class Graphs:
         if inputs is None:
             inputs = example_inputs_of(self.plain())
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(model.device), (args, kwargs))
-        return self._call(model, _arguments(model, args, kwargs)[0])
+        args = tuple(_to(value, model.device) for value in args)
+        kwargs = {name: _to(value, model.device) for name, value in kwargs.items()}
+        return self._call(model, arguments_of(model, args, kwargs)[0])
 
     def _batch(self, batch: Any) -> Leaves:
         """A batch of calibration data as the first graph takes it."""
         args, kwargs = ((), batch) if isinstance(batch, dict) else (batch if isinstance(batch, tuple) else (batch,), {})
-        return self._call(self.model, _arguments(self.model, args, kwargs)[0]).leaves
+        return self._call(self.model, arguments_of(self.model, args, kwargs)[0]).leaves
 
     def plain(self) -> Any:
         """A copy of the model as it is without adapters, of its own class, with the weights shared."""
@@ -310,6 +312,10 @@ class Graphs:
                 _put(gm, name, own)
 
 
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def _find(model: nn.Module, name: str) -> Tensor | None:
     """The tensor of that qualified name, or None; graphs have constants of their own."""
     try:
@@ -335,33 +341,6 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 # Calls and results.
-
-
-@functools.cache
-def _signature(cls: Any) -> inspect.Signature:
-    return inspect.signature(cls.forward)
-
-
-def _arguments(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The arguments of a call that say something, by name; and whether the result is to be a `ModelOutput`."""
-    signature = _signature(type(part))  # type: ignore[arg-type]
-    if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
-        kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
-        del kwargs["past_key_values"]
-    arguments: dict[str, Any] = {}
-    for name, value in list(signature.bind(part, *args, **kwargs).arguments.items())[1:]:
-        parameter = signature.parameters[name]
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments |= value
-        elif type(value) is not type(parameter.default) or value != parameter.default:
-            arguments[name] = value
-    if "use_cache" in signature.parameters and "use_cache" not in arguments:
-        arguments["use_cache"] = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
-    if getattr(part, "is_gradient_checkpointing", False) and part.training and torch.is_grad_enabled():
-        arguments["use_cache"] = False  # as the model does it: a cache would keep what is not to be kept
-    return_dict = arguments.pop("return_dict", None)
-    return_dict = getattr(part.config, "return_dict", True) if return_dict is None else return_dict
-    return {name: value for name, value in arguments.items() if value is not None}, return_dict
 
 
 def _result(part: Any, form: Form, graph: Graph, leaves: Leaves, return_dict: bool) -> Any:

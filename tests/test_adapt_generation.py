@@ -34,7 +34,6 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 WINDOW = 8  # shorter than what is generated
 CAUSAL: dict[str, Any] = {
     "llama": hf.LlamaConfig(**GROUPED),
-    "qwen2": hf.Qwen2Config(**GROUPED),
     "qwen3": hf.Qwen3Config(**GROUPED, head_dim=8),
     "mistral": hf.MistralConfig(**GROUPED, sliding_window=WINDOW, head_dim=8),
     "gemma3": hf.Gemma3TextConfig(
@@ -64,7 +63,6 @@ CAUSAL: dict[str, Any] = {
     "gpt_oss": hf.GptOssConfig(
         **GROUPED, head_dim=8, num_local_experts=4, sliding_window=WINDOW, layer_types=["full_attention"]
     ),
-    "cohere": hf.CohereConfig(**GROUPED),
     "lfm2": hf.Lfm2Config(
         **{**GROUPED, "num_hidden_layers": 2},
         layer_types=["conv", "full_attention"],

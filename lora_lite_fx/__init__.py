@@ -1,5 +1,6 @@
 """Adapters by rewriting the graph of a frozen PyTorch model. See the README for a tour."""
 
+from .adapt import adapt
 from .adapters import adapter_parameters, adapter_state_dict, load_adapter_state_dict
 from .checkpoint import load, save
 from .eager import wrap
@@ -65,6 +66,7 @@ __all__ = [
     "SelectionError",
     "Variant",
     "VeRA",
+    "adapt",
     "adapter_parameters",
     "adapter_state_dict",
     "from_peft_config",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
@@ -96,6 +96,24 @@ def site_bias(model: nn.Module, site: Site) -> Tensor | None:
     return site.own_bias(tensor_of(model, site.bias).detach() if site.bias else None)
 
 
+@runtime_checkable
+class HasGraphs(Protocol):
+    """A module that runs graphs and is none: what `adapt` returns."""
+
+    def adapted_graph(self) -> fx.GraphModule:
+        """The graph with all sites, over the module's tensors."""
+        ...
+
+    def without_adapters(self, fold: bool) -> nn.Module:
+        """The module as it was before, with the adapters folded into copies of the adapted weights, or left out."""
+        ...
+
+
+def graph_of(model: nn.Module) -> nn.Module:
+    """The graph of an adapted model that has one; else the model."""
+    return model.adapted_graph() if isinstance(model, HasGraphs) else model
+
+
 def placements(model: nn.Module) -> list[Placement]:
     """All adapters of an adapted model, in the order in which they were inserted; none for a model without."""
     found: dict[tuple[int, str], Placement] = {}
@@ -134,7 +152,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters of an adapted model; nothing else in it requires grad.
 
     Args:
-        model: what `rewrite`, `wrap` or `load` returned.
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -147,7 +165,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors by qualified name, `"<module path>.<param>"`; detached, and sharing the model's storage.
 
     Args:
-        model: what `rewrite`, `wrap` or `load` returned.
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -159,7 +177,7 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     """Copy the values of `state_dict` into the adapters of `model`.
 
     Args:
-        model: what `rewrite`, `wrap` or `load` returned.
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
         state_dict: as `adapter_state_dict` gives it, with the same keys, shapes and dtypes.
 
     Raises:
@@ -193,5 +211,7 @@ def check_fit(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> No
 def _names_or_raise(model: nn.Module) -> list[str]:
     names = adapter_tensor_names(model)
     if not names:
-        raise AdapterError(f"{type(model).__name__} has no adapters; it is not what rewrite, wrap or load returned.")
+        raise AdapterError(
+            f"{type(model).__name__} has no adapters; it is not what rewrite, wrap, adapt or load returned."
+        )
     return names

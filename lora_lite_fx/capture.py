@@ -58,8 +58,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs | None, d
 
     if adapter_tensor_names(model):
         raise CaptureError(
-            f"{type(model).__name__} is wrapped eagerly already. The way out: start from the model that it wraps, and"
-            " pass several configs at once."
+            f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
+            " it was made of, and pass several configs at once."
         )
     shadow = share(model)
     if is_hugging_face(shadow):
@@ -318,6 +318,20 @@ def keep_aliases(source: nn.Module, gm: fx.GraphModule) -> None:
             if path not in dict(gm.named_modules()):
                 gm.add_submodule(path, nn.Module())
             gm.get_submodule(path).register_parameter(leaf, parameter)
+
+
+def take_guards(gm: fx.GraphModule) -> Callable[..., object]:
+    """Take out of `gm` what checks its inputs; returned as a function of them that raises AssertionError."""
+    # torch.export puts its guards into a module of this name; there is no other way to ask whether a graph holds.
+    calls = [node for node in gm.graph.find_nodes(op="call_module") if node.target == "_guards_fn"]
+    if not calls:
+        return lambda *inputs: None
+    guards = gm.get_submodule("_guards_fn")
+    for node in calls:
+        gm.graph.erase_node(node)
+    gm.delete_submodule("_guards_fn")
+    gm.recompile()
+    return guards
 
 
 def own_written_buffers(gm: fx.GraphModule) -> None:

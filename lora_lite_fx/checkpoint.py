@@ -23,6 +23,7 @@ from .adapters import (
     adapter_state_dict,
     adapters,
     check_fit,
+    graph_of,
     load_adapter_state_dict,
     placements,
     tensor_of,
@@ -45,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
 
     Args:
-        model: what `rewrite`, `wrap` or `load` returned.
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
         path: of the file; its folder must exist.
 
     Raises:
@@ -61,7 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for variant, members in adapters(model)
     ]
     names = dict.fromkeys(name for record in records for name in record["sites"])
-    prints = {name: fingerprint(weight) for name, weight in _frozen_weights(model, names).items()}
+    prints = {name: fingerprint(weight) for name, weight in _frozen_weights(graph_of(model), names).items()}
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
     document["checksum"] = _checksum(document, state)
     write_atomically(Path(path), safetensors.torch.save(state, {FORMAT: json.dumps(document)}))

@@ -13,6 +13,7 @@ from .adapters import (
     Placement,
     adapter_state_dict,
     adapters,
+    graph_of,
     load_adapter_state_dict,
     placements,
     site_weight,
@@ -44,6 +45,7 @@ def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]
 
 def sites_of(model: nn.Module) -> dict[str, Site]:
     """The sites of an adapted model by name."""
+    model = graph_of(model)
     if isinstance(model, fx.GraphModule):
         return {site.name: site for site in find_sites(model)}
     return {module.site.name: module.site for module in model.modules() if isinstance(module, AdaptedLinear)}
@@ -51,6 +53,7 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
 
 def weight_of(model: nn.Module, site: Site) -> Tensor:
     """The frozen weight `(d_out, d_in)` of a site of an adapted model."""
+    model = graph_of(model)
     if isinstance(model, fx.GraphModule):
         return site_weight(model, site)
     module = model.get_submodule(site.name)

@@ -11,7 +11,7 @@ from typing import Any, overload
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .adapters import tensor_of
+from .adapters import graph_of, tensor_of
 from .capture import Inputs
 from .files import write_atomically
 from .page import render
@@ -157,14 +157,15 @@ def inspect(
     """The table of a model's sites, with the adapters it has.
 
     Args:
-        model: any module, which is captured for that and not changed; or what `rewrite` or `load` returned.
+        model: any module, which is captured for that and not changed; or what `rewrite`, `adapt` or `load` returned.
         example_inputs, dynamic_shapes: as for `rewrite`.
         kinds: of the sites to list, as in `target_kinds`; adapted sites are listed whatever their kind.
 
     Raises:
         CaptureError: the model cannot be captured.
     """
-    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers=False)
+    model_or_graph = model if isinstance(model, ExportedProgram) else graph_of(model)
+    gm = base_graph(model_or_graph, example_inputs, dynamic_shapes, checkpoint_layers=False)
     at: dict[str, dict[int, Insertion]] = {}
     for insertion in insertions(gm.graph):
         at.setdefault(insertion.site, {}).setdefault(insertion.adapter, insertion)

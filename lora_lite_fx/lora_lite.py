@@ -71,7 +71,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` as a lora-lite file; a failure leaves what was at `path` as it was.
 
     Args:
-        model: what `rewrite`, `wrap` or `load` returned, with one adapter.
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned, with one adapter.
         path: of the file; its folder must exist.
 
     Raises:

@@ -34,7 +34,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
     """Write the adapter of `model` as a PEFT directory, which `PeftModel.from_pretrained` loads on the same base.
 
     Args:
-        model: what `rewrite`, `wrap` or `load` returned, with one adapter.
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned, with one adapter.
         path: of the directory; made if it is not there. Each of its two files is written whole or not at all.
         as_lora: write `PiSSA` and `OLoRA` as an ordinary LoRA of twice the rank, the start and the end side by side.
             It runs on the unchanged base, without the factorisation that PEFT repeats at each load otherwise.
@@ -105,7 +105,7 @@ def to_peft_config(model: nn.Module) -> dict[str, Any]:
     """The config of the model's one adapter as PEFT writes it, in JSON-ready form; `peft.get_peft_config` takes it.
 
     Args:
-        model: what `rewrite`, `wrap` or `load` returned.
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
 
     Raises:
         AdapterError, ConfigError: as for `save_peft`.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .adapters import adapter_tensor_names, placements, site_weight
+from .adapters import HasGraphs, adapter_tensor_names, placements, site_weight
 from .calibration import Batches, Plan, make_plans
 from .capture import Inputs, capture, keep_aliases, own_written_buffers
 from .errors import AdapterError, ConfigError
@@ -90,11 +90,12 @@ def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan]) -> None:
         )
 
 
-def merge(model: fx.GraphModule) -> fx.GraphModule:
+def merge(model: nn.Module) -> Any:
     """The model with its adapters folded into the weights: node for node the base graph, with no adapter left.
 
     Args:
-        model: what `rewrite` or `load` returned; it is not changed.
+        model: what `rewrite`, `adapt` or `load` returned; it is not changed. Of an adapted Hugging Face model the
+            result is a model of its class.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -102,11 +103,12 @@ def merge(model: fx.GraphModule) -> fx.GraphModule:
     return _without_adapters(model, MergeAdapters())
 
 
-def remove(model: fx.GraphModule) -> fx.GraphModule:
+def remove(model: nn.Module) -> Any:
     """The model without its adapters: node for node the base graph, over the base weights bit for bit.
 
     Args:
-        model: what `rewrite` or `load` returned, or the module of an exported program of it; it is not changed.
+        model: what `rewrite`, `adapt` or `load` returned, or the module of an exported program; it is not changed. Of
+            an adapted Hugging Face model the result is a model of its class.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -114,7 +116,9 @@ def remove(model: fx.GraphModule) -> fx.GraphModule:
     return _without_adapters(model, RemoveAdapters())
 
 
-def _without_adapters(model: fx.GraphModule, how: GraphPass) -> fx.GraphModule:
+def _without_adapters(model: nn.Module, how: GraphPass) -> Any:
+    if isinstance(model, HasGraphs):
+        return model.without_adapters(fold=isinstance(how, MergeAdapters))
     if not isinstance(model, fx.GraphModule) or not adapter_tensor_names(model):
         raise AdapterError(
             f"{type(model).__name__} has no adapters in its graph; it is not what rewrite or load returned."
@@ -151,11 +155,18 @@ def base_graph(
     return checkpointed(gm) if checkpoint_layers else gm
 
 
-def insert_adapters(gm: fx.GraphModule, chosen: Iterable[tuple[Variant, Iterable[Site]]]) -> int:
-    """Insert each variant at its sites, in order, with tensors not yet filled; returns the first adapter's index."""
+def insert_adapters(
+    gm: fx.GraphModule,
+    chosen: Iterable[tuple[Variant, Iterable[Site]]],
+    roles: Mapping[str, frozenset[str]] | None = None,
+) -> int:
+    """Insert each variant at its sites, in order, with tensors not yet filled; returns the first adapter's index.
+
+    The sites have the `roles` given by name, where another graph of the model says more about them than this one.
+    """
     first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
     passes = (
-        InsertAdapter(variant, first + i, tuple(site.name for site in sites))
+        InsertAdapter(variant, first + i, tuple(site.name for site in sites), roles or {})
         for i, (variant, sites) in enumerate(chosen)
     )
     Pipeline(tuple(passes)).run(gm)

@@ -82,6 +82,13 @@ class Site:
         """The bias `(d_out,)`, from the parameter that it is a part of."""
         return stored if stored is None or self.bias_rows is None else stored[slice(*self.bias_rows)]
 
+    def stored_bias(self, bias: Tensor, like: Tensor) -> Tensor:
+        """`bias (d_out,)` as the model stores it; rows of other sites are those of `like`."""
+        if self.bias_rows is None:
+            return bias
+        start, end = self.bias_rows
+        return torch.cat([like[:start], bias, like[end:]])
+
     @cached_property
     def layer(self) -> int | None:
         """The index of the layer it is in: the first number in its name, or None."""

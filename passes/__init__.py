@@ -7,7 +7,7 @@ needs around each.
 from .asserts import DropMetadataAsserts
 from .graph_pass import GraphPass, PassError, PassReport, Pipeline
 from .insert import InsertAdapter
-from .merge import MergeAdapters
+from .merge import MergeAdapters, merged_tensors
 from .mode import FollowMode
 from .observe import ObserveInputs, Observer
 from .regions import InlineRegions, without_gradient
@@ -26,5 +26,6 @@ __all__ = [
     "PassReport",
     "Pipeline",
     "RemoveAdapters",
+    "merged_tensors",
     "without_gradient",
 ]

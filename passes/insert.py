@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
@@ -32,11 +33,13 @@ class InsertAdapter(GraphPass):
         variant: what to insert.
         adapter: its index in the order of the model's adapters.
         names: qualified names of sites.
+        roles: of sites by name, where they are to be others than the graph tells.
     """
 
     variant: Variant
     adapter: int
     names: tuple[str, ...]
+    roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def run(self, gm: fx.GraphModule) -> int:
         around: dict[str, list[Insertion]] = defaultdict(list)
@@ -51,6 +54,7 @@ class InsertAdapter(GraphPass):
             there = {insertion.adapter for insertion in around[site.name]}
             if site.name not in self.names or self.adapter in there:
                 continue
+            site = replace(site, roles=self.roles.get(site.name, site.roles))
             names = tuple(self.variant.at(site.name).specs(site))
             placement = Placement(self.variant, self.adapter, site.name, len(there), names)
             self._register(gm, site, placement)

@@ -35,7 +35,7 @@ class MergeAdapters(GraphPass):
         for placement in placements(gm):
             by_site[placement.site].append(placement)
         sites = [site for site in find_sites(gm) if site.name in by_site]
-        merged = {site.name: _effective(gm, site, by_site[site.name]) for site in sites}
+        merged = {site.name: merged_tensors(gm, site, by_site[site.name]) for site in sites}
         RemoveAdapters().run(gm)
         sites = find_sites(gm)
         for site in sites:
@@ -45,7 +45,7 @@ class MergeAdapters(GraphPass):
 
 
 @torch.no_grad()
-def _effective(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple[Tensor, Tensor | None]:
+def merged_tensors(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple[Tensor, Tensor | None]:
     """`W' (d_out, d_in)` and `b' (d_out,)`, in the frozen dtype; no bias where it is zero and none was there.
 
     Of experts, `(experts, d_out, d_in)` and `(experts, d_out)`.
@@ -93,12 +93,8 @@ def _replace(gm: fx.GraphModule, site: Site, sites: list[Site], weight: Tensor, 
     sharing = [s for s in sites if s is site or (site.product.rows and s.weight == site.weight)]
     _set(gm, site, sharing, site.weight, site.product.stored(weight, tensor_of(gm, site.weight)))
     if bias is not None and site.bias is not None:
-        if site.bias_rows is not None:
-            start, end = site.bias_rows
-            stored = tensor_of(gm, site.bias)
-            bias = torch.cat([stored[:start], bias, stored[end:]])
         sharing = [s for s in sites if s is site or (site.bias_rows and s.bias == site.bias)]
-        _set(gm, site, sharing, site.bias, bias)
+        _set(gm, site, sharing, site.bias, site.stored_bias(bias, tensor_of(gm, site.bias)))
     elif bias is not None:
         _add_bias(gm, site, bias)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import CaptureError
 from .graph_pass import GraphPass
@@ -37,9 +38,10 @@ class FollowMode(GraphPass):
 def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
     """What `FollowMode` does, on bare graphs; returns the number of arguments changed."""
     merge = _TwoModes(train_graph)
-    evals = iter(eval_graph.nodes)
+    # Sizes are read where they are used first; what counts is that their users read equal ones.
+    evals = (node for node in eval_graph.nodes if not _is_size(node))
     expected = next(evals, None)
-    for node in list(train_graph.nodes):
+    for node in [node for node in train_graph.nodes if not _is_size(node)]:
         while expected is not None and _is_layout(expected) and not _is_layout(node):
             merge.only_in_evaluation(expected, before=node)
             expected = next(evals, None)
@@ -99,6 +101,8 @@ class _TwoModes:
 
     def _follow(self, node: fx.Node, in_train: Any, in_eval: Any) -> Any:
         if isinstance(in_train, fx.Node):
+            if _is_size(in_train) and isinstance(in_eval, fx.Node) and self._equal_sizes(in_train, in_eval):
+                return in_train
             twin = self.twin.get(in_eval)
             if twin is None or self._passed_on(twin) is not self._passed_on(in_train):
                 raise _modes_differ(node)
@@ -130,11 +134,23 @@ class _TwoModes:
             node = node.all_input_nodes[0]
         return node
 
+    def _equal_sizes(self, in_train: fx.Node, in_eval: fx.Node) -> bool:
+        """Whether a size read in the other graph is known to be that read in this one."""
+        tensor = self.twin.get(in_eval.args[0]) if _is_size(in_eval) else None  # type: ignore[arg-type]
+        if tensor is None:
+            return False
+        size = tensor.meta["val"].shape[in_eval.args[1]]
+        return statically_known_true(size == in_train.meta["val"])
+
     def _training(self) -> fx.Node:
         if self.flag is None:
             with self.graph.inserting_before(next(iter(self.graph.nodes))):
                 self.flag = self.graph.create_node("get_attr", "training")
         return self.flag
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.target is aten.sym_size.int
 
 
 def _is_layout(node: fx.Node) -> bool:

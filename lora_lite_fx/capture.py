@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import operator
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,88 @@ def _name_modules_once(model: nn.Module, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if stack := node.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = {key: (names.get(path, path), *rest) for key, (path, *rest) in stack.items()}
+
+
+# What ran, for models that neither front door takes.
+
+
+def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.GraphModule:
+    """What `model` computes for these inputs in evaluation mode, as one graph to find sites and roles in.
+
+    The graph has the branches that were taken and the shapes that were seen, so it is nothing to run again. But there
+    is no model that cannot be recorded, and it is whole where `torch.compile` sees pieces.
+
+    Args:
+        model: left as it is.
+        args, kwargs: its inputs, which are copied.
+    """
+    shadow = share(model).eval()
+    names = {id(module): name for name, module in shadow.named_modules()}
+    inputs, spec = pytree.tree_flatten(pytree.tree_map(_copy_of_input, (args, kwargs)))
+    fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+    running: list[Any] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        running.append(fx.traceback.annotate({"module": names[id(module)]}))
+        running[-1].__enter__()
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    for module in shadow.modules():
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        leaves = [next(given) if leaf is None else leaf for leaf in fixed]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return [leaf for leaf in pytree.tree_leaves(shadow(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+    tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+    # The real tensors and the private flag let the model look at its data, as it does when it runs.
+    tracer = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)
+    with torch.no_grad(), torch.random.fork_rng(), fx.traceback.preserve_node_meta():
+        gm = tracer(*tensors)
+    for node in gm.graph.nodes:
+        if (path := (node.meta.pop("custom", None) or {}).get("module")) is not None:
+            node.meta["nn_module_stack"] = {"": (path, nn.Module)}
+    # A function bound to the model itself, and kept as an attribute, was not copied with it.
+    name_tensors(gm, tensor_names(model) | tensor_names(shadow))
+    return gm
+
+
+def _copy_of_input(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+
+def tensor_names(model: nn.Module) -> dict[int, str]:
+    """The qualified names of the parameters and buffers of `model`, by the id of the tensor."""
+    return {id(t): name for name, t in itertools.chain(model.named_buffers(), model.named_parameters())}
+
+
+def name_tensors(gm: fx.GraphModule, names: Mapping[int, str]) -> None:
+    """Let `gm` read the tensors that have a name by that name, whatever tracing called them."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = getattr(gm, str(node.target), None)
+        if (name := names.get(id(tensor))) is not None:
+            assert isinstance(tensor, Tensor)
+            register_tensor(gm, name, tensor)
+            node.target = name
+
+
+def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register `tensor`, no copy of it, under a qualified name; the modules on the way are made if need be."""
+    path, _, leaf = name.rpartition(".")
+    module = gm
+    for part in path.split(".") if path else ():
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor)
 
 
 # Tracing a variant's function.

@@ -1,0 +1,408 @@
+"""`backend`: the same passes inside `torch.compile`, for models that export cannot capture."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .adapters import Placement, placements, tensor_of
+from .calibration import make_plans
+from .capture import record_run, tensor_names
+from .carried import MARK, Carried, carry, outside, said_by
+from .dynamo import (
+    Compiled,
+    Compiler,
+    RunningCall,
+    compiler,
+    never_alone,
+    on_compilation,
+    running_call,
+    set_flag,
+    to_aten,
+    to_inputs,
+)
+from .errors import AdapterError
+from .passes import InsertAdapter, Pipeline
+from .provenance import is_inserted, recorded
+from .rewrite import Config, as_variants
+from .site import Site, find_sites
+from .variant import Variant
+
+
+def backend(cfg: Config | None = None, *, inner: str | Compiler = "inductor") -> Backend:
+    """A backend for `torch.compile` that inserts adapters into the graphs that Dynamo captures.
+
+    `torch.compile(model, backend=backend(cfg))` runs the adapted model; `model` itself stays as it is, and a call of
+    it is the base. What breaks into several graphs is adapted in each of them.
+
+    The first call decides on the sites: the model runs once more on its inputs, and what ran is looked at. From then
+    on the adapters are those of the backend's `model`.
+
+    Args:
+        cfg: a variant, or several to insert in this order. None for a model that carries its adapters, which is what
+            the name `backend="lora_lite_fx"` stands for.
+        inner: the backend that compiles the rewritten graphs, by name or itself.
+
+    Raises:
+        ConfigError: `cfg` is no variant.
+    """
+    return Backend(() if cfg is None else tuple(as_variants(cfg)), compiler(inner))
+
+
+class Backend:
+    """What `backend` returns; Dynamo calls it with each graph.
+
+    In the compiled model an error of this library is raised where the graph would have run:
+
+    - SelectionError, ConfigError: as by `rewrite`, at the first call.
+    - AdapterError: a site would run without its adapters: outside the graphs, or as a site that was not there in the
+      first call.
+
+    Attributes:
+        model: a copy of the compiled model that carries the adapters, with the weights shared; None before the first
+            call. `adapter_parameters`, `adapter_state_dict`, `save` and the like take it, and
+            `torch.compile(model, backend="lora_lite_fx")` runs it.
+    """
+
+    def __init__(self, variants: tuple[Variant, ...], inner: Compiler) -> None:
+        self.variants = variants
+        self.inner = inner
+        self._base: Base | None = None
+        self._error: AdapterError | None = None
+        if variants:
+            on_compilation(self._start)
+
+    @property
+    def model(self) -> nn.Module | None:
+        return None if self._base is None else self._base.carrier
+
+    def adapt(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """Decide on the sites before the first call, on these inputs; returns the copy that carries the adapters.
+
+        Args:
+            model: the model to be compiled with this backend; it is not changed.
+            args, kwargs: inputs of its `forward`.
+        """
+        self._base = Base(model, self.variants, args, kwargs)
+        return self._base.carrier
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
+        """Compile one graph of Dynamo's, with the adapters in it."""
+        try:
+            if not self.variants or has_marks(gm):
+                return compile_carried(gm, inputs, self.inner)
+            if self._base is None:
+                self._start()  # torch._dynamo.reset() forgets who asked for being told
+            if self._error is not None:
+                raise self._error
+            assert self._base is not None
+            return self._base.compile(gm, inputs, self.inner)
+        except AdapterError as error:
+            return _raising(error)  # as it is: what a backend raises is wrapped by Dynamo
+
+    def _start(self) -> None:
+        """Decide on the sites, if a compiled call begins that this is the backend of, and watch them."""
+        call = running_call()
+        if call is None or call.backend is not self:
+            return
+        try:
+            if self._base is None:
+                if call.model is None:
+                    raise AdapterError(
+                        "backend(cfg) was given to torch.compile with a function. It finds sites by their names in a"
+                        " model: compile the model or its forward, or a function that calls an adapted model."
+                    )
+                if call.started is not None:
+                    raise AdapterError(f"torch.compile does not capture {call.started}, which may run sites.")
+                self.adapt(call.model, *call.args, **call.kwargs)
+            assert self._base is not None
+            self._base.watch(call)
+        except AdapterError as error:
+            self._error = error
+
+
+compile_graph = backend()
+"""The backend by the name of `"lora_lite_fx"`: for models that carry their adapters."""
+
+
+# Models that carry their adapters: everything is said by the marks in the graph.
+
+
+def has_marks(gm: fx.GraphModule) -> bool:
+    """Whether a module of `gm` carries adapters."""
+    return bool(gm.graph.find_nodes(op="call_function", target=MARK))
+
+
+def compile_carried(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> Compiled:
+    if not has_marks(gm):
+        return inner(gm, inputs)
+    aten = to_aten(gm, inputs, {})
+    carried = _take_marks_out(aten, inputs)
+    _insert(aten, carried)
+    training = {one.site: one.training for one in carried}
+    for node in _flags(aten):
+        set_flag(aten, node, training[recorded(node).site])
+    to_inputs(aten, inputs)
+    return inner(aten, inputs)
+
+
+def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Carried]:
+    """Remove the marks of `gm`, name the sites behind them as they say, and return what they say."""
+    real = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    marked = [(site, call, mark) for site in find_sites(gm) for call in site.calls if (mark := _mark_behind(call.x))]
+    found: dict[tuple[str, str], Carried] = {}
+    for site, call, mark in marked:
+        nodes, training, said = mark.args[1:]
+        key = (json.loads(said)["site"], site.weight)
+        if key not in found:
+            tensors = [real[node] if node in real else tensor_of(gm, node.target) for node in nodes]
+            # Several models with a site of that name may run in one graph.
+            taken = sum(name == key[0] for name, _ in found)
+            found[key] = said_by(said, tensors, training, f"{key[0]}_{taken + 1}" if taken else key[0])
+        call.node.meta["nn_module_stack"] = {"": (found[key].site, nn.Module)}
+    for mark in gm.graph.find_nodes(op="call_function", target=MARK):
+        if all(mark is not other for _, _, other in marked):
+            raise AdapterError(
+                f"Site {json.loads(mark.args[3])['site']!r} is no linear in the graph that torch.compile captured."
+            )
+        mark.replace_all_uses_with(mark.args[0])
+        gm.graph.erase_node(mark)
+    return list(found.values())
+
+
+def _mark_behind(node: fx.Node) -> fx.Node | None:
+    """The mark that `node` is, or a cast or view of."""
+    while node.target is not MARK:
+        if node.op != "call_function" or len(node.all_input_nodes) != 1:
+            return None
+        (node,) = node.all_input_nodes
+    return node
+
+
+# Models that do not: everything is known from the first call.
+
+
+class Base:
+    """A model compiled as it is: its sites, and the copy that carries their adapters.
+
+    Args:
+        model: it is not changed.
+        variants: to be inserted.
+        args, kwargs: inputs of its first call.
+    """
+
+    def __init__(self, model: nn.Module, variants: Sequence[Variant], args: tuple, kwargs: dict[str, Any]) -> None:
+        # A compiled call may run in inference mode; parameters that are to be trained cannot be made in it.
+        with torch.inference_mode(False), torch.enable_grad():
+            ran = record_run(model, args, kwargs)
+            self.carrier = carry(model, make_plans(ran, variants, None))
+        self.model = model
+        self.sites = {site.name: site for site in find_sites(ran)}
+        self.placements: dict[str, list[Placement]] = {name: [] for name in self.sites}
+        for placement in placements(self.carrier):
+            self.placements[placement.site].append(placement)
+        self.names = tensor_names(model)
+        self.weights = {name: tensor_of(model, site.weight) for name, site in self.sites.items()}
+        self.watched = {id(model.get_submodule(name)): name for name, there in self.placements.items() if there}
+        self.local = threading.local()
+        self.ran: set[str] = set()
+
+    # Never without adapters: the sites' modules are watched while the compiled model runs.
+
+    def watch(self, call: RunningCall | None) -> None:
+        """Notice sites that run in Python in this call, and in later ones of the same compiled function."""
+        if call is not None and not self.watching:
+            call.within(self._watch)
+
+    @property
+    def watching(self) -> bool:
+        return getattr(self.local, "watching", False)
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        # For all modules: hooks on the model's own would be a change of it.
+        enter = nn.modules.module.register_module_forward_pre_hook(partial(_enter, self))
+        leave = nn.modules.module.register_module_forward_hook(partial(_leave, self))
+        self.local.watching = True
+        try:
+            yield
+        finally:
+            self.local.watching = False
+            enter.remove()
+            leave.remove()
+
+    # One graph.
+
+    def compile(self, gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> Compiled:
+        """A graph of the model, compiled with the adapters of the sites that are in it."""
+        frozen = {i for i, tensor in enumerate(inputs) if id(tensor) in self.names}
+        if not frozen:
+            return inner(gm, inputs)
+        aten = to_aten(gm, inputs, self.names)
+        self._name_modules(aten)
+        there = [self._known(site) for site in find_sites(aten)]
+        _insert(aten, [self._carried(site) for site in there if self.placements[site]])
+        further = to_inputs(aten, inputs)
+        given = [tensor.detach() if i in frozen else tensor for i, tensor in enumerate(inputs)]
+        given += [node.meta["val"] for node in aten.graph.find_nodes(op="placeholder")[len(inputs) :]]
+        if _flags(aten):
+            compiled = {training: inner(_with_flags(aten, training), given) for training in (True, False)}
+        else:
+            compiled = dict.fromkeys((True, False), inner(aten, given))
+
+        positions = {id(tensor): i for i, tensor in enumerate(inputs)}
+        weights = [positions[id(self.weights[site])] for site in there]
+        tensors = self._tensors_of(there)
+        keys = [next(key for key, tensor in tensors.items() if tensor is one) for one in further]
+        adapters: dict[tuple[int, ...], tuple[list[str], list[Tensor]]] = {}
+
+        def run(*inputs: Any) -> Any:
+            if not self.watching:  # another compiled function, for which Dynamo had nothing to compile
+                self.watch(running_call())
+            # Dynamo runs the graph of one layer for others like it too, with their parameters as inputs.
+            now = tuple(id(inputs[i]) for i in weights)
+            if now not in adapters:
+                sites = self._in_place_of(there, [inputs[i] for i in weights])
+                mine = self._tensors_of(sites)
+                adapters[now] = sites, [mine[key] for key in keys]
+            given = [tensor.detach() if i in frozen else tensor for i, tensor in enumerate(inputs)]
+            sites, tensors = adapters[now]
+            self.ran.update(sites)
+            return compiled[self.model.training](*given, *tensors)
+
+        return run
+
+    def _name_modules(self, gm: fx.GraphModule) -> None:
+        """Let the module stacks of `gm` have the modules' qualified names: Dynamo names them by how it came to them."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        for node in gm.graph.nodes:
+            stack = node.meta.get("nn_module_stack") or {}
+            known = {key: names.get(int(str(key).split("@")[0])) for key in stack if str(key).split("@")[0].isdigit()}
+            node.meta["nn_module_stack"] = {
+                key: (name, stack[key][1]) for key, name in known.items() if name is not None
+            }
+
+    def _known(self, site: Site) -> str:
+        if site.name not in self.sites:
+            raise AdapterError(
+                f"Site {site.name!r} did not run in the first call, when the sites were decided on. The way out: call"
+                " backend.adapt(model, ...) first, with inputs for which all of the model runs."
+            )
+        return site.name
+
+    def _carried(self, site: str) -> Carried:
+        there = tuple(self.placements[site])
+        paths = [path for placement in there for path in placement.tensors.values()]
+        tensors = {path: tensor_of(self.carrier, path) for path in paths}
+        return Carried(site, self.sites[site].roles, there, tensors, self.model.training)
+
+    def _tensors_of(self, sites: Sequence[str]) -> dict[tuple[int, int, str], Tensor]:
+        """The tensors of the adapters at these sites, by index of the site, adapter, and name."""
+        return {
+            (i, placement.adapter, name): tensor_of(self.carrier, path)
+            for i, site in enumerate(sites)
+            for placement in self.placements[site]
+            for name, path in placement.tensors.items()
+        }
+
+    def _in_place_of(self, sites: Sequence[str], weights: Sequence[Tensor]) -> list[str]:
+        """The sites that have these weights, which are to be adapted as `sites` are."""
+        found = []
+        for site, weight in zip(sites, weights, strict=True):
+            if weight is self.weights[site]:
+                found.append(site)
+                continue
+            alike = [other for other, own in self.weights.items() if own is weight and self._alike(site, other)]
+            if not alike:
+                name = self.names.get(id(weight), "a weight that is not the model's").removesuffix(".weight")
+                raise AdapterError(
+                    f"Site {name!r} runs in the graph that torch.compile captured for {site!r}, but is adapted"
+                    " otherwise. The way out: compile the backend's model, which carries its adapters, with"
+                    ' backend="lora_lite_fx".'
+                )
+            found.append(alike[0])
+        return found
+
+    def _alike(self, one: str, other: str) -> bool:
+        adapters = [[(p.adapter, p.local) for p in self.placements[site]] for site in (one, other)]
+        return adapters[0] == adapters[1] and (not adapters[0] or self.sites[one].roles == self.sites[other].roles)
+
+
+@never_alone
+def _enter(base: Base, module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling() and base.watching and id(module) in base.watched:
+        base.ran.discard(base.watched[id(module)])
+
+
+@never_alone
+def _leave(base: Base, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The output of a site's module that was called from Python.
+
+    If its forward was in no graph, it ran without its adapters. The carrier's module is then called in its place: if
+    Dynamo still captures what is called, it is adapted in a graph of its own; if not, it says so.
+    """
+    if not torch.compiler.is_compiling() and base.watching and id(module) in base.watched:
+        site = base.watched[id(module)]
+        if site not in base.ran:
+            if not args:  # passed by keyword, which hooks for all modules are not told
+                raise outside(site)
+            return base.carrier.get_submodule(site)(*args)
+    return output
+
+
+# What both share.
+
+
+def _insert(gm: fx.GraphModule, carried: Sequence[Carried]) -> None:
+    """Insert the adapters at their sites, with the tensors that they have."""
+    roles = {one.site: one.roles for one in carried}
+    tensors: dict[str, Tensor] = {}
+    for one in carried:
+        for path, tensor in one.tensors.items():
+            if tensors.setdefault(path, tensor) is not tensor:
+                raise AdapterError(f"Two models have adapters that share a tensor {path!r}, and run in one graph.")
+    passes: dict[int, list[tuple[Variant, list[str]]]] = {}
+    for one in carried:
+        for placement in one.placements:
+            group = passes.setdefault(placement.adapter, [])
+            names = next((names for variant, names in group if variant == placement.variant), None)
+            if names is None:
+                group.append((placement.variant, names := []))
+            names.append(one.site)
+    Pipeline(
+        tuple(
+            InsertAdapter(variant, adapter, tuple(names), roles, tensors)
+            for adapter, group in sorted(passes.items())
+            for variant, names in group
+        )
+    ).run(gm)
+
+
+def _flags(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes by which inserted adapters read whether the model is in training mode."""
+    return [node for node in gm.graph.find_nodes(op="get_attr", target="training") if is_inserted(node)]
+
+
+def _with_flags(gm: fx.GraphModule, training: bool) -> fx.GraphModule:
+    """A copy of `gm` for one mode."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    one = fx.GraphModule(gm, graph)
+    for node in _flags(one):
+        set_flag(one, node, training)
+    one.recompile()
+    return one
+
+
+def _raising(error: AdapterError) -> Compiled:
+    def run(*inputs: Any) -> Any:
+        raise error
+
+    return run

@@ -149,8 +149,9 @@ def compile_carried(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> C
     training = {one.site: one.training for one in carried}
     for node in _flags(aten):
         set_flag(aten, node, training[recorded(node).site])
-    to_inputs(aten, inputs)
-    return inner(aten, inputs)
+    constants, stand_ins = to_inputs(aten, inputs)
+    compiled = inner(aten, [*inputs, *stand_ins])
+    return lambda *inputs: compiled(*inputs, *constants)
 
 
 def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Carried]:
@@ -249,9 +250,11 @@ class Base:
         self._name_modules(aten)
         there = [self._known(site) for site in find_sites(aten)]
         _insert(aten, [self._carried(site) for site in there if self.placements[site]])
-        further = to_inputs(aten, inputs)
-        given = [tensor.detach() if i in frozen else tensor for i, tensor in enumerate(inputs)]
-        given += [node.meta["val"] for node in aten.graph.find_nodes(op="placeholder")[len(inputs) :]]
+        tensors = self._tensors_of(there)
+        further, stand_ins = to_inputs(aten, inputs)
+        # Detached stand-ins: real tensors that Dynamo has not seen would get dynamic shapes of their own.
+        values = [node.meta["val"] for node in aten.graph.find_nodes(op="placeholder")]
+        given = [values[i].detach() if i in frozen else tensor for i, tensor in enumerate(inputs)] + stand_ins
         if _flags(aten):
             compiled = {training: inner(_with_flags(aten, training), given) for training in (True, False)}
         else:
@@ -259,8 +262,7 @@ class Base:
 
         positions = {id(tensor): i for i, tensor in enumerate(inputs)}
         weights = [positions[id(self.weights[site])] for site in there]
-        tensors = self._tensors_of(there)
-        keys = [next(key for key, tensor in tensors.items() if tensor is one) for one in further]
+        keys = [next((key for key, tensor in tensors.items() if tensor is one), None) for one in further]
         adapters: dict[tuple[int, ...], tuple[list[str], list[Tensor]]] = {}
 
         def run(*inputs: Any) -> Any:
@@ -271,7 +273,10 @@ class Base:
             if now not in adapters:
                 sites = self._in_place_of(there, [inputs[i] for i in weights])
                 mine = self._tensors_of(sites)
-                adapters[now] = sites, [mine[key] for key in keys]
+                adapters[now] = (
+                    sites,
+                    [one if key is None else mine[key] for key, one in zip(keys, further, strict=True)],
+                )
             given = [tensor.detach() if i in frozen else tensor for i, tensor in enumerate(inputs)]
             sites, tensors = adapters[now]
             self.ran.update(sites)

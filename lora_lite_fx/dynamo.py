@@ -72,27 +72,37 @@ def read_as_attribute(gm: fx.GraphModule, node: fx.Node, name: str, tensor: Tens
     node.replace_all_uses_with(attribute)
 
 
-def to_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Tensor]:
-    """Undo `to_aten`: let inputs stand for attributes again; returns the tensors that need further inputs, in order."""
+def to_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Undo `to_aten`, in place: let inputs stand for all tensors that `gm` reads as attributes.
+
+    Args:
+        gm: what `to_aten` returned, rewritten.
+        inputs: as for `to_aten`.
+
+    Returns:
+        The tensors for which `gm` has got further inputs, and stand-ins for them, in their order: adapters that Dynamo
+        does not know of, and constants. (An inner backend would take what is left as an attribute for a parameter.)
+    """
     placeholders = gm.graph.find_nodes(op="placeholder")
+    stand_in = next(value for node in placeholders if isinstance(value := node.meta["val"], FakeTensor))
     by_tensor = {id(tensor): node for tensor, node in zip(inputs, placeholders, strict=True)}
-    stand_in = next(node.meta["val"] for node in placeholders if isinstance(node.meta["val"], FakeTensor))
     further: list[Tensor] = []
+    stand_ins: list[Tensor] = []
     for node in gm.graph.find_nodes(op="get_attr"):
         tensor = _attribute(gm, str(node.target))
-        if not isinstance(tensor, Tensor):  # the body of a higher-order operator
+        if not isinstance(tensor, Tensor):  # the body of a higher-order operator, or a flag
             continue
         if id(tensor) not in by_tensor:
             with gm.graph.inserting_before(placeholders[-1].next):
-                placeholder = gm.graph.placeholder(f"adapter_{len(further)}")
-            placeholder.meta["val"] = fake_like(tensor, stand_in).requires_grad_(tensor.requires_grad)
-            placeholders.append(placeholder)
-            by_tensor[id(tensor)] = placeholder
+                placeholders.append(gm.graph.placeholder(f"further_{len(further)}"))
+            by_tensor[id(tensor)] = placeholders[-1]
             further.append(tensor)
+            stand_ins.append(fake_like(tensor, stand_in).requires_grad_(tensor.requires_grad))
+            placeholders[-1].meta["val"] = stand_ins[-1]
         node.replace_all_uses_with(by_tensor[id(tensor)])
         gm.graph.erase_node(node)
     gm.recompile()
-    return further
+    return further, stand_ins
 
 
 def _attribute(gm: nn.Module, name: str) -> Any:

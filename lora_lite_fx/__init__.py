@@ -1,6 +1,7 @@
 """Adapters by rewriting the graph of a frozen PyTorch model. See the README for a tour."""
 
 from .adapters import adapter_parameters, adapter_state_dict, load_adapter_state_dict
+from .backend import backend
 from .checkpoint import load, save
 from .eager import wrap
 from .errors import AdapterError, CaptureError, CheckpointError, ConfigError, SelectionError
@@ -67,6 +68,7 @@ __all__ = [
     "VeRA",
     "adapter_parameters",
     "adapter_state_dict",
+    "backend",
     "from_peft_config",
     "inspect",
     "load",

@@ -14,15 +14,15 @@ from torch import Tensor, fx, nn
 
 from .adapters import Placement, placements, tensor_of
 from .calibration import make_plans
-from .capture import record_run, tensor_names
+from .capture import Inputs, record_run, tensor_names
 from .carried import MARK, Carried, carry, outside, said_by
 from .dynamo import (
     Compiled,
     Compiler,
     RunningCall,
     compiler,
-    never_alone,
     on_compilation,
+    only_inlined,
     running_call,
     set_flag,
     to_aten,
@@ -53,7 +53,7 @@ def backend(cfg: Config | None = None, *, inner: str | Compiler = "inductor") ->
     Raises:
         ConfigError: `cfg` is no variant.
     """
-    return Backend(() if cfg is None else tuple(as_variants(cfg)), compiler(inner))
+    return Backend(() if cfg is None else tuple(as_variants(cfg)), inner)
 
 
 class Backend:
@@ -71,12 +71,13 @@ class Backend:
             `torch.compile(model, backend="lora_lite_fx")` runs it.
     """
 
-    def __init__(self, variants: tuple[Variant, ...], inner: Compiler) -> None:
+    def __init__(self, variants: tuple[Variant, ...], inner: str | Compiler) -> None:
         self.variants = variants
         self.inner = inner
         self._base: Base | None = None
         self._error: AdapterError | None = None
         if variants:
+            only_inlined(_enter, _leave)
             on_compilation(self._start)
 
     @property
@@ -97,13 +98,13 @@ class Backend:
         """Compile one graph of Dynamo's, with the adapters in it."""
         try:
             if not self.variants or has_marks(gm):
-                return compile_carried(gm, inputs, self.inner)
+                return compile_carried(gm, inputs, compiler(self.inner))
             if self._base is None:
                 self._start()  # torch._dynamo.reset() forgets who asked for being told
             if self._error is not None:
                 raise self._error
             assert self._base is not None
-            return self._base.compile(gm, inputs, self.inner)
+            return self._base.compile(gm, inputs, compiler(self.inner))
         except AdapterError as error:
             return _raising(error)  # as it is: what a backend raises is wrapped by Dynamo
 
@@ -132,6 +133,31 @@ compile_graph = backend()
 """The backend by the name of `"lora_lite_fx"`: for models that carry their adapters."""
 
 
+def adapt_compiled(
+    model: nn.Module, cfg: Config, example_inputs: Inputs, *, inner: str | Compiler = "inductor"
+) -> nn.Module:
+    """A copy of `model` that carries adapters and runs compiled: for a model that export cannot capture.
+
+    Args:
+        model: any module; it is not changed.
+        cfg: a variant, or several.
+        example_inputs: a tuple of positional or a dict of keyword arguments. The model runs on them, and what runs is
+            what can be adapted.
+        inner: as for `backend`.
+
+    Returns:
+        The copy, of the same class and with the weights shared; only the adapters' parameters require grad.
+
+    Raises:
+        SelectionError: a config's targets match no site.
+        ConfigError: `cfg` is no variant, or does not fit a site; or a site is no module of its own.
+    """
+    args, kwargs = (example_inputs, {}) if isinstance(example_inputs, tuple) else ((), example_inputs)
+    carrier = Base(model, as_variants(cfg), args, kwargs).carrier
+    carrier.forward = torch.compile(carrier.forward, backend=backend(inner=inner))  # type: ignore[method-assign]
+    return carrier
+
+
 # Models that carry their adapters: everything is said by the marks in the graph.
 
 
@@ -142,6 +168,12 @@ def has_marks(gm: fx.GraphModule) -> bool:
 
 def compile_carried(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> Compiled:
     if not has_marks(gm):
+        call = running_call()
+        if call is not None and call.model is not None and not placements(call.model):
+            raise AdapterError(
+                f'{type(call.model).__name__} carries no adapters, so backend="lora_lite_fx" has none to insert. The way'
+                " out: compile an adapted model, or pass backend=lora_lite_fx.backend(cfg)."
+            )
         return inner(gm, inputs)
     aten = to_aten(gm, inputs, {})
     carried = _take_marks_out(aten, inputs)
@@ -336,17 +368,20 @@ class Base:
         return found
 
     def _alike(self, one: str, other: str) -> bool:
-        adapters = [[(p.adapter, p.local) for p in self.placements[site]] for site in (one, other)]
-        return adapters[0] == adapters[1] and (not adapters[0] or self.sites[one].roles == self.sites[other].roles)
+        """Whether the graph of one site, with its adapters, computes the other."""
+
+        def graph_of(name: str) -> list[Any]:
+            site = self.sites[name]
+            return [(p.adapter, p.local, p.names, p.local.trace_key(site)) for p in self.placements[name]]
+
+        return graph_of(one) == graph_of(other)
 
 
-@never_alone
 def _enter(base: Base, module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling() and base.watching and id(module) in base.watched:
         base.ran.discard(base.watched[id(module)])
 
 
-@never_alone
 def _leave(base: Base, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """The output of a site's module that was called from Python.
 

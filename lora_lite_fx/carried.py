@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -72,7 +72,9 @@ def _marked(copy: nn.Module, site: Site) -> Any:
         module.site = replace(site, calls=())
         # On the module and not in a hook: what Dynamo compiles of a module by itself is its forward.
         module.unmarked_forward = module.forward
-        module.forward = MethodType(_forward, module)
+        # A code of its own, since torch.compile limits how often it compiles the same one.
+        code = _forward.__code__.replace(co_name=f"forward of {site.name}")
+        module.forward = MethodType(FunctionType(code, _forward.__globals__), module)
     return module
 
 

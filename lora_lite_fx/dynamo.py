@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.eval_frame import innermost_backend, skip_code
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -171,11 +170,11 @@ def on_compilation(callback: Callable[[], None]) -> None:
     weakref.finalize(callback.__self__, stop)  # type: ignore[attr-defined]
 
 
-def never_alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let Dynamo trace `function` only as a part of what calls it: called from Python, it runs in Python."""
-    # Otherwise Dynamo compiles it by itself, and it takes itself to be in a graph.
-    skip_code(function.__code__)
-    return function
+def only_inlined(*functions: Callable[..., Any]) -> None:
+    """Let Dynamo trace these functions only as parts of what calls them: called from Python, they run in Python."""
+    # Otherwise Dynamo compiles them by themselves, and they take themselves to be in a graph.
+    for function in functions:
+        torch._dynamo.eval_frame.skip_code(function.__code__)
 
 
 def running_call() -> RunningCall | None:
@@ -193,7 +192,7 @@ def running_call() -> RunningCall | None:
                 found["args"],
                 found["kwargs"],
                 # torch.compile wraps a backend to keep its options.
-                getattr(innermost_backend(found["self"].callback), "compiler_fn", None),
+                getattr(torch._dynamo.eval_frame.innermost_backend(found["self"].callback), "compiler_fn", None),
                 started,
                 found["self"],
                 found["cleanups"],

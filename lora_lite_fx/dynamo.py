@@ -112,8 +112,8 @@ def _attribute(gm: nn.Module, name: str) -> Any:
 def set_flag(gm: fx.GraphModule, node: fx.Node, value: bool) -> None:
     """Put the constant in the place of `node`, and take that out."""
     for user in list(node.users):
-        user.args = fx.node.map_aggregate(user.args, lambda a: value if a is node else a)  # type: ignore[assignment]
-        user.kwargs = fx.node.map_aggregate(user.kwargs, lambda a: value if a is node else a)  # type: ignore[assignment]
+        user.args = fx.node.map_aggregate(user.args, lambda a: value if a is node else a)
+        user.kwargs = fx.node.map_aggregate(user.kwargs, lambda a: value if a is node else a)
     gm.graph.erase_node(node)
 
 

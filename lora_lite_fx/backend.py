@@ -8,9 +8,9 @@ import torch
 from torch import fx, nn
 
 from .capture import Inputs
-from .dynamo import Compiled, Compiler, compiler, on_compilation, only_inlined, running_call
+from .dynamo import Compiled, Compiler, compiler, on_compilation, running_call
 from .errors import AdapterError
-from .pieces import Base, compile_carried, enter, has_marks, leave
+from .pieces import Base, compile_carried, has_marks
 from .rewrite import Config, as_variants
 from .variant import Variant
 
@@ -56,7 +56,6 @@ class Backend:
         self._base: Base | None = None
         self._error: AdapterError | None = None
         if variants:
-            only_inlined(enter, leave)
             on_compilation(self._start)
 
     @property
@@ -73,13 +72,21 @@ class Backend:
         self._base = Base(model, self.variants, args, kwargs)
         return self._base.carrier
 
+    def __eq__(self, other: object) -> bool:
+        """Whether Dynamo may run code that it compiled for `other`, which it asks in calls of another `torch.compile`.
+
+        Not before the sites are watched: it would not say that such a call has begun. Compiling, it does.
+        """
+        return self is other and (self._base is None or self._base.watching)
+
+    __hash__ = object.__hash__
+
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
         """Compile one graph of Dynamo's, with the adapters in it."""
         try:
             if not self.variants or has_marks(gm):
                 return compile_carried(gm, inputs, compiler(self.inner))
-            if self._base is None:
-                self._start()  # torch._dynamo.reset() forgets who asked for being told
+            self._start()  # if not done when the call began: torch._dynamo.reset() forgets whom to tell
             if self._error is not None:
                 raise self._error
             assert self._base is not None
@@ -99,10 +106,14 @@ class Backend:
                         "backend(cfg) was given to torch.compile with a function. It finds sites by their names in a"
                         " model: compile the model or its forward, or a function that calls an adapted model."
                     )
-                if call.started is not None:
-                    raise AdapterError(f"torch.compile does not capture {call.started}, which may run sites.")
                 self.adapt(call.model, *call.args, **call.kwargs)
             assert self._base is not None
+            if call.started is not None and not self._base.watching:
+                raise AdapterError(
+                    f"torch.compile captures nothing up to {call.started}, which may have run sites without their"
+                    " adapters by now. The way out: compile the backend's model, which carries its adapters, with"
+                    ' backend="lora_lite_fx"; or, after torch._dynamo.reset(), make a new backend.'
+                )
             self._base.watch(call)
         except AdapterError as error:
             self._error = error

@@ -256,8 +256,10 @@ def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.Grap
     """
     shadow = share(model).eval()
     names = {id(module): name for name, module in shadow.named_modules()}
-    inputs, spec = pytree.tree_flatten(pytree.tree_map(_copy_of_input, (args, kwargs)))
-    fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    others = [None if isinstance(leaf, Tensor) else copy.deepcopy(leaf) for leaf in leaves]
+    # By identity: a model may look at whether two of its inputs are one.
+    copies = {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)}
     running: list[Any] = []
 
     def enter(module: nn.Module, inputs: Any) -> None:
@@ -272,26 +274,26 @@ def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.Grap
         module.register_forward_hook(leave, always_call=True)
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        given = iter(tensors)
-        leaves = [next(given) if leaf is None else leaf for leaf in fixed]
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        given = dict(zip(copies, tensors, strict=True))
+        inputs = [given.get(id(leaf), other) for leaf, other in zip(leaves, others, strict=True)]
+        args, kwargs = pytree.tree_unflatten(inputs, spec)
         return [leaf for leaf in pytree.tree_leaves(shadow(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
-    tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
     # The real tensors and the private flag let the model look at its data, as it does when it runs.
     tracer = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)
-    with torch.no_grad(), torch.random.fork_rng(), fx.traceback.preserve_node_meta():
-        gm = tracer(*tensors)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for whole layers, in which no linear is to be seen
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), fx.traceback.preserve_node_meta():
+            gm = tracer(*copies.values())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     for node in gm.graph.nodes:
         if (path := (node.meta.pop("custom", None) or {}).get("module")) is not None:
             node.meta["nn_module_stack"] = {"": (path, nn.Module)}
     # A function bound to the model itself, and kept as an attribute, was not copied with it.
     name_tensors(gm, tensor_names(model) | tensor_names(shadow))
     return gm
-
-
-def _copy_of_input(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
 
 def tensor_names(model: nn.Module) -> dict[int, str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -168,6 +169,34 @@ def on_compilation(callback: Callable[[], None]) -> None:
 
     handler.register_start_callback(start)
     weakref.finalize(callback.__self__, stop)  # type: ignore[attr-defined]
+
+
+class HooksOnAllModules:
+    """Hooks that are called with all modules, where the context that a call of this returns is entered.
+
+    Args:
+        before, after: as `torch.nn.modules.module.register_module_forward_pre_hook` and `..._forward_hook` take them.
+    """
+
+    def __init__(self, before: partial[Any], after: partial[Any]) -> None:
+        only_inlined(before.func, after.func)
+        self.before, self.after = before, after
+        handle = nn.modules.module.register_module_forward_pre_hook(before)
+        self.key = handle.id
+        handle.remove()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        # Registered under a key that stays the same: Dynamo's graphs are for certain keys, and the public functions
+        # take a new one each time.
+        places = (nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks)
+        for hooks, hook in zip(places, (self.before, self.after), strict=True):
+            hooks[self.key] = hook
+        try:
+            yield
+        finally:
+            for hooks in places:
+                del hooks[self.key]
 
 
 def only_inlined(*functions: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ from .adapters import Placement, placements, tensor_of
 from .calibration import make_plans
 from .capture import record_run, tensor_names
 from .carried import MARK, Carried, carry, outside, said_by
-from .dynamo import Compiled, Compiler, RunningCall, running_call, set_flag, to_aten, to_inputs
+from .dynamo import Compiled, Compiler, HooksOnAllModules, RunningCall, running_call, set_flag, to_aten, to_inputs
 from .errors import AdapterError
 from .passes import InsertAdapter, Pipeline
 from .provenance import Provenance, is_inserted, recorded
@@ -117,14 +117,16 @@ class Base:
         self.names = tensor_names(model)
         self.weights = {name: tensor_of(model, site.weight) for name, site in self.sites.items()}
         self.watched = {id(model.get_submodule(name)): name for name, there in self.placements.items() if there}
+        # For all modules: hooks on the model's own would be a change of it.
+        self.hooks = HooksOnAllModules(partial(enter, self), partial(leave, self))
         self.local = threading.local()
         self.ran: set[str] = set()
 
     # Never without adapters: the sites' modules are watched while the compiled model runs.
 
-    def watch(self, call: RunningCall | None) -> None:
+    def watch(self, call: RunningCall) -> None:
         """Notice sites that run in Python in this call, and in later ones of the same compiled function."""
-        if call is not None and not self.watching:
+        if not self.watching:
             call.within(self._watch)
 
     @property
@@ -133,18 +135,12 @@ class Base:
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
-        # For all modules: hooks on the model's own would be a change of it.
-        hooks = (
-            nn.modules.module.register_module_forward_pre_hook(partial(enter, self)),
-            nn.modules.module.register_module_forward_hook(partial(leave, self)),
-        )
         self.local.watching = True
         try:
-            yield
+            with self.hooks():
+                yield
         finally:
             self.local.watching = False
-            for hook in hooks:
-                hook.remove()
 
     # One graph.
 
@@ -173,8 +169,6 @@ class Base:
         adapters: dict[tuple[int, ...], tuple[list[str], list[Tensor]]] = {}
 
         def run(*inputs: Any) -> Any:
-            if not self.watching:  # another compiled function, for which Dynamo had nothing to compile
-                self.watch(running_call())
             # Dynamo runs the graph of one layer for others like it too, with their parameters as inputs.
             now = tuple(id(inputs[i]) for i in weights)
             if now not in adapters:

@@ -163,13 +163,14 @@ def test_a_model_that_breaks_into_graphs_is_adapted_in_each(cls: type[llfx.Varia
 
 
 def test_layers_that_are_adapted_otherwise_do_not_share_a_graph() -> None:
-    cfg = llfx.LoRA(r=2, target_names=("up",), layers=(0,))
-    model = Net(Branching).eval()
+    cfg = llfx.LoRA(r=2, target_names=("up",), layers=(0, 1))
+    model = Net(Branching, 3).eval()
     adapted = backend(cfg, inner="eager")
     carrier = adapted.adapt(model, inputs(2, 3))
     randomise(carrier, 0)
-    with pytest.raises(llfx.AdapterError, match=r"blocks\.1\.up.*captured for 'blocks\.0\.up'"):
+    with pytest.raises(llfx.AdapterError, match=r"blocks\.2\.up.*captured for 'blocks\.1\.up'"):
         torch.compile(model, backend=adapted)(inputs(2, 3))
+    torch._dynamo.reset()  # a code is compiled a limited number of times
     check(torch.compile(carrier, backend=backend(inner="eager")), carrier, eager_of(carrier), inputs(2, 3))
 
 
@@ -196,10 +197,14 @@ class Outside(Block):
 def test_a_site_outside_the_graphs_is_an_error_that_names_it() -> None:
     model = Net(Outside).eval()
     adapted = backend(llfx.LoRA(r=2, target_names=("up", "down")), inner="eager")
+    several = [torch.compile(model, backend=adapted) for _ in range(2)]
     with untouched(model):
-        for _ in range(2):
-            with pytest.raises(llfx.AdapterError, match=r"'blocks\.0\.up' runs outside a rewritten graph"):
-                torch.compile(model, backend=adapted)(inputs(2, 3))
+        for fast, message in zip(
+            several, (r"'blocks\.0\.up' runs outside a rewritten graph", r"nothing up to Net\.forward"), strict=True
+        ):
+            for _ in range(2):
+                with pytest.raises(llfx.AdapterError, match=message):
+                    fast(inputs(2, 3))
         model(inputs(2, 3))  # the base runs as ever
     only_down = backend(llfx.LoRA(r=2, target_names=("down",)), inner="eager")
     fast = torch.compile(model, backend=only_down)
@@ -220,6 +225,7 @@ def test_past_the_limit_of_recompilations() -> None:
     carried = torch.compile(adapted.adapt(model, inputs(2, 3)), backend=backend(inner="eager"))
     with torch._dynamo.config.patch(recompile_limit=2, specialize_float=True):
         for run in (fast, carried):
+            torch._dynamo.reset()
             for scale in (1.0, 2.0):
                 run(inputs(2, 3), scale)
             with pytest.raises(llfx.AdapterError, match=r"'up' runs outside.*recompile_limit"):
@@ -270,7 +276,7 @@ def test_errors() -> None:
     model = Net().eval()
     with pytest.raises(llfx.ConfigError, match="must be a variant"):
         llfx.backend("lora")  # type: ignore[arg-type]
-    with pytest.raises(llfx.SelectionError, match=r"nearest: blocks\.0\.up"):
+    with pytest.raises(llfx.SelectionError, match="the nearest: blocks"):
         torch.compile(model, backend=backend(llfx.LoRA(target_names=("upp",)), inner="eager"))(inputs(2, 3))
     with pytest.raises(llfx.AdapterError, match="Net carries no adapters"):
         torch.compile(model, backend=backend(inner="eager"))(inputs(2, 3))
@@ -278,7 +284,7 @@ def test_errors() -> None:
         torch.compile(lambda x: model(x), backend=backend(llfx.LoRA(), inner="eager"))(inputs(2, 3))
     attention = nn.MultiheadAttention(WIDTH, 2)
     with pytest.raises(llfx.ConfigError, match="'in_proj' is not a module that is called"):
-        backend(llfx.LoRA(r=2, target_names=("in_proj",))).adapt(attention, *[inputs(2, 3)] * 3)
+        backend(llfx.LoRA(r=2, target_names=("in_proj",))).adapt(attention, *[inputs(2, 3)] * 3, need_weights=False)
 
 
 def test_files(tmp_path: Path) -> None:
@@ -336,8 +342,8 @@ def test_a_recorded_run_has_the_sites_and_roles_of_an_export() -> None:
     ids = torch.randint(9, (2, 3))
     with untouched(model):
         recorded, exported = find_sites(record_run(model, (ids,), {})), find_sites(base_graph(model, (ids,)))
-    assert [(s.name, s.roles, s.weight, s.transposed, len(s.calls)) for s in recorded] == [
-        (s.name, s.roles, s.weight, s.transposed, len(s.calls)) for s in exported
+    assert [(s.name, s.roles, s.transposed, len(s.calls)) for s in recorded] == [
+        (s.name, s.roles, s.transposed, len(s.calls)) for s in exported
     ]
 
 
@@ -392,8 +398,8 @@ def test_models_that_export_refuses(build: Any) -> None:
     model, batch = build()
     model.eval().requires_grad_(False)
     adapted = backend(llfx.LoRA(r=2, target_roles=("query", "output", "down")), inner="eager")
+    fast = torch.compile(model, backend=adapted)
     with untouched(model):
-        fast = torch.compile(model, backend=adapted)
         base = model(**batch)
         close(fast(**batch).logits, base.logits, 1e-6, "identity at start")
         assert adapted.model is not None

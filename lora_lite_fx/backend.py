@@ -22,7 +22,14 @@ def backend(cfg: Config | None = None, *, inner: str | Compiler = "inductor") ->
     it is the base. What breaks into several graphs is adapted in each of them.
 
     The first call decides on the sites: the model runs once more on its inputs, and what ran is looked at. From then
-    on the adapters are those of the backend's `model`.
+    on the adapters are those of the backend's `model`, which an optimiser takes. `adapt` does this before.
+
+    A site that would run outside the graphs is an error that names it. There is no error where torch.compile does
+    nothing at all: switched off, or with a model whose whole `forward` it leaves out. A model that carries its adapters
+    runs nowhere without them; it can be part of other modules and of compiled functions. Each of its layers has a graph
+    of its own where the layers break, which `torch._dynamo.config.recompile_limit` must allow.
+
+    Parameters of `model` that run between its graphs get gradients, if they require them: freeze it.
 
     Args:
         cfg: a variant, or several to insert in this order. None for a model that carries its adapters, which is what

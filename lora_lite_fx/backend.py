@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -61,9 +62,8 @@ class Backend:
         self.variants = variants
         self.inner = inner
         self._base: Base | None = None
-        self._error: AdapterError | None = None
         if variants:
-            on_compilation(self._start)
+            on_compilation(self._begin)
 
     @property
     def model(self) -> nn.Module | None:
@@ -93,37 +93,37 @@ class Backend:
         try:
             if not self.variants or has_marks(gm):
                 return compile_carried(gm, inputs, compiler(self.inner))
-            self._start()  # if not done when the call began: torch._dynamo.reset() forgets whom to tell
-            if self._error is not None:
-                raise self._error
-            assert self._base is not None
+            self._start()
+            if self._base is None:
+                raise AdapterError("backend(cfg) must be given to torch.compile itself, not be called by another one.")
             return self._base.compile(gm, inputs, compiler(self.inner))
         except AdapterError as error:
             return _raising(error)  # as it is: what a backend raises is wrapped by Dynamo
+
+    def _begin(self) -> None:
+        with suppress(AdapterError):  # raised again where the first graph would run
+            self._start()
 
     def _start(self) -> None:
         """Decide on the sites, if a compiled call begins that this is the backend of, and watch them."""
         call = running_call()
         if call is None or call.backend is not self:
             return
-        try:
-            if self._base is None:
-                if call.model is None:
-                    raise AdapterError(
-                        "backend(cfg) was given to torch.compile with a function. It finds sites by their names in a"
-                        " model: compile the model or its forward, or a function that calls an adapted model."
-                    )
-                self.adapt(call.model, *call.args, **call.kwargs)
-            assert self._base is not None
-            if call.started is not None and not self._base.watching:
+        if self._base is None:
+            if call.model is None:
                 raise AdapterError(
-                    f"torch.compile captures nothing up to {call.started}, which may have run sites without their"
-                    " adapters by now. The way out: compile the backend's model, which carries its adapters, with"
-                    ' backend="lora_lite_fx"; or, after torch._dynamo.reset(), make a new backend.'
+                    "backend(cfg) was given to torch.compile with a function. It finds sites by their names in a model:"
+                    " compile the model or its forward, or a function that calls an adapted model."
                 )
-            self._base.watch(call)
-        except AdapterError as error:
-            self._error = error
+            self.adapt(call.model, *call.args, **call.kwargs)
+        assert self._base is not None
+        if call.started is not None and not self._base.watching:
+            raise AdapterError(
+                f"torch.compile captures nothing up to {call.started}, which may have run sites without their adapters"
+                " by now. The way out: compile the backend's model, which carries its adapters, with"
+                ' backend="lora_lite_fx"; or, after torch._dynamo.reset(), make a new backend.'
+            )
+        self._base.watch(call)
 
 
 compile_graph = backend()

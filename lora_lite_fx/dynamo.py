@@ -215,13 +215,14 @@ def running_call() -> RunningCall | None:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_globals["__name__"] == "torch._dynamo.eval_frame":
             found = frame.f_locals
             function = inspect.unwrap(found["fn"])
+            backend = torch._dynamo.eval_frame.innermost_backend(found["self"].callback)
             model = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
             return RunningCall(
                 model if isinstance(model, nn.Module) else None,
                 found["args"],
                 found["kwargs"],
                 # torch.compile wraps a backend to keep its options.
-                getattr(torch._dynamo.eval_frame.innermost_backend(found["self"].callback), "compiler_fn", None),
+                getattr(backend, "compiler_fn", backend),
                 started,
                 found["self"],
                 found["cleanups"],

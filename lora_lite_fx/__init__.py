@@ -2,6 +2,7 @@
 
 from .adapt import adapt
 from .adapters import adapter_parameters, adapter_state_dict, load_adapter_state_dict
+from .backend import backend
 from .checkpoint import load, save
 from .eager import wrap
 from .errors import AdapterError, CaptureError, CheckpointError, ConfigError, SelectionError
@@ -69,6 +70,7 @@ __all__ = [
     "adapt",
     "adapter_parameters",
     "adapter_state_dict",
+    "backend",
     "from_peft_config",
     "inspect",
     "load",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import operator
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,38 @@ AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast
 # The public forms are context managers, which a graph cannot hold.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp._enter_autocast, torch.amp._exit_autocast
+
+
+# Names of tensors.
+
+
+def tensor_names(model: nn.Module) -> dict[int, str]:
+    """The qualified names of the parameters and buffers of `model`, by the id of the tensor."""
+    return {id(t): name for name, t in itertools.chain(model.named_buffers(), model.named_parameters())}
+
+
+def name_tensors(gm: fx.GraphModule, names: Mapping[int, str]) -> None:
+    """Let `gm` read the tensors that have a name by that name, whatever tracing called them."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = getattr(gm, str(node.target), None)
+        if (name := names.get(id(tensor))) is not None:
+            assert isinstance(tensor, Tensor)
+            register_tensor(gm, name, tensor)
+            node.target = name
+
+
+def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register `tensor`, no copy of it, under a qualified name; the modules on the way are made if need be."""
+    path, _, leaf = name.rpartition(".")
+    module = gm
+    for part in path.split(".") if path else ():
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor)
 
 
 # Tracing a variant's function.

@@ -223,4 +223,5 @@ def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Te
     """The frozen weight of each site, as the model stores it."""
     if isinstance(model, fx.GraphModule):
         return {site.name: tensor_of(model, site.weight) for site in find_sites(model) if site.name in names}
-    return {name: tensor_of(model, f"{name}.base.weight") for name in names}
+    modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
+    return {name: tensor_of(getattr(module, "base", module), "weight") for name, module in modules.items()}

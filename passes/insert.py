@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, fx, nn
 
 from ..adapters import Placement, site_weight, tensor_of
-from ..capture import fake_input, fake_like, trace
+from ..capture import fake_input, fake_like, register_tensor, trace
 from ..errors import ConfigError
 from ..frozen import Frozen
 from ..provenance import INLET, OUTLET, Insertion, Provenance, insertions, outermost, record
@@ -33,13 +33,15 @@ class InsertAdapter(GraphPass):
         variant: what to insert.
         adapter: its index in the order of the model's adapters.
         names: qualified names of sites.
-        roles: of sites by name, where they are to be others than the graph tells.
+        roles: what is known of the roles of sites; for a graph that is a piece of the model and does not show them.
+        tensors: the tensors of an adapter that exists, by qualified name; without, new ones are made.
     """
 
     variant: Variant
     adapter: int
     names: tuple[str, ...]
     roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self, gm: fx.GraphModule) -> int:
         around: dict[str, list[Insertion]] = defaultdict(list)
@@ -50,11 +52,11 @@ class InsertAdapter(GraphPass):
         first_call = next_call
         fragments: dict[object, Fragment] = {}
         moved: dict[fx.Node, fx.Node] = {}  # an adapted output may be the input of a call found before
-        for site in find_sites(gm):
+        for found in find_sites(gm):
+            site = replace(found, roles=self.roles.get(found.name, found.roles))
             there = {insertion.adapter for insertion in around[site.name]}
             if site.name not in self.names or self.adapter in there:
                 continue
-            site = replace(site, roles=self.roles.get(site.name, site.roles))
             names = tuple(self.variant.at(site.name).specs(site))
             placement = Placement(self.variant, self.adapter, site.name, len(there), names)
             self._register(gm, site, placement)
@@ -71,8 +73,11 @@ class InsertAdapter(GraphPass):
                 next_call += 1
         return next_call - first_call
 
-    @staticmethod
-    def _register(gm: fx.GraphModule, site: Site, placement: Placement) -> None:
+    def _register(self, gm: fx.GraphModule, site: Site, placement: Placement) -> None:
+        if self.tensors:
+            for name in placement.tensors.values():
+                register_tensor(gm, name, self.tensors[name])
+            return
         if site.name not in dict(gm.named_modules()):
             gm.add_submodule(site.name, nn.Module())
         weight = site_weight(gm, site)

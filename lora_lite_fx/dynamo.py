@@ -1,0 +1,239 @@
+"""Dynamo's graphs: the one home of what the backend has to know of `torch._dynamo`.
+
+Dynamo captures in pieces, in a dialect of its own, and takes parameters as inputs. Here its graphs become ones that
+the passes know, and go back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .capture import fake_like, register_tensor
+
+Compiled = Callable[..., Any]
+Compiler = Callable[[fx.GraphModule, list[Any]], Compiled]
+
+
+def compiler(name: str | Compiler) -> Compiler:
+    """The backend of that name, or the one that is given."""
+    # What torch.compile itself looks names up with; no public function returns a backend.
+    return torch._dynamo.lookup_backend(name) if isinstance(name, str) else name
+
+
+# From Dynamo's dialect and back.
+
+
+def to_aten(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> fx.GraphModule:
+    """A graph as the passes know it: of aten operators, reading parameters as attributes.
+
+    Args:
+        gm: Dynamo's; it is not changed.
+        inputs: Dynamo's example inputs. Those that are parameters are the model's own.
+        names: the qualified names of the model's tensors by id; a parameter that has none gets one of its own.
+
+    Returns:
+        A graph of the same inputs. Those that are parameters are not read: attributes stand for them.
+    """
+    # The stand-ins of Dynamo's inputs: with the symbols of dynamic shapes, which its example inputs do not have.
+    values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    with fake_mode(values), fx.traceback.preserve_node_meta():
+        aten = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*values)
+    gm = fx.GraphModule(aten, aten.graph)
+    for i, (node, tensor) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
+        if isinstance(tensor, nn.Parameter) or id(tensor) in names:
+            read_as_attribute(gm, node, names.get(id(tensor), f"input_{i}"), tensor)
+    return gm
+
+
+def fake_mode(values: Sequence[Any]) -> AbstractContextManager[Any]:
+    """The mode that the stand-ins among `values` belong to."""
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def read_as_attribute(gm: fx.GraphModule, node: fx.Node, name: str, tensor: Tensor) -> None:
+    """Let `gm` read `tensor` under a qualified name instead of the input `node`, which stays."""
+    register_tensor(gm, name, tensor)
+    with gm.graph.inserting_after(node):
+        attribute = gm.graph.get_attr(name)
+    attribute.meta = {"val": node.meta["val"]}
+    node.replace_all_uses_with(attribute)
+
+
+def to_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Undo `to_aten`, in place: let inputs stand for all tensors that `gm` reads as attributes.
+
+    Args:
+        gm: what `to_aten` returned, rewritten.
+        inputs: as for `to_aten`.
+
+    Returns:
+        The tensors for which `gm` has got further inputs, and stand-ins for them, in their order: adapters that Dynamo
+        does not know of, and constants. (An inner backend would take what is left as an attribute for a parameter.)
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    stand_in = next(value for node in placeholders if isinstance(value := node.meta["val"], FakeTensor))
+    by_tensor = {id(tensor): node for tensor, node in zip(inputs, placeholders, strict=True)}
+    further: list[Tensor] = []
+    stand_ins: list[Tensor] = []
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = _attribute(gm, str(node.target))
+        if not isinstance(tensor, Tensor):  # the body of a higher-order operator, or a flag
+            continue
+        if id(tensor) not in by_tensor:
+            with gm.graph.inserting_before(placeholders[-1].next):
+                placeholders.append(gm.graph.placeholder(f"further_{len(further)}"))
+            by_tensor[id(tensor)] = placeholders[-1]
+            further.append(tensor)
+            stand_ins.append(fake_like(tensor, stand_in).requires_grad_(tensor.requires_grad))
+            placeholders[-1].meta["val"] = stand_ins[-1]
+        node.replace_all_uses_with(by_tensor[id(tensor)])
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return further, stand_ins
+
+
+def _attribute(gm: nn.Module, name: str) -> Any:
+    path, _, leaf = name.rpartition(".")
+    return getattr(gm.get_submodule(path), leaf)
+
+
+def set_flag(gm: fx.GraphModule, node: fx.Node, value: bool) -> None:
+    """Put the constant in the place of `node`, and take that out."""
+    for user in list(node.users):
+        user.args = fx.node.map_aggregate(user.args, lambda a: value if a is node else a)
+        user.kwargs = fx.node.map_aggregate(user.kwargs, lambda a: value if a is node else a)
+    gm.graph.erase_node(node)
+
+
+# The call that is going on.
+
+
+@dataclass(frozen=True)
+class RunningCall:
+    """A call of a compiled function or module, while Dynamo compiles a graph for it.
+
+    Args:
+        model: the module that `torch.compile` was given, or whose method it was; None for a function.
+        args, kwargs: of the call.
+        backend: the one that `torch.compile` was given.
+        started: the name of a function of the model that runs in Python meanwhile, or None.
+    """
+
+    model: nn.Module | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    backend: object
+    started: str | None
+    _scope: Any
+    _cleanups: list[Callable[[], object]]
+
+    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Enter `context()` in what is left of this call, and in all later ones of the same compiled function."""
+
+        # Dynamo lets a backend have such a context (`backend_ctx_ctor`), but torch.compile does not look for it.
+        def enter() -> Callable[[], object]:
+            manager = context()
+            manager.__enter__()
+            return lambda: manager.__exit__(None, None, None)
+
+        self._scope.enter_exit_hooks.append(enter)
+        self._cleanups.append(enter())
+
+
+def on_compilation(callback: Callable[[], None]) -> None:
+    """Let `callback` be called whenever Dynamo starts to compile, for as long as its object lives."""
+    # A backend is called with the first graph, before which the model may have run some way.
+    method = weakref.WeakMethod(callback)
+    handler = torch._dynamo.callback_handler
+
+    def start(_: object) -> None:
+        if (alive := method()) is not None:
+            alive()
+
+    def stop() -> None:
+        if start in handler.start_callbacks:  # torch._dynamo.reset() takes them out
+            handler.remove_start_callback(start)
+
+    handler.register_start_callback(start)
+    weakref.finalize(callback.__self__, stop)  # type: ignore[attr-defined]
+
+
+class HooksOnAllModules:
+    """Hooks that are called with all modules, where the context that a call of this returns is entered.
+
+    Args:
+        before, after: as `torch.nn.modules.module.register_module_forward_pre_hook` and `..._forward_hook` take them.
+    """
+
+    def __init__(self, before: partial[Any], after: partial[Any]) -> None:
+        only_inlined(before.func, after.func)
+        self.before, self.after = before, after
+        handle = nn.modules.module.register_module_forward_pre_hook(before)
+        self.key = handle.id
+        handle.remove()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        # Registered under a key that stays the same: Dynamo's graphs are for certain keys, and the public functions
+        # take a new one each time.
+        places = (nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks)
+        for hooks, hook in zip(places, (self.before, self.after), strict=True):
+            hooks[self.key] = hook
+        try:
+            yield
+        finally:
+            for hooks in places:
+                del hooks[self.key]
+
+
+def only_inlined(*functions: Callable[..., Any]) -> None:
+    """Let Dynamo trace these functions only as parts of what calls them: called from Python, they run in Python."""
+    # Otherwise Dynamo compiles them by themselves, and they take themselves to be in a graph.
+    for function in functions:
+        torch._dynamo.eval_frame.skip_code(function.__code__)
+
+
+def running_call() -> RunningCall | None:
+    """The call that Dynamo compiles for, or None."""
+    # A backend is given a graph and not the model it is of: only the stack knows that.
+    started = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals["__name__"] == "torch._dynamo.eval_frame":
+            found = frame.f_locals
+            function = inspect.unwrap(found["fn"])
+            backend = torch._dynamo.eval_frame.innermost_backend(found["self"].callback)
+            model = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+            return RunningCall(
+                model if isinstance(model, nn.Module) else None,
+                found["args"],
+                found["kwargs"],
+                # torch.compile wraps a backend to keep its options.
+                getattr(backend, "compiler_fn", backend),
+                started,
+                found["self"],
+                found["cleanups"],
+            )
+        if not _is_machinery(frame.f_globals.get("__name__", "")):
+            started = frame.f_code.co_qualname
+        frame = frame.f_back
+    return None
+
+
+def _is_machinery(module: str) -> bool:
+    """Whether frames of a module named so are of compilation, and not of a model."""
+    layers = module.startswith("torch.nn.") and module != "torch.nn.modules.module"
+    return module.split(".")[0] in ("torch", "contextlib", "lora_lite_fx") and not layers

@@ -161,7 +161,7 @@ class Adapted(_Part):
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
         """Write the adapters as `save` does, to `model.safetensors`, which `adapt` and a resumed `Trainer` read.
 
-        There is no config beside it: the folder is not to be taken for one of a whole model.
+        There is no config beside it: the folder does not hold a whole model and is not for `from_pretrained`.
 
         Args:
             save_directory: made if it is not there.

@@ -298,6 +298,8 @@ def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
         module = module.get_submodule(part)
     if isinstance(tensor, nn.Parameter):
         module.register_parameter(leaf, tensor)
+    elif leaf in module._buffers:  # which may not be persistent, and stays so
+        setattr(module, leaf, tensor)
     else:
         module.register_buffer(leaf, tensor)
 

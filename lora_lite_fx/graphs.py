@@ -19,7 +19,7 @@ from torch.export import Dim
 from .adapters import Placement, placements, tensor_of
 from .calibration import Batches
 from .calls import Leaves, Structure, Tree, assemble, differences, disassemble, restore
-from .capture import Inputs, share, take_guards, written_buffers
+from .capture import Inputs, register_tensor, share, take_guards, written_buffers
 from .decoding import (
     Decoder,
     Form,
@@ -306,10 +306,10 @@ class Graphs:
         for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
             own = _find(self.model, name)
             if name in written or (own is None and name in adapters):
-                _put(self.model, name, tensor)
+                register_tensor(self.model, name, tensor)
                 self._owned.add(name)
             elif own is not None:
-                _put(gm, name, own)
+                register_tensor(gm, name, own)
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -322,22 +322,6 @@ def _find(model: nn.Module, name: str) -> Tensor | None:
         return tensor_of(model, name)
     except AttributeError:
         return None
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Register the tensor under that qualified name, in modules that are made where there is none."""
-    path, _, attribute = name.rpartition(".")
-    module = model
-    for part in path.split(".") if path else ():
-        if not hasattr(module, part):
-            module.add_module(part, nn.Module())
-        module = getattr(module, part)
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(attribute, tensor)
-    elif attribute in module._buffers:
-        setattr(module, attribute, tensor)
-    else:
-        module.register_buffer(attribute, tensor)
 
 
 # Calls and results.

@@ -6,6 +6,7 @@ from .backend import backend
 from .checkpoint import load, save
 from .eager import wrap
 from .errors import AdapterError, CaptureError, CheckpointError, ConfigError, SelectionError
+from .execution import optimize
 from .inspect import inspect
 from .lora_lite import load_lora_lite, save_lora_lite
 from .peft import load_peft, save_peft, to_peft_config
@@ -78,6 +79,7 @@ __all__ = [
     "load_lora_lite",
     "load_peft",
     "merge",
+    "optimize",
     "register",
     "registry",
     "remove",

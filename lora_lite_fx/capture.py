@@ -11,6 +11,7 @@ import copy
 import inspect
 import itertools
 import operator
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,17 @@ def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
             f"{type(model).__name__} cannot be copied with its weights shared, {error}."
             " Remove attributes that cannot be copied (locks, open files, generators) before rewriting."
         ) from error
+
+
+def registry_of(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Where the tensor of that qualified name is registered, and its name there.
+
+    Reading it there, instead of as an attribute, is what a call can afford for every adapter tensor of a model.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    registries = (owner._parameters, owner._buffers, vars(owner))
+    return next(registry for registry in registries if leaf in registry), leaf
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
@@ -401,3 +413,16 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
         if argument.alias_info is not None and argument.alias_info.is_write
     }
     return [value for name, value in given.items() if name in written and isinstance(value, fx.Node)]
+
+
+def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The operands that `node` changes in place. Where no schema says it, as in symbolic traces, names and flags do."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return written_operands(node)
+    if node.op == "call_module":
+        writes = getattr(gm.get_submodule(str(node.target)), "inplace", False)
+    else:
+        name = str(getattr(node.target, "__name__", node.target))
+        flags = (*node.args, node.kwargs.get("inplace"))
+        writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
+    return node.all_input_nodes[:1] if writes else []

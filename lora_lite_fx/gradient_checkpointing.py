@@ -7,7 +7,6 @@ number in their qualified name.
 
 from __future__ import annotations
 
-import copy
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -15,64 +14,42 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
 from torch.utils.checkpoint import checkpoint
 
-from .capture import keep_aliases, written_operands
+from .capture import written
 from .errors import CaptureError
+from .subgraph import forward_of, replace_by_call
 
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 
 
-class CheckpointedGraphModule(fx.GraphModule):
-    """A graph module that runs its layers under `torch.utils.checkpoint` while it trains with gradients on.
-
-    It computes what the plain module over the same graph does, random numbers and gradients included, and runs
-    plainly in evaluation mode and without gradients. Every recompile cuts the graph anew, so that passes can change it.
-    """
-
-    def recompile(self) -> Any:
-        code = super().recompile()
-        # The class is this module's alone. Its methods are the layers; the outer graph calls them as if modules.
-        cls: Any = type(self)
-        outer = copy.deepcopy(self.graph)
-        for index, members in enumerate(_segments(self, outer)):
-            name = f"_checkpointed_{index}"
-            segment = _cut_out(outer, members, name)
-            setattr(cls, name, _under_checkpoint(_forward_of(self, segment)))
-        cls.forward = _forward_of(self, outer)
-        return code
-
-
-def checkpointed(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph over the same tensors, with its layers checkpointed.
+def cut_layers(gm: fx.GraphModule, outer: fx.Graph, name: str) -> dict[str, Callable[..., Any]]:
+    """Replace each layer of `outer` by one call of a method of `gm`.
 
     Args:
-        gm: what `rewrite` or `load` returned. It is not changed; the result has its parameters, not copies of them,
-            so that an optimizer of the one serves the other.
+        gm: the module that has what the graph reads.
+        outer: changed in place.
+        name: what the names of the methods begin with.
 
-    Raises:
-        CaptureError: the graph has no layers.
+    Returns:
+        The methods. They compute what the layers do, random numbers and gradients included; under
+        `torch.utils.checkpoint` while `gm` trains with gradients on, and plainly else.
     """
-    if isinstance(gm, CheckpointedGraphModule):
-        return gm
+    methods = {}
+    for index, members in enumerate(_segments(gm, outer)):
+        method = f"{name}_{index}"
+        methods[method] = _under_checkpoint(forward_of(gm, _cut_out(outer, members, method)))
+    return methods
+
+
+def require_layers(gm: fx.GraphModule) -> None:
+    """Raise `CaptureError` if the graph has no layers to checkpoint."""
     if not _segments(gm, gm.graph):
         raise CaptureError(
             "checkpoint_layers: the model has no layers to checkpoint. A layer is an element of a ModuleList or"
             " Sequential, with a number in its qualified name as in model.layers.0."
             " The way out: checkpoint_layers=False."
         )
-    result = CheckpointedGraphModule(gm, gm.graph)
-    keep_aliases(gm, result)
-    return result.train(gm.training)
-
-
-def checkpoints_layers(model: nn.Module | ExportedProgram) -> bool:
-    """Whether `model` checkpoints its layers: a graph of `checkpointed`, or a Hugging Face model set to do so."""
-    return isinstance(model, CheckpointedGraphModule) or (
-        isinstance(model, nn.Module)
-        and any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
-    )
 
 
 # Cutting a graph into segments.
@@ -104,7 +81,7 @@ def _pieces(graph: fx.Graph, outside: set[fx.Node]) -> Iterator[list[fx.Node]]:
     current: str | None = None
     piece: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        layer = None if node in outside else _layer_of(node)
+        layer = None if node in outside else layer_of(node)
         waits = layer or _is_impure(node) or any(read in piece for read in node.all_input_nodes)
         if piece and layer != current and waits:
             yield list(piece)
@@ -116,7 +93,7 @@ def _pieces(graph: fx.Graph, outside: set[fx.Node]) -> Iterator[list[fx.Node]]:
         yield list(piece)
 
 
-def _layer_of(node: fx.Node) -> str | None:
+def layer_of(node: fx.Node) -> str | None:
     """The layer that `node` computes a part of, with the number of the layer's call; None outside of layers."""
     if not node.op.startswith("call_"):
         return None
@@ -148,8 +125,8 @@ def _overwritten(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | No
                 readers.setdefault(tensor, []).append(node)
             if _may_return_a_view(node):
                 seen_by[node] |= seen_by[read]
-        for written in _written(gm, node):
-            found |= {tensor: list(readers[tensor]) for tensor in seen_by[written]}
+        for operand in written(gm, node):
+            found |= {tensor: list(readers[tensor]) for tensor in seen_by[operand]}
         if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "track_running_stats", False):
             found.setdefault(node.target, []).append(node)  # the module's own statistics, which no node makes
     return [(made_by.get(tensor), reading) for tensor, reading in found.items()]
@@ -159,19 +136,6 @@ def _may_return_a_view(node: fx.Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload) or any(
         result.alias_info is not None for result in node.target._schema.returns
     )
-
-
-def _written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The operands that `node` changes. Where no schema says it, as in symbolic traces, names and flags do."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return written_operands(node)
-    if node.op == "call_module":
-        writes = getattr(gm.get_submodule(str(node.target)), "inplace", False)
-    else:
-        name = str(getattr(node.target, "__name__", node.target))
-        flags = (*node.args, node.kwargs.get("inplace"))
-        writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
-    return node.all_input_nodes[:1] if writes else []
 
 
 def _cut_out(outer: fx.Graph, members: list[fx.Node], name: str) -> fx.Graph:
@@ -184,23 +148,11 @@ def _cut_out(outer: fx.Graph, members: list[fx.Node], name: str) -> fx.Graph:
     for node in members:
         copies[node] = segment.node_copy(node, copies.__getitem__)
     segment.output(tuple(copies[node] for node in results))
-    with outer.inserting_after(members[-1]):
-        call = outer.call_module(name, tuple(inputs))
-    with outer.inserting_after(call):
-        for index, node in reversed(list(enumerate(results))):
-            result = outer.call_function(operator.getitem, (call, index))
-            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
-    for node in reversed(members):
-        outer.erase_node(node)
+    replace_by_call(outer, name, inputs, members, results)
     return segment
 
 
 # Running it.
-
-
-def _forward_of(gm: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]:
-    """`graph` as a function of a module that has what `gm` has, and its inputs."""
-    return type(fx.GraphModule(gm, graph)).forward
 
 
 def _under_checkpoint(segment: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -13,7 +14,8 @@ from .adapters import HasGraphs, adapter_tensor_names, placements, site_weight
 from .calibration import Batches, Plan, make_plans
 from .capture import Inputs, capture, keep_aliases, own_written_buffers
 from .errors import AdapterError, ConfigError
-from .gradient_checkpointing import checkpointed, checkpoints_layers
+from .execution import AdaptedGraphModule, checkpoints_layers, execution_of
+from .gradient_checkpointing import require_layers
 from .passes import (
     DropMetadataAsserts,
     FollowMode,
@@ -145,14 +147,16 @@ def base_graph(
         Pipeline((InlineRegions(),)).run(captured.eval_gm)
         follow = (FollowMode(captured.eval_gm.graph),)
     Pipeline((InlineRegions(), *follow, DropMetadataAsserts())).run(captured.gm)
-    # What torch.export builds refuses train() and eval(); a plain module over the same graph does not.
-    gm = fx.GraphModule(captured.gm, captured.gm.graph)
-    keep_aliases(captured.gm, gm)
-    own_written_buffers(gm)
-    gm.train(captured.training)
     if checkpoint_layers is None:
         checkpoint_layers = checkpoints_layers(model)
-    return checkpointed(gm) if checkpoint_layers else gm
+    if checkpoint_layers:
+        require_layers(captured.gm)
+    # What torch.export builds refuses train() and eval(); a module of our own over the same graph does not.
+    execution = replace(execution_of(model), checkpoint_layers=checkpoint_layers)
+    gm = AdaptedGraphModule(captured.gm, captured.gm.graph, execution)
+    keep_aliases(captured.gm, gm)
+    own_written_buffers(gm)
+    return gm.train(captured.training)
 
 
 def insert_adapters(

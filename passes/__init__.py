@@ -5,18 +5,27 @@ needs around each.
 """
 
 from .asserts import DropMetadataAsserts
+from .fold_scale import FoldScaleIntoAddition
 from .graph_pass import GraphPass, PassError, PassReport, Pipeline
+from .hoist import HoistParameterWork
 from .insert import InsertAdapter
 from .merge import MergeAdapters, merged_tensors
 from .mode import FollowMode
 from .observe import ObserveInputs, Observer
 from .regions import InlineRegions, without_gradient
 from .remove import RemoveAdapters
+from .siblings import ShareSiblings
+
+OPTIMISATIONS = Pipeline((ShareSiblings(), FoldScaleIntoAddition(), HoistParameterWork()))
+"""What changes how an adapted graph is run and not what it computes, each where it never loses."""
 
 __all__ = [
+    "OPTIMISATIONS",
     "DropMetadataAsserts",
+    "FoldScaleIntoAddition",
     "FollowMode",
     "GraphPass",
+    "HoistParameterWork",
     "InlineRegions",
     "InsertAdapter",
     "MergeAdapters",
@@ -26,6 +35,7 @@ __all__ = [
     "PassReport",
     "Pipeline",
     "RemoveAdapters",
+    "ShareSiblings",
     "merged_tensors",
     "without_gradient",
 ]

@@ -11,7 +11,15 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.errors import ConfigError
-from lora_lite_fx.passes import GraphPass, InsertAdapter, MergeAdapters, PassError, Pipeline, RemoveAdapters
+from lora_lite_fx.passes import (
+    OPTIMISATIONS,
+    GraphPass,
+    InsertAdapter,
+    MergeAdapters,
+    PassError,
+    Pipeline,
+    RemoveAdapters,
+)
 from lora_lite_fx.provenance import INLET, OUTLET, insertions, recorded
 from lora_lite_fx.rewrite import base_graph
 
@@ -260,7 +268,11 @@ def test_graph_text_is_dumped_before_and_after_each_pass_when_asked_for(
     files = sorted((tmp_path / "dump").iterdir())
     assert [f.name.split("_", 1)[1] for f in files] == [
         f"{name}.{when}.txt"
-        for name in ("inline_regions", "inline_regions", "follow_mode", "drop_metadata_asserts", "insert_adapter")
+        for name in (
+            *("inline_regions", "inline_regions", "follow_mode", "drop_metadata_asserts"),
+            *(each.name for each in OPTIMISATIONS),
+            "insert_adapter",
+        )
         for when in ("after", "before")
     ]
     assert "lora_A" in files[-2].read_text()

@@ -1,0 +1,151 @@
+"""How an adapted model is run, as against what it computes.
+
+Its graph is flat and plain: what passes, `remove`, `merge`, `inspect`, files and exports see. What runs is derived
+from it: a copy, optimised, with what depends on parameters alone taken out and its layers checkpointed if so asked.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from .capture import keep_aliases
+from .errors import AdapterError
+from .gradient_checkpointing import cut_layers
+from .passes import OPTIMISATIONS, Pipeline
+from .prologue import Prologue, cut_prologue
+from .provenance import is_inserted
+from .subgraph import forward_of
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a graph is run.
+
+    Args:
+        passes: what optimises it.
+        checkpoint_layers: whether its layers keep only their inputs for the backward pass, and are run again in it.
+    """
+
+    passes: Pipeline = OPTIMISATIONS
+    checkpoint_layers: bool = False
+
+
+class AdaptedGraphModule(fx.GraphModule):
+    """A graph module that computes what its graph says, run as its `execution` says.
+
+    Every recompile derives anew what is run, so that passes can change the graph. `torch.fx.Interpreter`, and so
+    `torch.export`, run the graph itself.
+    """
+
+    execution: Execution | None = None  # none while it is being made
+    prologue: Prologue | None = None
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
+        super().__init__(root, graph)
+        self.execution = execution
+        self.recompile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedGraphModule:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, AdaptedGraphModule)
+        twin.execution = self.execution
+        twin.recompile()
+        return twin
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        if self.execution is None:
+            return code
+        # The class is this module's alone. What is cut out are its methods; the outer graph calls them as if modules.
+        cls: Any = type(self)
+        graph = self._optimised()
+        if self.execution.checkpoint_layers:
+            for name, method in cut_layers(self, graph, "_checkpointed").items():
+                setattr(cls, name, method)
+        cls.prologue = cut_prologue(self, graph, _run_prologue.__name__)
+        cls._run_prologue = _run_prologue
+        cls.forward = forward_of(self, graph)
+        return code
+
+    def _optimised(self) -> fx.Graph:
+        """A copy of the graph, optimised."""
+        assert self.execution is not None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about the signature it copies
+            graph = copy.deepcopy(self.graph)
+        if any(is_inserted(node) for node in graph.nodes):
+            derived = fx.GraphModule(self, graph)
+            self.execution.passes.run(derived)
+            graph = derived.graph
+            graph.owning_module = None  # it would be asked for the modules that stand for methods
+        return graph
+
+    def train(self, mode: bool = True) -> AdaptedGraphModule:
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedGraphModule:
+        # What to(), half(), cuda() and the like all go through; they replace the data of tensors, unseen by versions.
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _forget(self) -> None:
+        if self.prologue is not None:
+            self.prologue.forget()
+
+
+def _run_prologue(self: AdaptedGraphModule) -> Any:
+    assert self.prologue is not None
+    return self.prologue.inline(self) if torch.compiler.is_compiling() else self.prologue(self)
+
+
+def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMISATIONS) -> fx.GraphModule:
+    """The same adapted model over the same tensors, optimised by `passes`.
+
+    What `rewrite` and `load` return is optimised by all of them. With this, some can be left out,
+    `optimize(gm, OPTIMISATIONS.without("share_siblings"))`, or all, `optimize(gm, Pipeline(()))`; and a graph from a
+    `.pt2` file, where only the plain graph is kept, can be optimised again.
+
+    Args:
+        model: what `rewrite` or `load` returned, or an exported program of it. It is not changed; the result has its
+            parameters, not copies of them, so that an optimizer of the one serves the other.
+        passes: from `lora_lite_fx.passes`; they change only how the graph is run, not `model.graph`.
+
+    Raises:
+        AdapterError: `model` is no graph.
+    """
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    if not isinstance(model, fx.GraphModule):
+        raise AdapterError(
+            f"A graph is needed, as rewrite, load or torch.export return it; not {type(model).__name__}."
+        )
+    return run_as(model, Execution(passes, checkpoints_layers(model)))
+
+
+def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:
+    """The same graph over the same tensors, not copies of them, in the same mode; run as `execution` says."""
+    result = AdaptedGraphModule(model, model.graph, execution)
+    keep_aliases(model, result)
+    return result.train(model.training)
+
+
+def execution_of(model: object) -> Execution:
+    """How `model` is run, if it is such a graph; else how graphs are run by default."""
+    return (isinstance(model, AdaptedGraphModule) and model.execution) or Execution()
+
+
+def checkpoints_layers(model: nn.Module | ExportedProgram) -> bool:
+    """Whether `model` checkpoints its layers: a graph that does, or a Hugging Face model set to do so."""
+    return execution_of(model).checkpoint_layers or (
+        isinstance(model, nn.Module)
+        and any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+    )

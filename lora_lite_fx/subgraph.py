@@ -1,0 +1,56 @@
+"""Parts of a graph as functions of their own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from torch import fx
+
+_NONE: Mapping[fx.Node, fx.Node] = MappingProxyType({})
+
+
+def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node], same: Mapping[fx.Node, fx.Node] = _NONE) -> fx.Graph:
+    """The graph that computes the tuple of `results` from `inputs`, and runs nothing that they do not need.
+
+    Args:
+        inputs: what its placeholders stand for, in order.
+        results: nodes that depend on these, and on tensors of the module.
+        same: nodes that have the value of an input.
+    """
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    copies |= {node: copies[other] for node, other in same.items()}
+    needed: set[fx.Node] = set()
+    pending = list(results)
+    while pending:
+        node = pending.pop()
+        if node not in copies and node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    for node in sorted(needed):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in results))
+    return graph
+
+
+def replace_by_call(
+    outer: fx.Graph, name: str, inputs: Sequence[fx.Node], members: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> None:
+    """Replace the nodes `members` of `outer` by a call of the module's method `name`, which returns their `results`."""
+    own = set(members)
+    with outer.inserting_after(members[-1]):
+        call = outer.call_module(name, tuple(inputs))
+    with outer.inserting_after(call):
+        for index, node in reversed(list(enumerate(results))):
+            result = outer.call_function(operator.getitem, (call, index))
+            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
+    for node in reversed(members):
+        outer.erase_node(node)
+
+
+def forward_of(gm: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]:
+    """`graph` as a function of a module that has what `gm` has, and its inputs."""
+    return type(fx.GraphModule(gm, graph)).forward

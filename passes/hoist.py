@@ -1,0 +1,49 @@
+"""Do what depends on parameters alone once, and not in every call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from ..adapters import adapter_tensor_names, tensor_of
+from .graph_pass import GraphPass
+from .parameter_work import move_to_front, parameter_work
+
+_LARGEST = 4
+"""How many times as large as the adapter's tensors a value may be that is kept from call to call."""
+
+
+@dataclass(frozen=True)
+class HoistParameterWork(GraphPass):
+    """Move what adapters compute from their own and frozen tensors alone before the inputs of the graph.
+
+    That is norms, rotations and folded factors; what stands there is run once per change of a parameter. Safe because
+    no input enters it, it draws no random numbers and writes nothing: the same tensors give the same values, wherever
+    it stands. Values much larger than the adapter's tensors (whole weights, as of a Fourier transform or a Hadamard
+    product) stay where they are: kept for every site, they would be a second model.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        sizes = {name: tensor_of(gm, name).numel() for name in adapter_tensor_names(gm)}
+        work = set(parameter_work(gm))
+        for node in sorted(work, reverse=True):
+            if not work.issuperset(node.users) and not _may_be_kept(node, sizes):
+                work.remove(node)
+        return move_to_front(gm.graph, sorted(work))
+
+
+def _may_be_kept(node: fx.Node, sizes: dict[str, int]) -> bool:
+    """Whether the value of `node` is small beside the adapter tensors that it is computed from, of these `sizes`."""
+    if node.op == "get_attr":
+        return True
+    read: set[str] = set()
+    pending = [node]
+    while pending:
+        for operand in pending.pop().all_input_nodes:
+            read.add(str(operand.target))
+            pending.append(operand)
+    tensors = sum(sizes.get(name, 0) for name in read)
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and math.prod(value.shape) <= _LARGEST * tensors

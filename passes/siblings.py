@@ -1,0 +1,112 @@
+"""Let adapters that read one input share one product."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..capture import written
+from ..gradient_checkpointing import layer_of
+from ..provenance import is_inserted, record, recorded
+from .graph_pass import GraphPass
+from .parameter_work import (
+    closes_region,
+    first_input,
+    is_deterministic,
+    move_to_front,
+    opens_region,
+    parameter_work,
+    value_of,
+)
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ShareSiblings(GraphPass):
+    """Make one product of those that adapters of one layer form with one input: `x A_q^T`, `x A_k^T`, `x A_v^T`.
+
+    It is formed with the `A`s one below the other, and split. Safe because each output of a product depends on one row
+    of the matrix alone, and the matrices depend on no input, so that they can stand before the first product. Before
+    that, equal computations of adapters (casts of one input, slices of one tensor) become one, if they draw no random
+    numbers: what is dropped for one adapter is not for another. Nothing is shared where something is overwritten
+    between the first use and the last, or the mode of autograd or autocast changes.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        edits = _share_equal(gm)
+        work = parameter_work(gm)
+        known = set(work)
+        groups: dict[Any, list[fx.Node]] = defaultdict(list)
+        for node in gm.graph.nodes:
+            if is_inserted(node) and node.target is aten.linear.default and len(node.args) == 2 and node not in known:
+                x, matrix = node.all_input_nodes[0], node.all_input_nodes[-1]
+                value = value_of(gm, matrix)
+                if value is not None and (matrix in known or matrix.op == "get_attr"):
+                    groups[x, layer_of(node), value.dtype, value.device].append(node)
+        for (x, *_), group in groups.items():
+            if len(group) > 1 and not _must_not_move(gm, group[0], group[-1]):
+                _share(gm, x, group, work, self.name)
+                edits += 1
+        return edits
+
+
+def _share(gm: fx.GraphModule, x: fx.Node, group: list[fx.Node], work: list[fx.Node], by: str) -> None:
+    """Replace the products `group` of `x` by one."""
+    graph = gm.graph
+    matrices = [node.all_input_nodes[-1] for node in group]
+    needed = set(matrices)
+    for node in reversed(work):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    move_to_front(graph, [node for node in work if node in needed])
+    values = [value for matrix in matrices if (value := value_of(gm, matrix)) is not None]
+    sizes = [value.shape[0] for value in values]
+    with graph.inserting_before(first_input(graph)):
+        stacked = graph.call_function(aten.cat.default, (matrices,))
+    stacked.meta["val"] = torch.empty(sum(sizes), values[0].shape[1], dtype=values[0].dtype, device="meta")
+    with graph.inserting_before(group[0]):
+        product = graph.call_function(aten.linear.default, (x, stacked))
+        parts = graph.call_function(aten.split_with_sizes.default, (product, sizes, -1))
+        shares = [graph.call_function(operator.getitem, (parts, index)) for index in range(len(group))]
+    provenance = recorded(group[0])
+    assert provenance is not None
+    for node in (stacked, product, parts, *shares):
+        record(node, replace(provenance, part="", config="", by=by))
+    for node in (product, parts, *shares):
+        if "nn_module_stack" in group[0].meta:
+            node.meta["nn_module_stack"] = group[0].meta["nn_module_stack"]
+    for node, share in zip(group, shares, strict=True):
+        node.replace_all_uses_with(share)
+
+
+def _share_equal(gm: fx.GraphModule) -> int:
+    """Let the first of equal inserted nodes do for all of a layer; for parameter work, for all."""
+    work = set(parameter_work(gm))
+    first: dict[Any, fx.Node] = {}
+    edits = 0
+    for node in list(gm.graph.nodes):
+        if not is_inserted(node) or not (node in work or is_deterministic(node)):
+            continue
+        key = (node.op, node.target, repr(node.args), repr(node.kwargs), None if node in work else layer_of(node))
+        same = first.setdefault(key, node)
+        if same is not node and (node in work or not _must_not_move(gm, same, node)):
+            node.replace_all_uses_with(same)
+            gm.graph.erase_node(node)
+            edits += 1
+    return edits
+
+
+def _must_not_move(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
+    """Whether between two nodes a tensor that is no parameter or buffer is written to, or a region begins or ends."""
+    node = first.next
+    while node is not last:
+        if opens_region(node) or closes_region(node) or any(read.op != "get_attr" for read in written(gm, node)):
+            return True
+        node = node.next
+    return False

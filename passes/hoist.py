@@ -38,12 +38,12 @@ def _may_be_kept(node: fx.Node, sizes: dict[str, int]) -> bool:
     """Whether the value of `node` is small beside the adapter tensors that it is computed from, of these `sizes`."""
     if node.op == "get_attr":
         return True
-    read: set[str] = set()
+    read = {node}
     pending = [node]
     while pending:
-        for operand in pending.pop().all_input_nodes:
-            read.add(str(operand.target))
-            pending.append(operand)
-    tensors = sum(sizes.get(name, 0) for name in read)
+        new = set(pending.pop().all_input_nodes) - read
+        read |= new
+        pending.extend(new)
+    tensors = sum(sizes.get(name, 0) for name in {str(node.target) for node in read})
     value = node.meta.get("val")
     return isinstance(value, Tensor) and math.prod(value.shape) <= _LARGEST * tensors

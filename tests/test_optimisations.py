@@ -95,32 +95,32 @@ def assert_computes_the_same(gm: fx.GraphModule, plain: fx.GraphModule, toleranc
 @settings(max_examples=1)
 @given(data=st.data())
 def test_every_variant_computes_the_same(cls: type[llfx.Variant], data: st.DataObject) -> None:
-    check_any(data, [data.draw(configs(cls, target_names=(".",)))])
+    check_any(data, [data.draw(configs(cls, target_names=(".",), exclude_names=("head",)))], PAIR)
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_stacks_of_variants_compute_the_same(data: st.DataObject) -> None:
     drawn = data.draw(st.lists(st.sampled_from(VARIANTS), min_size=2, max_size=3))
-    check_any(data, [data.draw(configs(cls, target_names=(".",))) for cls in drawn])
+    check_any(data, [data.draw(configs(cls, target_names=(".",))) for cls in drawn], MIXED)
 
 
-def check_any(data: st.DataObject, cfg: list[llfx.Variant]) -> None:
+def check_any(data: st.DataObject, cfg: list[llfx.Variant], blocks: tuple[type[nn.Module], ...]) -> None:
     exported, checkpoint_layers = data.draw(st.booleans()), data.draw(st.booleans())
     passes = OPTIMISATIONS.without(*data.draw(st.sets(st.sampled_from(NAMES), max_size=len(NAMES) - 1)))
-    made = adapted(cfg, exported=exported)
+    made = adapted(cfg, exported=exported, blocks=blocks)
     text = str(made.graph)
     gm = run_as(made, Execution(passes, checkpoint_layers))
     assert_computes_the_same(gm, llfx.optimize(made, PLAIN), 1e-9)
     assert str(gm.graph) == text
     assert set(edits(derived(gm, passes), passes).values()) == {0}, "a second run finds something to do"
-    check_remove(gm, *base(exported=exported)[:0:-1])
+    check_remove(gm, *base(exported=exported, blocks=blocks)[:0:-1])
 
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "HRA", "OFT"])
 def test_the_base_graph_comes_back(name: str) -> None:
-    _, model, graph = base()
-    gm = adapted(small(llfx.registry()[name], target_names=(".",)))
+    _, model, graph = base(blocks=PAIR)
+    gm = adapted(small(llfx.registry()[name], target_names=(".",)), blocks=PAIR)
     check_merge(gm, graph, (ids(3, 4),), 1e-9)
     check_remove(gm, graph, model)
 

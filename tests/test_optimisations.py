@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
@@ -35,6 +35,15 @@ VARIANTS = list(llfx.registry().values())
 PLAIN = Pipeline(())
 PAIR = (Attention, GatedMLP)
 MIXED = (Attention, GatedMLP, Conv1DMLP, SharedLinear, Normed)
+
+
+QUICKLY = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 def derived(gm: fx.GraphModule, passes: Pipeline = OPTIMISATIONS) -> fx.GraphModule:
@@ -92,13 +101,13 @@ def assert_computes_the_same(gm: fx.GraphModule, plain: fx.GraphModule, toleranc
 
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
-@settings(max_examples=1)
+@settings(QUICKLY, max_examples=1)
 @given(data=st.data())
 def test_every_variant_computes_the_same(cls: type[llfx.Variant], data: st.DataObject) -> None:
     check_any(data, [data.draw(configs(cls, target_names=(".",), exclude_names=("head",)))], PAIR)
 
 
-@settings(max_examples=2)
+@settings(QUICKLY, max_examples=2)
 @given(data=st.data())
 def test_stacks_of_variants_compute_the_same(data: st.DataObject) -> None:
     drawn = data.draw(st.lists(st.sampled_from(VARIANTS), min_size=2, max_size=3))

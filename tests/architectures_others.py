@@ -183,6 +183,8 @@ pwconv2 down writer
 _CLIP_LAYER = SELF_OUT + under("mlp", FC)
 # Pooling by attention, from a learnt query: `nn.MultiheadAttention`. Its result is the stream of one more block.
 _SIGLIP_HEAD = """
+attention.in_proj.rows_0_16 query inner
+attention.in_proj.rows_16_48 key value reader
 attention.out_proj output writer
 mlp.fc1 up reader
 mlp.fc2 down writer
@@ -336,7 +338,11 @@ OTHERS: dict[str, Architecture] = {
         + under("vision_model.head", _SIGLIP_HEAD)
         + under("text_model.encoder.layers.0", _CLIP_LAYER)
         + "text_model.head head reader",
-        unwrapped={"vision_model.head.attention.out_proj": _FUNCTIONAL},
+        unwrapped={
+            "vision_model.head.attention.in_proj.rows_0_16": _FUNCTIONAL,
+            "vision_model.head.attention.in_proj.rows_16_48": _FUNCTIONAL,
+            "vision_model.head.attention.out_proj": _FUNCTIONAL,
+        },
     ),
     "clip": Architecture(
         "CLIPModel",

@@ -52,7 +52,7 @@ HELD_OUT_TOKENS = 8192  # At most so many are scored.
 SAMPLE_TOKENS = 32
 CALIBRATION_BLOCKS = 16  # Of the text to train on, for the variants that start from data.
 
-# Peak learning rates: of LoRA, IA3, PiSSA, HRA and DeLoRA the best of two to four tried with the other defaults.
+# Peak learning rates: of LoRA, IA3, PiSSA, OLoRA, HRA and DeLoRA the best of two to four tried with the other defaults.
 OTHER_LEARNING_RATE = 1e-3
 LEARNING_RATES = {
     "LoRA": 4e-3,  # High, as the steps are few and B has to get away from zero.
@@ -60,6 +60,7 @@ LEARNING_RATES = {
     "DeLoRA": 4e-3,  # LoRA's: the factors are normalised, so that the rate only turns them.
     "HRA": 4e-3,  # Only the directions of the vectors matter; four times as much overshoots.
     "PiSSA": 1e-3,  # A and B start large, so that one step moves their product further than LoRA's.
+    "OLoRA": 3e-4,  # They start larger still.
     "IA3": 2e-2,  # One gate per channel, from 1: few numbers, with far to go.
 }
 OTHER_FIELDS: dict[str, dict[str, Any]] = {

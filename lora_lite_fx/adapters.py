@@ -18,6 +18,7 @@ from .errors import AdapterError, CheckpointError
 from .provenance import SHARED, Insertion, insertions, qualified_names
 from .registry import from_config
 from .site import Site
+from .tensors import tensor_of
 from .variant import Statistic, Variant, adapter_namespace
 
 
@@ -76,14 +77,6 @@ class Placement:
     def namespace(self, model: nn.Module) -> Any:
         """The tensors as attributes by the variant's own names, for `Variant.forward`."""
         return adapter_namespace({name: tensor_of(model, path) for name, path in self.tensors.items()})
-
-
-def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of that qualified name."""
-    path, _, attribute = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), attribute)
-    assert isinstance(tensor, Tensor)
-    return tensor
 
 
 def site_weight(model: nn.Module, site: Site) -> Tensor:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .adapters import site_weight, tensor_of
-from .capture import own_written_buffers, share
+from .adapters import site_weight
+from .capture import share
 from .errors import CaptureError, ConfigError
 from .frozen import check_kind
 from .passes import ObserveInputs, Observer, Pipeline
 from .selection import select
 from .site import Site, find_sites
+from .tensors import own_written_buffers, tensor_of
 from .variant import Statistic, Variant, wide
 
 Batches = Iterable[tuple[Any, ...] | Mapping[str, Any] | Tensor]

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import operator
-import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from torch.utils import _pytree as pytree
 from .adapters import adapter_tensor_names
 from .errors import CaptureError
 from .hf import example_inputs_of, is_hugging_face, prepare_for_capture
+from .tensors import keep_aliases, tensor_of
 
 aten = torch.ops.aten
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -89,7 +88,7 @@ def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
         model: left as it is; ties between its tensors are kept in the copy.
         own: qualified names of tensors that the copy gets as copies of its own, trainable as they are.
     """
-    owned = {id(_tensor(model, name)) for name in own}
+    owned = {id(tensor_of(model, name)) for name in own}
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
@@ -108,22 +107,6 @@ def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
             f"{type(model).__name__} cannot be copied with its weights shared, {error}."
             " Remove attributes that cannot be copied (locks, open files, generators) before rewriting."
         ) from error
-
-
-def registry_of(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Where the tensor of that qualified name is registered, and its name there.
-
-    Reading it there, instead of as an attribute, is what a call can afford for every adapter tensor of a model.
-    """
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    registries = (owner._parameters, owner._buffers, vars(owner))
-    return next(registry for registry in registries if leaf in registry), leaf
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
 
 
 def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -282,40 +265,6 @@ SET_GRAD_ENABLED = torch._C._set_grad_enabled
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp._enter_autocast, torch.amp._exit_autocast
 
 
-# Names of tensors.
-
-
-def tensor_names(model: nn.Module) -> dict[int, str]:
-    """The qualified names of the parameters and buffers of `model`, by the id of the tensor."""
-    return {id(t): name for name, t in itertools.chain(model.named_buffers(), model.named_parameters())}
-
-
-def name_tensors(gm: fx.GraphModule, names: Mapping[int, str]) -> None:
-    """Let `gm` read the tensors that have a name by that name, whatever tracing called them."""
-    for node in gm.graph.find_nodes(op="get_attr"):
-        tensor = getattr(gm, str(node.target), None)
-        if (name := names.get(id(tensor))) is not None:
-            assert isinstance(tensor, Tensor)
-            register_tensor(gm, name, tensor)
-            node.target = name
-
-
-def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
-    """Register `tensor`, no copy of it, under a qualified name; the modules on the way are made if need be."""
-    path, _, leaf = name.rpartition(".")
-    module = gm
-    for part in path.split(".") if path else ():
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(leaf, tensor)
-    elif leaf in module._buffers:  # which may not be persistent, and stays so
-        setattr(module, leaf, tensor)
-    else:
-        module.register_buffer(leaf, tensor)
-
-
 # Tracing a variant's function.
 
 
@@ -352,21 +301,6 @@ def trace(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> fx.Grap
         return make_fx(function, pre_dispatch=True)(*tensors).graph
 
 
-# Tensors of a captured graph.
-
-
-def keep_aliases(source: nn.Module, gm: fx.GraphModule) -> None:
-    """Register the tied parameters of `gm` under all the names they have in `source`; the graph reads only one."""
-    known = {id(parameter) for parameter in gm.parameters()}
-    names = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
-    for name, parameter in source.named_parameters(remove_duplicate=False):
-        if id(parameter) in known and name not in names:
-            path, _, leaf = name.rpartition(".")
-            if path not in dict(gm.named_modules()):
-                gm.add_submodule(path, nn.Module())
-            gm.get_submodule(path).register_parameter(leaf, parameter)
-
-
 def take_guards(gm: fx.GraphModule) -> Callable[..., object]:
     """Take out of `gm` what checks its inputs; returned as a function of them that raises AssertionError."""
     # torch.export puts its guards into a module of this name; there is no other way to ask whether a graph holds.
@@ -379,50 +313,3 @@ def take_guards(gm: fx.GraphModule) -> Callable[..., object]:
     gm.delete_submodule("_guards_fn")
     gm.recompile()
     return guards
-
-
-def own_written_buffers(gm: fx.GraphModule) -> None:
-    """Give `gm` copies of the buffers that running it changes (running statistics, counters)."""
-    for name in written_buffers(gm):
-        path, _, leaf = name.rpartition(".")
-        setattr(gm.get_submodule(path), leaf, _tensor(gm, name).clone())
-
-
-def written_buffers(gm: fx.GraphModule) -> list[str]:
-    """Qualified names of the buffers that running `gm` changes."""
-    buffers = {name for name, _ in gm.named_buffers()}
-    found: list[str] = []
-    for node in gm.graph.nodes:
-        if node.op == "call_module" and getattr(gm.get_submodule(node.target), "track_running_stats", False):
-            found += [f"{node.target}.{name}" for name, _ in gm.get_submodule(node.target).named_buffers()]
-        for operand in written_operands(node):
-            if operand.op == "get_attr" and operand.target in buffers:
-                found.append(str(operand.target))
-    return list(dict.fromkeys(found))
-
-
-def written_operands(node: fx.Node) -> list[fx.Node]:
-    """The operands that a call of an operator changes in place; of other calls nothing is known."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    given = {**dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)), **node.kwargs}
-    # The schema of batch and instance norm does not say that they update their statistics.
-    written = {"running_mean", "running_var"} | {
-        argument.name
-        for argument in node.target._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    }
-    return [value for name, value in given.items() if name in written and isinstance(value, fx.Node)]
-
-
-def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The operands that `node` changes in place. Where no schema says it, as in symbolic traces, names and flags do."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return written_operands(node)
-    if node.op == "call_module":
-        writes = getattr(gm.get_submodule(str(node.target)), "inplace", False)
-    else:
-        name = str(getattr(node.target, "__name__", node.target))
-        flags = (*node.args, node.kwargs.get("inplace"))
-        writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
-    return node.all_input_nodes[:1] if writes else []

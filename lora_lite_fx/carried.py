@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Placement, tensor_of
+from .adapters import Placement
 from .calibration import Plan
 from .capture import share
 from .errors import AdapterError, ConfigError
 from .provenance import inner_name
 from .registry import from_config, to_config
 from .site import Site
+from .tensors import tensor_of
 
 
 def carry(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:

@@ -19,15 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .adapters import (
-    adapter_state_dict,
-    adapters,
-    check_fit,
-    graph_of,
-    load_adapter_state_dict,
-    placements,
-    tensor_of,
-)
+from .adapters import adapter_state_dict, adapters, check_fit, graph_of, load_adapter_state_dict, placements
 from .capture import Inputs
 from .errors import CheckpointError, ConfigError
 from .files import read_safetensors, write_atomically
@@ -36,6 +28,7 @@ from .provenance import qualified_names
 from .registry import from_config, to_config
 from .rewrite import base_graph, insert_adapters
 from .site import Site, find_sites
+from .tensors import tensor_of
 from .variant import Variant
 
 FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs

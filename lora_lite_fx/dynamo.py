@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .capture import fake_like, register_tensor
+from .capture import fake_like
+from .tensors import register_tensor
 
 Compiled = Callable[..., Any]
 Compiler = Callable[[fx.GraphModule, list[Any]], Compiled]

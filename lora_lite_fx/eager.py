@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import Placement, tensor_of
+from .adapters import Placement
 from .calibration import Batches, make_plans
-from .capture import Inputs, share, written_buffers
+from .capture import Inputs, share
 from .errors import ConfigError
 from .frozen import Frozen
 from .provenance import inner_name
 from .rewrite import Config, as_variants, base_graph
 from .site import Site
+from .tensors import tensor_of, written_buffers
 from .variant import adapter_namespace
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .capture import keep_aliases
 from .errors import AdapterError
 from .gradient_checkpointing import cut_layers
 from .passes import OPTIMISATIONS, Pipeline
 from .prologue import Prologue, cut_prologue
 from .provenance import is_inserted
 from .subgraph import forward_of
+from .tensors import keep_aliases
 
 
 @dataclass(frozen=True)

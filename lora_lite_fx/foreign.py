@@ -17,7 +17,6 @@ from .adapters import (
     load_adapter_state_dict,
     placements,
     site_weight,
-    tensor_of,
 )
 from .capture import Inputs
 from .eager import AdaptedLinear
@@ -25,6 +24,7 @@ from .errors import CheckpointError, ConfigError
 from .frozen import check_kind
 from .rewrite import base_graph, insert_adapters
 from .site import Site, find_sites
+from .tensors import tensor_of
 from .variant import ParamSpec, Variant
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .capture import written
 from .errors import CaptureError
 from .subgraph import forward_of, replace_by_call
+from .tensors import written
 
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from .adapters import Placement, placements, tensor_of
+from .adapters import Placement, placements
 from .calibration import Batches
 from .calls import Leaves, Structure, Tree, assemble, differences, disassemble, restore
-from .capture import Inputs, register_tensor, share, take_guards, written_buffers
+from .capture import Inputs, share, take_guards
 from .decoding import (
     Decoder,
     Form,
@@ -37,6 +37,7 @@ from .errors import CaptureError
 from .hf import example_inputs_of
 from .rewrite import base_graph, insert_adapters
 from .site import find_sites
+from .tensors import register_tensor, tensor_of, written_buffers
 
 logger = logging.getLogger("lora_lite_fx")
 

@@ -11,7 +11,7 @@ from typing import Any, overload
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .adapters import graph_of, tensor_of
+from .adapters import graph_of
 from .capture import Inputs
 from .files import write_atomically
 from .page import render
@@ -19,6 +19,7 @@ from .provenance import Insertion, insertions, outermost
 from .rewrite import base_graph
 from .roles import ROLES
 from .site import find_sites
+from .tensors import tensor_of
 
 
 @dataclass(frozen=True)

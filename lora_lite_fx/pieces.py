@@ -17,9 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from .adapters import Placement, placements, tensor_of
+from .adapters import Placement, placements
 from .calibration import make_plans
-from .capture import tensor_names
 from .carried import MARK, Carried, carry, outside, said_by
 from .dynamo import Compiled, Compiler, HooksOnAllModules, RunningCall, running_call, set_flag, to_aten, to_inputs
 from .errors import AdapterError
@@ -28,6 +27,7 @@ from .provenance import Provenance, is_inserted, recorded
 from .recording import record_run
 from .roles import ROLES
 from .site import Site, find_sites
+from .tensors import tensor_names, tensor_of
 from .variant import Variant
 
 # Models that carry their adapters: everything is said by the marks in the graph.

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .adapters import tensor_of
-from .capture import registry_of
 from .passes.parameter_work import first_input
 from .provenance import is_inserted
 from .subgraph import extract, forward_of, replace_by_call
+from .tensors import registry_of, tensor_of
 
 aten = torch.ops.aten
 

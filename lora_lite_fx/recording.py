@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from .capture import name_tensors, share, tensor_names
+from .capture import share
+from .tensors import name_tensors, tensor_names
 
 
 def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.GraphModule:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from .adapters import HasGraphs, adapter_tensor_names, placements, site_weight
 from .calibration import Batches, Plan, make_plans
-from .capture import Inputs, capture, keep_aliases, own_written_buffers
+from .capture import Inputs, capture
 from .errors import AdapterError, ConfigError
 from .execution import AdaptedGraphModule, checkpoints_layers, execution_of
 from .gradient_checkpointing import require_layers
@@ -28,6 +28,7 @@ from .passes import (
     without_gradient,
 )
 from .site import Site
+from .tensors import keep_aliases, own_written_buffers
 from .variant import Variant
 
 Config = Variant | Sequence[Variant]

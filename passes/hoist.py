@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from ..adapters import adapter_tensor_names, tensor_of
+from ..adapters import adapter_tensor_names
+from ..tensors import tensor_of
 from .graph_pass import GraphPass
 from .parameter_work import move_to_front, parameter_work
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
-from ..adapters import Placement, site_weight, tensor_of
-from ..capture import fake_input, fake_like, register_tensor, trace
+from ..adapters import Placement, site_weight
+from ..capture import fake_input, fake_like, trace
 from ..errors import ConfigError
 from ..frozen import Frozen
 from ..provenance import INLET, OUTLET, Insertion, Provenance, insertions, outermost, record
 from ..registry import to_config
 from ..site import Call, Site, find_sites, span
+from ..tensors import register_tensor, tensor_of
 from ..variant import Variant, adapter_namespace
 from .graph_pass import GraphPass
 from .mode import follow_mode

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..adapters import Placement, placements, site_bias, site_weight, tensor_of
+from ..adapters import Placement, placements, site_bias, site_weight
 from ..errors import AdapterError
 from ..site import Site, find_sites
+from ..tensors import tensor_of
 from ..variant import FrozenLinear, Variant, compose, of_expert
 from .graph_pass import GraphPass
 from .remove import RemoveAdapters

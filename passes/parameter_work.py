@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
-from ..adapters import tensor_of
 from ..capture import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 from ..provenance import is_inserted
+from ..tensors import tensor_of
 
 
 def parameter_work(gm: fx.GraphModule) -> list[fx.Node]:

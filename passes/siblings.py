@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..capture import written
 from ..gradient_checkpointing import layer_of
 from ..provenance import is_inserted, record, recorded
+from ..tensors import written
 from .graph_pass import GraphPass
 from .parameter_work import (
     closes_region,

@@ -27,7 +27,8 @@ class HoistParameterWork(GraphPass):
     """
 
     def run(self, gm: fx.GraphModule) -> int:
-        sizes = {name: tensor_of(gm, name).numel() for name in adapter_tensor_names(gm)}
+        read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+        sizes = {name: tensor_of(gm, name).numel() for name in adapter_tensor_names(gm) if name in read}
         work = set(parameter_work(gm))
         for node in sorted(work, reverse=True):
             if not work.issuperset(node.users) and not _may_be_kept(node, sizes):

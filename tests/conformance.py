@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx import eager
+from lora_lite_fx.passes import Pipeline
 from lora_lite_fx.rewrite import base_graph
 
 Config = llfx.Variant | Sequence[llfx.Variant]
@@ -77,8 +80,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None
     """Assert equality relative to the largest value."""
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
-    scale = expected.abs().max().clamp_min(1).item()
-    error = (actual - expected).abs().max().item() / scale
+    error = _distance(actual, expected)
     assert error <= tolerance, f"{what}: off by {error:.2e}"
 
 
@@ -142,7 +144,7 @@ def observe(model: nn.Module) -> list[Any]:
 def check_rewrite_equals_wrap(
     model: nn.Module, gm: fx.GraphModule, wrapped: nn.Module, args: tuple[Any, ...], tolerance: float, seed: int
 ) -> None:
-    """Outputs and every adapter gradient of the rewritten graph are the eager wrapper's, in both modes."""
+    """Outputs and adapter gradients of the rewritten graph, plain and optimised, are the wrapper's, in both modes."""
     with unchanged(model):
         assert type(wrapped) is type(model)
         assert list(llfx.adapter_state_dict(gm)) == list(llfx.adapter_state_dict(wrapped))
@@ -150,14 +152,38 @@ def check_rewrite_equals_wrap(
         randomise(wrapped, seed)
         trainable = {name for name, p in gm.named_parameters() if p.requires_grad}
         assert {id(p) for p in llfx.adapter_parameters(gm)} == {id(p) for p in gm.parameters() if p.requires_grad}
+        plain = llfx.optimize(copy.deepcopy(gm), Pipeline(()))
         for training in (True, False):
-            y, grads = gradients(gm.train(training), args)
             expected_y, expected = gradients(wrapped.train(training), args)
+            # Optimised, sums are rounded in another order, which may do as much as a last bit of the adapters does.
+            with _nudged(wrapped):
+                nudged_y, nudged = gradients(wrapped, args)
             mode = "train" if training else "eval"
-            close(y, expected_y, tolerance, f"{mode} output")
-            assert grads.keys() == expected.keys() == trainable, "base gradients, or missing adapter gradients"
-            for name, grad in grads.items():
-                close(grad, expected[name], tolerance, f"{mode} gradient of {name}")
+            for graph, factor in ((plain, 0), (gm, 20)):
+                y, grads = gradients(graph.train(training), args)
+                close(y, expected_y, max(tolerance, factor * _distance(nudged_y, expected_y)), f"{mode} output")
+                assert grads.keys() == expected.keys() == trainable, "base gradients, or missing adapter gradients"
+                for name, grad in grads.items():
+                    allowed = max(tolerance, factor * _distance(nudged[name], expected[name]))
+                    close(grad, expected[name], allowed, f"{mode} gradient of {name}")
+
+
+@contextmanager
+def _nudged(model: nn.Module) -> Iterator[None]:
+    """Change the last bit of the adapters for a while; statistics that the model keeps are restored with them."""
+    adapters = llfx.adapter_state_dict(model)
+    before = {tensor: tensor.clone() for tensor in [*adapters.values(), *model.buffers()]}
+    for tensor in adapters.values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.nextafter(tensor, tensor.new_tensor(math.inf)))
+    yield
+    for tensor, was in before.items():
+        tensor.copy_(was)
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return (actual - expected).abs().max().item() / expected.abs().max().clamp_min(1).item()
 
 
 def check_merge(gm: fx.GraphModule, base: fx.GraphModule, args: tuple[Any, ...], tolerance: float) -> None:

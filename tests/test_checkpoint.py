@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from lora_lite_fx.passes import Pipeline
 from lora_lite_fx.rewrite import base_graph
 
 from .conformance import calibration, small
@@ -110,7 +111,10 @@ def test_a_file_brings_back_tensors_and_outputs_bit_for_bit(
         loaded = llfx.load(model, path, example)
     assert loaded.training
     assert same_state(loaded, adapted)
-    assert torch.equal(loaded.eval()(inputs(4, 2)), before)
+    # Optimised, sums may be rounded in another order than the eager wrapper's.
+    alike = llfx.optimize(loaded, Pipeline(())) if adapt is llfx.wrap else loaded
+    assert torch.equal(alike.eval()(inputs(4, 2)), before)
+    loaded.eval()
     trainable = {id(parameter) for parameter in loaded.parameters() if parameter.requires_grad}
     assert trainable == {id(parameter) for parameter in llfx.adapter_parameters(loaded)}
 
@@ -152,7 +156,7 @@ def test_the_metadata_says_what_was_inserted_where(tmp_path: Path) -> None:
     assert document["version"] == 1
     lora, ia3 = document["adapters"]
     common = {"alpha": 16.0, "target_roles": None, "exclude_names": [], "layers": None}
-    common |= {"rank_pattern": [], "alpha_pattern": []}
+    common |= {"rank_pattern": [], "alpha_pattern": [], "target_kinds": ["linear"]}
     assert lora == {
         "config": {
             **{"variant": "LoRA", "r": 2, "dtype": None, "target_names": ["fc2"], **common},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from ..adapters import adapter_tensor_names
+from ..provenance import qualified_names, recorded
 from ..tensors import tensor_of
 from .graph_pass import GraphPass
 from .parameter_work import move_to_front, parameter_work
@@ -27,13 +27,22 @@ class HoistParameterWork(GraphPass):
     """
 
     def run(self, gm: fx.GraphModule) -> int:
-        read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
-        sizes = {name: tensor_of(gm, name).numel() for name in adapter_tensor_names(gm) if name in read}
+        sizes = {
+            str(node.target): tensor_of(gm, str(node.target)).numel()
+            for node in gm.graph.find_nodes(op="get_attr")
+            if _is_of_adapter(node)
+        }
         work = set(parameter_work(gm))
         for node in sorted(work, reverse=True):
             if not work.issuperset(node.users) and not _may_be_kept(node, sizes):
                 work.remove(node)
         return move_to_front(gm.graph, sorted(work))
+
+
+def _is_of_adapter(node: fx.Node) -> bool:
+    """Whether `node` reads a tensor of an adapter, and not a frozen one for it."""
+    by = recorded(node)
+    return by is not None and node.target in qualified_names(by.site, by.adapter, by.position, by.names).values()
 
 
 def _may_be_kept(node: fx.Node, sizes: dict[str, int]) -> bool:

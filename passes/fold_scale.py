@@ -31,7 +31,8 @@ class FoldScaleIntoAddition(GraphPass):
             if node.target is aten.add.Tensor and _scaled(product) is None:
                 y, product = product, y
             scaled = _scaled(product)
-            if scaled is not None and isinstance(y, fx.Node):
+            # Two scaled alike may be meant to cancel to the last bit, as the start of PiSSA does.
+            if scaled is not None and isinstance(y, fx.Node) and _scaled(y) is None:
                 node.args, node.kwargs = (y, scaled[0]), {"alpha": scaled[1]}
                 edits += 1
         return edits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,8 @@ class ShareSiblings(GraphPass):
     of the matrix alone, and the matrices depend on no input, so that they can stand before the first product. Before
     that, equal computations of adapters (casts of one input, slices of one tensor) become one, if they draw no random
     numbers: what is dropped for one adapter is not for another. Nothing is shared where something is overwritten
-    between the first use and the last, or the mode of autograd or autocast changes.
+    between the first use and the last, or the mode of autograd or autocast changes. An adapter that forms several
+    products with its input, as PiSSA does, keeps them: its start is exact only while they are rounded alike.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -49,11 +50,22 @@ class ShareSiblings(GraphPass):
                 value = value_of(gm, matrix)
                 if value is not None and (matrix in known or matrix.op == "get_attr"):
                     groups[x, layer_of(node), value.dtype, value.device].append(node)
-        for (x, *_), group in groups.items():
+        for (x, *_), found in groups.items():
+            group = _one_of_each_adapter(found)
             if len(group) > 1 and not _must_not_move(gm, group[0], group[-1]):
                 _share(gm, x, group, work, self.name)
                 edits += 1
         return edits
+
+
+def _one_of_each_adapter(products: list[fx.Node]) -> list[fx.Node]:
+    """Of products of one input those that are their adapter's only one.
+
+    Several may be meant to cancel to the last bit, as the start of PiSSA does, and parts of one product are not rounded
+    alike.
+    """
+    calls = Counter(by.call for node in products if (by := recorded(node)) is not None)
+    return [node for node in products if (by := recorded(node)) is not None and calls[by.call] == 1]
 
 
 def _share(gm: fx.GraphModule, x: fx.Node, group: list[fx.Node], work: list[fx.Node], by: str) -> None:

@@ -27,11 +27,8 @@ class HoistParameterWork(GraphPass):
     """
 
     def run(self, gm: fx.GraphModule) -> int:
-        sizes = {
-            str(node.target): tensor_of(gm, str(node.target)).numel()
-            for node in gm.graph.find_nodes(op="get_attr")
-            if _is_of_adapter(node)
-        }
+        read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+        sizes = {name: tensor_of(gm, name).numel() for name in read & _adapter_tensors(gm.graph)}
         work = set(parameter_work(gm))
         for node in sorted(work, reverse=True):
             if not work.issuperset(node.users) and not _may_be_kept(node, sizes):
@@ -39,10 +36,11 @@ class HoistParameterWork(GraphPass):
         return move_to_front(gm.graph, sorted(work))
 
 
-def _is_of_adapter(node: fx.Node) -> bool:
-    """Whether `node` reads a tensor of an adapter, and not a frozen one for it."""
-    by = recorded(node)
-    return by is not None and node.target in qualified_names(by.site, by.adapter, by.position, by.names).values()
+def _adapter_tensors(graph: fx.Graph) -> set[str]:
+    """The qualified names of the tensors of adapters, as any of their nodes tells: some may be gone."""
+    found = (by for node in graph.nodes if (by := recorded(node)) is not None)
+    adapters = {(by.site, by.adapter, by.position, tuple(by.names)) for by in found}
+    return {name for adapter in adapters for name in qualified_names(*adapter).values()}
 
 
 def _may_be_kept(node: fx.Node, sizes: dict[str, int]) -> bool:

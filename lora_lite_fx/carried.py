@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Placement
+from .adapters import Placement, site_weight
 from .calibration import Plan
 from .capture import share
 from .errors import AdapterError, ConfigError
@@ -49,11 +49,10 @@ def carry(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
             module = _marked(copy, site)
             names = tuple(plan.variant.at(site.name).specs(site))
             placement = Placement(plan.variant, adapter, site.name, len(module.placements), names)
-            weight = tensor_of(copy, site.weight)
+            weight = site_weight(copy, site)
             placement.register(copy, site, weight.dtype, weight.device)
             module.placements.append(placement)
-            out_in = weight.t() if site.transposed else weight
-            placement.start(copy, site, out_in, plan.statistics.get(site.name))
+            placement.start(copy, site, weight, plan.statistics.get(site.name))
     for module in copy.modules():
         if hasattr(module, "placements"):
             _describe(copy, module)

@@ -7,6 +7,7 @@ from it: a copy, optimised, with what depends on parameters alone taken out and 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from .errors import AdapterError
 from .gradient_checkpointing import cut_layers
 from .passes import OPTIMISATIONS, Pipeline
 from .prologue import Prologue, cut_prologue
-from .provenance import is_inserted
 from .subgraph import forward_of
 from .tensors import keep_aliases
 
@@ -41,12 +41,13 @@ class Execution:
 class AdaptedGraphModule(fx.GraphModule):
     """A graph module that computes what its graph says, run as its `execution` says.
 
-    Every recompile derives anew what is run, so that passes can change the graph. `torch.fx.Interpreter`, and so
-    `torch.export`, run the graph itself.
+    What runs is derived at the first call after a recompile, so that passes can change the graph; with gradients, or in
+    training, it is another program than in inference. `torch.fx.Interpreter`, and so `torch.export`, run the graph
+    itself.
     """
 
     execution: Execution | None = None  # none while it is being made
-    prologue: Prologue | None = None
+    prologues: dict[str, Prologue]
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
@@ -62,31 +63,45 @@ class AdaptedGraphModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
-        if self.execution is None:
-            return code
-        # The class is this module's alone. What is cut out are its methods; the outer graph calls them as if modules.
+        if self.execution is not None:
+            # The class is this module's alone. What is derived are its methods.
+            cls: Any = type(self)
+            for program in _PROGRAMS.values():
+                if program in vars(cls):
+                    delattr(cls, program)
+            cls.prologues = {}
+            cls.forward = _running_what_is_derived(cls.forward)
+        return code
+
+    # Constant for torch.compile, which would else trace it.
+    @torch.compiler.assume_constant_result
+    def _derive(self, inference: bool) -> None:
+        """Make the method that runs the graph, unless it is there."""
         cls: Any = type(self)
+        assert self.execution is not None
+        program = _PROGRAMS[inference]
+        if program in vars(cls):
+            return
         graph = self._optimised()
-        if self.execution.checkpoint_layers:
+        # What is cut out are methods too; the outer graph calls them as if modules.
+        if self.execution.checkpoint_layers and not inference:
             for name, method in cut_layers(self, graph, "_checkpointed").items():
                 setattr(cls, name, method)
-        cls.prologue = cut_prologue(self, graph, _run_prologue.__name__)
-        cls._run_prologue = _run_prologue
-        cls.forward = forward_of(self, graph)
-        return code
+        name = f"{program}_prologue"
+        if (prologue := cut_prologue(self, graph, name)) is not None:
+            cls.prologues[name] = prologue
+            setattr(cls, name, _running(name))
+        setattr(cls, program, forward_of(self, graph))
 
     def _optimised(self) -> fx.Graph:
         """A copy of the graph, optimised."""
         assert self.execution is not None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about the signature it copies
-            graph = copy.deepcopy(self.graph)
-        if any(is_inserted(node) for node in graph.nodes):
-            derived = fx.GraphModule(self, graph)
-            self.execution.passes.run(derived)
-            graph = derived.graph
-            graph.owning_module = None  # it would be asked for the modules that stand for methods
-        return graph
+            derived = fx.GraphModule(self, copy.deepcopy(self.graph))
+        self.execution.passes.run(derived)
+        derived.graph.owning_module = None  # it would be asked for the modules that stand for methods
+        return derived.graph
 
     def train(self, mode: bool = True) -> AdaptedGraphModule:
         self._forget()
@@ -98,13 +113,30 @@ class AdaptedGraphModule(fx.GraphModule):
         return super()._apply(fn, recurse)
 
     def _forget(self) -> None:
-        if self.prologue is not None:
-            self.prologue.forget()
+        for prologue in self.prologues.values():
+            prologue.forget()
 
 
-def _run_prologue(self: AdaptedGraphModule) -> Any:
-    assert self.prologue is not None
-    return self.prologue.inline(self) if torch.compiler.is_compiling() else self.prologue(self)
+_PROGRAMS = {False: "_with_gradients", True: "_inference"}
+"""The derived methods, by whether they are for inference: evaluation without gradients."""
+
+
+def _running_what_is_derived(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)  # for its signature
+    def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
+        inference = not (self.training or torch.is_grad_enabled())
+        self._derive(inference)
+        return getattr(self, _PROGRAMS[inference])(*args, **kwargs)
+
+    return forward
+
+
+def _running(prologue: str) -> Callable[..., Any]:
+    def run(self: AdaptedGraphModule) -> Any:
+        work = self.prologues[prologue]
+        return work.inline(self) if torch.compiler.is_compiling() else work(self)
+
+    return run
 
 
 def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMISATIONS) -> fx.GraphModule:

@@ -1,8 +1,9 @@
-"""The prologue of an adapted model: what depends on parameters alone, kept from call to call while they are the same.
+"""The prologue of an adapted model: its tensors, and what depends on parameters alone.
 
-Its values hold for the tensors that they were computed from. That these are still the same is seen from their
-identity, their version counters, which every operation in place counts up, their addresses, and the number of steps
-that optimizers took (some write past the version counters); `train()`, `eval()` and moving the model start anew.
+Tensors are read where they are registered: as attributes of attributes they cost several microseconds each. What is
+computed of them is kept from call to call while they are the same. That they are is seen from their identity, their
+version counters, which every operation in place counts up, their addresses, and the number of steps that optimizers
+took (some write past the version counters); `train()`, `eval()` and moving the model start anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .passes.parameter_work import first_input
+from .passes.parameter_work import first_input, move_to_front, reads_tensor
 from .provenance import is_inserted
 from .subgraph import extract, forward_of, replace_by_call
 from .tensors import registry_of, tensor_of
@@ -34,6 +35,10 @@ def _count_step(optimizer: object, args: object, kwargs: object) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+Place = tuple[dict[str, Any], str]
+"""The registry of a module that holds a tensor, and its name there."""
+
+
 class Kept(NamedTuple):
     """Values, and what they hold for: the tensors, and everything else that would change them."""
 
@@ -44,7 +49,7 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Prologue:
-    """Computes the values of a prologue, or returns those that are kept.
+    """Reads the tensors of a model, and computes the values of its prologue, or returns those that are kept.
 
     Without gradients all values are kept. With gradients those that need none, as the norm of DoRA; the others belong
     to the autograd graph of each call. Nothing is kept inside `torch.compile` and other tracing, inside `torch.func`,
@@ -52,33 +57,50 @@ class Prologue:
 
     Args:
         kind: the class of the module that it is of.
-        places: the registries of modules that hold the tensors, with their names there.
-        read: `module -> tensors`.
+        places: of the tensors that values are computed from.
+        read: `module -> tensors`, the same.
+        passed_places: of the tensors that the model reads itself.
+        read_passed: `module -> tensors`, the same.
         constants: `module, *tensors -> values` that need no gradients.
         undetached: indices of the tensors that `constants` reads with no `detach` after them; they are frozen.
         rest: `module, *tensors, *constants -> values`, all of them.
     """
 
     kind: type
-    places: list[tuple[dict[str, Any], str]]
+    places: list[Place]
     read: Callable[[nn.Module], tuple[Tensor, ...]]
+    passed_places: list[Place]
+    read_passed: Callable[[nn.Module], tuple[Tensor, ...]]
     constants: Callable[..., tuple[Tensor, ...]] | None
     undetached: list[int]
     rest: Callable[..., tuple[Tensor, ...]]
     kept: dict[bool, Kept] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """All values, for the tensors that `module` has now."""
+        """All values, for the tensors that `module` has now, and the tensors that it reads itself."""
+        try:
+            passed = [registry[name] for registry, name in self.passed_places]
+        except KeyError:  # parametrised
+            return self.inline(module)
+        return (*self._values(module), *passed)
+
+    def inline(self, module: nn.Module) -> tuple[Tensor, ...]:
+        """The same, computed as part of the call."""
+        return (*self._computed(module), *self.read_passed(module))
+
+    def _values(self, module: nn.Module) -> tuple[Tensor, ...]:
+        if not self.places:
+            return ()
         with_gradients = torch.is_grad_enabled()
         try:
             tensors = [registry[name] for registry, name in self.places]
             state = (module.training, *_state(tensors)) if self.constants or not with_gradients else ()
         except (KeyError, RuntimeError):  # parametrised, or wrapped so that there is no version or address
-            return self.inline(module)
+            return self._computed(module)
         # A class changed by others, as by fully_shard, means tensors that are overwritten unseen.
         unusual = torch.jit.is_tracing() or type(module) is not self.kind or _is_capturing(tensors)
         if unusual or (with_gradients and any(tensors[i].requires_grad for i in self.undetached)):
-            return self.inline(module)
+            return self._computed(module)
         if with_gradients and self.constants is None:
             return self.rest(module, *tensors)
         kept = self.kept.get(with_gradients)
@@ -88,8 +110,7 @@ class Prologue:
                 self.kept[with_gradients] = kept
         return self.rest(module, *tensors, *kept.values) if with_gradients else kept.values
 
-    def inline(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """All values, computed as part of the call."""
+    def _computed(self, module: nn.Module) -> tuple[Tensor, ...]:
         tensors = self.read(module)
         return self.rest(module, *tensors, *(self.constants(module, *tensors) if self.constants else ()))
 
@@ -122,36 +143,43 @@ def _is_capturing(tensors: list[Tensor]) -> bool:
 
 
 def cut_prologue(gm: fx.GraphModule, outer: fx.Graph, name: str) -> Prologue | None:
-    """Replace the parameter work that stands before the inputs of `outer` by one call of the method `name` of `gm`.
+    """Replace the parameter work before the inputs of `outer`, and all tensors, by one call of the method `name`.
 
     Returns:
-        What that method has to do; None if there is no such work.
+        What that method has to do; None if there is nothing.
     """
     first = first_input(outer)
-    members = [node for node in outer.nodes if node < first and is_inserted(node)]
-    own = set(members)
-    results = [node for node in members if not own.issuperset(node.users)]
-    reading = [n for n in outer.nodes if n.op == "get_attr" and (n in own or not own.isdisjoint(n.users))]
-    by_name: dict[str, fx.Node] = {}
-    same = {node: by_name.setdefault(str(node.target), node) for node in reading}
-    tensors = list(by_name.values())
-    if not tensors or not results:
+    work = [node for node in outer.nodes if node < first and is_inserted(node) and node.op != "get_attr"]
+    read = [node for node in outer.nodes if reads_tensor(gm, node)]
+    if not read:
         return None
-    reached = _reached_by_gradients([*reading, *members])
-    trained = {name for name in by_name if tensor_of(gm, name).requires_grad}
+    move_to_front(outer, [*read, *work])
+    by_name: dict[str, fx.Node] = {}
+    same = {node: by_name.setdefault(str(node.target), node) for node in read}
+    for node, other in same.items():
+        node.replace_all_uses_with(other)
+    own = set(work)
+    tensors = [node for node in by_name.values() if not own.isdisjoint(node.users)]
+    passed = [node for node in by_name.values() if not own.issuperset(node.users)]
+    results = [node for node in work if not own.issuperset(node.users)]
+
+    reached = _reached_by_gradients([*tensors, *work])
+    trained = {str(node.target) for node in tensors if tensor_of(gm, str(node.target)).requires_grad}
     needs_gradients = {node for node in reached if not trained.isdisjoint(reached[node])}
-    computed = [node for node in members if node.op != "get_attr" and node not in needs_gradients]
+    computed = [node for node in work if node not in needs_gradients]
     constants = [node for node in computed if node in results or not needs_gradients.isdisjoint(node.users)]
     undetached = set().union(*(reached[node] for node in constants))
     prologue = Prologue(
         type(gm),
-        [registry_of(gm, name) for name in by_name],
+        [registry_of(gm, str(node.target)) for node in tensors],
         forward_of(gm, extract([], tensors)),
-        forward_of(gm, extract(tensors, constants, same)) if constants else None,
-        [index for index, name in enumerate(by_name) if name in undetached],
-        forward_of(gm, extract([*tensors, *constants], results, same)),
+        [registry_of(gm, str(node.target)) for node in passed],
+        forward_of(gm, extract([], passed)),
+        forward_of(gm, extract(tensors, constants)) if constants else None,
+        [index for index, node in enumerate(tensors) if str(node.target) in undetached],
+        forward_of(gm, extract([*tensors, *constants], results)),
     )
-    replace_by_call(outer, name, [], members, results)
+    replace_by_call(outer, name, [], sorted([*read, *work]), [*results, *passed])
     return prologue
 
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
-_NONE: Mapping[fx.Node, fx.Node] = MappingProxyType({})
 
-
-def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node], same: Mapping[fx.Node, fx.Node] = _NONE) -> fx.Graph:
+def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
     """The graph that computes the tuple of `results` from `inputs`, and runs nothing that they do not need.
 
     Args:
         inputs: what its placeholders stand for, in order.
         results: nodes that depend on these, and on tensors of the module.
-        same: nodes that have the value of an input.
     """
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
-    copies |= {node: copies[other] for node, other in same.items()}
     needed: set[fx.Node] = set()
     pending = list(results)
     while pending:

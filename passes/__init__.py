@@ -5,6 +5,7 @@ needs around each.
 """
 
 from .asserts import DropMetadataAsserts
+from .direct_calls import CallDirectly
 from .fold_scale import FoldScaleIntoAddition
 from .graph_pass import GraphPass, PassError, PassReport, Pipeline
 from .hoist import HoistParameterWork
@@ -16,11 +17,12 @@ from .regions import InlineRegions, without_gradient
 from .remove import RemoveAdapters
 from .siblings import ShareSiblings
 
-OPTIMISATIONS = Pipeline((ShareSiblings(), FoldScaleIntoAddition(), HoistParameterWork()))
+OPTIMISATIONS = Pipeline((ShareSiblings(), FoldScaleIntoAddition(), HoistParameterWork(), CallDirectly()))
 """What changes how an adapted graph is run and not what it computes, each where it never loses."""
 
 __all__ = [
     "OPTIMISATIONS",
+    "CallDirectly",
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",

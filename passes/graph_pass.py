@@ -47,9 +47,9 @@ class PassError(AdapterError, RuntimeError):
 class Pipeline:
     """An ordered tuple of passes.
 
-    Running it does what every pass needs: it times the pass, removes dead code, lints and recompiles the graph,
-    writes the graph's text before and after each pass to the folder `LORA_LITE_FX_DUMP` if that is set, and names
-    the pass in any error.
+    Running it does what every pass needs: it times the pass, removes dead code and lints the graph, writes its text
+    before and after each pass to the folder `LORA_LITE_FX_DUMP` if that is set, and names the pass in any error.
+    The module is recompiled at the end, once.
     """
 
     passes: tuple[GraphPass, ...]
@@ -92,6 +92,7 @@ class Pipeline:
             reports.append(PassReport(graph_pass.name, edits, time.perf_counter() - start))
             if before:
                 _dump(graph_pass.name, before, str(gm.graph))
+        gm.recompile()
         return reports
 
 
@@ -101,7 +102,6 @@ def _clean(gm: fx.GraphModule) -> None:
         # lint expects a get_attr to name a tensor; the mode flag `training` is read the same way.
         warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
         gm.graph.lint()
-    gm.recompile()
 
 
 def _dump_folder() -> str | None:

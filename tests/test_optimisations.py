@@ -33,6 +33,7 @@ aten = torch.ops.aten
 NAMES = [graph_pass.name for graph_pass in OPTIMISATIONS]
 VARIANTS = list(llfx.registry().values())
 PLAIN = Pipeline(())
+BY_OVERLOAD = OPTIMISATIONS.without("call_directly")
 PAIR = (Attention, GatedMLP)
 MIXED = (Attention, GatedMLP, Conv1DMLP, SharedLinear, Normed)
 
@@ -46,8 +47,8 @@ QUICKLY = settings(
 )
 
 
-def derived(gm: fx.GraphModule, passes: Pipeline = OPTIMISATIONS) -> fx.GraphModule:
-    """A copy of `gm` whose graph the passes have changed."""
+def derived(gm: fx.GraphModule, passes: Pipeline = BY_OVERLOAD) -> fx.GraphModule:
+    """A copy of `gm` whose graph the passes have changed; its operators can still be told by their overloads."""
     result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     passes.run(result)
     return result

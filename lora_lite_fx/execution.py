@@ -82,9 +82,10 @@ class AdaptedGraphModule(fx.GraphModule):
         program = _PROGRAMS[inference]
         if program in vars(cls):
             return
-        graph = self._optimised()
+        run_again = self.execution.checkpoint_layers and not inference
+        graph = self._optimised(for_backward=not (inference or run_again))
         # What is cut out are methods too; the outer graph calls them as if modules.
-        if self.execution.checkpoint_layers and not inference:
+        if run_again:
             for name, method in cut_layers(self, graph, "_checkpointed").items():
                 setattr(cls, name, method)
         name = f"{program}_prologue"
@@ -93,13 +94,13 @@ class AdaptedGraphModule(fx.GraphModule):
             setattr(cls, name, _running(name))
         setattr(cls, program, forward_of(self, graph))
 
-    def _optimised(self) -> fx.Graph:
-        """A copy of the graph, optimised."""
+    def _optimised(self, for_backward: bool) -> fx.Graph:
+        """A copy of the graph, optimised; for the backward pass too, or for the forward pass alone."""
         assert self.execution is not None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about the signature it copies
             derived = fx.GraphModule(self, copy.deepcopy(self.graph))
-        self.execution.passes.run(derived)
+        Pipeline(tuple(p for p in self.execution.passes if for_backward or not p.for_backward)).run(derived)
         derived.graph.owning_module = None  # it would be asked for the modules that stand for methods
         return derived.graph
 

@@ -20,9 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .passes.parameter_work import first_input, move_to_front, reads_tensor
 from .provenance import is_inserted
 from .subgraph import extract, forward_of, replace_by_call
-from .tensors import registry_of, tensor_of
-
-aten = torch.ops.aten
+from .tensors import registry_of
 
 _steps = 0
 
@@ -44,6 +42,8 @@ class Kept(NamedTuple):
 
     tensors: list[Tensor]
     state: tuple[Any, ...]
+    leaves: list[Tensor]
+    """What they were computed from: the same data as `tensors`, apart from their hooks and gradients."""
     values: tuple[Tensor, ...]
 
 
@@ -51,80 +51,112 @@ class Kept(NamedTuple):
 class Prologue:
     """Reads the tensors of a model, and computes the values of its prologue, or returns those that are kept.
 
-    Without gradients all values are kept. With gradients those that need none, as the norm of DoRA; the others belong
-    to the autograd graph of each call. Nothing is kept inside `torch.compile` and other tracing, inside `torch.func`,
-    while a CUDA graph is captured, or for tensors that are not ordinary ones.
+    With gradients, what is kept is the graph that autograd has made of the computation too: the backward pass of each
+    call goes through it again. Nothing is kept inside `torch.compile` and other tracing, inside `torch.func`, while a
+    CUDA graph is captured, or for tensors that are not ordinary ones.
 
     Args:
         kind: the class of the module that it is of.
         places: of the tensors that values are computed from.
         read: `module -> tensors`, the same.
+        compute: `module, *tensors -> values`.
         passed_places: of the tensors that the model reads itself.
         read_passed: `module -> tensors`, the same.
-        constants: `module, *tensors -> values` that need no gradients.
-        undetached: indices of the tensors that `constants` reads with no `detach` after them; they are frozen.
-        rest: `module, *tensors, *constants -> values`, all of them.
     """
 
     kind: type
     places: list[Place]
     read: Callable[[nn.Module], tuple[Tensor, ...]]
+    compute: Callable[..., tuple[Tensor, ...]]
     passed_places: list[Place]
     read_passed: Callable[[nn.Module], tuple[Tensor, ...]]
-    constants: Callable[..., tuple[Tensor, ...]] | None
-    undetached: list[int]
-    rest: Callable[..., tuple[Tensor, ...]]
     kept: dict[bool, Kept] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module) -> tuple[Tensor, ...]:
         """All values, for the tensors that `module` has now, and the tensors that it reads itself."""
         try:
+            tensors = [registry[name] for registry, name in self.places]
             passed = [registry[name] for registry, name in self.passed_places]
         except KeyError:  # parametrised
             return self.inline(module)
-        return (*self._values(module), *passed)
+        return (*(self._values(module, tensors) if tensors else ()), *passed)
 
     def inline(self, module: nn.Module) -> tuple[Tensor, ...]:
         """The same, computed as part of the call."""
-        return (*self._computed(module), *self.read_passed(module))
+        return (*self.compute(module, *self.read(module)), *self.read_passed(module))
 
-    def _values(self, module: nn.Module) -> tuple[Tensor, ...]:
-        if not self.places:
-            return ()
-        with_gradients = torch.is_grad_enabled()
+    def _values(self, module: nn.Module, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         try:
-            tensors = [registry[name] for registry, name in self.places]
-            state = (module.training, *_state(tensors)) if self.constants or not with_gradients else ()
-        except (KeyError, RuntimeError):  # parametrised, or wrapped so that there is no version or address
-            return self._computed(module)
+            state = (module.training, *_state(tensors))
+        except RuntimeError:  # wrapped so that there is no version or address
+            return self.compute(module, *tensors)
         # A class changed by others, as by fully_shard, means tensors that are overwritten unseen.
-        unusual = torch.jit.is_tracing() or type(module) is not self.kind or _is_capturing(tensors)
-        if unusual or (with_gradients and any(tensors[i].requires_grad for i in self.undetached)):
-            return self._computed(module)
-        if with_gradients and self.constants is None:
-            return self.rest(module, *tensors)
+        if torch.jit.is_tracing() or type(module) is not self.kind or _is_capturing(tensors):
+            return self.compute(module, *tensors)
+        with_gradients = torch.is_grad_enabled()
         kept = self.kept.get(with_gradients)
         if kept is None or kept.state != state or not all(map(operator.is_, kept.tensors, tensors)):
-            kept = Kept(tensors, state, self._compute(module, tensors, with_gradients))
-            if all(type(value) is Tensor for value in kept.values):
-                self.kept[with_gradients] = kept
-        return self.rest(module, *tensors, *kept.values) if with_gradients else kept.values
+            kept = self._compute_apart(module, tensors, state)
+            if not all(type(value) is Tensor for value in kept.values):
+                return self.compute(module, *tensors)
+            self.kept[with_gradients] = kept
+        if any(value.requires_grad for value in kept.values):
+            values: tuple[Tensor, ...] = _Again.apply(self, module, kept, *tensors)
+            return values
+        return kept.values
 
-    def _computed(self, module: nn.Module) -> tuple[Tensor, ...]:
-        tensors = self.read(module)
-        return self.rest(module, *tensors, *(self.constants(module, *tensors) if self.constants else ()))
-
-    def _compute(self, module: nn.Module, tensors: list[Tensor], constants_only: bool) -> tuple[Tensor, ...]:
-        # Detached, and not under no_grad: there autocast would remember casts of parameters without their gradients.
-        # And no inference tensors, which a later call could not use with gradients.
-        with torch.inference_mode(False):
-            plain = [tensor.detach() for tensor in tensors]
-            constants = self.constants(module, *plain) if self.constants else ()
-            return constants if constants_only else self.rest(module, *plain, *constants)
+    def _compute_apart(self, module: nn.Module, tensors: list[Tensor], state: tuple[Any, ...]) -> Kept:
+        # With leaves in place of the tensors under no_grad too: there autocast would remember casts of parameters that
+        # have no gradients. No inference tensors, which a later call could not use with gradients. And what hooks are
+        # told of must not depend on whether this call or an earlier one has computed the values.
+        with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            with_gradients = torch.is_grad_enabled()
+            leaves = [tensor.detach().requires_grad_(with_gradients and tensor.requires_grad) for tensor in tensors]
+            return Kept(tensors, state, leaves, self.compute(module, *leaves))
 
     def forget(self) -> None:
         """Compute everything anew in the next call."""
         self.kept.clear()
+
+
+class _Again(torch.autograd.Function):
+    """The values that are kept, with the gradients of the tensors that they were computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, prologue: Prologue, module: nn.Module, kept: Kept, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.prologue, ctx.module, ctx.kept = prologue, module, kept
+        ctx.save_for_backward(*tensors)
+        values = tuple(value.detach() for value in kept.values)
+        pairs = zip(values, kept.values, strict=True)
+        ctx.mark_non_differentiable(*(value for value, known in pairs if not known.requires_grad))
+        ctx.set_materialize_grads(False)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, values = ctx.kept.leaves, ctx.kept.values
+        if torch.is_grad_enabled():  # for gradients of gradients, which need the way to the tensors themselves
+            tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]  # and not to their hooks
+            values = ctx.prologue.compute(ctx.module, *tensors)
+        reached = [(value, grad) for value, grad in zip(values, grads, strict=True) if grad is not None]
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [value for value, _ in reached],
+                trained,
+                [grad for _, grad in reached],
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+            if reached
+            else [None] * len(trained)
+        )
+        return None, None, None, *(next(found) if tensor.requires_grad else None for tensor in tensors)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _state(tensors: list[Tensor]) -> tuple[Any, ...]:
@@ -132,7 +164,8 @@ def _state(tensors: list[Tensor]) -> tuple[Any, ...]:
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     # The version counter has no public name; autograd's documentation calls it by this one.
-    return autocast, stream, _steps, [tensor._version for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
+    each = [(tensor._version, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+    return autocast, stream, _steps, each
 
 
 def _is_capturing(tensors: list[Tensor]) -> bool:
@@ -163,34 +196,13 @@ def cut_prologue(gm: fx.GraphModule, outer: fx.Graph, name: str) -> Prologue | N
     passed = [node for node in by_name.values() if not own.issuperset(node.users)]
     results = [node for node in work if not own.issuperset(node.users)]
 
-    reached = _reached_by_gradients([*tensors, *work])
-    trained = {str(node.target) for node in tensors if tensor_of(gm, str(node.target)).requires_grad}
-    needs_gradients = {node for node in reached if not trained.isdisjoint(reached[node])}
-    computed = [node for node in work if node not in needs_gradients]
-    constants = [node for node in computed if node in results or not needs_gradients.isdisjoint(node.users)]
-    undetached = set().union(*(reached[node] for node in constants))
     prologue = Prologue(
         type(gm),
         [registry_of(gm, str(node.target)) for node in tensors],
         forward_of(gm, extract([], tensors)),
+        forward_of(gm, extract(tensors, results)),
         [registry_of(gm, str(node.target)) for node in passed],
         forward_of(gm, extract([], passed)),
-        forward_of(gm, extract(tensors, constants)) if constants else None,
-        [index for index, node in enumerate(tensors) if str(node.target) in undetached],
-        forward_of(gm, extract([*tensors, *constants], results)),
     )
     replace_by_call(outer, name, [], sorted([*read, *work]), [*results, *passed])
     return prologue
-
-
-def _reached_by_gradients(nodes: list[fx.Node]) -> dict[fx.Node, set[str]]:
-    """The names of the tensors that a gradient of each of `nodes` would reach; these are in order."""
-    reached: dict[fx.Node, set[str]] = {}
-    for node in nodes:
-        if node.op == "get_attr":
-            reached[node] = {str(node.target)}
-        elif node.target is aten.detach.default:
-            reached[node] = set()
-        else:
-            reached[node] = set().union(*(reached[operand] for operand in node.all_input_nodes))
-    return reached

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 
 def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
@@ -46,6 +46,6 @@ def replace_by_call(
         outer.erase_node(node)
 
 
-def forward_of(gm: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]:
+def forward_of(gm: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
     """`graph` as a function of a module that has what `gm` has, and its inputs."""
     return type(fx.GraphModule(gm, graph)).forward

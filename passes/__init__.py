@@ -13,11 +13,14 @@ from .insert import InsertAdapter
 from .merge import MergeAdapters, merged_tensors
 from .mode import FollowMode
 from .observe import ObserveInputs, Observer
+from .recompute import RecomputeInputs
 from .regions import InlineRegions, without_gradient
 from .remove import RemoveAdapters
 from .siblings import ShareSiblings
 
-OPTIMISATIONS = Pipeline((ShareSiblings(), FoldScaleIntoAddition(), HoistParameterWork(), CallDirectly()))
+OPTIMISATIONS = Pipeline(
+    (ShareSiblings(), FoldScaleIntoAddition(), HoistParameterWork(), RecomputeInputs(), CallDirectly())
+)
 """What changes how an adapted graph is run and not what it computes, each where it never loses."""
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "PassError",
     "PassReport",
     "Pipeline",
+    "RecomputeInputs",
     "RemoveAdapters",
     "ShareSiblings",
     "merged_tensors",

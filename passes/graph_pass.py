@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from torch import fx
 
@@ -19,6 +20,9 @@ from ..errors import AdapterError
 
 class GraphPass(ABC):
     """One change to a graph. Subclasses are frozen dataclasses; their docstring says why the change is safe."""
+
+    for_backward: ClassVar[bool] = False
+    """Whether it serves the backward pass alone, so that it is of no use in inference, or in layers that run again."""
 
     @property
     def name(self) -> str:

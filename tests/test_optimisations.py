@@ -33,7 +33,7 @@ aten = torch.ops.aten
 NAMES = [graph_pass.name for graph_pass in OPTIMISATIONS]
 VARIANTS = list(llfx.registry().values())
 PLAIN = Pipeline(())
-BY_OVERLOAD = OPTIMISATIONS.without("call_directly")
+BY_OVERLOAD = OPTIMISATIONS.without("recompute_inputs", "call_directly")
 PAIR = (Attention, GatedMLP)
 MIXED = (Attention, GatedMLP, Conv1DMLP, SharedLinear, Normed)
 

@@ -1,0 +1,154 @@
+"""Compute the input of an adapter again in the backward pass, where the base keeps what it follows from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from ..provenance import is_inserted
+from ..recomputed import product_of_recomputed
+from ..subgraph import extract, forward_of
+from ..tensors import tensor_of, written
+from .graph_pass import GraphPass
+from .parameter_work import reads_tensor
+
+aten = torch.ops.aten
+
+# What autograd keeps of an operation: its result, ...
+_KEEPS_RESULT = {
+    aten.exp.default,
+    aten.relu.default,
+    aten.rsqrt.default,
+    aten.scaled_dot_product_attention.default,
+    aten.sigmoid.default,
+    aten.softmax.int,
+    aten.sqrt.default,
+    aten.tanh.default,
+}
+# ... its first operands, ...
+_KEEPS_INPUTS = {
+    aten.gelu.default: 1,
+    aten.layer_norm.default: 1,
+    aten.pow.Tensor_Scalar: 1,
+    aten.rms_norm.default: 1,
+    aten.scaled_dot_product_attention.default: 3,
+    aten.silu.default: 1,
+}
+# ... or of two operands each, if the other one needs a gradient.
+_KEEPS_OTHER = {aten.bmm.default, aten.matmul.default, aten.mul.Tensor}
+
+# A few passes over a tensor, or a view.
+_CHEAP = {
+    aten.gelu.default,
+    aten.layer_norm.default,
+    aten.pow.Tensor_Scalar,
+    aten.rms_norm.default,
+    aten.silu.default,
+    aten.add.Tensor,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.div.Tensor,
+    aten.expand.default,
+    aten.flatten.using_ints,
+    aten.mean.dim,
+    aten.mul.Tensor,
+    aten.neg.default,
+    aten.permute.default,
+    aten.relu.default,
+    aten.reshape.default,
+    aten.rsqrt.default,
+    aten.sigmoid.default,
+    aten.slice.Tensor,
+    aten.sub.Tensor,
+    aten.tanh.default,
+    aten.to.dtype,
+    aten.transpose.int,
+    aten.type_as.default,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
+_LONGEST = 12
+"""Operations of a recipe."""
+
+
+@dataclass(frozen=True)
+class RecomputeInputs(GraphPass):
+    """Do not keep `x` for the gradient of `A` in `x A^T` where it follows cheaply from what the base keeps anyway.
+
+    The input of q, k, v and of gate and up is a norm of something, that of down a gate times something: the base keeps
+    the operands, as the gradient of a norm and of a gate needs them. A low-rank adapter then keeps its narrow products
+    alone. Safe because `x` is computed again by the same operations from the same tensors, to the same bits; random and
+    expensive ones are not repeated, and what is overwritten is not read later, as autograd itself checks.
+    """
+
+    for_backward: ClassVar[bool] = True
+
+    def run(self, gm: fx.GraphModule) -> int:
+        if any(read.op not in ("get_attr", "placeholder") for node in gm.graph.nodes for read in written(gm, node)):
+            return 0  # what is kept might be overwritten by then
+        needing = _needing_gradients(gm)
+        kept = {node for user in needing if not is_inserted(user) for node in _kept_by(user, needing)}
+        edits = 0
+        for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+            x, a = node.args[:2]
+            sources = _sources(gm, x, kept) if is_inserted(node) and len(node.args) == 2 and a in needing else None
+            if sources is None:
+                continue
+            recipe = forward_of(nn.Module(), extract(sources, [x]))
+            with gm.graph.inserting_before(node):
+                product = gm.graph.call_function(product_of_recomputed(recipe), (x, a, *sources))
+            product.meta = dict(node.meta)
+            node.replace_all_uses_with(product)
+            gm.graph.erase_node(node)
+            edits += 1
+        return edits
+
+
+def _needing_gradients(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values have a gradient because of the module's own parameters."""
+    needing: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if reads_tensor(gm, node):
+            if tensor_of(gm, str(node.target)).requires_grad:
+                needing.add(node)
+        elif node.target is not aten.detach.default and not needing.isdisjoint(node.all_input_nodes):
+            needing.add(node)
+    return needing
+
+
+def _kept_by(user: fx.Node, needing: set[fx.Node]) -> list[fx.Node]:
+    """What autograd keeps for the gradient of `user`, which needs one."""
+    kept = [user] if user.target in _KEEPS_RESULT else []
+    if user.target in _KEEPS_INPUTS:
+        kept += user.all_input_nodes[: _KEEPS_INPUTS[user.target]]
+    if user.target in _KEEPS_OTHER:
+        one, other = user.args[:2]
+        kept += [
+            node for node, factor in ((one, other), (other, one)) if isinstance(node, fx.Node) and factor in needing
+        ]
+    return kept
+
+
+def _sources(gm: fx.GraphModule, x: Any, kept: set[fx.Node]) -> list[fx.Node] | None:
+    """Nodes that are kept, tensors of the module, and sizes, from which `x` follows cheaply; None if it does not.
+
+    None too if there is no need because `x` is kept itself.
+    """
+    if not isinstance(x, fx.Node) or x in kept:
+        return None
+    sources: dict[fx.Node, None] = {}
+    passed: dict[fx.Node, None] = {}
+    pending = [x]
+    while pending:
+        node = pending.pop()
+        if node in kept or reads_tensor(gm, node) or isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            sources[node] = None
+        elif node.target in _CHEAP and len(passed) < _LONGEST:
+            passed[node] = None
+            pending.extend(operand for operand in node.all_input_nodes if operand not in passed)
+        else:
+            return None
+    return list(sources)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from .direct_calls import call_directly
+
 
 def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
     """The graph that computes the tuple of `results` from `inputs`, and runs nothing that they do not need.
@@ -47,5 +49,6 @@ def replace_by_call(
 
 
 def forward_of(gm: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """`graph` as a function of a module that has what `gm` has, and its inputs."""
+    """`graph` as a function of a module that has what `gm` has, and its inputs. It is of no other use afterwards."""
+    call_directly(graph)
     return type(fx.GraphModule(gm, graph)).forward

@@ -5,7 +5,6 @@ needs around each.
 """
 
 from .asserts import DropMetadataAsserts
-from .direct_calls import CallDirectly
 from .fold_scale import FoldScaleIntoAddition
 from .graph_pass import GraphPass, PassError, PassReport, Pipeline
 from .hoist import HoistParameterWork
@@ -13,22 +12,29 @@ from .insert import InsertAdapter
 from .merge import MergeAdapters, merged_tensors
 from .mode import FollowMode
 from .observe import ObserveInputs, Observer
+from .products import GatherProducts
 from .recompute import RecomputeInputs
 from .regions import InlineRegions, without_gradient
 from .remove import RemoveAdapters
 from .siblings import ShareSiblings
 
 OPTIMISATIONS = Pipeline(
-    (ShareSiblings(), FoldScaleIntoAddition(), HoistParameterWork(), RecomputeInputs(), CallDirectly())
+    (
+        ShareSiblings(),
+        FoldScaleIntoAddition(),
+        HoistParameterWork(),
+        GatherProducts(),
+        RecomputeInputs(),
+    )
 )
 """What changes how an adapted graph is run and not what it computes, each where it never loses."""
 
 __all__ = [
     "OPTIMISATIONS",
-    "CallDirectly",
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",
+    "GatherProducts",
     "GraphPass",
     "HoistParameterWork",
     "InlineRegions",

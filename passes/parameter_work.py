@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ..capture import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 from ..provenance import is_inserted
-from ..tensors import tensor_of
+from ..tensors import tensor_of, written
 
 
 def parameter_work(gm: fx.GraphModule) -> list[fx.Node]:
@@ -62,6 +62,16 @@ def move_to_front(graph: fx.Graph, nodes: Iterable[fx.Node]) -> int:
             node.meta.pop("nn_module_stack", None)  # it runs for the whole model now, and not in a layer
             moved += 1
     return moved
+
+
+def must_not_move(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
+    """Whether between two nodes a tensor that is no parameter or buffer is written to, or a region begins or ends."""
+    node = first.next
+    while node is not last:
+        if opens_region(node) or closes_region(node) or any(read.op != "get_attr" for read in written(gm, node)):
+            return True
+        node = node.next
+    return False
 
 
 def opens_region(node: fx.Node) -> bool:

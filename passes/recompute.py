@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
+from ..low_rank import LowRankProducts
 from ..provenance import is_inserted
-from ..recomputed import product_of_recomputed
 from ..subgraph import extract, forward_of
 from ..tensors import tensor_of, written
 from .graph_pass import GraphPass
@@ -80,8 +81,9 @@ class RecomputeInputs(GraphPass):
 
     The input of q, k, v and of gate and up is a norm of something, that of down a gate times something: the base keeps
     the operands, as the gradient of a norm and of a gate needs them. A low-rank adapter then keeps its narrow products
-    alone. Safe because `x` is computed again by the same operations from the same tensors, to the same bits; random and
-    expensive ones are not repeated, and what is overwritten is not read later, as autograd itself checks.
+    alone. To be run after `GatherProducts`. Safe because `x` is computed again by the same operations from the same
+    tensors, to the same bits; random and expensive ones are not repeated, and graphs that overwrite anything but their
+    own buffers are left alone.
     """
 
     for_backward: ClassVar[bool] = True
@@ -92,16 +94,22 @@ class RecomputeInputs(GraphPass):
         needing = _needing_gradients(gm)
         kept = {node for user in needing if not is_inserted(user) for node in _kept_by(user, needing)}
         edits = 0
-        for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-            x, a = node.args[:2]
-            sources = _sources(gm, x, kept) if is_inserted(node) and len(node.args) == 2 and a in needing else None
-            if sources is None:
+        for node in list(gm.graph.nodes):
+            alone = node.target is aten.linear.default and is_inserted(node) and len(node.args) == 2
+            products = LowRankProducts() if alone else node.target
+            if not isinstance(products, LowRankProducts) or products.recipe or node.args[1] not in needing:
+                continue
+            x, a, *sites = node.args
+            if (sources := _sources(gm, x, kept)) is None:
                 continue
             recipe = forward_of(nn.Module(), extract(sources, [x]))
             with gm.graph.inserting_before(node):
-                product = gm.graph.call_function(product_of_recomputed(recipe), (x, a, *sources))
-            product.meta = dict(node.meta)
-            node.replace_all_uses_with(product)
+                call = gm.graph.call_function(
+                    replace(products, recipe=recipe, sources=len(sources)), (x, a, *sources, *sites)
+                )
+                result = gm.graph.call_function(operator.getitem, (call, 0)) if alone else call
+            call.meta, result.meta = dict(node.meta), dict(node.meta)
+            node.replace_all_uses_with(result)
             gm.graph.erase_node(node)
             edits += 1
         return edits

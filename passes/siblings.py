@@ -12,14 +12,12 @@ from torch import fx
 
 from ..gradient_checkpointing import layer_of
 from ..provenance import is_inserted, record, recorded
-from ..tensors import written
 from .graph_pass import GraphPass
 from .parameter_work import (
-    closes_region,
     first_input,
     is_deterministic,
     move_to_front,
-    opens_region,
+    must_not_move,
     parameter_work,
     value_of,
 )
@@ -52,7 +50,7 @@ class ShareSiblings(GraphPass):
                     groups[x, layer_of(node), value.dtype, value.device].append(node)
         for (x, *_), found in groups.items():
             group = _one_of_each_adapter(found)
-            if len(group) > 1 and not _must_not_move(gm, group[0], group[-1]):
+            if len(group) > 1 and not must_not_move(gm, group[0], group[-1]):
                 _share(gm, x, group, work, self.name)
                 edits += 1
         return edits
@@ -107,18 +105,8 @@ def _share_equal(gm: fx.GraphModule) -> int:
             continue
         key = (node.op, node.target, repr(node.args), repr(node.kwargs), None if node in work else layer_of(node))
         same = first.setdefault(key, node)
-        if same is not node and (node in work or not _must_not_move(gm, same, node)):
+        if same is not node and (node in work or not must_not_move(gm, same, node)):
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
             edits += 1
     return edits
-
-
-def _must_not_move(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
-    """Whether between two nodes a tensor that is no parameter or buffer is written to, or a region begins or ends."""
-    node = first.next
-    while node is not last:
-        if opens_region(node) or closes_region(node) or any(read.op != "get_attr" for read in written(gm, node)):
-            return True
-        node = node.next
-    return False

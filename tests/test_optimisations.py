@@ -33,7 +33,7 @@ aten = torch.ops.aten
 NAMES = [graph_pass.name for graph_pass in OPTIMISATIONS]
 VARIANTS = list(llfx.registry().values())
 PLAIN = Pipeline(())
-BY_OVERLOAD = OPTIMISATIONS.without("recompute_inputs", "call_directly")
+SINGLY = OPTIMISATIONS.without("gather_products", "recompute_inputs")
 PAIR = (Attention, GatedMLP)
 MIXED = (Attention, GatedMLP, Conv1DMLP, SharedLinear, Normed)
 
@@ -47,8 +47,8 @@ QUICKLY = settings(
 )
 
 
-def derived(gm: fx.GraphModule, passes: Pipeline = BY_OVERLOAD) -> fx.GraphModule:
-    """A copy of `gm` whose graph the passes have changed; its operators can still be told by their overloads."""
+def derived(gm: fx.GraphModule, passes: Pipeline = SINGLY) -> fx.GraphModule:
+    """A copy of `gm` whose graph the passes have changed, so that products can be counted."""
     result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     passes.run(result)
     return result

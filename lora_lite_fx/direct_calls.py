@@ -1,14 +1,10 @@
-"""Call operators by the functions that PyTorch has for them in Python."""
+"""Operators, called by the functions that PyTorch has for them in Python."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
-
-from .graph_pass import GraphPass
 
 aten = torch.ops.aten
 
@@ -41,19 +37,13 @@ _FUNCTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class CallDirectly(GraphPass):
-    """Call `torch.add` where the graph has `torch.ops.aten.add.Tensor`, and so on for the operators of most models.
+def call_directly(graph: fx.Graph) -> None:
+    """Let `graph` call `torch.add` in place of `torch.ops.aten.add.Tensor`, and so for the operators of most models.
 
     A call of an operator by its overload takes about a microsecond more: at one token that is as much as the arithmetic
-    of a small adapter. Safe because the function runs the same operator with the same arguments. To be run last: other
-    passes know operators by their overloads.
+    of a small adapter. The functions run the same operators with the same arguments. Nothing that tells operators by
+    their overloads can be done with the graph afterwards.
     """
-
-    def run(self, gm: fx.GraphModule) -> int:
-        edits = 0
-        for node in gm.graph.nodes:
-            if node.target in _FUNCTIONS:
-                node.target = _FUNCTIONS[node.target]
-                edits += 1
-        return edits
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _FUNCTIONS.get(node.target, node.target)

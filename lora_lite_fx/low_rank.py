@@ -1,0 +1,179 @@
+"""The products of low-rank adapters that read one input, with those of their sites, as one operation.
+
+Autograd sees one node where the graph has a dozen: branches are added into the outputs of the sites in place, in the
+backward pass all gradients of the input into one tensor, and what is kept for it is chosen as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+_FEW_TOKENS = 8
+"""Up to so many, views cost more than what adding in place saves."""
+
+
+class Site(NamedTuple):
+    """A frozen linear and its branch, `y = x W^T + b + alpha t B^T`: `weight`, `bias` and `b` of it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    b: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankProducts:
+    """`x, a, *sources, *sites -> t, *ys` with `t = x a^T` and, for each site, `y = x W^T + b + alpha t_i B_i^T`.
+
+    For the backward pass it keeps `t`, and of `x` its sources alone if there are any. Under `torch.compile`, which
+    chooses what to keep itself, in transforms (`torch.func`, forward mode), and where a weight is trained or is no
+    ordinary tensor, it is the plain products.
+
+    Args:
+        ranks: the columns of `t` that each site reads, `(start, stop)`.
+        alphas: of the sites. Their tensors follow the sources, three for each: `W (d_out, d_in)`, `b (d_out,)` or None,
+            `B (d_out, r)`.
+        recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with; a method that does not use its
+            object.
+        sources: how many there are.
+    """
+
+    ranks: tuple[tuple[int, int], ...] = ()
+    alphas: tuple[float, ...] = ()
+    recipe: Callable[..., tuple[Tensor]] | None = None
+    sources: int = 0
+    # As torch.fx names the functions that it calls.
+    __name__: str = field(default="low_rank_products", init=False)
+
+    def __call__(self, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        tensors = rest[self.sources :]
+        if torch.is_grad_enabled():
+            if self._is_usual(x, a, tensors):
+                results: tuple[Tensor, ...] = _Function.apply(self, x, a, *rest)
+                return results
+        elif x.numel() > _FEW_TOKENS * x.shape[-1] and self._is_usual(x, a, tensors):
+            return self.accumulated(x, a, tensors)
+        t = F.linear(x, a)
+        return t, *(
+            torch.add(F.linear(x, site.weight, site.bias), F.linear(t[..., start:stop], site.b), alpha=alpha)
+            for site, (start, stop), alpha in self.each(tensors)
+        )
+
+    def each(self, tensors: Sequence[Any]) -> list[tuple[Site, tuple[int, int], float]]:
+        """The sites that `tensors` are of."""
+        sites = [Site(*tensors[index : index + 3]) for index in range(0, len(tensors), 3)]
+        return list(zip(sites, self.ranks, self.alphas, strict=True))
+
+    def accumulated(self, x: Tensor, a: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The results, branches added in place. None is a view: what follows may overwrite them."""
+        t = F.linear(x, a)
+        results = [t]
+        for site, (start, stop), alpha in self.each(tensors):
+            y = F.linear(x, site.weight, site.bias)
+            _add_product(_rows(y), _rows(t)[:, start:stop], site.b.t(), alpha)
+            results.append(y)
+        return tuple(results)
+
+    def _is_usual(self, x: Tensor, a: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether tensors are such that the sums can be formed in place, and the gradients by hand."""
+        if torch.compiler.is_compiling() or (self.ranks and torch.is_autocast_enabled(x.device.type)):
+            return False
+        given = [x, a, *(tensor for tensor in tensors if tensor is not None)]
+        frozen = [tensor for index, tensor in enumerate(tensors) if index % 3 < 2 and tensor is not None]
+        return (
+            all(type(tensor) in _ORDINARY and tensor.dtype == x.dtype for tensor in given if self.ranks)
+            and not any(tensor.requires_grad for tensor in frozen)
+            and not any(map(_is_transformed, given))
+        )
+
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # of a wrapper around a tensor
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+class _Function(torch.autograd.Function):
+    """Its backward pass is made of differentiable operations, so that gradients of gradients are right too."""
+
+    @staticmethod
+    def forward(ctx: Any, products: LowRankProducts, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        sources, tensors = rest[: products.sources], rest[products.sources :]
+        results = products.accumulated(x, a, tensors) if tensors else (F.linear(x, a),)
+        values = (a, results[0], *(sources if products.recipe else (x,)), *tensors)
+        ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
+        ctx.others = {index: value for index, value in enumerate(values) if not isinstance(value, Tensor)}
+        ctx.products = products
+        device = x.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, of_t: Tensor | None, *of_ys: Tensor | None) -> tuple[Tensor | None, ...]:
+        products: LowRankProducts = ctx.products
+        saved = list(ctx.saved_tensors)  # which may be asked for only once
+        for index, value in ctx.others.items():
+            saved.insert(index, value)
+        a, t, *values = saved
+        kept = products.sources if products.recipe else 1
+        sources, tensors = values[:kept], values[kept:]
+        _, x_needed, a_needed, *rest_needed = ctx.needs_input_grad
+        with torch.autocast(**ctx.autocast):
+            x: Any = None
+            if a_needed or torch.is_grad_enabled():
+                x = products.recipe(None, *sources)[0] if products.recipe else sources[0]
+            if torch.is_grad_enabled():  # for gradients of gradients, which go through t
+                t = F.linear(x, a)
+            shape = (*t.shape[:-1], a.shape[1])
+            t = _rows(t)
+            of_t = t.new_zeros(t.shape) if of_t is None else _rows(of_t).clone() if tensors else _rows(of_t)
+            of_rest: list[Tensor | None] = [None] * len(rest_needed)
+            reached = []
+            for index, ((site, (start, stop), alpha), of_y) in enumerate(
+                zip(products.each(tensors), of_ys, strict=True)
+            ):
+                if of_y is None:
+                    continue
+                of_y = _rows(of_y)
+                reached.append((of_y, site.weight))
+                _add_product(of_t[:, start:stop], of_y, site.b, alpha)
+                place = products.sources + 3 * index + 2
+                if rest_needed[place]:
+                    of_rest[place] = alpha * (of_y.t() @ t[:, start:stop])
+            of_a = of_t.t() @ _rows(x) if a_needed else None
+            of_x = None
+            if x_needed:
+                of_x = of_t @ a
+                for of_y, weight in reached:
+                    _add_product(of_x, of_y, weight)
+                of_x = of_x.view(shape)
+        return None, of_x, of_a, *of_rest
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """As a matrix; a view of the results of products, which are contiguous."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _add_product(into: Tensor, one: Tensor, other: Tensor, alpha: float = 1.0) -> Tensor:
+    """`into += alpha one other`."""
+    if into.dtype in (torch.float16, torch.bfloat16) and into.device.type == "cpu":
+        # There the sum would be rounded more than once.
+        return into.add_(one @ other, alpha=alpha)
+    return into.addmm_(one, other, alpha=alpha)

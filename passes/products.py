@@ -1,0 +1,122 @@
+"""Gather the products of low-rank adapters that read one input, with those of their sites, into one operation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from ..low_rank import LowRankProducts
+from ..provenance import is_inserted
+from .graph_pass import GraphPass
+from .parameter_work import must_not_move, reads_tensor, value_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class GatherProducts(GraphPass):
+    """Make one operation of `t = x A^T` and, where `y = x W^T + b` is only added to `alpha t B^T`, of these sums.
+
+    Branches are then added into the outputs of the sites where they are, with no further pass over memory, and in the
+    backward pass the gradients of `x` that come from q, k, v and their adapters into one tensor. Safe because it
+    computes the same sums, an output of a site that nothing else reads is overwritten only, and nothing is moved across
+    a write in place or a change of the mode of autograd or autocast. `LowRankProducts` falls back to the plain products
+    where in-place addition would not do the same.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        edits = 0
+        for product in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+            if is_inserted(product) and len(product.args) == 2 and (sums := _sums(gm, product)):
+                _gather(gm.graph, product, sums)
+                edits += 1
+        return edits
+
+
+class Sum(NamedTuple):
+    """`add(y, linear(t, b), alpha)`, where t is these columns of a product, and y a linear of its input."""
+
+    node: fx.Node
+    y: fx.Node
+    b: fx.Node
+    alpha: float
+    columns: tuple[int, int]
+
+
+def _sums(gm: fx.GraphModule, product: fx.Node) -> list[Sum]:
+    """What all of `product` goes into, if that is sums of sites that can be computed where the first of them stands."""
+    sums: list[Sum] = []
+    for part, columns in _parts(gm, product):
+        made = _sum(product, part, columns)
+        if made is None:
+            return []
+        sums.append(made)
+    if not sums:
+        return []
+    place = min(made.node for made in sums)
+    moved = sorted([product, *(made.y for made in sums)])
+    if must_not_move(gm, moved[0], moved[-1]):
+        return []
+    known = (reads_tensor(gm, read) or read < place for made in sums for read in _operands(made))
+    return sums if all(known) else []
+
+
+def _parts(gm: fx.GraphModule, product: fx.Node) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
+    """The nodes that are columns of `product`, with the first one and the one after the last."""
+    users = list(product.users)
+    if len(users) == 1 and users[0].target is aten.split_with_sizes.default:
+        sizes: Any = users[0].args[1]
+        for part in users[0].users:
+            index: Any = part.args[1]
+            yield part, (sum(sizes[:index]), sum(sizes[: index + 1]))
+    elif (a := value_of(gm, product.all_input_nodes[-1])) is not None:
+        yield product, (0, a.shape[0])
+
+
+def _sum(product: fx.Node, part: fx.Node, columns: tuple[int, int]) -> Sum | None:
+    branch = _only_user(part)
+    if branch is None or branch.target is not aten.linear.default or len(branch.args) != 2:
+        return None
+    added, (t, b) = _only_user(branch), branch.args
+    if added is None or added.target is not aten.add.Tensor or added.args[1] is not branch:
+        return None
+    y = added.args[0]
+    if not isinstance(y, fx.Node) or y.target is not aten.linear.default or _only_user(y) is not added:
+        return None
+    if is_inserted(y) or y.args[0] is not product.args[0] or t is not part or not isinstance(b, fx.Node):
+        return None
+    alpha: Any = added.kwargs.get("alpha", 1.0)
+    return Sum(added, y, b, alpha, columns)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _operands(made: Sum) -> list[fx.Node]:
+    return [made.b, *made.y.all_input_nodes]
+
+
+def _gather(graph: fx.Graph, product: fx.Node, sums: list[Sum]) -> None:
+    place = min(made.node for made in sums)
+    for made in sums:
+        for read in _operands(made):
+            if place < read:  # a tensor of the module
+                place.prepend(read)
+    products = LowRankProducts(tuple(made.columns for made in sums), tuple(made.alpha for made in sums))
+    tensors: list[Any] = []
+    for made in sums:
+        _, weight, bias = (*made.y.args, None)[:3]
+        tensors += [weight, bias, made.b]
+    with graph.inserting_before(place):
+        call = graph.call_function(products, (*product.args, *tensors))
+        results = [graph.call_function(operator.getitem, (call, 1 + index)) for index in range(len(sums))]
+    call.meta = dict(product.meta)
+    for made, result in zip(sums, results, strict=True):
+        result.meta = dict(made.node.meta)
+        made.node.replace_all_uses_with(result)

@@ -11,7 +11,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import fx, nn
@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from .errors import AdapterError
 from .gradient_checkpointing import cut_layers
-from .passes import OPTIMISATIONS, Pipeline
+from .passes import OPTIMISATIONS, Pipeline, Program
 from .prologue import Prologue, cut_prologue
 from .subgraph import forward_of
 from .tensors import keep_aliases
@@ -47,7 +47,7 @@ class AdaptedGraphModule(fx.GraphModule):
     """
 
     execution: Execution | None = None  # none while it is being made
-    prologues: dict[str, Prologue]
+    prologues: dict[Program, Prologue]
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
@@ -66,41 +66,37 @@ class AdaptedGraphModule(fx.GraphModule):
         if self.execution is not None:
             # The class is this module's alone. What is derived are its methods.
             cls: Any = type(self)
-            for program in _PROGRAMS.values():
-                if program in vars(cls):
-                    delattr(cls, program)
+            for method in map(_method, get_args(Program)):
+                if method in vars(cls):
+                    delattr(cls, method)
             cls.prologues = {}
-            cls.forward = _running_what_is_derived(cls.forward)
+            cls.forward = _running_what_is_derived(cls.forward, self.execution.checkpoint_layers)
         return code
 
     # Constant for torch.compile, which would else trace it.
     @torch.compiler.assume_constant_result
-    def _derive(self, inference: bool) -> None:
-        """Make the method that runs the graph, unless it is there."""
+    def _derive(self, program: Program) -> None:
+        """Make the method that runs this program, unless it is there."""
         cls: Any = type(self)
-        assert self.execution is not None
-        program = _PROGRAMS[inference]
-        if program in vars(cls):
+        if _method(program) in vars(cls):
             return
-        run_again = self.execution.checkpoint_layers and not inference
-        graph = self._optimised(for_backward=not (inference or run_again))
+        graph = self._optimised(program)
         # What is cut out are methods too; the outer graph calls them as if modules.
-        if run_again:
-            for name, method in cut_layers(self, graph, "_checkpointed").items():
+        if program == "checkpointed":
+            for name, method in cut_layers(self, graph, "_layer").items():
                 setattr(cls, name, method)
-        name = f"{program}_prologue"
-        if (prologue := cut_prologue(self, graph, name)) is not None:
-            cls.prologues[name] = prologue
-            setattr(cls, name, _running(name))
-        setattr(cls, program, forward_of(self, graph))
+        if (prologue := cut_prologue(self, graph, _prologue(program))) is not None:
+            cls.prologues[program] = prologue
+            setattr(cls, _prologue(program), _running(program))
+        setattr(cls, _method(program), forward_of(self, graph))
 
-    def _optimised(self, for_backward: bool) -> fx.Graph:
-        """A copy of the graph, optimised; for the backward pass too, or for the forward pass alone."""
+    def _optimised(self, program: Program) -> fx.Graph:
+        """A copy of the graph, optimised."""
         assert self.execution is not None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about the signature it copies
             derived = fx.GraphModule(self, copy.deepcopy(self.graph))
-        Pipeline(tuple(p for p in self.execution.passes if for_backward or not p.for_backward)).run(derived)
+        self.execution.passes.of(program).run(derived)
         derived.graph.owning_module = None  # it would be asked for the modules that stand for methods
         return derived.graph
 
@@ -118,26 +114,32 @@ class AdaptedGraphModule(fx.GraphModule):
             prologue.forget()
 
 
-_PROGRAMS = {False: "_with_gradients", True: "_inference"}
-"""The derived methods, by whether they are for inference: evaluation without gradients."""
+def _method(program: Program) -> str:
+    return f"_run_{program}"
 
 
-def _running_what_is_derived(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _prologue(program: Program) -> str:
+    return f"_prologue_of_{program}"
+
+
+def _running_what_is_derived(plain: Callable[..., Any], checkpoints_layers: bool) -> Callable[..., Any]:
     @functools.wraps(plain)  # for its signature
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
-        inference = not (self.training or torch.is_grad_enabled())
-        self._derive(inference)
-        return getattr(self, _PROGRAMS[inference])(*args, **kwargs)
+        program: Program = "inference"
+        if self.training or torch.is_grad_enabled():
+            program = "checkpointed" if checkpoints_layers else "training"
+        self._derive(program)
+        return getattr(self, _method(program))(*args, **kwargs)
 
     return forward
 
 
-def _running(prologue: str) -> Callable[..., Any]:
-    def run(self: AdaptedGraphModule) -> Any:
-        work = self.prologues[prologue]
+def _running(program: Program) -> Callable[..., Any]:
+    def prologue(self: AdaptedGraphModule) -> Any:
+        work = self.prologues[program]
         return work.inline(self) if torch.compiler.is_compiling() else work(self)
 
-    return run
+    return prologue
 
 
 def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMISATIONS) -> fx.GraphModule:

@@ -5,8 +5,10 @@ needs around each.
 """
 
 from .asserts import DropMetadataAsserts
+from .associate import AssociateProducts
+from .dropout import LeaveOutDropout
 from .fold_scale import FoldScaleIntoAddition
-from .graph_pass import GraphPass, PassError, PassReport, Pipeline
+from .graph_pass import GraphPass, PassError, PassReport, Pipeline, Program
 from .hoist import HoistParameterWork
 from .insert import InsertAdapter
 from .merge import MergeAdapters, merged_tensors
@@ -20,6 +22,8 @@ from .siblings import ShareSiblings
 
 OPTIMISATIONS = Pipeline(
     (
+        LeaveOutDropout(),
+        AssociateProducts(),
         ShareSiblings(),
         FoldScaleIntoAddition(),
         HoistParameterWork(),
@@ -31,6 +35,7 @@ OPTIMISATIONS = Pipeline(
 
 __all__ = [
     "OPTIMISATIONS",
+    "AssociateProducts",
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",
@@ -39,12 +44,14 @@ __all__ = [
     "HoistParameterWork",
     "InlineRegions",
     "InsertAdapter",
+    "LeaveOutDropout",
     "MergeAdapters",
     "ObserveInputs",
     "Observer",
     "PassError",
     "PassReport",
     "Pipeline",
+    "Program",
     "RecomputeInputs",
     "RemoveAdapters",
     "ShareSiblings",

@@ -11,18 +11,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from torch import fx
 
 from ..errors import AdapterError
 
+Program = Literal["training", "checkpointed", "inference"]
+"""What is derived from a graph: for use with gradients or in training mode; the same with layers that keep only their
+inputs and run again in the backward pass; and for evaluation without gradients."""
+
 
 class GraphPass(ABC):
     """One change to a graph. Subclasses are frozen dataclasses; their docstring says why the change is safe."""
 
-    for_backward: ClassVar[bool] = False
-    """Whether it serves the backward pass alone, so that it is of no use in inference, or in layers that run again."""
+    programs: ClassVar[frozenset[Program]] = frozenset(get_args(Program))
+    """Which of the programs that are derived from an adapted graph it optimises."""
 
     @property
     def name(self) -> str:
@@ -71,6 +75,10 @@ class Pipeline:
         if unknown := sorted(set(names) - set(known)):
             raise ValueError(f"No pass is named {', '.join(unknown)}; the pipeline has {', '.join(known)}.")
         return Pipeline(tuple(graph_pass for graph_pass in self.passes if graph_pass.name not in names))
+
+    def of(self, program: Program) -> Pipeline:
+        """The passes that optimise this program."""
+        return Pipeline(tuple(graph_pass for graph_pass in self.passes if program in graph_pass.programs))
 
     def run(self, gm: fx.GraphModule) -> list[PassReport]:
         """Run all passes on `gm`, in place.

@@ -13,7 +13,7 @@ from ..low_rank import LowRankProducts
 from ..provenance import is_inserted
 from ..subgraph import extract, forward_of
 from ..tensors import tensor_of, written
-from .graph_pass import GraphPass
+from .graph_pass import GraphPass, Program
 from .parameter_work import reads_tensor
 
 aten = torch.ops.aten
@@ -86,7 +86,7 @@ class RecomputeInputs(GraphPass):
     own buffers are left alone.
     """
 
-    for_backward: ClassVar[bool] = True
+    programs: ClassVar[frozenset[Program]] = frozenset({"training"})
 
     def run(self, gm: fx.GraphModule) -> int:
         if any(read.op not in ("get_attr", "placeholder") for node in gm.graph.nodes for read in written(gm, node)):

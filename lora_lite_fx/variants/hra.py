@@ -20,7 +20,7 @@ class HRA(Variant):
     """`y = W R x + b`, `R = H_0 H_1 ... H_{r-1}`, `H_i = I - 2 u_i u_i^T / ||u_i||^2`; https://arxiv.org/abs/2405.17484.
 
     In compact-WY form the product of reflections is `R = I - U^T S^{-1} U`, with unit rows `u_i` and
-    `S = striu(U U^T) + I / 2`: two thin products on `x` and one triangular solve, no `d_in x d_in` matrix.
+    `S = striu(U U^T) + I / 2`: two thin products on `x` with a small one between them, no `d_in x d_in` matrix.
 
     Identity at the start to rounding: vectors are equal in pairs, and each pair of reflections cancels. `alpha` is
     not used. `r` must be even.
@@ -57,10 +57,11 @@ class HRA(Variant):
         if self.orthogonal:
             # The rows of L^{-1} U are what Gram-Schmidt makes of those of U; of them, S = I / 2.
             u = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, u, upper=False)
-            solved = 2 * u
+            inverse = 2 * torch.eye(self.r, dtype=u.dtype, device=u.device)
         else:
             s = gram.triu() - torch.diag_embed(gram.diagonal() / 2)
-            solved = torch.linalg.solve_triangular(s, u, upper=True)
-        u, solved = u.to(p.lora_U.dtype), solved.to(p.lora_U.dtype)
+            inverse = torch.linalg.solve_triangular(s, torch.eye(self.r, dtype=u.dtype, device=u.device), upper=True)
+        u, inverse = u.to(p.lora_U.dtype), inverse.to(p.lora_U.dtype)
         wide_x = cast(x, u)
-        return base((wide_x - F.linear(F.linear(wide_x, solved), u.t())).type_as(x))
+        # The sign is turned where things are small.
+        return base((wide_x + F.linear(F.linear(F.linear(wide_x, u), -inverse), u.t())).type_as(x))

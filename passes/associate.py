@@ -1,0 +1,58 @@
+"""Multiply the small matrices of adapters first, where that leaves less to do for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from ..provenance import is_inserted, record, recorded
+from .graph_pass import GraphPass, Program
+from .parameter_work import parameter_work, value_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AssociateProducts(GraphPass):
+    """Make `x (B A)^T` of `(x A^T) B^T`, with `A (r, d)` and `B (o, r)`, where `d o < r (d + o)`.
+
+    So for square `B`, as the triangular system of HRA, and for ranks so large that the product is smaller than its
+    factors. `B A` depends on parameters alone: in inference it is formed once. Safe because products of matrices
+    associate. In training it would be formed again in each step, and its gradient takes a product of the size of the
+    weight's own, so there the order stays.
+    """
+
+    programs: ClassVar[frozenset[Program]] = frozenset({"inference"})
+
+    def run(self, gm: fx.GraphModule) -> int:
+        known = {*parameter_work(gm), *gm.graph.find_nodes(op="get_attr")}
+        edits = 0
+        for second in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+            first, by = second.args[0], recorded(second)
+            if by is None or not (_is_product(first) and _is_product(second)) or len(first.users) > 1:
+                continue
+            (x, a), b = first.args, second.args[1]
+            if not known.issuperset((a, b)):
+                continue
+            inner, outer = value_of(gm, a), value_of(gm, b)
+            if inner is None or outer is None or inner.dim() != 2 or outer.dim() != 2 or inner.dtype != outer.dtype:
+                continue
+            (r, d), o = inner.shape, outer.shape[0]
+            if d * o < r * (d + o):
+                with gm.graph.inserting_before(second):
+                    both = gm.graph.call_function(aten.matmul.default, (b, a))
+                both.meta["val"] = torch.empty(o, d, dtype=inner.dtype, device="meta")
+                record(both, by)
+                second.args = (x, both)
+                known.add(both)
+                edits += 1
+        return edits
+
+
+def _is_product(node: object) -> bool:
+    return (
+        isinstance(node, fx.Node) and is_inserted(node) and node.target is aten.linear.default and len(node.args) == 2
+    )

@@ -243,7 +243,7 @@ class Variant:
         raise NotImplementedError
 
     def trace_key(self, site: Site) -> Hashable:
-        """What `forward` depends on besides sizes, if it looks at `base.site`: sites with one key share one trace of it."""
+        """What a `forward` that looks at `base.site` depends on there: sites with equal keys share one trace of it."""
         return site.roles
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,12 +25,14 @@ class Frozen:
         weight: as the model stores it.
         bias: as the model stores it, or None.
         training: whether the model is in training mode, for dropout.
+        read: if given, gets the names of what variants look at of the `FrozenLinear` they adapt.
     """
 
     site: Site
     weight: Tensor
     bias: Tensor | None
     training: bool = False
+    read: set[str] | None = None
 
     def adapted(
         self, call: Callable[[Tensor], Tensor], around: Iterable[tuple[Variant, Any]], x: Tensor, *routing: Tensor
@@ -62,7 +64,20 @@ class Frozen:
         if experts:
             matrix, around = PerExpert(matrix, who), [(variant, per_expert(p)) for variant, p in around]
         linear = FrozenLinear(base, matrix, bias, self.site, self.training)
+        if self.read is not None:
+            linear = _Watched(**vars(linear), read=self.read)
         return product.leave(compose(linear, around)(entered))
+
+
+@dataclass(frozen=True)
+class _Watched(FrozenLinear):
+    """Notes in `read` what is looked at."""
+
+    read: set[str] = field(default_factory=set)
+
+    def __getattribute__(self, name: str) -> Any:
+        object.__getattribute__(self, "read").add(name)
+        return object.__getattribute__(self, name)
 
 
 def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:

@@ -76,7 +76,8 @@ def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callab
     """
     adapted: Callable[[Tensor], Tensor] = base.call
     for variant, p in around:
-        adapted = partial(variant.forward, base=dataclasses.replace(base, call=adapted), p=p)
+        # Not dataclasses.replace, which looks at every field.
+        adapted = partial(variant.forward, base=type(base)(**{**vars(base), "call": adapted}), p=p)
     return adapted
 
 
@@ -242,7 +243,7 @@ class Variant:
         raise NotImplementedError
 
     def trace_key(self, site: Site) -> Hashable:
-        """What `forward` depends on of a site besides its sizes: sites with the same key share one trace of it."""
+        """What a `forward` that looks at `base.site` depends on there: sites with equal keys share one trace of it."""
         return site.roles
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:

@@ -66,11 +66,14 @@ class InsertAdapter(GraphPass):
                 value = fake_input(x, *site.product.example(tensor_of(gm, site.weight)))
                 local = placement.local
                 shapes = (str(value.shape), value.dtype, site.product, site.d_out, site.bias is None, site.bias_rows)
-                key = (*shapes, local.r, local.alpha, local.trace_key(site))
+                key = (*shapes, local.r, local.alpha)
+                of_site = (*key, local.trace_key(site))
                 here = Call(x, y, call.node, call.routing)
-                if key not in fragments:
-                    fragments[key] = trace_fragment(gm, site, placement, value, call.routing)
-                moved[y] = _splice(gm, site, here, placement, fragments[key], next_call, self.name)
+                fragment = fragments.get(key) or fragments.get(of_site)
+                if fragment is None:
+                    fragment = trace_fragment(gm, site, placement, value, call.routing)
+                    fragments[of_site if fragment.reads_site else key] = fragment
+                moved[y] = _splice(gm, site, here, placement, fragment, next_call, self.name)
                 next_call += 1
         return next_call - first_call
 
@@ -95,6 +98,7 @@ class Fragment:
         base: the node that stands for the call of the frozen linear.
         base_input: the node that it is called on.
         result: the node that is returned.
+        reads_site: whether `forward` looked at its site, so that for another it may be another graph.
     """
 
     graph: fx.Graph
@@ -102,6 +106,7 @@ class Fragment:
     base: fx.Node
     base_input: fx.Node
     result: fx.Node
+    reads_site: bool
 
 
 def trace_fragment(
@@ -123,10 +128,12 @@ def trace_fragment(
     dtype = x.dtype if x.dtype.is_floating_point else stored.dtype
     tensors["factor"] = fake_like(site.product.factor(stored).to(dtype), x)
 
+    read: set[str] = set()
+
     def run(values: tuple[Tensor, ...], training: bool) -> Tensor:
         named = dict(zip(tensors, values, strict=True))
         routes = [named[name] for name in named if name.startswith("routing ")]
-        frozen = Frozen(site, named["weight"], named.get("bias"), training)
+        frozen = Frozen(site, named["weight"], named.get("bias"), training, read)
         return frozen.adapted(
             lambda v: site.product.multiply(v, named["factor"], *routes),
             [(placement.local, adapter_namespace({name: named[name] for name in placement.names}))],
@@ -136,7 +143,8 @@ def trace_fragment(
 
     values = tuple(tensors.values())
     graph = trace(lambda *values: run(values, True), values)
-    follow_mode(graph, trace(lambda *values: run(values, False), values))
+    if "training" in read:
+        follow_mode(graph, trace(lambda *values: run(values, False), values))
     graph.eliminate_dead_code()  # views of the weight that were not needed
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = dict(zip(placeholders, tensors, strict=True))
@@ -148,7 +156,7 @@ def trace_fragment(
         )
     result = graph.output_node().all_input_nodes[0]
     (base_input,) = [n for n in calls[0].all_input_nodes if not inputs.get(n, "").startswith(("factor", "routing "))]
-    return Fragment(graph, inputs, calls[0], base_input, result)
+    return Fragment(graph, inputs, calls[0], base_input, result, "site" in read)
 
 
 def _splice(

@@ -250,8 +250,9 @@ def check_conformance(cfg: Config, case: Any, other: tuple[Any, ...]) -> None:
     with unchanged(model):
         base = base_graph(model, traced)
         data = calibration(cfg, traced, other)
-        check_rewrite_equals_wrap(model, *rewrite_and_wrap(model, base, cfg, data), other, case.tolerance, case.seed)
-        gm = llfx.rewrite(base, cfg, calibration=data)
+        gm, wrapped = rewrite_and_wrap(model, base, cfg, data)
+        # On a copy, since it trains, which changes what batch norm keeps.
+        check_rewrite_equals_wrap(model, copy.deepcopy(gm), wrapped, other, case.tolerance, case.seed)
         randomise(gm, case.seed)
         check_merge(gm, base, other, 1e-9 if case.dtype == torch.float64 else 1e-4)
         check_remove(gm, base, model)

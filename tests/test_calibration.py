@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters import adapters
+from lora_lite_fx.rewrite import base_graph
 from lora_lite_fx.site import Site
 
 from .conformance import unchanged
@@ -159,10 +160,10 @@ def test_a_site_that_wins_no_component_is_left_alone() -> None:
 # Padding.
 
 
-def llama() -> LlamaForCausalLM:
+def llama() -> fx.GraphModule:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=31, bos_token_id=1, eos_token_id=2, **shape)).eval()
+    return base_graph(LlamaForCausalLM(LlamaConfig(vocab_size=31, bos_token_id=1, eos_token_id=2, **shape)).eval())
 
 
 def test_padding_does_not_count() -> None:
@@ -170,9 +171,10 @@ def test_padding_does_not_count() -> None:
     mask = torch.ones_like(ids)
     mask[:, 6:] = 0
     cfg = llfx.EVA(r=2, target_roles=("query", "down"))
-    padded = llfx.rewrite(llama(), cfg, calibration=[{"input_ids": ids, "attention_mask": mask}])
-    short = llfx.rewrite(llama(), cfg, calibration=[{"input_ids": ids[:, :6]}])
-    full = llfx.rewrite(llama(), cfg, calibration=[{"input_ids": ids}])
+    base = llama()
+    padded = llfx.rewrite(base, cfg, calibration=[{"input_ids": ids, "attention_mask": mask}])
+    short = llfx.rewrite(base, cfg, calibration=[{"input_ids": ids[:, :6]}])
+    full = llfx.rewrite(base, cfg, calibration=[{"input_ids": ids}])
     for name, tensor in llfx.adapter_state_dict(padded).items():
         if name.endswith("lora_A"):
             same_lines(
@@ -185,7 +187,7 @@ def test_padding_does_not_count() -> None:
 def test_of_an_encoder_decoder_each_side_has_its_own_padding() -> None:
     torch.manual_seed(0)
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=31, decoder_start_token_id=0, **shape)).eval()
+    t5 = base_graph(T5ForConditionalGeneration(T5Config(vocab_size=31, decoder_start_token_id=0, **shape)).eval())
     ids = torch.randint(3, 31, (3, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[:, 4:] = 0

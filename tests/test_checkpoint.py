@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import warnings
@@ -59,6 +60,11 @@ def same_state(one: nn.Module, other: nn.Module) -> bool:
     return list(ours) == list(theirs) and all(same)
 
 
+@functools.cache
+def exported() -> Any:
+    return base_graph(Net(), (inputs(2, 3),))
+
+
 @pytest.fixture(scope="module")
 def graph() -> nn.Module:
     """A captured model without adapters: to load into it needs no capture, which makes fuzzing cheap."""
@@ -102,6 +108,8 @@ def test_a_file_brings_back_tensors_and_outputs_bit_for_bit(
     name: str, adapt: Callable[..., nn.Module], example: Any, tmp_path: Path
 ) -> None:
     model, path = Net(), tmp_path / "adapter.safetensors"
+    if example is not None and name != "stack":  # for one config the model itself is captured, and again to load
+        model, example = exported(), None
     data = calibration(CONFIGS[name], None, (inputs(5, 2),))
     adapted = randomised(adapt(model, CONFIGS[name], example, calibration=data))
     before = adapted(inputs(4, 2))

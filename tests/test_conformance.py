@@ -42,7 +42,7 @@ shapes = st.tuples(st.integers(2, 4), st.integers(1, 7))
 
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_every_variant_conforms_on_random_models(cls: type[llfx.Variant], data: st.DataObject) -> None:
     cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
@@ -50,7 +50,7 @@ def test_every_variant_conforms_on_random_models(cls: type[llfx.Variant], data: 
     check_conformance(cfg, case, (ids(*data.draw(shapes), seed=case.seed),))
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_stacks_of_variants_conform_on_random_models(data: st.DataObject) -> None:
     drawn = data.draw(st.lists(st.sampled_from(VARIANTS), min_size=2, max_size=3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,13 @@ from lora_lite_fx.passes import (
     Pipeline,
     RemoveAdapters,
 )
+from lora_lite_fx.passes import insert as insert_pass
 from lora_lite_fx.provenance import INLET, OUTLET, insertions, recorded
+from lora_lite_fx.registry import _REGISTRY
 from lora_lite_fx.rewrite import base_graph
 
-from .conformance import calibration, small
-from .models import GatedMLP, Net, ids
+from .conformance import calibration, check_rewrite_equals_wrap, small
+from .models import Attention, GatedMLP, Net, ids
 
 
 class Down(nn.Module):
@@ -264,16 +267,49 @@ def test_graph_text_is_dumped_before_and_after_each_pass_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_LITE_FX_DUMP", str(tmp_path / "dump"))
-    llfx.rewrite(Down(), llfx.LoRA(r=2), EXAMPLE)
+    llfx.rewrite(Down(), llfx.LoRA(r=2), EXAMPLE)(*EXAMPLE)  # the call derives what runs
     files = sorted((tmp_path / "dump").iterdir())
     assert [f.name.split("_", 1)[1] for f in files] == [
         f"{name}.{when}.txt"
         for name in (
-            *("inline_regions", "inline_regions", "follow_mode", "drop_metadata_asserts"),
+            *("inline_regions", "inline_regions", "follow_mode", "drop_metadata_asserts", "insert_adapter"),
             *(each.name for each in OPTIMISATIONS),
-            "insert_adapter",
         )
         for when in ("after", "before")
     ]
-    assert "lora_A" in files[-2].read_text()
-    assert "lora_A" not in files[-1].read_text()
+    after, before = (file.read_text() for file in files if "insert_adapter" in file.name)
+    assert "lora_A" in after
+    assert "lora_A" not in before
+
+
+# Traces.
+
+
+class Looking(llfx.LoRA):
+    """Looks at what its site does and at the mode."""
+
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        scale = 3.0 if "query" in base.site.roles else 1.0
+        return super().forward(x, base, p) * scale + (0.5 if base.training else 0.25)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "traces"),
+    [
+        (llfx.LoRA(r=2, target_roles=("attention",)), 1),
+        (llfx.LoRA(r=2, target_roles=("attention",), dropout=0.3), 2),
+        (Looking(r=2, target_roles=("attention",)), 2 * 4),
+    ],
+    ids=["neither", "mode", "both"],
+)
+def test_sites_of_one_size_take_further_traces_only_where_a_variant_looks_at_them_or_at_the_mode(
+    cfg: llfx.Variant, traces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_REGISTRY, "Looking", Looking)
+    made: list[fx.Graph] = []
+    trace = insert_pass.trace
+    monkeypatch.setattr(insert_pass, "trace", lambda *args: made.append(trace(*args)) or made[-1])
+    model = Net([Attention], bias=True, tied=False).double().eval()
+    gm = llfx.rewrite(model, cfg, (ids(2, 5),))
+    assert len(made) == traces
+    check_rewrite_equals_wrap(model, gm, llfx.wrap(model, cfg), (ids(3, 4),), 1e-10, seed=0)

@@ -123,7 +123,6 @@ def _prologue(program: Program) -> str:
 
 
 def _running_what_is_derived(plain: Callable[..., Any], checkpoints_layers: bool) -> Callable[..., Any]:
-    @functools.wraps(plain)  # for its signature
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
         program: Program = "inference"
         if self.training or torch.is_grad_enabled():
@@ -131,7 +130,9 @@ def _running_what_is_derived(plain: Callable[..., Any], checkpoints_layers: bool
         self._derive(program)
         return getattr(self, _method(program))(*args, **kwargs)
 
-    return forward
+    # torch.compile counts recompilations by code: each module needs its own.
+    forward.__code__ = forward.__code__.replace()
+    return functools.update_wrapper(forward, plain)  # for its signature
 
 
 def _running(program: Program) -> Callable[..., Any]:

@@ -2,8 +2,9 @@
 
 Tensors are read where they are registered: as attributes of attributes they cost several microseconds each. What is
 computed of them is kept from call to call while they are the same. That they are is seen from their identity, their
-version counters, which every operation in place counts up, their addresses, and the number of steps that optimizers
-took (some write past the version counters); `train()`, `eval()` and moving the model start anew.
+version counters, which every operation in place counts up, their addresses, the number of steps that optimizers took
+(some write past the version counters), and from gradients that were taken away after a backward pass; `train()`,
+`eval()` and moving the model start anew. What writes to `.data` and does none of these is not seen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,14 +38,29 @@ Place = tuple[dict[str, Any], str]
 """The registry of a module that holds a tensor, and its name there."""
 
 
-class Kept(NamedTuple):
-    """Values, and what they hold for: the tensors, and everything else that would change them."""
+@dataclass
+class Kept:
+    """Values, and what they hold for.
+
+    Args:
+        tensors: those that they were computed from.
+        state: everything else that would change them.
+        leaves: the same data as `tensors`, apart from their hooks and gradients; what they were computed with.
+        values: what was computed.
+        used: whether a backward pass went through them.
+    """
 
     tensors: list[Tensor]
     state: tuple[Any, ...]
     leaves: list[Tensor]
-    """What they were computed from: the same data as `tensors`, apart from their hooks and gradients."""
     values: tuple[Tensor, ...]
+    used: bool = False
+
+    def holds(self, tensors: list[Tensor], state: tuple[Any, ...]) -> bool:
+        """Whether nothing has changed, as far as one can see."""
+        # If a backward pass left no gradients, somebody took them: perhaps for a step that writes to `.data`.
+        stepped = self.used and not any(tensor.is_leaf and tensor.grad is not None for tensor in tensors)
+        return not stepped and self.state == state and all(map(operator.is_, self.tensors, tensors))
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ class Prologue:
             return self.compute(module, *tensors)
         with_gradients = torch.is_grad_enabled()
         kept = self.kept.get(with_gradients)
-        if kept is None or kept.state != state or not all(map(operator.is_, kept.tensors, tensors)):
+        if kept is None or not kept.holds(tensors, state):
             kept = self._compute_apart(module, tensors, state)
             if not all(type(value) is Tensor for value in kept.values):
                 return self.compute(module, *tensors)
@@ -134,6 +150,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.kept.used = True
         tensors, values = ctx.kept.leaves, ctx.kept.values
         if torch.is_grad_enabled():  # for gradients of gradients, which need the way to the tensors themselves
             tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]  # and not to their hooks

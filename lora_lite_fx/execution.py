@@ -64,14 +64,18 @@ class AdaptedGraphModule(fx.GraphModule):
     def recompile(self) -> Any:
         code = super().recompile()
         if self.execution is not None:
-            # The class is this module's alone. What is derived are its methods.
+            self._drop_derived()
             cls: Any = type(self)
-            for method in map(_method, get_args(Program)):
-                if method in vars(cls):
-                    delattr(cls, method)
-            cls.prologues = {}
             cls.forward = _running_what_is_derived(cls.forward, self.execution.checkpoint_layers)
         return code
+
+    def _drop_derived(self) -> None:
+        # The class is this module's alone. What is derived are its methods.
+        cls: Any = type(self)
+        for method in map(_method, get_args(Program)):
+            if method in vars(cls):
+                delattr(cls, method)
+        cls.prologues = {}
 
     # Constant for torch.compile, which would else trace it.
     @torch.compiler.assume_constant_result
@@ -105,8 +109,9 @@ class AdaptedGraphModule(fx.GraphModule):
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedGraphModule:
-        # What to(), half(), cuda() and the like all go through; they replace the data of tensors, unseen by versions.
-        self._forget()
+        # What to(), half(), cuda() and the like all go through. They replace the data of tensors, unseen by versions,
+        # and what is derived depends on the device.
+        self._drop_derived()
         return super()._apply(fn, recurse)
 
     def _forget(self) -> None:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import CaptureError
 from .subgraph import forward_of, replace_by_call
-from .tensors import written
+from .tensors import may_return_a_view, written
 
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 
@@ -123,19 +123,13 @@ def _overwritten(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | No
         for read in node.all_input_nodes:
             for tensor in seen_by[read]:
                 readers.setdefault(tensor, []).append(node)
-            if _may_return_a_view(node):
+            if may_return_a_view(node):
                 seen_by[node] |= seen_by[read]
         for operand in written(gm, node):
             found |= {tensor: list(readers[tensor]) for tensor in seen_by[operand]}
         if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "track_running_stats", False):
             found.setdefault(node.target, []).append(node)  # the module's own statistics, which no node makes
     return [(made_by.get(tensor), reading) for tensor, reading in found.items()]
-
-
-def _may_return_a_view(node: fx.Node) -> bool:
-    return not isinstance(node.target, torch._ops.OpOverload) or any(
-        result.alias_info is not None for result in node.target._schema.returns
-    )
 
 
 def _cut_out(outer: fx.Graph, members: list[fx.Node], name: str) -> fx.Graph:

@@ -7,7 +7,7 @@ backward pass all gradients of the input into one tensor, and what is kept for i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,26 +19,35 @@ _FEW_TOKENS = 8
 """Up to so many, views cost more than what adding in place saves."""
 
 
+_SMALLEST_SCALE = 1e-30
+"""What a scale of zero is taken for where the result is divided by it again."""
+
+
 class Site(NamedTuple):
-    """A frozen linear and its branch, `y = x W^T + b + alpha t B^T`: `weight`, `bias` and `b` of it."""
+    """A frozen linear and its branch, `y = c (x W^T + b + alpha t B^T)`: `weight`, `bias`, `b` and `scale` of it."""
 
     weight: Tensor
     bias: Tensor | None
     b: Tensor
+    scale: Tensor | None
+
+
+_EACH = len(Site._fields)
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankProducts:
-    """`x, a, *sources, *sites -> t, *ys` with `t = x a^T` and, for each site, `y = x W^T + b + alpha t_i B_i^T`.
+    """`x, a, *sources, *sites -> t, *ys` with `t = x a^T` and, for each site, `y = c (x W^T + b + alpha t_i B_i^T)`.
 
-    For the backward pass it keeps `t`, and of `x` its sources alone if there are any. Under `torch.compile`, which
-    chooses what to keep itself, in transforms (`torch.func`, forward mode), and where a weight is trained or is no
-    ordinary tensor, it is the plain products.
+    For the backward pass it keeps `t`, of `x` its sources alone if there are any, and for the gradient of a `c` the
+    result `y`, which what follows may keep as well. Under `torch.compile`, which chooses what to keep itself, in
+    transforms (`torch.func`, forward mode), and where a weight is trained or is no ordinary tensor, it is the plain
+    products.
 
     Args:
         ranks: the columns of `t` that each site reads, `(start, stop)`.
-        alphas: of the sites. Their tensors follow the sources, three for each: `W (d_out, d_in)`, `b (d_out,)` or None,
-            `B (d_out, r)`.
+        alphas: of the sites. Their tensors follow the sources, four for each: `W (d_out, d_in)`, `b (d_out,)` or None,
+            `B (d_out, r)`, `c (d_out,)` or None.
         recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with; a method that does not use its
             object.
         sources: how many there are.
@@ -48,8 +57,11 @@ class LowRankProducts:
     alphas: tuple[float, ...] = ()
     recipe: Callable[..., tuple[Tensor]] | None = None
     sources: int = 0
-    # As torch.fx names the functions that it calls.
-    __name__: str = field(default="low_rank_products", init=False)
+
+    @property
+    def __name__(self) -> str:
+        """As torch.fx names the functions that it calls."""
+        return "low_rank_products"
 
     def __call__(self, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         tensors = rest[self.sources :]
@@ -60,24 +72,25 @@ class LowRankProducts:
         elif x.numel() > _FEW_TOKENS * x.shape[-1] and self._is_usual(x, a, tensors):
             return self.accumulated(x, a, tensors)
         t = F.linear(x, a)
-        return t, *(
-            torch.add(F.linear(x, site.weight, site.bias), F.linear(t[..., start:stop], site.b), alpha=alpha)
-            for site, (start, stop), alpha in self.each(tensors)
-        )
+        ys = []
+        for site, (start, stop), alpha in self.each(tensors):
+            y = torch.add(F.linear(x, site.weight, site.bias), F.linear(t[..., start:stop], site.b), alpha=alpha)
+            ys.append(y if site.scale is None else (y * site.scale).type_as(y))
+        return t, *ys
 
     def each(self, tensors: Sequence[Any]) -> list[tuple[Site, tuple[int, int], float]]:
         """The sites that `tensors` are of."""
-        sites = [Site(*tensors[index : index + 3]) for index in range(0, len(tensors), 3)]
+        sites = [Site(*tensors[index : index + _EACH]) for index in range(0, len(tensors), _EACH)]
         return list(zip(sites, self.ranks, self.alphas, strict=True))
 
     def accumulated(self, x: Tensor, a: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The results, branches added in place. None is a view: what follows may overwrite them."""
+        """The results, branches added and scaled in place. None is a view: what follows may overwrite them."""
         t = F.linear(x, a)
         results = [t]
         for site, (start, stop), alpha in self.each(tensors):
             y = F.linear(x, site.weight, site.bias)
             _add_product(_rows(y), _rows(t)[:, start:stop], site.b.t(), alpha)
-            results.append(y)
+            results.append(y if site.scale is None else y.mul_(site.scale))
         return tuple(results)
 
     def _is_usual(self, x: Tensor, a: Tensor, tensors: Sequence[Tensor | None]) -> bool:
@@ -85,7 +98,7 @@ class LowRankProducts:
         if torch.compiler.is_compiling() or (self.ranks and torch.is_autocast_enabled(x.device.type)):
             return False
         given = [x, a, *(tensor for tensor in tensors if tensor is not None)]
-        frozen = [tensor for index, tensor in enumerate(tensors) if index % 3 < 2 and tensor is not None]
+        frozen = [tensor for index, tensor in enumerate(tensors) if index % _EACH < 2 and tensor is not None]
         return (
             all(type(tensor) in _ORDINARY and tensor.dtype == x.dtype for tensor in given if self.ranks)
             and not any(tensor.requires_grad for tensor in frozen)
@@ -110,8 +123,14 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, products: LowRankProducts, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         sources, tensors = rest[: products.sources], rest[products.sources :]
-        results = products.accumulated(x, a, tensors) if tensors else (F.linear(x, a),)
-        values = (a, results[0], *(sources if products.recipe else (x,)), *tensors)
+        scaled = [ctx.needs_input_grad[3 + products.sources + place] for place in _scale_places(tensors)]
+        # What is divided by again must not be zero.
+        used = list(tensors)
+        for place, needed in zip(_scale_places(tensors), scaled, strict=True):
+            used[place] = _invertible(used[place]) if needed else used[place]
+        results = products.accumulated(x, a, used) if tensors else (F.linear(x, a),)
+        ys = [y if needed else None for y, needed in zip(results[1:], scaled, strict=True)]
+        values = (a, results[0], *(sources if products.recipe else (x,)), *tensors, *ys)
         ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
         ctx.others = {index: value for index, value in enumerate(values) if not isinstance(value, Tensor)}
         ctx.products = products
@@ -132,8 +151,10 @@ class _Function(torch.autograd.Function):
             saved.insert(index, value)
         a, t, *values = saved
         kept = products.sources if products.recipe else 1
-        sources, tensors = values[:kept], values[kept:]
+        places = kept + _EACH * len(products.ranks)
+        sources, tensors, ys = values[:kept], values[kept:places], values[places:]
         _, x_needed, a_needed, *rest_needed = ctx.needs_input_grad
+        of_rest: list[Tensor | None] = [None] * len(rest_needed)
         with torch.autocast(**ctx.autocast):
             x: Any = None
             if a_needed or torch.is_grad_enabled():
@@ -143,19 +164,23 @@ class _Function(torch.autograd.Function):
             shape = (*t.shape[:-1], a.shape[1])
             t = _rows(t)
             of_t = t.new_zeros(t.shape) if of_t is None else _rows(of_t).clone() if tensors else _rows(of_t)
-            of_rest: list[Tensor | None] = [None] * len(rest_needed)
             reached = []
-            for index, ((site, (start, stop), alpha), of_y) in enumerate(
-                zip(products.each(tensors), of_ys, strict=True)
-            ):
-                if of_y is None:
+            for index, (site, (start, stop), alpha) in enumerate(products.each(tensors)):
+                if (of_y := of_ys[index]) is None:
                     continue
                 of_y = _rows(of_y)
+                _, _, b_place, scale_place = range(place := products.sources + _EACH * index, place + _EACH)
+                if site.scale is not None:
+                    scale = site.scale
+                    if rest_needed[scale_place]:
+                        scale = _invertible(scale)
+                        of_rest[scale_place] = (of_y * _rows(ys[index])).sum(0) / scale
+                    of_y = of_y * scale
                 reached.append((of_y, site.weight))
                 _add_product(of_t[:, start:stop], of_y, site.b, alpha)
-                place = products.sources + 3 * index + 2
-                if rest_needed[place]:
-                    of_rest[place] = alpha * (of_y.t() @ t[:, start:stop])
+                if rest_needed[b_place]:
+                    # The narrow matrix first: the other way round it takes up to twice the time.
+                    of_rest[b_place] = alpha * (t[:, start:stop].t() @ of_y).t()
             of_a = of_t.t() @ _rows(x) if a_needed else None
             of_x = None
             if x_needed:
@@ -164,6 +189,14 @@ class _Function(torch.autograd.Function):
                     _add_product(of_x, of_y, weight)
                 of_x = of_x.view(shape)
         return None, of_x, of_a, *of_rest
+
+
+def _scale_places(tensors: Sequence[Any]) -> range:
+    return range(_EACH - 1, len(tensors), _EACH)
+
+
+def _invertible(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, _SMALLEST_SCALE, scale)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -123,3 +123,21 @@ def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
         flags = (*node.args, node.kwargs.get("inplace"))
         writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
     return node.all_input_nodes[:1] if writes else []
+
+
+# Their schemas do not say that they may return their input.
+_MAY_RETURN_THEIR_INPUT = {torch.ops.aten.dropout.default, torch.ops.aten.type_as.default}
+
+
+def may_return_a_view(node: fx.Node) -> bool:
+    """Whether the value of `node` may share memory with an operand; it may, if nothing is known of it."""
+    return (
+        not isinstance(node.target, torch._ops.OpOverload)
+        or node.target in _MAY_RETURN_THEIR_INPUT
+        or any(result.alias_info is not None for result in node.target._schema.returns)
+    )
+
+
+def overwrites(gm: fx.GraphModule) -> bool:
+    """Whether `gm` changes anything in place besides its own buffers and its inputs."""
+    return any(read.op not in ("get_attr", "placeholder") for node in gm.graph.nodes for read in written(gm, node))

@@ -9,10 +9,12 @@ from .associate import AssociateProducts
 from .dropout import LeaveOutDropout
 from .fold_scale import FoldScaleIntoAddition
 from .graph_pass import GraphPass, PassError, PassReport, Pipeline, Program
+from .group_heads import GroupHeads
 from .hoist import HoistParameterWork
 from .insert import InsertAdapter
 from .merge import MergeAdapters, merged_tensors
 from .mode import FollowMode
+from .move_branches import MoveBranchesToOutputs
 from .observe import ObserveInputs, Observer
 from .products import GatherProducts
 from .recompute import RecomputeInputs
@@ -22,7 +24,9 @@ from .siblings import ShareSiblings
 
 OPTIMISATIONS = Pipeline(
     (
+        GroupHeads(),
         LeaveOutDropout(),
+        MoveBranchesToOutputs(),
         AssociateProducts(),
         ShareSiblings(),
         FoldScaleIntoAddition(),
@@ -41,11 +45,13 @@ __all__ = [
     "FollowMode",
     "GatherProducts",
     "GraphPass",
+    "GroupHeads",
     "HoistParameterWork",
     "InlineRegions",
     "InsertAdapter",
     "LeaveOutDropout",
     "MergeAdapters",
+    "MoveBranchesToOutputs",
     "ObserveInputs",
     "Observer",
     "PassError",

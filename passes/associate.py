@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from ..provenance import is_inserted, record, recorded
+from ..provenance import record, recorded
 from .graph_pass import GraphPass, Program
-from .parameter_work import parameter_work, value_of
+from .parameter_work import is_product, parameter_work, value_of
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ class AssociateProducts(GraphPass):
         edits = 0
         for second in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
             first, by = second.args[0], recorded(second)
-            if by is None or not (_is_product(first) and _is_product(second)) or len(first.users) > 1:
+            if by is None or not (is_product(first) and is_product(second)) or len(first.users) > 1:
                 continue
             (x, a), b = first.args, second.args[1]
             if not known.issuperset((a, b)):
@@ -50,9 +50,3 @@ class AssociateProducts(GraphPass):
                 known.add(both)
                 edits += 1
         return edits
-
-
-def _is_product(node: object) -> bool:
-    return (
-        isinstance(node, fx.Node) and is_inserted(node) and node.target is aten.linear.default and len(node.args) == 2
-    )

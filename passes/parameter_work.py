@@ -64,6 +64,16 @@ def move_to_front(graph: fx.Graph, nodes: Iterable[fx.Node]) -> int:
     return moved
 
 
+def is_product(node: object) -> bool:
+    """Whether `node` is `x A^T`, inserted."""
+    return (
+        isinstance(node, fx.Node)
+        and is_inserted(node)
+        and node.target is torch.ops.aten.linear.default
+        and len(node.args) == 2
+    )
+
+
 def must_not_move(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
     """Whether between two nodes a tensor that is no parameter or buffer is written to, or a region begins or ends."""
     node = first.next

@@ -12,9 +12,9 @@ from torch import fx, nn
 from ..low_rank import LowRankProducts
 from ..provenance import is_inserted
 from ..subgraph import extract, forward_of
-from ..tensors import tensor_of, written
+from ..tensors import overwrites, tensor_of
 from .graph_pass import GraphPass, Program
-from .parameter_work import reads_tensor
+from .parameter_work import parameter_work, reads_tensor
 
 aten = torch.ops.aten
 
@@ -89,12 +89,13 @@ class RecomputeInputs(GraphPass):
     programs: ClassVar[frozenset[Program]] = frozenset({"training"})
 
     def run(self, gm: fx.GraphModule) -> int:
-        if any(read.op not in ("get_attr", "placeholder") for node in gm.graph.nodes for read in written(gm, node)):
+        if overwrites(gm):
             return 0  # what is kept might be overwritten by then
         needing = _needing_gradients(gm)
         kept = {node for user in needing if not is_inserted(user) for node in _kept_by(user, needing)}
+        once = set(parameter_work(gm))
         edits = 0
-        for node in list(gm.graph.nodes):
+        for node in [node for node in gm.graph.nodes if node not in once]:
             alone = node.target is aten.linear.default and is_inserted(node) and len(node.args) == 2
             products = LowRankProducts() if alone else node.target
             if not isinstance(products, LowRankProducts) or products.recipe or node.args[1] not in needing:

@@ -130,7 +130,7 @@ class _Function(torch.autograd.Function):
             used[place] = _invertible(used[place]) if needed else used[place]
         results = products.accumulated(x, a, used) if tensors else (F.linear(x, a),)
         ys = [y if needed else None for y, needed in zip(results[1:], scaled, strict=True)]
-        values = (a, results[0], *(sources if products.recipe else (x,)), *tensors, *ys)
+        values = (a, results[0] if tensors else None, *(sources if products.recipe else (x,)), *tensors, *ys)
         ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
         ctx.others = {index: value for index, value in enumerate(values) if not isinstance(value, Tensor)}
         ctx.products = products
@@ -159,11 +159,15 @@ class _Function(torch.autograd.Function):
             x: Any = None
             if a_needed or torch.is_grad_enabled():
                 x = products.recipe(None, *sources)[0] if products.recipe else sources[0]
-            if torch.is_grad_enabled():  # for gradients of gradients, which go through t
+            if tensors and torch.is_grad_enabled():  # for gradients of gradients, which go through t
                 t = F.linear(x, a)
-            shape = (*t.shape[:-1], a.shape[1])
-            t = _rows(t)
-            of_t = t.new_zeros(t.shape) if of_t is None else _rows(of_t).clone() if tensors else _rows(of_t)
+            given: Any = t if tensors else of_t
+            shape = (*given.shape[:-1], a.shape[1])
+            if tensors:
+                t = _rows(given)
+                of_t = torch.zeros_like(t) if of_t is None else _rows(of_t).clone()
+            else:
+                of_t = _rows(given)
             reached = []
             for index, (site, (start, stop), alpha) in enumerate(products.each(tensors)):
                 if (of_y := of_ys[index]) is None:

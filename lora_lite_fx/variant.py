@@ -380,6 +380,11 @@ def cast(x: Tensor, like: Tensor) -> Tensor:
     return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
+def identity_like(square: Tensor) -> Tensor:
+    """The identity in the shape, type and place of `square (..., n, n)`, also after the graph was moved."""
+    return torch.diag_embed(torch.ones_like(square.diagonal(dim1=-2, dim2=-1)))
+
+
 def low_rank(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`B A x + bias` in activation space: `x (..., d_in)`, `A (r, d_in)`, `B (d_out, r)` to `(..., d_out)`."""
     return F.linear(F.linear(cast(x, a), a), b, bias)

@@ -6,6 +6,7 @@ needs around each.
 
 from .asserts import DropMetadataAsserts
 from .associate import AssociateProducts
+from .convert_mask import ConvertMaskOnce
 from .dropout import LeaveOutDropout
 from .fold_scale import FoldScaleIntoAddition
 from .graph_pass import GraphPass, PassError, PassReport, Pipeline, Program
@@ -24,6 +25,7 @@ from .siblings import ShareSiblings
 
 OPTIMISATIONS = Pipeline(
     (
+        ConvertMaskOnce(),
         GroupHeads(),
         LeaveOutDropout(),
         MoveBranchesToOutputs(),
@@ -40,6 +42,7 @@ OPTIMISATIONS = Pipeline(
 __all__ = [
     "OPTIMISATIONS",
     "AssociateProducts",
+    "ConvertMaskOnce",
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from .graph_pass import GraphPass
+from .parameter_work import is_on_cpu
 
 aten = torch.ops.aten
 
@@ -24,7 +25,7 @@ class GroupHeads(GraphPass):
     """
 
     def run(self, gm: fx.GraphModule) -> int:
-        if any(parameter.device.type != "cpu" for parameter in gm.parameters()):
+        if not is_on_cpu(gm):
             return 0
         edits = 0
         for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):

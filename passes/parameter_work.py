@@ -44,6 +44,11 @@ def value_of(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
     return tensor_of(gm, str(node.target)) if reads_tensor(gm, node) else node.meta.get("val")
 
 
+def is_on_cpu(gm: fx.GraphModule) -> bool:
+    """Whether all parameters are there. What is derived from a graph is derived anew when it is moved."""
+    return all(parameter.device.type == "cpu" for parameter in gm.parameters())
+
+
 def first_input(graph: fx.Graph) -> fx.Node:
     """The node before which parameter work stands."""
     return next((node for node in graph.nodes if node.op == "placeholder"), graph.output_node())

@@ -14,7 +14,7 @@ from ..provenance import is_inserted
 from ..subgraph import extract, forward_of
 from ..tensors import overwrites, tensor_of
 from .graph_pass import GraphPass, Program
-from .parameter_work import parameter_work, reads_tensor
+from .parameter_work import is_product, parameter_work, reads_tensor, value_of
 
 aten = torch.ops.aten
 
@@ -74,6 +74,9 @@ _CHEAP = {
 _LONGEST = 12
 """Operations of a recipe."""
 
+_NARROW = 64
+"""The largest rank at which a product with a square matrix is as good as none."""
+
 
 @dataclass(frozen=True)
 class RecomputeInputs(GraphPass):
@@ -91,17 +94,16 @@ class RecomputeInputs(GraphPass):
     def run(self, gm: fx.GraphModule) -> int:
         if overwrites(gm):
             return 0  # what is kept might be overwritten by then
-        needing = _needing_gradients(gm)
-        kept = {node for user in needing if not is_inserted(user) for node in _kept_by(user, needing)}
-        once = set(parameter_work(gm))
+        needing, once = _needing_gradients(gm), set(parameter_work(gm))
+        kept = {node for user in needing - once for node in _kept_by(gm, user, needing)}
         edits = 0
-        for node in [node for node in gm.graph.nodes if node not in once]:
+        for node in reversed([node for node in gm.graph.nodes if node not in once]):
             alone = node.target is aten.linear.default and is_inserted(node) and len(node.args) == 2
             products = LowRankProducts() if alone else node.target
             if not isinstance(products, LowRankProducts) or products.recipe or node.args[1] not in needing:
                 continue
             x, a, *sites = node.args
-            if (sources := _sources(gm, x, kept)) is None:
+            if (sources := _sources(gm, x, kept | once)) is None:
                 continue
             recipe = forward_of(nn.Module(), extract(sources, [x]))
             with gm.graph.inserting_before(node):
@@ -128,8 +130,11 @@ def _needing_gradients(gm: fx.GraphModule) -> set[fx.Node]:
     return needing
 
 
-def _kept_by(user: fx.Node, needing: set[fx.Node]) -> list[fx.Node]:
-    """What autograd keeps for the gradient of `user`, which needs one."""
+def _kept_by(gm: fx.GraphModule, user: fx.Node, needing: set[fx.Node]) -> list[fx.Node]:
+    """What autograd keeps for the gradient of `user`, which needs one; by adapters, narrow products alone."""
+    if is_inserted(user):
+        t: Any = user.args[0] if is_product(user) and user.args[1] in needing else None
+        return [t] if _is_narrow(t) and not _is_between_narrow(gm, t) else []
     kept = [user] if user.target in _KEEPS_RESULT else []
     if user.target in _KEEPS_INPUTS:
         kept += user.all_input_nodes[: _KEEPS_INPUTS[user.target]]
@@ -139,6 +144,23 @@ def _kept_by(user: fx.Node, needing: set[fx.Node]) -> list[fx.Node]:
             node for node, factor in ((one, other), (other, one)) if isinstance(node, fx.Node) and factor in needing
         ]
     return kept
+
+
+def _is_between_narrow(gm: fx.GraphModule, node: Any) -> bool:
+    """Whether `node` multiplies a narrow product by a small square matrix, as HRA does between its reflections."""
+    if not is_product(node) or not _is_narrow(node.args[0]):
+        return False
+    matrix = node.args[1]
+    value = value_of(gm, matrix) if isinstance(matrix, fx.Node) else None
+    return value is not None and max(value.shape) <= _NARROW
+
+
+def _is_narrow(node: Any) -> bool:
+    """Whether `node` is a product with an adapter's matrix, or a part of one."""
+    if isinstance(node, fx.Node) and node.target is operator.getitem:
+        parts: Any = node.args[0]
+        return parts.target is aten.split_with_sizes.default and is_product(parts.args[0])
+    return is_product(node)
 
 
 def _sources(gm: fx.GraphModule, x: Any, kept: set[fx.Node]) -> list[fx.Node] | None:
@@ -155,7 +177,7 @@ def _sources(gm: fx.GraphModule, x: Any, kept: set[fx.Node]) -> list[fx.Node] | 
         node = pending.pop()
         if node in kept or reads_tensor(gm, node) or isinstance(node.meta.get("val"), (int, torch.SymInt)):
             sources[node] = None
-        elif node.target in _CHEAP and len(passed) < _LONGEST:
+        elif (node.target in _CHEAP or _is_between_narrow(gm, node)) and len(passed) < _LONGEST:
             passed[node] = None
             pending.extend(operand for operand in node.all_input_nodes if operand not in passed)
         else:

@@ -47,7 +47,7 @@ class ShareSiblings(GraphPass):
                 x, matrix = node.all_input_nodes[0], node.all_input_nodes[-1]
                 value = value_of(gm, matrix)
                 if value is not None and (matrix in known or matrix.op == "get_attr"):
-                    groups[x, layer_of(node), value.dtype, value.device].append(node)
+                    groups[x, layer_of(node), value.dtype].append(node)
         for (x, *_), found in groups.items():
             group = _one_of_each_adapter(found)
             if len(group) > 1 and not must_not_move(gm, group[0], group[-1]):

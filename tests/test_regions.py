@@ -90,7 +90,7 @@ def test_the_rewritten_graph_equals_the_eager_wrapper(training: bool) -> None:
     assert grads.keys() == expected.keys()
     assert {name.partition(".")[0] for name in grads} == {"first", "low", "last"}, "no_grad stops nothing else"
     for name, grad in grads.items():
-        close(grad, expected[name], 0.0, name)
+        close(grad, expected[name], 1e-6, name)  # sums of the same terms
 
 
 @pytest.mark.parametrize("outer", [True, False])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..registry import register
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Statistic, Variant, cast, low_rank
+from ..variant import FrozenLinear, ParamSpec, Statistic, Variant, cast, identity_like, low_rank
 from .oft import skew
 
 
@@ -98,6 +98,6 @@ class AntiPaSTO(Variant):
         half = bound * torch.tanh(angles / (2 * bound)) / 2
         size = self.block_size
         x = skew(half, size)
-        identity = torch.eye(size, dtype=x.dtype, device=x.device)
+        identity = identity_like(x)
         rotations = torch.linalg.solve(identity - x, identity + x)
         return (rotations @ basis.double().unflatten(0, (-1, size))).flatten(0, 1).to(basis.dtype)

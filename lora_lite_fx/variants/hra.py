@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..registry import register
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast
+from ..variant import FrozenLinear, ParamSpec, Variant, cast, identity_like
 
 
 @register
@@ -57,10 +57,10 @@ class HRA(Variant):
         if self.orthogonal:
             # The rows of L^{-1} U are what Gram-Schmidt makes of those of U; of them, S = I / 2.
             u = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, u, upper=False)
-            inverse = 2 * torch.eye(self.r, dtype=u.dtype, device=u.device)
+            inverse = 2 * identity_like(gram)
         else:
             s = gram.triu() - torch.diag_embed(gram.diagonal() / 2)
-            inverse = torch.linalg.solve_triangular(s, torch.eye(self.r, dtype=u.dtype, device=u.device), upper=True)
+            inverse = torch.linalg.solve_triangular(s, identity_like(s), upper=True)
         u, inverse = u.to(p.lora_U.dtype), inverse.to(p.lora_U.dtype)
         wide_x = cast(x, u)
         # The sign is turned where things are small.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast
+from ..variant import FrozenLinear, ParamSpec, Variant, cast, identity_like
 
 
 @register
@@ -69,8 +69,7 @@ def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
 
 def cayley(q: Tensor) -> Tensor:
     """`(I - Q) (I + Q)^{-1} - I` for each of `q (..., b, b)`."""
-    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return -2 * torch.linalg.solve(identity + q, q)
+    return -2 * torch.linalg.solve(identity_like(q) + q, q)
 
 
 def _cayley_neumann(q: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from .decoding import (
     probe,
     uncut_windows,
 )
-from .errors import CaptureError
+from .errors import COMPILE_INSTEAD, CaptureError
 from .hf import example_inputs_of
 from .rewrite import base_graph, insert_adapters
 from .site import find_sites
@@ -255,7 +255,11 @@ class Graphs:
             refusal = graph.refuses(call.leaves)
             if not refusal:
                 return graph
-            errors.append(CaptureError(f"A graph was captured that does not take its own call: {refusal}"))
+            errors.append(
+                CaptureError(
+                    f"A graph was captured that does not take its own call: {refusal}\nThe way out: {COMPILE_INSTEAD}."
+                )
+            )
         given = ", ".join(call.form.arguments)
         raise CaptureError(f"In a call with {given}: {errors[-1]}") from errors[-1]
 

@@ -83,7 +83,7 @@ def eager_of(carrier: nn.Module) -> Any:
     reference: Any = copy.deepcopy(carrier)
 
     def adapted(module: Any, x: Tensor) -> Tensor:
-        base = FrozenLinear(module.unmarked_forward, weight_of(module), module.bias, module.site, module.training)
+        base = FrozenLinear(module.unmarked_forward, weight_of(module), getattr(module, "bias", None), module.site, module.training)
         return compose(base, [(p.local, p.namespace(reference)) for p in module.placements])(x)
 
     for module in reference.modules():

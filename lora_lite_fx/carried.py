@@ -150,7 +150,7 @@ def outside(site: str) -> AdapterError:
 def no_linear(site: str) -> AdapterError:
     """The error of a site that runs in a graph in a form in which it is not found there."""
     return AdapterError(
-        f"Site {site!r} is no linear in the graph that torch.compile captured, so its adapter has no place. The way out:"
+        f"Site {site!r} is no linear in the graph that torch.compile captured: its adapter has no place. The way out:"
         " leave it out of the targets; rewrite may find it in the graph that torch.export captures."
     )
 

@@ -439,6 +439,6 @@ DECODERS: dict[str, Architecture] = {
         {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4},
         under("backbone.layers.0.mixer", _MAMBA) + HEAD,
         no_site={"backbone.layers.0.mixer.dt_proj": _DT_PROJ},
-        refused="other operations in training",  # it asks for a fused kernel there, with casts of its own
+        fixed_length="the recurrence is a loop over the tokens",
     ),
 }

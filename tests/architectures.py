@@ -49,7 +49,7 @@ class Architecture:
         torch.manual_seed(0)
         model_class = getattr(transformers, self.model)
         config = model_class.config_class(**self.config)
-        config.use_cache = False
+        config.use_cache = config.use_mems_eval = False
         return model_class(config).eval().to(self.dtype)
 
     def table(self) -> dict[str, set[str]]:

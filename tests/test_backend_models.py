@@ -98,6 +98,12 @@ def test_generation_is_that_of_the_eager_wrapper() -> None:
     close(output(carrier, (ids(2, 4),)), output(wrapped, (ids(2, 4),)), 1e-6, "logits")
 
 
+def test_what_adapt_refuses_is_pointed_to_the_backend() -> None:
+    model, _ = dynamic_rope()
+    with untouched(model), pytest.raises(llfx.CaptureError, match=r"(?s)In a call with .*The way out.*backend\(cfg\)"):
+        llfx.adapt(model, llfx.LoRA(r=2))
+
+
 # Architectures that export refuses, and one whose code is another under torch.compile.
 
 SCANS = ["mamba"]
@@ -113,6 +119,7 @@ def test_an_architecture_computes_what_the_eager_wrapper_does(name: str) -> None
             graph_of(architecture, model)
     inputs = example_inputs_of(copy.deepcopy(model))
     fewer = {key: (t[:2, :-2] if t.dim() == 2 else t[:2]).contiguous() for key, t in inputs.items()}
+    model(**inputs)  # notes in its config what kind of labels these are
     adapted = backend(llfx.LoRA(r=2, target_roles=target_roles(architecture)), inner="eager")
     fast = torch.compile(model, backend=adapted)
     with untouched(model):

@@ -141,10 +141,11 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shape
         return pytree.tree_map(dynamic, dict(bound.arguments))
 
     # A dimension of size one would be specialised silently: a batch of one is shown twice, where the model lets us.
-    doubled = _double_batch_of_one((args, kwargs))
+    doubled = double_batch_of_one((args, kwargs))
     if doubled is not None:
+        twice_args, twice_kwargs = doubled
         try:
-            return _export_as(model, *doubled, shapes(*doubled))
+            return _export_as(model, twice_args, twice_kwargs, shapes(twice_args, twice_kwargs))
         except CaptureError:
             pass
     return _export_as(model, args, kwargs, shapes(args, kwargs))
@@ -158,7 +159,8 @@ def _export_as(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_sh
     return program.module()
 
 
-def _double_batch_of_one(inputs: tuple[tuple, dict[str, Any]]) -> tuple[tuple, dict[str, Any]] | None:
+def double_batch_of_one(inputs: Any) -> Any:
+    """A tree of inputs with a batch of one shown twice; None if the batch is of another size, or there is none."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
     if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
         return None

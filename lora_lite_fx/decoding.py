@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .calls import Leaves
+from .capture import double_batch_of_one
 
 # Every dynamic dimension of an example has a size of its own, and none is one: torch.export specialises ones.
 _BATCH, _LENGTH, _PAST = 3, 7, 5
@@ -324,8 +325,4 @@ def _grown(leaves: Leaves) -> Leaves:
                 grown[name] = torch.cat([leaf, leaf], dim=2)
             elif name.endswith("cumulative_length") and isinstance(leaf, int) and leaf == 1:
                 grown[name] = 2
-    tensors = [leaf for leaf in grown.values() if isinstance(leaf, Tensor) and leaf.dim()]
-    if tensors and all(leaf.shape[0] == 1 for leaf in tensors):
-        twice = lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf  # noqa: E731
-        grown = {name: twice(leaf) for name, leaf in grown.items()}
-    return grown
+    return double_batch_of_one(grown) or grown

@@ -18,17 +18,9 @@ import lora_lite_fx as llfx
 
 from .conformance import close, randomise
 from .helpers import untouched
-from .models import GatedMLP, Net
+from .models import GatedMLP, Net, tiny_llama
 
-LLAMA = hf.LlamaConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=99,
-    tie_word_embeddings=True,
-)
+LLAMA = tiny_llama(tie_word_embeddings=True)
 IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
 EVERYWHERE = llfx.LoRA(r=2, target_names=(".",))  # the tied head too
 

@@ -79,6 +79,8 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
             arguments[name] = value
     if "use_cache" in signature.parameters and "use_cache" not in arguments:
         arguments["use_cache"] = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
+    if "use_mems" in signature.parameters and "use_mems" not in arguments:  # XLNet's, switched by the mode
+        arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
     if getattr(part, "is_gradient_checkpointing", False) and part.training and torch.is_grad_enabled():
         arguments["use_cache"] = False  # as the model does it: a cache would keep what is not to be kept
     return_dict = arguments.pop("return_dict", None)

@@ -207,8 +207,9 @@ class Base:
                 self.weights[site.name] = tensor_of(self.model, site.weight)
                 return site.name
             raise AdapterError(
-                f"Site {site.name!r} did not run in the first call, when the sites were decided on. The way out: call"
-                " backend.adapt(model, ...) first, with inputs for which all of the model runs."
+                f"Site {site.name!r} did not run in the first call, when the sites were decided on, or on constants"
+                " alone. The way out: leave it out of the targets (exclude_names), or call backend.adapt(model, ...)"
+                " first, with inputs for which all of the model runs."
             )
         return site.name
 

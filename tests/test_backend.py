@@ -252,6 +252,32 @@ def test_an_adapted_model_runs_nowhere_else() -> None:
     close(fast(x), reference(x) + eager_of(carrier)(x).sum(), 1e-6, "inside another module and function")
 
 
+class Positions(Block):
+    """Projects positions: constants in a run, and a function of the input's size in a graph of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = nn.Linear(1, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.at(torch.arange(x.shape[1]).unsqueeze(1).to(x.dtype)))
+
+
+def test_a_site_that_ran_on_constants_in_the_first_call() -> None:
+    model = Positions().eval()
+    fast = torch.compile(model, backend=backend(llfx.LoRA(r=1, target_names=ALL), inner="eager"))
+    fast(inputs(2, 3))
+    with pytest.raises(llfx.AdapterError, match=r"Site 'at' did not run.*or on constants alone.*exclude_names"):
+        fast(inputs(2, 5))
+    torch._dynamo.reset()
+    adapted = backend(llfx.LoRA(r=1, target_names=ALL, exclude_names=("at",)), inner="eager")
+    carrier = adapted.adapt(model, inputs(2, 3))
+    randomise(carrier, 0)
+    fast, reference = torch.compile(model, backend=adapted), eager_of(carrier)
+    for shape in ((2, 3), (2, 5)):
+        check(fast, carrier, reference, inputs(*shape))
+
+
 class Rare(Block):
     """Has a linear that runs on some inputs only."""
 

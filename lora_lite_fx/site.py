@@ -343,8 +343,8 @@ def _name(match: _Match) -> str:
 def is_called(model: nn.Module, site: Site) -> bool:
     """Whether `site` is a module of `model` of its own, and runs only by a call of it."""
     owner = site.weight.rpartition(".")[0]
-    named = dict(model.named_modules())
-    return site.name in named and owner in named and all(inner_name(call.node) == site.name for call in site.calls)
+    named = {name for name, _ in model.named_modules(remove_duplicate=False)}  # a shared module has several names
+    return {site.name, owner} <= named and all(inner_name(call.node) == site.name for call in site.calls)
 
 
 def _is_same(gm: fx.GraphModule, name: str, other: str) -> bool:

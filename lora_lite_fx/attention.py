@@ -76,9 +76,9 @@ def _around_softmax(flow: Dataflow, softmax: fx.Node) -> Iterator[tuple[dict[str
         softmax.all_input_nodes[0],
         lambda n: n.all_input_nodes if flow.ops[n] in CARRY or flow.ops[n] == "tanh" else (),
     )
-    products = [n for n in behind if flow.ops[n] in PRODUCTS and n not in flow.by_y]
+    products = [n for n in behind if _is_product(flow, n)]
     for result in flow.ahead(softmax):
-        if flow.ops[result] not in PRODUCTS or result in flow.by_y:
+        if not _is_product(flow, result):
             continue
         first, second = _factors(result)
         probable = [_carries(flow, softmax, factor) for factor in (first, second)]
@@ -120,12 +120,17 @@ def _carries(flow: Dataflow, source: fx.Node, node: Any) -> bool:
     return source in walk(node, lambda n: n.all_input_nodes if flow.ops[n] in CARRY else ())
 
 
-def _factors(product: fx.Node) -> tuple[Any, Any]:
-    """The two factors of a matrix product node (`baddbmm` adds its first argument, `einsum` names its equation)."""
+def _is_product(flow: Dataflow, node: fx.Node) -> bool:
+    """Whether `node` is a product of two tensors, and no linear; an `einsum` may have one operand, or three."""
+    return flow.ops[node] in PRODUCTS and node not in flow.by_y and len(_factors(node)) == 2
+
+
+def _factors(product: fx.Node) -> list[Any]:
+    """The factors of a matrix product node (`baddbmm` adds its first argument, `einsum` names its equation)."""
     if op_name(product) == "matmul" or op_name(product) == "bmm":
-        return product.args[0], product.args[1]
+        return list(product.args[:2])
     factors = [n for a in product.args[1:] for n in (a if isinstance(a, (list, tuple)) else [a])]
-    return factors[0], factors[1]
+    return factors if op_name(product) == "einsum" else factors[:2]
 
 
 def _query_and_key(scores: fx.Node, softmax: fx.Node, transposed: bool) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ branches off the residual stream and comes back to it: an attention, a feed-forw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,9 +90,23 @@ class Block:
         """Such as `model.layers.0-29`."""
         return f"{self.prefix}.{ranges(self.layers)}".lstrip(".") if self.layers else ""
 
+    @property
+    def home(self) -> str:
+        """What the names of all in its first layer begin with; empty outside layers."""
+        return f"{self.prefix}.{self.layers[0]}.".lstrip(".") if self.layers else ""
+
+    def weights(self, sizes: Mapping[str, int]) -> int:
+        """The number of weights of one layer, also of what is no site; outside layers, of the sites.
+
+        Args:
+            sizes: those of the model's parameters, by name.
+        """
+        own = {part.row.weight for part in self.parts}
+        return sum(size for name, size in sizes.items() if (name.startswith(self.home) if self.home else name in own))
+
     def sublayers(self) -> list[Sublayer]:
         """Its steps along the residual stream, in order of execution."""
-        home = f"{self.prefix}.{self.layers[0]}.".lstrip(".") if self.layers else ""
+        home = self.home
         steps: list[list[Part]] = [[]]
         for part in self.parts:
             steps[-1].append(part)

@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils import _pytree as pytree
 
 from .adapters import adapter_tensor_names
-from .errors import CaptureError
+from .errors import COMPILE_INSTEAD, CaptureError
 from .hf import example_inputs_of, is_hugging_face, prepare_for_capture
 from .tensors import keep_aliases, tensor_of
 
@@ -141,10 +141,11 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shape
         return pytree.tree_map(dynamic, dict(bound.arguments))
 
     # A dimension of size one would be specialised silently: a batch of one is shown twice, where the model lets us.
-    doubled = _double_batch_of_one((args, kwargs))
+    doubled = double_batch_of_one((args, kwargs))
     if doubled is not None:
+        twice_args, twice_kwargs = doubled
         try:
-            return _export_as(model, *doubled, shapes(*doubled))
+            return _export_as(model, twice_args, twice_kwargs, shapes(twice_args, twice_kwargs))
         except CaptureError:
             pass
     return _export_as(model, args, kwargs, shapes(args, kwargs))
@@ -158,7 +159,8 @@ def _export_as(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_sh
     return program.module()
 
 
-def _double_batch_of_one(inputs: tuple[tuple, dict[str, Any]]) -> tuple[tuple, dict[str, Any]] | None:
+def double_batch_of_one(inputs: Any) -> Any:
+    """A tree of inputs with a batch of one shown twice; None if the batch is of another size, or there is none."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
     if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
         return None
@@ -170,6 +172,8 @@ class _Tracer(fx.Tracer):
     """Traces into modules with weights to adapt or to tie, which so are in the graph; dropout and norms are leaves."""
 
     _INLINED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    # What a model writes to a buffer is a part of the graph too, and nothing to be done while it is traced.
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return super().is_leaf_module(module, name) and not isinstance(module, self._INLINED)
@@ -238,7 +242,7 @@ def _uncapturable(model: nn.Module, error: Exception, how: str) -> CaptureError:
     where = f" at `{frames[-1].line}` ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     ways_out = "check the inputs, replace the construct by tensor operations (torch.where, torch.cond),"
-    ways_out += " or adapt the submodules around it"
+    ways_out += f" adapt the submodules around it, or {COMPILE_INSTEAD}"
     if how.startswith("symbolic"):
         ways_out = "pass example_inputs, so that torch.export captures the model on real shapes, or " + ways_out
     return CaptureError(

@@ -20,9 +20,8 @@ from .adapters import Placement, site_weight
 from .calibration import Plan
 from .capture import share
 from .errors import AdapterError, ConfigError
-from .provenance import inner_name
 from .registry import from_config, to_config
-from .site import Site
+from .site import Site, is_called
 from .tensors import tensor_of
 
 
@@ -76,13 +75,6 @@ def _marked(copy: nn.Module, site: Site) -> Any:
         code = _forward.__code__.replace(co_name=f"forward of {site.name}")
         module.forward = MethodType(FunctionType(code, _forward.__globals__), module)
     return module
-
-
-def is_called(model: nn.Module, site: Site) -> bool:
-    """Whether `site` is a module of its own, and runs only by a call of it."""
-    owner = site.weight.rpartition(".")[0]
-    named = dict(model.named_modules())
-    return site.name in named and owner in named and all(inner_name(call.node) == site.name for call in site.calls)
 
 
 def _describe(copy: nn.Module, module: Any) -> None:
@@ -144,6 +136,14 @@ def outside(site: str) -> AdapterError:
         " recompilations (torch._dynamo.config.recompile_limit), or under another backend. The way out: compile the"
         ' adapted model with backend="lora_lite_fx", so that the site is in a graph; TORCH_LOGS="graph_breaks,'
         'recompiles" shows why it is not.'
+    )
+
+
+def no_linear(site: str) -> AdapterError:
+    """The error of a site that runs in a graph in a form in which it is not found there."""
+    return AdapterError(
+        f"Site {site!r} is no linear in the graph that torch.compile captured: its adapter has no place. The way out:"
+        " leave it out of the targets; rewrite may find it in the graph that torch.export captures."
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .calls import Leaves
+from .capture import double_batch_of_one
 
 # Every dynamic dimension of an example has a size of its own, and none is one: torch.export specialises ones.
 _BATCH, _LENGTH, _PAST = 3, 7, 5
@@ -78,6 +79,8 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
             arguments[name] = value
     if "use_cache" in signature.parameters and "use_cache" not in arguments:
         arguments["use_cache"] = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
+    if "use_mems" in signature.parameters and "use_mems" not in arguments:  # XLNet's, switched by the mode
+        arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
     if getattr(part, "is_gradient_checkpointing", False) and part.training and torch.is_grad_enabled():
         arguments["use_cache"] = False  # as the model does it: a cache would keep what is not to be kept
     return_dict = arguments.pop("return_dict", None)
@@ -324,8 +327,4 @@ def _grown(leaves: Leaves) -> Leaves:
                 grown[name] = torch.cat([leaf, leaf], dim=2)
             elif name.endswith("cumulative_length") and isinstance(leaf, int) and leaf == 1:
                 grown[name] = 2
-    tensors = [leaf for leaf in grown.values() if isinstance(leaf, Tensor) and leaf.dim()]
-    if tensors and all(leaf.shape[0] == 1 for leaf in tensors):
-        twice = lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf  # noqa: E731
-        grown = {name: twice(leaf) for name, leaf in grown.items()}
-    return grown
+    return double_batch_of_one(grown) or grown

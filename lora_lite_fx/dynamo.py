@@ -7,6 +7,7 @@ the passes know, and go back.
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,12 +52,52 @@ def to_aten(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str])
     # The stand-ins of Dynamo's inputs: with the symbols of dynamic shapes, which its example inputs do not have.
     values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
     with fake_mode(values), fx.traceback.preserve_node_meta():
-        aten = make_fx(fx.Interpreter(gm).run, pre_dispatch=True)(*values)
+        aten = make_fx(fx.Interpreter(_without_transforms(gm)).run, pre_dispatch=True)(*values)
     gm = fx.GraphModule(aten, aten.graph)
     for i, (node, tensor) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         if isinstance(tensor, nn.Parameter) or id(tensor) in names:
             read_as_attribute(gm, node, names.get(id(tensor), f"input_{i}"), tensor)
     return gm
+
+
+def _without_transforms(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` in which transforms of `torch.func` (vmap) are calls of modules of aten operators.
+
+    Before autograd, as `to_aten` traces, the tensors inside a transform would be taken for constants.
+    """
+    whole = fx.GraphModule(gm, gm.graph)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    region: list[fx.Node] = []
+    depth = 0
+    for node in gm.graph.nodes:
+        name = str(getattr(node.target, "__name__", ""))
+        depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+        if not depth and not region:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            continue
+        region.append(node)
+        if not depth:
+            inputs = list(dict.fromkeys(read for one in region for read in one.all_input_nodes if read in copies))
+            outputs = [one for one in region if not one.users.keys() <= set(region)]
+            whole.add_submodule(f"transform_{len(copies)}", _traced(gm, region, inputs, outputs))
+            call = graph.call_module(f"transform_{len(copies)}", tuple(copies[read] for read in inputs))
+            copies |= {one: graph.call_function(operator.getitem, (call, i)) for i, one in enumerate(outputs)}
+            region = []
+    whole.graph = graph
+    return whole
+
+
+def _traced(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """The computation of `nodes` as a module of its own, of aten operators without transforms."""
+    graph = fx.Graph()
+    copies = {read: graph.placeholder(read.name) for read in inputs}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output([copies[node] for node in outputs])
+    return make_fx(fx.GraphModule(gm, graph))(*(read.meta["example_value"] for read in inputs))
 
 
 def fake_mode(values: Sequence[Any]) -> AbstractContextManager[Any]:

@@ -11,9 +11,8 @@ from .calibration import Batches, make_plans
 from .capture import Inputs, share
 from .errors import ConfigError
 from .frozen import Frozen
-from .provenance import inner_name
 from .rewrite import Config, as_variants, base_graph
-from .site import Site
+from .site import Site, is_called
 from .tensors import tensor_of, written_buffers
 from .variant import adapter_namespace
 
@@ -114,16 +113,15 @@ _PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)
 
 def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
     """The wrapper of the module that is `site`, put in its place wherever it is registered."""
-    module = model.get_submodule(site.name) if site.name in dict(model.named_modules()) else None
+    module = model.get_submodule(site.name) if is_called(model, site) else None
     if isinstance(module, AdaptedLinear):
         return module
     weight = getattr(module, "weight", None)
-    called = all(inner_name(call.node) == site.name for call in site.calls)
     simple = module is not None and (
         site.kind == "linear"
         or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
     )
-    if module is None or not called or not isinstance(weight, Tensor) or site.experts or not simple:
+    if module is None or not isinstance(weight, Tensor) or site.experts or not simple:
         raise ConfigError(
             f"Site {site.name!r} is not a module that is called and does nothing else, so it cannot be wrapped eagerly;"
             " rewrite can adapt it."

@@ -1,5 +1,8 @@
 """The errors this library raises on bad input. All derive from `AdapterError`."""
 
+COMPILE_INSTEAD = "run it by torch.compile(model, backend=lora_lite_fx.backend(cfg)), which needs no graph of the whole"
+"""The way out for models that are not captured as one graph for both modes."""
+
 
 class AdapterError(Exception):
     """Any failure that `lora_lite_fx` reports; the message says what was wrong, where, and what would be right."""

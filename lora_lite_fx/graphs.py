@@ -33,7 +33,7 @@ from .decoding import (
     probe,
     uncut_windows,
 )
-from .errors import CaptureError
+from .errors import COMPILE_INSTEAD, CaptureError
 from .hf import example_inputs_of
 from .rewrite import base_graph, insert_adapters
 from .site import find_sites
@@ -201,7 +201,9 @@ class Graphs:
         """Capture the first graph, insert adapters into it, and register their tensors in the model."""
         call = self._first_call(self.model)
         batches = None if calibration is None else (self._batch(batch) for batch in calibration)
-        graph = self._capture_for(call, lambda base: insert(base, batches))
+        graph = self._capture_for(call)
+        graph.gm = insert(graph.gm, batches)
+        self._bind(graph.gm)
         self.placements = placements(graph.gm)
         self.sites = {site.name: (site.roles, site.weight) for site in find_sites(graph.gm)}
         self._kept.append(graph)
@@ -238,7 +240,7 @@ class Graphs:
                 module.__dict__.pop(attribute, None)
         return copied
 
-    def _capture_for(self, call: Call, insert: Callable[[fx.GraphModule], fx.GraphModule] | None = None) -> Graph:
+    def _capture_for(self, call: Call) -> Graph:
         """The first graph, of those captured with one example after the other, that holds for the call."""
         seen = [graph.shapes for graph in self._kept if graph.call.signature == call.signature]
         errors = []
@@ -248,18 +250,22 @@ class Graphs:
                 continue
             seen.append(shapes)
             try:
-                graph = self._capture(call, example, insert or self._insert_again)
+                graph = self._capture(call, example)
             except CaptureError as error:
                 errors.append(error)
                 continue
             refusal = graph.refuses(call.leaves)
             if not refusal:
                 return graph
-            errors.append(CaptureError(f"A graph was captured that does not take its own call: {refusal}"))
+            errors.append(
+                CaptureError(
+                    f"A graph was captured that does not take its own call: {refusal}\nThe way out: {COMPILE_INSTEAD}."
+                )
+            )
         given = ", ".join(call.form.arguments)
         raise CaptureError(f"In a call with {given}: {errors[-1]}") from errors[-1]
 
-    def _capture(self, call: Call, example: Leaves, insert: Callable[[fx.GraphModule], fx.GraphModule]) -> Graph:
+    def _capture(self, call: Call, example: Leaves) -> Graph:
         outcome: dict[str, Any] = {}
         shadow = self.plain()
         shadow.__class__ = _flat(type(shadow), call, outcome)
@@ -270,15 +276,15 @@ class Graphs:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            base = base_graph(shadow, example, dynamic)
-        guards = take_guards(base)
-        gm = insert(base)
+            gm = base_graph(shadow, example, dynamic)
+        guards = take_guards(gm)
+        self._insert_again(gm)
         self.captures += 1
         self._bind(gm)
         return Graph(gm, call, _shapes(example), guards, outcome["result"], outcome["given"])
 
-    def _insert_again(self, base: fx.GraphModule) -> fx.GraphModule:
-        """Insert the adapters of the model into another graph of it."""
+    def _insert_again(self, base: fx.GraphModule) -> None:
+        """Insert the adapters that the model has into a graph of it."""
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
         chosen: dict[int, tuple[Any, list[Any]]] = {}
@@ -287,7 +293,6 @@ class Graphs:
             if placement.site in sites:
                 targets.append(sites[placement.site])
         insert_adapters(base, chosen.values(), {name: roles for name, (roles, _) in self.sites.items()})
-        return base
 
     def _check(self, base: fx.GraphModule, found: Collection[str]) -> None:
         """Raise unless all adapted sites that the graph runs were found in it."""

@@ -27,7 +27,8 @@ def prepare_for_capture(model: Any) -> None:
     """Set the model's switches for the training signature, in place: call it on a copy."""
     for module in model.modules():
         if hasattr(module, "config"):  # an encoder-decoder's stacks have configs of their own
-            module.config.use_cache = False
+            for switch in ("use_cache", "use_mems_eval", "use_mems_train"):  # the last two are XLNet's
+                setattr(module.config, switch, False)
         if hasattr(module, "gradient_checkpointing"):  # capture loses it, and the graph does it itself
             module.gradient_checkpointing = False
     model.config.return_dict = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -11,7 +11,7 @@ from typing import Any, overload
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .adapters import graph_of
+from .adapters import adapter_tensor_names, graph_of
 from .capture import Inputs
 from .files import write_atomically
 from .page import render
@@ -72,11 +72,13 @@ class SiteTable(Sequence[SiteRow]):
         rows: one for each site, in order of execution.
         total: number of all parameters of the model, adapters included.
         model: class name of the model.
+        sizes: number of elements of each frozen parameter, by qualified name; those of no listed site too.
     """
 
     rows: tuple[SiteRow, ...]
     total: int
     model: str
+    sizes: Mapping[str, int]
 
     @property
     def trainable(self) -> int:
@@ -196,7 +198,9 @@ def inspect(
             )
         )
     total = sum(parameter.numel() for parameter in gm.parameters())
-    return SiteTable(tuple(rows), total, _class_name(model, gm))
+    adapters = set(adapter_tensor_names(gm))
+    sizes = {name: parameter.numel() for name, parameter in gm.named_parameters() if name not in adapters}
+    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes)
 
 
 def _class_name(model: nn.Module | ExportedProgram, gm: fx.GraphModule) -> str:

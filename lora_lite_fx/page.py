@@ -38,7 +38,7 @@ def render(table: SiteTable) -> str:
         "bar": f"{share:.4f}",
         "gradients": "".join(map(gradient, combinations)),
         "legend": _legend(table),
-        "blocks": "\n".join(_card(block, most) for block in found),
+        "blocks": "\n".join(_card(block, most, table) for block in found),
         "rows": "\n".join(_row(index, row) for index, row in enumerate(table)),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -56,17 +56,16 @@ def _legend(table: SiteTable) -> str:
     )
 
 
-def _card(block: Block, most: int) -> str:
+def _card(block: Block, most: int, table: SiteTable) -> str:
     """One block, or one for all the layers that are alike, with a strip of each of them below."""
     sublayers = block.sublayers()
     inline = [is_inline(sublayer, bool(block.layers)) for sublayer in sublayers]
     below = room_below(any(inline))
     pictures = "".join(draw(sublayer, bool(block.layers), most, below) for sublayer in sublayers)
     times = len(block.layers)
-    weights = sum(part.row.d_in * part.row.d_out for part in block.parts)
     train = sum(part.row.parameters for part in block.parts)
     runs = max(part.row.calls for part in block.parts)
-    facts = f"{_short(weights)} weights" + (f", {_short(train)} train" if train else "")
+    facts = f"{_short(block.weights(table.sizes))} weights" + (f", {_short(train)} train" if train else "")
     facts += (" each" if times > 1 else "") + (f"; runs {runs} times" if runs > 1 else "")
     names = ", ".join(part.row.name for part in block.parts)
     head = f"<h2>{escape(block.label or (names if len(block.parts) < 3 else 'outside of layers'))}</h2>"

@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 
 from .adapters import Placement, placements
 from .calibration import make_plans
-from .carried import MARK, Carried, carry, outside, said_by
+from .carried import MARK, Carried, carry, no_linear, outside, said_by
 from .dynamo import Compiled, Compiler, HooksOnAllModules, RunningCall, running_call, set_flag, to_aten, to_inputs
 from .errors import AdapterError
 from .passes import InsertAdapter, Pipeline
-from .provenance import Provenance, is_inserted, recorded
+from .provenance import Provenance, inner_name, is_inserted, recorded
 from .recording import record_run
 from .roles import ROLES
 from .site import Site, find_sites
@@ -75,9 +75,7 @@ def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Carried]:
         call.node.meta["nn_module_stack"] = {"": (found[key].site, nn.Module)}
     for mark in gm.graph.find_nodes(op="call_function", target=MARK):
         if all(mark is not other for _, _, other in marked):
-            raise AdapterError(
-                f"Site {json.loads(mark.args[3])['site']!r} is no linear in the graph that torch.compile captured."
-            )
+            raise no_linear(json.loads(mark.args[3])["site"])
         mark.replace_all_uses_with(mark.args[0])
         gm.graph.erase_node(mark)
     return list(found.values())
@@ -153,6 +151,10 @@ class Base:
         aten = to_aten(gm, inputs, self.names)
         self._name_modules(aten)
         there = [self._known(site) for site in find_sites(aten)]
+        reading = (user for read in aten.graph.find_nodes(op="get_attr") for user in read.users)
+        for name in {inner_name(node) or "" for node in reading}.difference(there):
+            if self.placements.get(name):
+                raise no_linear(name)
         _insert(aten, [self._carried(site) for site in there if self.placements[site]])
         tensors = self._tensors_of(there)
         further, stand_ins = to_inputs(aten, inputs)
@@ -205,8 +207,9 @@ class Base:
                 self.weights[site.name] = tensor_of(self.model, site.weight)
                 return site.name
             raise AdapterError(
-                f"Site {site.name!r} did not run in the first call, when the sites were decided on. The way out: call"
-                " backend.adapt(model, ...) first, with inputs for which all of the model runs."
+                f"Site {site.name!r} did not run in the first call, when the sites were decided on, or on constants"
+                " alone. The way out: leave it out of the targets (exclude_names), or call backend.adapt(model, ...)"
+                " first, with inputs for which all of the model runs."
             )
         return site.name
 

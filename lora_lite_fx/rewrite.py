@@ -143,11 +143,11 @@ def base_graph(
     Buffers that the graph writes to are copies, so that training it leaves the model alone.
     """
     captured = capture(model, example_inputs, dynamic_shapes)
-    follow: tuple[GraphPass, ...] = ()
+    plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
+    plain.run(captured.gm)
     if captured.eval_gm is not None:
-        Pipeline((InlineRegions(),)).run(captured.eval_gm)
-        follow = (FollowMode(captured.eval_gm.graph),)
-    Pipeline((InlineRegions(), *follow, DropMetadataAsserts())).run(captured.gm)
+        plain.run(captured.eval_gm)
+        Pipeline((FollowMode(captured.eval_gm.graph),)).run(captured.gm)
     if checkpoint_layers is None:
         checkpoint_layers = checkpoints_layers(model)
     if checkpoint_layers:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .dataflow import Linear, op_name
 from .experts import Experts
@@ -338,6 +338,13 @@ def _name(match: _Match) -> str:
     if stack is None or owner == stack or owner.startswith(f"{stack}." if stack else ""):
         return owner if leaf == "weight" or not leaf.endswith("weight") else f"{owner}.{leaf[: -len('_weight')]}"
     return stack
+
+
+def is_called(model: nn.Module, site: Site) -> bool:
+    """Whether `site` is a module of `model` of its own, and runs only by a call of it."""
+    owner = site.weight.rpartition(".")[0]
+    named = {name for name, _ in model.named_modules(remove_duplicate=False)}  # a shared module has several names
+    return {site.name, owner} <= named and all(inner_name(call.node) == site.name for call in site.calls)
 
 
 def _is_same(gm: fx.GraphModule, name: str, other: str) -> bool:

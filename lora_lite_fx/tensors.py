@@ -92,7 +92,7 @@ def written_buffers(gm: fx.GraphModule) -> list[str]:
     for node in gm.graph.nodes:
         if node.op == "call_module" and getattr(gm.get_submodule(node.target), "track_running_stats", False):
             found += [f"{node.target}.{name}" for name, _ in gm.get_submodule(node.target).named_buffers()]
-        for operand in written_operands(node):
+        for operand in written(gm, node):
             if operand.op == "get_attr" and operand.target in buffers:
                 found.append(str(operand.target))
     return list(dict.fromkeys(found))
@@ -120,6 +120,9 @@ def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
         writes = getattr(gm.get_submodule(str(node.target)), "inplace", False)
     else:
         name = str(getattr(node.target, "__name__", node.target))
+        if name in ("batch_norm", "instance_norm"):  # they update their statistics
+            statistics = (*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
+            return [value for value in statistics if isinstance(value, fx.Node)]
         flags = (*node.args, node.kwargs.get("inplace"))
         writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
     return node.all_input_nodes[:1] if writes else []

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, get_args
 from torch import fx
 
 from ..errors import AdapterError
+from ..tensors import written
 
 Program = Literal["training", "checkpointed", "inference"]
 """What is derived from a graph: for use with gradients or in training mode; the same with layers that keep only their
@@ -109,11 +110,16 @@ class Pipeline:
 
 
 def _clean(gm: fx.GraphModule) -> None:
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm)
     with warnings.catch_warnings():
         # lint expects a get_attr to name a tensor; the mode flag `training` is read the same way.
         warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
         gm.graph.lint()
+
+
+def eliminate_dead_code(gm: fx.GraphModule) -> None:
+    """Remove what nobody reads and what changes nothing: fx takes calls of methods and modules to be of that kind."""
+    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or node.op == "call_module" or bool(written(gm, node)))
 
 
 def _dump_folder() -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..errors import CaptureError
+from ..errors import COMPILE_INSTEAD, CaptureError
 from .graph_pass import GraphPass
 
 aten = torch.ops.aten
@@ -62,6 +62,7 @@ class _TwoModes:
         self.edits = 0
         self.flag: fx.Node | None = None
         self.skipped: set[fx.Node] = set()
+        self.counted: set[fx.Node] = set()
 
     def pair(self, node: fx.Node, twin: fx.Node) -> None:
         """Let the arguments of `node` follow those of its twin in the other graph."""
@@ -94,10 +95,12 @@ class _TwoModes:
             self.skipped.add(node)
             self.edits += 1
             return
-        counter = node.args[0] if node.target is aten.add_.Tensor else None
-        if not isinstance(counter, fx.Node) or counter.op != "get_attr" or node.users:
+        counter = node.args[0] if node.target in (aten.add_.Tensor, "add_") else None
+        # A module that runs several times counts on what it has counted.
+        if not isinstance(counter, fx.Node) or not (counter.op == "get_attr" or counter in self.counted):
             raise _modes_differ(node)
         node.update_arg(1, self._follow(node, node.args[1], 0))
+        self.counted.add(node)
 
     def _follow(self, node: fx.Node, in_train: Any, in_eval: Any) -> Any:
         if isinstance(in_train, fx.Node):
@@ -179,5 +182,5 @@ def _modes_differ(node: fx.Node) -> CaptureError:
     return CaptureError(
         f"The model runs other operations in training than in evaluation, from `{node.format_node()}`{where} on."
         " One graph cannot follow both. The way out: switch off what draws random decisions in training"
-        " (layerdrop, jitter, SpecAugment), or what branches on self.training."
+        f" (layerdrop, jitter, SpecAugment) or what branches on self.training, or {COMPILE_INSTEAD}."
     )

@@ -8,7 +8,7 @@ from torch import fx
 
 from ..adapters import adapter_tensor_names
 from ..provenance import insertions
-from .graph_pass import GraphPass
+from .graph_pass import GraphPass, eliminate_dead_code
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RemoveAdapters(GraphPass):
             for node in reversed(insertion.nodes):
                 if not node.users:
                     gm.graph.erase_node(node)
-        gm.graph.eliminate_dead_code()
+        eliminate_dead_code(gm)
         for name in tensors:
             path, _, attribute = name.rpartition(".")
             delattr(gm.get_submodule(path), attribute)

@@ -180,6 +180,32 @@ _CONVNEXT_LAYER = """
 pwconv1 up inner
 pwconv2 down writer
 """
+# In the first stage, keys and values are projected from a convolution that shortens the sequence. The feed-forward
+# block convolves along the image between its linears, which leaves them without a fine role: so does Mamba.
+_MIXED = """
+mlp.fc1 reader
+mlp.fc2 writer
+"""
+_SEGFORMER = (
+    under("segformer.stages.0.blocks.0", under("attention", ATTENTION), _MIXED)
+    .replace("key reader", "key inner")
+    .replace("value reader", "value inner")
+    + under("segformer.stages.1.blocks.0", under("attention", ATTENTION), _MIXED)
+    + "classifier head reader"
+)
+_SEGFORMER_CONFIG = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [8, 16],
+    "patch_sizes": [3, 3],
+    "strides": [2, 2],
+    "num_attention_heads": [2, 4],
+    "mlp_ratios": [2, 2],
+    "decoder_hidden_size": 16,
+    "image_size": 16,
+    "drop_path_rate": 0.0,
+}
 _CLIP_LAYER = SELF_OUT + under("mlp", FC)
 # Pooling by attention, from a learnt query: `nn.MultiheadAttention`. Its result is the stream of one more block.
 _SIGLIP_HEAD = """
@@ -212,6 +238,21 @@ _WAV2VEC2 = "feature_projection.projection writer\n" + under(
     under("attention", OUT_PROJ),
     "feed_forward.intermediate_dense up reader",
     "feed_forward.output_dense down writer",
+)
+
+# A feed-forward block before and one after; the positions are projected apart, as DeBERTa's.
+_CONFORMER = "wav2vec2_conformer.feature_projection.projection writer\n" + under(
+    "wav2vec2_conformer.encoder.layers.0",
+    under("ffn1", "intermediate_dense up reader", "output_dense down writer"),
+    under(
+        "self_attn",
+        "linear_q query reader",
+        "linear_k key reader",
+        "linear_v value reader",
+        "linear_pos inner",
+        "linear_out output writer",
+    ),
+    under("ffn2", "intermediate_dense up reader", "output_dense down writer"),
 )
 
 # Text with images: the projector's result replaces embeddings, which adds to no stream.
@@ -293,7 +334,6 @@ OTHERS: dict[str, Architecture] = {
         "XLNetLMHeadModel",
         {"vocab_size": 40, "d_model": 16, "n_layer": 1, "n_head": 4, "d_inner": 24},
         under("transformer.layer.0.ff", "layer_1 up reader", "layer_2 down writer") + "lm_loss head reader",
-        refused="other operations in training",  # in evaluation alone it returns memories
     ),
     "t5": Architecture("T5ForConditionalGeneration", _T5_CONFIG, _t5(_T5_MLP)),
     "t5-gated": Architecture(
@@ -324,6 +364,7 @@ OTHERS: dict[str, Architecture] = {
     "swin-stochastic-depth": Architecture(
         "SwinForImageClassification", _SWIN_CONFIG, _SWIN, refused="other operations in training", batch_only=True
     ),
+    "segformer": Architecture("SegformerForImageClassification", _SEGFORMER_CONFIG, _SEGFORMER, batch_only=True),
     "convnext": Architecture(
         "ConvNextForImageClassification",
         {"image_size": 16, "patch_size": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
@@ -353,6 +394,9 @@ OTHERS: dict[str, Architecture] = {
     ),
     "wav2vec2": Architecture("Wav2Vec2ForCTC", _SOUND, under("wav2vec2", _WAV2VEC2) + "lm_head head reader"),
     "hubert": Architecture("HubertModel", _SOUND, _WAV2VEC2),
+    "wav2vec2-conformer": Architecture(
+        "Wav2Vec2ConformerForCTC", {**_SOUND, "conv_depthwise_kernel_size": 3}, _CONFORMER + "lm_head head reader"
+    ),
     "llava": Architecture(
         "LlavaForConditionalGeneration",
         {

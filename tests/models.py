@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 # No two are equal, and small blocks and groups divide them all.
@@ -152,6 +154,12 @@ class Case:
     @property
     def tolerance(self) -> float:
         return 1e-10 if self.dtype == torch.float64 else 1e-5
+
+
+def tiny_llama(**changes: Any) -> LlamaConfig:
+    """The config of a Llama of one layer, with `changes`."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 99}
+    return LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **changes})
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:

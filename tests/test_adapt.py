@@ -18,17 +18,9 @@ import lora_lite_fx as llfx
 
 from .conformance import close, randomise
 from .helpers import untouched
-from .models import GatedMLP, Net
+from .models import GatedMLP, Net, tiny_llama
 
-LLAMA = hf.LlamaConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=99,
-    tie_word_embeddings=True,
-)
+LLAMA = tiny_llama(tie_word_embeddings=True)
 IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
 EVERYWHERE = llfx.LoRA(r=2, target_names=(".",))  # the tied head too
 
@@ -127,6 +119,17 @@ def test_a_part_runs_a_graph_and_a_layer_alone_is_refused() -> None:
         model.model.layers[0].mlp.up_proj(torch.zeros(1, 32))
 
 
+def test_what_the_mode_adds_to_the_result_is_there() -> None:
+    """XLNet returns its memories in evaluation alone."""
+    config = hf.XLNetConfig(vocab_size=99, d_model=16, n_layer=1, n_head=2, d_inner=24, mem_len=4)
+    eager = hf.XLNetLMHeadModel(config)
+    model = llfx.adapt(eager, llfx.LoRA(r=2))
+    for training in (True, False):
+        actual, expected = (one.train(training)(input_ids=IDS, labels=IDS) for one in (model, eager))
+        assert actual.keys() == expected.keys()
+        assert ("mems" in actual) != training
+
+
 def test_graphs_are_bounded_and_the_reason_of_each_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = llfx.adapt(base(), llfx.LoRA(r=2), max_graphs=1)
 
@@ -160,6 +163,8 @@ def test_calibration_data_passes_in_the_form_of_calls() -> None:
     graph = llfx.rewrite(base(), llfx.EVA(r=2), calibration=batches)
     for name, tensor in llfx.adapter_state_dict(model).items():
         close(tensor.abs(), llfx.adapter_state_dict(graph)[name].abs(), 1e-4, name)
+    with pytest.raises(llfx.CaptureError, match="Calibration batch 1 does not fit the captured model"):
+        llfx.adapt(base(), llfx.EVA(r=2), calibration=[*batches, {"inputs_embeds": torch.zeros(2, 6, 32)}])
 
 
 def test_a_pipeline_generates() -> None:

@@ -17,17 +17,10 @@ from lora_lite_fx.execution import checkpoints_layers
 
 from .conformance import close, randomise
 from .helpers import untouched
+from .models import tiny_llama
 
 CONFIG = llfx.LoRA(r=2, dropout=0.2)
-LLAMA = hf.LlamaConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=99,
-    attention_dropout=0.1,
-)
+LLAMA = tiny_llama(attention_dropout=0.1)
 
 
 def base() -> Any:

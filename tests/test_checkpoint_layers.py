@@ -23,22 +23,14 @@ from lora_lite_fx.rewrite import base_graph
 
 from .conformance import check_merge, check_remove, close, output, randomise, small
 from .helpers import untouched
-from .models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids
+from .models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids, tiny_llama
 from .models import Attention as AttentionBlock
 
 VOCABULARY = 40
 
 
 def llama() -> Any:
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        attention_dropout=0.1,
-    )
+    config = tiny_llama(num_hidden_layers=2, vocab_size=VOCABULARY, attention_dropout=0.1)
     return transformers.LlamaForCausalLM(config)
 
 

@@ -50,7 +50,7 @@ def layer(home: str, width: int = 16) -> list[SiteRow]:
 
 
 def table_of(*rows: SiteRow) -> SiteTable:
-    return SiteTable(rows, 1000, "Model")
+    return SiteTable(rows, 1000, "Model", {row.weight: row.d_in * row.d_out for row in rows})
 
 
 def large(layers: int) -> SiteTable:
@@ -154,6 +154,19 @@ def test_numbered_modules_of_a_chain_are_no_layers() -> None:
     table = llfx.inspect(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
     assert [shape(block) for block in blocks(table)] == [("", 1, ["row:1|1|1"])]
     assert "unknown" in table.to_html()
+
+
+def test_a_layer_has_the_weights_of_all_that_is_in_it() -> None:
+    """Experts too, which are not listed; the head outside the layers has its own."""
+    config = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 4}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**config, **experts))
+    table = llfx.inspect(llfx.rewrite(model, llfx.LoRA(r=2)))
+    layers, head = blocks(table)
+    size = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    assert (layers.weights(table.sizes), head.weights(table.sizes)) == (size, 29 * 16)
+    assert sum(table.sizes.values()) == table.total - table.trainable
+    assert f"{size / 1000:.2f} k weights, {table.trainable // 2} train each" in table.to_html()
 
 
 def test_ranges() -> None:

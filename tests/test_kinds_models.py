@@ -238,6 +238,42 @@ def test_peft_computes_the_same(cls: type[llfx.Variant], tmp_path: Path) -> None
     assert sorted(llfx.to_peft_config(ours)["target_modules"]) == sorted(SITES)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_peft_computes_the_same_of_experts(name: str) -> None:
+    """`target_parameters`, with the adapters of all experts in one `A (experts r, d_in)` and `B (d_out, r experts)`."""
+    model, base = model_and_base(name)
+    ours = llfx.rewrite(base, llfx.LoRA(r=2, alpha=6, target_kinds=("experts",)))
+    randomise(ours, 0)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    wrappers = [module for module in theirs.modules() if isinstance(module, peft.tuners.lora.layer.ParamWrapper)]
+    at = {f"model.layers.0.mlp.experts.sites.{wrapper.parameter_name}": wrapper for wrapper in wrappers}
+    assert at.keys() == {GATE_UP, DOWN}
+    state = llfx.adapter_state_dict(ours)
+
+    def in_their_layout(which: str, tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, 1) if which == "A" else tensor.permute(1, 2, 0).flatten(1)
+
+    factors = {
+        (site, which): getattr(wrapper, f"lora_{which}")["default"].weight
+        for site, wrapper in at.items()
+        for which in "AB"
+    }
+    with torch.no_grad():
+        for (site, which), factor in factors.items():
+            factor.copy_(in_their_layout(which, state[f"{site}.lora_{which}"]))
+    logits, grads = run(ours, name)
+    expected, _ = run(theirs, name)
+    close(logits, expected, 1e-5, "logits")
+    assert len(grads) == len(factors)
+    for (site, which), factor in factors.items():
+        close(
+            in_their_layout(which, grads[f"{site}.lora_{which}"]), factor.grad, 1e-5, f"gradient of {site}.lora_{which}"
+        )
+
+
 @pytest.mark.parametrize(
     ("variant", "message"),
     [

@@ -277,7 +277,8 @@ def test_graph_text_is_dumped_before_and_after_each_pass_when_asked_for(
     assert [f.name.split("_", 1)[1] for f in files] == [
         f"{name}.{when}.txt"
         for name in (
-            *("inline_regions", "inline_regions", "follow_mode", "drop_metadata_asserts", "insert_adapter"),
+            *("inline_regions", "drop_metadata_asserts", "inline_regions", "drop_metadata_asserts"),
+            *("follow_mode", "insert_adapter"),
             *(each.name for each in OPTIMISATIONS.of("training")),
         )
         for when in ("after", "before")

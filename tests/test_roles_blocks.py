@@ -62,6 +62,14 @@ def einsum_key_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhkd,bhqk->bhqd", v, probabilities)
 
 
+def einsum_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An einsum of one operand permutes it, as XLNet does with its mask."""
+    scores = torch.einsum("ibnd,jbnd->bnij", q.permute(2, 0, 1, 3), k.permute(2, 0, 1, 3))
+    mask = torch.einsum("ijbn->bnij", (scores > 100).to(scores.dtype).permute(2, 3, 0, 1))
+    probabilities = (scores - 1e9 * mask).softmax(3)
+    return torch.einsum("bnij,jbnd->ibnd", probabilities, v.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
+
+
 def matmul_key_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scores computed transposed; the softmax still runs over the keys."""
     return torch.softmax(k @ q.transpose(-1, -2), dim=-2).transpose(-1, -2) @ v
@@ -105,6 +113,7 @@ ATTENTIONS: list[Attend] = [
     masked,
     einsum,
     einsum_key_first,
+    einsum_mask,
     matmul_key_first,
     scores_transposed,
     value_first,

@@ -71,7 +71,7 @@ class EVA(LowRank):
         return before.alpha * (ratio**0.5 if self.rank_stabilized else ratio)
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
-        self._require(False, "it starts from data: use rewrite(..., calibration=batches)")
+        self._require(False, "it starts from data: give calibration=batches to rewrite, wrap or adapt")
 
     def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
         self._require(

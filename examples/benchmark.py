@@ -46,6 +46,7 @@ from typing import Any
 import benchmark_cases as cases
 import benchmark_report as report
 import torch
+import transformers
 from benchmark_cases import CASES, VARIANTS, Arm, Arms
 from benchmark_report import Result
 from finetune import positive
@@ -134,9 +135,8 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
             step = case.step(module, call, *args.values)
             graph, _ = cases.capture(step)
             for variant in args.variants:
-                yield from measure_step(
-                    args, name, call, variant, Arms(step, graph, cases.config(variant, args.rank, case))
-                )
+                arms = Arms(step, graph, cases.config(variant, args.rank, case))
+                yield from measure_step(args, name, call, variant, arms)
         del module
         for variant in args.variants:
             yield from measure_alone(args, name, variant)
@@ -150,7 +150,8 @@ def _also(call: str) -> list[str]:
 def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, arms: Arms) -> Iterator[Result]:
     """What is asked for of one step with one adapter."""
     torch.compiler.reset()  # for what one function is compiled is limited
-    ready, notes = ready_arms(arms, args.arms, compiled=call in args.measures or "saved" in args.measures)
+    saves = call == "train" and "saved" in args.measures
+    ready, notes = ready_arms(arms, args.arms, compiled=saves or call in args.measures)
     if call in args.measures:
         result = Result(case, call, variant, "s", notes=notes)
         yield report.of_rounds(result, time_rounds(ready, args.rounds, args.seconds, args.device))
@@ -158,11 +159,11 @@ def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, a
     if "flops" in args.measures:
         result = Result(case, f"flops of {call}", variant, "flop")
         yield report.of_values(result, {arm.name: flops(arm) for arm in eager})
-    if call == "train" and "saved" in args.measures:
+    if saves:
         result = Result(case, "saved", variant, "B", notes=notes)
         yield report.of_values(result, {arm.name: saved(arm) for arm in ready})
     if call == "forward" and "recompiles" in args.measures:
-        counts = {name: compilations(arms, name) for name in args.arms if name.endswith("-compiled")}
+        counts = {name: compilations(arms, name) for name in ("base", "peft", "ours") if name in args.arms}
         firsts, others = (
             {name: of(each) for name, each in counts.items()} for of in (lambda x: x[0], lambda x: sum(x[1:]))
         )
@@ -281,7 +282,7 @@ def saved(arm: Arm) -> int:
 
 
 def compilations(arms: Arms, name: str) -> list[int]:
-    """How many graphs are compiled for each of some batches and lengths, one after the other."""
+    """How many graphs are compiled of an arm for each of some batches and lengths, one after the other."""
     counts: list[int] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -289,7 +290,7 @@ def compilations(arms: Arms, name: str) -> list[int]:
         return gm.forward
 
     torch.compiler.reset()
-    run = arms.compile(arms.make(name.removesuffix("-compiled")), dynamic=True, backend=backend)
+    run = arms.compile(arms.make(name), dynamic=True, backend=backend)
     (argument, example), *_ = arms.step.example.items()
     for batch, length in SHAPES:
         counts.append(0)
@@ -382,5 +383,6 @@ if __name__ == "__main__":
     start_anew()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
     with contextlib.suppress(KeyboardInterrupt):
         sys.exit(main())

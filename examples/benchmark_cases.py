@@ -267,6 +267,8 @@ class Arm:
 
     def renew(self) -> None:
         """What comes between two training steps: gradients go, and parameters count as changed; their values stay."""
+        if not self.step.trains:
+            return
         with torch.no_grad():
             for tensor in (*self.parameters.values(), *self.inputs):
                 tensor.grad = None
@@ -385,12 +387,14 @@ class Arms:
 
         def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             """By way of the files, whose names and layouts the library knows."""
-            state = peft.get_peft_model_state_dict(module, tensors, save_embedding_layers=False)
+            everything = {**module.state_dict(), **tensors}
+            state = peft.get_peft_model_state_dict(module, everything, save_embedding_layers=False)
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "adapter_config.json").write_bytes(settings)
                 contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
                 safetensors.torch.save_file(contiguous, Path(folder) / "adapter_model.safetensors")
-                return llfx.adapter_state_dict(llfx.load_peft(self.graph, folder))
+                read = llfx.adapter_state_dict(llfx.load_peft(self.graph, folder))
+            return {name: read[name] for name, parameter in self.ours.named_parameters() if parameter.requires_grad}
 
         return replace(self._arm("peft", module), named=named)
 

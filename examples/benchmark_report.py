@@ -195,13 +195,12 @@ def _panel(axis: Any, panel: Sequence[Result], colours: Mapping[str, Any]) -> No
     axis.set_yticks(range(len(panel)), [f"{result.case}  {result.variant}" for result in panel], fontsize="x-small")
     axis.invert_yaxis()
     axis.set_xscale("log")
-    shown = [tick for tick in (0.5, 0.8, 1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 300) if _reached(panel, tick)]
-    axis.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    ratios = [result.ratios[arm] for result in panel for arm in colours if arm in result.ratios] or [1.0]
+    lowest, highest = min(*ratios, 0.98) / 1.02, max(*ratios, 1.1) * 1.02
+    ticks = (0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 300)
+    shown = [tick for tick in ticks if lowest <= tick <= highest and (highest < 3 or tick != 1.05)]
+    axis.set_xticks(shown, [f"{tick:g}" for tick in shown], fontsize="small")
+    axis.set_xlim(lowest, highest)
     axis.minorticks_off()
     axis.axvline(1, color="black", lw=0.8)
     axis.grid(alpha=0.3)
-
-
-def _reached(panel: Sequence[Result], tick: float) -> bool:
-    ratios = [ratio for result in panel for arm, ratio in result.ratios.items() if not arm.startswith("base")]
-    return not ratios or min(*ratios, 0.95) / 1.05 <= tick <= max(*ratios, 1.1) * 1.1

@@ -104,6 +104,12 @@ def test_all_arms_agree(variant: str) -> None:
     assert len(next(arm for arm in ready if arm.name == "peft").results()) == 4 + len(ready[-2].parameters)
 
 
+def test_a_compiled_arm_agrees() -> None:
+    ready, notes = benchmark.ready_arms(arms("LoRA", "forward"), ["base", "ours-compiled"], compiled=True)
+    assert not notes
+    assert [arm.name for arm in ready] == ["base", "ours-compiled"]
+
+
 def test_the_adapter_changes_what_the_base_computes() -> None:
     base, ours = (arms("LoRA").make(name).results() for name in ("base", "ours"))
     assert "output" in cases.disagreement(base, ours, 2e-2, trained=False)

@@ -1,4 +1,4 @@
-"""What `benchmark.py` has measured: ratios to the base, as a table, as JSON and as a picture."""
+"""What `benchmark.py` has measured: whether arms agree, and ratios to the base, as table, as JSON and as picture."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot
+from torch import Tensor
 
 VALID = (0.97, 1.03)
 """Where base/base must lie for a timing to count."""
@@ -68,6 +69,34 @@ def of_rounds(result: Result, seconds: Mapping[str, Sequence[float | None]]) -> 
 
 def _there(times: Iterable[float | None]) -> list[float]:
     return [time for time in times if time is not None]
+
+
+# Agreement.
+
+
+def disagreement(results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, trained: bool) -> str:
+    """Where the results of two arms differ; empty if they agree.
+
+    Args:
+        results, expected: of `Arm.results`.
+        tolerance: of the norm of a difference, relative to that of what is expected.
+        trained: whether gradients of parameters have to be among the results.
+    """
+    needed = {name for name in expected if trained or not name.startswith("gradient of ")}
+    if needed != results.keys():
+        return f"{', '.join(sorted(needed ^ results.keys())[:3])}: in one arm alone"
+    floor = 1e-3 * max(tensor.float().norm().item() for tensor in expected.values())
+    worst, where = 0.0, ""
+    for name in sorted(needed):
+        one, other = results[name].float(), expected[name].float()
+        if one.shape != other.shape:
+            return f"{name}: shape {tuple(one.shape)} instead of {tuple(other.shape)}"
+        # What should be zero is noise beside the other gradients.
+        scale = other.norm().item() if name.startswith("output") else max(other.norm().item(), floor)
+        difference = (one - other).norm().item() / scale
+        if not difference <= max(tolerance, worst):
+            worst, where = difference, f"{name}: off by {difference:.1e} of its size"
+    return where
 
 
 # Where and how.

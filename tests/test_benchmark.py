@@ -112,7 +112,7 @@ def test_a_compiled_arm_agrees() -> None:
 
 def test_the_adapter_changes_what_the_base_computes() -> None:
     base, ours = (arms("LoRA").make(name).results() for name in ("base", "ours"))
-    assert "output" in cases.disagreement(base, ours, 2e-2, trained=False)
+    assert "output" in report.disagreement(base, ours, 2e-2, trained=False)
 
 
 def test_an_arm_that_disagrees_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +132,10 @@ def test_a_wrong_or_missing_gradient_is_a_disagreement() -> None:
     expected = arms("LoRA").make("ours").results()
     name = next(name for name in expected if name.startswith("gradient of "))
     wrong = {**expected, name: 1.01 * expected[name]}
-    assert not cases.disagreement(expected, expected, 1e-6, trained=True)
-    assert name in cases.disagreement(wrong, expected, 1e-3, trained=True)
+    assert not report.disagreement(expected, expected, 1e-6, trained=True)
+    assert name in report.disagreement(wrong, expected, 1e-3, trained=True)
     del wrong[name]
-    assert "one arm alone" in cases.disagreement(wrong, expected, 1e-3, trained=True)
+    assert "one arm alone" in report.disagreement(wrong, expected, 1e-3, trained=True)
 
 
 # Counts.

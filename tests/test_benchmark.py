@@ -95,6 +95,7 @@ def test_a_file_gives_the_same_table_and_a_picture(tmp_path: Path, capsys: pytes
 # Agreement.
 
 
+@pytest.mark.filterwarnings("ignore:The cayley-neumann")
 @pytest.mark.parametrize("variant", cases.VARIANTS)
 def test_all_arms_agree(variant: str) -> None:
     names = [name for name in (*cases.BASE, *cases.ADAPTED) if "compiled" not in name and name != "ours-adapt"]

@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.from_json:
         where, results = report.read(args.from_json)
+        if len(args.from_json) > 1:
+            report.write(args.out.with_suffix(".json"), where, results)
     else:
         settings = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, list))}
         where, results = report.circumstances(settings, args.device), []
@@ -105,7 +107,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (default: %(default)s)")
     add("--out", type=Path, default=Path("benchmark"), help="what is written, without suffix (default: %(default)s)")
-    add("--from-json", type=Path, metavar="FILE", help="only show what was measured before")
+    add("--from-json", nargs="+", type=Path, metavar="FILE", help="show what was measured before; several become one")
     add("--quick", action="store_true", help="tiny cases, few rounds; the timings mean nothing")
     add("--alone", action="store_true", help=argparse.SUPPRESS)  # a process for one arm, started by this one
     args = parser.parse_args(arguments)

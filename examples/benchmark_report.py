@@ -134,10 +134,12 @@ def write(path: Path, where: Mapping[str, Any], results: Sequence[Result]) -> No
     path.write_text(json.dumps({**where, "results": rounded}, indent=1) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
-    """What `write` wrote."""
-    where = json.loads(path.read_text(encoding="utf-8"))
-    return where, [Result(**result) for result in where.pop("results")]
+def read(paths: Sequence[Path]) -> tuple[dict[str, Any], list[Result]]:
+    """What `write` wrote: all results, and the circumstances of the first, with the settings of each."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results = [Result(**result) for file in files for result in file.pop("results")]
+    settings = [file["settings"] for file in files]
+    return files[0] | {"settings": settings if len(files) > 1 else settings[0]}, results
 
 
 # The table.

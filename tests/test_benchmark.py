@@ -81,7 +81,7 @@ def test_a_file_gives_the_same_table_and_a_picture(tmp_path: Path, capsys: pytes
     )
     sizes = report.of_values(result(measure="saved", unit="B"), {"base": 2e6, "ours": 3e6})
     report.write(tmp_path / "a.json", WHERE, [times, sizes])
-    where, results = report.read(tmp_path / "a.json")
+    where, results = report.read([tmp_path / "a.json"])
     assert report.table(where, results) == report.table(WHERE, [times, sizes])
     assert benchmark.main(["--from-json", str(tmp_path / "a.json"), "--out", str(tmp_path / "b")]) == 0
     printed = capsys.readouterr().out
@@ -90,6 +90,17 @@ def test_a_file_gives_the_same_table_and_a_picture(tmp_path: Path, capsys: pytes
     assert "1.500" in printed
     assert "peft: not there: none" in printed
     assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_files_become_one(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{measure}.json" for measure in ("saved", "flops")]
+    found = [report.of_values(result(measure=path.stem), {"base": 1.0, "ours": 2.0}) for path in paths]
+    for path, each in zip(paths, found, strict=True):
+        report.write(path, WHERE, [each])
+    assert benchmark.main(["--from-json", *map(str, paths), "--out", str(tmp_path / "both")]) == 0
+    where, results = report.read([tmp_path / "both.json"])
+    assert results == found
+    assert where["settings"] == [WHERE["settings"]] * 2
 
 
 # Agreement.
@@ -177,7 +188,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     settings = "--cases tiny-qkv --variants LoRA --rounds 2 --seconds 0 --measures forward train saved flops"
     settings += " --arms peft ours merged"
     assert benchmark.main([*settings.split(), "--out", str(tmp_path / "run")]) == 0
-    where, results = report.read(tmp_path / "run.json")
+    where, results = report.read([tmp_path / "run.json"])
     assert where["settings"]["rounds"] == 2
     assert [found.measure for found in results] == ["forward", "flops of forward", "train", "flops of train", "saved"]
     for found in results:

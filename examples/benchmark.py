@@ -164,7 +164,7 @@ def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, a
         yield report.of_rounds(result, time_rounds(ready, args.rounds, args.seconds, args.device))
     eager = [arm for arm in ready if "-compiled" not in arm.name]
     if "flops" in args.measures:
-        result = Result(case, f"flops of {call}", variant, "flop")
+        result = Result(case, f"flops of {call}", variant, "flop", notes=notes)
         yield report.of_values(result, {arm.name: flops(arm) for arm in eager})
     if saves:
         result = Result(case, "saved", variant, "B", notes=notes)

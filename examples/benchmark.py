@@ -10,8 +10,9 @@
 
 All arms run the same frozen weights, adapter values and inputs, and must agree in outputs and gradients before
 anything is measured. They are called in turn, for `--rounds` rounds; the table has the ratio of medians and, in
-parentheses, the median of the ratios within each round. The base is an arm twice: where the two differ by more than
-3 % the run is void. On a CPU one thread is used and its processor time counts; with CUDA, events.
+parentheses, the median of the ratios within each round (every fourth, for an arm that takes four times as long as the
+base). The base is an arm twice: where the two differ by more than 3 % the run is void. On a CPU one thread is used and
+its processor time counts; with CUDA, events.
 
 Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`, `peft`,
 `peft-compiled`, `hooks` (ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`,

@@ -1,0 +1,434 @@
+"""What `benchmark.py` measures: frozen modules, what is called of them, and the same adapter in each implementation."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import finetune
+import peft
+import safetensors.torch
+import torch
+import transformers
+from benchmark_report import disagreement
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import lora_lite_fx as llfx
+from lora_lite_fx.passes import Pipeline
+
+PREFILL, CACHED, TRAINED = 512, 128, 256
+"""Tokens of a forward pass, in the cache of a decoding step, of a training step."""
+AUTO = torch.export.Dim.AUTO
+
+# Frozen modules.
+
+
+class Forward(nn.Module):
+    """The first tokens: the logits of the last one, where the model can leave out the others."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        last = {"logits_to_keep": 1} if is_causal(self.model) and has_head(self.model) else {}
+        return self.model(input_ids=input_ids, **no_cache(self.model), **last)[0]
+
+
+class Decode(nn.Module):
+    """The next token: its logits and the new cache. The old cache is left as it is, so that calls can be repeated."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, cache: list[tuple[Tensor, Tensor]]) -> Any:
+        past = transformers.DynamicCache(cache)
+        logits = self.model(input_ids=input_ids, past_key_values=past, use_cache=True)[0]
+        return logits, [(layer.keys, layer.values) for layer in past.layers]
+
+
+class Train(nn.Module):
+    """The loss, or of a model without a head its output.
+
+    It starts from embeddings, whose gradient is taken too: so the frozen base has a backward pass.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_embeds: Tensor, labels: Tensor) -> Tensor:
+        loss = {"labels": labels} if has_head(self.model) else {}
+        return self.model(inputs_embeds=inputs_embeds, **no_cache(self.model), **loss)[0]
+
+
+class Linears(nn.Module):
+    """Linears that read one input."""
+
+    def __init__(self, width: int, names: tuple[str, ...]) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(width, width, bias=False))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(linear(x) for linear in self.children())
+
+
+def is_causal(model: Any) -> bool:
+    """Whether the model decodes token by token."""
+    return not isinstance(model, transformers.BertPreTrainedModel)
+
+
+def no_cache(model: Any) -> dict[str, bool]:
+    """The argument that keeps a model from returning a cache, if it does."""
+    return {"use_cache": False} if is_causal(model) else {}
+
+
+def has_head(model: Any) -> bool:
+    """Whether the model computes logits and a loss."""
+    return model.get_output_embeddings() is not None
+
+
+# Cases.
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call of a frozen module.
+
+    Args:
+        module: what is captured and adapted; no parameter of it requires grad.
+        inputs: by name.
+        example: inputs to capture with, whose dynamic dimensions are all different and none of them one.
+        dynamic: the dynamic dimensions of `example`, as `torch.export` takes them.
+        trains: whether its backward pass is part of it. Inputs that have a gradient require it.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    example: dict[str, Any]
+    dynamic: Any
+    trains: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model or a layer.
+
+    Args:
+        build: makes it, with random weights where it has no others.
+        calls: what can be measured: "forward", "decode", "train".
+        tokens: of a layer's input; None for a model.
+    """
+
+    build: Callable[[], nn.Module]
+    calls: tuple[str, ...]
+    tokens: int | None = None
+
+    def module(self, device: str, dtype: torch.dtype) -> nn.Module:
+        """The frozen module, the same one each time."""
+        torch.manual_seed(0)
+        return self.build().to(device, dtype).requires_grad_(False)
+
+    def step(self, module: nn.Module, call: str, device: str, dtype: torch.dtype) -> Step:
+        """What `call` is for this module."""
+        module.train(call == "train")
+        step = _of_a_layer(module, call, self.tokens) if self.tokens else _of_a_model(module, call)
+        inputs, example = (pytree.tree_map(_like(device, dtype), given) for given in (step.inputs, step.example))
+        for tensor in inputs.values():
+            if call == "train" and tensor.is_floating_point():
+                tensor.requires_grad_()
+        return Step(step.module, inputs, example, step.dynamic, step.trains)
+
+
+def _like(device: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _of_a_layer(module: nn.Module, call: str, tokens: int) -> Step:
+    width = next(module.parameters()).shape[1]
+    inputs, example = ({"x": torch.randn(1, length, width)} for length in (tokens, 7))
+    return Step(module, inputs, {"x": example["x"].repeat(3, 1, 1)}, {"x": {0: AUTO, 1: AUTO}}, call == "train")
+
+
+def _of_a_model(model: Any, call: str) -> Step:
+    tokens = functools.partial(torch.randint, model.config.vocab_size)
+    if call == "forward":
+        inputs, example = ({"input_ids": tokens(size)} for size in ((1, PREFILL), (3, 7)))
+        return Step(Forward(model), inputs, example, {"input_ids": {0: AUTO, 1: AUTO}}, False)
+    if call == "decode":
+        inputs, example = (
+            {"input_ids": tokens((batch, new)), "cache": _cache(model, batch, old)}
+            for batch, new, old in ((1, 1, CACHED), (3, 2, 7))
+        )
+        of_cache = [({0: AUTO, 2: AUTO}, {0: AUTO, 2: AUTO}) for _ in inputs["cache"]]
+        return Step(Decode(model), inputs, example, {"input_ids": {0: AUTO, 1: AUTO}, "cache": of_cache}, False)
+    inputs, example = (
+        {"inputs_embeds": _embedded(model, tokens(size)), "labels": tokens(size)} for size in ((1, TRAINED), (3, 7))
+    )
+    return Step(Train(model), inputs, example, {name: {0: AUTO, 1: AUTO} for name in inputs}, True)
+
+
+@torch.no_grad()
+def _embedded(model: Any, ids: Tensor) -> Tensor:
+    return model.get_input_embeddings()(ids.to(model.device))
+
+
+@torch.no_grad()
+def _cache(model: Any, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
+    ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _smollm2() -> nn.Module:
+    return finetune.load_base(argparse.Namespace(model=None, dtype="float32"))
+
+
+def _llama(
+    layers: int = 6,
+    width: int = 576,
+    inner: int = 1536,
+    heads: int = 9,
+    vocabulary: int = 49152,
+    cls: Any = transformers.LlamaForCausalLM,
+) -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return cls(config)
+
+
+def _gpt2() -> nn.Module:
+    config = transformers.GPT2Config(n_layer=6, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _bert() -> nn.Module:
+    config = transformers.BertConfig(num_hidden_layers=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return transformers.BertForMaskedLM(config)
+
+
+CAUSAL, LAYER = ("forward", "decode", "train"), ("forward", "train")
+CASES = {
+    "smollm2": Case(_smollm2, CAUSAL),
+    "smollm2-6": Case(_llama, CAUSAL),
+    # Without the head, which takes half of a small model's time.
+    "smollm2-6-body": Case(functools.partial(_llama, cls=transformers.LlamaModel), CAUSAL),
+    "gpt2-6": Case(_gpt2, CAUSAL),
+    "bert-6": Case(_bert, LAYER),
+    **{
+        f"{kind}-{width}-T{tokens}": Case(functools.partial(Linears, width, names), LAYER, tokens)
+        for kind, names in {"linear": ("linear",), "qkv": ("q", "k", "v")}.items()
+        for width in (576, 1024, 2048)
+        for tokens in (1, 16, 512)
+    },
+    "tiny": Case(functools.partial(_llama, 1, width=192, inner=128, heads=3, vocabulary=64), CAUSAL),
+    "tiny-qkv": Case(functools.partial(Linears, 64, ("q", "k", "v")), LAYER, 4),
+}
+
+# Adapters, one in all implementations.
+
+VARIANTS = ("LoRA", "DoRA", "HRA", "DeLoRA", "IA3", "RoAd", "OFT")
+
+
+def config(variant: str, rank: int, case: Case) -> llfx.Variant:
+    """The config of a variant, at its default roles; at all linears of a layer, which have none."""
+    targets = {"target_names": (".",)} if case.tokens else {}
+    fields = finetune.OTHER_FIELDS.get(variant, {})
+    return llfx.registry()[variant](r=rank, alpha=2 * rank, **targets, **fields)
+
+
+@dataclass
+class Arm:
+    """An implementation, ready to be called.
+
+    Args:
+        name: as on the command line.
+        step: the call, of the frozen module.
+        run: the module, adapted, or what has been compiled of it.
+        parameters: those that are trained.
+        named: what goes by their names here, by the names that our graphs have for them.
+    """
+
+    name: str
+    step: Step
+    run: Callable[..., Any]
+    parameters: dict[str, nn.Parameter]
+    named: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+
+    def __call__(self) -> Any:
+        """The step, in the mode that the caller has set; a training step leaves gradients."""
+        if ":" in self.name:  # a mode with CUDA graphs: what the last call returned is done with
+            torch.compiler.cudagraph_mark_step_begin()
+        outputs = self.run(**self.step.inputs)
+        if self.step.trains:
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            torch.autograd.backward(outputs, [_direction(y.shape, y.dtype, y.device) for y in outputs])
+        return outputs
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The inputs that have a gradient."""
+        return [tensor for tensor in self.step.inputs.values() if isinstance(tensor, Tensor) and tensor.requires_grad]
+
+    def renew(self) -> None:
+        """What comes between two training steps: gradients go, and parameters count as changed; their values stay."""
+        if not self.step.trains:
+            return
+        with torch.no_grad():
+            for tensor in (*self.parameters.values(), *self.inputs):
+                tensor.grad = None
+            for parameter in self.parameters.values():
+                parameter.mul_(1)
+
+    def results(self) -> dict[str, Tensor]:
+        """The outputs of one step and, of a training step, all gradients."""
+        self.renew()
+        with torch.set_grad_enabled(self.step.trains):
+            outputs = pytree.tree_leaves(self())
+        results = {f"output {index}": output.detach().clone() for index, output in enumerate(outputs)}
+        if self.step.trains:
+            results |= {f"input gradient {index}": x.grad.clone() for index, x in enumerate(self.inputs)}
+            gradients = self.named({name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None})
+            results |= {f"gradient of {name}": gradient for name, gradient in gradients.items()}
+            self.renew()
+        return results
+
+
+@functools.cache
+def _direction(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The gradient of an output: of a loss one, else random."""
+    if not shape:
+        return torch.ones(shape, dtype=dtype, device=device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
+BASE = ("base", "base-again", "base-graph", "base-compiled")
+ADAPTED = ("peft", "peft-compiled", "hooks", "ours-plain", "ours", "ours-compiled", "ours-adapt", "merged")
+
+
+class Arms:
+    """The implementations of one adapter for one step, each made when asked for; they share the frozen weights.
+
+    Args:
+        step: the call, of the frozen module.
+        graph: the module's graph, from `capture`.
+        cfg: the adapter; its values are random, and the same in all.
+    """
+
+    def __init__(self, step: Step, graph: nn.Module, cfg: llfx.Variant) -> None:
+        self.step, self.graph, self.cfg = step, graph, cfg
+        self.ours = llfx.rewrite(graph, cfg)
+        self._expected: dict[str, dict[str, Tensor]] = {}
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in llfx.adapter_parameters(self.ours):
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(noise, alpha=0.02)
+
+    def make(self, name: str) -> Arm:
+        """The arm of that name; of a compiled one, a mode of `torch.compile` may follow a colon.
+
+        Raises:
+            ConfigError: there is no such thing for this variant or module.
+        """
+        kind, _, mode = name.partition(":")
+        if kind.endswith("-compiled"):
+            arm = self.make(kind.removesuffix("-compiled"))
+            return Arm(name, self.step, self.compile(arm, dynamic=False, mode=mode or None), arm.parameters, arm.named)
+        if name == "peft":
+            return self._peft()
+        return self._arm(name, self._module(name))
+
+    def _module(self, name: str) -> nn.Module:
+        step = self.step
+        if name in ("base", "base-again"):
+            return step.module
+        if name == "base-graph":
+            return self.graph
+        if name == "hooks":
+            return self._filled(llfx.wrap(step.module, self.cfg, step.example, dynamic_shapes=step.dynamic))
+        if name == "ours":
+            return self.ours
+        if name == "ours-plain":
+            return llfx.optimize(self.ours, Pipeline(()))
+        if name == "merged":
+            return llfx.merge(self.ours)
+        if name == "ours-adapt":
+            if isinstance(step.module, Linears):
+                raise llfx.ConfigError("adapt takes models of transformers alone")
+            return self._filled(type(step.module)(llfx.adapt(step.module.model, self.cfg)))
+        raise ValueError(f"There is no arm {name!r}; there are {', '.join((*BASE, *ADAPTED))}.")
+
+    def compile(self, arm: Arm, **options: Any) -> Callable[..., Any]:
+        """`torch.compile` of an arm. That of PEFT may break the graph; for all others it is an error."""
+        return torch.compile(arm.run, fullgraph=arm.name != "peft", **options)
+
+    def disagreement(self, arm: Arm) -> str:
+        """Where an arm differs from the base or, if it is adapted, from our graph without optimisations."""
+        expected = "base" if arm.name.startswith("base") else "ours-plain"
+        if expected not in self._expected:
+            self._expected[expected] = self.make(expected).results()
+        tolerance = TOLERANCES[next(self.step.module.parameters()).dtype]
+        return disagreement(arm.results(), self._expected[expected], tolerance, trained=arm.name != "merged")
+
+    def _arm(self, name: str, module: nn.Module) -> Arm:
+        parameters = {path: p for path, p in module.named_parameters() if p.requires_grad}
+        return Arm(name, self.step, module.train(self.step.trains), parameters)
+
+    def _filled(self, module: nn.Module) -> nn.Module:
+        values = dict(self.ours.named_parameters())
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(values[name])
+        return module
+
+    def _peft(self) -> Arm:
+        with tempfile.TemporaryDirectory() as folder:
+            llfx.save_peft(self.ours, folder)
+            settings = (Path(folder) / "adapter_config.json").read_bytes()
+            memo = {id(tensor): tensor for tensor in (*self.step.module.parameters(), *self.step.module.buffers())}
+            module = peft.PeftModel.from_pretrained(copy.deepcopy(self.step.module, memo), folder, is_trainable=True)
+
+        def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            """By way of the files, whose names and layouts the library knows."""
+            everything = {**module.state_dict(), **tensors}
+            state = peft.get_peft_model_state_dict(module, everything, save_embedding_layers=False)
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "adapter_config.json").write_bytes(settings)
+                contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
+                safetensors.torch.save_file(contiguous, Path(folder) / "adapter_model.safetensors")
+                read = llfx.adapter_state_dict(llfx.load_peft(self.graph, folder))
+            return {name: read[name] for name, parameter in self.ours.named_parameters() if parameter.requires_grad}
+
+        return replace(self._arm("peft", module), named=named)
+
+
+def capture(step: Step) -> tuple[nn.Module, float]:
+    """The graph of a step's module, and how many seconds it took; adapters can be inserted into it in little time."""
+    start = time.perf_counter()
+    # The library captures where it rewrites; without the adapter this is the base.
+    anything = llfx.LoRA(r=1, target_names=(".",))
+    graph = llfx.remove(llfx.rewrite(step.module, anything, step.example, dynamic_shapes=step.dynamic))
+    return graph, time.perf_counter() - start

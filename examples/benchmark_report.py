@@ -1,0 +1,237 @@
+"""What `benchmark.py` has measured: whether arms agree, and ratios to the base, as table, as JSON and as picture."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+from torch import Tensor
+
+VALID = (0.97, 1.03)
+"""Where base/base must lie for a timing to count."""
+
+
+@dataclass
+class Result:
+    """One measure of one step with one adapter, of all arms.
+
+    Args:
+        case, measure, variant: what was measured.
+        unit: of the values.
+        values: by arm; medians, where there are several.
+        ratios: by arm, to the base: of the medians or of the values.
+        paired: by arm, of timings: the median of the ratios within each round, and their quartiles.
+        void: of timings: why they do not count, if so.
+        notes: by arm, why it was not measured.
+    """
+
+    case: str
+    measure: str
+    variant: str
+    unit: str
+    values: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    paired: dict[str, list[float]] = field(default_factory=dict)
+    void: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def of_values(result: Result, values: Mapping[str, float]) -> Result:
+    """`result` with values that need no statistics."""
+    result.values = dict(values)
+    if base := values.get("base"):
+        result.ratios = {arm: value / base for arm, value in values.items()}
+    return result
+
+
+def of_rounds(result: Result, seconds: Mapping[str, Sequence[float | None]]) -> Result:
+    """`result` with timings: of each arm one per round, None where it was left out; "base" and "base-again" in all."""
+    result.values = {arm: median(_there(times)) for arm, times in seconds.items()}
+    result.ratios = {arm: value / result.values["base"] for arm, value in result.values.items()}
+    for arm, times in seconds.items():
+        pairs = [time / base for time, base in zip(times, seconds["base"], strict=True) if time and base]
+        result.paired[arm] = [median(pairs), *(quantiles(pairs)[::2] if len(pairs) > 1 else pairs * 2)]
+    twice = (result.ratios["base-again"], result.paired["base-again"][0])
+    if not all(VALID[0] <= ratio <= VALID[1] for ratio in twice):
+        result.void = f"base/base is {twice[0]:.3f} (paired {twice[1]:.3f}), outside {VALID[0]}-{VALID[1]}"
+    return result
+
+
+def _there(times: Iterable[float | None]) -> list[float]:
+    return [time for time in times if time is not None]
+
+
+# Agreement.
+
+
+def disagreement(results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, trained: bool) -> str:
+    """Where the results of two arms differ; empty if they agree.
+
+    Args:
+        results, expected: of `Arm.results`.
+        tolerance: of the norm of a difference, relative to that of what is expected.
+        trained: whether gradients of parameters have to be among the results.
+    """
+    needed = {name for name in expected if trained or not name.startswith("gradient of ")}
+    if needed != results.keys():
+        return f"{', '.join(sorted(needed ^ results.keys())[:3])}: in one arm alone"
+    floor = 1e-3 * max(tensor.float().norm().item() for tensor in expected.values())
+    worst, where = 0.0, ""
+    for name in sorted(needed):
+        one, other = results[name].float(), expected[name].float()
+        if one.shape != other.shape:
+            return f"{name}: shape {tuple(one.shape)} instead of {tuple(other.shape)}"
+        # What should be zero is noise beside the other gradients.
+        scale = other.norm().item() if name.startswith("output") else max(other.norm().item(), floor)
+        difference = (one - other).norm().item() / scale
+        if not difference <= max(tolerance, worst):
+            worst, where = difference, f"{name}: off by {difference:.1e} of its size"
+    return where
+
+
+# Where and how.
+
+
+def circumstances(settings: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The machine, the versions, the date and the settings of a run."""
+    packages = ("torch", "transformers", "peft", "lora_lite_fx")
+    return {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in packages},
+        "date": datetime.date.today().isoformat(),
+        "settings": dict(settings),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
+
+
+# JSON.
+
+
+def write(path: Path, where: Mapping[str, Any], results: Sequence[Result]) -> None:
+    """All results as JSON."""
+    rounded = json.loads(
+        json.dumps([asdict(result) for result in results]), parse_float=lambda x: float(f"{float(x):.5g}")
+    )
+    path.write_text(json.dumps({**where, "results": rounded}, indent=1) + "\n", encoding="utf-8")
+
+
+def read(paths: Sequence[Path]) -> tuple[dict[str, Any], list[Result]]:
+    """What `write` wrote: all results, and the circumstances of the first, with the settings of each."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results = [Result(**result) for file in files for result in file.pop("results")]
+    settings = [file["settings"] for file in files]
+    return files[0] | {"settings": settings if len(files) > 1 else settings[0]}, results
+
+
+# The table.
+
+
+def table(where: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """One table for each measure of each case: variants down, arms across, ratios to the base; then what is missing."""
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    lines = [f"{where['machine']}; {where['system']}; {versions}; {where['date']}"]
+    for case, measure in dict.fromkeys((result.case, result.measure) for result in results):
+        lines += ["", *_block([result for result in results if (result.case, result.measure) == (case, measure)])]
+    return "\n".join(lines)
+
+
+def _block(rows: Sequence[Result]) -> list[str]:
+    arms = list(dict.fromkeys(arm for row in rows for arm in (*row.values, *row.notes)))
+    head = [f"{rows[0].case}, {rows[0].measure}", *arms]
+    body = [[row.variant + (" (void)" if row.void else ""), *(_cell(row, arm) for arm in arms)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = ["  ".join(map(str.rjust, line, widths)) for line in (head, *body)]
+    lines += [f"  {row.variant} is void: {row.void}" for row in rows if row.void]
+    lines += [f"  {row.variant}, {arm}: {note}" for row in rows for arm, note in row.notes.items()]
+    return lines
+
+
+def _cell(row: Result, arm: str) -> str:
+    if arm not in row.values:
+        return "-"
+    if arm == "base" or arm not in row.ratios:
+        return readable(row.values[arm], row.unit)
+    if arm in row.paired:
+        return f"{row.ratios[arm]:.3f} ({row.paired[arm][0]:.3f})"
+    return f"{row.ratios[arm]:.3f}"
+
+
+def readable(value: float, unit: str) -> str:
+    """A value with its unit, in thousands where that is shorter."""
+    if unit == "s":
+        return f"{value:.1f} s" if value >= 1 else f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.1f} {prefix}{unit}"
+    return f"{value:g} {unit}".strip()
+
+
+# The picture.
+
+
+def draw(where: Mapping[str, Any], results: Sequence[Result], path: Path) -> None:
+    """A PNG of all ratios: a panel for each measure, a row for each case and variant, a colour for each arm."""
+    matplotlib.use("Agg")  # Needs no display.
+    results = [result for result in results if result.ratios]
+    measures = list(dict.fromkeys(result.measure for result in results))
+    if not measures:
+        return
+    arms = list(dict.fromkeys(arm for result in results for arm in result.ratios if not arm.startswith("base")))
+    colours = dict(zip(arms, pyplot.colormaps["tab10"].colors, strict=False))
+    rows = [[result for result in results if result.measure == measure] for measure in measures]
+    heights = [len(panel) + 2 for panel in rows]
+    figure, axes = pyplot.subplots(
+        len(measures),
+        figsize=(10, 1.5 + 0.24 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, panel, measure in zip(axes[:, 0], rows, measures, strict=True):
+        _panel(axis, panel, colours)
+        axis.set_title(f"{measure}: ratio to the frozen base", fontsize="medium", loc="left")
+    handles = [pyplot.Line2D([], [], color=colour, marker="o", ls="", label=arm) for arm, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 8), fontsize="small")
+    figure.supxlabel(f"{where['machine']}, torch {where['versions']['torch']}, {where['date']}", fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _panel(axis: Any, panel: Sequence[Result], colours: Mapping[str, Any]) -> None:
+    for place, result in enumerate(panel):
+        for arm, colour in colours.items():
+            if arm in result.ratios:
+                # Hollow where the run is void.
+                face = "none" if result.void else colour
+                axis.plot(result.ratios[arm], place, "o", ms=5, mec=colour, mfc=face, alpha=0.8)
+    axis.set_yticks(range(len(panel)), [f"{result.case}  {result.variant}" for result in panel], fontsize="x-small")
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    ratios = [result.ratios[arm] for result in panel for arm in colours if arm in result.ratios] or [1.0]
+    lowest, highest = min(*ratios, 0.98) / 1.02, max(*ratios, 1.1) * 1.02
+    ticks = (0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 300)
+    shown = [tick for tick in ticks if lowest <= tick <= highest and (highest < 3 or tick != 1.05)]
+    axis.set_xticks(shown, [f"{tick:g}" for tick in shown], fontsize="small")
+    axis.set_xlim(lowest, highest)
+    axis.minorticks_off()
+    axis.axvline(1, color="black", lw=0.8)
+    axis.grid(alpha=0.3)

@@ -1,0 +1,203 @@
+"""The benchmark: its statistics, its files, and that what it compares is the same."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import benchmark_cases as cases
+import benchmark_report as report
+import pytest
+import torch
+from benchmark_report import Result
+from torch import nn
+
+CASE = cases.CASES["tiny-qkv"]
+TOKENS, WIDTH, RANK = 4, 64, 16
+
+
+@functools.cache
+def arms(variant: str, call: str = "train") -> cases.Arms:
+    step = CASE.step(CASE.module("cpu", torch.float32), call, "cpu", torch.float32)
+    graph, _ = cases.capture(step)
+    return cases.Arms(step, graph, cases.config(variant, RANK, CASE))
+
+
+def result(**fields: Any) -> Result:
+    return Result(**{"case": "a case", "measure": "train", "variant": "LoRA", "unit": "s", **fields})
+
+
+# Statistics.
+
+
+def test_ratios_are_of_medians_and_of_rounds() -> None:
+    seconds = {"base": [1.0, 2.0, 4.0], "base-again": [1.0, 2.0, 4.0], "ours": [2.0, 3.0, 4.0]}
+    found = report.of_rounds(result(), seconds)
+    assert found.values["ours"] == 3.0
+    assert found.ratios["ours"] == 1.5
+    assert found.paired["ours"] == [1.5, 1.0, 2.0]
+    assert not found.void
+
+
+def test_rounds_that_an_arm_was_left_out_of_do_not_count() -> None:
+    seconds = {"base": [1.0, 1.0, 2.0], "base-again": [1.0, 1.0, 2.0], "peft": [9.0, None, 10.0]}
+    found = report.of_rounds(result(), seconds)
+    assert found.values["peft"] == 9.5
+    assert found.paired["peft"][0] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("again", "void"),
+    [([1.02] * 3, False), ([1.04] * 3, True), ([0.96] * 3, True), ([1.0, 1.06, 1.06], True)],
+)
+def test_a_run_is_void_where_the_base_differs_from_itself(again: list[float], void: bool) -> None:
+    found = report.of_rounds(result(), {"base": [1.0, 1.0, 1.0], "base-again": again})
+    assert bool(found.void) == void
+    assert ("(void)" in report.table(WHERE, [found])) == void
+
+
+def test_medians_that_agree_do_not_hide_rounds_that_do_not() -> None:
+    found = report.of_rounds(result(), {"base": [1.0, 2.0, 3.0], "base-again": [2.0, 3.0, 1.0]})
+    assert found.ratios["base-again"] == 1.0
+    assert found.void
+
+
+# Files.
+
+WHERE = {
+    "machine": "a processor",
+    "system": "a system",
+    "versions": {"torch": "2"},
+    "date": "2000-01-01",
+    "settings": {"rank": 16},
+}
+
+
+def test_a_file_gives_the_same_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = report.of_rounds(
+        result(notes={"peft": "not there: none"}), {"base": [1 / 3] * 2, "base-again": [1 / 3] * 2}
+    )
+    sizes = report.of_values(result(measure="saved", unit="B"), {"base": 2e6, "ours": 3e6})
+    report.write(tmp_path / "a.json", WHERE, [times, sizes])
+    where, results = report.read([tmp_path / "a.json"])
+    assert report.table(where, results) == report.table(WHERE, [times, sizes])
+    assert benchmark.main(["--from-json", str(tmp_path / "a.json"), "--out", str(tmp_path / "b")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == report.table(WHERE, [times, sizes])
+    assert "333.33 ms" in printed
+    assert "1.500" in printed
+    assert "peft: not there: none" in printed
+    assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_files_become_one(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{measure}.json" for measure in ("saved", "flops")]
+    found = [report.of_values(result(measure=path.stem), {"base": 1.0, "ours": 2.0}) for path in paths]
+    for path, each in zip(paths, found, strict=True):
+        report.write(path, WHERE, [each])
+    assert benchmark.main(["--from-json", *map(str, paths), "--out", str(tmp_path / "both")]) == 0
+    where, results = report.read([tmp_path / "both.json"])
+    assert results == found
+    assert where["settings"] == [WHERE["settings"]] * 2
+
+
+# Agreement.
+
+
+@pytest.mark.filterwarnings("ignore:The cayley-neumann")
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+def test_all_arms_agree(variant: str) -> None:
+    names = [name for name in (*cases.BASE, *cases.ADAPTED) if "compiled" not in name and name != "ours-adapt"]
+    ready, notes = benchmark.ready_arms(arms(variant), names, compiled=False)
+    assert not notes
+    assert [arm.name for arm in ready] == names
+    assert len(next(arm for arm in ready if arm.name == "peft").results()) == 4 + len(ready[-2].parameters)
+
+
+def test_a_compiled_arm_agrees() -> None:
+    ready, notes = benchmark.ready_arms(arms("LoRA", "forward"), ["base", "ours-compiled"], compiled=True)
+    assert not notes
+    assert [arm.name for arm in ready] == ["base", "ours-compiled"]
+
+
+def test_the_adapter_changes_what_the_base_computes() -> None:
+    base, ours = (arms("LoRA").make(name).results() for name in ("base", "ours"))
+    assert "output" in report.disagreement(base, ours, 2e-2, trained=False)
+
+
+def test_an_arm_that_disagrees_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = arms("LoRA")
+
+    def wrong(self: cases.Arms, name: str) -> nn.Module:
+        return self.graph if name == "merged" else right(self, name)
+
+    right = cases.Arms._module
+    monkeypatch.setattr(cases.Arms, "_module", wrong)
+    ready, notes = benchmark.ready_arms(ours, ["base", "merged", "ours"], compiled=False)
+    assert [arm.name for arm in ready] == ["base", "ours"]
+    assert notes["merged"].startswith("disagrees: ")
+
+
+def test_a_wrong_or_missing_gradient_is_a_disagreement() -> None:
+    expected = arms("LoRA").make("ours").results()
+    name = next(name for name in expected if name.startswith("gradient of "))
+    wrong = {**expected, name: 1.01 * expected[name]}
+    assert not report.disagreement(expected, expected, 1e-6, trained=True)
+    assert name in report.disagreement(wrong, expected, 1e-3, trained=True)
+    del wrong[name]
+    assert "one arm alone" in report.disagreement(wrong, expected, 1e-3, trained=True)
+
+
+# Counts.
+
+
+@pytest.mark.parametrize("name", ["peft", "ours-plain", "ours"])
+def test_products_added_in_place_are_counted(name: str) -> None:
+    base = 3 * 4 * TOKENS * WIDTH**2
+    lora = 3 * 6 * TOKENS * RANK * 2 * WIDTH
+    assert benchmark.flops(arms("LoRA").make("base")) == base
+    assert benchmark.flops(arms("LoRA").make(name)) == base + lora
+
+
+def test_a_training_step_does_the_work_on_parameters_again_and_inference_does_not() -> None:
+    ours = arms("DoRA").make("ours")
+    ours.results()
+    assert benchmark.flops(ours) == benchmark.flops(ours)
+    ours, plain = (arms("DoRA", "forward").make(name) for name in ("ours", "ours-plain"))
+    ours.results()
+    assert benchmark.flops(ours) < benchmark.flops(plain)
+
+
+def test_parameters_are_not_among_what_is_saved() -> None:
+    assert benchmark.saved(arms("LoRA").make("base")) == 0
+    assert benchmark.saved(arms("LoRA").make("ours-plain")) == 4 * TOKENS * (WIDTH + 3 * RANK)
+
+
+def test_one_graph_is_compiled_for_all_shapes() -> None:
+    first, *others = benchmark.compilations(arms("LoRA", "forward"), "ours")
+    assert first == 1
+    assert not any(others[:-1])  # a batch of one may be a graph of its own
+
+
+# The command.
+
+
+def test_the_command_measures_and_writes(tmp_path: Path) -> None:
+    settings = "--cases tiny-qkv --variants LoRA --rounds 2 --seconds 0 --measures forward train saved flops"
+    settings += " --arms peft ours merged"
+    assert benchmark.main([*settings.split(), "--out", str(tmp_path / "run")]) == 0
+    where, results = report.read([tmp_path / "run.json"])
+    assert where["settings"]["rounds"] == 2
+    assert [found.measure for found in results] == ["forward", "flops of forward", "train", "flops of train", "saved"]
+    for found in results:
+        assert list(found.values) == ["base", "base-again", "peft", "ours", "merged"]
+    assert (tmp_path / "run.png").exists()
+
+
+@pytest.mark.parametrize("wrong", ["--cases nothing", "--arms theirs", "--variants Adapter", "--measures joy"])
+def test_what_is_not_known_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(wrong.split())
+    assert wrong.split()[1] in capsys.readouterr().err

@@ -9,10 +9,10 @@
     python examples/benchmark.py --quick                      # a few tiny cases, to see that everything runs
 
 All arms run the same frozen weights, adapter values and inputs, and must agree in outputs and gradients before
-anything is measured. They are called in turn, for `--rounds` rounds; the table has the ratio of medians and, in
-parentheses, the median of the ratios within each round (every fourth, for an arm that takes four times as long as the
-base). The base is an arm twice: where the two differ by more than 3 % the run is void. On a CPU one thread is used and
-its processor time counts; with CUDA, events.
+anything is measured. They are called in turn, in another order in each of `--rounds` rounds; the table has the ratio of
+medians and, in parentheses, the median of the ratios within each round (every fourth, for an arm that takes four times
+as long as the base). The base is an arm twice: where the two differ by more than 3 % the run is void. On a CPU one
+thread is used and its processor time counts; with CUDA, events.
 
 Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`, `peft`,
 `peft-compiled`, `hooks` (ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`,
@@ -35,6 +35,7 @@ import gc
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -212,7 +213,8 @@ def time_rounds(arms: list[Arm], rounds: int, least: float, device: str) -> dict
     gc.disable()
     try:
         for number in range(rounds):
-            for arm in arms:
+            # In another order each time: an arm finds in the caches what the one before it has left there.
+            for arm in random.Random(number).sample(arms, len(arms)):
                 out = arm.name in seldom and number % SELDOM
                 times[arm.name].append(None if out else _calls(arm, counts[arm.name], turn))
             gc.collect(0)

@@ -6,7 +6,8 @@ backward pass all gradients of the input into one tensor, and what is kept for i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,10 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-
-_FEW_TOKENS = 8
-"""Up to so many, views cost more than what adding in place saves."""
-
 
 _SMALLEST_SCALE = 1e-30
 """What a scale of zero is taken for where the result is divided by it again."""
@@ -45,7 +42,7 @@ class LowRankProducts:
     products.
 
     Args:
-        ranks: the columns of `t` that each site reads, `(start, stop)`.
+        ranks: how many columns of `t` each site reads, one after the other.
         alphas: of the sites. Their tensors follow the sources, four for each: `W (d_out, d_in)`, `b (d_out,)` or None,
             `B (d_out, r)`, `c (d_out,)` or None.
         recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with; a method that does not use its
@@ -53,7 +50,7 @@ class LowRankProducts:
         sources: how many there are.
     """
 
-    ranks: tuple[tuple[int, int], ...] = ()
+    ranks: tuple[int, ...] = ()
     alphas: tuple[float, ...] = ()
     recipe: Callable[..., tuple[Tensor]] | None = None
     sources: int = 0
@@ -65,31 +62,37 @@ class LowRankProducts:
 
     def __call__(self, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         tensors = rest[self.sources :]
+        if not self._is_usual(x, a, tensors):
+            return self._plain(x, a, tensors)
         if torch.is_grad_enabled():
-            if self._is_usual(x, a, tensors):
-                results: tuple[Tensor, ...] = _Function.apply(self, x, a, *rest)
-                return results
-        elif x.numel() > _FEW_TOKENS * x.shape[-1] and self._is_usual(x, a, tensors):
-            return self.accumulated(x, a, tensors)
-        t = F.linear(x, a)
-        ys = []
-        for site, (start, stop), alpha in self.each(tensors):
-            y = torch.add(F.linear(x, site.weight, site.bias), F.linear(t[..., start:stop], site.b), alpha=alpha)
-            ys.append(y if site.scale is None else (y * site.scale).type_as(y))
-        return t, *ys
+            results: tuple[Tensor, ...] = _Function.apply(self, x, a, *rest)
+            return results
+        # As matrices, which take less time where there are few tokens.
+        shape = x.shape[:-1]
+        return tuple(result.view(*shape, -1) for result in self.accumulated(_rows(x), a, tensors))
 
-    def each(self, tensors: Sequence[Any]) -> list[tuple[Site, tuple[int, int], float]]:
-        """The sites that `tensors` are of."""
-        sites = [Site(*tensors[index : index + _EACH]) for index in range(0, len(tensors), _EACH)]
-        return list(zip(sites, self.ranks, self.alphas, strict=True))
+    def each(self, t: Tensor, tensors: Sequence[Any]) -> Iterator[tuple[Site, Tensor, float]]:
+        """The sites that `tensors` are of, with their columns of `t` and their alphas."""
+        if not self.ranks:
+            return iter(())
+        sites = (Site(*tensors[index : index + _EACH]) for index in range(0, len(tensors), _EACH))
+        return zip(sites, t.split(self.ranks, -1), self.alphas, strict=True)
+
+    def _plain(self, x: Tensor, a: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+        t = F.linear(x, a)
+        results = [t]
+        for site, part, alpha in self.each(t, tensors):
+            y = torch.add(F.linear(x, site.weight, site.bias), F.linear(part, site.b), alpha=alpha)
+            results.append(y if site.scale is None else (y * site.scale).type_as(y))
+        return tuple(results)
 
     def accumulated(self, x: Tensor, a: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
         """The results, branches added and scaled in place. None is a view: what follows may overwrite them."""
         t = F.linear(x, a)
         results = [t]
-        for site, (start, stop), alpha in self.each(tensors):
+        for site, part, alpha in self.each(_rows(t), tensors):
             y = F.linear(x, site.weight, site.bias)
-            _add_product(_rows(y), _rows(t)[:, start:stop], site.b.t(), alpha)
+            _add_product(_rows(y), part, site.b.t(), alpha)
             results.append(y if site.scale is None else y.mul_(site.scale))
         return tuple(results)
 
@@ -98,23 +101,22 @@ class LowRankProducts:
         if torch.compiler.is_compiling() or (self.ranks and torch.is_autocast_enabled(x.device.type)):
             return False
         given = [x, a, *(tensor for tensor in tensors if tensor is not None)]
-        frozen = [tensor for index, tensor in enumerate(tensors) if index % _EACH < 2 and tensor is not None]
-        return (
-            all(type(tensor) in _ORDINARY and tensor.dtype == x.dtype for tensor in given if self.ranks)
-            and not any(tensor.requires_grad for tensor in frozen)
-            and not any(map(_is_transformed, given))
+        dtype = x.dtype if self.ranks else None
+        try:
+            for tensor in given:
+                if dtype is not None and (tensor.dtype is not dtype or type(tensor) not in _ORDINARY):
+                    return False
+                tensor.data_ptr()
+        except RuntimeError:  # a transform of `torch.func` sees more in a tensor than there is
+            return False
+        frozen = (tensor for index, tensor in enumerate(tensors) if index % _EACH < 2 and tensor is not None)
+        return not torch.is_grad_enabled() or not (
+            any(tensor.requires_grad for tensor in frozen)
+            or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
         )
 
 
 _ORDINARY = (Tensor, nn.Parameter)
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    try:
-        tensor.data_ptr()
-    except RuntimeError:  # of a wrapper around a tensor
-        return True
-    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class _Function(torch.autograd.Function):
@@ -163,13 +165,11 @@ class _Function(torch.autograd.Function):
                 t = F.linear(x, a)
             given: Any = t if tensors else of_t
             shape = (*given.shape[:-1], a.shape[1])
-            if tensors:
-                t = _rows(given)
-                of_t = torch.zeros_like(t) if of_t is None else _rows(of_t).clone()
-            else:
-                of_t = _rows(given)
+            t = _rows(given)
+            of_t = torch.zeros_like(t) if of_t is None else _rows(of_t).clone() if tensors else t
+            starts = itertools.accumulate(products.ranks, initial=0)
             reached = []
-            for index, (site, (start, stop), alpha) in enumerate(products.each(tensors)):
+            for index, ((site, part, alpha), start) in enumerate(zip(products.each(t, tensors), starts, strict=False)):
                 if (of_y := of_ys[index]) is None:
                     continue
                 of_y = _rows(of_y)
@@ -181,10 +181,10 @@ class _Function(torch.autograd.Function):
                         of_rest[scale_place] = (of_y * _rows(ys[index])).sum(0) / scale
                     of_y = of_y * scale
                 reached.append((of_y, site.weight))
-                _add_product(of_t[:, start:stop], of_y, site.b, alpha)
+                _add_product(of_t.narrow(1, start, part.shape[1]), of_y, site.b, alpha)
                 if rest_needed[b_place]:
                     # The narrow matrix first: the other way round it takes up to twice the time.
-                    of_rest[b_place] = alpha * (t[:, start:stop].t() @ of_y).t()
+                    of_rest[b_place] = alpha * (part.t() @ of_y).t()
             of_a = of_t.t() @ _rows(x) if a_needed else None
             of_x = None
             if x_needed:
@@ -205,7 +205,7 @@ def _invertible(scale: Tensor) -> Tensor:
 
 def _rows(tensor: Tensor) -> Tensor:
     """As a matrix; a view of the results of products, which are contiguous."""
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _add_product(into: Tensor, one: Tensor, other: Tensor, alpha: float = 1.0) -> Tensor:

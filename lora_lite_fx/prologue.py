@@ -125,8 +125,12 @@ class Prologue:
         # With leaves in place of the tensors under no_grad too: there autocast would remember casts of parameters that
         # have no gradients. No inference tensors, which a later call could not use with gradients. And what hooks are
         # told of must not depend on whether this call or an earlier one has computed the values.
-        with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            with_gradients = torch.is_grad_enabled()
+        with_gradients = torch.is_grad_enabled()
+        with (
+            torch.inference_mode(False),  # which switches gradients on
+            torch.set_grad_enabled(with_gradients),
+            torch.autograd.graph.saved_tensors_hooks(_same, _same),
+        ):
             leaves = [tensor.detach().requires_grad_(with_gradients and tensor.requires_grad) for tensor in tensors]
             return Kept(tensors, state, leaves, self.compute(module, *leaves))
 

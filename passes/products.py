@@ -54,7 +54,7 @@ class Sum(NamedTuple):
     b: fx.Node
     scale: fx.Node | None
     alpha: float
-    columns: tuple[int, int]
+    columns: tuple[int, int]  # the first, and the one after the last
     casts: list[fx.Node]
 
 
@@ -79,7 +79,10 @@ def _sums(gm: fx.GraphModule, product: fx.Node, rows: set[fx.Node]) -> list[Sum]
         if made is None:
             return []
         sums.append(made)
-    if not sums:
+    sums.sort(key=lambda made: made.columns)
+    # All columns, one after the other: for what is left of a product it is not gathered.
+    bounds = [0, *(made.columns[1] for made in sums)]
+    if not sums or [made.columns[0] for made in sums] != bounds[:-1] or bounds[-1] != _width(gm, product):
         return []
     place = min(made.node for made in sums)
     moved = sorted([product, *(made.y for made in sums)])
@@ -97,8 +100,13 @@ def _parts(gm: fx.GraphModule, product: fx.Node) -> Iterator[tuple[fx.Node, tupl
         for part in users[0].users:
             index: Any = part.args[1]
             yield part, (sum(sizes[:index]), sum(sizes[: index + 1]))
-    elif (a := value_of(gm, product.all_input_nodes[-1])) is not None:
-        yield product, (0, a.shape[0])
+    elif (width := _width(gm, product)) is not None:
+        yield product, (0, width)
+
+
+def _width(gm: fx.GraphModule, product: fx.Node) -> int | None:
+    value = value_of(gm, product.all_input_nodes[-1])
+    return None if value is None else value.shape[0]
 
 
 def _sum(
@@ -162,7 +170,8 @@ def _gather(graph: fx.Graph, product: fx.Node, sums: list[Sum]) -> None:
         for read in _operands(made):
             if place < read:  # a tensor of the module
                 place.prepend(read)
-    products = LowRankProducts(tuple(made.columns for made in sums), tuple(made.alpha for made in sums))
+    ranks = tuple(stop - start for start, stop in (made.columns for made in sums))
+    products = LowRankProducts(ranks, tuple(made.alpha for made in sums))
     tensors: list[Any] = []
     for made in sums:
         _, weight, bias = (*made.y.args, None)[:3]

@@ -131,7 +131,7 @@ def _running_what_is_derived(plain: Callable[..., Any], checkpoints_layers: bool
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
         program: Program = "inference"
         if self.training or torch.is_grad_enabled():
-            program = "checkpointed" if checkpoints_layers else "training"
+            program = "checkpointed" if checkpoints_layers and self.training else "training"
         self._derive(program)
         return getattr(self, _method(program))(*args, **kwargs)
 

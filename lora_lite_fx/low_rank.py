@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from .tensors import HALF
+
 _SMALLEST_SCALE = 1e-30
 """What a scale of zero is taken for where the result is divided by it again."""
 
@@ -210,7 +212,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _add_product(into: Tensor, one: Tensor, other: Tensor, alpha: float = 1.0) -> Tensor:
     """`into += alpha one other`."""
-    if into.dtype in (torch.float16, torch.bfloat16) and into.device.type == "cpu":
+    if into.dtype in HALF and into.device.type == "cpu":
         # There the sum would be rounded more than once.
         return into.add_(one @ other, alpha=alpha)
     return into.addmm_(one, other, alpha=alpha)

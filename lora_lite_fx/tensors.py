@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+HALF = (torch.float16, torch.bfloat16)
+"""The types in which sums and products are rounded to about three digits."""
+
 # Names.
 
 

@@ -26,9 +26,9 @@ from .products import KINDS
 from .provenance import SHARED
 from .roles import GROUPS, ROLES
 from .site import Site
+from .tensors import HALF
 
-_HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (*_HALF, torch.float32, torch.float64)  # in narrower ones there is no arithmetic
+_DTYPES = (*HALF, torch.float32, torch.float64)  # in narrower ones there is no arithmetic
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ class Variant:
 
     def param_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
         """The dtype of the adapter's tensors on a base of `base_dtype`."""
-        return self.dtype or (torch.float32 if base_dtype in _HALF else base_dtype)
+        return self.dtype or (torch.float32 if base_dtype in HALF else base_dtype)
 
     def selects(self, site: Site) -> bool:
         """Whether the config's targets include `site`."""
@@ -365,7 +365,7 @@ class WithDropout(Variant):
 
 def wide(tensor: Tensor) -> Tensor:
     """`tensor` in float32 if it is in half precision, else as it is. For norms and factorisations."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def is_finite(value: object) -> bool:

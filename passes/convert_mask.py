@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +22,7 @@ class ConvertMaskOnce(GraphPass):
 
     Each call of attention makes that itself, and keeps it for the backward pass, as large as the square of the length.
     Safe because it is what the operator does first, in the type of the queries. On the CPU alone: elsewhere some
-    kernels take the booleans. Not with checkpointed layers, which one of them would hand to the others.
+    kernels take the booleans. Not with checkpointed layers, whose inputs are kept: there booleans are smaller.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"training", "inference"})
@@ -33,20 +33,22 @@ class ConvertMaskOnce(GraphPass):
         readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            if isinstance(mask, fx.Node) and _is_boolean(mask):
+            if isinstance(mask, fx.Node) and _type_of(mask) is torch.bool:
                 readers[mask].append(node)
         edits = 0
         for mask, found in readers.items():
-            if len(found) > 1 and not must_not_move(gm, found[0], found[-1]):
-                with gm.graph.inserting_before(found[0]):
+            types = {_type_of(node.args[0]) for node in found}
+            if len(found) > 1 and len(types) == 1 and not must_not_move(gm, mask, found[-1]):
+                with gm.graph.inserting_after(mask):
                     numbers = gm.graph.call_function(aten.where.Scalar, (mask, 0.0, -math.inf))
-                    converted = gm.graph.call_function(aten.type_as.default, (numbers, found[0].args[0]))
+                with gm.graph.inserting_after(numbers):
+                    converted = gm.graph.call_function(aten.to.dtype, (numbers, *types))
                 for node in found:
                     node.replace_input_with(mask, converted)
                 edits += 1
         return edits
 
 
-def _is_boolean(node: fx.Node) -> bool:
+def _type_of(node: Any) -> torch.dtype | None:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype is torch.bool
+    return value.dtype if isinstance(value, Tensor) else None

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..provenance import is_inserted, record, recorded
+from ..tensors import HALF
 from .graph_pass import GraphPass, Program
 from .parameter_work import is_product, must_not_move, parameter_work, reads_tensor, value_of
 
@@ -24,8 +25,8 @@ class MoveBranchesToOutputs(GraphPass):
 
     So HRA, which reflects what a site reads, runs as LoRA does, and can share and gather its products in the same way.
     `W B` depends on parameters alone: in inference it is formed once. Safe because products distribute over sums, the
-    sum goes nowhere else, and types agree. In training the gradient of `W B` would take a product as large as the
-    weight's own.
+    sum goes nowhere else, and types agree; not in half precision, where `W B` would be rounded. In training the
+    gradient of `W B` would take a product as large as the weight's own.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"inference"})
@@ -53,7 +54,7 @@ def _move(gm: fx.GraphModule, y: fx.Node, known: set[fx.Node]) -> bool:
     w_value, b_value = value_of(gm, weight), value_of(gm, b)
     if b not in known or w_value is None or b_value is None or b_value.dim() != 2 or w_value.dtype != b_value.dtype:
         return False
-    if w_value.shape[0] > _WIDEST * w_value.shape[1] or must_not_move(gm, branch, y):
+    if w_value.dtype in HALF or w_value.shape[0] > _WIDEST * w_value.shape[1] or must_not_move(gm, branch, y):
         return False
     by = recorded(added)
     assert by is not None

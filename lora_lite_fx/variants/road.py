@@ -62,7 +62,7 @@ class RoAd(Variant):
         cosines, sines = (slice(2), slice(2, None)) if self.kind == "road_4" else (slice(None), slice(None))
         straight = scale[:, cosines] * theta[:, cosines].cos()
         crossed = scale[:, sines] * theta[:, sines].sin()
+        # The first of a pair takes the second negatively: the sign is turned where things are small.
+        signed = torch.cat((-crossed[:, :1], crossed[:, -1:]), 1)
         pairs = y.unflatten(-1, (-1, 2, half))
-        u, v = pairs.unbind(-2)
-        turned = torch.stack((-v, u), -2)
-        return (pairs * straight + turned * crossed).flatten(-3).type_as(y)
+        return (pairs * straight + pairs.flip(-2) * signed).flatten(-3).type_as(y)

@@ -71,7 +71,7 @@ class LowRankProducts:
             return results
         # As matrices, which take less time where there are few tokens.
         shape = x.shape[:-1]
-        return tuple(result.view(*shape, -1) for result in self.accumulated(_rows(x), a, tensors))
+        return tuple(result.view(*shape, result.shape[-1]) for result in self.accumulated(_rows(x), a, tensors))
 
     def each(self, t: Tensor, tensors: Sequence[Any]) -> Iterator[tuple[Site, Tensor, float]]:
         """The sites that `tensors` are of, with their columns of `t` and their alphas."""

@@ -166,6 +166,17 @@ def test_outputs_gradients_and_their_gradients(name: str, bias: bool) -> None:
         assert_close(results(gm, second=True), results(llfx.optimize(gm, PLAIN), second=True), 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (5,), (2, 0, 3, 5), (2, 1, 3, 5)])
+def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
+    gm = llfx.rewrite(nn.Sequential(nn.Linear(5, 7)), llfx.LoRA(r=2, target_names=(".",)))
+    randomise(gm, 1)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = llfx.optimize(gm, PLAIN)(x).detach()
+    torch.testing.assert_close(gm(x).detach(), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), expected)
+
+
 def test_a_magnitude_of_zero_has_its_gradient() -> None:
     gm = adapted("DoRA")
     magnitudes = [parameter for name, parameter in gm.named_parameters() if name.endswith("lora_m")]

@@ -130,7 +130,8 @@ def _prologue(program: Program) -> str:
 def _running_what_is_derived(plain: Callable[..., Any], checkpoints_layers: bool) -> Callable[..., Any]:
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
         program: Program = "inference"
-        if self.training or torch.is_grad_enabled():
+        # Compiled, parameter work is done in each call: there what is best kept for inference would cost more.
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             program = "checkpointed" if checkpoints_layers and self.training else "training"
         self._derive(program)
         return getattr(self, _method(program))(*args, **kwargs)

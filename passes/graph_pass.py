@@ -19,8 +19,8 @@ from ..errors import AdapterError
 from ..tensors import written
 
 Program = Literal["training", "checkpointed", "inference"]
-"""What is derived from a graph: for use with gradients or in training mode; for training mode with layers that keep
-only their inputs and run again in the backward pass; and for evaluation without gradients."""
+"""What is derived from a graph: for use with gradients, in training mode or under `torch.compile`; for training mode
+with layers that keep only their inputs and run again in the backward pass; and for evaluation without gradients."""
 
 
 class GraphPass(ABC):

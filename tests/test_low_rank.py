@@ -258,6 +258,24 @@ def test_the_arithmetic_is_that_of_the_cost_table(name: str) -> None:
 # Compiled.
 
 
+def test_compiled_no_weight_is_multiplied_in_each_call_for_what_inference_could_keep() -> None:
+    cfg = llfx.HRA(r=R, target_names=(".",))
+    gm = llfx.rewrite(nn.Sequential(nn.Linear(IN, OUT)), cfg, (torch.randn(3, IN),)).eval()
+    randomise(gm, 1)
+    counts = []
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        counts.append(products(lambda: graph(*inputs)))
+        return graph.forward
+
+    torch.compiler.reset()
+    x = torch.randn(1, IN)
+    with torch.no_grad():
+        close(torch.compile(gm, backend=backend, fullgraph=True)(x), gm(x), 1e-5, "output")
+    torch.compiler.reset()
+    assert IN * OUT < counts[0] < 2 * IN * OUT
+
+
 def test_more_models_than_dynamo_recompiles_for_one_function_can_be_compiled() -> None:
     torch.compiler.reset()
     counter = CompileCounter()

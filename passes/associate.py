@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from ..provenance import record, recorded
+from ..provenance import SHARED, record, recorded
 from .graph_pass import GraphPass, Program
 from .parameter_work import is_product, parameter_work, value_of
 
@@ -20,9 +20,9 @@ class AssociateProducts(GraphPass):
     """Make `x (B A)^T` of `(x A^T) B^T`, with `A (r, d)` and `B (o, r)`, where `d o < r (d + o)`.
 
     So for square `B`, as the triangular system of HRA, and for ranks so large that the product is smaller than its
-    factors. `B A` depends on parameters alone: in inference it is formed once. Safe because products of matrices
-    associate. In training it would be formed again in each step, and its gradient takes a product of the size of the
-    weight's own, so there the order stays.
+    factors, which are this site's own. `B A` depends on parameters alone: in inference it is formed once. Safe because
+    products of matrices associate. In training it would be formed again in each step, and its gradient takes a product
+    of the size of the weight's own, so there the order stays.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"inference"})
@@ -41,7 +41,8 @@ class AssociateProducts(GraphPass):
             if inner is None or outer is None or inner.dim() != 2 or outer.dim() != 2 or inner.dtype != outer.dtype:
                 continue
             (r, d), o = inner.shape, outer.shape[0]
-            if d * o < r * (d + o):
+            # Shared by all sites, the factors take less than a product for each.
+            if d * o < r * (d + o) and not (_reads_shared(a) or _reads_shared(b)):
                 with gm.graph.inserting_before(second):
                     both = gm.graph.call_function(aten.matmul.default, (b, a))
                 both.meta["val"] = torch.empty(o, d, dtype=inner.dtype, device="meta")
@@ -50,3 +51,10 @@ class AssociateProducts(GraphPass):
                 known.add(both)
                 edits += 1
         return edits
+
+
+def _reads_shared(node: fx.Node) -> bool:
+    """Whether a tensor that all sites share goes into `node`, which is parameter work."""
+    if node.op == "get_attr":
+        return str(node.target).rpartition(".")[2].startswith(SHARED)
+    return any(map(_reads_shared, node.all_input_nodes))

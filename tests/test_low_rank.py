@@ -255,6 +255,14 @@ def test_the_arithmetic_is_that_of_the_cost_table(name: str) -> None:
     assert products(lambda: gm(x).sum().backward()) - 2 * T * IN * OUT == pytest.approx(training, rel=0.05)
 
 
+def test_no_second_model_is_kept_for_a_variant_with_shared_bases() -> None:
+    cfg = llfx.RandLoRA(r=R, target_names=(".",))
+    gm = llfx.rewrite(nn.Sequential(nn.Linear(IN, OUT)), cfg, (torch.randn(3, IN),)).eval()
+    assert {report.name: report.edits for report in OPTIMISATIONS.run(gm)}["associate_products"] == 0
+    gm = llfx.rewrite(nn.Sequential(nn.Linear(IN, OUT)), llfx.LoRA(r=128, target_names=(".",)), (torch.randn(3, IN),))
+    assert {report.name: report.edits for report in OPTIMISATIONS.run(gm)}["associate_products"] == 1
+
+
 # Compiled.
 
 

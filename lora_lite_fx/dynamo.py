@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .capture import fake_like
+from .subgraph import segment
 from .tensors import register_tensor
 
 Compiled = Callable[..., Any]
@@ -78,26 +79,14 @@ def _without_transforms(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         region.append(node)
         if not depth:
-            inputs = list(dict.fromkeys(read for one in region for read in one.all_input_nodes if read in copies))
-            outputs = [one for one in region if not one.users.keys() <= set(region)]
-            whole.add_submodule(f"transform_{len(copies)}", _traced(gm, region, inputs, outputs))
+            traced, inputs, outputs = segment(region)
+            values = (read.meta["example_value"] for read in inputs)
+            whole.add_submodule(f"transform_{len(copies)}", make_fx(fx.GraphModule(gm, traced))(*values))
             call = graph.call_module(f"transform_{len(copies)}", tuple(copies[read] for read in inputs))
             copies |= {one: graph.call_function(operator.getitem, (call, i)) for i, one in enumerate(outputs)}
             region = []
     whole.graph = graph
     return whole
-
-
-def _traced(
-    gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
-) -> fx.GraphModule:
-    """The computation of `nodes` as a module of its own, of aten operators without transforms."""
-    graph = fx.Graph()
-    copies = {read: graph.placeholder(read.name) for read in inputs}
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output([copies[node] for node in outputs])
-    return make_fx(fx.GraphModule(gm, graph))(*(read.meta["example_value"] for read in inputs))
 
 
 def fake_mode(values: Sequence[Any]) -> AbstractContextManager[Any]:

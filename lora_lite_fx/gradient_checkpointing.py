@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import CaptureError
-from .subgraph import forward_of, replace_by_call
+from .subgraph import forward_of, replace_by_call, segment
 from .tensors import may_return_a_view, written
 
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
@@ -134,16 +134,9 @@ def _overwritten(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | No
 
 def _cut_out(outer: fx.Graph, members: list[fx.Node], name: str) -> fx.Graph:
     """Replace `members` of `outer` by one call of the module's method `name`; returns the graph of that method."""
-    own = set(members)
-    inputs = list(dict.fromkeys(read for node in members for read in node.all_input_nodes if read not in own))
-    results = [node for node in members if not own.issuperset(node.users)]
-    segment = fx.Graph()
-    copies = {node: segment.placeholder(node.name) for node in inputs}
-    for node in members:
-        copies[node] = segment.node_copy(node, copies.__getitem__)
-    segment.output(tuple(copies[node] for node in results))
+    graph, inputs, results = segment(members)
     replace_by_call(outer, name, inputs, members, results)
-    return segment
+    return graph
 
 
 # Running it.

@@ -33,6 +33,22 @@ def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
     return graph
 
 
+def segment(members: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
+    """All of `members`, in order, as a graph of its own; the nodes that they read, and those of them that others read.
+
+    These are its inputs and, as a tuple, its results.
+    """
+    own = set(members)
+    inputs = list(dict.fromkeys(read for node in members for read in node.all_input_nodes if read not in own))
+    results = [node for node in members if not own.issuperset(node.users)]
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node in members:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in results))
+    return graph, inputs, results
+
+
 def replace_by_call(
     outer: fx.Graph, name: str, inputs: Sequence[fx.Node], members: Sequence[fx.Node], results: Sequence[fx.Node]
 ) -> None:

@@ -14,7 +14,7 @@ from ..low_rank import LowRankProducts
 from ..provenance import is_inserted
 from ..tensors import may_return_a_view, overwrites
 from .graph_pass import GraphPass
-from .parameter_work import must_not_move, parameter_work, reads_tensor, value_of
+from .parameter_work import is_product, must_not_move, parameter_work, reads_tensor, value_of
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ class GatherProducts(GraphPass):
         edits = 0
         rows = _rows(gm)
         for product in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-            if is_inserted(product) and len(product.args) == 2 and (sums := _sums(gm, product, rows)):
+            if is_product(product) and (sums := _sums(gm, product, rows)):
                 _gather(gm.graph, product, sums)
                 edits += 1
         return edits

@@ -98,7 +98,7 @@ class RecomputeInputs(GraphPass):
         kept = {node for user in needing - once for node in _kept_by(gm, user, needing)}
         edits = 0
         for node in reversed([node for node in gm.graph.nodes if node not in once]):
-            alone = node.target is aten.linear.default and is_inserted(node) and len(node.args) == 2
+            alone = is_product(node)
             products = LowRankProducts() if alone else node.target
             if not isinstance(products, LowRankProducts) or products.recipe or node.args[1] not in needing:
                 continue

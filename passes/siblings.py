@@ -16,6 +16,7 @@ from .graph_pass import GraphPass
 from .parameter_work import (
     first_input,
     is_deterministic,
+    is_product,
     move_to_front,
     must_not_move,
     parameter_work,
@@ -43,7 +44,7 @@ class ShareSiblings(GraphPass):
         known = set(work)
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in gm.graph.nodes:
-            if is_inserted(node) and node.target is aten.linear.default and len(node.args) == 2 and node not in known:
+            if is_product(node) and node not in known:
                 x, matrix = node.all_input_nodes[0], node.all_input_nodes[-1]
                 value = value_of(gm, matrix)
                 if value is not None and (matrix in known or matrix.op == "get_attr"):

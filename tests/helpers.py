@@ -1,4 +1,4 @@
-"""`untouched`: nothing about a user's model may change."""
+"""`untouched`: nothing about a user's model may change; and `saved_bytes`: what a forward pass keeps."""
 
 from __future__ import annotations
 
@@ -51,3 +51,22 @@ def untouched(*models: nn.Module) -> Iterator[None]:
             assert now.keys() == was.keys(), sorted(now.keys() ^ was.keys())
             changed = [what for what in was if now[what] != was[what]]
             assert not changed, changed
+
+
+def saved_bytes(model: nn.Module, inputs: Any) -> int:
+    """What a forward pass keeps for the backward one beside parameters, buffers and inputs; each storage once."""
+    arguments = inputs.values() if isinstance(inputs, dict) else inputs
+    given = [argument for argument in arguments if isinstance(argument, Tensor)]
+    there = {
+        t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *given) if isinstance(t, Tensor)
+    }
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    assert result is not None
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in there)

@@ -22,7 +22,7 @@ from lora_lite_fx.passes import Pipeline
 from lora_lite_fx.rewrite import base_graph
 
 from .conformance import check_merge, check_remove, close, output, randomise, small
-from .helpers import untouched
+from .helpers import saved_bytes, untouched
 from .models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids, tiny_llama
 from .models import Attention as AttentionBlock
 
@@ -120,22 +120,6 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name or "output"
-
-
-def saved_bytes(model: nn.Module, inputs: Any) -> int:
-    """What a forward pass keeps for the backward one beside parameters, buffers and inputs; each storage once."""
-    given = inputs.values() if isinstance(inputs, dict) else inputs
-    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *given)}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    assert result is not None
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in there)
 
 
 # The same numbers.

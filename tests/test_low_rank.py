@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from variants import flop_counter
 
 import lora_lite_fx as llfx
 from lora_lite_fx.low_rank import LowRankProducts
-from lora_lite_fx.passes import OPTIMISATIONS, Pipeline
+from lora_lite_fx.passes import OPTIMISATIONS
 from lora_lite_fx.rewrite import base_graph
 
 from .conformance import close, randomise
+from .helpers import saved_bytes
+from .test_optimisations import PLAIN, derived
 
 aten = torch.ops.aten
-PLAIN = Pipeline(())
 TRAINING = OPTIMISATIONS.of("training")
 EVERYWHERE: dict[str, Any] = {"target_names": ("_proj$",)}
 LOW_RANK = {
@@ -58,12 +59,6 @@ def adapted(name: str, **which: Any) -> fx.GraphModule:
     return gm
 
 
-def derived(gm: fx.GraphModule, passes: Pipeline = TRAINING) -> fx.GraphModule:
-    result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    passes.run(result)
-    return result
-
-
 def gathered(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if isinstance(node.target, LowRankProducts)]
 
@@ -78,7 +73,7 @@ def run(model: nn.Module, *shape: int) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA"])
 def test_a_layer_has_four_gathered_products(name: str, bias: bool) -> None:
-    gm = derived(adapted(name, bias=bias))
+    gm = derived(adapted(name, bias=bias), TRAINING)
     products = gathered(gm)
     assert [len(node.target.ranks) for node in products] == 2 * [3, 1, 2, 1]
     # All inputs follow from what the base keeps. But before the first adapter it keeps nothing.
@@ -103,7 +98,7 @@ def test_in_inference_every_low_rank_variant_runs_in_one_form() -> None:
 def test_a_scaled_result_that_the_caller_could_overwrite_is_not_kept() -> None:
     gm = llfx.rewrite(base()[1], llfx.DoRA(r=2, target_names=("lm_head", "down_proj"))).train()
     randomise(gm, 1)
-    scaled = {str(node.args[-4]): node.args[-1] is not None for node in gathered(derived(gm))}
+    scaled = {str(node.args[-4]): node.args[-1] is not None for node in gathered(derived(gm, TRAINING))}
     assert scaled.pop("lm_head_weight") is False
     assert list(scaled.values()) == [True, True]
     loss = run(gm, 2, 3)().div_(2.0).sum()
@@ -112,7 +107,9 @@ def test_a_scaled_result_that_the_caller_could_overwrite_is_not_kept() -> None:
 
 def test_heads_of_grouped_attention_are_not_repeated() -> None:
     gm = adapted("LoRA")
-    attention = derived(gm).graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    attention = derived(gm, TRAINING).graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    )
     assert [node.kwargs["enable_gqa"] for node in attention] == [True, True]
     assert all(node.args[1].target is not aten.reshape.default for node in attention)
     (*_, node) = derived(gm, PLAIN).graph.find_nodes(
@@ -192,31 +189,16 @@ def test_a_magnitude_of_zero_has_its_gradient() -> None:
 # What is kept, and what is computed.
 
 
-def kept(model: nn.Module, call: Callable[..., Tensor]) -> int:
-    """The bytes that autograd keeps for the backward pass, besides the model's tensors; each storage once."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    found: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if (address := tensor.untyped_storage().data_ptr()) not in own:
-            found[address] = tensor  # which keeps others from getting the same address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call()
-    assert y.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
-
-
 @pytest.mark.parametrize(("name", "most"), [("LoRA", 1.05), ("DeLoRA", 1.05), ("HRA", 1.05), ("DoRA", 1.4)])
 def test_hardly_more_is_kept_than_by_the_frozen_base(name: str, most: float) -> None:
     model = copy.deepcopy(base(dtype=torch.float32)[0]).requires_grad_(False).train()
     model.enable_input_require_grads()
     gm = adapted(name, dtype=torch.float32)
-    of_base, ours = kept(model, run(model, 64, 8)), kept(gm, run(gm, 64, 8))
     plain = llfx.optimize(gm, PLAIN)
+    assert all(run(each, 1, 2)().requires_grad for each in (model, gm, plain))
+    of_base, ours, of_plain = (saved_bytes(each, tokens(64, 8)) for each in (model, gm, plain))
     assert of_base < ours <= most * of_base
-    assert kept(plain, run(plain, 64, 8)) > 1.3 * ours
+    assert of_plain > 1.3 * ours
 
 
 T, IN, OUT, R, BLOCK = 256, 192, 160, 8, 8
@@ -236,8 +218,7 @@ COSTS: dict[str, tuple[llfx.Variant, int, int]] = {
 
 def products(call: Callable[[], Any]) -> int:
     """The multiply-adds of all products of matrices."""
-    in_place = {aten.addmm_: lambda into, one, other, **_: 2 * one[0] * one[1] * other[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops() // 2
 

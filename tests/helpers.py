@@ -57,9 +57,7 @@ def saved_bytes(model: nn.Module, inputs: Any) -> int:
     """What a forward pass keeps for the backward one beside parameters, buffers and inputs; each storage once."""
     arguments = inputs.values() if isinstance(inputs, dict) else inputs
     given = [argument for argument in arguments if isinstance(argument, Tensor)]
-    there = {
-        t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *given) if isinstance(t, Tensor)
-    }
+    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *given)}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,19 +1,27 @@
 """Adapters by rewriting the graph of a frozen PyTorch model. See the README for a tour."""
 
-from .adapt import adapt
-from .adapters import adapter_parameters, adapter_state_dict, load_adapter_state_dict
-from .backend import backend
-from .checkpoint import load, save
-from .eager import wrap
-from .errors import AdapterError, CaptureError, CheckpointError, ConfigError, SelectionError
-from .execution import optimize
-from .inspect import inspect
-from .lora_lite import load_lora_lite, save_lora_lite
-from .peft import load_peft, save_peft, to_peft_config
-from .peft_config import from_peft_config
-from .registry import register, registry
-from .rewrite import merge, remove, rewrite
-from .variant import FrozenLinear, ParamSpec, Variant
+from .adapters.frozen_linear import FrozenLinear
+from .adapters.param_spec import ParamSpec
+from .adapters.registry import register, registry
+from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
+from .adapters.variant import Variant
+from .errors import (
+    AdapterError,
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    SelectionError,
+)
+from .execution.module import optimize
+from .formats.checkpoint import load, save
+from .formats.lora_lite import load_lora_lite, save_lora_lite
+from .formats.peft.config import from_peft_config
+from .formats.peft.directory import load_peft, save_peft, to_peft_config
+from .hugging_face.adapt import adapt
+from .inspection.table import inspect
+from .rewriting.eager import wrap
+from .rewriting.rewrite import merge, remove, rewrite
+from .torch_compile.backend import backend
 from .variants import (
     BOFT,
     C3A,

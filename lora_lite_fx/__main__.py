@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import load
 from .errors import AdapterError
-from .files import read_json
-from .inspect import SiteTable, inspect
-from .peft import load_peft
+from .formats.checkpoint import load
+from .formats.files import read_json
+from .formats.peft.directory import load_peft
+from .inspection.table import SiteTable, inspect
 
 _MOST_REAL = 10**9  # parameters to fill at random, 4 GB of them
 

@@ -1,5 +1,7 @@
 """The errors this library raises on bad input. All derive from `AdapterError`."""
 
+from __future__ import annotations
+
 COMPILE_INSTEAD = "run it by torch.compile(model, backend=lora_lite_fx.backend(cfg)), which needs no graph of the whole"
 """The way out for models that are not captured as one graph for both modes."""
 

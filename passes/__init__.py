@@ -4,24 +4,31 @@ A pass is a frozen dataclass with `run(gm) -> number of edits`; a `Pipeline` run
 needs around each.
 """
 
-from .asserts import DropMetadataAsserts
-from .associate import AssociateProducts
-from .convert_mask import ConvertMaskOnce
-from .dropout import LeaveOutDropout
-from .fold_scale import FoldScaleIntoAddition
-from .graph_pass import GraphPass, PassError, PassReport, Pipeline, Program
-from .group_heads import GroupHeads
-from .hoist import HoistParameterWork
-from .insert import InsertAdapter
-from .merge import MergeAdapters, merged_tensors
-from .mode import FollowMode
-from .move_branches import MoveBranchesToOutputs
-from .observe import ObserveInputs, Observer
-from .products import GatherProducts
-from .recompute import RecomputeInputs
-from .regions import InlineRegions, without_gradient
-from .remove import RemoveAdapters
-from .siblings import ShareSiblings
+from ..graph.regions import without_gradient
+from .adapt.insert_adapter import InsertAdapter
+from .adapt.merge_adapters import MergeAdapters, merged_tensors
+from .adapt.observe_inputs import ObserveInputs, Observer
+from .adapt.remove_adapters import RemoveAdapters
+from .normalize.drop_metadata_asserts import DropMetadataAsserts
+from .normalize.follow_mode import FollowMode
+from .normalize.inline_regions import InlineRegions
+from .optimize.associate_products import AssociateProducts
+from .optimize.convert_mask_once import ConvertMaskOnce
+from .optimize.fold_scale_into_addition import FoldScaleIntoAddition
+from .optimize.gather_products import GatherProducts
+from .optimize.group_heads import GroupHeads
+from .optimize.hoist_parameter_work import HoistParameterWork
+from .optimize.leave_out_dropout import LeaveOutDropout
+from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
+from .optimize.recompute_inputs import RecomputeInputs
+from .optimize.share_siblings import ShareSiblings
+from .pipeline import (
+    GraphPass,
+    PassError,
+    PassReport,
+    Pipeline,
+    Program,
+)
 
 OPTIMISATIONS = Pipeline(
     (

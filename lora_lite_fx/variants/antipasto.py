@@ -1,5 +1,7 @@
 """AntiPaSTO (Clark, 2026), https://arxiv.org/abs/2601.07473"""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Statistic, Variant, cast, identity_like, low_rank
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, identity_like, low_rank
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Statistic, Variant
+from ..sites.site import Site
 from .oft import skew
 
 

@@ -1,14 +1,19 @@
 """BOFT: Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization (Liu et al., 2023), https://arxiv.org/abs/2311.06243"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Variant
+from ..sites.site import Site
 from .oft import cayley, times_blocks
 
 

@@ -1,5 +1,7 @@
 """C3A: Parameter-Efficient Fine-Tuning via Circular Convolution (Chen et al., 2024), https://arxiv.org/abs/2407.19342"""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,9 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, wide
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import wide
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Variant
+from ..sites.site import Site
 
 
 @register

@@ -1,5 +1,7 @@
 """DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation (Bini et al., 2025), https://arxiv.org/abs/2503.18225"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +9,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, wide
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, wide
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Variant
+from ..sites.site import Site
 
 _SMALLEST_NORM = 1e-4
 

@@ -1,5 +1,7 @@
 """DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al., 2024), https://arxiv.org/abs/2402.09353"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, cast, wide
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, wide
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..sites.site import Site
 from .lora import LowRank
 
 

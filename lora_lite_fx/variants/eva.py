@@ -1,5 +1,7 @@
 """EVA: One Initialization to Rule them All: Explained Variance Adaptation (Paischer et al., 2024), https://arxiv.org/abs/2410.07170"""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, Statistic, Variant, cast
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast
+from ..adapters.registry import register
+from ..adapters.variant import Statistic, Variant
+from ..sites.site import Site
 from .lora import LowRank
 
 

@@ -1,5 +1,7 @@
 """GraLoRA: Granular Low-Rank Adaptation (Jung et al., 2025), https://arxiv.org/abs/2505.20355"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, WithDropout, cast, low_rank
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, low_rank
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import WithDropout
+from ..sites.site import Site
 
 
 @register

@@ -1,5 +1,7 @@
 """HiRA: Hadamard High-Rank Adaptation (Huang et al., 2025), https://openreview.net/forum?id=TwJrTz9cRS"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +9,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, WithDropout, cast
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import WithDropout
+from ..sites.site import Site
 
 
 @register

@@ -1,5 +1,7 @@
 """HRA: Householder Reflection Adaptation (Yuan et al., 2024), https://arxiv.org/abs/2405.17484"""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, identity_like
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, identity_like
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Variant
+from ..sites.site import Site
 
 
 @register

@@ -1,5 +1,7 @@
 """IA3: Infused Adapter by Inhibiting and Amplifying Inner Activations (Liu et al., 2022), https://arxiv.org/abs/2205.05638"""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -7,9 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Variant
+from ..sites.site import Site
 
 
 @register

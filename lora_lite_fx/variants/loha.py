@@ -1,5 +1,7 @@
 """LoHa: FedPara, Low-rank Hadamard Product (Nam et al., 2021), https://arxiv.org/abs/2108.06098"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +9,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, low_rank
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, low_rank
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Variant
+from ..sites.site import Site
 
 
 @register

@@ -1,6 +1,8 @@
 """LoKr: Low-rank Kronecker product (KronA, Edalati et al., 2022, https://arxiv.org/abs/2212.10650; LyCORIS, Yeh et al.,
 2023, https://arxiv.org/abs/2309.14859)"""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +12,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, low_rank
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, low_rank
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Variant
+from ..sites.site import Site
 
 
 @register

@@ -1,5 +1,7 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), https://arxiv.org/abs/2106.09685"""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,9 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, WithDropout, cast, low_rank
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, low_rank
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import WithDropout
+from ..sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """MiSS: Matrix Shard Sharing, formerly Bone (Kang and Yin, 2024), https://arxiv.org/abs/2409.15371"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -8,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, WithDropout, cast
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import WithDropout
+from ..sites.site import Site
 
 
 @register

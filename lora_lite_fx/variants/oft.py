@@ -1,5 +1,7 @@
 """OFT: Controlling Text-to-Image Diffusion by Orthogonal Finetuning (Qiu et al., 2023), https://arxiv.org/abs/2306.07280"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,9 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, cast, identity_like
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, identity_like
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Variant
+from ..sites.site import Site
 
 
 @register

@@ -1,11 +1,13 @@
 """OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models (Büyükakyüz, 2024), https://arxiv.org/abs/2406.01775"""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..registry import register
+from ..adapters.registry import register
 from .pissa import FromWeight
 
 

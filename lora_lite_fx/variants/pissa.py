@@ -1,5 +1,7 @@
 """PiSSA: Principal Singular Values and Singular Vectors Adaptation (Meng et al., 2024), https://arxiv.org/abs/2404.02948"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, cast, low_rank
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast, low_rank
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..sites.site import Site
 from .lora import LowRank
 
 

@@ -1,5 +1,7 @@
 """RandLoRA: full-rank parameter-efficient fine-tuning (Albert et al., 2025), https://arxiv.org/abs/2502.00987"""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -10,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Statistic
 from ..errors import ConfigError
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Statistic, cast
+from ..sites.site import Site
 from .vera import SharedProjections
 
 

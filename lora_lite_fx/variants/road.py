@@ -1,5 +1,7 @@
 """RoAd: 3-in-1, 2D Rotary Adaptation for Efficient Finetuning, Batching and Composability (Liao et al., 2024), https://arxiv.org/abs/2409.00119"""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -7,9 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Variant, wide
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import wide
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Variant
+from ..sites.site import Site
 
 _PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
 

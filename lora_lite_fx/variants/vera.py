@@ -1,5 +1,7 @@
 """VeRA: Vector-based Random Matrix Adaptation (Kopiczko et al., 2023), https://arxiv.org/abs/2310.11454"""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..registry import register
-from ..site import Site
-from ..variant import FrozenLinear, ParamSpec, Statistic, WithDropout, cast
+from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.maths import cast
+from ..adapters.param_spec import ParamSpec
+from ..adapters.registry import register
+from ..adapters.variant import Statistic, WithDropout
+from ..sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,32 @@
+"""The frozen linear, as a variant sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..sites.site import Site
+
+
+@dataclass(frozen=True)
+class FrozenLinear:
+    """The frozen linear that a variant adapts: `base(x)` is `x W^T + b`, or the product of another kind of site.
+
+    Args:
+        call: computes `base(x)` for `x (..., d_in)`.
+        weight: `W (d_out, d_in)`, frozen; whatever its layout in the model.
+        bias: `b (d_out,)`, or None.
+        site: the site, with its roles.
+        training: whether the model is in training mode, for dropout.
+    """
+
+    call: Callable[[Tensor], Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    site: Site
+    training: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call(x)

@@ -1,0 +1,72 @@
+"""Selection: the sites that a config's targets include."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from ..errors import SelectionError
+from ..sites.site import Site
+from .variant import Variant
+
+
+def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
+    """The sites that the config's targets include, checked to fit the variant.
+
+    Raises:
+        SelectionError: none does; the message lists the nearest names and the roles found. Or a pattern of a rank
+            or an alpha matches none of them.
+        ConfigError: the variant cannot be applied to one of them.
+    """
+    sites = list(sites)
+    chosen = [site for site in sites if variant.selects(site)]
+    if not chosen:
+        raise SelectionError(_nothing_matched(variant, sites))
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(variant, field):
+            if not any(re.search(pattern, site.name) for site in chosen):
+                raise SelectionError(
+                    f"{type(variant).__name__}: {pattern!r} in {field} matches none of the {len(chosen)} sites to adapt"
+                    f" ({', '.join(site.name for site in chosen[:3])}, ...)."
+                )
+    for site in chosen:
+        variant.at(site.name).check(site)
+    return chosen
+
+
+def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
+    targets = {
+        field: getattr(variant, field)
+        for field in ("target_roles", "target_names", "exclude_names", "layers")
+        if getattr(variant, field)
+    } or {"default roles": variant.default_roles}
+    wanted = ", ".join(f"{field}={value!r}" for field, value in targets.items())
+    kinds = " or ".join(variant.target_kinds)
+    others = [site for site in sites if site.kind not in variant.target_kinds and _is_named(variant, site)]
+    sites = [site for site in sites if site.kind in variant.target_kinds]
+    if others and not any(_is_named(variant, site) for site in sites):
+        found = ", ".join(f"{site.name} ({site.kind})" for site in others[:3])
+        return (
+            f"{type(variant).__name__}: no {kinds} site matches {wanted};"
+            f" to adapt {found}, name its kind in target_kinds."
+        )
+    if not sites:
+        return f"{type(variant).__name__}: the model has no {kinds} site to adapt."
+    names = [site.name for site in sites]
+    by_tail = {name.rsplit(".", 1)[-1]: name for name in names}
+    near = [
+        by_tail[tail]
+        for pattern in variant.target_names or ()
+        for tail in difflib.get_close_matches(pattern.strip("^$\\").rsplit(".", 1)[-1], by_tail, n=3, cutoff=0.4)
+    ]
+    roles = sorted({role for site in sites for role in site.roles})
+    return (
+        f"{type(variant).__name__}: no site matches {wanted}. The model has {len(sites)} sites"
+        f" ({'the nearest' if near else 'the first'}: {', '.join(dict.fromkeys(near or names[:5]))})"
+        f" with the roles: {', '.join(roles) or 'none that could be inferred'}."
+    )
+
+
+def _is_named(variant: Variant, site: Site) -> bool:
+    return any(re.search(pattern, site.name) for pattern in variant.target_names or ())

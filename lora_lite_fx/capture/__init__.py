@@ -1,0 +1,1 @@
+"""A model becomes a graph module that shares its weights."""

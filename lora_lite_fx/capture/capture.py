@@ -1,0 +1,95 @@
+"""Capture: a model becomes a `torch.fx.GraphModule` that shares its weights.
+
+This is the one home of every quirk of torch that capture has to know (`hf.py` has those of transformers). Two
+front doors: `torch.export` where there are example inputs, symbolic tracing where there are none. Both capture
+the model twice, in training and in evaluation mode; the pass `FollowMode` makes one graph of the two.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from ..graph.tensors import keep_aliases
+from .export import _export
+from .hugging_face import example_inputs_of, is_hugging_face, prepare_for_capture
+from .share import share
+from .symbolic import _symbolic_trace
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model as captured, over frozen tensors of its own that share the model's storage.
+
+    Args:
+        gm: the graph module; of the training mode, where there are two.
+        eval_gm: the same model captured in evaluation mode, or None where the mode was fixed before.
+        training: the mode the model was in.
+    """
+
+    gm: fx.GraphModule
+    eval_gm: fx.GraphModule | None
+    training: bool
+
+
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs | None, dynamic_shapes: Any, own: Sequence[str] = ()
+) -> Capture:
+    """Capture `model`, which is left as it is. Arguments and errors as for `rewrite.base_graph`."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"A torch.nn.Module or an ExportedProgram is needed, not {type(model).__name__}.")
+    if isinstance(model, fx.GraphModule):
+        return Capture(share(model, own), None, model.training)
+
+    shadow = share(model)
+    if is_hugging_face(shadow):
+        prepare_for_capture(shadow)
+        if example_inputs is None:
+            example_inputs = example_inputs_of(shadow)
+    if example_inputs is None:
+        shadow.train()
+        gm = _symbolic_trace(shadow)
+        eval_gm = _symbolic_trace(shadow.eval())
+    else:
+        args, kwargs = _split_inputs(shadow, example_inputs)
+        shadow.train()
+        gm = _export(shadow, args, kwargs, dynamic_shapes)
+        eval_gm = _export(shadow.eval(), args, kwargs, dynamic_shapes)
+    keep_aliases(shadow, gm)
+    _name_modules_once(shadow, gm.graph)
+    return Capture(gm, eval_gm, model.training)
+
+
+def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(inputs, (tuple, dict)):
+        raise CaptureError(
+            "example_inputs must be a tuple of positional or a dict of keyword arguments,"
+            f" not {type(inputs).__name__}; for one tensor write example_inputs=(x,)."
+        )
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}.") from error
+    # Export takes one tensor passed twice for one input, and reads either placeholder for both.
+    clone = lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    return pytree.tree_map(clone, (args, kwargs))
+
+
+def _name_modules_once(model: nn.Module, graph: fx.Graph) -> None:
+    """Let the nodes of a module that is registered under several names all go by the first."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
+    for node in graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {key: (names.get(path, path), *rest) for key, (path, *rest) in stack.items()}

@@ -1,0 +1,70 @@
+"""Capture by torch.export."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from .refusal import _uncapturable
+
+# The two front doors.
+
+
+def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+    if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
+        return _export_as(model, args, kwargs, dynamic_shapes)
+
+    def dynamic(leaf: Any) -> list[Any] | None:
+        return [Dim.AUTO] * leaf.dim() if isinstance(leaf, Tensor) else None
+
+    def shapes(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        return pytree.tree_map(dynamic, dict(bound.arguments))
+
+    # A dimension of size one would be specialised silently: a batch of one is shown twice, where the model lets us.
+    doubled = double_batch_of_one((args, kwargs))
+    if doubled is not None:
+        twice_args, twice_kwargs = doubled
+        try:
+            return _export_as(model, twice_args, twice_kwargs, shapes(twice_args, twice_kwargs))
+        except CaptureError:
+            pass
+    return _export_as(model, args, kwargs, shapes(args, kwargs))
+
+
+def _export_as(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+    try:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise _uncapturable(model, error, "torch.export") from error
+    return program.module()
+
+
+def double_batch_of_one(inputs: Any) -> Any:
+    """A tree of inputs with a batch of one shown twice; None if the batch is of another size, or there is none."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
+        return None
+    twice = lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf  # noqa: E731
+    return pytree.tree_map(twice, inputs)
+
+
+def take_guards(gm: fx.GraphModule) -> Callable[..., object]:
+    """Take out of `gm` what checks its inputs; returned as a function of them that raises AssertionError."""
+    # torch.export puts its guards into a module of this name; there is no other way to ask whether a graph holds.
+    calls = [node for node in gm.graph.find_nodes(op="call_module") if node.target == "_guards_fn"]
+    if not calls:
+        return lambda *inputs: None
+    guards = gm.get_submodule("_guards_fn")
+    for node in calls:
+        gm.graph.erase_node(node)
+    gm.delete_submodule("_guards_fn")
+    gm.recompile()
+    return guards

@@ -1,0 +1,66 @@
+"""What a model computes when it runs, as one graph: for models that neither front door of capture takes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from ..graph.tensors import name_tensors, tensor_names
+from .share import share
+
+
+def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.GraphModule:
+    """What `model` computes for these inputs in evaluation mode, as one graph to find sites and roles in.
+
+    The graph has the branches that were taken and the shapes that were seen, so it is nothing to run again. But there
+    is no model that cannot be recorded, and it is whole where `torch.compile` sees pieces.
+
+    Args:
+        model: left as it is.
+        args, kwargs: its inputs, which are copied.
+    """
+    shadow = share(model).eval()
+    names = {id(module): name for name, module in shadow.named_modules()}
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    others = [None if isinstance(leaf, Tensor) else copy.deepcopy(leaf) for leaf in leaves]
+    # By identity: a model may look at whether two of its inputs are one.
+    copies = {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)}
+    running: list[Any] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        running.append(fx.traceback.annotate({"module": names[id(module)]}))
+        running[-1].__enter__()
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    for module in shadow.modules():
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        given = dict(zip(copies, tensors, strict=True))
+        inputs = [given.get(id(leaf), other) for leaf, other in zip(leaves, others, strict=True)]
+        args, kwargs = pytree.tree_unflatten(inputs, spec)
+        return [leaf for leaf in pytree.tree_leaves(shadow(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+    # The real tensors and the private flag let the model look at its data, as it does when it runs.
+    tracer = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for whole layers, in which no linear is to be seen
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), fx.traceback.preserve_node_meta():
+            gm = tracer(*copies.values())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    for node in gm.graph.nodes:
+        if (path := (node.meta.pop("custom", None) or {}).get("module")) is not None:
+            node.meta["nn_module_stack"] = {"": (path, nn.Module)}
+    # A function bound to the model itself, and kept as an attribute, was not copied with it.
+    name_tensors(gm, tensor_names(model) | tensor_names(shadow))
+    return gm

@@ -1,0 +1,31 @@
+"""The error that names the line which could not be captured."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import COMPILE_INSTEAD, CaptureError
+
+
+def _uncapturable(model: nn.Module, error: Exception, how: str) -> CaptureError:
+    """An error that names the construct in the user's code which could not be captured, and the ways out."""
+    here = Path(__file__).parents[1]
+    torch_folder = Path(torch.__file__).parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not {here, torch_folder} & set(Path(frame.filename).parents) and Path(frame.filename).exists()
+    ]
+    where = f" at `{frames[-1].line}` ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    ways_out = "check the inputs, replace the construct by tensor operations (torch.where, torch.cond),"
+    ways_out += f" adapt the submodules around it, or {COMPILE_INSTEAD}"
+    if how.startswith("symbolic"):
+        ways_out = "pass example_inputs, so that torch.export captures the model on real shapes, or " + ways_out
+    return CaptureError(
+        f"{type(model).__name__} could not be captured by {how}{where}: {reason.strip()}\nThe way out: {ways_out}."
+    )

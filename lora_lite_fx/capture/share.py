@@ -1,0 +1,40 @@
+"""Copies of a model over the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import CaptureError
+from ..graph.tensors import tensor_of
+
+
+def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
+    """A copy of `model` whose frozen parameters and buffers are new objects over the same storage.
+
+    Args:
+        model: left as it is; ties between its tensors are kept in the copy.
+        own: qualified names of tensors that the copy gets as copies of its own, trainable as they are.
+    """
+    owned = {id(tensor_of(model, name)) for name in own}
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if not isinstance(tensor, Tensor) or id(tensor) in memo:
+                continue
+            if id(tensor) in owned:
+                memo[id(tensor)] = copy.deepcopy(tensor)
+            elif isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False)
+            else:
+                memo[id(tensor)] = tensor.detach()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied with its weights shared, {error}."
+            " Remove attributes that cannot be copied (locks, open files, generators) before rewriting."
+        ) from error

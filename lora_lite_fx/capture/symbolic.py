@@ -1,0 +1,75 @@
+"""Capture by symbolic tracing."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .refusal import _uncapturable
+
+aten = torch.ops.aten
+
+
+class _Tracer(fx.Tracer):
+    """Traces into modules with weights to adapt or to tie, which so are in the graph; dropout and norms are leaves."""
+
+    _INLINED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    # What a model writes to a buffer is a part of the graph too, and nothing to be done while it is traced.
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return super().is_leaf_module(module, name) and not isinstance(module, self._INLINED)
+
+
+# What symbolic tracing records for the operators that sites are made of, and the operators.
+_ATEN_FUNCTIONS: dict[Any, Any] = {
+    nn.functional.linear: aten.linear.default,
+    torch.matmul: aten.matmul.default,
+    operator.matmul: aten.matmul.default,
+    torch.addmm: aten.addmm.default,
+    torch.bmm: aten.bmm.default,
+}
+_ATEN_METHODS = {
+    "matmul": aten.matmul.default,
+    "t": aten.t.default,
+    "bmm": aten.bmm.default,
+    "transpose": aten.transpose.int,
+}
+_CONVOLUTIONS = {nn.functional.conv1d: aten.conv1d, nn.functional.conv2d: aten.conv2d}
+
+
+def _symbolic_trace(model: nn.Module) -> fx.GraphModule:
+    attributes = set(vars(model))
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:
+        raise _uncapturable(model, error, "symbolic tracing (no example_inputs were given)") from error
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _ATEN_FUNCTIONS:
+            node.target = _ATEN_FUNCTIONS[node.target]
+        elif node.op == "call_method" and node.target in _ATEN_METHODS:
+            node.op, node.target = "call_function", _ATEN_METHODS[node.target]
+        elif node.op == "call_function" and node.target is getattr and node.args[1:] in (("T",), ("mT",)):
+            node.target, node.args = (aten.numpy_T if node.args[1] == "T" else aten.mT).default, node.args[:1]
+        elif node.op == "call_function" and node.target in _CONVOLUTIONS:
+            packet = _CONVOLUTIONS[node.target]
+            by_name = any(value in ("same", "valid") for value in (*node.args, *node.kwargs.values()))
+            node.target = packet.padding if by_name else packet.default
+        elif node.target is nn.functional.embedding and node.kwargs.get("max_norm") is None and len(node.args) == 2:
+            ids, weight = node.args
+            padding = node.kwargs.get("padding_idx")
+            node.target, node.args, node.kwargs = (
+                aten.embedding.default,
+                (weight, ids, -1 if padding is None else padding),
+                {},
+            )
+        if node.target in (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.bmm.default):
+            node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
+    gm = fx.GraphModule(model, graph)
+    # The tracer stores constant tensors on the model, under a new name each time it traces.
+    for name in set(vars(model)) - attributes:
+        delattr(model, name)
+    return gm

@@ -1,0 +1,1 @@
+"""How an adapted graph is run, as against what it computes."""

@@ -1,0 +1,1 @@
+"""Adapter files: our own, PEFT directories, lora-lite files."""

@@ -1,0 +1,223 @@
+"""`save` and `load`: adapters in one safetensors file.
+
+The tensors are those of `adapter_state_dict`. The metadata holds one JSON document: the configs with the sites they
+were inserted at, a fingerprint of the frozen weights of those sites, and a checksum of all that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ..adapters.adapted_site import check_kind
+from ..adapters.placement import adapters, graph_of, placements
+from ..adapters.registry import from_config, to_config
+from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict
+from ..adapters.variant import Variant
+from ..capture.capture import Inputs
+from ..errors import CheckpointError, ConfigError
+from ..graph.provenance import qualified_names
+from ..graph.tensors import tensor_of
+from ..rewriting.base_graph import base_graph
+from ..rewriting.rewrite import insert_adapters
+from ..sites.finding import find_sites
+from ..sites.site import Site
+from .files import read_safetensors, write_atomically
+
+FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
+VERSION = 1
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
+
+    Args:
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
+        path: of the file; its folder must exist.
+
+    Raises:
+        AdapterError: the model has no adapters.
+        ConfigError: a variant is not registered, so that the file could not be loaded.
+        CheckpointError: the file cannot be written.
+    """
+    state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    for variant, _ in adapters(model):
+        from_config(to_config(variant))  # refuses what could not be loaded again
+    records = [
+        {"config": to_config(variant), "sites": [placement.site for placement in members]}
+        for variant, members in adapters(model)
+    ]
+    names = dict.fromkeys(name for record in records for name in record["sites"])
+    prints = {name: fingerprint(weight) for name, weight in _frozen_weights(graph_of(model), names).items()}
+    document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
+    document["checksum"] = _checksum(document, state)
+    write_atomically(Path(path), safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
+
+
+def load(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    checkpoint_layers: bool | None = None,
+) -> fx.GraphModule:
+    """Capture `model` and insert the adapters of a file that `save` wrote, with their saved values.
+
+    Args:
+        model: the base, which is not changed.
+        path: of the file. Only safetensors and JSON are read.
+        example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, configs or sites do not fit
+            the model; or the base's weights are others than those that a variant was made for. Where the variant
+            does not depend on them, other weights are a warning.
+        CaptureError: the model cannot be captured.
+    """
+    state, metadata = read_safetensors(Path(path))
+    chosen, document = _parse(metadata, Path(path))
+    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
+    sites = {site.name: site for site in find_sites(gm)}
+    placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
+    try:
+        for variant, targets in placed:
+            for site in targets:
+                variant.at(site.name).check(site)
+                check_kind(variant.at(site.name), site, tensor_of(gm, site.weight))
+        expected = _expected(gm, placed)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _check_base(gm, placed, document["fingerprint"], path)
+    try:
+        # Before any tensor is made: a damaged config may ask for more of them than there is memory.
+        check_fit(expected, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    first = insert_adapters(gm, placed)
+    values = adapter_state_dict(gm)
+    for placement in placements(gm):
+        if placement.adapter >= first:
+            written = _written(placed, placement.adapter - first, placement.site, placement.names)
+            values |= {own: state[written[name]] for name, own in placement.tensors.items()}
+    load_adapter_state_dict(gm, values)
+    if document.get("checksum") != _checksum(document, state):
+        raise CheckpointError(f"{path} is corrupt: it does not hold what was saved.")
+    return gm
+
+
+def fingerprint(weight: Tensor) -> str:
+    """A hash of a weight's shape and values, the same for a base in float32 and the same base cast to bfloat16."""
+    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
+    digest.update(weight.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """A hash of the document without its checksum, and of the names, shapes, dtypes and values of the tensors."""
+    said = {key: value for key, value in document.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# Reading.
+
+
+def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, Any]]:
+    """The variants with the names of their sites, and the whole document."""
+    if FORMAT not in metadata:
+        raise CheckpointError(f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}.")
+    try:
+        document = json.loads(metadata[FORMAT])
+        if document["version"] != VERSION:
+            raise CheckpointError(
+                f"{path} has version {document['version']!r}; this library reads version {VERSION!r}."
+            )
+        records, prints = document["adapters"], document["fingerprint"]
+        if not isinstance(prints, dict) or not records:
+            raise TypeError("adapters must be a list that is not empty, fingerprint an object")
+        chosen = []
+        for record in records:
+            config, names = record["config"], record["sites"]
+            if not isinstance(config, dict) or not all(isinstance(name, str) for name in [*names, *config]):
+                raise TypeError("config must be an object, sites a list of names")
+            chosen.append((from_config(config), list(dict.fromkeys(names))))
+        return chosen, document
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged: {type(error).__name__}: {error}.") from error
+
+
+def _existing(sites: Mapping[str, Site], names: list[str], path: str | os.PathLike[str]) -> list[Site]:
+    missing = [name for name in names if name not in sites]
+    if missing:
+        raise CheckpointError(
+            f"{path} adapts {len(missing)} sites that the model does not have ({', '.join(missing[:3])}, ...);"
+            f" the model has {', '.join(list(sites)[:3])}, ..."
+        )
+    return [sites[name] for name in names]
+
+
+def _check_base(
+    gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]], prints: Mapping[str, str], path: object
+) -> None:
+    names = {site.name: site for _, targets in placed for site in targets}
+    now = {name: fingerprint(tensor_of(gm, site.weight)) for name, site in names.items()}
+    other = {name for name in names if prints.get(name) != now[name]}
+    for variant, targets in placed:
+        differ = [site.name for site in targets if site.name in other]
+        if not differ:
+            continue
+        message = (
+            f"{path}: the {type(variant).__name__} adapter was made for other weights than the model's, at"
+            f" {len(differ)} of {len(targets)} sites ({differ[0]}, ...)"
+        )
+        if variant.ties_to_weight:
+            raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")
+        warnings.warn(f"{message}.", stacklevel=3)
+
+
+def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> dict[str, Tensor]:
+    """The tensors that a file with these adapters holds, without data."""
+    expected: dict[str, Tensor] = {}
+    for adapter, (variant, targets) in enumerate(placed):
+        for site in targets:
+            specs = variant.at(site.name).specs(site)
+            dtype = variant.param_dtype(tensor_of(gm, site.weight).dtype)
+            written = _written(placed, adapter, site.name, specs)
+            expected |= {written[name]: spec.empty(dtype, torch.device("meta")) for name, spec in specs.items()}
+    return expected
+
+
+def _written(placed: list[tuple[Variant, list[Site]]], adapter: int, site: str, names: Iterable[str]) -> dict[str, str]:
+    """The qualified names in the file; in a model that has adapters already they may be others."""
+    position = sum(site in {target.name for target in targets} for _, targets in placed[:adapter])
+    return qualified_names(site, adapter, position, names)
+
+
+# Writing.
+
+
+def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
+    """The frozen weight of each site, as the model stores it."""
+    if isinstance(model, fx.GraphModule):
+        return {site.name: tensor_of(model, site.weight) for site in find_sites(model) if site.name in names}
+    modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
+    return {name: tensor_of(getattr(module, "base", module), "weight") for name, module in modules.items()}

@@ -1,0 +1,213 @@
+"""lora-lite's files: one safetensors, tensors `<module path>.lora_*`, the config as JSON in `metadata["cfg"]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ..adapters.maths import wide
+from ..adapters.placement import Placement
+from ..adapters.registry import from_config
+from ..adapters.state import adapter_state_dict
+from ..adapters.variant import Variant
+from ..capture.capture import Inputs
+from ..errors import CheckpointError, ConfigError
+from ..sites.site import Site
+from ..variants import (
+    EVA,
+    HRA,
+    IA3,
+    AntiPaSTO,
+    DeLoRA,
+    DoRA,
+    LoRA,
+    PiSSA,
+    RoAd,
+)
+from .files import read_safetensors, write_atomically
+from .single_adapter import (
+    insert_from_file,
+    only_adapter,
+    sites_of,
+    weight_of,
+)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How lora-lite writes a variant.
+
+    Args:
+        name: what it calls it.
+        variant: ours.
+        fields: its names of fields besides `r` and `alpha`, by ours.
+        constants: what our other fields must be.
+        rest: our tensors that it does not keep, as they follow from the weight.
+    """
+
+    name: str
+    variant: type[Variant]
+    fields: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    rest: frozenset[str] = frozenset()
+
+
+_FORMATS = (
+    _Format("lora", LoRA),
+    _Format("pissa", PiSSA, rest=frozenset({"lora_A0", "lora_B0"})),
+    _Format("dora", DoRA),
+    _Format("delora", DeLoRA, {"lambda0": "lambda0"}),
+    _Format("hra", HRA),
+    _Format("ia3", IA3, constants={"feedforward_names": ()}),
+    _Format("ia3_ff", IA3, constants={"feedforward_names": (".",)}),
+    _Format("eva", EVA),
+    _Format("road", RoAd, {"kind": "road_variant", "group_size": "group_size"}),
+    _Format(
+        "antipasto",
+        AntiPaSTO,
+        {name: name for name in ("block_size", "max_rotation_angle", "rotate_basis")},
+    ),
+)
+_COMMON = frozenset({"variant", "r", "alpha", "dtype", "target_roles", "target_names", "exclude_names", "layers"})
+# Fields of ours that say only how an adapter starts or trains; its file means the same whatever they are.
+_UNREAD = frozenset({"rho", "center", "train_A", "rank_pattern", "alpha_pattern", "target_kinds"})
+
+
+def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapter of `model` as a lora-lite file; a failure leaves what was at `path` as it was.
+
+    Args:
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned, with one adapter.
+        path: of the file; its folder must exist.
+
+    Raises:
+        AdapterError: the model has no adapters.
+        ConfigError: the adapter cannot be represented; the message says why.
+        CheckpointError: the file cannot be written.
+    """
+    variant, placed = only_adapter(model, "A lora-lite file")
+    sites = sites_of(model)
+    form = _format_of(variant, [sites[placement.site] for placement in placed])
+    state = adapter_state_dict(model)
+    tensors: dict[str, Tensor] = {}
+    for placement in placed:
+        _check_site(model, variant, placement, sites[placement.site])
+        for name, qualified in placement.tensors.items():
+            if name not in form.rest:
+                tensors[f"{placement.site}.{name}"] = state[qualified].contiguous().cpu()
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    config = {
+        "variant": form.name,
+        "r": variant.r,
+        "alpha": variant.alpha,
+        "dtype": str(dtypes.pop()).removeprefix("torch."),
+        "target_roles": [],
+        "target_names": [f"^{re.escape(placement.site)}$" for placement in placed],
+        "exclude_names": [],
+        "layers": None,
+        **{theirs: getattr(variant, ours) for ours, theirs in form.fields.items()},
+    }
+    write_atomically(Path(path), safetensors.torch.save(tensors, {"cfg": json.dumps(config)}))
+
+
+def load_lora_lite(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    checkpoint_layers: bool | None = None,
+) -> fx.GraphModule:
+    """Capture `model` and insert the adapter of a lora-lite file, with its values, in the dtype that they have there.
+
+    Args:
+        model: the base, which is not changed.
+        path: of the file. Only safetensors and JSON are read.
+        example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError: the file is unreadable, or its keys, shapes, config or modules do not fit the model.
+        CaptureError: the model cannot be captured.
+    """
+    state, metadata = read_safetensors(Path(path))
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        site, _, name = key.rpartition(".")
+        found.setdefault(site, {})[name] = tensor
+    try:
+        variant, form = _variant(metadata, sorted(found))
+    except (ConfigError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its config cannot be read: {error}") from error
+    return insert_from_file(
+        model, variant, found, form.rest, Path(path), example_inputs, dynamic_shapes, checkpoint_layers
+    )
+
+
+def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:
+    if "cfg" not in metadata:
+        raise ConfigError('it was not written by lora-lite: its metadata has no "cfg".')
+    given = json.loads(metadata["cfg"])
+    if not isinstance(given, dict):
+        raise ConfigError("it is no JSON object.")
+    form = next((form for form in _FORMATS if form.name == given.get("variant")), None)
+    if form is None:
+        known = ", ".join(form.name for form in _FORMATS)
+        raise ConfigError(f"lora-lite's variant {given.get('variant')!r} is not known here; known are {known}.")
+    if unknown := sorted(given.keys() - _COMMON - set(form.fields.values())):
+        raise ConfigError(f"lora-lite's {form.name} has no field {', '.join(map(str, unknown))}.")
+    ours_to_theirs = {"r": "r", "alpha": "alpha", **form.fields}
+    fields: dict[str, Any] = {ours: given[theirs] for ours, theirs in ours_to_theirs.items() if theirs in given}
+    fields["target_names"] = [f"^{re.escape(site)}$" for site in sites]
+    return from_config(
+        {"variant": form.variant.__name__, "dtype": given.get("dtype"), **fields, **form.constants}
+    ), form
+
+
+def _format_of(variant: Variant, sites: list[Site]) -> _Format:
+    name = type(variant).__name__
+    if isinstance(variant, IA3):
+        # It keeps the two gates apart, by file; here one adapter may have both.
+        at_input = {variant.gates_input(site) for site in sites}
+        if len(at_input) > 1:
+            raise ConfigError("IA3: a lora-lite file has gates at inputs or at outputs, and this adapter has both.")
+        kind = "ia3_ff" if at_input.pop() else "ia3"
+        return next(form for form in _FORMATS if form.name == kind)
+    form = next((form for form in _FORMATS if form.variant is type(variant)), None)
+    if form is None:
+        raise ConfigError(f"lora-lite has no variant that computes {name}.")
+    plain = type(variant)()
+    for each in dataclasses.fields(variant):
+        value = getattr(variant, each.name)
+        if each.name not in _COMMON | form.fields.keys() | _UNREAD and value != getattr(plain, each.name):
+            raise ConfigError(f"{name}: lora-lite has no {each.name}, which is {value!r} here.")
+    return form
+
+
+def _check_site(model: nn.Module, variant: Variant, placement: Placement, site: Site) -> None:
+    name = type(variant).__name__
+    if site.kind != "linear" or site.transposed or not site.weight.startswith(f"{site.name}."):
+        raise ConfigError(f"{name}: lora-lite adapts ordinary linear modules, and site {site.name!r} is none.")
+    if (placement.local.r, placement.local.alpha) != (variant.r, variant.alpha):
+        raise ConfigError(f"{name}: lora-lite has one rank and one alpha for all sites, and this adapter has several.")
+    if isinstance(variant, AntiPaSTO):
+        values = placement.namespace(model).lora_S
+        largest = torch.linalg.svdvals(wide(weight_of(model, site)))[: variant.r]
+        if not torch.allclose(wide(values), largest.to(wide(values)), rtol=1e-2):
+            raise ConfigError(
+                f"{name}: lora-lite takes the largest singular values out of the weight when it loads a file, and at"
+                f" {site.name!r} calibration chose others."
+            )

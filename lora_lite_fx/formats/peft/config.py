@@ -1,0 +1,201 @@
+"""PEFT's configs to ours, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ...adapters.variant import Variant
+from ...errors import ConfigError
+from ...sites.kinds.convolution import Convolution
+from ...sites.site import Site
+from ...variants import IA3
+from .variants import FORMATS, PeftFormat
+
+# Fields that say where an adapter comes from, or how PEFT is to run it.
+_UNREAD = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_ia3_weights",
+        "init_weights",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+_TARGETS = frozenset(
+    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules"}
+)
+_START = r"(^|\.)"
+
+
+def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
+    """The variant that a PEFT config describes, with its targets as patterns of names.
+
+    Args:
+        config: a `PeftConfig`, or the content of an `adapter_config.json`.
+
+    Raises:
+        ConfigError: it asks for something that cannot be represented here; the message says what.
+    """
+    try:
+        return _read(dict(config if isinstance(config, Mapping) else config.to_dict()))
+    except (AttributeError, RecursionError) as error:
+        raise ConfigError(f"It is no config of PEFT: {error}.") from error
+
+
+def _read(given: dict[Any, Any]) -> Variant:
+    form = _format_for(given)
+    name = form.variant.__name__
+    fields: dict[str, Any] = dict(form.fixed)
+    for ours, theirs in form.fields.items():
+        value = given.get(theirs.name, theirs.default)
+        try:
+            fields[ours] = theirs.to_ours(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{name}: PEFT's {theirs.name}={value!r} is no valid value.") from error
+    known = {theirs.name for theirs in form.fields.values()} | form.unread | form.patterns
+    known |= form.constants.keys() | form.written.keys()
+    for key in sorted(given.keys() - known - _UNREAD - _TARGETS, key=str):
+        if given[key] not in (None, False, 0, "none", [], {}, ()):
+            raise ConfigError(f"{name}: PEFT's {key}={given[key]!r} cannot be represented here.")
+    for key in form.patterns:
+        pairs = given.get(key) or {}
+        if not isinstance(pairs, Mapping):
+            raise ConfigError(f"{name}: PEFT's {key} must map patterns to values, got {pairs!r}.")
+        fields[key] = tuple((rf"^(.*\.)?({pattern})$", value) for pattern, value in pairs.items())
+    fields["target_names"] = _targets(given, name)
+    fields["target_kinds"] = form.kinds
+    fields["exclude_names"] = _patterns(given.get("exclude_modules") or (), "exclude_modules", name, _START)
+    if form.variant is IA3:
+        feedforward = given.get("feedforward_modules") or ()
+        fields["feedforward_names"] = _patterns(feedforward, "feedforward_modules", name, "")
+    try:
+        return form.variant(**fields)
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}.") from error
+
+
+def _targets(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if not targets or targets == "all-linear":
+        raise ConfigError(
+            f"{name}: target_modules={targets!r} depends on PEFT's tables; give the names that PEFT made of it."
+        )
+    if layers in (None, []):
+        return _patterns(targets, "target_modules", name, _START)
+    layers = [layers] if isinstance(layers, int) else layers
+    stacks = config.get("layers_pattern") or [r"[^.]*"]
+    stacks = [stacks] if isinstance(stacks, str) else stacks
+    if isinstance(targets, str) or not _are(stacks, str):
+        raise ConfigError(f"{name}: layers_to_transform needs target_modules and layers_pattern to be lists of names.")
+    if not _are(layers, int):
+        raise ConfigError(f"{name}: layers_to_transform must be a list of integers, got {layers!r}.")
+    # As in PEFT, the last number in the name that follows a stack's name says which layer it is.
+    numbers, stack = "|".join(map(str, layers)), "|".join(stacks)
+    inside = rf"^(?=.*\.(?:{stack})\.(?:{numbers})\.(?!.*\.(?:{stack})\.\d+\.)).*\."
+    return _patterns(targets, "target_modules", name, inside)
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, Iterable) and all(type(value) is kind for value in values)
+
+
+def _patterns(value: Any, what: str, name: str, start: str) -> tuple[str, ...]:
+    """PEFT's way to name modules as regular expressions: a string is one for the whole name, a list holds endings,
+    and `start` is what may precede them."""
+    if isinstance(value, str):
+        return (rf"^(?:{value})$",)
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{name}: PEFT's {what} must be a string or a list of strings, got {value!r}.")
+    return tuple(f"{start}{re.escape(item)}$" for item in sorted(value))
+
+
+def _format_for(config: Mapping[str, Any]) -> PeftFormat:
+    kind = config.get("peft_type")
+    kind = getattr(kind, "value", kind)
+    plain = dict(config)
+    for key in ("init_lora_weights", "init_weights"):
+        if config.get(key) in (True, False, None, "gaussian", "orthogonal"):
+            plain[key] = True  # how it started does not matter any more
+    mine = [form for form in FORMATS if form.peft_type == kind]
+    for form in mine:
+        if all(plain.get(key, value) == value for key, value in form.constants.items()):
+            return form
+    if not mine:
+        known = ", ".join(dict.fromkeys(form.peft_type for form in FORMATS))
+        raise ConfigError(f"PEFT's method {kind!r} is not known here; known are {known}.")
+    said = {key: plain[key] for form in mine for key in form.constants if key in plain}
+    raise ConfigError(f"PEFT's {kind} with {said} cannot be represented here.")
+
+
+def format_of(variant: Variant) -> PeftFormat:
+    """How PEFT writes `variant`.
+
+    Raises:
+        ConfigError: PEFT does not have it.
+    """
+    for form in FORMATS:
+        fixed = all(getattr(variant, name, None) == value for name, value in form.fixed.items())
+        if form.variant is type(variant) and fixed:
+            return form
+    raise ConfigError(f"PEFT has no method that computes {type(variant).__name__}.")
+
+
+def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> dict[str, Any]:
+    """The config, in PEFT's words, of `variant` at `sites` of a model whose modules have the names `modules`.
+
+    Raises:
+        ConfigError: it cannot be represented.
+    """
+    form, name = format_of(variant), type(variant).__name__
+    for site in sites:
+        if not site.weight.startswith(f"{site.name}."):
+            raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is none of its own.")
+        if site.kind not in form.kinds:
+            raise ConfigError(
+                f"{name}: files of PEFT hold it for linears only here; {site.name!r} is {site.product.article}."
+            )
+        if isinstance(site.product, Convolution) and set(site.product.dilation) != {1}:
+            raise ConfigError(f"{name}: PEFT's convolutions are not dilated, and {site.name!r} is.")
+        if site.kind == "embedding" and getattr(variant, "bias", False):
+            raise ConfigError(f"{name}: PEFT has no bias at an embedding, and {site.name!r} is one.")
+        if site.transposed and not form.conv1d:
+            raise ConfigError(f"{name}: PEFT has it for ordinary linears only, and {site.name!r} is a Conv1D.")
+    config: dict[str, Any] = {
+        theirs.name: theirs.to_peft(getattr(variant, ours)) for ours, theirs in form.fields.items()
+    }
+    config |= {"peft_type": form.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    config |= {**form.constants, **form.written}
+    names = [site.name for site in sites]
+    config["target_modules"] = _covering(names, modules)
+    for field, key in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+        values = {site: getattr(variant.at(site), field) for site in names}
+        own = {f"^{re.escape(site)}": value for site, value in values.items() if value != getattr(variant, field)}
+        if own and key not in form.patterns:
+            raise ConfigError(f"{name}: PEFT has one {field} for all sites, and this adapter has several.")
+        if key in form.patterns:
+            config[key] = own
+    if form.conv1d:
+        layouts = {site.transposed for site in sites if site.kind == "linear"}
+        config["fan_in_fan_out"] = layouts == {True}
+    if isinstance(variant, IA3):
+        feedforward = [re.escape(site.name) for site in sites if variant.gates_input(site)]
+        config["feedforward_modules"] = "|".join(feedforward) or []
+    return config
+
+
+def _covering(names: list[str], modules: Iterable[str]) -> list[str] | str:
+    """The shortest way for PEFT to name these modules and no others: their last names, or one regular expression."""
+    tails = sorted({name.rpartition(".")[2] for name in names})
+    if {module for module in modules if module.rpartition(".")[2] in tails} == set(names):
+        return tails
+    return "|".join(re.escape(name) for name in names)

@@ -1,0 +1,181 @@
+"""PEFT directories: `adapter_config.json` and `adapter_model.safetensors`, read and written; and PEFT's configs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ...adapters.placement import Placement
+from ...adapters.state import adapter_state_dict
+from ...adapters.variant import Variant, pairs
+from ...capture.capture import Inputs
+from ...errors import CheckpointError, ConfigError
+from ...graph.provenance import SHARED
+from ...sites.site import Site
+from ...variants import LoRA
+from ...variants.pissa import FromWeight
+from ..files import read_json, read_safetensors, write_atomically
+from ..single_adapter import insert_from_file, only_adapter, sites_of
+from .config import config_for, format_of, from_peft_config
+from .variants import PeftFormat
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool = False) -> None:
+    """Write the adapter of `model` as a PEFT directory, which `PeftModel.from_pretrained` loads on the same base.
+
+    Args:
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned, with one adapter.
+        path: of the directory; made if it is not there. Each of its two files is written whole or not at all.
+        as_lora: write `PiSSA` and `OLoRA` as an ordinary LoRA of twice the rank, the start and the end side by side.
+            It runs on the unchanged base, without the factorisation that PEFT repeats at each load otherwise.
+
+    Raises:
+        AdapterError: the model has no adapters.
+        ConfigError: the adapter cannot be represented; the message says why.
+        CheckpointError: the files cannot be written.
+    """
+    variant, placed = only_adapter(model, "A PEFT directory")
+    state: Mapping[str, Tensor] = adapter_state_dict(model)
+    if as_lora:
+        variant, state = _as_lora(variant, placed, state)
+    sites = sites_of(model)
+    config = config_for(variant, [sites[placement.site] for placement in placed], _module_names(model))
+    form = format_of(variant)
+    tensors = {}
+    for placement in placed:
+        for name, qualified in placement.tensors.items():
+            if name in form.tensors:
+                value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
+                tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
+    write_atomically(folder / TENSORS, safetensors.torch.save(tensors, {"format": "pt"}))
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def load_peft(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    checkpoint_layers: bool | None = None,
+) -> fx.GraphModule:
+    """Capture `model` and insert the adapter of a PEFT directory, with its saved values.
+
+    Args:
+        model: the base, which is not changed.
+        path: of the directory. Only JSON and safetensors are read.
+        example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError: a file is unreadable, or its keys, shapes, config or modules do not fit the model, or the
+            adapter does something that cannot be represented here; the message says what.
+        CaptureError: the model cannot be captured.
+    """
+    folder = Path(path)
+    config = read_json(folder / CONFIG)
+    state, _ = read_safetensors(folder / TENSORS)
+    try:
+        variant = from_peft_config(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    form = format_of(variant)
+    found = _by_site(form, state, folder / TENSORS)
+    return insert_from_file(model, variant, found, form.rest, folder, example_inputs, dynamic_shapes, checkpoint_layers)
+
+
+def to_peft_config(model: nn.Module) -> dict[str, Any]:
+    """The config of the model's one adapter as PEFT writes it, in JSON-ready form; `peft.get_peft_config` takes it.
+
+    Args:
+        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
+
+    Raises:
+        AdapterError, ConfigError: as for `save_peft`.
+    """
+    variant, placed = only_adapter(model, "A PEFT directory")
+    sites = sites_of(model)
+    return config_for(variant, [sites[placement.site] for placement in placed], _module_names(model))
+
+
+# What the model and the files hold.
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if not name.endswith(".base")]
+
+
+def _key(form: PeftFormat, site: Site, name: str) -> str:
+    key = form.tensors[name].key_at(site.kind)
+    return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{site.name}.{key}"
+
+
+def _by_site(form: PeftFormat, state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a file, by site and by our names; those that sites share are at each."""
+    found: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name, site = _parsed(form, key, path)
+        try:
+            (shared if site is None else found.setdefault(site, {}))[name] = form.tensors[name].to_ours(tensor)
+        except (RuntimeError, IndexError) as error:
+            raise CheckpointError(f"{path}: {key} cannot have the shape {tuple(tensor.shape)}.") from error
+    return {site: {**tensors, **shared} for site, tensors in found.items()}
+
+
+def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
+    """Our name of the tensor called `key`, and its site; None for one that sites share."""
+    for name, theirs in form.tensors.items():
+        if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
+            return name, None
+        for ending in (theirs.key, theirs.embedding):
+            if ending and key.startswith(_PREFIX) and key.endswith(f".{ending}"):
+                return name, key.removeprefix(_PREFIX).removesuffix(f".{ending}")
+    known = ", ".join(theirs.key for theirs in form.tensors.values())
+    raise CheckpointError(
+        f"{path}: {key} cannot be represented here; of {form.variant.__name__}, modules have {known}."
+    )
+
+
+def _as_lora(
+    variant: Variant, placed: list[Placement], state: Mapping[str, Tensor]
+) -> tuple[Variant, dict[str, Tensor]]:
+    """A `LoRA` of twice the rank, and its tensors: `s (B A - B0 A0) = s [B, -B0] [A; A0]`."""
+    if not isinstance(variant, FromWeight):
+        raise ConfigError(f"as_lora is for PiSSA and OLoRA, which are differences of two LoRAs, not {variant!r}.")
+
+    def twice(alpha: float) -> float:
+        return alpha * (2**0.5 if variant.rank_stabilized else 2)
+
+    plain = LoRA(
+        r=2 * variant.r,
+        alpha=twice(variant.alpha),
+        rank_stabilized=variant.rank_stabilized,
+        rank_pattern=tuple((pattern, 2 * r) for pattern, r in pairs(variant.rank_pattern)),
+        alpha_pattern=tuple((pattern, twice(alpha)) for pattern, alpha in pairs(variant.alpha_pattern)),
+        target_names=(".",),
+    )
+    tensors = {}
+    for placement in placed:
+        a, b, a0, b0 = (state[placement.tensors[name]] for name in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
+        tensors[placement.tensors["lora_A"]] = torch.cat([a, a0])
+        tensors[placement.tensors["lora_B"]] = torch.cat([b, -b0], dim=1)
+    return plain, tensors

@@ -1,0 +1,374 @@
+"""How each variant is written in PEFT's format: the names of its config's fields and of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ...adapters.variant import Variant
+from ...sites.kinds.convolution import Convolution
+from ...sites.site import Site
+from ...variants import (
+    BOFT,
+    C3A,
+    EVA,
+    HRA,
+    IA3,
+    OFT,
+    DeLoRA,
+    DoRA,
+    FourierFT,
+    GraLoRA,
+    HiRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiSS,
+    OLoRA,
+    PiSSA,
+    RandLoRA,
+    RoAd,
+    VeRA,
+)
+
+
+@dataclass(frozen=True)
+class PeftField:
+    """One field of a config.
+
+    Args:
+        name: what PEFT calls it.
+        default: what PEFT takes where a file leaves it out.
+        to_ours, to_peft: converters of its value.
+    """
+
+    name: str
+    default: Any
+    to_ours: Callable[[Any], Any] = lambda value: value
+    to_peft: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class PeftTensor:
+    """One tensor of a site.
+
+    Args:
+        key: what follows the module's path in PEFT's files; of a tensor that sites share, the whole key.
+        to_ours, to_peft: converters of its layout.
+        embedding: what it is called at an embedding, if otherwise.
+        conv: its layout at a convolution, from ours and the size of the kernel.
+    """
+
+    key: str
+    to_ours: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    to_peft: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    embedding: str = ""
+    conv: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None
+
+    def key_at(self, kind: str) -> str:
+        """The key at a site of that kind."""
+        return self.embedding if kind == "embedding" and self.embedding else self.key
+
+
+@dataclass(frozen=True)
+class PeftFormat:
+    """How a variant is written by PEFT.
+
+    Args:
+        variant: the variant.
+        peft_type: PEFT's name of the method.
+        fields: PEFT's fields, by ours.
+        tensors: PEFT's tensors, by ours.
+        fixed: what our other fields must be; one variant here may be several formats there.
+        constants: PEFT's fields that say so; what a file leaves out counts as said.
+        written: fields of PEFT that it needs in a file, and that are not read.
+        unread: fields that say only how an adapter starts, or what its other fields make pointless.
+        patterns: which of `rank_pattern` and `alpha_pattern` PEFT has for it.
+        conv1d: whether PEFT has it for `Conv1D`.
+        kinds: of the sites that can be read and written.
+        rest: our tensors that a file may lack, as they follow from the weight or the config.
+    """
+
+    variant: type[Variant]
+    peft_type: str
+    fields: Mapping[str, PeftField]
+    tensors: Mapping[str, PeftTensor]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    written: Mapping[str, Any] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
+    patterns: frozenset[str] = frozenset()
+    conv1d: bool = False
+    kinds: tuple[str, ...] = ("linear",)
+    rest: tuple[str, ...] = ()
+
+    def tensor_to_peft(self, variant: Variant, site: Site, name: str, tensor: Tensor) -> Tensor:
+        """The tensor called `name` in PEFT's layout."""
+        if isinstance(variant, IA3):
+            return tensor[None, :] if variant.gates_input(site) else tensor[:, None]
+        theirs = self.tensors[name]
+        if isinstance(site.product, Convolution) and theirs.conv is not None:
+            return theirs.conv(tensor, site.product.kernel)
+        return theirs.to_peft(tensor)
+
+
+_BOTH_PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
+_R = {"r": PeftField("r", 8)}
+_R_ALPHA = {**_R, "alpha": PeftField("alpha", 8)}
+
+
+def _patches(a: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """`A (r, d_in)` as the weight of a convolution."""
+    return a.unflatten(1, (-1, *kernel))
+
+
+def _points(b: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """`B (d_out, r)` as the weight of a convolution whose kernel is a point."""
+    return b[(..., *[None] * len(kernel))]
+
+
+_FACTORS = {
+    "lora_A": PeftTensor(
+        "lora_A.weight", partial(Tensor.flatten, start_dim=1), embedding="lora_embedding_A", conv=_patches
+    ),
+    "lora_B": PeftTensor(
+        "lora_B.weight", partial(Tensor.flatten, start_dim=1), embedding="lora_embedding_B", conv=_points
+    ),
+}
+_MAGNITUDE = PeftTensor(
+    "lora_magnitude_vector", Tensor.flatten, conv=lambda m, kernel: m[(None, slice(None), *[None] * len(kernel))]
+)
+
+
+def _lora(variant: type[Variant], start: object) -> PeftFormat:
+    """One of the variants that PEFT treats as a LoRA."""
+    magnitude = {"lora_m": _MAGNITUDE} if variant is DoRA else {}
+    bias = {"lora_bias": PeftTensor("lora_B.bias")} if variant is LoRA else {}
+    return PeftFormat(
+        variant,
+        "LORA",
+        {
+            **_R,
+            "alpha": PeftField("lora_alpha", 8),
+            "dropout": PeftField("lora_dropout", 0.0),
+            "rank_stabilized": PeftField("use_rslora", False),
+            **({"bias": PeftField("lora_bias", False)} if variant is LoRA else {}),
+        },
+        {**_FACTORS, **magnitude, **bias},
+        constants={"use_dora": variant is DoRA, "init_lora_weights": start},
+        unread=frozenset({"eva_config", "qalora_group_size"}),
+        patterns=_BOTH_PATTERNS,
+        conv1d=variant is not OLoRA,
+        kinds=("linear", "embedding", "conv") if variant in (LoRA, DoRA) else ("linear",),
+        rest=("lora_A0", "lora_B0") if variant in (PiSSA, OLoRA) else (),
+    )
+
+
+def _randlora(basis: str) -> PeftFormat:
+    return PeftFormat(
+        RandLoRA,
+        "RANDLORA",
+        {
+            "r": PeftField("r", 32),
+            "alpha": PeftField("randlora_alpha", 640),
+            "dropout": PeftField("randlora_dropout", 0.0),
+            "projection_seed": PeftField("projection_prng_key", 0),
+        },
+        {
+            "lora_lambda": PeftTensor("randlora_lambda"),
+            "lora_gamma": PeftTensor("randlora_gamma"),
+            "lora_shared_randlora_A": PeftTensor(
+                "randlora_A", to_ours=lambda t: t.squeeze(1), to_peft=lambda t: t[:, None]
+            ),
+            "lora_shared_randlora_B": PeftTensor("randlora_B"),
+        },
+        fixed={"basis": basis},
+        constants={"sparse": basis == "sparse", "very_sparse": basis == "very_sparse"},
+        written={"save_projection": True},
+        conv1d=True,
+        rest=("lora_shared_randlora_A", "lora_shared_randlora_B"),
+    )
+
+
+def _miss(mode: str, start: object) -> PeftFormat:
+    return PeftFormat(
+        MiSS,
+        "MISS",
+        {"r": PeftField("r", 64), "dropout": PeftField("miss_dropout", 0.0), "mini_r": PeftField("mini_r", 1)},
+        {"lora_D": PeftTensor("miss_block")},
+        fixed={"mode": mode},
+        constants={"init_weights": start},
+    )
+
+
+_C3A_STARTS = {True: "zeros", False: "xavier_uniform"}
+
+FORMATS = (
+    _lora(LoRA, True),
+    _lora(DoRA, True),
+    _lora(PiSSA, "pissa"),
+    _lora(OLoRA, "olora"),
+    _lora(EVA, "eva"),
+    PeftFormat(IA3, "IA3", {}, {"lora_g": PeftTensor("ia3_l", to_ours=Tensor.flatten)}, conv1d=True),
+    PeftFormat(
+        HRA,
+        "HRA",
+        {**_R, "orthogonal": PeftField("apply_GS", False)},
+        {"lora_U": PeftTensor("hra_u", to_ours=Tensor.t, to_peft=Tensor.t)},
+    ),
+    PeftFormat(
+        DeLoRA,
+        "DELORA",
+        {**_R, "lambda0": PeftField("delora_lambda", 15.0, to_ours=float)},
+        {
+            "lora_A": PeftTensor("delora_A"),
+            "lora_B": PeftTensor("delora_B"),
+            "lora_lambda": PeftTensor("delora_lambda", to_ours=Tensor.squeeze, to_peft=lambda t: t.reshape(1)),
+            "lora_wnorm": PeftTensor("delora_w_norm"),
+        },
+        patterns=frozenset({"rank_pattern"}),
+    ),
+    PeftFormat(
+        RoAd,
+        "ROAD",
+        {"kind": PeftField("variant", "road_1"), "group_size": PeftField("group_size", 64)},
+        {"lora_road_theta": PeftTensor("road_theta"), "lora_road_alpha": PeftTensor("road_alpha")},
+    ),
+    PeftFormat(
+        OFT,
+        "OFT",
+        {
+            "block_size": PeftField("oft_block_size", 32),
+            "use_cayley_neumann": PeftField("use_cayley_neumann", True),
+        },
+        {"lora_oft_R": PeftTensor("oft_R.weight")},
+        constants={"num_cayley_neumann_terms": 5},
+        written={"r": 0},
+        unread=frozenset({"eps"}),
+    ),
+    PeftFormat(
+        BOFT,
+        "BOFT",
+        {
+            "block_size": PeftField("boft_block_size", 4),
+            "butterfly_factors": PeftField("boft_n_butterfly_factor", 1),
+        },
+        {
+            "lora_boft_R": PeftTensor("boft_R"),
+            "lora_boft_s": PeftTensor("boft_s", to_ours=Tensor.flatten, to_peft=lambda t: t[:, None]),
+        },
+    ),
+    PeftFormat(
+        C3A,
+        "C3A",
+        {
+            "block_size": PeftField("block_size", 256),
+            "init_weights": PeftField(
+                "init_weights",
+                "xavier_uniform",
+                to_ours=lambda start: _C3A_STARTS.get(start, start),
+                to_peft=lambda start: True if start == "zeros" else start,
+            ),
+        },
+        {"lora_c3a_kernel": PeftTensor("c3a_kernel")},
+    ),
+    PeftFormat(
+        LoHa,
+        "LOHA",
+        _R_ALPHA,
+        {
+            "lora_A1": PeftTensor("hada_w1_b"),
+            "lora_B1": PeftTensor("hada_w1_a"),
+            "lora_A2": PeftTensor("hada_w2_b"),
+            "lora_B2": PeftTensor("hada_w2_a"),
+        },
+        patterns=_BOTH_PATTERNS,
+    ),
+    PeftFormat(
+        LoKr,
+        "LOKR",
+        {
+            **_R_ALPHA,
+            "decompose_both": PeftField("decompose_both", False),
+            "decompose_factor": PeftField("decompose_factor", -1),
+        },
+        {
+            "lora_W1": PeftTensor("lokr_w1"),
+            "lora_A1": PeftTensor("lokr_w1_b"),
+            "lora_B1": PeftTensor("lokr_w1_a"),
+            "lora_W2": PeftTensor("lokr_w2"),
+            "lora_A2": PeftTensor("lokr_w2_b"),
+            "lora_B2": PeftTensor("lokr_w2_a"),
+        },
+        patterns=_BOTH_PATTERNS,
+    ),
+    PeftFormat(
+        VeRA,
+        "VERA",
+        {
+            "r": PeftField("r", 256),
+            "dropout": PeftField("vera_dropout", 0.0),
+            "projection_seed": PeftField("projection_prng_key", 0),
+            "d_initial": PeftField("d_initial", 0.1),
+        },
+        {
+            "lora_ld": PeftTensor("vera_lambda_d"),
+            "lora_lb": PeftTensor("vera_lambda_b"),
+            "lora_shared_vera_A": PeftTensor("vera_A"),
+            "lora_shared_vera_B": PeftTensor("vera_B"),
+        },
+        written={"save_projection": True},
+        conv1d=True,
+        rest=("lora_shared_vera_A", "lora_shared_vera_B"),
+    ),
+    *(_randlora(basis) for basis in ("dense", "sparse", "very_sparse")),
+    PeftFormat(
+        FourierFT,
+        "FOURIERFT",
+        {
+            "n_frequency": PeftField("n_frequency", 1000),
+            "scaling": PeftField("scaling", 150.0, to_ours=float),
+            "seed": PeftField("random_loc_seed", 777),
+            "spectrum": PeftField(
+                "init_weights",
+                False,
+                to_ours=lambda zeros: "zeros" if zeros else "normal",
+                to_peft=lambda spectrum: spectrum == "zeros",
+            ),
+        },
+        {"lora_spectrum": PeftTensor("fourierft_spectrum")},
+        conv1d=True,
+        rest=("lora_index",),
+    ),
+    PeftFormat(
+        GraLoRA,
+        "GRALORA",
+        {
+            "r": PeftField("r", 32),
+            "alpha": PeftField("alpha", 64),
+            "dropout": PeftField("gralora_dropout", 0.0),
+            "k": PeftField("gralora_k", 2),
+            "hybrid_r": PeftField("hybrid_r", 0),
+        },
+        {
+            "lora_A": PeftTensor("gralora_A"),
+            "lora_B": PeftTensor("gralora_B"),
+            "lora_hybrid_A": PeftTensor("gralora_A_general.weight"),
+            "lora_hybrid_B": PeftTensor("gralora_B_general.weight"),
+        },
+        conv1d=True,
+    ),
+    PeftFormat(
+        HiRA,
+        "HIRA",
+        {"r": PeftField("r", 32), "dropout": PeftField("hira_dropout", 0.0)},
+        {"lora_A": PeftTensor("hira_A"), "lora_B": PeftTensor("hira_B")},
+        patterns=frozenset({"rank_pattern"}),
+        conv1d=True,
+    ),
+    *(_miss(mode, start) for mode, start in (("balance", True), ("mini", "mini"), ("bat", "bat"))),
+)

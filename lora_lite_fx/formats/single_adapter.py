@@ -1,0 +1,142 @@
+"""What reading and writing other libraries' files have in common: one adapter, found by the modules it adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ..adapters.adapted_site import check_kind
+from ..adapters.param_spec import ParamSpec
+from ..adapters.placement import (
+    Placement,
+    adapters,
+    graph_of,
+    placements,
+    site_weight,
+)
+from ..adapters.state import adapter_state_dict, load_adapter_state_dict
+from ..adapters.variant import Variant
+from ..capture.capture import Inputs
+from ..errors import CheckpointError, ConfigError
+from ..graph.tensors import tensor_of
+from ..rewriting.base_graph import base_graph
+from ..rewriting.eager import AdaptedLinear
+from ..rewriting.rewrite import insert_adapters
+from ..sites.finding import find_sites
+from ..sites.site import Site
+
+
+def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]]:
+    """The adapter of a model that has one, for a file (`where`) that holds one.
+
+    Raises:
+        AdapterError: it has none.
+        ConfigError: it has several.
+    """
+    adapter_state_dict(model)  # refuses a model without adapters
+    found = list(adapters(model))
+    if len(found) > 1:
+        names = ", ".join(type(variant).__name__ for variant, _ in found)
+        raise ConfigError(f"{where} holds one adapter; the model has {len(found)} ({names}).")
+    return found[0]
+
+
+def sites_of(model: nn.Module) -> dict[str, Site]:
+    """The sites of an adapted model by name."""
+    model = graph_of(model)
+    if isinstance(model, fx.GraphModule):
+        return {site.name: site for site in find_sites(model)}
+    return {module.site.name: module.site for module in model.modules() if isinstance(module, AdaptedLinear)}
+
+
+def weight_of(model: nn.Module, site: Site) -> Tensor:
+    """The frozen weight `(d_out, d_in)` of a site of an adapted model."""
+    model = graph_of(model)
+    if isinstance(model, fx.GraphModule):
+        return site_weight(model, site)
+    module = model.get_submodule(site.name)
+    assert isinstance(module, AdaptedLinear)
+    return site.product.matrix(module.weight.detach())
+
+
+def insert_from_file(
+    model: nn.Module | ExportedProgram,
+    variant: Variant,
+    found: Mapping[str, Mapping[str, Tensor]],
+    rest: Iterable[str],
+    path: Path,
+    example_inputs: Inputs | None,
+    dynamic_shapes: Any,
+    checkpoint_layers: bool | None,
+) -> fx.GraphModule:
+    """Capture `model` and insert `variant` at the sites of a file, with its values.
+
+    Args:
+        model, example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
+        variant: the config.
+        found: the tensors of each site, by the variant's names.
+        rest: names of tensors that no file of this kind holds, as they follow from the frozen weight.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: the file's sites or tensors do not fit the model or the config.
+        CaptureError: the model cannot be captured.
+    """
+    if not found:
+        raise CheckpointError(f"{path} holds no adapter.")
+    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
+    sites = {site.name: site for site in find_sites(gm)}
+    if missing := [name for name in found if name not in sites]:
+        raise CheckpointError(
+            f"{path} adapts {len(missing)} modules that are no linear site of the model ({', '.join(missing[:3])});"
+            f" it has {', '.join(list(sites)[:3])}, ..."
+        )
+    targets = [site for name, site in sites.items() if name in found]
+    try:
+        variant = variant.settle(targets, {})
+        for site in targets:
+            local = variant.at(site.name)
+            local.check(site)
+            check_kind(local, site, tensor_of(gm, site.weight))
+            _check_tensors(local.specs(site), found[site.name], rest, f"{path}: {site.name}")
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    first = insert_adapters(gm, [(variant, targets)])
+    own = adapter_state_dict(gm)
+    values = dict(own)
+    for placement in placements(gm):
+        if placement.adapter < first:
+            continue
+        here = found[placement.site]
+        if set(placement.names) - here.keys():
+            site = sites[placement.site]
+            placement.start(gm, site, site_weight(gm, site))
+        for name, tensor in here.items():
+            qualified = placement.tensors[name]
+            values[qualified] = tensor.to(own[qualified].dtype)
+    load_adapter_state_dict(gm, values)
+    return gm
+
+
+def _check_tensors(
+    specs: Mapping[str, ParamSpec], found: Mapping[str, Tensor], rest: Iterable[str], where: str
+) -> None:
+    """Raise `CheckpointError` unless the tensors found at a site are those that its config asks for.
+
+    Before any is made: a config may ask for more than there is memory.
+    """
+    if lacking := specs.keys() - found.keys() - set(rest):
+        raise CheckpointError(f"{where} lacks {', '.join(sorted(lacking))}.")
+    if foreign := found.keys() - specs.keys():
+        raise CheckpointError(f"{where} has {', '.join(sorted(foreign))}, against its config.")
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != specs[name].shape:
+            raise CheckpointError(
+                f"{where} has {name} of shape {tuple(tensor.shape)}; its config asks for {specs[name].shape}."
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where} has {name} in {tensor.dtype}, which is not a floating-point type.")

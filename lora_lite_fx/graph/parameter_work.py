@@ -1,0 +1,49 @@
+"""Which nodes of a graph depend on its module's tensors alone, and how to move them to its front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from .provenance import is_inserted
+from .queries import is_deterministic, reads_tensor
+from .regions import closes_region, opens_region
+
+
+def parameter_work(gm: fx.GraphModule) -> list[fx.Node]:
+    """The inserted nodes that depend on no input of the graph, draw no random numbers and write nothing; in order.
+
+    Nothing is computed elsewhere that stands in a region with a mode of autograd or autocast of its own.
+    """
+    known: set[fx.Node] = set()
+    found: list[fx.Node] = []
+    regions = 0
+    for node in gm.graph.nodes:
+        regions += opens_region(node) - closes_region(node)
+        computed = is_inserted(node) and not regions and is_deterministic(node)
+        if reads_tensor(gm, node) or (computed and known.issuperset(node.all_input_nodes)):
+            known.add(node)
+            if is_inserted(node):
+                found.append(node)
+    return found
+
+
+def first_input(graph: fx.Graph) -> fx.Node:
+    """The node before which parameter work stands."""
+    return next((node for node in graph.nodes if node.op == "placeholder"), graph.output_node())
+
+
+def move_to_front(graph: fx.Graph, nodes: Iterable[fx.Node]) -> int:
+    """Move parameter work, given in order, before the inputs of `graph`; returns how many nodes were not there."""
+    first = first_input(graph)
+    moved = 0
+    for node in nodes:
+        if first < node:
+            for operand in node.all_input_nodes:
+                if first < operand:  # a tensor that the base reads too
+                    first.prepend(operand)
+            first.prepend(node)
+            node.meta.pop("nn_module_stack", None)  # it runs for the whole model now, and not in a layer
+            moved += 1
+    return moved

@@ -1,0 +1,39 @@
+"""The operators at the borders of no_grad and autocast regions."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+# Regions that run in a mode of their own.
+
+GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
+AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast
+# What torch.export traces at the borders of a region before it makes one, and so again when it captures an opened one.
+# The public forms are context managers, which a graph cannot hold.
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp._enter_autocast, torch.amp._exit_autocast
+
+
+def opens_region(node: fx.Node) -> bool:
+    """Whether a region with a mode of autograd or autocast of its own begins at `node`."""
+    return node.target in (ENTER_AUTOCAST, torch.is_grad_enabled)
+
+
+def closes_region(node: fx.Node) -> bool:
+    """Whether such a region ends at `node`: the mode that was remembered at its beginning is set again."""
+    return node.target is EXIT_AUTOCAST or (node.target is SET_GRAD_ENABLED and isinstance(node.args[0], fx.Node))
+
+
+def without_gradient(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of `graph` that run with autograd switched off by the model itself."""
+    found: set[fx.Node] = set()
+    enabled, at = True, {}
+    for node in graph.nodes:
+        if node.target is torch.is_grad_enabled:
+            at[node] = enabled
+        elif node.target is SET_GRAD_ENABLED:
+            enabled = at.get(node.args[0], node.args[0])
+        elif not enabled:
+            found.add(node)
+    return found

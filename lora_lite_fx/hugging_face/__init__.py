@@ -1,0 +1,1 @@
+"""`adapt`: Hugging Face models whose forward runs rewritten graphs."""

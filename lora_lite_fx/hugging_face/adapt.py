@@ -1,0 +1,107 @@
+"""`adapt`: a Hugging Face model whose `forward` runs rewritten graphs.
+
+The model is a copy of the user's, with the weights shared and the adapters' tensors registered in it. Each call
+signature (which arguments are given, their types and structure) has a graph of its own, captured when it is first
+used; all graphs read the tensors of the copy, so that there is one set of adapters.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from ..adapters.placement import placements
+from ..adapters.state import adapter_state_dict
+from ..capture.capture import Inputs
+from ..capture.hugging_face import is_hugging_face
+from ..capture.share import share
+from ..errors import AdapterError, ConfigError
+from ..formats.checkpoint import load
+from ..formats.peft.directory import CONFIG, load_peft
+from ..rewriting.calibration import Batches
+from ..rewriting.rewrite import Config, rewrite
+from .adapted_model import (
+    _WEIGHTS,
+    Adapted,
+    _Alone,
+    _Part,
+    _subclass,
+)
+from .graph_cache import Graphs
+
+
+def adapt(
+    model: Any,
+    cfg: Config | str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    calibration: Batches | None = None,
+    max_graphs: int = 16,
+) -> Any:
+    """A copy of a Hugging Face model, of the same class and with the weights shared, that runs rewritten graphs.
+
+    `generate`, `Trainer` and pipelines take it as they take the model. A graph is captured when a call differs from
+    those before in which arguments are given or in their structure; that is logged with the reason, by the logger
+    `lora_lite_fx`. The calls of a causal language model that train, prefill a dynamic cache and decode have one graph
+    together.
+
+    Args:
+        model: the model, which is not changed.
+        cfg: as for `rewrite`; or a path, of a file that `save` wrote, of a PEFT directory, or of a folder that
+            `save_pretrained` of an adapted model or a `Trainer` wrote.
+        example_inputs: as for `rewrite`: the first call to capture, which decides on the sites.
+        calibration: as for `rewrite`.
+        max_graphs: the most graphs to keep; the one that was not used for longest is dropped for a new one.
+
+    Returns:
+        The copy, in the model's mode. Only the adapters' parameters require grad. Its parts (`get_encoder()`, the
+        model without its head) run graphs of their own; a layer that is adapted refuses to run alone.
+        `save_pretrained` writes the adapters alone; `gradient_checkpointing_enable` checkpoints the layers of graphs.
+
+    Raises:
+        AdapterError: `model` is not a transformers model, or is adapted already.
+        As `rewrite`, and, with a path, as `load` or `load_peft`.
+    """
+    if not is_hugging_face(model):
+        raise AdapterError(
+            f"adapt takes a model of transformers, not {type(model).__name__}; for other modules there is rewrite."
+        )
+    if placements(model):
+        raise AdapterError(f"{type(model).__name__} is adapted already. The way out: pass several configs at once.")
+    if type(max_graphs) is not int or max_graphs < 1:
+        raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
+    graphs = Graphs(share(model), example_inputs, max_graphs)
+    graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
+    return _adopted(graphs)
+
+
+def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.GraphModule:
+    if not isinstance(cfg, (str, os.PathLike)):
+        return rewrite(base, cfg, calibration=calibration)
+    if calibration is not None:
+        raise ConfigError("calibration is for adapters that start; those of a file have started.")
+    path = Path(cfg)
+    if (path / CONFIG).is_file():
+        return load_peft(base, path)
+    return load(base, path / _WEIGHTS if path.is_dir() else path)
+
+
+def _adopted(graphs: Graphs) -> Any:
+    """Make the modules of the copy run graphs, or refuse to run."""
+    model = graphs.model
+    sites = {placement.site for placement in graphs.placements}
+    for name, module in model.named_modules():
+        cls: Any = type(module)
+        if is_hugging_face(module):
+            module.__class__ = _subclass(Adapted if module is model else _Part, cls)
+            module._graphs, module._path = graphs, name
+        elif name in sites:
+            module.__class__ = _subclass(_Alone, cls)
+            module._path = name
+    trained = adapter_state_dict(model)
+    # What transformers leaves out of checkpoints, and does not miss in them.
+    model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]
+    return model

@@ -1,0 +1,126 @@
+"""What `adapt` adds to the class of a model."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from ..adapters.placement import Placement
+from ..errors import AdapterError, ConfigError
+from ..formats.checkpoint import save
+from .graph_cache import Graphs
+from .merge_into_model import _fold_into
+
+_WEIGHTS = "model.safetensors"  # what a Trainer looks for in a checkpoint
+
+
+@functools.cache
+def _subclass(kind: Any, cls: Any) -> type:
+    """A subclass of `cls`, of the same name, with the methods of `kind`."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "base": cls}
+    if issubclass(kind, _Part):
+
+        @functools.wraps(cls.forward)  # its signature is what generate and Trainer look at
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._graphs.run(self, args, kwargs)
+
+        names["forward"] = forward
+    return type(cls.__name__, (kind, cls), names)
+
+
+class _Alone:
+    """A module with a site, in a model that runs graphs."""
+
+    _path: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: this would run without the adapter, unnoticed."""
+        raise AdapterError(
+            f"{self._path!r} was called by itself: that would run it without its adapter, which is in the graphs of the"
+            " model. The way out: call the model, or use wrap, where every module is adapted."
+        )
+
+
+class _Part:
+    """A model of transformers that runs graphs: the adapted model, or a part of it."""
+
+    _graphs: Graphs
+    _path: str
+
+
+class Adapted(_Part):
+    """What `adapt` adds to a model."""
+
+    @property
+    def placements(self) -> list[Placement]:
+        """The adapters, as `adapters.placements` asks for them."""
+        return self._graphs.placements
+
+    def adapted_graph(self) -> fx.GraphModule:
+        """The graph with all sites, over the tensors of the model."""
+        return self._graphs.first_graph()
+
+    def without_adapters(self, fold: bool) -> Any:
+        """The model in its own class, with the adapters folded into copies of the adapted weights, or left out."""
+        plain = self._graphs.plain()
+        if fold:
+            _fold_into(plain, self.adapted_graph())
+        return plain
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
+        """Write the adapters as `save` does, to `model.safetensors`, which `adapt` and a resumed `Trainer` read.
+
+        There is no config beside it: the folder does not hold a whole model and is not for `from_pretrained`.
+
+        Args:
+            save_directory: made if it is not there.
+            is_main_process: whether to write at all.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save(self, folder / _WEIGHTS)  # type: ignore[arg-type]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Let the graphs checkpoint their layers, as `rewrite(..., checkpoint_layers=True)` does.
+
+        Args:
+            gradient_checkpointing_kwargs: as for the model; `use_reentrant` may not be true.
+
+        Raises:
+            ConfigError: the reentrant kind is asked for.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ConfigError("The layers of a graph are checkpointed with use_reentrant=False; the other kind is not.")
+        self._switch_checkpointing("enable", gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Let the graphs save all activations again."""
+        self._switch_checkpointing("disable")
+
+    def _switch_checkpointing(self, how: str, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name calls the old one if that is overridden
+            getattr(super(), f"gradient_checkpointing_{how}")(*args, **kwargs)
+        self._graphs.drop()
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+        """Refuse: the graphs read the weights that there are."""
+        raise AdapterError("Resize the embeddings before adapt; the graphs of an adapted model read these weights.")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self._tensors()
+        applied = super()._apply(fn, recurse)  # type: ignore[misc]
+        if self._tensors() != before:
+            self._graphs.drop()
+        return applied
+
+    def _tensors(self) -> list[Any]:
+        tensors = [*self.parameters(), *self.buffers()]  # type: ignore[attr-defined]
+        return [(id(tensor), tensor.dtype, tensor.device) for tensor in tensors]

@@ -1,0 +1,177 @@
+"""Calls as data: what the arguments of a call hold, tensors apart from the structure around them.
+
+A graph takes and returns tensors, and integers that count (lengths). Everything else an argument holds, a cache's
+class or a flag, is part of the structure: it is the same in every call of one graph.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError
+
+Leaves = dict[str, Any]
+"""Tensors and integers by name."""
+
+
+class Leaf(NamedTuple):
+    """A tensor or an integer of the call.
+
+    Args:
+        name: unique in the call, and an identifier.
+        kind: dtype, number of dimensions and device type of a tensor; empty for an integer.
+    """
+
+    name: str
+    kind: tuple[Any, ...]
+
+
+class Constant(NamedTuple):
+    """A value that is not a tensor; its type counts, as `True` equals 1."""
+
+    kind: type
+    value: Any
+
+
+class Tree(NamedTuple):
+    """A container: a list, a tuple, a dict, or an object with attributes."""
+
+    kind: type
+    keys: tuple[Any, ...]
+    parts: tuple[Any, ...]
+
+
+class Given(NamedTuple):
+    """An argument of the call, returned as it was passed."""
+
+    name: str
+
+
+Structure = Leaf | Constant | Tree | Given
+
+# Integer attributes of caches that count tokens; and attributes that say nothing to a model.
+_COUNTERS = frozenset({"cumulative_length", "cumulative_length_int", "max_cache_len"})
+_UNSEEN = frozenset({"_is_user_defined", "batch_size", "max_batch_size"})
+
+
+def disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str] | None = None) -> Structure:
+    """Take `value` apart.
+
+    Args:
+        value: an argument or a result; it is not changed.
+        name: what its leaves are called after.
+        leaves: the tensors and integers in it are added here.
+        given: names of objects, by identity, that are not taken apart.
+
+    Raises:
+        CaptureError: it holds what cannot be compared between calls.
+    """
+    if given and id(value) in given:
+        return Given(given[id(value)])
+    if isinstance(value, Tensor):
+        leaves[name] = value
+        return Leaf(name, (value.dtype, value.dim(), value.device.type))
+    if isinstance(value, torch.SymInt):
+        leaves[name] = value
+        return Leaf(name, ())
+    keys, parts = _parts(value)
+    if parts is None:
+        try:
+            hash(value)
+        except TypeError as error:
+            raise CaptureError(
+                f"{name} is a {type(value).__name__}, which cannot be an argument of a graph."
+            ) from error
+        return Constant(type(value), value)
+    found: list[Structure] = []
+    for key, part in zip(keys, parts, strict=True):
+        if key in _COUNTERS and type(part) is int:
+            leaves[f"{name}_{key}"] = part
+            found.append(Leaf(f"{name}_{key}", ()))
+        else:
+            found.append(disassemble(part, re.sub(r"\W", "_", f"{name}_{key}"), leaves, given))
+    return Tree(type(value), tuple(keys), tuple(found))
+
+
+def _parts(value: Any) -> tuple[Any, Any]:
+    """The keys and the values of a container; None for both of anything else."""
+    if isinstance(value, Mapping):
+        return tuple(value), tuple(value.values())
+    if isinstance(value, (list, tuple)):
+        return range(len(value)), value
+    opaque = (type, enum.Enum, nn.Module, FunctionType, MethodType)
+    if hasattr(value, "__dict__") and not isinstance(value, opaque):
+        state = {key: vars(value)[key] for key in sorted(vars(value).keys() - _UNSEEN)}
+        return tuple(state), tuple(state.values())
+    return None, None
+
+
+def assemble(structure: Structure, leaves: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
+    """The value that was taken apart, with these tensors and integers in it."""
+    if isinstance(structure, Leaf):
+        return leaves[structure.name]
+    if isinstance(structure, Constant):
+        return structure.value
+    if isinstance(structure, Given):
+        return (given or {})[structure.name]
+    kind: Any = structure.kind
+    parts = [assemble(part, leaves, given) for part in structure.parts]
+    if issubclass(kind, Mapping):
+        items = dict(zip(structure.keys, parts, strict=True))
+        return kind(**items) if hasattr(kind, "__dataclass_fields__") else kind(items)
+    if issubclass(kind, (list, tuple)):
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+    value = kind.__new__(kind)
+    vars(value).update(zip(structure.keys, parts, strict=True))
+    return value
+
+
+def restore(old: Any, structure: Structure, leaves: Mapping[str, Any]) -> Any:
+    """Bring `old`, an object of the caller's, into the state that `structure` and `leaves` describe.
+
+    Objects stay the same where their class does, and keep attributes that the structure does not have. Returns what
+    takes the place of `old`.
+    """
+    if not isinstance(structure, Tree) or type(old) is not structure.kind or issubclass(structure.kind, Mapping):
+        return assemble(structure, leaves)
+    if isinstance(old, list):
+        before = [*old, *[None] * (len(structure.parts) - len(old))]
+        old[:] = [restore(item, part, leaves) for item, part in zip(before, structure.parts, strict=False)]
+    elif not isinstance(old, tuple):
+        for key, part in zip(structure.keys, structure.parts, strict=True):
+            vars(old)[key] = restore(vars(old).get(key), part, leaves)
+    else:
+        return assemble(structure, leaves)
+    return old
+
+
+def differences(old: Structure | None, new: Structure | None, name: str = "") -> Iterator[str]:
+    """What differs between two structures, part by part, in words."""
+    if old == new:
+        return
+    if isinstance(old, Tree) and isinstance(new, Tree) and old.kind is new.kind:
+        before, after = dict(zip(old.keys, old.parts, strict=True)), dict(zip(new.keys, new.parts, strict=True))
+        for key in before | after:
+            yield from differences(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
+        return
+    yield f"{name}: {_in_words(old)} before, {_in_words(new)} now"
+
+
+def _in_words(structure: Structure | None) -> str:
+    if structure is None:
+        return "not given"
+    if isinstance(structure, Leaf):
+        if not structure.kind:
+            return "an integer"
+        dtype, dim, device = structure.kind
+        return f"a {str(dtype).removeprefix('torch.')} tensor of {dim} dimensions on {device}"
+    if isinstance(structure, Constant):
+        return repr(structure.value)
+    return structure.kind.__name__ if isinstance(structure, Tree) else structure.name

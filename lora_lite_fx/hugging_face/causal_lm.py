@@ -1,0 +1,228 @@
+"""Causal language models: the calls that train, prefill and decode, brought into one form.
+
+In that form a call has a cache (empty at first), a mask, positions, and the positions whose logits are wanted; the
+loss is computed from the logits. What of that is the same to a model is not assumed: a small run shows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Every dynamic dimension of an example has a size of its own, and none is one: torch.export specialises ones.
+_BATCH, _LENGTH, _PAST = 3, 7, 5
+_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a run of a causal language model has shown.
+
+    Args:
+        layers: for each layer of its cache, keys `(1, heads, 0, d)` and values `(1, heads, 0, d)` of no token.
+        parameters: names of the arguments that it takes.
+        counts_positions: whether no positions mean those from the number of cached tokens on, padding included.
+        has_plain_loss: whether its loss is its `loss_function` of all logits.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    parameters: frozenset[str]
+    counts_positions: bool
+    has_plain_loss: bool
+
+
+@dataclass
+class Form:
+    """A call in the form in which the graph takes it, and what is left to do with the result.
+
+    Args:
+        arguments: by name; none is None.
+        given: the objects of the caller that the call changes, by argument.
+        loss: arguments of the model's loss function, if the loss is computed from the result.
+        keeps_cache: whether the result has the cache.
+    """
+
+    arguments: dict[str, Any]
+    given: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] | None = None
+    keeps_cache: bool = True
+
+
+@functools.cache
+def _signature(cls: Any) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The arguments of a call that say something, by name; and whether the result is to be a `ModelOutput`."""
+    signature = _signature(type(part))  # type: ignore[arg-type]
+    if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
+        kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
+        del kwargs["past_key_values"]
+    arguments: dict[str, Any] = {}
+    for name, value in list(signature.bind(part, *args, **kwargs).arguments.items())[1:]:
+        parameter = signature.parameters[name]
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= value
+        elif type(value) is not type(parameter.default) or value != parameter.default:
+            arguments[name] = value
+    if "use_cache" in signature.parameters and "use_cache" not in arguments:
+        arguments["use_cache"] = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
+    if "use_mems" in signature.parameters and "use_mems" not in arguments:  # XLNet's, switched by the mode
+        arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
+    if getattr(part, "is_gradient_checkpointing", False) and part.training and torch.is_grad_enabled():
+        arguments["use_cache"] = False  # as the model does it: a cache would keep what is not to be kept
+    return_dict = arguments.pop("return_dict", None)
+    return_dict = getattr(part.config, "return_dict", True) if return_dict is None else return_dict
+    return {name: value for name, value in arguments.items() if value is not None}, return_dict
+
+
+def caches(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The caches among the arguments of a call: what it changes."""
+    from transformers.cache_utils import Cache
+
+    return {name: value for name, value in arguments.items() if isinstance(value, Cache)}
+
+
+@torch.no_grad()
+def probe(model: Any) -> Decoder | None:
+    """Run `model` on a few tokens, left-padded; None if it is not a causal language model that appends to its cache."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    signature = inspect.signature(model.forward).parameters
+    text = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder or not {"input_ids", "attention_mask", "cache", "use_cache"} <= signature.keys():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(text.vocab_size, (_BATCH, _LENGTH), generator=generator).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+
+    def run(**more: Any) -> Any:
+        return model(input_ids=ids, attention_mask=mask, cache=DynamicCache(config=text), use_cache=True, **more)
+
+    training = model.training
+    model.eval()
+    try:
+        plain = run()
+        layers = plain.cache.layers
+        if not all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers
+        ):
+            return None
+        empty = tuple((layer.keys[:1, :, :0], layer.values[:1, :, :0]) for layer in layers)
+        positions = torch.arange(_LENGTH, device=model.device).expand(_BATCH, -1)
+        return Decoder(
+            empty,
+            frozenset(signature),
+            "position_ids" in signature and _same(run(position_ids=positions).logits, plain.logits),
+            "labels" in signature and _has_plain_loss(model, run, ids),
+        )
+    finally:
+        model.train(training)
+
+
+def _has_plain_loss(model: Any, run: Any, ids: Tensor) -> bool:
+    labels = ids.where(ids % 3 > 0, -100)
+    labels[0, :3] = -100  # what padding predicts may be anything
+    arguments: dict[str, Any] = {"labels": labels}
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
+        arguments["num_items_in_batch"] = 5
+    result = run(**arguments)
+    return torch.equal(result.loss, loss_of(model, result.logits, arguments))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit; where there is nothing to attend to, some models compute NaN."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def loss_of(model: Any, logits: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The loss as a causal language model computes it."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return model.loss_function(logits=logits, vocab_size=vocabulary, **arguments)
+
+
+def normal_form(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) -> Form:
+    """The call in its normal form; as it is, where that form would mean something else.
+
+    Args:
+        model: the model that is called.
+        decoder: what a run of it has shown.
+        arguments: by name; none is None.
+    """
+    as_it_is = Form(arguments, caches(arguments))
+    tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
+    if decoder is None or tokens is None:
+        return as_it_is
+    arguments = dict(arguments)
+    cache, mask = arguments.get("cache"), arguments.get("attention_mask")
+    text = model.config.get_text_config(decoder=True)
+    use_cache = arguments.get("use_cache", True)
+    if cache is None and mask is None and "position_ids" in arguments and not use_cache:
+        return as_it_is  # positions that start again mark several texts in one row
+    batch, length = tokens.shape[:2]
+    keeps_cache, given = cache is not None or bool(use_cache), caches(arguments)
+    cache = _opened(cache, text, decoder, batch, tokens.device)
+    arguments |= {"cache": cache, "use_cache": True}
+    if _only_appends(cache):
+        past = cache.get_seq_length()
+        if mask is None:
+            mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
+        if mask.dim() == 2 and mask.shape[1] >= length:
+            arguments["cached_mask"], arguments["attention_mask"] = mask[:, :-length], mask[:, -length:]
+        if decoder.counts_positions and "position_ids" not in arguments:
+            arguments["position_ids"] = torch.arange(past, past + length, device=tokens.device).expand(batch, -1)
+    keep = arguments.get("logits_to_keep", 0)
+    if "logits_to_keep" in decoder.parameters and isinstance(keep, int):
+        arguments["logits_to_keep"] = torch.arange(length, device=tokens.device)[-keep:]
+    loss = None
+    if decoder.has_plain_loss and "labels" in arguments:
+        loss = {name: arguments.pop(name) for name in _LOSS_ARGUMENTS if name in arguments}
+    return Form(arguments, given, loss, keeps_cache)
+
+
+def join_mask(arguments: dict[str, Any]) -> None:
+    """Put the mask together of its two parts. As one, its length would be an input of its own, with bounds."""
+    if "cached_mask" in arguments:
+        parts = [arguments.pop("cached_mask"), arguments["attention_mask"]]
+        arguments["attention_mask"] = torch.cat(parts, dim=1)
+
+
+def _opened(cache: Any, text: Any, decoder: Decoder, batch: int, device: torch.device) -> Any:
+    """The cache, or a copy of it in which layers that have seen no token are initialised: an update with none."""
+    from transformers.cache_utils import DynamicCache
+
+    if cache is None:
+        cache = DynamicCache(config=text)
+    elif len(cache) == len(decoder.layers) and all(layer.is_initialized for layer in cache.layers):
+        return cache
+    opened = shallow(cache)
+    for index, (keys, values) in enumerate(decoder.layers):
+        if index >= len(opened) or not opened.layers[index].is_initialized:
+            none = (t.new_empty((batch, *t.shape[1:]), device=device) for t in (keys, values))
+            opened.update(*none, index)
+    return opened
+
+
+def shallow(cache: Any) -> Any:
+    """A cache with layers of its own that hold the same tensors."""
+    copied = object.__new__(type(cache))
+    vars(copied).update(vars(cache))
+    copied.layers = []
+    for layer in cache.layers:
+        copied.layers.append(object.__new__(type(layer)))
+        vars(copied.layers[-1]).update(vars(layer))
+    return copied
+
+
+def _only_appends(cache: Any) -> bool:
+    from transformers.cache_utils import DynamicCache
+
+    return type(cache) is DynamicCache

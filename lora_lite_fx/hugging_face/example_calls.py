@@ -1,0 +1,63 @@
+"""Examples to capture a call with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..capture.export import double_batch_of_one
+from .call_structure import Leaves
+from .causal_lm import _BATCH, _LENGTH, _PAST
+
+# Examples to capture with.
+
+
+def examples(leaves: Leaves) -> Iterator[Leaves]:
+    """Leaves to capture a call with, the most general first: such that the graph takes other lengths and batches."""
+    if (normal := _normal_example(leaves)) is not None:
+        yield normal
+    yield _grown(leaves)
+    yield leaves
+
+
+def _normal_example(leaves: Leaves) -> Leaves | None:
+    """Some tokens after some cached ones; None if the call has leaves that are not of the normal form."""
+    tokens = {"input_ids": 2, "inputs_embeds": 3, "position_ids": 2, "labels": 2}
+    example: Leaves = {}
+    for name, leaf in leaves.items():
+        dim = leaf.dim() if isinstance(leaf, Tensor) else None
+        head, _, part = name.rpartition("_")
+        if tokens.get(name) == dim and dim is not None:
+            example[name] = leaf.new_zeros((_BATCH, _LENGTH, *leaf.shape[2:]))
+        elif dim == 2 and name in ("attention_mask", "cached_mask"):
+            example[name] = leaf.new_ones((_BATCH, _LENGTH if name == "attention_mask" else _PAST))
+        elif (name, dim) == ("logits_to_keep", 1):
+            example[name] = torch.arange(2, device=leaf.device)
+        elif head.startswith("cache_layers_") and part in ("keys", "values") and dim == 4:
+            seen = leaves.get(f"{head}_cumulative_length", leaf.shape[2])
+            # A layer that has dropped tokens is shown as one that has dropped one.
+            held = _PAST - (seen > leaf.shape[2]) if isinstance(seen, int) else 0
+            if not held:
+                return None
+            example[name] = leaf.new_zeros((_BATCH, leaf.shape[1], held, leaf.shape[3]))
+        elif name.endswith("cumulative_length") and isinstance(leaf, int):
+            example[name] = _PAST
+        elif name.endswith("sliding_window_tensor"):
+            example[name] = leaf
+        else:
+            return None
+    return example if "cache_layers_0_keys" in example else None
+
+
+def _grown(leaves: Leaves) -> Leaves:
+    """The call with a batch of one shown twice, and with a second token in caches that hold one."""
+    grown = dict(leaves)
+    for name, leaf in leaves.items():
+        if name.startswith("cache") and "cross" not in name:
+            if name.endswith(("_keys", "_values")) and leaf.dim() == 4 and leaf.shape[2] == 1:
+                grown[name] = torch.cat([leaf, leaf], dim=2)
+            elif name.endswith("cumulative_length") and isinstance(leaf, int) and leaf == 1:
+                grown[name] = 2
+    return double_batch_of_one(grown) or grown

@@ -1,0 +1,403 @@
+"""The graphs of an adapted model: one for each signature of its calls, captured on first use."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from ..adapters.placement import Placement, placements
+from ..capture.capture import Inputs
+from ..capture.export import take_guards
+from ..capture.hugging_face import example_inputs_of
+from ..capture.share import share
+from ..errors import COMPILE_INSTEAD, CaptureError
+from ..graph.tensors import register_tensor, tensor_of
+from ..graph.writes import written_buffers
+from ..rewriting.base_graph import base_graph
+from ..rewriting.calibration import Batches
+from ..rewriting.rewrite import insert_adapters
+from ..sites.finding import find_sites
+from .call_structure import (
+    Leaves,
+    Structure,
+    Tree,
+    assemble,
+    differences,
+    disassemble,
+    restore,
+)
+from .causal_lm import (
+    Decoder,
+    Form,
+    arguments_of,
+    caches,
+    join_mask,
+    loss_of,
+    normal_form,
+    probe,
+)
+from .example_calls import examples
+from .sliding_window import cut_windows, uncut_windows
+
+logger = logging.getLogger("lora_lite_fx")
+
+Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
+"""Adapters into a base graph, with calibration data in the form in which the graph takes it."""
+
+# What a forward method reads from the config and may change between calls.
+_SWITCHES = ("_attn_implementation", "_experts_implementation", "output_attentions", "output_hidden_states")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call as a graph takes it.
+
+    Args:
+        path: qualified name of the part of the model that is called; empty for the model.
+        form: its arguments in normal form.
+        structure: the arguments without their leaves.
+        switches: what the config adds to the signature.
+        leaves: the tensors and integers of the arguments, by name.
+    """
+
+    path: str
+    form: Form
+    structure: Structure
+    switches: tuple[tuple[str, Any], ...]
+    leaves: Leaves
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What calls of one graph have in common."""
+        return self.path, self.structure, self.switches
+
+
+@dataclass
+class Graph:
+    """A rewritten graph.
+
+    Args:
+        gm: takes the leaves of a call by name, and returns those of the result.
+        call: the one that it was captured for.
+        shapes: of the leaves that it was captured with.
+        guards: raises for leaves that the graph does not hold for.
+        result: the result without its leaves.
+        given: the state of the caller's objects after the call, without its leaves.
+    """
+
+    gm: fx.GraphModule
+    call: Call
+    shapes: Any
+    guards: Callable[..., object]
+    result: Structure
+    given: dict[str, Structure]
+
+    def refuses(self, leaves: Leaves) -> str:
+        """Why the graph does not hold for `leaves`; empty if it does."""
+        try:
+            self.guards(*leaves.values())
+        except AssertionError as error:
+            return str(error)
+        return ""
+
+
+class Graphs:
+    """The graphs of an adapted model, over the tensors of that model.
+
+    Args:
+        model: a copy of the user's model, to be adapted.
+        example_inputs: of the first call to capture, or None to make them from the config.
+        limit: the most graphs to keep.
+    """
+
+    def __init__(self, model: Any, example_inputs: Inputs | None, limit: int) -> None:
+        self.model = model
+        self.example_inputs = example_inputs
+        self.limit = limit
+        self.placements: list[Placement] = []
+        self.sites: dict[str, tuple[frozenset[str], str]] = {}  # roles and weight, as the first graph has them
+        self.captures = 0
+        self._owned: set[str] = set()
+        self.drop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        """For a copy of the model: the same adapters, and no graph yet."""
+        twin = memo[id(self)] = object.__new__(Graphs)
+        twin.__dict__.update(self.__dict__)
+        twin.drop()
+        twin._owned = {*self._owned}
+        twin.model = copy.deepcopy(self.model, memo)
+        return twin
+
+    def drop(self) -> None:
+        """Forget all graphs: devices and dtypes are part of them."""
+        self._kept: list[Graph] = []  # the one that was not used for longest first
+        self.__dict__.pop("decoder", None)
+
+    @functools.cached_property
+    def decoder(self) -> Decoder | None:
+        """What a run of the model has shown of it, if it is a causal language model."""
+        return probe(self.plain())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    # Calls.
+
+    def run(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a part of the model, as its own `forward` would be."""
+        arguments, return_dict = arguments_of(part, args, kwargs)
+        call = self._call(part, arguments)
+        graph = self._graph_for(call)
+        graph.gm.training = part.training
+        leaves = graph.gm(**call.leaves)
+        return _result(part, call.form, graph, leaves, return_dict)
+
+    def _call(self, part: Any, arguments: dict[str, Any]) -> Call:
+        form = normal_form(part, self.decoder if part is self.model else None, arguments)
+        leaves: Leaves = {}
+        names = sorted(form.arguments)
+        parts = tuple(disassemble(form.arguments[name], name, leaves) for name in names)
+        switches = tuple((name, getattr(part.config, name, None)) for name in _SWITCHES)
+        return Call(getattr(part, "_path", ""), form, Tree(dict, tuple(names), parts), switches, leaves)
+
+    def _graph_for(self, call: Call) -> Graph:
+        signature, reason = call.signature, ""
+        for graph in reversed(self._kept):
+            if graph.call.signature == signature:
+                reason = graph.refuses(call.leaves)
+                if not reason:
+                    self._kept.remove(graph)
+                    self._kept.append(graph)
+                    return graph
+        start = time.perf_counter()
+        graph = self._capture_for(call)
+        self._log(call, reason, time.perf_counter() - start)
+        self._kept.append(graph)
+        return graph
+
+    def _log(self, call: Call, refusal: str, seconds: float) -> None:
+        name = type(self.model).__name__ + (f".{call.path}" if call.path else "")
+        changes = [
+            [*differences(graph.call.structure, call.structure), *_changed(graph.call.switches, call.switches)]
+            for graph in self._kept
+            if graph.call.path == call.path
+        ]
+        reason = refusal or "; ".join(min(changes, key=len)[:3] if changes else ["the first call"])
+        logger.info("%s: captured a graph in %.1f s (%s)", name, seconds, reason)
+        if len(self._kept) == self.limit:
+            dropped = self._kept.pop(0)
+            logger.warning(
+                "%s: dropped the graph that was not used for longest, of %d (max_graphs); a call like its own"
+                " (%s) will capture it again",
+                name,
+                self.limit,
+                ", ".join(dropped.call.form.arguments),
+            )
+
+    # Capture.
+
+    def start(self, insert: Insert, calibration: Batches | None) -> None:
+        """Capture the first graph, insert adapters into it, and register their tensors in the model."""
+        call = self._first_call(self.model)
+        batches = None if calibration is None else (self._batch(batch) for batch in calibration)
+        graph = self._capture_for(call)
+        graph.gm = insert(graph.gm, batches)
+        self._bind(graph.gm)
+        self.placements = placements(graph.gm)
+        self.sites = {site.name: (site.roles, site.weight) for site in find_sites(graph.gm)}
+        self._kept.append(graph)
+
+    def first_graph(self) -> fx.GraphModule:
+        """The graph that has all sites; captured again if it was dropped."""
+        return self._graph_for(self._first_call(self.model)).gm
+
+    def _first_call(self, model: Any) -> Call:
+        inputs = self.example_inputs
+        if inputs is None:
+            inputs = example_inputs_of(self.plain())
+        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+        args = tuple(_to(value, model.device) for value in args)
+        kwargs = {name: _to(value, model.device) for name, value in kwargs.items()}
+        return self._call(model, arguments_of(model, args, kwargs)[0])
+
+    def _batch(self, batch: Any) -> Leaves:
+        """A batch of calibration data as the first graph takes it."""
+        args, kwargs = ((), batch) if isinstance(batch, dict) else (batch if isinstance(batch, tuple) else (batch,), {})
+        return self._call(self.model, arguments_of(self.model, args, kwargs)[0]).leaves
+
+    def plain(self) -> Any:
+        """A copy of the model as it is without adapters, of its own class, with the weights shared."""
+        copied = share(self.model)
+        for placement in self.placements:
+            for name in placement.tensors.values():
+                path, _, attribute = name.rpartition(".")
+                if hasattr(copied.get_submodule(path), attribute):  # some are shared by several
+                    delattr(copied.get_submodule(path), attribute)
+        for module in copied.modules():
+            module.__class__ = getattr(type(module), "base", type(module))
+            for attribute in ("_graphs", "_path", "_keys_to_ignore_on_save"):
+                module.__dict__.pop(attribute, None)
+        return copied
+
+    def _capture_for(self, call: Call) -> Graph:
+        """The first graph, of those captured with one example after the other, that holds for the call."""
+        seen = [graph.shapes for graph in self._kept if graph.call.signature == call.signature]
+        errors = []
+        for example in examples(call.leaves):
+            shapes = _shapes(example)
+            if shapes in seen:
+                continue
+            seen.append(shapes)
+            try:
+                graph = self._capture(call, example)
+            except CaptureError as error:
+                errors.append(error)
+                continue
+            refusal = graph.refuses(call.leaves)
+            if not refusal:
+                return graph
+            errors.append(
+                CaptureError(
+                    f"A graph was captured that does not take its own call: {refusal}\nThe way out: {COMPILE_INSTEAD}."
+                )
+            )
+        given = ", ".join(call.form.arguments)
+        raise CaptureError(f"In a call with {given}: {errors[-1]}") from errors[-1]
+
+    def _capture(self, call: Call, example: Leaves) -> Graph:
+        outcome: dict[str, Any] = {}
+        shadow = self.plain()
+        shadow.__class__ = _flat(type(shadow), call, outcome)
+        dynamic = {name: _dynamic(name, leaf) for name, leaf in example.items()}
+        with ExitStack() as stack:
+            # Whatever the call runs under is no part of the graph.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            gm = base_graph(shadow, example, dynamic)
+        guards = take_guards(gm)
+        self._insert_again(gm)
+        self.captures += 1
+        self._bind(gm)
+        return Graph(gm, call, _shapes(example), guards, outcome["result"], outcome["given"])
+
+    def _insert_again(self, base: fx.GraphModule) -> None:
+        """Insert the adapters that the model has into a graph of it."""
+        sites = {site.name: site for site in find_sites(base)}
+        self._check(base, sites.keys())
+        chosen: dict[int, tuple[Any, list[Any]]] = {}
+        for placement in self.placements:
+            _, targets = chosen.setdefault(placement.adapter, (placement.variant, []))
+            if placement.site in sites:
+                targets.append(sites[placement.site])
+        insert_adapters(base, chosen.values(), {name: roles for name, (roles, _) in self.sites.items()})
+
+    def _check(self, base: fx.GraphModule, found: Collection[str]) -> None:
+        """Raise unless all adapted sites that the graph runs were found in it."""
+        read = {
+            str(node.target)
+            for node in base.graph.find_nodes(op="get_attr")
+            if any(user.target is not torch.ops.aten.embedding.default for user in node.users)
+        }
+        for name in {placement.site for placement in self.placements}.difference(found):
+            if self.sites[name][1] in read:
+                raise CaptureError(f"{name} runs in a form that is not known as a linear, so its adapter has no place.")
+
+    def _bind(self, gm: fx.GraphModule) -> None:
+        """Let the graph read the tensors of the model, and the model have the adapters and what the graph writes to."""
+        adapters = {name for placement in placements(gm) for name in placement.tensors.values()}
+        written = {*written_buffers(gm)} - self._owned
+        for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
+            own = _find(self.model, name)
+            if name in written or (own is None and name in adapters):
+                register_tensor(self.model, name, tensor)
+                self._owned.add(name)
+            elif own is not None:
+                register_tensor(gm, name, own)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _find(model: nn.Module, name: str) -> Tensor | None:
+    """The tensor of that qualified name, or None; graphs have constants of their own."""
+    try:
+        return tensor_of(model, name)
+    except AttributeError:
+        return None
+
+
+# Calls and results.
+
+
+def _result(part: Any, form: Form, graph: Graph, leaves: Leaves, return_dict: bool) -> Any:
+    given: dict[str, Any] = {}
+    for name, structure in graph.given.items():
+        if name in form.given:
+            given[name] = restore(form.given[name], structure, leaves)
+        else:
+            given[name] = assemble(structure, leaves) if form.keeps_cache else None
+    cut_windows(given)
+    result = assemble(graph.result, leaves, given)
+    if form.loss is not None:
+        result = type(result)(**{**result, "loss": loss_of(part, result.logits, form.loss)})
+    return result if return_dict or not hasattr(result, "to_tuple") else result.to_tuple()
+
+
+def _changed(before: tuple[tuple[str, Any], ...], now: tuple[tuple[str, Any], ...]) -> list[str]:
+    return [
+        f"config.{name}: {old!r} before, {new!r} now"
+        for (name, old), (_, new) in zip(before, now, strict=True)
+        if old != new
+    ]
+
+
+def _shapes(leaves: Leaves) -> list[Any]:
+    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves.values()]
+
+
+def _dynamic(name: str, leaf: Any) -> Any:
+    """The shape of a leaf for torch.export: what can be dynamic is, but for the heads and widths of caches."""
+    if not isinstance(leaf, Tensor):
+        return Dim.AUTO
+    fixed = (1, 3) if name.startswith("cache") and leaf.dim() == 4 else ()
+    # Sizes of 0 and 1 are specialised anyway.
+    return [Dim.AUTO if size > 1 and dim not in fixed else Dim.STATIC for dim, size in enumerate(leaf.shape)]
+
+
+def _flat(cls: type, call: Call, outcome: dict[str, Any]) -> type:
+    """A subclass of `cls`, by the same name, that takes the leaves of the call and returns those of the result."""
+
+    def forward(self: Any, **leaves: Any) -> Leaves:
+        arguments = assemble(call.structure, leaves)
+        join_mask(arguments)
+        part = self.get_submodule(call.path)
+        with uncut_windows(arguments):
+            result = cls.forward(self, **arguments) if part is self else part(**arguments)  # type: ignore[attr-defined]
+        found: Leaves = {}
+        names = {id(cache): name for name, cache in caches(arguments).items()}
+        outcome["result"] = disassemble(result, "result", found, names)
+        outcome["given"] = {
+            name: disassemble(cache, f"after_{name}", found) for name, cache in caches(arguments).items()
+        }
+        return found
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *call.leaves)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return type(
+        cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )

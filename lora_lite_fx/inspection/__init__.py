@@ -1,0 +1,1 @@
+"""`inspect`: the table of sites, as text, data and a page."""

@@ -1,0 +1,134 @@
+"""The page of `inspect`: one HTML file without references to others, made from the template `page.html`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ..sites.roles import ROLES
+from .blocks import Block, blocks, main_roles
+from .picture import (
+    draw,
+    gradient,
+    is_inline,
+    largest,
+    room_below,
+)
+
+if TYPE_CHECKING:
+    from .rows import SiteRow
+
+
+class PageData(Protocol):
+    """What a page shows: the rows of a table, and its counts."""
+
+    @property
+    def rows(self) -> tuple[SiteRow, ...]: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def trainable(self) -> int: ...
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+
+
+_UNKNOWN = "the dataflow leaves a doubt, so nothing is guessed"
+
+
+def render(table: PageData) -> str:
+    """`table` as one HTML page; the same table gives the same page, bit for bit."""
+    found = blocks(table.rows)
+    most = largest(part for block in found for part in block.parts)
+    combinations = dict.fromkeys(main_roles(row) for row in table.rows)
+    share = 100 * table.trainable / table.total if table.total else 0.0
+    repeated = [block for block in found if len(block.layers) > 1]
+    fields = {
+        "model": escape(table.model),
+        "parameters": _short(table.total),
+        "parameters_exact": f"{table.total:,}",
+        "sites": f"{len(table.rows):,}",
+        "layers": f" in {sum(len(block.layers) for block in repeated)} layers" if repeated else "",
+        "trainable": _short(table.trainable),
+        "trainable_exact": f"{table.trainable:,}",
+        "idle": "" if table.trainable else " hidden",
+        "share": f"{share:.3g}%" if share else "0%",
+        "bar": f"{share:.4f}",
+        "gradients": "".join(map(gradient, combinations)),
+        "legend": _legend(table),
+        "blocks": "\n".join(_card(block, most, table) for block in found),
+        "rows": "\n".join(_row(index, row) for index, row in enumerate(table.rows)),
+    }
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    # In one go: what is put in may itself look like a field.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
+
+
+def _legend(table: PageData) -> str:
+    counts = Counter(role for row in table.rows for role in row.roles or ("unknown",))
+    return "".join(
+        f'<button type="button" class="key" data-q="{role}" title="{escape(why)}" style="--c:var(--{role})">'
+        f"<i></i>{role}<b>{counts[role]}</b></button>"
+        for role, why in {**ROLES, "unknown": _UNKNOWN}.items()
+        if counts[role]
+    )
+
+
+def _card(block: Block, most: int, table: PageData) -> str:
+    """One block, or one for all the layers that are alike, with a strip of each of them below."""
+    sublayers = block.sublayers()
+    inline = [is_inline(sublayer, bool(block.layers)) for sublayer in sublayers]
+    below = room_below(any(inline))
+    pictures = "".join(draw(sublayer, bool(block.layers), most, below) for sublayer in sublayers)
+    times = len(block.layers)
+    train = sum(part.row.parameters for part in block.parts)
+    runs = max(part.row.calls for part in block.parts)
+    facts = f"{_short(block.weights(table.sizes))} weights" + (f", {_short(train)} train" if train else "")
+    facts += (" each" if times > 1 else "") + (f"; runs {runs} times" if runs > 1 else "")
+    names = ", ".join(part.row.name for part in block.parts)
+    head = f"<h2>{escape(block.label or (names if len(block.parts) < 3 else 'outside of layers'))}</h2>"
+    head += f'<b class="times">\u00d7 {times}</b>' if times > 1 else ""
+    many = " many" if times > 1 else ""
+    return (
+        f'<section class="card{many}"><header>{head}<span>{facts}</span></header>'
+        f'<div class="flow">{pictures}</div>{_strips(block) if times > 1 else ""}</section>'
+    )
+
+
+def _strips(block: Block) -> str:
+    lines = []
+    for i, number in enumerate(block.layers):
+        chips = "".join(
+            f'<i data-s="{part.indices[i]}" style="--c:var(--{main_roles(part.row)[0]})"'
+            f"{' class=a' if part.row.adapters else ''}></i>"
+            for part in block.parts
+        )
+        lines.append(f"<div><span>{number}</span>{chips}</div>")
+    summary = f"<summary>each of the {len(lines)} layers</summary>"
+    return f'<details>{summary}<div class="strips">{"".join(lines)}</div></details>'
+
+
+def _row(index: int, row: SiteRow) -> str:
+    roles = "".join(f'<span class="tag" style="--c:var(--{role})">{role}</span>' for role in row.roles or ("unknown",))
+    reasons = "".join(f"<li><b>{role}</b> {escape(why)}</li>" for role, why in row.reasons.items())
+    reasons = reasons or f"<li><b>unknown</b> {_UNKNOWN}</li>"
+    calls = f" \u00d7 {row.calls}" if row.calls > 1 else ""
+    return (
+        f'<tr id="s{index}"><td><code>{escape(row.name)}</code>{calls}</td><td>{roles}</td><td>{row.d_in}</td>'
+        f"<td>{row.d_out}</td><td>{escape(' + '.join(row.adapters))}</td><td>{row.parameters:,}</td>"
+        f"<td><ul>{reasons}</ul></td></tr>"
+    )
+
+
+def _short(number: int) -> str:
+    """A number with three digits: `135 M`."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            value = number / size
+            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
+    return str(number)

@@ -1,0 +1,360 @@
+"""Pictures: one sublayer of a model as SVG, branching off the residual stream that runs along its lower edge.
+
+Lengths are in pixels. Names stand in a monospaced font, so that their width is known without measuring them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from math import ceil
+
+from .blocks import (
+    QKV,
+    Part,
+    Sublayer,
+    main_roles,
+)
+
+_LOW, _HIGH = 62.0, 100.0  # the height of a site's side, from no feature to the most
+_GAP = 60.0  # between columns: the adapter's branch, then the lines that meet
+_ROW = 16.0  # between sites above each other
+_PILL = 32.0  # what an adapter takes above its site
+_TOP = 8.0
+_MARGIN = 26.0
+_LIFT = 30.0  # from the sites down to the stream
+_CHARACTER = 8.43  # width in 14 px monospace
+_SCALE = 1.15  # of the whole picture
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A site or an operation at its place: `x` left, `y` the middle, `w` wide."""
+
+    part: Part | None
+    x: float
+    y: float
+    w: float
+    text: str = ""
+
+    @property
+    def right(self) -> float:
+        return self.x + self.w
+
+
+def largest(parts: Iterable[Part]) -> int:
+    """The most features that a site reads or writes, but for the outputs of heads: what the heights are relative to."""
+    sizes = [max(p.row.d_in, 0 if "head" in p.row.roles else p.row.d_out) for p in parts]
+    return max(sizes, default=1)
+
+
+def draw(sublayer: Sublayer, in_layer: bool, most: int, below: float) -> str:
+    """A sublayer as SVG.
+
+    Args:
+        sublayer: what to draw.
+        in_layer: whether it stands in a layer; sites outside with no known branch stand on the stream itself.
+        most: the number of features that the highest side has.
+        below: height under the stream, the same for all that stand side by side.
+    """
+    if is_inline(sublayer, in_layer):
+        return _inline(sublayer, most, below)
+    return _branch(sublayer, most, below)
+
+
+def is_inline(sublayer: Sublayer, in_layer: bool) -> bool:
+    """Whether the sites stand on the stream and do not branch off it."""
+    roles = {role for part in sublayer.parts for role in part.row.roles}
+    return not sublayer.kind and not (in_layer and roles & {"reader", "writer"})
+
+
+def room_below(inline: bool) -> float:
+    """The height that is needed under the stream."""
+    return _HIGH / 2 + 12 if inline else _MARGIN
+
+
+def fill(roles: Sequence[str]) -> str:
+    """The id of the gradient that shows `roles` as stripes."""
+    return "f-" + "-".join(roles)
+
+
+def gradient(roles: Sequence[str]) -> str:
+    """The definition of the gradient that shows `roles` as stripes."""
+    stops = []
+    for i, role in enumerate(roles):
+        for edge in (i, i + 1):
+            stops.append(f'<stop offset="{edge / len(roles):.3f}" style="stop-color:var(--{role})"/>')
+    return f'<linearGradient id="{fill(roles)}">{"".join(stops)}</linearGradient>'
+
+
+# The two ways to stand at the stream.
+
+
+def _inline(sublayer: Sublayer, most: int, below: float) -> str:
+    parts = sublayer.parts
+    stream = _TOP + _pill(parts) + max(_height(part, most) for part in parts) / 2
+    x, boxes = _MARGIN + 30, []
+    for part in parts:
+        boxes.append(_Box(part, x, stream, _width(part)))
+        x += boxes[-1].w + _GAP
+    width = max(x - _GAP + _MARGIN + 30, _title_width(sublayer))
+    lines = [
+        _line((left, stream), (right, stream), arrow=False, kind="stream") for left, right in _between(boxes, width)
+    ]
+    return _svg(sublayer, width, stream + below, [*lines, *(_site(box, most) for box in boxes)])
+
+
+def _branch(sublayer: Sublayer, most: int, below: float) -> str:
+    columns = _columns(sublayer)
+    crossing = _crossing(sublayer)
+    items = [item for column in columns for item in column]
+    pill, tall = _pill(items), max(_height(item, most) for item in items)
+    # All columns are centred on one line and have the same rows: what stands in a row is joined by straight lines.
+    pitch = pill + tall + _ROW
+    spread = (max(map(len, columns)) - 1) * pitch
+    centre = _TOP + pill + (tall + spread) / 2
+    stream = centre + (tall + spread) / 2 + _LIFT
+    bus = _MARGIN
+    x = bus + (100.0 if crossing else 44.0)
+    placed: list[list[_Box]] = []
+    for column in columns:
+        width = max(_width(item) for item in column)
+        top = centre - (len(column) - 1) * pitch / 2
+        placed.append([])
+        for i, item in enumerate(column):
+            part, text = (item, "") if isinstance(item, Part) else (None, item)
+            placed[-1].append(_Box(part, x, top + i * pitch, width, text))
+        x += width + _GAP
+    end = x - _GAP + 44
+    drawn = [_line((0, stream), (max(end + _MARGIN, _title_width(sublayer)) + 1, stream), arrow=False, kind="stream")]
+
+    first = placed[0]
+    for box in first:
+        if box.part in crossing:
+            drawn.append(_line((bus + 16, box.y), (box.x, box.y)))
+            drawn.append(f'<circle class="port" cx="{bus + 16:g}" cy="{box.y:g}" r="4"/>')
+            drawn.append(_text(bus + 12, box.y + 17, "other input", "small"))
+        else:
+            drawn.append(_line((bus, stream), (bus, box.y), (box.x, box.y)))
+    for left, right in pairwise(placed):
+        meet = max(box.right for box in left) + 36
+        for target in right:
+            if target.part and not _follows(target.part, left):
+                drawn.append(_line((target.x - 26, target.y), (target.x, target.y)))
+                drawn.append(f'<circle class="port" cx="{target.x - 26:g}" cy="{target.y:g}" r="4"/>')
+                drawn.append(_text(target.x - 48, target.y + 17, "stream", "small"))
+                continue
+            for box in left:
+                if _feeds(box, target):
+                    drawn.append(_line((box.right, box.y), (meet, box.y), (meet, target.y), (target.x, target.y)))
+    returns = "line" if _returns(sublayer) else "open"
+    for box in placed[-1]:
+        drawn.append(_line((box.right, box.y), (end, box.y), (end, stream - 9), kind=returns))
+    drawn.append(f'<circle class="dot" cx="{bus:g}" cy="{stream:g}" r="4"/>')
+    drawn.append(_sum(end, stream, "join" if returns == "line" else "join open"))
+    drawn += [_site(box, most) if box.part else _operation(box) for column in placed for box in column]
+    return _svg(sublayer, max(end + _MARGIN, _title_width(sublayer)), stream + below, drawn)
+
+
+def _columns(sublayer: Sublayer) -> list[list[Part | str]]:
+    """The sites stage after stage, with the operation between them as a text."""
+    columns: list[list[Part | str]] = [list(stage) for stage in sublayer.stages]
+    if sublayer.kind == "attention":
+        columns.insert(2, ["attention"])
+    elif sublayer.kind == "feed-forward":
+        gated = any("gate" in part.row.roles for part in sublayer.parts)
+        columns.insert(1, ["act \u00d7" if gated else "act"])
+    elif sublayer.kind == "router":
+        columns.append(["experts"])
+    return [column for column in columns if column]
+
+
+def _crossing(sublayer: Sublayer) -> list[Part]:
+    """The keys and values that read another value than the queries do, as in cross-attention."""
+    if sublayer.kind != "attention" or sublayer.stages[0]:
+        return []
+    queries = {part.row.reads for part in sublayer.stages[1] if "query" in part.row.roles}
+    others = [part for part in sublayer.stages[1] if "query" not in part.row.roles]
+    return others if queries.isdisjoint(part.row.reads for part in others) and _agree(others) else []
+
+
+def _agree(parts: list[Part]) -> bool:
+    return len({part.row.reads for part in parts}) == 1
+
+
+def _follows(part: Part, before: list[_Box]) -> bool:
+    """Whether `part` reads what the sites before it computed, and not what they read themselves."""
+    return part.row.reads not in {box.part.row.reads for box in before if box.part}
+
+
+def _feeds(box: _Box, target: _Box) -> bool:
+    """Whether a line goes from `box` to `target`: the first factor of a projection feeds those of its own roles."""
+    if box.part is None or target.part is None:
+        return True
+    own = QKV & set(box.part.row.roles)
+    return not own or not own.isdisjoint(target.part.row.roles)
+
+
+def _returns(sublayer: Sublayer) -> bool:
+    """Whether a site writes the stream; otherwise what does is no site."""
+    return any({"writer", "output", "down"} & set(part.row.roles) for part in sublayer.parts)
+
+
+# Pieces.
+
+
+def _site(box: _Box, most: int) -> str:
+    part = box.part
+    assert part is not None
+    row, roles = part.row, main_roles(part.row)
+    left, right = _side(row.d_in, most) / 2, _side(row.d_out, most) / 2
+    x, y, end = box.x, box.y, box.right
+    corners = f"{x:g},{y - left:g} {end:g},{y - right:g} {end:g},{y + right:g} {x:g},{y + left:g}"
+    middle = x + box.w / 2
+    sizes = f"{row.d_in:,} \u2192 {row.d_out:,}"
+    label = f"{row.name}: {', '.join(row.roles) or 'unknown'}, {row.d_in} to {row.d_out}"
+    if row.adapters:
+        label += f", {' + '.join(row.adapters)}, {row.parameters} parameters train"
+    indices = " ".join(map(str, part.indices))
+    unknown = " none" if roles == ("unknown",) else ""
+    style = f"fill:url(#{fill(roles)});stroke:var(--{roles[0]})"
+    pieces = [
+        f'<polygon class="site{unknown}" points="{corners}" style="{style}"/>',
+        _text(middle, y - 11, shorten(part.name), "name"),
+        _text(middle, y + 6, " \u00b7 ".join(roles), "role"),
+        _text(middle, y + 23, sizes, "size"),
+    ]
+    if row.adapters:
+        pieces.append(_adapter(box, max(left, right)))
+    return (
+        f'<g class="s" tabindex="0" role="button" data-s="{indices}" aria-label="{escape(label)}">{"".join(pieces)}</g>'
+    )
+
+
+def _adapter(box: _Box, half: float) -> str:
+    """The branch of the adapters at a site: around it, from its input to its output."""
+    assert box.part is not None
+    text = _adapter_text(box.part)
+    width = 7.25 * len(text) + 20
+    y = box.y - half - 18
+    middle = box.x + box.w / 2
+    before, after = box.x - 14, box.right + 14
+    path = f"M{before:g} {box.y:g}V{y + 8:g}q0 -8 8 -8H{after - 8:g}q8 0 8 8V{box.y - 7:g}"
+    return (
+        f'<path class="adapter" d="{path}"/><circle class="tap" cx="{before:g}" cy="{box.y:g}" r="3"/>'
+        f'<rect class="pill" x="{middle - width / 2:g}" y="{y - 11:g}" width="{width:g}" height="22" rx="11"/>'
+        f"{_text(middle, y + 4, text, 'pilltext')}{_sum(after, box.y, 'tapsum', 6)}"
+    )
+
+
+def _adapter_text(part: Part) -> str:
+    names = part.row.adapters
+    shown = " + ".join(names) if len(names) < 3 else f"{names[0]} + {len(names) - 1} more"
+    return f"{shown} {part.row.parameters:,}"
+
+
+def _operation(box: _Box) -> str:
+    return (
+        f'<rect class="op" x="{box.x:g}" y="{box.y - 21:g}" width="{box.w:g}" height="42" rx="21"/>'
+        f"{_text(box.x + box.w / 2, box.y + 4.5, box.text, 'optext')}"
+    )
+
+
+def _sum(x: float, y: float, kind: str, r: float = 9) -> str:
+    a = r * 0.55
+    return (
+        f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="{r:g}"/>'
+        f'<path class="{kind}" d="M{x - a:g} {y:g}h{2 * a:g}M{x:g} {y - a:g}v{2 * a:g}"/>'
+    )
+
+
+def _line(*points: tuple[float, float], arrow: bool = True, kind: str = "line") -> str:
+    """A line through the points, with round corners."""
+    (x, y), *rest = points
+    path = [f"M{x:g} {y:g}"]
+    for i, (px, py) in enumerate(rest):
+        if i + 1 < len(rest) and (px, py) != rest[i + 1] and (px, py) != (x, y):
+            nx, ny = rest[i + 1]
+            r = min(8.0, max(abs(px - x), abs(py - y)) / 2, max(abs(nx - px), abs(ny - py)) / 2)
+            path.append(f"L{px - r * _sign(px - x):g} {py - r * _sign(py - y):g}")
+            path.append(f"Q{px:g} {py:g} {px + r * _sign(nx - px):g} {py + r * _sign(ny - py):g}")
+        else:
+            path.append(f"L{px:g} {py:g}")
+        x, y = px, py
+    end = ' marker-end="url(#arrow)"' if arrow else ""
+    return f'<path class="{kind}" d="{"".join(path)}"{end}/>'
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _text(x: float, y: float, text: str, kind: str) -> str:
+    return f'<text class="{kind}" x="{x:g}" y="{y:g}">{escape(text)}</text>'
+
+
+def _svg(sublayer: Sublayer, width: float, height: float, pieces: list[str]) -> str:
+    title, path = map(escape, _titles(sublayer))
+    # Whole pixels, and the lower edge exact: the streams of neighbours meet without a seam.
+    w, h = ceil(_SCALE * width), ceil(_SCALE * height)
+    view = f"0 {height - h / _SCALE:.2f} {w / _SCALE:.2f} {h / _SCALE:.2f}"
+    return (
+        f"<figure><figcaption><b>{title}</b><code>{path}</code></figcaption>"
+        f'<svg width="{w}" height="{h}" viewBox="{view}">{"".join(pieces)}</svg></figure>'
+    )
+
+
+def _titles(sublayer: Sublayer) -> tuple[str, str]:
+    times = f" \u00d7 {sublayer.times}" if sublayer.times > 1 else ""
+    path = sublayer.path + (f" \u2026 {sublayer.last}" if sublayer.last else "")
+    return sublayer.kind + times, shorten(path, 40)
+
+
+def shorten(text: str, most: int = 24) -> str:
+    """`text`, without its middle if it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    half = (most - 1) // 2
+    return f"{text[: most - 1 - half]}\u2026{text[-half:]}"
+
+
+# Sizes.
+
+
+def _between(boxes: list[_Box], width: float) -> list[tuple[float, float]]:
+    """The stretches of the stream around boxes that stand on it."""
+    edges = [0.0, *(edge for box in boxes for edge in (box.x, box.right)), width + 1]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _side(features: int, most: int) -> float:
+    return _LOW + (_HIGH - _LOW) * min(1.0, features / most)
+
+
+def _height(item: Part | str, most: int) -> float:
+    return max(_side(item.row.d_in, most), _side(item.row.d_out, most)) if isinstance(item, Part) else 42.0
+
+
+def _pill(items: Iterable[Part | str]) -> float:
+    """The room that adapters take above each site: the same for all."""
+    return _PILL if any(isinstance(item, Part) and item.row.adapters for item in items) else 0.0
+
+
+def _width(item: Part | str) -> float:
+    if isinstance(item, str):
+        return 8.2 * len(item) + 32
+    row = item.row
+    texts = [
+        _CHARACTER * len(shorten(item.name)),
+        6.9 * len(" \u00b7 ".join(main_roles(row))),
+        7.25 * len(f"{row.d_in:,} \u2192 {row.d_out:,}"),
+        7.25 * len(_adapter_text(item)) + 12 if row.adapters else 0.0,
+    ]
+    return max(120.0, max(texts) + 26)
+
+
+def _title_width(sublayer: Sublayer) -> float:
+    title, path = _titles(sublayer)
+    return max(10 * len(title), 7.3 * len(path)) + 2 * _MARGIN

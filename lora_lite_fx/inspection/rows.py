@@ -1,0 +1,47 @@
+"""One site, as a row of the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site of a model.
+
+    Args:
+        name: qualified name.
+        roles: what it does, in the order of `roles.ROLES`; empty if the dataflow leaves a doubt.
+        d_in: size of the last dimension of the input.
+        d_out: size of the last dimension of the output.
+        adapters: names of the variants at it, the innermost first.
+        parameters: number of trainable adapter parameters at it.
+        reasons: for each of its roles, why.
+        weight: qualified name of the frozen weight.
+        dtype: of the weight, such as `"float32"`.
+        bias: whether it adds a bias.
+        calls: how often the model runs it in one forward pass.
+        reads: name of the value in the graph that it reads; sites with the same name read the same value.
+        kind: `linear`, `embedding`, `conv` or `experts`.
+        experts: number of experts in its weight, each with an adapter of its own; 0 if it is no stack of experts.
+    """
+
+    name: str
+    roles: tuple[str, ...]
+    d_in: int
+    d_out: int
+    adapters: tuple[str, ...]
+    parameters: int
+    reasons: dict[str, str] = field(compare=False)
+    weight: str
+    dtype: str
+    bias: bool
+    calls: int
+    reads: str
+    kind: str = "linear"
+    experts: int = 0
+
+    @property
+    def reason(self) -> str:
+        """Why it has its roles, in one line."""
+        return "; ".join(f"{role}: {why}" for role, why in self.reasons.items())

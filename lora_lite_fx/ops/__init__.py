@@ -1,0 +1,1 @@
+"""Operations that run in place of several plain ones."""

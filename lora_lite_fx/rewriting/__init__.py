@@ -1,0 +1,1 @@
+"""The front doors: rewrite, wrap, merge, remove."""

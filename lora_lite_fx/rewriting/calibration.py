@@ -1,0 +1,62 @@
+"""Run calibration data through a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..adapters.variant import Variant
+from ..capture.share import share
+from ..errors import CaptureError, ConfigError
+from ..graph.writes import own_written_buffers
+from ..passes import ObserveInputs, Observer, Pipeline
+from ..sites.site import Site
+
+Batches = Iterable[tuple[Any, ...] | Mapping[str, Any] | Tensor]
+
+
+def _check_observable(variant: Variant, site: Site) -> None:
+    if site.kind != "linear" and type(variant).observer is not Variant.observer:
+        raise ConfigError(
+            f"{type(variant).__name__}: only the inputs of plain linears can be observed on calibration data, and"
+            f" {site.name!r} is {site.product.article}."
+        )
+
+
+@torch.no_grad()
+def _run(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observer]], calibration: Batches) -> None:
+    """Run the data through a copy of `gm` that has the observers in it."""
+    by_site: dict[str, list[Observer]] = {}
+    for mine in observers:
+        for name, observer in mine.items():
+            by_site.setdefault(name, []).append(observer)
+    observed = share(gm)
+    own_written_buffers(observed)
+    Pipeline((ObserveInputs(by_site),)).run(observed)
+    observed.eval()
+    count = 0
+    for batch in calibration:
+        try:
+            if isinstance(batch, Mapping):
+                observed(**_completed(gm, batch))
+            else:
+                observed(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+        except Exception as error:
+            raise CaptureError(
+                f"Calibration batch {count} does not fit the captured model ({type(error).__name__}: {error})."
+                " A batch is a tuple of positional arguments or a dict of keyword arguments, as the example inputs are."
+            ) from error
+        count += 1
+    if not count:
+        raise ConfigError("calibration holds no batch.")
+
+
+def _completed(gm: fx.GraphModule, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """`batch` with the inputs that a language model's graph takes and that follow from its tokens."""
+    inputs = {node.name for node in gm.graph.find_nodes(op="placeholder")}
+    ids = batch.get("input_ids")
+    missing = {} if ids is None else {"attention_mask": torch.ones_like(ids), "labels": ids}
+    return {**{name: value for name, value in missing.items() if name in inputs}, **batch}

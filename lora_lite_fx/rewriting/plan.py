@@ -1,0 +1,82 @@
+"""Plans: what is to be inserted where, with what variants have observed on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ..adapters.adapted_site import check_kind
+from ..adapters.maths import wide
+from ..adapters.placement import site_weight
+from ..adapters.selection import select
+from ..adapters.variant import Statistic, Variant
+from ..errors import ConfigError
+from ..graph.tensors import tensor_of
+from ..passes import Observer
+from ..sites.finding import find_sites
+from ..sites.site import Site
+from .calibration import Batches, _check_observable, _run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An adapter to be inserted.
+
+    Args:
+        variant: its config, settled.
+        sites: where.
+        statistics: what the variant observed there, by qualified name; empty without calibration data.
+    """
+
+    variant: Variant
+    sites: Sequence[Site]
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+
+
+def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Batches | None) -> list[Plan]:
+    """Select the sites of each variant, run the calibration data, and settle the configs.
+
+    Args:
+        gm: the graph to be adapted; it is not changed.
+        variants: in the order of insertion.
+        calibration: batches for the variants that start from data: each a tuple of positional or a dict of keyword
+            arguments, or one tensor. Gone through once, batch after batch.
+
+    Raises:
+        SelectionError: a variant's targets match no site.
+        ConfigError: a variant does not fit a site, needs data and has none, or no variant starts from data.
+        CaptureError: a batch does not fit the graph.
+    """
+    sites = find_sites(gm)
+    chosen = [(variant, select(variant, sites)) for variant in variants]
+    statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
+    if calibration is not None:
+        for variant, targets in chosen:
+            for site in targets:
+                _check_observable(variant, site)
+        observers = [
+            {
+                site.name: Observer(observe)
+                for site in targets
+                if (observe := variant.at(site.name).observer(site, wide(site_weight(gm, site)))) is not None
+            }
+            for variant, targets in chosen
+        ]
+        if not any(observers):
+            names = ", ".join(type(variant).__name__ for variant in variants)
+            raise ConfigError(f"calibration was given, but {names} does not start from data; leave it out.")
+        _run(gm, observers, calibration)
+        statistics = [
+            {name: observer.statistic for name, observer in mine.items() if observer.statistic is not None}
+            for mine in observers
+        ]
+    plans = []
+    for (variant, targets), seen in zip(chosen, statistics, strict=True):
+        settled = variant.settle(targets, seen)
+        kept = [site for site in targets if settled.selects(site)]
+        for site in kept:
+            check_kind(settled.at(site.name), site, tensor_of(gm, site.weight))
+        plans.append(Plan(settled, kept, seen))
+    return plans

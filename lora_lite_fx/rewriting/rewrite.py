@@ -1,0 +1,159 @@
+"""`rewrite`, `merge` and `remove`: capture, then a pipeline of passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from ..adapters.placement import (
+    HasGraphs,
+    adapter_tensor_names,
+    placements,
+    site_weight,
+)
+from ..adapters.variant import Variant
+from ..capture.capture import Inputs
+from ..errors import AdapterError, ConfigError
+from ..passes import (
+    GraphPass,
+    InsertAdapter,
+    MergeAdapters,
+    Pipeline,
+    RemoveAdapters,
+    without_gradient,
+)
+from ..sites.site import Site
+from .base_graph import base_graph
+from .calibration import Batches
+from .plan import Plan, make_plans
+
+Config = Variant | Sequence[Variant]
+
+
+def rewrite(
+    model: nn.Module | ExportedProgram,
+    cfg: Config,
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    calibration: Batches | None = None,
+    checkpoint_layers: bool | None = None,
+) -> fx.GraphModule:
+    """Capture `model` as a graph and insert adapters into it.
+
+    Args:
+        model: any module, which is not changed. A graph that has adapters already gets further ones, around the
+            first at sites they share; the first stay trainable, as copies of their own.
+        cfg: a variant, or several to insert in this order.
+        example_inputs: a tuple of positional or a dict of keyword arguments to capture with. Without, a Hugging Face
+            model is captured on inputs made from its config (`input_ids`, `attention_mask`, `labels`; no cache), and
+            any other module by symbolic tracing.
+        dynamic_shapes: `"auto"` for every dimension that can be dynamic, None for fixed shapes, or what
+            `torch.export.export` takes.
+        calibration: batches for the variants that start from data (`EVA`, `AntiPaSTO`): tuples of positional or dicts
+            of keyword arguments. Run through the captured graph once, one after the other; padding does not count.
+        checkpoint_layers: keep only the inputs of each layer for the backward pass and run the layer again in it: less
+            memory, about a third more time, the same gradients. A layer is what `layers` of a config counts. None for
+            what `model` does: a Hugging Face model after `gradient_checkpointing_enable()`, or a graph of this.
+
+    Returns:
+        A graph module over the model's own frozen weights, in the model's mode. Only the adapters' parameters
+        require grad.
+
+    Raises:
+        CaptureError: the model cannot be captured, or the inputs do not fit it; or it has no layers to checkpoint.
+        SelectionError: a config's targets match no site.
+        ConfigError: `cfg` is no variant, or does not fit a site.
+    """
+    variants = as_variants(cfg)
+    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
+    plans = make_plans(gm, variants, calibration)
+    _warn_of_no_gradient(gm, plans)
+    first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])
+    by_name = {site.name: site for plan in plans for site in plan.sites}
+    for placement in placements(gm):
+        if placement.adapter >= first:
+            site, plan = by_name[placement.site], plans[placement.adapter - first]
+            placement.start(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
+    return gm
+
+
+def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan]) -> None:
+    frozen = without_gradient(gm.graph)
+    sites = (site.name for plan in plans for site in plan.sites if all(call.node in frozen for call in site.calls))
+    if names := list(dict.fromkeys(sites)):
+        warnings.warn(
+            f"The model runs {len(names)} of the sites ({', '.join(names[:3])}, ...) under torch.no_grad():"
+            " adapters there compute, but get no gradient. exclude_names leaves them out.",
+            stacklevel=3,
+        )
+
+
+def merge(model: nn.Module) -> Any:
+    """The model with its adapters folded into the weights: node for node the base graph, with no adapter left.
+
+    Args:
+        model: what `rewrite`, `adapt` or `load` returned; it is not changed. Of an adapted Hugging Face model the
+            result is a model of its class.
+
+    Raises:
+        AdapterError: the model has no adapters.
+    """
+    return _without_adapters(model, MergeAdapters())
+
+
+def remove(model: nn.Module) -> Any:
+    """The model without its adapters: node for node the base graph, over the base weights bit for bit.
+
+    Args:
+        model: what `rewrite`, `adapt` or `load` returned, or the module of an exported program; it is not changed. Of
+            an adapted Hugging Face model the result is a model of its class.
+
+    Raises:
+        AdapterError: the model has no adapters.
+    """
+    return _without_adapters(model, RemoveAdapters())
+
+
+def _without_adapters(model: nn.Module, how: GraphPass) -> Any:
+    if isinstance(model, HasGraphs):
+        return model.without_adapters(fold=isinstance(how, MergeAdapters))
+    if not isinstance(model, fx.GraphModule) or not adapter_tensor_names(model):
+        raise AdapterError(
+            f"{type(model).__name__} has no adapters in its graph; it is not what rewrite or load returned."
+        )
+    gm = base_graph(model)
+    Pipeline((how,)).run(gm)
+    return gm
+
+
+def insert_adapters(
+    gm: fx.GraphModule,
+    chosen: Iterable[tuple[Variant, Iterable[Site]]],
+    roles: Mapping[str, frozenset[str]] | None = None,
+) -> int:
+    """Insert each variant at its sites, in order, with tensors not yet filled; returns the first adapter's index.
+
+    The sites have the `roles` given by name, where another graph of the model says more about them than this one.
+    """
+    first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
+    passes = (
+        InsertAdapter(variant, first + i, tuple(site.name for site in sites), roles or {})
+        for i, (variant, sites) in enumerate(chosen)
+    )
+    Pipeline(tuple(passes)).run(gm)
+    return first
+
+
+def as_variants(cfg: Config) -> list[Variant]:
+    """`cfg` as a list, checked."""
+    variants = [cfg] if isinstance(cfg, Variant) else list(cfg) if isinstance(cfg, Sequence) else [cfg]
+    wrong = [item for item in variants if not isinstance(item, Variant)]
+    if wrong or not variants:
+        got = f"{wrong[0]!r}" if wrong else "an empty list"
+        raise ConfigError(f"cfg must be a variant such as LoRA(r=8), or a list of them, not {got}.")
+    return variants

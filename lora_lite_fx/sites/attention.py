@@ -1,0 +1,162 @@
+"""Attention in the dataflow: which linears make its queries, keys and values, and which read its result.
+
+Attention is a product of probabilities with values, fused (`scaled_dot_product_attention`) or spelled out around a
+softmax; its arguments name queries, keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import fx
+
+from .dataflow import (
+    CARRY,
+    PRODUCTS,
+    TRANSPOSES,
+    Dataflow,
+    Linear,
+    op_name,
+    walk,
+)
+
+_FUSED = "scaled_dot_product_attention"
+_ARGUMENTS = ("query", "key", "value")
+
+
+def give_attention_roles(flow: Dataflow) -> None:
+    """Give the roles query, key, value and output."""
+    for node in flow.graph.nodes:
+        if flow.ops[node] == _FUSED:
+            found = dict(zip(_ARGUMENTS, node.args[:3], strict=False))
+            found |= {k: v for k, v in node.kwargs.items() if k in _ARGUMENTS}
+            _give(flow, found, node)
+        elif flow.ops[node] in ("softmax", "_softmax"):
+            for found, result in _around_softmax(flow, node):
+                _give(flow, found, result)
+
+
+def _give(flow: Dataflow, arguments: Mapping[str, Any], result: fx.Node) -> None:
+    projections = {role: flow.sources(argument) for role, argument in arguments.items()}
+    for role, linears in projections.items():
+        for linear in linears:
+            linear.give(role, f"its output is the {role} of {result.name}")
+    for linear in flow.readers(result):
+        linear.give("output", f"it reads the result of {result.name}")
+    _give_low_rank(flow, projections, result)
+
+
+def _give_low_rank(flow: Dataflow, projections: Mapping[str, list[Linear]], result: fx.Node) -> None:
+    """Give the roles of projections that are products of two linears to the first of the two as well.
+
+    Such a first factor reads what another projection of the attention, or its first factor, reads too, and makes
+    nothing but a part of the queries, keys and values. Without these conditions it may be anything in front.
+    """
+    direct = {id(linear) for linears in projections.values() for linear in linears}
+    firsts: list[tuple[Linear, set[str]]] = []
+    for linears in projections.values():
+        for second in linears:
+            for first in flow.sources(second.x) if second.x not in flow.skips else ():
+                readers = flow.readers(first.y)
+                if {id(reader) for reader in readers} <= direct and not _joins(flow, first):
+                    roles = {role for role, found in projections.items() for r in readers if any(r is f for f in found)}
+                    firsts.append((first, roles))
+    inputs = [linear for linears in projections.values() for linear in linears] + [first for first, _ in firsts]
+    for first, roles in firsts:
+        shared = any(other.x is first.x and other is not first for other in inputs)
+        for role in sorted(roles) if shared and len(roles) < len(_ARGUMENTS) else ():
+            first.give(role, f"its output is projected to the {role} of {result.name}")
+
+
+def _joins(flow: Dataflow, linear: Linear) -> bool:
+    """Whether the output of `linear` is, or is added to, the residual stream."""
+    return any(node in flow.joins or node in flow.skips for node in flow.ahead(linear.y))
+
+
+# Attention that is spelled out.
+
+
+def _around_softmax(flow: Dataflow, softmax: fx.Node) -> Iterator[tuple[dict[str, Any], fx.Node]]:
+    """(arguments, result product) of the attentions whose probabilities are `softmax`."""
+    # Scores may be scaled, masked, biased and soft-capped (a tanh) on their way to the softmax.
+    behind = walk(
+        softmax.all_input_nodes[0],
+        lambda n: n.all_input_nodes if flow.ops[n] in CARRY or flow.ops[n] == "tanh" else (),
+    )
+    products = [n for n in behind if _is_product(flow, n)]
+    for result in flow.ahead(softmax):
+        if not _is_product(flow, result):
+            continue
+        first, second = _factors(result)
+        probable = [_carries(flow, softmax, factor) for factor in (first, second)]
+        if probable.count(True) != 1:
+            continue
+        value = second if probable[0] else first
+        scores = [
+            _query_and_key(product, softmax, _is_transposed(flow, product, softmax))
+            for product in (products if len(products) == 1 else _content(flow, products))
+        ]
+        if len(scores) > 1:
+            # Relative positions have a projection of their own: the keys are projected from what the values are.
+            inputs = {linear.x for linear in flow.sources(value)}
+            scores = [pair for pair in scores if not inputs.isdisjoint(linear.x for linear in flow.sources(pair[1]))]
+        if len(scores) == 1:
+            yield {"query": scores[0][0], "key": scores[0][1], "value": value}, result
+
+
+def _content(flow: Dataflow, products: list[fx.Node]) -> list[fx.Node]:
+    """Of several score products that are added up, those of two projections: not with a parameter or a constant."""
+    return [product for product in products if all(flow.sources(factor) for factor in _factors(product))]
+
+
+def _is_transposed(flow: Dataflow, scores: fx.Node, softmax: fx.Node) -> bool:
+    """Whether the scores are transposed on their way to the softmax."""
+    through = CARRY | {"tanh"}
+    flipped, node = False, softmax
+    while node is not scores:
+        flipped ^= flow.ops[node] in TRANSPOSES
+        node = next(
+            n
+            for n in node.all_input_nodes
+            if scores in walk(n, lambda m: m.all_input_nodes if flow.ops[m] in through else ())
+        )
+    return flipped
+
+
+def _carries(flow: Dataflow, source: fx.Node, node: Any) -> bool:
+    return source in walk(node, lambda n: n.all_input_nodes if flow.ops[n] in CARRY else ())
+
+
+def _is_product(flow: Dataflow, node: fx.Node) -> bool:
+    """Whether `node` is a product of two tensors, and no linear; an `einsum` may have one operand, or three."""
+    return flow.ops[node] in PRODUCTS and node not in flow.by_y and len(_factors(node)) == 2
+
+
+def _factors(product: fx.Node) -> list[Any]:
+    """The factors of a matrix product node (`baddbmm` adds its first argument, `einsum` names its equation)."""
+    if op_name(product) == "matmul" or op_name(product) == "bmm":
+        return list(product.args[:2])
+    factors = [n for a in product.args[1:] for n in (a if isinstance(a, (list, tuple)) else [a])]
+    return factors if op_name(product) == "einsum" else factors[:2]
+
+
+def _query_and_key(scores: fx.Node, softmax: fx.Node, transposed: bool) -> tuple[Any, Any]:
+    """The factors of a score product: the key is the one whose axis the softmax normalises."""
+    first, second = _factors(scores)
+    dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim", -1)
+    if "val" in softmax.meta and isinstance(dim, int):
+        dim = dim % softmax.meta["val"].dim() - softmax.meta["val"].dim()
+    if transposed and dim in (-1, -2):
+        dim = -3 - dim
+    key_first: bool = dim == -2
+    if op_name(scores) == "einsum":
+        # Written with lists, without "->", or with a dimension counted from the front past an ellipsis: a doubt.
+        equation = scores.args[0] if isinstance(scores.args[0], str) else ""
+        inputs, _, output = equation.replace(" ", "").partition("->")
+        left, _, right = inputs.partition(",")
+        counted = isinstance(dim, int) and -len(output) <= dim < (0 if "." in output else len(output))
+        if not counted or (output[dim] in left) == (output[dim] in right):
+            return None, None
+        key_first = output[dim] in left
+    return (second, first) if key_first else (first, second)

@@ -1,0 +1,1 @@
+"""The kinds of sites: linear, embedding, convolution, experts."""

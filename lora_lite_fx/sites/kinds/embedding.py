@@ -1,0 +1,69 @@
+"""Embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .linear import Product
+from .site_input import SiteInput
+
+
+@dataclass(frozen=True)
+class Lookup(Product):
+    """An embedding, `W` stored as `(d_in, d_out)`: one row for each of `d_in` ids.
+
+    The input is one-hot, never formed: a dropped element is a dropped id.
+
+    Args:
+        padding: the id whose row gets no gradient, or -1.
+    """
+
+    padding: int = -1
+
+    kind: ClassVar[str] = "embedding"
+    article: ClassVar[str] = "an embedding"
+    why: ClassVar[str] = "an embedding's input are ids"
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        return stored.t()
+
+    def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.t().contiguous()
+
+    def factor(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def multiply(self, x: Tensor, factor: Tensor, *routing: Tensor) -> Tensor:
+        return F.embedding(x, factor, self.padding if self.padding >= 0 else None)
+
+    def example(self, stored: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return torch.zeros(2, 3, dtype=torch.long, device=stored.device), ()
+
+    def enter(self, x: Tensor, dtype: torch.dtype, who: str, *routing: Tensor) -> SiteInput:
+        return SiteInput(self, x, dtype, who)
+
+    def result(self, y: Tensor, x: Any) -> Tensor:
+        return y if x.kept is None else x.kept[..., None] * y
+
+    def identity(self, d_in: int, dtype: torch.dtype, device: torch.device) -> SiteInput:
+        return SiteInput(self, torch.arange(d_in, device=device), dtype, "")
+
+    def cast(self, x: SiteInput, dtype: torch.dtype) -> SiteInput:
+        """The same ids: their one is a one in any dtype."""
+        kept = None if x.kept is None else x.kept.to(dtype)
+        return SiteInput(self, x.value, dtype, x.who, kept)
+
+    def dropout(self, x: SiteInput, p: float = 0.5, training: bool = True, inplace: bool = False) -> SiteInput:
+        """Each id dropped or scaled, as its one is."""
+        ones = torch.ones_like(x.value, dtype=x.dtype) if x.kept is None else x.kept
+        return SiteInput(self, x.value, x.dtype, x.who, F.dropout(ones, p, training))
+
+    def linear(self, x: SiteInput, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x M^T + bias`: rows of `M^T`."""
+        y = self.result(self.multiply(x.value, matrix.t()), x)
+        return y if bias is None else y + bias

@@ -1,0 +1,57 @@
+"""What stands for the input of a site that is no plain tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...errors import ConfigError
+
+
+class SiteInput:
+    """The input of a site that is no tensor `(..., d_in)`: it can be cast, dropped out, and multiplied.
+
+    Args:
+        product: the kind of site.
+        value: the tensor that the model passes.
+        dtype: that the input has, or would have.
+        who: names the variant and the site.
+        kept: what the input is multiplied with, if elements were dropped.
+    """
+
+    def __init__(self, product: Any, value: Tensor, dtype: torch.dtype, who: str, kept: Tensor | None = None) -> None:
+        self.product, self.value, self.dtype, self.who, self.kept = product, value, dtype, who, kept
+
+    def to(self, dtype: torch.dtype) -> SiteInput:
+        """The input in another dtype."""
+        return self.product.cast(self, dtype)
+
+    def type_as(self, other: Tensor) -> SiteInput:
+        """The input in the dtype of `other`."""
+        return self.to(other.dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        x = next(arg for arg in args if isinstance(arg, SiteInput))
+        if args[0] is x and func is F.linear:
+            return x.product.linear(*args, **(kwargs or {}))
+        if args[0] is x and func is F.dropout:
+            return x.product.dropout(*args, **(kwargs or {}))
+        return x._refuse(func.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(name)
+
+    def _refuse(self, used: str) -> NoReturn:
+        raise ConfigError(
+            f"{self.who}, which is {self.product.article}: it does more with its input ({used}) than to multiply it"
+            f" with matrices, and {self.product.why}."
+        )

@@ -1,0 +1,133 @@
+"""Roles: what a linear does in its model, inferred from dataflow and never from names.
+
+Three facts of the graph carry the inference: what its attentions take and return (`attention.py`), where its
+residual stream is (`dataflow.py`), and that a *feed-forward* block is an activation between a linear and one that
+writes the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import fx
+
+from ..graph.provenance import is_inserted
+from .attention import give_attention_roles
+from .dataflow import (
+    ACTIVATIONS,
+    ARITHMETIC,
+    CARRY,
+    CASTS,
+    SOFTMAXES,
+    SPLITS,
+    Dataflow,
+    Linear,
+    walk,
+)
+
+ROLES: Mapping[str, str] = {
+    "query": "its output is the query of an attention",
+    "key": "its output is the key of an attention",
+    "value": "its output is the value of an attention",
+    "output": "it reads the result of an attention",
+    "gate": "its output is activated and multiplied with another linear's",
+    "up": "its output, activated or gated, is read by a linear that writes the residual stream",
+    "down": "it reads activated outputs of linears and writes the residual stream",
+    "router": "its output chooses experts",
+    "head": "its output is the model's output",
+    "reader": "it reads the residual stream",
+    "writer": "its output is added to the residual stream",
+    "inner": "it neither reads nor writes the residual stream",
+}
+"""The roles and what each says of a site. A fused projection has several."""
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("query", "key", "value", "output"),
+    "mlp": ("gate", "up", "down"),
+}
+"""Names for several roles at once."""
+
+
+def infer_roles(graph: fx.Graph, linears: Iterable[Linear]) -> None:
+    """Fill the `reasons` (role to its reason) of every linear. Where the dataflow leaves a doubt, it gives none."""
+    flow = Dataflow(graph, list(linears))
+    give_attention_roles(flow)
+    _give_stream_roles(flow)
+    _give_feed_forward_roles(flow)
+    _give_router_role(flow)
+    _give_head_role(flow)
+
+
+def _give_stream_roles(flow: Dataflow) -> None:
+    """Give the roles reader, writer and inner, if there is a residual stream."""
+    stream = flow.joins.keys() | flow.skips
+    if not stream:
+        return
+    for linear in flow.linears:
+        if any(node in stream for node in flow.behind(linear.x)):
+            linear.give("reader", "its input is carried over from the residual stream")
+        if any(node in flow.joins for node in flow.ahead(linear.y)):
+            linear.give("writer", "its output is carried into an addition to the residual stream")
+        if not linear.reasons.keys() & {"reader", "writer"}:
+            linear.give("inner", "its input and output are off the residual stream")
+
+
+# Feed-forward.
+
+
+def _give_feed_forward_roles(flow: Dataflow) -> None:
+    """Give the roles gate, up and down."""
+    data = flow.data()
+    for down in flow.linears:
+        if "writer" not in down.reasons or "output" in down.reasons:
+            continue
+        between = list(flow.behind(down.x, CARRY | ACTIVATIONS))
+        # Linears behind an activation: those reached only by walking through one, or by both ways.
+        activated: list[Linear] = []
+        for node in between:
+            if flow.ops[node] in ACTIVATIONS and node not in flow.by_y:
+                activated += flow.sources(node, CARRY | ACTIVATIONS)
+        # What else makes up the input, a recurrence or a convolution, makes the block something else.
+        ends = (n for n in between if n in data and n not in flow.by_y and flow.ops[n] not in CARRY | ACTIVATIONS)
+        if not activated or not all(is_inserted(node) for node in ends):
+            continue
+        plain = [linear for linear in flow.sources(down.x) if all(linear is not other for other in activated)]
+        down.give("down", "it reads activated outputs of linears and writes the residual stream")
+        for linear in activated:
+            split = any(flow.ops[n] in SPLITS | {"glu"} and n in between for n in linear.y.users)
+            if plain or split:
+                linear.give("gate", f"its output is activated and gates the input of {down.y.name}")
+            if not plain or split:
+                linear.give("up", f"its output makes up the input of {down.y.name}")
+        for linear in plain:
+            linear.give("up", f"its output makes up the input of {down.y.name}")
+
+
+# Routers and heads.
+
+
+def _give_router_role(flow: Dataflow) -> None:
+    """Give the role router: the largest of the linear's outputs choose what else its input goes through."""
+    data = flow.data()
+    for topk in flow.graph.nodes:
+        if flow.ops[topk] != "topk":
+            continue
+        chosen = [n for n in topk.users if flow.ops[n] == "getitem" and n.args[1] == 1]
+        reached = {n for start in chosen for n in walk(start, lambda n: n.users - flow.joins.keys())}
+        operands = {operand for n in reached for operand in n.all_input_nodes} - reached
+        meets = {n for operand in operands for n in flow.behind(operand)}
+        # No reshape in between: what is compared are the outputs, and not the tokens.
+        for linear in flow.sources(topk.args[0], CASTS | ARITHMETIC | ACTIVATIONS | SOFTMAXES):
+            if any(n in meets for n in data.intersection(flow.behind(linear.x))):
+                linear.give("router", f"{topk.name} chooses by its output where its input goes")
+
+
+def _give_head_role(flow: Dataflow) -> None:
+    """Give the role head: to what the model returns, if nothing more than a loss is computed from it."""
+    body = {role for group in GROUPS.values() for role in group} | {"router", "writer"}
+    for linear in flow.linears:
+        if body.isdisjoint(linear.reasons):
+            ahead = flow.ahead(linear.y, CARRY | ACTIVATIONS | SOFTMAXES)
+            used = (node in flow.by_y for node in walk(linear.y, lambda n: n.users) if node is not linear.y)
+            if any(node.op == "output" for node in ahead) and not any(used):
+                linear.give("head", "its output is an output of the model")

@@ -1,0 +1,1 @@
+"""`backend`: the same passes on the graphs that torch.compile captures."""

@@ -1,0 +1,1 @@
+"""Passes that insert, observe, merge and remove adapters."""

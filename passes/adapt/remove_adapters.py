@@ -1,0 +1,47 @@
+"""Take adapters out of a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ...adapters.placement import adapter_tensor_names
+from ...graph.provenance import insertions
+from ..pipeline import GraphPass, eliminate_dead_code
+
+
+@dataclass(frozen=True)
+class RemoveAdapters(GraphPass):
+    """Remove all adapters, leaving the base graph node for node.
+
+    Safe because insertion never changed a node of the frozen linear but for the input it reads: undoing it means
+    reading the adapter's own input again, and reading the frozen linear's output where the adapter's was read. Both
+    are found from the provenance of the inserted nodes alone, so it works on a graph loaded from a `.pt2` file too.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        found = insertions(gm.graph)
+        tensors = adapter_tensor_names(gm)
+        for insertion in found:
+            entered_by = insertion.entered_by
+            for part, original in ((insertion.inlet, 0), (insertion.outlet, -1)):
+                if part is not None:
+                    part.replace_all_uses_with(entered_by[original], delete_user_cb=insertion.is_outside)
+            for node in reversed(insertion.nodes):
+                if not node.users:
+                    gm.graph.erase_node(node)
+        eliminate_dead_code(gm)
+        for name in tensors:
+            path, _, attribute = name.rpartition(".")
+            delattr(gm.get_submodule(path), attribute)
+        _drop_empty_modules(gm, {name.rpartition(".")[0] for name in tensors})
+        return len(found)
+
+
+def _drop_empty_modules(gm: fx.GraphModule, paths: set[str]) -> None:
+    """Delete the modules at `paths` that exist only to hold an adapter's tensors."""
+    for path in paths:
+        module = gm.get_submodule(path)
+        if not any(True for _ in module.state_dict()) and not list(module.children()):
+            gm.delete_submodule(path)

@@ -1,0 +1,186 @@
+"""One graph for training and evaluation."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ...errors import COMPILE_INSTEAD, CaptureError
+from ..pipeline import GraphPass
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FollowMode(GraphPass):
+    """Make a graph captured in training mode compute what `eval_graph` does when its module is in evaluation mode.
+
+    Safe because the two were captured from one function and are compared node by node: they may differ in
+    literals only (the flags of dropout and batch norm, the dropout probability of attention), in the counters that
+    batch norm keeps in training, and in dropouts that evaluation leaves out. Each difference becomes an expression of
+    `self.training`, which `torch.compile` guards on and `torch.export` freezes.
+
+    Raises:
+        CaptureError: the modes differ in structure (layer drop, noise), which one graph cannot follow.
+    """
+
+    eval_graph: fx.Graph
+
+    def run(self, gm: fx.GraphModule) -> int:
+        return follow_mode(gm.graph, self.eval_graph)
+
+
+def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
+    """What `FollowMode` does, on bare graphs; returns the number of arguments changed."""
+    merge = _TwoModes(train_graph)
+    # Sizes are read where they are used first; what counts is that their users read equal ones.
+    evals = (node for node in eval_graph.nodes if not _is_size(node))
+    expected = next(evals, None)
+    for node in [node for node in train_graph.nodes if not _is_size(node)]:
+        while expected is not None and _is_layout(expected) and not _is_layout(node):
+            merge.only_in_evaluation(expected, before=node)
+            expected = next(evals, None)
+        if expected is not None and (node.op, node.target) == (expected.op, expected.target):
+            merge.pair(node, expected)
+            expected = next(evals, None)
+        else:
+            merge.only_in_training(node)
+    if expected is not None:
+        raise _modes_differ(expected)
+    return merge.edits
+
+
+class _TwoModes:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.twin: dict[fx.Node, fx.Node] = {}
+        self.edits = 0
+        self.flag: fx.Node | None = None
+        self.skipped: set[fx.Node] = set()
+        self.counted: set[fx.Node] = set()
+
+    def pair(self, node: fx.Node, twin: fx.Node) -> None:
+        """Let the arguments of `node` follow those of its twin in the other graph."""
+        if node.op in ("placeholder", "get_attr"):
+            self.twin[twin] = node
+            return
+        args, kwargs = _with_defaults(node, twin)
+        twin_args, twin_kwargs = _with_defaults(twin, node)
+        if kwargs.keys() != twin_kwargs.keys():
+            raise _modes_differ(node)
+        node.args = self._follow(node, args, twin_args)
+        node.kwargs = {key: self._follow(node, value, twin_kwargs[key]) for key, value in kwargs.items()}
+        self.twin[twin] = node
+
+    def only_in_evaluation(self, node: fx.Node, before: fx.Node) -> None:
+        """Take a change of layout over for both modes."""
+        with self.graph.inserting_before(before):
+            self.twin[node] = self.graph.node_copy(node, lambda operand: self.twin[operand])
+        self.edits += 1
+
+    def only_in_training(self, node: fx.Node) -> None:
+        """Let a counter stand still in evaluation and a dropout drop nothing, keep a change of layout.
+
+        Nothing else may run in one mode alone.
+        """
+        if node.op == "get_attr" or _is_layout(node):
+            return
+        if node.target is aten.dropout.default and node.args[2] is True:
+            node.update_arg(2, self._training())
+            self.skipped.add(node)
+            self.edits += 1
+            return
+        counter = node.args[0] if node.target in (aten.add_.Tensor, "add_") else None
+        # A module that runs several times counts on what it has counted.
+        if not isinstance(counter, fx.Node) or not (counter.op == "get_attr" or counter in self.counted):
+            raise _modes_differ(node)
+        node.update_arg(1, self._follow(node, node.args[1], 0))
+        self.counted.add(node)
+
+    def _follow(self, node: fx.Node, in_train: Any, in_eval: Any) -> Any:
+        if isinstance(in_train, fx.Node):
+            if _is_size(in_train) and isinstance(in_eval, fx.Node) and self._equal_sizes(in_train, in_eval):
+                return in_train
+            twin = self.twin.get(in_eval)
+            if twin is None or self._passed_on(twin) is not self._passed_on(in_train):
+                raise _modes_differ(node)
+            return twin if _is_layout(twin) else in_train
+        if isinstance(in_train, (tuple, list)) and isinstance(in_eval, (tuple, list)):
+            if len(in_train) != len(in_eval):
+                raise _modes_differ(node)
+            return type(in_train)(self._follow(node, t, e) for t, e in zip(in_train, in_eval, strict=True))
+        if isinstance(in_train, dict) and isinstance(in_eval, dict) and in_train.keys() == in_eval.keys():
+            return {key: self._follow(node, value, in_eval[key]) for key, value in in_train.items()}
+        if isinstance(in_train, slice) and isinstance(in_eval, slice):
+            bounds = ((in_train.start, in_eval.start), (in_train.stop, in_eval.stop), (in_train.step, in_eval.step))
+            return slice(*(self._follow(node, *bound) for bound in bounds))
+        if type(in_train) is type(in_eval) and in_train == in_eval:
+            return in_train
+        if not all(isinstance(value, (bool, int, float)) for value in (in_train, in_eval)):
+            raise _modes_differ(node)
+        self.edits += 1
+        if in_train is True and in_eval is False:
+            return self._training()
+        flag = self._training()
+        with self.graph.inserting_before(node):
+            value = self.graph.call_function(operator.mul, (flag, in_train - in_eval))
+            return self.graph.call_function(operator.add, (value, in_eval)) if in_eval else value
+
+    def _passed_on(self, node: fx.Node) -> fx.Node:
+        """What `node` is in evaluation but for its layout."""
+        while _is_layout(node) or node in self.skipped:
+            node = node.all_input_nodes[0]
+        return node
+
+    def _equal_sizes(self, in_train: fx.Node, in_eval: fx.Node) -> bool:
+        """Whether a size read in the other graph is known to be that read in this one."""
+        tensor = self.twin.get(in_eval.args[0]) if _is_size(in_eval) else None  # type: ignore[arg-type]
+        if tensor is None:
+            return False
+        size = tensor.meta["val"].shape[in_eval.args[1]]
+        return statically_known_true(size == in_train.meta["val"])
+
+    def _training(self) -> fx.Node:
+        if self.flag is None:
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                self.flag = self.graph.create_node("get_attr", "training")
+        return self.flag
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.target is aten.sym_size.int
+
+
+def _is_layout(node: fx.Node) -> bool:
+    """Whether `node` only makes a tensor contiguous, which is left out where it is (the modes may differ in that)."""
+    return node.target is aten.contiguous.default
+
+
+def _with_defaults(node: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `node`, with the defaults spelled out for those that only its twin gives."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    if isinstance(node.target, torch._ops.OpOverload):
+        for position, argument in enumerate(node.target._schema.arguments):
+            given = position < len(args) or argument.name in kwargs
+            if given or not argument.has_default_value():
+                continue
+            if position < len(twin.args):
+                args.append(argument.default_value)
+            elif argument.name in twin.kwargs:
+                kwargs[argument.name] = argument.default_value
+    return tuple(args), kwargs
+
+
+def _modes_differ(node: fx.Node) -> CaptureError:
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    where = f" ({' '.join(frames[-2:])})" if frames else ""
+    return CaptureError(
+        f"The model runs other operations in training than in evaluation, from `{node.format_node()}`{where} on."
+        " One graph cannot follow both. The way out: switch off what draws random decisions in training"
+        f" (layerdrop, jitter, SpecAugment) or what branches on self.training, or {COMPILE_INSTEAD}."
+    )

@@ -1,0 +1,107 @@
+"""Open the regions that set autograd's or autocast's mode."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ...graph.regions import (
+    AUTOCAST_REGION,
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    GRAD_REGION,
+    SET_GRAD_ENABLED,
+)
+from ..pipeline import GraphPass
+
+_SETTINGS = {GRAD_REGION: 1, AUTOCAST_REGION: 4}
+"""The number of arguments that say how a region runs; after them come its body, a graph module, and the operands."""
+
+
+@dataclass(frozen=True)
+class InlineRegions(GraphPass):
+    """Put the nodes of `no_grad`, `enable_grad` and `autocast` regions into the graph itself.
+
+    `torch.export` makes such a region an operator with a graph of its own, which no other pass looks into. Safe
+    because the same nodes then run between a call that enters the mode and one that goes back to the mode before,
+    whatever the caller's was; a re-export makes regions of them again. Regions that read no parameter and draw no
+    random numbers, such as those of rotary embeddings, hold nothing to adapt and stay as they are. So do the bodies
+    of `cond`, `scan` and `while_loop`, which do not run exactly once.
+
+    An exception inside an open region leaves its thread in the region's mode.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        edits = 0
+        while regions := [node for node in gm.graph.nodes if _is_region(node) and _holds_work(gm, node)]:
+            for node in regions:
+                _inline(gm, node)
+            edits += len(regions)
+        return edits
+
+
+def _is_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _SETTINGS
+
+
+def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
+    reference: Any = node.args[_SETTINGS[node.target]]
+    body = gm.get_submodule(reference.target)
+    assert isinstance(body, fx.GraphModule)
+    return body
+
+
+def _holds_work(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a region reads parameters, or does what depends on the mode of the model."""
+    parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+    graphs = [module.graph for module in _body(gm, node).modules() if isinstance(module, fx.GraphModule)]
+    draws = (
+        torch.Tag.nondeterministic_seeded in getattr(inner.target, "tags", ())
+        for graph in graphs
+        for inner in graph.nodes
+    )
+    return any(operand.op == "get_attr" and operand.target in parameters for operand in node.all_input_nodes) or any(
+        draws
+    )
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
+    graph, count = gm.graph, _SETTINGS[node.target]
+    settings, body, operands = node.args[:count], _body(gm, node), node.args[count + 1 :]
+    values: dict[fx.Node, fx.Node] = dict(
+        zip(body.graph.find_nodes(op="placeholder"), operands, strict=True)  # type: ignore[arg-type]
+    )
+    _take_attributes(gm, body)
+    with graph.inserting_before(node):
+        if node.target is GRAD_REGION:
+            before = graph.call_function(torch.is_grad_enabled)
+            graph.call_function(SET_GRAD_ENABLED, settings)
+        else:
+            before = graph.call_function(ENTER_AUTOCAST, settings)
+        results = graph.graph_copy(body.graph, values)
+        graph.call_function(SET_GRAD_ENABLED if node.target is GRAD_REGION else EXIT_AUTOCAST, (before,))
+    if isinstance(results, (tuple, list)):
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(results)  # type: ignore[arg-type]
+    graph.erase_node(node)
+
+
+def _take_attributes(gm: fx.GraphModule, body: fx.GraphModule) -> None:
+    """Register in `gm`, under new names, what the nodes of `body` get: constants, and graphs of operators."""
+    for node in body.graph.find_nodes(op="get_attr"):
+        value = getattr(body, str(node.target))
+        name = next(n for i in itertools.count() if not hasattr(gm, n := f"{node.target}_{i}"))
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            gm.register_buffer(name, value, persistent=False)
+        else:
+            setattr(gm, name, value)
+        node.target = name

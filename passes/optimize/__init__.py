@@ -1,0 +1,1 @@
+"""Passes that change how a graph runs and not what it computes."""

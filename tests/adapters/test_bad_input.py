@@ -1,0 +1,394 @@
+"""Bad input: an error of the right class that says what was wrong, and the user's model as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import lora_lite_fx as llfx
+from lora_lite_fx.adapters.registry import _REGISTRY
+from lora_lite_fx.passes import DropMetadataAsserts, GraphPass, PassError, Pipeline
+from lora_lite_fx.sites.site import Site
+from tests.support.untouched import untouched
+
+CFG = llfx.LoRA(r=2)
+X = torch.ones(2, 3, 8)
+HERE = Path(__file__).name
+
+
+class Net(nn.Module):
+    """A feed-forward block and a head, with everything set that a rewrite could upset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(8, 5)
+        self.fc1.register_forward_hook(lambda module, args, output: None)
+        self.fc2.weight.requires_grad_(False)
+        self.fc1.weight.grad = torch.ones(12, 8)
+        self.norm.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x + self.fc2(F.gelu(self.fc1(x)))))
+
+
+class Branch(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = -x
+        return super().forward(x)
+
+
+class Counts(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[: int(x.argmax())].repeat(int(x.argmin()), 1, 1).numpy()
+
+
+class Noisy(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x) if self.training else x)
+
+
+class LayerDrop(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < 1.1:
+            return self.head(x)
+        return super().forward(x)
+
+
+@contextmanager
+def fails(model: nn.Module, error: type[Exception], *parts: str) -> Iterator[None]:
+    """Expect exactly this error, with these parts in its message and notes, and `model` as it was."""
+    with untouched(model), pytest.raises(error) as caught:
+        yield
+    assert type(caught.value) is error, repr(caught.value)
+    text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    for part in parts:
+        assert part in text, f"{part!r} is not in: {text}"
+
+
+# Fields of configs.
+
+
+@pytest.mark.parametrize(
+    ("build", "parts"),
+    [
+        (lambda: llfx.LoRA(r=0), ["LoRA", "r must be a positive integer", "0"]),
+        (lambda: llfx.DoRA(r=-4), ["DoRA", "r must be a positive integer", "-4"]),
+        (lambda: llfx.LoRA(r=2.5), ["r must be a positive integer", "2.5"]),
+        (lambda: llfx.LoRA(r="8"), ["r must be a positive integer", "'8'"]),
+        (lambda: llfx.HRA(r=3), ["HRA", "r=3 must be even"]),
+        (lambda: llfx.LoRA(alpha=float("nan")), ["alpha must be a finite number", "nan"]),
+        (lambda: llfx.PiSSA(alpha=float("inf")), ["PiSSA", "alpha must be a finite number", "inf"]),
+        (lambda: llfx.LoRA(alpha="16"), ["alpha must be a finite number", "'16'"]),
+        (lambda: llfx.LoRA(alpha=10**400), ["alpha must be a finite number"]),
+        (lambda: llfx.LoRA(dtype=torch.int32), ["dtype", "floating-point", "int32"]),
+        (lambda: llfx.LoRA(dtype="float32"), ["dtype", "'float32'"]),
+        (
+            lambda: llfx.LoRA(target_roles="qurey"),
+            ["unknown role 'qurey', did you mean 'query'?", "router", "mlp"],
+        ),
+        (lambda: llfx.LoRA(target_roles=("mlp", "attentoin")), ["'attentoin', did you mean 'attention'?"]),
+        (lambda: llfx.IA3(target_roles=("zzz",)), ["IA3", "unknown role 'zzz'", "query, key, value"]),
+        (
+            lambda: llfx.LoRA(target_names=("ok", "q_(proj")),
+            ["'q_(proj' is not a regular expression", "position"],
+        ),
+        (lambda: llfx.LoRA(exclude_names="["), ["'[' is not a regular expression"]),
+        (lambda: llfx.LoRA(target_names=(3,)), ["3 is not a regular expression"]),
+        (lambda: llfx.LoRA(layers=-1), ["layers are indices from 0", "-1"]),
+        (lambda: llfx.LoRA(layers=(0, "1")), ["layers are indices from 0", "'1'"]),
+        (lambda: llfx.DeLoRA(lambda0=0), ["DeLoRA", "lambda0=0", "every gradient zero", "15"]),
+        (lambda: llfx.DeLoRA(lambda0=float("nan")), ["lambda0", "nan"]),
+        (lambda: llfx.LoRA(dropout=1.0), ["dropout is a probability below 1", "1.0"]),
+        (lambda: llfx.DoRA(dropout=-0.1), ["dropout", "-0.1"]),
+        (lambda: llfx.LoRA(dropout=float("nan")), ["dropout", "nan"]),
+        (lambda: llfx.LoRA(dropout="0.1"), ["dropout", "'0.1'"]),
+        (lambda: llfx.DeLoRA(lambda0="15"), ["lambda0", "'15'"]),
+        (lambda: llfx.LoRA(exclude_names=None), ["exclude_names"]),
+        (lambda: llfx.LoRA(layers=1.5), ["layers", "1.5"]),
+        (lambda: llfx.LoRA(target_roles=1.5), ["role", "1.5"]),
+    ],
+)
+def test_an_impossible_field_is_a_config_error(build: Callable[[], llfx.Variant], parts: list[str]) -> None:
+    with fails(nn.Identity(), llfx.ConfigError, *parts):
+        build()
+
+
+# What rewrite is given.
+
+
+@pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize(
+    ("cfg", "error", "parts"),
+    [
+        (llfx.LoRA(r=9), llfx.ConfigError, ["LoRA: r=9 is larger than site 'fc1' allows (12 x 8)", "r <= 8"]),
+        ([llfx.IA3(), llfx.LoRA(r=9)], llfx.ConfigError, ["r=9", "fc1"]),
+        ([], llfx.ConfigError, ["cfg must be a variant such as LoRA(r=8)", "an empty list"]),
+        (None, llfx.ConfigError, ["cfg must be a variant", "None"]),
+        (llfx.LoRA, llfx.ConfigError, ["cfg must be a variant", "LoRA"]),
+        ([CFG, {"r": 8}], llfx.ConfigError, ["cfg must be a variant", "{'r': 8}"]),
+        (
+            llfx.LoRA(r=2, target_names="fc3"),
+            llfx.SelectionError,
+            ["LoRA: no site matches", "'fc3'", "fc1", "roles"],
+        ),
+        (
+            [CFG, llfx.LoRA(r=2, layers=0)],
+            llfx.SelectionError,
+            ["no site matches layers=(0,)", "3 sites", "head"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_the_model_is_refused(
+    adapt: Callable[..., Any], cfg: Any, error: type[Exception], parts: list[str]
+) -> None:
+    model = Net()
+    with fails(model, error, *parts):
+        adapt(model, cfg)
+
+
+def test_a_model_without_linears_is_a_selection_error() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.ReLU())
+    with fails(model, llfx.SelectionError, "the model has no linear site"):
+        llfx.rewrite(model, CFG)
+
+
+def test_calibration_that_nothing_uses_is_refused() -> None:
+    model = Net()
+    with fails(model, llfx.ConfigError, "calibration was given", "LoRA, IA3 does not start from data"):
+        llfx.rewrite(model, [CFG, llfx.IA3()], calibration=[(X,)])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parts"),
+    [
+        ((X, X), ["example_inputs do not fit Net.forward(x", "too many positional arguments"]),
+        ((), ["Net.forward(x", "missing a required argument: 'x'"]),
+        ({"x": X, "y": X}, ["Net.forward(x", "unexpected keyword argument 'y'"]),
+        (X, ["tuple", "dict", "not Tensor", "example_inputs=(x,)"]),
+        ([X], ["tuple", "dict", "not list"]),
+        (
+            (torch.ones(2, 3, 7),),
+            ["Net could not be captured by torch.export", "self.fc1(x)", "reduction dim"],
+        ),
+        (("x",), ["Net could not be captured by torch.export", "must be Tensor, not str"]),
+    ],
+    ids=["count", "none", "keyword", "tensor", "list", "size", "type"],
+)
+def test_example_inputs_that_do_not_fit_are_refused(inputs: Any, parts: list[str]) -> None:
+    model = Net()
+    with fails(model, llfx.CaptureError, *parts):
+        llfx.rewrite(model, CFG, inputs)
+
+
+def test_something_that_is_no_module_is_refused() -> None:
+    with fails(nn.Identity(), llfx.CaptureError, "torch.nn.Module or an ExportedProgram", "Tensor"):
+        llfx.rewrite(X, CFG)
+
+
+# Models that cannot be captured.
+
+
+@pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize(
+    ("model_class", "inputs", "parts"),
+    [
+        (
+            Branch,
+            None,
+            ["symbolic tracing", "`if x.sum() > 0:`", f"{HERE}:", "pass example_inputs"],
+        ),
+        (Branch, (X,), ["torch.export", "`if x.sum() > 0:`", f"{HERE}:", "torch.cond"]),
+        (Counts, None, ["symbolic tracing", "int(x.argmax())", "pass example_inputs"]),
+        (Counts, (X,), ["torch.export", "int(x.argm", "The way out"]),
+        (Noisy, None, ["other operations in training", "randn_like", "The way out"]),
+        (
+            Noisy,
+            (X,),
+            ["other operations in training", "randn_like", HERE],
+        ),
+        (LayerDrop, None, ["other operations in training", "layerdrop", "self.training"]),
+        (LayerDrop, (X,), ["other operations in training", "layerdrop", "self.training"]),
+    ],
+)
+def test_an_uncapturable_model_is_refused_with_the_construct_and_the_way_out(
+    adapt: Callable[..., Any], model_class: type[Net], inputs: Any, parts: list[str]
+) -> None:
+    model = model_class()
+    with fails(model, llfx.CaptureError, *parts):
+        adapt(model, CFG, inputs)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "switch"),
+    [(transformers.OPTForCausalLM, "layerdrop"), (transformers.BartForConditionalGeneration, "decoder_layerdrop")],
+)
+def test_layer_drop_in_a_hugging_face_config_is_refused(model_class: type[nn.Module], switch: str) -> None:
+    sizes = {"vocab_size": 29, "hidden_size": 16, "d_model": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sides = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    model = model_class(model_class.config_class(**sizes, **sides, **{switch: 0.25}))
+    with fails(model, llfx.CaptureError, "whole layers at random", f"({switch}=0.25)", f"model.config.{switch} = 0"):
+        llfx.rewrite(model, CFG)
+
+
+# Models without adapters.
+
+
+@pytest.mark.parametrize("model", [Net(), fx.symbolic_trace(Net())], ids=["module", "graph"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        llfx.merge,
+        llfx.remove,
+        lambda model: llfx.save(model, "never-written.safetensors"),
+        llfx.adapter_parameters,
+        llfx.adapter_state_dict,
+        lambda model: llfx.load_adapter_state_dict(model, {}),
+    ],
+    ids=["merge", "remove", "save", "adapter_parameters", "adapter_state_dict", "load_adapter_state_dict"],
+)
+def test_a_model_without_adapters_is_refused(use: Callable[..., Any], model: nn.Module) -> None:
+    with fails(model, llfx.AdapterError, "has no adapters", type(model).__name__):
+        use(model)
+    assert not Path("never-written.safetensors").exists()
+
+
+@pytest.mark.parametrize("use", [llfx.merge, llfx.remove])
+def test_an_eager_wrapper_has_no_graph_to_take_adapters_out_of(use: Callable[..., Any]) -> None:
+    wrapped = llfx.wrap(Net(), CFG)
+    with fails(wrapped, llfx.AdapterError, "no adapters in its graph"):
+        use(wrapped)
+
+
+# Variants and passes that break the rules.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rogue(llfx.Variant):
+    """One gate; subclasses break a rule in `forward`."""
+
+    default_roles = ("up",)
+
+    def params(self, site: Site) -> Mapping[str, llfx.ParamSpec]:
+        return {"lora_g": llfx.ParamSpec((site.d_out,), init="ones")}
+
+
+class NeverCallsBase(Rogue):
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        return p.lora_g.expand(*x.shape[:-1], -1)
+
+
+class CallsBaseTwice(Rogue):
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        return base(x) + p.lora_g * base(x)
+
+
+class DoesNothing(Rogue):
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        return base(x)
+
+
+class Unregistered(Rogue):
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        return p.lora_g * base(x)
+
+
+class Raises(Rogue):
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        raise ZeroDivisionError("no luck")
+
+
+@pytest.mark.parametrize("inputs", [None, (X,)], ids=["traced", "exported"])
+@pytest.mark.parametrize(
+    ("cls", "error", "parts"),
+    [
+        (NeverCallsBase, llfx.ConfigError, ["must call base(...) exactly once", "called it 0 times"]),
+        (CallsBaseTwice, llfx.ConfigError, ["must call base(...) exactly once", "called it 2 times"]),
+        (DoesNothing, llfx.ConfigError, ["returns base(x) unchanged"]),
+        (Raises, PassError, ["ZeroDivisionError", "no luck"]),
+    ],
+)
+def test_a_variant_that_breaks_the_rules_is_named(
+    cls: type[Rogue], error: type[Exception], parts: list[str], inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_REGISTRY, cls.__name__, cls)
+    named = [] if cls is Raises else [f"{cls.__name__}.forward"]
+    for model in (Net(), llfx.rewrite(Net(), CFG, inputs)):
+        with fails(model, error, "in pass insert_adapter", *named, *parts):
+            llfx.rewrite(model, [CFG, cls()], inputs)
+
+
+@pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
+def test_a_variant_that_is_not_registered_never_makes_a_file_that_cannot_be_loaded(
+    adapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = Net()
+    with fails(model, llfx.ConfigError, "Unregistered", "registered"):
+        llfx.save(adapt(model, Unregistered()), tmp_path / "adapter.safetensors")
+
+
+def test_two_classes_of_one_name_cannot_be_registered() -> None:
+    known = llfx.registry()
+    impostor = dataclasses.dataclass(frozen=True, kw_only=True)(type("LoRA", (llfx.Variant,), {}))
+    with fails(nn.Identity(), llfx.ConfigError, "LoRA is already registered", "lora_lite_fx.variants.lora"):
+        llfx.register(impostor)
+    assert llfx.registry() == known
+
+
+def test_what_is_no_variant_cannot_be_registered() -> None:
+    with fails(nn.Identity(), llfx.ConfigError, "Site must be a frozen dataclass derived from Variant"):
+        llfx.register(Site)
+
+
+class FailingPass(GraphPass):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def run(self, gm: fx.GraphModule) -> int:
+        raise self.error
+
+
+class InvalidatingPass(GraphPass):
+    """Leaves a graph that lint refuses."""
+
+    def run(self, gm: fx.GraphModule) -> int:
+        first, *_, last = (node for node in gm.graph.nodes if node.op == "call_function")
+        first.prepend(last)
+        return 1
+
+
+def test_a_pipeline_without_an_unknown_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"No pass is named nope; the pipeline has drop_metadata_asserts\."):
+        Pipeline((DropMetadataAsserts(),)).without("nope", "drop_metadata_asserts")
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "parts"),
+    [
+        (FailingPass(KeyError("lost")), PassError, ["KeyError", "lost", "in pass failing_pass"]),
+        (FailingPass(llfx.ConfigError("my own")), llfx.ConfigError, ["my own", "in pass failing_pass"]),
+        (InvalidatingPass(), PassError, ["in pass invalidating_pass"]),
+    ],
+    ids=["unexpected", "own", "invalid"],
+)
+def test_a_pass_that_fails_is_named_with_those_before_it(
+    failing: GraphPass, error: type[Exception], parts: list[str]
+) -> None:
+    model = Net()
+    gm = llfx.remove(llfx.rewrite(model, CFG))
+    with fails(model, error, "(passes that ran before: drop_metadata_asserts)", *parts):
+        Pipeline((DropMetadataAsserts(), failing, DropMetadataAsserts())).run(gm)

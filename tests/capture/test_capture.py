@@ -1,0 +1,450 @@
+"""What a captured graph keeps of its model: values, shapes, modes, dtypes, storage, and its signature."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounter
+
+import lora_lite_fx as llfx
+from lora_lite_fx.adapters.registry import _REGISTRY
+from lora_lite_fx.rewriting.base_graph import base_graph
+from tests.support.conformance import (
+    calibration,
+    close,
+    gradients,
+    observe,
+    output,
+    randomise,
+    rewrite_and_wrap,
+    small,
+    unchanged,
+)
+from tests.support.models import GatedMLP, Net, Normed, ResidualMLP, ids
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+}
+CAUSAL = {
+    "llama": hf.LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": hf.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8),
+    "gemma2": hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8),
+    "gpt2": hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, bos_token_id=0, eos_token_id=0),
+    "opt": hf.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16),
+    "gpt_neox": hf.GPTNeoXConfig(**SMALL),
+}
+BERT = hf.BertConfig(**{**SMALL, "num_hidden_layers": 1})
+VARIANTS = list(llfx.registry().values())
+
+
+def causal(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> Any:
+    torch.manual_seed(0)
+    config = copy.deepcopy(CAUSAL[name])
+    config.num_hidden_layers = layers
+    return hf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@functools.cache
+def captured(name: str, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """The graph of `causal(name)`, which rewriting does not change; capturing is most of a test's time."""
+    return base_graph(causal(name, dtype))
+
+
+def tokens(batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
+    data = torch.randint(99, (batch, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(data)
+    if padding:
+        mask[0, :padding] = 0
+    return {"input_ids": data, "attention_mask": mask, "labels": data.clone()}
+
+
+@functools.cache
+def exported(block: type[nn.Module]) -> fx.GraphModule:
+    """The graph of `net(block)`, for tests of what is done with a graph."""
+    return base_graph(net(block), (ids(2, 5),))
+
+
+def net(*blocks: type[nn.Module], bias: bool = True, tied: bool = False) -> Net:
+    torch.manual_seed(0)
+    return Net(list(blocks), bias, tied).eval()
+
+
+# Hugging Face models.
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_causal_model_is_captured_in_its_training_signature_and_equals_eager_at_other_shapes(
+    name: str,
+) -> None:
+    model = causal(name, layers=2)
+    with unchanged(model):
+        gm = base_graph(model)
+        assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == [
+            "input_ids",
+            "attention_mask",
+            "labels",
+        ]
+        for batch in (tokens(1, 9), tokens(4, 3), tokens(2, 40, padding=5)):
+            for training in (False, True):
+                expected_model = copy.deepcopy(model).train(training)
+                torch.manual_seed(1)
+                expected = expected_model(**batch, use_cache=False)
+                torch.manual_seed(1)
+                actual = gm.train(training)(**batch)
+                assert type(actual) is type(expected)
+                assert torch.equal(actual.logits, expected.logits)
+                assert torch.equal(actual.loss, expected.loss)
+
+
+def test_heads_with_labels_of_other_shapes_are_captured_with_their_loss() -> None:
+    batch = tokens(2, 6)
+    for cls, labels in (
+        (hf.BertForMaskedLM, batch["labels"]),
+        (hf.BertForSequenceClassification, torch.tensor([0, 1])),
+        (hf.BertForTokenClassification, batch["labels"] % 2),
+    ):
+        torch.manual_seed(0)
+        model = cls(BERT).eval()
+        actual = base_graph(model)(**{**batch, "labels": labels})
+        expected = model(**{**batch, "labels": labels})
+        assert torch.equal(actual.loss, expected.loss)
+        assert torch.equal(actual.logits, expected.logits)
+    encoder = hf.BertModel(BERT).eval()
+    batch.pop("labels")
+    assert torch.equal(base_graph(encoder)(**batch).pooler_output, encoder(**batch).pooler_output)
+
+
+def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
+    torch.manual_seed(0)
+    config = hf.T5Config(
+        d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8, vocab_size=99, decoder_start_token_id=0
+    )
+    model = hf.T5ForConditionalGeneration(config).eval()
+    batch = tokens(2, 6)
+    close(base_graph(model)(**batch).logits, model(**batch).logits, 1e-6, "logits")
+
+
+def test_a_vision_model_is_captured_on_images_made_from_its_config() -> None:
+    torch.manual_seed(0)
+    config = hf.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=16, patch_size=8)
+    model = hf.ViTForImageClassification(config).eval()
+    batch = {"pixel_values": torch.randn(5, 3, 16, 16), "labels": torch.tensor([0, 1, 1, 0, 1])}
+    assert torch.equal(base_graph(model)(**batch).logits, model(**batch).logits)
+
+
+def two_sites(cls: type[llfx.Variant]) -> llfx.Variant:
+    """A config for two sites of a layer of Llama or GPT-2, none square; each takes traces of the variant."""
+    return small(cls, target_names=("k_proj", "c_attn", "down_proj", r"mlp\.c_proj"))
+
+
+def data_for(cls: type[llfx.Variant]) -> list[dict[str, torch.Tensor]] | None:
+    """Calibration data, for a variant that starts from data."""
+    return [tokens(2, 5)] if calibration(small(cls), None, ()) else None
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+def test_adapted_language_models_equal_the_eager_wrapper(name: str, cls: type[llfx.Variant]) -> None:
+    model = causal(name, torch.float64)
+    with unchanged(model):
+        gm, wrapped = rewrite_and_wrap(model, captured(name, torch.float64), two_sites(cls), data_for(cls))
+        randomise(gm, 0)
+        randomise(wrapped, 0)
+        batch = tokens(2, 11, padding=3)
+        call = lambda m: lambda *_: m(**batch)  # noqa: E731
+        for training in (True, False):
+            expected = output(call(wrapped.train(training)), ())
+            close(output(call(gm.train(training)), ()), expected, 1e-10, "logits")
+        close(output(call(llfx.merge(gm)), ()), output(call(gm), ()), 1e-6, "merged logits")  # its norms are float32
+
+
+# Shapes.
+
+
+def test_a_batch_of_one_in_the_example_stays_dynamic() -> None:
+    model = net(GatedMLP)
+    gm = base_graph(model, (ids(1, 5),))
+    assert torch.equal(gm(ids(4, 9)), model(ids(4, 9)))
+
+
+def test_example_inputs_may_be_one_tensor_passed_twice() -> None:
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.fc(a) - 2 * self.fc(b)
+
+    model, x = Difference(), torch.randn(2, 3)
+    gm = base_graph(model, (x, x))
+    a, b = torch.randn(5, 3), torch.randn(5, 3)
+    assert torch.equal(gm(a, b), model(a, b))
+
+
+def test_keyword_example_inputs_and_other_output_structures_are_kept() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> dict[str, Any]:
+            return {"y": self.fc(x) * scale, "both": (x, scale)}
+
+    gm = llfx.rewrite(Named(), llfx.LoRA(r=2, target_names="fc"), {"x": torch.randn(2, 3), "scale": torch.ones(2, 1)})
+    result = gm(x=torch.randn(7, 3), scale=torch.ones(7, 1))
+    assert result["y"].shape == (7, 4)
+    assert len(result["both"]) == 2
+
+
+def test_fixed_shapes_are_fixed() -> None:
+    gm = llfx.rewrite(net(GatedMLP), llfx.LoRA(r=2), (ids(2, 5),), dynamic_shapes=None)
+    with pytest.raises(Exception, match=r"(?i)guard|shape|expected"):
+        gm(ids(3, 5))
+
+
+# Modes.
+
+
+@pytest.mark.parametrize("example_inputs", [None, (ids(2, 5),)], ids=["traced", "exported"])
+def test_training_updates_the_graphs_own_batch_statistics_and_not_the_models(example_inputs: Any) -> None:
+    model = net(Normed, ResidualMLP)
+    eager = copy.deepcopy(model).train()
+    with unchanged(model):
+        gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names="."), example_inputs).train()
+        for seed in range(3):
+            close(
+                output(gm, (ids(3, 4, seed=seed),), seed),
+                output(eager, (ids(3, 4, seed=seed),), seed),
+                1e-6,
+                "train",
+            )
+    for name, buffer in eager.named_buffers():
+        close(gm.get_buffer(name).float(), buffer.float(), 1e-6, name)
+    close(output(gm.eval(), (ids(3, 4),)), output(eager.eval(), (ids(3, 4),)), 1e-6, "eval")
+    assert gm.get_buffer("blocks.0.norm.num_batches_tracked") == 3
+
+
+def test_dropout_that_never_stops_does_not_stop_in_the_graph() -> None:
+    class AlwaysNoisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 50)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(self.fc(x), 0.5, training=True)
+
+    for example_inputs in (None, (torch.randn(2, 6),)):
+        gm = base_graph(AlwaysNoisy(), example_inputs).eval()
+        assert (gm(torch.randn(9, 6)) == 0).any()
+
+
+def test_the_result_has_the_models_mode() -> None:
+    assert base_graph(net(ResidualMLP).train(), (ids(2, 5),)).training
+    assert not base_graph(net(ResidualMLP).eval(), (ids(2, 5),)).training
+
+
+# Dtypes.
+
+
+@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+def test_a_bfloat16_base_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
+    model = causal("llama", torch.bfloat16)
+    gm, wrapped = rewrite_and_wrap(model, captured("llama", torch.bfloat16), two_sites(cls), data_for(cls))
+    assert all(t.dtype == torch.float32 for t in llfx.adapter_state_dict(gm).values() if t.is_floating_point())
+    randomise(gm, 0)
+    randomise(wrapped, 0)
+    batch = tokens(2, 7)
+    assert gm(**batch).logits.dtype == model(**batch).logits.dtype
+    assert torch.equal(gm(**batch).logits, wrapped(**batch).logits)
+    gm(**batch).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in llfx.adapter_parameters(gm))
+
+
+@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: type[llfx.Variant]) -> None:
+    model = causal("llama")
+    gm, wrapped = rewrite_and_wrap(model, captured("llama"), two_sites(cls), data_for(cls))
+    randomise(gm, 0)
+    randomise(wrapped, 0)
+    batch = tokens(2, 7)
+    grads = []
+    for adapted in (gm, wrapped):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = adapted(**batch)
+        result.loss.backward()
+        grads.append((result.logits, [p.grad for p in llfx.adapter_parameters(adapted)]))
+    assert torch.equal(grads[0][0], grads[1][0])
+    for ours, theirs in zip(grads[0][1], grads[1][1], strict=True):
+        close(ours, theirs, 1e-2, "gradient")
+
+
+def test_the_adapters_dtype_can_be_chosen() -> None:
+    gm = llfx.rewrite(net(GatedMLP), llfx.LoRA(r=2, dtype=torch.float64, target_names="."))
+    assert {t.dtype for t in llfx.adapter_state_dict(gm).values()} == {torch.float64}
+    assert gm(ids(2, 3)).dtype == torch.float32
+
+
+# Storage, and what else can be captured.
+
+
+def test_parameters_share_the_models_storage_and_ties_stay_tied() -> None:
+    model = net(GatedMLP, tied=True)
+    gm = llfx.rewrite(model, llfx.LoRA(r=2), (ids(2, 5),))
+    base = {p.data_ptr() for p in model.parameters()}
+    frozen = [p for p in gm.parameters() if not p.requires_grad]
+    assert {p.data_ptr() for p in frozen} == base
+    assert len(frozen) == len(base)
+    assert not {id(p) for p in frozen} & {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("example_inputs", [None, (ids(2, 5),)], ids=["traced", "exported"])
+def test_a_second_rewrite_keeps_the_first_adapter_trainable_and_the_first_graph_as_it_was(
+    example_inputs: Any,
+) -> None:
+    first = llfx.rewrite(net(GatedMLP), llfx.LoRA(r=2), example_inputs)
+    randomise(first, 0)
+    with unchanged(first):
+        second = llfx.rewrite(first, llfx.DoRA(r=2))
+        randomise(second, 1)
+    assert len(llfx.adapter_parameters(second)) == 3 * (2 + 3)
+    _, grads = gradients(second, (ids(3, 4),))
+    assert grads.keys() == llfx.adapter_state_dict(second).keys()
+    assert llfx.inspect(second)[0].adapters == ("LoRA", "DoRA")
+
+
+def test_a_list_of_configs_is_the_same_as_one_rewrite_after_the_other() -> None:
+    configs = [llfx.HRA(r=2), llfx.LoRA(r=2), llfx.IA3(target_names=".")]
+    at_once = llfx.rewrite(exported(GatedMLP), configs)
+    one_by_one = exported(GatedMLP)
+    for cfg in configs:
+        one_by_one = llfx.rewrite(one_by_one, cfg)
+    randomise(at_once, 0)
+    randomise(one_by_one, 0)
+    assert torch.equal(at_once(ids(3, 4)), one_by_one(ids(3, 4)))
+    assert at_once.graph.python_code("self").src == one_by_one.graph.python_code("self").src
+
+
+def test_an_exported_program_is_rewritten_and_left_as_it_is() -> None:
+    model = net(ResidualMLP)
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(model, (ids(2, 5),), dynamic_shapes=([auto, auto],))
+    gm = llfx.rewrite(program, llfx.LoRA(r=2))
+    assert torch.equal(gm(ids(3, 4)), model(ids(3, 4)))
+    assert all(p.requires_grad for p in program.module().parameters())
+
+
+def test_forward_hooks_of_the_model_stay_and_are_not_shared() -> None:
+    model = net(GatedMLP)
+    seen: list[str] = []
+    model.head.register_forward_hook(lambda *_: seen.append("ran"))
+    before = observe(model)
+    llfx.rewrite(model, llfx.LoRA(r=2))
+    assert observe(model) == before
+    seen.clear()
+    model(ids(2, 3))
+    assert seen == ["ran"]
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        states.append(llfx.adapter_state_dict(llfx.rewrite(net(GatedMLP), llfx.HRA(r=2), (ids(2, 5),))))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+# torch.compile.
+
+
+@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[llfx.Variant]) -> None:
+    gm = llfx.rewrite(captured("llama"), two_sites(cls), calibration=data_for(cls))
+    randomise(gm, 0)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(gm, fullgraph=True, dynamic=True, backend=counter)
+    for batch, length in ((2, 9), (3, 12), (5, 31), (8, 4)):
+        inputs = tokens(batch, length)
+        assert torch.equal(compiled(**inputs).logits, gm(**inputs).logits)
+    assert counter.frame_count == 1
+
+
+def test_the_compiled_graph_follows_the_mode() -> None:
+    gm = llfx.rewrite(exported(ResidualMLP), llfx.LoRA(r=2, dropout=0.5, target_names="."))
+    randomise(gm, 0)
+    torch._dynamo.reset()
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    for training in (True, False, True):
+        gm.train(training)
+        close(output(compiled, (ids(3, 4),)), output(gm, (ids(3, 4),)), 1e-6, f"training={training}")
+
+
+def test_wrapping_or_rewriting_an_eagerly_wrapped_model_is_refused() -> None:
+    wrapped = llfx.wrap(net(GatedMLP), llfx.LoRA(r=2))
+    for adapt in (llfx.rewrite, llfx.wrap):
+        with pytest.raises(llfx.CaptureError, match="wrapped eagerly already"):
+            adapt(wrapped, llfx.LoRA(r=2))
+
+
+def test_a_graph_is_inspected_and_freed_of_adapters_where_their_variant_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gm = llfx.rewrite(exported(GatedMLP), llfx.LoRA(r=2))
+    randomise(gm, 0)
+    monkeypatch.delitem(_REGISTRY, "LoRA")
+    assert llfx.inspect(gm)[0].adapters == ("LoRA",)
+    assert torch.equal(llfx.remove(gm)(ids(3, 4)), net(GatedMLP)(ids(3, 4)))
+    with pytest.raises(llfx.ConfigError, match="Unknown variant 'LoRA'"):
+        llfx.merge(gm)
+
+
+def test_a_file_loads_onto_a_model_that_has_adapters(tmp_path: Path) -> None:
+    stacked = llfx.rewrite(exported(GatedMLP), [llfx.LoRA(r=2), llfx.HRA(r=2)])
+    randomise(stacked, 0)
+    llfx.save(stacked, tmp_path / "two.safetensors")
+    first = llfx.rewrite(exported(GatedMLP), llfx.DoRA(r=2))
+    loaded = llfx.load(first, tmp_path / "two.safetensors")
+    assert llfx.inspect(loaded)[0].adapters == ("DoRA", "LoRA", "HRA")
+    state = llfx.adapter_state_dict(loaded)
+    for name, tensor in llfx.adapter_state_dict(stacked).items():
+        renamed = name.replace("lora_U_2", "lora_U_3") if "lora_U" in name else f"{name}_2"
+        assert torch.equal(state[renamed], tensor)
+
+
+@pytest.mark.parametrize("example_inputs", [None, (ids(2, 5),)], ids=["traced", "exported"])
+def test_a_tied_weight_keeps_all_its_names(example_inputs: Any) -> None:
+    model = net(GatedMLP, tied=True)
+    gm = llfx.rewrite(model, llfx.LoRA(r=2), example_inputs)
+    for graph in (gm, llfx.remove(gm), llfx.merge(gm)):
+        assert graph.state_dict().keys() >= model.state_dict().keys()
+        assert graph.get_parameter("embed.weight") is graph.get_parameter("head.weight")
+
+
+def test_a_merge_replaces_the_weight_of_a_shared_module_under_all_its_names() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    for example_inputs in (None, (torch.randn(2, 4),)):
+        gm = llfx.rewrite(Twice(), llfx.LoRA(r=2, target_names="."), example_inputs)
+        randomise(gm, 0)
+        merged = llfx.merge(gm)
+        assert merged.get_parameter("first.weight") is merged.get_parameter("second.weight")
+        close(merged(torch.ones(3, 4)), gm(torch.ones(3, 4)).detach(), 1e-5, "merged")

@@ -1,0 +1,401 @@
+"""Gradient checkpointing: the same numbers bit for bit from fewer saved activations, on a graph that stays flat."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, fx, nn
+
+import lora_lite_fx as llfx
+from lora_lite_fx.execution.module import checkpoints_layers, execution_of, run_as
+from lora_lite_fx.passes import Pipeline
+from lora_lite_fx.rewriting.base_graph import base_graph
+from tests.support.conformance import check_merge, check_remove, close, output, randomise, small
+from tests.support.models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids, tiny_llama
+from tests.support.models import Attention as AttentionBlock
+from tests.support.untouched import saved_bytes, untouched
+
+VOCABULARY = 40
+
+
+def llama() -> Any:
+    config = tiny_llama(num_hidden_layers=2, vocab_size=VOCABULARY, attention_dropout=0.1)
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert() -> Any:
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+def t5() -> Any:
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def albert() -> Any:
+    config = transformers.AlbertConfig(
+        hidden_size=32,
+        embedding_size=16,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )
+    return transformers.AlbertForMaskedLM(config)
+
+
+MODELS: tuple[Callable[[], Any], ...] = (llama, gpt2, bert, t5, albert)
+models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+
+
+@functools.cache
+def model_and_base(build: Callable[[], Any]) -> tuple[Any, fx.GraphModule]:
+    torch.manual_seed(0)
+    model = build()
+    return model, base_graph(model)
+
+
+def tokens(batch: int = 4, length: int = 11) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+    mask = torch.ones_like(drawn)
+    mask[0, :3] = 0
+    return {"input_ids": drawn, "attention_mask": mask, "labels": drawn}
+
+
+LORA = llfx.LoRA(r=3, dropout=0.2)
+
+
+def checkpointed(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph over the same tensors, with its layers checkpointed."""
+    return run_as(gm, dataclasses.replace(execution_of(gm), checkpoint_layers=True))
+
+
+@functools.cache
+def plain_and_checkpointed(build: Callable[[], Any]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    plain = llfx.rewrite(model_and_base(build)[1], LORA)
+    randomise(plain, 1)
+    return plain.train(), checkpointed(plain)
+
+
+def step(model: nn.Module, inputs: Any, seed: int = 0, between: Callable[[], Any] = lambda: None) -> dict[str, Tensor]:
+    """The output of one forward pass, and the gradients of the trained parameters after one backward pass."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    result = getattr(result, "logits", result)
+    between()
+    (result.float() * torch.randn(result.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    seen = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert seen or not any(parameter.requires_grad for parameter in model.parameters())
+    return {"": result.detach(), **seen}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name or "output"
+
+
+# The same numbers.
+
+
+@models
+def test_outputs_and_gradients_are_those_of_the_plain_graph(build: Callable[[], Any]) -> None:
+    plain, ours = plain_and_checkpointed(build)
+    inputs = tokens()
+    expected = step(plain, inputs)
+    assert_same(step(ours, inputs), expected)
+    other = step(plain, inputs, seed=1)
+    assert not torch.equal(other[""], expected[""]), "nothing was dropped"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(step(ours, inputs), step(plain, inputs))
+    assert_same(step(ours.eval(), inputs), step(plain.eval(), inputs))
+    assert_same(step(ours.train(), inputs), step(plain.train(), inputs))
+
+
+BLOCKS = (ResidualMLP, AttentionBlock, SharedLinear, Normed)
+
+
+@functools.cache
+def small_base(exported: bool) -> fx.GraphModule:
+    case = Case(BLOCKS, bias=True, tied=False, dtype=torch.float32, exported=exported, seed=0)
+    return base_graph(case.build(), case.example_inputs)
+
+
+# Of the weight, of tensors that all sites share, and at inputs and outputs.
+VARIANTS = [
+    (llfx.DoRA, True),
+    (llfx.DoRA, False),
+    (llfx.VeRA, True),
+    (llfx.IA3, False),
+]
+
+
+@pytest.mark.parametrize(("cls", "exported"), VARIANTS)
+def test_two_adapters_with_dropout_and_batch_norm(cls: type[llfx.Variant], exported: bool) -> None:
+    cfg = [small(cls, target_names=("blocks",)), llfx.LoRA(r=2, dropout=0.5, target_names=("fc", "lin"))]
+    base = small_base(exported)
+    plain = llfx.rewrite(base, cfg, checkpoint_layers=False).train()
+    randomise(plain, 1)
+    ours = checkpointed(copy.deepcopy(plain))
+    assert_same(step(ours, (ids(3, 6),)), step(plain, (ids(3, 6),)))
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(ours.get_buffer(name), buffer), name
+    assert saved_bytes(ours, (ids(3, 6),)) < saved_bytes(plain, (ids(3, 6),))
+
+
+def test_the_mode_of_the_forward_pass_holds_in_the_backward_pass() -> None:
+    plain, ours = plain_and_checkpointed(bert)
+    expected = step(plain, tokens())
+    assert_same(step(ours, tokens(), between=ours.eval), expected)
+    ours.train()
+
+
+class Layer(nn.Module):
+    """A layer in which tensors are overwritten: one of its own, and its input if asked to."""
+
+    def __init__(self, writes_input: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.3)
+        self.writes_input = writes_input
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Of what reads x nothing keeps it, so that autograd would not notice the write to it.
+        y = self.drop(self.down(self.relu(self.up(torch.tanh(torch.sin(torch.sin(x + 0)))))))
+        return x.add_(y) if self.writes_input else x + y
+
+
+class InPlace(nn.Module):
+    def __init__(self, writes_input: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(writes_input) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        for layer in self.layers:
+            x = layer(x)
+        return x + 1
+
+
+@pytest.mark.parametrize("exported", [True, False], ids=["exported", "symbolic"])
+@pytest.mark.parametrize("writes_input", [True, False])
+def test_tensors_overwritten_in_place(writes_input: bool, exported: bool) -> None:
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plain = llfx.rewrite(InPlace(writes_input), llfx.LoRA(r=2, target_names=(".",)), (x,) if exported else None)
+    randomise(plain, 1)
+    ours = checkpointed(plain)
+    assert_same(step(ours, (x,)), step(plain, (x,)))
+    if exported:  # in symbolic traces it is not known what is a view of what
+        assert saved_bytes(ours, (x,)) < saved_bytes(plain, (x,))
+
+
+class Interleaved(nn.Module):
+    """Parts of a layer between which the model itself computes, from them or not, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ResidualMLP(bias=True) for _ in range(2))
+        self.layers[0].other = nn.Dropout(0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.mean()
+        first, second = self.layers
+        y = first.drop(first.fc_in(x))
+        noise = nn.functional.dropout(scale.expand(6), 0.5, self.training)
+        y = first.other(y) + noise.sum()
+        y = first.fc_out(torch.tanh(y + y.mean()))
+        return second(first.norm(y)) * scale
+
+
+@pytest.mark.parametrize("exported", [True, False], ids=["exported", "symbolic"])
+def test_layers_with_other_computations_between_their_parts(exported: bool) -> None:
+    x = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plain = llfx.rewrite(Interleaved(), llfx.LoRA(r=2, target_names=("fc",)), (x,) if exported else None)
+    randomise(plain, 1)
+    for seed in range(3):
+        assert_same(step(checkpointed(plain), (x,), seed), step(plain, (x,), seed))
+
+
+def test_a_sequential_of_blocks() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, WIDTH), *(ResidualMLP(bias=False) for _ in range(3)), nn.Linear(WIDTH, 4))
+    x = torch.randn(5, 6)
+    plain = llfx.rewrite(model, LORA, checkpoint_layers=False)
+    ours = llfx.rewrite(model, LORA, checkpoint_layers=True)
+    for gm in (plain, ours):
+        randomise(gm, 1)
+    assert_same(step(ours, (x,)), step(plain, (x,)))
+    assert saved_bytes(ours, (x,)) < saved_bytes(plain, (x,)) / 2
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, bert, t5], ids=lambda build: build.__name__)
+def test_no_more_is_saved_than_by_hugging_face(build: Callable[[], Any]) -> None:
+    """Hugging Face's model trains the weights that the graph adapts, from the same inputs; neither trains embeddings.
+
+    Adapters are inside of layers, so they add nothing to what checkpointing keeps: the layers' inputs.
+    """
+    plain, ours = plain_and_checkpointed(build)
+    theirs = copy.deepcopy(model_and_base(build)[0]).train()
+    adapted = {row.name for row in llfx.inspect(plain) if row.adapters}
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[0] in adapted)
+    inputs = tokens(4, 16)
+    unchecked = saved_bytes(theirs, inputs)
+    theirs.activation_checkpointing_enable()
+    theirs.disable_input_require_grads()
+    assert saved_bytes(ours, inputs) <= 1.1 * saved_bytes(theirs, inputs) < 0.3 * unchecked
+    assert saved_bytes(ours.eval(), inputs) == saved_bytes(plain.eval(), inputs)
+    ours.train(), plain.train()
+
+
+def test_every_call_of_a_shared_layer_is_checkpointed() -> None:
+    plain, ours = plain_and_checkpointed(albert)
+    assert saved_bytes(ours, tokens()) < 0.15 * saved_bytes(plain, tokens())
+
+
+# Compiled, copied, exported.
+
+
+def test_compiled_without_graph_breaks_it_still_saves_memory() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 32, WIDTH)  # large beside the random states that are kept, which are of one size
+    model = nn.Sequential(*(GatedMLP(bias=True) for _ in range(3)))
+    plain = llfx.rewrite(model, llfx.LoRA(r=2), (x,)).train()
+    randomise(plain, 1)
+    ours = checkpointed(plain)
+    results = []
+    for gm in (plain, ours):
+        torch.compiler.reset()
+        # The partitioner that inductor uses, without its code generation.
+        compiled = torch.compile(gm, fullgraph=True, backend="aot_eager_decomp_partition")
+        results.append((step(compiled, (x,)), saved_bytes(compiled, (x,))))
+    torch.compiler.reset()
+    (expected, unchecked), (actual, saved) = results
+    assert saved < 0.3 * unchecked
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        close(tensor, expected[name], 1e-5, name or "output")
+
+
+def test_a_deep_copy_is_checkpointed_and_of_its_own() -> None:
+    _, ours = plain_and_checkpointed(gpt2)
+    twin = copy.deepcopy(ours)
+    assert checkpoints_layers(twin)
+    expected = step(ours, tokens())
+    assert_same(step(twin, tokens()), expected)
+    assert saved_bytes(twin, tokens()) == saved_bytes(ours, tokens())
+    randomise(twin, 7)
+    assert_same(step(ours, tokens()), expected)
+    assert not torch.equal(step(twin, tokens())[""], expected[""])
+
+
+def test_an_export_is_flat() -> None:
+    plain, ours = plain_and_checkpointed(gpt2)
+    inputs = tokens()
+    for training in (True, False):
+        programs = [torch.export.export(gm.train(training), (), inputs) for gm in (plain, ours)]
+        graphs = [[node.target for node in program.graph.nodes] for program in programs]
+        assert graphs[0] == graphs[1]
+    file = io.BytesIO()
+    torch.export.save(programs[1], file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    assert torch.equal(loaded(**inputs).logits, llfx.optimize(plain, Pipeline(()))(**inputs).logits)
+    plain.train(), ours.train()
+
+
+# Where it comes from, and what becomes of it.
+
+
+def test_a_hugging_face_model_that_checkpoints_becomes_a_graph_that_does() -> None:
+    model = copy.deepcopy(model_and_base(llama)[0])
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with untouched(model), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*checkpoint.*")
+        gm = llfx.rewrite(model, LORA).train()
+    plain, ours = plain_and_checkpointed(llama)
+    assert checkpoints_layers(gm)
+    assert str(gm.graph) == str(plain.graph)
+    llfx.load_adapter_state_dict(gm, llfx.adapter_state_dict(ours))
+    assert_same(step(gm, tokens()), step(plain, tokens()))
+
+
+def test_checkpointing_is_kept_unless_said_otherwise() -> None:
+    case = Case(BLOCKS, bias=True, tied=True, dtype=torch.float32, exported=True, seed=0)
+    model = case.build()
+    base = base_graph(model, case.example_inputs, checkpoint_layers=True)
+    gm = llfx.rewrite(base, [llfx.DoRA(r=2), llfx.IA3()])
+    randomise(gm, 1)
+    plain = llfx.rewrite(gm, LORA, checkpoint_layers=False)
+    both = llfx.rewrite(gm, LORA)
+    for made in (plain, both):
+        randomise(made, 1)
+    assert not checkpoints_layers(plain)
+    assert all(checkpoints_layers(made) for made in (gm, both, llfx.remove(gm), llfx.merge(gm)))
+    assert_same(step(both.train(), (ids(3, 6),)), step(plain.train(), (ids(3, 6),)))
+    check_remove(gm, base, model)
+    check_merge(gm, base, (ids(3, 6),), 1e-4)
+    assert str(llfx.inspect(both)) == str(llfx.inspect(plain))
+
+
+@pytest.mark.parametrize("library", ["own", "peft", "lora_lite"])
+def test_files(library: str, tmp_path: Path) -> None:
+    save, load = {
+        "own": (llfx.save, llfx.load),
+        "peft": (llfx.save_peft, llfx.load_peft),
+        "lora_lite": (llfx.save_lora_lite, llfx.load_lora_lite),
+    }[library]
+    gm = llfx.rewrite(small_base(True), llfx.LoRA(r=2, target_names=("fc", "lin")), checkpoint_layers=True)
+    randomise(gm, 1)
+    save(gm, tmp_path / "adapter")
+    loaded = load(small_base(True), tmp_path / "adapter", checkpoint_layers=True)
+    assert checkpoints_layers(loaded)
+    assert_same(step(loaded.train(), (ids(3, 6),)), step(gm.train(), (ids(3, 6),)))
+    assert not checkpoints_layers(load(small_base(True), tmp_path / "adapter"))
+
+
+def test_it_shares_the_parameters_of_the_graph_it_is_made_from() -> None:
+    plain, ours = plain_and_checkpointed(t5)
+    assert dict(ours.named_parameters(remove_duplicate=False)) == dict(plain.named_parameters(remove_duplicate=False))
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    assert str(ours.graph) == str(plain.graph)
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    model = Normed(bias=True)
+    with untouched(model), pytest.raises(llfx.CaptureError, match=r"no layers to checkpoint.*model\.layers\.0"):
+        llfx.rewrite(model, LORA, checkpoint_layers=True)
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=("lin",)))
+    assert output(gm, (torch.randn(2, 3, WIDTH),)).shape == (2, 3, WIDTH)

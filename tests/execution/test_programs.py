@@ -1,0 +1,527 @@
+"""The optimising passes: the same outputs and gradients from less work, on a graph that stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import io
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounter
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_lite_fx as llfx
+from lora_lite_fx.execution.module import AdaptedGraphModule, Execution, run_as
+from lora_lite_fx.graph.provenance import is_inserted
+from lora_lite_fx.passes import OPTIMISATIONS, Pipeline
+from lora_lite_fx.rewriting.base_graph import base_graph
+from tests.support.conformance import (
+    calibration,
+    check_merge,
+    check_remove,
+    close,
+    configs,
+    gradients,
+    output,
+    randomise,
+    small,
+)
+from tests.support.models import WIDTH, Attention, Case, Conv1DMLP, GatedMLP, Normed, SharedLinear, ids
+
+aten = torch.ops.aten
+NAMES = [graph_pass.name for graph_pass in OPTIMISATIONS]
+VARIANTS = list(llfx.registry().values())
+PLAIN = Pipeline(())
+SINGLY = OPTIMISATIONS.without("gather_products", "recompute_inputs")
+PAIR = (Attention, GatedMLP)
+MIXED = (Attention, GatedMLP, Conv1DMLP, SharedLinear, Normed)
+
+
+QUICKLY = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def derived(gm: fx.GraphModule, passes: Pipeline = SINGLY) -> fx.GraphModule:
+    """A copy of `gm` whose graph the passes have changed, so that products can be counted."""
+    result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    passes.run(result)
+    return result
+
+
+def edits(gm: fx.GraphModule, passes: Pipeline = OPTIMISATIONS) -> dict[str, int]:
+    return {report.name: report.edits for report in passes.run(gm)}
+
+
+def in_calls(gm: fx.GraphModule) -> Counter[Any]:
+    """How often each operator of the adapters runs in each call: what stands after the inputs."""
+    nodes = list(gm.graph.nodes)
+    first = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
+    return Counter(node.target for node in nodes[first:] if is_inserted(node) and node.op == "call_function")
+
+
+@functools.cache
+def base(
+    exported: bool = True, dtype: torch.dtype = torch.float64, blocks: tuple[type[nn.Module], ...] = MIXED
+) -> tuple[Case, nn.Module, fx.GraphModule]:
+    case = Case(blocks, bias=True, tied=False, dtype=dtype, exported=exported, seed=3)
+    model = case.build()
+    return case, model, base_graph(model, case.example_inputs)
+
+
+def adapted(cfg: Any, *, seed: int = 1, **which: Any) -> fx.GraphModule:
+    case, _, graph = base(**which)
+    gm = llfx.rewrite(graph, cfg, calibration=calibration(cfg, case.example_inputs, (ids(2, 4),)))
+    randomise(gm, seed)
+    return gm
+
+
+def assert_computes_the_same(gm: fx.GraphModule, plain: fx.GraphModule, tolerance: float) -> None:
+    """Outputs with and without gradients, and gradients; twice, and again for other values of the parameters."""
+    for training, seed in ((True, 1), (False, 2)):
+        randomise(gm, seed)
+        gm.train(training), plain.train(training)
+        for shape in ((2, 5), (3, 7)):
+            with torch.no_grad():
+                close(output(gm, (ids(*shape),)), output(plain, (ids(*shape),)), tolerance, "output without gradients")
+            y, grads = gradients(gm, (ids(*shape),))
+            grads = {name: grad.clone() for name, grad in grads.items()}
+            expected_y, expected = gradients(plain, (ids(*shape),))
+            close(y, expected_y, tolerance, "output")
+            assert grads.keys() == expected.keys()
+            for name, grad in grads.items():
+                close(grad, expected[name], tolerance, f"gradient of {name}")
+
+
+# The same outputs and gradients.
+
+
+@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+@settings(QUICKLY, max_examples=1)
+@given(data=st.data())
+def test_every_variant_computes_the_same(cls: type[llfx.Variant], data: st.DataObject) -> None:
+    check_any(data, [data.draw(configs(cls, target_names=(".",), exclude_names=("head",)))], PAIR)
+
+
+@settings(QUICKLY, max_examples=2)
+@given(data=st.data())
+def test_stacks_of_variants_compute_the_same(data: st.DataObject) -> None:
+    drawn = data.draw(st.lists(st.sampled_from(VARIANTS), min_size=2, max_size=3))
+    check_any(data, [data.draw(configs(cls, target_names=(".",))) for cls in drawn], MIXED)
+
+
+def check_any(data: st.DataObject, cfg: list[llfx.Variant], blocks: tuple[type[nn.Module], ...]) -> None:
+    exported, checkpoint_layers = data.draw(st.booleans()), data.draw(st.booleans())
+    passes = OPTIMISATIONS.without(*data.draw(st.sets(st.sampled_from(NAMES), max_size=len(NAMES) - 1)))
+    made = adapted(cfg, exported=exported, blocks=blocks)
+    text = str(made.graph)
+    gm = run_as(made, Execution(passes, checkpoint_layers))
+    assert_computes_the_same(gm, llfx.optimize(made, PLAIN), 1e-9)
+    assert str(gm.graph) == text
+    assert set(edits(derived(gm, passes), passes).values()) == {0}, "a second run finds something to do"
+    check_remove(gm, *base(exported=exported, blocks=blocks)[:0:-1])
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "HRA", "OFT"])
+def test_the_base_graph_comes_back(name: str) -> None:
+    _, model, graph = base(blocks=PAIR)
+    gm = adapted(small(llfx.registry()[name], target_names=(".",)), blocks=PAIR)
+    check_merge(gm, graph, (ids(3, 4),), 1e-9)
+    check_remove(gm, graph, model)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA", "HRA"])
+def test_in_half_precision_errors_are_no_larger(name: str) -> None:
+    cfg = small(llfx.registry()[name], alpha=6.0, target_names=(".",), dtype=torch.bfloat16)
+    _, model, graph = base(dtype=torch.bfloat16, blocks=(GatedMLP, Attention))
+    gm = llfx.rewrite(graph, cfg)
+    exact = llfx.wrap(copy.deepcopy(model).double(), dataclasses.replace(cfg, dtype=None))
+    squares: dict[str, list[Tensor]] = {"plain": [], "optimised": []}
+    for seed in range(24):
+        randomise(gm, seed)
+        llfx.load_adapter_state_dict(exact, {n: t.double() for n, t in llfx.adapter_state_dict(gm).items()})
+        args = (ids(4, 9, seed=seed),)
+        with torch.no_grad():
+            for kind, run in (("plain", llfx.optimize(gm, PLAIN)), ("optimised", gm)):
+                squares[kind].append((output(run, args).double() - output(exact, args)).square().mean())
+    plain, optimised = (torch.stack(values).mean().sqrt().item() for values in squares.values())
+    assert 0 < optimised <= 1.05 * plain
+
+
+# Less work.
+
+
+PER_CALL = {
+    # q, k, v share one product, gate and up another; out and down have theirs; seven products with B.
+    "LoRA": {aten.linear.default: 4 + 7, aten.mul.Tensor: 0, aten.add.Tensor: 7},
+    "DoRA": {aten.linear.default: 4 + 7, aten.linalg_vector_norm.default: 0, aten.sqrt.default: 0},
+    "DeLoRA": {aten.linear.default: 4 + 7, aten.mul.Tensor: 0, aten.div.Tensor: 0},
+    "HRA": {aten.linear.default: 4 + 7, aten.linalg_solve_triangular.default: 0},
+    "OFT": {aten.matmul.default: 0, aten.index_copy.default: 0},
+    "VeRA": {aten.linear.default: 4 + 7, aten.slice.Tensor: 0},
+}
+
+
+@pytest.mark.parametrize("name", PER_CALL)
+def test_what_runs_in_each_call(name: str) -> None:
+    gm = adapted(small(llfx.registry()[name], size=2, exclude_names=("head",), target_names=(".",)), blocks=PAIR)
+    counts = in_calls(derived(gm))
+    assert {target: counts[target] for target in PER_CALL[name]} == PER_CALL[name]
+    before = in_calls(gm)
+    assert all(before[target] >= count for target, count in PER_CALL[name].items())
+    assert before != counts
+
+
+def test_siblings_of_several_variants_share_a_product_and_what_is_dropped_does_not() -> None:
+    names = ({"target_names": (name,)} for name in ("q$", "k$", "v$"))
+    q, k, v = names
+    mixed = adapted([llfx.LoRA(r=2, **q), llfx.DeLoRA(r=3, **k), llfx.HRA(r=2, **v), llfx.LoRA(r=1, **k)], blocks=PAIR)
+    (product,) = [node for node in derived(mixed).graph.nodes if node.target is aten.split_with_sizes.default]
+    assert sorted(product.args[1]) == [1, 2, 2, 3]
+    dropped = adapted([llfx.LoRA(r=2, dropout=0.5, **q), llfx.LoRA(r=2, **k), llfx.LoRA(r=2, **v)], blocks=PAIR)
+    for program, sizes in (("training", [2, 2]), ("inference", [2, 2, 2])):
+        gm = derived(dropped, SINGLY.of(program))
+        (product,) = [node for node in gm.graph.nodes if node.target is aten.split_with_sizes.default]
+        assert product.args[1] == sizes
+
+
+def test_casts_of_one_input_are_one() -> None:
+    gm = adapted(llfx.LoRA(r=2, target_names=("[qkv]$",)), blocks=PAIR, dtype=torch.bfloat16)
+    assert in_calls(gm)[aten.to.dtype] == 3 + 3  # of the input, and of the sum
+    assert in_calls(derived(gm))[aten.to.dtype] == 1 + 3
+    assert in_calls(derived(gm))[aten.linear.default] == 1 + 3
+
+
+class Overwrites(nn.Module):
+    """Two linears of one tensor, which is overwritten between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, 5), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        y = self.one(x)
+        x.mul_(0.5)
+        return y * self.two(x)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "work"),
+    [(llfx.FourierFT(n_frequency=30), aten.fft_ifft2.default), (llfx.HiRA(r=4), aten.matmul.default)],
+)
+def test_matrices_as_large_as_the_weight_are_not_kept(cfg: llfx.Variant, work: Any) -> None:
+    cfg = dataclasses.replace(cfg, target_names=("0",))
+    gm = llfx.rewrite(nn.Sequential(nn.Linear(64, 48)), cfg, (torch.ones(2, 64),))
+    assert in_calls(derived(gm))[work] == in_calls(gm)[work] == 1
+
+
+def test_siblings_of_an_overwritten_input_share_nothing() -> None:
+    gm = llfx.rewrite(Overwrites(), llfx.LoRA(r=2, target_names=(".",)), (torch.ones(2, WIDTH),))
+    randomise(gm, 1)
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close(gm(x), llfx.optimize(gm, PLAIN)(x), 1e-6, "output")
+    assert edits(derived(gm, PLAIN))["share_siblings"] == 0
+
+
+# Once per change of a parameter.
+
+
+class Count(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(function: Callable[[], Any]) -> Counter[str]:
+    with Count() as count:
+        function()
+    return count.calls
+
+
+@functools.cache
+def start(cls: type[llfx.Variant]) -> fx.GraphModule:
+    return adapted(small(cls, size=2, alpha=2.0, exclude_names=("head",), target_names=(".",)), blocks=PAIR)
+
+
+def pair(cls: type[llfx.Variant]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """An optimised graph and the plain one, over the same tensors, in evaluation mode."""
+    gm = copy.deepcopy(start(cls))
+    return gm, llfx.optimize(gm, PLAIN)
+
+
+X = (ids(2, 5),)
+
+
+PARAMETER_WORK = [
+    (llfx.DoRA, aten.linalg_vector_norm.default),
+    (llfx.HRA, aten.linalg_solve_triangular.default),
+    (llfx.OFT, aten.index_copy.default),
+]
+
+
+@pytest.mark.parametrize("accumulate", [1, 8])
+@pytest.mark.parametrize(("cls", "work"), PARAMETER_WORK)
+def test_parameter_work_is_done_once_per_optimizer_step(cls: type[llfx.Variant], work: Any, accumulate: int) -> None:
+    gm, plain = pair(cls)
+    twin = copy.deepcopy(plain)
+    done = []
+    for model in (gm.train(), twin.train()):
+        optimizer = torch.optim.AdamW(llfx.adapter_parameters(model), lr=0.01)
+        done.append(0)
+        for step in range(3):
+            for batch in range(accumulate):
+                with Count() as count:
+                    loss = output(model, (ids(2, 5, seed=10 * step + batch),)).square().mean()
+                loss.backward()
+                done[-1] += count.calls[work.overloadpacket.__name__]
+            nn.utils.clip_grad_norm_(llfx.adapter_parameters(model), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert 0 < done[0] == done[1] / accumulate
+    for name, tensor in llfx.adapter_state_dict(twin).items():
+        close(llfx.adapter_state_dict(gm)[name], tensor, 1e-9, name)
+
+
+def test_a_step_by_hand_past_the_version_counters_is_seen() -> None:
+    gm, plain = pair(llfx.DoRA)
+    for _ in range(2):
+        output(gm, X).square().mean().backward()
+        for parameter in llfx.adapter_parameters(gm):
+            parameter.data.sub_(parameter.grad)
+            parameter.grad = None
+        close(output(gm, X), output(plain, X), 1e-9, "output")
+
+
+@pytest.mark.parametrize(("cls", "work"), [(llfx.HRA, "linalg_solve_triangular"), (llfx.DoRA, "linalg_vector_norm")])
+def test_without_gradients_it_is_done_once(cls: type[llfx.Variant], work: str) -> None:
+    gm, plain = pair(cls)
+
+    def generate() -> None:
+        with torch.no_grad():
+            for length in range(1, 5):
+                output(gm, (ids(1, length),))
+
+    assert counted(generate)[work] > 0
+    assert counted(generate)[work] == 0
+    gm.eval()
+    assert counted(generate)[work] > 0
+    assert torch.is_grad_enabled()
+    close(output(gm, X), output(plain, X), 1e-9, "output")
+
+
+def set_to(factor: float) -> Callable[[fx.GraphModule], None]:
+    def change(gm: fx.GraphModule) -> None:
+        with torch.no_grad():
+            for parameter in llfx.adapter_parameters(gm):
+                parameter.mul_(factor)
+
+    return change
+
+
+def assign(gm: fx.GraphModule) -> None:
+    for name, parameter in list(gm.named_parameters()):
+        if parameter.requires_grad:
+            path, _, leaf = name.rpartition(".")
+            setattr(gm.get_submodule(path), leaf, nn.Parameter(parameter.detach() * 0.9))
+
+
+class WritesData(torch.optim.Optimizer):
+    """An optimizer that writes past the version counters."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(0.9)
+
+
+def write_data(gm: fx.GraphModule) -> None:
+    for parameter in llfx.adapter_parameters(gm):
+        parameter.data.mul_(0.9)
+    gm.eval()
+
+
+def replace_data(gm: fx.GraphModule) -> None:
+    for parameter in llfx.adapter_parameters(gm):
+        parameter.data = parameter.data * 0.9
+
+
+CHANGES = {
+    "in place": set_to(0.9),
+    "load": lambda gm: llfx.load_adapter_state_dict(gm, {n: t * 0.9 for n, t in llfx.adapter_state_dict(gm).items()}),
+    "load_state_dict": lambda gm: gm.load_state_dict({n: t * 0.9 for n, t in gm.state_dict().items()}),
+    "assign": assign,
+    "optimizer that writes data": lambda gm: WritesData(llfx.adapter_parameters(gm)).step(),
+    "data, then eval()": write_data,
+    "replaced data": replace_data,
+    "moved and back": lambda gm: gm.to(torch.bfloat16).to(torch.float64),
+    "the frozen weight": lambda gm: [t.mul_(0.9) for n, t in gm.named_parameters() if not t.requires_grad],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA])
+def test_every_change_of_a_parameter_is_seen(cls: type[llfx.Variant], change: str) -> None:
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        gm, _ = pair(cls)
+        with mode():
+            before = output(gm, X)
+        CHANGES[change](gm)
+        with mode():
+            after = output(gm, X)
+            close(after, output(llfx.optimize(gm, PLAIN), X), 1e-9, f"output under {mode.__name__}")
+        assert not torch.equal(before, after)
+
+
+def test_a_copy_is_of_its_own() -> None:
+    gm, _ = pair(llfx.HRA)
+    with torch.no_grad():
+        expected = output(gm, X)
+        twin = copy.deepcopy(gm)
+        assert torch.equal(output(twin, X), expected)
+        randomise(twin, 9)
+        assert torch.equal(output(gm, X), expected)
+        close(output(twin, X), output(llfx.optimize(twin, PLAIN), X), 1e-9, "output")
+    assert in_calls(derived(twin)) == in_calls(derived(gm))
+
+
+# With what else changes how a model runs.
+
+
+@pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA, llfx.LoRA])
+def test_autocast_and_inference_mode_leave_nothing_behind(cls: type[llfx.Variant]) -> None:
+    _, _, graph = base(dtype=torch.float32, blocks=PAIR)
+    gm = llfx.rewrite(graph, small(cls, target_names=("blocks",)))
+    randomise(gm, 1)
+    plain = llfx.optimize(gm, PLAIN)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                close(output(gm, X), output(plain, X), 0.02, "output under autocast")
+            y, grads = gradients(gm, X)
+            grads = {name: grad.clone() for name, grad in grads.items()}
+            close(y, (expected := gradients(plain, X))[0], 0.02, "output under autocast")
+            assert grads.keys() == expected[1].keys()
+        with torch.inference_mode():
+            close(output(gm, X), output(plain, X), 1e-5, "output in inference mode")
+        y, grads = gradients(gm, X)
+        grads = {name: grad.clone() for name, grad in grads.items()}
+        for name, grad in gradients(plain, X)[1].items():
+            close(grads[name], grad, 1e-4, name)
+
+
+@pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA, llfx.LoRA])
+def test_functional_calls_and_transforms(cls: type[llfx.Variant]) -> None:
+    gm, plain = pair(cls)
+    with torch.no_grad():
+        output(gm, X)
+    parameters = {
+        name: parameter.detach() * 0.9 for name, parameter in gm.named_parameters() if parameter.requires_grad
+    }
+
+    def loss(values: dict[str, Tensor], model: nn.Module) -> Tensor:
+        return functional_call(model, values, X).square().mean()
+
+    close(loss(parameters, gm), loss(parameters, plain), 1e-9, "loss")
+    ours, expected = (torch.func.grad(loss)(parameters, model) for model in (gm, plain))
+    for name in parameters:
+        close(ours[name], expected[name], 1e-9, name)
+    stacked = {name: torch.stack([tensor, 2 * tensor]) for name, tensor in parameters.items()}
+    with torch.no_grad():
+        ours, expected = (torch.func.vmap(functools.partial(loss, model=model))(stacked) for model in (gm, plain))
+    close(ours, expected, 1e-9, "losses of two sets of parameters")
+    close(output(gm, X), output(plain, X), 1e-9, "output after all this")
+
+
+def test_gradients_of_gradients() -> None:
+    gm = adapted(llfx.DoRA(r=2, alpha=2.0, target_names=(".",)), blocks=(GatedMLP,))
+    plain = llfx.optimize(gm, PLAIN)
+    results = []
+    for model in (gm, plain):
+        parameters = llfx.adapter_parameters(model)
+        first = torch.autograd.grad(output(model, X).square().mean(), parameters, create_graph=True)
+        results.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), parameters, allow_unused=True))
+    for ours, expected in zip(*results, strict=True):
+        close(ours, expected, 1e-9, "second gradient")
+
+
+def test_two_threads() -> None:
+    gm, plain = pair(llfx.HRA)
+
+    def generate(length: int) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([output(gm, (ids(1, length),)).sum() for _ in range(20)])
+
+    with ThreadPoolExecutor(2) as pool:
+        for length, ours in zip((3, 6), pool.map(generate, (3, 6)), strict=True):
+            close(ours, output(plain, (ids(1, length),)).sum().expand(20), 1e-9, "output")
+
+
+def test_compiled_there_is_one_graph_and_changed_values_are_seen() -> None:
+    torch.compiler.reset()
+    gm, plain = pair(llfx.DoRA)
+    counter = CompileCounter()
+    compiled = torch.compile(gm, fullgraph=True, backend=counter, dynamic=True)
+    for seed in range(3):
+        randomise(gm, seed)
+        close(output(compiled, (ids(3, 4 + seed),)), output(plain, (ids(3, 4 + seed),)), 1e-9, "output")
+    optimizer = torch.optim.SGD(llfx.adapter_parameters(gm), lr=0.1)
+    output(compiled, X).square().sum().backward()
+    torch.compile(optimizer.step, backend="eager")()
+    close(output(compiled, X), output(plain, X), 1e-9, "output after a compiled step")
+    torch.compiler.reset()
+    assert counter.frame_count == 1
+
+
+def test_an_exported_file_holds_the_plain_graph_and_can_be_optimised_again() -> None:
+    gm, plain = pair(llfx.DoRA)
+    dynamic = ([torch.export.Dim.AUTO] * 2,)
+    programs = [torch.export.export(model, X, dynamic_shapes=dynamic) for model in (gm, plain)]
+    targets = [[node.target for node in program.graph.nodes] for program in programs]
+    assert targets[0] == targets[1]
+    file = io.BytesIO()
+    torch.export.save(programs[0], file)
+    file.seek(0)
+    again = llfx.optimize(torch.export.load(file))
+    assert in_calls(derived(again)) == in_calls(derived(gm))
+    args = (ids(3, 6),)
+    with torch.no_grad():
+        close(output(again, args), output(plain, args), 1e-9, "output")
+        assert counted(lambda: output(again, args))["linalg_vector_norm"] == 0
+    assert str(llfx.remove(gm).graph) == str(base(blocks=PAIR)[2].graph)
+
+
+def test_rewriting_and_removing_keep_what_was_left_out() -> None:
+    gm = llfx.optimize(adapted(llfx.LoRA(r=2), blocks=PAIR), OPTIMISATIONS.without("share_siblings"))
+    for made in (llfx.rewrite(gm, llfx.IA3()), copy.deepcopy(gm), llfx.remove(gm)):
+        assert isinstance(made, AdaptedGraphModule)
+        assert made.execution is not None
+        assert [graph_pass.name for graph_pass in made.execution.passes] == [n for n in NAMES if n != "share_siblings"]
+    with pytest.raises(ValueError, match="share_sibling"):
+        OPTIMISATIONS.without("share_sibling")
+    with pytest.raises(llfx.AdapterError, match="Linear"):
+        llfx.optimize(nn.Linear(2, 2))  # type: ignore[arg-type]

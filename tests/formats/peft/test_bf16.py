@@ -1,0 +1,73 @@
+"""On a bfloat16 base, with adapters in single precision, we lose no more than PEFT does."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import peft
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import lora_lite_fx as llfx
+from lora_lite_fx.rewriting.base_graph import base_graph
+from tests.support.peft_oracles import CASES, ORACLES, Oracle, Pair, captured, targets_of
+
+PAIRS = [(case, name) for case in ("mlp", "llama") for name, oracle in ORACLES.items() if case in oracle.cases]
+# Errors of a few hundredths of what rounding a result to bfloat16 costs (2^-9) are no difference.
+FLOOR = 1e-4
+# Both round in the same places, but add up in another order.
+FACTOR = 1.05
+# PEFT multiplies W by the adapter in single precision and runs that in place of the base, which takes several times as
+# long. Calling the base once, in its own precision, costs one rounding more (at most sqrt(2) at a site).
+ROUNDED_ONCE = {"HRA": 1.25, "HRA orthogonal": 1.25, "MiSS bat": 1.15}
+
+
+@functools.cache
+def bases(name: str) -> tuple[nn.Module, fx.GraphModule, fx.GraphModule]:
+    """The model in bfloat16, its graph, and the graph of the same weights in double precision."""
+    half = copy.deepcopy(captured(name)[0]).bfloat16()
+    exact = copy.deepcopy(half).double()
+    return half, base_graph(half, inputs(name, 6, torch.bfloat16)), base_graph(exact, inputs(name, 6, torch.float64))
+
+
+def inputs(name: str, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    given = CASES[name].inputs((32, length))
+    return {key: x.bfloat16().to(dtype) if x.is_floating_point() else x for key, x in given.items()}
+
+
+def adapted(name: str, oracle: Oracle) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The same adapter by us, by PEFT, and in double precision; of such a size that little is amplified."""
+    half, graph, exact = bases(name)
+    theirs_targets, ours_targets = targets_of(name, oracle)
+    cfg = oracle.cls(**oracle.fields, **ours_targets)
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(copy.deepcopy(half), oracle.config(**theirs_targets)).eval()
+    size = 0.03 if oracle.cls is llfx.RandLoRA else 0.25  # of full rank, it is much larger than others of such values
+    pairs = [Pair(oracle, CASES[name], half, llfx.rewrite(base, cfg).eval(), theirs, size) for base in (exact, graph)]
+    for pair in pairs:
+        pair.randomise()
+    assert {p.dtype for p in llfx.adapter_parameters(pairs[1].ours)} == {torch.float32}
+    return pairs[1].ours, theirs, pairs[0].ours
+
+
+def output(model: nn.Module, name: str, length: int, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad():
+        y = model(**inputs(name, length, dtype))
+    return (y if isinstance(y, Tensor) else y.logits).double()
+
+
+def error(model: nn.Module, exact: nn.Module, name: str) -> float:
+    """The root mean square over several inputs, relative to the outputs."""
+    ours, true = (
+        torch.cat([output(of, name, length, dtype).flatten() for length in (3, 5, 8, 12)])
+        for of, dtype in ((model, torch.bfloat16), (exact, torch.float64))
+    )
+    return ((ours - true).norm() / true.norm()).item()
+
+
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_the_error_on_a_bfloat16_base_is_no_larger_than_that_of_peft(case: str, name: str) -> None:
+    ours, theirs, exact = adapted(case, ORACLES[name])
+    assert 0 < error(ours, exact, case) <= ROUNDED_ONCE.get(name, FACTOR) * error(theirs, exact, case) + FLOOR

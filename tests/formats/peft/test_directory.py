@@ -1,0 +1,67 @@
+"""PEFT directories, both ways: what PEFT saved computes the same here, what we save computes the same in PEFT."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_lite_fx as llfx
+from tests.support.peft_oracles import CASES, ORACLES, TOLERANCE, Case, Pair, make_pair, use_ordinary_linears
+
+PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
+
+
+def output(model: nn.Module, case: Case) -> Tensor:
+    with torch.no_grad():
+        y = model(**case.inputs((3, 6)))
+    return y if isinstance(y, Tensor) else y.logits
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def pair_of(case: str, oracle: str) -> Pair:
+    pair = make_pair(case, ORACLES[oracle])
+    pair.randomise()
+    pair.ours.eval()
+    return pair
+
+
+def base_for_peft(pair: Pair) -> nn.Module:
+    """A fresh copy of the base, in which PEFT can have the variant."""
+    model = copy.deepcopy(pair.model)
+    if not pair.oracle.conv1d:
+        use_ordinary_linears(model)
+    return model.float() if pair.oracle.from_weight else model
+
+
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_what_peft_saved_computes_the_same_here(case: str, name: str, tmp_path: Path) -> None:
+    pair = pair_of(case, name)
+    pair.theirs.save_pretrained(tmp_path)
+    graph = llfx.remove(pair.ours)
+    loaded = llfx.load_peft(graph, tmp_path).eval()
+    close(output(loaded, pair.case), output(pair.theirs, pair.case))
+    ours = {type(variant) for variant, _ in llfx.adapters.adapters(loaded)}
+    assert ours == {pair.oracle.cls}
+
+
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_what_we_save_computes_the_same_in_peft(case: str, name: str, tmp_path: Path) -> None:
+    pair = pair_of(case, name)
+    expected = output(pair.ours, pair.case)
+    if case == "gpt2" and not pair.oracle.conv1d:
+        with pytest.raises(llfx.ConfigError, match="Conv1D"):
+            llfx.save_peft(pair.ours, tmp_path)
+        assert not list(tmp_path.iterdir())
+        return
+    llfx.save_peft(pair.ours, tmp_path)
+    reference = peft.PeftModel.from_pretrained(base_for_peft(pair), tmp_path).double().eval()
+    close(output(reference, pair.case), expected)
+    assert (expected - output(llfx.remove(pair.ours), pair.case)).abs().max() > 1e-3 * expected.abs().max()

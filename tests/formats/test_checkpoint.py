@@ -1,0 +1,284 @@
+"""Adapter files: what comes back is what was saved, and a bad file changes nothing and says what is wrong."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lora_lite_fx as llfx
+from lora_lite_fx.passes import Pipeline
+from lora_lite_fx.rewriting.base_graph import base_graph
+from tests.support.conformance import calibration, small
+from tests.support.untouched import untouched
+
+ALL = {"target_names": ("fc",)}
+VARIANTS = {name: small(cls, 2, **ALL) for name, cls in llfx.registry().items()}
+STACK = [llfx.LoRA(r=2, dropout=0.1, target_names="fc1"), llfx.DoRA(r=4, dtype=torch.float64, **ALL)]
+CONFIGS: dict[str, Any] = {**VARIANTS, "stack": STACK}
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.fc2(F.gelu(self.fc1(x))))
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(*shape, 8, generator=torch.Generator().manual_seed(1))
+
+
+def randomised(model: nn.Module) -> Any:
+    """`model` with other adapter values than it starts with, in evaluation mode."""
+    generator = torch.Generator().manual_seed(2)
+    for tensor in llfx.adapter_state_dict(model).values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model.eval()
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = llfx.adapter_state_dict(one), llfx.adapter_state_dict(other)
+    same = [torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours.keys() & theirs.keys()]
+    return list(ours) == list(theirs) and all(same)
+
+
+@functools.cache
+def exported() -> Any:
+    return base_graph(Net(), (inputs(2, 3),))
+
+
+@pytest.fixture(scope="module")
+def graph() -> nn.Module:
+    """A captured model without adapters: to load into it needs no capture, which makes fuzzing cheap."""
+    return base_graph(Net())
+
+
+def saved(folder: Path, cfg: Any = VARIANTS["LoRA"], model: nn.Module | None = None) -> Path:
+    path = folder / "adapter.safetensors"
+    model = model or Net()
+    data = calibration(cfg, None, (inputs(5).to(model.head.weight.dtype),))
+    llfx.save(randomised(llfx.rewrite(model, cfg, calibration=data)), path)
+    return path
+
+
+def edited(path: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], Any]) -> None:
+    """Rewrite the file with `edit` applied to its tensors and to the document in its metadata."""
+    with safe_open(path, framework="pt") as file:
+        document = json.loads(file.metadata()["lora_lite_fx"])
+    tensors = load_file(path)
+    edit(tensors, document)
+    save_file(tensors, path, {"lora_lite_fx": json.dumps(document)})
+
+
+def refuses(model: nn.Module, path: Path, *parts: str, error: type[Exception] = llfx.CheckpointError) -> None:
+    with untouched(model), pytest.raises(error) as caught:
+        llfx.load(model, path)
+    for part in (str(path), *parts):
+        assert part in str(caught.value), caught.value
+
+
+# Round trips.
+
+
+@pytest.mark.parametrize(
+    ("adapt", "example"),
+    [(llfx.rewrite, None), (llfx.wrap, None), (llfx.rewrite, (inputs(2, 3),))],
+    ids=["traced", "wrapped", "exported"],
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_file_brings_back_tensors_and_outputs_bit_for_bit(
+    name: str, adapt: Callable[..., nn.Module], example: Any, tmp_path: Path
+) -> None:
+    model, path = Net(), tmp_path / "adapter.safetensors"
+    if example is not None and name != "stack":  # for one config the model itself is captured, and again to load
+        model, example = exported(), None
+    data = calibration(CONFIGS[name], None, (inputs(5, 2),))
+    adapted = randomised(adapt(model, CONFIGS[name], example, calibration=data))
+    before = adapted(inputs(4, 2))
+    llfx.save(adapted, path)
+    with untouched(model), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = llfx.load(model, path, example)
+    assert loaded.training
+    assert same_state(loaded, adapted)
+    # Optimised, sums may be rounded in another order than the eager wrapper's.
+    alike = llfx.optimize(loaded, Pipeline(())) if adapt is llfx.wrap else loaded
+    assert torch.equal(alike.eval()(inputs(4, 2)), before)
+    loaded.eval()
+    trainable = {id(parameter) for parameter in loaded.parameters() if parameter.requires_grad}
+    assert trainable == {id(parameter) for parameter in llfx.adapter_parameters(loaded)}
+
+
+def test_the_same_adapters_make_the_same_bytes(tmp_path: Path) -> None:
+    adapted = randomised(llfx.rewrite(Net(), STACK))
+    files = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    for file in files:
+        llfx.save(adapted, file)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_a_file_from_a_traced_model_loads_into_an_exported_one_and_back(tmp_path: Path) -> None:
+    for first, second in ((None, (inputs(2, 3),)), ((inputs(2, 3),), None)):
+        adapted = randomised(llfx.rewrite(Net(), STACK, first))
+        llfx.save(adapted, tmp_path / "adapter.safetensors")
+        loaded = llfx.load(Net(), tmp_path / "adapter.safetensors", second).eval()
+        assert same_state(loaded, adapted)
+        torch.testing.assert_close(loaded(inputs(2, 3)), adapted(inputs(2, 3)))
+
+
+def test_the_second_adapter_of_a_site_has_its_own_names(tmp_path: Path) -> None:
+    two = [llfx.LoRA(r=2, alpha=1.0, target_names="fc1"), llfx.LoRA(r=4, **ALL)]
+    state = load_file(saved(tmp_path, two))
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        "fc1.lora_A": (2, 8),
+        "fc1.lora_B": (12, 2),
+        "fc1.lora_A_2": (4, 8),
+        "fc1.lora_B_2": (12, 4),
+        "fc2.lora_A": (4, 12),
+        "fc2.lora_B": (8, 4),
+    }
+
+
+def test_the_metadata_says_what_was_inserted_where(tmp_path: Path) -> None:
+    cfg = [llfx.LoRA(r=2, target_names="fc2"), llfx.IA3(dtype=torch.float64, **ALL)]
+    with safe_open(saved(tmp_path, cfg), "pt") as f:
+        document = json.loads(f.metadata()["lora_lite_fx"])
+    assert document["version"] == 1
+    lora, ia3 = document["adapters"]
+    common = {"alpha": 16.0, "target_roles": None, "exclude_names": [], "layers": None}
+    common |= {"rank_pattern": [], "alpha_pattern": [], "target_kinds": ["linear"]}
+    assert lora == {
+        "config": {
+            **{"variant": "LoRA", "r": 2, "dtype": None, "target_names": ["fc2"], **common},
+            **{"dropout": 0.0, "rank_stabilized": False, "train_A": True, "bias": False},
+        },
+        "sites": ["fc2"],
+    }
+    assert ia3 == {
+        "config": {
+            **{"variant": "IA3", "r": 8, "dtype": "float64", "target_names": ["fc"], **common},
+            **{"feedforward_names": None},
+        },
+        "sites": ["fc1", "fc2"],
+    }
+    prints = document["fingerprint"]
+    assert prints.keys() == {"fc1", "fc2"}
+    assert len(set(prints.values())) == 2
+
+
+def test_loading_pissa_factorises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, VARIANTS["PiSSA"])
+
+    def svd(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("svd was called")
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    llfx.load(Net(), path)
+    with pytest.raises(AssertionError, match="svd was called"):
+        llfx.rewrite(Net(), VARIANTS["PiSSA"])
+
+
+# Another base.
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_other_weights_a_variant_that_needs_its_own_is_refused_and_others_warn(name: str, tmp_path: Path) -> None:
+    path, other = saved(tmp_path, VARIANTS[name]), Net(seed=1)
+    expected = f"the {name} adapter was made for other weights than the model's, at 2 of 2 sites (fc1, ...)"
+    if VARIANTS[name].ties_to_weight:
+        refuses(other, path, expected, "Load it on the base it was made for")
+    else:
+        with untouched(other), pytest.warns(UserWarning, match=re.escape(expected)) as caught:
+            llfx.load(other, path)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("name", ["LoRA", "PiSSA", "DeLoRA"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_the_same_base_in_bfloat16_is_the_same_base(
+    name: str, dtypes: tuple[torch.dtype, torch.dtype], tmp_path: Path
+) -> None:
+    # Values that bfloat16 holds exactly, or casting back would make another base.
+    first, second = (Net().to(torch.bfloat16).to(dtype) for dtype in dtypes)
+    path = saved(tmp_path, VARIANTS[name], first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = llfx.load(second, path)
+    assert all(torch.equal(tensor, load_file(path)[n]) for n, tensor in llfx.adapter_state_dict(loaded).items())
+
+
+# Files that do not fit the model.
+
+
+class Without(Net):
+    """Has no `fc2`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.fc1(x)[..., :8])
+
+
+class Wider(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+
+
+def test_sites_that_the_model_lacks_are_named(tmp_path: Path) -> None:
+    refuses(Without(), saved(tmp_path), "1 sites that the model does not have (fc2", "the model has fc1")
+
+
+def test_sites_of_another_size_are_refused(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="other weights"):
+        refuses(Wider(), saved(tmp_path))
+
+
+BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing": (lambda t: t.pop("fc1.lora_A"), "missing: fc1.lora_A"),
+    "extra": (lambda t: t.update({"fc3.lora_A": torch.zeros(1)}), "unexpected: fc3.lora_A"),
+    "shape": (lambda t: t.update({"fc1.lora_A": torch.zeros(3, 8)}), "shape of fc1.lora_A: (3, 8) instead of (2, 8)"),
+    "dtype": (lambda t: t.update({"fc2.lora_B": t["fc2.lora_B"].half()}), "dtype of fc2.lora_B: torch.float16"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TENSORS)
+def test_a_file_whose_tensors_do_not_fit_is_refused(what: str, tmp_path: Path) -> None:
+    edit, message = BAD_TENSORS[what]
+    path = saved(tmp_path)
+    edited(path, lambda tensors, document: edit(tensors))
+    refuses(Net(), path, message)
+
+
+@pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize("what", [*BAD_TENSORS, "not a tensor", "several"])
+def test_a_state_dict_is_checked_whole_before_anything_changes(what: str, adapt: Callable[..., nn.Module]) -> None:
+    adapted = randomised(adapt(Net(), VARIANTS["LoRA"]))
+    state = {name: torch.zeros_like(tensor) for name, tensor in llfx.adapter_state_dict(adapted).items()}
+    messages = [BAD_TENSORS[what][1]] if what in BAD_TENSORS else []
+    if what == "several":
+        messages = [BAD_TENSORS[each][1] for each in ("shape", "extra", "dtype")]
+        for each in ("shape", "extra", "dtype"):
+            BAD_TENSORS[each][0](state)
+    elif what == "not a tensor":
+        state["fc2.lora_B"], messages = [0.0], ["not a tensor: fc2.lora_B"]
+    else:
+        BAD_TENSORS[what][0](state)
+    with untouched(adapted), pytest.raises(llfx.CheckpointError, match="do not fit the model's adapters") as caught:
+        llfx.load_adapter_state_dict(adapted, state)
+    assert all(message in str(caught.value) for message in messages)

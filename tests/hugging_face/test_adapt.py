@@ -1,0 +1,200 @@
+"""What an adapted model is: its class, its graphs, its files, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers as hf
+
+import lora_lite_fx as llfx
+from tests.support.conformance import close, randomise
+from tests.support.models import GatedMLP, Net, tiny_llama
+from tests.support.untouched import untouched
+
+LLAMA = tiny_llama(tie_word_embeddings=True)
+IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
+EVERYWHERE = llfx.LoRA(r=2, target_names=(".",))  # the tied head too
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(LLAMA).eval()
+
+
+@functools.cache
+def adapted() -> Any:
+    model = llfx.adapt(base(), EVERYWHERE)
+    randomise(model, 0)
+    return model
+
+
+def test_it_is_a_model_of_the_same_class_with_the_same_signature() -> None:
+    model = adapted()
+    assert isinstance(model, hf.LlamaForCausalLM)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert inspect.signature(model.forward) == inspect.signature(base().forward)
+    assert model.can_generate()
+
+
+def test_only_the_adapters_train_and_the_weights_are_shared() -> None:
+    model = base()
+    with untouched(model):
+        mine = llfx.adapt(model, llfx.LoRA(r=2))
+        mine(IDS, labels=IDS).loss.backward()
+        assert torch.equal(mine(IDS).logits, model(IDS).logits)  # at the start
+    parameters = llfx.adapter_parameters(mine)
+    assert {id(p) for p in parameters} == {id(p) for p in mine.parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in parameters)
+    frozen = {name: p for name, p in mine.named_parameters() if not p.requires_grad}
+    assert frozen.keys() == dict(model.named_parameters()).keys()
+    assert all(p.data_ptr() == model.get_parameter(name).data_ptr() for name, p in frozen.items())
+    assert mine.state_dict().keys() == model.state_dict().keys() | llfx.adapter_state_dict(mine).keys()
+
+
+def test_files_of_every_kind_bring_the_adapters_back(tmp_path: Path) -> None:
+    model, expected = adapted(), adapted()(IDS).logits
+    llfx.save(model, tmp_path / "adapter.safetensors")
+    model.save_pretrained(tmp_path / "folder")
+    llfx.save_peft(model, tmp_path / "peft")
+    for path in ("adapter.safetensors", "folder", "peft"):
+        assert torch.equal(llfx.adapt(base(), tmp_path / path)(IDS).logits, expected), path
+    graph = llfx.load(base(), tmp_path / "adapter.safetensors")
+    assert torch.equal(graph(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).logits, expected)
+    with pytest.raises(llfx.ConfigError, match="calibration"):
+        llfx.adapt(base(), tmp_path / "peft", calibration=[{"input_ids": IDS}])
+
+
+def test_merge_and_remove_give_eager_models_of_the_class(tmp_path: Path) -> None:
+    model = adapted()
+    with untouched(model):
+        merged, removed = llfx.merge(model), llfx.remove(model)
+    assert type(merged) is type(removed) is hf.LlamaForCausalLM
+    close(merged(IDS).logits, model(IDS).logits.detach(), 1e-4, "merged")
+    assert torch.equal(removed(IDS).logits, base()(IDS).logits)
+    assert removed.state_dict().keys() == base().state_dict().keys()
+    merged.save_pretrained(tmp_path)  # the head is no longer tied
+    assert torch.equal(hf.LlamaForCausalLM.from_pretrained(tmp_path)(IDS).logits, merged(IDS).logits)
+
+
+def test_inspect_shows_the_sites_and_the_adapters() -> None:
+    rows = {row.name: row for row in llfx.inspect(adapted())}
+    assert rows["model.layers.0.self_attn.q_proj"].adapters == ("LoRA",)
+    assert rows["lm_head"].roles[0] == "head"
+    expected = {row.name: row.roles for row in llfx.inspect(base())}
+    assert {name: row.roles for name, row in rows.items()} == expected
+
+
+def test_a_copy_has_adapters_of_its_own() -> None:
+    model, expected = adapted(), adapted()(IDS).logits
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(IDS).logits, expected)
+    randomise(twin, 1)
+    assert torch.equal(model(IDS).logits, expected)
+    assert not torch.equal(twin(IDS).logits, expected)
+
+
+def test_a_cast_makes_new_graphs_and_a_move_to_where_it_is_does_not() -> None:
+    model = copy.deepcopy(adapted())
+    model.to(torch.float64)
+    close(model(IDS).logits.float(), adapted()(IDS).logits, 1e-4, "logits")
+    graphs = model._graphs.captures
+    model.to("cpu", torch.float64)(IDS)
+    assert model._graphs.captures == graphs
+
+
+def test_a_part_runs_a_graph_and_a_layer_alone_is_refused() -> None:
+    model = adapted()
+    hidden = llfx.merge(model).model(IDS).last_hidden_state
+    close(model.model(IDS).last_hidden_state, hidden, 1e-4, "hidden states")
+    with pytest.raises(llfx.AdapterError, match=r"up_proj' was called by itself"):
+        model.model.layers[0].mlp.up_proj(torch.zeros(1, 32))
+
+
+def test_what_the_mode_adds_to_the_result_is_there() -> None:
+    """XLNet returns its memories in evaluation alone."""
+    config = hf.XLNetConfig(vocab_size=99, d_model=16, n_layer=1, n_head=2, d_inner=24, mem_len=4)
+    eager = hf.XLNetLMHeadModel(config)
+    model = llfx.adapt(eager, llfx.LoRA(r=2))
+    for training in (True, False):
+        actual, expected = (one.train(training)(input_ids=IDS, labels=IDS) for one in (model, eager))
+        assert actual.keys() == expected.keys()
+        assert ("mems" in actual) != training
+
+
+def test_graphs_are_bounded_and_the_reason_of_each_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = llfx.adapt(base(), llfx.LoRA(r=2), max_graphs=1)
+
+    def messages() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "lora_lite_fx"]
+
+    with caplog.at_level(logging.INFO, "lora_lite_fx"):
+        model(IDS)
+        assert not messages()
+        with_states = model(IDS, output_hidden_states=True)
+    assert len(with_states.hidden_states) == 2
+    assert len(model._graphs) == 1
+    captured, dropped = messages()
+    assert "output_hidden_states: not given before, True now" in captured
+    assert "max_graphs" in dropped
+
+
+def test_several_adapters_share_one_model() -> None:
+    configs = [llfx.LoRA(r=2), llfx.IA3()]
+    model, wrapped = llfx.adapt(base(), configs), llfx.wrap(base(), configs)
+    randomise(model, 0)
+    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(model))
+    close(model(IDS).logits, wrapped(IDS).logits.detach(), 1e-5, "logits")
+    hidden = wrapped.model(IDS).last_hidden_state
+    close(model.model(IDS).last_hidden_state, hidden.detach(), 1e-5, "the second graph's")
+
+
+def test_calibration_data_passes_in_the_form_of_calls() -> None:
+    batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
+    model = llfx.adapt(base(), llfx.EVA(r=2), calibration=batches)
+    graph = llfx.rewrite(base(), llfx.EVA(r=2), calibration=batches)
+    for name, tensor in llfx.adapter_state_dict(model).items():
+        close(tensor.abs(), llfx.adapter_state_dict(graph)[name].abs(), 1e-4, name)
+    with pytest.raises(llfx.CaptureError, match="Calibration batch 1 does not fit the captured model"):
+        llfx.adapt(base(), llfx.EVA(r=2), calibration=[*batches, {"inputs_embeds": torch.zeros(2, 6, 32)}])
+
+
+def test_a_pipeline_generates() -> None:
+    words = {f"w{i}": i for i in range(99)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", eos_token="w1", padding_side="left")
+    texts = []
+    for model in (adapted(), llfx.merge(adapted())):
+        generate = hf.pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)
+        results = generate(["w5 w6 w7", "w8"], max_new_tokens=4, do_sample=False)
+        texts.append([result[0]["generated_text"] for result in results])
+    assert texts[0] == texts[1]
+
+
+def test_torch_compile_compiles_the_graphs() -> None:
+    model = adapted()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(IDS).logits, model(IDS).logits)
+
+
+def test_what_cannot_be_adapted_is_refused() -> None:
+    with pytest.raises(llfx.AdapterError, match="there is rewrite"):
+        llfx.adapt(Net([GatedMLP], True, False), llfx.LoRA(r=2))
+    with pytest.raises(llfx.AdapterError, match="adapted already"):
+        llfx.adapt(adapted(), llfx.LoRA(r=2))
+    with pytest.raises(llfx.CaptureError, match="already"):
+        llfx.rewrite(adapted(), llfx.LoRA(r=2))
+    with pytest.raises(llfx.ConfigError, match="max_graphs"):
+        llfx.adapt(base(), llfx.LoRA(r=2), max_graphs=0)
+    with pytest.raises(llfx.SelectionError):
+        llfx.adapt(base(), llfx.LoRA(r=2, target_names=("nowhere",)))
+    with pytest.raises(llfx.AdapterError, match="before adapt"):
+        adapted().resize_token_embeddings(120)

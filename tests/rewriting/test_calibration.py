@@ -1,0 +1,275 @@
+"""Starts from data: what is observed, and what EVA and AntiPaSTO make of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import lora_lite_fx as llfx
+from lora_lite_fx.adapters.placement import adapters
+from lora_lite_fx.rewriting.base_graph import base_graph
+from lora_lite_fx.sites.site import Site
+from tests.support.conformance import unchanged
+
+WIDTH, F64 = 12, torch.float64
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(WIDTH, 20), nn.Tanh(), nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 5))
+    return layers.double()
+
+
+def data(*sizes: int, seed: int = 1) -> list[tuple[Tensor]]:
+    """Batches whose directions have different variances, and a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, WIDTH + 1, dtype=F64)
+    return [(torch.randn(size, 3, WIDTH, generator=generator, dtype=F64) * scale + 2.0,) for size in sizes]
+
+
+def inputs_of(net: nn.Module, name: str, batches: list[tuple[Tensor]]) -> Tensor:
+    """All inputs of a module, by a hook on the user's model."""
+    seen: list[Tensor] = []
+    hook = net.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches:
+            net(*batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
+def same_lines(a: Tensor, b: Tensor) -> None:
+    """Assert that rows are equal up to sign."""
+    assert torch.allclose((a * b).sum(1).abs(), torch.ones(len(a), dtype=a.dtype), atol=1e-9)
+
+
+EVA = llfx.EVA(r=3, target_names=(".",))
+
+
+def test_eva_starts_at_the_right_singular_vectors_of_each_sites_inputs() -> None:
+    net, batches = model(), data(5, 2, 9)
+    with unchanged(net):
+        gm = llfx.rewrite(net, EVA, calibration=batches)
+    for name in ("0", "2", "4"):
+        expected = torch.linalg.svd(inputs_of(net, name, batches)).Vh[:3]
+        same_lines(gm.get_parameter(f"{name}.lora_A").detach(), expected)
+        assert not gm.get_parameter(f"{name}.lora_B").any()
+        assert gm.get_parameter(f"{name}.lora_A").requires_grad, "A is trained, the data only starts it"
+
+
+def test_centered_eva_starts_at_the_principal_components_as_peft_does() -> None:
+    from peft.utils.incremental_pca import IncrementalPCA
+
+    net, batches = model(), data(40)
+    gm = llfx.rewrite(net, llfx.EVA(r=3, center=True, target_names=("0",)), calibration=batches)
+    pca = IncrementalPCA(n_components=3)
+    pca.partial_fit(inputs_of(net, "0", batches))
+    same_lines(gm.get_parameter("0.lora_A").detach(), pca.components_.double())
+
+
+def test_the_start_does_not_depend_on_how_the_data_is_batched() -> None:
+    (whole,) = data(16)
+    parts = [(part,) for part in whole[0].split(3)]
+    a, b = (llfx.rewrite(model(), EVA, calibration=batches) for batches in ([whole], parts))
+    for name, tensor in llfx.adapter_state_dict(a).items():
+        assert torch.allclose(tensor, llfx.adapter_state_dict(b)[name], atol=1e-9), name
+
+
+def test_the_same_data_gives_the_same_bits() -> None:
+    a, b = (llfx.adapter_state_dict(llfx.rewrite(model(), EVA, calibration=data(4, 4))) for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_batches_are_read_one_by_one_and_none_is_kept() -> None:
+    """The loop may hold the last batch, but no earlier one, nor anything that was computed with its storage."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    def batches() -> Iterator[tuple[Tensor]]:
+        for size in range(3, 8):
+            (x,) = data(size)[0]
+            assert not any(earlier() is not None for earlier in seen[:-1])
+            seen.append(weakref.ref(x))
+            yield (x,)
+            del x
+
+    llfx.rewrite(model(), EVA, calibration=batches())
+    assert len(seen) == 5
+
+
+def test_what_is_kept_has_a_size_that_the_data_does_not_change() -> None:
+    for cfg in (EVA, llfx.AntiPaSTO(r=4)):
+        site = Site("0", WIDTH, 20)
+        observe = cfg.observer(site, model()[0].weight.detach())
+        sizes = {observe(torch.randn(tokens, WIDTH, dtype=F64)).shape for tokens in (1, 50, 500)}
+        assert len(sizes) == 1
+
+
+def test_nothing_calibrated_is_needed_to_load(tmp_path: Any) -> None:
+    for cfg in (EVA, llfx.EVA(r=3, rho=2.0, target_names=(".",)), llfx.AntiPaSTO(r=4, target_names=("0", "2"))):
+        gm = llfx.rewrite(model(), cfg, calibration=data(8))
+        llfx.save(gm, tmp_path / "adapter")
+        loaded = llfx.load(model(), tmp_path / "adapter")
+        (x,) = data(2, seed=3)[0]
+        assert torch.equal(loaded(x), gm(x))
+
+
+# Ranks.
+
+
+def test_redistributed_ranks_are_those_of_the_largest_shares_of_variance() -> None:
+    net, batches = model(), data(30)
+    gm = llfx.rewrite(net, llfx.EVA(r=3, alpha=9.0, rho=2.0, target_names=(".",)), calibration=batches)
+    competing = []
+    for name in ("0", "2", "4"):
+        values = torch.linalg.svdvals(inputs_of(net, name, batches)).square()
+        limit = min(6, *net.get_submodule(name).weight.shape)
+        competing += [(share.item(), name) for share in (values / values.sum())[:limit]]
+    winners = [name for _, name in sorted(competing, reverse=True)[:9]]
+    ranks = {name: winners.count(name) for name in dict.fromkeys(winners)}
+    assert len(set(ranks.values())) > 1, "the case must redistribute"
+    ((variant, placed),) = adapters(gm)
+    assert {placement.site: placement.local.r for placement in placed} == ranks
+    for name, rank in ranks.items():
+        assert gm.get_parameter(f"{name}.lora_A").shape[0] == rank
+        assert variant.at(name).alpha / rank == pytest.approx(3.0), "the scale stays as it was"
+    (x,) = data(2, seed=3)[0]
+    assert torch.equal(gm(x), net(x))
+
+
+def test_a_site_that_wins_no_component_is_left_alone() -> None:
+    net = nn.Sequential(nn.Linear(WIDTH, 20, dtype=F64), nn.Linear(20, 20, dtype=F64))
+    with torch.no_grad():  # the inputs of the second lie on one line, so that all but one of its shares are zero
+        net[0].weight.copy_(torch.outer(torch.ones(20), torch.arange(1, WIDTH + 1)).double() * 1e3)
+    direction = torch.zeros(WIDTH, dtype=F64)
+    batches = [(torch.randn(30, WIDTH, dtype=F64) * 1e-3 + direction,)]
+    gm = llfx.rewrite(net, llfx.EVA(r=1, rho=1.0, target_names=(".",)), calibration=batches)
+    assert [row.parameters > 0 for row in llfx.inspect(gm)] == [True, True]
+    gm = llfx.rewrite(net, llfx.EVA(r=1, rho=2.0, rank_pattern={"^0$": 2}, target_names=(".",)), calibration=batches)
+    ranks = {placement.site: placement.local.r for _, placed in adapters(gm) for placement in placed}
+    assert sum(ranks.values()) == 3
+    assert ranks["1"] == 1
+
+
+# Padding.
+
+
+def llama() -> fx.GraphModule:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return base_graph(LlamaForCausalLM(LlamaConfig(vocab_size=31, bos_token_id=1, eos_token_id=2, **shape)).eval())
+
+
+def test_padding_does_not_count() -> None:
+    ids = torch.randint(3, 31, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 6:] = 0
+    cfg = llfx.EVA(r=2, target_roles=("query", "down"))
+    base = llama()
+    padded = llfx.rewrite(base, cfg, calibration=[{"input_ids": ids, "attention_mask": mask}])
+    short = llfx.rewrite(base, cfg, calibration=[{"input_ids": ids[:, :6]}])
+    full = llfx.rewrite(base, cfg, calibration=[{"input_ids": ids}])
+    for name, tensor in llfx.adapter_state_dict(padded).items():
+        if name.endswith("lora_A"):
+            same_lines(
+                tensor.double() / tensor.double().norm(dim=1, keepdim=True),
+                llfx.adapter_state_dict(short)[name].double(),
+            )
+            assert not torch.allclose(tensor.abs(), llfx.adapter_state_dict(full)[name].abs(), atol=1e-3)
+
+
+def test_of_an_encoder_decoder_each_side_has_its_own_padding() -> None:
+    torch.manual_seed(0)
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    t5 = base_graph(T5ForConditionalGeneration(T5Config(vocab_size=31, decoder_start_token_id=0, **shape)).eval())
+    ids = torch.randint(3, 31, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 4:] = 0
+    cfg = llfx.EVA(r=2, target_names=(r"coder\.block\.0\.layer\.0\.SelfAttention\.q$",))
+    starts = [
+        llfx.adapter_state_dict(
+            llfx.rewrite(t5, cfg, calibration=[{"input_ids": ids, "attention_mask": m, "labels": ids}])
+        )
+        for m in (mask, torch.ones_like(ids))
+    ]
+    moved = {
+        name.split(".")[0]: not torch.allclose(starts[0][name].abs(), starts[1][name].abs(), atol=1e-4)
+        for name in starts[0]
+        if name.endswith("lora_A")
+    }
+    assert moved == {"encoder": True, "decoder": False}
+
+
+# AntiPaSTO.
+
+
+def test_calibrated_antipasto_keeps_the_directions_that_are_large_in_weight_and_inputs() -> None:
+    net, batches = model(), data(6, 3)
+    gm = llfx.rewrite(net, llfx.AntiPaSTO(r=4, target_names=("0",)), calibration=batches)
+    u, s, vh = torch.linalg.svd(net[0].weight.detach(), full_matrices=False)
+    scores = s * (inputs_of(net, "0", batches) @ vh.t()).abs().mean(0)
+    kept = scores.argsort(descending=True)[:4].sort().values
+    assert kept.tolist() != [0, 1, 2, 3], "the case must differ from the largest"
+    assert torch.allclose(gm.get_buffer("0.lora_S"), s[kept])
+    same_lines(gm.get_buffer("0.lora_Vh"), vh[kept])
+    same_lines(gm.get_buffer("0.lora_U").t(), u.t()[kept])
+
+
+# Errors.
+
+
+def test_eva_without_data_says_how_to_give_it() -> None:
+    with pytest.raises(llfx.ConfigError, match="calibration=batches"):
+        llfx.rewrite(model(), EVA)
+
+
+def test_fewer_tokens_than_the_rank_are_refused() -> None:
+    with pytest.raises(llfx.ConfigError, match="2 tokens of calibration data; r=3"):
+        llfx.rewrite(model(), EVA, calibration=[(torch.randn(2, WIDTH, dtype=F64),)])
+
+
+def test_data_that_no_variant_starts_from_is_refused() -> None:
+    with pytest.raises(llfx.ConfigError, match="LoRA does not start from data"):
+        llfx.rewrite(model(), llfx.LoRA(r=2, target_names=(".",)), calibration=data(2))
+
+
+def test_no_batch_and_a_batch_that_does_not_fit_are_refused_and_change_nothing() -> None:
+    net = model()
+    with unchanged(net):
+        with pytest.raises(llfx.ConfigError, match="holds no batch"):
+            llfx.rewrite(net, EVA, calibration=[])
+        with pytest.raises(llfx.CaptureError, match="batch 1 does not fit"):
+            llfx.rewrite(net, EVA, calibration=[*data(2), (torch.randn(2, 5, dtype=F64),)])
+
+
+def test_rho_below_one_is_refused() -> None:
+    with pytest.raises(llfx.ConfigError, match="rho"):
+        llfx.EVA(rho=0.5)
+
+
+# Through what is there.
+
+
+def test_a_second_adapter_observes_the_inputs_that_the_first_one_makes() -> None:
+    net, batches = model(), data(10)
+    first = llfx.rewrite(net, llfx.LoRA(r=2, target_names=("0",)))
+    with torch.no_grad():
+        first.get_parameter("0.lora_B").normal_()
+    both = llfx.rewrite(first, llfx.EVA(r=3, target_names=("2",)), calibration=batches)
+    merged = llfx.merge(first)
+    seen = torch.cat(
+        [
+            torch.tanh(
+                torch.nn.functional.linear(
+                    x.flatten(0, -2), merged.get_parameter("0.weight"), merged.get_parameter("0.bias")
+                )
+            )
+            for (x,) in batches
+        ]
+    )
+    same_lines(both.get_parameter("2.lora_A").detach(), torch.linalg.svd(seen).Vh[:3])

@@ -1,0 +1,165 @@
+"""Many architectures: their roles are those of the tables, and `rewrite` computes on each what `wrap` does."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+import lora_lite_fx as llfx
+from lora_lite_fx.capture.hugging_face import example_inputs_of
+from lora_lite_fx.rewriting.base_graph import base_graph
+from lora_lite_fx.sites.finding import find_sites
+from lora_lite_fx.sites.roles import GROUPS
+from lora_lite_fx.sites.site import Site
+from tests.support.architectures import DECODERS, Architecture
+from tests.support.architectures_others import OTHERS
+from tests.support.conformance import close, randomise, rewrite_and_wrap, unchanged
+
+ARCHITECTURES = DECODERS | OTHERS
+CAPTURED = [name for name, architecture in ARCHITECTURES.items() if not architecture.refused]
+REFUSED = [name for name, architecture in ARCHITECTURES.items() if architecture.refused]
+COARSE = {"reader", "writer", "inner"}
+
+
+@functools.cache
+def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
+    """The model and its graph: every model is captured once."""
+    model = ARCHITECTURES[name].build()
+    return model, graph_of(ARCHITECTURES[name], model)
+
+
+def graph_of(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
+    if not architecture.batch_only:
+        return base_graph(model)
+    examples = example_inputs_of(copy.deepcopy(model))
+    return base_graph(model, examples, {key: {0: Dim.AUTO} for key in examples})
+
+
+def sites_of(name: str) -> list[Site]:
+    """The linears of an architecture; sites of other kinds have no roles."""
+    return [site for site in find_sites(captured(name)[1]) if site.kind == "linear"]
+
+
+# Roles.
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_sites_and_roles_are_those_of_the_table(name: str) -> None:
+    sites = sites_of(name)
+    assert {site.name: set(site.roles) for site in sites} == ARCHITECTURES[name].table()
+    assert all(site.reasons.keys() == site.roles for site in sites)
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_every_linear_is_a_site_or_it_is_said_why_not(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    assert architecture.linears() - architecture.table().keys() == architecture.no_site.keys()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_captured_is_refused(name: str) -> None:
+    with pytest.raises(llfx.CaptureError, match=ARCHITECTURES[name].refused):
+        graph_of(ARCHITECTURES[name], ARCHITECTURES[name].build())
+
+
+def score() -> str:
+    """How many sites have the roles of the tables, how many of them are unknown, and how many have other roles."""
+    right = unknown = wrong = 0
+    for name in CAPTURED:
+        expected = ARCHITECTURES[name].table()
+        for site in sites_of(name):
+            right += site.roles == expected.get(site.name)
+            unknown += site.roles <= COARSE
+            wrong += not site.roles - COARSE <= expected.get(site.name, set())
+    return (
+        f"{len(CAPTURED)} architectures: {right} sites right ({unknown} with no role but a coarse one), {wrong} wrong"
+    )
+
+
+def test_score_over_all_architectures() -> None:
+    assert len({ARCHITECTURES[name].model for name in CAPTURED}) >= 40
+    assert score().endswith(" 0 wrong")
+
+
+# Rewritten graphs and eager wrappers.
+
+
+@functools.cache
+def inputs(name: str) -> dict[str, Tensor]:
+    """Inputs of another batch size and length than those the model was captured with."""
+
+    architecture = ARCHITECTURES[name]
+
+    def smaller(tensor: Tensor) -> Tensor:
+        tensor = tensor if architecture.fixed_batch else tensor[:2]
+        if tensor.dim() == 2 and not architecture.fixed_length:
+            tensor = tensor[:, :-500] if tensor.is_floating_point() else tensor[:, :-2]
+        return tensor.contiguous()
+
+    return {key: smaller(value) for key, value in example_inputs_of(copy.deepcopy(captured(name)[0])).items()}
+
+
+def target_roles(architecture: Architecture) -> tuple[str, ...]:
+    """Attention and feed-forward; the coarse roles of an architecture that has neither."""
+    roles = set().union(*architecture.table().values())
+    return tuple(GROUPS) if roles & set().union(*GROUPS.values()) else ("reader", "writer", "inner")
+
+
+def outputs_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All outputs, and the gradients of a random functional of them, by parameter."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    found = pytree.tree_flatten_with_path(dict(model(**inputs)))[0]
+    results = {pytree.keystr(path): leaf for path, leaf in found if isinstance(leaf, Tensor)}
+    generator = torch.Generator().manual_seed(1)
+    total: Any = 0
+    for result in results.values():
+        if result.requires_grad:
+            direction = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.dtype)
+            total = total + (result * direction).sum()
+    total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {key: result.detach() for key, result in results.items()}, gradients
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model, gm = captured(name)
+    exclude = tuple(f"^{re.escape(site)}$" for site in architecture.unwrapped)
+    cfg = llfx.LoRA(r=2, alpha=4.0, target_roles=target_roles(architecture), exclude_names=exclude)
+    with unchanged(model):
+        rewritten, wrapped = rewrite_and_wrap(model, gm, cfg)
+        assert llfx.adapter_state_dict(rewritten).keys() == llfx.adapter_state_dict(wrapped).keys()
+        randomise(rewritten, seed=0)
+        llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(rewritten))
+        tolerance = 1e-9 if architecture.dtype == torch.float64 else 1e-4
+        for training in (True, False):
+            found, gradients = outputs_and_gradients(rewritten.train(training), inputs(name))
+            expected, expected_gradients = outputs_and_gradients(wrapped.train(training), inputs(name))
+            assert found
+            assert gradients
+            assert found.keys() == expected.keys()
+            for key, value in found.items():
+                close(value, expected[key], tolerance, f"{key}, training={training}")
+            assert gradients.keys() == expected_gradients.keys()
+            for key, value in gradients.items():
+                close(value, expected_gradients[key], tolerance, f"gradient of {key}, training={training}")
+
+
+@pytest.mark.parametrize("name", [name for name in CAPTURED if ARCHITECTURES[name].unwrapped])
+def test_what_wrap_leaves_out_is_no_module_that_is_called(name: str) -> None:
+    model, gm = captured(name)
+    for site in ARCHITECTURES[name].unwrapped:
+        cfg = llfx.LoRA(r=2, target_names=(f"^{re.escape(site)}$",))
+        with pytest.raises(llfx.ConfigError, match="cannot be wrapped eagerly"):
+            rewrite_and_wrap(model, gm, cfg)
+        assert llfx.adapter_state_dict(llfx.rewrite(gm, cfg))

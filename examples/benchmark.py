@@ -16,7 +16,7 @@ thread is used and its processor time counts; with CUDA, events.
 
 Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`, `peft`,
 `peft-compiled`, `hooks` (ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`,
-`ours-plain` (without optimising passes), `ours-adapt` (by `adapt`), `merged`.
+`ours-plain` (without optimizing passes), `ours-adapt` (by `adapt`), `merged`.
 
 Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train` (forward and backward, 256 tokens),
 `saved` (bytes kept for the backward pass, without parameters), `flops`, `recompiles` (over several shapes; and `graphs`

@@ -385,7 +385,7 @@ class Arms:
         return torch.compile(arm.run, fullgraph=arm.name != "peft", **options)
 
     def disagreement(self, arm: Arm) -> str:
-        """Where an arm differs from the base or, if it is adapted, from our graph without optimisations."""
+        """Where an arm differs from the base or, if it is adapted, from our graph without optimizations."""
         expected = "base" if arm.name.startswith("base") else "ours-plain"
         if expected not in self._expected:
             self._expected[expected] = self.make(expected).results()

@@ -57,7 +57,7 @@ OTHER_LEARNING_RATE = 1e-3
 LEARNING_RATES = {
     "LoRA": 4e-3,  # High, as the steps are few and B has to get away from zero.
     "DoRA": 4e-3,  # LoRA's; the magnitudes bear it.
-    "DeLoRA": 4e-3,  # LoRA's: the factors are normalised, so that the rate only turns them.
+    "DeLoRA": 4e-3,  # LoRA's: the factors are normalized, so that the rate only turns them.
     "HRA": 4e-3,  # Only the directions of the vectors matter; four times as much overshoots.
     "PiSSA": 1e-3,  # A and B start large, so that one step moves their product further than LoRA's.
     "OLoRA": 3e-4,  # They start larger still.

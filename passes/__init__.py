@@ -30,7 +30,7 @@ from .pipeline import (
     Program,
 )
 
-OPTIMISATIONS = Pipeline(
+OPTIMIZATIONS = Pipeline(
     (
         ConvertMaskOnce(),
         GroupHeads(),
@@ -47,7 +47,7 @@ OPTIMISATIONS = Pipeline(
 """What changes how an adapted graph is run and not what it computes, each where it never loses."""
 
 __all__ = [
-    "OPTIMISATIONS",
+    "OPTIMIZATIONS",
     "AssociateProducts",
     "ConvertMaskOnce",
     "DropMetadataAsserts",

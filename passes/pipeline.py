@@ -27,7 +27,7 @@ class GraphPass(ABC):
     """One change to a graph. Subclasses are frozen dataclasses; their docstring says why the change is safe."""
 
     programs: ClassVar[frozenset[Program]] = frozenset(get_args(Program))
-    """Which of the programs that are derived from an adapted graph it optimises."""
+    """Which of the programs that are derived from an adapted graph it optimizes."""
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ class Pipeline:
         return Pipeline(tuple(graph_pass for graph_pass in self.passes if graph_pass.name not in names))
 
     def of(self, program: Program) -> Pipeline:
-        """The passes that optimise this program."""
+        """The passes that optimize this program."""
         return Pipeline(tuple(graph_pass for graph_pass in self.passes if program in graph_pass.programs))
 
     def run(self, gm: fx.GraphModule) -> list[PassReport]:

@@ -19,7 +19,7 @@ from .variant import Variant, adapter_namespace
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenSite:
     """The frozen tensors of a site.
 
     Args:
@@ -48,14 +48,14 @@ class Frozen:
             routing: what else the product takes.
         """
         around = list(around)
-        product, experts = self.site.product, self.site.experts
+        kind, experts = self.site.kind, self.site.experts
         who = f"{' and '.join(type(variant).__name__ for variant, _ in around)} cannot adapt {self.site.name!r}"
-        entered = product.enter(x, self.weight.dtype, who, *routing)
-        matrix: Any = product.matrix(self.weight)
+        entered = kind.enter(x, self.weight.dtype, who, *routing)
+        matrix: Any = kind.matrix(self.weight)
         bias = self.site.own_bias(self.bias)
 
         def base(v: Any) -> Any:
-            return product.result(call(v if isinstance(v, Tensor) else v.value), v)
+            return kind.result(call(v if isinstance(v, Tensor) else v.value), v)
 
         def per_expert(p: Any) -> Any:
             named: dict[str, Any] = vars(p)
@@ -68,7 +68,7 @@ class Frozen:
         linear = FrozenLinear(base, matrix, bias, self.site, self.training)
         if self.read is not None:
             linear = _Watched(**vars(linear), read=self.read)
-        return product.leave(compose(linear, around)(entered))
+        return kind.leave(compose(linear, around)(entered))
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,22 @@ def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
     """Raise `ConfigError` if the config does with the input of `site` what this kind of site cannot.
 
     Args:
-        variant: as it is at the site, settled.
+        variant: as it is at the site, finalized.
         site: any site; for a plain linear there is nothing to check.
         stored: its weight as the model stores it.
     """
-    if site.kind == "linear":
+    if site.kind.name == "linear":
         return
     # Without data: `forward` itself is run on shapes.
     weight = stored.detach().to("meta")
     dtype = variant.param_dtype(weight.dtype)
-    tensors = {name: spec.empty(dtype, weight.device).detach() for name, spec in variant.specs(site).items()}
-    x, _ = site.product.example(weight)
-    routing = [torch.empty(site.experts, dtype=torch.int32, device="meta")] if site.product.routed else []
-    factor = site.product.factor(weight)
+    tensors = {name: spec.empty(dtype, weight.device).detach() for name, spec in variant.tensor_specs(site).items()}
+    x, _ = site.kind.example(weight)
+    routing = [torch.empty(site.experts, dtype=torch.int32, device="meta")] if site.kind.routed else []
+    factor = site.kind.factor(weight)
     bias = weight.new_empty(site.d_out) if site.bias else None
-    Frozen(site, weight, bias).adapted(
-        lambda v: site.product.multiply(v, factor, *routing), [(variant, adapter_namespace(tensors))], x, *routing
+    FrozenSite(site, weight, bias).adapted(
+        lambda v: site.kind.multiply(v, factor, *routing), [(variant, adapter_namespace(tensors))], x, *routing
     )
 
 

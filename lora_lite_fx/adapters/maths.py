@@ -12,7 +12,7 @@ from ..graph.tensors import HALF
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """`tensor` in float32 if it is in half precision, else as it is. For norms and factorisations."""
+    """`tensor` in float32 if it is in half precision, else as it is. For norms and factorizations."""
     return tensor.float() if tensor.dtype in HALF else tensor
 
 

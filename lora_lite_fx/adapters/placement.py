@@ -52,14 +52,14 @@ class Placement:
     @cached_property
     def local(self) -> Variant:
         """The variant as it is at this site: with the rank and alpha that its patterns give it."""
-        return self.variant.at(self.site)
+        return self.variant.for_site(self.site)
 
     def register(self, model: nn.Module, site: Site, dtype: torch.dtype, device: torch.device) -> None:
         """Add the tensors to `model`: parameters where trainable, else buffers.
 
         They are not yet filled, but for those that the sites of the adapter share: these come with the first of them.
         """
-        specs = self.local.specs(site)
+        specs = self.local.tensor_specs(site)
         for name, qualified in self.tensors.items():
             path, _, attribute = qualified.rpartition(".")
             module = model.get_submodule(path)
@@ -74,9 +74,9 @@ class Placement:
             else:
                 module.register_buffer(attribute, tensor)
 
-    def start(self, model: nn.Module, site: Site, weight: Tensor, statistic: Statistic | None = None) -> None:
+    def initialize(self, model: nn.Module, site: Site, weight: Tensor, statistic: Statistic | None = None) -> None:
         """Write the start values into the tensors. `weight` is the site's, see `site_weight`."""
-        self.local.start(site, weight, self.namespace(model), statistic)
+        self.local.initialize(site, weight, self.namespace(model), statistic)
 
     def namespace(self, model: nn.Module) -> Any:
         """The tensors as attributes by the variant's own names, for `Variant.forward`."""
@@ -85,7 +85,7 @@ class Placement:
 
 def site_weight(model: nn.Module, site: Site) -> Tensor:
     """The frozen weight of `site` in a captured graph, as `(d_out, d_in)`; of experts, `(experts, d_out, d_in)`."""
-    return site.product.matrix(tensor_of(model, site.weight).detach())
+    return site.kind.matrix(tensor_of(model, site.weight).detach())
 
 
 def site_bias(model: nn.Module, site: Site) -> Tensor | None:

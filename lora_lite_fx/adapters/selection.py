@@ -31,7 +31,7 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
                     f" ({', '.join(site.name for site in chosen[:3])}, ...)."
                 )
     for site in chosen:
-        variant.at(site.name).check(site)
+        variant.for_site(site.name).check(site)
     return chosen
 
 
@@ -43,10 +43,10 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
     } or {"default roles": variant.default_roles}
     wanted = ", ".join(f"{field}={value!r}" for field, value in targets.items())
     kinds = " or ".join(variant.target_kinds)
-    others = [site for site in sites if site.kind not in variant.target_kinds and _is_named(variant, site)]
-    sites = [site for site in sites if site.kind in variant.target_kinds]
+    others = [site for site in sites if site.kind.name not in variant.target_kinds and _is_named(variant, site)]
+    sites = [site for site in sites if site.kind.name in variant.target_kinds]
     if others and not any(_is_named(variant, site) for site in sites):
-        found = ", ".join(f"{site.name} ({site.kind})" for site in others[:3])
+        found = ", ".join(f"{site.name} ({site.kind.name})" for site in others[:3])
         return (
             f"{type(variant).__name__}: no {kinds} site matches {wanted};"
             f" to adapt {found}, name its kind in target_kinds."

@@ -234,7 +234,7 @@ class Variant:
         """
         return None
 
-    def settle(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
+    def finalize(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
         """The config to be used for these sites; for fields that depend on all of them, or on calibration data.
 
         What is returned is what gets inserted and saved. It may select fewer of the sites.
@@ -246,7 +246,7 @@ class Variant:
 
     # What it gets.
 
-    def at(self, name: str) -> Variant:
+    def for_site(self, name: str) -> Variant:
         """The config for the site called `name`: with the rank and alpha that the patterns give it."""
         r = next((r for pattern, r in pairs(self.rank_pattern) if re.search(pattern, name)), self.r)
         alpha = next((alpha for pattern, alpha in pairs(self.alpha_pattern) if re.search(pattern, name)), self.alpha)
@@ -262,19 +262,19 @@ class Variant:
             f"r={self.r} is larger than site {site.name!r} allows ({site.d_out} x {site.d_in}); use r <= {limit}",
         )
 
-    def specs(self, site: Site) -> Mapping[str, ParamSpec]:
+    def tensor_specs(self, site: Site) -> Mapping[str, ParamSpec]:
         """The tensors that `site` gets: those of `params`; of a stack of experts, for each expert one."""
         return {
             name: spec.repeated(site.experts) if site.experts and not name.startswith(SHARED) else spec
             for name, spec in self.params(site).items()
         }
 
-    def start(self, site: Site, weight: Tensor, p: Any, statistic: Statistic | None = None) -> None:
+    def initialize(self, site: Site, weight: Tensor, p: Any, statistic: Statistic | None = None) -> None:
         """Write all start values into `p`, in place, but for those of shared tensors."""
         with torch.no_grad():
             if weight.dim() == 3:
                 for expert, one in enumerate(weight):
-                    self.start(site, one, of_expert(p, expert), statistic)
+                    self.initialize(site, one, of_expert(p, expert), statistic)
                 return
             for name, spec in self.params(site).items():
                 if not name.startswith(SHARED):
@@ -290,7 +290,9 @@ class Variant:
 
     def selects(self, site: Site) -> bool:
         """Whether the config's targets include `site`."""
-        if site.kind not in self.target_kinds or any(re.search(pattern, site.name) for pattern in self.exclude_names):
+        if site.kind.name not in self.target_kinds or any(
+            re.search(pattern, site.name) for pattern in self.exclude_names
+        ):
             return False
         if self.layers is not None and site.layer not in self.layers:
             return False
@@ -299,7 +301,7 @@ class Variant:
             return False
         roles = self.target_roles
         if roles is None:
-            if named or site.kind != "linear":
+            if named or site.kind.name != "linear":
                 return True
             roles = self.default_roles
         wanted = {member for role in roles for member in GROUPS.get(role, (role,))}

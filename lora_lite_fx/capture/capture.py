@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.tensors import keep_aliases
-from .export import _export
+from .export import export
 from .hugging_face import example_inputs_of, is_hugging_face, prepare_for_capture
 from .share import share
-from .symbolic import _symbolic_trace
+from .symbolic import symbolic_trace
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -57,13 +57,13 @@ def capture(
             example_inputs = example_inputs_of(shadow)
     if example_inputs is None:
         shadow.train()
-        gm = _symbolic_trace(shadow)
-        eval_gm = _symbolic_trace(shadow.eval())
+        gm = symbolic_trace(shadow)
+        eval_gm = symbolic_trace(shadow.eval())
     else:
         args, kwargs = _split_inputs(shadow, example_inputs)
         shadow.train()
-        gm = _export(shadow, args, kwargs, dynamic_shapes)
-        eval_gm = _export(shadow.eval(), args, kwargs, dynamic_shapes)
+        gm = export(shadow, args, kwargs, dynamic_shapes)
+        eval_gm = export(shadow.eval(), args, kwargs, dynamic_shapes)
     keep_aliases(shadow, gm)
     _name_modules_once(shadow, gm.graph)
     return Capture(gm, eval_gm, model.training)

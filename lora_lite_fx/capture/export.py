@@ -12,12 +12,12 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from .refusal import _uncapturable
+from .refusal import refusal
 
 # The two front doors.
 
 
-def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+def export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
         return _export_as(model, args, kwargs, dynamic_shapes)
 
@@ -28,7 +28,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shape
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
         return pytree.tree_map(dynamic, dict(bound.arguments))
 
-    # A dimension of size one would be specialised silently: a batch of one is shown twice, where the model lets us.
+    # A dimension of size one would be specialized silently: a batch of one is shown twice, where the model lets us.
     doubled = double_batch_of_one((args, kwargs))
     if doubled is not None:
         twice_args, twice_kwargs = doubled
@@ -43,7 +43,7 @@ def _export_as(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_sh
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
-        raise _uncapturable(model, error, "torch.export") from error
+        raise refusal(model, error, "torch.export") from error
     return program.module()
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ..errors import CaptureError
 
-# Every dynamic dimension is shown with a size of its own: torch.export specialises ones, and may equate equals.
+# Every dynamic dimension is shown with a size of its own: torch.export specializes ones, and may equate equals.
 _BATCH, _SEQUENCE = 3, 7
 
 

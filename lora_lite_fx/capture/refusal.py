@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import COMPILE_INSTEAD, CaptureError
 
 
-def _uncapturable(model: nn.Module, error: Exception, how: str) -> CaptureError:
+def refusal(model: nn.Module, error: Exception, how: str) -> CaptureError:
     """An error that names the construct in the user's code which could not be captured, and the ways out."""
     here = Path(__file__).parents[1]
     torch_folder = Path(torch.__file__).parent

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .refusal import _uncapturable
+from .refusal import refusal
 
 aten = torch.ops.aten
 
@@ -41,12 +41,12 @@ _ATEN_METHODS = {
 _CONVOLUTIONS = {nn.functional.conv1d: aten.conv1d, nn.functional.conv2d: aten.conv2d}
 
 
-def _symbolic_trace(model: nn.Module) -> fx.GraphModule:
+def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     attributes = set(vars(model))
     try:
         graph = _Tracer().trace(model)
     except Exception as error:
-        raise _uncapturable(model, error, "symbolic tracing (no example_inputs were given)") from error
+        raise refusal(model, error, "symbolic tracing (no example_inputs were given)") from error
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _ATEN_FUNCTIONS:
             node.target = _ATEN_FUNCTIONS[node.target]

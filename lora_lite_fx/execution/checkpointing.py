@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import CaptureError
+from ..graph.direct_calls import OpOverload
 from ..graph.layers import layer_of
 from ..graph.subgraph import forward_of, replace_by_call, segment
 from ..graph.writes import may_return_a_view, written
@@ -93,7 +94,7 @@ def _pieces(graph: fx.Graph, outside: set[fx.Node]) -> Iterator[list[fx.Node]]:
 
 def _is_impure(node: fx.Node) -> bool:
     """Whether `node` draws random numbers or writes in place, so that its turn matters; it may, if nothing is known."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return node.is_impure()
     return node.op.startswith("call_") and getattr(node.target, "__module__", "") != operator.mul.__module__
 

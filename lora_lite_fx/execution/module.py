@@ -1,7 +1,7 @@
 """How an adapted model is run, as against what it computes.
 
 Its graph is flat and plain: what passes, `remove`, `merge`, `inspect`, files and exports see. What runs is derived
-from it: a copy, optimised, with what depends on parameters alone taken out and its layers checkpointed if so asked.
+from it: a copy, optimized, with what depends on parameters alone taken out and its layers checkpointed if so asked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from ..errors import AdapterError
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
-from ..passes import OPTIMISATIONS, Pipeline, Program
+from ..passes import OPTIMIZATIONS, Pipeline, Program
 from .checkpointing import cut_layers
 from .prologue import Prologue, cut_prologue
 
@@ -30,11 +30,11 @@ class Execution:
     """How a graph is run.
 
     Args:
-        passes: what optimises it.
+        passes: what optimizes it.
         checkpoint_layers: whether its layers keep only their inputs for the backward pass, and are run again in it.
     """
 
-    passes: Pipeline = OPTIMISATIONS
+    passes: Pipeline = OPTIMIZATIONS
     checkpoint_layers: bool = False
 
 
@@ -84,7 +84,7 @@ class AdaptedGraphModule(fx.GraphModule):
         cls: Any = type(self)
         if _method(program) in vars(cls):
             return
-        graph = self._optimised(program)
+        graph = self._optimized(program)
         # What is cut out are methods too; the outer graph calls them as if modules.
         if program == "checkpointed":
             for name, method in cut_layers(self, graph, "_layer").items():
@@ -94,8 +94,8 @@ class AdaptedGraphModule(fx.GraphModule):
             setattr(cls, _prologue(program), _running(program))
         setattr(cls, _method(program), forward_of(self, graph))
 
-    def _optimised(self, program: Program) -> fx.Graph:
-        """A copy of the graph, optimised."""
+    def _optimized(self, program: Program) -> fx.Graph:
+        """A copy of the graph, optimized."""
         assert self.execution is not None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about the signature it copies
@@ -149,12 +149,12 @@ def _running(program: Program) -> Callable[..., Any]:
     return prologue
 
 
-def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMISATIONS) -> fx.GraphModule:
-    """The same adapted model over the same tensors, optimised by `passes`.
+def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZATIONS) -> fx.GraphModule:
+    """The same adapted model over the same tensors, optimized by `passes`.
 
-    What `rewrite` and `load` return is optimised by all of them. With this, some can be left out,
-    `optimize(gm, OPTIMISATIONS.without("share_siblings"))`, or all, `optimize(gm, Pipeline(()))`; and a graph from a
-    `.pt2` file, where only the plain graph is kept, can be optimised again.
+    What `rewrite` and `load` return is optimized by all of them. With this, some can be left out,
+    `optimize(gm, OPTIMIZATIONS.without("share_siblings"))`, or all, `optimize(gm, Pipeline(()))`; and a graph from a
+    `.pt2` file, where only the plain graph is kept, can be optimized again.
 
     Args:
         model: what `rewrite` or `load` returned, or an exported program of it. It is not changed; the result has its

@@ -40,7 +40,7 @@ Place = tuple[dict[str, Any], str]
 
 
 @dataclass
-class Kept:
+class CachedValues:
     """Values, and what they hold for.
 
     Args:
@@ -87,14 +87,14 @@ class Prologue:
     compute: Callable[..., tuple[Tensor, ...]]
     passed_places: list[Place]
     read_passed: Callable[[nn.Module], tuple[Tensor, ...]]
-    kept: dict[bool, Kept] = field(default_factory=dict)
+    kept: dict[bool, CachedValues] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module) -> tuple[Tensor, ...]:
         """All values, for the tensors that `module` has now, and the tensors that it reads itself."""
         try:
             tensors = [registry[name] for registry, name in self.places]
             passed = [registry[name] for registry, name in self.passed_places]
-        except KeyError:  # parametrised
+        except KeyError:  # parametrized
             return self.inline(module)
         return (*(self._values(module, tensors) if tensors else ()), *passed)
 
@@ -122,7 +122,7 @@ class Prologue:
             return values
         return kept.values
 
-    def _compute_apart(self, module: nn.Module, tensors: list[Tensor], state: tuple[Any, ...]) -> Kept:
+    def _compute_apart(self, module: nn.Module, tensors: list[Tensor], state: tuple[Any, ...]) -> CachedValues:
         # With leaves in place of the tensors under no_grad too: there autocast would remember casts of parameters that
         # have no gradients. No inference tensors, which a later call could not use with gradients. And what hooks are
         # told of must not depend on whether this call or an earlier one has computed the values.
@@ -133,7 +133,7 @@ class Prologue:
             torch.autograd.graph.saved_tensors_hooks(_same, _same),
         ):
             leaves = [tensor.detach().requires_grad_(with_gradients and tensor.requires_grad) for tensor in tensors]
-            return Kept(tensors, state, leaves, self.compute(module, *leaves))
+            return CachedValues(tensors, state, leaves, self.compute(module, *leaves))
 
     def forget(self) -> None:
         """Compute everything anew in the next call."""
@@ -144,7 +144,9 @@ class _Again(torch.autograd.Function):
     """The values that are kept, with the gradients of the tensors that they were computed from."""
 
     @staticmethod
-    def forward(ctx: Any, prologue: Prologue, module: nn.Module, kept: Kept, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, prologue: Prologue, module: nn.Module, kept: CachedValues, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.prologue, ctx.module, ctx.kept = prologue, module, kept
         ctx.save_for_backward(*tensors)
         values = tuple(value.detach() for value in kept.values)

@@ -96,8 +96,8 @@ def load(
     try:
         for variant, targets in placed:
             for site in targets:
-                variant.at(site.name).check(site)
-                check_kind(variant.at(site.name), site, tensor_of(gm, site.weight))
+                variant.for_site(site.name).check(site)
+                check_kind(variant.for_site(site.name), site, tensor_of(gm, site.weight))
         expected = _expected(gm, placed)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -199,7 +199,7 @@ def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> d
     expected: dict[str, Tensor] = {}
     for adapter, (variant, targets) in enumerate(placed):
         for site in targets:
-            specs = variant.at(site.name).specs(site)
+            specs = variant.for_site(site.name).tensor_specs(site)
             dtype = variant.param_dtype(tensor_of(gm, site.weight).dtype)
             written = _written(placed, adapter, site.name, specs)
             expected |= {written[name]: spec.empty(dtype, torch.device("meta")) for name, spec in specs.items()}

@@ -60,7 +60,7 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
         return site_weight(model, site)
     module = model.get_submodule(site.name)
     assert isinstance(module, AdaptedLinear)
-    return site.product.matrix(module.weight.detach())
+    return site.kind.matrix(module.weight.detach())
 
 
 def insert_from_file(
@@ -97,12 +97,12 @@ def insert_from_file(
         )
     targets = [site for name, site in sites.items() if name in found]
     try:
-        variant = variant.settle(targets, {})
+        variant = variant.finalize(targets, {})
         for site in targets:
-            local = variant.at(site.name)
+            local = variant.for_site(site.name)
             local.check(site)
             check_kind(local, site, tensor_of(gm, site.weight))
-            _check_tensors(local.specs(site), found[site.name], rest, f"{path}: {site.name}")
+            _check_tensors(local.tensor_specs(site), found[site.name], rest, f"{path}: {site.name}")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     first = insert_adapters(gm, [(variant, targets)])
@@ -114,7 +114,7 @@ def insert_from_file(
         here = found[placement.site]
         if set(placement.names) - here.keys():
             site = sites[placement.site]
-            placement.start(gm, site, site_weight(gm, site))
+            placement.initialize(gm, site, site_weight(gm, site))
         for name, tensor in here.items():
             qualified = placement.tensors[name]
             values[qualified] = tensor.to(own[qualified].dtype)

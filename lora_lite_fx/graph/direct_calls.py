@@ -1,4 +1,4 @@
-"""Operators, called by the functions that PyTorch has for them in Python."""
+"""How a graph calls operators: their class, and the functions that PyTorch has for them in Python."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 aten = torch.ops.aten
+
+# The class of `torch.ops.aten.add.Tensor` has no public name; schemas and tags are read from its instances.
+OpOverload = torch._ops.OpOverload
+
+# What torch.export traces at the borders of a no_grad or autocast region before it makes a region, and so again when it
+# captures an opened one. The public forms are context managers, which a graph cannot hold.
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp._enter_autocast, torch.amp._exit_autocast
 
 _FUNCTIONS = {
     aten.add.Tensor: torch.add,

@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from .direct_calls import OpOverload
 from .provenance import is_inserted
 from .regions import closes_region, opens_region
 from .tensors import tensor_of
@@ -57,7 +58,7 @@ def is_deterministic(node: fx.Node) -> bool:
         return True
     return (
         node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
+        and isinstance(node.target, OpOverload)
         and not node.is_impure()
         and torch.Tag.nondeterministic_seeded not in node.target.tags
     )

@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-# Regions that run in a mode of their own.
+from .direct_calls import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 
 GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast
-# What torch.export traces at the borders of a region before it makes one, and so again when it captures an opened one.
-# The public forms are context managers, which a graph cannot hold.
-SET_GRAD_ENABLED = torch._C._set_grad_enabled
-ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp._enter_autocast, torch.amp._exit_autocast
 
 
 def opens_region(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ import re
 import torch
 from torch import fx
 
+from .direct_calls import OpOverload
 from .tensors import tensor_of
 
 # Writes.
@@ -34,7 +35,7 @@ def written_buffers(gm: fx.GraphModule) -> list[str]:
 
 def written_operands(node: fx.Node) -> list[fx.Node]:
     """The operands that a call of an operator changes in place; of other calls nothing is known."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return []
     given = {**dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)), **node.kwargs}
     # The schema of batch and instance norm does not say that they update their statistics.
@@ -48,7 +49,7 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
 
 def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     """The operands that `node` changes in place. Where no schema says it, as in symbolic traces, names and flags do."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return written_operands(node)
     if node.op == "call_module":
         writes = getattr(gm.get_submodule(str(node.target)), "inplace", False)
@@ -69,7 +70,7 @@ _MAY_RETURN_THEIR_INPUT = {torch.ops.aten.dropout.default, torch.ops.aten.type_a
 def may_return_a_view(node: fx.Node) -> bool:
     """Whether the value of `node` may share memory with an operand; it may, if nothing is known of it."""
     return (
-        not isinstance(node.target, torch._ops.OpOverload)
+        not isinstance(node.target, OpOverload)
         or node.target in _MAY_RETURN_THEIR_INPUT
         or any(result.alias_info is not None for result in node.target._schema.returns)
     )

@@ -24,13 +24,13 @@ from ..formats.peft.directory import CONFIG, load_peft
 from ..rewriting.calibration import Batches
 from ..rewriting.rewrite import Config, rewrite
 from .adapted_model import (
-    _WEIGHTS,
+    WEIGHTS,
     Adapted,
-    _Alone,
-    _Part,
-    _subclass,
+    AdaptedLayer,
+    AdaptedPart,
+    subclass,
 )
-from .graph_cache import Graphs
+from .graph_cache import GraphCache
 
 
 def adapt(
@@ -73,7 +73,7 @@ def adapt(
         raise AdapterError(f"{type(model).__name__} is adapted already. The way out: pass several configs at once.")
     if type(max_graphs) is not int or max_graphs < 1:
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
-    graphs = Graphs(share(model), example_inputs, max_graphs)
+    graphs = GraphCache(share(model), example_inputs, max_graphs)
     graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
     return _adopted(graphs)
 
@@ -86,20 +86,20 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
     path = Path(cfg)
     if (path / CONFIG).is_file():
         return load_peft(base, path)
-    return load(base, path / _WEIGHTS if path.is_dir() else path)
+    return load(base, path / WEIGHTS if path.is_dir() else path)
 
 
-def _adopted(graphs: Graphs) -> Any:
+def _adopted(graphs: GraphCache) -> Any:
     """Make the modules of the copy run graphs, or refuse to run."""
     model = graphs.model
     sites = {placement.site for placement in graphs.placements}
     for name, module in model.named_modules():
         cls: Any = type(module)
         if is_hugging_face(module):
-            module.__class__ = _subclass(Adapted if module is model else _Part, cls)
+            module.__class__ = subclass(Adapted if module is model else AdaptedPart, cls)
             module._graphs, module._path = graphs, name
         elif name in sites:
-            module.__class__ = _subclass(_Alone, cls)
+            module.__class__ = subclass(AdaptedLayer, cls)
             module._path = name
     trained = adapter_state_dict(model)
     # What transformers leaves out of checkpoints, and does not miss in them.

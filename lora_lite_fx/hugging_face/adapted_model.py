@@ -13,17 +13,17 @@ from torch import fx
 from ..adapters.placement import Placement
 from ..errors import AdapterError, ConfigError
 from ..formats.checkpoint import save
-from .graph_cache import Graphs
-from .merge_into_model import _fold_into
+from .graph_cache import GraphCache
+from .merge_into_model import fold_into
 
-_WEIGHTS = "model.safetensors"  # what a Trainer looks for in a checkpoint
+WEIGHTS = "model.safetensors"  # what a Trainer looks for in a checkpoint
 
 
 @functools.cache
-def _subclass(kind: Any, cls: Any) -> type:
+def subclass(kind: Any, cls: Any) -> type:
     """A subclass of `cls`, of the same name, with the methods of `kind`."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "base": cls}
-    if issubclass(kind, _Part):
+    if issubclass(kind, AdaptedPart):
 
         @functools.wraps(cls.forward)  # its signature is what generate and Trainer look at
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -33,7 +33,7 @@ def _subclass(kind: Any, cls: Any) -> type:
     return type(cls.__name__, (kind, cls), names)
 
 
-class _Alone:
+class AdaptedLayer:
     """A module with a site, in a model that runs graphs."""
 
     _path: str
@@ -46,14 +46,14 @@ class _Alone:
         )
 
 
-class _Part:
+class AdaptedPart:
     """A model of transformers that runs graphs: the adapted model, or a part of it."""
 
-    _graphs: Graphs
+    _graphs: GraphCache
     _path: str
 
 
-class Adapted(_Part):
+class Adapted(AdaptedPart):
     """What `adapt` adds to a model."""
 
     @property
@@ -69,7 +69,7 @@ class Adapted(_Part):
         """The model in its own class, with the adapters folded into copies of the adapted weights, or left out."""
         plain = self._graphs.plain()
         if fold:
-            _fold_into(plain, self.adapted_graph())
+            fold_into(plain, self.adapted_graph())
         return plain
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
@@ -85,7 +85,7 @@ class Adapted(_Part):
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save(self, folder / _WEIGHTS)  # type: ignore[arg-type]
+        save(self, folder / WEIGHTS)  # type: ignore[arg-type]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Let the graphs checkpoint their layers, as `rewrite(..., checkpoint_layers=True)` does.

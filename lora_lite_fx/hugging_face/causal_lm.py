@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Every dynamic dimension of an example has a size of its own, and none is one: torch.export specialises ones.
-_BATCH, _LENGTH, _PAST = 3, 7, 5
+# Every dynamic dimension of an example has a size of its own, and none is one: torch.export specializes ones.
+BATCH, LENGTH, PAST = 3, 7, 5
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
 
 
@@ -38,7 +38,7 @@ class Decoder:
 
 
 @dataclass
-class Form:
+class NormalizedCall:
     """A call in the form in which the graph takes it, and what is left to do with the result.
 
     Args:
@@ -100,7 +100,7 @@ def probe(model: Any) -> Decoder | None:
     if model.config.is_encoder_decoder or not {"input_ids", "attention_mask", "cache", "use_cache"} <= signature.keys():
         return None
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(text.vocab_size, (_BATCH, _LENGTH), generator=generator).to(model.device)
+    ids = torch.randint(text.vocab_size, (BATCH, LENGTH), generator=generator).to(model.device)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
 
@@ -117,7 +117,7 @@ def probe(model: Any) -> Decoder | None:
         ):
             return None
         empty = tuple((layer.keys[:1, :, :0], layer.values[:1, :, :0]) for layer in layers)
-        positions = torch.arange(_LENGTH, device=model.device).expand(_BATCH, -1)
+        positions = torch.arange(LENGTH, device=model.device).expand(BATCH, -1)
         return Decoder(
             empty,
             frozenset(signature),
@@ -149,7 +149,7 @@ def loss_of(model: Any, logits: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     return model.loss_function(logits=logits, vocab_size=vocabulary, **arguments)
 
 
-def normal_form(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) -> Form:
+def normalize_call(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) -> NormalizedCall:
     """The call in its normal form; as it is, where that form would mean something else.
 
     Args:
@@ -157,7 +157,7 @@ def normal_form(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) 
         decoder: what a run of it has shown.
         arguments: by name; none is None.
     """
-    as_it_is = Form(arguments, caches(arguments))
+    as_it_is = NormalizedCall(arguments, caches(arguments))
     tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
     if decoder is None or tokens is None:
         return as_it_is
@@ -185,7 +185,7 @@ def normal_form(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) 
     loss = None
     if decoder.has_plain_loss and "labels" in arguments:
         loss = {name: arguments.pop(name) for name in _LOSS_ARGUMENTS if name in arguments}
-    return Form(arguments, given, loss, keeps_cache)
+    return NormalizedCall(arguments, given, loss, keeps_cache)
 
 
 def join_mask(arguments: dict[str, Any]) -> None:
@@ -196,7 +196,7 @@ def join_mask(arguments: dict[str, Any]) -> None:
 
 
 def _opened(cache: Any, text: Any, decoder: Decoder, batch: int, device: torch.device) -> Any:
-    """The cache, or a copy of it in which layers that have seen no token are initialised: an update with none."""
+    """The cache, or a copy of it in which layers that have seen no token are initialized: an update with none."""
     from transformers.cache_utils import DynamicCache
 
     if cache is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..capture.export import double_batch_of_one
 from .call_structure import Leaves
-from .causal_lm import _BATCH, _LENGTH, _PAST
+from .causal_lm import BATCH, LENGTH, PAST
 
 # Examples to capture with.
 
@@ -30,20 +30,20 @@ def _normal_example(leaves: Leaves) -> Leaves | None:
         dim = leaf.dim() if isinstance(leaf, Tensor) else None
         head, _, part = name.rpartition("_")
         if tokens.get(name) == dim and dim is not None:
-            example[name] = leaf.new_zeros((_BATCH, _LENGTH, *leaf.shape[2:]))
+            example[name] = leaf.new_zeros((BATCH, LENGTH, *leaf.shape[2:]))
         elif dim == 2 and name in ("attention_mask", "cached_mask"):
-            example[name] = leaf.new_ones((_BATCH, _LENGTH if name == "attention_mask" else _PAST))
+            example[name] = leaf.new_ones((BATCH, LENGTH if name == "attention_mask" else PAST))
         elif (name, dim) == ("logits_to_keep", 1):
             example[name] = torch.arange(2, device=leaf.device)
         elif head.startswith("cache_layers_") and part in ("keys", "values") and dim == 4:
             seen = leaves.get(f"{head}_cumulative_length", leaf.shape[2])
             # A layer that has dropped tokens is shown as one that has dropped one.
-            held = _PAST - (seen > leaf.shape[2]) if isinstance(seen, int) else 0
+            held = PAST - (seen > leaf.shape[2]) if isinstance(seen, int) else 0
             if not held:
                 return None
-            example[name] = leaf.new_zeros((_BATCH, leaf.shape[1], held, leaf.shape[3]))
+            example[name] = leaf.new_zeros((BATCH, leaf.shape[1], held, leaf.shape[3]))
         elif name.endswith("cumulative_length") and isinstance(leaf, int):
-            example[name] = _PAST
+            example[name] = PAST
         elif name.endswith("sliding_window_tensor"):
             example[name] = leaf
         else:

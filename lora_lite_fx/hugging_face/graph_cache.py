@@ -39,12 +39,12 @@ from .call_structure import (
 )
 from .causal_lm import (
     Decoder,
-    Form,
+    NormalizedCall,
     arguments_of,
     caches,
     join_mask,
     loss_of,
-    normal_form,
+    normalize_call,
     probe,
 )
 from .example_calls import examples
@@ -60,19 +60,19 @@ _SWITCHES = ("_attn_implementation", "_experts_implementation", "output_attentio
 
 
 @dataclass(frozen=True)
-class Call:
+class CapturedCall:
     """A call as a graph takes it.
 
     Args:
         path: qualified name of the part of the model that is called; empty for the model.
-        form: its arguments in normal form.
+        normalized: its arguments in normal form.
         structure: the arguments without their leaves.
         switches: what the config adds to the signature.
         leaves: the tensors and integers of the arguments, by name.
     """
 
     path: str
-    form: Form
+    normalized: NormalizedCall
     structure: Structure
     switches: tuple[tuple[str, Any], ...]
     leaves: Leaves
@@ -84,7 +84,7 @@ class Call:
 
 
 @dataclass
-class Graph:
+class CapturedGraph:
     """A rewritten graph.
 
     Args:
@@ -97,7 +97,7 @@ class Graph:
     """
 
     gm: fx.GraphModule
-    call: Call
+    call: CapturedCall
     shapes: Any
     guards: Callable[..., object]
     result: Structure
@@ -112,7 +112,7 @@ class Graph:
         return ""
 
 
-class Graphs:
+class GraphCache:
     """The graphs of an adapted model, over the tensors of that model.
 
     Args:
@@ -131,9 +131,9 @@ class Graphs:
         self._owned: set[str] = set()
         self.drop()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
         """For a copy of the model: the same adapters, and no graph yet."""
-        twin = memo[id(self)] = object.__new__(Graphs)
+        twin = memo[id(self)] = object.__new__(GraphCache)
         twin.__dict__.update(self.__dict__)
         twin.drop()
         twin._owned = {*self._owned}
@@ -142,7 +142,7 @@ class Graphs:
 
     def drop(self) -> None:
         """Forget all graphs: devices and dtypes are part of them."""
-        self._kept: list[Graph] = []  # the one that was not used for longest first
+        self._kept: list[CapturedGraph] = []  # the one that was not used for longest first
         self.__dict__.pop("decoder", None)
 
     @functools.cached_property
@@ -162,17 +162,17 @@ class Graphs:
         graph = self._graph_for(call)
         graph.gm.training = part.training
         leaves = graph.gm(**call.leaves)
-        return _result(part, call.form, graph, leaves, return_dict)
+        return _result(part, call.normalized, graph, leaves, return_dict)
 
-    def _call(self, part: Any, arguments: dict[str, Any]) -> Call:
-        form = normal_form(part, self.decoder if part is self.model else None, arguments)
+    def _call(self, part: Any, arguments: dict[str, Any]) -> CapturedCall:
+        normalized = normalize_call(part, self.decoder if part is self.model else None, arguments)
         leaves: Leaves = {}
-        names = sorted(form.arguments)
-        parts = tuple(disassemble(form.arguments[name], name, leaves) for name in names)
+        names = sorted(normalized.arguments)
+        parts = tuple(disassemble(normalized.arguments[name], name, leaves) for name in names)
         switches = tuple((name, getattr(part.config, name, None)) for name in _SWITCHES)
-        return Call(getattr(part, "_path", ""), form, Tree(dict, tuple(names), parts), switches, leaves)
+        return CapturedCall(getattr(part, "_path", ""), normalized, Tree(dict, tuple(names), parts), switches, leaves)
 
-    def _graph_for(self, call: Call) -> Graph:
+    def _graph_for(self, call: CapturedCall) -> CapturedGraph:
         signature, reason = call.signature, ""
         for graph in reversed(self._kept):
             if graph.call.signature == signature:
@@ -187,7 +187,7 @@ class Graphs:
         self._kept.append(graph)
         return graph
 
-    def _log(self, call: Call, refusal: str, seconds: float) -> None:
+    def _log(self, call: CapturedCall, refusal: str, seconds: float) -> None:
         name = type(self.model).__name__ + (f".{call.path}" if call.path else "")
         changes = [
             [*differences(graph.call.structure, call.structure), *_changed(graph.call.switches, call.switches)]
@@ -203,7 +203,7 @@ class Graphs:
                 " (%s) will capture it again",
                 name,
                 self.limit,
-                ", ".join(dropped.call.form.arguments),
+                ", ".join(dropped.call.normalized.arguments),
             )
 
     # Capture.
@@ -223,7 +223,7 @@ class Graphs:
         """The graph that has all sites; captured again if it was dropped."""
         return self._graph_for(self._first_call(self.model)).gm
 
-    def _first_call(self, model: Any) -> Call:
+    def _first_call(self, model: Any) -> CapturedCall:
         inputs = self.example_inputs
         if inputs is None:
             inputs = example_inputs_of(self.plain())
@@ -251,7 +251,7 @@ class Graphs:
                 module.__dict__.pop(attribute, None)
         return copied
 
-    def _capture_for(self, call: Call) -> Graph:
+    def _capture_for(self, call: CapturedCall) -> CapturedGraph:
         """The first graph, of those captured with one example after the other, that holds for the call."""
         seen = [graph.shapes for graph in self._kept if graph.call.signature == call.signature]
         errors = []
@@ -273,10 +273,10 @@ class Graphs:
                     f"A graph was captured that does not take its own call: {refusal}\nThe way out: {COMPILE_INSTEAD}."
                 )
             )
-        given = ", ".join(call.form.arguments)
+        given = ", ".join(call.normalized.arguments)
         raise CaptureError(f"In a call with {given}: {errors[-1]}") from errors[-1]
 
-    def _capture(self, call: Call, example: Leaves) -> Graph:
+    def _capture(self, call: CapturedCall, example: Leaves) -> CapturedGraph:
         outcome: dict[str, Any] = {}
         shadow = self.plain()
         shadow.__class__ = _flat(type(shadow), call, outcome)
@@ -292,7 +292,7 @@ class Graphs:
         self._insert_again(gm)
         self.captures += 1
         self._bind(gm)
-        return Graph(gm, call, _shapes(example), guards, outcome["result"], outcome["given"])
+        return CapturedGraph(gm, call, _shapes(example), guards, outcome["result"], outcome["given"])
 
     def _insert_again(self, base: fx.GraphModule) -> None:
         """Insert the adapters that the model has into a graph of it."""
@@ -344,17 +344,17 @@ def _find(model: nn.Module, name: str) -> Tensor | None:
 # Calls and results.
 
 
-def _result(part: Any, form: Form, graph: Graph, leaves: Leaves, return_dict: bool) -> Any:
+def _result(part: Any, normalized: NormalizedCall, graph: CapturedGraph, leaves: Leaves, return_dict: bool) -> Any:
     given: dict[str, Any] = {}
     for name, structure in graph.given.items():
-        if name in form.given:
-            given[name] = restore(form.given[name], structure, leaves)
+        if name in normalized.given:
+            given[name] = restore(normalized.given[name], structure, leaves)
         else:
-            given[name] = assemble(structure, leaves) if form.keeps_cache else None
+            given[name] = assemble(structure, leaves) if normalized.keeps_cache else None
     cut_windows(given)
     result = assemble(graph.result, leaves, given)
-    if form.loss is not None:
-        result = type(result)(**{**result, "loss": loss_of(part, result.logits, form.loss)})
+    if normalized.loss is not None:
+        result = type(result)(**{**result, "loss": loss_of(part, result.logits, normalized.loss)})
     return result if return_dict or not hasattr(result, "to_tuple") else result.to_tuple()
 
 
@@ -375,11 +375,11 @@ def _dynamic(name: str, leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return Dim.AUTO
     fixed = (1, 3) if name.startswith("cache") and leaf.dim() == 4 else ()
-    # Sizes of 0 and 1 are specialised anyway.
+    # Sizes of 0 and 1 are specialized anyway.
     return [Dim.AUTO if size > 1 and dim not in fixed else Dim.STATIC for dim, size in enumerate(leaf.shape)]
 
 
-def _flat(cls: type, call: Call, outcome: dict[str, Any]) -> type:
+def _flat(cls: type, call: CapturedCall, outcome: dict[str, Any]) -> type:
     """A subclass of `cls`, by the same name, that takes the leaves of the call and returns those of the result."""
 
     def forward(self: Any, **leaves: Any) -> Leaves:

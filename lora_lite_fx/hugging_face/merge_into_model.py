@@ -13,7 +13,7 @@ from ..passes import merged_tensors
 from ..sites.finding import find_sites
 
 
-def _fold_into(model: Any, gm: fx.GraphModule) -> None:
+def fold_into(model: Any, gm: fx.GraphModule) -> None:
     """Give the adapted sites of a model, which is that of the graph without adapters, weights that do what these do.
 
     Raises:
@@ -40,7 +40,7 @@ def _fold_into(model: Any, gm: fx.GraphModule) -> None:
             model.config.tie_word_embeddings = False  # the other keeps the frozen weight
             model.all_tied_weights_keys.pop(f"{owner}.{name}", None)
         # Of a tensor that several sites are parts of, the other rows are as they are by now.
-        stored = site.product.stored(weight, getattr(module, name).detach())
+        stored = site.kind.stored(weight, getattr(module, name).detach())
         module.register_parameter(name, nn.Parameter(stored, requires_grad=False))
         if bias is not None:
             place = site.bias.rpartition(".")[2] if site.bias else "bias"

@@ -134,7 +134,7 @@ def inspect(
     rows = []
     for site in find_sites(gm):
         here = list(at.get(site.name, {}).values())
-        if site.kind not in kinds and not here:
+        if site.kind.name not in kinds and not here:
             continue
         tensors = [tensor_of(gm, name) for insertion in here for name in insertion.tensors.values()]
         x, _ = outermost(here, site.calls[0].x, site.calls[0].y)
@@ -152,7 +152,7 @@ def inspect(
                 bias=site.bias is not None,
                 calls=len(site.calls),
                 reads=x.name,
-                kind=site.kind,
+                kind=site.kind.name,
                 experts=site.experts,
             )
         )

@@ -22,7 +22,7 @@ _SMALLEST_SCALE = 1e-30
 """What a scale of zero is taken for where the result is divided by it again."""
 
 
-class Site(NamedTuple):
+class Branch(NamedTuple):
     """A frozen linear and its branch, `y = c (x W^T + b + alpha t B^T)`: `weight`, `bias`, `b` and `scale` of it."""
 
     weight: Tensor
@@ -31,7 +31,7 @@ class Site(NamedTuple):
     scale: Tensor | None
 
 
-_EACH = len(Site._fields)
+_EACH = len(Branch._fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +73,11 @@ class LowRankProducts:
         shape = x.shape[:-1]
         return tuple(result.view(*shape, result.shape[-1]) for result in self.accumulated(_rows(x), a, tensors))
 
-    def each(self, t: Tensor, tensors: Sequence[Any]) -> Iterator[tuple[Site, Tensor, float]]:
+    def each(self, t: Tensor, tensors: Sequence[Any]) -> Iterator[tuple[Branch, Tensor, float]]:
         """The sites that `tensors` are of, with their columns of `t` and their alphas."""
         if not self.ranks:
             return iter(())
-        sites = (Site(*tensors[index : index + _EACH]) for index in range(0, len(tensors), _EACH))
+        sites = (Branch(*tensors[index : index + _EACH]) for index in range(0, len(tensors), _EACH))
         return zip(sites, t.split(self.ranks, -1), self.alphas, strict=True)
 
     def _plain(self, x: Tensor, a: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, ...]:

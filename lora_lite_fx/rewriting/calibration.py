@@ -18,16 +18,16 @@ from ..sites.site import Site
 Batches = Iterable[tuple[Any, ...] | Mapping[str, Any] | Tensor]
 
 
-def _check_observable(variant: Variant, site: Site) -> None:
-    if site.kind != "linear" and type(variant).observer is not Variant.observer:
+def check_observable(variant: Variant, site: Site) -> None:
+    if site.kind.name != "linear" and type(variant).observer is not Variant.observer:
         raise ConfigError(
             f"{type(variant).__name__}: only the inputs of plain linears can be observed on calibration data, and"
-            f" {site.name!r} is {site.product.article}."
+            f" {site.name!r} is {site.kind.article}."
         )
 
 
 @torch.no_grad()
-def _run(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observer]], calibration: Batches) -> None:
+def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observer]], calibration: Batches) -> None:
     """Run the data through a copy of `gm` that has the observers in it."""
     by_site: dict[str, list[Observer]] = {}
     for mine in observers:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters.adapted_site import Frozen
+from ..adapters.adapted_site import FrozenSite
 from ..adapters.placement import Placement
 from ..adapters.variant import adapter_namespace
 from ..capture.capture import Inputs
@@ -53,11 +53,13 @@ def wrap(
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _adapted(wrapped, site)
-            names = tuple(plan.variant.at(site.name).specs(site))
+            names = tuple(plan.variant.for_site(site.name).tensor_specs(site))
             placement = Placement(plan.variant, adapter, site.name, len(module.placements), names)
             placement.register(wrapped, site, module.weight.dtype, module.weight.device)
             module.add(placement, wrapped)
-            placement.start(wrapped, site, site.product.matrix(module.weight.detach()), plan.statistics.get(site.name))
+            placement.initialize(
+                wrapped, site, site.kind.matrix(module.weight.detach()), plan.statistics.get(site.name)
+            )
     return wrapped
 
 
@@ -99,7 +101,7 @@ class AdaptedLinear(nn.Module):
         """The adapted linear; its one argument may be passed by any name, as to the module it wraps."""
         (x,) = (*args, *kwargs.values())
         around = [(placement.local, self._tensors(placement)) for placement in self.placements]
-        return Frozen(self.site, self.weight, self.bias, self.training).adapted(self.base, around, x)
+        return FrozenSite(self.site, self.weight, self.bias, self.training).adapted(self.base, around, x)
 
     def _tensors(self, placement: Placement) -> Any:
         # The qualified names end in attributes of this module, wherever in the model it is.
@@ -122,7 +124,7 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
         return module
     weight = getattr(module, "weight", None)
     simple = module is not None and (
-        site.kind == "linear"
+        site.kind.name == "linear"
         or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
     )
     if module is None or not isinstance(weight, Tensor) or site.experts or not simple:

@@ -17,7 +17,7 @@ from ..graph.tensors import tensor_of
 from ..passes import Observer
 from ..sites.finding import find_sites
 from ..sites.site import Site
-from .calibration import Batches, _check_observable, _run
+from .calibration import Batches, check_observable, run_calibration
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plan:
     """An adapter to be inserted.
 
     Args:
-        variant: its config, settled.
+        variant: its config, finalized.
         sites: where.
         statistics: what the variant observed there, by qualified name; empty without calibration data.
     """
@@ -55,28 +55,28 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
     if calibration is not None:
         for variant, targets in chosen:
             for site in targets:
-                _check_observable(variant, site)
+                check_observable(variant, site)
         observers = [
             {
                 site.name: Observer(observe)
                 for site in targets
-                if (observe := variant.at(site.name).observer(site, wide(site_weight(gm, site)))) is not None
+                if (observe := variant.for_site(site.name).observer(site, wide(site_weight(gm, site)))) is not None
             }
             for variant, targets in chosen
         ]
         if not any(observers):
             names = ", ".join(type(variant).__name__ for variant in variants)
             raise ConfigError(f"calibration was given, but {names} does not start from data; leave it out.")
-        _run(gm, observers, calibration)
+        run_calibration(gm, observers, calibration)
         statistics = [
             {name: observer.statistic for name, observer in mine.items() if observer.statistic is not None}
             for mine in observers
         ]
     plans = []
     for (variant, targets), seen in zip(chosen, statistics, strict=True):
-        settled = variant.settle(targets, seen)
-        kept = [site for site in targets if settled.selects(site)]
+        finalized = variant.finalize(targets, seen)
+        kept = [site for site in targets if finalized.selects(site)]
         for site in kept:
-            check_kind(settled.at(site.name), site, tensor_of(gm, site.weight))
-        plans.append(Plan(settled, kept, seen))
+            check_kind(finalized.for_site(site.name), site, tensor_of(gm, site.weight))
+        plans.append(Plan(finalized, kept, seen))
     return plans

@@ -78,7 +78,7 @@ def rewrite(
     for placement in placements(gm):
         if placement.adapter >= first:
             site, plan = by_name[placement.site], plans[placement.adapter - first]
-            placement.start(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
+            placement.initialize(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
     return gm
 
 

@@ -16,7 +16,7 @@ from .dataflow import (
     PRODUCTS,
     TRANSPOSES,
     Dataflow,
-    Linear,
+    LinearNode,
     op_name,
     walk,
 )
@@ -47,14 +47,14 @@ def _give(flow: Dataflow, arguments: Mapping[str, Any], result: fx.Node) -> None
     _give_low_rank(flow, projections, result)
 
 
-def _give_low_rank(flow: Dataflow, projections: Mapping[str, list[Linear]], result: fx.Node) -> None:
+def _give_low_rank(flow: Dataflow, projections: Mapping[str, list[LinearNode]], result: fx.Node) -> None:
     """Give the roles of projections that are products of two linears to the first of the two as well.
 
     Such a first factor reads what another projection of the attention, or its first factor, reads too, and makes
     nothing but a part of the queries, keys and values. Without these conditions it may be anything in front.
     """
     direct = {id(linear) for linears in projections.values() for linear in linears}
-    firsts: list[tuple[Linear, set[str]]] = []
+    firsts: list[tuple[LinearNode, set[str]]] = []
     for linears in projections.values():
         for second in linears:
             for first in flow.sources(second.x) if second.x not in flow.skips else ():
@@ -69,7 +69,7 @@ def _give_low_rank(flow: Dataflow, projections: Mapping[str, list[Linear]], resu
             first.give(role, f"its output is projected to the {role} of {result.name}")
 
 
-def _joins(flow: Dataflow, linear: Linear) -> bool:
+def _joins(flow: Dataflow, linear: LinearNode) -> bool:
     """Whether the output of `linear` is, or is added to, the residual stream."""
     return any(node in flow.joins or node in flow.skips for node in flow.ahead(linear.y))
 
@@ -142,7 +142,7 @@ def _factors(product: fx.Node) -> list[Any]:
 
 
 def _query_and_key(scores: fx.Node, softmax: fx.Node, transposed: bool) -> tuple[Any, Any]:
-    """The factors of a score product: the key is the one whose axis the softmax normalises."""
+    """The factors of a score product: the key is the one whose axis the softmax normalizes."""
     first, second = _factors(scores)
     dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim", -1)
     if "val" in softmax.meta and isinstance(dim, int):

@@ -63,7 +63,7 @@ def op_name(node: fx.Node) -> str:
 
 
 @dataclass
-class Linear:
+class LinearNode:
     """A linear in the graph as role inference sees it: input node `x`, output node `y`, and the roles found."""
 
     x: fx.Node
@@ -89,11 +89,11 @@ class Dataflow:
         skips: the nodes that are added to.
     """
 
-    def __init__(self, graph: fx.Graph, linears: list[Linear]) -> None:
+    def __init__(self, graph: fx.Graph, linears: list[LinearNode]) -> None:
         self.graph = graph
         self.linears = linears
         self.by_y = {linear.y: linear for linear in linears}
-        self.by_x: dict[fx.Node, list[Linear]] = defaultdict(list)
+        self.by_x: dict[fx.Node, list[LinearNode]] = defaultdict(list)
         for linear in linears:
             self.by_x[linear.x].append(linear)
         self.ops = {node: op_name(node) for node in graph.nodes}
@@ -119,11 +119,11 @@ class Dataflow:
 
         return walk(start, users)
 
-    def sources(self, node: Any, through: frozenset[str] = CARRY) -> list[Linear]:
+    def sources(self, node: Any, through: frozenset[str] = CARRY) -> list[LinearNode]:
         """The linears whose outputs `node` carries forward."""
         return [self.by_y[n] for n in self.behind(node, through) if n in self.by_y]
 
-    def readers(self, node: fx.Node) -> list[Linear]:
+    def readers(self, node: fx.Node) -> list[LinearNode]:
         """The linears that read what carries `node` forward, up to other linears and residual joins."""
         carried = (n for n in self.ahead(node) if n is node or (self.ops[n] in CARRY and n not in self.joins))
         return [linear for n in carried if n is node or n not in self.by_y for linear in self.by_x.get(n, ())]

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..graph.direct_calls import OpOverload
 from ..graph.provenance import is_inserted
 from .dataflow import op_name
 from .kinds.convolution import Convolution
 from .kinds.embedding import Lookup
 from .kinds.experts import Experts
-from .kinds.linear import Product
+from .kinds.linear import SiteKind
 from .site import Call
 
 aten = torch.ops.aten
@@ -24,14 +25,14 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)
-class _Match:
+class Match:
     call: Call
     weight: str
-    product: Product
+    kind: SiteKind
     bias: _Source | None
 
 
-def _match(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
+def match_site(gm: fx.GraphModule, node: fx.Node) -> Match | None:
     """`node` as the product of a site over frozen parameters, or None."""
     if node.op != "call_function" or is_inserted(node):
         return None
@@ -58,8 +59,8 @@ def _match(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
     bias_source = _parameter(gm, bias, dim=1) if bias is not None else None
     if source is None or (bias is not None and bias_source is None):
         return None
-    product = Product(out_in == source.flipped, source.rows)
-    return _Match(call, source.name, product, bias_source)
+    kind = SiteKind(out_in == source.flipped, source.rows)
+    return Match(call, source.name, kind, bias_source)
 
 
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
@@ -68,14 +69,14 @@ _OTHER_KINDS = (aten.embedding.default, *_CONVOLUTIONS, aten.bmm.default)
 _GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 
 
-def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
+def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> Match | None:
     args = _arguments(node)
-    product: Product
+    kind: SiteKind
     if node.target is aten.embedding.default:
         if (source := _parameter(gm, args["weight"], dim=2)) is None or source.flipped or source.rows:
             return None
-        product = Lookup(padding=args["padding_idx"])
-        return _Match(Call(args["indices"], node, node), source.name, product, None)
+        kind = Lookup(padding=args["padding_idx"])
+        return Match(Call(args["indices"], node, node), source.name, kind, None)
     if node.target in _CONVOLUTIONS:
         weight, bias = args["weight"], args["bias"]
         dims = 1 if node.target in _CONVOLUTIONS[:2] else 2
@@ -84,21 +85,21 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> _Match | None:
         if source is None or (bias is not None and bias_source is None) or args["groups"] != 1:
             return None
         steps = {key: _each(args[key], dims) for key in ("stride", "padding", "dilation")}
-        product = Convolution(kernel=tuple(gm.get_parameter(source.name).shape[2:]), **steps)
-        return _Match(Call(args["input"], node, node), source.name, product, bias_source)
+        kind = Convolution(kernel=tuple(gm.get_parameter(source.name).shape[2:]), **steps)
+        return Match(Call(args["input"], node, node), source.name, kind, bias_source)
     x, weight, *routing = (operand for operand in (*node.args, *node.kwargs.values()) if operand is not None)
     source = _parameter(gm, weight, dim=3)
     known = isinstance(x, fx.Node) and all("val" in getattr(operand, "meta", ()) for operand in routing)
     if source is None or source.rows or not known or len(routing) != (op_name(node) in _GROUPED):
         return None
-    product = Experts(transposed=not source.flipped, operator=node.target)
-    return _Match(Call(x, node, node, tuple(routing)), source.name, product, None)  # type: ignore[arg-type]
+    kind = Experts(transposed=not source.flipped, operator=node.target)
+    return Match(Call(x, node, node, tuple(routing)), source.name, kind, None)  # type: ignore[arg-type]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator by name, with its defaults."""
     named = dict(node.kwargs)
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         for position, argument in enumerate(node.target._schema.arguments):
             given = node.args[position] if position < len(node.args) else argument.default_value
             named.setdefault(argument.name, given)

@@ -7,10 +7,10 @@ from collections import Counter, defaultdict
 from torch import fx
 
 from ..graph.provenance import inner_name
-from .dataflow import Linear
-from .dialects import _Match, _match
+from .dataflow import LinearNode
+from .dialects import Match, match_site
 from .kinds.experts import Experts
-from .kinds.linear import Product
+from .kinds.linear import SiteKind
 from .roles import infer_roles
 from .site import Site
 
@@ -18,28 +18,28 @@ from .site import Site
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """The sites of a graph in order of first execution, adapted or not; adapters' own linears are no sites."""
     constants = _constants(gm.graph)
-    matches = [match for node in gm.graph.nodes if (match := _match(gm, node)) is not None]
+    matches = [match for node in gm.graph.nodes if (match := match_site(gm, node)) is not None]
     # What never sees data is no site; what does is adapted at its calls on constants too.
-    seeing = {(match.weight, match.product) for match in matches if match.call.x not in constants}
-    found = [match for match in matches if (match.weight, match.product) in seeing]
-    linears = {id(match): Linear(match.call.x, match.call.y) for match in found if match.product.kind == "linear"}
+    seeing = {(match.weight, match.kind) for match in matches if match.call.x not in constants}
+    found = [match for match in matches if (match.weight, match.kind) in seeing]
+    linears = {id(match): LinearNode(match.call.x, match.call.y) for match in found if match.kind.name == "linear"}
     infer_roles(gm.graph, [linear for linear in linears.values() if linear.x not in constants])
 
-    groups: dict[tuple[str, str, Product], list[_Match]] = defaultdict(list)
+    groups: dict[tuple[str, str, SiteKind], list[Match]] = defaultdict(list)
     for match in found:
-        groups[_name(match), match.weight, match.product].append(match)
-    names = Counter((name, product.kind == "linear") for name, _, product in groups)
+        groups[_name(match), match.weight, match.kind].append(match)
+    names = Counter((name, kind.name == "linear") for name, _, kind in groups)
     sites = []
-    for (name, weight, product), members in groups.items():
-        if name == weight or names[name, product.kind == "linear"] > 1:
-            name = _name_in_module(weight, product)
-        elif product.kind != "linear" and names[name, True]:  # an embedding whose weight is a head too
-            name = f"{name}.sites.{product.kind}"
-        if product.kind == "embedding" and _is_same(gm, f"{name}.weight", weight):
+    for (name, weight, kind), members in groups.items():
+        if name == weight or names[name, kind.name == "linear"] > 1:
+            name = _name_in_module(weight, kind)
+        elif kind.name != "linear" and names[name, True]:  # an embedding whose weight is a head too
+            name = f"{name}.sites.{kind.name}"
+        if kind.name == "embedding" and _is_same(gm, f"{name}.weight", weight):
             weight = f"{name}.weight"  # the graph may read it by the name of a head that is tied to it
         roles = (linears[id(match)].reasons for match in members if id(match) in linears)
         reasons = {role: reason for each in roles for role, reason in each.items()}
-        *experts, d_out, d_in = product.matrix(gm.get_parameter(weight).detach()).shape
+        *experts, d_out, d_in = kind.matrix(gm.get_parameter(weight).detach()).shape
         sites.append(
             Site(
                 name,
@@ -48,7 +48,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
                 frozenset(reasons),
                 weight,
                 members[0].bias.name if members[0].bias else None,
-                product,
+                kind,
                 members[0].bias.rows if members[0].bias else None,
                 experts[0] if experts else 0,
                 reasons,
@@ -68,7 +68,7 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
     return constants
 
 
-def _name(match: _Match) -> str:
+def _name(match: Match) -> str:
     """The qualified name of a linear.
 
     The module stack names the module that ran, the weight's own path the module that owns it. They differ where
@@ -76,7 +76,7 @@ def _name(match: _Match) -> str:
     """
     owner, _, leaf = match.weight.rpartition(".")
     stack = inner_name(match.call.node)
-    if isinstance(match.product, Experts):
+    if isinstance(match.kind, Experts):
         return match.weight
     if stack is None or owner == stack or owner.startswith(f"{stack}." if stack else ""):
         return owner if leaf == "weight" or not leaf.endswith("weight") else f"{owner}.{leaf[: -len('_weight')]}"
@@ -89,10 +89,10 @@ def _is_same(gm: fx.GraphModule, name: str, other: str) -> bool:
     return name in found and found[name] is found[other]
 
 
-def _name_in_module(weight: str, product: Product) -> str:
+def _name_in_module(weight: str, kind: SiteKind) -> str:
     """The qualified name of a site that is one of several in its module."""
     stem = weight.removesuffix("_weight").removesuffix(".weight")
     owner, _, leaf = stem.rpartition(".")
     if stem == weight:  # a module of the parameter's own name there cannot be
         stem = f"{owner}.sites.{leaf}".lstrip(".")
-    return stem if product.rows is None else f"{stem}.rows_{product.rows[0]}_{product.rows[1]}"
+    return stem if kind.rows is None else f"{stem}.rows_{kind.rows[0]}_{kind.rows[1]}"

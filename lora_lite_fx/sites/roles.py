@@ -21,7 +21,7 @@ from .dataflow import (
     SOFTMAXES,
     SPLITS,
     Dataflow,
-    Linear,
+    LinearNode,
     walk,
 )
 
@@ -48,7 +48,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 """Names for several roles at once."""
 
 
-def infer_roles(graph: fx.Graph, linears: Iterable[Linear]) -> None:
+def infer_roles(graph: fx.Graph, linears: Iterable[LinearNode]) -> None:
     """Fill the `reasons` (role to its reason) of every linear. Where the dataflow leaves a doubt, it gives none."""
     flow = Dataflow(graph, list(linears))
     give_attention_roles(flow)
@@ -83,7 +83,7 @@ def _give_feed_forward_roles(flow: Dataflow) -> None:
             continue
         between = list(flow.behind(down.x, CARRY | ACTIVATIONS))
         # Linears behind an activation: those reached only by walking through one, or by both ways.
-        activated: list[Linear] = []
+        activated: list[LinearNode] = []
         for node in between:
             if flow.ops[node] in ACTIVATIONS and node not in flow.by_y:
                 activated += flow.sources(node, CARRY | ACTIVATIONS)

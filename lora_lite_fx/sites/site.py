@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.provenance import inner_name
-from .kinds.linear import Product
+from .kinds.linear import SiteKind
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Site:
         roles: what it does in the model, see `roles.ROLES`; empty if the dataflow does not tell.
         weight: qualified name of the weight parameter.
         bias: qualified name of the bias parameter, or None.
-        product: what it does with the weight: its kind, and the layout.
+        kind: what it does with the weight, and the layout of the weight.
         bias_rows: of the bias parameter, where the bias is a part of it: the first and the one after the last; None
             for all.
         experts: how many experts have a `W` in the weight; 0 for a site that is no stack of experts.
@@ -54,21 +54,16 @@ class Site:
     roles: frozenset[str] = frozenset()
     weight: str = ""
     bias: str | None = None
-    product: Product = field(default_factory=Product)
+    kind: SiteKind = field(default_factory=SiteKind)
     bias_rows: tuple[int, int] | None = None
     experts: int = 0
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
     calls: tuple[Call, ...] = field(default=(), compare=False, repr=False)
 
     @property
-    def kind(self) -> str:
-        """One of `products.KINDS`."""
-        return self.product.kind
-
-    @property
     def transposed(self) -> bool:
         """Whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does."""
-        return self.product.transposed
+        return self.kind.transposed
 
     def own_bias(self, stored: Tensor | None) -> Tensor | None:
         """The bias `(d_out,)`, from the parameter that it is a part of."""

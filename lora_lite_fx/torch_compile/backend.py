@@ -12,7 +12,7 @@ from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import AdapterError
 from ..rewriting.rewrite import Config, as_variants
-from .base_model import Base
+from .compiled_model import CompiledModel
 from .dynamo_call import on_compilation, running_call
 from .dynamo_graph import Compiled, Compiler, compiler
 from .marked_graph import compile_carried, has_marks
@@ -25,7 +25,7 @@ def backend(cfg: Config | None = None, *, inner: str | Compiler = "inductor") ->
     it is the base. What breaks into several graphs is adapted in each of them.
 
     The first call decides on the sites: the model runs once more on its inputs, and what ran is looked at. From then
-    on the adapters are those of the backend's `model`, which an optimiser takes. `adapt` does this before.
+    on the adapters are those of the backend's `model`, which an optimizer takes. `adapt` does this before.
 
     A site that would run outside the graphs is an error that names it. There is no error where torch.compile does
     nothing at all: switched off, or with a model whose whole `forward` it leaves out. A model that carries its adapters
@@ -63,7 +63,7 @@ class Backend:
     def __init__(self, variants: tuple[Variant, ...], inner: str | Compiler) -> None:
         self.variants = variants
         self.inner = inner
-        self._base: Base | None = None
+        self._base: CompiledModel | None = None
         if variants:
             on_compilation(self._begin)
 
@@ -78,7 +78,7 @@ class Backend:
             model: the model to be compiled with this backend; it is not changed.
             args, kwargs: inputs of its `forward`.
         """
-        self._base = Base(model, self.variants, args, kwargs)
+        self._base = CompiledModel(model, self.variants, args, kwargs)
         return self._base.carrier
 
     def __eq__(self, other: object) -> bool:
@@ -152,7 +152,7 @@ def adapt_compiled(
         ConfigError: `cfg` is no variant, or does not fit a site; or a site is no module of its own.
     """
     args, kwargs = (example_inputs, {}) if isinstance(example_inputs, tuple) else ((), example_inputs)
-    carrier = Base(model, as_variants(cfg), args, kwargs).carrier
+    carrier = CompiledModel(model, as_variants(cfg), args, kwargs).carrier
     carrier.forward = torch.compile(carrier.forward, backend=backend(inner=inner))
     return carrier
 

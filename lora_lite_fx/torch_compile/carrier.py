@@ -25,7 +25,7 @@ from ..rewriting.plan import Plan
 from ..sites.site import Site, is_called
 
 
-def carry(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
+def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
     """A copy of `model` with the adapters of `plans`, at their start.
 
     Args:
@@ -46,12 +46,12 @@ def carry(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _marked(copy, site)
-            names = tuple(plan.variant.at(site.name).specs(site))
+            names = tuple(plan.variant.for_site(site.name).tensor_specs(site))
             placement = Placement(plan.variant, adapter, site.name, len(module.placements), names)
             weight = site_weight(copy, site)
             placement.register(copy, site, weight.dtype, weight.device)
             module.placements.append(placement)
-            placement.start(copy, site, weight, plan.statistics.get(site.name))
+            placement.initialize(copy, site, weight, plan.statistics.get(site.name))
     for module in copy.modules():
         if hasattr(module, "placements"):
             _describe(copy, module)
@@ -148,7 +148,7 @@ def no_linear(site: str) -> AdapterError:
 
 
 @dataclass(frozen=True)
-class Carried:
+class MarkedSite:
     """The adapters of a site, as a graph is to have them.
 
     Args:
@@ -166,7 +166,7 @@ class Carried:
     training: bool
 
 
-def said_by(carried: str, tensors: Iterable[Tensor], training: bool, site: str) -> Carried:
+def said_by(carried: str, tensors: Iterable[Tensor], training: bool, site: str) -> MarkedSite:
     """What a mark says, for the site that is called `site` in the graph."""
     said = json.loads(carried)
     placements = tuple(
@@ -174,4 +174,4 @@ def said_by(carried: str, tensors: Iterable[Tensor], training: bool, site: str) 
         for position, one in enumerate(said["adapters"])
     )
     paths = (path for placement in placements for path in placement.tensors.values())
-    return Carried(site, frozenset(said["roles"]), placements, dict(zip(paths, tensors, strict=True)), training)
+    return MarkedSite(site, frozenset(said["roles"]), placements, dict(zip(paths, tensors, strict=True)), training)

@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..capture.tracing import fake_like
 from ..graph.subgraph import segment
 from ..graph.tensors import register_tensor
-from ..graph.tracing import fake_like
 
 Compiled = Callable[..., Any]
 Compiler = Callable[[fx.GraphModule, list[Any]], Compiled]

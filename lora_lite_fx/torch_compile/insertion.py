@@ -10,13 +10,13 @@ from ..adapters.variant import Variant
 from ..errors import AdapterError
 from ..graph.provenance import is_inserted
 from ..passes import InsertAdapter, Pipeline
-from .carrier import Carried
+from .carrier import MarkedSite
 from .dynamo_graph import set_flag
 
 # What both share.
 
 
-def _insert(gm: fx.GraphModule, carried: Sequence[Carried]) -> None:
+def insert_marked(gm: fx.GraphModule, carried: Sequence[MarkedSite]) -> None:
     """Insert the adapters at their sites, with the tensors that they have."""
     roles = {one.site: one.roles for one in carried}
     tensors: dict[str, Tensor] = {}
@@ -41,17 +41,17 @@ def _insert(gm: fx.GraphModule, carried: Sequence[Carried]) -> None:
     ).run(gm)
 
 
-def _flags(gm: fx.GraphModule) -> list[fx.Node]:
+def mode_flags(gm: fx.GraphModule) -> list[fx.Node]:
     """The nodes by which inserted adapters read whether the model is in training mode."""
     return [node for node in gm.graph.find_nodes(op="get_attr", target="training") if is_inserted(node)]
 
 
-def _with_flags(gm: fx.GraphModule, training: bool) -> fx.GraphModule:
+def with_mode_flags(gm: fx.GraphModule, training: bool) -> fx.GraphModule:
     """A copy of `gm` for one mode."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     one = fx.GraphModule(gm, graph)
-    for node in _flags(one):
+    for node in mode_flags(one):
         set_flag(one, node, training)
     one.recompile()
     return one

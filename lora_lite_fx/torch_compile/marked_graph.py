@@ -15,7 +15,7 @@ from ..graph.tensors import tensor_of
 from ..sites.finding import find_sites
 from .carrier import (
     MARK,
-    Carried,
+    MarkedSite,
     no_linear,
     said_by,
 )
@@ -27,7 +27,7 @@ from .dynamo_graph import (
     to_aten,
     to_inputs,
 )
-from .insertion import _flags, _insert
+from .insertion import insert_marked, mode_flags
 
 # Models that carry their adapters: everything is said by the marks in the graph.
 
@@ -49,20 +49,20 @@ def compile_carried(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> C
         return inner(gm, inputs)
     aten = to_aten(gm, inputs, {})
     carried = _take_marks_out(aten, inputs)
-    _insert(aten, carried)
+    insert_marked(aten, carried)
     training = {one.site: one.training for one in carried}
-    for node in _flags(aten):
+    for node in mode_flags(aten):
         set_flag(aten, node, training[cast(Provenance, recorded(node)).site])
     constants, stand_ins = to_inputs(aten, inputs)
     compiled = inner(aten, [*inputs, *stand_ins])
     return lambda *inputs: compiled(*inputs, *constants)
 
 
-def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Carried]:
+def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[MarkedSite]:
     """Remove the marks of `gm`, name the sites behind them as they say, and return what they say."""
     real = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
     marked = [(site, call, mark) for site in find_sites(gm) for call in site.calls if (mark := _mark_behind(call.x))]
-    found: dict[tuple[str, str], Carried] = {}
+    found: dict[tuple[str, str], MarkedSite] = {}
     for site, call, mark in marked:
         nodes, training, said = cast(tuple[list[fx.Node], bool, str], mark.args[1:])
         key = (json.loads(said)["site"], site.weight)

@@ -49,10 +49,10 @@ class EVA(LowRank):
     def observer(self, site: Site, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return _second_moment
 
-    def settle(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
+    def finalize(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
         if self.rho == 1 or not statistics:
             return self
-        ranks = {site.name: self.at(site.name).r for site in sites}
+        ranks = {site.name: self.for_site(site.name).r for site in sites}
         shares = {name: self._directions(statistics[name])[0] for name in ranks}
         limits = {site.name: min(round(ranks[site.name] * self.rho), site.d_in, site.d_out) for site in sites}
         competing = sorted(
@@ -70,7 +70,7 @@ class EVA(LowRank):
 
     def _alpha_for(self, name: str, rank: int) -> float:
         """The alpha that keeps the site's scale at another rank."""
-        before = self.at(name)
+        before = self.for_site(name)
         ratio = rank / before.r
         return before.alpha * (ratio**0.5 if self.rank_stabilized else ratio)
 

@@ -16,7 +16,7 @@ from .pissa import FromWeight
 class OLoRA(FromWeight):
     """`y = (W - s B0 A0) x + b + s B A drop(x)`; https://arxiv.org/abs/2406.01775, algorithm 1.
 
-    `B0 = Q[:, :r]` and `A0 = R[:r]` of the QR factorisation `W = Q R`; `A`, `B` start there. Identity at the start,
+    `B0 = Q[:, :r]` and `A0 = R[:r]` of the QR factorization `W = Q R`; `A`, `B` start there. Identity at the start,
     exactly.
     """
 

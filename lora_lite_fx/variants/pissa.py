@@ -22,7 +22,7 @@ class FromWeight(LowRank):
     """What the variants that start from a part of the weight have in common: `y = (W - s B0 A0) x + b + s B A drop(x)`.
 
     `A`, `B` start at `A0`, `B0`. The residual is not formed: the frozen factors are subtracted in activation space.
-    The base weight stays shared and exact (tied weights, half precision, removal), loading needs no factorisation,
+    The base weight stays shared and exact (tied weights, half precision, removal), loading needs no factorization,
     and at the start the two branches cancel to the last bit, where a residual rounded to the base's dtype would not.
     """
 

@@ -47,12 +47,12 @@ class RandLoRA(SharedProjections):
         super().__post_init__()
         self._require(self.shared_bases >= 0, "shared_bases must be positive, or 0 for the largest of the sites")
 
-    def settle(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Self:
-        settled = super().settle(sites, statistics)
+    def finalize(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Self:
+        finalized = super().finalize(sites, statistics)
         # As many as a site of both largest sides would need, whether or not there is one: PEFT's number.
-        smaller = min(settled.shared_d_in, settled.shared_d_out)
-        needed = max(math.ceil(smaller / self.at(site.name).r) for site in sites)
-        return dataclasses.replace(settled, shared_bases=self.shared_bases or needed)
+        smaller = min(finalized.shared_d_in, finalized.shared_d_out)
+        needed = max(math.ceil(smaller / self.for_site(site.name).r) for site in sites)
+        return dataclasses.replace(finalized, shared_bases=self.shared_bases or needed)
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -44,10 +44,10 @@ class SharedProjections(WithDropout):
         for name in ("shared_r", "shared_d_in", "shared_d_out"):
             self._require(getattr(self, name) >= 0, f"{name} must be positive, or 0 for the largest of the sites")
 
-    def settle(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Self:
+    def finalize(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Self:
         return dataclasses.replace(
             self,
-            shared_r=self.shared_r or max(self.at(site.name).r for site in sites),
+            shared_r=self.shared_r or max(self.for_site(site.name).r for site in sites),
             shared_d_in=self.shared_d_in or max(site.d_in for site in sites),
             shared_d_out=self.shared_d_out or max(site.d_out for site in sites),
         )

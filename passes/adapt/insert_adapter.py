@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
-from ...adapters.adapted_site import Frozen
+from ...adapters.adapted_site import FrozenSite
 from ...adapters.placement import Placement, site_weight
 from ...adapters.registry import to_config
 from ...adapters.variant import Variant, adapter_namespace
+from ...capture.tracing import fake_input, fake_like, trace
 from ...errors import ConfigError
 from ...graph.provenance import (
     INLET,
@@ -24,7 +25,6 @@ from ...graph.provenance import (
     record,
 )
 from ...graph.tensors import register_tensor, tensor_of
-from ...graph.tracing import fake_input, fake_like, trace
 from ...sites.finding import find_sites
 from ...sites.site import Call, Site, span
 from ..normalize.follow_mode import follow_mode
@@ -67,14 +67,14 @@ class InsertAdapter(GraphPass):
             there = {insertion.adapter for insertion in around[site.name]}
             if site.name not in self.names or self.adapter in there:
                 continue
-            names = tuple(self.variant.at(site.name).specs(site))
+            names = tuple(self.variant.for_site(site.name).tensor_specs(site))
             placement = Placement(self.variant, self.adapter, site.name, len(there), names)
             self._register(gm, site, placement)
             for call in site.calls:
                 x, y = outermost(around[site.name], moved.get(call.x, call.x), call.y)
-                value = fake_input(x, *site.product.example(tensor_of(gm, site.weight)))
+                value = fake_input(x, *site.kind.example(tensor_of(gm, site.weight)))
                 local = placement.local
-                shapes = (str(value.shape), value.dtype, site.product, site.d_out, site.bias is None, site.bias_rows)
+                shapes = (str(value.shape), value.dtype, site.kind, site.d_out, site.bias is None, site.bias_rows)
                 key = (*shapes, local.r, local.alpha)
                 of_site = (*key, local.trace_key(site))
                 here = Call(x, y, call.node, call.routing)
@@ -135,16 +135,16 @@ def trace_fragment(
     tensors |= {f"routing {i}": fake_input(node) for i, node in enumerate(routing)}
     # `base(x)` is recorded as a product with a weight of its own, so that it can be told from uses of base.weight.
     dtype = x.dtype if x.dtype.is_floating_point else stored.dtype
-    tensors["factor"] = fake_like(site.product.factor(stored).to(dtype), x)
+    tensors["factor"] = fake_like(site.kind.factor(stored).to(dtype), x)
 
     read: set[str] = set()
 
     def run(values: tuple[Tensor, ...], training: bool) -> Tensor:
         named = dict(zip(tensors, values, strict=True))
         routes = [named[name] for name in named if name.startswith("routing ")]
-        frozen = Frozen(site, named["weight"], named.get("bias"), training, read)
+        frozen = FrozenSite(site, named["weight"], named.get("bias"), training, read)
         return frozen.adapted(
-            lambda v: site.product.multiply(v, named["factor"], *routes),
+            lambda v: site.kind.multiply(v, named["factor"], *routes),
             [(placement.local, adapter_namespace({name: named[name] for name in placement.names}))],
             named["x"],
             *routes,

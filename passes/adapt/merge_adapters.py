@@ -92,15 +92,15 @@ def _effective_linear(
     adapted = compose(base, adapters)
     with torch.autocast(weight.device.type, enabled=False):
         shift = adapted(torch.zeros(1, site.d_in, dtype=exact, device=weight.device)).squeeze(0)
-        rows = adapted(site.product.identity(site.d_in, exact, weight.device)) - shift
+        rows = adapted(site.kind.identity(site.d_in, exact, weight.device)) - shift
     needs_bias = bias is not None or bool(shift.any())
     return rows.t().contiguous().to(weight.dtype), shift.to(weight.dtype) if needs_bias else None
 
 
 def _replace(gm: fx.GraphModule, site: Site, sites: list[Site], weight: Tensor, bias: Tensor | None) -> None:
     # Parts of one tensor are read through one node: what is given to one site is given to those of the other parts.
-    sharing = [s for s in sites if s is site or (site.product.rows and s.weight == site.weight)]
-    _set(gm, site, sharing, site.weight, site.product.stored(weight, tensor_of(gm, site.weight)))
+    sharing = [s for s in sites if s is site or (site.kind.rows and s.weight == site.weight)]
+    _set(gm, site, sharing, site.weight, site.kind.stored(weight, tensor_of(gm, site.weight)))
     if bias is not None and site.bias is not None:
         sharing = [s for s in sites if s is site or (site.bias_rows and s.bias == site.bias)]
         _set(gm, site, sharing, site.bias, site.stored_bias(bias, tensor_of(gm, site.bias)))
@@ -118,7 +118,7 @@ def _add_bias(gm: fx.GraphModule, site: Site, bias: Tensor) -> None:
     for call in site.calls:
         with gm.graph.inserting_before(call.node):
             added = gm.graph.get_attr(path)
-        if call.node.target is aten.linear.default or site.kind == "conv":
+        if call.node.target is aten.linear.default or site.kind.name == "conv":
             call.node.args = (*call.node.args[:2], added, *call.node.args[3:])
             continue
         with gm.graph.inserting_after(call.y):

@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...errors import COMPILE_INSTEAD, CaptureError
+from ...graph.direct_calls import OpOverload
 from ..pipeline import GraphPass
 
 aten = torch.ops.aten
@@ -164,7 +165,7 @@ def _is_layout(node: fx.Node) -> bool:
 def _with_defaults(node: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `node`, with the defaults spelled out for those that only its twin gives."""
     args, kwargs = list(node.args), dict(node.kwargs)
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         for position, argument in enumerate(node.target._schema.arguments):
             given = position < len(args) or argument.name in kwargs
             if given or not argument.has_default_value():

@@ -1,4 +1,4 @@
-"""The optimising passes: the same outputs and gradients from less work, on a graph that stays as it was."""
+"""The optimizing passes: the same outputs and gradients from less work, on a graph that stays as it was."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_lite_fx as llfx
 from lora_lite_fx.execution.module import AdaptedGraphModule, Execution, run_as
 from lora_lite_fx.graph.provenance import is_inserted
-from lora_lite_fx.passes import OPTIMISATIONS, Pipeline
+from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
 from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import (
     calibration,
@@ -39,10 +39,10 @@ from tests.support.conformance import (
 from tests.support.models import WIDTH, Attention, Case, Conv1DMLP, GatedMLP, Normed, SharedLinear, ids
 
 aten = torch.ops.aten
-NAMES = [graph_pass.name for graph_pass in OPTIMISATIONS]
+NAMES = [graph_pass.name for graph_pass in OPTIMIZATIONS]
 VARIANTS = list(llfx.registry().values())
 PLAIN = Pipeline(())
-SINGLY = OPTIMISATIONS.without("gather_products", "recompute_inputs")
+SINGLY = OPTIMIZATIONS.without("gather_products", "recompute_inputs")
 PAIR = (Attention, GatedMLP)
 MIXED = (Attention, GatedMLP, Conv1DMLP, SharedLinear, Normed)
 
@@ -63,7 +63,7 @@ def derived(gm: fx.GraphModule, passes: Pipeline = SINGLY) -> fx.GraphModule:
     return result
 
 
-def edits(gm: fx.GraphModule, passes: Pipeline = OPTIMISATIONS) -> dict[str, int]:
+def edits(gm: fx.GraphModule, passes: Pipeline = OPTIMIZATIONS) -> dict[str, int]:
     return {report.name: report.edits for report in passes.run(gm)}
 
 
@@ -126,7 +126,7 @@ def test_stacks_of_variants_compute_the_same(data: st.DataObject) -> None:
 
 def check_any(data: st.DataObject, cfg: list[llfx.Variant], blocks: tuple[type[nn.Module], ...]) -> None:
     exported, checkpoint_layers = data.draw(st.booleans()), data.draw(st.booleans())
-    passes = OPTIMISATIONS.without(*data.draw(st.sets(st.sampled_from(NAMES), max_size=len(NAMES) - 1)))
+    passes = OPTIMIZATIONS.without(*data.draw(st.sets(st.sampled_from(NAMES), max_size=len(NAMES) - 1)))
     made = adapted(cfg, exported=exported, blocks=blocks)
     text = str(made.graph)
     gm = run_as(made, Execution(passes, checkpoint_layers))
@@ -150,16 +150,16 @@ def test_in_half_precision_errors_are_no_larger(name: str) -> None:
     _, model, graph = base(dtype=torch.bfloat16, blocks=(GatedMLP, Attention))
     gm = llfx.rewrite(graph, cfg)
     exact = llfx.wrap(copy.deepcopy(model).double(), dataclasses.replace(cfg, dtype=None))
-    squares: dict[str, list[Tensor]] = {"plain": [], "optimised": []}
+    squares: dict[str, list[Tensor]] = {"plain": [], "optimized": []}
     for seed in range(24):
         randomise(gm, seed)
         llfx.load_adapter_state_dict(exact, {n: t.double() for n, t in llfx.adapter_state_dict(gm).items()})
         args = (ids(4, 9, seed=seed),)
         with torch.no_grad():
-            for kind, run in (("plain", llfx.optimize(gm, PLAIN)), ("optimised", gm)):
+            for kind, run in (("plain", llfx.optimize(gm, PLAIN)), ("optimized", gm)):
                 squares[kind].append((output(run, args).double() - output(exact, args)).square().mean())
-    plain, optimised = (torch.stack(values).mean().sqrt().item() for values in squares.values())
-    assert 0 < optimised <= 1.05 * plain
+    plain, optimized = (torch.stack(values).mean().sqrt().item() for values in squares.values())
+    assert 0 < optimized <= 1.05 * plain
 
 
 # Less work.
@@ -266,7 +266,7 @@ def start(cls: type[llfx.Variant]) -> fx.GraphModule:
 
 
 def pair(cls: type[llfx.Variant]) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """An optimised graph and the plain one, over the same tensors, in evaluation mode."""
+    """An optimized graph and the plain one, over the same tensors, in evaluation mode."""
     gm = copy.deepcopy(start(cls))
     return gm, llfx.optimize(gm, PLAIN)
 
@@ -497,7 +497,7 @@ def test_compiled_there_is_one_graph_and_changed_values_are_seen() -> None:
     assert counter.frame_count == 1
 
 
-def test_an_exported_file_holds_the_plain_graph_and_can_be_optimised_again() -> None:
+def test_an_exported_file_holds_the_plain_graph_and_can_be_optimized_again() -> None:
     gm, plain = pair(llfx.DoRA)
     dynamic = ([torch.export.Dim.AUTO] * 2,)
     programs = [torch.export.export(model, X, dynamic_shapes=dynamic) for model in (gm, plain)]
@@ -516,12 +516,12 @@ def test_an_exported_file_holds_the_plain_graph_and_can_be_optimised_again() -> 
 
 
 def test_rewriting_and_removing_keep_what_was_left_out() -> None:
-    gm = llfx.optimize(adapted(llfx.LoRA(r=2), blocks=PAIR), OPTIMISATIONS.without("share_siblings"))
+    gm = llfx.optimize(adapted(llfx.LoRA(r=2), blocks=PAIR), OPTIMIZATIONS.without("share_siblings"))
     for made in (llfx.rewrite(gm, llfx.IA3()), copy.deepcopy(gm), llfx.remove(gm)):
         assert isinstance(made, AdaptedGraphModule)
         assert made.execution is not None
         assert [graph_pass.name for graph_pass in made.execution.passes] == [n for n in NAMES if n != "share_siblings"]
     with pytest.raises(ValueError, match="share_sibling"):
-        OPTIMISATIONS.without("share_sibling")
+        OPTIMIZATIONS.without("share_sibling")
     with pytest.raises(llfx.AdapterError, match="Linear"):
         llfx.optimize(nn.Linear(2, 2))  # type: ignore[arg-type]

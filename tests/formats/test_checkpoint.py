@@ -118,7 +118,7 @@ def test_a_file_brings_back_tensors_and_outputs_bit_for_bit(
         loaded = llfx.load(model, path, example)
     assert loaded.training
     assert same_state(loaded, adapted)
-    # Optimised, sums may be rounded in another order than the eager wrapper's.
+    # Optimized, sums may be rounded in another order than the eager wrapper's.
     alike = llfx.optimize(loaded, Pipeline(())) if adapt is llfx.wrap else loaded
     assert torch.equal(alike.eval()(inputs(4, 2)), before)
     loaded.eval()
@@ -183,7 +183,7 @@ def test_the_metadata_says_what_was_inserted_where(tmp_path: Path) -> None:
     assert len(set(prints.values())) == 2
 
 
-def test_loading_pissa_factorises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_pissa_factorizes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path, VARIANTS["PiSSA"])
 
     def svd(*args: Any, **kwargs: Any) -> None:

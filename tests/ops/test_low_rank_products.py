@@ -19,14 +19,14 @@ from variants import flop_counter
 
 import lora_lite_fx as llfx
 from lora_lite_fx.ops.low_rank_products import LowRankProducts
-from lora_lite_fx.passes import OPTIMISATIONS
+from lora_lite_fx.passes import OPTIMIZATIONS
 from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.execution.test_programs import PLAIN, derived
 from tests.support.conformance import close, randomise
 from tests.support.untouched import saved_bytes
 
 aten = torch.ops.aten
-TRAINING = OPTIMISATIONS.of("training")
+TRAINING = OPTIMIZATIONS.of("training")
 EVERYWHERE: dict[str, Any] = {"target_names": ("_proj$",)}
 LOW_RANK = {
     "LoRA": llfx.LoRA(r=2, alpha=4.0, **EVERYWHERE),
@@ -85,7 +85,7 @@ def test_a_layer_has_four_gathered_products(name: str, bias: bool) -> None:
 def test_in_inference_every_low_rank_variant_runs_in_one_form() -> None:
     counts = {}
     for name in LOW_RANK:
-        gm = derived(adapted(name), OPTIMISATIONS.of("inference"))
+        gm = derived(adapted(name), OPTIMIZATIONS.of("inference"))
         nodes = list(gm.graph.nodes)
         first = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
         assert [len(node.target.ranks) for node in gathered(gm)] == 2 * [3, 1, 2, 1]
@@ -122,14 +122,14 @@ def test_a_mask_is_converted_once_for_all_layers() -> None:
     gm = llfx.rewrite(base()[0], LOW_RANK["LoRA"], inputs)
     randomise(gm, 1)
     for program in ("training", "inference"):
-        graph = derived(gm, OPTIMISATIONS.of(program)).graph
+        graph = derived(gm, OPTIMIZATIONS.of(program)).graph
         assert len(graph.find_nodes(op="call_function", target=aten.where.Scalar)) == 1
         attention = graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
         assert len({node.args[3] for node in attention}) == 1
     for keep in (torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)):
         with keep:
             assert torch.equal(
-                gm(**inputs).logits, llfx.optimize(gm, OPTIMISATIONS.without("convert_mask_once"))(**inputs).logits
+                gm(**inputs).logits, llfx.optimize(gm, OPTIMIZATIONS.without("convert_mask_once"))(**inputs).logits
             )
 
 
@@ -238,9 +238,9 @@ def test_the_arithmetic_is_that_of_the_cost_table(name: str) -> None:
 def test_no_second_model_is_kept_for_a_variant_with_shared_bases() -> None:
     cfg = llfx.RandLoRA(r=R, target_names=(".",))
     gm = llfx.rewrite(nn.Sequential(nn.Linear(IN, OUT)), cfg, (torch.randn(3, IN),)).eval()
-    assert {report.name: report.edits for report in OPTIMISATIONS.run(gm)}["associate_products"] == 0
+    assert {report.name: report.edits for report in OPTIMIZATIONS.run(gm)}["associate_products"] == 0
     gm = llfx.rewrite(nn.Sequential(nn.Linear(IN, OUT)), llfx.LoRA(r=128, target_names=(".",)), (torch.randn(3, IN),))
-    assert {report.name: report.edits for report in OPTIMISATIONS.run(gm)}["associate_products"] == 1
+    assert {report.name: report.edits for report in OPTIMIZATIONS.run(gm)}["associate_products"] == 1
 
 
 # Compiled.

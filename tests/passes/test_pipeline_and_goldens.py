@@ -15,7 +15,7 @@ from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.errors import ConfigError
 from lora_lite_fx.graph.provenance import INLET, OUTLET, insertions, recorded
 from lora_lite_fx.passes import (
-    OPTIMISATIONS,
+    OPTIMIZATIONS,
     GraphPass,
     InsertAdapter,
     MergeAdapters,
@@ -278,7 +278,7 @@ def test_graph_text_is_dumped_before_and_after_each_pass_when_asked_for(
         for name in (
             *("inline_regions", "drop_metadata_asserts", "inline_regions", "drop_metadata_asserts"),
             *("follow_mode", "insert_adapter"),
-            *(each.name for each in OPTIMISATIONS.of("training")),
+            *(each.name for each in OPTIMIZATIONS.of("training")),
         )
         for when in ("after", "before")
     ]

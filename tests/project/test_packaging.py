@@ -128,7 +128,7 @@ def test_the_wheel_holds_the_package_with_its_passes_and_nothing_else(wheel: Pat
         files = {info.filename: info for info in archive.infolist() if not info.is_dir()}
         own = {name for name in files if ".dist-info/" not in name}
         assert own == expected_modules(sources())
-        assert {f"{NAME}/py.typed", f"{NAME}/passes/__init__.py", f"{NAME}/passes/insert.py"} <= own
+        assert {f"{NAME}/py.typed", f"{NAME}/passes/__init__.py", f"{NAME}/passes/adapt/insert_adapter.py"} <= own
         assert {name.split("/")[0] for name in files} == {NAME, f"{NAME}-{version(archive)}.dist-info"}
         for name in own:
             assert archive.read(name) == (ROOT / name).read_bytes(), name

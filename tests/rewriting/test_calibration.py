@@ -137,7 +137,7 @@ def test_redistributed_ranks_are_those_of_the_largest_shares_of_variance() -> No
     assert {placement.site: placement.local.r for placement in placed} == ranks
     for name, rank in ranks.items():
         assert gm.get_parameter(f"{name}.lora_A").shape[0] == rank
-        assert variant.at(name).alpha / rank == pytest.approx(3.0), "the scale stays as it was"
+        assert variant.for_site(name).alpha / rank == pytest.approx(3.0), "the scale stays as it was"
     (x,) = data(2, seed=3)[0]
     assert torch.equal(gm(x), net(x))
 

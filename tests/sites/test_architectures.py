@@ -45,7 +45,7 @@ def graph_of(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
 
 def sites_of(name: str) -> list[Site]:
     """The linears of an architecture; sites of other kinds have no roles."""
-    return [site for site in find_sites(captured(name)[1]) if site.kind == "linear"]
+    return [site for site in find_sites(captured(name)[1]) if site.kind.name == "linear"]
 
 
 # Roles.

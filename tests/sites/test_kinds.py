@@ -193,7 +193,7 @@ def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
                 matrices.append((adapted(eye) - bias).t())
         stored = copied.get_parameter(site.weight)
         matrix = torch.stack(matrices) if site.experts else matrices[0]
-        if site.kind == "embedding" or (site.experts and site.weight == "up"):
+        if site.kind.name == "embedding" or (site.experts and site.weight == "up"):
             matrix = matrix.transpose(-1, -2)
         stored.data.copy_(matrix.reshape(stored.shape))
         if site.bias is not None:

@@ -53,7 +53,7 @@ def _built(cls: type[llfx.Variant], **fields: Any) -> llfx.Variant:
     """The config; combinations that the variant refuses, at a site too, are not drawn."""
     try:
         cfg = cls(**fields)
-        cfg.at("blocks.0.lin")
+        cfg.for_site("blocks.0.lin")
     except llfx.ConfigError:
         reject()
     return cfg
@@ -144,7 +144,7 @@ def observe(model: nn.Module) -> list[Any]:
 def check_rewrite_equals_wrap(
     model: nn.Module, gm: fx.GraphModule, wrapped: nn.Module, args: tuple[Any, ...], tolerance: float, seed: int
 ) -> None:
-    """Outputs and adapter gradients of the rewritten graph, plain and optimised, are the wrapper's, in both modes."""
+    """Outputs and adapter gradients of the rewritten graph, plain and optimized, are the wrapper's, in both modes."""
     with unchanged(model):
         assert type(wrapped) is type(model)
         assert list(llfx.adapter_state_dict(gm)) == list(llfx.adapter_state_dict(wrapped))
@@ -155,7 +155,7 @@ def check_rewrite_equals_wrap(
         plain = llfx.optimize(copy.deepcopy(gm), Pipeline(()))
         for training in (True, False):
             expected_y, expected = gradients(wrapped.train(training), args)
-            # Optimised, sums are rounded in another order, which may do as much as a last bit of the adapters does.
+            # Optimized, sums are rounded in another order, which may do as much as a last bit of the adapters does.
             with _nudged(wrapped):
                 nudged_y, nudged = gradients(wrapped, args)
             mode = "train" if training else "eval"

@@ -379,7 +379,7 @@ def make_pair(name: str, oracle: Oracle) -> Pair:
     model, graph = captured(name)
     targets, ours = targets_of(name, oracle)
     torch.manual_seed(1)
-    # As written, and not optimised: where a softmax is saturated a gradient is nothing but the order of rounding.
+    # As written, and not optimized: where a softmax is saturated a gradient is nothing but the order of rounding.
     gm = llfx.optimize(llfx.rewrite(graph, oracle.cls(**oracle.fields, **ours)), Pipeline(()))
     reference = copy.deepcopy(model)
     if not oracle.conv1d:

@@ -28,7 +28,7 @@ def inputs(count: int = 30) -> Tensor:
 # OLoRA.
 
 
-def test_olora_starts_at_the_first_part_of_the_qr_factorisation_and_its_scale_is_in_the_residual() -> None:
+def test_olora_starts_at_the_first_part_of_the_qr_factorization_and_its_scale_is_in_the_residual() -> None:
     net = linear()
     gm = llfx.rewrite(net, llfx.OLoRA(r=R, alpha=6.0, target_names=("0",)))
     q, r = torch.linalg.qr(net[0].weight.detach())

@@ -140,7 +140,7 @@ def test_every_reason_is_that_of_a_tensor_of_some_config(graph: fx.GraphModule) 
         (type(cfg).__name__, name)
         for cfg in CONFIGS
         for site in sites
-        for name, spec in cfg.settle(sites, {}).params(site).items()
+        for name, spec in cfg.finalize(sites, {}).params(site).items()
         if spec.trainable
     }
     assert {(variant, name) for variant, reasons in ZERO.items() for name in reasons} <= trained

@@ -160,13 +160,13 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
     for site in sites:
         if not site.weight.startswith(f"{site.name}."):
             raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is none of its own.")
-        if site.kind not in form.kinds:
+        if site.kind.name not in form.kinds:
             raise ConfigError(
-                f"{name}: files of PEFT hold it for linears only here; {site.name!r} is {site.product.article}."
+                f"{name}: files of PEFT hold it for linears only here; {site.name!r} is {site.kind.article}."
             )
-        if isinstance(site.product, Convolution) and set(site.product.dilation) != {1}:
+        if isinstance(site.kind, Convolution) and set(site.kind.dilation) != {1}:
             raise ConfigError(f"{name}: PEFT's convolutions are not dilated, and {site.name!r} is.")
-        if site.kind == "embedding" and getattr(variant, "bias", False):
+        if site.kind.name == "embedding" and getattr(variant, "bias", False):
             raise ConfigError(f"{name}: PEFT has no bias at an embedding, and {site.name!r} is one.")
         if site.transposed and not form.conv1d:
             raise ConfigError(f"{name}: PEFT has it for ordinary linears only, and {site.name!r} is a Conv1D.")
@@ -178,14 +178,14 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
     names = [site.name for site in sites]
     config["target_modules"] = _covering(names, modules)
     for field, key in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-        values = {site: getattr(variant.at(site), field) for site in names}
+        values = {site: getattr(variant.for_site(site), field) for site in names}
         own = {f"^{re.escape(site)}": value for site, value in values.items() if value != getattr(variant, field)}
         if own and key not in form.patterns:
             raise ConfigError(f"{name}: PEFT has one {field} for all sites, and this adapter has several.")
         if key in form.patterns:
             config[key] = own
     if form.conv1d:
-        layouts = {site.transposed for site in sites if site.kind == "linear"}
+        layouts = {site.transposed for site in sites if site.kind.name == "linear"}
         config["fan_in_fan_out"] = layouts == {True}
     if isinstance(variant, IA3):
         feedforward = [re.escape(site.name) for site in sites if variant.gates_input(site)]

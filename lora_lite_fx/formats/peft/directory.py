@@ -38,7 +38,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
         model: what `rewrite`, `wrap`, `adapt` or `load` returned, with one adapter.
         path: of the directory; made if it is not there. Each of its two files is written whole or not at all.
         as_lora: write `PiSSA` and `OLoRA` as an ordinary LoRA of twice the rank, the start and the end side by side.
-            It runs on the unchanged base, without the factorisation that PEFT repeats at each load otherwise.
+            It runs on the unchanged base, without the factorization that PEFT repeats at each load otherwise.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -124,7 +124,7 @@ def _module_names(model: nn.Module) -> list[str]:
 
 
 def _key(form: PeftFormat, site: Site, name: str) -> str:
-    key = form.tensors[name].key_at(site.kind)
+    key = form.tensors[name].key_at(site.kind.name)
     return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{site.name}.{key}"
 
 

@@ -111,8 +111,8 @@ class PeftFormat:
         if isinstance(variant, IA3):
             return tensor[None, :] if variant.gates_input(site) else tensor[:, None]
         theirs = self.tensors[name]
-        if isinstance(site.product, Convolution) and theirs.conv is not None:
-            return theirs.conv(tensor, site.product.kernel)
+        if isinstance(site.kind, Convolution) and theirs.conv is not None:
+            return theirs.conv(tensor, site.kind.kernel)
         return theirs.to_peft(tensor)
 
 

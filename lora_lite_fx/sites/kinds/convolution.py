@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .linear import Product
+from .linear import SiteKind
 from .site_input import SiteInput
 
 
 @dataclass(frozen=True)
-class Convolution(Product):
+class Convolution(SiteKind):
     """`Conv1d` or `Conv2d` with one group: `W` stored as `(d_out, channels, *kernel)`, applied to patches.
 
     The patches are never formed: a product with `M (m, d_in)` is a convolution to m channels.
@@ -30,7 +30,7 @@ class Convolution(Product):
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
 
-    kind: ClassVar[str] = "conv"
+    name: ClassVar[str] = "conv"
     article: ClassVar[str] = "a convolution"
     why: ClassVar[str] = "the patches that a convolution multiplies are never formed"
 

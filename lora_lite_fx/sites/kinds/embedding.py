@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .linear import Product
+from .linear import SiteKind
 from .site_input import SiteInput
 
 
 @dataclass(frozen=True)
-class Lookup(Product):
+class Lookup(SiteKind):
     """An embedding, `W` stored as `(d_in, d_out)`: one row for each of `d_in` ids.
 
     The input is one-hot, never formed: a dropped element is a dropped id.
@@ -25,7 +25,7 @@ class Lookup(Product):
 
     padding: int = -1
 
-    kind: ClassVar[str] = "embedding"
+    name: ClassVar[str] = "embedding"
     article: ClassVar[str] = "an embedding"
     why: ClassVar[str] = "an embedding's input are ids"
 

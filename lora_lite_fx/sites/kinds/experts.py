@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import ConfigError
-from .linear import Product
+from .linear import SiteKind
 
 
 @dataclass(frozen=True)
-class Experts(Product):
+class Experts(SiteKind):
     """Experts whose weights are one parameter, with an adapter for each.
 
     Args:
@@ -32,7 +32,7 @@ class Experts(Product):
 
     operator: Any = None
 
-    kind: ClassVar[str] = "experts"
+    name: ClassVar[str] = "experts"
     article: ClassVar[str] = "a stack of experts"
 
     @property
@@ -144,8 +144,8 @@ class PerExpert(_Value):
 class Routed(_Value):
     """Values of tokens at their experts: `value (tokens, d)` sorted by expert, or `(experts, tokens, d)`."""
 
-    def __init__(self, value: Tensor, product: Experts, routing: tuple[Tensor, ...], who: str) -> None:
-        self.value, self.product, self.routing, self.who = value, product, routing, who
+    def __init__(self, value: Tensor, kind: Experts, routing: tuple[Tensor, ...], who: str) -> None:
+        self.value, self.kind, self.routing, self.who = value, kind, routing, who
 
 
 # Functions that act on each element, whatever their operands.
@@ -179,7 +179,7 @@ def _apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
     if routed is not None:
         value = _of_routed(func, name, routed, args, kwargs)
         if value is not None:
-            return Routed(value, routed.product, routed.routing, routed.who)
+            return Routed(value, routed.kind, routed.routing, routed.who)
     else:
         value = _of_experts(func, name, args, kwargs)
         if value is not None:
@@ -193,19 +193,16 @@ def _apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 def _of_routed(
     func: Callable[..., Any], name: str, routed: Routed, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor | None:
-    product, routing = routed.product, routed.routing
+    kind, routing = routed.kind, routed.routing
 
     def meet(operand: Any) -> Any:
         if isinstance(operand, PerExpert):
-            return product.spread(operand.value, routed.value, routing)
+            return kind.spread(operand.value, routed.value, routing)
         return operand.value if isinstance(operand, Routed) else operand
 
     if name == "linear" and args[0] is routed:
         x, matrix, bias = (*args, kwargs.get("bias"))[:3]
-        if isinstance(matrix, PerExpert):
-            y = product.times(x.value, matrix.value, routing)
-        else:
-            y = F.linear(x.value, matrix)
+        y = kind.times(x.value, matrix.value, routing) if isinstance(matrix, PerExpert) else F.linear(x.value, matrix)
         return y if bias is None else y + meet(bias)
     if name in _ELEMENTWISE and all(len(arg.shape) <= 1 for arg in args if isinstance(arg, (PerExpert, Tensor))):
         return func(*map(meet, args), **kwargs)

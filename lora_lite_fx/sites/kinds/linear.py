@@ -20,7 +20,7 @@ KINDS = ("linear", "embedding", "conv", "experts")
 
 
 @dataclass(frozen=True)
-class Product:
+class SiteKind:
     """What a site does with its input and its matrix. This class is the plain linear; the others derive from it.
 
     Args:
@@ -31,7 +31,7 @@ class Product:
     transposed: bool = False
     rows: tuple[int, int] | None = None
 
-    kind: ClassVar[str] = "linear"
+    name: ClassVar[str] = "linear"
     article: ClassVar[str] = "a linear"
 
     # The weight as a matrix.

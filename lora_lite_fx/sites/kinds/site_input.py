@@ -16,19 +16,19 @@ class SiteInput:
     """The input of a site that is no tensor `(..., d_in)`: it can be cast, dropped out, and multiplied.
 
     Args:
-        product: the kind of site.
+        kind: the kind of site.
         value: the tensor that the model passes.
         dtype: that the input has, or would have.
         who: names the variant and the site.
         kept: what the input is multiplied with, if elements were dropped.
     """
 
-    def __init__(self, product: Any, value: Tensor, dtype: torch.dtype, who: str, kept: Tensor | None = None) -> None:
-        self.product, self.value, self.dtype, self.who, self.kept = product, value, dtype, who, kept
+    def __init__(self, kind: Any, value: Tensor, dtype: torch.dtype, who: str, kept: Tensor | None = None) -> None:
+        self.kind, self.value, self.dtype, self.who, self.kept = kind, value, dtype, who, kept
 
     def to(self, dtype: torch.dtype) -> SiteInput:
         """The input in another dtype."""
-        return self.product.cast(self, dtype)
+        return self.kind.cast(self, dtype)
 
     def type_as(self, other: Tensor) -> SiteInput:
         """The input in the dtype of `other`."""
@@ -40,9 +40,9 @@ class SiteInput:
     ) -> Any:
         x = next(arg for arg in args if isinstance(arg, SiteInput))
         if args[0] is x and func is F.linear:
-            return x.product.linear(*args, **(kwargs or {}))
+            return x.kind.linear(*args, **(kwargs or {}))
         if args[0] is x and func is F.dropout:
-            return x.product.dropout(*args, **(kwargs or {}))
+            return x.kind.dropout(*args, **(kwargs or {}))
         return x._refuse(func.__name__)
 
     def __getattr__(self, name: str) -> Any:
@@ -52,6 +52,6 @@ class SiteInput:
 
     def _refuse(self, used: str) -> NoReturn:
         raise ConfigError(
-            f"{self.who}, which is {self.product.article}: it does more with its input ({used}) than to multiply it"
-            f" with matrices, and {self.product.why}."
+            f"{self.who}, which is {self.kind.article}: it does more with its input ({used}) than to multiply it"
+            f" with matrices, and {self.kind.why}."
         )

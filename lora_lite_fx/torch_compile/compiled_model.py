@@ -27,8 +27,8 @@ from ..sites.finding import find_sites
 from ..sites.roles import ROLES
 from ..sites.site import Site
 from .carrier import (
-    Carried,
-    carry,
+    MarkedSite,
+    mark_sites,
     no_linear,
     outside,
 )
@@ -39,12 +39,12 @@ from .dynamo_graph import (
     to_aten,
     to_inputs,
 )
-from .insertion import _flags, _insert, _with_flags
+from .insertion import insert_marked, mode_flags, with_mode_flags
 
 # Models that do not: everything is known from the first call.
 
 
-class Base:
+class CompiledModel:
     """A model compiled as it is: its sites, and the copy that carries their adapters.
 
     Args:
@@ -57,7 +57,7 @@ class Base:
         # A compiled call may run in inference mode; parameters that are to be trained cannot be made in it.
         with torch.inference_mode(False), torch.enable_grad():
             ran = record_run(model, args, kwargs)
-            self.carrier = carry(model, make_plans(ran, variants, None))
+            self.carrier = mark_sites(model, make_plans(ran, variants, None))
         self.model = model
         self.variants = variants
         self.sites = {site.name: site for site in find_sites(ran)}
@@ -106,14 +106,14 @@ class Base:
         for name in {inner_name(node) or "" for node in reading}.difference(there):
             if self.placements.get(name):
                 raise no_linear(name)
-        _insert(aten, [self._carried(site) for site in there if self.placements[site]])
+        insert_marked(aten, [self._carried(site) for site in there if self.placements[site]])
         tensors = self._tensors_of(there)
         further, stand_ins = to_inputs(aten, inputs)
         # Detached stand-ins: real tensors that Dynamo has not seen would get dynamic shapes of their own.
         values = [node.meta["val"] for node in aten.graph.find_nodes(op="placeholder")]
         given = [values[i].detach() if i in frozen else tensor for i, tensor in enumerate(inputs)] + stand_ins
-        if _flags(aten):
-            compiled = {training: inner(_with_flags(aten, training), given) for training in (True, False)}
+        if mode_flags(aten):
+            compiled = {training: inner(with_mode_flags(aten, training), given) for training in (True, False)}
         else:
             compiled = dict.fromkeys((True, False), inner(aten, given))
 
@@ -164,11 +164,11 @@ class Base:
             )
         return site.name
 
-    def _carried(self, site: str) -> Carried:
+    def _carried(self, site: str) -> MarkedSite:
         there = tuple(self.placements[site])
         paths = [path for placement in there for path in placement.tensors.values()]
         tensors = {path: tensor_of(self.carrier, path) for path in paths}
-        return Carried(site, self.sites[site].roles, there, tensors, self.model.training)
+        return MarkedSite(site, self.sites[site].roles, there, tensors, self.model.training)
 
     def _tensors_of(self, sites: Sequence[str]) -> dict[tuple[int, int, str], Tensor]:
         """The tensors of the adapters at these sites, by index of the site, adapter, and name."""
@@ -207,13 +207,13 @@ class Base:
         return graph_of(one) == graph_of(other)
 
 
-def enter(base: Base, module: nn.Module, args: Any) -> None:
+def enter(base: CompiledModel, module: nn.Module, args: Any) -> None:
     """Before a module is called from Python."""
     if not torch.compiler.is_compiling() and base.watching and id(module) in base.watched:
         base.ran.discard(base.watched[id(module)])
 
 
-def leave(base: Base, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def leave(base: CompiledModel, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """The output of a site's module that was called from Python.
 
     If its forward was in no graph, it ran without its adapters. The carrier's module is then called in its place: if

@@ -169,7 +169,7 @@ print({NAME}.__file__, {NAME}.passes.__file__, {NAME}.passes.InsertAdapter.__mod
     home = environment.site_packages if environment == installed else copy
     assert Path(package).resolve() == home / NAME / "__init__.py"
     assert Path(passes).resolve() == (home / NAME / "passes" / "__init__.py").resolve()
-    assert module == f"{NAME}.passes.insert"
+    assert module == f"{NAME}.passes.adapt.insert_adapter"
 
 
 @pytest.mark.parametrize("name", ["passes", "tests", "examples"])
@@ -201,7 +201,7 @@ def test_a_type_checker_sees_the_types(environment: Environment, tmp_path: Path)
     revealed, wrong = done.stdout.splitlines()
     assert "tuple[str, ...] | None" in revealed
     assert "list[" in revealed
-    assert "lora_lite_fx.passes.graph_pass.PassReport" in revealed
+    assert "lora_lite_fx.passes.pipeline.PassReport" in revealed
     assert 'Unexpected keyword argument "rank" for "LoRA"' in wrong, done.stdout
 
 

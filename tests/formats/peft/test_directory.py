@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
+from lora_lite_fx.adapters.placement import adapters
 from tests.support.peft_oracles import CASES, ORACLES, TOLERANCE, Case, Pair, make_pair, use_ordinary_linears
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
@@ -48,7 +49,7 @@ def test_what_peft_saved_computes_the_same_here(case: str, name: str, tmp_path: 
     graph = llfx.remove(pair.ours)
     loaded = llfx.load_peft(graph, tmp_path).eval()
     close(output(loaded, pair.case), output(pair.theirs, pair.case))
-    ours = {type(variant) for variant, _ in llfx.adapters.adapters(loaded)}
+    ours = {type(variant) for variant, _ in adapters(loaded)}
     assert ours == {pair.oracle.cls}
 
 

@@ -11,18 +11,22 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..capture.signature import CallSignature
 from ..errors import AdapterError
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
-from ..passes import OPTIMIZATIONS, Pipeline, Program
+from ..passes import OPTIMIZATIONS, LeaveOutInputs, Pipeline, Program
 from .checkpointing import cut_layers
 from .prologue import Prologue, cut_prologue
+
+_DERIVED = "_run_"
+"""What the names of the methods begin with that run what is derived from a graph."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,12 @@ class Execution:
     Args:
         passes: what optimizes it.
         checkpoint_layers: whether its layers keep only their inputs for the backward pass, and are run again in it.
+        signature: how it is called; None for a graph that takes its inputs and nothing else.
     """
 
     passes: Pipeline = OPTIMIZATIONS
     checkpoint_layers: bool = False
+    signature: CallSignature | None = None
 
 
 class AdaptedGraphModule(fx.GraphModule):
@@ -47,7 +53,7 @@ class AdaptedGraphModule(fx.GraphModule):
     """
 
     execution: Execution | None = None  # none while it is being made
-    prologues: dict[Program, Prologue]
+    prologues: dict[str, Prologue]  # by the method that reads them
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
@@ -66,40 +72,48 @@ class AdaptedGraphModule(fx.GraphModule):
         if self.execution is not None:
             self._drop_derived()
             cls: Any = type(self)
-            cls.forward = _running_what_is_derived(cls.forward, self.execution.checkpoint_layers)
+            cls.forward = _running_what_is_derived(cls.forward, self.execution)
         return code
 
     def _drop_derived(self) -> None:
         # The class is this module's alone. What is derived are its methods.
         cls: Any = type(self)
-        for method in map(_method, get_args(Program)):
-            if method in vars(cls):
-                delattr(cls, method)
+        for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
+            delattr(cls, method)
         cls.prologues = {}
 
     # Constant for torch.compile, which would else trace it.
     @torch.compiler.assume_constant_result
-    def _derive(self, program: Program) -> None:
-        """Make the method that runs this program, unless it is there."""
+    def _derive(self, program: Program, left_out: tuple[str, ...]) -> str:
+        """Make the method that runs this program for calls that leave these arguments out, unless it is there.
+
+        Returns:
+            Its name.
+        """
         cls: Any = type(self)
-        if _method(program) in vars(cls):
-            return
-        graph = self._optimized(program)
+        method = "_without_".join((f"{_DERIVED}{program}", *left_out))
+        if method in vars(cls):
+            return method
+        graph = self._optimized(program, left_out)
         # What is cut out are methods too; the outer graph calls them as if modules.
         if program == "checkpointed":
-            for name, method in cut_layers(self, graph, "_layer").items():
-                setattr(cls, name, method)
-        if (prologue := cut_prologue(self, graph, _prologue(program))) is not None:
-            cls.prologues[program] = prologue
-            setattr(cls, _prologue(program), _running(program))
-        setattr(cls, _method(program), forward_of(self, graph))
+            for name, layer in cut_layers(self, graph, f"{method}_layer").items():
+                setattr(cls, name, layer)
+        if (prologue := cut_prologue(self, graph, f"{method}_prologue")) is not None:
+            cls.prologues[method] = prologue
+            setattr(cls, f"{method}_prologue", _running(method))
+        setattr(cls, method, forward_of(self, graph))
+        return method
 
-    def _optimized(self, program: Program) -> fx.Graph:
+    def _optimized(self, program: Program, left_out: tuple[str, ...]) -> fx.Graph:
         """A copy of the graph, optimized."""
         assert self.execution is not None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about the signature it copies
             derived = fx.GraphModule(self, copy.deepcopy(self.graph))
+        if left_out:
+            assert self.execution.signature is not None
+            Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived)
         self.execution.passes.of(program).run(derived)
         derived.graph.owning_module = None  # it would be asked for the modules that stand for methods
         return derived.graph
@@ -119,31 +133,31 @@ class AdaptedGraphModule(fx.GraphModule):
             prologue.forget()
 
 
-def _method(program: Program) -> str:
-    return f"_run_{program}"
+def _running_what_is_derived(plain: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
+    signature, checkpoints_layers = execution.signature, execution.checkpoint_layers
 
-
-def _prologue(program: Program) -> str:
-    return f"_prologue_of_{program}"
-
-
-def _running_what_is_derived(plain: Callable[..., Any], checkpoints_layers: bool) -> Callable[..., Any]:
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
         program: Program = "inference"
         # Compiled, parameter work is done in each call: there what is best kept for inference would cost more.
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             program = "checkpointed" if checkpoints_layers and self.training else "training"
-        self._derive(program)
-        return getattr(self, _method(program))(*args, **kwargs)
+        if signature is None or not signature.has_defaults:
+            return getattr(self, self._derive(program, ()))(*args, **kwargs)
+        values, left_out = signature.bind(args, kwargs)
+        results = getattr(self, self._derive(program, left_out))(*values)
+        return signature.omission(left_out).returned(results) if left_out else results
 
     # torch.compile counts recompilations by code: each module needs its own.
     forward.__code__ = forward.__code__.replace()
-    return functools.update_wrapper(forward, plain)  # for its signature
+    forward = functools.update_wrapper(forward, plain)  # for its signature
+    if signature is not None:
+        forward.__signature__ = signature.of_method  # type: ignore[attr-defined]
+    return forward
 
 
-def _running(program: Program) -> Callable[..., Any]:
+def _running(method: str) -> Callable[..., Any]:
     def prologue(self: AdaptedGraphModule) -> Any:
-        work = self.prologues[program]
+        work = self.prologues[method]
         return work.inline(self) if torch.compiler.is_compiling() else work(self)
 
     return prologue

@@ -10,7 +10,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -184,7 +184,7 @@ def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZ
         raise AdapterError(
             f"A graph is needed, as rewrite, load or torch.export return it; not {type(model).__name__}."
         )
-    return run_as(model, Execution(passes, checkpoints_layers(model)))
+    return run_as(model, replace(execution_of(model), passes=passes))
 
 
 def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:

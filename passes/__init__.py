@@ -1,7 +1,7 @@
 """The graph passes, one file each.
 
-A pass is a frozen dataclass with `run(gm) -> number of edits`; a `Pipeline` runs several and does what every pass
-needs around each.
+A pass is a frozen dataclass with `run(gm) -> number of edits`. A `Pipeline` runs several passes, and does the work that
+every pass needs around each.
 """
 
 from ..graph.regions import without_gradient
@@ -23,7 +23,9 @@ from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
 from .optimize.recompute_inputs import RecomputeInputs
 from .optimize.share_siblings import ShareSiblings
 from .pipeline import (
+    Declined,
     GraphPass,
+    Outcome,
     PassError,
     PassReport,
     Pipeline,
@@ -44,12 +46,13 @@ OPTIMIZATIONS = Pipeline(
         RecomputeInputs(),
     )
 )
-"""What changes how an adapted graph is run and not what it computes, each where it never loses."""
+"""The passes that make an adapted graph run faster or in less memory, and leave its results as they are."""
 
 __all__ = [
     "OPTIMIZATIONS",
     "AssociateProducts",
     "ConvertMaskOnce",
+    "Declined",
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",
@@ -64,6 +67,7 @@ __all__ = [
     "MoveBranchesToOutputs",
     "ObserveInputs",
     "Observer",
+    "Outcome",
     "PassError",
     "PassReport",
     "Pipeline",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from lora_lite_fx.errors import ConfigError
 from lora_lite_fx.graph.provenance import INLET, OUTLET, insertions, recorded
 from lora_lite_fx.passes import (
     OPTIMIZATIONS,
+    Declined,
     GraphPass,
     InsertAdapter,
     MergeAdapters,
+    Outcome,
     PassError,
     Pipeline,
     RemoveAdapters,
@@ -267,24 +270,92 @@ def test_a_refusal_keeps_its_class_and_notes_the_pass() -> None:
     assert "in pass fail" in caught.value.__notes__[0]
 
 
-def test_graph_text_is_dumped_before_and_after_each_pass_when_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LORA_LITE_FX_DUMP", str(tmp_path / "dump"))
-    llfx.rewrite(Down(), llfx.LoRA(r=2), EXAMPLE)(*EXAMPLE)  # the call derives what runs
-    files = sorted((tmp_path / "dump").iterdir())
-    assert [f.name.split("_", 1)[1] for f in files] == [
-        f"{name}.{when}.txt"
-        for name in (
-            *("inline_regions", "drop_metadata_asserts", "inline_regions", "drop_metadata_asserts"),
-            *("follow_mode", "insert_adapter"),
-            *(each.name for each in OPTIMIZATIONS.of("training")),
-        )
-        for when in ("after", "before")
-    ]
-    after, before = (file.read_text() for file in files if "insert_adapter" in file.name)
-    assert "lora_A" in after
-    assert "lora_A" not in before
+@dataclass(frozen=True)
+class Returns(GraphPass):
+    """Returns a value and changes nothing."""
+
+    value: Any
+
+    def run(self, gm: fx.GraphModule) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize("value", [None, 1.0, Outcome("two")], ids=str)  # type: ignore[arg-type]
+def test_a_pass_that_returns_no_number_of_edits_is_named(value: object) -> None:
+    with pytest.raises(PassError, match=r"TypeError in pass returns \(.*: none\): run must return the number of edits"):
+        Pipeline((Returns(value),)).run(base_graph(Down(), EXAMPLE))
+
+
+def test_reports_have_the_reasons_of_a_pass_each_once() -> None:
+    gm = llfx.rewrite(Down(), llfx.LoRA(r=2, target_names=("proj",)), EXAMPLE)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    assert Declined.at([nodes["linear_2"], nodes["linear_3"]], "no") == Declined(("proj",), "no")
+    assert str(Declined.at([nodes["linear"], nodes["linear_2"]], "no")) == "fc, proj: no"
+    assert str(Declined((), "no")) == "no"
+    declined = (Declined(("proj",), "no"), Declined(("fc",), "no"), Declined(("proj",), "no"))
+    reports = Pipeline((Returns(Outcome(0, declined)), Returns(3))).run(gm)
+    assert [(report.edits, report.declined) for report in reports] == [(0, declined[:2]), (3, ())]
+
+
+# Dumps.
+
+
+@pytest.fixture
+def dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, str]]:
+    """Dump to a new folder; the function returns the texts of its files by name, without their numbers."""
+    folder = tmp_path / "dump"
+    monkeypatch.setenv("LORA_LITE_FX_DUMP", str(folder))
+    return lambda: {path.name.split("_", 1)[1]: path.read_text() for path in sorted(folder.iterdir())}
+
+
+def test_a_pass_that_changes_the_graph_is_dumped_before_and_after(dump: Callable[[], dict[str, str]]) -> None:
+    llfx.rewrite(Down(), llfx.LoRA(r=2), EXAMPLE)(*EXAMPLE)  # the call derives a program
+    texts = dump()
+    assert "lora_A" in texts["insert_adapter.after.txt"]
+    assert "lora_A" not in texts["insert_adapter.before.txt"]
+    assert texts["insert_adapter.after.txt"].startswith("# insert_adapter: 2 edits\ngraph():\n")
+    for each in OPTIMIZATIONS.of("training"):
+        assert (f"{each.name}.txt" in texts) != (f"{each.name}.before.txt" in texts), each.name
+        assert (f"{each.name}.after.txt" in texts) == (f"{each.name}.before.txt" in texts), each.name
+
+
+def test_a_pass_that_does_nothing_is_dumped_as_one_line_and_its_reasons(dump: Callable[[], dict[str, str]]) -> None:
+    llfx.rewrite(Down(), llfx.LoRA(r=2), EXAMPLE)(*EXAMPLE)
+    texts = dump()
+    assert texts["group_heads.txt"] == "# group_heads: no edits\n"
+    assert texts["share_siblings.txt"] == "# share_siblings: no edits\n# share_siblings: fc, proj: different inputs\n"
+
+
+class Unprintable:
+    """A value without a text."""
+
+    def __repr__(self) -> str:
+        raise ValueError("no text")
+
+
+@dataclass(frozen=True)
+class Break(GraphPass):
+    """Leaves a graph that cannot be printed, and fails."""
+
+    def run(self, gm: fx.GraphModule) -> int:
+        relu = next(node for node in gm.graph.nodes if node.name == "relu")
+        relu.args = (Unprintable(),)  # type: ignore[assignment]
+        raise KeyError("lost")
+
+
+def test_a_failing_pass_is_dumped_with_its_error_and_what_it_left(dump: Callable[[], dict[str, str]]) -> None:
+    for wrong in (Fail(KeyError("x")), Break()):
+        with pytest.raises(PassError):
+            Pipeline((RemoveAdapters(), wrong)).run(base_graph(Down(), EXAMPLE))
+    texts = dump()
+    assert "remove_adapters.txt" in texts
+    assert texts["fail.failed.txt"] == "# fail failed: KeyError: 'x'\n" + texts["fail.before.txt"]
+    lines = texts["break.failed.txt"].splitlines()
+    assert lines[0] == "# break failed: KeyError: 'lost'"
+    assert lines[1] == "# The graph cannot be printed as a whole: ValueError: no text"
+    assert "    # relu cannot be printed: ValueError: no text" in lines
+    assert sum("call_function[target=torch.ops.aten.linear" in line for line in lines) == 2
+    assert not (set(texts) & {"fail.after.txt", "break.after.txt"})
 
 
 # Traces.

@@ -6,7 +6,7 @@ every pass needs around each.
 
 from ..graph.regions import without_gradient
 from .adapt.insert_adapter import InsertAdapter
-from .adapt.merge_adapters import MergeAdapters, merged_tensors
+from .adapt.merge_adapters import MergeAdapters, MergedSite, merge_sites
 from .adapt.observe_inputs import ObserveInputs, Observer
 from .adapt.remove_adapters import RemoveAdapters
 from .normalize.drop_metadata_asserts import DropMetadataAsserts
@@ -64,6 +64,7 @@ __all__ = [
     "InsertAdapter",
     "LeaveOutDropout",
     "MergeAdapters",
+    "MergedSite",
     "MoveBranchesToOutputs",
     "ObserveInputs",
     "Observer",
@@ -75,6 +76,6 @@ __all__ = [
     "RecomputeInputs",
     "RemoveAdapters",
     "ShareSiblings",
-    "merged_tensors",
+    "merge_sites",
     "without_gradient",
 ]

@@ -26,7 +26,7 @@ from lora_lite_fx.passes import (
     Pipeline,
     RemoveAdapters,
 )
-from lora_lite_fx.passes.adapt import insert_adapter as insert_pass
+from lora_lite_fx.passes.adapt import fragment
 from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import check_rewrite_equals_wrap
 from tests.support.models import Attention, GatedMLP, Net, ids
@@ -227,8 +227,8 @@ def test_sites_of_one_size_take_further_traces_only_where_a_variant_looks_at_the
 ) -> None:
     monkeypatch.setitem(_REGISTRY, "Looking", Looking)
     made: list[fx.Graph] = []
-    trace = insert_pass.trace
-    monkeypatch.setattr(insert_pass, "trace", lambda *args: made.append(trace(*args)) or made[-1])
+    trace = fragment.trace
+    monkeypatch.setattr(fragment, "trace", lambda *args: made.append(trace(*args)) or made[-1])
     model = Net([Attention], bias=True, tied=False).double().eval()
     gm = llfx.rewrite(model, cfg, (ids(2, 5),))
     assert len(made) == traces

@@ -19,7 +19,7 @@ from ...graph.queries import (
     value_of,
 )
 from ...graph.writes import may_return_a_view, overwrites
-from ...ops.low_rank_products import LowRankProducts
+from ...ops.low_rank_products import Branch, LowRankProducts, flatten
 from ..pipeline import GraphPass
 
 aten = torch.ops.aten
@@ -178,12 +178,12 @@ def _gather(graph: fx.Graph, product: fx.Node, sums: list[Sum]) -> None:
                 place.prepend(read)
     ranks = tuple(stop - start for start, stop in (made.columns for made in sums))
     products = LowRankProducts(ranks, tuple(made.alpha for made in sums))
-    tensors: list[Any] = []
+    branches: list[Branch[Any]] = []
     for made in sums:
         _, weight, bias = (*made.y.args, None)[:3]
-        tensors += [weight, bias, made.b, made.scale]
+        branches.append(Branch(weight, bias, made.b, made.scale))
     with graph.inserting_before(place):
-        call = graph.call_function(products, (*product.args, *tensors))
+        call = graph.call_function(products, (*product.args, *flatten(branches)))
         results = [graph.call_function(operator.getitem, (call, 1 + index)) for index in range(len(sums))]
     call.meta = dict(product.meta)
     for made, result in zip(sums, results, strict=True):

@@ -67,8 +67,7 @@ class InsertAdapter(GraphPass):
             there = {insertion.adapter for insertion in around[site.name]}
             if site.name not in self.names or self.adapter in there:
                 continue
-            names = tuple(self.variant.for_site(site.name).tensor_specs(site))
-            placement = Placement(self.variant, self.adapter, site.name, len(there), names)
+            placement = Placement.of(self.variant, self.adapter, site, len(there))
             self._register(gm, site, placement)
             for call in site.calls:
                 x, y = outermost(around[site.name], moved.get(call.x, call.x), call.y)
@@ -93,8 +92,7 @@ class InsertAdapter(GraphPass):
             return
         if site.name not in dict(gm.named_modules()):
             gm.add_submodule(site.name, nn.Module())
-        weight = site_weight(gm, site)
-        placement.register(gm, site, weight.dtype, weight.device)
+        placement.register(gm, site, site_weight(gm, site))
 
 
 @dataclass(frozen=True)

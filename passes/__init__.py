@@ -12,6 +12,7 @@ from .adapt.remove_adapters import RemoveAdapters
 from .normalize.drop_metadata_asserts import DropMetadataAsserts
 from .normalize.follow_mode import FollowMode
 from .normalize.inline_regions import InlineRegions
+from .normalize.leave_out_inputs import LeaveOutInputs
 from .optimize.associate_products import AssociateProducts
 from .optimize.convert_mask_once import ConvertMaskOnce
 from .optimize.fold_scale_into_addition import FoldScaleIntoAddition
@@ -63,6 +64,7 @@ __all__ = [
     "InlineRegions",
     "InsertAdapter",
     "LeaveOutDropout",
+    "LeaveOutInputs",
     "MergeAdapters",
     "MergedSite",
     "MoveBranchesToOutputs",

@@ -10,19 +10,23 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..capture.signature import CallSignature
 from ..errors import AdapterError
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
-from ..passes import OPTIMIZATIONS, PassReport, Pipeline, Program
+from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
 from .checkpointing import cut_layers
 from .prologue import Prologue, cut_prologue
+
+_DERIVED = "_run_"
+"""The names of the methods that run programs begin with this."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
@@ -35,15 +39,17 @@ class Execution:
     Args:
         passes: the passes that optimize the programs.
         checkpoint_layers: whether the layers keep only their inputs for the backward pass, and run again in it.
+        signature: how the graph is called; None for a graph that takes its inputs and nothing else.
     """
+
+    passes: Pipeline = OPTIMIZATIONS
+    checkpoint_layers: bool = False
+    signature: CallSignature | None = None
 
     @property
     def programs(self) -> tuple[Program, Program]:
         """The program for training mode, and the one for inference."""
         return "checkpointed" if self.checkpoint_layers else "training", "inference"
-
-    passes: Pipeline = OPTIMIZATIONS
-    checkpoint_layers: bool = False
 
 
 class AdaptedGraphModule(fx.GraphModule):
@@ -55,8 +61,8 @@ class AdaptedGraphModule(fx.GraphModule):
     """
 
     execution: Execution | None = None  # None while the module is being made
-    prologues: dict[Program, Prologue]
-    reports: dict[Program, list[PassReport]]
+    prologues: dict[str, Prologue]  # by the method that reads them
+    reports: dict[str, list[PassReport]]  # by the method that runs the program
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
@@ -75,46 +81,53 @@ class AdaptedGraphModule(fx.GraphModule):
         if self.execution is not None:
             self._drop_derived()
             cls: Any = type(self)
-            cls.forward = _forward_of_programs(cls.forward, self.execution.checkpoint_layers)
+            cls.forward = _forward_of_programs(cls.forward, self.execution)
         return code
 
     def pass_reports(self, program: Program) -> list[PassReport]:
         """Return what each pass did when `program` was derived; derive the program first if no call has needed it."""
-        self._derive(program)
-        return self.reports[program]
+        return self.reports[self._derive(program, ())]
 
     def _drop_derived(self) -> None:
         # torch.fx makes a class for each module, so the methods of the programs can be attributes of the class.
         cls: Any = type(self)
-        for method in map(_method, get_args(Program)):
-            if method in vars(cls):
-                delattr(cls, method)
+        for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
+            delattr(cls, method)
         cls.prologues = {}
         cls.reports = {}
 
     # Otherwise torch.compile would trace it.
     @_constant_when_compiled
-    def _derive(self, program: Program) -> None:
-        """Make the method that runs this program, unless the class has it."""
+    def _derive(self, program: Program, left_out: tuple[str, ...]) -> str:
+        """Make the method that runs this program for calls that leave these arguments out, unless the class has it.
+
+        Returns:
+            The name of the method.
+        """
         cls: Any = type(self)
-        if _method(program) in vars(cls):
-            return
-        graph, cls.reports[program] = self._optimized(program)
+        method = "_without_".join((f"{_DERIVED}{program}", *left_out))
+        if method in vars(cls):
+            return method
+        graph, cls.reports[method] = self._optimized(program, left_out)
         # The parts that are cut out become methods too; the outer graph calls them as if they were modules.
         if program == "checkpointed":
-            for name, method in cut_layers(self, graph, "_layer").items():
-                setattr(cls, name, method)
-        if (prologue := cut_prologue(self, graph, _prologue(program))) is not None:
-            cls.prologues[program] = prologue
-            setattr(cls, _prologue(program), _running(program))
-        setattr(cls, _method(program), forward_of(self, graph))
+            for name, layer in cut_layers(self, graph, f"{method}_layer").items():
+                setattr(cls, name, layer)
+        if (prologue := cut_prologue(self, graph, f"{method}_prologue")) is not None:
+            cls.prologues[method] = prologue
+            setattr(cls, f"{method}_prologue", _running(method))
+        setattr(cls, method, forward_of(self, graph))
+        return method
 
-    def _optimized(self, program: Program) -> tuple[fx.Graph, list[PassReport]]:
+    def _optimized(self, program: Program, left_out: tuple[str, ...]) -> tuple[fx.Graph, list[PassReport]]:
         """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
         assert self.execution is not None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch warns of the signature that it copies
             derived = fx.GraphModule(self, copy.deepcopy(self.graph))
+        if left_out:
+            assert self.execution.signature is not None
+            Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived)
         reports = self.execution.passes.of(program).run(derived)
         derived.graph.owning_module = None  # torch.fx would ask it for modules, but the calls stand for methods
         return derived.graph, reports
@@ -136,32 +149,32 @@ class AdaptedGraphModule(fx.GraphModule):
             prologue.forget()
 
 
-def _method(program: Program) -> str:
-    return f"_run_{program}"
+def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
+    signature, checkpoints_layers = execution.signature, execution.checkpoint_layers
 
-
-def _prologue(program: Program) -> str:
-    return f"_prologue_of_{program}"
-
-
-def _forward_of_programs(plain: Callable[..., Any], checkpoints_layers: bool) -> Callable[..., Any]:
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
         program: Program = "inference"
         # Under torch.compile nothing is cached between calls, so run the training program; inference's precomputed
         # factors would be rebuilt every call.
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             program = "checkpointed" if checkpoints_layers and self.training else "training"
-        self._derive(program)
-        return getattr(self, _method(program))(*args, **kwargs)
+        if signature is None or not signature.has_defaults:
+            return getattr(self, self._derive(program, ()))(*args, **kwargs)
+        values, left_out = signature.bind(args, kwargs)
+        results = getattr(self, self._derive(program, left_out))(*values)
+        return signature.omission(left_out).returned(results) if left_out else results
 
     # torch.compile counts recompilations by code object, so each module needs one of its own.
     forward.__code__ = forward.__code__.replace()
-    return functools.update_wrapper(forward, plain)  # the signature of `plain` shows
+    forward = functools.update_wrapper(forward, plain)  # the signature of `plain` shows
+    if signature is not None:
+        forward.__signature__ = signature.of_method  # type: ignore[attr-defined]
+    return forward
 
 
-def _running(program: Program) -> Callable[..., Any]:
+def _running(method: str) -> Callable[..., Any]:
     def prologue(self: AdaptedGraphModule) -> Any:
-        work = self.prologues[program]
+        work = self.prologues[method]
         return work.inline(self) if torch.compiler.is_compiling() else work(self)
 
     return prologue
@@ -188,7 +201,7 @@ def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZ
         raise AdapterError(
             f"optimize takes a graph that rewrite, load or torch.export returned, not {type(model).__name__}."
         )
-    return run_as(model, Execution(passes, checkpoints_layers(model)))
+    return run_as(model, replace(execution_of(model), passes=passes, checkpoint_layers=checkpoints_layers(model)))
 
 
 def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:

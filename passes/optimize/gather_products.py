@@ -23,11 +23,8 @@ from ...graph.queries import (
 )
 from ...graph.walk import walk
 from ...graph.writes import may_return_a_view, overwrites
-    products = LowRankProducts(ranks, tuple(term.alpha for term in sums))
-    branches: list[Branch[Any]] = []
-    for term in sums:
-        _, weight, bias = (*term.y.args, None)[:3]
-        branches.append(Branch(weight, bias, term.b, term.scale))
+from ...ops.low_rank_products import Branch, LowRankProducts, flatten
+from ..pipeline import Declined, GraphPass, Outcome
 
 aten = torch.ops.aten
 
@@ -208,21 +205,12 @@ def _gather(graph: fx.Graph, product: fx.Node, sums: list[Sum]) -> None:
         for read in _operands(term):
             if place < read:  # a tensor of the module
                 place.prepend(read)
-<<<<<<< HEAD
     ranks = tuple(stop - start for start, stop in (term.columns for term in sums))
     products = LowRankProducts(ranks, tuple(term.alpha for term in sums))
-    tensors: list[Any] = []
+    branches: list[Branch[Any]] = []
     for term in sums:
         _, weight, bias = (*term.y.args, None)[:3]
-        tensors += [weight, bias, term.b, term.scale]
-=======
-    ranks = tuple(stop - start for start, stop in (made.columns for made in sums))
-    products = LowRankProducts(ranks, tuple(made.alpha for made in sums))
-    branches: list[Branch[Any]] = []
-    for made in sums:
-        _, weight, bias = (*made.y.args, None)[:3]
-        branches.append(Branch(weight, bias, made.b, made.scale))
->>>>>>> w-compile
+        branches.append(Branch(weight, bias, term.b, term.scale))
     with graph.inserting_before(place):
         call = graph.call_function(products, (*product.args, *flatten(branches)))
         results = [graph.call_function(operator.getitem, (call, 1 + index)) for index in range(len(sums))]

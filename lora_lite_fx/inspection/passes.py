@@ -54,9 +54,9 @@ def summarized(declined: Iterable[Declined]) -> list[str]:
         prefix, number, names = _split(record.sites)
         layers.setdefault((record.why, prefix, ", ".join(names)), []).extend(number)
     lines: dict[tuple[str, str], list[str]] = {}
-    for (why, prefix, names), numbers in layers.items():
+    for (why, prefix, candidate), numbers in layers.items():
         where = f" ({prefix}{ranges(set(numbers))})" if numbers else ""
-        lines.setdefault((why, where), []).append(names)
+        lines.setdefault((why, where), []).append(candidate)
     return [f"{'; '.join(candidates)}: {why}{where}".removeprefix(": ") for (why, where), candidates in lines.items()]
 
 

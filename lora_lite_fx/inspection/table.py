@@ -174,7 +174,9 @@ def inspect(
     programs: tuple[ProgramReport, ...] = ()
     if passes:
         # A model that runs is asked for its own programs; of another model the graph made here shows what would run.
-        programs = program_reports(model_or_graph if isinstance(model_or_graph, AdaptedGraphModule) else gm)
+        running = model_or_graph if isinstance(model_or_graph, AdaptedGraphModule) else gm
+        assert isinstance(running, AdaptedGraphModule)
+        programs = program_reports(running)
     return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, programs)
 
 

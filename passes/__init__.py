@@ -1,12 +1,12 @@
 """The graph passes, one file each.
 
-A pass is a frozen dataclass with `run(gm) -> number of edits`; a `Pipeline` runs several and does what every pass
-needs around each.
+A pass is a frozen dataclass with `run(gm) -> number of edits`. A `Pipeline` runs several passes, and does the work that
+every pass needs around each.
 """
 
 from ..graph.regions import without_gradient
 from .adapt.insert_adapter import InsertAdapter
-from .adapt.merge_adapters import MergeAdapters, merged_tensors
+from .adapt.merge_adapters import MergeAdapters, MergedSite, merge_sites
 from .adapt.observe_inputs import ObserveInputs, Observer
 from .adapt.remove_adapters import RemoveAdapters
 from .normalize.drop_metadata_asserts import DropMetadataAsserts
@@ -24,7 +24,9 @@ from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
 from .optimize.recompute_inputs import RecomputeInputs
 from .optimize.share_siblings import ShareSiblings
 from .pipeline import (
+    Declined,
     GraphPass,
+    Outcome,
     PassError,
     PassReport,
     Pipeline,
@@ -45,12 +47,13 @@ OPTIMIZATIONS = Pipeline(
         RecomputeInputs(),
     )
 )
-"""What changes how an adapted graph is run and not what it computes, each where it never loses."""
+"""The passes that make an adapted graph run faster or in less memory, and leave its results as they are."""
 
 __all__ = [
     "OPTIMIZATIONS",
     "AssociateProducts",
     "ConvertMaskOnce",
+    "Declined",
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",
@@ -63,9 +66,11 @@ __all__ = [
     "LeaveOutDropout",
     "LeaveOutInputs",
     "MergeAdapters",
+    "MergedSite",
     "MoveBranchesToOutputs",
     "ObserveInputs",
     "Observer",
+    "Outcome",
     "PassError",
     "PassReport",
     "Pipeline",
@@ -73,6 +78,6 @@ __all__ = [
     "RecomputeInputs",
     "RemoveAdapters",
     "ShareSiblings",
-    "merged_tensors",
+    "merge_sites",
     "without_gradient",
 ]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, fx, nn
 
 from ..graph.provenance import (
@@ -44,6 +43,11 @@ class Placement:
     position: int
     names: tuple[str, ...]
 
+    @classmethod
+    def of(cls, variant: Variant, adapter: int, site: Site, position: int) -> Placement:
+        """Return the placement of `variant` at `site`, with the tensors that the variant asks for there."""
+        return cls(variant, adapter, site.name, position, tuple(variant.for_site(site.name).tensor_specs(site)))
+
     @property
     def tensors(self) -> dict[str, str]:
         """The qualified name of each tensor."""
@@ -54,10 +58,16 @@ class Placement:
         """The variant as it is at this site: with the rank and alpha that its patterns give it."""
         return self.variant.for_site(self.site)
 
-    def register(self, model: nn.Module, site: Site, dtype: torch.dtype, device: torch.device) -> None:
+    def register(self, model: nn.Module, site: Site, weight: Tensor) -> None:
         """Add the tensors to `model`: parameters where trainable, else buffers.
 
-        They are not yet filled, but for those that the sites of the adapter share: these come with the first of them.
+        They are not filled yet. The exception are tensors that all sites of the adapter share: the first site adds
+        and fills them.
+
+        Args:
+            model: gets the tensors; it has a module of the site's name already.
+            site: the site of this placement.
+            weight: the frozen weight of the site. The tensors follow its dtype and device.
         """
         specs = self.local.tensor_specs(site)
         for name, qualified in self.tensors.items():
@@ -66,7 +76,7 @@ class Placement:
             shared = name.startswith(SHARED)
             if shared and hasattr(module, attribute):
                 continue
-            tensor = specs[name].empty(self.variant.param_dtype(dtype), device)
+            tensor = specs[name].empty(self.variant.param_dtype(weight.dtype), weight.device)
             if shared:
                 specs[name].fill(tensor)
             if isinstance(tensor, nn.Parameter):
@@ -75,7 +85,14 @@ class Placement:
                 module.register_buffer(attribute, tensor)
 
     def initialize(self, model: nn.Module, site: Site, weight: Tensor, statistic: Statistic | None = None) -> None:
-        """Write the start values into the tensors. `weight` is the site's, see `site_weight`."""
+        """Write the start values into the tensors.
+
+        Args:
+            model: has the tensors, see `register`.
+            site: the site of this placement.
+            weight: the frozen weight of the site, as `site_weight` returns it.
+            statistic: the variant's observation of the site on calibration data, or None without such data.
+        """
         self.local.initialize(site, weight, self.namespace(model), statistic)
 
     def namespace(self, model: nn.Module) -> Any:

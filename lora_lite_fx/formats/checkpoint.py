@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.adapted_site import check_kind
-from ..adapters.placement import adapters, graph_of, placements
+from ..adapters.placement import Placement, adapters, graph_of, placements
 from ..adapters.registry import from_config, to_config
 from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
-from ..graph.provenance import qualified_names
 from ..graph.tensors import tensor_of
 from ..rewriting.base_graph import base_graph
 from ..rewriting.rewrite import insert_adapters
@@ -111,8 +110,8 @@ def load(
     values = adapter_state_dict(gm)
     for placement in placements(gm):
         if placement.adapter >= first:
-            written = _written(placed, placement.adapter - first, placement.site, placement.names)
-            values |= {own: state[written[name]] for name, own in placement.tensors.items()}
+            written = _in_file(placed, placement.adapter - first, sites[placement.site])
+            values |= {own: state[written.tensors[name]] for name, own in placement.tensors.items()}
     load_adapter_state_dict(gm, values)
     if document.get("checksum") != _checksum(document, state):
         raise CheckpointError(f"{path} is corrupt: it does not hold what was saved.")
@@ -199,17 +198,18 @@ def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> d
     expected: dict[str, Tensor] = {}
     for adapter, (variant, targets) in enumerate(placed):
         for site in targets:
-            specs = variant.for_site(site.name).tensor_specs(site)
+            placement = _in_file(placed, adapter, site)
+            specs = placement.local.tensor_specs(site)
             dtype = variant.param_dtype(tensor_of(gm, site.weight).dtype)
-            written = _written(placed, adapter, site.name, specs)
-            expected |= {written[name]: spec.empty(dtype, torch.device("meta")) for name, spec in specs.items()}
+            for name, qualified in placement.tensors.items():
+                expected[qualified] = specs[name].empty(dtype, torch.device("meta"))
     return expected
 
 
-def _written(placed: list[tuple[Variant, list[Site]]], adapter: int, site: str, names: Iterable[str]) -> dict[str, str]:
-    """The qualified names in the file; in a model that has adapters already they may be others."""
-    position = sum(site in {target.name for target in targets} for _, targets in placed[:adapter])
-    return qualified_names(site, adapter, position, names)
+def _in_file(placed: list[tuple[Variant, list[Site]]], adapter: int, site: Site) -> Placement:
+    """Return the placement as the file has it: a model that has adapters already may give its tensors other names."""
+    position = sum(site.name in {target.name for target in targets} for _, targets in placed[:adapter])
+    return Placement.of(placed[adapter][0], adapter, site, position)
 
 
 # Writing.

@@ -1,15 +1,18 @@
 """The products of low-rank adapters that read one input, with those of their sites, as one operation.
 
-Autograd sees one node where the graph has a dozen: branches are added into the outputs of the sites in place, in the
-backward pass all gradients of the input into one tensor, and what is kept for it is chosen as a whole.
+Autograd sees one node where the graph has a dozen. Branches are added into the outputs of the sites in place. In the
+backward pass, all gradients of the input are added into one tensor. What is saved for it is chosen as a whole.
+
+`LowRankProducts` is the operation, `Branch` the record that it is given for each site. torch.fx and autograd pass
+tensors one by one: `flatten` and `unflatten` are the only places that know in which order.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,37 +22,53 @@ from torch.nn import functional as F
 from ..graph.tensors import HALF
 
 _SMALLEST_SCALE = 1e-30
-"""What a scale of zero is taken for where the result is divided by it again."""
+"""Replaces a scale of zero where the result is divided by the scale again."""
+
+T = TypeVar("T")
 
 
-class Branch(NamedTuple):
-    """A frozen linear and its branch, `y = c (x W^T + b + alpha t B^T)`: `weight`, `bias`, `b` and `scale` of it."""
+class Branch(NamedTuple, Generic[T]):
+    """One site and its adapter, `y = c (x W^T + b + alpha t B^T)`: its tensors, or one value for each of them.
 
-    weight: Tensor
-    bias: Tensor | None
-    b: Tensor
-    scale: Tensor | None
+    Args:
+        weight: the frozen `W (d_out, d_in)`.
+        bias: the frozen `b (d_out,)`, or None.
+        b: the adapter's `B (d_out, r)`.
+        scale: the adapter's `c (d_out,)`, or None.
+    """
+
+    weight: T
+    bias: T | None
+    b: T
+    scale: T | None
 
 
-_EACH = len(Branch._fields)
+def flatten(branches: Iterable[Branch[T]]) -> list[T | None]:
+    """Return the fields of all branches one after the other, as the operation takes them."""
+    return [field for branch in branches for field in branch]
+
+
+def unflatten(fields: Sequence[Any]) -> list[Branch[Any]]:
+    """Return the branches whose fields `flatten` put one after the other."""
+    size = len(Branch._fields)
+    return [Branch(*fields[start : start + size]) for start in range(0, len(fields), size)]
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankProducts:
-    """`x, a, *sources, *sites -> t, *ys` with `t = x a^T` and, for each site, `y = c (x W^T + b + alpha t_i B_i^T)`.
+    """`x, a, *sources, *flatten(branches) -> t, *ys`: `t = x a^T`, and `y = c (x W^T + b + alpha t_i B^T)` per branch.
 
-    For the backward pass it keeps `t`, of `x` its sources alone if there are any, and for the gradient of a `c` the
-    result `y`, which what follows may keep as well. Under `torch.compile`, which chooses what to keep itself, in
-    transforms (`torch.func`, forward mode), and where a weight is trained or is no ordinary tensor, it is the plain
-    products.
+    For the backward pass it saves `t`; the sources of `x` if there are any, else `x`; and for the gradient of a `c` the
+    result `y`, which the operations that follow may save as well. It computes the plain products under
+    `torch.compile`, which chooses what to save itself, in transforms (`torch.func`, forward mode), and where a weight
+    is trained or is not an ordinary tensor.
 
     Args:
-        ranks: how many columns of `t` each site reads, one after the other.
-        alphas: of the sites. Their tensors follow the sources, four for each: `W (d_out, d_in)`, `b (d_out,)` or None,
-            `B (d_out, r)`, `c (d_out,)` or None.
+        ranks: how many columns of `t` each branch reads, one after the other; empty for `t` alone.
+        alphas: the factor of each branch.
         recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with; a method that does not use its
-            object.
-        sources: how many there are.
+            object. None where `x` is saved.
+        sources: how many sources there are: tensors, or sizes.
     """
 
     ranks: tuple[int, ...] = ()
@@ -59,62 +78,73 @@ class LowRankProducts:
 
     @property
     def __name__(self) -> str:
-        """As torch.fx names the functions that it calls."""
+        """Return the name that torch.fx gives to calls."""
         return "low_rank_products"
 
     def __call__(self, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        tensors = rest[self.sources :]
-        if not self._is_usual(x, a, tensors):
-            return self._plain(x, a, tensors)
+        """Return `t` and the result of each branch.
+
+        Args:
+            x: `(..., d_in)`.
+            a: `(r, d_in)`, where r is the sum of the ranks.
+            rest: the sources, and the branches as `flatten` returns them.
+        """
+        _, branches = self.split(rest)
+        if not self._is_usual(x, a, branches):
+            return self._plain(x, a, branches)
         if torch.is_grad_enabled():
-            results: tuple[Tensor, ...] = _Function.apply(self, x, a, *rest)
-            return results
+            return _apply(self, x, a, *rest)
         # As matrices, which take less time where there are few tokens.
         shape = x.shape[:-1]
-        return tuple(result.view(*shape, result.shape[-1]) for result in self.accumulated(_rows(x), a, tensors))
+        return tuple(result.view(*shape, result.shape[-1]) for result in self.accumulated(_rows(x), a, branches))
 
-    def each(self, t: Tensor, tensors: Sequence[Any]) -> Iterator[tuple[Branch, Tensor, float]]:
-        """The sites that `tensors` are of, with their columns of `t` and their alphas."""
-        if not self.ranks:
-            return iter(())
-        sites = (Branch(*tensors[index : index + _EACH]) for index in range(0, len(tensors), _EACH))
-        return zip(sites, t.split(self.ranks, -1), self.alphas, strict=True)
+    def split(self, rest: Sequence[Any]) -> tuple[Sequence[Any], list[Branch[Any]]]:
+        """Return the sources and the branches, of what follows `x` and `a` among the arguments."""
+        return rest[: self.sources], unflatten(rest[self.sources :])
 
-    def _plain(self, x: Tensor, a: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+    def with_columns(
+        self, branches: Sequence[Branch[Tensor]], t: Tensor
+    ) -> Iterator[tuple[Branch[Tensor], Tensor, float]]:
+        """Yield each branch with its columns of `t` and its alpha."""
+        return zip(branches, t.split(self.ranks, -1) if self.ranks else (), self.alphas, strict=True)
+
+    def _plain(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> tuple[Tensor, ...]:
         t = F.linear(x, a)
         results = [t]
-        for site, part, alpha in self.each(t, tensors):
-            y = torch.add(F.linear(x, site.weight, site.bias), F.linear(part, site.b), alpha=alpha)
-            results.append(y if site.scale is None else (y * site.scale).type_as(y))
+        for branch, columns, alpha in self.with_columns(branches, t):
+            y = torch.add(F.linear(x, branch.weight, branch.bias), F.linear(columns, branch.b), alpha=alpha)
+            results.append(y if branch.scale is None else (y * branch.scale).type_as(y))
         return tuple(results)
 
-    def accumulated(self, x: Tensor, a: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The results, branches added and scaled in place. None is a view: what follows may overwrite them."""
+    def accumulated(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> tuple[Tensor, ...]:
+        """Return the results, added and scaled in place. None of them is a view, so that they may be overwritten."""
         t = F.linear(x, a)
         results = [t]
-        for site, part, alpha in self.each(_rows(t), tensors):
-            y = F.linear(x, site.weight, site.bias)
-            _add_product(_rows(y), part, site.b.t(), alpha)
-            results.append(y if site.scale is None else y.mul_(site.scale))
+        for branch, columns, alpha in self.with_columns(branches, _rows(t)):
+            y = F.linear(x, branch.weight, branch.bias)
+            _add_product(_rows(y), columns, branch.b.t(), alpha)
+            results.append(y if branch.scale is None else y.mul_(branch.scale))
         return tuple(results)
 
-    def _is_usual(self, x: Tensor, a: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether tensors are such that the sums can be formed in place, and the gradients by hand."""
-        if torch.compiler.is_compiling() or (self.ranks and torch.is_autocast_enabled(x.device.type)):
+    def _is_usual(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> bool:
+        """Return whether the sums can be formed in place, and the gradients by hand."""
+        if torch.compiler.is_compiling() or (branches and torch.is_autocast_enabled(x.device.type)):
             return False
-        given = [x, a, *(tensor for tensor in tensors if tensor is not None)]
-        dtype = x.dtype if self.ranks else None
+        tensors = [x, a, *(tensor for tensor in flatten(branches) if tensor is not None)]
+        dtype = x.dtype if branches else None
         try:
-            for tensor in given:
+            for tensor in tensors:
                 if dtype is not None and (tensor.dtype is not dtype or type(tensor) not in _ORDINARY):
                     return False
                 tensor.data_ptr()
-        except RuntimeError:  # a transform of `torch.func` sees more in a tensor than there is
+        except RuntimeError:  # a transform of `torch.func` wraps a tensor in one that has no memory of its own
             return False
-        frozen = (tensor for index, tensor in enumerate(tensors) if index % _EACH < 2 and tensor is not None)
-        return not torch.is_grad_enabled() or not (
+        if not torch.is_grad_enabled():
+            return True
+        frozen = (tensor for branch in branches for tensor in (branch.weight, branch.bias) if tensor is not None)
+        return not (
             any(tensor.requires_grad for tensor in frozen)
-            or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
+            or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
         )
 
 
@@ -122,21 +152,30 @@ _ORDINARY = (Tensor, nn.Parameter)
 
 
 class _Function(torch.autograd.Function):
-    """Its backward pass is made of differentiable operations, so that gradients of gradients are right too."""
+    """The operation where gradients are computed by hand.
+
+    Its backward pass is made of differentiable operations, so that gradients of gradients are right too.
+    """
 
     @staticmethod
     def forward(ctx: Any, products: LowRankProducts, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        sources, tensors = rest[: products.sources], rest[products.sources :]
-        scaled = [ctx.needs_input_grad[3 + products.sources + place] for place in _scale_places(tensors)]
-        # What is divided by again must not be zero.
-        used = list(tensors)
-        for place, needed in zip(_scale_places(tensors), scaled, strict=True):
-            used[place] = _invertible(used[place]) if needed else used[place]
-        results = products.accumulated(x, a, used) if tensors else (F.linear(x, a),)
-        ys = [y if needed else None for y, needed in zip(results[1:], scaled, strict=True)]
-        values = (a, results[0] if tensors else None, *(sources if products.recipe else (x,)), *tensors, *ys)
-        ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
-        ctx.others = {index: value for index, value in enumerate(values) if not isinstance(value, Tensor)}
+        _, branches = products.split(rest)
+        _, needed = products.split(ctx.needs_input_grad[3:])
+        # A scale that gets a gradient must not be zero, because the backward pass divides by it.
+        used = [
+            branch._replace(scale=_invertible(branch.scale)) if need.scale else branch
+            for branch, need in zip(branches, needed, strict=True)
+        ]
+        results = products.accumulated(x, a, used)
+        t, *ys = results
+        ctx.save_for_backward(
+            a,
+            None if products.recipe else x,
+            t if branches else None,
+            *(y if need.scale else None for y, need in zip(ys, needed, strict=True)),
+            *(value if isinstance(value, Tensor) else None for value in rest),
+        )
+        ctx.sizes = [None if isinstance(value, Tensor) else value for value in rest]
         ctx.products = products
         device = x.device.type
         ctx.autocast = {
@@ -150,69 +189,85 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_t: Tensor | None, *of_ys: Tensor | None) -> tuple[Tensor | None, ...]:
         products: LowRankProducts = ctx.products
-        saved = list(ctx.saved_tensors)  # which may be asked for only once
-        for index, value in ctx.others.items():
-            saved.insert(index, value)
-        a, t, *values = saved
-        kept = products.sources if products.recipe else 1
-        places = kept + _EACH * len(products.ranks)
-        sources, tensors, ys = values[:kept], values[kept:places], values[places:]
+        a, x, t, *saved = ctx.saved_tensors  # which can be read only once
+        ys, tensors = saved[: len(products.ranks)], saved[len(products.ranks) :]
+        rest = [tensor if size is None else size for tensor, size in zip(tensors, ctx.sizes, strict=True)]
+        sources, branches = products.split(rest)
         _, x_needed, a_needed, *rest_needed = ctx.needs_input_grad
-        of_rest: list[Tensor | None] = [None] * len(rest_needed)
+        _, needed = products.split(rest_needed)
         with torch.autocast(**ctx.autocast):
-            x: Any = None
-            if a_needed or torch.is_grad_enabled():
-                x = products.recipe(None, *sources)[0] if products.recipe else sources[0]
-            if tensors and torch.is_grad_enabled():  # for gradients of gradients, which go through t
+            if products.recipe and (a_needed or torch.is_grad_enabled()):
+                (x,) = products.recipe(None, *sources)
+            if branches and torch.is_grad_enabled():  # for gradients of gradients, which go through t
                 t = F.linear(x, a)
-            given: Any = t if tensors else of_t
+            given: Any = t if branches else of_t
             shape = (*given.shape[:-1], a.shape[1])
             t = _rows(given)
-            of_t = torch.zeros_like(t) if of_t is None else _rows(of_t).clone() if tensors else t
-            starts = itertools.accumulate(products.ranks, initial=0)
-            reached = []
-            for index, ((site, part, alpha), start) in enumerate(zip(products.each(t, tensors), starts, strict=False)):
-                if (of_y := of_ys[index]) is None:
+            of_t = torch.zeros_like(t) if of_t is None else _rows(of_t).clone() if branches else t
+            gradients: list[Branch[Tensor | None]] = []
+            reached: list[tuple[Tensor, Tensor]] = []
+            for (branch, columns, alpha), of_columns, need, y, of_y in zip(
+                products.with_columns(branches, t), _narrowed(of_t, products.ranks), needed, ys, of_ys, strict=True
+            ):
+                if of_y is None:
+                    gradients.append(Branch(None, None, None, None))
                     continue
-                of_y = _rows(of_y)
-                _, _, b_place, scale_place = range(place := products.sources + _EACH * index, place + _EACH)
-                if site.scale is not None:
-                    scale = site.scale
-                    if rest_needed[scale_place]:
-                        scale = _invertible(scale)
-                        of_rest[scale_place] = (of_y * _rows(ys[index])).sum(0) / scale
-                    of_y = of_y * scale
-                reached.append((of_y, site.weight))
-                _add_product(of_t.narrow(1, start, part.shape[1]), of_y, site.b, alpha)
-                if rest_needed[b_place]:
-                    # The narrow matrix first: the other way round it takes up to twice the time.
-                    of_rest[b_place] = alpha * (part.t() @ of_y).t()
+                of_sum, of_branch = _gradients(branch, columns, alpha, need, y, _rows(of_y))
+                _add_product(of_columns, of_sum, branch.b, alpha)
+                gradients.append(of_branch)
+                reached.append((of_sum, branch.weight))
             of_a = of_t.t() @ _rows(x) if a_needed else None
             of_x = None
             if x_needed:
                 of_x = of_t @ a
-                for of_y, weight in reached:
-                    _add_product(of_x, of_y, weight)
+                for of_sum, weight in reached:
+                    _add_product(of_x, of_sum, weight)
                 of_x = of_x.view(shape)
-        return None, of_x, of_a, *of_rest
+        return None, of_x, of_a, *[None] * products.sources, *flatten(gradients)
 
 
-def _scale_places(tensors: Sequence[Any]) -> range:
-    return range(_EACH - 1, len(tensors), _EACH)
+_apply: Callable[..., tuple[Tensor, ...]] = _Function.apply
 
 
-def _invertible(scale: Tensor) -> Tensor:
+def _gradients(
+    branch: Branch[Tensor], columns: Tensor, alpha: float, need: Branch[bool], y: Any, of_y: Tensor
+) -> tuple[Tensor, Branch[Tensor | None]]:
+    """Return the gradient of the sum that `c` scales, and those of the branch's tensors, all as matrices.
+
+    Args:
+        branch, columns, alpha: of `y = c (x W^T + b + alpha t B^T)`, with the columns of `t`.
+        need: which tensors need a gradient.
+        y: the result; None if `c` needs no gradient.
+        of_y: its gradient.
+    """
+    of_scale = None
+    if branch.scale is not None:
+        scale = _invertible(branch.scale) if need.scale else branch.scale
+        of_scale = (of_y * _rows(y)).sum(0) / scale if need.scale else None
+        of_y = of_y * scale
+    # The narrow matrix first: the other way round it takes up to twice the time.
+    of_b = alpha * (columns.t() @ of_y).t() if need.b else None
+    return of_y, Branch(None, None, of_b, of_scale)
+
+
+def _narrowed(tensor: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
+    """Yield views of these widths of the columns of `tensor`, each to be written to."""
+    for start, width in zip(itertools.accumulate(widths, initial=0), widths, strict=False):
+        yield tensor.narrow(1, start, width)
+
+
+def _invertible(scale: Any) -> Tensor:
     return torch.where(scale == 0, _SMALLEST_SCALE, scale)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """As a matrix; a view of the results of products, which are contiguous."""
+    """Return `tensor` as a matrix: a view, if it is the result of a product, which is contiguous."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _add_product(into: Tensor, one: Tensor, other: Tensor, alpha: float = 1.0) -> Tensor:
-    """`into += alpha one other`."""
-    if into.dtype in HALF and into.device.type == "cpu":
-        # There the sum would be rounded more than once.
-        return into.add_(one @ other, alpha=alpha)
-    return into.addmm_(one, other, alpha=alpha)
+def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """Add `alpha left right` to `total`, in place."""
+    if total.dtype in HALF and total.device.type == "cpu":
+        # There addmm would round the sum more than once.
+        return total.add_(left @ right, alpha=alpha)
+    return total.addmm_(left, right, alpha=alpha)

@@ -53,13 +53,11 @@ def wrap(
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _adapted(wrapped, site)
-            names = tuple(plan.variant.for_site(site.name).tensor_specs(site))
-            placement = Placement(plan.variant, adapter, site.name, len(module.placements), names)
-            placement.register(wrapped, site, module.weight.dtype, module.weight.device)
+            weight = site.kind.matrix(module.weight.detach())
+            placement = Placement.of(plan.variant, adapter, site, len(module.placements))
+            placement.register(wrapped, site, weight)
+            placement.initialize(wrapped, site, weight, plan.statistics.get(site.name))
             module.add(placement, wrapped)
-            placement.initialize(
-                wrapped, site, site.kind.matrix(module.weight.detach()), plan.statistics.get(site.name)
-            )
     return wrapped
 
 

@@ -46,12 +46,11 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _marked(copy, site)
-            names = tuple(plan.variant.for_site(site.name).tensor_specs(site))
-            placement = Placement(plan.variant, adapter, site.name, len(module.placements), names)
             weight = site_weight(copy, site)
-            placement.register(copy, site, weight.dtype, weight.device)
-            module.placements.append(placement)
+            placement = Placement.of(plan.variant, adapter, site, len(module.placements))
+            placement.register(copy, site, weight)
             placement.initialize(copy, site, weight, plan.statistics.get(site.name))
+            module.placements.append(placement)
     for module in copy.modules():
         if hasattr(module, "placements"):
             _describe(copy, module)

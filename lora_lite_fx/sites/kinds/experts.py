@@ -1,8 +1,20 @@
-"""Experts: a product with a matrix for each, `W (experts, d_out, d_in)`, and an adapter for each.
+"""Stacks of experts: a product with one matrix for each expert, `W (experts, d_out, d_in)`, and one adapter for each.
 
-A variant is written for one linear. Here its input and tensors are objects that know what belongs to an expert:
-`PerExpert` tensors have a leading dimension of experts that the variant does not see; a `Routed` value has a row for
-each token at its expert. What is computed of the two follows from which is which.
+A variant is written for one linear. At a stack of experts it gets two kinds of objects instead of tensors, and computes
+with them as if there were one expert:
+
+- `PerExpert`: a tensor for each expert, as are the frozen weight and the adapter's tensors. The variant does not see
+  the first dimension, which counts the experts.
+- `Routed`: a row for each token, computed by the expert of that token, as are the input and the output.
+
+Every function that the variant calls arrives in `_apply`, which looks up a rule for it. A function without a rule is a
+`ConfigError`, so a variant is either right for all experts or refused.
+
+The rules are found by the name of the function because one function arrives as several objects: `torch.mul`,
+`Tensor.mul`, `Tensor.__mul__` and `operator.mul` have nothing but their name in common. `torch.vmap` over the experts
+would need no rules, but it does not work here. Tracing before dispatch, as `torch.export` does, records the values
+inside `vmap` as constants, so the graph would be wrong without an error. A grouped product also has another number of
+tokens for each expert, so there is no batch to map over.
 """
 
 from __future__ import annotations
@@ -23,11 +35,11 @@ from .linear import SiteKind
 
 @dataclass(frozen=True)
 class Experts(SiteKind):
-    """Experts whose weights are one parameter, with an adapter for each.
+    """Experts whose weights are one parameter.
 
     Args:
-        operator: what multiplies: `bmm` or `matmul` with one batch for each expert, or a grouped product, whose
-            input has the tokens sorted by expert and which takes the end of each expert's tokens as well.
+        operator: the operator that multiplies. It is `bmm` or `matmul` with one batch for each expert, or a grouped
+            product, whose input has the tokens sorted by expert and which also takes the end of each expert's tokens.
     """
 
     operator: Any = None
@@ -37,7 +49,7 @@ class Experts(SiteKind):
 
     @property
     def routed(self) -> bool:
-        """Whether tokens are sorted by expert, and not one batch for each."""
+        """Whether the tokens are sorted by expert, instead of one batch for each expert."""
         return "grouped_mm" in str(self.operator)
 
     def factor(self, stored: Tensor) -> Tensor:
@@ -51,10 +63,11 @@ class Experts(SiteKind):
         return self.operator(x, factor, *routing)
 
     def times(self, x: Tensor, matrix: Tensor, routing: tuple[Tensor, ...]) -> Tensor:
-        """The product with another `matrix (experts, m, d_in)`, in the dtype of `x`."""
+        """Return the product with another `matrix (experts, m, d_in)`, in the dtype of `x`."""
         if self.operator is not torch.ops.aten._grouped_mm.default:
             return self.multiply(x, matrix.mT, *routing)
-        # PyTorch's own takes bfloat16 in rows of whole 16 bytes. As under autocast, the tensors may be wider.
+        # PyTorch's own operator takes bfloat16 only, in rows of whole 16 bytes. The tensors may be wider, as under
+        # autocast.
         m, d_in = matrix.shape[1:]
         padded = F.pad(matrix.bfloat16(), (0, -d_in % 8, 0, -m % 8))
         y = self.multiply(F.pad(x.bfloat16(), (0, -d_in % 8)), padded.mT, *routing)
@@ -64,13 +77,13 @@ class Experts(SiteKind):
         return Routed(x, self, routing, who)
 
     def result(self, y: Tensor, x: Any) -> Routed:
-        return Routed(y, self, x.routing, x.who)
+        return x.replaced(y)
 
     def leave(self, y: Any) -> Tensor:
         return y.value
 
     def spread(self, tensor: Tensor, x: Tensor, routing: tuple[Tensor, ...]) -> Tensor:
-        """`tensor (experts, ...)` for each token of `x`, so that it meets it elementwise."""
+        """Return `tensor (experts, ...)` for each token of `x`, in the shape that meets `x` elementwise."""
         if not self.routed:
             return tensor.unsqueeze(1)
         (ends,) = routing
@@ -81,9 +94,10 @@ class Experts(SiteKind):
 
 
 class _Value:
-    """What `Routed` and `PerExpert` have in common: the operators and methods of a tensor."""
+    """A value of several experts. It has the operators and methods of a tensor, which all lead to `_apply`."""
 
     value: Tensor
+    who: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,6 +134,7 @@ def _method(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _operators() -> None:
+    """Give `_Value` the operators of a tensor."""
     for name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
         func = getattr(operator, name)
         setattr(_Value, f"__{name}__", lambda self, other, func=func: _apply(func, (self, other), {}))
@@ -130,15 +145,19 @@ _operators()
 
 
 class PerExpert(_Value):
-    """A tensor for each expert, `value (experts, ...)`."""
+    """A tensor for each expert, `value (experts, ...)`. `who` names the variant and the site in errors."""
 
     def __init__(self, value: Tensor, who: str) -> None:
         self.value, self.who = value, who
 
     @property
     def shape(self) -> torch.Size:
-        """Of one expert's."""
+        """The shape of one expert's tensor."""
         return self.value.shape[1:]
+
+    def dim(self) -> int:
+        """Return the number of dimensions of one expert's tensor."""
+        return self.value.dim() - 1
 
 
 class Routed(_Value):
@@ -147,92 +166,147 @@ class Routed(_Value):
     def __init__(self, value: Tensor, kind: Experts, routing: tuple[Tensor, ...], who: str) -> None:
         self.value, self.kind, self.routing, self.who = value, kind, routing, who
 
+    def replaced(self, value: Tensor) -> Routed:
+        """Return another value of the same tokens."""
+        return Routed(value, self.kind, self.routing, self.who)
 
-# Functions that act on each element, whatever their operands.
-_ELEMENTWISE = frozenset(
-    {
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "truediv",
-        "pow",
-        "neg",
-        "to",
-        "type_as",
-        "float",
-        "double",
-        "detach",
-        "square",
-        "sqrt",
-    }
-    | {"clamp_min", "cos", "sin", "tanh", "dropout"}
-)
-# Functions that name dimensions, by position or as `dim` only.
-_BY_POSITION = frozenset({"sum", "flatten"})
-_BY_NAME = frozenset({"norm", "vector_norm", "linalg_vector_norm"})
+    def spread(self, operand: Any) -> Any:
+        """Return `operand` as it meets the tokens elementwise: of a `PerExpert`, that of the expert of each token."""
+        if isinstance(operand, PerExpert):
+            return self.kind.spread(operand.value, self.value, self.routing)
+        return operand.value if isinstance(operand, Routed) else operand
 
 
 def _apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Compute `func` of values of several experts, by the rule for its name.
+
+    Raises:
+        ConfigError: there is no rule for `func`, or none for these arguments.
+    """
     name = func.__name__.strip("_")
-    routed = next((arg for arg in args if isinstance(arg, Routed)), None)
-    if routed is not None:
-        value = _of_routed(func, name, routed, args, kwargs)
-        if value is not None:
-            return Routed(value, routed.kind, routed.routing, routed.who)
-    else:
-        value = _of_experts(func, name, args, kwargs)
-        if value is not None:
-            return PerExpert(value, next(arg for arg in args if isinstance(arg, PerExpert)).who)
-    who = next(arg for arg in args if isinstance(arg, _Value)).who
-    raise ConfigError(
-        f"{who}, which is a stack of experts: {name} is not known of values that belong to several experts."
-    )
+    values = [value for value in (*args, *kwargs.values()) if isinstance(value, _Value)]
+    routed = next((value for value in values if isinstance(value, Routed)), None)
+    rule = (_RULES if routed is None else _ROUTED_RULES).get(name)
+    if any(isinstance(value, _Value) for key, value in kwargs.items() if key != "bias"):
+        rule = None  # the rules look for values among the positional arguments
+    result = rule(func, args, kwargs) if rule is not None else None
+    if result is None:
+        raise ConfigError(
+            f"{values[0].who}, which is a stack of experts: {name} is not known of values that belong to several"
+            " experts."
+        )
+    return PerExpert(result, values[0].who) if routed is None else routed.replaced(result)
 
 
-def _of_routed(
-    func: Callable[..., Any], name: str, routed: Routed, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Tensor | None:
-    kind, routing = routed.kind, routed.routing
-
-    def meet(operand: Any) -> Any:
-        if isinstance(operand, PerExpert):
-            return kind.spread(operand.value, routed.value, routing)
-        return operand.value if isinstance(operand, Routed) else operand
-
-    if name == "linear" and args[0] is routed:
-        x, matrix, bias = (*args, kwargs.get("bias"))[:3]
-        y = kind.times(x.value, matrix.value, routing) if isinstance(matrix, PerExpert) else F.linear(x.value, matrix)
-        return y if bias is None else y + meet(bias)
-    if name in _ELEMENTWISE and all(len(arg.shape) <= 1 for arg in args if isinstance(arg, (PerExpert, Tensor))):
-        return func(*map(meet, args), **kwargs)
-    return None
+# A rule takes the function and its arguments, and returns the tensor for all experts, or None to refuse the arguments.
+_Rule = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Tensor | None]
 
 
-def _of_experts(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    first = args[0].value if isinstance(args[0], PerExpert) else None
-    values = [arg.value if isinstance(arg, PerExpert) else arg for arg in args]
-    if name in _ELEMENTWISE:
-        # Dimensions are aligned from the last, but for that of the experts, which is first.
-        rank = max(len(arg.shape) for arg in args if isinstance(arg, (PerExpert, Tensor)))
-        lifted = [
-            value[(slice(None), *[None] * (rank - len(arg.shape)))] if isinstance(arg, PerExpert) else value
-            for arg, value in zip(args, values, strict=True)
-        ]
-        return func(*lifted, **kwargs)
-    if first is None:
+# Rules for functions of `PerExpert` values and plain tensors.
+
+
+def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    rank = max(arg.dim() for arg in args if isinstance(arg, (PerExpert, Tensor)))
+
+    def aligned(arg: Any) -> Any:
+        # Dimensions are aligned from the last. That of the experts is the first, so ones go in after it.
+        missing = [None] * (rank - arg.dim()) if isinstance(arg, PerExpert) else []
+        return arg.value[(slice(None), *missing)] if isinstance(arg, PerExpert) else arg
+
+    return func(*map(aligned, args), **kwargs)
+
+
+def _matmul(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    first, second = args
+    if not _is_matrix(first) or second.dim() > 2 or (isinstance(second, PerExpert) and second.dim() < 2):
         return None
-    if name in ("linear", "matmul") and len(args) == 2 and first.dim() == 3:
-        second = args[1]
-        other = second.value if isinstance(second, PerExpert) else second
-        return first @ (other.mT if name == "linear" else other)
-    if name == "t" and first.dim() == 3:
-        return first.mT
-    if name == "getitem":
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return first[(slice(None), *index)]
-    if (name in _BY_POSITION and len(args) > 1 and not kwargs) or (name in _BY_NAME and "dim" in kwargs):
-        dimensions = (dim + (dim >= 0) for dim in args[1:])
-        named = {key: value + (value >= 0) if key == "dim" else value for key, value in kwargs.items()}
-        return func(first, *dimensions, **named)
-    return None
+    return first.value @ (second.value if isinstance(second, PerExpert) else second)
+
+
+def _linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return _matmul(func, (args[0], args[1].mT), {}) if len(args) == 2 and not kwargs and args[1].dim() == 2 else None
+
+
+def _transpose(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return args[0].value.mT if _is_matrix(args[0]) else None
+
+
+def _index(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    if not isinstance(args[0], PerExpert):
+        return None
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return args[0].value[(slice(None), *index)]
+
+
+def _along_positions(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Shift the dimensions given by position; without one the function would join the experts."""
+    dimensions = args[1:]
+    if not dimensions or kwargs or not all(type(dim) is int for dim in dimensions):
+        return None
+    return func(args[0].value, *map(_shifted, dimensions))
+
+
+def _along_dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Shift the dimension given as `dim`; without it the function would join the experts."""
+    if type(kwargs.get("dim")) is not int:
+        return None
+    return func(args[0].value, *args[1:], **{**kwargs, "dim": _shifted(kwargs["dim"])})
+
+
+def _shifted(dim: int) -> int:
+    """Return a dimension of one expert's tensor as a dimension of the tensor for all."""
+    return dim + 1 if dim >= 0 else dim
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, PerExpert) and value.dim() == 2
+
+
+# Rules for functions with at least one `Routed` value.
+
+
+def _routed_elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    if any(arg.dim() > 1 for arg in args if isinstance(arg, (PerExpert, Tensor))):
+        return None
+    routed = next(arg for arg in args if isinstance(arg, Routed))
+    return func(*map(routed.spread, args), **kwargs)
+
+
+def _routed_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    x, matrix, bias = (*args, kwargs.get("bias"))[:3]
+    if not isinstance(x, Routed):
+        return None
+    y = x.kind.times(x.value, matrix.value, x.routing) if isinstance(matrix, PerExpert) else F.linear(x.value, matrix)
+    return y if bias is None else y + x.spread(bias)
+
+
+_ELEMENTWISE = (
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "truediv",
+    "pow",
+    "neg",
+    "square",
+    "sqrt",
+    "clamp_min",
+    "cos",
+    "sin",
+    "tanh",
+)
+_CASTS = ("to", "type_as", "float", "double", "detach", "dropout")
+
+_RULES: Mapping[str, _Rule] = {
+    **dict.fromkeys((*_ELEMENTWISE, *_CASTS), _elementwise),
+    "linear": _linear,
+    "matmul": _matmul,
+    "t": _transpose,
+    "getitem": _index,
+    **dict.fromkeys(("sum", "flatten"), _along_positions),
+    **dict.fromkeys(("norm", "vector_norm", "linalg_vector_norm"), _along_dim),
+}
+_ROUTED_RULES: Mapping[str, _Rule] = {
+    **dict.fromkeys((*_ELEMENTWISE, *_CASTS), _routed_elementwise),
+    "linear": _routed_linear,
+}

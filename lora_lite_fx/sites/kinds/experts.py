@@ -76,6 +76,9 @@ class Experts(SiteKind):
     def enter(self, x: Tensor, dtype: torch.dtype, who: str, *routing: Tensor) -> Routed:
         return Routed(x, self, routing, who)
 
+    def operand(self, tensor: Tensor, who: str) -> PerExpert:
+        return PerExpert(tensor, who)
+
     def result(self, y: Tensor, x: Any) -> Routed:
         return x.replaced(y)
 

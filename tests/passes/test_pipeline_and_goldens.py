@@ -1,4 +1,4 @@
-"""Passes and pipelines: what the runner does around each, and the text of a block before and after each variant."""
+"""Passes and pipelines: the steps of the runner, and the text of a block before and after each variant."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_a_pipeline_can_go_without_a_pass() -> None:
 
 @dataclass(frozen=True)
 class Fail(GraphPass):
-    """Fails as it is told to."""
+    """A pass that raises `error`."""
 
     error: Exception
 
@@ -291,7 +291,7 @@ def test_graph_text_is_dumped_before_and_after_each_pass_when_asked_for(
 
 
 class Looking(llfx.LoRA):
-    """Looks at what its site does and at the mode."""
+    """A variant that looks at the roles of its site and at the mode."""
 
     def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
         scale = 3.0 if "query" in base.site.roles else 1.0
@@ -307,7 +307,7 @@ class Looking(llfx.LoRA):
     ],
     ids=["neither", "mode", "both"],
 )
-def test_sites_of_one_size_take_further_traces_only_where_a_variant_looks_at_them_or_at_the_mode(
+def test_sites_of_one_size_share_a_trace_unless_the_variant_looks_at_the_site_or_the_mode(
     cfg: llfx.Variant, traces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(_REGISTRY, "Looking", Looking)

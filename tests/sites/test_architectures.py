@@ -59,13 +59,13 @@ def test_sites_and_roles_are_those_of_the_table(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CAPTURED)
-def test_every_linear_is_a_site_or_it_is_said_why_not(name: str) -> None:
+def test_every_linear_is_a_site_or_is_listed_with_a_reason(name: str) -> None:
     architecture = ARCHITECTURES[name]
     assert architecture.linears() - architecture.table().keys() == architecture.no_site.keys()
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_captured_is_refused(name: str) -> None:
+def test_models_that_cannot_be_captured_are_refused(name: str) -> None:
     with pytest.raises(llfx.CaptureError, match=ARCHITECTURES[name].refused):
         graph_of(ARCHITECTURES[name], ARCHITECTURES[name].build())
 
@@ -156,7 +156,7 @@ def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CAPTURED if ARCHITECTURES[name].unwrapped])
-def test_what_wrap_leaves_out_is_no_module_that_is_called(name: str) -> None:
+def test_wrap_refuses_sites_that_are_not_called_modules_and_rewrite_adapts_them(name: str) -> None:
     model, gm = captured(name)
     for site in ARCHITECTURES[name].unwrapped:
         cfg = llfx.LoRA(r=2, target_names=(f"^{re.escape(site)}$",))

@@ -131,7 +131,7 @@ def test_feed_forward_modules_of_ia3_are_the_down_projections(mapping: str, name
     assert beside == ({"output"} if name in OUTPUT_BESIDE_DOWN else set())
 
 
-def test_what_is_explained_is_there() -> None:
+def test_every_listed_exception_still_occurs() -> None:
     """An explanation that no longer explains anything is to be removed."""
     nothing, beside = set(), set()
     for _, name, names in distinct("MODULES_MAPPING"):

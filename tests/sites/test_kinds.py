@@ -18,7 +18,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import adapters, site_weight
 from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.finding import find_sites
-from lora_lite_fx.sites.kinds.experts import PerExpert
+from lora_lite_fx.sites.kinds.expert_values import PerExpert
 from tests.support.conformance import (
     calibration,
     check_export,
@@ -38,7 +38,7 @@ E, WIDTH, INNER, NUMBER = 3, 8, 12, 20
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The product of tokens sorted by expert, as models written for it have it."""
+    """Multiply tokens sorted by expert, each with the matrix of its expert."""
     return torch.ops.lora_lite_fx_tests.grouped_mm(x, weight, ends)
 
 
@@ -146,10 +146,10 @@ CASES = {
     "grouped experts": Kind("experts", Grouped, _noise(6, WIDTH), _noise(10, WIDTH)),
 }
 REFUSED = {
-    # What turns, shifts or sums up parts of its input needs an input to do so.
+    # These turn, shift or sum up parts of their input, which needs the input as a tensor.
     "embedding": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
     "conv": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
-    # What does more than a few tensor functions has no rule for experts.
+    # These call tensor functions that have no rule for experts.
     "experts": {"AntiPaSTO", "BOFT", "C3A", "EVA", "FourierFT", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT", "RoAd"},
 }
 
@@ -166,7 +166,7 @@ def config(cls: type[llfx.Variant], kind: str, **fields: Any) -> llfx.Variant:
 
 
 def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
-    """A copy of the model with `W'` written into its weights, each expert's found by the variant as a plain linear."""
+    """Return a copy of the model with merged weights, each computed by the variant on a plain linear."""
     copied = copy.deepcopy(model)
     as_linear = {"target_kinds": ("linear",), "target_names": (".",)}
     cfgs = [dataclasses.replace(variant, **as_linear) for variant, _ in adapters(gm)]
@@ -323,6 +323,7 @@ def test_functions_of_a_tensor_for_each_expert_give_the_result_for_each(name: st
         lambda m: torch.add(m[0], other=m),
         lambda m: _noise(3, 3)[m],
         lambda m: m.exp(),
+        lambda m: m.real,
     ],
 )
 def test_functions_without_a_rule_for_experts_are_refused(function: Callable[[Any], Any]) -> None:

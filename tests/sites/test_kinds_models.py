@@ -1,4 +1,4 @@
-"""Embeddings, patch convolutions and experts of real models, against their own weights; and against PEFT."""
+"""Embeddings, patch convolutions and experts of real models, compared with dense weights and with PEFT."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_default_targets_reach_no_experts_and_no_embeddings() -> None:
 
 
 def test_experts_in_bfloat16_get_adapters_of_any_rank_and_dtype() -> None:
-    """There the grouped product is PyTorch's own, which takes bfloat16 in rows of whole 16 bytes only."""
+    """In bfloat16 the grouped product is PyTorch's own operator, which takes rows of whole 16 bytes only."""
     model = copy.deepcopy(model_and_base("mixtral")[0]).bfloat16()
     gm = llfx.rewrite(model, llfx.LoRA(r=3, target_kinds=("experts",), rank_pattern={"down": 8}))
     randomise(gm, 0)
@@ -283,13 +283,15 @@ def test_peft_computes_the_same_of_experts(name: str) -> None:
         ),
     ],
 )
-def test_what_peft_files_cannot_hold_is_refused(variant: llfx.Variant, message: str, tmp_path: Path) -> None:
+def test_saving_to_peft_refuses_adapters_that_its_files_cannot_hold(
+    variant: llfx.Variant, message: str, tmp_path: Path
+) -> None:
     gm = llfx.rewrite(mixed()[1], variant)
     with pytest.raises(llfx.ConfigError, match=message):
         llfx.save_peft(gm, tmp_path)
 
 
-def test_a_dilated_convolution_is_another_in_peft(tmp_path: Path) -> None:
+def test_saving_to_peft_refuses_dilated_convolutions(tmp_path: Path) -> None:
     gm = llfx.rewrite(
         nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2)), llfx.LoRA(r=2, target_kinds=("conv",)), (torch.randn(2, 4, 9),)
     )

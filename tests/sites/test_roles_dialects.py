@@ -214,6 +214,6 @@ def test_keys_written_in_place_have_their_role() -> None:
 
 
 @both_captures
-def test_what_returns_its_choice_is_no_router(exported: bool) -> None:
+def test_a_linear_whose_choice_is_returned_is_not_a_router(exported: bool) -> None:
     table = llfx.inspect(TopClasses(), (torch.randn(2, 3, WIDTH),) if exported else None)
     assert all("router" not in row.roles for row in table)

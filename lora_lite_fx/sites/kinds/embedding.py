@@ -27,7 +27,7 @@ class Lookup(SiteKind):
 
     name: ClassVar[str] = "embedding"
     article: ClassVar[str] = "an embedding"
-    why: ClassVar[str] = "an embedding's input are ids"
+    why: ClassVar[str] = "the input of an embedding is ids"
 
     def matrix(self, stored: Tensor) -> Tensor:
         return stored.t()

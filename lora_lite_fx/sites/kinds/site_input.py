@@ -51,7 +51,8 @@ class SiteInput:
         self._refuse(name)
 
     def _refuse(self, used: str) -> NoReturn:
+        """Raise the error for a use of the input that its kind of site does not have."""
         raise ConfigError(
-            f"{self.who}, which is {self.kind.article}: it does more with its input ({used}) than to multiply it"
-            f" with matrices, and {self.kind.why}."
+            f"{self.who}, which is {self.kind.article}: it uses its input for more ({used}) than products with"
+            f" matrices, and {self.kind.why}."
         )

@@ -1,4 +1,4 @@
-"""Many architectures: their roles are those of the tables, and `rewrite` computes on each what `wrap` does."""
+"""Many architectures: the roles match the tables, and `rewrite` computes the same as `wrap` on each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COARSE = {"reader", "writer", "inner"}
 
 @functools.cache
 def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
-    """The model and its graph: every model is captured once."""
+    """Return the model and its graph; every model is captured once."""
     model = ARCHITECTURES[name].build()
     return model, graph_of(ARCHITECTURES[name], model)
 
@@ -44,7 +44,7 @@ def graph_of(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
 
 
 def sites_of(name: str) -> list[Site]:
-    """The linears of an architecture; sites of other kinds have no roles."""
+    """Return the linear sites of an architecture, because sites of other kinds have no roles."""
     return [site for site in find_sites(captured(name)[1]) if site.kind.name == "linear"]
 
 
@@ -71,7 +71,7 @@ def test_models_that_cannot_be_captured_are_refused(name: str) -> None:
 
 
 def score() -> str:
-    """How many sites have the roles of the tables, how many of them are unknown, and how many have other roles."""
+    """Count the sites with the roles of the tables, those of unknown role, and those with other roles."""
     right = unknown = wrong = 0
     for name in CAPTURED:
         expected = ARCHITECTURES[name].table()
@@ -94,7 +94,7 @@ def test_score_over_all_architectures() -> None:
 
 @functools.cache
 def inputs(name: str) -> dict[str, Tensor]:
-    """Inputs of another batch size and length than those the model was captured with."""
+    """Return inputs of another batch size and length than those of the capture."""
 
     architecture = ARCHITECTURES[name]
 
@@ -108,13 +108,13 @@ def inputs(name: str) -> dict[str, Tensor]:
 
 
 def target_roles(architecture: Architecture) -> tuple[str, ...]:
-    """Attention and feed-forward; the coarse roles of an architecture that has neither."""
+    """Return the roles of attention and feed-forward, or coarse roles for an architecture that has neither."""
     roles = set().union(*architecture.table().values())
     return tuple(GROUPS) if roles & set().union(*GROUPS.values()) else ("reader", "writer", "inner")
 
 
 def outputs_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All outputs, and the gradients of a random functional of them, by parameter."""
+    """Return all outputs, and the gradients of a random functional of them, by parameter."""
     model.zero_grad()
     torch.manual_seed(0)
     found = pytree.tree_flatten_with_path(dict(model(**inputs)))[0]

@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` and what is built of it: parts of one weight as sites, both modes, the fast path."""
+"""`nn.MultiheadAttention` and encoders made of it: parts of one weight as sites, both modes, the fast path."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CrossAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its inputs, and its sites with the roles that matter."""
+    """A model, its inputs, and its sites with the roles to check."""
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
@@ -148,7 +148,7 @@ def test_adapters_compute_the_same_as_merged_weights_in_the_module(name: str) ->
 
 
 def test_a_part_of_a_weight_has_the_gradient_of_its_rows() -> None:
-    """`dL/dB = s dL/dW A^T`, with `dL/dW` from the module itself, at the rows of the keys."""
+    """Check `dL/dB = s dL/dW A^T` at the rows of the keys, with `dL/dW` from the module itself."""
     model, base = base_of("cross, keys are not values")
     inputs = CASES["cross, keys are not values"].inputs
     gm = llfx.rewrite(base, llfx.LoRA(r=2, alpha=2, target_roles=("key",))).eval()

@@ -65,7 +65,7 @@ def inputs(name: str) -> dict[str, Tensor]:
 
 
 def run(model: nn.Module, name: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits, and the gradients of the loss."""
+    """Return the logits, and the gradients of the loss."""
     model.zero_grad()
     result = model(**inputs(name))
     result.loss.backward()
@@ -74,13 +74,13 @@ def run(model: nn.Module, name: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 @torch.no_grad()
 def run_without_gradient(model: nn.Module, name: str) -> Tensor:
-    """The logits."""
+    """Return the logits."""
     logits: Tensor = model(**inputs(name)).logits
     return logits
 
 
 def as_stored(kind: str, name: str, update: Tensor, like: Tensor) -> Tensor:
-    """`(d_out, d_in)` in the layout of the weight."""
+    """Return a matrix `(d_out, d_in)` in the layout of the weight."""
     return (update.mT if kind == "embedding" or name == "gpt_oss" else update).reshape(like.shape)
 
 
@@ -200,7 +200,7 @@ def mixed() -> tuple[nn.Module, fx.GraphModule]:
 
 
 def in_peft(dora: bool) -> nn.Module:
-    """The model in PEFT, with random values."""
+    """Return the model adapted by PEFT, with random values."""
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=SITES, use_dora=dora)
     theirs = peft.get_peft_model(copy.deepcopy(mixed()[0]), config).double()
     generator = torch.Generator().manual_seed(1)
@@ -239,7 +239,7 @@ def test_peft_computes_the_same(cls: type[llfx.Variant], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_peft_computes_the_same_of_experts(name: str) -> None:
-    """`target_parameters`, with the adapters of all experts in one `A (experts r, d_in)` and `B (d_out, r experts)`."""
+    """Compare with `target_parameters`, where all experts share `A (experts r, d_in)` and `B (d_out, r experts)`."""
     model, base = model_and_base(name)
     ours = llfx.rewrite(base, llfx.LoRA(r=2, alpha=6, target_kinds=("experts",)))
     randomise(ours, 0)

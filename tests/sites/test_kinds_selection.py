@@ -1,4 +1,4 @@
-"""Sites of every kind: which are chosen, listed and refused."""
+"""Sites of every kind: the ones that targets choose, that tables list, and that are refused."""
 
 from __future__ import annotations
 

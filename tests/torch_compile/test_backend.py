@@ -316,7 +316,7 @@ def test_a_site_that_is_no_linear_in_the_graph() -> None:
     both = backend(llfx.LoRA(r=2, target_names=("up", "down")), inner="eager")
     carrier = both.adapt(model, inputs(2, 3))
     for fast in (torch.compile(model, backend=both), torch.compile(carrier, backend=backend(inner="eager"))):
-        with pytest.raises(llfx.AdapterError, match=r"'blocks\.0\.up' is no linear in the graph"):
+        with pytest.raises(llfx.AdapterError, match=r"'blocks\.0\.up' is not a linear in the graph"):
             fast(inputs(2, 3))
         torch._dynamo.reset()
     adapted = backend(llfx.LoRA(r=2, target_names=("down",)), inner="eager")

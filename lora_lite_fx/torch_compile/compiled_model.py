@@ -158,7 +158,7 @@ class CompiledModel:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SharedGraph:
     """A compiled graph, which Dynamo runs for the layer that it captured and for others like it.
 

@@ -51,7 +51,7 @@ class _Format:
     Args:
         name: what it calls it.
         variant: ours.
-        fields: its names of fields besides `r` and `alpha`, by ours.
+        fields: its names of the fields that it has besides `r` and `alpha`, by ours.
         constants: what our other fields must be.
         rest: our tensors that it does not keep, as they follow from the weight.
     """
@@ -79,6 +79,8 @@ _FORMATS = (
         {name: name for name in ("block_size", "max_rotation_angle", "rotate_basis")},
     ),
 )
+# lora-lite has both for every variant. Where ours has none, the file holds lora-lite's default, which has no effect.
+_RANK_AND_ALPHA = {"r": 8, "alpha": 16.0}
 _COMMON = frozenset({"variant", "r", "alpha", "dtype", "target_roles", "target_names", "exclude_names", "layers"})
 # Fields of ours that say only how an adapter starts or trains; its file means the same whatever they are.
 _UNREAD = frozenset({"rho", "center", "train_A", "rank_pattern", "alpha_pattern", "target_kinds"})
@@ -109,8 +111,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
     dtypes = {tensor.dtype for tensor in tensors.values()}
     config = {
         "variant": form.name,
-        "r": variant.r,
-        "alpha": variant.alpha,
+        **{name: getattr(variant, name, default) for name, default in _RANK_AND_ALPHA.items()},
         "dtype": str(dtypes.pop()).removeprefix("torch."),
         "target_roles": [],
         "target_names": [f"^{re.escape(placement.site)}$" for placement in placed],
@@ -169,7 +170,8 @@ def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _F
         raise ConfigError(f"lora-lite's variant {given.get('variant')!r} is not known here; known are {known}.")
     if unknown := sorted(given.keys() - _COMMON - set(form.fields.values())):
         raise ConfigError(f"lora-lite's {form.name} has no field {', '.join(map(str, unknown))}.")
-    ours_to_theirs = {"r": "r", "alpha": "alpha", **form.fields}
+    has = {each.name for each in dataclasses.fields(form.variant)}
+    ours_to_theirs = {name: name for name in _RANK_AND_ALPHA if name in has} | dict(form.fields)
     fields: dict[str, Any] = {ours: given[theirs] for ours, theirs in ours_to_theirs.items() if theirs in given}
     fields["target_names"] = [f"^{re.escape(site)}$" for site in sites]
     return from_config(
@@ -201,7 +203,7 @@ def _check_site(model: nn.Module, variant: Variant, placement: Placement, site: 
     name = type(variant).__name__
     if site.kind.name != "linear" or site.transposed or not site.weight.startswith(f"{site.name}."):
         raise ConfigError(f"{name}: lora-lite adapts ordinary linear modules, and site {site.name!r} is none.")
-    if (placement.local.r, placement.local.alpha) != (variant.r, variant.alpha):
+    if variant.overrides(site.name):
         raise ConfigError(f"{name}: lora-lite has one rank and one alpha for all sites, and this adapter has several.")
     if isinstance(variant, AntiPaSTO):
         values = placement.namespace(model).lora_S

@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithRank
 from ..adapters.maths import cast, identity_like, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Statistic, Variant
+from ..adapters.variant import Statistic
 from ..sites.site import Site
 from .oft import skew
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class AntiPaSTO(Variant):
+class AntiPaSTO(WithRank):
     """`y = W_res x + b + U' diag(S + d) V'^T x`, `W = W_res + U diag(S) V^T`; https://arxiv.org/abs/2601.07473.
 
     `U, S, V` are r singular triplets of `W`: the largest, or with calibration data those of the largest
@@ -30,7 +31,6 @@ class AntiPaSTO(Variant):
     `V'` or `U'`. The residual is not formed: the frozen triplets are subtracted in activation space, see `FromWeight`.
 
     Near identity at the start: `d` is drawn from N(4e-4, 4e-4), which breaks the symmetry of its sign.
-    `alpha` is not used.
 
     Args:
         block_size: size of the blocks that are rotated; it must divide `r`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class BOFT(Variant):
     A butterfly factor `B_i` turns groups of `block_size` inputs, each by `(I - Q)^{-1} (I + Q)` with Q the
     skew-symmetric part of what is trained. A group of `B_0` is a block on the diagonal; one of `B_i` is two half
     blocks that stand `2^i` half blocks apart. So m factors connect `2^(m-1) block_size` inputs. The bias is not scaled.
-    Identity at the start, exactly: `Q = 0`, `s = 1`. `r` and `alpha` are not used.
+    Identity at the start, exactly: `Q = 0`, `s = 1`.
 
     Args:
         block_size: side of a block.
@@ -34,8 +34,6 @@ class BOFT(Variant):
 
     block_size: int = 4
     butterfly_factors: int = 1
-
-    bounded_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

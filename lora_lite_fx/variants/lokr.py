@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithRank, WithScale
 from ..adapters.maths import cast, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Variant
 from ..sites.site import Site
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LoKr(Variant):
+class LoKr(WithScale, WithRank):
     """`y = W x + b + s (W1 kron W2) x`, `s = alpha / r`; https://arxiv.org/abs/2309.14859.
 
     With `d_out = a c` and `d_in = b d`: `W1 (a, b)` mixes the blocks of `x`, `W2 (c, d)` is applied to each of them, in

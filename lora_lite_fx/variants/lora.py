@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithDropout, WithRank, WithScale
 from ..adapters.maths import cast, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import WithDropout
 from ..sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(WithDropout):
+class LowRank(WithDropout, WithScale, WithRank):
     """What the variants of LoRA have in common: factors `A (r, d_in)` and `B (d_out, r)`, and the scale of `B A`.
 
     Args:
@@ -57,6 +57,14 @@ class LoRA(LowRank):
     """
 
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        self._require(
+            not isinstance(self.bias, str),
+            f"bias={self.bias!r} is PEFT's way to choose the model's biases to train, and those stay frozen here;"
+            " leave it out, or write bias=True for a trained bias of B",
+        )
+        super().__post_init__()
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         bias = {"lora_bias": ParamSpec((site.d_out,))} if self.bias else {}

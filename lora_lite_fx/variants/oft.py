@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class OFT(Variant):
     """`y = W R x + b`, R of orthogonal blocks on the diagonal; https://arxiv.org/abs/2306.07280.
 
     `x` is rotated, as in OFTv2 (https://arxiv.org/abs/2506.19847): no product with `W`. Identity at the start,
-    exactly: `Q = 0`. `r` and `alpha` are not used.
+    exactly: `Q = 0`.
 
     Args:
         block_size: side of a block, a divisor of `d_in`.
@@ -35,8 +35,6 @@ class OFT(Variant):
 
     block_size: int = 32
     use_cayley_neumann: bool = True
-
-    bounded_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

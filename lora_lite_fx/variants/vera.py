@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithDropout, WithRank
 from ..adapters.maths import cast
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Statistic, WithDropout
+from ..adapters.variant import Statistic
 from ..sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedProjections(WithDropout):
+class SharedProjections(WithDropout, WithRank):
     """What the variants with frozen random projections have in common: one pair for all sites, cut to size at each.
 
     Args:
@@ -86,7 +87,7 @@ class VeRA(SharedProjections):
 
     `A` and `B` are random, frozen, and shared by all sites of the adapter; a site reads the first `d_in` columns of `A`
     and the first `d_out` rows of `B`. Trained are the vectors `ld (r,)` and `lb (d_out,)`, so that a rank costs little:
-    the paper takes 256 to 1024. Identity at the start, exactly: `lb = 0`. `alpha` is not used.
+    the paper takes 256 to 1024. Identity at the start, exactly: `lb = 0`.
 
     Args:
         d_initial: what `ld` starts at. Not zero, where every gradient would be zero.

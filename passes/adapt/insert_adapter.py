@@ -75,7 +75,7 @@ class InsertAdapter(GraphPass):
                 value = fake_input(x, *site.kind.example(tensor_of(gm, site.weight)))
                 local = placement.local
                 shapes = (str(value.shape), value.dtype, site.kind, site.d_out, site.bias is None, site.bias_rows)
-                key = (*shapes, local.r, local.alpha)
+                key = (*shapes, *self.variant.overrides(site.name).items())
                 of_site = (*key, local.trace_key(site))
                 here = Call(x, y, call.node, call.routing)
                 fragment = fragments.get(key) or fragments.get(of_site)

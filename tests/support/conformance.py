@@ -60,9 +60,13 @@ def _built(cls: type[llfx.Variant], **fields: Any) -> llfx.Variant:
 
 
 def small(cls: type[llfx.Variant], size: int = 4, **fields: Any) -> llfx.Variant:
-    """A config that fits small models: its rank, and its blocks and groups, are of that size."""
-    sizes = {field.name: size for field in dataclasses.fields(cls) if field.name.endswith("_size")}
-    return cls(**{"r": size, **sizes, **fields})
+    """Return a config that fits small models: the rank, blocks and groups that it has are of that size.
+
+    An `alpha` among `fields` is for the variants that have one.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    sizes = {name: size for name in names if name == "r" or name.endswith("_size")}
+    return cls(**sizes | {name: value for name, value in fields.items() if name in names or name != "alpha"})
 
 
 def randomise(model: nn.Module, seed: int) -> None:

@@ -366,8 +366,8 @@ def test_pissa_on_a_tied_head_does_not_reach_the_embedding(target: str, example_
 
 
 @pytest.mark.parametrize("cls", [llfx.DeLoRA, llfx.HRA, llfx.IA3])
-def test_dropout_is_refused_where_it_cannot_be_honoured(cls: Any) -> None:
-    with pytest.raises(TypeError, match="dropout"):
+def test_a_variant_without_dropout_refuses_it(cls: Any) -> None:
+    with pytest.raises(llfx.ConfigError, match=f"{cls.__name__} has no dropout: remove dropout=0.1"):
         cls(dropout=0.1)
 
 

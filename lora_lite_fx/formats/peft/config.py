@@ -178,8 +178,8 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
     names = [site.name for site in sites]
     config["target_modules"] = _covering(names, modules)
     for field, key in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-        values = {site: getattr(variant.for_site(site), field) for site in names}
-        own = {f"^{re.escape(site)}": value for site, value in values.items() if value != getattr(variant, field)}
+        overrides = {site: variant.overrides(site) for site in names}
+        own = {f"^{re.escape(site)}": values[field] for site, values in overrides.items() if field in values}
         if own and key not in form.patterns:
             raise ConfigError(f"{name}: PEFT has one {field} for all sites, and this adapter has several.")
         if key in form.patterns:

@@ -105,4 +105,5 @@ class AntiPaSTO(WithRank):
         x = skew(half, size)
         identity = identity_like(x)
         rotations = torch.linalg.solve(identity - x, identity + x)
-        return (rotations @ basis.double().unflatten(0, (-1, size))).flatten(0, 1).to(basis.dtype)
+        rotated: Tensor = rotations @ basis.double().unflatten(0, (-1, size))
+        return rotated.flatten(0, 1).to(basis.dtype)

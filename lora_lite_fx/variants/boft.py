@@ -71,7 +71,7 @@ class BOFT(Variant):
         for i in reversed(range(self.butterfly_factors)):
             rotated = rotated + self._turned(rotated, turns[i], 2**i)
         y = base(rotated.type_as(x))
-        result = p.lora_boft_s * y
+        result: Tensor = p.lora_boft_s * y
         if base.bias is not None:
             result = result + (1 - p.lora_boft_s) * base.bias
         return result.type_as(y)
@@ -81,4 +81,5 @@ class BOFT(Variant):
         halves = (2, self.block_size // 2) if self.block_size % 2 == 0 else (1, self.block_size)
         grouped = x.unflatten(-1, (-1, halves[0], apart, halves[1])).transpose(-3, -2)
         turned = times_blocks(grouped.flatten(-2).flatten(-3, -2), blocks)
-        return turned.unflatten(-1, halves).unflatten(-3, (-1, apart)).transpose(-3, -2).flatten(-4)
+        in_places: Tensor = turned.unflatten(-1, halves).unflatten(-3, (-1, apart)).transpose(-3, -2)
+        return in_places.flatten(-4)

@@ -71,5 +71,5 @@ class C3A(Variant):
         blocks = x.unflatten(-1, (-1, self.block_size)).type_as(kernel)
         signal = torch.fft.rfft(blocks)
         mixed = torch.einsum("...nk,mnk->...mk", signal, torch.fft.rfft(kernel).conj())
-        delta = torch.fft.irfft(mixed, n=self.block_size).flatten(-2) / base.site.d_in
+        delta: Tensor = torch.fft.irfft(mixed, n=self.block_size).flatten(-2) / base.site.d_in
         return (y + delta).type_as(y)

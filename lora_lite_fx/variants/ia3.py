@@ -43,7 +43,8 @@ class IA3(Variant):
         if self.gates_input(base.site):
             return base((x * p.lora_g).type_as(x))
         y = base(x)
-        return (y * p.lora_g).type_as(y)
+        gated: Tensor = y * p.lora_g
+        return gated.type_as(y)
 
     def trace_key(self, site: Site) -> Hashable:
         return self.gates_input(site)

@@ -72,7 +72,8 @@ def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
 
 def cayley(q: Tensor) -> Tensor:
     """`(I - Q) (I + Q)^{-1} - I` for each of `q (..., b, b)`."""
-    return -2 * torch.linalg.solve(identity_like(q) + q, q)
+    solution: Tensor = torch.linalg.solve(identity_like(q) + q, q)
+    return -2 * solution
 
 
 def _cayley_neumann(q: Tensor) -> Tensor:
@@ -87,5 +88,5 @@ def skew(upper: Tensor, size: int) -> Tensor:
     """The skew-symmetric matrices `(n, size, size)` with these upper triangles, by rows: `(n, size (size - 1) / 2)`."""
     row, column = torch.triu_indices(size, size, 1, device=upper.device)
     filled = upper.new_zeros(upper.shape[0], size * size).index_copy(1, row * size + column, upper)
-    matrix = filled.unflatten(1, (size, size))
+    matrix: Tensor = filled.unflatten(1, (size, size))
     return matrix - matrix.mT

@@ -65,7 +65,8 @@ class RoAd(Variant):
         cosines, sines = (slice(2), slice(2, None)) if self.kind == "road_4" else (slice(None), slice(None))
         straight = scale[:, cosines] * theta[:, cosines].cos()
         crossed = scale[:, sines] * theta[:, sines].sin()
-        # The first of a pair takes the second negatively: the sign is turned where things are small.
+        # The first of a pair takes the second negatively. Negate the sines: that is cheaper than negating outputs.
         signed = torch.cat((-crossed[:, :1], crossed[:, -1:]), 1)
         pairs = y.unflatten(-1, (-1, 2, half))
-        return (pairs * straight + pairs.flip(-2) * signed).flatten(-3).type_as(y)
+        result: Tensor = pairs * straight + pairs.flip(-2) * signed
+        return result.flatten(-3).type_as(y)

@@ -116,7 +116,8 @@ class VeRA(SharedProjections):
         b = p.lora_shared_vera_B[: base.site.d_out, : self.r]
         hidden = p.lora_ld * F.linear(cast(self.drop(x, base), a), a)
         # `lb` widens what autocast has narrowed, which a trace in single precision cannot know.
-        return (y + p.lora_lb * F.linear(hidden, b)).type_as(y)
+        result: Tensor = y + p.lora_lb * F.linear(hidden, b)
+        return result.type_as(y)
 
     def projections(self) -> tuple[Tensor, Tensor]:
         return _draw(self.projection_seed, self.shared_r, self.shared_d_in, self.shared_d_out)

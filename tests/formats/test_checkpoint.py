@@ -26,7 +26,7 @@ from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import calibration, small
 from tests.support.untouched import untouched
 
-ALL = {"target_names": ("fc",)}
+ALL: dict[str, Any] = {"target_names": ("fc",)}
 VARIANTS = {name: small(cls, 2, **ALL) for name, cls in llfx.registry().items()}
 STACK = [llfx.LoRA(r=2, dropout=0.1, target_names="fc1"), llfx.DoRA(r=4, dtype=torch.float64, **ALL)]
 CONFIGS: dict[str, Any] = {**VARIANTS, "stack": STACK}

@@ -31,7 +31,8 @@ class ResidualMLP(nn.Module):
         self.fc1, self.fc2, self.head = nn.Linear(7, 11), nn.Linear(11, 7), nn.Linear(7, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.fc2(F.gelu(self.fc1(x))))
+        y: Tensor = self.head(x + self.fc2(F.gelu(self.fc1(x))))
+        return y
 
 
 def llama() -> nn.Module:
@@ -90,7 +91,7 @@ def t5() -> nn.Module:
             num_layers=1,
             num_heads=2,
             feed_forward_proj="gated-gelu",
-            decoder_start_token_id=0,
+            **{"decoder_start_token_id": 0},  # not among the arguments that the class declares
             initializer_factor=1.5,
         )
     )

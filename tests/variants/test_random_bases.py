@@ -36,7 +36,7 @@ from tests.variants.test_low_rank import (
 )
 from tests.variants.test_low_rank import tensors as own_tensors
 
-CONFIGS = {
+CONFIGS: dict[str, Any] = {
     "VeRA": llfx.VeRA(r=R, projection_seed=3, target_names=("fc",)),
     "RandLoRA": llfx.RandLoRA(r=R, alpha=ALPHA, projection_seed=3, target_names=("fc",)),
     "FourierFT": llfx.FourierFT(n_frequency=20, scaling=5.0, spectrum="zeros", target_names=("fc",)),

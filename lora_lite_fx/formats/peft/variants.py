@@ -122,8 +122,9 @@ _R_ALPHA = {**_R, "alpha": PeftField("alpha", 8)}
 
 
 def _patches(a: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """`A (r, d_in)` as the weight of a convolution."""
-    return a.unflatten(1, (-1, *kernel))
+    """Return `A (r, d_in)` as the weight of a convolution."""
+    weight: Tensor = a.unflatten(1, (-1, *kernel))
+    return weight
 
 
 def _points(b: Tensor, kernel: tuple[int, ...]) -> Tensor:

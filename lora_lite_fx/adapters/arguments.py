@@ -36,7 +36,7 @@ _ABSENT = {
     "rank_stabilized": "alpha",
     "dropout": "dropout",
 }
-"""What a variant lacks that has no field of this name."""
+"""Fields of some variants, and the thing that a variant without the field lacks."""
 
 _NOT_NEEDED = {
     "fan_in_fan_out": "the layout of each weight is read from the model",

@@ -31,12 +31,12 @@ def register(cls: V) -> V:
 
 
 def registry() -> dict[str, type[Variant]]:
-    """The registered variants by name, in the order of registration."""
+    """Return the registered variants by name, in the order of registration."""
     return dict(_REGISTRY)
 
 
 def to_config(variant: Variant) -> dict[str, Any]:
-    """The variant as JSON-ready data: its class name under `"variant"`, then its fields."""
+    """Return the variant as JSON-ready data: its class name under `"variant"`, then its fields."""
     fields = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
     fields["dtype"] = None if variant.dtype is None else str(variant.dtype).removeprefix("torch.")
     return {"variant": type(variant).__name__, **fields}

@@ -1,4 +1,4 @@
-"""Variants: what an adapter computes, what it adds, and where it goes.
+"""Variants: the maths of an adapter, the tensors that it adds, and the sites that it goes to.
 
 A variant is a frozen dataclass. Its fields are the hyper-parameters and the targets, its methods are the
 maths. `forward` is an ordinary tensor function; the same function defines the eager wrapper, the inserted
@@ -45,15 +45,15 @@ from .maths import wide
 from .param_spec import ParamSpec as ParamSpec
 
 T = TypeVar("T")
-_DTYPES = (*HALF, torch.float32, torch.float64)  # in narrower ones there is no arithmetic
+_DTYPES = (*HALF, torch.float32, torch.float64)  # torch has no arithmetic in narrower ones
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """What a variant has observed of a site's inputs on calibration data.
+    """A sum over a site's inputs on calibration data, as the variant's observer made it.
 
     Args:
-        total: the sum, over all batches, of what the variant's observer returned.
+        total: the sum, over all batches, of the tensors that the observer returned.
         tokens: the number of inputs `(d_in,)` seen, padding left out.
     """
 
@@ -187,14 +187,14 @@ class Variant:
         if not condition:
             raise ConfigError(f"{self._name()}: {message}.")
 
-    # What a variant defines.
+    # A variant defines these.
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
-        """The tensors that the variant adds to `site`, by name."""
+        """Return the tensors that the variant adds to `site`, by name."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
-        """The adapted linear.
+        """Return the adapted linear.
 
         It must call `base` exactly once, be affine in `x` outside dropout, and act on the last dimension only.
         It is traced: a cast of `x` itself that has nothing to do returns `x`, and a later capture may take one for the
@@ -213,14 +213,17 @@ class Variant:
         raise NotImplementedError
 
     def trace_key(self, site: Site) -> Hashable:
-        """What a `forward` that looks at `base.site` depends on there: sites with equal keys share one trace of it."""
+        """Return the part of `site` that `forward` depends on, if it looks at `base.site`.
+
+        Sites with equal keys share one trace of `forward`. Override this if it reads anything but the roles.
+        """
         return site.roles
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
-        """Overwrite, in place, what starts from the frozen weight. `weight (d_out, d_in)` is float32 or wider."""
+        """Overwrite, in place, the tensors that start from the frozen weight `(d_out, d_in)`, in float32 or wider."""
 
     def observer(self, site: Site, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What to observe of the site's inputs on calibration data; None for a variant that does not start from data.
+        """Return a function that observes the site's inputs on calibration data; None to start without data.
 
         The function takes the inputs of one batch, `(tokens, d_in)` in float32 or wider, and returns a tensor to be
         summed over all batches. `weight` is as for `init`.
@@ -228,16 +231,16 @@ class Variant:
         return None
 
     def finalize(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
-        """The config to be used for these sites; for fields that depend on all of them, or on calibration data.
+        """Return the config for these sites, with the fields that depend on all of them or on calibration data.
 
-        What is returned is what gets inserted and saved. It may select fewer of the sites.
+        The returned config is inserted and saved. It may select fewer of the sites.
         """
         return self
 
     def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
-        """Overwrite, in place, what starts from data; called instead of `init` if there was calibration data."""
+        """Overwrite, in place, the tensors that start from data. Called instead of `init` with calibration data."""
 
-    # What the base class provides.
+    # The base class provides these.
 
     def overrides(self, name: str) -> dict[str, Any]:
         """Return the fields that have another value at the site called `name` than in this config."""
@@ -252,18 +255,18 @@ class Variant:
         """Raise `ConfigError` if the variant cannot be applied to `site`."""
 
     def tensor_specs(self, site: Site) -> Mapping[str, ParamSpec]:
-        """The tensors that `site` gets: those of `params`; of a stack of experts, for each expert one."""
+        """Return the tensors that `site` gets: those of `params`; of a stack of experts, for each expert one."""
         return {
             name: spec.repeated(site.experts) if site.experts and not name.startswith(SHARED) else spec
             for name, spec in self.params(site).items()
         }
 
     def initialize(self, site: Site, weight: Tensor, p: Any, statistic: Statistic | None = None) -> None:
-        """Write all start values into `p`, in place, but for those of shared tensors."""
+        """Write all start values into `p`, in place, except those of shared tensors."""
         with torch.no_grad():
             if weight.dim() == 3:
-                for expert, one in enumerate(weight):
-                    self.initialize(site, one, of_expert(p, expert), statistic)
+                for expert, matrix in enumerate(weight):
+                    self.initialize(site, matrix, of_expert(p, expert), statistic)
                 return
             for name, spec in self.params(site).items():
                 if not name.startswith(SHARED):
@@ -274,7 +277,7 @@ class Variant:
                 self.calibrate(site, wide(weight), p, statistic)
 
     def param_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the adapter's tensors on a base of `base_dtype`."""
+        """Return the dtype of the adapter's tensors on a base of `base_dtype`."""
         return self.dtype or (torch.float32 if base_dtype in HALF else base_dtype)
 
     def selects(self, site: Site) -> bool:
@@ -319,19 +322,19 @@ def pairs(patterns: Mapping[str, T] | Iterable[tuple[str, T]]) -> Iterable[tuple
 
 
 def is_finite(value: object) -> bool:
-    """Whether `value` is a number that float32 can hold. For checking the fields of variants."""
+    """Return whether `value` is a number that float32 can hold. For checking the fields of variants."""
     return (
         isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
     )
 
 
 def of_expert(p: Any, expert: int) -> Any:
-    """The tensors of one expert, from those of all; shared ones as they are."""
+    """Return the tensors of one expert, from those of all; shared ones as they are."""
     return adapter_namespace(
         {name: tensor if name.startswith(SHARED) else tensor[expert] for name, tensor in vars(p).items()}
     )
 
 
 def adapter_namespace(tensors: Mapping[str, Tensor]) -> Any:
-    """The tensors as attributes, the form in which `forward` takes them."""
+    """Return the tensors as attributes, the form in which `forward` takes them."""
     return SimpleNamespace(**tensors)

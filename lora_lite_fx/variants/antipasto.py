@@ -34,7 +34,7 @@ class AntiPaSTO(WithRank):
 
     Args:
         block_size: size of the blocks that are rotated; it must divide `r`.
-        max_rotation_angle: what the angles are bounded by, smoothly; in radians, below pi.
+        max_rotation_angle: smooth bound of the angles, in radians, below pi.
         rotate_basis: which basis is rotated: `"V"` (inputs), `"U"` (outputs), or `"none"`.
     """
 
@@ -95,8 +95,9 @@ class AntiPaSTO(WithRank):
         return cast(y + (adapted - low_rank(x, p.lora_S[:, None] * p.lora_Vh, p.lora_U)), y)
 
     def _rotated(self, basis: Tensor, p: Any) -> Tensor:
-        """`basis (r, d)` with each block of rows turned by `(I - X)^{-1} (I + X)` of a skew-symmetric `X`."""
-        # In double precision, which autocast leaves alone: rounding one basis and not the other is no identity.
+        """Return `basis (r, d)` with each block of rows turned by `(I - X)^{-1} (I + X)` of a skew-symmetric `X`."""
+        # Compute in double precision, because autocast leaves it alone. If it rounded one basis and not the other, the
+        # start would not be the identity.
         angles = p.lora_rot_T.double()
         bound = 2 * math.tan(self.max_rotation_angle / 2)
         # Half the angle from each side of the difference with the transpose.

@@ -77,7 +77,7 @@ class BOFT(Variant):
         return result.type_as(y)
 
     def _turned(self, x: Tensor, blocks: Tensor, apart: int) -> Tensor:
-        """What `blocks` make of groups of two half blocks `apart` half blocks from each other; all in their places."""
+        """Return groups of two half blocks, `apart` half blocks from each other, times `blocks`, in their places."""
         halves = (2, self.block_size // 2) if self.block_size % 2 == 0 else (1, self.block_size)
         grouped = x.unflatten(-1, (-1, halves[0], apart, halves[1])).transpose(-3, -2)
         turned = times_blocks(grouped.flatten(-2).flatten(-3, -2), blocks)

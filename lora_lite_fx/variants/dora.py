@@ -42,7 +42,7 @@ class DoRA(LowRank):
         return result.type_as(y)
 
     def _row_norms(self, weight: Tensor, p: Any) -> Tensor:
-        """`||W + s B A||` of each row, without forming the sum: `(d_out,)`, float32 or wider.
+        """Return `||W + s B A||` of each row, without forming the sum: `(d_out,)`, float32 or wider.
 
         `||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>`, row by row.
         """

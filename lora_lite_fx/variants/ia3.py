@@ -50,7 +50,7 @@ class IA3(Variant):
         return self.gates_input(site)
 
     def gates_input(self, site: Site) -> bool:
-        """Whether the gate is at the input of `site`."""
+        """Return whether the gate is at the input of `site`."""
         if self.feedforward_names is None:
             return "down" in site.roles
         return any(re.search(pattern, site.name) for pattern in as_tuple(self.feedforward_names))

@@ -75,7 +75,7 @@ class LoKr(WithScale, WithRank):
 
 
 def _factors(width: int, wanted: int) -> tuple[int, int]:
-    """Two factors of `width`, see `decompose_factor`."""
+    """Return two factors of `width`, see `decompose_factor`."""
     if wanted > 0 and width % wanted == 0:
         return wanted, width // wanted
     limit = math.isqrt(width) if wanted == -1 else min(wanted, math.isqrt(width))

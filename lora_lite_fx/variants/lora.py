@@ -19,7 +19,7 @@ from ..sites.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(WithDropout, WithScale, WithRank):
-    """What the variants of LoRA have in common: factors `A (r, d_in)` and `B (d_out, r)`, and the scale of `B A`.
+    """Base class of the variants of LoRA: factors `A (r, d_in)` and `B (d_out, r)`, and the scale of `B A`.
 
     Args:
         rank_stabilized: scale by `alpha / sqrt(r)` instead of `alpha / r` (https://arxiv.org/abs/2312.03732).
@@ -31,7 +31,7 @@ class LowRank(WithDropout, WithScale, WithRank):
 
     @property
     def scale(self) -> float:
-        """The factor `s` of `B A`."""
+        """Return the factor `s` of `B A`."""
         return self.alpha / (math.sqrt(self.r) if self.rank_stabilized else self.r)
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
@@ -41,7 +41,7 @@ class LowRank(WithDropout, WithScale, WithRank):
         }
 
     def branch(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
-        """`s B A drop(x)`."""
+        """Return `s B A drop(x)`."""
         return self.scale * low_rank(self.drop(x, base), p.lora_A, p.lora_B)
 
 

@@ -66,18 +66,18 @@ class OFT(Variant):
 
 
 def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """Each row of `x (..., n, b)` times its own block `(n, b, b)`."""
+    """Return each row of `x (..., n, b)` times its own block `(n, b, b)`."""
     return torch.einsum("...nk,nkc->...nc", x, blocks)
 
 
 def cayley(q: Tensor) -> Tensor:
-    """`(I - Q) (I + Q)^{-1} - I` for each of `q (..., b, b)`."""
+    """Return `(I - Q) (I + Q)^{-1} - I` for each of `q (..., b, b)`."""
     solution: Tensor = torch.linalg.solve(identity_like(q) + q, q)
     return -2 * solution
 
 
 def _cayley_neumann(q: Tensor) -> Tensor:
-    """`2 Q + 2 Q^2 + 2 Q^3 + Q^4`."""
+    """Return `2 Q + 2 Q^2 + 2 Q^3 + Q^4`."""
     result = q
     for _ in range(3):
         result = 2 * q + q @ result
@@ -85,7 +85,7 @@ def _cayley_neumann(q: Tensor) -> Tensor:
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
-    """The skew-symmetric matrices `(n, size, size)` with these upper triangles, by rows: `(n, size (size - 1) / 2)`."""
+    """Return skew-symmetric matrices `(n, size, size)` from upper triangles by rows, `(n, size (size - 1) / 2)`."""
     row, column = torch.triu_indices(size, size, 1, device=upper.device)
     filled = upper.new_zeros(upper.shape[0], size * size).index_copy(1, row * size + column, upper)
     matrix: Tensor = filled.unflatten(1, (size, size))

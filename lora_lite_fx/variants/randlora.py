@@ -88,7 +88,7 @@ class RandLoRA(WithScale, SharedProjections):
         return cast(y + self.alpha / self.r * F.linear(F.linear(cast(self.drop(x, base), a), down), up), y)
 
     def _count(self, site: Site) -> int:
-        """The number of terms at `site`."""
+        """Return the number of terms at `site`."""
         return math.ceil(min(site.d_in, site.d_out) / self.r)
 
     def projections(self) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class RandLoRA(WithScale, SharedProjections):
 
 
 def _draw(basis: str, seed: int, r: int, m: int, larger: int, count: int) -> tuple[Tensor, Tensor]:
-    """`A (r, m)` and `B (larger, count, r)`, one after the other from one generator."""
+    """Return `A (r, m)` and `B (larger, count, r)`, one after the other from one generator."""
     generator = torch.Generator().manual_seed(seed)
     if basis == "dense":
 

@@ -22,10 +22,10 @@ from ..sites.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class SharedProjections(WithDropout, WithRank):
-    """What the variants with frozen random projections have in common: one pair for all sites, cut to size at each.
+    """Base class of the variants with frozen random projections: one pair for all sites, cut to size at each.
 
     Args:
-        projection_seed: what the projections are drawn from. The same seed and sizes give the same values, PEFT's.
+        projection_seed: seed of the projections. The same seed and sizes give the same values, PEFT's.
         shared_r, shared_d_in, shared_d_out: the rank and widths that the projections are made for; 0 for the largest
             of the sites.
     """
@@ -68,7 +68,7 @@ class SharedProjections(WithDropout, WithRank):
         self._require(0 not in sizes.values(), f"the projections have no sizes before rewrite settles them: {sizes}")
 
     def projections(self) -> tuple[Tensor, Tensor]:
-        """The two projections, on the CPU; the same whatever the site."""
+        """Return the two projections, on the CPU; the same whatever the site."""
         raise NotImplementedError
 
     def fill_A(self, a: Tensor) -> None:
@@ -124,7 +124,7 @@ class VeRA(SharedProjections):
 
 
 def _draw(seed: int, r: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
-    """`A (r, d_in)` and `B (d_out, r)`, one after the other from one generator."""
+    """Return `A (r, d_in)` and `B (d_out, r)`, one after the other from one generator."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((r, d_in), (d_out, r)))
     for projection in (a, b):

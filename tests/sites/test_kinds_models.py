@@ -301,7 +301,7 @@ def test_a_dilated_convolution_is_another_in_peft(tmp_path: Path) -> None:
 
 def test_lora_lite_files_refuse_other_kinds(tmp_path: Path) -> None:
     gm = llfx.rewrite(mixed()[1], llfx.LoRA(r=2, target_kinds=("embedding",)))
-    with pytest.raises(llfx.ConfigError, match="lora-lite adapts ordinary linear modules, and site 'embed' is none"):
+    with pytest.raises(llfx.ConfigError, match="lora-lite adapts ordinary linear modules, and site 'embed' is not one"):
         llfx.save_lora_lite(gm, tmp_path / "x.safetensors")
 
 

@@ -47,7 +47,7 @@ class Oracle:
 
     @property
     def from_weight(self) -> bool:
-        """Whether the factors start as a part of the frozen weight, which PEFT replaces by the rest."""
+        """Return whether the factors start as a part of the frozen weight, which PEFT replaces by the rest."""
         return issubclass(self.cls, FromWeight)
 
 
@@ -336,7 +336,7 @@ class Pair:
             self.factors = {name: start.detach().clone() for name, start in starts}
 
     def twins(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """Each tensor: its site, our name for it, ours, and PEFT's own."""
+        """Return each tensor: its site, our name for it, ours, and PEFT's own."""
         state = dict(self.ours.named_parameters()) | dict(self.ours.named_buffers())
         for site in self.theirs.targeted_module_names:
             module = self.theirs.get_submodule(f"base_model.model.{site}")
@@ -364,7 +364,7 @@ class Pair:
 
 
 def targets_of(name: str, oracle: Oracle) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields that say what to adapt, in PEFT's config and in ours."""
+    """Return the fields that say what to adapt, in PEFT's config and in ours."""
     case = CASES[name]
     theirs: dict[str, Any] = {"target_modules": case.every}
     ours: dict[str, Any] = {"target_names": (f"^({case.every})$",)}

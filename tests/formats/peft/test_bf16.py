@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.rewriting.base_graph import base_graph
-from tests.support.peft_oracles import CASES, ORACLES, Oracle, Pair, captured, targets_of
+from tests.support.peft_models import CASES, captured
+from tests.support.peft_oracles import ORACLES, Oracle, Pair, targets_of
 
 PAIRS = [(case, name) for case in ("mlp", "llama") for name, oracle in ORACLES.items() if case in oracle.cases]
 # Errors of a few hundredths of what rounding a result to bfloat16 costs (2^-9) are no difference.

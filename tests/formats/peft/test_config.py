@@ -17,7 +17,7 @@ from torch import Tensor
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import adapters
 from tests.support.conformance import randomise
-from tests.support.peft_oracles import CASES, captured
+from tests.support.peft_models import CASES, captured
 from tests.support.untouched import untouched
 
 CASE = CASES["llama"]

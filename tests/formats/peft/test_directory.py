@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import adapters
-from tests.support.peft_oracles import CASES, ORACLES, TOLERANCE, Case, Pair, make_pair, use_ordinary_linears
+from tests.support.peft_models import CASES, Case
+from tests.support.peft_oracles import ORACLES, TOLERANCE, Pair, make_pair, use_ordinary_linears
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
 

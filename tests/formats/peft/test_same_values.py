@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
-from tests.support.peft_oracles import ALPHA, CASES, ORACLES, RANK, TOLERANCE, Case, Pair, make_pair
+from tests.support.peft_models import CASES, Case
+from tests.support.peft_oracles import ALPHA, ORACLES, RANK, TOLERANCE, Pair, make_pair
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
 

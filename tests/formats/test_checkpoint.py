@@ -40,7 +40,8 @@ class Net(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.fc2(F.gelu(self.fc1(x))))
+        y: Tensor = self.head(x + self.fc2(F.gelu(self.fc1(x))))
+        return y
 
 
 def inputs(*shape: int) -> Tensor:
@@ -76,7 +77,7 @@ def graph() -> nn.Module:
 def saved(folder: Path, cfg: Any = VARIANTS["LoRA"], model: nn.Module | None = None) -> Path:
     path = folder / "adapter.safetensors"
     model = model or Net()
-    data = calibration(cfg, None, (inputs(5).to(model.head.weight.dtype),))
+    data = calibration(cfg, None, (inputs(5).to(model.get_parameter("head.weight").dtype),))
     llfx.save(randomised(llfx.rewrite(model, cfg, calibration=data)), path)
     return path
 
@@ -285,7 +286,8 @@ class Without(Net):
     """Has no `fc2`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.fc1(x)[..., :8])
+        y: Tensor = self.head(x + self.fc1(x)[..., :8])
+        return y
 
 
 class Wider(Net):
@@ -323,7 +325,7 @@ def test_a_file_whose_tensors_do_not_fit_is_refused(what: str, tmp_path: Path) -
 @pytest.mark.parametrize("what", [*BAD_TENSORS, "not a tensor", "several"])
 def test_a_state_dict_is_checked_whole_before_anything_changes(what: str, adapt: Callable[..., nn.Module]) -> None:
     adapted = randomised(adapt(Net(), VARIANTS["LoRA"]))
-    state = {name: torch.zeros_like(tensor) for name, tensor in llfx.adapter_state_dict(adapted).items()}
+    state: dict[str, Any] = {n: torch.zeros_like(tensor) for n, tensor in llfx.adapter_state_dict(adapted).items()}
     messages = [BAD_TENSORS[what][1]] if what in BAD_TENSORS else []
     if what == "several":
         messages = [BAD_TENSORS[each][1] for each in ("shape", "extra", "dtype")]

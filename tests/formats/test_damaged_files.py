@@ -48,7 +48,8 @@ def graph() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def adapted(graph: nn.Module) -> nn.Module:
-    return randomised(llfx.rewrite(graph, CFG))
+    adapted: nn.Module = randomised(llfx.rewrite(graph, CFG))
+    return adapted
 
 
 @pytest.fixture
@@ -147,7 +148,9 @@ def test_a_file_with_flipped_bytes_is_refused_or_loads_what_was_saved(
 
 # Damaged metadata.
 
-LEAF = st.sampled_from([None, True, -1, 0, 3, 1e308, 10**400, "x", "IA3", [], ["x"], [[1]], {}, {"a": {}}])
+LEAF: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, -1, 0, 3, 1e308, 10**400, "x", "IA3", [], ["x"], [[1]], {}, {"a": {}}]
+)
 REMOVED = object()
 
 
@@ -183,7 +186,8 @@ def test_any_change_to_the_metadata_loads_or_is_an_adapter_error(
 
 
 def config_of(metadata: dict[str, Any]) -> dict[str, Any]:
-    return metadata["adapters"][0]["config"]
+    config: dict[str, Any] = metadata["adapters"][0]["config"]
+    return config
 
 
 @pytest.mark.parametrize(
@@ -294,7 +298,7 @@ def fail_half_way(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None
     opened = tempfile.NamedTemporaryFile
 
     def opening(*args: Any, **kwargs: Any) -> Any:
-        file = opened(*args, **kwargs)
+        file: Any = opened(*args, **kwargs)
         write = file.file.write
 
         def half(data: bytes) -> int:

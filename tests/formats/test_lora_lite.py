@@ -22,7 +22,7 @@ from tests.support.untouched import untouched
 D_IN, D_OUT, R, ALPHA = 12, 8, 4, 6.0
 
 
-def base() -> nn.Sequential:
+def base() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Tanh(), nn.Linear(D_OUT, 5))
 
@@ -165,7 +165,7 @@ def test_what_is_written_is_what_was_read(name: str, tmp_path: Path) -> None:
     assert written == {**first, **targets, **unused}
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Any, str]] = {
     "several adapters": ([llfx.LoRA(r=2, target_names=("0",)), llfx.IA3(target_names=("0",))], "holds one adapter"),
     "several ranks": (llfx.LoRA(r=2, target_names=("0", "2"), rank_pattern={"2": 1}), "one rank"),
     "another scale": (llfx.LoRA(r=2, target_names=("0",), rank_stabilized=True), "rank_stabilized"),

@@ -96,7 +96,8 @@ class LosesGradient(Broken):
     """Detaches one factor."""
 
     def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
-        return base(x) + (x @ p.lora_A.t()).detach() @ p.lora_B.t()
+        y: Tensor = base(x) + (x @ p.lora_A.t()).detach() @ p.lora_B.t()
+        return y
 
 
 class WritesTheWeight(Broken):

@@ -65,7 +65,8 @@ def error(model: nn.Module, exact: nn.Module, name: str) -> float:
         torch.cat([output(of, name, length, dtype).flatten() for length in (3, 5, 8, 12)])
         for of, dtype in ((model, torch.bfloat16), (exact, torch.float64))
     )
-    return ((ours - true).norm() / true.norm()).item()
+    error: float = ((ours - true).norm() / true.norm()).item()
+    return error
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)

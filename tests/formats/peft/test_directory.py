@@ -46,7 +46,7 @@ def base_for_peft(pair: Pair) -> nn.Module:
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_what_peft_saved_computes_the_same_here(case: str, name: str, tmp_path: Path) -> None:
     pair = pair_of(case, name)
-    pair.theirs.save_pretrained(tmp_path)
+    pair.theirs.save_pretrained(str(tmp_path))
     graph = llfx.remove(pair.ours)
     loaded = llfx.load_peft(graph, tmp_path).eval()
     close(output(loaded, pair.case), output(pair.theirs, pair.case))

@@ -253,8 +253,7 @@ VARIANTS = ("LoRA", "DoRA", "HRA", "DeLoRA", "IA3", "RoAd", "OFT")
 def config(variant: str, rank: int, case: Case) -> llfx.Variant:
     """The config of a variant, at its default roles; at all linears of a layer, which have none."""
     targets = {"target_names": (".",)} if case.tokens else {}
-    fields = finetune.OTHER_FIELDS.get(variant, {})
-    return llfx.registry()[variant](r=rank, alpha=2 * rank, **targets, **fields)
+    return finetune.config(llfx.registry()[variant], rank, **targets)
 
 
 @dataclass

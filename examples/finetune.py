@@ -21,6 +21,7 @@ A second Ctrl-C kills.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import math
 import os
@@ -122,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--variant", default="LoRA", help=f"{names}, in any case (default: %(default)s)")
     add("--roles", nargs="+", metavar="ROLE", help="roles or groups to adapt (default: the variant's own)")
     add("--rank", type=positive, default=8, help="for variants that have a rank (default: %(default)s)")
-    add("--alpha", type=float, help="scale numerator (default: twice the rank)")
+    add("--alpha", type=float, help="scale numerator, for variants that have one (default: twice the rank)")
     add("--steps", type=positive, default=60, help="optimizer steps (default: %(default)s)")
     add("--batch", type=positive, default=4, help="sequences per step (default: %(default)s)")
     add("--length", type=positive, default=128, help="tokens per sequence (default: %(default)s)")
@@ -138,15 +139,22 @@ def parse_arguments() -> argparse.Namespace:
     if args.length < 8:
         parser.error(f"--length {args.length} is too short; use at least 8")
     variant = variants[args.variant.lower()]
-    alpha = 2 * args.rank if args.alpha is None else args.alpha
     roles = re.findall(r"[^,\s]+", " ".join(args.roles or ())) or None
     try:
-        args.config = variant(r=args.rank, alpha=alpha, target_roles=roles, **OTHER_FIELDS.get(variant.__name__, {}))
+        args.config = config(variant, args.rank, args.alpha, target_roles=roles)
     except llfx.ConfigError as error:
         parser.error(str(error))
     if args.lr is None:
         args.lr = LEARNING_RATES.get(variant.__name__, OTHER_LEARNING_RATE)
     return args
+
+
+def config(variant: type[llfx.Variant], rank: int, alpha: float | None = None, **targets: Any) -> llfx.Variant:
+    """Return a config of `variant` with that rank and alpha, twice the rank if None, of which it takes what it has."""
+    names = {field.name for field in dataclasses.fields(variant)}
+    sizes = {"r": rank, "alpha": 2 * rank if alpha is None else alpha}
+    own = {name: value for name, value in sizes.items() if name in names}
+    return variant(**own, **targets, **OTHER_FIELDS.get(variant.__name__, {}))
 
 
 def positive(text: str) -> int:

@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 def row(graph: fx.GraphModule, cls: type[llfx.Variant], rank: int, ids: torch.Tensor, total: int, base: int) -> str:
     """The line of a variant."""
     calibration = [finetune.inputs(ids)] if cls is llfx.EVA else None
-    cfg = cls(r=rank, alpha=2 * rank, **finetune.OTHER_FIELDS.get(cls.__name__, {}))
+    cfg = finetune.config(cls, rank)
     try:
         gm = llfx.rewrite(graph, cfg, calibration=calibration)
     except llfx.AdapterError as error:

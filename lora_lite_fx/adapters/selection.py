@@ -24,7 +24,7 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
     if not chosen:
         raise SelectionError(_nothing_matched(variant, sites))
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern, _ in getattr(variant, field):
+        for pattern, _ in getattr(variant, field, ()):
             if not any(re.search(pattern, site.name) for site in chosen):
                 raise SelectionError(
                     f"{type(variant).__name__}: {pattern!r} in {field} matches none of the {len(chosen)} sites to adapt"

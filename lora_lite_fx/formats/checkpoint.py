@@ -41,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
+        model: a model with adapters, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
 
     Raises:
@@ -51,7 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
     for variant, _ in adapters(model):
-        from_config(to_config(variant))  # refuses what could not be loaded again
+        from_config(to_config(variant))  # refuses a config that could not be loaded again
     records = [
         {"config": to_config(variant), "sites": [placement.site for placement in members]}
         for variant, members in adapters(model)
@@ -119,16 +119,16 @@ def load(
 
 
 def fingerprint(weight: Tensor) -> str:
-    """A hash of a weight's shape and values, the same for a base in float32 and the same base cast to bfloat16."""
+    """Return a hash of a weight's shape and values. A base in float32 and its cast to bfloat16 have the same."""
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
     digest.update(weight.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """A hash of the document without its checksum, and of the names, shapes, dtypes and values of the tensors."""
-    said = {key: value for key, value in document.items() if key != "checksum"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    """Return a hash of the document without its checksum and of the tensors: names, shapes, dtypes and values."""
+    content = {key: value for key, value in document.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -139,7 +139,7 @@ def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
 
 
 def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, Any]]:
-    """The variants with the names of their sites, and the whole document."""
+    """Return the variants with the names of their sites, and the whole document."""
     if FORMAT not in metadata:
         raise CheckpointError(f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}.")
     try:
@@ -194,7 +194,7 @@ def _check_base(
 
 
 def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> dict[str, Tensor]:
-    """The tensors that a file with these adapters holds, without data."""
+    """Return the tensors that a file with these adapters holds, without data."""
     expected: dict[str, Tensor] = {}
     for adapter, (variant, targets) in enumerate(placed):
         for site in targets:
@@ -216,7 +216,7 @@ def _in_file(placed: list[tuple[Variant, list[Site]]], adapter: int, site: Site)
 
 
 def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
-    """The frozen weight of each site, as the model stores it."""
+    """Return the frozen weight of each site, as the model stores it."""
     if isinstance(model, fx.GraphModule):
         return {site.name: tensor_of(model, site.weight) for site in find_sites(model) if site.name in names}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves

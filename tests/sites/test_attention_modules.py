@@ -193,5 +193,5 @@ def test_the_fast_path_of_an_encoder_does_not_go_around_wrapped_linears() -> Non
 def test_peft_files_refuse_sites_that_are_not_modules() -> None:
     _, base = base_of("self")
     gm = llfx.rewrite(base, llfx.LoRA(r=2, target_names=("in_proj",)))
-    with pytest.raises(llfx.ConfigError, match=r"site 'att\.in_proj' is none of its own"):
+    with pytest.raises(llfx.ConfigError, match=r"site 'att\.in_proj' is not a module of its own"):
         llfx.to_peft_config(gm)

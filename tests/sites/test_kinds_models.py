@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.finding import find_sites
-from tests.support.conformance import check_file, check_merge, check_remove, close, gradients, randomise
+from tests.support.conformance import check_file, check_merge, check_remove, close, gradients, randomise, small
 from tests.support.untouched import untouched
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -122,7 +122,9 @@ def test_lora_is_the_model_with_its_update_added_to_the_weights(name: str) -> No
 @pytest.mark.parametrize("cls", [llfx.DoRA, llfx.PiSSA, llfx.IA3], ids=lambda cls: cls.__name__)
 def test_merged_weights_run_in_the_model_itself(name: str, cls: type[llfx.Variant]) -> None:
     model, base = model_and_base(name)
-    gm = llfx.rewrite(base, [cls(r=2, target_kinds=(MODELS[name][1],)), llfx.LoRA(r=2, target_roles=("attention",))])
+    gm = llfx.rewrite(
+        base, [small(cls, 2, target_kinds=(MODELS[name][1],)), llfx.LoRA(r=2, target_roles=("attention",))]
+    )
     randomise(gm, 1)
     merged = llfx.merge(gm).eval()
     logits, _ = run(gm.eval(), name)
@@ -301,7 +303,7 @@ def test_saving_to_peft_refuses_dilated_convolutions(tmp_path: Path) -> None:
 
 def test_lora_lite_files_refuse_other_kinds(tmp_path: Path) -> None:
     gm = llfx.rewrite(mixed()[1], llfx.LoRA(r=2, target_kinds=("embedding",)))
-    with pytest.raises(llfx.ConfigError, match="lora-lite adapts ordinary linear modules, and site 'embed' is none"):
+    with pytest.raises(llfx.ConfigError, match="lora-lite adapts ordinary linear modules, and site 'embed' is not one"):
         llfx.save_lora_lite(gm, tmp_path / "x.safetensors")
 
 

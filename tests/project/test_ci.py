@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +64,22 @@ def test_a_readme_without_the_two_commands_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         readme_command(name, readme)
+
+
+def test_the_quick_checks_before_a_commit_are_among_those_of_ci() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    entries = re.findall(r"entry: (.*)", hooks)
+    assert entries == ["ruff format", "ruff check --fix", "mypy"]
+    for entry in entries:
+        assert f'run_in tests "{entry.removesuffix(" --fix")}' in SCRIPT
+
+
+def test_the_workflow_calls_this_script_and_nothing_else() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert re.findall(r"run: (.*)", workflow) == ["bash .ci/run"]
+
+
+def test_contributing_builds_the_api_reference_as_ci_does() -> None:
+    (command,) = re.findall(r"-m (pdoc .*)\"", SCRIPT)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"`python -m {command.replace('$work/', '')}`" in contributing

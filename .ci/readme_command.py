@@ -18,7 +18,7 @@ def readme_command(name: str, readme: str) -> str:
     """
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}: the README has {' and '.join(COMMANDS)}")
-    blocks = re.findall(r"^```bash\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    blocks: list[str] = re.findall(r"^```bash\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
     if len(blocks) != len(COMMANDS) or any(block.count("\n") != 1 for block in blocks):
         raise ValueError(f"the README must have {len(COMMANDS)} bash blocks of one line, it has {blocks}")
     return blocks[COMMANDS.index(name)].strip()

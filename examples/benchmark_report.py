@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 VALID = (0.97, 1.03)
@@ -195,13 +196,13 @@ def readable(value: float, unit: str) -> str:
 
 def draw(where: Mapping[str, Any], results: Sequence[Result], path: Path) -> None:
     """Write a PNG of all ratios: a panel for each measure, a row for each case and variant, a colour for each arm."""
-    matplotlib.use("Agg")  # Needs no display.
+    matplotlib.use("Agg")  # needs no display
     results = [result for result in results if result.ratios]
     measures = list(dict.fromkeys(result.measure for result in results))
     if not measures:
         return
     arms = list(dict.fromkeys(arm for result in results for arm in result.ratios if not arm.startswith("base")))
-    colours = dict(zip(arms, pyplot.colormaps["tab10"].colors, strict=False))
+    colours = {arm: pyplot.colormaps["tab10"](number) for number, arm in enumerate(arms)}
     rows = [[result for result in results if result.measure == measure] for measure in measures]
     heights = [len(panel) + 2 for panel in rows]
     figure, axes = pyplot.subplots(
@@ -214,7 +215,7 @@ def draw(where: Mapping[str, Any], results: Sequence[Result], path: Path) -> Non
     for axis, panel, measure in zip(axes[:, 0], rows, measures, strict=True):
         _panel(axis, panel, colours)
         axis.set_title(f"{measure}: ratio to the frozen base", fontsize="medium", loc="left")
-    handles = [pyplot.Line2D([], [], color=colour, marker="o", ls="", label=arm) for arm, colour in colours.items()]
+    handles = [Line2D([], [], color=colour, marker="o", ls="", label=arm) for arm, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 8), fontsize="small")
     figure.supxlabel(f"{where['machine']}, torch {where['versions']['torch']}, {where['date']}", fontsize="small")
     figure.savefig(path, dpi=120)

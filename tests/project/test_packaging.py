@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,17 @@ def test_the_metadata_of_the_wheel_is_complete(wheel: Path) -> None:
     built_in = [cls for cls in registry().values() if cls.__module__.startswith(f"{NAME}.")]
     assert len(built_in) == 21
     assert "LoRA and twenty other methods" in metadata["Summary"]
+
+
+def test_the_readme_names_every_lower_bound_as_a_version_that_was_run(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = message_from_string(dist_info(archive, "METADATA"))
+    required = [re.match(r"([\w-]+).*>=([\d.]+)", line) for line in metadata.get_all("Requires-Dist")]
+    bounds = {match[1]: match[2] for match in required if match}
+    assert bounds.keys() >= {"torch", "transformers", "safetensors", "peft", "accelerate", "pytest"}
+    run = (ROOT / "README.md").read_text(encoding="utf-8").partition("### What was run")[2].lower()
+    missing = [name for name, bound in bounds.items() if not re.search(rf"\b{name} {re.escape(bound)}\b(?!\.)", run)]
+    assert set(missing) <= {"mypy", "pdoc", "pre-commit", "ruff"}, "tools, which no user of the package needs"
 
 
 def test_the_library_is_imported_from_where_it_was_installed(

@@ -270,7 +270,7 @@ def _cuda_seconds(work: Callable[[], Any]) -> float:
     work()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 # Counts.
@@ -282,7 +282,7 @@ def flops(arm: Arm) -> int:
     with flop_counter() as counter, torch.set_grad_enabled(arm.step.trains):
         arm()
     arm.renew()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def saved(arm: Arm) -> int:

@@ -40,7 +40,8 @@ class Forward(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         last = {"logits_to_keep": 1} if is_causal(self.model) and has_head(self.model) else {}
-        return self.model(input_ids=input_ids, **no_cache(self.model), **last)[0]
+        logits: Tensor = self.model(input_ids=input_ids, **no_cache(self.model), **last)[0]
+        return logits
 
 
 class Decode(nn.Module):
@@ -53,7 +54,7 @@ class Decode(nn.Module):
     def forward(self, input_ids: Tensor, cache: list[tuple[Tensor, Tensor]]) -> Any:
         past = transformers.DynamicCache(cache)
         logits = self.model(input_ids=input_ids, past_key_values=past, use_cache=True)[0]
-        return logits, [(layer.keys, layer.values) for layer in past.layers]
+        return logits, keys_and_values(past)
 
 
 class Train(nn.Module):
@@ -67,8 +68,9 @@ class Train(nn.Module):
         self.model = model
 
     def forward(self, inputs_embeds: Tensor, labels: Tensor) -> Tensor:
-        loss = {"labels": labels} if has_head(self.model) else {}
-        return self.model(inputs_embeds=inputs_embeds, **no_cache(self.model), **loss)[0]
+        labelled = {"labels": labels} if has_head(self.model) else {}
+        loss_or_output: Tensor = self.model(inputs_embeds=inputs_embeds, **no_cache(self.model), **labelled)[0]
+        return loss_or_output
 
 
 class Linears(nn.Module):
@@ -81,6 +83,11 @@ class Linears(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(linear(x) for linear in self.children())
+
+
+def keys_and_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return the keys and the values in a cache of transformers, by layer."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def is_causal(model: Any) -> bool:
@@ -162,6 +169,8 @@ def _of_a_layer(module: nn.Module, call: str, tokens: int) -> Step:
 
 def _of_a_model(model: Any, call: str) -> Step:
     tokens = functools.partial(torch.randint, model.config.vocab_size)
+    inputs: dict[str, Any]
+    example: dict[str, Any]
     if call == "forward":
         inputs, example = ({"input_ids": tokens(size)} for size in ((1, PREFILL), (3, 7)))
         return Step(Forward(model), inputs, example, {"input_ids": {0: AUTO, 1: AUTO}}, False)
@@ -180,14 +189,14 @@ def _of_a_model(model: Any, call: str) -> Step:
 
 @torch.no_grad()
 def _embedded(model: Any, ids: Tensor) -> Tensor:
-    return model.get_input_embeddings()(ids.to(model.device))
+    embedded: Tensor = model.get_input_embeddings()(ids.to(model.device))
+    return embedded
 
 
 @torch.no_grad()
 def _cache(model: Any, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
     ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return keys_and_values(model(input_ids=ids, use_cache=True).past_key_values)
 
 
 def _smollm2() -> nn.Module:
@@ -214,7 +223,8 @@ def _llama(
         bos_token_id=1,
         eos_token_id=2,
     )
-    return cls(config)
+    model: nn.Module = cls(config)
+    return model
 
 
 def _gpt2() -> nn.Module:
@@ -307,7 +317,9 @@ class Arm:
             outputs = pytree.tree_leaves(self())
         results = {f"output {index}": output.detach().clone() for index, output in enumerate(outputs)}
         if self.step.trains:
-            results |= {f"input gradient {index}": x.grad.clone() for index, x in enumerate(self.inputs)}
+            results |= {
+                f"input gradient {index}": x.grad.clone() for index, x in enumerate(self.inputs) if x.grad is not None
+            }
             gradients = self.named({name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None})
             results |= {f"gradient of {name}": gradient for name, gradient in gradients.items()}
             self.renew()

@@ -191,7 +191,7 @@ def read_text(file: Path | None) -> tuple[str, str]:
 
 def to_blocks(tokenizer: transformers.PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
     """Return the tokens of the text in blocks `(n, length)`, without the rest that fills no block."""
-    ids = tokenizer(text, verbose=False, return_tensors="pt").input_ids[0]
+    ids: Tensor = tokenizer(text, verbose=False, return_tensors="pt").input_ids[0]
     if len(ids) < length:
         sys.exit(f"The text is too short: a part of it has {len(ids)} tokens, and --length is {length}.")
     return ids[: len(ids) // length * length].view(-1, length)
@@ -211,7 +211,8 @@ def train(gm: fx.GraphModule, blocks: Tensor, args: argparse.Namespace) -> tuple
     parameters = llfx.adapter_parameters(gm)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, args.steps))
-    order, losses, start = shuffled(len(blocks), args.seed), [], time.perf_counter()
+    losses: list[float] = []
+    order, start = shuffled(len(blocks), args.seed), time.perf_counter()
     with interruptible() as interrupts, tqdm(total=args.steps, unit="step", desc="training") as bar:
         while len(losses) < args.steps and not interrupts:
             loss = forward(**inputs(blocks[[next(order) for _ in range(args.batch)]])).loss
@@ -272,7 +273,8 @@ def continuation(gm: fx.GraphModule, tokenizer: transformers.PreTrainedTokenizer
     prompt_ids = ids = tokenizer(prompt, return_tensors="pt").input_ids
     for _ in range(SAMPLE_TOKENS):
         ids = torch.cat([ids, gm(**inputs(ids)).logits[:, -1:].argmax(-1)], dim=1)
-    return tokenizer.decode(ids[0, prompt_ids.shape[1] :])
+    (text,) = tokenizer.batch_decode(ids[:, prompt_ids.shape[1] :])
+    return text
 
 
 def export(gm: fx.GraphModule, blocks: Tensor, path: Path) -> fx.GraphModule:

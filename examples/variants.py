@@ -82,7 +82,7 @@ def flops(gm: fx.GraphModule, ids: torch.Tensor, backward: bool) -> int:
         loss = gm(**finetune.inputs(ids)).loss
         if backward:
             loss.backward()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def flop_counter() -> FlopCounterMode:

@@ -42,7 +42,11 @@ def test_ratios_are_of_medians_and_of_rounds() -> None:
 
 
 def test_an_arm_is_judged_by_the_rounds_it_took_part_in() -> None:
-    seconds = {"base": [1.0, 1.0, 2.0], "base-again": [1.0, 1.0, 2.0], "peft": [9.0, None, 10.0]}
+    seconds: dict[str, list[float | None]] = {
+        "base": [1.0, 1.0, 2.0],
+        "base-again": [1.0, 1.0, 2.0],
+        "peft": [9.0, None, 10.0],
+    }
     times = report.of_rounds(result(), seconds)
     assert times.values["peft"] == 9.5
     assert times.paired["peft"][0] == 7.0

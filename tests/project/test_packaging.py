@@ -93,7 +93,7 @@ class Environment:
         return folder
 
     def install(self, *arguments: str | Path) -> None:
-        pip = [sys.executable, "-m", "pip", "--python", self.python]
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", self.python]
         run(*pip, "install", "--no-deps", "--ignore-installed", *arguments, cwd=self.folder)
 
     def execute(self, script: str, cwd: Path) -> str:
@@ -117,7 +117,8 @@ def editable(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Environmen
 
 @pytest.fixture(params=["installed", "editable"])
 def environment(request: pytest.FixtureRequest) -> Environment:
-    return request.getfixturevalue(request.param)
+    environment: Environment = request.getfixturevalue(request.param)
+    return environment
 
 
 def expected_modules(names: Sequence[str]) -> set[str]:
@@ -155,7 +156,7 @@ def test_the_metadata_of_the_wheel_is_complete(wheel: Path) -> None:
     assert metadata["Name"] == NAME
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Requires-Python"].startswith(">=3.")
-    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in required) == ["safetensors", "torch"]
     built_in = [cls for cls in registry().values() if cls.__module__.startswith(f"{NAME}.")]
     assert len(built_in) == 21
@@ -165,7 +166,7 @@ def test_the_metadata_of_the_wheel_is_complete(wheel: Path) -> None:
 def test_the_readme_names_every_lower_bound_as_a_version_that_was_run(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = message_from_string(dist_info(archive, "METADATA"))
-    required = [re.match(r"([\w-]+).*>=([\d.]+)", line) for line in metadata.get_all("Requires-Dist")]
+    required = [re.match(r"([\w-]+).*>=([\d.]+)", line) for line in metadata.get_all("Requires-Dist", [])]
     bounds = {match[1]: match[2] for match in required if match}
     assert bounds.keys() >= {"torch", "transformers", "safetensors", "peft", "accelerate", "pytest"}
     run = (ROOT / "README.md").read_text(encoding="utf-8").partition("### What was run")[2].lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from pathlib import Path
@@ -29,6 +30,7 @@ def subclass(kind: Any, cls: Any) -> type:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return self._graphs.run(self, args, kwargs)
 
+        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call
         names["forward"] = forward
     return type(cls.__name__, (kind, cls), names)
 

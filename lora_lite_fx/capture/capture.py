@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.tensors import keep_aliases
+from ..log import phase, progress
 from .export import export
 from .hugging_face import example_inputs_of, is_hugging_face, prepare_for_capture
 from .share import share
@@ -55,15 +56,14 @@ def capture(
         prepare_for_capture(shadow)
         if example_inputs is None:
             example_inputs = example_inputs_of(shadow)
-    if example_inputs is None:
-        shadow.train()
-        gm = symbolic_trace(shadow)
-        eval_gm = symbolic_trace(shadow.eval())
-    else:
-        args, kwargs = _split_inputs(shadow, example_inputs)
-        shadow.train()
-        gm = export(shadow, args, kwargs, dynamic_shapes)
-        eval_gm = export(shadow.eval(), args, kwargs, dynamic_shapes)
+    inputs = None if example_inputs is None else _split_inputs(shadow, example_inputs)
+    with phase(f"captured {type(model).__name__}") as details:
+        graphs = []
+        for mode in progress((True, False), f"capturing {type(model).__name__}"):
+            shadow.train(mode)
+            graphs.append(symbolic_trace(shadow) if inputs is None else export(shadow, *inputs, dynamic_shapes))
+        gm, eval_gm = graphs
+        details.append(f"{len(gm.graph.nodes)} nodes")
     keep_aliases(shadow, gm)
     _name_modules_once(shadow, gm.graph)
     return Capture(gm, eval_gm, model.training)

@@ -6,9 +6,7 @@ from it: a copy, optimized, with what depends on parameters alone taken out and 
 
 from __future__ import annotations
 
-import copy
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -17,9 +15,12 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.state import describe_adapters, trainable_parameters
 from ..errors import AdapterError
+from ..graph.copies import copy_graph, share_signatures
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
+from ..log import phase
 from ..passes import OPTIMIZATIONS, Pipeline, Program
 from .checkpointing import cut_layers
 from .prologue import Prologue, cut_prologue
@@ -55,6 +56,7 @@ class AdaptedGraphModule(fx.GraphModule):
         self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedGraphModule:
+        share_signatures(self, memo)
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, AdaptedGraphModule)
         twin.execution = self.execution
@@ -84,6 +86,13 @@ class AdaptedGraphModule(fx.GraphModule):
         cls: Any = type(self)
         if _method(program) in vars(cls):
             return
+        with phase(f"derived the {program} program") as details:
+            graph = self._make_methods(program)
+            details.append(f"{len(graph.nodes)} nodes")
+
+    def _make_methods(self, program: Program) -> fx.Graph:
+        """Make the method that runs this program, and those that it calls; returns the graph of the first."""
+        cls: Any = type(self)
         graph = self._optimized(program)
         # What is cut out are methods too; the outer graph calls them as if modules.
         if program == "checkpointed":
@@ -93,13 +102,12 @@ class AdaptedGraphModule(fx.GraphModule):
             cls.prologues[program] = prologue
             setattr(cls, _prologue(program), _running(program))
         setattr(cls, _method(program), forward_of(self, graph))
+        return graph
 
     def _optimized(self, program: Program) -> fx.Graph:
         """A copy of the graph, optimized."""
         assert self.execution is not None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about the signature it copies
-            derived = fx.GraphModule(self, copy.deepcopy(self.graph))
+        derived = fx.GraphModule(self, copy_graph(self.graph))
         self.execution.passes.of(program).run(derived)
         derived.graph.owning_module = None  # it would be asked for the modules that stand for methods
         return derived.graph
@@ -113,6 +121,14 @@ class AdaptedGraphModule(fx.GraphModule):
         # and what is derived depends on the device.
         self._drop_derived()
         return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Return the lines on the adapters that `repr` shows."""
+        return "\n".join(describe_adapters(self))
+
+    def print_trainable_parameters(self) -> None:
+        """Print one line: how many parameters train now, of how many, as PEFT prints it."""
+        print(trainable_parameters(self))
 
     def _forget(self) -> None:
         for prologue in self.prologues.values():

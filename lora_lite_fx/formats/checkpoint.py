@@ -28,6 +28,7 @@ from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.provenance import qualified_names
 from ..graph.tensors import tensor_of
+from ..log import phase
 from ..rewriting.base_graph import base_graph
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
@@ -91,7 +92,9 @@ def load(
     state, metadata = read_safetensors(Path(path))
     chosen, document = _parse(metadata, Path(path))
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
-    sites = {site.name: site for site in find_sites(gm)}
+    with phase("found the sites") as details:
+        sites = {site.name: site for site in find_sites(gm)}
+        details.append(f"{len(sites)} in the model")
     placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
     try:
         for variant, targets in placed:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from ..adapters.placement import Placement
+from ..adapters.state import describe_adapters, trainable_parameters
 from ..errors import AdapterError, ConfigError
 from ..formats.checkpoint import save
 from .graph_cache import GraphCache
@@ -73,6 +74,14 @@ class Adapted(AdaptedPart):
         if fold:
             fold_into(plain, self.adapted_graph())
         return plain
+
+    def extra_repr(self) -> str:
+        """Return the lines that `repr` shows before the modules: those of the model, and one for each adapter."""
+        return "\n".join(line for line in (super().extra_repr(), *describe_adapters(self)) if line)  # type: ignore
+
+    def print_trainable_parameters(self) -> None:
+        """Print one line: how many parameters train now, of how many, as PEFT prints it."""
+        print(trainable_parameters(self))  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
         """Write the adapters as `save` does, to `model.safetensors`, which `adapt` and a resumed `Trainer` read.

@@ -12,6 +12,7 @@ from ..adapters.variant import Variant
 from ..capture.share import share
 from ..errors import CaptureError, ConfigError
 from ..graph.writes import own_written_buffers
+from ..log import progress
 from ..passes import ObserveInputs, Observer, Pipeline
 from ..sites.site import Site
 
@@ -38,7 +39,7 @@ def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observe
     Pipeline((ObserveInputs(by_site),)).run(observed)
     observed.eval()
     count = 0
-    for batch in calibration:
+    for batch in progress(calibration, "calibration"):
         try:
             if isinstance(batch, Mapping):
                 observed(**_completed(gm, batch))

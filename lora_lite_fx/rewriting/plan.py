@@ -14,6 +14,7 @@ from ..adapters.selection import select
 from ..adapters.variant import Statistic, Variant
 from ..errors import ConfigError
 from ..graph.tensors import tensor_of
+from ..log import phase
 from ..passes import Observer
 from ..sites.finding import find_sites
 from ..sites.site import Site
@@ -49,7 +50,9 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
         ConfigError: a variant does not fit a site, needs data and has none, or no variant starts from data.
         CaptureError: a batch does not fit the graph.
     """
-    sites = find_sites(gm)
+    with phase("found the sites") as details:
+        sites = find_sites(gm)
+        details.append(f"{len(sites)} in the model")
     chosen = [(variant, select(variant, sites)) for variant in variants]
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
     if calibration is not None:
@@ -67,7 +70,8 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
         if not any(observers):
             names = ", ".join(type(variant).__name__ for variant in variants)
             raise ConfigError(f"calibration was given, but {names} does not start from data; leave it out.")
-        run_calibration(gm, observers, calibration)
+        with phase("ran the calibration data"):
+            run_calibration(gm, observers, calibration)
         statistics = [
             {name: observer.statistic for name, observer in mine.items() if observer.statistic is not None}
             for mine in observers

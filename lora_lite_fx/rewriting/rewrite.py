@@ -15,9 +15,11 @@ from ..adapters.placement import (
     placements,
     site_weight,
 )
+from ..adapters.state import describe_adapters
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import AdapterError, ConfigError
+from ..log import phase, progress
 from ..passes import (
     GraphPass,
     InsertAdapter,
@@ -75,8 +77,9 @@ def rewrite(
     _warn_of_no_gradient(gm, plans)
     first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])
     by_name = {site.name: site for plan in plans for site in plan.sites}
-    for placement in placements(gm):
-        if placement.adapter >= first:
+    inserted = [placement for placement in placements(gm) if placement.adapter >= first]
+    with phase("computed the adapters' start values"):
+        for placement in progress(inserted, "start values"):
             site, plan = by_name[placement.site], plans[placement.adapter - first]
             placement.initialize(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
     return gm
@@ -145,7 +148,9 @@ def insert_adapters(
         InsertAdapter(variant, first + i, tuple(site.name for site in sites), roles or {})
         for i, (variant, sites) in enumerate(chosen)
     )
-    Pipeline(tuple(passes)).run(gm)
+    with phase("inserted the adapters") as details:
+        Pipeline(tuple(passes)).run(gm)
+        details += describe_adapters(gm)
     return first
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import AdapterError, CheckpointError
+from ..capture.mistakes import model_hint, wrapper_hint
+from ..errors import AdapterError, CheckpointError, shown
 from ..graph.provenance import insertions
 from ..graph.tensors import tensor_of
 from .placement import adapter_tensor_names, placements
@@ -17,7 +18,7 @@ from .registry import to_config
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters of an adapted model; nothing else in it requires grad.
+    """Return the trainable parameters of an adapted model; nothing else in it requires grad.
 
     Args:
         model: what `rewrite`, `wrap`, `adapt` or `load` returned.
@@ -25,12 +26,14 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         AdapterError: the model has no adapters.
     """
-    tensors = (tensor_of(model, name) for name in _names_or_raise(model))
+    tensors = (tensor_of(model, name) for name in adapter_tensors(model))
     return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors by qualified name, `"<module path>.<param>"`; detached, and sharing the model's storage.
+    """Return the adapters' tensors by qualified name, `"<module path>.<param>"`.
+
+    They are detached, and share the model's storage.
 
     Args:
         model: what `rewrite`, `wrap`, `adapt` or `load` returned.
@@ -38,7 +41,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         AdapterError: the model has no adapters.
     """
-    return {name: tensor_of(model, name).detach() for name in _names_or_raise(model)}
+    return {name: tensor_of(model, name).detach() for name in adapter_tensors(model)}
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -49,10 +52,15 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
         state_dict: as `adapter_state_dict` gives it, with the same keys, shapes and dtypes.
 
     Raises:
-        CheckpointError: keys, shapes or dtypes differ; nothing has been changed then.
+        CheckpointError: keys, shapes or dtypes differ, or `state_dict` is not a mapping. Then nothing has changed.
         AdapterError: the model has no adapters.
     """
     own = adapter_state_dict(model)
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(
+            f"state_dict must map names to tensors, as adapter_state_dict returns it; it is {shown(state_dict)}."
+            " A file is loaded by load(model, path)."
+        )
     check_fit(own, state_dict)
     with torch.no_grad():
         for name, tensor in own.items():
@@ -60,7 +68,7 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
 
 
 def check_fit(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` unless `state_dict` has the keys, shapes and dtypes of `own`; values do not count."""
+    """Raise `CheckpointError` unless `state_dict` has the keys, shapes and dtypes of `own`; values may differ."""
     problems = [f"missing: {name}" for name in own if name not in state_dict]
     problems += [f"unexpected: {name}" for name in state_dict if name not in own]
     for name in own.keys() & state_dict.keys():
@@ -76,7 +84,7 @@ def check_fit(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> No
         raise CheckpointError(f"The tensors do not fit the model's adapters: {'; '.join(sorted(problems)[:5])}{more}.")
 
 
-# What a user is shown of them.
+# Text for users.
 
 
 def describe_adapters(model: nn.Module) -> list[str]:
@@ -123,10 +131,21 @@ def _describe(model: nn.Module, members: Sequence[tuple[Mapping[str, Any], str, 
     return f"{config['variant']}({fields}) at {len(sites)} site{plural}, {size:,} parameters"
 
 
-def _names_or_raise(model: nn.Module) -> list[str]:
-    names = adapter_tensor_names(model)
-    if not names:
+def adapter_tensors(model: nn.Module) -> list[str]:
+    """Return the qualified names of the tensors of all adapters of `model`, frozen ones included.
+
+    Raises:
+        AdapterError: the model has no adapters, or is around one that has; the message says what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
         raise AdapterError(
-            f"{type(model).__name__} has no adapters; it is not what rewrite, wrap, adapt or load returned."
+            f"The model must be what rewrite, wrap, adapt or load returned, not {shown(model)}.{model_hint(model)}"
         )
-    return names
+    names = adapter_tensor_names(model)
+    with suppress(AttributeError):  # of a module around the adapted one, in which the tensors have other names
+        if names and tensor_of(model, names[0]) is not None:
+            return names
+    way_out = wrapper_hint(model) or "they leave their argument as it is, so use their result."
+    raise AdapterError(
+        f"{type(model).__name__} has no adapters; it is not what rewrite, wrap, adapt or load returned: {way_out}"
+    )

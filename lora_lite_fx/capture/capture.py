@@ -21,6 +21,7 @@ from ..graph.tensors import keep_aliases
 from ..log import phase, progress
 from .export import export
 from .hugging_face import example_inputs_of, is_hugging_face, prepare_for_capture
+from .mistakes import check_inputs, check_model
 from .share import share
 from .symbolic import symbolic_trace
 
@@ -46,8 +47,8 @@ def capture(
     model: nn.Module | ExportedProgram, example_inputs: Inputs | None, dynamic_shapes: Any, own: Sequence[str] = ()
 ) -> Capture:
     """Capture `model`, which is left as it is. Arguments and errors as for `rewrite.base_graph`."""
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"A torch.nn.Module or an ExportedProgram is needed, not {type(model).__name__}.")
+    check_model(model)
+    assert isinstance(model, nn.Module)
     if isinstance(model, fx.GraphModule):
         return Capture(share(model, own), None, model.training)
 
@@ -70,11 +71,7 @@ def capture(
 
 
 def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if not isinstance(inputs, (tuple, dict)):
-        raise CaptureError(
-            "example_inputs must be a tuple of positional or a dict of keyword arguments,"
-            f" not {type(inputs).__name__}; for one tensor write example_inputs=(x,)."
-        )
+    check_inputs(inputs)
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
     signature = inspect.signature(model.forward)
     try:

@@ -15,8 +15,9 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.placement import HasGraphs, placements
 from ..adapters.state import describe_adapters, trainable_parameters
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
@@ -37,6 +38,18 @@ class Execution:
 
     passes: Pipeline = OPTIMIZATIONS
     checkpoint_layers: bool = False
+
+
+_ADAPT = "llfx.adapt(model, cfg) returns a model of the same class, which has it."
+_ELSEWHERE = {
+    "generate": _ADAPT,
+    "config": _ADAPT,
+    "save_pretrained": "llfx.save(graph, path) and llfx.save_peft(graph, folder) write its adapters.",
+    "merge_and_unload": "llfx.merge(graph) returns the model with its adapters folded in.",
+    "unload": "llfx.remove(graph) returns the model without its adapters.",
+    "disable_adapter": "llfx.remove(graph) returns the model without its adapters, over the same weights.",
+}
+"""What to use in place of attributes that a graph does not have, and that transformers and PEFT give their models."""
 
 
 class AdaptedGraphModule(fx.GraphModule):
@@ -122,6 +135,14 @@ class AdaptedGraphModule(fx.GraphModule):
         self._drop_derived()
         return super()._apply(fn, recurse)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in _ELSEWHERE:
+                raise AttributeError(f"A rewritten graph has no {name}. {_ELSEWHERE[name]}") from error
+            raise
+
     def extra_repr(self) -> str:
         """Return the lines on the adapters that `repr` shows."""
         return "\n".join(describe_adapters(self))
@@ -184,9 +205,17 @@ def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZ
         model = model.module()
     if not isinstance(model, fx.GraphModule):
         raise AdapterError(
-            f"A graph is needed, as rewrite, load or torch.export return it; not {type(model).__name__}."
+            f"A graph is needed, as rewrite, load or torch.export return it; not {shown(model)}.{_optimize_hint(model)}"
         )
     return run_as(model, Execution(passes, checkpoints_layers(model)))
+
+
+def _optimize_hint(model: object) -> str:
+    if isinstance(model, HasGraphs):
+        return " The graphs of an adapted model are optimized already."
+    if isinstance(model, nn.Module) and not placements(model):
+        return " Only adapters are optimized: optimize(rewrite(model, LoRA(r=8)))."
+    return ""
 
 
 def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:

@@ -21,6 +21,12 @@ from .merge_into_model import fold_into
 WEIGHTS = "model.safetensors"  # what a Trainer looks for in a checkpoint
 
 
+_PEFT = (
+    "PEFT has changed the modules of this adapted model, which do not run: its graphs do. PEFT's adapters would have no"
+    " effect. The way out: give adapt all configs, adapt(model, [LoRA(r=8), llfx.from_peft_config(config)])."
+)
+
+
 @functools.cache
 def subclass(kind: Any, cls: Any) -> type:
     """A subclass of `cls`, of the same name, with the methods of `kind`."""
@@ -29,6 +35,8 @@ def subclass(kind: Any, cls: Any) -> type:
 
         @functools.wraps(cls.forward)  # its signature is what generate and Trainer look at
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if "peft_config" in vars(self):
+                raise AdapterError(_PEFT)
             return self._graphs.run(self, args, kwargs)
 
         forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call

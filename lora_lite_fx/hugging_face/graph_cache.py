@@ -293,7 +293,9 @@ class GraphCache:
         return CapturedGraph(gm, call, _shapes(example), guards, outcome["result"], outcome["given"])
 
     def _insert_again(self, base: fx.GraphModule) -> None:
-        """Insert the adapters that the model has into a graph of it."""
+        """Insert the adapters that the model has into a graph of it; the first graph is made before there are any."""
+        if not self.placements:
+            return
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
         chosen: dict[int, tuple[Any, list[Any]]] = {}

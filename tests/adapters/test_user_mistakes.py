@@ -231,6 +231,16 @@ MISTAKES: list[Mistake] = [
         "The path must be a string or a Path, not a GraphModule. The call is save_peft(model, path).",
     ),
     (
+        lambda: llfx.load_lora_lite("lite.safetensors", plain()),
+        llfx.CheckpointError,
+        "The path must be a string or a Path, not a Net. The call is load_lora_lite(model, path).",
+    ),
+    (
+        lambda: llfx.save_lora_lite("lite.safetensors", graph()),
+        llfx.CheckpointError,
+        "The path must be a string or a Path, not a GraphModule. The call is save_lora_lite(model, path).",
+    ),
+    (
         lambda: llfx.load_adapter_state_dict(graph(), "adapter.safetensors"),
         llfx.CheckpointError,
         "state_dict must map names to tensors, as adapter_state_dict returns it; it is 'adapter.safetensors'. A file is"

@@ -207,6 +207,19 @@ def test_a_file_is_loaded_in_the_same_phases(caplog: pytest.LogCaptureFixture, t
     assert phases == ["captured Net", "found the sites", "inserted the adapters"]
 
 
+def test_an_adapted_model_is_made_in_the_same_phases(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lora_lite_fx"):
+        llfx.adapt(llama(), CFG)
+    lines = messages(caplog)
+    assert [line.partition(":")[0] for line in lines] == [
+        "captured LlamaForCausalLM",
+        "found the sites",
+        "inserted the adapters",
+        "computed the adapters' start values",
+    ]
+    assert lines[2].startswith("inserted the adapters: LoRA(r=2, alpha=16) at 7 sites, ")
+
+
 def test_a_phase_that_fails_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lora_lite_fx"), pytest.raises(llfx.CaptureError):
         llfx.rewrite(plain(), CFG, (torch.ones(2, 5),))

@@ -27,11 +27,13 @@ from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import tensor_of
+from ..log import phase
 from ..rewriting.base_graph import base_graph
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
 from .files import read_safetensors, write_atomically
+from .mistakes import as_path, check_file, foreign_file_hint
 
 FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
 VERSION = 1
@@ -49,6 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ConfigError: a variant is not registered, so that the file could not be loaded.
         CheckpointError: the file cannot be written.
     """
+    file = as_path(path, "save(model, path)")
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
     for variant, _ in adapters(model):
         from_config(to_config(variant))  # refuses a config that could not be loaded again
@@ -60,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     prints = {name: fingerprint(weight) for name, weight in _frozen_weights(graph_of(model), names).items()}
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
     document["checksum"] = _checksum(document, state)
-    write_atomically(Path(path), safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
+    write_atomically(file, safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
 
 
 def load(
@@ -87,10 +90,14 @@ def load(
             does not depend on them, other weights are a warning.
         CaptureError: the model cannot be captured.
     """
-    state, metadata = read_safetensors(Path(path))
-    chosen, document = _parse(metadata, Path(path))
+    file = as_path(path, "load(model, path)")
+    check_file(file)
+    state, metadata = read_safetensors(file)
+    chosen, document = _parse(metadata, file)
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
-    sites = {site.name: site for site in find_sites(gm)}
+    with phase("found the sites") as details:
+        sites = {site.name: site for site in find_sites(gm)}
+        details.append(f"{len(sites)} in the model")
     placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
     try:
         for variant, targets in placed:
@@ -141,7 +148,10 @@ def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
 def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, Any]]:
     """Return the variants with the names of their sites, and the whole document."""
     if FORMAT not in metadata:
-        raise CheckpointError(f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}.")
+        raise CheckpointError(
+            f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}."
+            f"{foreign_file_hint(path, metadata)}"
+        )
     try:
         document = json.loads(metadata[FORMAT])
         if document["version"] != VERSION:

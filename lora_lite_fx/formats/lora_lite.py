@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -36,6 +35,7 @@ from ..variants import (
     RoAd,
 )
 from .files import read_safetensors, write_atomically
+from .mistakes import as_path
 from .single_adapter import (
     insert_from_file,
     only_adapter,
@@ -98,6 +98,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ConfigError: the adapter cannot be represented; the message says why.
         CheckpointError: the file cannot be written.
     """
+    file = as_path(path, "save_lora_lite(model, path)")
     variant, placed = only_adapter(model, "A lora-lite file")
     sites = sites_of(model)
     form = _format_of(variant, [sites[placement.site] for placement in placed])
@@ -119,7 +120,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": None,
         **{theirs: getattr(variant, ours) for ours, theirs in form.fields.items()},
     }
-    write_atomically(Path(path), safetensors.torch.save(tensors, {"cfg": json.dumps(config)}))
+    write_atomically(file, safetensors.torch.save(tensors, {"cfg": json.dumps(config)}))
 
 
 def load_lora_lite(
@@ -144,7 +145,8 @@ def load_lora_lite(
         CheckpointError: the file is unreadable, or its keys, shapes, config or modules do not fit the model.
         CaptureError: the model cannot be captured.
     """
-    state, metadata = read_safetensors(Path(path))
+    file = as_path(path, "load_lora_lite(model, path)")
+    state, metadata = read_safetensors(file)
     by_site: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         site, _, name = key.rpartition(".")
@@ -153,9 +155,7 @@ def load_lora_lite(
         variant, form = _variant(metadata, sorted(by_site))
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its config cannot be read: {error}") from error
-    return insert_from_file(
-        model, variant, by_site, form.rest, Path(path), example_inputs, dynamic_shapes, checkpoint_layers
-    )
+    return insert_from_file(model, variant, by_site, form.rest, file, example_inputs, dynamic_shapes, checkpoint_layers)
 
 
 def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:

@@ -23,6 +23,7 @@ from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import tensor_of
+from ..log import phase
 from ..rewriting.base_graph import base_graph
 from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
@@ -89,7 +90,9 @@ def insert_from_file(
     if not by_site:
         raise CheckpointError(f"{path} holds no adapter.")
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
-    sites = {site.name: site for site in find_sites(gm)}
+    with phase("found the sites") as details:
+        sites = {site.name: site for site in find_sites(gm)}
+        details.append(f"{len(sites)} in the model")
     if missing := [name for name in by_site if name not in sites]:
         raise CheckpointError(
             f"{path} adapts {len(missing)} modules that are not a linear site of the model ({', '.join(missing[:3])});"

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from ..adapters.variant import Variant
 from ..capture.share import share
-from ..errors import CaptureError, ConfigError
+from ..errors import CaptureError, ConfigError, shown
 from ..graph.writes import own_written_buffers
+from ..log import progress
 from ..passes import ObserveInputs, Observer, Pipeline
 from ..sites.site import Site
 
@@ -28,6 +29,15 @@ def check_observable(variant: Variant, site: Site) -> None:
         raise ConfigError(
             f"{type(variant).__name__}: only the inputs of plain linears can be observed on calibration data, and"
             f" {site.name!r} is {site.kind.article}."
+        )
+
+
+def check_calibration(calibration: object) -> None:
+    """Raise `ConfigError` for one batch in place of batches; a tensor would be gone through row by row."""
+    if isinstance(calibration, (str, Tensor, Mapping)) or not isinstance(calibration, (Iterable, type(None))):
+        example = "batch" if isinstance(calibration, (Tensor, Mapping)) else '{"input_ids": ids}'
+        raise ConfigError(
+            f"calibration must hold batches, and is {shown(calibration)}. For one batch write calibration=[{example}]."
         )
 
 
@@ -53,7 +63,7 @@ def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observe
     Pipeline((ObserveInputs(by_site),)).run(observed)
     observed.eval()
     count = 0
-    for batch in calibration:
+    for batch in progress(calibration, "calibration"):
         try:
             if isinstance(batch, Mapping):
                 observed(**_completed(gm, batch))

@@ -16,7 +16,7 @@ from ..graph.tensors import tensor_of
 from ..graph.writes import written_buffers
 from ..sites.site import Site, is_called
 from .base_graph import base_graph
-from .calibration import Batches
+from .calibration import Batches, check_calibration
 from .plan import make_plans
 from .rewrite import Config, as_variants
 
@@ -45,6 +45,7 @@ def wrap(
         or experts.
     """
     variants = as_variants(cfg)
+    check_calibration(calibration)
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers=False)
     plans = make_plans(gm, variants, calibration)
     wrapped = share(model)

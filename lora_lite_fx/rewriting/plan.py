@@ -14,6 +14,7 @@ from ..adapters.selection import select
 from ..adapters.variant import Statistic, Variant
 from ..errors import ConfigError
 from ..graph.tensors import tensor_of
+from ..log import phase
 from ..passes import Observer
 from ..sites.finding import find_sites
 from ..sites.site import Site
@@ -49,11 +50,14 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
         ConfigError: a variant does not fit a site or needs data and has none, or no variant starts from data.
         CaptureError: a batch does not fit the graph.
     """
-    sites = find_sites(gm)
+    with phase("found the sites") as details:
+        sites = find_sites(gm)
+        details.append(f"{len(sites)} in the model")
     chosen = [(variant, select(variant, sites)) for variant in variants]
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
     if calibration is not None:
-        statistics = _observe(gm, chosen, calibration)
+        with phase("ran the calibration data"):
+            statistics = _observe(gm, chosen, calibration)
     plans = []
     for (variant, targets), observed in zip(chosen, statistics, strict=True):
         finalized = variant.finalize(targets, observed)

@@ -23,6 +23,7 @@ from ...sites.site import Site
 from ...variants import LoRA
 from ...variants.pissa import FromWeight
 from ..files import read_json, read_safetensors, write_atomically
+from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, only_adapter, sites_of
 from .config import config_for, format_of, from_peft_config
 from .variants import PeftFormat
@@ -45,6 +46,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
         ConfigError: the adapter cannot be represented; the message says why.
         CheckpointError: the files cannot be written.
     """
+    folder = as_path(path, "save_peft(model, path)")
     variant, placed = only_adapter(model, "A PEFT directory")
     state: Mapping[str, Tensor] = adapter_state_dict(model)
     if as_lora:
@@ -58,7 +60,6 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
             if name in form.tensors:
                 value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
                 tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
-    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,7 +91,8 @@ def load_peft(
             adapter does something that cannot be represented here; the message says what.
         CaptureError: the model cannot be captured.
     """
-    folder = Path(path)
+    folder = as_path(path, "load_peft(model, path)")
+    check_directory(folder)
     config = read_json(folder / CONFIG)
     state, _ = read_safetensors(folder / TENSORS)
     try:

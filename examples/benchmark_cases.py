@@ -378,7 +378,9 @@ class Arms:
         if name == "base-graph":
             return self.graph
         if name == "hooks":
-            return self._filled(llfx.wrap(step.module, self.cfg, step.example, dynamic_shapes=step.dynamic))
+            return self._filled(
+                llfx.wrap(llfx.capture(step.module, step.example, dynamic_shapes=step.dynamic), self.cfg)
+            )
         if name == "ours":
             return self.ours
         if name == "ours-plain":

@@ -47,7 +47,7 @@ class Capture:
     signature: CallSignature | None = None
 
 
-def capture(
+def capture_model(
     model: nn.Module | ExportedProgram, example_inputs: Inputs | None, dynamic_shapes: Any, own: Sequence[str] = ()
 ) -> Capture:
     """Capture `model`, which is left as it is. Arguments and errors as for `rewrite.base_graph`."""

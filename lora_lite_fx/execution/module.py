@@ -42,11 +42,13 @@ class Execution:
         passes: the passes that optimize the programs.
         checkpoint_layers: whether the layers keep only their inputs for the backward pass, and run again in it.
         signature: how the graph is called; None for a graph that takes its inputs and nothing else.
+        source: a weak reference to the model that it was captured from; calling it returns the model, or None.
     """
 
     passes: Pipeline = OPTIMIZATIONS
     checkpoint_layers: bool = False
     signature: CallSignature | None = None
+    source: Callable[[], nn.Module | None] = lambda: None
 
     @property
     def programs(self) -> tuple[Program, Program]:

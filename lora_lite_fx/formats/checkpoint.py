@@ -70,16 +70,13 @@ def load(
     model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
     example_inputs: Inputs | None = None,
-    *,
-    dynamic_shapes: Any = "auto",
-    checkpoint_layers: bool | None = None,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapters of a file that `save` wrote, with their saved values.
 
     Args:
         model: the base, which is not changed.
         path: of the file. Only safetensors and JSON are read.
-        example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
+        example_inputs: as for `capture`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -94,7 +91,7 @@ def load(
     check_file(file)
     state, metadata = read_safetensors(file)
     chosen, document = _parse(metadata, file)
-    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
+    gm = base_graph(model, example_inputs)
     with phase("found the sites") as details:
         sites = {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")

@@ -127,16 +127,13 @@ def load_lora_lite(
     model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
     example_inputs: Inputs | None = None,
-    *,
-    dynamic_shapes: Any = "auto",
-    checkpoint_layers: bool | None = None,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapter of a lora-lite file, with its values, in the dtype that they have there.
 
     Args:
         model: the base, which is not changed.
         path: of the file. Only safetensors and JSON are read.
-        example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
+        example_inputs: as for `capture`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -155,7 +152,7 @@ def load_lora_lite(
         variant, form = _variant(metadata, sorted(by_site))
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its config cannot be read: {error}") from error
-    return insert_from_file(model, variant, by_site, form.rest, file, example_inputs, dynamic_shapes, checkpoint_layers)
+    return insert_from_file(model, variant, by_site, form.rest, file, example_inputs)
 
 
 def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:

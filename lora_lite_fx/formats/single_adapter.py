@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -71,13 +70,11 @@ def insert_from_file(
     rest: Iterable[str],
     path: Path,
     example_inputs: Inputs | None,
-    dynamic_shapes: Any,
-    checkpoint_layers: bool | None,
 ) -> fx.GraphModule:
     """Capture `model` and insert `variant` at the sites of a file, with its values.
 
     Args:
-        model, example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
+        model, example_inputs: as for `capture`.
         variant: the config.
         by_site: the tensors of each site, by the variant's names.
         rest: names of tensors that no file of this kind holds, as they follow from the frozen weight.
@@ -89,7 +86,7 @@ def insert_from_file(
     """
     if not by_site:
         raise CheckpointError(f"{path} holds no adapter.")
-    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
+    gm = base_graph(model, example_inputs)
     with phase("found the sites") as details:
         sites = {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")

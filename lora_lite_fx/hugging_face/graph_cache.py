@@ -285,7 +285,7 @@ class GraphCache:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            gm = base_graph(shadow, example, dynamic)
+            gm = base_graph(shadow, example, dynamic_shapes=dynamic)
         guards = take_guards(gm)
         self._insert_again(gm)
         self.captures += 1

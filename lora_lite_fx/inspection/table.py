@@ -121,7 +121,6 @@ def inspect(
     model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
-    dynamic_shapes: Any = "auto",
     kinds: Sequence[str] = ("linear",),
     passes: bool = False,
 ) -> SiteTable:
@@ -129,7 +128,7 @@ def inspect(
 
     Args:
         model: any module, which is captured and not changed; or the result of `rewrite`, `adapt` or `load`.
-        example_inputs, dynamic_shapes: as for `rewrite`.
+        example_inputs: as for `capture`.
         kinds: of the sites to list, as in `target_kinds`; adapted sites are listed whatever their kind.
         passes: whether to report the optimizing passes too: for the training program and the inference program, the
             edits and the seconds of each pass, and why it left candidates as they are. A program that has not run yet
@@ -139,7 +138,7 @@ def inspect(
         CaptureError: the model cannot be captured.
     """
     model_or_graph = model if isinstance(model, ExportedProgram) else graph_of(model)
-    gm = base_graph(model_or_graph, example_inputs, dynamic_shapes, checkpoint_layers=False)
+    gm = base_graph(model_or_graph, example_inputs)
     at: dict[str, dict[int, Insertion]] = {}
     for insertion in insertions(gm.graph):
         at.setdefault(insertion.site, {}).setdefault(insertion.adapter, insertion)

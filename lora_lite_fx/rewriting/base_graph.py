@@ -1,7 +1,8 @@
-"""The graph of a model before any adapter is inserted."""
+"""`capture`: make the graph of a model, before any adapter is inserted."""
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.placement import adapter_tensor_names
-from ..capture.capture import Inputs, capture
+from ..capture.capture import Inputs, capture_model
 from ..capture.signature import call_like_the_model
 from ..errors import CaptureError
 from ..execution.checkpointing import require_layers
@@ -27,13 +28,35 @@ from ..passes import (
 def base_graph(
     model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
+    *,
     dynamic_shapes: Any = "auto",
     checkpoint_layers: bool | None = None,
 ) -> fx.GraphModule:
-    """The model as a graph, before any adapter is inserted. Arguments and errors as for `rewrite`.
+    """Capture `model` as a graph, without adapters.
 
-    Parameters share the model's storage and require no grad (adapters that are there already are copied and do).
-    Buffers that the graph writes to are copies, so that training it leaves the model alone.
+    `rewrite`, `wrap`, `load`, `load_peft`, `load_lora_lite` and `inspect` take the graph in place of the model. So one
+    capture serves several of them, and its settings are said once.
+
+    Args:
+        model: any module, which is not changed; or an exported program. A graph module is copied as it is: the
+            adapters of a rewritten graph become copies of their own.
+        example_inputs: a tuple of positional or a dict of keyword arguments to capture with. Without them, a Hugging
+            Face model is captured on inputs made from its config (`input_ids`, `attention_mask`, `labels`; no cache),
+            and any other module by symbolic tracing.
+        dynamic_shapes: `"auto"` for every dimension that can be dynamic, None for fixed shapes, or an argument for
+            `torch.export.export`.
+        checkpoint_layers: keep only the inputs of each layer for the backward pass and run the layer again in it: less
+            memory, about a third more time, the same gradients. A layer is a member of what `layers` of a config
+            counts. None to do as `model` does: a Hugging Face model after `gradient_checkpointing_enable()`, or a graph
+            that was captured so.
+
+    Returns:
+        A graph module over the model's own weights, in the model's mode; no parameter requires grad but those of
+        adapters. It is called like the model: optional arguments stay optional. Buffers that the graph writes to are
+        copies, so that training it leaves the model alone.
+
+    Raises:
+        CaptureError: the model cannot be captured, the inputs do not fit it, or it has no layers to checkpoint.
     """
     if isinstance(model, ExportedProgram):
         model = model.module()
@@ -43,7 +66,7 @@ def base_graph(
             f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
             " it was made of, and pass several configs at once."
         )
-    captured = capture(model, example_inputs, dynamic_shapes, own)
+    captured = capture_model(model, example_inputs, dynamic_shapes, own)
     plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
     plain.run(captured.gm)
     if captured.eval_gm is not None:
@@ -55,6 +78,8 @@ def base_graph(
         require_layers(captured.gm)
     # What torch.export builds refuses train() and eval(); a module of our own over the same graph does not.
     execution = replace(execution_of(model), checkpoint_layers=checkpoint_layers)
+    if not isinstance(model, fx.GraphModule):
+        execution = replace(execution, source=weakref.ref(model))
     if captured.signature is not None:
         execution = replace(execution, signature=captured.signature)
         call_like_the_model(captured.gm.graph, captured.signature)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..adapters.adapted_site import FrozenSite
-from ..adapters.placement import Placement
+from ..adapters.placement import Placement, adapter_tensor_names
 from ..adapters.variant import adapter_namespace
 from ..capture.capture import Inputs
 from ..capture.share import share
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
+from ..execution.module import AdaptedGraphModule, execution_of
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_buffers
 from ..sites.site import Site, is_called
@@ -26,7 +27,6 @@ def wrap(
     cfg: Config,
     example_inputs: Inputs | None = None,
     *,
-    dynamic_shapes: Any = "auto",
     calibration: Batches | None = None,
 ) -> nn.Module:
     """Return a copy of `model`, of the same class and with the weights shared, whose targeted modules are wrapped.
@@ -35,7 +35,8 @@ def wrap(
     graph, and a debugger can step through it. The sites are those of `rewrite`, so the model is captured once.
 
     Args:
-        model, cfg, example_inputs, dynamic_shapes, calibration: as for `rewrite`; `model` is not changed.
+        model: the model, which is not changed; or the graph that `capture` made of it, as long as the model exists.
+        cfg, example_inputs, calibration: as for `rewrite`.
 
     Returns:
         The copy, in the model's mode. Only the adapters' parameters require grad.
@@ -46,7 +47,9 @@ def wrap(
     """
     variants = as_variants(cfg)
     check_calibration(calibration)
-    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers=False)
+    gm = base_graph(model, example_inputs)
+    if isinstance(model, fx.GraphModule):
+        model = _source_of(model)
     plans = make_plans(gm, variants, calibration)
     wrapped = share(model)
     for name in written_buffers(gm):
@@ -61,6 +64,21 @@ def wrap(
             placement.initialize(wrapped, site, weight, plan.statistics.get(site.name))
             module.add(placement, wrapped)
     return wrapped
+
+
+def _source_of(graph: fx.GraphModule) -> nn.Module:
+    """Return the model that `graph` was captured from; the graph itself if it was not captured here."""
+    if adapter_tensor_names(graph):
+        raise AdapterError(
+            "wrap takes a model, or a graph that capture returned, and this graph has adapters. The way out:"
+            " wrap(model, [cfg, ...]) with all configs at once."
+        )
+    if not isinstance(graph, AdaptedGraphModule):
+        return graph
+    source = execution_of(graph).source()
+    if source is None:
+        raise AdapterError("wrap needs the model that the graph was captured from, and it does not exist any more.")
+    return source
 
 
 class AdaptedLinear(nn.Module):

@@ -85,7 +85,7 @@ def rewrite(
     """
     variants = as_variants(cfg)
     check_calibration(calibration)
-    gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
+    gm = base_graph(model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers)
     plans = make_plans(gm, variants, calibration)
     _warn_of_no_gradient(gm, plans)
     first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])

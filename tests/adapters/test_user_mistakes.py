@@ -521,13 +521,13 @@ MISTAKES: list[Mistake] = [
     (
         lambda: llfx.optimize(chat()),
         llfx.AdapterError,
-        "A graph is needed, as rewrite, load or torch.export return it; not a LlamaForCausalLM. The graphs of an"
+        "optimize takes a graph that rewrite, load or torch.export returned, not a LlamaForCausalLM. The graphs of an"
         " adapted model are optimized already.",
     ),
     (
         lambda: llfx.optimize(plain()),
         llfx.AdapterError,
-        "A graph is needed, as rewrite, load or torch.export return it; not a Net. Only adapters are optimized:"
+        "optimize takes a graph that rewrite, load or torch.export returned, not a Net. Only adapters are optimized:"
         " optimize(rewrite(model, LoRA(r=8))).",
     ),
     # Methods of transformers and PEFT that a graph does not have.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from lora_lite_fx.execution.module import checkpoints_layers
 from tests.support.conformance import randomise
 from tests.support.models import ids, tiny_llama
 
@@ -289,3 +292,43 @@ def test_without_data_nothing_may_be_left_out() -> None:
     gm = llfx.rewrite(model, PLAIN, (X.to("meta"), WEIGHTS.to("meta")))
     with pytest.raises(llfx.CallError, match="mask cannot be left out, because the model has no data"):
         gm(X.to("meta"))
+
+
+# `capture`, the graph alone.
+
+
+def test_one_capture_serves_rewrite_wrap_inspect_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    base = llfx.capture(model)
+    monkeypatch.setattr(torch.export, "export", None)  # so that a second capture would raise
+    cfg = llfx.LoRA(r=2)
+    gm, wrapped = llfx.rewrite(base, cfg).eval(), llfx.wrap(base, cfg).eval()
+    assert type(wrapped) is type(model)
+    randomise(gm, 0)
+    randomise(wrapped, 0)
+    check(gm, wrapped, ids(2, 5))
+    assert [row.name for row in llfx.inspect(base)] == [row.name for row in llfx.inspect(gm)]
+    llfx.save(gm, tmp_path / "adapter.safetensors")
+    check(llfx.load(base, tmp_path / "adapter.safetensors"), gm, ids(2, 5))
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_wrap_needs_the_model_of_a_graph_and_a_graph_without_adapters() -> None:
+    model = llama()
+    base = llfx.capture(model)
+    with pytest.raises(llfx.AdapterError, match="this graph has adapters"):
+        llfx.wrap(llfx.rewrite(base, llfx.LoRA(r=2)), llfx.IA3())
+    del model
+    gc.collect()
+    with pytest.raises(llfx.AdapterError, match="wrap needs the model that the graph was captured from"):
+        llfx.wrap(base, llfx.LoRA(r=2))
+
+
+def test_capture_keeps_the_settings_that_it_was_given() -> None:
+    model = llama()
+    base = llfx.capture(model, {"input_ids": ids(2, 5)}, dynamic_shapes=None, checkpoint_layers=True)
+    gm = llfx.rewrite(base, llfx.LoRA(r=2))
+    assert checkpoints_layers(gm)
+    check(gm.eval(), model, ids(2, 5))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        gm(ids(3, 5))

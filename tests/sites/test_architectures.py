@@ -40,7 +40,7 @@ def graph_of(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
     if not architecture.batch_only:
         return base_graph(model)
     examples = example_inputs_of(copy.deepcopy(model))
-    return base_graph(model, examples, {key: {0: Dim.AUTO} for key in examples})
+    return base_graph(model, examples, dynamic_shapes={key: {0: Dim.AUTO} for key in examples})
 
 
 def sites_of(name: str) -> list[Site]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-from unittest import mock
 
 import torch
 from hypothesis import reject
@@ -20,7 +19,6 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.passes import Pipeline
-from lora_lite_fx.rewriting import eager
 from lora_lite_fx.rewriting.base_graph import base_graph
 
 Config = llfx.Variant | Sequence[llfx.Variant]
@@ -100,8 +98,7 @@ def rewrite_and_wrap(
     model: nn.Module, graph: fx.GraphModule, cfg: Config, data: Any = None
 ) -> tuple[fx.GraphModule, nn.Module]:
     """Return `model` adapted both ways. `graph` is its captured form, because capturing takes most of a test's time."""
-    with mock.patch.object(eager, "base_graph", return_value=base_graph(graph)):
-        return llfx.rewrite(graph, cfg, calibration=data), llfx.wrap(model, cfg, calibration=data)
+    return llfx.rewrite(graph, cfg, calibration=data), llfx.wrap(graph, cfg, calibration=data)
 
 
 def output(model: Callable[..., Any], args: tuple[Any, ...], seed: int = 0) -> Tensor:

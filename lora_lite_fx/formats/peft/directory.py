@@ -72,16 +72,13 @@ def load_peft(
     model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
     example_inputs: Inputs | None = None,
-    *,
-    dynamic_shapes: Any = "auto",
-    checkpoint_layers: bool | None = None,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapter of a PEFT directory, with its saved values.
 
     Args:
         model: the base, which is not changed.
         path: of the directory. Only JSON and safetensors are read.
-        example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
+        example_inputs: as for `capture`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -101,9 +98,7 @@ def load_peft(
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
     by_site = _by_site(form, state, folder / TENSORS)
-    return insert_from_file(
-        model, variant, by_site, form.rest, folder, example_inputs, dynamic_shapes, checkpoint_layers
-    )
+    return insert_from_file(model, variant, by_site, form.rest, folder, example_inputs)
 
 
 def to_peft_config(model: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter
 from .adapters.variant import Variant
 from .errors import (
     AdapterError,
+    CallError,
     CaptureError,
     CheckpointError,
     ConfigError,
@@ -55,6 +56,7 @@ __all__ = [
     "OFT",
     "AdapterError",
     "AntiPaSTO",
+    "CallError",
     "CaptureError",
     "CheckpointError",
     "ConfigError",

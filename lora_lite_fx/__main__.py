@@ -34,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: what stands after the program's name; those of the process by default.
+        arguments: the arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, or 2 for bad input, with one line on stderr that says what was wrong.
+        The exit status: 0, or 2 for bad input, with one line on stderr that says what is wrong.
     """
     parser = argparse.ArgumentParser(
         prog="python -m lora_lite_fx", description="Adapters by rewriting torch.fx graphs."
@@ -50,12 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--adapter", metavar="PATH", help="a file that save() wrote, or a PEFT directory, to show on it"
     )
+    command.add_argument("--passes", action="store_true", help="show what each optimizing pass did, and why not more")
     command.add_argument("--json", action="store_true", help="print data in place of the table")
     command.add_argument("--html", metavar="FILE", help="write one HTML page with the model as a picture")
     options = parser.parse_args(arguments)
     try:
         with _quiet():
-            table = _table(options.model, options.adapter)
+            table = _table(options.model, options.adapter, options.passes)
         if options.html is not None:
             table.save_html(options.html)
     except (_Refused, AdapterError) as error:
@@ -68,15 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _table(model: str, adapter: str | None) -> SiteTable:
+def _table(model: str, adapter: str | None, passes: bool) -> SiteTable:
     if adapter is not None and not Path(adapter).exists():
         raise _Refused(f"there is no {adapter}")
     if model.endswith(".pt2"):
         program = _exported(Path(model))
-        return inspect(program if adapter is None else _load(program, adapter))
+        return inspect(program if adapter is None else _load(program, adapter), passes=passes)
     if adapter is not None:
-        return inspect(_load(_with_weights(model), adapter))
-    return _without_weights(model)
+        return inspect(_load(_with_weights(model), adapter), passes=passes)
+    return _without_weights(model, passes)
 
 
 def _load(model: Any, adapter: str) -> nn.Module:
@@ -92,8 +93,11 @@ def _exported(path: Path) -> Any:
         raise _Refused(f"{path} is not a readable exported program: {error}") from error
 
 
-def _without_weights(model: str) -> SiteTable:
-    """The table of a model from its config alone: a model of any size in no memory, if it can be captured like that."""
+def _without_weights(model: str, passes: bool) -> SiteTable:
+    """Return the table of a model from its config alone, on the meta device if the model can be captured there.
+
+    A model of any size then takes no memory.
+    """
     config, model_class = _config(model)
     try:
         with torch.device("meta"):
@@ -102,12 +106,12 @@ def _without_weights(model: str) -> SiteTable:
         raise _Refused(f"{model_class.__name__} cannot be built from {model}: {error}") from error
     try:
         try:
-            return inspect(empty)
+            return inspect(empty, passes=passes)
         except Exception:
-            # Some operators cannot be captured without data; random weights may do, if they are not too many.
+            # Some operators cannot be captured without data. Random weights serve too, if they are not too many.
             if sum(parameter.numel() for parameter in empty.parameters()) > _MOST_REAL:
                 raise
-            return inspect(_built(model_class, config))
+            return inspect(_built(model_class, config), passes=passes)
     except AdapterError:
         raise
     except Exception as error:
@@ -115,7 +119,8 @@ def _without_weights(model: str) -> SiteTable:
 
 
 def _built(model_class: Any, config: Any) -> nn.Module:
-    return model_class._from_config(config).eval()
+    built: nn.Module = model_class._from_config(config)
+    return built.eval()
 
 
 def _with_weights(model: str) -> nn.Module:
@@ -123,13 +128,14 @@ def _with_weights(model: str) -> nn.Module:
     if Path(model).is_file():
         raise _Refused("an adapter is shown on a model with its weights: give the folder, not its config.json")
     try:
-        return model_class.from_pretrained(model, config=config)
+        loaded: nn.Module = model_class.from_pretrained(model, config=config)
     except Exception as error:
         raise _Refused(f"{model} cannot be loaded: {error}") from error
+    return loaded
 
 
 def _config(model: str) -> tuple[Any, Any]:
-    """The config that `model` names, and the class of model that it is of."""
+    """Return the config that `model` names, and the class of its model."""
     try:
         import transformers
     except ImportError as error:
@@ -137,7 +143,7 @@ def _config(model: str) -> tuple[Any, Any]:
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
     if path.exists():
-        read_json(file)  # says what is wrong with it; transformers takes some broken ones for hub ids
+        read_json(file)  # raises if it is broken; transformers would take some broken files for hub ids
     elif path.suffix or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise _Refused(f"there is no {model}")
     try:
@@ -158,7 +164,7 @@ def _config(model: str) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Keep progress bars, warnings and logs of the libraries out of the table's way."""
+    """Silence the progress bars, warnings and logs of other libraries, which would stand between the lines."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -172,7 +178,7 @@ def _quiet() -> Any:
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Other libraries' errors go on at length; this library's have the way out in their second line.
+    # Errors of other libraries are long; those of this library have the way out in their second line.
     return " ".join(lines if isinstance(error, AdapterError) else lines[:1]) or type(error).__name__
 
 

@@ -22,5 +22,9 @@ class CaptureError(AdapterError, RuntimeError):
     """The model cannot be captured as a graph with the given inputs."""
 
 
+class CallError(AdapterError, TypeError):
+    """A captured graph was called in a way that it does not serve; the message says which calls it serves."""
+
+
 class CheckpointError(AdapterError, RuntimeError):
     """An adapter file is unreadable, or does not fit the model."""

@@ -1,17 +1,18 @@
 """The graph passes, one file each.
 
-A pass is a frozen dataclass with `run(gm) -> number of edits`; a `Pipeline` runs several and does what every pass
-needs around each.
+A pass is a frozen dataclass with `run(gm) -> number of edits`. A `Pipeline` runs several passes, and does the work that
+every pass needs around each.
 """
 
 from ..graph.regions import without_gradient
 from .adapt.insert_adapter import InsertAdapter
-from .adapt.merge_adapters import MergeAdapters, merged_tensors
+from .adapt.merge_adapters import MergeAdapters, MergedSite, merge_sites
 from .adapt.observe_inputs import ObserveInputs, Observer
 from .adapt.remove_adapters import RemoveAdapters
 from .normalize.drop_metadata_asserts import DropMetadataAsserts
 from .normalize.follow_mode import FollowMode
 from .normalize.inline_regions import InlineRegions
+from .normalize.leave_out_inputs import LeaveOutInputs
 from .optimize.associate_products import AssociateProducts
 from .optimize.convert_mask_once import ConvertMaskOnce
 from .optimize.fold_scale_into_addition import FoldScaleIntoAddition
@@ -23,7 +24,9 @@ from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
 from .optimize.recompute_inputs import RecomputeInputs
 from .optimize.share_siblings import ShareSiblings
 from .pipeline import (
+    Declined,
     GraphPass,
+    Outcome,
     PassError,
     PassReport,
     Pipeline,
@@ -44,12 +47,13 @@ OPTIMIZATIONS = Pipeline(
         RecomputeInputs(),
     )
 )
-"""What changes how an adapted graph is run and not what it computes, each where it never loses."""
+"""The passes that make an adapted graph run faster or in less memory, and leave its results as they are."""
 
 __all__ = [
     "OPTIMIZATIONS",
     "AssociateProducts",
     "ConvertMaskOnce",
+    "Declined",
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",
@@ -60,10 +64,13 @@ __all__ = [
     "InlineRegions",
     "InsertAdapter",
     "LeaveOutDropout",
+    "LeaveOutInputs",
     "MergeAdapters",
+    "MergedSite",
     "MoveBranchesToOutputs",
     "ObserveInputs",
     "Observer",
+    "Outcome",
     "PassError",
     "PassReport",
     "Pipeline",
@@ -71,6 +78,6 @@ __all__ = [
     "RecomputeInputs",
     "RemoveAdapters",
     "ShareSiblings",
-    "merged_tensors",
+    "merge_sites",
     "without_gradient",
 ]

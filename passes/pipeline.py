@@ -1,33 +1,69 @@
-"""Passes and pipelines: how a graph is changed."""
+"""Passes, and pipelines that run them."""
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 from torch import fx
 
 from ..errors import AdapterError
+from ..graph.provenance import place_of
 from ..graph.writes import written
+from .dump import Dump
 
 Program = Literal["training", "checkpointed", "inference"]
-"""What is derived from a graph: for use with gradients, in training mode or under `torch.compile`; for training mode
-with layers that keep only their inputs and run again in the backward pass; and for evaluation without gradients."""
+"""One way to run an adapted graph. Each has its own optimized copy of the graph:
+
+- `training`: with gradients, in training mode, or under `torch.compile`;
+- `checkpointed`: in training mode, with layers that keep only their inputs and run again in the backward pass;
+- `inference`: in evaluation mode without gradients.
+"""
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A candidate that a pass looked at and left as it is.
+
+    Args:
+        sites: qualified names of the sites, or of the modules, that it belongs to; empty for the whole graph.
+        why: the reason, in a few words.
+    """
+
+    sites: tuple[str, ...]
+    why: str
+
+    @classmethod
+    def at(cls, nodes: Iterable[fx.Node], why: str) -> Declined:
+        """Make the record of a candidate that consists of `nodes`."""
+        return cls(tuple(dict.fromkeys(map(place_of, nodes))), why)
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.sites)}: {self.why}" if self.sites else self.why
+
+
+class Outcome(NamedTuple):
+    """What a pass did, with reasons.
+
+    Args:
+        edits: the number of edits.
+        declined: the candidates that the pass left as they are.
+    """
+
+    edits: int
+    declined: tuple[Declined, ...] = ()
 
 
 class GraphPass(ABC):
     """One change to a graph. Subclasses are frozen dataclasses; their docstring says why the change is safe."""
 
     programs: ClassVar[frozenset[Program]] = frozenset(get_args(Program))
-    """Which of the programs that are derived from an adapted graph it optimizes."""
+    """The programs that the pass optimizes."""
 
     @property
     def name(self) -> str:
@@ -35,30 +71,42 @@ class GraphPass(ABC):
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     @abstractmethod
-    def run(self, gm: fx.GraphModule) -> int:
-        """Change `gm` in place; returns the number of edits, 0 if there was nothing to do."""
+    def run(self, gm: fx.GraphModule) -> int | Outcome:
+        """Change `gm` in place.
+
+        Returns:
+            The number of edits, 0 if there was nothing to do; or an `Outcome`, to give reasons too.
+        """
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did: its name, its number of edits, and the seconds it took."""
+    """What one pass did.
+
+    Args:
+        name: of the pass.
+        edits: the number of its edits.
+        seconds: the time it took.
+        declined: the candidates that it left as they are, with reasons.
+    """
 
     name: str
     edits: int
     seconds: float
+    declined: tuple[Declined, ...] = ()
 
 
 class PassError(AdapterError, RuntimeError):
-    """A pass failed unexpectedly; the message names it and the passes that ran before."""
+    """A pass failed unexpectedly. The message names the pass, and the passes that ran before it."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """An ordered tuple of passes.
 
-    Running it does what every pass needs: it times the pass, removes dead code and lints the graph, writes its text
-    before and after each pass to the folder `LORA_LITE_FX_DUMP` if that is set, and names the pass in any error.
-    The module is recompiled at the end, once.
+    Around each pass it does the work that every pass needs: it times the pass, removes dead code, lints the graph,
+    names the pass in errors, and writes the graph's text to the folder `LORA_LITE_FX_DUMP` if that is set. It
+    recompiles the module once, at the end.
     """
 
     passes: tuple[GraphPass, ...]
@@ -67,10 +115,10 @@ class Pipeline:
         return iter(self.passes)
 
     def without(self, *names: str) -> Pipeline:
-        """The pipeline without the passes of these names.
+        """Return the pipeline without the passes of these names.
 
         Raises:
-            ValueError: it has no pass of such a name.
+            ValueError: the pipeline has no pass of such a name.
         """
         known = [graph_pass.name for graph_pass in self.passes]
         if unknown := sorted(set(names) - set(known)):
@@ -78,60 +126,56 @@ class Pipeline:
         return Pipeline(tuple(graph_pass for graph_pass in self.passes if graph_pass.name not in names))
 
     def of(self, program: Program) -> Pipeline:
-        """The passes that optimize this program."""
+        """Return the passes that optimize this program."""
         return Pipeline(tuple(graph_pass for graph_pass in self.passes if program in graph_pass.programs))
 
     def run(self, gm: fx.GraphModule) -> list[PassReport]:
         """Run all passes on `gm`, in place.
 
         Raises:
-            AdapterError: a pass refused its input (its own error, with a note naming the pass).
-            PassError: a pass failed unexpectedly.
+            AdapterError: a pass refused its input. It is the pass's own error, with a note that names the pass.
+            PassError: a pass failed unexpectedly, or returned neither a number of edits nor an `Outcome`.
         """
         reports: list[PassReport] = []
         for graph_pass in self.passes:
-            before = str(gm.graph) if _dump_folder() else ""
+            dump = Dump(graph_pass.name, gm)
             start = time.perf_counter()
             try:
-                edits = graph_pass.run(gm)
+                edits, declined = _outcome(graph_pass.run(gm))
+                declined = tuple(dict.fromkeys(declined))
                 _clean(gm)
             except Exception as error:
+                dump.failed(error)
                 done = ", ".join(report.name for report in reports) or "none"
                 where = f"in pass {graph_pass.name} (passes that ran before: {done})"
                 if isinstance(error, AdapterError):
                     error.add_note(where)
                     raise
                 raise PassError(f"{type(error).__name__} {where}: {error}") from error
-            reports.append(PassReport(graph_pass.name, edits, time.perf_counter() - start))
-            if before:
-                _dump(graph_pass.name, before, str(gm.graph))
+            reports.append(PassReport(graph_pass.name, edits, time.perf_counter() - start, declined))
+            dump.succeeded(edits, map(str, declined))
         gm.recompile()
         return reports
+
+
+def _outcome(result: object) -> Outcome:
+    outcome = result if isinstance(result, Outcome) else Outcome(result)  # type: ignore[arg-type]
+    if not isinstance(outcome.edits, int):
+        raise TypeError(f"run must return the number of edits as an int, or an Outcome; it returned {result!r}")
+    return outcome
 
 
 def _clean(gm: fx.GraphModule) -> None:
     eliminate_dead_code(gm)
     with warnings.catch_warnings():
-        # lint expects a get_attr to name a tensor; the mode flag `training` is read the same way.
+        # The linter expects a get_attr to name a tensor, but the mode flag `training` is read in the same way.
         warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
         gm.graph.lint()
 
 
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
-    """Remove what nobody reads and what changes nothing: fx takes calls of methods and modules to be of that kind."""
+    """Remove the nodes that nothing reads and that have no effect.
+
+    Calls of modules stay, and so does every node that writes in place: torch.fx by itself would remove some.
+    """
     gm.graph.eliminate_dead_code(lambda node: node.is_impure() or node.op == "call_module" or bool(written(gm, node)))
-
-
-def _dump_folder() -> str | None:
-    return os.environ.get("LORA_LITE_FX_DUMP")
-
-
-_numbers: Iterable[int] = itertools.count()
-
-
-def _dump(name: str, before: str, after: str) -> None:
-    folder = Path(_dump_folder() or "")
-    folder.mkdir(parents=True, exist_ok=True)
-    number = next(iter(_numbers))
-    for when, text in (("before", before), ("after", after)):
-        (folder / f"{number:03d}_{name}.{when}.txt").write_text(text + "\n", encoding="utf-8")

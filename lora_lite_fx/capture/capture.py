@@ -19,8 +19,10 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from ..graph.tensors import keep_aliases
 from .export import export
-from .hugging_face import example_inputs_of, is_hugging_face, prepare_for_capture
+from .hugging_face import accepted_arguments, example_inputs_of, is_hugging_face, prepare_for_capture, with_padding
+from .optional import call_signature
 from .share import share
+from .signature import CallSignature
 from .symbolic import symbolic_trace
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -34,11 +36,13 @@ class Capture:
         gm: the graph module; of the training mode, where there are two.
         eval_gm: the same model captured in evaluation mode, or None where the mode was fixed before.
         training: the mode the model was in.
+        signature: how the graph is called; None for one that takes its inputs and nothing else.
     """
 
     gm: fx.GraphModule
     eval_gm: fx.GraphModule | None
     training: bool
+    signature: CallSignature | None = None
 
 
 def capture(
@@ -51,8 +55,11 @@ def capture(
         return Capture(share(model, own), None, model.training)
 
     shadow = share(model)
+    accepted: dict[str, Any] = {}
+    signature = None
     if is_hugging_face(shadow):
         prepare_for_capture(shadow)
+        accepted = accepted_arguments(shadow)
         if example_inputs is None:
             example_inputs = example_inputs_of(shadow)
     if example_inputs is None:
@@ -64,9 +71,12 @@ def capture(
         shadow.train()
         gm = export(shadow, args, kwargs, dynamic_shapes)
         eval_gm = export(shadow.eval(), args, kwargs, dynamic_shapes)
+        probed = with_padding(shadow, kwargs)
+        is_static = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input
+        signature = call_signature(shadow, args, probed, gm.graph, accepted, is_static)
     keep_aliases(shadow, gm)
     _name_modules_once(shadow, gm.graph)
-    return Capture(gm, eval_gm, model.training)
+    return Capture(gm, eval_gm, model.training, signature)
 
 
 def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

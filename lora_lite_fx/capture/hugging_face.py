@@ -41,6 +41,25 @@ def prepare_for_capture(model: Any) -> None:
             )
 
 
+def accepted_arguments(model: Any) -> dict[str, Any]:
+    """Return values of arguments that ask for what the graph of a prepared model computes anyway."""
+    switches = {"use_cache": False, "return_dict": True, "logits_to_keep": 0}
+    config = model.config
+    outputs = ("output_attentions", "output_hidden_states", "output_router_logits")
+    return switches | {name: bool(getattr(config, name, False)) for name in outputs}
+
+
+def with_padding(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return `inputs` with padding among the tokens: some models look for it where they are given no mask."""
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2 or not isinstance(padding, int):
+        return inputs
+    ids = ids.clone()
+    ids[0, -1] = padding
+    return {**inputs, "input_ids": ids}
+
+
 def example_inputs_of(model: Any) -> dict[str, Any]:
     """Keyword arguments for the training signature of a transformers model, made from its config.
 

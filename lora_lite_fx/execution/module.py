@@ -1,7 +1,7 @@
-"""How an adapted model is run, as against what it computes.
+"""The module that `rewrite` returns: it holds a plain graph, and runs programs that are derived from it.
 
-Its graph is flat and plain: what passes, `remove`, `merge`, `inspect`, files and exports see. What runs is derived
-from it: a copy, optimized, with what depends on parameters alone taken out and its layers checkpointed if so asked.
+Passes, `remove`, `merge`, `inspect`, files and exports see the plain, flat graph. A program is an optimized copy of the
+graph, in which parameter work is computed apart, and whose layers are checkpointed if the caller asks for that.
 """
 
 from __future__ import annotations
@@ -10,19 +10,26 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..capture.signature import CallSignature
 from ..errors import AdapterError
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
-from ..passes import OPTIMIZATIONS, Pipeline, Program
+from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
 from .checkpointing import cut_layers
 from .prologue import Prologue, cut_prologue
+
+_DERIVED = "_run_"
+"""The names of the methods that run programs begin with this."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
 
 
 @dataclass(frozen=True)
@@ -30,24 +37,32 @@ class Execution:
     """How a graph is run.
 
     Args:
-        passes: what optimizes it.
-        checkpoint_layers: whether its layers keep only their inputs for the backward pass, and are run again in it.
+        passes: the passes that optimize the programs.
+        checkpoint_layers: whether the layers keep only their inputs for the backward pass, and run again in it.
+        signature: how the graph is called; None for a graph that takes its inputs and nothing else.
     """
 
     passes: Pipeline = OPTIMIZATIONS
     checkpoint_layers: bool = False
+    signature: CallSignature | None = None
+
+    @property
+    def programs(self) -> tuple[Program, Program]:
+        """The program for training mode, and the one for inference."""
+        return "checkpointed" if self.checkpoint_layers else "training", "inference"
 
 
 class AdaptedGraphModule(fx.GraphModule):
-    """A graph module that computes what its graph says, run as its `execution` says.
+    """A graph module that computes what its graph says, and runs it as its `execution` says.
 
-    What runs is derived at the first call after a recompile, so that passes can change the graph; with gradients, or in
-    training, it is another program than in inference. `torch.fx.Interpreter`, and so `torch.export`, run the graph
-    itself.
+    A program is derived at the first call that needs it after a recompile, so that passes can change the graph. Calls
+    with gradients or in training mode run another program than inference. `torch.fx.Interpreter`, and so
+    `torch.export`, run the graph itself.
     """
 
-    execution: Execution | None = None  # none while it is being made
-    prologues: dict[Program, Prologue]
+    execution: Execution | None = None  # None while the module is being made
+    prologues: dict[str, Prologue]  # by the method that reads them
+    reports: dict[str, list[PassReport]]  # by the method that runs the program
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
@@ -66,127 +81,143 @@ class AdaptedGraphModule(fx.GraphModule):
         if self.execution is not None:
             self._drop_derived()
             cls: Any = type(self)
-            cls.forward = _running_what_is_derived(cls.forward, self.execution.checkpoint_layers)
+            cls.forward = _forward_of_programs(cls.forward, self.execution)
         return code
 
+    def pass_reports(self, program: Program) -> list[PassReport]:
+        """Return what each pass did when `program` was derived; derive the program first if no call has needed it."""
+        return self.reports[self._derive(program, ())]
+
     def _drop_derived(self) -> None:
-        # The class is this module's alone. What is derived are its methods.
+        # torch.fx makes a class for each module, so the methods of the programs can be attributes of the class.
         cls: Any = type(self)
-        for method in map(_method, get_args(Program)):
-            if method in vars(cls):
-                delattr(cls, method)
+        for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
+            delattr(cls, method)
         cls.prologues = {}
+        cls.reports = {}
 
-    # Constant for torch.compile, which would else trace it.
-    @torch.compiler.assume_constant_result
-    def _derive(self, program: Program) -> None:
-        """Make the method that runs this program, unless it is there."""
+    # Otherwise torch.compile would trace it.
+    @_constant_when_compiled
+    def _derive(self, program: Program, left_out: tuple[str, ...]) -> str:
+        """Make the method that runs this program for calls that leave these arguments out, unless the class has it.
+
+        Returns:
+            The name of the method.
+        """
         cls: Any = type(self)
-        if _method(program) in vars(cls):
-            return
-        graph = self._optimized(program)
-        # What is cut out are methods too; the outer graph calls them as if modules.
+        method = "_without_".join((f"{_DERIVED}{program}", *left_out))
+        if method in vars(cls):
+            return method
+        graph, cls.reports[method] = self._optimized(program, left_out)
+        # The parts that are cut out become methods too; the outer graph calls them as if they were modules.
         if program == "checkpointed":
-            for name, method in cut_layers(self, graph, "_layer").items():
-                setattr(cls, name, method)
-        if (prologue := cut_prologue(self, graph, _prologue(program))) is not None:
-            cls.prologues[program] = prologue
-            setattr(cls, _prologue(program), _running(program))
-        setattr(cls, _method(program), forward_of(self, graph))
+            for name, layer in cut_layers(self, graph, f"{method}_layer").items():
+                setattr(cls, name, layer)
+        if (prologue := cut_prologue(self, graph, f"{method}_prologue")) is not None:
+            cls.prologues[method] = prologue
+            setattr(cls, f"{method}_prologue", _running(method))
+        setattr(cls, method, forward_of(self, graph))
+        return method
 
-    def _optimized(self, program: Program) -> fx.Graph:
-        """A copy of the graph, optimized."""
+    def _optimized(self, program: Program, left_out: tuple[str, ...]) -> tuple[fx.Graph, list[PassReport]]:
+        """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
         assert self.execution is not None
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about the signature it copies
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch warns of the signature that it copies
             derived = fx.GraphModule(self, copy.deepcopy(self.graph))
-        self.execution.passes.of(program).run(derived)
-        derived.graph.owning_module = None  # it would be asked for the modules that stand for methods
-        return derived.graph
+        if left_out:
+            assert self.execution.signature is not None
+            Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived)
+        reports = self.execution.passes.of(program).run(derived)
+        derived.graph.owning_module = None  # torch.fx would ask it for modules, but the calls stand for methods
+        return derived.graph, reports
 
     def train(self, mode: bool = True) -> AdaptedGraphModule:
         self._forget()
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedGraphModule:
-        # What to(), half(), cuda() and the like all go through. They replace the data of tensors, unseen by versions,
-        # and what is derived depends on the device.
+        # to(), half(), cuda() and the like all come here. They replace the data of tensors, which version counters do
+        # not show, and programs depend on the device.
         self._drop_derived()
-        return super()._apply(fn, recurse)
+        apply: Callable[..., object] = super()._apply
+        apply(fn, recurse)
+        return self
 
     def _forget(self) -> None:
         for prologue in self.prologues.values():
             prologue.forget()
 
 
-def _method(program: Program) -> str:
-    return f"_run_{program}"
+def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
+    signature, checkpoints_layers = execution.signature, execution.checkpoint_layers
 
-
-def _prologue(program: Program) -> str:
-    return f"_prologue_of_{program}"
-
-
-def _running_what_is_derived(plain: Callable[..., Any], checkpoints_layers: bool) -> Callable[..., Any]:
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
         program: Program = "inference"
-        # Compiled, parameter work is done in each call: there what is best kept for inference would cost more.
+        # Under torch.compile nothing is cached between calls, so run the training program; inference's precomputed
+        # factors would be rebuilt every call.
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             program = "checkpointed" if checkpoints_layers and self.training else "training"
-        self._derive(program)
-        return getattr(self, _method(program))(*args, **kwargs)
+        if signature is None or not signature.has_defaults:
+            return getattr(self, self._derive(program, ()))(*args, **kwargs)
+        values, left_out = signature.bind(args, kwargs)
+        results = getattr(self, self._derive(program, left_out))(*values)
+        return signature.omission(left_out).returned(results) if left_out else results
 
-    # torch.compile counts recompilations by code: each module needs its own.
+    # torch.compile counts recompilations by code object, so each module needs one of its own.
     forward.__code__ = forward.__code__.replace()
-    return functools.update_wrapper(forward, plain)  # for its signature
+    forward = functools.update_wrapper(forward, plain)  # the signature of `plain` shows
+    if signature is not None:
+        forward.__signature__ = signature.of_method  # type: ignore[attr-defined]
+    return forward
 
 
-def _running(program: Program) -> Callable[..., Any]:
+def _running(method: str) -> Callable[..., Any]:
     def prologue(self: AdaptedGraphModule) -> Any:
-        work = self.prologues[program]
+        work = self.prologues[method]
         return work.inline(self) if torch.compiler.is_compiling() else work(self)
 
     return prologue
 
 
 def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZATIONS) -> fx.GraphModule:
-    """The same adapted model over the same tensors, optimized by `passes`.
+    """Return the same adapted model over the same tensors, optimized by `passes`.
 
-    What `rewrite` and `load` return is optimized by all of them. With this, some can be left out,
-    `optimize(gm, OPTIMIZATIONS.without("share_siblings"))`, or all, `optimize(gm, Pipeline(()))`; and a graph from a
-    `.pt2` file, where only the plain graph is kept, can be optimized again.
+    All passes optimize the models that `rewrite` and `load` return. This function leaves out some of them,
+    `optimize(gm, OPTIMIZATIONS.without("share_siblings"))`, or all, `optimize(gm, Pipeline(()))`. It also optimizes a
+    graph from a `.pt2` file again, because such a file holds only the plain graph.
 
     Args:
-        model: what `rewrite` or `load` returned, or an exported program of it. It is not changed; the result has its
+        model: the result of `rewrite` or `load`, or an exported program of it. It is not changed. The result has its
             parameters, not copies of them, so that an optimizer of the one serves the other.
         passes: from `lora_lite_fx.passes`; they change only how the graph is run, not `model.graph`.
 
     Raises:
-        AdapterError: `model` is no graph.
+        AdapterError: `model` is not a graph.
     """
     if isinstance(model, ExportedProgram):
         model = model.module()
     if not isinstance(model, fx.GraphModule):
         raise AdapterError(
-            f"A graph is needed, as rewrite, load or torch.export return it; not {type(model).__name__}."
+            f"optimize takes a graph that rewrite, load or torch.export returned, not {type(model).__name__}."
         )
-    return run_as(model, Execution(passes, checkpoints_layers(model)))
+    return run_as(model, replace(execution_of(model), passes=passes, checkpoint_layers=checkpoints_layers(model)))
 
 
 def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:
-    """The same graph over the same tensors, not copies of them, in the same mode; run as `execution` says."""
+    """Return the same graph over the same tensors, not copies of them, in the same mode, run as `execution` says."""
     result = AdaptedGraphModule(model, model.graph, execution)
     keep_aliases(model, result)
     return result.train(model.training)
 
 
 def execution_of(model: object) -> Execution:
-    """How `model` is run, if it is such a graph; else how graphs are run by default."""
+    """Return the execution of `model`, or the default one if `model` is not an `AdaptedGraphModule`."""
     return (isinstance(model, AdaptedGraphModule) and model.execution) or Execution()
 
 
 def checkpoints_layers(model: nn.Module | ExportedProgram) -> bool:
-    """Whether `model` checkpoints its layers: a graph that does, or a Hugging Face model set to do so."""
+    """Check whether `model`, a graph or a Hugging Face model, checkpoints its layers."""
     return execution_of(model).checkpoint_layers or (
         isinstance(model, nn.Module)
         and any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())

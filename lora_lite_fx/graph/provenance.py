@@ -71,6 +71,12 @@ def inner_name(node: fx.Node) -> str | None:
     return str(list(stack.values())[-1][0]) if stack else None
 
 
+def place_of(node: fx.Node) -> str:
+    """Return a name of `node` that a user knows: its site if a pass inserted it, else its module, else its own name."""
+    provenance = recorded(node)
+    return provenance.site if provenance is not None else inner_name(node) or node.name
+
+
 @dataclass(frozen=True)
 class Insertion:
     """One adapter at one call of a site, as found in a graph.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +17,7 @@ from .writes import written
 
 
 def reads_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is a parameter or buffer of the module, and not its mode flag."""
+    """Check whether `node` reads a parameter or buffer of the module, and not its mode flag."""
     if node.op != "get_attr":
         return False
     path, _, name = str(node.target).rpartition(".")
@@ -23,17 +25,25 @@ def reads_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def value_of(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
-    """A tensor of the shape, dtype and device of parameter work, if they are known: it may be without data."""
+    """Return a tensor with the shape, dtype and device of the value of parameter work, perhaps without data.
+
+    Return None if they are not known.
+    """
     return tensor_of(gm, str(node.target)) if reads_tensor(gm, node) else node.meta.get("val")
 
 
 def is_on_cpu(gm: fx.GraphModule) -> bool:
-    """Whether all parameters are there. What is derived from a graph is derived anew when it is moved."""
+    """Check whether all parameters are on the CPU. Programs are derived again when a module moves to another device."""
     return all(parameter.device.type == "cpu" for parameter in gm.parameters())
 
 
+def operation_name(node: fx.Node) -> str:
+    """Return the plain name of the operation of `node`, such as `dropout`; of an input of the graph its name."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
 def is_product(node: object) -> bool:
-    """Whether `node` is `x A^T`, inserted."""
+    """Check whether `node` is a product `x A^T` of an adapter."""
     return (
         isinstance(node, fx.Node)
         and is_inserted(node)
@@ -42,18 +52,47 @@ def is_product(node: object) -> bool:
     )
 
 
-def must_not_move(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
-    """Whether between two nodes a tensor that is no parameter or buffer is written to, or a region begins or ends."""
+def is_narrow(node: Any) -> bool:
+    """Check whether `node` is a product with an adapter's matrix, or some columns of one."""
+    if isinstance(node, fx.Node) and node.target is operator.getitem:
+        parts: Any = node.args[0]
+        return parts.target is torch.ops.aten.split_with_sizes.default and is_product(parts.args[0])
+    return is_product(node)
+
+
+def source_of(product: fx.Node, work: Container[fx.Node]) -> fx.Node:
+    """Return the value that an adapter's product reads, as it was before the adapter cast, scaled or dropped it.
+
+    Args:
+        product: the product.
+        work: the parameter work of the graph, which is no such value.
+    """
+    node = product.all_input_nodes[0]
+    while is_inserted(node) and not is_narrow(node):
+        values = [read for read in node.all_input_nodes if read not in work and read.op != "get_attr"]
+        if len(values) != 1:
+            break
+        node = values[0]
+    return node
+
+
+def obstacle_between(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> str:
+    """Return why no computation may move between the places of two nodes; empty if it may.
+
+    Writes to parameters and buffers do not count, because what moves does not read those that are written.
+    """
     node = first.next
     while node is not last:
-        if opens_region(node) or closes_region(node) or any(read.op != "get_attr" for read in written(gm, node)):
-            return True
+        if opens_region(node) or closes_region(node):
+            return "the mode of autograd or autocast changes in between"
+        if any(read.op != "get_attr" for read in written(gm, node)):
+            return "a tensor is overwritten in between"
         node = node.next
-    return False
+    return ""
 
 
 def is_deterministic(node: fx.Node) -> bool:
-    """Whether `node` computes the same from the same operands, and does nothing else."""
+    """Check whether `node` computes the same from the same operands, and has no other effect."""
     if node.target is operator.getitem:
         return True
     return (

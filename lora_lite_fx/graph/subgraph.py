@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from .direct_calls import call_directly
+from .walk import ancestors
 
 
 def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
@@ -20,14 +21,7 @@ def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
     """
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
-    needed: set[fx.Node] = set()
-    pending = list(results)
-    while pending:
-        node = pending.pop()
-        if node not in copies and node not in needed:
-            needed.add(node)
-            pending.extend(node.all_input_nodes)
-    for node in sorted(needed):
+    for node in sorted(set(ancestors(results, stop=copies.__contains__)).difference(copies)):
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in results))
     return graph

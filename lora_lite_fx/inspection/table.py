@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture import Inputs
+from ..execution.module import AdaptedGraphModule
 from ..formats.files import write_atomically
 from ..graph.provenance import Insertion, insertions, outermost
 from ..graph.tensors import tensor_of
@@ -20,6 +21,7 @@ from ..rewriting.base_graph import base_graph
 from ..sites.finding import find_sites
 from ..sites.roles import ROLES
 from .page import render
+from .passes import ProgramReport, program_reports
 from .rows import SiteRow
 
 
@@ -31,13 +33,15 @@ class SiteTable(Sequence[SiteRow]):
         rows: one for each site, in order of execution.
         total: number of all parameters of the model, adapters included.
         model: class name of the model.
-        sizes: number of elements of each frozen parameter, by qualified name; those of no listed site too.
+        sizes: number of elements of each frozen parameter, by qualified name, also outside the listed sites.
+        programs: the reports of the passes, by program; empty unless `inspect` was asked for them.
     """
 
     rows: tuple[SiteRow, ...]
     total: int
     model: str
     sizes: Mapping[str, int]
+    programs: tuple[ProgramReport, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -45,21 +49,24 @@ class SiteTable(Sequence[SiteRow]):
         return sum(row.parameters for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as JSON-ready data.
+        """Return the table as JSON-ready data.
 
         Returns:
             `model`, `parameters` (of the whole model), `trainable`, and `sites`: one dict for each row, with the
-            fields of `SiteRow` as keys.
+            fields of `SiteRow` as keys. With reports of passes also `programs`: one dict for each `ProgramReport`.
         """
-        return {
+        data = {
             "model": self.model,
             "parameters": self.total,
             "trainable": self.trainable,
             "sites": [asdict(row) for row in self.rows],
         }
+        if self.programs:
+            data["programs"] = [report.to_dict() for report in self.programs]
+        return data
 
     def to_html(self) -> str:
-        """The table as one HTML page that needs nothing else: the model as a picture, its sites, and their reasons."""
+        """Return the table as one HTML page that needs no other file: a picture of the model, and its sites."""
         return render(self)
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
@@ -69,7 +76,7 @@ class SiteTable(Sequence[SiteRow]):
             path: of the file; its folder must exist.
 
         Raises:
-            CheckpointError: the file cannot be written; what was there before is unchanged.
+            CheckpointError: the file cannot be written; an older file of that name is unchanged.
         """
         write_atomically(Path(path), self.to_html().encode())
 
@@ -106,7 +113,8 @@ class SiteTable(Sequence[SiteRow]):
         ]
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines.append(f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%)")
-        return "\n".join(line.rstrip() for line in lines)
+        text = "\n".join(line.rstrip() for line in lines)
+        return "\n\n".join([text, *map(str, self.programs)])
 
 
 def inspect(
@@ -115,13 +123,17 @@ def inspect(
     *,
     dynamic_shapes: Any = "auto",
     kinds: Sequence[str] = ("linear",),
+    passes: bool = False,
 ) -> SiteTable:
-    """The table of a model's sites, with the adapters it has.
+    """Return the table of a model's sites, with its adapters.
 
     Args:
-        model: any module, which is captured for that and not changed; or what `rewrite`, `adapt` or `load` returned.
+        model: any module, which is captured and not changed; or the result of `rewrite`, `adapt` or `load`.
         example_inputs, dynamic_shapes: as for `rewrite`.
         kinds: of the sites to list, as in `target_kinds`; adapted sites are listed whatever their kind.
+        passes: whether to report the optimizing passes too: for the training program and the inference program, the
+            edits and the seconds of each pass, and why it left candidates as they are. A program that has not run yet
+            is derived for that. The graph stays as it is.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -159,11 +171,17 @@ def inspect(
     total = sum(parameter.numel() for parameter in gm.parameters())
     adapters = set(adapter_tensor_names(gm))
     sizes = {name: parameter.numel() for name, parameter in gm.named_parameters() if name not in adapters}
-    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes)
+    programs: tuple[ProgramReport, ...] = ()
+    if passes:
+        # A model that runs is asked for its own programs; of another model the graph made here shows what would run.
+        running = model_or_graph if isinstance(model_or_graph, AdaptedGraphModule) else gm
+        assert isinstance(running, AdaptedGraphModule)
+        programs = program_reports(running)
+    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, programs)
 
 
 def _class_name(model: nn.Module | ExportedProgram, gm: fx.GraphModule) -> str:
-    """The name of the class that was captured. A graph has it in the module stack of its nodes, if it was exported."""
+    """Return the name of the class that was captured. An exported graph has it in the module stack of its nodes."""
     if not isinstance(model, (fx.GraphModule, ExportedProgram)):
         return type(model).__name__
     for node in gm.graph.nodes:

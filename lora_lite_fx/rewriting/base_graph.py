@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from ..adapters.placement import adapter_tensor_names
 from ..capture.capture import Inputs, capture
+from ..capture.signature import call_like_the_model
 from ..errors import CaptureError
 from ..execution.checkpointing import require_layers
 from ..execution.module import AdaptedGraphModule, checkpoints_layers, execution_of
@@ -54,6 +55,9 @@ def base_graph(
         require_layers(captured.gm)
     # What torch.export builds refuses train() and eval(); a module of our own over the same graph does not.
     execution = replace(execution_of(model), checkpoint_layers=checkpoint_layers)
+    if captured.signature is not None:
+        execution = replace(execution, signature=captured.signature)
+        call_like_the_model(captured.gm.graph, captured.signature)
     gm = AdaptedGraphModule(captured.gm, captured.gm.graph, execution)
     keep_aliases(captured.gm, gm)
     own_written_buffers(gm)

@@ -1,4 +1,14 @@
-"""`rewrite`, `merge` and `remove`: capture, then a pipeline of passes."""
+"""`rewrite`, `merge` and `remove`: capture a graph, then run passes on it.
+
+`rewrite` takes four steps:
+
+1. Capture the model (`base_graph`).
+2. Plan: select the sites of each variant, and run the calibration data if there is any (`make_plans`).
+3. Insert each variant at its sites with the pass `InsertAdapter` (`passes/adapt/insert_adapter.py`).
+4. Fill the tensors of the new adapters (`Placement.initialize`).
+
+`merge` and `remove` run one pass each on a copy of the graph.
+"""
 
 from __future__ import annotations
 
@@ -47,42 +57,50 @@ def rewrite(
 
     Args:
         model: any module, which is not changed. A graph that has adapters already gets further ones, around the
-            first at sites they share; the first stay trainable, as copies of their own.
+            first at sites they share. The first adapters stay trainable, and the new graph has copies of them.
         cfg: a variant, or several to insert in this order.
-        example_inputs: a tuple of positional or a dict of keyword arguments to capture with. Without, a Hugging Face
-            model is captured on inputs made from its config (`input_ids`, `attention_mask`, `labels`; no cache), and
-            any other module by symbolic tracing.
-        dynamic_shapes: `"auto"` for every dimension that can be dynamic, None for fixed shapes, or what
-            `torch.export.export` takes.
+        example_inputs: a tuple of positional or a dict of keyword arguments to capture with. Without them, a Hugging
+            Face model is captured on inputs made from its config (`input_ids`, `attention_mask`, `labels`; no cache),
+            and any other module by symbolic tracing.
+        dynamic_shapes: `"auto"` makes every dimension dynamic that can be, None fixes all shapes. Other values are
+            passed on to `torch.export.export`.
         calibration: batches for the variants that start from data (`EVA`, `AntiPaSTO`): tuples of positional or dicts
-            of keyword arguments. Run through the captured graph once, one after the other; padding does not count.
-        checkpoint_layers: keep only the inputs of each layer for the backward pass and run the layer again in it: less
-            memory, about a third more time, the same gradients. A layer is what `layers` of a config counts. None for
-            what `model` does: a Hugging Face model after `gradient_checkpointing_enable()`, or a graph of this.
+            of keyword arguments. They run through the captured graph once, one after the other. Padding is not
+            counted.
+        checkpoint_layers: keep only the inputs of each layer for the backward pass, and run the layer again in it.
+            That takes less memory and about a third more time, and gives the same gradients. The layers are those
+            that `layers` of a config counts. None follows `model`: a Hugging Face model after
+            `gradient_checkpointing_enable()` and a graph made with this option checkpoint their layers.
 
     Returns:
         A graph module over the model's own frozen weights, in the model's mode. Only the adapters' parameters
         require grad.
 
     Raises:
-        CaptureError: the model cannot be captured, or the inputs do not fit it; or it has no layers to checkpoint.
+        CaptureError: the model cannot be captured, the inputs do not fit it, or it has no layers to checkpoint.
         SelectionError: a config's targets match no site.
-        ConfigError: `cfg` is no variant, or does not fit a site.
+        ConfigError: `cfg` is not a variant, or does not fit a site.
     """
     variants = as_variants(cfg)
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
     plans = make_plans(gm, variants, calibration)
     _warn_of_no_gradient(gm, plans)
     first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])
-    by_name = {site.name: site for plan in plans for site in plan.sites}
-    for placement in placements(gm):
-        if placement.adapter >= first:
-            site, plan = by_name[placement.site], plans[placement.adapter - first]
-            placement.initialize(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
+    _initialize(gm, plans, first)
     return gm
 
 
+def _initialize(gm: fx.GraphModule, plans: Sequence[Plan], first: int) -> None:
+    """Fill the tensors of the adapters that `plans` asked for, the first of which has the index `first`."""
+    sites = {site.name: site for plan in plans for site in plan.sites}
+    for placement in placements(gm):
+        if placement.adapter >= first:
+            site, plan = sites[placement.site], plans[placement.adapter - first]
+            placement.initialize(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
+
+
 def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan]) -> None:
+    """Warn of sites that the model runs without gradient at all their calls, because adapters there cannot train."""
     frozen = without_gradient(gm.graph)
     sites = (site.name for plan in plans for site in plan.sites if all(call.node in frozen for call in site.calls))
     if names := list(dict.fromkeys(sites)):
@@ -94,10 +112,10 @@ def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan]) -> None:
 
 
 def merge(model: nn.Module) -> Any:
-    """The model with its adapters folded into the weights: node for node the base graph, with no adapter left.
+    """Return the model with its adapters folded into the weights: the base graph node for node, without adapters.
 
     Args:
-        model: what `rewrite`, `adapt` or `load` returned; it is not changed. Of an adapted Hugging Face model the
+        model: a result of `rewrite`, `adapt` or `load`; it is not changed. For an adapted Hugging Face model the
             result is a model of its class.
 
     Raises:
@@ -107,10 +125,10 @@ def merge(model: nn.Module) -> Any:
 
 
 def remove(model: nn.Module) -> Any:
-    """The model without its adapters: node for node the base graph, over the base weights bit for bit.
+    """Return the model without its adapters: the base graph node for node, over the base weights bit for bit.
 
     Args:
-        model: what `rewrite`, `adapt` or `load` returned, or the module of an exported program; it is not changed. Of
+        model: a result of `rewrite`, `adapt` or `load`, or the module of an exported program; it is not changed. For
             an adapted Hugging Face model the result is a model of its class.
 
     Raises:
@@ -119,15 +137,15 @@ def remove(model: nn.Module) -> Any:
     return _without_adapters(model, RemoveAdapters())
 
 
-def _without_adapters(model: nn.Module, how: GraphPass) -> Any:
+def _without_adapters(model: nn.Module, removal: GraphPass) -> Any:
     if isinstance(model, HasGraphs):
-        return model.without_adapters(fold=isinstance(how, MergeAdapters))
+        return model.without_adapters(fold=isinstance(removal, MergeAdapters))
     if not isinstance(model, fx.GraphModule) or not adapter_tensor_names(model):
         raise AdapterError(
             f"{type(model).__name__} has no adapters in its graph; it is not what rewrite or load returned."
         )
     gm = base_graph(model)
-    Pipeline((how,)).run(gm)
+    Pipeline((removal,)).run(gm)
     return gm
 
 
@@ -136,9 +154,15 @@ def insert_adapters(
     chosen: Iterable[tuple[Variant, Iterable[Site]]],
     roles: Mapping[str, frozenset[str]] | None = None,
 ) -> int:
-    """Insert each variant at its sites, in order, with tensors not yet filled; returns the first adapter's index.
+    """Insert each variant at its sites, in order. The tensors of the adapters are not filled yet.
 
-    The sites have the `roles` given by name, where another graph of the model says more about them than this one.
+    Args:
+        gm: the graph, which is changed.
+        chosen: variants, finalized, with their sites.
+        roles: roles of sites by name, if another graph of the model shows more of them than this one.
+
+    Returns:
+        The index of the first of these adapters; the others follow.
     """
     first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
     passes = (
@@ -150,7 +174,11 @@ def insert_adapters(
 
 
 def as_variants(cfg: Config) -> list[Variant]:
-    """`cfg` as a list, checked."""
+    """Return `cfg` as a list.
+
+    Raises:
+        ConfigError: `cfg` is empty, or an element is not a variant.
+    """
     variants = [cfg] if isinstance(cfg, Variant) else list(cfg) if isinstance(cfg, Sequence) else [cfg]
     wrong = [item for item in variants if not isinstance(item, Variant)]
     if wrong or not variants:

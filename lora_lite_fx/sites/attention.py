@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from ..graph.walk import ancestors
 from .dataflow import (
     CARRY,
     PRODUCTS,
@@ -18,7 +19,6 @@ from .dataflow import (
     Dataflow,
     LinearNode,
     op_name,
-    walk,
 )
 
 _FUSED = "scaled_dot_product_attention"
@@ -80,10 +80,7 @@ def _joins(flow: Dataflow, linear: LinearNode) -> bool:
 def _around_softmax(flow: Dataflow, softmax: fx.Node) -> Iterator[tuple[dict[str, Any], fx.Node]]:
     """(arguments, result product) of the attentions whose probabilities are `softmax`."""
     # Scores may be scaled, masked, biased and soft-capped (a tanh) on their way to the softmax.
-    behind = walk(
-        softmax.all_input_nodes[0],
-        lambda n: n.all_input_nodes if flow.ops[n] in CARRY or flow.ops[n] == "tanh" else (),
-    )
+    behind = ancestors(softmax.all_input_nodes[:1], lambda n: flow.ops[n] not in CARRY | {"tanh"})
     products = [n for n in behind if _is_product(flow, n)]
     for result in flow.ahead(softmax):
         if not _is_product(flow, result):
@@ -116,16 +113,12 @@ def _is_transposed(flow: Dataflow, scores: fx.Node, softmax: fx.Node) -> bool:
     flipped, node = False, softmax
     while node is not scores:
         flipped ^= flow.ops[node] in TRANSPOSES
-        node = next(
-            n
-            for n in node.all_input_nodes
-            if scores in walk(n, lambda m: m.all_input_nodes if flow.ops[m] in through else ())
-        )
+        node = next(n for n in node.all_input_nodes if scores in ancestors([n], lambda m: flow.ops[m] not in through))
     return flipped
 
 
 def _carries(flow: Dataflow, source: fx.Node, node: Any) -> bool:
-    return source in walk(node, lambda n: n.all_input_nodes if flow.ops[n] in CARRY else ())
+    return source in ancestors([node], lambda n: flow.ops[n] not in CARRY)
 
 
 def _is_product(flow: Dataflow, node: fx.Node) -> bool:

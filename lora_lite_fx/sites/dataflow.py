@@ -6,11 +6,13 @@ The *residual stream* is where an addition joins a value with something computed
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+
+from ..graph.walk import walk
 
 # Operations are known by their plain name, in lower case: `aten.add.Tensor`, `operator.add` and the method
 # `add` are all "add"; a module called as a leaf is its class name.
@@ -108,7 +110,7 @@ class Dataflow:
             ends = node in self.by_y or node in self.joins or self.ops[node] not in through
             return [*self.written.get(node, ()), *(() if ends else node.all_input_nodes)]
 
-        return walk(start, inputs)
+        return walk([start], inputs)
 
     def ahead(self, start: fx.Node, through: frozenset[str] = CARRY) -> Iterator[fx.Node]:
         """Nodes that carry `start` forward, itself included, up to (including) what does not, or joins a residual."""
@@ -117,7 +119,7 @@ class Dataflow:
             ends = node is not start and (node in self.joins or self.ops[node] not in through)
             return () if ends else node.users
 
-        return walk(start, users)
+        return walk([start], users)
 
     def sources(self, node: Any, through: frozenset[str] = CARRY) -> list[LinearNode]:
         """The linears whose outputs `node` carries forward."""
@@ -195,17 +197,3 @@ def _bits(mask: int) -> Iterator[int]:
         low = mask & -mask
         yield low.bit_length() - 1
         mask ^= low
-
-
-def walk(start: Any, following: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
-    """Each node reached from `start` once, depth first."""
-    if not isinstance(start, fx.Node):
-        return
-    seen, stack = {start}, [start]
-    while stack:
-        node = stack.pop()
-        yield node
-        for other in following(node):
-            if other not in seen:
-                seen.add(other)
-                stack.append(other)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from torch import fx
 
 from ..graph.provenance import is_inserted
+from ..graph.walk import walk
 from .attention import give_attention_roles
 from .dataflow import (
     ACTIVATIONS,
@@ -22,7 +23,6 @@ from .dataflow import (
     SPLITS,
     Dataflow,
     LinearNode,
-    walk,
 )
 
 ROLES: Mapping[str, str] = {
@@ -113,7 +113,7 @@ def _give_router_role(flow: Dataflow) -> None:
         if flow.ops[topk] != "topk":
             continue
         chosen = [n for n in topk.users if flow.ops[n] == "getitem" and n.args[1] == 1]
-        reached = {n for start in chosen for n in walk(start, lambda n: n.users - flow.joins.keys())}
+        reached = set(walk(chosen, lambda n: n.users - flow.joins.keys()))
         operands = {operand for n in reached for operand in n.all_input_nodes} - reached
         meets = {n for operand in operands for n in flow.behind(operand)}
         # No reshape in between: what is compared are the outputs, and not the tokens.
@@ -128,6 +128,6 @@ def _give_head_role(flow: Dataflow) -> None:
     for linear in flow.linears:
         if body.isdisjoint(linear.reasons):
             ahead = flow.ahead(linear.y, CARRY | ACTIVATIONS | SOFTMAXES)
-            used = (node in flow.by_y for node in walk(linear.y, lambda n: n.users) if node is not linear.y)
+            used = (node in flow.by_y for node in walk([linear.y], lambda n: n.users) if node is not linear.y)
             if any(node.op == "output" for node in ahead) and not any(used):
                 linear.give("head", "its output is an output of the model")

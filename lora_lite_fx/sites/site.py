@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.provenance import inner_name
+from ..graph.walk import walk
 from .kinds.linear import SiteKind
 
 
@@ -91,13 +92,8 @@ def is_called(model: nn.Module, site: Site) -> bool:
 
 def span(x: fx.Node, y: fx.Node) -> list[fx.Node]:
     """The nodes that `y` computes from `x`, `x` excluded and `y` included, in graph order."""
-    needed, stack = {y}, [y]
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            # The graph is in topological order: what stands before `x` does not depend on it.
-            if x < operand and operand not in needed:
-                needed.add(operand)
-                stack.append(operand)
+    # The graph is in topological order: what stands before `x` does not depend on it.
+    needed = walk([y], lambda node: [operand for operand in node.all_input_nodes if x < operand])
     reached: set[fx.Node] = {x}
     for node in sorted(needed):
         if not reached.isdisjoint(node.all_input_nodes):

@@ -1,19 +1,29 @@
-"""Insert an adapter into a graph."""
+"""Insert an adapter into a graph: find, trace, splice, record.
+
+`InsertAdapter` takes four steps at each of its sites:
+
+1. Find the calls of the site, with the adapters that surround them already (`find_sites`, `outermost`).
+2. Trace the variant's own `forward` at such a call. The result is a `Fragment`: a graph of its own, see `fragment.py`.
+3. Splice a copy of the fragment into the graph. The nodes of the frozen linear stay. Only the readers of their output
+   change and, for a variant that changes the input, the node that they read.
+4. Record on every inserted node which adapter it belongs to (`graph/provenance.py`). The record is all that removing,
+   merging, saving and inspecting an adapter needs.
+
+The adapter's tensors are registered before step 2. `rewrite` fills them after the pass, `load` from a file.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
-from ...adapters.adapted_site import FrozenSite
 from ...adapters.placement import Placement, site_weight
 from ...adapters.registry import to_config
-from ...adapters.variant import Variant, adapter_namespace
-from ...capture.tracing import fake_input, fake_like, trace
+from ...adapters.variant import Variant
 from ...errors import ConfigError
 from ...graph.provenance import (
     INLET,
@@ -24,27 +34,26 @@ from ...graph.provenance import (
     outermost,
     record,
 )
-from ...graph.tensors import register_tensor, tensor_of
+from ...graph.tensors import register_tensor
 from ...sites.finding import find_sites
 from ...sites.site import Call, Site, span
-from ..normalize.follow_mode import follow_mode
 from ..pipeline import GraphPass
+from .fragment import Fragment, Fragments
 
 
 @dataclass(frozen=True)
 class InsertAdapter(GraphPass):
     """Insert `variant` at the sites called `names`, around the adapters that are there.
 
-    The subgraph is the variant's own `forward`, traced, so it computes what the eager wrapper does. The nodes of
-    the frozen linear stay; what changes is who reads their output and, for variants that change the input, which
-    node they read. Every inserted node says so in its provenance, which is all that `RemoveAdapters` needs.
+    Safe because the frozen linear keeps its nodes, and because the inserted subgraph is the variant's own `forward`,
+    traced: it computes what the eager wrapper computes.
 
     Args:
-        variant: what to insert.
+        variant: the adapter's config.
         adapter: its index in the order of the model's adapters.
         names: qualified names of sites.
-        roles: what is known of the roles of sites; for a graph that is a piece of the model and does not show them.
-        tensors: the tensors of an adapter that exists, by qualified name; without, new ones are made.
+        roles: the roles of sites, by name; for a graph that is a piece of the model and does not show them.
+        tensors: the tensors of an adapter that exists, by qualified name. Without them, new ones are made.
     """
 
     variant: Variant
@@ -54,36 +63,31 @@ class InsertAdapter(GraphPass):
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self, gm: fx.GraphModule) -> int:
-        around: dict[str, list[Insertion]] = defaultdict(list)
-        next_call = 0
+        present: dict[str, list[Insertion]] = defaultdict(list)
+        number = 0
         for insertion in insertions(gm.graph):
-            around[insertion.site].append(insertion)
-            next_call = insertion.call + 1
-        first_call = next_call
-        fragments: dict[object, Fragment] = {}
+            present[insertion.site].append(insertion)
+            number = insertion.call + 1
+        first_number = number
+        fragments = Fragments()
         moved: dict[fx.Node, fx.Node] = {}  # an adapted output may be the input of a call found before
-        for found in find_sites(gm):
-            site = replace(found, roles=self.roles.get(found.name, found.roles))
-            there = {insertion.adapter for insertion in around[site.name]}
-            if site.name not in self.names or self.adapter in there:
+        for site in find_sites(gm):
+            inner = {insertion.adapter for insertion in present[site.name]}
+            if site.name not in self.names or self.adapter in inner:
                 continue
-            placement = Placement.of(self.variant, self.adapter, site, len(there))
+            site = replace(site, roles=self.roles.get(site.name, site.roles))
+            placement = Placement.of(self.variant, self.adapter, site, len(inner))
             self._register(gm, site, placement)
             for call in site.calls:
-                x, y = outermost(around[site.name], moved.get(call.x, call.x), call.y)
-                value = fake_input(x, *site.kind.example(tensor_of(gm, site.weight)))
-                local = placement.local
-                shapes = (str(value.shape), value.dtype, site.kind, site.d_out, site.bias is None, site.bias_rows)
-                key = (*shapes, local.r, local.alpha)
-                of_site = (*key, local.trace_key(site))
-                here = Call(x, y, call.node, call.routing)
-                fragment = fragments.get(key) or fragments.get(of_site)
-                if fragment is None:
-                    fragment = trace_fragment(gm, site, placement, value, call.routing)
-                    fragments[of_site if fragment.reads_site else key] = fragment
-                moved[y] = _splice(gm, site, here, placement, fragment, next_call, self.name)
-                next_call += 1
-        return next_call - first_call
+                x, y = outermost(present[site.name], moved.get(call.x, call.x), call.y)
+                around = replace(call, x=x, y=y)
+                fragment = fragments.at(gm, site, placement, around)
+                provenance = Provenance(
+                    site.name, self.adapter, placement.position, number, placement.names, by=self.name
+                )
+                moved[y] = _splice(gm, site, around, placement, fragment, provenance)
+                number += 1
+        return number - first_number
 
     def _register(self, gm: fx.GraphModule, site: Site, placement: Placement) -> None:
         if self.tensors:
@@ -95,101 +99,37 @@ class InsertAdapter(GraphPass):
         placement.register(gm, site, site_weight(gm, site))
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A variant's `forward` at a site, traced.
-
-    Args:
-        graph: placeholders `x`, `weight`, `bias`, the variant's tensors (of those, the ones that exist), and routing.
-        inputs: what each placeholder stands for, in order.
-        base: the node that stands for the call of the frozen linear.
-        base_input: the node that it is called on.
-        result: the node that is returned.
-        reads_site: whether `forward` looked at its site, so that for another it may be another graph.
-    """
-
-    graph: fx.Graph
-    inputs: dict[fx.Node, str]
-    base: fx.Node
-    base_input: fx.Node
-    result: fx.Node
-    reads_site: bool
-
-
-def trace_fragment(
-    gm: fx.GraphModule, site: Site, placement: Placement, x: Tensor, routing: tuple[fx.Node, ...] = ()
-) -> Fragment:
-    """Trace the variant's `forward` on stand-ins for the site's tensors, an input `x`, and what routes it.
-
-    Raises:
-        ConfigError: `forward` does not call `base` exactly once, or does with `x` what this kind of site cannot.
-    """
-    stored = tensor_of(gm, site.weight).detach()
-    tensors = {"x": x, "weight": fake_like(stored, x)}
-    if site.bias is not None:
-        tensors["bias"] = fake_like(tensor_of(gm, site.bias), x)
-    namespace = placement.namespace(gm)
-    tensors |= {name: fake_like(getattr(namespace, name), x) for name in placement.names}
-    tensors |= {f"routing {i}": fake_input(node) for i, node in enumerate(routing)}
-    # `base(x)` is recorded as a product with a weight of its own, so that it can be told from uses of base.weight.
-    dtype = x.dtype if x.dtype.is_floating_point else stored.dtype
-    tensors["factor"] = fake_like(site.kind.factor(stored).to(dtype), x)
-
-    read: set[str] = set()
-
-    def run(values: tuple[Tensor, ...], training: bool) -> Tensor:
-        named = dict(zip(tensors, values, strict=True))
-        routes = [named[name] for name in named if name.startswith("routing ")]
-        frozen = FrozenSite(site, named["weight"], named.get("bias"), training, read)
-        return frozen.adapted(
-            lambda v: site.kind.multiply(v, named["factor"], *routes),
-            [(placement.local, adapter_namespace({name: named[name] for name in placement.names}))],
-            named["x"],
-            *routes,
-        )
-
-    values = tuple(tensors.values())
-    graph = trace(lambda *values: run(values, True), values)
-    if "training" in read:
-        follow_mode(graph, trace(lambda *values: run(values, False), values))
-    graph.eliminate_dead_code()  # views of the weight that were not needed
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    inputs = dict(zip(placeholders, tensors, strict=True))
-    calls = list(placeholders[-1].users)
-    if len(calls) != 1:
-        raise ConfigError(
-            f"{type(placement.variant).__name__}.forward must call base(...) exactly once;"
-            f" it called it {len(calls)} times."
-        )
-    result = graph.output_node().all_input_nodes[0]
-    (base_input,) = [n for n in calls[0].all_input_nodes if not inputs.get(n, "").startswith(("factor", "routing "))]
-    return Fragment(graph, inputs, calls[0], base_input, result, "site" in read)
-
-
 def _splice(
-    gm: fx.GraphModule, site: Site, call: Call, placement: Placement, fragment: Fragment, number: int, by: str
+    gm: fx.GraphModule, site: Site, call: Call, placement: Placement, fragment: Fragment, provenance: Provenance
 ) -> fx.Node:
-    """Copy `fragment` into the graph around `call`; returns the adapted output."""
-    graph = gm.graph
-    provenance = Provenance(site.name, placement.adapter, placement.position, number, placement.names, by=by)
-    copier = _Copier(gm, site, call, placement, fragment, provenance)
-    inside = span(call.x, call.y)
+    """Copy `fragment` into the graph around `call`, and return the adapted output.
+
+    The nodes that `forward` runs before it calls `base` go before the frozen linear, the others after it. If it calls
+    `base` on its own input, all go after it.
+    """
+    graph, inputs = gm.graph, fragment.inputs
+    values = {fragment.base: call.y, inputs.x: call.x, **dict(zip(inputs.routing, call.routing, strict=True))}
+    parameters = {inputs.weight: site.weight}
+    parameters |= {node: placement.tensors[name] for name, node in inputs.tensors.items()}
+    if inputs.bias is not None and site.bias is not None:
+        parameters[inputs.bias] = site.bias
+    copier = _Copier(graph, values, parameters, call.node.meta.get("nn_module_stack"), provenance)
+    frozen = span(call.x, call.y)
     body = [node for node in fragment.graph.nodes if node.op not in ("placeholder", "output")]
     parts: dict[str, fx.Node] = {}
-    if fragment.inputs.get(fragment.base_input) != "x":
+    if fragment.base_input is not inputs.x:
         split = body.index(fragment.base)
-        with graph.inserting_before(inside[0]):
+        with graph.inserting_before(frozen[0]):
             copier.copy_all(body[:split])
         parts[INLET] = copier.copy(fragment.base_input)
-        for node in inside:
+        for node in frozen:
             node.replace_input_with(call.x, parts[INLET])
         body = body[split:]
     with graph.inserting_before(call.y.next):
         copier.copy_all(body)
     if fragment.result is not fragment.base:
         parts[OUTLET] = copier.copy(fragment.result)
-        own = set(copier.inserted)
-        call.y.replace_all_uses_with(parts[OUTLET], delete_user_cb=lambda user: user not in own)
+        call.y.replace_all_uses_with(parts[OUTLET], delete_user_cb=lambda user: user not in copier.inserted)
     if not parts:
         raise ConfigError(f"{type(placement.variant).__name__}.forward returns base(x) unchanged.")
     config = json.dumps(to_config(placement.variant))
@@ -199,50 +139,45 @@ def _splice(
 
 
 class _Copier:
-    """Copies nodes of a fragment to where the graph inserts, each once, and writes their provenance."""
+    """Copies nodes of a fragment to where the graph inserts, each once, and records their provenance.
+
+    Args:
+        graph: gets the copies.
+        values: nodes of the fragment that stand for nodes of the graph.
+        parameters: placeholders of the fragment that stand for tensors of the module, with their qualified names.
+        module_stack: the modules that the copies count as part of, as fx notes them.
+        provenance: the record for each copy.
+    """
 
     def __init__(
         self,
-        gm: fx.GraphModule,
-        site: Site,
-        call: Call,
-        placement: Placement,
-        fragment: Fragment,
+        graph: fx.Graph,
+        values: Mapping[fx.Node, fx.Node],
+        parameters: Mapping[fx.Node, str],
+        module_stack: object,
         provenance: Provenance,
     ) -> None:
-        self.graph = gm.graph
-        self.site = site
-        self.call = call
-        self.placement = placement
-        self.inputs = fragment.inputs
+        self.graph = graph
+        self.copies = dict(values)
+        self.parameters = parameters
+        self.module_stack = module_stack
         self.provenance = provenance
-        self.copies: dict[fx.Node, fx.Node] = {fragment.base: call.y}
-        self.inserted: list[fx.Node] = []
+        self.inserted: set[fx.Node] = set()
 
-    def copy_all(self, nodes: list[fx.Node]) -> None:
+    def copy_all(self, nodes: Iterable[fx.Node]) -> None:
         for node in nodes:
             self.copy(node)
 
     def copy(self, node: fx.Node) -> fx.Node:
+        """Return the node of the graph that `node` stands for; insert it if it is not there yet."""
         if node not in self.copies:
-            self.copies[node] = (
-                self._input(self.inputs[node])
-                if node in self.inputs
-                else self._inserted(self.graph.node_copy(node, self.copy))
-            )
+            if node in self.parameters:
+                copied = self.graph.get_attr(self.parameters[node])
+            else:
+                copied = self.graph.node_copy(node, self.copy)
+            if self.module_stack is not None:
+                copied.meta["nn_module_stack"] = self.module_stack
+            record(copied, self.provenance)
+            self.inserted.add(copied)
+            self.copies[node] = copied
         return self.copies[node]
-
-    def _input(self, name: str) -> fx.Node:
-        if name == "x":
-            return self.call.x
-        if name.startswith("routing "):
-            return self.call.routing[int(name.removeprefix("routing "))]
-        frozen = {"weight": self.site.weight, "bias": self.site.bias or ""}
-        return self._inserted(self.graph.get_attr(frozen.get(name) or self.placement.tensors[name]))
-
-    def _inserted(self, node: fx.Node) -> fx.Node:
-        if "nn_module_stack" in self.call.node.meta:
-            node.meta["nn_module_stack"] = self.call.node.meta["nn_module_stack"]
-        record(node, self.provenance)
-        self.inserted.append(node)
-        return node

@@ -1,9 +1,10 @@
-"""Fold adapters into the frozen weights."""
+"""Fold adapters into frozen weights: `merge_sites` computes the new tensors, `MergeAdapters` puts them in a graph."""
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,57 +32,71 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class MergeAdapters(GraphPass):
-    """Give every adapted site the weight and bias that compute what its adapters do, and remove the adapters.
+class MergedSite:
+    """A site, with the weight and bias that compute what it computes with its adapters.
 
-    Safe because outside dropout every variant is affine in `x`: `b' = f(0)` and `W' = (f(I) - b')^T` hold all of it.
-    The frozen tensors, which the user's model shares, are not written to; a merged site gets tensors of its own, and
-    the other users of a tied weight keep theirs. A site without a bias gets one if its adapters add one.
+    Args:
+        site: the site.
+        weight: `W' (d_out, d_in)` in the frozen dtype; of experts, `(experts, d_out, d_in)`.
+        bias: `b' (d_out,)`; of experts, `(experts, d_out)`. None if it is zero and the site has no bias.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
-        by_site: dict[str, list[Placement]] = defaultdict(list)
-        for placement in placements(gm):
-            by_site[placement.site].append(placement)
-        sites = [site for site in find_sites(gm) if site.name in by_site]
-        merged = {site.name: merged_tensors(gm, site, by_site[site.name]) for site in sites}
-        RemoveAdapters().run(gm)
-        sites = find_sites(gm)
-        for site in sites:
-            if site.name in merged:
-                _replace(gm, site, sites, *merged[site.name])
-        return len(merged)
+    site: Site
+    weight: Tensor
+    bias: Tensor | None
+
+    def new_weight(self, current: Tensor) -> nn.Parameter:
+        """Return the parameter that replaces `current`, the tensor that the site's weight is, or is a part of."""
+        return nn.Parameter(self.site.kind.stored(self.weight, current.detach()), requires_grad=False)
+
+    def new_bias(self, current: Tensor | None) -> nn.Parameter | None:
+        """Return the parameter that replaces `current`, the tensor of the site's bias; None if there is no bias."""
+        if self.bias is None:
+            return None
+        stored = self.bias if current is None else self.site.stored_bias(self.bias, current.detach())
+        return nn.Parameter(stored, requires_grad=False)
 
 
 @torch.no_grad()
-def merged_tensors(gm: fx.GraphModule, site: Site, around: list[Placement]) -> tuple[Tensor, Tensor | None]:
-    """`W' (d_out, d_in)` and `b' (d_out,)`, in the frozen dtype; no bias where it is zero and none was there.
+def merge_sites(gm: fx.GraphModule, sites: Iterable[Site]) -> list[MergedSite]:
+    """Fold the adapters of `gm` into weights and biases; neither the graph nor its tensors change.
 
-    Of experts, `(experts, d_out, d_in)` and `(experts, d_out)`.
+    Outside dropout every variant is affine in `x`, so `b' = f(0)` and `W' = (f(I) - b')^T` hold all of it. Where the
+    results go is for the caller to say: `MergeAdapters` puts them into the graph, `fold_into` into a model's modules.
+
+    Args:
+        gm: a graph with adapters.
+        sites: its sites; those without adapters are left out of the result.
     """
+    by_site: dict[str, list[Placement]] = defaultdict(list)
+    for placement in placements(gm):
+        by_site[placement.site].append(placement)
+    return [_merge_site(gm, site, by_site[site.name]) for site in sites if site.name in by_site]
+
+
+def _merge_site(gm: fx.GraphModule, site: Site, around: list[Placement]) -> MergedSite:
     weight, bias = site_weight(gm, site), site_bias(gm, site)
     adapters = [(placement.local, placement.namespace(gm)) for placement in around]
     if not site.experts:
-        return _effective_linear(site, weight, bias, adapters)
-    each = [
-        _effective_linear(site, one, None, [(variant, of_expert(p, expert)) for variant, p in adapters])
-        for expert, one in enumerate(weight)
+        return MergedSite(site, *_merge_matrix(site, weight, bias, adapters))
+    merged = [
+        _merge_matrix(site, matrix, None, [(variant, of_expert(p, expert)) for variant, p in adapters])
+        for expert, matrix in enumerate(weight)
     ]
-    return torch.stack([one for one, _ in each]), (
-        torch.stack([torch.zeros_like(w[:, 0]) if shift is None else shift for w, shift in each])
-        if any(shift is not None for _, shift in each)
-        else None
-    )
+    has_bias = any(bias is not None for _, bias in merged)
+    biases = [matrix.new_zeros(site.d_out) if bias is None else bias for matrix, bias in merged]
+    return MergedSite(site, torch.stack([matrix for matrix, _ in merged]), torch.stack(biases) if has_bias else None)
 
 
-def _effective_linear(
+def _merge_matrix(
     site: Site, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Variant, Any]]
 ) -> tuple[Tensor, Tensor | None]:
+    """Return `W'` and `b'` of one matrix `weight (d_out, d_in)` with the `adapters`, the innermost first."""
     # In float32 at least, so that folding into a half-precision weight rounds once.
     exact = torch.promote_types(weight.dtype, torch.float32)
     wide_weight = weight.to(exact)
     wide_bias = bias.to(exact) if bias is not None else None
-    # A product with a matrix is what it is with ordinary inputs, whatever the kind of site.
+    # A product with a matrix is the same with ordinary inputs, whatever the kind of site.
     base = FrozenLinear(
         lambda x: nn.functional.linear(x, wide_weight, wide_bias),
         wide_weight,
@@ -97,24 +112,47 @@ def _effective_linear(
     return rows.t().contiguous().to(weight.dtype), shift.to(weight.dtype) if needs_bias else None
 
 
-def _replace(gm: fx.GraphModule, site: Site, sites: list[Site], weight: Tensor, bias: Tensor | None) -> None:
-    # Parts of one tensor are read through one node: what is given to one site is given to those of the other parts.
+@dataclass(frozen=True)
+class MergeAdapters(GraphPass):
+    """Give every adapted site the weight and bias that compute what its adapters do, and remove the adapters.
+
+    Safe because every variant is affine in `x` outside dropout (`merge_sites`), and because the frozen tensors, which
+    the user's model shares, are not written to. A merged site gets tensors of its own, and the other readers of a
+    tied weight keep theirs. A site without a bias gets one if its adapters add one.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        sites = find_sites(gm)
+        merged = merge_sites(gm, sites)
+        RemoveAdapters().run(gm)  # the nodes of the sites themselves stay
+        for merged_site in merged:
+            _replace(gm, merged_site, sites)
+        return len(merged)
+
+
+def _replace(gm: fx.GraphModule, merged: MergedSite, sites: list[Site]) -> None:
+    """Let the calls of a site read its merged tensors."""
+    site = merged.site
+    # Parts of one tensor are read through one node, so the sites of all parts read the new tensor.
     sharing = [s for s in sites if s is site or (site.kind.rows and s.weight == site.weight)]
-    _set(gm, site, sharing, site.weight, site.kind.stored(weight, tensor_of(gm, site.weight)))
-    if bias is not None and site.bias is not None:
-        sharing = [s for s in sites if s is site or (site.bias_rows and s.bias == site.bias)]
-        _set(gm, site, sharing, site.bias, site.stored_bias(bias, tensor_of(gm, site.bias)))
-    elif bias is not None:
+    _set(gm, site, sharing, site.weight, merged.new_weight(tensor_of(gm, site.weight)))
+    bias = merged.new_bias(tensor_of(gm, site.bias) if site.bias is not None else None)
+    if bias is None:
+        return
+    if site.bias is None:
         _add_bias(gm, site, bias)
+        return
+    sharing = [s for s in sites if s is site or (site.bias_rows and s.bias == site.bias)]
+    _set(gm, site, sharing, site.bias, bias)
 
 
-def _add_bias(gm: fx.GraphModule, site: Site, bias: Tensor) -> None:
-    """Give the calls of `site`, whose linear has no bias, one."""
+def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
+    """Add a bias at the calls of `site`, which has none."""
     if site.experts:
         raise AdapterError(
             f"{site.name!r} is a stack of experts without biases, and its adapters add some: no merging."
         )
-    path = _own_parameter(gm, site, "bias", bias)
+    path = _register(gm, site, "bias", bias)
     for call in site.calls:
         with gm.graph.inserting_before(call.node):
             added = gm.graph.get_attr(path)
@@ -127,42 +165,44 @@ def _add_bias(gm: fx.GraphModule, site: Site, bias: Tensor) -> None:
         call.y.replace_all_uses_with(total, delete_user_cb=partial(operator.is_not, total))
 
 
-def _own_parameter(gm: fx.GraphModule, site: Site, name: str, tensor: Tensor) -> str:
-    """Register a frozen parameter that `site` alone reads; returns its qualified name."""
+def _register(gm: fx.GraphModule, site: Site, name: str, parameter: nn.Parameter) -> str:
+    """Register a parameter that `site` alone reads, and return its qualified name."""
     if site.name not in dict(gm.named_modules()):
         gm.add_submodule(site.name, nn.Module())
-    gm.get_submodule(site.name).register_parameter(f"merged_{name}", nn.Parameter(tensor, requires_grad=False))
+    gm.get_submodule(site.name).register_parameter(f"merged_{name}", parameter)
     return f"{site.name}.merged_{name}"
 
 
-def _set(gm: fx.GraphModule, site: Site, sharing: list[Site], name: str, tensor: Tensor) -> None:
-    """Let the calls of `sharing` read `tensor`, a merged one of `site`, and not the parameter called `name`."""
-    shared = tensor_of(gm, name)
-    parameter = nn.Parameter(tensor, requires_grad=False)
-    calls = {node for each in sharing for call in each.calls for node in (call.node, call.y)}
-    aliases = [alias for alias, tensor in gm.named_parameters(remove_duplicate=False) if tensor is shared]
+def _set(gm: fx.GraphModule, site: Site, sharing: list[Site], name: str, merged: nn.Parameter) -> None:
+    """Let the calls of the sites `sharing` read `merged`, a tensor of `site`, and not the parameter called `name`.
+
+    If nothing else reads that parameter, `merged` takes its names. If something else does (tied weights), `merged`
+    gets a name of its own.
+    """
+    frozen = tensor_of(gm, name)
+    calls = {node for shared_by in sharing for call in shared_by.calls for node in (call.node, call.y)}
+    aliases = [alias for alias, parameter in gm.named_parameters(remove_duplicate=False) if parameter is frozen]
     readers = [node for node in gm.graph.nodes if node.op == "get_attr" and node.target in aliases]
     leaves = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]
-    read_by_leaf = any(shared is parameter for leaf in leaves for parameter in leaf.parameters())
+    read_by_leaf = any(parameter is frozen for leaf in leaves for parameter in leaf.parameters())
     if not read_by_leaf and all(_leads_only_to(user, calls) for node in readers for user in node.users):
         for alias in aliases:
             path, _, attribute = alias.rpartition(".")
-            setattr(gm.get_submodule(path), attribute, parameter)
+            setattr(gm.get_submodule(path), attribute, merged)
         return
-    # Tied: this site alone gets the new tensor, under a name of its own.
-    path = _own_parameter(gm, site, name.rpartition(".")[2], tensor)
+    path = _register(gm, site, name.rpartition(".")[2], merged)
     for node in readers:
-        mine = [user for user in node.users if _leads_only_to(user, calls)]
-        if mine:
+        users_here = [user for user in node.users if _leads_only_to(user, calls)]
+        if users_here:
             with gm.graph.inserting_after(node):
-                own = gm.graph.get_attr(path)
-                own.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
-            for user in mine:
-                user.replace_input_with(node, own)
+                read = gm.graph.get_attr(path)
+                read.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+            for user in users_here:
+                user.replace_input_with(node, read)
 
 
 def _leads_only_to(node: fx.Node, ends: set[fx.Node]) -> bool:
-    """Whether `node` is one of `ends`, or a view or cast of a weight that only they read."""
+    """Return whether `node` is one of `ends`, or a view or cast of a weight that only they read."""
     if node in ends:
         return True
     return (

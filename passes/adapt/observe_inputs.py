@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from ...adapters.maths import wide
 from ...adapters.variant import Statistic
 from ...graph.provenance import Insertion, insertions, outermost
+from ...graph.walk import ancestors
 from ...sites.finding import find_sites
 from ...sites.site import span
 from ..pipeline import GraphPass
@@ -79,12 +80,6 @@ class ObserveInputs(GraphPass):
 
 def _mask(x: fx.Node) -> fx.Node | None:
     """The input of the graph that marks the padding of the tokens that `x` is computed from, or None."""
-    needed, stack = {x}, [x]
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            if operand not in needed:
-                needed.add(operand)
-                stack.append(operand)
     inputs = {node.name: node for node in x.graph.find_nodes(op="placeholder")}
-    decodes = any(node.name in ("decoder_input_ids", "labels") for node in needed)
+    decodes = any(node.name in ("decoder_input_ids", "labels") for node in ancestors([x]))
     return inputs.get("decoder_attention_mask" if decodes else "attention_mask")

@@ -13,46 +13,63 @@ from torch import Tensor, fx
 from ...graph.parameter_work import parameter_work
 from ...graph.provenance import is_inserted
 from ...graph.queries import (
+    is_narrow,
     is_product,
-    must_not_move,
+    obstacle_between,
+    operation_name,
     reads_tensor,
+    source_of,
     value_of,
 )
+from ...graph.walk import walk
 from ...graph.writes import may_return_a_view, overwrites
 from ...ops.low_rank_products import Branch, LowRankProducts, flatten
-from ..pipeline import GraphPass
+from ..pipeline import Declined, GraphPass, Outcome
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class GatherProducts(GraphPass):
-    """Make one operation of `t = x A^T` and, where `y = x W^T + b` is only added to `alpha t B^T`, of these sums.
+    """Make one operation of `t = x A^T` and the sums `alpha t B^T + y` that it goes into, with `y = x W^T + b`.
 
-    A sum that is only scaled by a row of adapter values, as DoRA's, is scaled there too, unless it might be overwritten
-    afterwards: the result is kept for the gradient of the scale, which is no more to keep where the base keeps it.
-
-    Branches are then added into the outputs of the sites where they are, with no further pass over memory, and in the
-    backward pass the gradients of `x` that come from q, k, v and their adapters into one tensor. Safe because it
-    computes the same sums, an output of a site that nothing else reads is overwritten only, and nothing is moved across
+    The operation adds each branch into the output of its site in place, with no further pass over memory. In the
+    backward pass it adds the gradients of `x` that come from q, k, v and their adapters into one tensor. Safe because
+    it computes the same sums, it overwrites only outputs of sites that nothing else reads, and it moves nothing across
     a write in place or a change of the mode of autograd or autocast. `LowRankProducts` falls back to the plain products
-    where in-place addition would not do the same.
+    where an addition in place would not do the same.
+
+    Fold in DoRA's per-row scale too, unless the result may be overwritten later. Its gradient needs the result, which
+    the base usually saves anyway.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> Outcome:
         edits = 0
-        rows = _rows(gm)
+        declined = []
+        work = parameter_work(gm)
+        rows = _rows(gm, work)
+        known = set(work)
         for product in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-            if is_product(product) and (sums := _sums(gm, product, rows)):
+            if not is_product(product):
+                continue
+            sums = _sums(gm, product, rows)
+            if not isinstance(sums, str):
                 _gather(gm.graph, product, sums)
                 edits += 1
-        return edits
+            elif product not in known and not is_narrow(source_of(product, known)):
+                readers = [reader for part, _ in _parts(gm, product) for reader in part.users]
+                declined.append(Declined.at(readers or [product], sums))
+        return Outcome(edits, tuple(declined))
 
 
 class Sum(NamedTuple):
-    """`scale add(y, linear(t, b), alpha)`, where t is these columns of a product, and y a linear of its input.
+    """The sum `scale add(y, linear(t, b), alpha)`, where `t` is some columns of a product, and `y` a site of its input.
 
-    `casts` bring other values to the type of y.
+    Args:
+        node: the node of the sum, after the scale.
+        y, b, scale, alpha: the terms; `scale` is None if the sum is not scaled.
+        columns: the first column of the product, and the one after the last.
+        casts: the nodes that cast other values to the type of `y`.
     """
 
     node: fx.Node
@@ -60,16 +77,16 @@ class Sum(NamedTuple):
     b: fx.Node
     scale: fx.Node | None
     alpha: float
-    columns: tuple[int, int]  # the first, and the one after the last
+    columns: tuple[int, int]
     casts: list[fx.Node]
 
 
-def _rows(gm: fx.GraphModule) -> set[fx.Node]:
-    """The vectors among what depends on adapter parameters alone, if results that they scale may be kept."""
+def _rows(gm: fx.GraphModule, work: list[fx.Node]) -> set[fx.Node]:
+    """Return the vectors among parameter work, if the results that they scale may be saved for the backward pass."""
     if overwrites(gm):
         return set()
-    values = ((node, value_of(gm, node)) for node in parameter_work(gm))
-    # In float16 no number is so small that it is as good as none.
+    values = ((node, value_of(gm, node)) for node in work)
+    # The backward pass divides by the scale, or by a tiny number where it is zero; float16 has none that is so tiny.
     return {
         node
         for node, value in values
@@ -77,29 +94,32 @@ def _rows(gm: fx.GraphModule) -> set[fx.Node]:
     }
 
 
-def _sums(gm: fx.GraphModule, product: fx.Node, rows: set[fx.Node]) -> list[Sum]:
-    """What all of `product` goes into, if that is sums of sites that can be computed where the first of them stands."""
+def _sums(gm: fx.GraphModule, product: fx.Node, rows: set[fx.Node]) -> list[Sum] | str:
+    """Return the sums that all of `product` goes into; or the reason why they cannot be one operation.
+
+    They can if all of them can be computed where the first of them stands.
+    """
     sums: list[Sum] = []
     for part, columns in _parts(gm, product):
-        made = _sum(gm, product, part, columns, rows)
-        if made is None:
-            return []
-        sums.append(made)
-    sums.sort(key=lambda made: made.columns)
-    # All columns, one after the other: for what is left of a product it is not gathered.
-    bounds = [0, *(made.columns[1] for made in sums)]
-    if not sums or [made.columns[0] for made in sums] != bounds[:-1] or bounds[-1] != _width(gm, product):
-        return []
-    place = min(made.node for made in sums)
-    moved = sorted([product, *(made.y for made in sums)])
-    if must_not_move(gm, moved[0], moved[-1]):
-        return []
-    known = (reads_tensor(gm, read) or read < place for made in sums for read in _operands(made))
-    return sums if all(known) else []
+        term = _sum(gm, product, part, columns, rows)
+        if isinstance(term, str):
+            return term
+        sums.append(term)
+    sums.sort(key=lambda term: term.columns)
+    # Fuse only if the sums use every column; otherwise the rest would still need its own product.
+    bounds = [0, *(term.columns[1] for term in sums)]
+    if not sums or [term.columns[0] for term in sums] != bounds[:-1] or bounds[-1] != _width(gm, product):
+        return "the sums do not use every column of the product"
+    place = min(term.node for term in sums)
+    moved = sorted([product, *(term.y for term in sums)])
+    if why := obstacle_between(gm, moved[0], moved[-1]):
+        return why
+    known = (reads_tensor(gm, read) or read < place for term in sums for read in _operands(term))
+    return sums if all(known) else "a term is computed only after the first sum"
 
 
 def _parts(gm: fx.GraphModule, product: fx.Node) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
-    """The nodes that are columns of `product`, with the first one and the one after the last."""
+    """Yield the nodes that are columns of `product`, with the first column and the one after the last."""
     users = list(product.users)
     if len(users) == 1 and users[0].target is aten.split_with_sizes.default:
         sizes: Any = users[0].args[1]
@@ -117,36 +137,44 @@ def _width(gm: fx.GraphModule, product: fx.Node) -> int | None:
 
 def _sum(
     gm: fx.GraphModule, product: fx.Node, part: fx.Node, columns: tuple[int, int], rows: set[fx.Node]
-) -> Sum | None:
+) -> Sum | str:
+    """Return the sum that these columns of `product` go into; or the reason why the operation cannot compute it."""
     branch = _only_user(part)
-    if branch is None or branch.target is not aten.linear.default or len(branch.args) != 2:
-        return None
+    if branch is None:
+        return "the product is read in several places"
+    if branch.target is not aten.linear.default or len(branch.args) != 2:
+        return "other operations stand between the products with A and B"
     added, (t, b) = _only_user(branch), branch.args
-    if added is None or added.target is not aten.add.Tensor or added.args[1] is not branch:
-        return None
+    if added is None:
+        return "the branch is read in several places"
+    if added.target is not aten.add.Tensor or added.args[1] is not branch:
+        return f"the branch goes into {operation_name(added)}, not into a sum"
     y = added.args[0]
     if not isinstance(y, fx.Node) or y.target is not aten.linear.default or is_inserted(y):
-        return None
+        return "the branch is not added to the output of a linear"
     if y.args[0] is not product.args[0] or t is not part or not isinstance(b, fx.Node):
-        return None
+        return "the branch reads another value than its site"
     casts = [user for user in y.users if user.target is aten.type_as.default and user.args[0] is not y]
-    if y.users.keys() != {added, *casts} or (casts and not _same_type(gm, y, b)):
-        return None
+    if y.users.keys() != {added, *casts}:
+        return "the output of the site is read elsewhere too"
+    if casts and not _same_type(gm, y, b):
+        return "the sum has another type than the output of the site"
     alpha: Any = added.kwargs.get("alpha", 1.0)
     scaled, scale = _scaled(added, rows, casts)
     return Sum(scaled, y, b, scale, alpha, columns, [cast for cast in casts if cast is not scaled])
 
 
 def _same_type(gm: fx.GraphModule, y: fx.Node, b: fx.Node) -> bool:
-    """Whether the sum of `y` and a branch has the type of `y`."""
+    """Check whether the sum of `y` and a branch has the type of `y`."""
     weight, b_value = value_of(gm, y.all_input_nodes[1]), value_of(gm, b)
     return weight is not None and b_value is not None and weight.dtype == b_value.dtype
 
 
 def _scaled(added: fx.Node, rows: set[fx.Node], casts: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
-    """The product of `added` with one of `rows`, in the type of the site, and the row; `added` itself if there is none.
+    """Return the node of `added` scaled by one of `rows` and cast to the type of its site, and the row.
 
-    None that is shifted before it is cast: it would be rounded, and its parts be kept, once more.
+    Return `added` and None if it is not scaled; or if it is shifted before the cast, because then the scaled sum would
+    be rounded, and saved, once more.
     """
     product = _only_user(added)
     if product is None or product.target is not aten.mul.Tensor or not is_inserted(product) or _is_result(product):
@@ -158,36 +186,37 @@ def _scaled(added: fx.Node, rows: set[fx.Node], casts: list[fx.Node]) -> tuple[f
 
 
 def _is_result(node: fx.Node) -> bool:
-    """Whether the graph returns `node` or what may share its memory, so that the caller might overwrite it."""
-    return any(user.op == "output" or (may_return_a_view(user) and _is_result(user)) for user in node.users)
+    """Check whether the graph returns `node` or a value that may share its memory: a caller might overwrite it."""
+    sharing = walk([node], lambda other: other.users if other is node or may_return_a_view(other) else ())
+    return any(other.op == "output" for other in sharing)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _operands(made: Sum) -> list[fx.Node]:
-    return [made.b, *([made.scale] if made.scale else []), *made.y.all_input_nodes]
+def _operands(term: Sum) -> list[fx.Node]:
+    return [term.b, *([term.scale] if term.scale else []), *term.y.all_input_nodes]
 
 
 def _gather(graph: fx.Graph, product: fx.Node, sums: list[Sum]) -> None:
-    place = min(made.node for made in sums)
-    for made in sums:
-        for read in _operands(made):
+    place = min(term.node for term in sums)
+    for term in sums:
+        for read in _operands(term):
             if place < read:  # a tensor of the module
                 place.prepend(read)
-    ranks = tuple(stop - start for start, stop in (made.columns for made in sums))
-    products = LowRankProducts(ranks, tuple(made.alpha for made in sums))
+    ranks = tuple(stop - start for start, stop in (term.columns for term in sums))
+    products = LowRankProducts(ranks, tuple(term.alpha for term in sums))
     branches: list[Branch[Any]] = []
-    for made in sums:
-        _, weight, bias = (*made.y.args, None)[:3]
-        branches.append(Branch(weight, bias, made.b, made.scale))
+    for term in sums:
+        _, weight, bias = (*term.y.args, None)[:3]
+        branches.append(Branch(weight, bias, term.b, term.scale))
     with graph.inserting_before(place):
         call = graph.call_function(products, (*product.args, *flatten(branches)))
         results = [graph.call_function(operator.getitem, (call, 1 + index)) for index in range(len(sums))]
     call.meta = dict(product.meta)
-    for made, result in zip(sums, results, strict=True):
-        result.meta = dict(made.node.meta)
-        made.node.replace_all_uses_with(result)
-        for cast in made.casts:
-            cast.replace_input_with(made.y, result)
+    for term, result in zip(sums, results, strict=True):
+        result.meta = dict(term.node.meta)
+        term.node.replace_all_uses_with(result)
+        for cast in term.casts:
+            cast.replace_input_with(term.y, result)

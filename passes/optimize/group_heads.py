@@ -1,4 +1,4 @@
-"""Let grouped-query attention read the heads of keys and values where they are."""
+"""Let grouped-query attention read the heads of keys and values without copies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ...graph.queries import is_on_cpu
-from ..pipeline import GraphPass
+from ..pipeline import Declined, GraphPass, Outcome
 
 aten = torch.ops.aten
 
@@ -19,30 +19,38 @@ aten = torch.ops.aten
 class GroupHeads(GraphPass):
     """Replace `attention(q, repeated k, repeated v)` by the operator's own grouping, `enable_gqa`.
 
-    Models repeat each head of keys and values for the queries that share it; attention then reads copies, and keeps
-    them for the backward pass. Safe because this is how the operator defines `enable_gqa`. On the CPU alone: there its
-    fast kernel groups heads under any mask, and elsewhere it may have to take a slow one.
+    Models repeat each head of keys and values for the queries that share it. Attention then reads copies, and keeps
+    them for the backward pass. Safe because this is how the operator defines `enable_gqa`. The pass runs on the CPU
+    alone, where the fast kernel groups heads under any mask; on other devices the operator may have to take a slow one.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
-        if not is_on_cpu(gm):
-            return 0
+    def run(self, gm: fx.GraphModule) -> Outcome:
         edits = 0
+        declined = []
+        on_cpu = is_on_cpu(gm)
         for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             q, *repeated = node.args[:3]
-            heads = [_repeated(operand) for operand in repeated]
-            (k, times), (v, also) = heads
-            if times > 1 and times == also and not node.kwargs.get("enable_gqa"):
+            (k, times_of_k), (v, times_of_v) = map(_repeated, repeated)
+            if times_of_k == times_of_v == 1:
+                continue
+            if not on_cpu:
+                declined.append(Declined.at([node], "not on the CPU"))
+            elif times_of_k != times_of_v:
+                declined.append(Declined.at([node], "keys and values are repeated differently"))
+            elif node.kwargs.get("enable_gqa"):
+                declined.append(Declined.at([node], "heads are grouped already"))
+            else:
                 node.args = (q, k, v, *node.args[3:])
                 node.update_kwarg("enable_gqa", True)
                 edits += 1
-        return edits
+        return Outcome(edits, tuple(declined))
 
 
 def _repeated(node: Any) -> tuple[fx.Node, int]:
-    """What `node` repeats along its heads `(batch, heads, length, size)`, each one so many times; itself, once, if not.
+    """Return the value whose heads `node` repeats, and how many times; `node` itself and 1 if it repeats none.
 
-    It does so by an expanded new dimension after the heads, which is then made one with them.
+    A repetition of the heads of `(batch, heads, length, size)` is a new dimension after the heads, expanded, and then
+    joined with them by a reshape.
     """
     if node.target is aten.reshape.default:
         expanded, shape = node.args
@@ -58,7 +66,7 @@ def _repeated(node: Any) -> tuple[fx.Node, int]:
 
 
 def _whole(node: Any) -> Any:
-    """What `node` is a slice of, from end to end."""
+    """Return the value that `node` is a slice of, if the slice goes from end to end; else `node`."""
     while node.target is aten.slice.Tensor and node.args[2:] == (0, sys.maxsize):
         node = node.args[0]
     return node

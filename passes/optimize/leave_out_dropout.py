@@ -1,4 +1,4 @@
-"""Leave out dropout where nothing is dropped."""
+"""Leave out dropout in evaluation."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from ..pipeline import GraphPass, Program
+from ..pipeline import Declined, GraphPass, Outcome, Program
 
 
 @dataclass(frozen=True)
 class LeaveOutDropout(GraphPass):
-    """Replace dropout that follows the mode of the module by its input.
+    """Replace each dropout that follows the mode of the module by its input.
 
     Adapters with dropout then read the input of their site like the others, so that they can share products. Safe
-    because the program that it is for runs in evaluation alone, where dropout returns its input.
+    because the pass is for the inference program, which runs in evaluation mode alone: there dropout returns its input.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"inference"})
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> Outcome:
         edits = 0
+        declined = []
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
             x, _, mode = node.args
-            if isinstance(mode, fx.Node) and mode.op == "get_attr":  # the mode flag
+            if isinstance(mode, fx.Node) and mode.op == "get_attr":  # the mode flag of the module
                 node.replace_all_uses_with(x)
                 gm.graph.erase_node(node)
                 edits += 1
-        return edits
+            elif mode is True:
+                declined.append(Declined.at([node], "the dropout does not follow the mode"))
+        return Outcome(edits, tuple(declined))

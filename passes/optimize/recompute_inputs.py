@@ -1,4 +1,4 @@
-"""Compute the input of an adapter again in the backward pass, where the base keeps what it follows from."""
+"""Compute the input of an adapter again in the backward pass, from values that the base saves anyway."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import fx, nn
 
 from ...graph.parameter_work import parameter_work
 from ...graph.provenance import is_inserted
-from ...graph.queries import is_product, reads_tensor, value_of
+from ...graph.queries import is_narrow, is_product, operation_name, reads_tensor, value_of
 from ...graph.subgraph import extract, forward_of
 from ...graph.tensors import tensor_of
+from ...graph.walk import ancestors
 from ...graph.writes import overwrites
 from ...ops.low_rank_products import LowRankProducts
-from ..pipeline import GraphPass, Program
+from ..pipeline import Declined, GraphPass, Outcome, Program
 
 aten = torch.ops.aten
 
-# What autograd keeps of an operation: its result, ...
-_KEEPS_RESULT = {
+# What autograd saves of an operation that needs a gradient: its result, ...
+_SAVES_RESULT = {
     aten.exp.default,
     aten.relu.default,
     aten.rsqrt.default,
@@ -32,7 +33,7 @@ _KEEPS_RESULT = {
     aten.tanh.default,
 }
 # ... its first operands, ...
-_KEEPS_INPUTS = {
+_SAVES_INPUTS = {
     aten.gelu.default: 1,
     aten.layer_norm.default: 1,
     aten.pow.Tensor_Scalar: 1,
@@ -40,10 +41,10 @@ _KEEPS_INPUTS = {
     aten.scaled_dot_product_attention.default: 3,
     aten.silu.default: 1,
 }
-# ... or of two operands each, if the other one needs a gradient.
-_KEEPS_OTHER = {aten.bmm.default, aten.matmul.default, aten.mul.Tensor}
+# ... or each of two operands, if the other one needs a gradient.
+_SAVES_OTHER = {aten.bmm.default, aten.matmul.default, aten.mul.Tensor}
 
-# A few passes over a tensor, or a view.
+# Operations that cost a few passes over a tensor, or nothing.
 _CHEAP = {
     aten.gelu.default,
     aten.layer_norm.default,
@@ -74,38 +75,43 @@ _CHEAP = {
     aten.view.default,
 }
 _LONGEST = 12
-"""Operations of a recipe."""
+"""The most operations that compute one input again."""
 
 _NARROW = 64
-"""The largest rank at which a product with a square matrix is as good as none."""
+"""Up to this rank a product with a square matrix costs next to nothing."""
 
 
 @dataclass(frozen=True)
 class RecomputeInputs(GraphPass):
-    """Do not keep `x` for the gradient of `A` in `x A^T` where it follows cheaply from what the base keeps anyway.
+    """Do not save `x` for the gradient of `A` in `x A^T` if it follows cheaply from values that the base saves anyway.
 
-    The input of q, k, v and of gate and up is a norm of something, that of down a gate times something: the base keeps
-    the operands, as the gradient of a norm and of a gate needs them. A low-rank adapter then keeps its narrow products
-    alone. To be run after `GatherProducts`. Safe because `x` is computed again by the same operations from the same
-    tensors, to the same bits; random and expensive ones are not repeated, and graphs that overwrite anything but their
-    own buffers are left alone.
+    The input of q, k, v and of gate and up is a norm of a value, that of down a gate times a value. The base saves the
+    operands, because the gradients of norms and gates need them. A low-rank adapter then saves its narrow products
+    alone. The pass stands after `GatherProducts`.
+
+    Safe because the same operations compute `x` again from the same tensors, to the same bits. Random and expensive
+    operations are not repeated, and a graph that overwrites anything but its own buffers is left alone, because it
+    might overwrite the saved values too.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"training"})
 
-    def run(self, gm: fx.GraphModule) -> int:
-        if overwrites(gm):
-            return 0  # what is kept might be overwritten by then
+    def run(self, gm: fx.GraphModule) -> Outcome:
         needing, once = _needing_gradients(gm), set(parameter_work(gm))
-        kept = {node for user in needing - once for node in _kept_by(gm, user, needing)}
+        saved = {node for user in needing - once for node in _saved_by(gm, user, needing)}
+        overwritten = overwrites(gm)
         edits = 0
+        declined = []
         for node in reversed([node for node in gm.graph.nodes if node not in once]):
             alone = is_product(node)
             products = LowRankProducts() if alone else node.target
             if not isinstance(products, LowRankProducts) or products.recipe or node.args[1] not in needing:
                 continue
             x, a, *sites = node.args
-            if (sources := _sources(gm, x, kept | once)) is None:
+            sources = "the graph overwrites tensors" if overwritten else _sources(gm, x, saved | once)
+            if isinstance(sources, str):
+                if not is_narrow(x):
+                    declined.append(Declined.at(_results(node), sources))
                 continue
             recipe = forward_of(nn.Module(), extract(sources, [x]))
             with gm.graph.inserting_before(node):
@@ -117,11 +123,18 @@ class RecomputeInputs(GraphPass):
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)
             edits += 1
-        return edits
+        return Outcome(edits, tuple(reversed(declined)))
+
+
+def _results(node: fx.Node) -> list[fx.Node]:
+    """Return the results of gathered products `node`, which are of one site each; of another node the node itself."""
+    if not isinstance(node.target, LowRankProducts):
+        return [node]
+    return [user for user in node.users if user.target is operator.getitem and user.args[1] != 0]
 
 
 def _needing_gradients(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose values have a gradient because of the module's own parameters."""
+    """Return the nodes whose values have a gradient because of the module's own parameters."""
     needing: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if reads_tensor(gm, node):
@@ -132,56 +145,47 @@ def _needing_gradients(gm: fx.GraphModule) -> set[fx.Node]:
     return needing
 
 
-def _kept_by(gm: fx.GraphModule, user: fx.Node, needing: set[fx.Node]) -> list[fx.Node]:
-    """What autograd keeps for the gradient of `user`, which needs one; by adapters, narrow products alone."""
+def _saved_by(gm: fx.GraphModule, user: fx.Node, needing: set[fx.Node]) -> list[fx.Node]:
+    """Return what autograd saves for the gradient of `user`, which needs one; of an adapter, narrow products alone."""
     if is_inserted(user):
         t: Any = user.args[0] if is_product(user) and user.args[1] in needing else None
-        return [t] if _is_narrow(t) and not _is_between_narrow(gm, t) else []
-    kept = [user] if user.target in _KEEPS_RESULT else []
-    if user.target in _KEEPS_INPUTS:
-        kept += user.all_input_nodes[: _KEEPS_INPUTS[user.target]]
-    if user.target in _KEEPS_OTHER:
-        one, other = user.args[:2]
-        kept += [
-            node for node, factor in ((one, other), (other, one)) if isinstance(node, fx.Node) and factor in needing
-        ]
-    return kept
+        return [t] if is_narrow(t) and not _is_between_narrow(gm, t) else []
+    saved = [user] if user.target in _SAVES_RESULT else []
+    if user.target in _SAVES_INPUTS:
+        saved += user.all_input_nodes[: _SAVES_INPUTS[user.target]]
+    if user.target in _SAVES_OTHER:
+        left, right = user.args[:2]
+        pairs = ((left, right), (right, left))
+        saved += [node for node, factor in pairs if isinstance(node, fx.Node) and factor in needing]
+    return saved
 
 
 def _is_between_narrow(gm: fx.GraphModule, node: Any) -> bool:
-    """Whether `node` multiplies a narrow product by a small square matrix, as HRA does between its reflections."""
-    if not is_product(node) or not _is_narrow(node.args[0]):
+    """Check whether `node` multiplies a narrow product by a small square matrix, as HRA does."""
+    if not is_product(node) or not is_narrow(node.args[0]):
         return False
     matrix = node.args[1]
     value = value_of(gm, matrix) if isinstance(matrix, fx.Node) else None
     return value is not None and max(value.shape) <= _NARROW
 
 
-def _is_narrow(node: Any) -> bool:
-    """Whether `node` is a product with an adapter's matrix, or a part of one."""
-    if isinstance(node, fx.Node) and node.target is operator.getitem:
-        parts: Any = node.args[0]
-        return parts.target is aten.split_with_sizes.default and is_product(parts.args[0])
-    return is_product(node)
+def _sources(gm: fx.GraphModule, x: Any, saved: set[fx.Node]) -> list[fx.Node] | str:
+    """Return saved values, tensors of the module, and sizes, from which `x` follows cheaply; or why there are none."""
+    if not isinstance(x, fx.Node) or x in saved:
+        return "the input is saved anyway"
 
+    def is_source(node: fx.Node) -> bool:
+        return node in saved or reads_tensor(gm, node) or isinstance(node.meta.get("val"), (int, torch.SymInt))
 
-def _sources(gm: fx.GraphModule, x: Any, kept: set[fx.Node]) -> list[fx.Node] | None:
-    """Nodes that are kept, tensors of the module, and sizes, from which `x` follows cheaply; None if it does not.
-
-    None too if there is no need because `x` is kept itself.
-    """
-    if not isinstance(x, fx.Node) or x in kept:
-        return None
-    sources: dict[fx.Node, None] = {}
-    passed: dict[fx.Node, None] = {}
-    pending = [x]
-    while pending:
-        node = pending.pop()
-        if node in kept or reads_tensor(gm, node) or isinstance(node.meta.get("val"), (int, torch.SymInt)):
-            sources[node] = None
-        elif (node.target in _CHEAP or _is_between_narrow(gm, node)) and len(passed) < _LONGEST:
-            passed[node] = None
-            pending.extend(operand for operand in node.all_input_nodes if operand not in passed)
-        else:
-            return None
-    return list(sources)
+    sources: list[fx.Node] = []
+    repeated = 0
+    for node in ancestors([x], stop=is_source):
+        if is_source(node):
+            sources.append(node)
+            continue
+        repeated += 1
+        if node.target not in _CHEAP and not _is_between_narrow(gm, node):
+            return f"the input depends on {operation_name(node)}, which is neither saved nor repeated"
+        if repeated > _LONGEST:
+            return f"the input follows from saved values only in more than {_LONGEST} operations"
+    return sources

@@ -15,11 +15,14 @@ from ...graph.parameter_work import first_input, move_to_front, parameter_work
 from ...graph.provenance import is_inserted, record, recorded
 from ...graph.queries import (
     is_deterministic,
+    is_narrow,
     is_product,
-    must_not_move,
+    obstacle_between,
+    source_of,
     value_of,
 )
-from ..pipeline import GraphPass
+from ...graph.walk import ancestors
+from ..pipeline import Declined, GraphPass, Outcome
 
 aten = torch.ops.aten
 
@@ -28,15 +31,17 @@ aten = torch.ops.aten
 class ShareSiblings(GraphPass):
     """Make one product of those that adapters of one layer form with one input: `x A_q^T`, `x A_k^T`, `x A_v^T`.
 
-    It is formed with the `A`s one below the other, and split. Safe because each output of a product depends on one row
-    of the matrix alone, and the matrices depend on no input, so that they can stand before the first product. Before
-    that, equal computations of adapters (casts of one input, slices of one tensor) become one, if they draw no random
-    numbers: what is dropped for one adapter is not for another. Nothing is shared where something is overwritten
-    between the first use and the last, or the mode of autograd or autocast changes. An adapter that forms several
-    products with its input, as PiSSA does, keeps them: its start is exact only while they are rounded alike.
+    The one product is formed with the `A`s stacked one below the other, and split. Safe because each output of a
+    product depends on one row of the matrix alone, and the matrices depend on no input of the graph, so that they can
+    stand before the first product. Nothing is shared across a write in place, or a change of the mode of autograd or
+    autocast. An adapter that forms several products with its input, as PiSSA does, keeps them: its start is exact only
+    while they are rounded alike.
+
+    Before that, equal computations of adapters become one, such as casts of one input and slices of one tensor. Those
+    that draw random numbers stay apart, because dropout must drop other elements for each adapter.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> Outcome:
         edits = _share_equal(gm)
         work = parameter_work(gm)
         known = set(work)
@@ -47,32 +52,68 @@ class ShareSiblings(GraphPass):
                 value = value_of(gm, matrix)
                 if value is not None and (matrix in known or matrix.op == "get_attr"):
                     groups[x, layer_of(node), value.dtype].append(node)
-        for (x, *_), found in groups.items():
-            group = _one_of_each_adapter(found)
-            if len(group) > 1 and not must_not_move(gm, group[0], group[-1]):
-                _share(gm, x, group, work, self.name)
-                edits += 1
-        return edits
+        declined = _without_siblings(groups, known)
+        for (x, *_), products in groups.items():
+            group, several = _one_of_each_adapter(products)
+            if several:
+                declined.append(Declined.at(several, "one adapter's products must be rounded alike"))
+            if len(group) < 2:
+                continue
+            if why := obstacle_between(gm, group[0], group[-1]):
+                declined.append(Declined.at(group, why))
+                continue
+            _share(gm, x, group, work, self.name)
+            edits += 1
+        return Outcome(edits, tuple(declined))
 
 
-def _one_of_each_adapter(products: list[fx.Node]) -> list[fx.Node]:
-    """Of products of one input those that are their adapter's only one.
+def _without_siblings(groups: dict[Any, list[fx.Node]], work: set[fx.Node]) -> list[Declined]:
+    """Return why the products that are alone in their groups, of one input, layer and type, have no siblings there."""
+    by_layer: dict[str | None, dict[fx.Node, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
+    for (_, layer, _), products in groups.items():
+        source = source_of(products[0], work)
+        if not is_narrow(source):  # else it is the second product of a branch, which no adapter shares
+            by_layer[layer][source] += products
+    alone = {products[0] for products in groups.values() if len(products) == 1}
+    declined = []
+    for by_source in by_layer.values():
+        others = []
+        for products in by_source.values():
+            left_over = [node for node in products if node in alone]
+            if len(products) == 1:
+                others += left_over
+            elif left_over:
+                declined.append(Declined.at(left_over, _how_inputs_differ(products)))
+        if others:
+            why = "different inputs" if len(others) > 1 else "no other adapter of the layer reads this input"
+            declined.append(Declined.at(others, why))
+    return declined
 
-    Several may be meant to cancel to the last bit, as the start of PiSSA does, and parts of one product are not rounded
-    alike.
+
+def _how_inputs_differ(products: list[fx.Node]) -> str:
+    """Return what tells products of one source apart."""
+    if len({node.all_input_nodes[0] for node in products}) == 1:
+        return "the matrices have different types"
+    return "different inputs: dropout or casts come before the products"
+
+
+def _one_of_each_adapter(products: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Split products of one input into those that are their adapter's only one, and the others.
+
+    The others may be meant to cancel to the last bit, as at the start of PiSSA. They would not, because parts of one
+    product are not rounded alike.
     """
-    calls = Counter(by.call for node in products if (by := recorded(node)) is not None)
-    return [node for node in products if (by := recorded(node)) is not None and calls[by.call] == 1]
+    call_of = {node: provenance.call for node in products if (provenance := recorded(node)) is not None}
+    counts = Counter(call_of.values())
+    single = [node for node, call in call_of.items() if counts[call] == 1]
+    return single, [node for node, call in call_of.items() if counts[call] > 1]
 
 
 def _share(gm: fx.GraphModule, x: fx.Node, group: list[fx.Node], work: list[fx.Node], by: str) -> None:
     """Replace the products `group` of `x` by one."""
     graph = gm.graph
     matrices = [node.all_input_nodes[-1] for node in group]
-    needed = set(matrices)
-    for node in reversed(work):
-        if node in needed:
-            needed.update(node.all_input_nodes)
+    needed = set(ancestors(matrices))
     move_to_front(graph, [node for node in work if node in needed])
     values = [value for matrix in matrices if (value := value_of(gm, matrix)) is not None]
     sizes = [value.shape[0] for value in values]
@@ -95,7 +136,7 @@ def _share(gm: fx.GraphModule, x: fx.Node, group: list[fx.Node], work: list[fx.N
 
 
 def _share_equal(gm: fx.GraphModule) -> int:
-    """Let the first of equal inserted nodes do for all of a layer; for parameter work, for all."""
+    """Replace equal inserted nodes of a layer by the first of them; equal parameter work, also of several layers."""
     work = set(parameter_work(gm))
     first: dict[Any, fx.Node] = {}
     edits = 0
@@ -104,7 +145,7 @@ def _share_equal(gm: fx.GraphModule) -> int:
             continue
         key = (node.op, node.target, repr(node.args), repr(node.kwargs), None if node in work else layer_of(node))
         same = first.setdefault(key, node)
-        if same is not node and (node in work or not must_not_move(gm, same, node)):
+        if same is not node and (node in work or not obstacle_between(gm, same, node)):
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
             edits += 1

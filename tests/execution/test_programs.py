@@ -6,10 +6,7 @@ import copy
 import dataclasses
 import functools
 import io
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
@@ -18,15 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite_fx as llfx
 from lora_lite_fx.execution.module import AdaptedGraphModule, Execution, run_as
-from lora_lite_fx.graph.provenance import is_inserted
-from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
-from lora_lite_fx.rewriting.base_graph import base_graph
+from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.support.conformance import (
-    calibration,
     check_merge,
     check_remove,
     close,
@@ -36,15 +29,12 @@ from tests.support.conformance import (
     randomise,
     small,
 )
-from tests.support.models import WIDTH, Attention, Case, Conv1DMLP, GatedMLP, Normed, SharedLinear, ids
+from tests.support.models import Attention, GatedMLP, ids
+from tests.support.programs import MIXED, PAIR, PLAIN, X, adapted, base, counted, derived, edits, in_calls, pair
 
 aten = torch.ops.aten
 NAMES = [graph_pass.name for graph_pass in OPTIMIZATIONS]
 VARIANTS = list(llfx.registry().values())
-PLAIN = Pipeline(())
-SINGLY = OPTIMIZATIONS.without("gather_products", "recompute_inputs")
-PAIR = (Attention, GatedMLP)
-MIXED = (Attention, GatedMLP, Conv1DMLP, SharedLinear, Normed)
 
 
 QUICKLY = settings(
@@ -54,40 +44,6 @@ QUICKLY = settings(
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-
-
-def derived(gm: fx.GraphModule, passes: Pipeline = SINGLY) -> fx.GraphModule:
-    """A copy of `gm` whose graph the passes have changed, so that products can be counted."""
-    result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    passes.run(result)
-    return result
-
-
-def edits(gm: fx.GraphModule, passes: Pipeline = OPTIMIZATIONS) -> dict[str, int]:
-    return {report.name: report.edits for report in passes.run(gm)}
-
-
-def in_calls(gm: fx.GraphModule) -> Counter[Any]:
-    """How often each operator of the adapters runs in each call: what stands after the inputs."""
-    nodes = list(gm.graph.nodes)
-    first = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
-    return Counter(node.target for node in nodes[first:] if is_inserted(node) and node.op == "call_function")
-
-
-@functools.cache
-def base(
-    exported: bool = True, dtype: torch.dtype = torch.float64, blocks: tuple[type[nn.Module], ...] = MIXED
-) -> tuple[Case, nn.Module, fx.GraphModule]:
-    case = Case(blocks, bias=True, tied=False, dtype=dtype, exported=exported, seed=3)
-    model = case.build()
-    return case, model, base_graph(model, case.example_inputs)
-
-
-def adapted(cfg: Any, *, seed: int = 1, **which: Any) -> fx.GraphModule:
-    case, _, graph = base(**which)
-    gm = llfx.rewrite(graph, cfg, calibration=calibration(cfg, case.example_inputs, (ids(2, 4),)))
-    randomise(gm, seed)
-    return gm
 
 
 def assert_computes_the_same(gm: fx.GraphModule, plain: fx.GraphModule, tolerance: float) -> None:
@@ -184,217 +140,6 @@ def test_what_runs_in_each_call(name: str) -> None:
     before = in_calls(gm)
     assert all(before[target] >= count for target, count in PER_CALL[name].items())
     assert before != counts
-
-
-def test_siblings_of_several_variants_share_a_product_and_what_is_dropped_does_not() -> None:
-    names = ({"target_names": (name,)} for name in ("q$", "k$", "v$"))
-    q, k, v = names
-    mixed = adapted([llfx.LoRA(r=2, **q), llfx.DeLoRA(r=3, **k), llfx.HRA(r=2, **v), llfx.LoRA(r=1, **k)], blocks=PAIR)
-    (product,) = [node for node in derived(mixed).graph.nodes if node.target is aten.split_with_sizes.default]
-    assert sorted(product.args[1]) == [1, 2, 2, 3]
-    dropped = adapted([llfx.LoRA(r=2, dropout=0.5, **q), llfx.LoRA(r=2, **k), llfx.LoRA(r=2, **v)], blocks=PAIR)
-    for program, sizes in (("training", [2, 2]), ("inference", [2, 2, 2])):
-        gm = derived(dropped, SINGLY.of(program))
-        (product,) = [node for node in gm.graph.nodes if node.target is aten.split_with_sizes.default]
-        assert product.args[1] == sizes
-
-
-def test_casts_of_one_input_are_one() -> None:
-    gm = adapted(llfx.LoRA(r=2, target_names=("[qkv]$",)), blocks=PAIR, dtype=torch.bfloat16)
-    assert in_calls(gm)[aten.to.dtype] == 3 + 3  # of the input, and of the sum
-    assert in_calls(derived(gm))[aten.to.dtype] == 1 + 3
-    assert in_calls(derived(gm))[aten.linear.default] == 1 + 3
-
-
-class Overwrites(nn.Module):
-    """Two linears of one tensor, which is overwritten between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(WIDTH, 5), nn.Linear(WIDTH, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + 1
-        y = self.one(x)
-        x.mul_(0.5)
-        return y * self.two(x)
-
-
-@pytest.mark.parametrize(
-    ("cfg", "work"),
-    [(llfx.FourierFT(n_frequency=30), aten.fft_ifft2.default), (llfx.HiRA(r=4), aten.matmul.default)],
-)
-def test_matrices_as_large_as_the_weight_are_not_kept(cfg: llfx.Variant, work: Any) -> None:
-    cfg = dataclasses.replace(cfg, target_names=("0",))
-    gm = llfx.rewrite(nn.Sequential(nn.Linear(64, 48)), cfg, (torch.ones(2, 64),))
-    assert in_calls(derived(gm))[work] == in_calls(gm)[work] == 1
-
-
-def test_siblings_of_an_overwritten_input_share_nothing() -> None:
-    gm = llfx.rewrite(Overwrites(), llfx.LoRA(r=2, target_names=(".",)), (torch.ones(2, WIDTH),))
-    randomise(gm, 1)
-    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        close(gm(x), llfx.optimize(gm, PLAIN)(x), 1e-6, "output")
-    assert edits(derived(gm, PLAIN))["share_siblings"] == 0
-
-
-# Once per change of a parameter.
-
-
-class Count(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def counted(function: Callable[[], Any]) -> Counter[str]:
-    with Count() as count:
-        function()
-    return count.calls
-
-
-@functools.cache
-def start(cls: type[llfx.Variant]) -> fx.GraphModule:
-    return adapted(small(cls, size=2, alpha=2.0, exclude_names=("head",), target_names=(".",)), blocks=PAIR)
-
-
-def pair(cls: type[llfx.Variant]) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """An optimized graph and the plain one, over the same tensors, in evaluation mode."""
-    gm = copy.deepcopy(start(cls))
-    return gm, llfx.optimize(gm, PLAIN)
-
-
-X = (ids(2, 5),)
-
-
-PARAMETER_WORK = [
-    (llfx.DoRA, aten.linalg_vector_norm.default),
-    (llfx.HRA, aten.linalg_solve_triangular.default),
-    (llfx.OFT, aten.index_copy.default),
-]
-
-
-@pytest.mark.parametrize("accumulate", [1, 8])
-@pytest.mark.parametrize(("cls", "work"), PARAMETER_WORK)
-def test_parameter_work_is_done_once_per_optimizer_step(cls: type[llfx.Variant], work: Any, accumulate: int) -> None:
-    gm, plain = pair(cls)
-    twin = copy.deepcopy(plain)
-    done = []
-    for model in (gm.train(), twin.train()):
-        optimizer = torch.optim.AdamW(llfx.adapter_parameters(model), lr=0.01)
-        done.append(0)
-        for step in range(3):
-            for batch in range(accumulate):
-                with Count() as count:
-                    loss = output(model, (ids(2, 5, seed=10 * step + batch),)).square().mean()
-                loss.backward()
-                done[-1] += count.calls[work.overloadpacket.__name__]
-            nn.utils.clip_grad_norm_(llfx.adapter_parameters(model), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-    assert 0 < done[0] == done[1] / accumulate
-    for name, tensor in llfx.adapter_state_dict(twin).items():
-        close(llfx.adapter_state_dict(gm)[name], tensor, 1e-9, name)
-
-
-def test_a_step_by_hand_past_the_version_counters_is_seen() -> None:
-    gm, plain = pair(llfx.DoRA)
-    for _ in range(2):
-        output(gm, X).square().mean().backward()
-        for parameter in llfx.adapter_parameters(gm):
-            parameter.data.sub_(parameter.grad)
-            parameter.grad = None
-        close(output(gm, X), output(plain, X), 1e-9, "output")
-
-
-@pytest.mark.parametrize(("cls", "work"), [(llfx.HRA, "linalg_solve_triangular"), (llfx.DoRA, "linalg_vector_norm")])
-def test_without_gradients_it_is_done_once(cls: type[llfx.Variant], work: str) -> None:
-    gm, plain = pair(cls)
-
-    def generate() -> None:
-        with torch.no_grad():
-            for length in range(1, 5):
-                output(gm, (ids(1, length),))
-
-    assert counted(generate)[work] > 0
-    assert counted(generate)[work] == 0
-    gm.eval()
-    assert counted(generate)[work] > 0
-    assert torch.is_grad_enabled()
-    close(output(gm, X), output(plain, X), 1e-9, "output")
-
-
-def set_to(factor: float) -> Callable[[fx.GraphModule], None]:
-    def change(gm: fx.GraphModule) -> None:
-        with torch.no_grad():
-            for parameter in llfx.adapter_parameters(gm):
-                parameter.mul_(factor)
-
-    return change
-
-
-def assign(gm: fx.GraphModule) -> None:
-    for name, parameter in list(gm.named_parameters()):
-        if parameter.requires_grad:
-            path, _, leaf = name.rpartition(".")
-            setattr(gm.get_submodule(path), leaf, nn.Parameter(parameter.detach() * 0.9))
-
-
-class WritesData(torch.optim.Optimizer):
-    """An optimizer that writes past the version counters."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {})
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.data.mul_(0.9)
-
-
-def write_data(gm: fx.GraphModule) -> None:
-    for parameter in llfx.adapter_parameters(gm):
-        parameter.data.mul_(0.9)
-    gm.eval()
-
-
-def replace_data(gm: fx.GraphModule) -> None:
-    for parameter in llfx.adapter_parameters(gm):
-        parameter.data = parameter.data * 0.9
-
-
-CHANGES = {
-    "in place": set_to(0.9),
-    "load": lambda gm: llfx.load_adapter_state_dict(gm, {n: t * 0.9 for n, t in llfx.adapter_state_dict(gm).items()}),
-    "load_state_dict": lambda gm: gm.load_state_dict({n: t * 0.9 for n, t in gm.state_dict().items()}),
-    "assign": assign,
-    "optimizer that writes data": lambda gm: WritesData(llfx.adapter_parameters(gm)).step(),
-    "data, then eval()": write_data,
-    "replaced data": replace_data,
-    "moved and back": lambda gm: gm.to(torch.bfloat16).to(torch.float64),
-    "the frozen weight": lambda gm: [t.mul_(0.9) for n, t in gm.named_parameters() if not t.requires_grad],
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA])
-def test_every_change_of_a_parameter_is_seen(cls: type[llfx.Variant], change: str) -> None:
-    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        gm, _ = pair(cls)
-        with mode():
-            before = output(gm, X)
-        CHANGES[change](gm)
-        with mode():
-            after = output(gm, X)
-            close(after, output(llfx.optimize(gm, PLAIN), X), 1e-9, f"output under {mode.__name__}")
-        assert not torch.equal(before, after)
 
 
 def test_a_copy_is_of_its_own() -> None:

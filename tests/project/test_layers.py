@@ -32,7 +32,7 @@ FLOOR = {wing: floor for floor, row in enumerate(ROWS) for wing in row}
 
 # A pass knows no other family of passes. One exception: a traced adapter follows the mode as a captured model does.
 FAMILIES = frozenset({"normalize", "adapt", "optimize"})
-BETWEEN_FAMILIES = {("passes.adapt.insert_adapter", "passes.normalize.follow_mode")}
+BETWEEN_FAMILIES = {("passes.adapt.fragment", "passes.normalize.follow_mode")}
 
 # Where private parts of torch may be touched, each time with a line on why.
 TOUCHES_PRIVATE_TORCH = ("capture/", "torch_compile/", "graph/direct_calls.py")

@@ -1,0 +1,210 @@
+"""Find the arguments of a model that a call of its graph may leave out.
+
+For each set of optional arguments that the model runs without, its own answer is compared with its answer to constants
+in their place: ones for a mask. If the two agree, the constants stand for the arguments. If they do not, leaving the
+arguments out is an error of the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .share import share
+from .signature import CallSignature, Fill, Omission
+
+# Enough for all models known; every further argument would double the number of sets that are compared.
+_MOST_OPTIONAL = 4
+# What may stand in the place of an argument, in the order in which it is tried: a mask's ones, then zeros.
+_FILLS = (1, 0)
+# How far two answers of a model may differ: attention without a mask runs another kernel than with one of ones.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+_WITHOUT_NAMES = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def call_signature(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    graph: fx.Graph,
+    accepted: Mapping[str, Any],
+    has_constants: bool,
+) -> CallSignature | None:
+    """Find out how the graph of `model` may be called; None if its arguments have no names.
+
+    Args:
+        model: what was captured, in evaluation mode; it runs on copies of its buffers.
+        args, kwargs: what it was captured with.
+        graph: what it was captured as.
+        accepted: as in `CallSignature`.
+        has_constants: whether arguments that are not tensors were made part of the graph.
+    """
+    parameters = dict(inspect.signature(model.forward).parameters)
+    if any(parameter.kind in _WITHOUT_NAMES for parameter in parameters.values()):
+        return None
+    inputs = dict(zip(parameters, args, strict=False)) | dict(kwargs)
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind is not _VAR_KEYWORD}
+    for name in inputs.keys() - parameters.keys():  # which the model takes in its **kwargs
+        parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    constants = {name: value for name, value in inputs.items() if isinstance(value, _PLAIN)} if has_constants else {}
+    tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+    optional = [name for name in tensors if parameters[name].default is None][:_MOST_OPTIONAL]
+    omissions: dict[frozenset[str], Omission] = {}
+    refusals = dict.fromkeys(optional, "the model has no data, so that a call without it could not be tried")
+    has_data = not any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers()))
+    if optional and has_data:
+        omissions, refusals = _Comparison(model, inputs, graph).of(optional)
+    return CallSignature(
+        type(model).__name__, parameters, tuple(inputs), constants, dict(accepted), omissions, refusals
+    )
+
+
+class _Comparison:
+    """Compares a model's answers to calls that leave arguments out with those to a constant in their place."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], graph: fx.Graph) -> None:
+        self.model = share(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
+        self.inputs = inputs
+        leaves = (len(pytree.tree_leaves(value)) for value in inputs.values())
+        self.places = dict(zip(inputs, itertools.accumulate(leaves, initial=0), strict=False))
+        self.values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+        self.results = len(pytree.tree_leaves(graph.output_node().args[0]))
+        self.answers: dict[tuple[tuple[str, int | None], ...], _Answer] = {}
+
+    def of(self, optional: Sequence[str]) -> tuple[dict[frozenset[str], Omission], dict[str, str]]:
+        """Return the sets of `optional` that may be left out; and for each that may not be left out alone, why."""
+        omissions: dict[frozenset[str], Omission] = {}
+        refusals: dict[str, str] = {}
+        fills: dict[str, int] = {}
+        for name, fill in itertools.product(optional, _FILLS):
+            if name in fills:
+                continue
+            try:
+                omissions[frozenset({name})] = self._omission({name: fill})
+            except _Differs as reason:
+                refusals.setdefault(name, str(reason))
+            else:
+                fills[name] = fill
+                refusals.pop(name, None)
+        sets = (itertools.combinations(fills, size) for size in range(2, len(fills) + 1))
+        for names in itertools.chain.from_iterable(sets):
+            with contextlib.suppress(_Differs):
+                omissions[frozenset(names)] = self._omission({name: fills[name] for name in names})
+        return omissions, refusals
+
+    def _omission(self, fills: Mapping[str, int]) -> Omission:
+        """Return what the model computes without the arguments.
+
+        Raises:
+            _Differs: the constants do not stand for that.
+        """
+        short = self._answer(dict.fromkeys(fills))
+        whole = self._answer(fills)
+        if len(whole.results) != self.results:
+            raise _Differs("the graph returns other results than the model")
+        for path, value in short.results.items():
+            what = pytree.keystr(path).strip("[].'") or "result"
+            if path not in whole.results:
+                raise _Differs(f"the model then returns {what} as well")
+            if not _agree(value, whole.results[path]):
+                raise _Differs(f"the model then computes another {what}")
+        paths = list(whole.results)
+        places = {self.places[name]: value for name, value in fills.items()}
+        return Omission(
+            {place: _fill(self.values, place, value, places.keys()) for place, value in places.items()},
+            tuple(paths.index(path) for path in short.results),
+            short.spec,
+        )
+
+    @torch.no_grad()
+    def _answer(self, changes: Mapping[str, int | None]) -> _Answer:
+        """Return what the model returns with constants in the place of some arguments, or, with None, without them."""
+        key = tuple(sorted(changes.items()))
+        if key not in self.answers:
+            inputs = {name: value for name, value in self.inputs.items() if name not in changes}
+            constants = {name: fill for name, fill in changes.items() if fill is not None}
+            filled = {name: torch.full_like(self.inputs[name], fill) for name, fill in constants.items()}
+            device = next((tensor.device.type for tensor in self.model.parameters()), "cpu")
+            try:
+                with torch.random.fork_rng(), torch.autocast(device, enabled=False):
+                    result = self.model(**copy.deepcopy(inputs), **filled)
+            except Exception as error:
+                first = next(iter(str(error).splitlines()), "")
+                raise _Differs(f"the model then raises {type(error).__name__}: {first}".rstrip(": .")) from error
+            results, spec = pytree.tree_flatten_with_path(result)
+            self.answers[key] = _Answer(dict(results), spec)
+        return self.answers[key]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a model returned: its results by their path, and the structure around them."""
+
+    results: dict[Any, Any]
+    spec: pytree.TreeSpec
+
+
+class _Differs(Exception):
+    """The reason why a constant does not stand for an argument that is left out."""
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two results are the same to rounding."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other) and bool(one == other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    tolerance = _TOLERANCES.get(one.dtype, 0.0) * max(1e-30, other.double().abs().max().item() if other.numel() else 0)
+    return torch.allclose(one.double(), other.double(), rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _fill(values: Sequence[Any], place: int, value: int, left_out: Collection[int]) -> Fill:
+    """Return the constant in the place of an input, with its sizes read off the others.
+
+    The inputs of a captured graph may be of sizes that have nothing to do with each other as far as the graph knows.
+    So sizes that were the same in the example are taken for one: tokens and labels are both (batch, length). Should
+    they differ in a call, the guards of the graph raise.
+    """
+    tensor: Tensor = values[place]
+    others = {index: other for index, other in enumerate(values) if index not in left_out and isinstance(other, Tensor)}
+    sizes = tuple(_size(tensor, dim, others) for dim in range(tensor.dim()))
+    return Fill(value, sizes, tensor.dtype, tensor.device)
+
+
+def _size(tensor: Tensor, dim: int, others: Mapping[int, Tensor]) -> int | tuple[int, int]:
+    size = tensor.shape[dim]
+    if isinstance(size, int):
+        return size
+    places = [(index, place) for index, other in others.items() for place in _places(other, dim, tensor.dim())]
+    same = [(index, place) for index, place in places if str(others[index].shape[place]) == str(size)]
+    alike = [(index, place) for index, place in places if _hint(others[index].shape[place]) == _hint(size)]
+    return next(iter((*same, *alike)), _hint(size))
+
+
+def _places(other: Tensor, dim: int, dims: int) -> list[int]:
+    """Return the dynamic dimensions of an input, the likeliest first to be that of a tensor of `dims` dimensions.
+
+    The batch is counted from the first, the others from the last, so that the mask of an image finds height and width.
+    """
+    from_last = dim - dims + other.dim()
+    likely = [dim, from_last] if dim == 0 else [from_last, dim]
+    places = dict.fromkeys([*likely, *range(other.dim())])
+    return [place for place in places if 0 <= place < other.dim() and not isinstance(other.shape[place], int)]
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint)  # the size in the example; nothing public tells it

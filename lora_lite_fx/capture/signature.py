@@ -1,0 +1,266 @@
+"""How a captured graph is called: by the arguments of its model, of which some may be left out.
+
+A graph has an input for every argument that it was captured with. A model's optional arguments stay optional all the
+same: `optional.py` finds the sets of arguments that may be left out, and a constant for each of them. Such calls are
+served by a program that has the constants built in and computes only the results that the model returns then.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
+
+from ..errors import CallError
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A constant tensor in the place of an input.
+
+    Args:
+        value: of all its elements.
+        sizes: of its dimensions: a number, or the input and the dimension of it that has the same size.
+        dtype, device: its own.
+    """
+
+    value: int
+    sizes: tuple[int | tuple[int, int], ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensor(self, inputs: Sequence[Any]) -> Tensor:
+        """Return the constant for a call with these inputs."""
+        sizes = [size if isinstance(size, int) else inputs[size[0]].shape[size[1]] for size in self.sizes]
+        return torch.full(sizes, self.value, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Omission:
+    """A call that leaves arguments out.
+
+    Args:
+        fills: the constant in the place of each of them, by the index of the graph's input.
+        outputs: indices of the graph's results that the model returns all the same.
+        out_spec: the structure in which the model returns them.
+    """
+
+    fills: Mapping[int, Fill]
+    outputs: tuple[int, ...]
+    out_spec: pytree.TreeSpec
+
+    def returned(self, results: Sequence[Any]) -> Any:
+        """Return the results as the model does, for instance as its output class."""
+        return pytree.tree_unflatten(list(results), self.out_spec)
+
+
+def return_flat(graph: fx.Graph) -> None:
+    """Let `graph` return its results as a flat tuple, without the structure that capture recorded for them."""
+    codegen: Any = graph._codegen  # where torch.export keeps that structure; nothing public changes it
+    if isinstance(codegen, _PyTreeCodeGen):
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=None)
+
+
+class _CalledLikeTheModel(_PyTreeCodeGen):
+    """Lets `torch.fx.Interpreter`, and so `torch.export`, call a graph as its model is called.
+
+    Both hand a graph the values of the arguments. Arguments that are left out become constants before the graph runs,
+    and the results that the model does not return without them are neither computed nor returned.
+    """
+
+    def __init__(self, pytree_info: Any, signature: CallSignature) -> None:
+        super().__init__(pytree_info)
+        self.signature = signature
+        self.omission: Omission | None = None
+
+    def process_inputs(self, *inputs: Any) -> Any:
+        interpreter, call = _interpretation()
+        args, kwargs = call or ((), self.signature.by_position(inputs))
+        values, left_out = self.signature.bind(args, kwargs)
+        flat = super().process_inputs(*values)
+        self.omission = self.signature.omission(left_out) if left_out else None
+        if self.omission is not None:
+            for place, fill in self.omission.fills.items():
+                flat[place] = fill.tensor(flat)
+            if interpreter is not None:
+                # An interpreter does not compute nodes whose value it has.
+                interpreter.env.update(dict.fromkeys(_unneeded(interpreter.graph, self.omission)))
+        return flat
+
+    def process_outputs(self, out: Any) -> Any:
+        if self.omission is None:
+            return super().process_outputs(out)
+        return self.omission.returned([out[index] for index in self.omission.outputs])
+
+
+def _interpretation() -> tuple[fx.Interpreter | None, tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    """Return the interpreter that asks for its inputs, and the arguments of the call if torch.export traces one.
+
+    torch.export interprets a graph module on the values of its keyword arguments, in the order in which the caller
+    wrote them, and without their names. Written in another order they would take each other's places unnoticed. The
+    names are to be had from the frame that calls the interpreter, and nowhere else.
+    """
+    interpreter = None
+    frame = inspect.currentframe()
+    while frame is not None:
+        if interpreter is None and isinstance(frame.f_locals.get("self"), fx.Interpreter):
+            interpreter = frame.f_locals["self"]
+        if frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.export._trace":
+            args, kwargs = frame.f_locals["args"], frame.f_locals["kwargs"]
+            return interpreter, (args[: len(args) - len(kwargs)], kwargs)
+        frame = frame.f_back
+    return interpreter, None
+
+
+def _unneeded(graph: fx.Graph, omission: Omission) -> list[fx.Node]:
+    """Return the nodes that only results need which are not returned."""
+    results: Any = graph.output_node().args[0]
+    needed = {results[index] for index in omission.outputs}
+    for node in reversed(graph.nodes):
+        if node in needed or (node.op != "output" and node.is_impure()):
+            needed.update((node, *node.all_input_nodes))
+    return [node for node in graph.nodes if node not in needed and node.op not in ("placeholder", "output")]
+
+
+def call_like_the_model(graph: fx.Graph, signature: CallSignature) -> None:
+    """Let what interprets `graph` call it by `signature`."""
+    codegen: Any = graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        graph.set_codegen(_CalledLikeTheModel(codegen.pytree_info, signature))
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """The arguments of a captured graph, as those of its model.
+
+    Args:
+        model: the class of the model, for messages.
+        parameters: of the model's `forward`, in order, without `self` and `**kwargs`.
+        captured: names of the arguments that the graph has, in the order in which it takes them.
+        constants: of these, the ones that are not tensors; their values are part of the graph.
+        accepted: values of arguments that the graph does not have which say what it does anyway.
+        omissions: for each set of arguments that a call may leave out, what it computes.
+        refusals: for each argument that it may not leave out although the model has a default, why.
+    """
+
+    model: str
+    parameters: Mapping[str, inspect.Parameter]
+    captured: tuple[str, ...]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    accepted: Mapping[str, Any] = field(default_factory=dict)
+    omissions: Mapping[frozenset[str], Omission] = field(default_factory=dict)
+    refusals: Mapping[str, str] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallSignature:
+        return self  # nothing in it changes
+
+    @property
+    def of_method(self) -> inspect.Signature:
+        """The signature of a `forward` method: that of the model's, less `**kwargs`."""
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return inspect.Signature([itself, *self.parameters.values()])
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
+        """Return the graph's arguments in its order, and the names of those that the call leaves out.
+
+        Args:
+            args, kwargs: as the model takes them.
+
+        Raises:
+            CallError: the graph cannot serve the call.
+        """
+        passed = dict(zip(self.parameters, args, strict=False))
+        if len(args) > len(passed) or any(name in passed for name in kwargs):
+            raise self._unfit(args, kwargs)
+        passed.update(kwargs)
+        for name, value in passed.items():
+            if name not in self.captured and not self._says_nothing_new(name, value):
+                raise self._not_captured(name)
+        values: list[Any] = []
+        left_out: tuple[str, ...] = ()
+        for name in self.captured:
+            value = passed[name] if name in passed else self._default(name)
+            if name in self.constants:
+                self._check_constant(name, value)
+                value = self.constants[name]
+            elif value is None:
+                left_out = (*left_out, name)
+            values.append(value)
+        return values, left_out
+
+    @property
+    def has_defaults(self) -> bool:
+        """Whether there are arguments that a call may leave out, if only because they are not captured."""
+        return any(parameter.default is not inspect.Parameter.empty for parameter in self.parameters.values())
+
+    def by_position(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Return the arguments by name, from their values in the order in which the graph takes them."""
+        if len(values) > len(self.captured):
+            raise CallError(f"{len(values)} arguments are too many. {self._captured_with}")
+        return dict(zip(self.captured, values, strict=False))
+
+    def omission(self, left_out: Sequence[str]) -> Omission:
+        """Return what a call without these arguments computes.
+
+        Raises:
+            CallError: the graph does not serve such calls.
+        """
+        omission = self.omissions.get(frozenset(left_out))
+        if omission is None:
+            name = next((name for name in left_out if name in self.refusals), left_out[0])
+            reason = self.refusals.get(name, "the graph was not compared with the model for such calls")
+            message = f"{name} cannot be left out, because {reason}. {self._captured_with}"
+            if "raises" not in reason:
+                message += f" To leave it out, {self._capture_another(without=left_out)}"
+            raise CallError(message)
+        return omission
+
+    def _default(self, name: str) -> Any:
+        default = self.parameters[name].default
+        if default is inspect.Parameter.empty:
+            raise CallError(f"{name} is missing. {self._captured_with} {self.model}.forward has no default for it.")
+        return default
+
+    def _says_nothing_new(self, name: str, value: Any) -> bool:
+        if isinstance(value, Tensor) or name not in self.parameters:
+            return False
+        default = self.parameters[name].default
+        return value is default or (name in self.accepted and bool(value == self.accepted[name]))
+
+    def _check_constant(self, name: str, value: Any) -> None:
+        constant = self.constants[name]
+        if isinstance(value, Tensor) or type(value) is not type(constant) or value != constant:
+            raise CallError(
+                f"{name}={value!r} differs from {name}={constant!r}, which this graph was captured with and which is"
+                f" part of it. For another value, {self._capture_another()}"
+            )
+
+    def _unfit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallError:
+        try:
+            self.of_method.bind(None, *args, **kwargs)
+        except TypeError as error:
+            return CallError(f"The call does not fit {self.model}.forward: {error}. {self._captured_with}")
+        raise AssertionError("a call that fits was refused")
+
+    def _not_captured(self, name: str) -> CallError:
+        if name not in self.parameters:
+            return CallError(f"{name} is not an argument that this graph has. {self._captured_with}")
+        way_out = self._capture_another(more=[name])
+        return CallError(f"{name} was not captured. {self._captured_with} For calls with it, {way_out}")
+
+    @property
+    def _captured_with(self) -> str:
+        return f"The graph of {self.model} was captured for calls with {', '.join(self.captured)}."
+
+    def _capture_another(self, more: Sequence[str] = (), without: Sequence[str] = ()) -> str:
+        example = ", ".join(f"{name!r}: ..." for name in (*self.captured, *more) if name not in without)
+        return (
+            f"capture such a call: rewrite(model, cfg, example_inputs={{{example}}}); or, of a Hugging Face model,"
+            " adapt(model, cfg), which captures a graph for each kind of call."
+        )

@@ -1,0 +1,86 @@
+"""`move_branches_to_outputs`: a branch that is added to the input of a site is added to its output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx, nn
+
+import lora_lite_fx as llfx
+from lora_lite_fx.graph.provenance import is_inserted
+from lora_lite_fx.ops.low_rank_products import LowRankProducts
+from lora_lite_fx.passes import (
+    OPTIMIZATIONS,
+    MoveBranchesToOutputs,
+)
+from tests.passes.test_pipeline import EXAMPLE, Down
+from tests.support.conformance import randomise
+from tests.support.low_rank_llama import LOW_RANK, adapted_llama, gathered
+from tests.support.programs import (
+    after,
+    derived,
+    in_calls,
+    reasons,
+)
+
+aten = torch.ops.aten
+
+
+def test_in_inference_every_low_rank_variant_runs_in_one_form() -> None:
+    counts = {}
+    for name in LOW_RANK:
+        gm = derived(adapted_llama(name), OPTIMIZATIONS.of("inference"))
+        nodes = list(gm.graph.nodes)
+        first = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
+        assert [len(node.target.ranks) for node in gathered(gm)] == 2 * [3, 1, 2, 1]
+        targets = (type(n.target) if isinstance(n.target, LowRankProducts) else n.target for n in nodes[first:])
+        counts[name] = Counter(target for target in targets if target is not aten.type_as.default)
+    assert counts["LoRA"] == counts["DoRA"] == counts["DeLoRA"] == counts["HRA"]
+
+
+GATE = llfx.IA3(target_names=("proj",))
+HALF = llfx.HRA(r=2, dtype=torch.bfloat16)
+
+
+def reflected(cfg: llfx.Variant, dtype: torch.dtype = torch.float32, d_out: int = 5) -> fx.GraphModule:
+    model = nn.Sequential(nn.Linear(6, d_out)).to(dtype)
+    gm = llfx.rewrite(model, dataclasses.replace(cfg, target_names=(".",)), (torch.ones(2, 6, dtype=dtype),))
+    randomise(gm, 1)
+    return gm
+
+
+def test_the_sum_moves_behind_the_site() -> None:
+    gm = reflected(llfx.HRA(r=2))
+    moved, report = after(gm, MoveBranchesToOutputs())
+    assert (report.edits, reasons(report)) == (1, [])
+    sites = [node for each in (gm, moved) for node in each.graph.nodes if node.name == "linear"]
+    assert [is_inserted(site.args[0]) for site in sites] == [True, False]
+    assert (in_calls(gm)[aten.type_as.default], in_calls(moved)[aten.type_as.default]) == (1, 0)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(moved(x), gm(x))
+
+
+@pytest.mark.parametrize(
+    ("gm", "why"),
+    [
+        (lambda: reflected(llfx.OFT(block_size=2)), "the adapter adds no low-rank branch to the input"),
+        (
+            lambda: llfx.rewrite(Down(), GATE, EXAMPLE),
+            "the adapter does not add to the input",
+        ),
+        (lambda: reflected(llfx.HRA(r=2), torch.bfloat16), "the weight and B have different types"),
+        (
+            lambda: reflected(llfx.HRA(r=2, dtype=torch.bfloat16), torch.bfloat16),
+            "in half precision W B would be rounded",
+        ),
+        (lambda: reflected(llfx.HRA(r=2), d_out=25), "the output is more than 4 times as wide as the input"),
+    ],
+    ids=["no branch", "no sum", "types", "half", "wide"],
+)
+def test_the_reason_is_given_for_each_site(gm: Callable[[], fx.GraphModule], why: str) -> None:
+    _, report = after(gm(), MoveBranchesToOutputs())
+    assert (report.edits, [each.why for each in report.declined]) == (0, [why])

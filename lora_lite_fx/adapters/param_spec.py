@@ -1,4 +1,4 @@
-"""What a variant says of a tensor that it adds."""
+"""The description of a tensor that a variant adds: shape, start, and whether it is trained."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class ParamSpec:
     dtype: torch.dtype | None = None
 
     def repeated(self, count: int) -> ParamSpec:
-        """The spec of `count` such tensors as one, `(count, *shape)`, each started by itself."""
+        """Return the spec of `count` such tensors as one, `(count, *shape)`, each started by itself."""
 
         def fill_each(tensor: Tensor) -> None:
-            for one in tensor:
-                self.fill(one)
+            for part in tensor:
+                self.fill(part)
 
         return dataclasses.replace(self, shape=(count, *self.shape), init=fill_each)
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tensor, allocated and not yet filled: a Parameter if trainable."""
+        """Return the tensor, allocated and not yet filled: a Parameter if trainable."""
         tensor = torch.empty(self.shape, dtype=self.dtype or dtype, device=device)
         return torch.nn.Parameter(tensor) if self.trainable else tensor
 

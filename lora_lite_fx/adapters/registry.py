@@ -31,19 +31,27 @@ def register(cls: V) -> V:
 
 
 def registry() -> dict[str, type[Variant]]:
-    """The registered variants by name, in the order of registration."""
+    """Return the registered variants by name, in the order of registration."""
     return dict(_REGISTRY)
 
 
 def to_config(variant: Variant) -> dict[str, Any]:
-    """The variant as JSON-ready data: its class name under `"variant"`, then its fields."""
+    """Return the variant as JSON-ready data: its class name under `"variant"`, then its fields."""
     fields = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
     fields["dtype"] = None if variant.dtype is None else str(variant.dtype).removeprefix("torch.")
     return {"variant": type(variant).__name__, **fields}
 
 
+_NOT_ON_EVERY_VARIANT = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern"})
+"""Fields that every variant had at first. Older files name them for variants that have no use for them, too."""
+
+
 def from_config(config: Mapping[str, Any]) -> Variant:
-    """The variant that `to_config` described.
+    """Return the variant that `to_config` described, in this version or an earlier one.
+
+    Args:
+        config: what `to_config` returned. A rank or an alpha, or patterns of them, are left out if the variant has
+            none: earlier versions gave these fields to every variant, and they had no effect.
 
     Raises:
         ConfigError: the variant or one of its fields is unknown, or a value is invalid.
@@ -53,9 +61,8 @@ def from_config(config: Mapping[str, Any]) -> Variant:
     if name not in _REGISTRY:
         raise ConfigError(f"Unknown variant {name!r}; the registered variants are {', '.join(_REGISTRY)}.")
     cls = _REGISTRY[name]
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(fields.keys() - known):
-        raise ConfigError(f"{name} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}.")
+    for field in _NOT_ON_EVERY_VARIANT - {f.name for f in dataclasses.fields(cls)}:
+        fields.pop(field, None)
     if fields.get("dtype") is not None:
         dtype = getattr(torch, str(fields["dtype"]), None)
         if not isinstance(dtype, torch.dtype):

@@ -1,66 +1,82 @@
-"""The tensors of the adapters of a model, as parameters and as a state dict."""
+"""Read and write the tensors of a model's adapters, as parameters or as a state dict."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ..errors import AdapterError, CheckpointError
+from ..capture.mistakes import model_hint, wrapper_hint
+from ..errors import AdapterError, CheckpointError, shown
+from ..graph.provenance import insertions
 from ..graph.tensors import tensor_of
-from .placement import adapter_tensor_names
+from .placement import adapter_tensor_names, placements
+from .registry import to_config
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters of an adapted model; nothing else in it requires grad.
+    """Return the trainable parameters of an adapted model. No other tensor of the model requires grad.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`.
 
     Raises:
         AdapterError: the model has no adapters.
     """
-    tensors = (tensor_of(model, name) for name in _names_or_raise(model))
+    tensors = (tensor_of(model, name) for name in adapter_tensors(model))
     return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors by qualified name, `"<module path>.<param>"`; detached, and sharing the model's storage.
+    """Return the adapters' tensors by qualified name, `"<module path>.<param>"`.
+
+    The tensors are detached and share the model's storage.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`.
 
     Raises:
         AdapterError: the model has no adapters.
     """
-    return {name: tensor_of(model, name).detach() for name in _names_or_raise(model)}
+    return {name: tensor_of(model, name).detach() for name in adapter_tensors(model)}
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Copy the values of `state_dict` into the adapters of `model`.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
-        state_dict: as `adapter_state_dict` gives it, with the same keys, shapes and dtypes.
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`.
+        state_dict: tensors by qualified name, with the keys, shapes and dtypes that `adapter_state_dict` returns.
 
     Raises:
-        CheckpointError: keys, shapes or dtypes differ; nothing has been changed then.
+        CheckpointError: keys, shapes or dtypes differ, or `state_dict` is not a mapping. The model is unchanged then.
         AdapterError: the model has no adapters.
     """
-    own = adapter_state_dict(model)
-    check_fit(own, state_dict)
+    tensors = adapter_state_dict(model)
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(
+            f"state_dict must map names to tensors, as adapter_state_dict returns it; it is {shown(state_dict)}."
+            " A file is loaded by load(model, path)."
+        )
+    check_fit(tensors, state_dict)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             tensor.copy_(state_dict[name])
 
 
-def check_fit(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` unless `state_dict` has the keys, shapes and dtypes of `own`; values do not count."""
-    problems = [f"missing: {name}" for name in own if name not in state_dict]
-    problems += [f"unexpected: {name}" for name in state_dict if name not in own]
-    for name in own.keys() & state_dict.keys():
-        ours, theirs = own[name], state_dict[name]
+def check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Check that `state_dict` has the keys, shapes and dtypes of `expected`. Values are not compared.
+
+    Raises:
+        CheckpointError: it does not; the message lists the differences.
+    """
+    problems = [f"missing: {name}" for name in expected if name not in state_dict]
+    problems += [f"unexpected: {name}" for name in state_dict if name not in expected]
+    for name in expected.keys() & state_dict.keys():
+        ours, theirs = expected[name], state_dict[name]
         if not isinstance(theirs, Tensor):
             problems.append(f"not a tensor: {name}")
         elif ours.shape != theirs.shape:
@@ -72,10 +88,68 @@ def check_fit(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> No
         raise CheckpointError(f"The tensors do not fit the model's adapters: {'; '.join(sorted(problems)[:5])}{more}.")
 
 
-def _names_or_raise(model: nn.Module) -> list[str]:
-    names = adapter_tensor_names(model)
-    if not names:
+# Text for users.
+
+
+def describe_adapters(model: nn.Module) -> list[str]:
+    """Return a line for each adapter of `model`, such as `LoRA(r=8, alpha=16) at 14 sites, 43,008 parameters`.
+
+    A module that is still being made, as a debugger shows it, has no lines.
+    """
+    with suppress(AttributeError):
+        return [_describe(model, members) for members in _by_adapter(model).values()]
+    return []
+
+
+def trainable_parameters(model: nn.Module) -> str:
+    """Return one line, in the form in which PEFT prints it, on the parameters of `model` that train now.
+
+    A parameter that modules share counts once.
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    percentage = 100 * trainable / total if total else 0.0
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {percentage:.4f}"
+
+
+def _by_adapter(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str, list[str]]]]:
+    """Return the config, the site and the names of the tensors of each placement, by the index of the adapter."""
+    # A graph knows its configs also where the variant's class is not known to this process.
+    if isinstance(model, fx.GraphModule):
+        records = [(i.adapter, i.config, i.site, list(i.tensors.values())) for i in insertions(model.graph)]
+    else:
+        records = [(p.adapter, to_config(p.variant), p.site, list(p.tensors.values())) for p in placements(model)]
+    by_adapter: dict[int, list[tuple[dict[str, Any], str, list[str]]]] = {}
+    for adapter, config, site, names in records:
+        by_adapter.setdefault(adapter, []).append((dict(config), site, names))
+    return by_adapter
+
+
+def _describe(model: nn.Module, members: Sequence[tuple[Mapping[str, Any], str, Sequence[str]]]) -> str:
+    config = members[0][0]
+    fields = ", ".join(f"{name}={config[name]:g}" for name in ("r", "alpha") if config.get(name) is not None)
+    sites = {site for _, site, _ in members}
+    tensors = {name: tensor_of(model, name) for _, _, names in members for name in names}
+    size = sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, nn.Parameter))
+    plural = "s" if len(sites) > 1 else ""
+    return f"{config['variant']}({fields}) at {len(sites)} site{plural}, {size:,} parameters"
+
+
+def adapter_tensors(model: nn.Module) -> list[str]:
+    """Return the qualified names of the tensors of all adapters of `model`, frozen ones included.
+
+    Raises:
+        AdapterError: the model has no adapters, or is around one that has; the message says what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
         raise AdapterError(
-            f"{type(model).__name__} has no adapters; it is not what rewrite, wrap, adapt or load returned."
+            f"The model must be what rewrite, wrap, adapt or load returned, not {shown(model)}.{model_hint(model)}"
         )
-    return names
+    names = adapter_tensor_names(model)
+    with suppress(AttributeError):  # of a module around the adapted one, in which the tensors have other names
+        if names and tensor_of(model, names[0]) is not None:
+            return names
+    way_out = wrapper_hint(model) or "they leave their argument as it is, so use their result."
+    raise AdapterError(
+        f"{type(model).__name__} has no adapters; it is not what rewrite, wrap, adapt or load returned: {way_out}"
+    )

@@ -1,4 +1,4 @@
-"""Variants: what an adapter computes, what it adds, and where it goes.
+"""Variants: the maths of an adapter, the tensors that it adds, and the sites that it goes to.
 
 A variant is a frozen dataclass. Its fields are the hyper-parameters and the targets, its methods are the
 maths. `forward` is an ordinary tensor function; the same function defines the eager wrapper, the inserted
@@ -23,6 +23,8 @@ from typing import (
     Any,
     ClassVar,
     Literal,
+    Self,
+    TypeVar,
     get_args,
     get_origin,
     get_type_hints,
@@ -30,7 +32,6 @@ from typing import (
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..graph.provenance import SHARED
@@ -38,19 +39,21 @@ from ..graph.tensors import HALF
 from ..sites.kinds.linear import KINDS
 from ..sites.roles import GROUPS, ROLES
 from ..sites.site import Site
+from .arguments import check_arguments
 from .frozen_linear import FrozenLinear
 from .maths import wide
 from .param_spec import ParamSpec as ParamSpec
 
-_DTYPES = (*HALF, torch.float32, torch.float64)  # in narrower ones there is no arithmetic
+T = TypeVar("T")
+_DTYPES = (*HALF, torch.float32, torch.float64)  # torch has no arithmetic in narrower ones
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """What a variant has observed of a site's inputs on calibration data.
+    """A sum over a site's inputs on calibration data, as the variant's observer made it.
 
     Args:
-        total: the sum, over all batches, of what the variant's observer returned.
+        total: the sum, over all batches, of the tensors that the observer returned.
         tokens: the number of inputs `(d_in,)` seen, padding left out.
     """
 
@@ -58,22 +61,17 @@ class Statistic:
     tokens: int
 
 
-Pattern = Mapping[str, Any] | tuple[tuple[str, Any], ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """Base class of all variants; the fields common to them.
 
     A site is adapted if it satisfies every target given. With neither names nor roles the variant's default
-    roles apply. The head is adapted only if its role or a `target_names` pattern asks for it.
+    roles apply. The head is adapted only if its role or a `target_names` pattern asks for it. Wherever several values
+    are possible a single one will do: `layers=0` is `layers=(0,)`. The config keeps them as a tuple.
+
+    A variant that has a rank, a scale or dropout derives from `WithRank`, `WithScale`, `WithDropout`, or several.
 
     Args:
-        r: rank. Variants without a rank (`IA3`) do not use it.
-        alpha: scale numerator; low-rank branches are multiplied by `alpha / r`. Unused where there is no scale.
-        rank_pattern: other ranks by name: a mapping (or pairs) of regular expressions, searched in the qualified name,
-            to ranks. The first that matches a site counts.
-        alpha_pattern: the same for `alpha`.
         dtype: of the adapter's tensors; None means float32 on a float16/bfloat16 base, else the base's own.
         target_roles: roles or groups of roles (`attention`, `mlp`) to adapt.
         target_names: regular expressions, searched in the qualified name.
@@ -83,39 +81,37 @@ class Variant:
             of the other kinds are chosen by kind, name and layer.
 
     Raises:
-        ConfigError: a field has an impossible value.
+        ConfigError: an argument is unknown or positional, or a field has an impossible value.
     """
 
-    r: int = 8
-    alpha: float = 16.0
-    rank_pattern: Pattern = ()
-    alpha_pattern: Pattern = ()
     dtype: torch.dtype | None = None
-    target_roles: tuple[str, ...] | None = None
-    target_names: tuple[str, ...] | None = None
-    exclude_names: tuple[str, ...] = ()
-    layers: tuple[int, ...] | None = None
-    target_kinds: tuple[str, ...] = ("linear",)
+    target_roles: str | Sequence[str] | None = None
+    target_names: str | Sequence[str] | None = None
+    exclude_names: str | Sequence[str] = ()
+    layers: int | Sequence[int] | None = None
+    target_kinds: str | Sequence[str] = ("linear",)
 
     default_roles: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     """The roles adapted when the config names no targets."""
     ties_to_weight: ClassVar[bool] = False
     """Whether the values mean something only on the weights they were made for (loading elsewhere is an error)."""
-    bounded_rank: ClassVar[bool] = True
-    """Whether `r` may not exceed the smaller side of the weight."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Check the arguments before the generated `__init__` sees them, because its errors name no way out."""
+        check_arguments(cls, args, kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("target_roles", "layers", "target_kinds"):
             self._make_tuple(name)
         for name in ("target_names", "exclude_names"):
             self._check_names(name)
-        self._require(type(self.r) is int and self.r >= 1, f"r must be a positive integer, got {self.r!r}")
         self._check_plain_fields()
         self._require(
             self.dtype in (None, *_DTYPES),
             f"dtype must be None or a floating-point torch.dtype of 16, 32 or 64 bits, got {self.dtype!r}",
         )
-        for role in self.target_roles or ():
+        for role in as_tuple(self.target_roles):
             near = difflib.get_close_matches(str(role), [*ROLES, *GROUPS])
             self._require(
                 role in ROLES or role in GROUPS,
@@ -125,26 +121,37 @@ class Variant:
             )
         for kind in self.target_kinds:
             self._require(kind in KINDS, f"unknown kind of site {kind!r}; the kinds are {', '.join(KINDS)}")
-        for layer in self.layers or ():
+        for layer in as_tuple(self.layers):
             self._require(isinstance(layer, int) and layer >= 0, f"layers are indices from 0, got {layer!r}")
-        self._check_overrides()
 
     def _make_tuple(self, name: str) -> None:
-        """Turn the field into a tuple: it may be one value, or a list as JSON has it, or None where that is allowed."""
+        """Turn the field into a tuple. It may be one value, a list as JSON has it, or None where that is allowed."""
         value = getattr(self, name)
-        if isinstance(value, (str, int)):
-            value = (value,)
         optional = value is None and name not in ("exclude_names", "target_kinds")
         self._require(
-            optional or isinstance(value, Iterable), f"{name} must be a tuple (of roles, names, ...), got {value!r}"
+            optional or isinstance(value, (int, Iterable)),
+            f"{name} must be a tuple (of roles, names, ...), got {value!r}",
         )
-        object.__setattr__(self, name, None if optional else tuple(value))
+        object.__setattr__(self, name, None if optional else as_tuple(value))
 
     def _check_names(self, name: str) -> None:
         """Check a field that holds regular expressions, and turn it into a tuple."""
         self._make_tuple(name)
-        for pattern in getattr(self, name) or ():
+        for pattern in as_tuple(getattr(self, name)):
             self._check_pattern(pattern)
+
+    def _make_pairs(self, name: str, valid: Callable[[object], bool], values: str) -> None:
+        """Check a field that maps regular expressions to valid values, and turn it into a tuple of pairs."""
+        patterns = getattr(self, name)
+        entries: list[Any] = list(pairs(patterns)) if isinstance(patterns, Iterable) else [None]
+        well_formed = all(isinstance(entry, (tuple, list)) and len(entry) == 2 for entry in entries)
+        self._require(
+            well_formed and all(valid(value) for _, value in entries),
+            f"{name} must map regular expressions to {values}, got {patterns!r}",
+        )
+        for pattern, _ in entries:
+            self._check_pattern(pattern)
+        object.__setattr__(self, name, tuple((pattern, value) for pattern, value in entries))
 
     def _check_plain_fields(self) -> None:
         """Check the fields that are a flag, an integer, a number or a choice, whichever class declares them."""
@@ -164,23 +171,8 @@ class Variant:
                     f"{name} must be one of {choices}, got {value!r}",
                 )
 
-    def _check_overrides(self) -> None:
-        for name, valid, what in (
-            ("rank_pattern", lambda r: type(r) is int and r >= 1, "positive integers"),
-            ("alpha_pattern", is_finite, "finite numbers"),
-        ):
-            given = getattr(self, name)
-            entries: list[Any] = list(pairs(given)) if isinstance(given, Iterable) else [None]
-            well_formed = all(isinstance(entry, (tuple, list)) and len(entry) == 2 for entry in entries)
-            self._require(
-                well_formed and all(valid(value) for _, value in entries),
-                f"{name} must map regular expressions to {what}, got {given!r}",
-            )
-            for pattern, _ in entries:
-                self._check_pattern(pattern)
-            object.__setattr__(self, name, tuple((pattern, value) for pattern, value in entries))
-
     def _check_pattern(self, pattern: object) -> None:
+        """Check that `pattern` is a regular expression."""
         self._require(isinstance(pattern, str), f"{pattern!r} is not a regular expression: it must be a string")
         try:
             re.compile(str(pattern))
@@ -191,17 +183,18 @@ class Variant:
         return type(self).__name__
 
     def _require(self, condition: bool, message: str) -> None:
+        """Raise `ConfigError` with `message` unless `condition` holds."""
         if not condition:
             raise ConfigError(f"{self._name()}: {message}.")
 
-    # What a variant defines.
+    # A variant defines these.
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
-        """The tensors that the variant adds to `site`, by name."""
+        """Return the tensors that the variant adds to `site`, by name."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
-        """The adapted linear.
+        """Return the adapted linear.
 
         It must call `base` exactly once, be affine in `x` outside dropout, and act on the last dimension only.
         It is traced: a cast of `x` itself that has nothing to do returns `x`, and a later capture may take one for the
@@ -220,14 +213,17 @@ class Variant:
         raise NotImplementedError
 
     def trace_key(self, site: Site) -> Hashable:
-        """What a `forward` that looks at `base.site` depends on there: sites with equal keys share one trace of it."""
+        """Return the part of `site` that `forward` depends on, if it looks at `base.site`.
+
+        Sites with equal keys share one trace of `forward`. Override this if it reads anything but the roles.
+        """
         return site.roles
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
-        """Overwrite, in place, what starts from the frozen weight. `weight (d_out, d_in)` is float32 or wider."""
+        """Overwrite, in place, the tensors that start from the frozen weight `(d_out, d_in)`, in float32 or wider."""
 
     def observer(self, site: Site, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What to observe of the site's inputs on calibration data; None for a variant that does not start from data.
+        """Return a function that observes the site's inputs on calibration data; None to start without data.
 
         The function takes the inputs of one batch, `(tokens, d_in)` in float32 or wider, and returns a tensor to be
         summed over all batches. `weight` is as for `init`.
@@ -235,46 +231,42 @@ class Variant:
         return None
 
     def finalize(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
-        """The config to be used for these sites; for fields that depend on all of them, or on calibration data.
+        """Return the config for these sites, with the fields that depend on all of them or on calibration data.
 
-        What is returned is what gets inserted and saved. It may select fewer of the sites.
+        The returned config is inserted and saved. It may select fewer of the sites.
         """
         return self
 
     def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
-        """Overwrite, in place, what starts from data; called instead of `init` if there was calibration data."""
+        """Overwrite, in place, the tensors that start from data. Called instead of `init` with calibration data."""
 
-    # What it gets.
+    # The base class provides these.
 
-    def for_site(self, name: str) -> Variant:
-        """The config for the site called `name`: with the rank and alpha that the patterns give it."""
-        r = next((r for pattern, r in pairs(self.rank_pattern) if re.search(pattern, name)), self.r)
-        alpha = next((alpha for pattern, alpha in pairs(self.alpha_pattern) if re.search(pattern, name)), self.alpha)
-        if (r, alpha) == (self.r, self.alpha):
-            return self
-        return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern=(), alpha_pattern=())
+    def overrides(self, name: str) -> dict[str, Any]:
+        """Return the fields that have another value at the site called `name` than in this config."""
+        return {}
+
+    def for_site(self, name: str) -> Self:
+        """Return the config for the site called `name`, with the rank and alpha that the patterns give it."""
+        overrides = self.overrides(name)
+        return dataclasses.replace(self, **overrides) if overrides else self
 
     def check(self, site: Site) -> None:
         """Raise `ConfigError` if the variant cannot be applied to `site`."""
-        limit = min(site.d_in, site.d_out)
-        self._require(
-            not self.bounded_rank or self.r <= limit,
-            f"r={self.r} is larger than site {site.name!r} allows ({site.d_out} x {site.d_in}); use r <= {limit}",
-        )
 
     def tensor_specs(self, site: Site) -> Mapping[str, ParamSpec]:
-        """The tensors that `site` gets: those of `params`; of a stack of experts, for each expert one."""
+        """Return the tensors that `site` gets: those of `params`; of a stack of experts, for each expert one."""
         return {
             name: spec.repeated(site.experts) if site.experts and not name.startswith(SHARED) else spec
             for name, spec in self.params(site).items()
         }
 
     def initialize(self, site: Site, weight: Tensor, p: Any, statistic: Statistic | None = None) -> None:
-        """Write all start values into `p`, in place, but for those of shared tensors."""
+        """Write all start values into `p`, in place, except those of shared tensors."""
         with torch.no_grad():
             if weight.dim() == 3:
-                for expert, one in enumerate(weight):
-                    self.initialize(site, one, of_expert(p, expert), statistic)
+                for expert, matrix in enumerate(weight):
+                    self.initialize(site, matrix, of_expert(p, expert), statistic)
                 return
             for name, spec in self.params(site).items():
                 if not name.startswith(SHARED):
@@ -285,19 +277,17 @@ class Variant:
                 self.calibrate(site, wide(weight), p, statistic)
 
     def param_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the adapter's tensors on a base of `base_dtype`."""
+        """Return the dtype of the adapter's tensors on a base of `base_dtype`."""
         return self.dtype or (torch.float32 if base_dtype in HALF else base_dtype)
 
     def selects(self, site: Site) -> bool:
-        """Whether the config's targets include `site`."""
-        if site.kind.name not in self.target_kinds or any(
-            re.search(pattern, site.name) for pattern in self.exclude_names
-        ):
+        """Return whether the config's targets include `site`."""
+        if site.kind.name not in self.target_kinds or _matches(self.exclude_names, site.name):
             return False
-        if self.layers is not None and site.layer not in self.layers:
+        if self.layers is not None and site.layer not in as_tuple(self.layers):
             return False
         named = self.target_names is not None
-        if named and not any(re.search(pattern, site.name) for pattern in self.target_names or ()):
+        if named and not _matches(self.target_names, site.name):
             return False
         roles = self.target_roles
         if roles is None:
@@ -310,49 +300,41 @@ class Variant:
         return bool(wanted & site.roles)
 
 
+def _matches(patterns: str | Sequence[str] | None, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in as_tuple(patterns))
+
+
 def _field_types(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def pairs(patterns: Iterable[Any]) -> Iterable[tuple[str, Any]]:
-    """The entries of a pattern field, as it was given or as the config keeps it."""
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return the values of a field that holds one value, several, or None for no value."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, (str, int)) else tuple(value)
+
+
+def pairs(patterns: Mapping[str, T] | Iterable[tuple[str, T]]) -> Iterable[tuple[str, T]]:
+    """Return the entries of a pattern field, as it was given or as the config keeps it."""
     return patterns.items() if isinstance(patterns, Mapping) else patterns
 
 
-@dataclass(frozen=True, kw_only=True)
-class WithDropout(Variant):
-    """Base class of the variants that drop elements of their input.
-
-    Args:
-        dropout: probability of dropping an element of the adapter's input, in training.
-    """
-
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(0 <= self.dropout < 1, f"dropout is a probability below 1, got {self.dropout!r}")
-
-    def drop(self, x: Tensor, base: FrozenLinear) -> Tensor:
-        """`x` with elements dropped if the model is in training."""
-        return F.dropout(x, self.dropout, base.training) if self.dropout else x
-
-
 def is_finite(value: object) -> bool:
-    """Whether `value` is a number that float32 can hold. For checking the fields of variants."""
+    """Return whether `value` is a number that float32 can hold. For checking the fields of variants."""
     return (
         isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
     )
 
 
 def of_expert(p: Any, expert: int) -> Any:
-    """The tensors of one expert, from those of all; shared ones as they are."""
+    """Return the tensors of one expert, from those of all; shared ones as they are."""
     return adapter_namespace(
         {name: tensor if name.startswith(SHARED) else tensor[expert] for name, tensor in vars(p).items()}
     )
 
 
 def adapter_namespace(tensors: Mapping[str, Tensor]) -> Any:
-    """The tensors as attributes, the form in which `forward` takes them."""
+    """Return the tensors as attributes, the form in which `forward` takes them."""
     return SimpleNamespace(**tensors)

@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.tensors import keep_aliases
+from ..log import phase, progress
 from .export import export
 from .hugging_face import accepted_arguments, example_inputs_of, is_hugging_face, prepare_for_capture, with_padding
+from .mistakes import check_inputs, check_model
 from .optional import call_signature
 from .share import share
 from .signature import CallSignature
@@ -49,8 +51,8 @@ def capture(
     model: nn.Module | ExportedProgram, example_inputs: Inputs | None, dynamic_shapes: Any, own: Sequence[str] = ()
 ) -> Capture:
     """Capture `model`, which is left as it is. Arguments and errors as for `rewrite.base_graph`."""
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"A torch.nn.Module or an ExportedProgram is needed, not {type(model).__name__}.")
+    check_model(model)
+    assert isinstance(model, nn.Module)
     if isinstance(model, fx.GraphModule):
         return Capture(share(model, own), None, model.training)
 
@@ -62,29 +64,25 @@ def capture(
         accepted = accepted_arguments(shadow)
         if example_inputs is None:
             example_inputs = example_inputs_of(shadow)
-    if example_inputs is None:
-        shadow.train()
-        gm = symbolic_trace(shadow)
-        eval_gm = symbolic_trace(shadow.eval())
-    else:
-        args, kwargs = _split_inputs(shadow, example_inputs)
-        shadow.train()
-        gm = export(shadow, args, kwargs, dynamic_shapes)
-        eval_gm = export(shadow.eval(), args, kwargs, dynamic_shapes)
-        probed = with_padding(shadow, kwargs)
-        is_static = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input
-        signature = call_signature(shadow, args, probed, gm.graph, accepted, is_static)
+    inputs = None if example_inputs is None else _split_inputs(shadow, example_inputs)
+    with phase(f"captured {type(model).__name__}") as details:
+        graphs = []
+        for mode in progress((True, False), f"capturing {type(model).__name__}"):
+            shadow.train(mode)
+            graphs.append(symbolic_trace(shadow) if inputs is None else export(shadow, *inputs, dynamic_shapes))
+        gm, eval_gm = graphs
+        if inputs is not None:
+            args, kwargs = inputs
+            is_static = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input
+            signature = call_signature(shadow, args, with_padding(shadow, kwargs), gm.graph, accepted, is_static)
+        details.append(f"{len(gm.graph.nodes)} nodes")
     keep_aliases(shadow, gm)
     _name_modules_once(shadow, gm.graph)
     return Capture(gm, eval_gm, model.training, signature)
 
 
 def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if not isinstance(inputs, (tuple, dict)):
-        raise CaptureError(
-            "example_inputs must be a tuple of positional or a dict of keyword arguments,"
-            f" not {type(inputs).__name__}; for one tensor write example_inputs=(x,)."
-        )
+    check_inputs(inputs)
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
     signature = inspect.signature(model.forward)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CaptureError
+from ..graph.copies import share_signatures
 from ..graph.tensors import tensor_of
 
 
@@ -21,6 +22,7 @@ def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
     """
     owned = {id(tensor_of(model, name)) for name in own}
     memo: dict[int, Any] = {}
+    share_signatures(model, memo)
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if not isinstance(tensor, Tensor) or id(tensor) in memo:

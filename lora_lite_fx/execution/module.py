@@ -6,9 +6,7 @@ graph, in which parameter work is computed apart, and whose layers are checkpoin
 
 from __future__ import annotations
 
-import copy
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,10 +15,14 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.placement import HasGraphs, placements
+from ..adapters.state import describe_adapters, trainable_parameters
 from ..capture.signature import CallSignature
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
+from ..graph.copies import copy_graph, share_signatures
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
+from ..log import phase
 from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
 from .checkpointing import cut_layers
 from .prologue import Prologue, cut_prologue
@@ -52,6 +54,18 @@ class Execution:
         return "checkpointed" if self.checkpoint_layers else "training", "inference"
 
 
+_ADAPT = "llfx.adapt(model, cfg) returns a model of the same class, which has it."
+_ELSEWHERE = {
+    "generate": _ADAPT,
+    "config": _ADAPT,
+    "save_pretrained": "llfx.save(graph, path) and llfx.save_peft(graph, folder) write its adapters.",
+    "merge_and_unload": "llfx.merge(graph) returns the model with its adapters folded in.",
+    "unload": "llfx.remove(graph) returns the model without its adapters.",
+    "disable_adapter": "llfx.remove(graph) returns the model without its adapters, over the same weights.",
+}
+"""What to use in place of attributes that a graph does not have, and that transformers and PEFT give their models."""
+
+
 class AdaptedGraphModule(fx.GraphModule):
     """A graph module that computes what its graph says, and runs it as its `execution` says.
 
@@ -70,6 +84,7 @@ class AdaptedGraphModule(fx.GraphModule):
         self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedGraphModule:
+        share_signatures(self, memo)
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, AdaptedGraphModule)
         twin.execution = self.execution
@@ -108,23 +123,24 @@ class AdaptedGraphModule(fx.GraphModule):
         method = "_without_".join((f"{_DERIVED}{program}", *left_out))
         if method in vars(cls):
             return method
-        graph, cls.reports[method] = self._optimized(program, left_out)
-        # The parts that are cut out become methods too; the outer graph calls them as if they were modules.
-        if program == "checkpointed":
-            for name, layer in cut_layers(self, graph, f"{method}_layer").items():
-                setattr(cls, name, layer)
-        if (prologue := cut_prologue(self, graph, f"{method}_prologue")) is not None:
-            cls.prologues[method] = prologue
-            setattr(cls, f"{method}_prologue", _running(method))
-        setattr(cls, method, forward_of(self, graph))
+        without = f" for calls without {', '.join(left_out)}" if left_out else ""
+        with phase(f"derived the {program} program{without}") as details:
+            graph, cls.reports[method] = self._optimized(program, left_out)
+            # The parts that are cut out become methods too; the outer graph calls them as if they were modules.
+            if program == "checkpointed":
+                for name, layer in cut_layers(self, graph, f"{method}_layer").items():
+                    setattr(cls, name, layer)
+            if (prologue := cut_prologue(self, graph, f"{method}_prologue")) is not None:
+                cls.prologues[method] = prologue
+                setattr(cls, f"{method}_prologue", _running(method))
+            setattr(cls, method, forward_of(self, graph))
+            details.append(f"{len(graph.nodes)} nodes")
         return method
 
     def _optimized(self, program: Program, left_out: tuple[str, ...]) -> tuple[fx.Graph, list[PassReport]]:
         """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
         assert self.execution is not None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch warns of the signature that it copies
-            derived = fx.GraphModule(self, copy.deepcopy(self.graph))
+        derived = fx.GraphModule(self, copy_graph(self.graph))
         if left_out:
             assert self.execution.signature is not None
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived)
@@ -143,6 +159,22 @@ class AdaptedGraphModule(fx.GraphModule):
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in _ELSEWHERE:
+                raise AttributeError(f"A rewritten graph has no {name}. {_ELSEWHERE[name]}") from error
+            raise
+
+    def extra_repr(self) -> str:
+        """Return the lines on the adapters that `repr` shows."""
+        return "\n".join(describe_adapters(self))
+
+    def print_trainable_parameters(self) -> None:
+        """Print one line: how many parameters train now, of how many, as PEFT prints it."""
+        print(trainable_parameters(self))
 
     def _forget(self) -> None:
         for prologue in self.prologues.values():
@@ -199,9 +231,18 @@ def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZ
         model = model.module()
     if not isinstance(model, fx.GraphModule):
         raise AdapterError(
-            f"optimize takes a graph that rewrite, load or torch.export returned, not {type(model).__name__}."
+            f"optimize takes a graph that rewrite, load or torch.export returned, not {shown(model)}."
+            f"{_optimize_hint(model)}"
         )
     return run_as(model, replace(execution_of(model), passes=passes, checkpoint_layers=checkpoints_layers(model)))
+
+
+def _optimize_hint(model: object) -> str:
+    if isinstance(model, HasGraphs):
+        return " The graphs of an adapted model are optimized already."
+    if isinstance(model, nn.Module) and not placements(model):
+        return " Only adapters are optimized: optimize(rewrite(model, LoRA(r=8)))."
+    return ""
 
 
 def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:

@@ -27,11 +27,13 @@ from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import tensor_of
+from ..log import phase
 from ..rewriting.base_graph import base_graph
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
 from .files import read_safetensors, write_atomically
+from .mistakes import as_path, check_file, foreign_file_hint
 
 FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
 VERSION = 1
@@ -41,7 +43,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
+        model: a model with adapters, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
 
     Raises:
@@ -49,9 +51,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ConfigError: a variant is not registered, so that the file could not be loaded.
         CheckpointError: the file cannot be written.
     """
+    file = as_path(path, "save(model, path)")
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
     for variant, _ in adapters(model):
-        from_config(to_config(variant))  # refuses what could not be loaded again
+        from_config(to_config(variant))  # refuses a config that could not be loaded again
     records = [
         {"config": to_config(variant), "sites": [placement.site for placement in members]}
         for variant, members in adapters(model)
@@ -60,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     prints = {name: fingerprint(weight) for name, weight in _frozen_weights(graph_of(model), names).items()}
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
     document["checksum"] = _checksum(document, state)
-    write_atomically(Path(path), safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
+    write_atomically(file, safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
 
 
 def load(
@@ -87,10 +90,14 @@ def load(
             does not depend on them, other weights are a warning.
         CaptureError: the model cannot be captured.
     """
-    state, metadata = read_safetensors(Path(path))
-    chosen, document = _parse(metadata, Path(path))
+    file = as_path(path, "load(model, path)")
+    check_file(file)
+    state, metadata = read_safetensors(file)
+    chosen, document = _parse(metadata, file)
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
-    sites = {site.name: site for site in find_sites(gm)}
+    with phase("found the sites") as details:
+        sites = {site.name: site for site in find_sites(gm)}
+        details.append(f"{len(sites)} in the model")
     placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
     try:
         for variant, targets in placed:
@@ -119,16 +126,16 @@ def load(
 
 
 def fingerprint(weight: Tensor) -> str:
-    """A hash of a weight's shape and values, the same for a base in float32 and the same base cast to bfloat16."""
+    """Return a hash of a weight's shape and values. A base in float32 and its cast to bfloat16 have the same."""
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
     digest.update(weight.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """A hash of the document without its checksum, and of the names, shapes, dtypes and values of the tensors."""
-    said = {key: value for key, value in document.items() if key != "checksum"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    """Return a hash of the document without its checksum and of the tensors: names, shapes, dtypes and values."""
+    content = {key: value for key, value in document.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -139,9 +146,12 @@ def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
 
 
 def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, Any]]:
-    """The variants with the names of their sites, and the whole document."""
+    """Return the variants with the names of their sites, and the whole document."""
     if FORMAT not in metadata:
-        raise CheckpointError(f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}.")
+        raise CheckpointError(
+            f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}."
+            f"{foreign_file_hint(path, metadata)}"
+        )
     try:
         document = json.loads(metadata[FORMAT])
         if document["version"] != VERSION:
@@ -194,7 +204,7 @@ def _check_base(
 
 
 def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> dict[str, Tensor]:
-    """The tensors that a file with these adapters holds, without data."""
+    """Return the tensors that a file with these adapters holds, without data."""
     expected: dict[str, Tensor] = {}
     for adapter, (variant, targets) in enumerate(placed):
         for site in targets:
@@ -216,7 +226,7 @@ def _in_file(placed: list[tuple[Variant, list[Site]]], adapter: int, site: Site)
 
 
 def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
-    """The frozen weight of each site, as the model stores it."""
+    """Return the frozen weight of each site, as the model stores it."""
     if isinstance(model, fx.GraphModule):
         return {site.name: tensor_of(model, site.weight) for site in find_sites(model) if site.name in names}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -36,6 +35,7 @@ from ..variants import (
     RoAd,
 )
 from .files import read_safetensors, write_atomically
+from .mistakes import as_path
 from .single_adapter import (
     insert_from_file,
     only_adapter,
@@ -49,10 +49,10 @@ class _Format:
     """How lora-lite writes a variant.
 
     Args:
-        name: what it calls it.
-        variant: ours.
-        fields: its names of fields besides `r` and `alpha`, by ours.
-        constants: what our other fields must be.
+        name: its name in lora-lite.
+        variant: our class.
+        fields: its names of the fields that it has besides `r` and `alpha`, by ours.
+        constants: the values that our other fields must have.
         rest: our tensors that it does not keep, as they follow from the weight.
     """
 
@@ -79,6 +79,8 @@ _FORMATS = (
         {name: name for name in ("block_size", "max_rotation_angle", "rotate_basis")},
     ),
 )
+# lora-lite has both for every variant. Where ours has none, the file holds lora-lite's default, which has no effect.
+_RANK_AND_ALPHA = {"r": 8, "alpha": 16.0}
 _COMMON = frozenset({"variant", "r", "alpha", "dtype", "target_roles", "target_names", "exclude_names", "layers"})
 # Fields of ours that say only how an adapter starts or trains; its file means the same whatever they are.
 _UNREAD = frozenset({"rho", "center", "train_A", "rank_pattern", "alpha_pattern", "target_kinds"})
@@ -88,7 +90,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` as a lora-lite file; a failure leaves what was at `path` as it was.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned, with one adapter.
+        model: a model with one adapter, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
 
     Raises:
@@ -96,6 +98,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ConfigError: the adapter cannot be represented; the message says why.
         CheckpointError: the file cannot be written.
     """
+    file = as_path(path, "save_lora_lite(model, path)")
     variant, placed = only_adapter(model, "A lora-lite file")
     sites = sites_of(model)
     form = _format_of(variant, [sites[placement.site] for placement in placed])
@@ -109,8 +112,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
     dtypes = {tensor.dtype for tensor in tensors.values()}
     config = {
         "variant": form.name,
-        "r": variant.r,
-        "alpha": variant.alpha,
+        **{name: getattr(variant, name, default) for name, default in _RANK_AND_ALPHA.items()},
         "dtype": str(dtypes.pop()).removeprefix("torch."),
         "target_roles": [],
         "target_names": [f"^{re.escape(placement.site)}$" for placement in placed],
@@ -118,7 +120,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": None,
         **{theirs: getattr(variant, ours) for ours, theirs in form.fields.items()},
     }
-    write_atomically(Path(path), safetensors.torch.save(tensors, {"cfg": json.dumps(config)}))
+    write_atomically(file, safetensors.torch.save(tensors, {"cfg": json.dumps(config)}))
 
 
 def load_lora_lite(
@@ -143,37 +145,37 @@ def load_lora_lite(
         CheckpointError: the file is unreadable, or its keys, shapes, config or modules do not fit the model.
         CaptureError: the model cannot be captured.
     """
-    state, metadata = read_safetensors(Path(path))
-    found: dict[str, dict[str, Tensor]] = {}
+    file = as_path(path, "load_lora_lite(model, path)")
+    state, metadata = read_safetensors(file)
+    by_site: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         site, _, name = key.rpartition(".")
-        found.setdefault(site, {})[name] = tensor
+        by_site.setdefault(site, {})[name] = tensor
     try:
-        variant, form = _variant(metadata, sorted(found))
+        variant, form = _variant(metadata, sorted(by_site))
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its config cannot be read: {error}") from error
-    return insert_from_file(
-        model, variant, found, form.rest, Path(path), example_inputs, dynamic_shapes, checkpoint_layers
-    )
+    return insert_from_file(model, variant, by_site, form.rest, file, example_inputs, dynamic_shapes, checkpoint_layers)
 
 
 def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:
     if "cfg" not in metadata:
         raise ConfigError('it was not written by lora-lite: its metadata has no "cfg".')
-    given = json.loads(metadata["cfg"])
-    if not isinstance(given, dict):
-        raise ConfigError("it is no JSON object.")
-    form = next((form for form in _FORMATS if form.name == given.get("variant")), None)
+    config = json.loads(metadata["cfg"])
+    if not isinstance(config, dict):
+        raise ConfigError("it is not a JSON object.")
+    form = next((form for form in _FORMATS if form.name == config.get("variant")), None)
     if form is None:
         known = ", ".join(form.name for form in _FORMATS)
-        raise ConfigError(f"lora-lite's variant {given.get('variant')!r} is not known here; known are {known}.")
-    if unknown := sorted(given.keys() - _COMMON - set(form.fields.values())):
+        raise ConfigError(f"lora-lite's variant {config.get('variant')!r} is not known here; known are {known}.")
+    if unknown := sorted(config.keys() - _COMMON - set(form.fields.values())):
         raise ConfigError(f"lora-lite's {form.name} has no field {', '.join(map(str, unknown))}.")
-    ours_to_theirs = {"r": "r", "alpha": "alpha", **form.fields}
-    fields: dict[str, Any] = {ours: given[theirs] for ours, theirs in ours_to_theirs.items() if theirs in given}
+    has = {item.name for item in dataclasses.fields(form.variant)}
+    ours_to_theirs = {name: name for name in _RANK_AND_ALPHA if name in has} | dict(form.fields)
+    fields: dict[str, Any] = {ours: config[theirs] for ours, theirs in ours_to_theirs.items() if theirs in config}
     fields["target_names"] = [f"^{re.escape(site)}$" for site in sites]
     return from_config(
-        {"variant": form.variant.__name__, "dtype": given.get("dtype"), **fields, **form.constants}
+        {"variant": form.variant.__name__, "dtype": config.get("dtype"), **fields, **form.constants}
     ), form
 
 
@@ -190,18 +192,18 @@ def _format_of(variant: Variant, sites: list[Site]) -> _Format:
     if form is None:
         raise ConfigError(f"lora-lite has no variant that computes {name}.")
     plain = type(variant)()
-    for each in dataclasses.fields(variant):
-        value = getattr(variant, each.name)
-        if each.name not in _COMMON | form.fields.keys() | _UNREAD and value != getattr(plain, each.name):
-            raise ConfigError(f"{name}: lora-lite has no {each.name}, which is {value!r} here.")
+    for item in dataclasses.fields(variant):
+        value = getattr(variant, item.name)
+        if item.name not in _COMMON | form.fields.keys() | _UNREAD and value != getattr(plain, item.name):
+            raise ConfigError(f"{name}: lora-lite has no {item.name}, which is {value!r} here.")
     return form
 
 
 def _check_site(model: nn.Module, variant: Variant, placement: Placement, site: Site) -> None:
     name = type(variant).__name__
     if site.kind.name != "linear" or site.transposed or not site.weight.startswith(f"{site.name}."):
-        raise ConfigError(f"{name}: lora-lite adapts ordinary linear modules, and site {site.name!r} is none.")
-    if (placement.local.r, placement.local.alpha) != (variant.r, variant.alpha):
+        raise ConfigError(f"{name}: lora-lite adapts ordinary linear modules, and site {site.name!r} is not one.")
+    if variant.overrides(site.name):
         raise ConfigError(f"{name}: lora-lite has one rank and one alpha for all sites, and this adapter has several.")
     if isinstance(variant, AntiPaSTO):
         values = placement.namespace(model).lora_S

@@ -1,4 +1,4 @@
-"""What reading and writing other libraries' files have in common: one adapter, found by the modules it adapts."""
+"""The common part of reading and writing other libraries' files: one adapter, found by the modules it adapts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import tensor_of
+from ..log import phase
 from ..rewriting.base_graph import base_graph
 from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
@@ -31,22 +32,22 @@ from ..sites.site import Site
 
 
 def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]]:
-    """The adapter of a model that has one, for a file (`where`) that holds one.
+    """Return the adapter of a model that has one, for a file (`where`) that holds one.
 
     Raises:
         AdapterError: it has none.
         ConfigError: it has several.
     """
     adapter_state_dict(model)  # refuses a model without adapters
-    found = list(adapters(model))
-    if len(found) > 1:
-        names = ", ".join(type(variant).__name__ for variant, _ in found)
-        raise ConfigError(f"{where} holds one adapter; the model has {len(found)} ({names}).")
-    return found[0]
+    held = list(adapters(model))
+    if len(held) > 1:
+        names = ", ".join(type(variant).__name__ for variant, _ in held)
+        raise ConfigError(f"{where} holds one adapter; the model has {len(held)} ({names}).")
+    return held[0]
 
 
 def sites_of(model: nn.Module) -> dict[str, Site]:
-    """The sites of an adapted model by name."""
+    """Return the sites of an adapted model by name."""
     model = graph_of(model)
     if isinstance(model, fx.GraphModule):
         return {site.name: site for site in find_sites(model)}
@@ -54,7 +55,7 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
 
 
 def weight_of(model: nn.Module, site: Site) -> Tensor:
-    """The frozen weight `(d_out, d_in)` of a site of an adapted model."""
+    """Return the frozen weight `(d_out, d_in)` of a site of an adapted model."""
     model = graph_of(model)
     if isinstance(model, fx.GraphModule):
         return site_weight(model, site)
@@ -66,7 +67,7 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
 def insert_from_file(
     model: nn.Module | ExportedProgram,
     variant: Variant,
-    found: Mapping[str, Mapping[str, Tensor]],
+    by_site: Mapping[str, Mapping[str, Tensor]],
     rest: Iterable[str],
     path: Path,
     example_inputs: Inputs | None,
@@ -78,7 +79,7 @@ def insert_from_file(
     Args:
         model, example_inputs, dynamic_shapes, checkpoint_layers: as for `rewrite`.
         variant: the config.
-        found: the tensors of each site, by the variant's names.
+        by_site: the tensors of each site, by the variant's names.
         rest: names of tensors that no file of this kind holds, as they follow from the frozen weight.
         path: of the file, for messages.
 
@@ -86,54 +87,56 @@ def insert_from_file(
         CheckpointError: the file's sites or tensors do not fit the model or the config.
         CaptureError: the model cannot be captured.
     """
-    if not found:
+    if not by_site:
         raise CheckpointError(f"{path} holds no adapter.")
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
-    sites = {site.name: site for site in find_sites(gm)}
-    if missing := [name for name in found if name not in sites]:
+    with phase("found the sites") as details:
+        sites = {site.name: site for site in find_sites(gm)}
+        details.append(f"{len(sites)} in the model")
+    if missing := [name for name in by_site if name not in sites]:
         raise CheckpointError(
-            f"{path} adapts {len(missing)} modules that are no linear site of the model ({', '.join(missing[:3])});"
+            f"{path} adapts {len(missing)} modules that are not a linear site of the model ({', '.join(missing[:3])});"
             f" it has {', '.join(list(sites)[:3])}, ..."
         )
-    targets = [site for name, site in sites.items() if name in found]
+    targets = [site for name, site in sites.items() if name in by_site]
     try:
         variant = variant.finalize(targets, {})
         for site in targets:
             local = variant.for_site(site.name)
             local.check(site)
             check_kind(local, site, tensor_of(gm, site.weight))
-            _check_tensors(local.tensor_specs(site), found[site.name], rest, f"{path}: {site.name}")
+            _check_tensors(local.tensor_specs(site), by_site[site.name], rest, f"{path}: {site.name}")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     first = insert_adapters(gm, [(variant, targets)])
-    own = adapter_state_dict(gm)
-    values = dict(own)
+    current = adapter_state_dict(gm)
+    values = dict(current)
     for placement in placements(gm):
         if placement.adapter < first:
             continue
-        here = found[placement.site]
-        if set(placement.names) - here.keys():
+        tensors = by_site[placement.site]
+        if set(placement.names) - tensors.keys():
             site = sites[placement.site]
             placement.initialize(gm, site, site_weight(gm, site))
-        for name, tensor in here.items():
+        for name, tensor in tensors.items():
             qualified = placement.tensors[name]
-            values[qualified] = tensor.to(own[qualified].dtype)
+            values[qualified] = tensor.to(current[qualified].dtype)
     load_adapter_state_dict(gm, values)
     return gm
 
 
 def _check_tensors(
-    specs: Mapping[str, ParamSpec], found: Mapping[str, Tensor], rest: Iterable[str], where: str
+    specs: Mapping[str, ParamSpec], tensors: Mapping[str, Tensor], rest: Iterable[str], where: str
 ) -> None:
-    """Raise `CheckpointError` unless the tensors found at a site are those that its config asks for.
+    """Raise `CheckpointError` unless the tensors that a file has for a site are those that its config asks for.
 
     Before any is made: a config may ask for more than there is memory.
     """
-    if lacking := specs.keys() - found.keys() - set(rest):
+    if lacking := specs.keys() - tensors.keys() - set(rest):
         raise CheckpointError(f"{where} lacks {', '.join(sorted(lacking))}.")
-    if foreign := found.keys() - specs.keys():
+    if foreign := tensors.keys() - specs.keys():
         raise CheckpointError(f"{where} has {', '.join(sorted(foreign))}, against its config.")
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if tuple(tensor.shape) != specs[name].shape:
             raise CheckpointError(
                 f"{where} has {name} of shape {tuple(tensor.shape)}; its config asks for {specs[name].shape}."

@@ -17,12 +17,13 @@ from ..adapters.placement import placements
 from ..adapters.state import adapter_state_dict
 from ..capture.capture import Inputs
 from ..capture.hugging_face import is_hugging_face
+from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..formats.checkpoint import load
 from ..formats.peft.directory import CONFIG, load_peft
-from ..rewriting.calibration import Batches
-from ..rewriting.rewrite import Config, rewrite
+from ..rewriting.calibration import Batches, check_calibration
+from ..rewriting.rewrite import Config, as_variants, rewrite
 from .adapted_model import (
     WEIGHTS,
     Adapted,
@@ -65,10 +66,22 @@ def adapt(
         AdapterError: `model` is not a transformers model, or is adapted already.
         As `rewrite`, and, with a path, as `load` or `load_peft`.
     """
+    if not isinstance(cfg, (str, os.PathLike)):
+        as_variants(cfg)
+    elif not os.path.exists(cfg):
+        raise CheckpointError(
+            f"There is no file {os.fspath(cfg)!r} to load adapters from. For new ones pass a config: LoRA(r=8)."
+        )
+    if not isinstance(model, fx.GraphModule):
+        check_model(model)
     if not is_hugging_face(model):
         raise AdapterError(
-            f"adapt takes a model of transformers, not {type(model).__name__}; for other modules there is rewrite."
+            f"adapt takes a model of transformers, not {shown(model)}; for other modules there is rewrite."
+            f"{graph_hint(model)}"
         )
+    check_calibration(calibration)
+    if example_inputs is not None:
+        check_inputs(example_inputs)
     if placements(model):
         raise AdapterError(f"{type(model).__name__} is adapted already. The way out: pass several configs at once.")
     if type(max_graphs) is not int or max_graphs < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from pathlib import Path
@@ -11,12 +12,19 @@ from typing import Any
 from torch import fx
 
 from ..adapters.placement import Placement
+from ..adapters.state import describe_adapters, trainable_parameters
 from ..errors import AdapterError, ConfigError
 from ..formats.checkpoint import save
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
 
 WEIGHTS = "model.safetensors"  # what a Trainer looks for in a checkpoint
+
+
+_PEFT = (
+    "PEFT has changed the modules of this adapted model, which do not run: its graphs do. PEFT's adapters would have no"
+    " effect. The way out: give adapt all configs, adapt(model, [LoRA(r=8), llfx.from_peft_config(config)])."
+)
 
 
 @functools.cache
@@ -27,8 +35,11 @@ def subclass(kind: Any, cls: Any) -> type:
 
         @functools.wraps(cls.forward)  # its signature is what generate and Trainer look at
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if "peft_config" in vars(self):
+                raise AdapterError(_PEFT)
             return self._graphs.run(self, args, kwargs)
 
+        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call
         names["forward"] = forward
     return type(cls.__name__, (kind, cls), names)
 
@@ -71,6 +82,14 @@ class Adapted(AdaptedPart):
         if fold:
             fold_into(plain, self.adapted_graph())
         return plain
+
+    def extra_repr(self) -> str:
+        """Return the lines that `repr` shows before the modules: those of the model, and one for each adapter."""
+        return "\n".join(line for line in (super().extra_repr(), *describe_adapters(self)) if line)  # type: ignore
+
+    def print_trainable_parameters(self) -> None:
+        """Print one line: how many parameters train now, of how many, as PEFT prints it."""
+        print(trainable_parameters(self))  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
         """Write the adapters as `save` does, to `model.safetensors`, which `adapt` and a resumed `Trainer` read.

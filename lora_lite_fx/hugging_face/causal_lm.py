@@ -6,7 +6,6 @@ loss is computed from the logits. What of that is the same to a model is not ass
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -54,14 +53,9 @@ class NormalizedCall:
     keeps_cache: bool = True
 
 
-@functools.cache
-def _signature(cls: Any) -> inspect.Signature:
-    return inspect.signature(cls.forward)
-
-
 def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The arguments of a call that say something, by name; and whether the result is to be a `ModelOutput`."""
-    signature = _signature(type(part))  # type: ignore[arg-type]
+    signature = inspect.signature(type(part).forward)
     if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
         kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
         del kwargs["past_key_values"]
@@ -76,11 +70,16 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         arguments["use_cache"] = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
     if "use_mems" in signature.parameters and "use_mems" not in arguments:  # XLNet's, switched by the mode
         arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
-    if getattr(part, "is_gradient_checkpointing", False) and part.training and torch.is_grad_enabled():
+    if part.training and torch.is_grad_enabled() and _checkpoints_layers(part):
         arguments["use_cache"] = False  # as the model does it: a cache would keep what is not to be kept
     return_dict = arguments.pop("return_dict", None)
     return_dict = getattr(part.config, "return_dict", True) if return_dict is None else return_dict
     return {name: value for name, value in arguments.items() if value is not None}, return_dict
+
+
+def _checkpoints_layers(part: Any) -> bool:
+    # The switches themselves: the property that reads them is deprecated in new transformers, its successor not in old.
+    return any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
 
 
 def caches(arguments: Mapping[str, Any]) -> dict[str, Any]:

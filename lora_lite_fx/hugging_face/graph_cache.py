@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..graph.tensors import register_tensor, tensor_of
 from ..graph.writes import written_buffers
+from ..log import logger
 from ..rewriting.base_graph import base_graph
 from ..rewriting.calibration import Batches
 from ..rewriting.rewrite import insert_adapters
@@ -49,8 +49,6 @@ from .causal_lm import (
 )
 from .example_calls import examples
 from .sliding_window import cut_windows, uncut_windows
-
-logger = logging.getLogger("lora_lite_fx")
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
 """Adapters into a base graph, with calibration data in the form in which the graph takes it."""
@@ -295,7 +293,9 @@ class GraphCache:
         return CapturedGraph(gm, call, _shapes(example), guards, outcome["result"], outcome["given"])
 
     def _insert_again(self, base: fx.GraphModule) -> None:
-        """Insert the adapters that the model has into a graph of it."""
+        """Insert the adapters that the model has into a graph of it; the first graph is made before there are any."""
+        if not self.placements:
+            return
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
         chosen: dict[int, tuple[Any, list[Any]]] = {}

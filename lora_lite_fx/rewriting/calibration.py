@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from ..adapters.variant import Variant
 from ..capture.share import share
-from ..errors import CaptureError, ConfigError
+from ..errors import CaptureError, ConfigError, shown
 from ..graph.writes import own_written_buffers
+from ..log import progress
 from ..passes import ObserveInputs, Observer, Pipeline
 from ..sites.site import Site
 
@@ -19,6 +20,11 @@ Batches = Iterable[tuple[Any, ...] | Mapping[str, Any] | Tensor]
 
 
 def check_observable(variant: Variant, site: Site) -> None:
+    """Check that a variant that starts from data is at a plain linear, because only their inputs can be observed.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if site.kind.name != "linear" and type(variant).observer is not Variant.observer:
         raise ConfigError(
             f"{type(variant).__name__}: only the inputs of plain linears can be observed on calibration data, and"
@@ -26,19 +32,38 @@ def check_observable(variant: Variant, site: Site) -> None:
         )
 
 
+def check_calibration(calibration: object) -> None:
+    """Raise `ConfigError` for one batch in place of batches; a tensor would be gone through row by row."""
+    if isinstance(calibration, (str, Tensor, Mapping)) or not isinstance(calibration, (Iterable, type(None))):
+        example = "batch" if isinstance(calibration, (Tensor, Mapping)) else '{"input_ids": ids}'
+        raise ConfigError(
+            f"calibration must hold batches, and is {shown(calibration)}. For one batch write calibration=[{example}]."
+        )
+
+
 @torch.no_grad()
 def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observer]], calibration: Batches) -> None:
-    """Run the data through a copy of `gm` that has the observers in it."""
+    """Run the data through a copy of `gm` that has the observers in it.
+
+    Args:
+        gm: the graph; it is not changed.
+        observers: for each variant, its observers by qualified name of the site.
+        calibration: the batches, which are read once.
+
+    Raises:
+        CaptureError: a batch does not fit the graph.
+        ConfigError: there is no batch.
+    """
     by_site: dict[str, list[Observer]] = {}
-    for mine in observers:
-        for name, observer in mine.items():
+    for of_variant in observers:
+        for name, observer in of_variant.items():
             by_site.setdefault(name, []).append(observer)
     observed = share(gm)
     own_written_buffers(observed)
     Pipeline((ObserveInputs(by_site),)).run(observed)
     observed.eval()
     count = 0
-    for batch in calibration:
+    for batch in progress(calibration, "calibration"):
         try:
             if isinstance(batch, Mapping):
                 observed(**_completed(gm, batch))
@@ -55,7 +80,7 @@ def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observe
 
 
 def _completed(gm: fx.GraphModule, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """`batch` with the inputs that a language model's graph takes and that follow from its tokens."""
+    """Return `batch` with the inputs of a language model's graph that follow from the tokens, if they are missing."""
     inputs = {node.name for node in gm.graph.find_nodes(op="placeholder")}
     ids = batch.get("input_ids")
     missing = {} if ids is None else {"attention_mask": torch.ones_like(ids), "labels": ids}

@@ -19,15 +19,17 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.mistakes import not_a_variant
 from ..adapters.placement import (
     HasGraphs,
-    adapter_tensor_names,
     placements,
     site_weight,
 )
+from ..adapters.state import adapter_tensors, describe_adapters
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError
+from ..log import phase, progress
 from ..passes import (
     GraphPass,
     InsertAdapter,
@@ -38,7 +40,7 @@ from ..passes import (
 )
 from ..sites.site import Site
 from .base_graph import base_graph
-from .calibration import Batches
+from .calibration import Batches, check_calibration
 from .plan import Plan, make_plans
 
 Config = Variant | Sequence[Variant]
@@ -82,6 +84,7 @@ def rewrite(
         ConfigError: `cfg` is not a variant, or does not fit a site.
     """
     variants = as_variants(cfg)
+    check_calibration(calibration)
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers)
     plans = make_plans(gm, variants, calibration)
     _warn_of_no_gradient(gm, plans)
@@ -93,8 +96,9 @@ def rewrite(
 def _initialize(gm: fx.GraphModule, plans: Sequence[Plan], first: int) -> None:
     """Fill the tensors of the adapters that `plans` asked for, the first of which has the index `first`."""
     sites = {site.name: site for plan in plans for site in plan.sites}
-    for placement in placements(gm):
-        if placement.adapter >= first:
+    inserted = [placement for placement in placements(gm) if placement.adapter >= first]
+    with phase("computed the adapters' start values"):
+        for placement in progress(inserted, "start values"):
             site, plan = sites[placement.site], plans[placement.adapter - first]
             placement.initialize(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
 
@@ -140,9 +144,11 @@ def remove(model: nn.Module) -> Any:
 def _without_adapters(model: nn.Module, removal: GraphPass) -> Any:
     if isinstance(model, HasGraphs):
         return model.without_adapters(fold=isinstance(removal, MergeAdapters))
-    if not isinstance(model, fx.GraphModule) or not adapter_tensor_names(model):
+    adapter_tensors(model)
+    if not isinstance(model, fx.GraphModule):
         raise AdapterError(
-            f"{type(model).__name__} has no adapters in its graph; it is not what rewrite or load returned."
+            f"{type(model).__name__} has no adapters in its graph: wrap put them into its modules. The way out: rewrite"
+            " in place of wrap."
         )
     gm = base_graph(model)
     Pipeline((removal,)).run(gm)
@@ -169,7 +175,9 @@ def insert_adapters(
         InsertAdapter(variant, first + i, tuple(site.name for site in sites), roles or {})
         for i, (variant, sites) in enumerate(chosen)
     )
-    Pipeline(tuple(passes)).run(gm)
+    with phase("inserted the adapters") as details:
+        Pipeline(tuple(passes)).run(gm)
+        details += describe_adapters(gm)
     return first
 
 
@@ -179,9 +187,8 @@ def as_variants(cfg: Config) -> list[Variant]:
     Raises:
         ConfigError: `cfg` is empty, or an element is not a variant.
     """
-    variants = [cfg] if isinstance(cfg, Variant) else list(cfg) if isinstance(cfg, Sequence) else [cfg]
+    variants = list(cfg) if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [cfg]
     wrong = [item for item in variants if not isinstance(item, Variant)]
     if wrong or not variants:
-        got = f"{wrong[0]!r}" if wrong else "an empty list"
-        raise ConfigError(f"cfg must be a variant such as LoRA(r=8), or a list of them, not {got}.")
+        raise not_a_variant(wrong[0] if wrong else cfg)
     return variants

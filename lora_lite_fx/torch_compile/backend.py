@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError, shown
 from ..rewriting.rewrite import Config, as_variants
 from .compiled_model import CompiledModel
 from .dynamo_call import on_compilation, running_call
@@ -48,6 +48,11 @@ def backend(cfg: Config | None = None, *, inner: str | Compiler = "inductor") ->
     Raises:
         ConfigError: `cfg` is not a variant.
     """
+    if isinstance(cfg, nn.Module):
+        raise ConfigError(
+            f"backend takes the config of the adapters, and {shown(cfg)} is a model. The call is"
+            " torch.compile(model, backend=backend(LoRA(r=8)))."
+        )
     return Backend(() if cfg is None else tuple(as_variants(cfg)), inner)
 
 

@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithRank
 from ..adapters.maths import cast, identity_like, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Statistic, Variant
+from ..adapters.variant import Statistic
 from ..sites.site import Site
 from .oft import skew
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class AntiPaSTO(Variant):
+class AntiPaSTO(WithRank):
     """`y = W_res x + b + U' diag(S + d) V'^T x`, `W = W_res + U diag(S) V^T`; https://arxiv.org/abs/2601.07473.
 
     `U, S, V` are r singular triplets of `W`: the largest, or with calibration data those of the largest
@@ -30,11 +31,10 @@ class AntiPaSTO(Variant):
     `V'` or `U'`. The residual is not formed: the frozen triplets are subtracted in activation space, see `FromWeight`.
 
     Near identity at the start: `d` is drawn from N(4e-4, 4e-4), which breaks the symmetry of its sign.
-    `alpha` is not used.
 
     Args:
         block_size: size of the blocks that are rotated; it must divide `r`.
-        max_rotation_angle: what the angles are bounded by, smoothly; in radians, below pi.
+        max_rotation_angle: smooth bound of the angles, in radians, below pi.
         rotate_basis: which basis is rotated: `"V"` (inputs), `"U"` (outputs), or `"none"`.
     """
 
@@ -95,8 +95,9 @@ class AntiPaSTO(Variant):
         return cast(y + (adapted - low_rank(x, p.lora_S[:, None] * p.lora_Vh, p.lora_U)), y)
 
     def _rotated(self, basis: Tensor, p: Any) -> Tensor:
-        """`basis (r, d)` with each block of rows turned by `(I - X)^{-1} (I + X)` of a skew-symmetric `X`."""
-        # In double precision, which autocast leaves alone: rounding one basis and not the other is no identity.
+        """Return `basis (r, d)` with each block of rows turned by `(I - X)^{-1} (I + X)` of a skew-symmetric `X`."""
+        # Compute in double precision, because autocast leaves it alone. If it rounded one basis and not the other, the
+        # start would not be the identity.
         angles = p.lora_rot_T.double()
         bound = 2 * math.tan(self.max_rotation_angle / 2)
         # Half the angle from each side of the difference with the transpose.
@@ -105,4 +106,5 @@ class AntiPaSTO(Variant):
         x = skew(half, size)
         identity = identity_like(x)
         rotations = torch.linalg.solve(identity - x, identity + x)
-        return (rotations @ basis.double().unflatten(0, (-1, size))).flatten(0, 1).to(basis.dtype)
+        rotated: Tensor = rotations @ basis.double().unflatten(0, (-1, size))
+        return rotated.flatten(0, 1).to(basis.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class BOFT(Variant):
     A butterfly factor `B_i` turns groups of `block_size` inputs, each by `(I - Q)^{-1} (I + Q)` with Q the
     skew-symmetric part of what is trained. A group of `B_0` is a block on the diagonal; one of `B_i` is two half
     blocks that stand `2^i` half blocks apart. So m factors connect `2^(m-1) block_size` inputs. The bias is not scaled.
-    Identity at the start, exactly: `Q = 0`, `s = 1`. `r` and `alpha` are not used.
+    Identity at the start, exactly: `Q = 0`, `s = 1`.
 
     Args:
         block_size: side of a block.
@@ -34,8 +34,6 @@ class BOFT(Variant):
 
     block_size: int = 4
     butterfly_factors: int = 1
-
-    bounded_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,14 +71,15 @@ class BOFT(Variant):
         for i in reversed(range(self.butterfly_factors)):
             rotated = rotated + self._turned(rotated, turns[i], 2**i)
         y = base(rotated.type_as(x))
-        result = p.lora_boft_s * y
+        result: Tensor = p.lora_boft_s * y
         if base.bias is not None:
             result = result + (1 - p.lora_boft_s) * base.bias
         return result.type_as(y)
 
     def _turned(self, x: Tensor, blocks: Tensor, apart: int) -> Tensor:
-        """What `blocks` make of groups of two half blocks `apart` half blocks from each other; all in their places."""
+        """Return groups of two half blocks, `apart` half blocks from each other, times `blocks`, in their places."""
         halves = (2, self.block_size // 2) if self.block_size % 2 == 0 else (1, self.block_size)
         grouped = x.unflatten(-1, (-1, halves[0], apart, halves[1])).transpose(-3, -2)
         turned = times_blocks(grouped.flatten(-2).flatten(-3, -2), blocks)
-        return turned.unflatten(-1, halves).unflatten(-3, (-1, apart)).transpose(-3, -2).flatten(-4)
+        in_places: Tensor = turned.unflatten(-1, halves).unflatten(-3, (-1, apart)).transpose(-3, -2)
+        return in_places.flatten(-4)

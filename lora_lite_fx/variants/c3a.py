@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class C3A(Variant):
 
     Row j of a block is its kernel shifted right j times. In place of the blocks, which would be a matrix as large as
     `W`, their Fourier transforms are applied. Near the identity at the start, and exactly that with
-    `init_weights="zeros"`. `r` and `alpha` are not used.
+    `init_weights="zeros"`.
 
     Args:
         block_size: side of a block, a common divisor of `d_in` and `d_out`. The larger, the fewer parameters.
@@ -35,8 +35,6 @@ class C3A(Variant):
 
     block_size: int = 256
     init_weights: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"] = "xavier_uniform"
-
-    bounded_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,5 +71,5 @@ class C3A(Variant):
         blocks = x.unflatten(-1, (-1, self.block_size)).type_as(kernel)
         signal = torch.fft.rfft(blocks)
         mixed = torch.einsum("...nk,mnk->...mk", signal, torch.fft.rfft(kernel).conj())
-        delta = torch.fft.irfft(mixed, n=self.block_size).flatten(-2) / base.site.d_in
+        delta: Tensor = torch.fft.irfft(mixed, n=self.block_size).flatten(-2) / base.site.d_in
         return (y + delta).type_as(y)

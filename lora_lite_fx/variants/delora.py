@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithRank
 from ..adapters.maths import cast, wide
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Variant
 from ..sites.site import Site
 
 _SMALLEST_NORM = 1e-4
@@ -21,11 +21,11 @@ _SMALLEST_NORM = 1e-4
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class DeLoRA(Variant):
+class DeLoRA(WithRank):
     """`y = W x + b + B diag(lambda / (r ||a_i|| ||b_i||)) A (w * x)`; https://arxiv.org/abs/2503.18225, equation 8.
 
     `a_i` are the rows of `A`, `b_i` the columns of `B`, `w (d_in,)` the norms of the columns of `W`. Identity at the
-    start, exactly: `B = 0`. `alpha` is not used: `lambda`, which is trained, is the strength.
+    start, exactly: `B = 0`. There is no `alpha`: `lambda`, which is trained, is the strength.
 
     Args:
         lambda0: what `lambda` starts at. Not zero, where every gradient would be zero.

@@ -36,18 +36,18 @@ class DoRA(LowRank):
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
         scale = p.lora_m / self._row_norms(base.weight, p).detach()
-        result = scale * (y + self.branch(x, base, p))
+        result: Tensor = scale * (y + self.branch(x, base, p))
         if base.bias is not None:
             result = result + (1 - scale) * base.bias
         return result.type_as(y)
 
     def _row_norms(self, weight: Tensor, p: Any) -> Tensor:
-        """`||W + s B A||` of each row, without forming the sum: `(d_out,)`, float32 or wider.
+        """Return `||W + s B A||` of each row, without forming the sum: `(d_out,)`, float32 or wider.
 
         `||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>`, row by row.
         """
         a, b = wide(p.lora_A), wide(p.lora_B)
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=a.dtype).square()
+        squares: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=a.dtype).square()
         cross = (F.linear(cast(weight, a), a) * b).sum(1)
         own = (F.linear(b, F.linear(a, a)) * b).sum(1)
         return (squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()

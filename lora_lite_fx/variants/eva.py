@@ -24,9 +24,9 @@ from .lora import LowRank
 class EVA(LowRank):
     """`y = W x + b + s B A drop(x)`, `A` from the data; https://arxiv.org/abs/2410.07170, section 3.
 
-    The rows of `A` start as the top-r right singular vectors of the site's inputs on calibration data. What is
-    accumulated is the inputs' second moment `X^T X`: its eigenvectors are those vectors, exactly and whatever the
-    batches. Identity at the start, exactly: `B = 0`.
+    The rows of `A` start as the top-r right singular vectors of the site's inputs on calibration data. The inputs'
+    second moment `X^T X` is accumulated: its eigenvectors are those vectors, exactly and whatever the batches.
+    Identity at the start, exactly: `B = 0`.
 
     Args:
         rho: 1 gives each site the rank it is configured with. Above, the ranks are redistributed: the components of
@@ -69,7 +69,7 @@ class EVA(LowRank):
         )
 
     def _alpha_for(self, name: str, rank: int) -> float:
-        """The alpha that keeps the site's scale at another rank."""
+        """Return the alpha that keeps the site's scale at another rank."""
         before = self.for_site(name)
         ratio = rank / before.r
         return before.alpha * (ratio**0.5 if self.rank_stabilized else ratio)
@@ -85,7 +85,7 @@ class EVA(LowRank):
         p.lora_A.copy_(self._directions(statistic)[1][: self.r])
 
     def _directions(self, statistic: Statistic) -> tuple[Tensor, Tensor]:
-        """The share of the variance that each direction explains, `(d_in,)`, and the directions, `(d_in, d_in)`."""
+        """Return the share of variance that each direction explains, `(d_in,)`, and the directions, `(d_in, d_in)`."""
         moment, total = statistic.total[:-1, :-1], statistic.total[-1, :-1]
         if self.center:
             moment = moment - torch.outer(total, total) / statistic.tokens
@@ -95,7 +95,7 @@ class EVA(LowRank):
 
 
 def _second_moment(x: Tensor) -> Tensor:
-    """`[X 1]^T [X 1]`: the second moment, with the sum of the inputs in its last row."""
+    """Return `[X 1]^T [X 1]`: the second moment, with the sum of the inputs in its last row."""
     x = F.pad(x, (0, 1), value=1.0)
     return x.t() @ x
 

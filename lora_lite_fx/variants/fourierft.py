@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class FourierFT(Variant):
 
     `C (d_out, d_in)` is zero but for trained coefficients at random frequencies. `D` is as large as `W` and computed
     anew in each call. As in the paper the coefficients start at random, so the start is *not* the identity, unless
-    `spectrum="zeros"`: then exactly. `r` and `alpha` are not used.
+    `spectrum="zeros"`: then exactly.
 
     Args:
         n_frequency: the number of coefficients; all that there are at a site with fewer.
@@ -38,8 +38,6 @@ class FourierFT(Variant):
     scaling: float = 150.0
     seed: int = 777
     spectrum: Literal["normal", "zeros"] = "normal"
-
-    bounded_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

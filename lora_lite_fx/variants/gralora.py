@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithDropout, WithRank, WithScale
 from ..adapters.maths import cast, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import WithDropout
 from ..sites.site import Site
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class GraLoRA(WithDropout):
+class GraLoRA(WithDropout, WithScale, WithRank):
     """`y = W x + b + s D drop(x)`, D of k x k blocks of rank r / k; https://arxiv.org/abs/2505.20355.
 
     `s = alpha / (r + hybrid_r)`. Column i of blocks has factors `A_i (d_in / k, r)`, row o has `B_o (r, d_out / k)`;

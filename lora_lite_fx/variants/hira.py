@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithDropout, WithRank
 from ..adapters.maths import cast
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import WithDropout
 from ..sites.site import Site
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class HiRA(WithDropout):
+class HiRA(WithDropout, WithRank):
     """`y = W x + b + (W * B A) drop(x)`, elementwise; https://openreview.net/forum?id=TwJrTz9cRS.
 
     The rank of the update is up to r times that of `W`, so it is formed as a matrix. Identity at the start, exactly:
-    `B = 0`. `alpha` is not used.
+    `B = 0`.
     """
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:

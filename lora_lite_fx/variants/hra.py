@@ -12,26 +12,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithRank
 from ..adapters.maths import cast, identity_like
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Variant
 from ..sites.site import Site
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class HRA(Variant):
+class HRA(WithRank):
     """`y = W R x + b`, `R = H_0 H_1 ... H_{r-1}`, `H_i = I - 2 u_i u_i^T / ||u_i||^2`; https://arxiv.org/abs/2405.17484.
 
     In compact-WY form the product of reflections is `R = I - U^T S^{-1} U`, with unit rows `u_i` and
     `S = striu(U U^T) + I / 2`: two thin products on `x` with a small one between them, no `d_in x d_in` matrix.
 
-    Identity at the start to rounding: vectors are equal in pairs, and each pair of reflections cancels. `alpha` is
-    not used. `r` must be even.
+    Identity at the start to rounding: vectors are equal in pairs, and each pair of reflections cancels. `r` must be
+    even.
 
     Args:
-        orthogonal: orthogonalise the vectors first, by Gram-Schmidt: `R = I - 2 V^T V`, the reflection of the whole
+        orthogonal: orthogonalize the vectors first, by Gram-Schmidt: `R = I - 2 V^T V`, the reflection of the whole
             space that they span. It is the identity nowhere, so neither at the start: the frozen model loses r
             directions of each input at once. Any r; the start is drawn without pairs, which would span only r / 2.
     """
@@ -68,5 +68,5 @@ class HRA(Variant):
             inverse = torch.linalg.solve_triangular(s, identity_like(s), upper=True)
         u, inverse = u.to(p.lora_U.dtype), inverse.to(p.lora_U.dtype)
         wide_x = cast(x, u)
-        # The sign is turned where things are small.
+        # Negate the small factor: that is cheaper than negating the result.
         return base((wide_x + F.linear(F.linear(F.linear(wide_x, u), -inverse), u.t())).type_as(x))

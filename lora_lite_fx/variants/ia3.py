@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Variant
+from ..adapters.variant import Variant, as_tuple
 from ..sites.site import Site
 
 
@@ -22,17 +22,15 @@ class IA3(Variant):
     """`y = g * (W x + b)`; at sites with the role `down`, `y = W (g * x) + b`; https://arxiv.org/abs/2205.05638.
 
     Gates the keys, the values and the *input* of the down-projection. Identity at the start, exactly: `g = 1`.
-    `r` and `alpha` are not used.
 
     Args:
         feedforward_names: regular expressions, searched in the qualified name, of the sites that are gated at their
             input, instead of those with the role `down`.
     """
 
-    feedforward_names: tuple[str, ...] | None = None
+    feedforward_names: str | Sequence[str] | None = None
 
     default_roles: ClassVar[tuple[str, ...]] = ("key", "value", "down")
-    bounded_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,13 +43,14 @@ class IA3(Variant):
         if self.gates_input(base.site):
             return base((x * p.lora_g).type_as(x))
         y = base(x)
-        return (y * p.lora_g).type_as(y)
+        gated: Tensor = y * p.lora_g
+        return gated.type_as(y)
 
     def trace_key(self, site: Site) -> Hashable:
         return self.gates_input(site)
 
     def gates_input(self, site: Site) -> bool:
-        """Whether the gate is at the input of `site`."""
+        """Return whether the gate is at the input of `site`."""
         if self.feedforward_names is None:
             return "down" in site.roles
-        return any(re.search(pattern, site.name) for pattern in self.feedforward_names)
+        return any(re.search(pattern, site.name) for pattern in as_tuple(self.feedforward_names))

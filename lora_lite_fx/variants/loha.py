@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithRank, WithScale
 from ..adapters.maths import cast, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Variant
 from ..sites.site import Site
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LoHa(Variant):
+class LoHa(WithScale, WithRank):
     """`y = W x + b + s (B1 A1 * B2 A2) x`, elementwise, `s = alpha / r`; https://arxiv.org/abs/2108.06098.
 
     The elementwise product of two matrices of rank r has rank up to r^2. Identity at the start, exactly: `A2 = 0`.

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithRank, WithScale
 from ..adapters.maths import cast, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Variant
 from ..sites.site import Site
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LoKr(Variant):
+class LoKr(WithScale, WithRank):
     """`y = W x + b + s (W1 kron W2) x`, `s = alpha / r`; https://arxiv.org/abs/2309.14859.
 
     With `d_out = a c` and `d_in = b d`: `W1 (a, b)` mixes the blocks of `x`, `W2 (c, d)` is applied to each of them, in
@@ -75,7 +75,7 @@ class LoKr(Variant):
 
 
 def _factors(width: int, wanted: int) -> tuple[int, int]:
-    """Two factors of `width`, see `decompose_factor`."""
+    """Return two factors of `width`, see `decompose_factor`."""
     if wanted > 0 and width % wanted == 0:
         return wanted, width // wanted
     limit = math.isqrt(width) if wanted == -1 else min(wanted, math.isqrt(width))

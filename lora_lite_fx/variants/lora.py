@@ -10,16 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithDropout, WithRank, WithScale
 from ..adapters.maths import cast, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import WithDropout
 from ..sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(WithDropout):
-    """What the variants of LoRA have in common: factors `A (r, d_in)` and `B (d_out, r)`, and the scale of `B A`.
+class LowRank(WithDropout, WithScale, WithRank):
+    """Base class of the variants of LoRA: factors `A (r, d_in)` and `B (d_out, r)`, and the scale of `B A`.
 
     Args:
         rank_stabilized: scale by `alpha / sqrt(r)` instead of `alpha / r` (https://arxiv.org/abs/2312.03732).
@@ -31,7 +31,7 @@ class LowRank(WithDropout):
 
     @property
     def scale(self) -> float:
-        """The factor `s` of `B A`."""
+        """Return the factor `s` of `B A`."""
         return self.alpha / (math.sqrt(self.r) if self.rank_stabilized else self.r)
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
@@ -41,7 +41,7 @@ class LowRank(WithDropout):
         }
 
     def branch(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
-        """`s B A drop(x)`."""
+        """Return `s B A drop(x)`."""
         return self.scale * low_rank(self.drop(x, base), p.lora_A, p.lora_B)
 
 
@@ -57,6 +57,14 @@ class LoRA(LowRank):
     """
 
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        self._require(
+            not isinstance(self.bias, str),
+            f"bias={self.bias!r} is PEFT's way to choose the model's biases to train, and those stay frozen here;"
+            " leave it out, or write bias=True for a trained bias of B",
+        )
+        super().__post_init__()
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         bias = {"lora_bias": ParamSpec((site.d_out,))} if self.bias else {}

@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithDropout, WithRank
 from ..adapters.maths import cast
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import WithDropout
 from ..sites.site import Site
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class MiSS(WithDropout):
+class MiSS(WithDropout, WithRank):
     """`y = W x + b + D^T sum_i drop(x)_i`, `x_i` the blocks of r inputs; https://arxiv.org/abs/2409.15371.
 
     Every r columns of the update are the same matrix, `D^T (d_out, r)`; the last ones may be a part of it. Identity at
-    the start, exactly: `D = 0`. `alpha` is not used.
+    the start, exactly: `D = 0`.
 
     Args:
         mode: `"balance"`: the form above. `"mini"`: `D` has `mini_r` columns, which are repeated. `"bat"`: `D` is a

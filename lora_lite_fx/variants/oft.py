@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class OFT(Variant):
     """`y = W R x + b`, R of orthogonal blocks on the diagonal; https://arxiv.org/abs/2306.07280.
 
     `x` is rotated, as in OFTv2 (https://arxiv.org/abs/2506.19847): no product with `W`. Identity at the start,
-    exactly: `Q = 0`. `r` and `alpha` are not used.
+    exactly: `Q = 0`.
 
     Args:
         block_size: side of a block, a divisor of `d_in`.
@@ -35,8 +35,6 @@ class OFT(Variant):
 
     block_size: int = 32
     use_cayley_neumann: bool = True
-
-    bounded_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,17 +66,18 @@ class OFT(Variant):
 
 
 def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """Each row of `x (..., n, b)` times its own block `(n, b, b)`."""
+    """Return each row of `x (..., n, b)` times its own block `(n, b, b)`."""
     return torch.einsum("...nk,nkc->...nc", x, blocks)
 
 
 def cayley(q: Tensor) -> Tensor:
-    """`(I - Q) (I + Q)^{-1} - I` for each of `q (..., b, b)`."""
-    return -2 * torch.linalg.solve(identity_like(q) + q, q)
+    """Return `(I - Q) (I + Q)^{-1} - I` for each of `q (..., b, b)`."""
+    solution: Tensor = torch.linalg.solve(identity_like(q) + q, q)
+    return -2 * solution
 
 
 def _cayley_neumann(q: Tensor) -> Tensor:
-    """`2 Q + 2 Q^2 + 2 Q^3 + Q^4`."""
+    """Return `2 Q + 2 Q^2 + 2 Q^3 + Q^4`."""
     result = q
     for _ in range(3):
         result = 2 * q + q @ result
@@ -86,8 +85,8 @@ def _cayley_neumann(q: Tensor) -> Tensor:
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
-    """The skew-symmetric matrices `(n, size, size)` with these upper triangles, by rows: `(n, size (size - 1) / 2)`."""
+    """Return skew-symmetric matrices `(n, size, size)` from upper triangles by rows, `(n, size (size - 1) / 2)`."""
     row, column = torch.triu_indices(size, size, 1, device=upper.device)
     filled = upper.new_zeros(upper.shape[0], size * size).index_copy(1, row * size + column, upper)
-    matrix = filled.unflatten(1, (size, size))
+    matrix: Tensor = filled.unflatten(1, (size, size))
     return matrix - matrix.mT

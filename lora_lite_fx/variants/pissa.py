@@ -19,7 +19,7 @@ from .lora import LowRank
 
 @dataclass(frozen=True, kw_only=True)
 class FromWeight(LowRank):
-    """What the variants that start from a part of the weight have in common: `y = (W - s B0 A0) x + b + s B A drop(x)`.
+    """Base class of the variants that start from a part of the weight: `y = (W - s B0 A0) x + b + s B A drop(x)`.
 
     `A`, `B` start at `A0`, `B0`. The residual is not formed: the frozen factors are subtracted in activation space.
     The base weight stays shared and exact (tied weights, half precision, removal), loading needs no factorization,
@@ -29,7 +29,7 @@ class FromWeight(LowRank):
     ties_to_weight: ClassVar[bool] = True
 
     def start_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """`A0 (r, d_in)` and `B0 (d_out, r)` of a weight `(d_out, d_in)`."""
+        """Return `A0 (r, d_in)` and `B0 (d_out, r)` of a weight `(d_out, d_in)`."""
         raise NotImplementedError
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:

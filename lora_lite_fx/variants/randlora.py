@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithScale
 from ..adapters.maths import cast
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
@@ -24,7 +25,7 @@ from .vera import SharedProjections
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class RandLoRA(SharedProjections):
+class RandLoRA(WithScale, SharedProjections):
     """`y = W x + b + s sum_j B_j L_j A G_j drop(x)`, `s = alpha / r`; https://arxiv.org/abs/2502.00987.
 
     `A (r, m)` and `B_j (M, r)` are random, frozen, and shared by all sites of the adapter, each of which reads as much
@@ -87,7 +88,7 @@ class RandLoRA(SharedProjections):
         return cast(y + self.alpha / self.r * F.linear(F.linear(cast(self.drop(x, base), a), down), up), y)
 
     def _count(self, site: Site) -> int:
-        """The number of terms at `site`."""
+        """Return the number of terms at `site`."""
         return math.ceil(min(site.d_in, site.d_out) / self.r)
 
     def projections(self) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,7 @@ class RandLoRA(SharedProjections):
 
 
 def _draw(basis: str, seed: int, r: int, m: int, larger: int, count: int) -> tuple[Tensor, Tensor]:
-    """`A (r, m)` and `B (larger, count, r)`, one after the other from one generator."""
+    """Return `A (r, m)` and `B (larger, count, r)`, one after the other from one generator."""
     generator = torch.Generator().manual_seed(seed)
     if basis == "dense":
 

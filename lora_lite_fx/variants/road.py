@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class RoAd(Variant):
 
     In groups of `group_size`, element j of the first half is paired with element j of the second. A pair becomes
     `(a1 cos t1) u - (a2 sin t2) v`, `(a3 sin t3) u + (a4 cos t4) v`. Identity at the start, exactly: angles `t = 0`,
-    scales `a = 1`. `r` and `alpha` are not used.
+    scales `a = 1`.
 
     Args:
         kind: how many angles and scales a pair has. `road_1`: one of each, a rotation. `road_2`: one for each of
@@ -36,8 +36,6 @@ class RoAd(Variant):
 
     kind: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: int = 64
-
-    bounded_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +65,8 @@ class RoAd(Variant):
         cosines, sines = (slice(2), slice(2, None)) if self.kind == "road_4" else (slice(None), slice(None))
         straight = scale[:, cosines] * theta[:, cosines].cos()
         crossed = scale[:, sines] * theta[:, sines].sin()
-        # The first of a pair takes the second negatively: the sign is turned where things are small.
+        # The first of a pair takes the second negatively. Negate the sines: that is cheaper than negating outputs.
         signed = torch.cat((-crossed[:, :1], crossed[:, -1:]), 1)
         pairs = y.unflatten(-1, (-1, 2, half))
-        return (pairs * straight + pairs.flip(-2) * signed).flatten(-3).type_as(y)
+        result: Tensor = pairs * straight + pairs.flip(-2) * signed
+        return result.flatten(-3).type_as(y)

@@ -12,19 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import WithDropout, WithRank
 from ..adapters.maths import cast
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Statistic, WithDropout
+from ..adapters.variant import Statistic
 from ..sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedProjections(WithDropout):
-    """What the variants with frozen random projections have in common: one pair for all sites, cut to size at each.
+class SharedProjections(WithDropout, WithRank):
+    """Base class of the variants with frozen random projections: one pair for all sites, cut to size at each.
 
     Args:
-        projection_seed: what the projections are drawn from. The same seed and sizes give the same values, PEFT's.
+        projection_seed: seed of the projections. The same seed and sizes give the same values, PEFT's.
         shared_r, shared_d_in, shared_d_out: the rank and widths that the projections are made for; 0 for the largest
             of the sites.
     """
@@ -67,7 +68,7 @@ class SharedProjections(WithDropout):
         self._require(0 not in sizes.values(), f"the projections have no sizes before rewrite settles them: {sizes}")
 
     def projections(self) -> tuple[Tensor, Tensor]:
-        """The two projections, on the CPU; the same whatever the site."""
+        """Return the two projections, on the CPU; the same whatever the site."""
         raise NotImplementedError
 
     def fill_A(self, a: Tensor) -> None:
@@ -86,7 +87,7 @@ class VeRA(SharedProjections):
 
     `A` and `B` are random, frozen, and shared by all sites of the adapter; a site reads the first `d_in` columns of `A`
     and the first `d_out` rows of `B`. Trained are the vectors `ld (r,)` and `lb (d_out,)`, so that a rank costs little:
-    the paper takes 256 to 1024. Identity at the start, exactly: `lb = 0`. `alpha` is not used.
+    the paper takes 256 to 1024. Identity at the start, exactly: `lb = 0`.
 
     Args:
         d_initial: what `ld` starts at. Not zero, where every gradient would be zero.
@@ -115,14 +116,15 @@ class VeRA(SharedProjections):
         b = p.lora_shared_vera_B[: base.site.d_out, : self.r]
         hidden = p.lora_ld * F.linear(cast(self.drop(x, base), a), a)
         # `lb` widens what autocast has narrowed, which a trace in single precision cannot know.
-        return (y + p.lora_lb * F.linear(hidden, b)).type_as(y)
+        result: Tensor = y + p.lora_lb * F.linear(hidden, b)
+        return result.type_as(y)
 
     def projections(self) -> tuple[Tensor, Tensor]:
         return _draw(self.projection_seed, self.shared_r, self.shared_d_in, self.shared_d_out)
 
 
 def _draw(seed: int, r: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
-    """`A (r, d_in)` and `B (d_out, r)`, one after the other from one generator."""
+    """Return `A (r, d_in)` and `B (d_out, r)`, one after the other from one generator."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((r, d_in), (d_out, r)))
     for projection in (a, b):

@@ -16,7 +16,7 @@ from tests.support.conformance import randomise
 F64 = torch.float64
 
 
-def model() -> nn.Sequential:
+def model() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 5)).double()
 
@@ -64,7 +64,8 @@ def test_pairs_and_a_mapping_mean_the_same_and_survive_a_file(tmp_path: Path) ->
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_matches_no_adapted_site_is_an_error(field: str) -> None:
-    cfg = llfx.LoRA(r=2, target_names=("0",), **{field: {"q_proj": 4}})
+    fields: dict[str, Any] = {field: {"q_proj": 4}}
+    cfg = llfx.LoRA(r=2, target_names=("0",), **fields)
     with pytest.raises(llfx.SelectionError, match=rf"'q_proj' in {field} matches none"):
         llfx.rewrite(model(), cfg)
 

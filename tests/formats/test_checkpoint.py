@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from lora_lite_fx.adapters.registry import from_config
+from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.passes import Pipeline
 from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import calibration, small
 from tests.support.untouched import untouched
 
-ALL = {"target_names": ("fc",)}
+ALL: dict[str, Any] = {"target_names": ("fc",)}
 VARIANTS = {name: small(cls, 2, **ALL) for name, cls in llfx.registry().items()}
 STACK = [llfx.LoRA(r=2, dropout=0.1, target_names="fc1"), llfx.DoRA(r=4, dtype=torch.float64, **ALL)]
 CONFIGS: dict[str, Any] = {**VARIANTS, "stack": STACK}
@@ -37,7 +40,8 @@ class Net(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.fc2(F.gelu(self.fc1(x))))
+        y: Tensor = self.head(x + self.fc2(F.gelu(self.fc1(x))))
+        return y
 
 
 def inputs(*shape: int) -> Tensor:
@@ -73,7 +77,7 @@ def graph() -> nn.Module:
 def saved(folder: Path, cfg: Any = VARIANTS["LoRA"], model: nn.Module | None = None) -> Path:
     path = folder / "adapter.safetensors"
     model = model or Net()
-    data = calibration(cfg, None, (inputs(5).to(model.head.weight.dtype),))
+    data = calibration(cfg, None, (inputs(5).to(model.get_parameter("head.weight").dtype),))
     llfx.save(randomised(llfx.rewrite(model, cfg, calibration=data)), path)
     return path
 
@@ -162,18 +166,18 @@ def test_the_metadata_says_what_was_inserted_where(tmp_path: Path) -> None:
         document = json.loads(f.metadata()["lora_lite_fx"])
     assert document["version"] == 1
     lora, ia3 = document["adapters"]
-    common = {"alpha": 16.0, "target_roles": None, "exclude_names": [], "layers": None}
-    common |= {"rank_pattern": [], "alpha_pattern": [], "target_kinds": ["linear"]}
+    common = {"target_roles": None, "exclude_names": [], "layers": None, "target_kinds": ["linear"]}
     assert lora == {
         "config": {
             **{"variant": "LoRA", "r": 2, "dtype": None, "target_names": ["fc2"], **common},
+            **{"alpha": 16.0, "rank_pattern": [], "alpha_pattern": []},
             **{"dropout": 0.0, "rank_stabilized": False, "train_A": True, "bias": False},
         },
         "sites": ["fc2"],
     }
     assert ia3 == {
         "config": {
-            **{"variant": "IA3", "r": 8, "dtype": "float64", "target_names": ["fc"], **common},
+            **{"variant": "IA3", "dtype": "float64", "target_names": ["fc"], **common},
             **{"feedforward_names": None},
         },
         "sites": ["fc1", "fc2"],
@@ -224,6 +228,57 @@ def test_the_same_base_in_bfloat16_is_the_same_base(
     assert all(torch.equal(tensor, load_file(path)[n]) for n, tensor in llfx.adapter_state_dict(loaded).items())
 
 
+# Files from when every variant had a rank, an alpha, and patterns of both.
+
+OLD = json.loads((Path(__file__).parent / "configs_with_rank_and_alpha.json").read_text())
+"""The configs of headers that were written then: one of each variant, with these four fields set."""
+
+
+def old_variant(name: str) -> llfx.Variant:
+    """Return the config of today that an old header describes."""
+    values = {"r": 4, "alpha": 6.0, "rank_pattern": {"fc1": 4}, "alpha_pattern": {"fc2": 3.0}}
+    cls = llfx.registry()[name]
+    has = {field.name for field in dataclasses.fields(cls)}
+    return small(cls, 4, **{field: value for field, value in values.items() if field in has}, **ALL)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_file_with_an_old_header_loads(name: str, tmp_path: Path) -> None:
+    variant = old_variant(name)
+    assert from_config(OLD[name]) == variant
+    adapted, path = Net(), saved(tmp_path, variant)
+    with safe_open(path, framework="pt") as file:
+        document = json.loads(file.metadata()["lora_lite_fx"])
+    config = document["adapters"][0]["config"]
+    assert config.keys() <= OLD[name].keys(), "a field that old headers did not have"
+    dropped = OLD[name].keys() - config.keys()
+    assert dropped <= {"r", "alpha", "rank_pattern", "alpha_pattern"}
+    config |= {field: OLD[name][field] for field in dropped}
+    tensors = load_file(path)
+    document["checksum"] = checkpoint._checksum(document, tensors)
+    save_file(tensors, path, {"lora_lite_fx": json.dumps(document)})
+    loaded = llfx.load(adapted, path)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in llfx.adapter_state_dict(loaded).items())
+
+
+def test_every_variant_has_an_old_header() -> None:
+    own = {name for name, cls in llfx.registry().items() if cls.__module__.startswith("lora_lite_fx.")}
+    assert own == OLD.keys()
+
+
+@pytest.mark.parametrize("field", ["r", "alpha", "rank_pattern", "alpha_pattern"])
+def test_an_old_header_may_hold_any_rank_and_alpha_that_had_no_effect(field: str) -> None:
+    for value in (64, [["fc1", 3]], None, "many"):
+        assert from_config({"variant": "IA3", field: value}) == llfx.IA3()
+    with pytest.raises(llfx.ConfigError, match="LoRA"):
+        from_config({"variant": "LoRA", field: "many"})
+
+
+def test_an_old_header_with_another_unknown_field_is_refused() -> None:
+    with pytest.raises(llfx.ConfigError, match=r"IA3 has no dropout: remove dropout=0\.5"):
+        from_config({"variant": "IA3", "r": 8, "dropout": 0.5})
+
+
 # Files that do not fit the model.
 
 
@@ -231,7 +286,8 @@ class Without(Net):
     """Has no `fc2`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.fc1(x)[..., :8])
+        y: Tensor = self.head(x + self.fc1(x)[..., :8])
+        return y
 
 
 class Wider(Net):
@@ -269,7 +325,7 @@ def test_a_file_whose_tensors_do_not_fit_is_refused(what: str, tmp_path: Path) -
 @pytest.mark.parametrize("what", [*BAD_TENSORS, "not a tensor", "several"])
 def test_a_state_dict_is_checked_whole_before_anything_changes(what: str, adapt: Callable[..., nn.Module]) -> None:
     adapted = randomised(adapt(Net(), VARIANTS["LoRA"]))
-    state = {name: torch.zeros_like(tensor) for name, tensor in llfx.adapter_state_dict(adapted).items()}
+    state: dict[str, Any] = {n: torch.zeros_like(tensor) for n, tensor in llfx.adapter_state_dict(adapted).items()}
     messages = [BAD_TENSORS[what][1]] if what in BAD_TENSORS else []
     if what == "several":
         messages = [BAD_TENSORS[each][1] for each in ("shape", "extra", "dtype")]

@@ -348,7 +348,7 @@ def test_the_command_shows_adapters(folder: Path, tmp_path: Path, capsys: pytest
         (["missing.pt2"], "there is no missing.pt2"),
         (["broken.pt2"], "broken.pt2 is not a readable exported program"),
         (["broken.json"], "broken.json is not a readable JSON file"),
-        (["list.json"], "list.json holds no JSON object"),
+        (["list.json"], "list.json does not hold a JSON object"),
         (["strange.json"], "has no config that transformers can read"),
         (["other.json"], "transformers has no class NoSuchModel"),
         (["."], "config.json is not a readable JSON file"),

@@ -1,4 +1,4 @@
-"""The benchmark: its statistics, its files, and that what it compares is the same."""
+"""The benchmark: its statistics, its files, and the agreement of the arms that it compares."""
 
 from __future__ import annotations
 
@@ -34,34 +34,38 @@ def result(**fields: Any) -> Result:
 
 def test_ratios_are_of_medians_and_of_rounds() -> None:
     seconds = {"base": [1.0, 2.0, 4.0], "base-again": [1.0, 2.0, 4.0], "ours": [2.0, 3.0, 4.0]}
-    found = report.of_rounds(result(), seconds)
-    assert found.values["ours"] == 3.0
-    assert found.ratios["ours"] == 1.5
-    assert found.paired["ours"] == [1.5, 1.0, 2.0]
-    assert not found.void
+    times = report.of_rounds(result(), seconds)
+    assert times.values["ours"] == 3.0
+    assert times.ratios["ours"] == 1.5
+    assert times.paired["ours"] == [1.5, 1.0, 2.0]
+    assert not times.void
 
 
-def test_rounds_that_an_arm_was_left_out_of_do_not_count() -> None:
-    seconds = {"base": [1.0, 1.0, 2.0], "base-again": [1.0, 1.0, 2.0], "peft": [9.0, None, 10.0]}
-    found = report.of_rounds(result(), seconds)
-    assert found.values["peft"] == 9.5
-    assert found.paired["peft"][0] == 7.0
+def test_an_arm_is_judged_by_the_rounds_it_took_part_in() -> None:
+    seconds: dict[str, list[float | None]] = {
+        "base": [1.0, 1.0, 2.0],
+        "base-again": [1.0, 1.0, 2.0],
+        "peft": [9.0, None, 10.0],
+    }
+    times = report.of_rounds(result(), seconds)
+    assert times.values["peft"] == 9.5
+    assert times.paired["peft"][0] == 7.0
 
 
 @pytest.mark.parametrize(
     ("again", "void"),
     [([1.02] * 3, False), ([1.04] * 3, True), ([0.96] * 3, True), ([1.0, 1.06, 1.06], True)],
 )
-def test_a_run_is_void_where_the_base_differs_from_itself(again: list[float], void: bool) -> None:
-    found = report.of_rounds(result(), {"base": [1.0, 1.0, 1.0], "base-again": again})
-    assert bool(found.void) == void
-    assert ("(void)" in report.table(WHERE, [found])) == void
+def test_a_run_is_void_if_the_base_differs_from_itself(again: list[float], void: bool) -> None:
+    times = report.of_rounds(result(), {"base": [1.0, 1.0, 1.0], "base-again": again})
+    assert bool(times.void) == void
+    assert ("(void)" in report.table(WHERE, [times])) == void
 
 
-def test_medians_that_agree_do_not_hide_rounds_that_do_not() -> None:
-    found = report.of_rounds(result(), {"base": [1.0, 2.0, 3.0], "base-again": [2.0, 3.0, 1.0]})
-    assert found.ratios["base-again"] == 1.0
-    assert found.void
+def test_a_run_is_void_if_rounds_differ_although_medians_agree() -> None:
+    times = report.of_rounds(result(), {"base": [1.0, 2.0, 3.0], "base-again": [2.0, 3.0, 1.0]})
+    assert times.ratios["base-again"] == 1.0
+    assert times.void
 
 
 # Files.
@@ -75,7 +79,7 @@ WHERE = {
 }
 
 
-def test_a_file_gives_the_same_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_file_gives_the_same_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = report.of_rounds(
         result(notes={"peft": "not there: none"}), {"base": [1 / 3] * 2, "base-again": [1 / 3] * 2}
     )
@@ -92,14 +96,14 @@ def test_a_file_gives_the_same_table_and_a_picture(tmp_path: Path, capsys: pytes
     assert (tmp_path / "b.png").stat().st_size > 1000
 
 
-def test_files_become_one(tmp_path: Path) -> None:
+def test_several_result_files_become_one(tmp_path: Path) -> None:
     paths = [tmp_path / f"{measure}.json" for measure in ("saved", "flops")]
-    found = [report.of_values(result(measure=path.stem), {"base": 1.0, "ours": 2.0}) for path in paths]
-    for path, each in zip(paths, found, strict=True):
-        report.write(path, WHERE, [each])
+    written = [report.of_values(result(measure=path.stem), {"base": 1.0, "ours": 2.0}) for path in paths]
+    for path, value in zip(paths, written, strict=True):
+        report.write(path, WHERE, [value])
     assert benchmark.main(["--from-json", *map(str, paths), "--out", str(tmp_path / "both")]) == 0
     where, results = report.read([tmp_path / "both.json"])
-    assert results == found
+    assert results == written
     assert where["settings"] == [WHERE["settings"]] * 2
 
 
@@ -161,7 +165,7 @@ def test_products_added_in_place_are_counted(name: str) -> None:
     assert benchmark.flops(arms("LoRA").make(name)) == base + lora
 
 
-def test_a_training_step_does_the_work_on_parameters_again_and_inference_does_not() -> None:
+def test_work_on_parameters_counts_in_every_training_step_and_in_the_first_inference() -> None:
     ours = arms("DoRA").make("ours")
     ours.results()
     assert benchmark.flops(ours) == benchmark.flops(ours)
@@ -170,7 +174,7 @@ def test_a_training_step_does_the_work_on_parameters_again_and_inference_does_no
     assert benchmark.flops(ours) < benchmark.flops(plain)
 
 
-def test_parameters_are_not_among_what_is_saved() -> None:
+def test_saved_bytes_leave_out_parameters() -> None:
     assert benchmark.saved(arms("LoRA").make("base")) == 0
     assert benchmark.saved(arms("LoRA").make("ours-plain")) == 4 * TOKENS * (WIDTH + 3 * RANK)
 
@@ -178,7 +182,7 @@ def test_parameters_are_not_among_what_is_saved() -> None:
 def test_one_graph_is_compiled_for_all_shapes() -> None:
     first, *others = benchmark.compilations(arms("LoRA", "forward"), "ours")
     assert first == 1
-    assert not any(others[:-1])  # a batch of one may be a graph of its own
+    assert not any(others[:-1])  # the last shape, a batch of one, may need a graph of its own
 
 
 # The command.
@@ -190,14 +194,14 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     assert benchmark.main([*settings.split(), "--out", str(tmp_path / "run")]) == 0
     where, results = report.read([tmp_path / "run.json"])
     assert where["settings"]["rounds"] == 2
-    assert [found.measure for found in results] == ["forward", "flops of forward", "train", "flops of train", "saved"]
-    for found in results:
-        assert list(found.values) == ["base", "base-again", "peft", "ours", "merged"]
+    assert [entry.measure for entry in results] == ["forward", "flops of forward", "train", "flops of train", "saved"]
+    for entry in results:
+        assert list(entry.values) == ["base", "base-again", "peft", "ours", "merged"]
     assert (tmp_path / "run.png").exists()
 
 
 @pytest.mark.parametrize("wrong", ["--cases nothing", "--arms theirs", "--variants Adapter", "--measures joy"])
-def test_what_is_not_known_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_arguments_are_refused_by_name(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(wrong.split())
     assert wrong.split()[1] in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from lora_lite_fx import registry
+
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "lora_lite_fx"
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """The output of a command that must succeed, with nothing of this process's import path."""
+    """Run a command that must succeed, without this process's import path; return its output."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
@@ -30,14 +33,14 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def sources() -> list[str]:
-    """The files of the repository, links as such: what git tracks, and what it would."""
+    """Return the files of the repository that git tracks or would track; links are not followed."""
     listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
     return [name for name in listed.split("\0") if name and os.path.lexists(ROOT / name)]
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository, so that nothing is built in the checkout."""
+    """Copy the repository, so that nothing is built in the checkout."""
     folder = tmp_path_factory.mktemp("repository")
     for name in sources():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def setuptools_is_new_enough() -> bool:
-    """Whether this environment can build without fetching a build environment."""
+    """Return whether this environment can build without fetching a build environment."""
     try:
         return int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
     except importlib.metadata.PackageNotFoundError:
@@ -86,11 +89,11 @@ class Environment:
 
     @property
     def site_packages(self) -> Path:
-        (found,) = self.folder.glob("lib/python*/site-packages")
-        return found
+        (folder,) = self.folder.glob("lib/python*/site-packages")
+        return folder
 
     def install(self, *arguments: str | Path) -> None:
-        pip = [sys.executable, "-m", "pip", "--python", self.python]
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", self.python]
         run(*pip, "install", "--no-deps", "--ignore-installed", *arguments, cwd=self.folder)
 
     def execute(self, script: str, cwd: Path) -> str:
@@ -107,18 +110,19 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
 @pytest.fixture(scope="module")
 def editable(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     environment = Environment.create(tmp_path_factory.mktemp("editable"))
-    here = ["--no-build-isolation", "--no-index"] if setuptools_is_new_enough() else []
-    environment.install(*here, "-e", copy)
+    offline = ["--no-build-isolation", "--no-index"] if setuptools_is_new_enough() else []
+    environment.install(*offline, "-e", copy)
     return environment
 
 
 @pytest.fixture(params=["installed", "editable"])
 def environment(request: pytest.FixtureRequest) -> Environment:
-    return request.getfixturevalue(request.param)
+    environment: Environment = request.getfixturevalue(request.param)
+    return environment
 
 
 def expected_modules(names: Sequence[str]) -> set[str]:
-    """The files of the package as a wheel has them: `passes/` below it, and nothing else."""
+    """Return the files of the package as a wheel has them: `passes/` below it, and nothing else."""
     package = {name for name in names if name.startswith(f"{NAME}/") and name.endswith((".html", ".py", "py.typed"))}
     return package | {f"{NAME}/{name}" for name in names if name.startswith("passes/") and name.endswith(".py")}
 
@@ -126,11 +130,11 @@ def expected_modules(names: Sequence[str]) -> set[str]:
 def test_the_wheel_holds_the_package_with_its_passes_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-        own = {name for name in files if ".dist-info/" not in name}
-        assert own == expected_modules(sources())
-        assert {f"{NAME}/py.typed", f"{NAME}/passes/__init__.py", f"{NAME}/passes/adapt/insert_adapter.py"} <= own
+        modules = {name for name in files if ".dist-info/" not in name}
+        assert modules == expected_modules(sources())
+        assert {f"{NAME}/py.typed", f"{NAME}/passes/__init__.py", f"{NAME}/passes/adapt/insert_adapter.py"} <= modules
         assert {name.split("/")[0] for name in files} == {NAME, f"{NAME}-{version(archive)}.dist-info"}
-        for name in own:
+        for name in modules:
             assert archive.read(name) == (ROOT / name).read_bytes(), name
             assert (files[name].external_attr >> 16) & 0o170000 in (0, 0o100000), f"{name} is not an ordinary file"
 
@@ -152,8 +156,22 @@ def test_the_metadata_of_the_wheel_is_complete(wheel: Path) -> None:
     assert metadata["Name"] == NAME
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Requires-Python"].startswith(">=3.")
-    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in required) == ["safetensors", "torch"]
+    built_in = [cls for cls in registry().values() if cls.__module__.startswith(f"{NAME}.")]
+    assert len(built_in) == 21
+    assert "LoRA and twenty other methods" in metadata["Summary"]
+
+
+def test_the_readme_names_every_lower_bound_as_a_version_that_was_run(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = message_from_string(dist_info(archive, "METADATA"))
+    required = [re.match(r"([\w-]+).*>=([\d.]+)", line) for line in metadata.get_all("Requires-Dist", [])]
+    bounds = {match[1]: match[2] for match in required if match}
+    assert bounds.keys() >= {"torch", "transformers", "safetensors", "peft", "accelerate", "pytest"}
+    run = (ROOT / "README.md").read_text(encoding="utf-8").partition("### What was run")[2].lower()
+    missing = [name for name, bound in bounds.items() if not re.search(rf"\b{name} {re.escape(bound)}\b(?!\.)", run)]
+    assert set(missing) <= {"mypy", "pdoc", "pre-commit", "ruff"}, "tools, which no user of the package needs"
 
 
 def test_the_library_is_imported_from_where_it_was_installed(
@@ -193,7 +211,7 @@ LoRA(rank=4)
 def test_a_type_checker_sees_the_types(environment: Environment, tmp_path: Path) -> None:
     pytest.importorskip("mypy", reason="mypy is not installed")
     (tmp_path / "consumer.py").write_text(CONSUMER)
-    # The types of torch are not the question, and following them takes minutes.
+    # Leave out the types of torch, because following them takes minutes.
     (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")
     checker = [sys.executable, "-m", "mypy", "--python-executable", environment.python, "--no-error-summary"]
     command = [*checker, "--config-file", tmp_path / "mypy.ini", "--cache-dir", tmp_path / "cache", "consumer.py"]

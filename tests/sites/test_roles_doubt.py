@@ -1,4 +1,4 @@
-"""What has no role, what must not be given one, and that roles stay what they are."""
+"""Linears whose role is in doubt get none, and inserted adapters change no role."""
 
 from __future__ import annotations
 
@@ -204,8 +204,9 @@ def test_a_layer_called_twice_has_the_roles_of_two_layers(exported: bool) -> Non
 
 def config(cls: type[llfx.Variant], r: int = 4) -> llfx.Variant:
     """A variant at every site of the layers, in blocks that fit the small widths."""
-    blocks = {field.name: 4 for field in dataclasses.fields(cls) if field.name.endswith("_size")}
-    return cls(r=r, target_names=("layers",), **blocks)
+    names = [field.name for field in dataclasses.fields(cls)]
+    sizes = {name: 4 for name in names if name.endswith("_size")} | {name: r for name in names if name == "r"}
+    return cls(target_names=("layers",), **sizes)
 
 
 CONFIGS = [[config(cls)] for cls in llfx.registry().values()] + [[config(llfx.LoRA, 2), config(llfx.HRA, 2)]]

@@ -29,7 +29,7 @@ IN_EACH_BLOCK = "(in|gate|fc|q|qkv|mix|one|head)$"
 
 
 def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Variant]:
-    """Random configs of a variant: rank, scale, and its own flags, choices, sizes and dropout."""
+    """Return random configs of a variant: rank, scale, and its own flags, choices, sizes and dropout."""
     drawn: dict[str, st.SearchStrategy[Any]] = {
         "r": st.sampled_from([2, 4]),
         "alpha": st.sampled_from([1.0, 2.0, 6.0]),
@@ -50,7 +50,7 @@ def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Var
 
 
 def _built(cls: type[llfx.Variant], **fields: Any) -> llfx.Variant:
-    """The config; combinations that the variant refuses, at a site too, are not drawn."""
+    """Return the config; combinations that the variant refuses, at a site too, are not drawn."""
     try:
         cfg = cls(**fields)
         cfg.for_site("blocks.0.lin")
@@ -60,9 +60,13 @@ def _built(cls: type[llfx.Variant], **fields: Any) -> llfx.Variant:
 
 
 def small(cls: type[llfx.Variant], size: int = 4, **fields: Any) -> llfx.Variant:
-    """A config that fits small models: its rank, and its blocks and groups, are of that size."""
-    sizes = {field.name: size for field in dataclasses.fields(cls) if field.name.endswith("_size")}
-    return cls(**{"r": size, **sizes, **fields})
+    """Return a config that fits small models: the rank, blocks and groups that it has are of that size.
+
+    An `alpha` among `fields` is for the variants that have one.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    sizes = {name: size for name in names if name == "r" or name.endswith("_size")}
+    return cls(**sizes | {name: value for name, value in fields.items() if name in names or name != "alpha"})
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -85,7 +89,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None
 
 
 def calibration(cfg: Config, example_inputs: Any, args: tuple[Any, ...]) -> Any:
-    """Calibration data, if a variant of `cfg` starts from data."""
+    """Return calibration data, if a variant of `cfg` starts from data."""
     variants = [cfg] if isinstance(cfg, llfx.Variant) else cfg
     if any(type(variant).observer is not llfx.Variant.observer for variant in variants):
         return [args] if example_inputs is None else [example_inputs, args]
@@ -95,7 +99,7 @@ def calibration(cfg: Config, example_inputs: Any, args: tuple[Any, ...]) -> Any:
 def rewrite_and_wrap(
     model: nn.Module, graph: fx.GraphModule, cfg: Config, data: Any = None
 ) -> tuple[fx.GraphModule, nn.Module]:
-    """`model` adapted both ways; `graph` is what it was captured as, since capturing is most of a test's time."""
+    """Return `model` adapted both ways. `graph` is its captured form, because capturing takes most of a test's time."""
     with mock.patch.object(eager, "base_graph", return_value=base_graph(graph)):
         return llfx.rewrite(graph, cfg, calibration=data), llfx.wrap(model, cfg, calibration=data)
 
@@ -107,7 +111,7 @@ def output(model: Callable[..., Any], args: tuple[Any, ...], seed: int = 0) -> T
 
 
 def gradients(model: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output, and the gradient of a fixed random functional of it, for every parameter that has one."""
+    """Return the output, and the gradient of a fixed random functional of it, for every parameter that has one."""
     model.zero_grad()
     y = output(model, args)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -144,7 +148,7 @@ def observe(model: nn.Module) -> list[Any]:
 def check_rewrite_equals_wrap(
     model: nn.Module, gm: fx.GraphModule, wrapped: nn.Module, args: tuple[Any, ...], tolerance: float, seed: int
 ) -> None:
-    """Outputs and adapter gradients of the rewritten graph, plain and optimized, are the wrapper's, in both modes."""
+    """Check that outputs and adapter gradients, plain and optimized, are the wrapper's in both modes."""
     with unchanged(model):
         assert type(wrapped) is type(model)
         assert list(llfx.adapter_state_dict(gm)) == list(llfx.adapter_state_dict(wrapped))
@@ -182,12 +186,12 @@ def _nudged(model: nn.Module) -> Iterator[None]:
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     return (actual - expected).abs().max().item() / expected.abs().max().clamp_min(1).item()
 
 
 def check_merge(gm: fx.GraphModule, base: fx.GraphModule, args: tuple[Any, ...], tolerance: float) -> None:
-    """The merged graph computes the adapted one, and is the base graph node for node.
+    """Check that the merged graph computes the adapted one, and is the base graph node for node.
 
     Ties that it must undo, and a bias that it must add, get names of their own.
     """
@@ -202,7 +206,7 @@ def check_merge(gm: fx.GraphModule, base: fx.GraphModule, args: tuple[Any, ...],
 
 
 def check_remove(gm: fx.GraphModule, base: fx.GraphModule, model: nn.Module) -> None:
-    """Removal gives the base graph node for node, over the model's own weights."""
+    """Check that removal gives the base graph node for node, over the model's own weights."""
     removed = llfx.remove(gm)
     assert str(removed.graph) == str(base.graph)
     assert removed.state_dict().keys() == base.state_dict().keys()
@@ -213,7 +217,7 @@ def check_remove(gm: fx.GraphModule, base: fx.GraphModule, model: nn.Module) -> 
 
 
 def check_file(gm: fx.GraphModule, base: fx.GraphModule, args: tuple[Any, ...]) -> None:
-    """A file brings back every tensor and the output bit for bit."""
+    """Check that a file brings back every tensor and the output bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         llfx.save(gm, path)
@@ -226,7 +230,7 @@ def check_file(gm: fx.GraphModule, base: fx.GraphModule, args: tuple[Any, ...]) 
 
 
 def check_export(gm: fx.GraphModule, traced: tuple[Any, ...], args: tuple[Any, ...], tolerance: float) -> None:
-    """`torch.export`, saved and loaded, computes the same at another shape; and its adapters can be removed."""
+    """Check that `torch.export`, saved and loaded, computes the same at another shape, and loses its adapters."""
     dynamic = tuple([torch.export.Dim.AUTO] * arg.dim() for arg in traced)
     program = torch.export.export(gm.eval(), traced, dynamic_shapes=dynamic)
     file = io.BytesIO()
@@ -244,7 +248,7 @@ def check_export(gm: fx.GraphModule, traced: tuple[Any, ...], args: tuple[Any, .
 
 
 def check_conformance(cfg: Config, case: Any, other: tuple[Any, ...]) -> None:
-    """All of the above on one random model."""
+    """Check all of the above on one random model."""
     model = case.build()
     traced = case.example_inputs
     with unchanged(model):

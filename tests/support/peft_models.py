@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +24,8 @@ from transformers import (
 from lora_lite_fx.rewriting.base_graph import base_graph
 
 VOCABULARY = 37
+START: dict[str, Any] = {"decoder_start_token_id": 0}
+"""The start of decoding, which T5Config takes and does not declare."""
 
 
 class ResidualMLP(nn.Module):
@@ -31,7 +34,8 @@ class ResidualMLP(nn.Module):
         self.fc1, self.fc2, self.head = nn.Linear(7, 11), nn.Linear(11, 7), nn.Linear(7, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.fc2(F.gelu(self.fc1(x))))
+        y: Tensor = self.head(x + self.fc2(F.gelu(self.fc1(x))))
+        return y
 
 
 def llama() -> nn.Module:
@@ -90,7 +94,7 @@ def t5() -> nn.Module:
             num_layers=1,
             num_heads=2,
             feed_forward_proj="gated-gelu",
-            decoder_start_token_id=0,
+            **START,
             initializer_factor=1.5,
         )
     )
@@ -135,7 +139,7 @@ CASES = {
 
 @functools.cache
 def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
-    """A model in double precision and its graph, captured once: rewriting the graph is much faster."""
+    """Return a model in double precision and its graph, captured once: rewriting the graph is much faster."""
     case = CASES[name]
     torch.manual_seed(0)
     # Built and rounded in single precision, in which alone PEFT can start PiSSA and OLoRA.

@@ -47,7 +47,7 @@ class Oracle:
 
     @property
     def from_weight(self) -> bool:
-        """Whether the factors start as a part of the frozen weight, which PEFT replaces by the rest."""
+        """Return whether the factors start as a part of the frozen weight, which PEFT replaces by the rest."""
         return issubclass(self.cls, FromWeight)
 
 
@@ -69,11 +69,13 @@ class CircularConvolution(BlockCircularConvolution):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         _, kernel = ctx.saved_tensors
-        return grad.to(kernel.dtype) @ get_circulant_fast(kernel), BlockCircularConvolution.backward(ctx, grad)[1]
+        circulant: Any = get_circulant_fast
+        theirs: Any = BlockCircularConvolution
+        return grad.to(kernel.dtype) @ circulant(kernel), theirs.backward(ctx, grad)[1]
 
 
-boft_layer._FBD_CUDA = BlockDiagonal()
-c3a_layer.BlockCircularConvolution = CircularConvolution
+setattr(boft_layer, "_FBD_CUDA", BlockDiagonal())  # noqa: B010
+setattr(c3a_layer, "BlockCircularConvolution", CircularConvolution)  # noqa: B010
 
 ALL = tuple(CASES)
 LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
@@ -243,7 +245,8 @@ ORACLES = {
                 r=RANK,
                 randlora_alpha=ALPHA,
                 projection_prng_key=SEED,
-                **({} if basis == "dense" else {basis: True}),
+                sparse=basis == "sparse",
+                very_sparse=basis == "very_sparse",
             ),
             {
                 "lora_lambda": "randlora_lambda.default",
@@ -333,7 +336,7 @@ class Pair:
             self.factors = {name: start.detach().clone() for name, start in starts}
 
     def twins(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-        """Each tensor: its site, our name for it, ours, and PEFT's own."""
+        """Return each tensor: its site, our name for it, ours, and PEFT's own."""
         state = dict(self.ours.named_parameters()) | dict(self.ours.named_buffers())
         for site in self.theirs.targeted_module_names:
             module = self.theirs.get_submodule(f"base_model.model.{site}")
@@ -361,7 +364,7 @@ class Pair:
 
 
 def targets_of(name: str, oracle: Oracle) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields that say what to adapt, in PEFT's config and in ours."""
+    """Return the fields that say what to adapt, in PEFT's config and in ours."""
     case = CASES[name]
     theirs: dict[str, Any] = {"target_modules": case.every}
     ours: dict[str, Any] = {"target_names": (f"^({case.every})$",)}

@@ -18,7 +18,7 @@ from lora_lite_fx.sites.site import Site
 from tests.support.conformance import check_conformance, configs
 from tests.support.models import Case, GatedMLP, ResidualMLP, cases, ids
 
-TARGETS = (
+TARGETS: tuple[dict[str, Any], ...] = (
     {"target_names": (".",)},
     {"target_names": (".",), "exclude_names": ("head",)},
     {"target_names": (".",), "layers": (0,)},
@@ -96,7 +96,8 @@ class LosesGradient(Broken):
     """Detaches one factor."""
 
     def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
-        return base(x) + (x @ p.lora_A.t()).detach() @ p.lora_B.t()
+        y: Tensor = base(x) + (x @ p.lora_A.t()).detach() @ p.lora_B.t()
+        return y
 
 
 class WritesTheWeight(Broken):
@@ -107,7 +108,7 @@ class WritesTheWeight(Broken):
 
 
 @pytest.mark.parametrize("cls", [ReadsTheMode, NotAffine, DeadParameter, LosesGradient, WritesTheWeight])
-def test_the_suite_rejects_a_broken_variant(cls: type[llfx.Variant], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_rejects_a_broken_variant(cls: type[Broken], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_REGISTRY, cls.__name__, cls)
     case = Case((GatedMLP, ResidualMLP), True, False, torch.float64, False, 0)
     with pytest.raises(AssertionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.support.conformance import randomise
 D_IN, D_OUT, R, F64 = 12, 8, 4, torch.float64
 
 
-def linear() -> nn.Sequential:
+def linear() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
 
@@ -60,12 +61,13 @@ def rotation(angles: Tensor, size: int, largest: float) -> Tensor:
         skew[i, j] = bound * math.tanh(angles[k].item() / (2 * bound)) / 2
         skew[j, i] = -skew[i, j]
     identity = torch.eye(size, dtype=F64)
-    return torch.linalg.inv(identity - skew) @ (identity + skew)
+    rotation: Tensor = torch.linalg.inv(identity - skew) @ (identity + skew)
+    return rotation
 
 
 @pytest.mark.parametrize("basis", ["V", "U", "none"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_antipasto_rewritten_wrapped_and_merged_is_its_formula(basis: str, size: int) -> None:
+def test_antipasto_rewritten_wrapped_and_merged_is_its_formula(basis: Any, size: int) -> None:
     net = linear()
     cfg = llfx.AntiPaSTO(r=R, block_size=size, rotate_basis=basis, max_rotation_angle=0.7, target_names=("0",))
     gm, wrapped = llfx.rewrite(net, cfg), llfx.wrap(net, cfg)
@@ -97,7 +99,7 @@ def test_antipasto_turns_no_further_than_its_largest_angle() -> None:
 
 
 @pytest.mark.parametrize("basis", ["V", "U", "none"])
-def test_antipasto_starts_near_the_identity_and_leaves_the_weight_alone(basis: str) -> None:
+def test_antipasto_starts_near_the_identity_and_leaves_the_weight_alone(basis: Any) -> None:
     net = linear()
     gm = llfx.rewrite(net, llfx.AntiPaSTO(r=R, rotate_basis=basis, target_names=("0",)))
     difference = (gm(inputs()) - net(inputs())).abs().max()
@@ -136,7 +138,7 @@ def test_a_calibrated_antipasto_file_keeps_its_own_directions_on_loading(tmp_pat
         ({"rotate_basis": "W"}, "one of 'V', 'U', 'none'"),
     ],
 )
-def test_antipasto_refuses_impossible_fields(fields: dict[str, object], part: str) -> None:
+def test_antipasto_refuses_impossible_fields(fields: dict[str, Any], part: str) -> None:
     with pytest.raises(llfx.ConfigError, match=part):
         llfx.AntiPaSTO(**fields)
 

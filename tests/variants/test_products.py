@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.variants.lokr import _factors
-from tests.variants.test_low_rank import BF16, F64, close, gradients, randomised, ready, sample, tensors
+from tests.variants.test_low_rank import BF16, F64, close, grad_of, gradients, randomised, ready, sample, tensors
 
 D_IN, D_OUT = 18, 24
 FC: dict[str, Any] = {"target_names": ("fc",)}
@@ -94,7 +94,7 @@ def test_outputs_gradients_and_merged_weights_are_those_of_the_formula(name: str
         grads = gradients(adapted, adapted(x))
         assert grads.keys() == {f"fc.lora_{key}" for key in p}
         for key, tensor in p.items():
-            close(grads[f"fc.lora_{key}"], tensor.grad)
+            close(grads[f"fc.lora_{key}"], grad_of(tensor))
         close(adapted(x), expected)
         close(adapted(x[0, 0]), expected[0, 0])
     merged = llfx.merge(gm)
@@ -175,7 +175,8 @@ def test_lokr_factors_widths_as_peft_does() -> None:
 
 @pytest.mark.parametrize("r", [8, 100])
 def test_lokr_draws_its_start_as_peft_does(r: int) -> None:
-    model, kwargs = nn.Sequential(OrderedDict(fc=nn.Linear(900, 1600))), {"r": r, "decompose_both": True}
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(900, 1600)))
+    kwargs: dict[str, Any] = {"r": r, "decompose_both": True}
     torch.manual_seed(0)
     ours = tensors(llfx.rewrite(model, llfx.LoKr(**kwargs, **FC)), "fc")
     reference = peft.get_peft_model(model, peft.LoKrConfig(target_modules=["fc"], **kwargs))

@@ -167,7 +167,8 @@ def test_exported_and_compiled_graphs_take_other_shapes(name: str) -> None:
     dims = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     program = torch.export.export(gm, (sample(2, 4, D_IN),), dynamic_shapes=dims)
     close(program.module()(x), gm(x))
-    close(torch.compile(gm, fullgraph=True, backend="aot_eager", dynamic=True)(x), gm(x))
+    compiled: Any = torch.compile(gm, fullgraph=True, backend="aot_eager", dynamic=True)
+    close(compiled(x), gm(x))
 
 
 # Their traps.
@@ -227,7 +228,9 @@ def test_road_1_turns_pairs_by_their_angle_and_the_bias_with_them() -> None:
 
 def rotation(gm: Any) -> Tensor:
     """The `R` of `W R`."""
-    return torch.linalg.pinv(single().fc.weight.detach()) @ llfx.merge(gm).get_parameter("fc.weight").detach()
+    inverse: Tensor = torch.linalg.pinv(single().fc.weight.detach())
+    r: Tensor = inverse @ llfx.merge(gm).get_parameter("fc.weight").detach()
+    return r
 
 
 def test_oft_is_orthogonal_with_cayley_and_with_the_series_only_near_the_start() -> None:
@@ -308,7 +311,8 @@ def test_c3a_takes_blocks_of_odd_size(size: int) -> None:
 
 def test_c3a_starts_near_the_identity_unless_at_zero_where_no_gradient_is_lost() -> None:
     model, x = single(), sample(5, D_IN)
-    for init, low, high in (("xavier_uniform", 1e-3, 0.1), ("kaiming_uniform", 1e-3, 0.1), ("gaussian", 1e-2, 1.0)):
+    starts: Any = (("xavier_uniform", 1e-3, 0.1), ("kaiming_uniform", 1e-3, 0.1), ("gaussian", 1e-2, 1.0))
+    for init, low, high in starts:
         torch.manual_seed(0)
         gm = llfx.rewrite(model, llfx.C3A(block_size=4, init_weights=init, target_names=("fc",)))
         assert low < (gm(x) - model(x)).norm() / model(x).norm() < high

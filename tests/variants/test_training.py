@@ -15,9 +15,10 @@ import lora_lite_fx as llfx
 from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import calibration
+from tests.variants.test_low_rank import grad_of
 
 D_IN, INNER, D_OUT = 8, 12, 4
-SMALL = {"r": 4, "alpha": 4.0, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 20}
+SMALL: dict[str, Any] = {"r": 4, "alpha": 4.0, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 20}
 # What no flag or choice shows: forms that take other tensors.
 FORMS: dict[str, list[dict[str, Any]]] = {
     "BOFT": [{"block_size": 2, "butterfly_factors": 2}],
@@ -102,10 +103,11 @@ class Run:
         self.optimizer.zero_grad()
         self.loss().backward()
         self.optimizer.step()
-        return {name for name, parameter in self.trained.items() if not parameter.grad.any()}
+        return {name for name, parameter in self.trained.items() if not grad_of(parameter).any()}
 
     def loss(self) -> Tensor:
-        return (self.model(X) - Y).square().mean()
+        loss: Tensor = (self.model(X) - Y).square().mean()
+        return loss
 
     def state(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}

@@ -38,7 +38,7 @@ _START = r"(^|\.)"
 
 
 def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
-    """The variant that a PEFT config describes, with its targets as patterns of names.
+    """Return the variant that a PEFT config describes, with its targets as patterns of names.
 
     Args:
         config: a `PeftConfig`, or the content of an `adapter_config.json`.
@@ -49,34 +49,34 @@ def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
     try:
         return _read(dict(config if isinstance(config, Mapping) else config.to_dict()))
     except (AttributeError, RecursionError) as error:
-        raise ConfigError(f"It is no config of PEFT: {error}.") from error
+        raise ConfigError(f"It is not a config of PEFT: {error}.") from error
 
 
-def _read(given: dict[Any, Any]) -> Variant:
-    form = _format_for(given)
+def _read(config: dict[Any, Any]) -> Variant:
+    form = _format_for(config)
     name = form.variant.__name__
     fields: dict[str, Any] = dict(form.fixed)
     for ours, theirs in form.fields.items():
-        value = given.get(theirs.name, theirs.default)
+        value = config.get(theirs.name, theirs.default)
         try:
             fields[ours] = theirs.to_ours(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"{name}: PEFT's {theirs.name}={value!r} is no valid value.") from error
+            raise ConfigError(f"{name}: PEFT's {theirs.name}={value!r} is not a valid value.") from error
     known = {theirs.name for theirs in form.fields.values()} | form.unread | form.patterns
     known |= form.constants.keys() | form.written.keys()
-    for key in sorted(given.keys() - known - _UNREAD - _TARGETS, key=str):
-        if given[key] not in (None, False, 0, "none", [], {}, ()):
-            raise ConfigError(f"{name}: PEFT's {key}={given[key]!r} cannot be represented here.")
+    for key in sorted(config.keys() - known - _UNREAD - _TARGETS, key=str):
+        if config[key] not in (None, False, 0, "none", [], {}, ()):
+            raise ConfigError(f"{name}: PEFT's {key}={config[key]!r} cannot be represented here.")
     for key in form.patterns:
-        pairs = given.get(key) or {}
+        pairs = config.get(key) or {}
         if not isinstance(pairs, Mapping):
             raise ConfigError(f"{name}: PEFT's {key} must map patterns to values, got {pairs!r}.")
         fields[key] = tuple((rf"^(.*\.)?({pattern})$", value) for pattern, value in pairs.items())
-    fields["target_names"] = _targets(given, name)
+    fields["target_names"] = _targets(config, name)
     fields["target_kinds"] = form.kinds
-    fields["exclude_names"] = _patterns(given.get("exclude_modules") or (), "exclude_modules", name, _START)
+    fields["exclude_names"] = _patterns(config.get("exclude_modules") or (), "exclude_modules", name, _START)
     if form.variant is IA3:
-        feedforward = given.get("feedforward_modules") or ()
+        feedforward = config.get("feedforward_modules") or ()
         fields["feedforward_names"] = _patterns(feedforward, "feedforward_modules", name, "")
     try:
         return form.variant(**fields)
@@ -110,8 +110,10 @@ def _are(values: Any, kind: type) -> bool:
 
 
 def _patterns(value: Any, what: str, name: str, start: str) -> tuple[str, ...]:
-    """PEFT's way to name modules as regular expressions: a string is one for the whole name, a list holds endings,
-    and `start` is what may precede them."""
+    """Return regular expressions for the modules that PEFT names by `value`.
+
+    A string is one expression for the whole name. A list holds endings, and `start` is what may precede them.
+    """
     if isinstance(value, str):
         return (rf"^(?:{value})$",)
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
@@ -138,7 +140,7 @@ def _format_for(config: Mapping[str, Any]) -> PeftFormat:
 
 
 def format_of(variant: Variant) -> PeftFormat:
-    """How PEFT writes `variant`.
+    """Return how PEFT writes `variant`.
 
     Raises:
         ConfigError: PEFT does not have it.
@@ -151,7 +153,7 @@ def format_of(variant: Variant) -> PeftFormat:
 
 
 def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> dict[str, Any]:
-    """The config, in PEFT's words, of `variant` at `sites` of a model whose modules have the names `modules`.
+    """Return the config, in PEFT's words, of `variant` at `sites` of a model whose modules have the names `modules`.
 
     Raises:
         ConfigError: it cannot be represented.
@@ -159,7 +161,7 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
     form, name = format_of(variant), type(variant).__name__
     for site in sites:
         if not site.weight.startswith(f"{site.name}."):
-            raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is none of its own.")
+            raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is not a module of its own.")
         if site.kind.name not in form.kinds:
             raise ConfigError(
                 f"{name}: files of PEFT hold it for linears only here; {site.name!r} is {site.kind.article}."
@@ -178,12 +180,12 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
     names = [site.name for site in sites]
     config["target_modules"] = _covering(names, modules)
     for field, key in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-        values = {site: getattr(variant.for_site(site), field) for site in names}
-        own = {f"^{re.escape(site)}": value for site, value in values.items() if value != getattr(variant, field)}
-        if own and key not in form.patterns:
+        overrides = {site: variant.overrides(site) for site in names}
+        others = {f"^{re.escape(site)}": values[field] for site, values in overrides.items() if field in values}
+        if others and key not in form.patterns:
             raise ConfigError(f"{name}: PEFT has one {field} for all sites, and this adapter has several.")
         if key in form.patterns:
-            config[key] = own
+            config[key] = others
     if form.conv1d:
         layouts = {site.transposed for site in sites if site.kind.name == "linear"}
         config["fan_in_fan_out"] = layouts == {True}
@@ -194,7 +196,7 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
 
 
 def _covering(names: list[str], modules: Iterable[str]) -> list[str] | str:
-    """The shortest way for PEFT to name these modules and no others: their last names, or one regular expression."""
+    """Return PEFT's shortest name for these modules and no others: their last names, or one regular expression."""
     tails = sorted({name.rpartition(".")[2] for name in names})
     if {module for module in modules if module.rpartition(".")[2] in tails} == set(names):
         return tails

@@ -23,6 +23,7 @@ from ...sites.site import Site
 from ...variants import LoRA
 from ...variants.pissa import FromWeight
 from ..files import read_json, read_safetensors, write_atomically
+from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, only_adapter, sites_of
 from .config import config_for, format_of, from_peft_config
 from .variants import PeftFormat
@@ -35,7 +36,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
     """Write the adapter of `model` as a PEFT directory, which `PeftModel.from_pretrained` loads on the same base.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned, with one adapter.
+        model: a model from `rewrite`, `wrap`, `adapt` or `load`, with one adapter.
         path: of the directory; made if it is not there. Each of its two files is written whole or not at all.
         as_lora: write `PiSSA` and `OLoRA` as an ordinary LoRA of twice the rank, the start and the end side by side.
             It runs on the unchanged base, without the factorization that PEFT repeats at each load otherwise.
@@ -45,6 +46,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
         ConfigError: the adapter cannot be represented; the message says why.
         CheckpointError: the files cannot be written.
     """
+    folder = as_path(path, "save_peft(model, path)")
     variant, placed = only_adapter(model, "A PEFT directory")
     state: Mapping[str, Tensor] = adapter_state_dict(model)
     if as_lora:
@@ -58,7 +60,6 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
             if name in form.tensors:
                 value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
                 tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
-    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,7 +91,8 @@ def load_peft(
             adapter does something that cannot be represented here; the message says what.
         CaptureError: the model cannot be captured.
     """
-    folder = Path(path)
+    folder = as_path(path, "load_peft(model, path)")
+    check_directory(folder)
     config = read_json(folder / CONFIG)
     state, _ = read_safetensors(folder / TENSORS)
     try:
@@ -98,15 +100,17 @@ def load_peft(
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
-    found = _by_site(form, state, folder / TENSORS)
-    return insert_from_file(model, variant, found, form.rest, folder, example_inputs, dynamic_shapes, checkpoint_layers)
+    by_site = _by_site(form, state, folder / TENSORS)
+    return insert_from_file(
+        model, variant, by_site, form.rest, folder, example_inputs, dynamic_shapes, checkpoint_layers
+    )
 
 
 def to_peft_config(model: nn.Module) -> dict[str, Any]:
-    """The config of the model's one adapter as PEFT writes it, in JSON-ready form; `peft.get_peft_config` takes it.
+    """Return the config of the model's one adapter as PEFT writes it, JSON-ready; `peft.get_peft_config` takes it.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
+        model: a model from `rewrite`, `wrap`, `adapt` or `load`.
 
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
@@ -116,7 +120,7 @@ def to_peft_config(model: nn.Module) -> dict[str, Any]:
     return config_for(variant, [sites[placement.site] for placement in placed], _module_names(model))
 
 
-# What the model and the files hold.
+# Names in the model and in the files.
 
 
 def _module_names(model: nn.Module) -> list[str]:
@@ -129,20 +133,20 @@ def _key(form: PeftFormat, site: Site, name: str) -> str:
 
 
 def _by_site(form: PeftFormat, state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a file, by site and by our names; those that sites share are at each."""
-    found: dict[str, dict[str, Tensor]] = {}
+    """Return the tensors of a file, by site and by our names; those that sites share are at each."""
+    by_site: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name, site = _parsed(form, key, path)
         try:
-            (shared if site is None else found.setdefault(site, {}))[name] = form.tensors[name].to_ours(tensor)
+            (shared if site is None else by_site.setdefault(site, {}))[name] = form.tensors[name].to_ours(tensor)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(f"{path}: {key} cannot have the shape {tuple(tensor.shape)}.") from error
-    return {site: {**tensors, **shared} for site, tensors in found.items()}
+    return {site: {**tensors, **shared} for site, tensors in by_site.items()}
 
 
 def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
-    """Our name of the tensor called `key`, and its site; None for one that sites share."""
+    """Return our name of the tensor called `key`, and its site; None for a tensor that sites share."""
     for name, theirs in form.tensors.items():
         if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
             return name, None
@@ -158,7 +162,7 @@ def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
 def _as_lora(
     variant: Variant, placed: list[Placement], state: Mapping[str, Tensor]
 ) -> tuple[Variant, dict[str, Tensor]]:
-    """A `LoRA` of twice the rank, and its tensors: `s (B A - B0 A0) = s [B, -B0] [A; A0]`."""
+    """Return a `LoRA` of twice the rank, and its tensors: `s (B A - B0 A0) = s [B, -B0] [A; A0]`."""
     if not isinstance(variant, FromWeight):
         raise ConfigError(f"as_lora is for PiSSA and OLoRA, which are differences of two LoRAs, not {variant!r}.")
 

@@ -41,8 +41,8 @@ class PeftField:
     """One field of a config.
 
     Args:
-        name: what PEFT calls it.
-        default: what PEFT takes where a file leaves it out.
+        name: PEFT's name.
+        default: PEFT's value where a file leaves it out.
         to_ours, to_peft: converters of its value.
     """
 
@@ -57,9 +57,9 @@ class PeftTensor:
     """One tensor of a site.
 
     Args:
-        key: what follows the module's path in PEFT's files; of a tensor that sites share, the whole key.
+        key: the part after the module's path in PEFT's files; of a tensor that sites share, the whole key.
         to_ours, to_peft: converters of its layout.
-        embedding: what it is called at an embedding, if otherwise.
+        embedding: the key at an embedding, if it is another.
         conv: its layout at a convolution, from ours and the size of the kernel.
     """
 
@@ -70,7 +70,7 @@ class PeftTensor:
     conv: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None
 
     def key_at(self, kind: str) -> str:
-        """The key at a site of that kind."""
+        """Return the key at a site of that kind."""
         return self.embedding if kind == "embedding" and self.embedding else self.key
 
 
@@ -83,8 +83,8 @@ class PeftFormat:
         peft_type: PEFT's name of the method.
         fields: PEFT's fields, by ours.
         tensors: PEFT's tensors, by ours.
-        fixed: what our other fields must be; one variant here may be several formats there.
-        constants: PEFT's fields that say so; what a file leaves out counts as said.
+        fixed: the values that our other fields must have, because one variant here may be several formats there.
+        constants: PEFT's fields that tell these formats apart; a file that leaves one out counts as having this value.
         written: fields of PEFT that it needs in a file, and that are not read.
         unread: fields that say only how an adapter starts, or what its other fields make pointless.
         patterns: which of `rank_pattern` and `alpha_pattern` PEFT has for it.
@@ -107,7 +107,7 @@ class PeftFormat:
     rest: tuple[str, ...] = ()
 
     def tensor_to_peft(self, variant: Variant, site: Site, name: str, tensor: Tensor) -> Tensor:
-        """The tensor called `name` in PEFT's layout."""
+        """Return the tensor called `name` in PEFT's layout."""
         if isinstance(variant, IA3):
             return tensor[None, :] if variant.gates_input(site) else tensor[:, None]
         theirs = self.tensors[name]
@@ -122,12 +122,13 @@ _R_ALPHA = {**_R, "alpha": PeftField("alpha", 8)}
 
 
 def _patches(a: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """`A (r, d_in)` as the weight of a convolution."""
-    return a.unflatten(1, (-1, *kernel))
+    """Return `A (r, d_in)` as the weight of a convolution."""
+    weight: Tensor = a.unflatten(1, (-1, *kernel))
+    return weight
 
 
 def _points(b: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """`B (d_out, r)` as the weight of a convolution whose kernel is a point."""
+    """Return `B (d_out, r)` as the weight of a convolution whose kernel is a point."""
     return b[(..., *[None] * len(kernel))]
 
 
@@ -145,7 +146,7 @@ _MAGNITUDE = PeftTensor(
 
 
 def _lora(variant: type[Variant], start: object) -> PeftFormat:
-    """One of the variants that PEFT treats as a LoRA."""
+    """Return the format of one of the variants that PEFT treats as a LoRA."""
     magnitude = {"lora_m": _MAGNITUDE} if variant is DoRA else {}
     bias = {"lora_bias": PeftTensor("lora_B.bias")} if variant is LoRA else {}
     return PeftFormat(

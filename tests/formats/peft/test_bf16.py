@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.rewriting.base_graph import base_graph
-from tests.support.peft_oracles import CASES, ORACLES, Oracle, Pair, captured, targets_of
+from tests.support.peft_models import CASES, captured
+from tests.support.peft_oracles import ORACLES, Oracle, Pair, targets_of
 
 PAIRS = [(case, name) for case in ("mlp", "llama") for name, oracle in ORACLES.items() if case in oracle.cases]
 # Errors of a few hundredths of what rounding a result to bfloat16 costs (2^-9) are no difference.
@@ -64,7 +65,8 @@ def error(model: nn.Module, exact: nn.Module, name: str) -> float:
         torch.cat([output(of, name, length, dtype).flatten() for length in (3, 5, 8, 12)])
         for of, dtype in ((model, torch.bfloat16), (exact, torch.float64))
     )
-    return ((ours - true).norm() / true.norm()).item()
+    error: float = ((ours - true).norm() / true.norm()).item()
+    return error
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)

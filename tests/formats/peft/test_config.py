@@ -17,7 +17,7 @@ from torch import Tensor
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import adapters
 from tests.support.conformance import randomise
-from tests.support.peft_oracles import CASES, captured
+from tests.support.peft_models import CASES, captured
 from tests.support.untouched import untouched
 
 CASE = CASES["llama"]
@@ -26,11 +26,13 @@ NAMES = ["q_proj", "down_proj"]
 
 def output(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(**CASE.inputs((3, 6))).logits
+        logits: Tensor = model(**CASE.inputs((3, 6))).logits
+        return logits
 
 
 def ranks(model: Any) -> dict[str, tuple[int, float]]:
-    return {p.site: (p.local.r, p.local.alpha) for _, placed in adapters(model) for p in placed}
+    local: dict[str, Any] = {p.site: p.local for _, placed in adapters(model) for p in placed}
+    return {site: (config.r, config.alpha) for site, config in local.items()}
 
 
 TARGETS: dict[str, dict[str, Any]] = {
@@ -51,7 +53,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 def test_a_config_means_the_modules_and_ranks_that_it_means_in_peft(what: str, tmp_path: Path) -> None:
     model, graph = captured("llama")
     config = peft.LoraConfig(r=4, lora_alpha=6, **TARGETS[what])
-    theirs = peft.get_peft_model(copy.deepcopy(model), config).double().eval()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).double().eval()
     ours = llfx.rewrite(graph, llfx.from_peft_config(config))
     scales = {
         name: (module.r["default"], module.scaling["default"] * module.r["default"])
@@ -63,7 +65,7 @@ def test_a_config_means_the_modules_and_ranks_that_it_means_in_peft(what: str, t
         for name, parameter in theirs.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(str(tmp_path))
     loaded = llfx.load_peft(graph, tmp_path)
     assert ranks(loaded) == scales
     assert torch.allclose(output(loaded), output(theirs), atol=1e-4)
@@ -75,7 +77,7 @@ def test_what_we_write_means_the_same_modules_and_ranks_in_peft(what: str, tmp_p
     ours = llfx.rewrite(graph, llfx.from_peft_config(peft.LoraConfig(r=4, lora_alpha=6, **TARGETS[what])))
     randomise(ours, 3)
     llfx.save_peft(ours, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).double().eval()
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).double().eval()
     assert set(theirs.base_model.targeted_module_names) == ranks(ours).keys()
     assert torch.allclose(output(theirs), output(ours), atol=1e-4)
 
@@ -94,7 +96,7 @@ def test_ia3_gates_the_side_that_feedforward_modules_says(feedforward: Any, tmp_
         for name, parameter in theirs.named_parameters():
             if "ia3_l" in name:
                 parameter.normal_()
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     loaded = llfx.load_peft(graph, tmp_path / "theirs")
     assert torch.allclose(output(loaded), output(theirs), atol=1e-6)
     llfx.save_peft(loaded, tmp_path / "ours")
@@ -107,9 +109,9 @@ def test_what_is_written_is_a_config_that_peft_accepts_and_that_comes_back() -> 
     cfg = llfx.LoRA(r=4, alpha=3.0, dropout=0.1, rank_stabilized=True, target_roles=("query", "down"))
     written = llfx.to_peft_config(llfx.rewrite(graph, cfg))
     assert written["target_modules"] == ["down_proj", "q_proj"]
-    config = peft.get_peft_config(dict(written))
+    config: Any = peft.get_peft_config(dict(written))
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 3.0, 0.1, True)
-    back = llfx.from_peft_config(config)
+    back: Any = llfx.from_peft_config(config)
     assert (back.r, back.alpha, back.dropout, back.rank_stabilized) == (4, 3.0, 0.1, True)
     json.dumps(written)
 
@@ -135,7 +137,7 @@ def test_pissa_and_olora_as_a_lora_of_twice_the_rank_run_on_the_unchanged_base(
         for parameter in llfx.adapter_parameters(gm):
             parameter.add_(0.1 * torch.randn_like(parameter))
     llfx.save_peft(gm, tmp_path, as_lora=True)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).double().eval()
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).double().eval()
     assert theirs.peft_config["default"].init_lora_weights is True
     assert torch.allclose(output(theirs), output(gm), atol=1e-4)
     assert not torch.allclose(output(gm), output(graph), atol=1e-2)
@@ -159,7 +161,7 @@ def test_projections_that_a_file_leaves_out_are_drawn_from_its_seed(tmp_path: Pa
         for name, parameter in theirs.named_parameters():
             if "vera_lambda" in name:
                 parameter.normal_()
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(str(tmp_path))
     assert not any("vera_A" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     assert torch.allclose(output(llfx.load_peft(graph, tmp_path)), output(theirs.double()), atol=1e-5)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import adapters
-from tests.support.peft_oracles import CASES, ORACLES, TOLERANCE, Case, Pair, make_pair, use_ordinary_linears
+from tests.support.peft_models import CASES, Case
+from tests.support.peft_oracles import ORACLES, TOLERANCE, Pair, make_pair, use_ordinary_linears
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
 
@@ -45,7 +46,7 @@ def base_for_peft(pair: Pair) -> nn.Module:
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_what_peft_saved_computes_the_same_here(case: str, name: str, tmp_path: Path) -> None:
     pair = pair_of(case, name)
-    pair.theirs.save_pretrained(tmp_path)
+    pair.theirs.save_pretrained(str(tmp_path))
     graph = llfx.remove(pair.ours)
     loaded = llfx.load_peft(graph, tmp_path).eval()
     close(output(loaded, pair.case), output(pair.theirs, pair.case))

@@ -88,7 +88,7 @@ class Allocations(TorchDispatchMode):
     """Refuses to make a tensor larger than a limit, before it is made, and remembers that it was asked to."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit, self.refused = limit, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

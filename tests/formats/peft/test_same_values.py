@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import peft
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
-from tests.support.peft_oracles import ALPHA, CASES, ORACLES, RANK, TOLERANCE, Case, Pair, make_pair
+from tests.support.peft_models import CASES, Case
+from tests.support.peft_oracles import ALPHA, ORACLES, RANK, TOLERANCE, Pair, make_pair
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
 
@@ -71,6 +73,8 @@ def test_outputs_and_gradients_agree_for_random_values(pair: Pair) -> None:
         close(run(pair.ours, pair.case, shape), run(pair.theirs, pair.case, shape), f"output of {shape}")
         for site, name, ours, theirs in pair.twins():
             if ours.requires_grad:
+                assert ours.grad is not None
+                assert theirs.grad is not None
                 assert theirs.grad.abs().max() > 0, f"{site}.{name}: a zero gradient compares nothing"
                 close(ours.grad, pair.oracle.as_ours(theirs.grad), f"gradient of {site}.{name}, {shape}")
 
@@ -94,9 +98,10 @@ def test_pissa_start_and_residual_sum_to_the_frozen_weight_as_in_peft(name: str)
     pair = make_pair(name, ORACLES["PiSSA"])
     s = ALPHA / RANK
     for site in pair.theirs.targeted_module_names:
-        ours, theirs = pair.ours.get_submodule(site), pair.theirs.get_submodule(f"base_model.model.{site}")
+        ours: Any = pair.ours.get_submodule(site)
+        theirs: Any = pair.theirs.get_submodule(f"base_model.model.{site}")
         transposed = isinstance(pair.model.get_submodule(site), Conv1D)
-        weight = pair.model.get_parameter(f"{site}.weight")
+        weight: Tensor = pair.model.get_parameter(f"{site}.weight")
         residual = theirs.base_layer.weight
         weight, residual = (weight.t(), residual.t()) if transposed else (weight, residual)
         start = s * ours.lora_B0 @ ours.lora_A0
@@ -109,7 +114,7 @@ def test_pissa_start_and_residual_sum_to_the_frozen_weight_as_in_peft(name: str)
 def test_random_start_values_are_drawn_as_in_peft(name: str) -> None:
     oracle = ORACLES[name]
     model = nn.Sequential(nn.Linear(300, 200))
-    config = oracle.config(target_modules="0")
+    config: Any = oracle.config(target_modules="0")
     config.r = rank = 16
     torch.manual_seed(0)
     gm = llfx.rewrite(model, oracle.cls(**{**oracle.fields, "r": rank}, target_names=("0",)))

@@ -1,0 +1,101 @@
+"""The hyper-parameters that several variants have: a rank, a scale, dropout. A variant derives from those it has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..sites.site import Site
+from .frozen_linear import FrozenLinear
+from .variant import Variant, is_finite, pairs
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithRank(Variant):
+    """Base class of the variants with a rank.
+
+    Args:
+        r: rank.
+        rank_pattern: other ranks by name: a mapping (or pairs) of regular expressions, searched in the qualified name,
+            to ranks. The first that matches a site counts.
+    """
+
+    r: int = 8
+    rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
+
+    bounded_rank: ClassVar[bool] = True
+    """Whether `r` may not exceed the smaller side of the weight."""
+
+    def __post_init__(self) -> None:
+        self._require(_is_rank(self.r), f"r must be a positive integer, got {self.r!r}")
+        super().__post_init__()
+        self._make_pairs("rank_pattern", _is_rank, "positive integers")
+
+    def overrides(self, name: str) -> dict[str, Any]:
+        r = first_match(self.rank_pattern, name, self.r)
+        return super().overrides(name) | ({} if r == self.r else {"r": r, "rank_pattern": ()})
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        limit = min(site.d_in, site.d_out)
+        self._require(
+            not self.bounded_rank or self.r <= limit,
+            f"r={self.r} is larger than site {site.name!r} allows ({site.d_out} x {site.d_in}); use r <= {limit}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithScale(Variant):
+    """Base class of the variants whose update is scaled by a constant.
+
+    Args:
+        alpha: scale numerator; the update is multiplied by `alpha / r`, or as the variant's formula says.
+        alpha_pattern: other alphas by name: a mapping (or pairs) of regular expressions, searched in the qualified
+            name, to alphas. The first that matches a site counts.
+    """
+
+    alpha: float = 16.0
+    alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._make_pairs("alpha_pattern", is_finite, "finite numbers")
+
+    def overrides(self, name: str) -> dict[str, Any]:
+        alpha = first_match(self.alpha_pattern, name, self.alpha)
+        return super().overrides(name) | ({} if alpha == self.alpha else {"alpha": alpha, "alpha_pattern": ()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithDropout(Variant):
+    """Base class of the variants that drop elements of their input.
+
+    Args:
+        dropout: probability of dropping an element of the adapter's input, in training.
+    """
+
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(0 <= self.dropout < 1, f"dropout is a probability below 1, got {self.dropout!r}")
+
+    def drop(self, x: Tensor, base: FrozenLinear) -> Tensor:
+        """Return `x` with elements dropped if the model is in training."""
+        return F.dropout(x, self.dropout, base.training) if self.dropout else x
+
+
+def first_match(patterns: Mapping[str, T] | Sequence[tuple[str, T]], name: str, default: T) -> T:
+    """Return the value of the first pattern that occurs in `name`, or `default` if none does."""
+    return next((value for pattern, value in pairs(patterns) if re.search(pattern, name)), default)
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1

@@ -1,0 +1,33 @@
+"""Copies of graphs that share the signature of the original."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx, nn
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of `graph`: nodes of its own, and the same signature (how inputs and outputs are nested).
+
+    `copy.deepcopy` copies the signature leaf by leaf, and torch warns of each, because it deprecates the class of the
+    leaves. A signature never changes, so the copy can share it.
+    """
+    copied = fx.Graph(tracer_cls=graph._tracer_cls)
+    result: Any = copied.graph_copy(graph, {}, return_output_node=True)
+    if result is not None:
+        value, output = result
+        copied.output(value, output.type).meta = copy.copy(output.meta)
+    copied.set_codegen(copy.copy(graph._codegen))
+    return copied
+
+
+def share_signatures(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Prepare `memo` such that `copy.deepcopy(model, memo)` shares the signatures of all graphs in `model`."""
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule) and id(module.graph) not in memo:
+            memo[id(module.graph)] = copy_graph(module.graph)
+            for name in ("_in_spec", "_out_spec"):  # the parts of the signature, which torch keeps here too
+                if (spec := vars(module).get(name)) is not None:
+                    memo[id(spec)] = spec

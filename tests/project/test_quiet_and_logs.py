@@ -1,0 +1,321 @@
+"""What a user sees besides results: no warning that the user did not cause, log lines, progress bars, short texts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import logging
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import lora_lite_fx as llfx
+from lora_lite_fx import log
+from lora_lite_fx.adapters.state import describe_adapters
+from lora_lite_fx.execution.module import AdaptedGraphModule, Execution
+from tests.support.models import GatedMLP, Net, tiny_llama
+from tests.support.models import ids as net_ids
+
+CFG = llfx.LoRA(r=2)
+IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+TEXT = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
+CLASSES = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([0, 1])}
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(tiny_llama(pad_token_id=0, eos_token_id=1)).eval()
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return hf.BertForSequenceClassification(hf.BertConfig(vocab_size=99, **sizes)).eval()
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return Net([GatedMLP], bias=True, tied=False).eval()
+
+
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
+    "llama": (llama, TEXT),
+    "bert": (bert, CLASSES),
+    "plain": (plain, {"ids": net_ids(2, 5)}),
+}
+
+
+@functools.cache
+def rewritten(name: str) -> Any:
+    build, inputs = MODELS[name]
+    return llfx.rewrite(build(), CFG, inputs)
+
+
+@functools.cache
+def chat() -> Any:
+    return llfx.adapt(llama(), CFG)
+
+
+def train(model: Any, inputs: dict[str, Tensor]) -> None:
+    result = model.train()(**inputs)
+    (result if isinstance(result, Tensor) else result.loss).sum().backward()
+    model.eval()
+
+
+# Warnings.
+
+
+@pytest.fixture
+def quiet() -> Any:
+    """Make every warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", MODELS)
+def test_front_doors_warn_of_nothing(name: str, tmp_path: Path) -> None:
+    build, inputs = MODELS[name]
+    model, file = build(), tmp_path / "adapter.safetensors"
+    gm = llfx.rewrite(model, CFG, inputs)
+    train(gm, inputs)
+    with torch.no_grad():
+        gm(**inputs)
+    train(copy.deepcopy(gm), inputs)
+    llfx.save(gm, file)
+    llfx.load(model, file, inputs)
+    llfx.save_peft(gm, tmp_path / "peft")
+    llfx.load_peft(model, tmp_path / "peft", inputs)
+    llfx.merge(gm)(**inputs)
+    llfx.remove(gm)(**inputs)
+    llfx.optimize(gm)(**inputs)
+    llfx.rewrite(gm, llfx.IA3())
+    str(llfx.inspect(gm))
+    str(llfx.inspect(model, inputs))
+    train(llfx.wrap(model, CFG, inputs), inputs)
+    llfx.rewrite(model, llfx.EVA(r=2), inputs, calibration=[inputs])
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_adapted_models_warn_of_nothing(name: str, tmp_path: Path) -> None:
+    build, inputs = MODELS[name]
+    model = llfx.adapt(build(), CFG)
+    train(model, inputs)
+    model.save_pretrained(tmp_path / "folder")
+    llfx.adapt(build(), tmp_path / "folder")
+    llfx.merge(model)
+    llfx.remove(model)
+    llfx.inspect(model)
+    copy.deepcopy(model)
+    model.gradient_checkpointing_enable()
+    train(model, inputs)
+    model.gradient_checkpointing_disable()
+    if name == "llama":
+        model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False)
+    rows = [{key: value[i] for key, value in inputs.items()} for i in range(2)]
+    options = {"max_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+    hf.Trainer(model, hf.TrainingArguments(str(tmp_path), **options), train_dataset=rows).train()
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", MODELS)
+def test_torch_compile_warns_of_nothing(name: str) -> None:
+    build, inputs = MODELS[name]
+    torch._dynamo.reset()
+    train(torch.compile(rewritten(name), backend="aot_eager"), inputs)
+    torch.compile(build(), backend=llfx.backend(CFG, inner="aot_eager"))(**inputs)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_an_adapted_model_compiles_as_one_graph(mode: bool) -> None:
+    graphs: list[Any] = []
+
+    def count(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = chat().train(mode)
+    result = torch.compile(model, backend=count)(**TEXT)
+    assert torch.equal(result.logits, model(**TEXT).logits)
+    assert len(graphs) == 1
+    assert not counters["graph_break"]
+
+
+def test_an_import_warns_of_nothing_and_loads_no_transformers() -> None:
+    code = "import sys, lora_lite_fx; sys.exit('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# Log lines.
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines of the library at INFO, without their seconds."""
+    lines = [record.getMessage() for record in caplog.records if record.name == "lora_lite_fx"]
+    assert all(re.search(r" in \d+\.\d s", line) for line in lines), lines
+    return [re.sub(r" in \d+\.\d s", "", line) for line in lines]
+
+
+def test_each_phase_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lora_lite_fx"):
+        gm = llfx.rewrite(plain(), [llfx.EVA(r=2), llfx.IA3(target_roles="up")], calibration=[(net_ids(2, 5),)])
+        gm(net_ids(2, 5))
+        gm(net_ids(2, 5))
+        with torch.no_grad():
+            gm(net_ids(2, 5))
+    lines = messages(caplog)
+    phases = [line.partition(":")[0] for line in lines]
+    assert phases == [
+        "captured Net",
+        "found the sites",
+        "derived the inference program",  # of the graph with observers
+        "ran the calibration data",
+        "inserted the adapters",
+        "computed the adapters' start values",
+        "derived the training program",
+        "derived the inference program",
+    ]
+    assert lines[1] == "found the sites: 5 in the model"
+    assert lines[4].startswith("inserted the adapters: EVA(r=2, alpha=16) at 3 sites, ")
+    assert " at 1 site, 12 parameters" in lines[4]
+    assert re.fullmatch(r"captured Net: \d+ nodes", lines[0])
+
+
+def test_a_file_is_loaded_in_the_same_phases(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    llfx.save(rewritten("plain"), tmp_path / "adapter.safetensors")
+    with caplog.at_level(logging.INFO, "lora_lite_fx"):
+        llfx.load(plain(), tmp_path / "adapter.safetensors")
+    phases = [line.partition(":")[0] for line in messages(caplog)]
+    assert phases == ["captured Net", "found the sites", "inserted the adapters"]
+
+
+def test_an_adapted_model_is_made_in_the_same_phases(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lora_lite_fx"):
+        llfx.adapt(llama(), CFG)
+    lines = messages(caplog)
+    assert [line.partition(":")[0] for line in lines] == [
+        "captured LlamaForCausalLM",
+        "found the sites",
+        "inserted the adapters",
+        "computed the adapters' start values",
+    ]
+    assert lines[2].startswith("inserted the adapters: LoRA(r=2, alpha=16) at 7 sites, ")
+
+
+def test_a_phase_that_fails_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lora_lite_fx"), pytest.raises(llfx.CaptureError):
+        llfx.rewrite(plain(), CFG, (torch.ones(2, 5),))
+    assert messages(caplog) == []
+
+
+def test_nothing_is_printed_without_asking(capfd: pytest.CaptureFixture[str]) -> None:
+    llfx.rewrite(plain(), CFG, calibration=None)(net_ids(2, 5))
+    assert capfd.readouterr() == ("", "")
+
+
+# Progress bars.
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar: Any = log.progress([1, 2, 3], "calibration")
+    assert (bar.delay, bar.disable, bar.desc, bar.total) == (2, False, "calibration", 3)
+    assert list(bar) == [1, 2, 3]
+    assert "calibration" not in sys.stderr.getvalue()  # type: ignore[attr-defined]  # two seconds have not passed
+
+
+def test_a_bar_shows_what_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(log, "SECONDS_BEFORE_A_BAR", 0)
+    llfx.rewrite(plain(), llfx.EVA(r=2), (net_ids(2, 5),), calibration=[(net_ids(2, 5),)])
+    shown = terminal.getvalue()
+    assert all(name in shown for name in ("capturing Net", "calibration", "start values"))
+
+
+def test_without_a_terminal_or_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [1, 2, 3]
+    for stderr in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert log.progress(items, "calibration") is items
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert log.progress(items, "calibration") is items
+
+
+# What a model says of itself.
+
+
+def test_trainable_parameters_are_printed_as_peft_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    get_peft_model(llama(), LoraConfig(r=2, target_modules=targets)).print_trainable_parameters()
+    expected = capsys.readouterr().out
+    for model in (rewritten("llama"), chat()):
+        model.print_trainable_parameters()
+        assert capsys.readouterr().out == expected
+    assert re.fullmatch(r"trainable params: [\d,]+ \|\| all params: [\d,]+ \|\| trainable%: \d+\.\d{4}\n", expected)
+
+
+def test_shared_parameters_count_once_and_frozen_ones_do_not_train(capsys: pytest.CaptureFixture[str]) -> None:
+    tied = Net([GatedMLP], bias=True, tied=True)
+    gm: Any = llfx.rewrite(tied, CFG)
+    size, added = sum(p.numel() for p in tied.parameters()), sum(p.numel() for p in llfx.adapter_parameters(gm))
+    gm.print_trainable_parameters()
+    assert f"trainable params: {added:,} || all params: {size + added:,} ||" in capsys.readouterr().out
+    for parameter in llfx.adapter_parameters(gm):
+        parameter.requires_grad_(False)
+    gm.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith("trainable params: 0 ||")
+
+
+@pytest.mark.parametrize("build", [lambda: rewritten("llama"), chat], ids=["rewritten", "adapted"])
+def test_repr_shows_the_adapters(build: Callable[[], Any]) -> None:
+    model = build()
+    size = sum(p.numel() for p in llfx.adapter_parameters(model))
+    first, second, *_ = repr(model).splitlines()
+    assert first in ("GraphModule(", "LlamaForCausalLM(")
+    assert second == f"  LoRA(r=2, alpha=16) at 7 sites, {size:,} parameters"
+
+
+def test_repr_shows_several_adapters_and_none() -> None:
+    gm = llfx.rewrite(rewritten("plain"), llfx.IA3(target_roles="up"))
+    lines = [line.strip() for line in repr(gm).splitlines()[1:3]]
+    assert [line.partition("(")[0] for line in lines] == ["LoRA", "IA3"]
+    assert lines[1].endswith(" at 1 site, 12 parameters")
+    assert "adapter" not in repr(llfx.remove(gm))
+    assert describe_adapters(llfx.remove(gm)) == []
+
+
+def test_repr_of_a_module_that_is_being_made_raises_nothing() -> None:
+    gm = object.__new__(AdaptedGraphModule)
+    nn.Module.__init__(gm)
+    assert repr(gm).startswith("AdaptedGraphModule(")
+    model = copy.deepcopy(chat())
+    del model._graphs
+    assert repr(model).startswith("LlamaForCausalLM(")
+    assert AdaptedGraphModule(nn.Module(), torch.fx.Graph(), Execution()).extra_repr() == ""

@@ -82,9 +82,9 @@ def assert_close(ours: Sequence[Tensor | None], expected: Sequence[Tensor | None
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", LOW_RANK)
-def test_outputs_gradients_and_their_gradients(name: str, bias: bool) -> None:
+def test_outputs_gradients_and_second_gradients_are_those_of_plain_products(name: str, bias: bool) -> None:
     gm = adapted_llama(name, bias=bias)
-    with sdpa_kernel(SDPBackend.MATH):  # the other one has no second gradients; norms are in single precision
+    with sdpa_kernel(SDPBackend.MATH):  # because the fused one has no second gradients; norms are in single precision
         assert_close(results(gm, second=True), results(llfx.optimize(gm, PLAIN), second=True), 1e-5)
 
 
@@ -101,7 +101,7 @@ def test_inputs_may_have_any_shape(shape: tuple[int, ...]) -> None:
 
 def test_a_magnitude_of_zero_has_its_gradient() -> None:
     gm = adapted_llama("DoRA")
-    magnitudes = [parameter for name, parameter in gm.named_parameters() if name.endswith("lora_m")]
+    magnitudes: list[Any] = [parameter for name, parameter in gm.named_parameters() if name.endswith("lora_m")]
     with torch.no_grad():
         for parameter in magnitudes:
             parameter[::3] = 0

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite_fx as llfx
 from lora_lite_fx.execution.module import AdaptedGraphModule, Execution, run_as
+from lora_lite_fx.graph.copies import copy_graph
 from lora_lite_fx.graph.provenance import is_inserted
 from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
 from lora_lite_fx.rewriting.base_graph import base_graph
@@ -58,7 +59,7 @@ QUICKLY = settings(
 
 def derived(gm: fx.GraphModule, passes: Pipeline = SINGLY) -> fx.GraphModule:
     """A copy of `gm` whose graph the passes have changed, so that products can be counted."""
-    result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    result = fx.GraphModule(gm, copy_graph(gm.graph))
     passes.run(result)
     return result
 

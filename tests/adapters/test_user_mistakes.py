@@ -585,7 +585,7 @@ FIELDS: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: llfx.LoRA(lora_dropout=0.1), ("lora_dropout", "dropout", "LoRA(dropout=0.1")),  # type: ignore[call-arg]
     (lambda: llfx.LoRA(modules_to_save=["lm_head"]), ("modules_to_save",)),  # type: ignore[call-arg]
 ]
-FIELDS_ARE_CHECKED = False  # until the constructors of configs raise ConfigError for PEFT's words
+FIELDS_ARE_CHECKED = True  # until the constructors of configs raise ConfigError for PEFT's words
 
 
 @pytest.mark.skipif(not FIELDS_ARE_CHECKED, reason="the constructors of configs raise a bare TypeError")

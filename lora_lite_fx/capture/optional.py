@@ -30,6 +30,7 @@ _FILLS = (1, 0)
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _WITHOUT_NAMES = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -57,7 +58,7 @@ def call_signature(
     inputs = dict(zip(parameters, args, strict=False)) | dict(kwargs)
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind is not _VAR_KEYWORD}
     for name in inputs.keys() - parameters.keys():  # which the model takes in its **kwargs
-        parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+        parameters[name] = inspect.Parameter(name, _KEYWORD_ONLY)
     constants = {name: value for name, value in inputs.items() if isinstance(value, _PLAIN)} if has_constants else {}
     tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
     optional = [name for name in tensors if parameters[name].default is None][:_MOST_OPTIONAL]
@@ -66,8 +67,16 @@ def call_signature(
     has_data = not any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers()))
     if optional and has_data:
         omissions, refusals = _Comparison(model, inputs, graph).of(optional)
+    positional = tuple(name for name, parameter in parameters.items() if parameter.kind is not _KEYWORD_ONLY)
     return CallSignature(
-        type(model).__name__, parameters, tuple(inputs), constants, dict(accepted), omissions, refusals
+        type(model).__name__,
+        parameters,
+        positional,
+        tuple(inputs),
+        constants,
+        dict(accepted),
+        omissions,
+        refusals,
     )
 
 

@@ -142,6 +142,7 @@ class CallSignature:
     Args:
         model: the class of the model, for messages.
         parameters: of the model's `forward`, in order, without `self` and `**kwargs`.
+        positional: names of those that may be passed by position.
         captured: names of the arguments that the graph has, in the order in which it takes them.
         constants: of these, the ones that are not tensors; their values are part of the graph.
         accepted: values of arguments that the graph does not have which say what it does anyway.
@@ -151,6 +152,7 @@ class CallSignature:
 
     model: str
     parameters: Mapping[str, inspect.Parameter]
+    positional: tuple[str, ...]
     captured: tuple[str, ...]
     constants: Mapping[str, Any] = field(default_factory=dict)
     accepted: Mapping[str, Any] = field(default_factory=dict)
@@ -175,7 +177,7 @@ class CallSignature:
         Raises:
             CallError: the graph cannot serve the call.
         """
-        passed = dict(zip(self.parameters, args, strict=False))
+        passed = dict(zip(self.positional, args, strict=False))
         if len(args) > len(passed) or any(name in passed for name in kwargs):
             raise self._unfit(args, kwargs)
         passed.update(kwargs)
@@ -228,10 +230,9 @@ class CallSignature:
         return default
 
     def _says_nothing_new(self, name: str, value: Any) -> bool:
-        if isinstance(value, Tensor) or name not in self.parameters:
-            return False
-        default = self.parameters[name].default
-        return value is default or (name in self.accepted and bool(value == self.accepted[name]))
+        if name in self.parameters and value is self.parameters[name].default:
+            return True
+        return name in self.accepted and not isinstance(value, Tensor) and bool(value == self.accepted[name])
 
     def _check_constant(self, name: str, value: Any) -> None:
         constant = self.constants[name]

@@ -163,3 +163,29 @@ def test_what_wrap_leaves_out_is_no_module_that_is_called(name: str) -> None:
         with pytest.raises(llfx.ConfigError, match="cannot be wrapped eagerly"):
             rewrite_and_wrap(model, gm, cfg)
         assert llfx.adapter_state_dict(llfx.rewrite(gm, cfg))
+
+
+# Calls.
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_graph_is_called_like_its_model(name: str) -> None:
+    """With nothing but its main input, if the model can do with it; else the graph says what it needs."""
+    model, graph = captured(name)
+    main = {model.main_input_name: inputs(name)[model.main_input_name]}
+    training = graph.training
+    with torch.no_grad():
+        try:
+            expected = model(**main)
+        except ValueError:
+            with pytest.raises(llfx.CallError, match="cannot be left out, because the model then raises ValueError"):
+                graph(**main)
+            return
+        result = graph.eval()(**main)
+    graph.train(training)
+    assert type(result) is type(expected)
+    assert result.keys() <= expected.keys()  # caches and the like are switched off
+    assert "loss" not in result
+    for key, value in result.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)

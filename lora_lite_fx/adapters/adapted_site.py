@@ -1,18 +1,19 @@
-"""The frozen part of a site, and adapters around it: where a variant's function meets the kind of site."""
+"""Compute an adapted site: call the `forward` of its variants on what its kind of site offers as input and weight.
+
+The eager wrapper runs this code, and `passes/adapt/fragment.py` traces it, so that both compute the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..graph.provenance import SHARED
-from ..sites.kinds.experts import PerExpert
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
 from .variant import Variant, adapter_namespace
@@ -27,72 +28,76 @@ class FrozenSite:
         weight: as the model stores it.
         bias: as the model stores it, or None.
         training: whether the model is in training mode, for dropout.
-        read: if given, gets the names of what variants look at of the `FrozenLinear` they adapt.
+        looked_at: if given, gets the names of the attributes of `FrozenLinear` that variants look at.
     """
 
     site: Site
     weight: Tensor
     bias: Tensor | None
     training: bool = False
-    read: set[str] | None = None
+    looked_at: set[str] | None = None
 
     def adapted(
         self, call: Callable[[Tensor], Tensor], around: Iterable[tuple[Variant, Any]], x: Tensor, *routing: Tensor
     ) -> Tensor:
-        """The output of the site with its adapters, in the model's layout, as its input `x` is.
+        """Return the output of the site with its adapters, in the model's layout.
 
         Args:
-            call: computes the frozen output, in the model's layout.
+            call: computes the frozen output from an input, both in the model's layout.
             around: the variants with their tensors, the innermost first.
-            x: what the model passes.
-            routing: what else the product takes.
+            x: the input that the model passes, in its layout.
+            routing: the other inputs of the product, see `Call.routing`.
+
+        Raises:
+            ConfigError: a variant does with its input what this kind of site cannot.
         """
         around = list(around)
-        kind, experts = self.site.kind, self.site.experts
+        kind = self.site.kind
         who = f"{' and '.join(type(variant).__name__ for variant, _ in around)} cannot adapt {self.site.name!r}"
-        entered = kind.enter(x, self.weight.dtype, who, *routing)
-        matrix: Any = kind.matrix(self.weight)
-        bias = self.site.own_bias(self.bias)
 
-        def base(v: Any) -> Any:
-            return kind.result(call(v if isinstance(v, Tensor) else v.value), v)
+        def base(entered: Any) -> Any:
+            value = entered if isinstance(entered, Tensor) else entered.value
+            return kind.result(call(value), entered)
 
-        def per_expert(p: Any) -> Any:
-            named: dict[str, Any] = vars(p)
-            return SimpleNamespace(
-                **{name: t if name.startswith(SHARED) else PerExpert(t, who) for name, t in named.items()}
+        def operands(p: Any) -> Any:
+            tensors: dict[str, Tensor] = vars(p)
+            return adapter_namespace(
+                {name: t if name.startswith(SHARED) else kind.operand(t, who) for name, t in tensors.items()}
             )
 
-        if experts:
-            matrix, around = PerExpert(matrix, who), [(variant, per_expert(p)) for variant, p in around]
-        linear = FrozenLinear(base, matrix, bias, self.site, self.training)
-        if self.read is not None:
-            linear = _Watched(**vars(linear), read=self.read)
-        return kind.leave(compose(linear, around)(entered))
+        weight = kind.operand(kind.matrix(self.weight), who)
+        linear = FrozenLinear(base, weight, self.site.own_bias(self.bias), self.site, self.training)
+        if self.looked_at is not None:
+            linear = _Watched(**vars(linear), looked_at=self.looked_at)
+        adapted = compose(linear, [(variant, operands(p)) for variant, p in around])
+        return kind.leave(adapted(kind.enter(x, self.weight.dtype, who, *routing)))
 
 
 @dataclass(frozen=True)
 class _Watched(FrozenLinear):
-    """Notes in `read` what is looked at."""
+    """A frozen linear that notes in `looked_at` which of its attributes are read."""
 
-    read: set[str] = field(default_factory=set)
+    looked_at: set[str] = field(default_factory=set)
 
     def __getattribute__(self, name: str) -> Any:
-        object.__getattribute__(self, "read").add(name)
+        object.__getattribute__(self, "looked_at").add(name)
         return object.__getattribute__(self, name)
 
 
 def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
-    """Raise `ConfigError` if the config does with the input of `site` what this kind of site cannot.
+    """Check that the variant does nothing with the input of `site` that this kind of site cannot.
 
     Args:
-        variant: as it is at the site, finalized.
-        site: any site; for a plain linear there is nothing to check.
-        stored: its weight as the model stores it.
+        variant: the config for this site, finalized.
+        site: any site; a plain linear passes without a check.
+        stored: the frozen weight as the model stores it.
+
+    Raises:
+        ConfigError: the variant does.
     """
     if site.kind.name == "linear":
         return
-    # Without data: `forward` itself is run on shapes.
+    # `forward` itself runs, on tensors without data.
     weight = stored.detach().to("meta")
     dtype = variant.param_dtype(weight.dtype)
     tensors = {name: spec.empty(dtype, weight.device).detach() for name, spec in variant.tensor_specs(site).items()}
@@ -106,15 +111,15 @@ def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
 
 
 def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callable[[Tensor], Tensor]:
-    """The site with its adapters, as a function of `x (..., d_in)`.
+    """Return the frozen linear with adapters around it, as a function of `x (..., d_in)`.
 
     Args:
         base: the frozen linear.
-        around: the variants with their tensors, the innermost first. Each adapts what the ones before it compute;
-            `base.weight` and `base.bias` are the frozen ones for all.
+        around: the variants with their tensors, the innermost first. Each adapts the function that the ones before it
+            make up. `base.weight` and `base.bias` are the frozen ones for all.
     """
     adapted: Callable[[Tensor], Tensor] = base.call
     for variant, p in around:
-        # Not dataclasses.replace, which looks at every field.
+        # dataclasses.replace would look at every field, which `_Watched` would note.
         adapted = partial(variant.forward, base=type(base)(**{**vars(base), "call": adapted}), p=p)
     return adapted

@@ -1,4 +1,4 @@
-"""The frozen linear, as a variant sees it."""
+"""The frozen linear that a variant adapts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class FrozenLinear:
 
     Args:
         call: computes `base(x)` for `x (..., d_in)`.
-        weight: `W (d_out, d_in)`, frozen; whatever its layout in the model.
-        bias: `b (d_out,)`, or None.
+        weight: the frozen `W (d_out, d_in)`, whatever its layout in the model.
+        bias: the frozen `b (d_out,)`, or None.
         site: the site, with its roles.
-        training: whether the model is in training mode, for dropout.
+        training: whether the model is in training mode; for dropout.
     """
 
     call: Callable[[Tensor], Tensor]
@@ -29,4 +29,5 @@ class FrozenLinear:
     training: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the output `(..., d_out)` of the frozen linear for `x (..., d_in)`."""
         return self.call(x)

@@ -1,7 +1,7 @@
-"""The adapters of an adapted model: where they are, and their tensors.
+"""Placements: the adapters of an adapted model, with their places and their tensors.
 
-A graph module says it in the provenance of its nodes, an eagerly wrapped model in its wrapped modules; both keep
-each tensor under the qualified name `<site>.<name>`, so everything here works on either.
+A graph module has them in the provenance of its nodes, and an eagerly wrapped model in its wrapped modules. Both keep
+each tensor under the qualified name `<site>.<name>`, so the functions here work on either.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Placement:
 
     @property
     def tensors(self) -> dict[str, str]:
-        """The qualified name of each tensor."""
+        """The qualified name of each tensor, by the variant's own name."""
         return qualified_names(self.site, self.adapter, self.position, self.names)
 
     @cached_property
     def local(self) -> Variant:
-        """The variant as it is at this site: with the rank and alpha that its patterns give it."""
+        """The config for this site, with the overrides that the variant's patterns give it."""
         return self.variant.for_site(self.site)
 
     def register(self, model: nn.Module, site: Site, weight: Tensor) -> None:
@@ -96,56 +96,56 @@ class Placement:
         self.local.initialize(site, weight, self.namespace(model), statistic)
 
     def namespace(self, model: nn.Module) -> Any:
-        """The tensors as attributes by the variant's own names, for `Variant.forward`."""
+        """Return the tensors as attributes by the variant's own names, for `Variant.forward`."""
         return adapter_namespace({name: tensor_of(model, path) for name, path in self.tensors.items()})
 
 
 def site_weight(model: nn.Module, site: Site) -> Tensor:
-    """The frozen weight of `site` in a captured graph, as `(d_out, d_in)`; of experts, `(experts, d_out, d_in)`."""
+    """Return the frozen weight of `site` as `(d_out, d_in)`; of experts, as `(experts, d_out, d_in)`."""
     return site.kind.matrix(tensor_of(model, site.weight).detach())
 
 
 def site_bias(model: nn.Module, site: Site) -> Tensor | None:
-    """The frozen bias `(d_out,)` of `site` in a captured graph, or None."""
+    """Return the frozen bias `(d_out,)` of `site`, or None."""
     return site.own_bias(tensor_of(model, site.bias).detach() if site.bias else None)
 
 
 @runtime_checkable
 class HasGraphs(Protocol):
-    """A module that runs graphs and is none: what `adapt` returns."""
+    """A module that runs graphs without being one, such as the result of `adapt`."""
 
     def adapted_graph(self) -> fx.GraphModule:
-        """The graph with all sites, over the module's tensors."""
+        """Return the graph with all sites, over the module's tensors."""
         ...
 
     def without_adapters(self, fold: bool) -> nn.Module:
-        """The module as it was before, with the adapters folded into copies of the adapted weights, or left out."""
+        """Return the module without adapters, with these folded into copies of the adapted weights or left out."""
         ...
 
 
 def graph_of(model: nn.Module) -> nn.Module:
-    """The graph of an adapted model that has one; else the model."""
+    """Return the graph of an adapted model that has one, else the model."""
     return model.adapted_graph() if isinstance(model, HasGraphs) else model
 
 
 def placements(model: nn.Module) -> list[Placement]:
-    """All adapters of an adapted model, in the order in which they were inserted; none for a model without."""
-    found: dict[tuple[int, str], Placement] = {}
+    """Return all placements of a model, in the order of their adapters; none for a model without adapters."""
+    by_place: dict[tuple[int, str], Placement] = {}
     if isinstance(model, fx.GraphModule):
         for insertion in insertions(model.graph):
-            key = (insertion.adapter, insertion.site)
-            if key not in found:
+            place = (insertion.adapter, insertion.site)
+            if place not in by_place:
                 variant = from_config(insertion.config)
-                found[key] = Placement(variant, insertion.adapter, insertion.site, insertion.position, insertion.names)
+                by_place[place] = Placement(variant, *place, insertion.position, insertion.names)
     else:
         for module in model.modules():
             for placement in getattr(module, "placements", ()):
-                found[placement.adapter, placement.site] = placement
-    return sorted(found.values(), key=lambda placement: placement.adapter)
+                by_place[placement.adapter, placement.site] = placement
+    return sorted(by_place.values(), key=lambda placement: placement.adapter)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[Variant, list[Placement]]]:
-    """Each adapter of an adapted model: its config and its placements."""
+    """Yield each adapter of a model: its config and its placements."""
     by_adapter: dict[int, list[Placement]] = {}
     for placement in placements(model):
         by_adapter.setdefault(placement.adapter, []).append(placement)
@@ -154,9 +154,9 @@ def adapters(model: nn.Module) -> Iterator[tuple[Variant, list[Placement]]]:
 
 
 def adapter_tensor_names(model: nn.Module) -> list[str]:
-    """Qualified names of the tensors of all adapters, frozen ones included."""
-    # A graph says so itself, also where the variant's class is not known to this process.
-    found: Iterable[Insertion | Placement] = (
+    """Return the qualified names of the tensors of all adapters, including frozen ones."""
+    # A graph has the names themselves, so they are known even if the variant's class is not registered here.
+    adapted: Iterable[Insertion | Placement] = (
         insertions(model.graph) if isinstance(model, fx.GraphModule) else placements(model)
     )
-    return list(dict.fromkeys(name for adapter in found for name in adapter.tensors.values()))
+    return list(dict.fromkeys(name for adapter in adapted for name in adapter.tensors.values()))

@@ -1,4 +1,4 @@
-"""Selection: the sites that a config's targets include."""
+"""Select the sites that a config's targets include."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .variant import Variant
 
 
 def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
-    """The sites that the config's targets include, checked to fit the variant.
+    """Return the sites that the config's targets include, after a check that the variant fits each of them.
 
     Raises:
-        SelectionError: none does; the message lists the nearest names and the roles found. Or a pattern of a rank
-            or an alpha matches none of them.
-        ConfigError: the variant cannot be applied to one of them.
+        SelectionError: the targets include no site; the message lists the nearest names, and the roles that the sites
+            have. Or a pattern of a rank or an alpha matches none of the included sites.
+        ConfigError: the variant cannot be applied to one of the sites.
     """
     sites = list(sites)
     chosen = [site for site in sites if variant.selects(site)]
@@ -36,6 +36,7 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
 
 
 def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
+    """Return the message of the error for targets that include none of `sites`."""
     targets = {
         field: getattr(variant, field)
         for field in ("target_roles", "target_names", "exclude_names", "layers")
@@ -46,10 +47,10 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
     others = [site for site in sites if site.kind.name not in variant.target_kinds and _is_named(variant, site)]
     sites = [site for site in sites if site.kind.name in variant.target_kinds]
     if others and not any(_is_named(variant, site) for site in sites):
-        found = ", ".join(f"{site.name} ({site.kind.name})" for site in others[:3])
+        named = ", ".join(f"{site.name} ({site.kind.name})" for site in others[:3])
         return (
             f"{type(variant).__name__}: no {kinds} site matches {wanted};"
-            f" to adapt {found}, name its kind in target_kinds."
+            f" to adapt {named}, name its kind in target_kinds."
         )
     if not sites:
         return f"{type(variant).__name__}: the model has no {kinds} site to adapt."

@@ -1,4 +1,4 @@
-"""The tensors of the adapters of a model, as parameters and as a state dict."""
+"""Read and write the tensors of a model's adapters, as parameters or as a state dict."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .placement import adapter_tensor_names
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters of an adapted model; nothing else in it requires grad.
+    """Return the trainable parameters of an adapted model. No other tensor of the model requires grad.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -26,10 +26,12 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors by qualified name, `"<module path>.<param>"`; detached, and sharing the model's storage.
+    """Return the adapters' tensors by qualified name, `"<module path>.<param>"`.
+
+    The tensors are detached and share the model's storage.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -41,26 +43,30 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     """Copy the values of `state_dict` into the adapters of `model`.
 
     Args:
-        model: what `rewrite`, `wrap`, `adapt` or `load` returned.
-        state_dict: as `adapter_state_dict` gives it, with the same keys, shapes and dtypes.
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`.
+        state_dict: tensors by qualified name, with the keys, shapes and dtypes that `adapter_state_dict` returns.
 
     Raises:
-        CheckpointError: keys, shapes or dtypes differ; nothing has been changed then.
+        CheckpointError: keys, shapes or dtypes differ. The model is unchanged then.
         AdapterError: the model has no adapters.
     """
-    own = adapter_state_dict(model)
-    check_fit(own, state_dict)
+    tensors = adapter_state_dict(model)
+    check_fit(tensors, state_dict)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             tensor.copy_(state_dict[name])
 
 
-def check_fit(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` unless `state_dict` has the keys, shapes and dtypes of `own`; values do not count."""
-    problems = [f"missing: {name}" for name in own if name not in state_dict]
-    problems += [f"unexpected: {name}" for name in state_dict if name not in own]
-    for name in own.keys() & state_dict.keys():
-        ours, theirs = own[name], state_dict[name]
+def check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Check that `state_dict` has the keys, shapes and dtypes of `expected`. Values are not compared.
+
+    Raises:
+        CheckpointError: it does not; the message lists the differences.
+    """
+    problems = [f"missing: {name}" for name in expected if name not in state_dict]
+    problems += [f"unexpected: {name}" for name in state_dict if name not in expected]
+    for name in expected.keys() & state_dict.keys():
+        ours, theirs = expected[name], state_dict[name]
         if not isinstance(theirs, Tensor):
             problems.append(f"not a tensor: {name}")
         elif ours.shape != theirs.shape:

@@ -19,6 +19,11 @@ Batches = Iterable[tuple[Any, ...] | Mapping[str, Any] | Tensor]
 
 
 def check_observable(variant: Variant, site: Site) -> None:
+    """Check that a variant that starts from data is at a plain linear, because only their inputs can be observed.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if site.kind.name != "linear" and type(variant).observer is not Variant.observer:
         raise ConfigError(
             f"{type(variant).__name__}: only the inputs of plain linears can be observed on calibration data, and"
@@ -28,10 +33,20 @@ def check_observable(variant: Variant, site: Site) -> None:
 
 @torch.no_grad()
 def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observer]], calibration: Batches) -> None:
-    """Run the data through a copy of `gm` that has the observers in it."""
+    """Run the data through a copy of `gm` that has the observers in it.
+
+    Args:
+        gm: the graph; it is not changed.
+        observers: for each variant, its observers by qualified name of the site.
+        calibration: the batches, which are read once.
+
+    Raises:
+        CaptureError: a batch does not fit the graph.
+        ConfigError: there is no batch.
+    """
     by_site: dict[str, list[Observer]] = {}
-    for mine in observers:
-        for name, observer in mine.items():
+    for of_variant in observers:
+        for name, observer in of_variant.items():
             by_site.setdefault(name, []).append(observer)
     observed = share(gm)
     own_written_buffers(observed)
@@ -55,7 +70,7 @@ def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observe
 
 
 def _completed(gm: fx.GraphModule, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """`batch` with the inputs that a language model's graph takes and that follow from its tokens."""
+    """Return `batch` with the inputs of a language model's graph that follow from the tokens, if they are missing."""
     inputs = {node.name for node in gm.graph.find_nodes(op="placeholder")}
     ids = batch.get("input_ids")
     missing = {} if ids is None else {"attention_mask": torch.ones_like(ids), "labels": ids}

@@ -1,4 +1,4 @@
-"""`wrap`: the eager wrapper, the same variants on ordinary modules. It defines what a rewritten graph must compute."""
+"""`wrap`: put the same variants on ordinary modules. The eager wrapper defines what a rewritten graph must compute."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def wrap(
     dynamic_shapes: Any = "auto",
     calibration: Batches | None = None,
 ) -> nn.Module:
-    """A copy of `model`, of the same class and with the weights shared, whose targeted linears are wrapped.
+    """Return a copy of `model`, of the same class and with the weights shared, whose targeted modules are wrapped.
 
-    It computes what `rewrite` computes, in plain eager modules: the reference semantics, and a way to step through
-    a variant in a debugger. The sites are found as `rewrite` finds them, which captures the model once.
+    The copy computes the same as the result of `rewrite`, in plain eager modules. It is the reference for a rewritten
+    graph, and a debugger can step through it. The sites are those of `rewrite`, so the model is captured once.
 
     Args:
         model, cfg, example_inputs, dynamic_shapes, calibration: as for `rewrite`; `model` is not changed.
@@ -41,7 +41,8 @@ def wrap(
         The copy, in the model's mode. Only the adapters' parameters require grad.
 
     Raises:
-        As `rewrite`; ConfigError also for a site that is no module of its own (a weight used functionally, experts).
+        As `rewrite`. ConfigError also for a site that is not a module of its own, such as a weight used functionally
+        or experts.
     """
     variants = as_variants(cfg)
     gm = base_graph(model, example_inputs, dynamic_shapes, checkpoint_layers=False)
@@ -65,8 +66,8 @@ class AdaptedLinear(nn.Module):
     """A frozen linear, embedding or convolution module with adapters around it.
 
     Args:
-        base: the module; called as it is.
-        site: the site it is.
+        base: the module, which is called unchanged.
+        site: the site that the module is.
     """
 
     def __init__(self, base: nn.Module, site: Site) -> None:
@@ -75,11 +76,11 @@ class AdaptedLinear(nn.Module):
         self.site = site
         self.placements: list[Placement] = []
         self.train(base.training)
-        # nn.TransformerEncoderLayer's fast path reads the weights of its linears, unless there is a hook.
+        # Without a hook, nn.TransformerEncoderLayer may take its fast path, which reads the weights of its linears.
         self.register_forward_hook(_keep)
 
     def add(self, placement: Placement, model: nn.Module) -> None:
-        """Put an adapter around those there are. Its tensors must be registered in `model`, of which this is a part."""
+        """Put an adapter around the present ones. Its tensors must be registered in `model`, which contains this."""
         self.placements.append(placement)
         for path in placement.tensors.values():
             if "." not in path:  # shared with other sites
@@ -87,7 +88,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight as the module stores it; some models read it from outside."""
+        """The frozen weight as the module stores it. Some models read it from outside."""
         return self.base.weight  # type: ignore[return-value]
 
     @property
@@ -96,27 +97,31 @@ class AdaptedLinear(nn.Module):
         return getattr(self.base, "bias", None)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """The adapted linear; its one argument may be passed by any name, as to the module it wraps."""
+        """Compute the adapted module. Its one argument may have any name, as for the module that it wraps."""
         (x,) = (*args, *kwargs.values())
         around = [(placement.local, self._tensors(placement)) for placement in self.placements]
         return FrozenSite(self.site, self.weight, self.bias, self.training).adapted(self.base, around, x)
 
     def _tensors(self, placement: Placement) -> Any:
-        # The qualified names end in attributes of this module, wherever in the model it is.
+        # The qualified names end in the names of attributes here, wherever in the model this module is.
         return adapter_namespace(
             {name: getattr(self, path.rpartition(".")[2]) for name, path in placement.tensors.items()}
         )
 
 
 def _keep(*_: Any) -> None:
-    """A hook that changes nothing."""
+    """Change nothing: a hook."""
 
 
 _PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)
 
 
 def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
-    """The wrapper of the module that is `site`, put in its place wherever it is registered."""
+    """Return the wrapper of the module that is `site`; put it in the place of the module if it is new.
+
+    Raises:
+        ConfigError: the site is not a module that can be wrapped.
+    """
     module = model.get_submodule(site.name) if is_called(model, site) else None
     if isinstance(module, AdaptedLinear):
         return module

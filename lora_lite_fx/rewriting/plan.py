@@ -1,4 +1,4 @@
-"""Plans: what is to be inserted where, with what variants have observed on calibration data."""
+"""Plan what to insert where: select the sites of each variant, and run the calibration data."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Plan:
 
     Args:
         variant: its config, finalized.
-        sites: where.
-        statistics: what the variant observed there, by qualified name; empty without calibration data.
+        sites: the sites to insert it at.
+        statistics: the variant's observations of the sites, by qualified name; empty without calibration data.
     """
 
     variant: Variant
@@ -36,47 +36,54 @@ class Plan:
 
 
 def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Batches | None) -> list[Plan]:
-    """Select the sites of each variant, run the calibration data, and settle the configs.
+    """Select the sites of each variant, run the calibration data, and finalize the configs.
 
     Args:
         gm: the graph to be adapted; it is not changed.
-        variants: in the order of insertion.
+        variants: the configs, in the order of insertion.
         calibration: batches for the variants that start from data: each a tuple of positional or a dict of keyword
-            arguments, or one tensor. Gone through once, batch after batch.
+            arguments, or one tensor. They are read once, one after the other.
 
     Raises:
         SelectionError: a variant's targets match no site.
-        ConfigError: a variant does not fit a site, needs data and has none, or no variant starts from data.
+        ConfigError: a variant does not fit a site or needs data and has none, or no variant starts from data.
         CaptureError: a batch does not fit the graph.
     """
     sites = find_sites(gm)
     chosen = [(variant, select(variant, sites)) for variant in variants]
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
     if calibration is not None:
-        for variant, targets in chosen:
-            for site in targets:
-                check_observable(variant, site)
-        observers = [
-            {
-                site.name: Observer(observe)
-                for site in targets
-                if (observe := variant.for_site(site.name).observer(site, wide(site_weight(gm, site)))) is not None
-            }
-            for variant, targets in chosen
-        ]
-        if not any(observers):
-            names = ", ".join(type(variant).__name__ for variant in variants)
-            raise ConfigError(f"calibration was given, but {names} does not start from data; leave it out.")
-        run_calibration(gm, observers, calibration)
-        statistics = [
-            {name: observer.statistic for name, observer in mine.items() if observer.statistic is not None}
-            for mine in observers
-        ]
+        statistics = _observe(gm, chosen, calibration)
     plans = []
-    for (variant, targets), seen in zip(chosen, statistics, strict=True):
-        finalized = variant.finalize(targets, seen)
+    for (variant, targets), observed in zip(chosen, statistics, strict=True):
+        finalized = variant.finalize(targets, observed)
         kept = [site for site in targets if finalized.selects(site)]
         for site in kept:
             check_kind(finalized.for_site(site.name), site, tensor_of(gm, site.weight))
-        plans.append(Plan(finalized, kept, seen))
+        plans.append(Plan(finalized, kept, observed))
     return plans
+
+
+def _observe(
+    gm: fx.GraphModule, chosen: Sequence[tuple[Variant, list[Site]]], calibration: Batches
+) -> list[dict[str, Statistic]]:
+    """Return what each variant observes of its sites on the calibration data, by qualified name."""
+    for variant, targets in chosen:
+        for site in targets:
+            check_observable(variant, site)
+    observers = [
+        {
+            site.name: Observer(observe)
+            for site in targets
+            if (observe := variant.for_site(site.name).observer(site, wide(site_weight(gm, site)))) is not None
+        }
+        for variant, targets in chosen
+    ]
+    if not any(observers):
+        names = ", ".join(type(variant).__name__ for variant, _ in chosen)
+        raise ConfigError(f"calibration was given, but {names} does not start from data; leave it out.")
+    run_calibration(gm, observers, calibration)
+    return [
+        {name: observer.statistic for name, observer in by_site.items() if observer.statistic is not None}
+        for by_site in observers
+    ]

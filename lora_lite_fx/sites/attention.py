@@ -1,7 +1,7 @@
-"""Attention in the dataflow: which linears make its queries, keys and values, and which read its result.
+"""Find attention in the dataflow, and the linears that make its queries, keys and values or read its result.
 
-Attention is a product of probabilities with values, fused (`scaled_dot_product_attention`) or spelled out around a
-softmax; its arguments name queries, keys and values.
+Attention is a product of probabilities with values. It is fused (`scaled_dot_product_attention`) or spelled out around
+a softmax.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ def give_attention_roles(flow: Dataflow) -> None:
     """Give the roles query, key, value and output."""
     for node in flow.graph.nodes:
         if flow.ops[node] == _FUSED:
-            found = dict(zip(_ARGUMENTS, node.args[:3], strict=False))
-            found |= {k: v for k, v in node.kwargs.items() if k in _ARGUMENTS}
-            _give(flow, found, node)
+            arguments = dict(zip(_ARGUMENTS, node.args[:3], strict=False))
+            arguments |= {k: v for k, v in node.kwargs.items() if k in _ARGUMENTS}
+            _give(flow, arguments, node)
         elif flow.ops[node] in ("softmax", "_softmax"):
-            for found, result in _around_softmax(flow, node):
-                _give(flow, found, result)
+            for arguments, result in _around_softmax(flow, node):
+                _give(flow, arguments, result)
 
 
 def _give(flow: Dataflow, arguments: Mapping[str, Any], result: fx.Node) -> None:
+    """Give the roles of one attention, from its `arguments` by role and its `result`."""
     projections = {role: flow.sources(argument) for role, argument in arguments.items()}
     for role, linears in projections.items():
         for linear in linears:
@@ -48,10 +49,11 @@ def _give(flow: Dataflow, arguments: Mapping[str, Any], result: fx.Node) -> None
 
 
 def _give_low_rank(flow: Dataflow, projections: Mapping[str, list[LinearNode]], result: fx.Node) -> None:
-    """Give the roles of projections that are products of two linears to the first of the two as well.
+    """Give the role of a projection that is a product of two linears to the first of the two as well.
 
-    Such a first factor reads what another projection of the attention, or its first factor, reads too, and makes
-    nothing but a part of the queries, keys and values. Without these conditions it may be anything in front.
+    Two conditions keep other linears in front of the attention out. The first factor shares its input with another
+    projection of the attention, or with the first factor of one. And it makes only a part of the queries, keys and
+    values, and nothing else.
     """
     direct = {id(linear) for linears in projections.values() for linear in linears}
     firsts: list[tuple[LinearNode, set[str]]] = []
@@ -60,7 +62,12 @@ def _give_low_rank(flow: Dataflow, projections: Mapping[str, list[LinearNode]], 
             for first in flow.sources(second.x) if second.x not in flow.skips else ():
                 readers = flow.readers(first.y)
                 if {id(reader) for reader in readers} <= direct and not _joins(flow, first):
-                    roles = {role for role, found in projections.items() for r in readers if any(r is f for f in found)}
+                    roles = {
+                        role
+                        for role, projecting in projections.items()
+                        for reader in readers
+                        if any(reader is linear for linear in projecting)
+                    }
                     firsts.append((first, roles))
     inputs = [linear for linears in projections.values() for linear in linears] + [first for first, _ in firsts]
     for first, roles in firsts:
@@ -70,7 +77,7 @@ def _give_low_rank(flow: Dataflow, projections: Mapping[str, list[LinearNode]], 
 
 
 def _joins(flow: Dataflow, linear: LinearNode) -> bool:
-    """Whether the output of `linear` is, or is added to, the residual stream."""
+    """Return whether the output of `linear` is, or is added to, the residual stream."""
     return any(node in flow.joins or node in flow.skips for node in flow.ahead(linear.y))
 
 
@@ -78,7 +85,7 @@ def _joins(flow: Dataflow, linear: LinearNode) -> bool:
 
 
 def _around_softmax(flow: Dataflow, softmax: fx.Node) -> Iterator[tuple[dict[str, Any], fx.Node]]:
-    """(arguments, result product) of the attentions whose probabilities are `softmax`."""
+    """Yield the arguments and the result product of each attention whose probabilities are `softmax`."""
     # Scores may be scaled, masked, biased and soft-capped (a tanh) on their way to the softmax.
     behind = ancestors(softmax.all_input_nodes[:1], lambda n: flow.ops[n] not in CARRY | {"tanh"})
     products = [n for n in behind if _is_product(flow, n)]
@@ -95,7 +102,7 @@ def _around_softmax(flow: Dataflow, softmax: fx.Node) -> Iterator[tuple[dict[str
             for product in (products if len(products) == 1 else _content(flow, products))
         ]
         if len(scores) > 1:
-            # Relative positions have a projection of their own: the keys are projected from what the values are.
+            # Relative positions have a projection of their own. The keys are projected from the input of the values.
             inputs = {linear.x for linear in flow.sources(value)}
             scores = [pair for pair in scores if not inputs.isdisjoint(linear.x for linear in flow.sources(pair[1]))]
         if len(scores) == 1:
@@ -103,12 +110,12 @@ def _around_softmax(flow: Dataflow, softmax: fx.Node) -> Iterator[tuple[dict[str
 
 
 def _content(flow: Dataflow, products: list[fx.Node]) -> list[fx.Node]:
-    """Of several score products that are added up, those of two projections: not with a parameter or a constant."""
+    """Return the score products whose two factors are projections, instead of a parameter or a constant."""
     return [product for product in products if all(flow.sources(factor) for factor in _factors(product))]
 
 
 def _is_transposed(flow: Dataflow, scores: fx.Node, softmax: fx.Node) -> bool:
-    """Whether the scores are transposed on their way to the softmax."""
+    """Return whether the scores are transposed on their way to the softmax."""
     through = CARRY | {"tanh"}
     flipped, node = False, softmax
     while node is not scores:
@@ -118,16 +125,17 @@ def _is_transposed(flow: Dataflow, scores: fx.Node, softmax: fx.Node) -> bool:
 
 
 def _carries(flow: Dataflow, source: fx.Node, node: Any) -> bool:
+    """Return whether `node` carries `source` forward."""
     return source in ancestors([node], lambda n: flow.ops[n] not in CARRY)
 
 
 def _is_product(flow: Dataflow, node: fx.Node) -> bool:
-    """Whether `node` is a product of two tensors, and no linear; an `einsum` may have one operand, or three."""
+    """Return whether `node` is a product of two tensors and not a linear. An `einsum` may have one or three."""
     return flow.ops[node] in PRODUCTS and node not in flow.by_y and len(_factors(node)) == 2
 
 
 def _factors(product: fx.Node) -> list[Any]:
-    """The factors of a matrix product node (`baddbmm` adds its first argument, `einsum` names its equation)."""
+    """Return the factors of a matrix product. The first argument of `baddbmm` and `einsum` is not a factor."""
     if op_name(product) == "matmul" or op_name(product) == "bmm":
         return list(product.args[:2])
     factors = [n for a in product.args[1:] for n in (a if isinstance(a, (list, tuple)) else [a])]
@@ -135,7 +143,7 @@ def _factors(product: fx.Node) -> list[Any]:
 
 
 def _query_and_key(scores: fx.Node, softmax: fx.Node, transposed: bool) -> tuple[Any, Any]:
-    """The factors of a score product: the key is the one whose axis the softmax normalizes."""
+    """Return the factors of a score product, query and key. The softmax normalizes the axis of the key."""
     first, second = _factors(scores)
     dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim", -1)
     if "val" in softmax.meta and isinstance(dim, int):
@@ -144,7 +152,7 @@ def _query_and_key(scores: fx.Node, softmax: fx.Node, transposed: bool) -> tuple
         dim = -3 - dim
     key_first: bool = dim == -2
     if op_name(scores) == "einsum":
-        # Written with lists, without "->", or with a dimension counted from the front past an ellipsis: a doubt.
+        # An equation of lists, without "->", or with a dimension counted from the front past an ellipsis is a doubt.
         equation = scores.args[0] if isinstance(scores.args[0], str) else ""
         inputs, _, output = equation.replace(" ", "").partition("->")
         left, _, right = inputs.partition(",")

@@ -1,6 +1,7 @@
-"""The dataflow of a graph with linears: what carries a value on, and the residual stream.
+"""The dataflow of a graph with linears: which operations carry a value on, and where the residual stream is.
 
-The *residual stream* is where an addition joins a value with something computed from it by linears.
+The *residual stream* consists of the additions that join a value with something computed from it by linears, and of the
+values that they add to.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import fx
 
 from ..graph.walk import walk
 
-# Operations are known by their plain name, in lower case: `aten.add.Tensor`, `operator.add` and the method
-# `add` are all "add"; a module called as a leaf is its class name.
+# Operations are known by their plain name in lower case. `aten.add.Tensor`, `operator.add` and the method `add` are all
+# "add". A module that is called as a leaf has the name of its class.
 TRANSPOSES = frozenset({"transpose", "t", "numpy_t", "mt", "swapaxes"})
 # fmt: off
 SPLITS = frozenset({
@@ -40,7 +41,7 @@ ARITHMETIC = frozenset({
     "where", "clamp", "max", "maximum", "minimum",
 })
 CARRY = SPLITS | SHAPES | CASTS | NORMS | POOLS | ARITHMETIC
-"""What hands a value on: its result holds the value, whatever its shape, scale, mask, mean or norm."""
+"""Operations that carry a value on: their result holds it, in whatever shape, scale, mask, mean or norm."""
 ACTIVATIONS = frozenset({
     "relu", "relu_", "relu6", "gelu", "silu", "silu_", "tanh", "sigmoid", "elu", "leaky_relu", "hardswish", "mish",
     "softplus", "hardtanh", "glu",
@@ -53,7 +54,7 @@ _SIZES = frozenset({"size", "sym_size", "dim", "getattr"})
 
 
 def op_name(node: fx.Node) -> str:
-    """The plain lower-case name of what `node` computes, whatever the dialect of its graph."""
+    """Return the plain lower-case name of the operation of `node`, whatever the dialect of its graph."""
     if node.op == "call_function":
         name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
     elif node.op == "call_module":
@@ -66,28 +67,36 @@ def op_name(node: fx.Node) -> str:
 
 @dataclass
 class LinearNode:
-    """A linear in the graph as role inference sees it: input node `x`, output node `y`, and the roles found."""
+    """A linear in the graph as role inference sees it.
+
+    Args:
+        x: the input node.
+        y: the output node.
+        reasons: its roles, each with the reason.
+    """
 
     x: fx.Node
     y: fx.Node
     reasons: dict[str, str] = field(default_factory=dict)
 
     def give(self, role: str, reason: str) -> None:
+        """Give the linear a role. The first reason for it counts."""
         self.reasons.setdefault(role, reason)
 
 
 class Dataflow:
-    """A graph, its linears, and the ways to walk it.
+    """A graph with its linears, and walks through it.
 
     Args:
-        graph: left as it is.
+        graph: the graph, which is not changed.
         linears: the linears in it, in order of execution.
 
     Attributes:
         ops: the plain name of every node.
-        by_y: the linear that ends in a node.
-        by_x: the linears that read a node.
-        joins: the additions to the residual stream, each with what it adds to.
+        by_y: the linear with this output node.
+        by_x: the linears with this input node.
+        written: the nodes that are copied into a tensor, or into a view of it, after it was made.
+        joins: the additions to the residual stream, each with the node that it adds to.
         skips: the nodes that are added to.
     """
 
@@ -104,7 +113,7 @@ class Dataflow:
         self.skips = set(self.joins.values())
 
     def behind(self, start: Any, through: frozenset[str] = CARRY) -> Iterator[fx.Node]:
-        """Nodes that `start` carries forward, itself included, up to linears and residual joins (both included)."""
+        """Yield the nodes that `start` carries forward, with itself, up to and with linears and residual joins."""
 
         def inputs(node: fx.Node) -> Iterable[fx.Node]:
             ends = node in self.by_y or node in self.joins or self.ops[node] not in through
@@ -113,7 +122,7 @@ class Dataflow:
         return walk([start], inputs)
 
     def ahead(self, start: fx.Node, through: frozenset[str] = CARRY) -> Iterator[fx.Node]:
-        """Nodes that carry `start` forward, itself included, up to (including) what does not, or joins a residual."""
+        """Yield the nodes that carry `start` forward, with itself, up to and with nodes that do not or that join."""
 
         def users(node: fx.Node) -> Iterable[fx.Node]:
             ends = node is not start and (node in self.joins or self.ops[node] not in through)
@@ -122,26 +131,25 @@ class Dataflow:
         return walk([start], users)
 
     def sources(self, node: Any, through: frozenset[str] = CARRY) -> list[LinearNode]:
-        """The linears whose outputs `node` carries forward."""
+        """Return the linears whose outputs `node` carries forward."""
         return [self.by_y[n] for n in self.behind(node, through) if n in self.by_y]
 
     def readers(self, node: fx.Node) -> list[LinearNode]:
-        """The linears that read what carries `node` forward, up to other linears and residual joins."""
+        """Return the linears that read `node` or nodes that carry it forward, up to linears and residual joins."""
         carried = (n for n in self.ahead(node) if n is node or (self.ops[n] in CARRY and n not in self.joins))
         return [linear for n in carried if n is node or n not in self.by_y for linear in self.by_x.get(n, ())]
 
     def data(self) -> set[fx.Node]:
-        """The nodes whose values depend on the model's inputs, and not on their sizes alone."""
-        found: set[fx.Node] = set()
+        """Return the nodes whose values depend on the model's inputs, and not on their sizes alone."""
+        data: set[fx.Node] = set()
         for node in self.graph.nodes:
-            if node.op == "placeholder" or (
-                self.ops[node] not in _SIZES and not found.isdisjoint(node.all_input_nodes)
-            ):
-                found.add(node)
-        return found
+            reads_data = self.ops[node] not in _SIZES and not data.isdisjoint(node.all_input_nodes)
+            if node.op == "placeholder" or reads_data:
+                data.add(node)
+        return data
 
     def _written(self) -> dict[fx.Node, list[fx.Node]]:
-        """What is copied into a tensor, or into a view of it, after it was made."""
+        """Return the nodes that are copied into a tensor, or into a view of it, after it was made."""
         written: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in self.graph.nodes:
             if self.ops[node] == "copy_" and all(isinstance(a, fx.Node) for a in node.args[:2]):
@@ -152,7 +160,7 @@ class Dataflow:
         return written
 
     def _residual_joins(self) -> dict[fx.Node, fx.Node]:
-        """The additions `h + f(h)` with a linear in `f`, and their `h`."""
+        """Return the additions `h + f(h)` with a linear in `f`, each with its `h`."""
         index = {node: i for i, node in enumerate(self.graph.nodes)}
         before: dict[fx.Node, int] = {}  # bit i: node i is this node or computed before it on some path to it
         for node in self.graph.nodes:
@@ -178,8 +186,8 @@ class Dataflow:
             if self.ops[node] not in ADDS or len(operands) != 2:
                 continue
             for skip, branch in (operands, operands[::-1]):
-                # The skip may pass a cast, a reshape or a dropout of its own before the addition; and where blocks
-                # run in parallel, `h + f(h) + g(h)`, the second addition is to the first.
+                # The skip may pass a cast, a reshape or a dropout of its own before the addition. If blocks run in
+                # parallel, `h + f(h) + g(h)`, the second addition adds to the first.
                 while not computed_by_linears(branch, skip):
                     if skip in joins:
                         skip = joins[skip]
@@ -193,6 +201,7 @@ class Dataflow:
 
 
 def _bits(mask: int) -> Iterator[int]:
+    """Yield the numbers of the bits that are set, the lowest first."""
     while mask:
         low = mask & -mask
         yield low.bit_length() - 1

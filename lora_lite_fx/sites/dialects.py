@@ -1,4 +1,4 @@
-"""The ways in which a product with a frozen weight is written."""
+"""Match the ways in which a graph may write a product with a frozen weight."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ from .site import Call
 aten = torch.ops.aten
 
 
-# Finding linears, one dialect after the other.
-
-
 @dataclass(frozen=True, eq=False)
 class Match:
+    """One product with a frozen weight.
+
+    Args:
+        call: the nodes.
+        weight: qualified name of the weight parameter.
+        kind: the kind of site.
+        bias: the bias parameter, or None.
+    """
+
     call: Call
     weight: str
     kind: SiteKind
@@ -33,7 +39,7 @@ class Match:
 
 
 def match_site(gm: fx.GraphModule, node: fx.Node) -> Match | None:
-    """`node` as the product of a site over frozen parameters, or None."""
+    """Return the match of `node` as a product with a frozen parameter, or None if it is not one."""
     if node.op != "call_function" or is_inserted(node):
         return None
     if node.target in _OTHER_KINDS or op_name(node) in _GROUPED:
@@ -70,6 +76,7 @@ _GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 
 
 def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> Match | None:
+    """Return the match of `node` as an embedding, a convolution or experts, or None."""
     args = _arguments(node)
     kind: SiteKind
     if node.target is aten.embedding.default:
@@ -84,7 +91,7 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> Match | None:
         bias_source = _parameter(gm, bias, dim=1) if bias is not None else None
         if source is None or (bias is not None and bias_source is None) or args["groups"] != 1:
             return None
-        steps = {key: _each(args[key], dims) for key in ("stride", "padding", "dilation")}
+        steps = {key: _for_each_dimension(args[key], dims) for key in ("stride", "padding", "dilation")}
         kind = Convolution(kernel=tuple(gm.get_parameter(source.name).shape[2:]), **steps)
         return Match(Call(args["input"], node, node), source.name, kind, bias_source)
     x, weight, *routing = (operand for operand in (*node.args, *node.kwargs.values()) if operand is not None)
@@ -97,17 +104,17 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> Match | None:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator by name, with its defaults."""
+    """Return the arguments of an operator by name, with its defaults."""
     named = dict(node.kwargs)
     if isinstance(node.target, OpOverload):
         for position, argument in enumerate(node.target._schema.arguments):
-            given = node.args[position] if position < len(node.args) else argument.default_value
-            named.setdefault(argument.name, given)
+            value = node.args[position] if position < len(node.args) else argument.default_value
+            named.setdefault(argument.name, value)
     return named
 
 
-def _each(value: Any, dims: int) -> Any:
-    """A setting of a convolution for each dimension; "same" and "valid" as they are."""
+def _for_each_dimension(value: Any, dims: int) -> Any:
+    """Return a setting of a convolution as one value for each dimension; "same" and "valid" stay."""
     if isinstance(value, str):
         return value
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -115,17 +122,16 @@ def _each(value: Any, dims: int) -> Any:
 
 
 def _between_reshapes(x: fx.Node, product: fx.Node) -> Call:
-    """The call around `view(x, [-1, d_in])`, product, `view(_, [..., d_out])`; only the product if it has none."""
+    """Return the call around `view(x, [-1, d_in])`, product, `view(_, [..., d_out])`, or around the product alone."""
     users = list(product.users)
-    if not (
-        _is_reshape(x) and len(x.users) == 1 and len(users) == 1 and _is_reshape(users[0]) and _last(users[0], product)
-    ):
+    reshaped = _is_reshape(x) and len(x.users) == 1 and len(users) == 1 and _is_reshape(users[0])
+    if not reshaped or not _keeps_last_dimension(users[0], product):
         return Call(x, product, product)
     return Call(x.all_input_nodes[0], users[0], product)
 
 
-def _last(view: fx.Node, product: fx.Node) -> bool:
-    """Whether `view` keeps the last dimension of `product`."""
+def _keeps_last_dimension(view: fx.Node, product: fx.Node) -> bool:
+    """Return whether `view` keeps the last dimension of `product`."""
     return "val" in view.meta and bool(view.meta["val"].shape[-1:] == product.meta["val"].shape[-1:])
 
 
@@ -134,7 +140,7 @@ def _is_reshape(node: fx.Node) -> bool:
 
 
 def _with_bias_addition(gm: fx.GraphModule, x: fx.Node, product: fx.Node) -> tuple[Call, fx.Node | None]:
-    """The call of `x @ W`, with the addition of a bias vector if that is all that happens to the product."""
+    """Return the call of `x @ W`, with the addition of a bias vector if nothing else reads the product."""
     users = list(product.users)
     if len(users) == 1 and users[0].target in (aten.add.Tensor, operator.add):
         others = [a for a in users[0].args if a is not product]
@@ -149,7 +155,13 @@ _COPIES = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.detach.defa
 
 @dataclass(frozen=True)
 class _Source:
-    """A parameter, whether it is transposed, and which of its rows are taken (None: all)."""
+    """A parameter that a product reads.
+
+    Args:
+        name: its qualified name.
+        flipped: whether it is transposed on the way.
+        rows: the rows that are taken of it, as the first and the one after the last; None means all.
+    """
 
     name: str
     flipped: bool
@@ -157,7 +169,7 @@ class _Source:
 
 
 def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
-    """The parameter of `dim` dimensions that `node` is, looked up through casts, transposes and splits by rows."""
+    """Return the parameter of `dim` dimensions that `node` reads, through casts, transposes and splits by rows."""
     flipped, rows = False, None
     while isinstance(node, fx.Node) and node.op != "get_attr":
         if node.op != "call_function":
@@ -187,7 +199,7 @@ def _swaps_last_two(node: fx.Node) -> bool:
 
 
 def _rows(node: fx.Node) -> tuple[int, int] | None:
-    """The rows that `node` is of a tensor split by rows, as `nn.MultiheadAttention` does; None if it is not that."""
+    """Return the rows of a tensor that `node` takes from its split, as in `nn.MultiheadAttention`, or None."""
     split = node.args[0] if node.target is operator.getitem else None
     if not isinstance(split, fx.Node) or op_name(split) not in ("chunk", "split", "split_with_sizes"):
         return None

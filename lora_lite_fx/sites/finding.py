@@ -1,4 +1,8 @@
-"""Find the sites of a graph, and name them."""
+"""Find the sites of a graph: match products with frozen weights, infer their roles, and name them.
+
+`dialects.py` says which nodes are such products, `kinds/` what the products compute, and `roles.py` what they do in the
+model.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +20,18 @@ from .site import Site
 
 
 def find_sites(gm: fx.GraphModule) -> list[Site]:
-    """The sites of a graph in order of first execution, adapted or not; adapters' own linears are no sites."""
+    """Return the sites of a graph in order of first execution, adapted or not. Adapters' own linears are not sites."""
     constants = _constants(gm.graph)
     matches = [match for node in gm.graph.nodes if (match := match_site(gm, node)) is not None]
-    # What never sees data is no site; what does is adapted at its calls on constants too.
-    seeing = {(match.weight, match.kind) for match in matches if match.call.x not in constants}
-    found = [match for match in matches if (match.weight, match.kind) in seeing]
-    linears = {id(match): LinearNode(match.call.x, match.call.y) for match in found if match.kind.name == "linear"}
+    # A weight that only multiplies constants is not a site. One that multiplies data at least once is a site with all
+    # its calls.
+    with_data = {(match.weight, match.kind) for match in matches if match.call.x not in constants}
+    matches = [match for match in matches if (match.weight, match.kind) in with_data]
+    linears = {id(match): LinearNode(match.call.x, match.call.y) for match in matches if match.kind.name == "linear"}
     infer_roles(gm.graph, [linear for linear in linears.values() if linear.x not in constants])
 
     groups: dict[tuple[str, str, SiteKind], list[Match]] = defaultdict(list)
-    for match in found:
+    for match in matches:
         groups[_name(match), match.weight, match.kind].append(match)
     names = Counter((name, kind.name == "linear") for name, _, kind in groups)
     sites = []
@@ -38,7 +43,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
         if kind.name == "embedding" and _is_same(gm, f"{name}.weight", weight):
             weight = f"{name}.weight"  # the graph may read it by the name of a head that is tied to it
         roles = (linears[id(match)].reasons for match in members if id(match) in linears)
-        reasons = {role: reason for each in roles for role, reason in each.items()}
+        reasons = {role: reason for of_call in roles for role, reason in of_call.items()}
         *experts, d_out, d_in = kind.matrix(gm.get_parameter(weight).detach()).shape
         sites.append(
             Site(
@@ -59,7 +64,7 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on no input of the graph."""
+    """Return the nodes that depend on no input of the graph."""
     constants: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
@@ -69,10 +74,11 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _name(match: Match) -> str:
-    """The qualified name of a linear.
+    """Return the qualified name for a match.
 
-    The module stack names the module that ran, the weight's own path the module that owns it. They differ where
-    a weight is tied (the stack is right) and where a module uses a child's weight functionally (the owner is).
+    The module stack names the module that ran, and the weight's path names the module that owns the weight. They differ
+    for a tied weight, where the stack is right, and for a module that uses a child's weight functionally, where the
+    owner is right.
     """
     owner, _, leaf = match.weight.rpartition(".")
     stack = inner_name(match.call.node)
@@ -84,15 +90,15 @@ def _name(match: Match) -> str:
 
 
 def _is_same(gm: fx.GraphModule, name: str, other: str) -> bool:
-    """Whether a parameter has both names."""
-    found = dict(gm.named_parameters(remove_duplicate=False))
-    return name in found and found[name] is found[other]
+    """Return whether one parameter has both names."""
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    return name in parameters and parameters[name] is parameters[other]
 
 
 def _name_in_module(weight: str, kind: SiteKind) -> str:
-    """The qualified name of a site that is one of several in its module."""
+    """Return the qualified name of a site that is one of several in its module."""
     stem = weight.removesuffix("_weight").removesuffix(".weight")
     owner, _, leaf = stem.rpartition(".")
-    if stem == weight:  # a module of the parameter's own name there cannot be
+    if stem == weight:  # the parameter has this name, so no module can have it
         stem = f"{owner}.sites.{leaf}".lstrip(".")
     return stem if kind.rows is None else f"{stem}.rows_{kind.rows[0]}_{kind.rows[1]}"

@@ -1,8 +1,8 @@
-"""Roles: what a linear does in its model, inferred from dataflow and never from names.
+"""Infer the roles of linears from the dataflow of the graph, never from names.
 
-Three facts of the graph carry the inference: what its attentions take and return (`attention.py`), where its
-residual stream is (`dataflow.py`), and that a *feed-forward* block is an activation between a linear and one that
-writes the residual stream.
+The inference rests on three things: the arguments and results of attentions (`attention.py`), the residual stream
+(`dataflow.py`), and *feed-forward* blocks, which are an activation between a linear and one that writes the residual
+stream.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROLES: Mapping[str, str] = {
     "writer": "its output is added to the residual stream",
     "inner": "it neither reads nor writes the residual stream",
 }
-"""The roles and what each says of a site. A fused projection has several."""
+"""The roles, each with its meaning. A fused projection has several."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention": ("query", "key", "value", "output"),
@@ -49,7 +49,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 def infer_roles(graph: fx.Graph, linears: Iterable[LinearNode]) -> None:
-    """Fill the `reasons` (role to its reason) of every linear. Where the dataflow leaves a doubt, it gives none."""
+    """Fill the `reasons` of every linear, from roles to reasons. Roles that are in doubt are left out."""
     flow = Dataflow(graph, list(linears))
     give_attention_roles(flow)
     _give_stream_roles(flow)
@@ -82,12 +82,12 @@ def _give_feed_forward_roles(flow: Dataflow) -> None:
         if "writer" not in down.reasons or "output" in down.reasons:
             continue
         between = list(flow.behind(down.x, CARRY | ACTIVATIONS))
-        # Linears behind an activation: those reached only by walking through one, or by both ways.
+        # A linear is activated if a way from it to `down` leads through an activation.
         activated: list[LinearNode] = []
         for node in between:
             if flow.ops[node] in ACTIVATIONS and node not in flow.by_y:
                 activated += flow.sources(node, CARRY | ACTIVATIONS)
-        # What else makes up the input, a recurrence or a convolution, makes the block something else.
+        # A block whose input comes from another operation on data, such as a recurrence, is not a feed-forward block.
         ends = (n for n in between if n in data and n not in flow.by_y and flow.ops[n] not in CARRY | ACTIVATIONS)
         if not activated or not all(is_inserted(node) for node in ends):
             continue
@@ -107,7 +107,7 @@ def _give_feed_forward_roles(flow: Dataflow) -> None:
 
 
 def _give_router_role(flow: Dataflow) -> None:
-    """Give the role router: the largest of the linear's outputs choose what else its input goes through."""
+    """Give the role router to linears whose largest outputs choose which way their input takes."""
     data = flow.data()
     for topk in flow.graph.nodes:
         if flow.ops[topk] != "topk":
@@ -116,14 +116,14 @@ def _give_router_role(flow: Dataflow) -> None:
         reached = set(walk(chosen, lambda n: n.users - flow.joins.keys()))
         operands = {operand for n in reached for operand in n.all_input_nodes} - reached
         meets = {n for operand in operands for n in flow.behind(operand)}
-        # No reshape in between: what is compared are the outputs, and not the tokens.
+        # Reshapes do not count here, because they could make tokens compete instead of outputs.
         for linear in flow.sources(topk.args[0], CASTS | ARITHMETIC | ACTIVATIONS | SOFTMAXES):
             if any(n in meets for n in data.intersection(flow.behind(linear.x))):
                 linear.give("router", f"{topk.name} chooses by its output where its input goes")
 
 
 def _give_head_role(flow: Dataflow) -> None:
-    """Give the role head: to what the model returns, if nothing more than a loss is computed from it."""
+    """Give the role head to linears whose output the model returns, and from which at most a loss is computed."""
     body = {role for group in GROUPS.values() for role in group} | {"router", "writer"}
     for linear in flow.linears:
         if body.isdisjoint(linear.reasons):

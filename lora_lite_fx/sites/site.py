@@ -17,9 +17,12 @@ from .kinds.linear import SiteKind
 class Call:
     """One execution of a site in the graph: from its input node `x` to its output node `y`.
 
-    `node` is the matrix product in between; they differ where the product is wrapped in reshapes (`Conv1D`) or
-    followed by a separate bias addition. `routing` is what it takes besides: of a grouped product, where the tokens of
-    each expert end.
+    Args:
+        x: the input.
+        y: the output.
+        node: the product in between. It is not `y` if the product is wrapped in reshapes (`Conv1D`) or followed by a
+            separate bias addition.
+        routing: the other inputs of the product. A grouped product takes the end of each expert's tokens.
     """
 
     x: fx.Node
@@ -30,23 +33,23 @@ class Call:
 
 @dataclass(frozen=True)
 class Site:
-    """One linear computation: `y = x W^T + b` with a frozen `W (d_out, d_in)`, or another product that is linear in it.
+    """One computation that is linear in a frozen `W (d_out, d_in)`: `y = x W^T + b`, or another product with `W`.
 
     Args:
-        name: qualified name of the module that owns the weight; of one of its several weights,
-            `<module>.sites.<parameter>`, or the parameter's name less `_weight`.
-        d_in: size of the last dimension of the input; of an embedding the number of ids, of a convolution that of the
-            channels times the size of the kernel.
-        d_out: size of the last dimension of the output; of a convolution, the number of channels.
-        roles: what it does in the model, see `roles.ROLES`; empty if the dataflow does not tell.
+        name: qualified name of the module that owns the weight. If the module owns several weights, it is
+            `<module>.sites.<parameter>`, or the parameter's name without `_weight`.
+        d_in: size of the last dimension of the input; for an embedding the number of ids, for a convolution the number
+            of channels times the size of the kernel.
+        d_out: size of the last dimension of the output; for a convolution, the number of channels.
+        roles: its roles in the model, see `roles.ROLES`; empty if the dataflow leaves a doubt.
         weight: qualified name of the weight parameter.
         bias: qualified name of the bias parameter, or None.
-        kind: what it does with the weight, and the layout of the weight.
-        bias_rows: of the bias parameter, where the bias is a part of it: the first and the one after the last; None
-            for all.
-        experts: how many experts have a `W` in the weight; 0 for a site that is no stack of experts.
-        reasons: for each role, why.
-        calls: where the graph runs it; several for a module used several times.
+        kind: how it multiplies with the weight, and the layout of the weight.
+        bias_rows: the rows of the bias parameter that are the bias, as the first and the one after the last. None
+            means all.
+        experts: the number of experts that have a `W` in the weight; 0 for other kinds of sites.
+        reasons: the reason for each role.
+        calls: its executions in the graph; several for a module that is used several times.
     """
 
     name: str
@@ -67,11 +70,11 @@ class Site:
         return self.kind.transposed
 
     def own_bias(self, stored: Tensor | None) -> Tensor | None:
-        """The bias `(d_out,)`, from the parameter that it is a part of."""
+        """Return the bias `(d_out,)` from the stored parameter, or None if there is none."""
         return stored if stored is None or self.bias_rows is None else stored[slice(*self.bias_rows)]
 
     def stored_bias(self, bias: Tensor, like: Tensor) -> Tensor:
-        """`bias (d_out,)` as the model stores it; rows of other sites are those of `like`."""
+        """Return the parameter to store for `bias (d_out,)`. Rows of other sites come from `like`."""
         if self.bias_rows is None:
             return bias
         start, end = self.bias_rows
@@ -79,19 +82,19 @@ class Site:
 
     @cached_property
     def layer(self) -> int | None:
-        """The index of the layer it is in: the first number in its name, or None."""
+        """The index of its layer: the first number in its name, or None."""
         return next((int(part) for part in self.name.split(".") if part.isdigit()), None)
 
 
 def is_called(model: nn.Module, site: Site) -> bool:
-    """Whether `site` is a module of `model` of its own, and runs only by a call of it."""
+    """Return whether `site` is a module of `model` of its own, and runs only when that module is called."""
     owner = site.weight.rpartition(".")[0]
     named = {name for name, _ in model.named_modules(remove_duplicate=False)}  # a shared module has several names
     return {site.name, owner} <= named and all(inner_name(call.node) == site.name for call in site.calls)
 
 
 def span(x: fx.Node, y: fx.Node) -> list[fx.Node]:
-    """The nodes that `y` computes from `x`, `x` excluded and `y` included, in graph order."""
+    """Return the nodes on the way from `x` to `y`, without `x` and with `y`, in graph order."""
     # The graph is in topological order: what stands before `x` does not depend on it.
     needed = walk([y], lambda node: [operand for operand in node.all_input_nodes if x < operand])
     reached: set[fx.Node] = {x}

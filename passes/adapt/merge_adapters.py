@@ -150,7 +150,7 @@ def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
     """Add a bias at the calls of `site`, which has none."""
     if site.experts:
         raise AdapterError(
-            f"{site.name!r} is a stack of experts without biases, and its adapters add some: no merging."
+            f"{site.name!r} is a stack of experts without biases, but its adapters add biases: it cannot be merged."
         )
     path = _register(gm, site, "bias", bias)
     for call in site.calls:

@@ -18,10 +18,12 @@ from ..pipeline import GraphPass
 
 
 class Observer(nn.Module):
-    """Lets a site's input through, and adds what `observe` says of it to a running sum: no activation is kept.
+    """A module that returns a site's input unchanged and sums up what `observe` computes of it.
+
+    It keeps the sum only, no activations.
 
     Args:
-        observe: takes inputs `(tokens, d_in)` in float32 or wider, returns a tensor.
+        observe: takes inputs `(tokens, d_in)` in float32 or wider, and returns a tensor.
     """
 
     def __init__(self, observe: Callable[[Tensor], Tensor]) -> None:
@@ -31,18 +33,21 @@ class Observer(nn.Module):
         self.tokens = 0
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Observe `x (..., d_in)`: the tokens that the 0/1 `mask (batch, length)` marks, if it has their number."""
+        """Observe `x (..., d_in)` and return it.
+
+        If `mask (batch, length)` has one entry for each token, only the tokens with a 1 count.
+        """
         inputs = wide(x.detach()).reshape(-1, x.shape[-1])
         if mask is not None and mask.numel() == len(inputs):
             inputs = inputs[mask.reshape(-1).bool()]
-        seen = self.observe(inputs)
-        self.total = seen if self.total is None else self.total + seen
+        observed = self.observe(inputs)
+        self.total = observed if self.total is None else self.total + observed
         self.tokens += len(inputs)
         return x
 
     @property
     def statistic(self) -> Statistic | None:
-        """What has been seen; None before the first input."""
+        """The sum and the number of tokens so far; None before the first input."""
         return None if self.total is None else Statistic(self.total, self.tokens)
 
 
@@ -50,10 +55,10 @@ class Observer(nn.Module):
 class ObserveInputs(GraphPass):
     """Route the input of each site through observers, around the adapters that are there.
 
-    For a graph that is run on calibration data and thrown away. Safe because observers return what they are given.
+    The graph is meant for calibration data, and thrown away after it. Safe because observers return their input.
 
     Args:
-        observers: by qualified name of the site.
+        observers: the observers of each site, by its qualified name.
     """
 
     observers: Mapping[str, Sequence[Observer]]
@@ -66,20 +71,20 @@ class ObserveInputs(GraphPass):
         for site in find_sites(gm):
             for call in site.calls:
                 x, y = outermost(around[site.name], call.x, call.y)
-                inside, seen = span(x, y), x
+                frozen, observed = span(x, y), x
                 for observer in self.observers.get(site.name, ()):
                     name = f"observer_{edits}"
                     gm.add_submodule(name, observer)
-                    with gm.graph.inserting_before(inside[0]):
-                        seen = gm.graph.call_module(name, (seen, _mask(x)))
+                    with gm.graph.inserting_before(frozen[0]):
+                        observed = gm.graph.call_module(name, (observed, _mask(x)))
                     edits += 1
-                for node in inside:
-                    node.replace_input_with(x, seen)
+                for node in frozen:
+                    node.replace_input_with(x, observed)
         return edits
 
 
 def _mask(x: fx.Node) -> fx.Node | None:
-    """The input of the graph that marks the padding of the tokens that `x` is computed from, or None."""
+    """Return the input of the graph that marks the padding of the tokens from which `x` is computed, or None."""
     inputs = {node.name: node for node in x.graph.find_nodes(op="placeholder")}
     decodes = any(node.name in ("decoder_input_ids", "labels") for node in ancestors([x]))
     return inputs.get("decoder_attention_mask" if decodes else "attention_mask")

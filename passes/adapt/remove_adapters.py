@@ -1,4 +1,4 @@
-"""Take adapters out of a graph."""
+"""Remove adapters from a graph."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..pipeline import GraphPass, eliminate_dead_code
 class RemoveAdapters(GraphPass):
     """Remove all adapters, leaving the base graph node for node.
 
-    Safe because insertion never changed a node of the frozen linear but for the input it reads: undoing it means
-    reading the adapter's own input again, and reading the frozen linear's output where the adapter's was read. Both
-    are found from the provenance of the inserted nodes alone, so it works on a graph loaded from a `.pt2` file too.
+    Safe because insertion changes the nodes of the frozen linear only in the input that they read. To undo it, they
+    read the adapter's input again, and the readers of the adapter's output read theirs. The provenance of the inserted
+    nodes says which these are, so the pass works on a graph loaded from a `.pt2` file too.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
-        found = insertions(gm.graph)
+        inserted = insertions(gm.graph)
         tensors = adapter_tensor_names(gm)
-        for insertion in found:
+        for insertion in inserted:
             entered_by = insertion.entered_by
             for part, original in ((insertion.inlet, 0), (insertion.outlet, -1)):
                 if part is not None:
@@ -36,7 +36,7 @@ class RemoveAdapters(GraphPass):
             path, _, attribute = name.rpartition(".")
             delattr(gm.get_submodule(path), attribute)
         _drop_empty_modules(gm, {name.rpartition(".")[0] for name in tensors})
-        return len(found)
+        return len(inserted)
 
 
 def _drop_empty_modules(gm: fx.GraphModule, paths: set[str]) -> None:

@@ -47,7 +47,7 @@ def test_inserted_nodes_say_where_they_come_from_and_no_other_node_does() -> Non
 
 
 class Looking(llfx.LoRA):
-    """Looks at what its site does and at the mode."""
+    """A variant that looks at the roles of its site and at the mode."""
 
     def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
         scale = 3.0 if "query" in base.site.roles else 1.0
@@ -63,7 +63,7 @@ class Looking(llfx.LoRA):
     ],
     ids=["neither", "mode", "both"],
 )
-def test_sites_of_one_size_take_further_traces_only_where_a_variant_looks_at_them_or_at_the_mode(
+def test_sites_of_one_size_share_a_trace_unless_the_variant_looks_at_the_site_or_the_mode(
     cfg: llfx.Variant, traces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(_REGISTRY, "Looking", Looking)

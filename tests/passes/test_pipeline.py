@@ -72,7 +72,7 @@ def test_a_pipeline_can_go_without_a_pass() -> None:
 
 @dataclass(frozen=True)
 class Fail(GraphPass):
-    """Fails as it is told to."""
+    """A pass that raises `error`."""
 
     error: Exception
 

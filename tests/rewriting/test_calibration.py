@@ -1,4 +1,4 @@
-"""Starts from data: what is observed, and what EVA and AntiPaSTO make of it."""
+"""Variants that start from data: the observed statistics, and the start values of EVA and AntiPaSTO."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_batches_are_read_one_by_one_and_none_is_kept() -> None:
     assert len(seen) == 5
 
 
-def test_what_is_kept_has_a_size_that_the_data_does_not_change() -> None:
+def test_the_size_of_a_statistic_does_not_depend_on_the_data() -> None:
     for cfg in (EVA, llfx.AntiPaSTO(r=4)):
         site = Site("0", WIDTH, 20)
         observe = cfg.observer(site, model()[0].weight.detach())
@@ -110,7 +110,7 @@ def test_what_is_kept_has_a_size_that_the_data_does_not_change() -> None:
         assert len(sizes) == 1
 
 
-def test_nothing_calibrated_is_needed_to_load(tmp_path: Any) -> None:
+def test_loading_needs_no_calibration_data(tmp_path: Any) -> None:
     for cfg in (EVA, llfx.EVA(r=3, rho=2.0, target_names=(".",)), llfx.AntiPaSTO(r=4, target_names=("0", "2"))):
         gm = llfx.rewrite(model(), cfg, calibration=data(8))
         llfx.save(gm, tmp_path / "adapter")
@@ -183,7 +183,7 @@ def test_padding_does_not_count() -> None:
             assert not torch.allclose(tensor.abs(), llfx.adapter_state_dict(full)[name].abs(), atol=1e-3)
 
 
-def test_of_an_encoder_decoder_each_side_has_its_own_padding() -> None:
+def test_encoder_and_decoder_each_have_padding_of_their_own() -> None:
     torch.manual_seed(0)
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     t5 = base_graph(T5ForConditionalGeneration(T5Config(vocab_size=31, decoder_start_token_id=0, **shape)).eval())

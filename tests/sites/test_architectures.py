@@ -1,4 +1,4 @@
-"""Many architectures: their roles are those of the tables, and `rewrite` computes on each what `wrap` does."""
+"""Many architectures: the roles match the tables, and `rewrite` computes the same as `wrap` on each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COARSE = {"reader", "writer", "inner"}
 
 @functools.cache
 def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
-    """The model and its graph: every model is captured once."""
+    """Return the model and its graph; every model is captured once."""
     model = ARCHITECTURES[name].build()
     return model, graph_of(ARCHITECTURES[name], model)
 
@@ -44,7 +44,7 @@ def graph_of(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
 
 
 def sites_of(name: str) -> list[Site]:
-    """The linears of an architecture; sites of other kinds have no roles."""
+    """Return the linear sites of an architecture, because sites of other kinds have no roles."""
     return [site for site in find_sites(captured(name)[1]) if site.kind.name == "linear"]
 
 
@@ -59,19 +59,19 @@ def test_sites_and_roles_are_those_of_the_table(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CAPTURED)
-def test_every_linear_is_a_site_or_it_is_said_why_not(name: str) -> None:
+def test_every_linear_is_a_site_or_is_listed_with_a_reason(name: str) -> None:
     architecture = ARCHITECTURES[name]
     assert architecture.linears() - architecture.table().keys() == architecture.no_site.keys()
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_captured_is_refused(name: str) -> None:
+def test_models_that_cannot_be_captured_are_refused(name: str) -> None:
     with pytest.raises(llfx.CaptureError, match=ARCHITECTURES[name].refused):
         graph_of(ARCHITECTURES[name], ARCHITECTURES[name].build())
 
 
 def score() -> str:
-    """How many sites have the roles of the tables, how many of them are unknown, and how many have other roles."""
+    """Count the sites with the roles of the tables, those of unknown role, and those with other roles."""
     right = unknown = wrong = 0
     for name in CAPTURED:
         expected = ARCHITECTURES[name].table()
@@ -94,7 +94,7 @@ def test_score_over_all_architectures() -> None:
 
 @functools.cache
 def inputs(name: str) -> dict[str, Tensor]:
-    """Inputs of another batch size and length than those the model was captured with."""
+    """Return inputs of another batch size and length than those of the capture."""
 
     architecture = ARCHITECTURES[name]
 
@@ -108,13 +108,13 @@ def inputs(name: str) -> dict[str, Tensor]:
 
 
 def target_roles(architecture: Architecture) -> tuple[str, ...]:
-    """Attention and feed-forward; the coarse roles of an architecture that has neither."""
+    """Return the roles of attention and feed-forward, or coarse roles for an architecture that has neither."""
     roles = set().union(*architecture.table().values())
     return tuple(GROUPS) if roles & set().union(*GROUPS.values()) else ("reader", "writer", "inner")
 
 
 def outputs_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All outputs, and the gradients of a random functional of them, by parameter."""
+    """Return all outputs, and the gradients of a random functional of them, by parameter."""
     model.zero_grad()
     torch.manual_seed(0)
     found = pytree.tree_flatten_with_path(dict(model(**inputs)))[0]
@@ -156,7 +156,7 @@ def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CAPTURED if ARCHITECTURES[name].unwrapped])
-def test_what_wrap_leaves_out_is_no_module_that_is_called(name: str) -> None:
+def test_wrap_refuses_sites_that_are_not_called_modules_and_rewrite_adapts_them(name: str) -> None:
     model, gm = captured(name)
     for site in ARCHITECTURES[name].unwrapped:
         cfg = llfx.LoRA(r=2, target_names=(f"^{re.escape(site)}$",))

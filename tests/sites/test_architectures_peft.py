@@ -1,4 +1,4 @@
-"""PEFT's tables of target modules as a second oracle of the roles.
+"""Compare the roles with a second oracle: PEFT's tables of target modules.
 
 PEFT lists names for each model type. They are chosen by role, so the sites they match must be all the sites of some
 roles. Where that does not hold, it is said here why.
@@ -59,7 +59,7 @@ OUTPUT_BESIDE_DOWN = {"bert", "bert-classifier", "roberta", "deberta", "deberta-
 
 
 def architectures_of(model_type: str) -> list[str]:
-    """The names here of the architectures of a model type of PEFT's."""
+    """Return the names that the tests give to the architectures of one of PEFT's model types."""
     wanted = ALIASES.get(model_type, model_type)
     return [
         name
@@ -69,7 +69,7 @@ def architectures_of(model_type: str) -> list[str]:
 
 
 def mappings(kind: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(mapping, model type, names) of PEFT's tables whose name ends in `kind`, those for norms left out."""
+    """Yield (mapping, model type, names) of PEFT's tables whose name ends in `kind`, except those for norms."""
     for mapping, by_type in vars(constants).items():
         if mapping.startswith("TRANSFORMERS_MODELS_TO_") and mapping.endswith(kind) and "LNTUNING" not in mapping:
             for model_type, names in by_type.items():
@@ -78,7 +78,7 @@ def mappings(kind: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 
 def distinct(kind: str) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(mappings, architecture, names): each list of names once, for each architecture of its model type."""
+    """Return (mappings, architecture, names): each list of names once, for each architecture of its model type."""
     users: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for mapping, model_type, names in mappings(kind):
         for name in architectures_of(model_type):
@@ -111,7 +111,7 @@ def test_names_of_peft_are_all_the_sites_of_some_roles(mapping: str, name: str, 
 
 @pytest.mark.parametrize(PARAMETERS, distinct("_TO_LORA_TARGET_MODULES_MAPPING"), ids=ids)
 def test_lora_is_at_queries_and_values(mapping: str, name: str, names: tuple[str, ...]) -> None:
-    """With the keys where the projection is fused; and at phi's feed-forward block, which other tables leave out."""
+    """Keys are adapted too if the projection is fused, and so is phi's feed-forward block, against other tables."""
     table = ARCHITECTURES[name].table()
     found = [table[site] & ROLES for site in matched(table, names)]
     attention = [roles for roles in found if not roles & set(GROUPS["mlp"])]
@@ -131,8 +131,8 @@ def test_feed_forward_modules_of_ia3_are_the_down_projections(mapping: str, name
     assert beside == ({"output"} if name in OUTPUT_BESIDE_DOWN else set())
 
 
-def test_what_is_explained_is_there() -> None:
-    """An explanation that no longer explains anything is to be removed."""
+def test_every_listed_exception_still_occurs() -> None:
+    """Check that the lists of exceptions hold nothing that has become false."""
     nothing, beside = set(), set()
     for _, name, names in distinct("MODULES_MAPPING"):
         table = ARCHITECTURES[name].table()

@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` and what is built of it: parts of one weight as sites, both modes, the fast path."""
+"""`nn.MultiheadAttention` and encoders made of it: parts of one weight as sites, both modes, the fast path."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CrossAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its inputs, and its sites with the roles that matter."""
+    """A model, its inputs, and its sites with the roles to check."""
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
@@ -122,13 +122,13 @@ def test_the_graph_computes_the_module_in_both_modes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_its_projections_are_sites_with_roles(name: str) -> None:
+def test_projections_of_attention_modules_are_sites_with_roles(name: str) -> None:
     rows = {row.name: set(row.roles) - {"reader", "writer", "inner"} for row in llfx.inspect(base_of(name)[1])}
     assert rows == CASES[name].sites
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_adapters_compute_what_the_dense_weights_do(name: str) -> None:
+def test_adapters_compute_the_same_as_merged_weights_in_the_module(name: str) -> None:
     model, base = base_of(name)
     inputs = CASES[name].inputs
     with untouched(model):
@@ -147,8 +147,8 @@ def test_adapters_compute_what_the_dense_weights_do(name: str) -> None:
         check_file(gm, base, inputs)
 
 
-def test_the_gradient_of_a_part_is_that_of_its_rows() -> None:
-    """`dL/dB = s dL/dW A^T`, with `dL/dW` from the module itself, at the rows of the keys."""
+def test_a_part_of_a_weight_has_the_gradient_of_its_rows() -> None:
+    """Check `dL/dB = s dL/dW A^T` at the rows of the keys, with `dL/dW` from the module itself."""
     model, base = base_of("cross, keys are not values")
     inputs = CASES["cross, keys are not values"].inputs
     gm = llfx.rewrite(base, llfx.LoRA(r=2, alpha=2, target_roles=("key",))).eval()
@@ -160,7 +160,7 @@ def test_the_gradient_of_a_part_is_that_of_its_rows() -> None:
 
 
 @pytest.mark.parametrize("name", ["cross, keys are values", "self, with weights"])
-def test_it_is_exported_and_compiled(name: str) -> None:
+def test_adapted_attention_modules_are_exported_and_compiled(name: str) -> None:
     _, base = base_of(name)
     inputs = CASES[name].inputs
     gm = llfx.rewrite(base, llfx.LoRA(r=2, target_names=(".",)))
@@ -170,7 +170,7 @@ def test_it_is_exported_and_compiled(name: str) -> None:
     close(output(fast, inputs), output(gm, inputs), 1e-9, "compiled")
 
 
-def test_projections_are_no_called_modules_that_could_be_wrapped() -> None:
+def test_wrap_refuses_projections_because_they_are_not_called_modules() -> None:
     model, _ = base_of("encoder layer")
     for name in ("in_proj", "out_proj"):
         with (
@@ -190,7 +190,7 @@ def test_the_fast_path_of_an_encoder_does_not_go_around_wrapped_linears() -> Non
         close(output(wrapped.eval(), (X,)), output(gm.eval(), (X,)), 1e-9, "without gradients")
 
 
-def test_peft_files_refuse_what_is_no_module() -> None:
+def test_peft_files_refuse_sites_that_are_not_modules() -> None:
     _, base = base_of("self")
     gm = llfx.rewrite(base, llfx.LoRA(r=2, target_names=("in_proj",)))
     with pytest.raises(llfx.ConfigError, match=r"site 'att\.in_proj' is none of its own"):

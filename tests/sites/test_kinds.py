@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import adapters, site_weight
 from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.finding import find_sites
+from lora_lite_fx.sites.kinds.expert_values import PerExpert
 from tests.support.conformance import (
     calibration,
     check_export,
@@ -36,7 +38,7 @@ E, WIDTH, INNER, NUMBER = 3, 8, 12, 20
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The product of tokens sorted by expert, as models written for it have it."""
+    """Multiply tokens sorted by expert, each with the matrix of its expert."""
     return torch.ops.lora_lite_fx_tests.grouped_mm(x, weight, ends)
 
 
@@ -144,10 +146,10 @@ CASES = {
     "grouped experts": Kind("experts", Grouped, _noise(6, WIDTH), _noise(10, WIDTH)),
 }
 REFUSED = {
-    # What turns, shifts or sums up parts of its input needs an input to do so.
+    # These turn, shift or sum up parts of their input, which needs the input as a tensor.
     "embedding": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
     "conv": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
-    # What does more than a few tensor functions has no rule for experts.
+    # These call tensor functions that have no rule for experts.
     "experts": {"AntiPaSTO", "BOFT", "C3A", "EVA", "FourierFT", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT", "RoAd"},
 }
 
@@ -164,7 +166,7 @@ def config(cls: type[llfx.Variant], kind: str, **fields: Any) -> llfx.Variant:
 
 
 def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
-    """A copy of the model with `W'` written into its weights, each expert's found by the variant as a plain linear."""
+    """Return a copy of the model with merged weights, each computed by the variant on a plain linear."""
     copied = copy.deepcopy(model)
     as_linear = {"target_kinds": ("linear",), "target_names": (".",)}
     cfgs = [dataclasses.replace(variant, **as_linear) for variant, _ in adapters(gm)]
@@ -288,6 +290,47 @@ def test_experts_have_an_adapter_each_with_a_start_of_its_own(case: str) -> None
     x = CASES[case].other
     assert not torch.equal(output(gm.train(), (x,), 0), output(gm, (x,), 1))
     assert torch.equal(output(gm.eval(), (x,), 0), output(gm, (x,), 1))
+
+
+FUNCTIONS_OF_MATRICES: dict[str, Callable[[Any], Any]] = {
+    "norm of an order": lambda m: m.norm(1, dim=0),
+    "vector_norm of an order": lambda m: torch.linalg.vector_norm(m, 1, dim=1),
+    "sum": lambda m: m.sum(0),
+    "linear": lambda m: F.linear(m, m[:2]),
+    "matmul with a vector": lambda m: m @ torch.arange(3.0).double(),
+    "row by row": lambda m: m * m.sum(1)[:, None] + m[0],
+    "subtraction from a number": lambda m: 1 - m.t(),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS_OF_MATRICES)
+def test_functions_of_a_tensor_for_each_expert_give_the_result_for_each(name: str) -> None:
+    function, matrices = FUNCTIONS_OF_MATRICES[name], _noise(E, 3, 3)  # square, so that no wrong dimension shows
+    close(
+        function(PerExpert(matrices, "")).value, torch.stack([function(matrix) for matrix in matrices]), 1e-12, "values"
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m: m @ m[0],
+        lambda m: F.linear(m, m[0]),
+        lambda m: m.norm(1, 0),
+        lambda m: m.sum(),
+        lambda m: m.sum((0, 1)),
+        lambda m: m.sum(0, True),
+        lambda m: torch.add(m[0], other=m),
+        lambda m: _noise(3, 3)[m],
+        lambda m: m.exp(),
+        lambda m: m.real,
+    ],
+)
+def test_functions_without_a_rule_for_experts_are_refused(function: Callable[[Any], Any]) -> None:
+    with pytest.raises(
+        llfx.ConfigError, match=r"which is a stack of experts: .* is not known of values that belong to"
+    ):
+        function(PerExpert(_noise(E, 3, 3), "LoRA cannot adapt 'up'"))
 
 
 def test_an_expert_trains_on_its_own_tokens_only() -> None:

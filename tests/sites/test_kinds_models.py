@@ -1,4 +1,4 @@
-"""Embeddings, patch convolutions and experts of real models, against their own weights; and against PEFT."""
+"""Embeddings, patch convolutions and experts of real models, compared with dense weights and with PEFT."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def inputs(name: str) -> dict[str, Tensor]:
 
 
 def run(model: nn.Module, name: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits, and the gradients of the loss."""
+    """Return the logits, and the gradients of the loss."""
     model.zero_grad()
     result = model(**inputs(name))
     result.loss.backward()
@@ -74,13 +74,13 @@ def run(model: nn.Module, name: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 @torch.no_grad()
 def run_without_gradient(model: nn.Module, name: str) -> Tensor:
-    """The logits."""
+    """Return the logits."""
     logits: Tensor = model(**inputs(name)).logits
     return logits
 
 
 def as_stored(kind: str, name: str, update: Tensor, like: Tensor) -> Tensor:
-    """`(d_out, d_in)` in the layout of the weight."""
+    """Return a matrix `(d_out, d_in)` in the layout of the weight."""
     return (update.mT if kind == "embedding" or name == "gpt_oss" else update).reshape(like.shape)
 
 
@@ -144,7 +144,7 @@ def test_default_targets_reach_no_experts_and_no_embeddings() -> None:
 
 
 def test_experts_in_bfloat16_get_adapters_of_any_rank_and_dtype() -> None:
-    """There the grouped product is PyTorch's own, which takes bfloat16 in rows of whole 16 bytes only."""
+    """In bfloat16 the grouped product is PyTorch's own operator, which takes rows of whole 16 bytes only."""
     model = copy.deepcopy(model_and_base("mixtral")[0]).bfloat16()
     gm = llfx.rewrite(model, llfx.LoRA(r=3, target_kinds=("experts",), rank_pattern={"down": 8}))
     randomise(gm, 0)
@@ -200,7 +200,7 @@ def mixed() -> tuple[nn.Module, fx.GraphModule]:
 
 
 def in_peft(dora: bool) -> nn.Module:
-    """The model in PEFT, with random values."""
+    """Return the model adapted by PEFT, with random values."""
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=SITES, use_dora=dora)
     theirs = peft.get_peft_model(copy.deepcopy(mixed()[0]), config).double()
     generator = torch.Generator().manual_seed(1)
@@ -239,7 +239,7 @@ def test_peft_computes_the_same(cls: type[llfx.Variant], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_peft_computes_the_same_of_experts(name: str) -> None:
-    """`target_parameters`, with the adapters of all experts in one `A (experts r, d_in)` and `B (d_out, r experts)`."""
+    """Compare with `target_parameters`, where all experts share `A (experts r, d_in)` and `B (d_out, r experts)`."""
     model, base = model_and_base(name)
     ours = llfx.rewrite(base, llfx.LoRA(r=2, alpha=6, target_kinds=("experts",)))
     randomise(ours, 0)
@@ -283,13 +283,15 @@ def test_peft_computes_the_same_of_experts(name: str) -> None:
         ),
     ],
 )
-def test_what_peft_files_cannot_hold_is_refused(variant: llfx.Variant, message: str, tmp_path: Path) -> None:
+def test_saving_to_peft_refuses_adapters_that_its_files_cannot_hold(
+    variant: llfx.Variant, message: str, tmp_path: Path
+) -> None:
     gm = llfx.rewrite(mixed()[1], variant)
     with pytest.raises(llfx.ConfigError, match=message):
         llfx.save_peft(gm, tmp_path)
 
 
-def test_a_dilated_convolution_is_another_in_peft(tmp_path: Path) -> None:
+def test_saving_to_peft_refuses_dilated_convolutions(tmp_path: Path) -> None:
     gm = llfx.rewrite(
         nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2)), llfx.LoRA(r=2, target_kinds=("conv",)), (torch.randn(2, 4, 9),)
     )

@@ -1,4 +1,4 @@
-"""Sites of every kind: which are chosen, listed and refused."""
+"""Sites of every kind: the ones that targets choose, that tables list, and that are refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def adapted(cfg: llfx.Variant) -> list[str]:
     return [row.name for row in llfx.inspect(llfx.rewrite(everything()[1], cfg)) if row.adapters]
 
 
-def test_kinds_are_adapted_when_asked_for_only() -> None:
+def test_kinds_other_than_linears_are_adapted_only_when_asked_for() -> None:
     lora = functools.partial(llfx.LoRA, r=2)
     assert adapted(lora(target_names=(".",))) == ["head"]
     assert adapted(lora(target_kinds=("conv",))) == ["conv", "scaled"]  # not the one with groups
@@ -87,7 +87,7 @@ def test_a_tied_embedding_is_adapted_and_merged_alone() -> None:
     assert merged.get_parameter("head.weight").data_ptr() == model.head.weight.data_ptr()
 
 
-def test_a_convolution_that_pads_otherwise_is_rewritten_and_not_wrapped() -> None:
+def test_a_convolution_with_another_padding_mode_is_rewritten_but_not_wrapped() -> None:
     model, base = everything()
     cfg = llfx.LoRA(r=2, target_kinds=("conv",), target_names=("scaled",))
     gm = llfx.rewrite(base, cfg)

@@ -1,4 +1,4 @@
-"""Golden tables of plain blocks: every way in which attention and feed-forward are written."""
+"""Golden tables of plain blocks, with attention and feed-forward in every notation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def einsum_key_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The order of an einsum's factors means nothing: the softmax runs over the keys."""
+    """Swap the factors of an einsum: the softmax still runs over the keys."""
     probabilities = torch.einsum("bhkd,bhqd->bhqk", k, q).softmax(-1)
     return torch.einsum("bhkd,bhqk->bhqd", v, probabilities)
 

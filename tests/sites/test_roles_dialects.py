@@ -1,4 +1,4 @@
-"""Golden tables of blocks that some architectures write in their own way, and of what only looks like them."""
+"""Golden tables of blocks in the notation of some architectures, and of blocks that only look like them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANK, EXPERTS = 4, 3
 
 
 class Block(nn.Module):
-    """Linears by name, and a head; a subclass says what it adds to the stream."""
+    """Linears by name, and a head. A subclass computes the additions to the stream."""
 
     linears: tuple[tuple[str, int, int], ...] = ()
 
@@ -80,7 +80,7 @@ o output writer 8 8
 
 
 class Narrowed(Block):
-    """Attention within a narrower space: what narrows it is no projection of the queries, keys or values."""
+    """Attention within a narrower space. The linear that narrows is not a projection of queries, keys or values."""
 
     linears = (
         ("narrow", WIDTH, RANK),
@@ -137,7 +137,7 @@ class SquaredReLU(Block):
 
 
 class GatedRecurrence(Block):
-    """A recurrence, gated by an activation: no feed-forward block."""
+    """A recurrence, gated by an activation, which is not a feed-forward block."""
 
     linears = (("gate", WIDTH, INNER), ("state", WIDTH, INNER), ("out", INNER, WIDTH))
 
@@ -157,7 +157,7 @@ class Routed(Block):
 
 
 class ChosenByFirst(Block):
-    """The chosen are rows of a table: what the tokens hold does not go through them."""
+    """The choice is among rows of a table, and the tokens do not go through these."""
 
     linears = (("scores", WIDTH, EXPERTS), ("out", WIDTH, WIDTH))
 
@@ -208,12 +208,12 @@ def test_block_has_the_roles_of_its_table(name: str, exported: bool) -> None:
 
 
 def test_keys_written_in_place_have_their_role() -> None:
-    """Symbolic tracing records no assignment to a slice."""
+    """Only the exported graph is tested, because symbolic tracing records no assignment to a slice."""
     golden = QKVO + "k2 key reader 8 8\n" + HEAD
     check_table(llfx.inspect(Written(), (torch.randn(2, 3, WIDTH),)), golden)
 
 
 @both_captures
-def test_what_returns_its_choice_is_no_router(exported: bool) -> None:
+def test_a_linear_whose_choice_is_returned_is_not_a_router(exported: bool) -> None:
     table = llfx.inspect(TopClasses(), (torch.randn(2, 3, WIDTH),) if exported else None)
     assert all("router" not in row.roles for row in table)

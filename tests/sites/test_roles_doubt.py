@@ -1,4 +1,4 @@
-"""What has no role, what must not be given one, and that roles stay what they are."""
+"""Linears whose role is in doubt get none, and inserted adapters change no role."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ VOCABULARY, LABELS = 29, 3
 
 
 def parse(golden: str) -> dict[str, tuple[set[str], int, int]]:
-    """Lines `name  roles...  d_in d_out` as a dict; `-` stands for no role."""
+    """Parse lines `name  roles...  d_in d_out`; `-` stands for no role."""
     lines = [line.split() for line in golden.splitlines() if line.strip()]
     return {name: (set(roles) - {"-"}, int(d_in), int(d_out)) for name, *roles, d_in, d_out in lines}
 
@@ -29,7 +29,7 @@ def roles_of(table: SiteTable) -> dict[str, tuple[set[str], int, int]]:
 
 
 def check_table(table: SiteTable, golden: str) -> None:
-    """The table says exactly what `golden` does, and gives a reason for every role."""
+    """Assert that the table equals `golden` and has a reason for every role."""
     assert roles_of(table) == parse(golden)
     for row in table:
         assert all(f"{role}: " in row.reason for role in row.roles), row

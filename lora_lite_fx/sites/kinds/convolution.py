@@ -1,4 +1,4 @@
-"""Convolutions."""
+"""Convolutions as sites."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .site_input import SiteInput
 
 @dataclass(frozen=True)
 class Convolution(SiteKind):
-    """`Conv1d` or `Conv2d` with one group: `W` stored as `(d_out, channels, *kernel)`, applied to patches.
+    """A `Conv1d` or `Conv2d` with one group. `W` is stored as `(d_out, channels, *kernel)` and applied to patches.
 
-    The patches are never formed: a product with `M (m, d_in)` is a convolution to m channels.
+    The patches are never formed, because a product with `M (m, d_in)` is a convolution to m channels.
 
     Args:
         kernel: the size of the kernel.
@@ -36,7 +36,7 @@ class Convolution(SiteKind):
 
     @property
     def _channels(self) -> int:
-        """The dimension of the channels, counted from the last: there may be no batch."""
+        """The dimension of the channels, counted from the last because there may be no batch."""
         return -1 - len(self.kernel)
 
     def matrix(self, stored: Tensor) -> Tensor:
@@ -66,15 +66,14 @@ class Convolution(SiteKind):
         return y.movedim(-1, self._channels)
 
     def cast(self, x: SiteInput, dtype: torch.dtype) -> SiteInput:
-        """The same in another dtype."""
+        """Return the input in another dtype."""
         return SiteInput(self, x.value.to(dtype), dtype, x.who)
 
     def dropout(self, x: SiteInput, p: float = 0.5, training: bool = True, inplace: bool = False) -> SiteInput:
-        """Elements dropped, as all the patches see them."""
+        """Return the input with elements dropped, the same ones in all patches."""
         return SiteInput(self, F.dropout(x.value, p, training), x.dtype, x.who)
 
     def linear(self, x: SiteInput, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A convolution to as many channels as `matrix` has rows, with these last."""
-        y = self.multiply(x.value, matrix.unflatten(1, (-1, *self.kernel)))
-        y = self.result(y, x)
+        """Return the convolution to as many channels as `matrix` has rows, with the channels last."""
+        y = self.result(self.multiply(x.value, matrix.unflatten(1, (-1, *self.kernel))), x)
         return y if bias is None else y + bias

@@ -1,4 +1,4 @@
-"""Embeddings."""
+"""Embeddings as sites."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .site_input import SiteInput
 
 @dataclass(frozen=True)
 class Lookup(SiteKind):
-    """An embedding, `W` stored as `(d_in, d_out)`: one row for each of `d_in` ids.
+    """An embedding. `W` is stored as `(d_in, d_out)`, one row for each of `d_in` ids.
 
-    The input is one-hot, never formed: a dropped element is a dropped id.
+    Its input counts as one-hot rows, which are never formed. To drop the one of a row is to drop the id.
 
     Args:
         padding: the id whose row gets no gradient, or -1.
@@ -27,7 +27,7 @@ class Lookup(SiteKind):
 
     name: ClassVar[str] = "embedding"
     article: ClassVar[str] = "an embedding"
-    why: ClassVar[str] = "an embedding's input are ids"
+    why: ClassVar[str] = "the input of an embedding is ids"
 
     def matrix(self, stored: Tensor) -> Tensor:
         return stored.t()
@@ -54,16 +54,16 @@ class Lookup(SiteKind):
         return SiteInput(self, torch.arange(d_in, device=device), dtype, "")
 
     def cast(self, x: SiteInput, dtype: torch.dtype) -> SiteInput:
-        """The same ids: their one is a one in any dtype."""
+        """Return the same ids in another dtype; a one is exact in any."""
         kept = None if x.kept is None else x.kept.to(dtype)
         return SiteInput(self, x.value, dtype, x.who, kept)
 
     def dropout(self, x: SiteInput, p: float = 0.5, training: bool = True, inplace: bool = False) -> SiteInput:
-        """Each id dropped or scaled, as its one is."""
+        """Return the ids with a factor for each: zero for a dropped one, and the scale of dropout for the others."""
         ones = torch.ones_like(x.value, dtype=x.dtype) if x.kept is None else x.kept
         return SiteInput(self, x.value, x.dtype, x.who, F.dropout(ones, p, training))
 
     def linear(self, x: SiteInput, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x M^T + bias`: rows of `M^T`."""
+        """Return `x M^T + bias`: rows of `M^T`."""
         y = self.result(self.multiply(x.value, matrix.t()), x)
         return y if bias is None else y + bias

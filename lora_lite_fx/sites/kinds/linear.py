@@ -1,8 +1,8 @@
-"""Products: the kinds of sites.
+"""The kinds of sites, and the plain linear.
 
-A site computes `y = P(x, W) + b`, a product that is linear in a matrix `W (d_out, d_in)`. Kinds differ in what `P` is:
-an embedding picks columns of `W`, a convolution applies it to patches, experts have a `W` each. A variant is written
-for a plain linear and sees no difference: what it gets as `x` stands for the site's input, and `F.linear(x, M)` is
+A site computes `y = P(x, W) + b` with a product `P` that is linear in a matrix `W (d_out, d_in)`. Kinds differ in `P`:
+an embedding picks columns of `W`, a convolution applies `W` to patches, and each expert has a `W`. A variant is written
+for a plain linear and sees no difference, because its `x` stands for the site's input: `F.linear(x, M)` computes
 `P(x, M)` for any matrix `M (m, d_in)`.
 """
 
@@ -21,11 +21,12 @@ KINDS = ("linear", "embedding", "conv", "experts")
 
 @dataclass(frozen=True)
 class SiteKind:
-    """What a site does with its input and its matrix. This class is the plain linear; the others derive from it.
+    """A kind of site: how it multiplies its input with its matrix. This class is the plain linear, the base of all.
 
     Args:
         transposed: whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does.
-        rows: of the stored weight, where the site is a part of it: the first and the one after the last; None for all.
+        rows: the rows of the stored weight that the site consists of, as the first and the one after the last. None
+            means all.
     """
 
     transposed: bool = False
@@ -37,23 +38,23 @@ class SiteKind:
     # The weight as a matrix.
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """The weight as the model stores it, as `(d_out, d_in)`; of experts, as `(experts, d_out, d_in)`."""
+        """Return the matrix `(d_out, d_in)` from the stored weight; of experts, `(experts, d_out, d_in)`."""
         part = stored if self.rows is None else stored[slice(*self.rows)]
         return part.mT if self.transposed else part
 
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `matrix`; rows of other sites are those of `like`."""
+        """Return the weight to store for a matrix: the inverse of `matrix`. Rows of other sites come from `like`."""
         part = matrix.mT.contiguous() if self.transposed else matrix
         return part if self.rows is None else torch.cat([like[: self.rows[0]], part, like[self.rows[1] :]])
 
     # The product in the model's own layout.
 
     def factor(self, stored: Tensor) -> Tensor:
-        """The tensor that `multiply` takes: the weight in the layout of the operator."""
+        """Return the tensor that `multiply` takes: the weight in the layout of the operator."""
         return self.matrix(stored)
 
     def multiply(self, x: Tensor, factor: Tensor, *routing: Tensor) -> Tensor:
-        """The product without a bias, as one operator; `routing` is what else it takes."""
+        """Compute the product without a bias, by one operator. `routing` holds its other inputs."""
         return F.linear(x, factor)
 
     @property
@@ -62,23 +63,34 @@ class SiteKind:
         return False
 
     def example(self, stored: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """An input, for graphs that know no shapes, and which of its dimensions are fixed."""
+        """Return an example input, for graphs without shapes, and which of its dimensions are fixed."""
         return stored.new_empty(2, 3, self.matrix(stored).shape[-1]), (2,)
 
     # The product as a variant sees it: the last dimension of input and output is the matrix's.
 
     def enter(self, x: Tensor, dtype: torch.dtype, who: str, *routing: Tensor) -> Any:
-        """What a variant gets as `x`. `dtype` is that of the matrix; `who` names variant and site in errors."""
+        """Return the object that a variant gets as `x`.
+
+        Args:
+            x: the input that the model passes.
+            dtype: the dtype of the matrix.
+            who: the words that name variant and site in errors.
+            routing: the other inputs of the product.
+        """
         return x
 
+    def operand(self, tensor: Tensor, who: str) -> Any:
+        """Return the object that a variant gets for the site's matrix or for a tensor of its own."""
+        return tensor
+
     def result(self, y: Tensor, x: Any) -> Any:
-        """`y`, in the model's layout, as a variant gets it from `base(x)`."""
+        """Return the object that a variant gets from `base(x)`, for a product `y` in the model's layout."""
         return y
 
     def leave(self, y: Any) -> Tensor:
-        """What a variant returns, in the model's layout."""
+        """Return the output in the model's layout, from the object that a variant returned."""
         return y
 
     def identity(self, d_in: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """The input whose products with `M` are the columns of `M`, one for each of its `d_in` entries."""
+        """Return the input whose products with `M` are the columns of `M`, one for each of its `d_in` entries."""
         return torch.eye(d_in, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""What stands for the input of a site that is no plain tensor."""
+"""The input of a site whose kind does not form it as a tensor `(..., d_in)`."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ...errors import ConfigError
 
 
 class SiteInput:
-    """The input of a site that is no tensor `(..., d_in)`: it can be cast, dropped out, and multiplied.
+    """The input of a site that is not a tensor `(..., d_in)`. It can be cast, dropped out, and multiplied.
 
     Args:
         kind: the kind of site.
         value: the tensor that the model passes.
-        dtype: that the input has, or would have.
-        who: names the variant and the site.
-        kept: what the input is multiplied with, if elements were dropped.
+        dtype: the dtype that the input would have as a tensor.
+        who: the words that name variant and site in errors.
+        kept: the factors of dropout, if elements were dropped.
     """
 
     def __init__(self, kind: Any, value: Tensor, dtype: torch.dtype, who: str, kept: Tensor | None = None) -> None:
         self.kind, self.value, self.dtype, self.who, self.kept = kind, value, dtype, who, kept
 
     def to(self, dtype: torch.dtype) -> SiteInput:
-        """The input in another dtype."""
+        """Return the input in another dtype."""
         return self.kind.cast(self, dtype)
 
     def type_as(self, other: Tensor) -> SiteInput:
-        """The input in the dtype of `other`."""
+        """Return the input in the dtype of `other`."""
         return self.to(other.dtype)
 
     @classmethod
@@ -51,7 +51,8 @@ class SiteInput:
         self._refuse(name)
 
     def _refuse(self, used: str) -> NoReturn:
+        """Raise the error for a use of the input that its kind of site does not have."""
         raise ConfigError(
-            f"{self.who}, which is {self.kind.article}: it does more with its input ({used}) than to multiply it"
-            f" with matrices, and {self.kind.why}."
+            f"{self.who}, which is {self.kind.article}: it uses its input for more ({used}) than products with"
+            f" matrices, and {self.kind.why}."
         )

@@ -1,1 +1,1 @@
-"""`backend`: the same passes on the graphs that torch.compile captures."""
+"""Insert adapters into the graphs that `torch.compile` captures, with the same passes as `rewrite`."""

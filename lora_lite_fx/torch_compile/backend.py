@@ -1,4 +1,9 @@
-"""`backend`: the same passes inside `torch.compile`, for models that export cannot capture."""
+"""Insert adapters inside `torch.compile`, for models that export cannot capture.
+
+`backend` is the door for a model as it is, `adapt_compiled` for one call that returns the adapted copy. Start here: a
+graph that Dynamo captures comes to `Backend.__call__`, which hands it to one of two places. `marked_graph` compiles the
+graphs of a model that carries its adapters, `compiled_model` those of a model that is compiled as it is.
+"""
 
 from __future__ import annotations
 
@@ -15,149 +20,160 @@ from ..rewriting.rewrite import Config, as_variants
 from .compiled_model import CompiledModel
 from .dynamo_call import on_compilation, running_call
 from .dynamo_graph import Compiled, Compiler, compiler
-from .marked_graph import compile_carried, has_marks
+from .marked_graph import compile_marked, has_marks
 
 
 def backend(cfg: Config | None = None, *, inner: str | Compiler = "inductor") -> Backend:
-    """A backend for `torch.compile` that inserts adapters into the graphs that Dynamo captures.
+    """Return a backend for `torch.compile` that inserts adapters into the graphs that Dynamo captures.
 
-    `torch.compile(model, backend=backend(cfg))` runs the adapted model; `model` itself stays as it is, and a call of
-    it is the base. What breaks into several graphs is adapted in each of them.
+    `torch.compile(model, backend=backend(cfg))` runs the adapted model. `model` itself is not changed: a call of it
+    runs without adapters. A model that breaks into several graphs is adapted in each of them.
 
-    The first call decides on the sites: the model runs once more on its inputs, and what ran is looked at. From then
-    on the adapters are those of the backend's `model`, which an optimizer takes. `adapt` does this before.
+    The first call decides on the sites: the model runs once more on the inputs of the call, and the linears that ran
+    are its sites. From then on the adapters are those of the backend's `model`; give their parameters to an optimizer.
+    `Backend.adapt` decides on the sites before the first call.
 
     A site that would run outside the graphs is an error that names it. There is no error where torch.compile does
-    nothing at all: switched off, or with a model whose whole `forward` it leaves out. A model that carries its adapters
-    runs nowhere without them; it can be part of other modules and of compiled functions. Each of its layers has a graph
-    of its own where the layers break, which `torch._dynamo.config.recompile_limit` must allow.
+    nothing at all: where it is switched off, or leaves out the whole `forward` of the model. A model that carries its
+    adapters never runs without them; it can be part of other modules and of compiled functions. Where its layers break
+    into graphs, each has a graph of its own, which `torch._dynamo.config.recompile_limit` must allow.
 
-    Parameters of `model` that run between its graphs get gradients, if they require them: freeze it.
+    Parameters of `model` that are used between its graphs get gradients if they require them: freeze the model.
 
     Args:
-        cfg: a variant, or several to insert in this order. None for a model that carries its adapters, which is what
-            the name `backend="lora_lite_fx"` stands for.
-        inner: the backend that compiles the rewritten graphs, by name or itself.
+        cfg: a variant, or several to insert in this order. None for a model that carries its adapters; the name
+            `backend="lora_lite_fx"` stands for that.
+        inner: the backend that compiles the rewritten graphs, or its name.
 
     Raises:
-        ConfigError: `cfg` is no variant.
+        ConfigError: `cfg` is not a variant.
     """
     return Backend(() if cfg is None else tuple(as_variants(cfg)), inner)
 
 
 class Backend:
-    """What `backend` returns; Dynamo calls it with each graph.
+    """A backend that inserts adapters, see `backend`; Dynamo calls it with each graph.
 
-    In the compiled model an error of this library is raised where the graph would have run:
+    The compiled model raises errors of this library where the graph would have run:
 
-    - SelectionError, ConfigError: as by `rewrite`, at the first call.
-    - AdapterError: a site would run without its adapters: outside the graphs, or as a site that was not there in the
-      first call.
+    - SelectionError, ConfigError: as `rewrite` raises them, at the first call.
+    - AdapterError: a site would run without its adapters, because it is outside the graphs or did not run in the first
+      call.
 
-    Attributes:
-        model: a copy of the compiled model that carries the adapters, with the weights shared; None before the first
-            call. `adapter_parameters`, `adapter_state_dict`, `save` and the like take it, and
-            `torch.compile(model, backend="lora_lite_fx")` runs it.
+    Args:
+        variants: to be inserted, in this order; empty for models that carry their adapters.
+        inner: the backend that compiles the rewritten graphs, or its name.
     """
 
     def __init__(self, variants: tuple[Variant, ...], inner: str | Compiler) -> None:
         self.variants = variants
         self.inner = inner
-        self._base: CompiledModel | None = None
+        self._compiled: CompiledModel | None = None
         if variants:
             on_compilation(self._begin)
 
     @property
     def model(self) -> nn.Module | None:
-        return None if self._base is None else self._base.carrier
+        """The copy of the compiled model that carries the adapters; None before the first call. It shares the weights.
+
+        `adapter_parameters`, `adapter_state_dict`, `save` and the like take it. It runs by
+        `torch.compile(model, backend="lora_lite_fx")`.
+        """
+        return None if self._compiled is None else self._compiled.marked
 
     def adapt(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """Decide on the sites before the first call, on these inputs; returns the copy that carries the adapters.
+        """Decide on the sites before the first call, and return the copy that carries the adapters.
 
         Args:
             model: the model to be compiled with this backend; it is not changed.
-            args, kwargs: inputs of its `forward`.
+            args, kwargs: inputs of its `forward`, on which it runs once.
+
+        Raises:
+            SelectionError: a config's targets match no site.
+            ConfigError: a config does not fit a site; or a site is not a module of its own.
         """
-        self._base = CompiledModel(model, self.variants, args, kwargs)
-        return self._base.carrier
+        self._compiled = CompiledModel(model, self.variants, args, kwargs)
+        return self._compiled.marked
 
     def __eq__(self, other: object) -> bool:
-        """Whether Dynamo may run code that it compiled for `other`, which it asks in calls of another `torch.compile`.
+        """Return whether Dynamo may run code that it compiled for `other`: it asks in calls of another `torch.compile`.
 
-        Not before the sites are watched: it would not say that such a call has begun. Compiling, it does.
+        It may not until the sites are watched, because only when it compiles does Dynamo say that such a call began.
         """
-        return self is other and (self._base is None or self._base.watching)
+        return self is other and (self._compiled is None or self._compiled.watch.active)
 
     __hash__ = object.__hash__
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
-        """Compile one graph of Dynamo's, with the adapters in it."""
+        """Compile one graph that Dynamo captured, with the adapters in it."""
         try:
             if not self.variants or has_marks(gm):
-                return compile_carried(gm, inputs, compiler(self.inner))
+                return compile_marked(gm, inputs, compiler(self.inner))
             self._start()
-            if self._base is None:
+            if self._compiled is None:
                 raise AdapterError("backend(cfg) must be given to torch.compile itself, not be called by another one.")
-            return self._base.compile(gm, inputs, compiler(self.inner))
+            return self._compiled.compile(gm, inputs, compiler(self.inner))
         except AdapterError as error:
-            return _raising(error)  # as it is: what a backend raises is wrapped by Dynamo
+            return _raising(error)  # later and as it is, because Dynamo wraps the errors of a backend
 
     def _begin(self) -> None:
         with suppress(AdapterError):  # raised again where the first graph would run
             self._start()
 
     def _start(self) -> None:
-        """Decide on the sites, if a compiled call begins that this is the backend of, and watch them."""
+        """Decide on the sites and watch them, if a call begins of a model that is compiled with this backend."""
         call = running_call()
         if call is None or call.backend is not self:
             return
-        if self._base is None:
+        if self._compiled is None:
             if call.model is None:
                 raise AdapterError(
                     "backend(cfg) was given to torch.compile with a function. It finds sites by their names in a model:"
                     " compile the model or its forward, or a function that calls an adapted model."
                 )
             self.adapt(call.model, *call.args, **call.kwargs)
-        assert self._base is not None
-        if call.started is not None and not self._base.watching:
+        assert self._compiled is not None
+        if call.started is not None and not self._compiled.watch.active:
             raise AdapterError(
                 f"torch.compile captures nothing up to {call.started}, which may have run sites without their adapters"
                 " by now. The way out: compile the backend's model, which carries its adapters, with"
                 ' backend="lora_lite_fx"; or, after torch._dynamo.reset(), make a new backend.'
             )
-        self._base.watch(call)
+        self._compiled.watch.watch(call)
 
 
 compile_graph = backend()
-"""The backend by the name of `"lora_lite_fx"`: for models that carry their adapters."""
+"""The backend of the name `"lora_lite_fx"`, for models that carry their adapters."""
 
 
 def adapt_compiled(
     model: nn.Module, cfg: Config, example_inputs: Inputs, *, inner: str | Compiler = "inductor"
 ) -> nn.Module:
-    """A copy of `model` that carries adapters and runs compiled: for a model that export cannot capture.
+    """Return a copy of `model` that carries adapters and runs compiled, for a model that export cannot capture.
 
     Args:
         model: any module; it is not changed.
-        cfg: a variant, or several.
-        example_inputs: a tuple of positional or a dict of keyword arguments. The model runs on them, and what runs is
-            what can be adapted.
-        inner: as for `backend`.
+        cfg: a variant, or several to insert in this order.
+        example_inputs: a tuple of positional or a dict of keyword arguments. The model runs on them once, and the
+            linears that run can be adapted.
+        inner: the backend that compiles the rewritten graphs, or its name.
 
     Returns:
-        The copy, of the same class and with the weights shared; only the adapters' parameters require grad.
+        The copy, of the same class and with the weights shared. Only the adapters' parameters require grad.
 
     Raises:
         SelectionError: a config's targets match no site.
-        ConfigError: `cfg` is no variant, or does not fit a site; or a site is no module of its own.
+        ConfigError: `cfg` is not a variant, or does not fit a site; or a site is not a module of its own.
     """
     args, kwargs = (example_inputs, {}) if isinstance(example_inputs, tuple) else ((), example_inputs)
-    carrier = CompiledModel(model, as_variants(cfg), args, kwargs).carrier
-    carrier.forward = torch.compile(carrier.forward, backend=backend(inner=inner))
-    return carrier
+    marked = CompiledModel(model, as_variants(cfg), args, kwargs).marked
+    marked.forward = torch.compile(marked.forward, backend=backend(inner=inner))
+    return marked
 
 
 def _raising(error: AdapterError) -> Compiled:
+    """Return a function that raises `error`, in the place of a compiled graph."""
+
     def run(*inputs: Any) -> Any:
         raise error
 

@@ -1,16 +1,14 @@
-"""The graphs that Dynamo captures of a model, rewritten and compiled.
+"""Compile the graphs of a model that was given to `torch.compile` as it is, with a config for the backend.
 
-A model that carries its adapters says in its graphs what is to be inserted. Any other has its parameters in them, by
-which its sites are known.
+Its graphs say nothing about adapters. But the model's parameters are inputs of its graphs, and by these the sites are
+known. `CompiledModel` decides on the sites and compiles a graph; `SharedGraph` runs it, for one layer or for others.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,203 +24,179 @@ from ..rewriting.plan import make_plans
 from ..sites.finding import find_sites
 from ..sites.roles import ROLES
 from ..sites.site import Site
-from .carrier import (
-    MarkedSite,
-    mark_sites,
-    no_linear,
-    outside,
-)
-from .dynamo_call import HooksOnAllModules, RunningCall
-from .dynamo_graph import (
-    Compiled,
-    Compiler,
-    to_aten,
-    to_inputs,
-)
-from .insertion import insert_marked, mode_flags, with_mode_flags
+from .dynamo_graph import Compiled, Compiler, name_modules, to_aten, to_inputs
+from .insert_marked import MarkedSite, compile_for_both_modes, insert_marked
+from .marked_model import mark_sites, not_a_linear
+from .site_watch import SiteWatch
 
-# Models that do not: everything is known from the first call.
+
+@dataclass(frozen=True)
+class KnownSite:
+    """A site of the model.
+
+    Args:
+        site: as it is in the whole model.
+        weight: its frozen weight.
+        placements: its adapters, the innermost first; none if it is not adapted.
+    """
+
+    site: Site
+    weight: Tensor
+    placements: tuple[Placement, ...] = ()
+
+    @property
+    def function(self) -> list[Any]:
+        """Return what its adapters compute of their tensors: equal for sites that can run one graph."""
+        return [(p.adapter, p.local, p.names, p.local.trace_key(self.site)) for p in self.placements]
 
 
 class CompiledModel:
-    """A model compiled as it is: its sites, and the copy that carries their adapters.
+    """A model that is compiled as it is: its sites, and its copy that carries their adapters.
 
     Args:
         model: it is not changed.
         variants: to be inserted.
-        args, kwargs: inputs of its first call.
+        args, kwargs: inputs of its first call, on which the model runs once to decide on the sites.
+
+    Raises:
+        SelectionError: a variant's targets match no site.
+        ConfigError: a variant does not fit a site; or a site is not a module that is called.
     """
 
-    def __init__(self, model: nn.Module, variants: Sequence[Variant], args: tuple, kwargs: dict[str, Any]) -> None:
-        # A compiled call may run in inference mode; parameters that are to be trained cannot be made in it.
+    def __init__(
+        self, model: nn.Module, variants: Sequence[Variant], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        # A compiled call may run in inference mode, in which parameters that can be trained cannot be made.
         with torch.inference_mode(False), torch.enable_grad():
-            ran = record_run(model, args, kwargs)
-            self.carrier = mark_sites(model, make_plans(ran, variants, None))
+            run = record_run(model, args, kwargs)
+            self.marked = mark_sites(model, make_plans(run, variants, None))
         self.model = model
         self.variants = variants
-        self.sites = {site.name: site for site in find_sites(ran)}
-        self.placements: dict[str, list[Placement]] = {name: [] for name in self.sites}
-        for placement in placements(self.carrier):
-            self.placements[placement.site].append(placement)
         self.names = tensor_names(model)
-        self.weights = {name: tensor_of(model, site.weight) for name, site in self.sites.items()}
-        self.watched = {id(model.get_submodule(name)): name for name, there in self.placements.items() if there}
-        # For all modules: hooks on the model's own would be a change of it.
-        self.hooks = HooksOnAllModules(partial(enter, self), partial(leave, self))
-        self.local = threading.local()
-        self.ran: set[str] = set()
-
-    # Never without adapters: the sites' modules are watched while the compiled model runs.
-
-    def watch(self, call: RunningCall) -> None:
-        """Notice sites that run in Python in this call, and in later ones of the same compiled function."""
-        if not self.watching:
-            call.within(self._watch)
-
-    @property
-    def watching(self) -> bool:
-        return getattr(self.local, "watching", False)
-
-    @contextmanager
-    def _watch(self) -> Iterator[None]:
-        self.local.watching = True
-        try:
-            with self.hooks():
-                yield
-        finally:
-            self.local.watching = False
-
-    # One graph.
+        adapters: dict[str, list[Placement]] = defaultdict(list)
+        for placement in placements(self.marked):
+            adapters[placement.site].append(placement)
+        self.sites = {
+            site.name: KnownSite(site, tensor_of(model, site.weight), tuple(adapters[site.name]))
+            for site in find_sites(run)
+        }
+        self.watch = SiteWatch(model, self.marked, [name for name, known in self.sites.items() if known.placements])
 
     def compile(self, gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> Compiled:
-        """A graph of the model, compiled with the adapters of the sites that are in it."""
+        """Compile a graph of the model, with the adapters of the sites that are in it.
+
+        Args:
+            gm: Dynamo's graph; it is not changed.
+            inputs: Dynamo's example inputs.
+            inner: compiles the rewritten graph; a graph that reads no tensor of the model as it is.
+
+        Raises:
+            AdapterError: a site would run without its adapters.
+        """
         frozen = {i for i, tensor in enumerate(inputs) if id(tensor) in self.names}
         if not frozen:
             return inner(gm, inputs)
         aten = to_aten(gm, inputs, self.names)
-        self._name_modules(aten)
-        there = [self._known(site) for site in find_sites(aten)]
-        reading = (user for read in aten.graph.find_nodes(op="get_attr") for user in read.users)
-        for name in {inner_name(node) or "" for node in reading}.difference(there):
-            if self.placements.get(name):
-                raise no_linear(name)
-        insert_marked(aten, [self._carried(site) for site in there if self.placements[site]])
-        tensors = self._tensors_of(there)
-        further, stand_ins = to_inputs(aten, inputs)
-        # Detached stand-ins: real tensors that Dynamo has not seen would get dynamic shapes of their own.
+        name_modules(aten, self.model)
+        sites = self._sites_in(aten)
+        insert_marked(aten, [self._marked(known) for known in sites if known.placements])
+        added, stand_ins = to_inputs(aten, inputs)
+        # Detached stand-ins, because real tensors that Dynamo has not seen would get dynamic shapes of their own.
         values = [node.meta["val"] for node in aten.graph.find_nodes(op="placeholder")]
-        given = [values[i].detach() if i in frozen else tensor for i, tensor in enumerate(inputs)] + stand_ins
-        if mode_flags(aten):
-            compiled = {training: inner(with_mode_flags(aten, training), given) for training in (True, False)}
-        else:
-            compiled = dict.fromkeys((True, False), inner(aten, given))
-
+        examples = [values[i].detach() if i in frozen else tensor for i, tensor in enumerate(inputs)]
+        compiled = compile_for_both_modes(aten, examples + stand_ins, inner)
         positions = {id(tensor): i for i, tensor in enumerate(inputs)}
-        weights = [positions[id(self.weights[site])] for site in there]
-        keys = [next((key for key, tensor in tensors.items() if tensor is one), None) for one in further]
-        adapters: dict[tuple[int, ...], tuple[list[str], list[Tensor]]] = {}
+        weights = [positions[id(known.weight)] for known in sites]
+        return SharedGraph(self, compiled, frozen, sites, weights, self.tensors_of(sites), added).run
 
-        def run(*inputs: Any) -> Any:
-            # Dynamo runs the graph of one layer for others like it too, with their parameters as inputs.
-            now = tuple(id(inputs[i]) for i in weights)
-            if now not in adapters:
-                sites = self._in_place_of(there, [inputs[i] for i in weights])
-                mine = self._tensors_of(sites)
-                adapters[now] = (
-                    sites,
-                    [one if key is None else mine[key] for key, one in zip(keys, further, strict=True)],
-                )
-            given = [tensor.detach() if i in frozen else tensor for i, tensor in enumerate(inputs)]
-            sites, tensors = adapters[now]
-            self.ran.update(sites)
-            return compiled[self.model.training](*given, *tensors)
+    def _sites_in(self, gm: fx.GraphModule) -> list[KnownSite]:
+        """Return the sites in a graph, and check that no adapted site runs in it in another form."""
+        sites = [self._known(site) for site in find_sites(gm)]
+        readers = (user for read in gm.graph.find_nodes(op="get_attr") for user in read.users)
+        for name in {inner_name(node) or "" for node in readers}.difference(known.site.name for known in sites):
+            if name in self.sites and self.sites[name].placements:
+                raise not_a_linear(name)
+        return sites
 
-        return run
-
-    def _name_modules(self, gm: fx.GraphModule) -> None:
-        """Let the module stacks of `gm` have the modules' qualified names: Dynamo names them by how it came to them."""
-        names = {id(module): name for name, module in self.model.named_modules()}
-        for node in gm.graph.nodes:
-            stack = node.meta.get("nn_module_stack") or {}
-            known = {key: names.get(int(str(key).split("@")[0])) for key in stack if str(key).split("@")[0].isdigit()}
-            node.meta["nn_module_stack"] = {
-                key: (name, stack[key][1]) for key, name in known.items() if name is not None
-            }
-
-    def _known(self, site: Site) -> str:
-        """The name of a site in a piece of the model, in which it may show other roles than in the whole."""
+    def _known(self, site: Site) -> KnownSite:
+        """Return the site of the model that is `site` in a graph, which may show other roles than the whole model."""
         if site.name not in self.sites:
-            any_role = [replace(site, roles=frozenset({role})) for role in ROLES]
-            if not any(variant.selects(one) for variant in self.variants for one in any_role):
-                self.sites[site.name], self.placements[site.name] = site, []
-                self.weights[site.name] = tensor_of(self.model, site.weight)
-                return site.name
-            raise AdapterError(
-                f"Site {site.name!r} did not run in the first call, when the sites were decided on, or on constants"
-                " alone. The way out: leave it out of the targets (exclude_names), or call backend.adapt(model, ...)"
-                " first, with inputs for which all of the model runs."
-            )
-        return site.name
-
-    def _carried(self, site: str) -> MarkedSite:
-        there = tuple(self.placements[site])
-        paths = [path for placement in there for path in placement.tensors.values()]
-        tensors = {path: tensor_of(self.carrier, path) for path in paths}
-        return MarkedSite(site, self.sites[site].roles, there, tensors, self.model.training)
-
-    def _tensors_of(self, sites: Sequence[str]) -> dict[tuple[int, int, str], Tensor]:
-        """The tensors of the adapters at these sites, by index of the site, adapter, and name."""
-        return {
-            (i, placement.adapter, name): tensor_of(self.carrier, path)
-            for i, site in enumerate(sites)
-            for placement in self.placements[site]
-            for name, path in placement.tensors.items()
-        }
-
-    def _in_place_of(self, sites: Sequence[str], weights: Sequence[Tensor]) -> list[str]:
-        """The sites that have these weights, which are to be adapted as `sites` are."""
-        found = []
-        for site, weight in zip(sites, weights, strict=True):
-            if weight is self.weights[site]:
-                found.append(site)
-                continue
-            alike = [other for other, own in self.weights.items() if own is weight and self._alike(site, other)]
-            if not alike:
-                name = self.names.get(id(weight), "a weight that is not the model's").removesuffix(".weight")
+            with_roles = [replace(site, roles=frozenset({role})) for role in ROLES]
+            if any(variant.selects(candidate) for variant in self.variants for candidate in with_roles):
                 raise AdapterError(
-                    f"Site {name!r} runs in the graph that torch.compile captured for {site!r}, but is adapted"
-                    " otherwise. The way out: compile the backend's model, which carries its adapters, with"
-                    ' backend="lora_lite_fx".'
+                    f"Site {site.name!r} did not run in the first call, when the sites were decided on, or on constants"
+                    " alone. The way out: leave it out of the targets (exclude_names), or call"
+                    " backend.adapt(model, ...) first, with inputs for which all of the model runs."
                 )
-            found.append(alike[0])
-        return found
+            self.sites[site.name] = KnownSite(site, tensor_of(self.model, site.weight))
+        return self.sites[site.name]
 
-    def _alike(self, one: str, other: str) -> bool:
-        """Whether the graph of one site, with its adapters, computes the other."""
+    def _marked(self, known: KnownSite) -> MarkedSite:
+        paths = [path for placement in known.placements for path in placement.tensors.values()]
+        tensors = {path: tensor_of(self.marked, path) for path in paths}
+        return MarkedSite(known.site.name, known.site.roles, known.placements, tensors)
 
-        def graph_of(name: str) -> list[Any]:
-            site = self.sites[name]
-            return [(p.adapter, p.local, p.names, p.local.trace_key(site)) for p in self.placements[name]]
+    def tensors_of(self, sites: Sequence[KnownSite]) -> list[Tensor]:
+        """Return the tensors of the adapters at these sites, site by site."""
+        adapters = (placement for known in sites for placement in known.placements)
+        return [tensor_of(self.marked, path) for placement in adapters for path in placement.tensors.values()]
 
-        return graph_of(one) == graph_of(other)
+    def site_of(self, weight: Tensor, like: KnownSite) -> KnownSite:
+        """Return the site that has this weight, if a graph that was captured for the site `like` computes it.
+
+        Raises:
+            AdapterError: there is no such site, so that the graph would run it with the adapters of another.
+        """
+        for known in (like, *self.sites.values()):
+            if known.weight is weight and known.function == like.function:
+                return known
+        name = self.names.get(id(weight), "a weight that is not the model's").removesuffix(".weight")
+        raise AdapterError(
+            f"Site {name!r} runs in the graph that torch.compile captured for {like.site.name!r}, but is adapted"
+            " otherwise. The way out: compile the backend's model, which carries its adapters, with"
+            ' backend="lora_lite_fx".'
+        )
 
 
-def enter(base: CompiledModel, module: nn.Module, args: Any) -> None:
-    """Before a module is called from Python."""
-    if not torch.compiler.is_compiling() and base.watching and id(module) in base.watched:
-        base.ran.discard(base.watched[id(module)])
+@dataclass(frozen=True, eq=False)
+class SharedGraph:
+    """A compiled graph, which Dynamo runs for the layer that it captured and for others like it.
 
+    The parameters of another layer come as inputs. Its adapters, which Dynamo does not know of, are found here.
 
-def leave(base: CompiledModel, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The output of a site's module that was called from Python.
-
-    If its forward was in no graph, it ran without its adapters. The carrier's module is then called in its place: if
-    Dynamo still captures what is called, it is adapted in a graph of its own; if not, it says so.
+    Args:
+        model: the model that it is a graph of.
+        compiled: the graph for training (True) and for evaluation (False).
+        frozen: the positions among its inputs of the model's parameters and buffers.
+        sites: the sites that it was captured for.
+        weights: the positions among its inputs of their weights.
+        tensors: the tensors of their adapters.
+        added: the tensors that it takes after its inputs: some of `tensors`, and constants.
     """
-    if not torch.compiler.is_compiling() and base.watching and id(module) in base.watched:
-        site = base.watched[id(module)]
-        if site not in base.ran:
-            if not args:  # passed by keyword, which hooks for all modules are not told
-                raise outside(site)
-            return base.carrier.get_submodule(site)(*args)
-    return output
+
+    model: CompiledModel
+    compiled: dict[bool, Compiled]
+    frozen: set[int]
+    sites: list[KnownSite]
+    weights: list[int]
+    tensors: list[Tensor]
+    added: list[Tensor]
+    _by_weights: dict[tuple[int, ...], tuple[list[str], list[Tensor]]] = field(default_factory=dict)
+
+    def run(self, *inputs: Any) -> Any:
+        """Run the graph in the model's mode, with the adapters of the sites whose weights are among the inputs."""
+        weights = [inputs[i] for i in self.weights]
+        key = tuple(map(id, weights))
+        if key not in self._by_weights:
+            self._by_weights[key] = self._adapters_for(weights)
+        names, added = self._by_weights[key]
+        arguments = [tensor.detach() if i in self.frozen else tensor for i, tensor in enumerate(inputs)]
+        self.model.watch.ran.update(names)
+        return self.compiled[self.model.model.training](*arguments, *added)
+
+    def _adapters_for(self, weights: Sequence[Tensor]) -> tuple[list[str], list[Tensor]]:
+        """Return the names of the sites with these weights, and the tensors to run with in place of `added`."""
+        sites = [self.model.site_of(weight, known) for weight, known in zip(weights, self.sites, strict=True)]
+        replaced = zip(self.tensors, self.model.tensors_of(sites), strict=True)
+        replacements = {id(tensor): replacement for tensor, replacement in replaced}
+        return [known.site.name for known in sites], [replacements.get(id(tensor), tensor) for tensor in self.added]

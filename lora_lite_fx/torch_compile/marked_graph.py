@@ -1,8 +1,7 @@
-"""Graphs of models that carry their adapters."""
+"""Compile the graphs of models that carry their adapters: the marks in a graph say everything."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,35 +9,30 @@ from torch import fx, nn
 
 from ..adapters.placement import placements
 from ..errors import AdapterError
-from ..graph.provenance import Provenance, recorded
 from ..graph.tensors import tensor_of
 from ..sites.finding import find_sites
-from .carrier import (
-    MARK,
-    MarkedSite,
-    no_linear,
-    said_by,
-)
 from .dynamo_call import running_call
-from .dynamo_graph import (
-    Compiled,
-    Compiler,
-    set_flag,
-    to_aten,
-    to_inputs,
-)
-from .insertion import insert_marked, mode_flags
-
-# Models that carry their adapters: everything is said by the marks in the graph.
+from .dynamo_graph import Compiled, Compiler, to_aten, to_inputs
+from .insert_marked import MarkedSite, insert_marked, set_mode
+from .marked_model import MARK, not_a_linear, read_mark, site_in_mark
 
 
 def has_marks(gm: fx.GraphModule) -> bool:
-    """Whether a module of `gm` carries adapters."""
+    """Return whether a module of `gm` carries adapters."""
     return bool(gm.graph.find_nodes(op="call_function", target=MARK))
 
 
-def compile_carried(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> Compiled:
-    """A graph compiled with the adapters that its marks ask for."""
+def compile_marked(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> Compiled:
+    """Compile a graph with the adapters that its marks ask for.
+
+    Args:
+        gm: Dynamo's graph; it is not changed.
+        inputs: Dynamo's example inputs.
+        inner: compiles the rewritten graph; a graph without marks as it is.
+
+    Raises:
+        AdapterError: the model that is compiled carries no adapters; or a mark is not at a linear.
+    """
     if not has_marks(gm):
         call = running_call()
         if call is not None and call.model is not None and not placements(call.model):
@@ -48,40 +42,46 @@ def compile_carried(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> C
             )
         return inner(gm, inputs)
     aten = to_aten(gm, inputs, {})
-    carried = _take_marks_out(aten, inputs)
-    insert_marked(aten, carried)
-    training = {one.site: one.training for one in carried}
-    for node in mode_flags(aten):
-        set_flag(aten, node, training[cast(Provenance, recorded(node)).site])
-    constants, stand_ins = to_inputs(aten, inputs)
+    sites, training = _take_marks_out(aten, inputs)
+    insert_marked(aten, sites)
+    set_mode(aten, training.__getitem__)
+    added, stand_ins = to_inputs(aten, inputs)
     compiled = inner(aten, [*inputs, *stand_ins])
-    return lambda *inputs: compiled(*inputs, *constants)
+    return lambda *inputs: compiled(*inputs, *added)
 
 
-def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[MarkedSite]:
-    """Remove the marks of `gm`, name the sites behind them as they say, and return what they say."""
-    real = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[MarkedSite], dict[str, bool]]:
+    """Remove the marks of `gm`, and name the sites behind them as the marks do.
+
+    Returns:
+        The sites, and for each name whether the site's module is in training mode.
+    """
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
     marked = [(site, call, mark) for site in find_sites(gm) for call in site.calls if (mark := _mark_behind(call.x))]
-    found: dict[tuple[str, str], MarkedSite] = {}
+    sites: dict[tuple[str, str], MarkedSite] = {}
+    training: dict[str, bool] = {}
     for site, call, mark in marked:
-        nodes, training, said = cast(tuple[list[fx.Node], bool, str], mark.args[1:])
-        key = (json.loads(said)["site"], site.weight)
-        if key not in found:
-            tensors = [real[node] if node in real else tensor_of(gm, str(node.target)) for node in nodes]
+        nodes, is_training, text = cast(tuple[list[fx.Node], bool, str], mark.args[1:])
+        key = (site_in_mark(text), site.weight)
+        if key not in sites:
+            tensors = [values[node] if node in values else tensor_of(gm, str(node.target)) for node in nodes]
             # Several models with a site of that name may run in one graph.
-            taken = sum(name == key[0] for name, _ in found)
-            found[key] = said_by(said, tensors, training, f"{key[0]}_{taken + 1}" if taken else key[0])
-        call.node.meta["nn_module_stack"] = {"": (found[key].site, nn.Module)}
+            taken = sum(name == key[0] for name, _ in sites)
+            name = f"{key[0]}_{taken + 1}" if taken else key[0]
+            sites[key] = read_mark(text, tensors, name)
+            training[name] = is_training
+        call.node.meta["nn_module_stack"] = {"": (sites[key].name, nn.Module)}
+    at_sites = {mark for _, _, mark in marked}
     for mark in gm.graph.find_nodes(op="call_function", target=MARK):
-        if all(mark is not other for _, _, other in marked):
-            raise no_linear(json.loads(mark.args[3])["site"])
+        if mark not in at_sites:
+            raise not_a_linear(site_in_mark(mark.args[3]))
         mark.replace_all_uses_with(mark.args[0])
         gm.graph.erase_node(mark)
-    return list(found.values())
+    return list(sites.values()), training
 
 
 def _mark_behind(node: fx.Node) -> fx.Node | None:
-    """The mark that `node` is, or a cast or view of."""
+    """Return the mark that `node` is, or is a cast or a view of; or None."""
     while node.target is not MARK:
         if node.op != "call_function" or len(node.all_input_nodes) != 1:
             return None

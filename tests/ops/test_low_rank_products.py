@@ -1,19 +1,21 @@
-"""What low-rank adapters cost: products gathered into one operation, what it keeps, and the arithmetic."""
+"""Low-rank adapters: products gathered into one operation, the tensors that it saves, and the arithmetic."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from variants import flop_counter
 
 import lora_lite_fx as llfx
+from lora_lite_fx.ops.low_rank_products import Branch, LowRankProducts, flatten, unflatten
 from tests.support.conformance import close, randomise
 from tests.support.low_rank_llama import LOW_RANK, adapted_llama, run
 from tests.support.programs import PLAIN
@@ -21,37 +23,73 @@ from tests.support.programs import PLAIN
 aten = torch.ops.aten
 
 
+# The record of a branch.
+
+
+def test_branches_survive_being_flattened() -> None:
+    branches = [Branch(f"weight {i}", None, f"b {i}", f"scale {i}") for i in range(3)]
+    assert unflatten(flatten(branches)) == branches
+    assert unflatten(flatten([])) == []
+
+
+def test_each_tensor_of_a_branch_gets_its_own_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int, grad: bool = True) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+    x, a, scale = tensor(2, 3, 5), tensor(4, 5), tensor(6)
+    branches: list[Branch[Any]] = [
+        Branch(tensor(6, 5, grad=False), None, tensor(6, 1), scale),
+        Branch(tensor(2, 5, grad=False), tensor(2, grad=False), tensor(2, 3), None),
+    ]
+    products = LowRankProducts((1, 3), (2.0, 0.5))
+
+    def by_hand() -> list[Tensor]:
+        t = F.linear(x, a)
+        parts = zip(branches, t.split((1, 3), -1), (2.0, 0.5), strict=True)
+        sums = [F.linear(x, s.weight, s.bias) + alpha * F.linear(part, s.b) for s, part, alpha in parts]
+        return [t, sums[0] * scale, sums[1]]
+
+    trained = [x, a, *(leaf for leaf in flatten(branches) if leaf is not None and leaf.requires_grad)]
+    results = [list(products(x, a, *flatten(branches))), by_hand()]
+    losses = [torch.cat([((i + 1) * y).flatten() for i, y in enumerate(ys)]).square().sum() for ys in results]
+    assert_close(results[0], results[1], 1e-12)
+    ours, expected = (torch.autograd.grad(loss, trained) for loss in losses)
+    assert_close(ours, expected, 1e-12)
+
+
 # The same numbers.
 
 
 def results(model: nn.Module, second: bool = False) -> list[Tensor | None]:
-    """The output, the gradients of a functional of it, and if asked for theirs."""
+    """Return the output, the gradients of a functional of it, and if `second` the gradients of their norm."""
     parameters = llfx.adapter_parameters(model)
     y = run(model, 3, 4)()
     first = torch.autograd.grad(y.square().mean(), parameters, create_graph=second)
     if not second:
         return [y, *first]
-    norm = sum(grad.square().sum() for grad in first)
+    norm: Any = sum(grad.square().sum() for grad in first)
     return [y, *first, *torch.autograd.grad(norm, parameters, allow_unused=True)]
 
 
-def assert_close(ours: list[Tensor | None], expected: list[Tensor | None], tolerance: float = 1e-9) -> None:
-    for index, (one, other) in enumerate(zip(ours, expected, strict=True)):
-        assert (one is None) == (other is None)
-        if one is not None:
-            close(one, other, tolerance, f"result {index}")
+def assert_close(ours: Sequence[Tensor | None], expected: Sequence[Tensor | None], tolerance: float = 1e-9) -> None:
+    for index, (tensor, reference) in enumerate(zip(ours, expected, strict=True)):
+        assert (tensor is None) == (reference is None)
+        if tensor is not None and reference is not None:
+            close(tensor, reference, tolerance, f"result {index}")
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", LOW_RANK)
-def test_outputs_gradients_and_their_gradients(name: str, bias: bool) -> None:
+def test_outputs_gradients_and_second_gradients_are_those_of_plain_products(name: str, bias: bool) -> None:
     gm = adapted_llama(name, bias=bias)
-    with sdpa_kernel(SDPBackend.MATH):  # the other one has no second gradients; norms are in single precision
+    with sdpa_kernel(SDPBackend.MATH):  # because the fused one has no second gradients; norms are in single precision
         assert_close(results(gm, second=True), results(llfx.optimize(gm, PLAIN), second=True), 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5,), (2, 0, 3, 5), (2, 1, 3, 5)])
-def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
+def test_inputs_may_have_any_shape(shape: tuple[int, ...]) -> None:
     gm = llfx.rewrite(nn.Sequential(nn.Linear(5, 7)), llfx.LoRA(r=2, target_names=(".",)))
     randomise(gm, 1)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -63,23 +101,23 @@ def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
 
 def test_a_magnitude_of_zero_has_its_gradient() -> None:
     gm = adapted_llama("DoRA")
-    magnitudes = [parameter for name, parameter in gm.named_parameters() if name.endswith("lora_m")]
+    magnitudes: list[Any] = [parameter for name, parameter in gm.named_parameters() if name.endswith("lora_m")]
     with torch.no_grad():
         for parameter in magnitudes:
             parameter[::3] = 0
     ours = results(gm)
     assert_close(ours, results(llfx.optimize(gm, PLAIN)))
-    of = dict(zip(map(id, llfx.adapter_parameters(gm)), ours[1:], strict=True))
+    of: dict[int, Any] = dict(zip(map(id, llfx.adapter_parameters(gm)), ours[1:], strict=True))
     assert all((of[id(parameter)][::3] != 0).all() for parameter in magnitudes)
 
 
-# What is kept, and what is computed.
+# Saved tensors, and arithmetic.
 
 
 T, IN, OUT, R, BLOCK = 256, 192, 160, 8, 8
 LOW = R * (IN + OUT)
-# Products that a call does besides the frozen one, in multiply-adds; in inference, and in training with its backward
-# pass: the first call after a change of a parameter. From the cost table of each method.
+# The multiply-adds of a call besides the frozen product: in inference, and in training with the backward pass, in the
+# first call after a change of a parameter. The figures are those of each method's cost table.
 COSTS: dict[str, tuple[llfx.Variant, int, int]] = {
     "LoRA": (llfx.LoRA(r=R), T * LOW, 3 * T * LOW),
     "DeLoRA": (llfx.DeLoRA(r=R), T * LOW, 3 * T * LOW),
@@ -92,10 +130,10 @@ COSTS: dict[str, tuple[llfx.Variant, int, int]] = {
 
 
 def products(call: Callable[[], Any]) -> int:
-    """The multiply-adds of all products of matrices."""
+    """Count the multiply-adds of all products of matrices."""
     with flop_counter() as counter:
         call()
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -114,7 +152,7 @@ def test_the_arithmetic_is_that_of_the_cost_table(name: str) -> None:
 # Compiled.
 
 
-def test_compiled_no_weight_is_multiplied_in_each_call_for_what_inference_could_keep() -> None:
+def test_a_compiled_graph_does_not_form_matrices_that_only_pay_if_they_are_cached() -> None:
     cfg = llfx.HRA(r=R, target_names=(".",))
     gm = llfx.rewrite(nn.Sequential(nn.Linear(IN, OUT)), cfg, (torch.randn(3, IN),)).eval()
     randomise(gm, 1)
@@ -132,7 +170,7 @@ def test_compiled_no_weight_is_multiplied_in_each_call_for_what_inference_could_
     assert IN * OUT < counts[0] < 2 * IN * OUT
 
 
-def test_more_models_than_dynamo_recompiles_for_one_function_can_be_compiled() -> None:
+def test_more_models_can_be_compiled_than_dynamo_recompiles_one_function() -> None:
     torch.compiler.reset()
     counter = CompileCounter()
     x = torch.ones(3, 4)

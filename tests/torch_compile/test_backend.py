@@ -1,4 +1,4 @@
-"""The backend: what `torch.compile` runs with it is what the eager wrapper computes, and never less."""
+"""The backend: a compiled model computes what the eager wrapper does, and never runs a site without its adapters."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ def _fresh() -> Iterator[None]:
 
 
 class Block(nn.Module):
-    """A feed-forward block, in torch's and in GPT-2's layout."""
+    """A feed-forward block, with weights in torch's and in GPT-2's layout."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Linear(WIDTH, INNER)
-        self.down = Conv1D(WIDTH, INNER)
+        self.down = Conv1D(WIDTH, INNER)  # type: ignore[no-untyped-call]
         self.drop = nn.Dropout(0.3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + self.drop(self.down(torch.tanh(self.up(x))))
 
 
 class Branching(Block):
-    """Branches on its data, which export refuses and torch.compile runs as two graphs."""
+    """A block that branches on its data: export refuses it, and torch.compile runs it as two graphs."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = torch.tanh(self.up(x))
         if h.sum() > 0:
             h = -h
@@ -67,7 +67,7 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(block() for _ in range(count))
         self.head = nn.Linear(WIDTH, 5, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         for block in self.blocks:
             x = block(x)
         return self.head(x)
@@ -78,7 +78,7 @@ def inputs(*shape: int) -> Tensor:
 
 
 def eager_of(carrier: nn.Module) -> Any:
-    """The reference: a copy of an adapted model whose sites compute their variants' functions in Python."""
+    """Return the reference: a copy of an adapted model whose sites compute their variants' functions in Python."""
     reference: Any = copy.deepcopy(carrier)
 
     def adapted(module: Any, x: Tensor) -> Tensor:
@@ -93,12 +93,12 @@ def eager_of(carrier: nn.Module) -> Any:
     return reference
 
 
-def weight_of(module: Any) -> Tensor:
+def weight_of(module: Any) -> Any:
     return module.weight.t() if module.site.transposed else module.weight
 
 
 def check(fast: Any, carrier: nn.Module, reference: nn.Module, x: Tensor, tolerance: float = 1e-6) -> None:
-    """Outputs and adapter gradients are those of the reference."""
+    """Check that outputs and adapter gradients are those of the reference."""
     carrier.zero_grad()
     y = gradients(fast, (x,))[0]
     grads = {name: p.grad for name, p in carrier.named_parameters() if p.grad is not None}
@@ -122,7 +122,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__)
 def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
-    """The raw model with `backend(cfg)`, at several shapes and in both modes; the oracle is `wrap`."""
+    """Compare a model with `backend(cfg)` to `wrap`, at several shapes and in both modes."""
     model = Net(count=1).eval()
     adapted = backend(cfg, inner="aot_eager" if isinstance(cfg, llfx.LoRA) else "eager")
     fast = torch.compile(model, backend=adapted)
@@ -132,8 +132,8 @@ def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
         wrapped = llfx.wrap(model, cfg)
         assert adapted.model is not None
         assert list(llfx.adapter_state_dict(adapted.model)) == list(llfx.adapter_state_dict(wrapped))
-        for one in (adapted.model, wrapped):
-            randomise(one, 0)
+        for adapted_model in (adapted.model, wrapped):
+            randomise(adapted_model, 0)
         for shape in ((2, 3), (5, 4)):
             check(fast, adapted.model, wrapped, inputs(*shape), 1e-5)
         close(model(inputs(2, 3)), base, 0, "the model itself")
@@ -144,7 +144,7 @@ def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
 
 @pytest.mark.parametrize("cls", [llfx.LoRA, llfx.OFT], ids=lambda cls: cls.__name__)
 def test_a_model_that_breaks_into_graphs_is_adapted_in_each(cls: type[llfx.Variant]) -> None:
-    """Layers run one graph, each with its own adapters; what runs between the graphs is adapted too."""
+    """Run one graph for all layers, with the adapters of each; sites that run between the graphs are adapted too."""
     model = Net(Branching, 3).eval()
     with pytest.raises(llfx.CaptureError):
         llfx.rewrite(model, cls(), (inputs(2, 3),))
@@ -158,12 +158,12 @@ def test_a_model_that_breaks_into_graphs_is_adapted_in_each(cls: type[llfx.Varia
         reference = eager_of(adapted.model)
         for shape in ((2, 3), (4, 5)):
             check(fast, adapted.model, reference, inputs(*shape))
-    torch._dynamo.reset()  # a code is compiled a limited number of times
+    torch._dynamo.reset()  # because torch.compile compiles a code object a limited number of times
     carried = torch.compile(adapted.model, backend=backend(inner="eager"))
     check(carried, adapted.model, reference, inputs(3, 3))
 
 
-def test_layers_that_are_adapted_otherwise_do_not_share_a_graph() -> None:
+def test_layers_with_different_adapters_do_not_share_a_graph() -> None:
     cfg = llfx.LoRA(r=2, target_names=("up",), layers=(0, 1))
     model = Net(Branching, 3).eval()
     adapted = backend(cfg, inner="eager")
@@ -171,11 +171,11 @@ def test_layers_that_are_adapted_otherwise_do_not_share_a_graph() -> None:
     randomise(carrier, 0)
     with pytest.raises(llfx.AdapterError, match=r"blocks\.2\.up.*captured for 'blocks\.1\.up'"):
         torch.compile(model, backend=adapted)(inputs(2, 3))
-    torch._dynamo.reset()  # a code is compiled a limited number of times
+    torch._dynamo.reset()  # because torch.compile compiles a code object a limited number of times
     check(torch.compile(carrier, backend=backend(inner="eager")), carrier, eager_of(carrier), inputs(2, 3))
 
 
-def test_inductor() -> None:
+def test_inductor_computes_what_the_eager_wrapper_does() -> None:
     carrier = backend(llfx.DoRA(r=2, target_names=("up", "head"))).adapt(Net().eval(), inputs(2, 3))
     randomise(carrier, 0)
     check(torch.compile(carrier, backend=compile_graph), carrier, eager_of(carrier), inputs(2, 3), 1e-5)
@@ -185,13 +185,13 @@ def test_inductor() -> None:
 
 
 class Outside(Block):
-    """Runs a linear where torch.compile does not look."""
+    """A block that runs a linear where torch.compile does not look."""
 
-    @torch.compiler.disable
-    def hidden(self, x: Tensor) -> Tensor:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def hidden(self, x: Tensor) -> Any:
         return self.up(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + self.down(self.hidden(x))
 
 
@@ -206,8 +206,8 @@ def test_a_site_outside_the_graphs_is_an_error_that_names_it() -> None:
             for _ in range(2):
                 with pytest.raises(llfx.AdapterError, match=message):
                     fast(inputs(2, 3))
-        model(inputs(2, 3))  # the base runs as ever
-    torch._dynamo.reset()  # which code it cannot compile is remembered for all models of a class
+        model(inputs(2, 3))  # without adapters, and without an error
+    torch._dynamo.reset()  # because torch.compile remembers, for all models of a class, which code it cannot compile
     only_down = backend(llfx.LoRA(r=2, target_names=("down",)), inner="eager")
     fast = torch.compile(model, backend=only_down)
     fast(inputs(2, 3))
@@ -216,9 +216,9 @@ def test_a_site_outside_the_graphs_is_an_error_that_names_it() -> None:
     check(fast, only_down.model, eager_of(only_down.model), inputs(2, 3))
 
 
-def test_past_the_limit_of_recompilations() -> None:
+def test_past_the_limit_of_recompilations_a_site_is_an_error() -> None:
     class Scaled(Block):
-        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        def forward(self, x: Tensor, scale: float = 1.0) -> Any:
             return super().forward(x) * scale
 
     model = Scaled().eval()
@@ -234,13 +234,13 @@ def test_past_the_limit_of_recompilations() -> None:
                 run(inputs(2, 3), 3.0)
 
 
-def test_an_adapted_model_runs_nowhere_else() -> None:
+def test_a_model_that_carries_its_adapters_never_runs_without_them() -> None:
     carrier = backend(llfx.LoRA(r=2, target_names=("down",))).adapt(Net().eval(), inputs(2, 3))
     for run in (carrier, torch.compile(carrier, backend="eager"), torch.compile(carrier, backend="aot_eager")):
         with pytest.raises(llfx.AdapterError, match=r"'blocks\.0\.down' runs outside a rewritten graph"):
             run(inputs(2, 3))
     randomise(carrier, 0)
-    clone = copy.deepcopy(carrier)  # has adapters of its own
+    clone = copy.deepcopy(carrier)  # which has adapters of its own
     with torch.no_grad():
         for parameter in llfx.adapter_parameters(clone):
             parameter.mul_(2)
@@ -253,18 +253,18 @@ def test_an_adapted_model_runs_nowhere_else() -> None:
 
 
 class Positions(Block):
-    """Projects positions: constants in a run, and a function of the input's size in a graph of any size."""
+    """A block that projects positions: constants in a run, a function of the input's size in a graph of any size."""
 
     def __init__(self) -> None:
         super().__init__()
         self.at = nn.Linear(1, WIDTH)
-        self.register_buffer("table", torch.randn(9, 1))
+        self.table = nn.Buffer(torch.randn(9, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return super().forward(x + self.at(self.table[: x.shape[1]]))
 
 
-def test_a_site_that_ran_on_constants_in_the_first_call() -> None:
+def test_a_site_that_ran_on_constants_in_the_first_call_is_an_error_later() -> None:
     model = Positions().eval()
     fast = torch.compile(model, backend=backend(llfx.LoRA(r=1, target_names=ALL), inner="eager"))
     fast(inputs(2, 3))
@@ -280,17 +280,17 @@ def test_a_site_that_ran_on_constants_in_the_first_call() -> None:
 
 
 class Rare(Block):
-    """Has a linear that runs on some inputs only."""
+    """A block with a linear that runs on some inputs only."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rare = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.rare(x) if x.shape[0] > 4 else super().forward(x)
 
 
-def test_a_site_that_did_not_run_in_the_first_call() -> None:
+def test_a_site_that_did_not_run_in_the_first_call_is_an_error_later() -> None:
     adapted = backend(llfx.LoRA(r=2, target_names=ALL), inner="eager")
     fast = torch.compile(Rare().eval(), backend=adapted)
     fast(inputs(2, 3))
@@ -304,19 +304,19 @@ def test_a_site_that_did_not_run_in_the_first_call() -> None:
 class Other(nn.Linear):
     """A linear in eager mode, and something else where torch.compile captures it."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return torch.einsum("bti,oi->bto", x, self.weight * 1) + self.bias
         return super().forward(x)
 
 
-def test_a_site_that_is_no_linear_in_the_graph() -> None:
+def test_a_site_that_is_not_a_linear_in_the_graph_is_an_error() -> None:
     model = Net(count=1).eval()
     model.blocks[0].up = Other(WIDTH, INNER)
     both = backend(llfx.LoRA(r=2, target_names=("up", "down")), inner="eager")
     carrier = both.adapt(model, inputs(2, 3))
     for fast in (torch.compile(model, backend=both), torch.compile(carrier, backend=backend(inner="eager"))):
-        with pytest.raises(llfx.AdapterError, match=r"'blocks\.0\.up' is no linear in the graph"):
+        with pytest.raises(llfx.AdapterError, match=r"'blocks\.0\.up' is not a linear in the graph"):
             fast(inputs(2, 3))
         torch._dynamo.reset()
     adapted = backend(llfx.LoRA(r=2, target_names=("down",)), inner="eager")
@@ -326,9 +326,9 @@ def test_a_site_that_is_no_linear_in_the_graph() -> None:
 
 
 class Mapped(Block):
-    """Runs transforms of torch.func where torch.compile captures it, as scans do."""
+    """A block that runs transforms of torch.func where torch.compile captures it, as scans do."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             return super().forward(x)
         h = torch.vmap(torch.vmap(torch.tanh))(self.up(x))
@@ -336,7 +336,7 @@ class Mapped(Block):
         return x + self.drop(self.down(scaled(h, self.up.bias, 1.0)))
 
 
-def test_transforms_of_functions() -> None:
+def test_sites_beside_transforms_of_functions_are_adapted() -> None:
     model = Net(Mapped).eval()
     adapted = backend(llfx.LoRA(r=2, target_names=ALL), inner="eager")
     carrier = adapted.adapt(model, inputs(2, 3))
@@ -347,7 +347,7 @@ def test_transforms_of_functions() -> None:
         torch._dynamo.reset()
 
 
-def test_errors() -> None:
+def test_errors_of_configs_and_models() -> None:
     model = Net().eval()
     with pytest.raises(llfx.ConfigError, match="must be a variant"):
         llfx.backend("lora")  # type: ignore[arg-type]
@@ -366,8 +366,7 @@ def test_errors() -> None:
         backend(llfx.LoRA(r=2, target_names=("in_proj",))).adapt(attention, *[inputs(2, 3)] * 3, need_weights=False)
 
 
-def test_files(tmp_path: Path) -> None:
-    """Adapters of a compiled model are saved, loaded into a graph, and back."""
+def test_adapters_move_between_files_graphs_and_compiled_models(tmp_path: Path) -> None:
     model = Net().eval()
     cfg = llfx.LoRA(r=2, target_roles=("up", "down"))
     adapted = backend(cfg, inner="eager")
@@ -383,8 +382,8 @@ def test_files(tmp_path: Path) -> None:
     close(fast(inputs(2, 3)), gm(inputs(2, 3)), 1e-6, "loaded into the compiled model")
 
 
-def test_the_name_is_registered() -> None:
-    """Under the entry point, which an installation of before it had been declared does not have."""
+def test_the_backend_is_registered_by_name() -> None:
+    """Load the declared entry point: an installation from before it was declared does not have it."""
     pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     (name, value), *others = pyproject["project"]["entry-points"]["torch_dynamo_backends"].items()
     assert not others
@@ -402,7 +401,7 @@ def adapted_small() -> nn.Module:
     return carrier
 
 
-# What ran, recorded.
+# Recorded runs.
 
 
 def test_a_recorded_run_has_the_sites_and_roles_of_an_export() -> None:
@@ -413,7 +412,7 @@ def test_a_recorded_run_has_the_sites_and_roles_of_an_export() -> None:
             self.again, self.out = self.net.blocks[0], nn.Linear(WIDTH, 9)
             self.out.weight = self.embed.weight
 
-        def forward(self, ids: Tensor) -> Tensor:
+        def forward(self, ids: Tensor) -> Any:
             h = self.embed(ids)
             return self.out(self.again(h + F.pad(self.net(h), (0, -1))))
 

@@ -19,7 +19,8 @@ from tests.support.conformance import close, output, randomise
 from tests.support.untouched import untouched
 from tests.torch_compile.test_backend import _fresh, eager_of  # noqa: F401
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+SIZES["num_attention_heads"] = 2
 
 
 def ids(*shape: int) -> Tensor:
@@ -33,7 +34,12 @@ def deberta() -> tuple[Any, dict[str, Tensor]]:
 
 
 def wav2vec2() -> tuple[Any, dict[str, Tensor]]:
-    convolutions = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
+    convolutions: dict[str, Any] = {
+        "conv_dim": (8, 8),
+        "conv_kernel": (10, 3),
+        "conv_stride": (5, 2),
+        "num_feat_extract_layers": 2,
+    }
     config = transformers.Wav2Vec2Config(
         **SIZES, **convolutions, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, layerdrop=0.0
     )
@@ -48,7 +54,7 @@ def dynamic_rope() -> tuple[Any, dict[str, Tensor]]:
 
 def eager_experts() -> tuple[Any, dict[str, Tensor]]:
     config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)
-    model = transformers.MixtralForCausalLM(config)
+    model: Any = transformers.MixtralForCausalLM(config)
     model.set_experts_implementation("eager")
     return model, causal()
 
@@ -63,12 +69,12 @@ def causal() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("build", [deberta, wav2vec2, dynamic_rope, eager_experts, gpt2], ids=lambda f: f.__name__)
-def test_models_that_export_refuses(build: Any) -> None:
-    """By role, although they come in pieces; all but GPT-2 are refused by export with these inputs."""
+def test_a_model_that_export_refuses_computes_what_the_eager_wrapper_does(build: Any) -> None:
+    """Adapt models by role although they come in pieces. Export refuses all but GPT-2 with these inputs."""
     model, batch = build()
     model.eval().requires_grad_(False)
     adapted = backend(llfx.LoRA(r=2, target_roles=("query", "output", "down")), inner="eager")
-    fast = torch.compile(model, backend=adapted)
+    fast: Any = torch.compile(model, backend=adapted)
     with untouched(model):
         base = model(**batch)
         close(fast(**batch).logits, base.logits, 1e-6, "identity at start")
@@ -82,11 +88,12 @@ def test_models_that_export_refuses(build: Any) -> None:
 
 def test_generation_is_that_of_the_eager_wrapper() -> None:
     config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 2}, num_key_value_heads=1, pad_token_id=0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.eval()
     cfg = llfx.LoRA(r=2, target_roles=("attention", "mlp"))
     prompt = {"input_ids": ids(2, 4), "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])}
     settings = {"max_new_tokens": 6, "do_sample": False}
-    wrapped = llfx.wrap(model, cfg)
+    wrapped: Any = llfx.wrap(model, cfg)
     randomise(wrapped, 0)
     expected = wrapped.generate(**prompt, **settings)
     assert not torch.equal(expected, model.generate(**prompt, **settings))
@@ -97,7 +104,7 @@ def test_generation_is_that_of_the_eager_wrapper() -> None:
     close(output(carrier, (ids(2, 4),)), output(wrapped, (ids(2, 4),)), 1e-6, "logits")
 
 
-def test_what_adapt_refuses_is_pointed_to_the_backend() -> None:
+def test_the_error_of_adapt_points_to_the_backend() -> None:
     model, _ = dynamic_rope()
     with untouched(model), pytest.raises(llfx.CaptureError, match=r"(?s)In a call with .*The way out.*backend\(cfg\)"):
         llfx.adapt(model, llfx.LoRA(r=2))
@@ -110,7 +117,7 @@ SCANS = ["mamba"]
 
 @pytest.mark.parametrize("name", [*REFUSED, *SCANS])
 def test_an_architecture_computes_what_the_eager_wrapper_does(name: str) -> None:
-    """Outputs and gradients, in both modes and at other shapes; with the reason why there is no graph of the whole."""
+    """Compare outputs and gradients, in both modes and at other shapes, and check why export refuses the model."""
     architecture = ARCHITECTURES[name]
     model = architecture.build().requires_grad_(False)
     if name in REFUSED:
@@ -118,23 +125,23 @@ def test_an_architecture_computes_what_the_eager_wrapper_does(name: str) -> None
             graph_of(architecture, model)
     inputs = example_inputs_of(copy.deepcopy(model))
     fewer = {key: (t[:2, :-2] if t.dim() == 2 else t[:2]).contiguous() for key, t in inputs.items()}
-    model(**inputs)  # notes in its config what kind of labels these are
+    model(**inputs)  # so that the model notes in its config which kind of labels these are
     adapted = backend(llfx.LoRA(r=2, target_roles=target_roles(architecture)), inner="eager")
-    fast = torch.compile(model, backend=adapted)
+    fast: Any = torch.compile(model, backend=adapted)
     with untouched(model):
         carrier = adapted.adapt(model, **inputs)
         randomise(carrier, 0)
         reference = eager_of(carrier)
         for training, batch in ((False, inputs), (False, fewer), (True, fewer)):
-            for one in (model, reference) if model.training != training else ():
-                one.train(training)
+            if model.training != training:
+                model.train(training), reference.train(training)
             carrier.zero_grad()
-            found, _ = outputs_and_gradients(fast, batch)
+            actual, _ = outputs_and_gradients(fast, batch)
             gradients = {key: p.grad for key, p in carrier.named_parameters() if p.grad is not None}
             expected, expected_gradients = outputs_and_gradients(reference, batch)
-            assert found.keys() == expected.keys()
+            assert actual.keys() == expected.keys()
             assert gradients.keys() == expected_gradients.keys() == llfx.adapter_state_dict(carrier).keys()
-            for key, value in found.items():
+            for key, value in actual.items():
                 close(value, expected[key], 1e-9, f"{key}, training={training}")
             for key, value in gradients.items():
                 close(value, expected_gradients[key], 1e-9, f"gradient of {key}, training={training}")

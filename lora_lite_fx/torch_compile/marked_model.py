@@ -1,0 +1,180 @@
+"""Models that carry their adapters and mark where these belong in the graphs that `torch.compile` captures.
+
+Such a model is a copy of the user's, of the same class and with the weights shared. Its adapters' tensors are
+registered where a rewritten graph has them. Every adapted module marks its input: it calls an operator that only this
+library's backend can take out of a graph. Whatever else runs a site runs the operator, an error that names the site.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.placement import Placement, site_weight
+from ..adapters.registry import from_config, to_config
+from ..capture.share import share
+from ..errors import AdapterError, ConfigError
+from ..graph.tensors import tensor_of
+from ..rewriting.plan import Plan
+from ..sites.site import Site, is_called
+from .insert_marked import MarkedSite
+
+# Marking a model.
+
+
+def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
+    """Return a copy of `model` that carries the adapters of `plans`, with their start values.
+
+    Args:
+        model: it is not changed. The copy has its class and mode, shares its weights, and has buffers of its own.
+        plans: what to insert where, of a capture of this model.
+
+    Returns:
+        The copy. It runs under `torch.compile` with this library's backend only.
+
+    Raises:
+        ConfigError: a site is not a module that is called, so that a run of it could not be noticed.
+    """
+    copy: nn.Module = share(model)
+    for module in copy.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.clone()
+    for adapter, plan in enumerate(plans):
+        for site in plan.sites:
+            module = _marking(copy, site)
+            weight = site_weight(copy, site)
+            placement = Placement.of(plan.variant, adapter, site, len(module.placements))
+            placement.register(copy, site, weight)
+            placement.initialize(copy, site, weight, plan.statistics.get(site.name))
+            module.placements.append(placement)
+    for module in copy.modules():
+        if hasattr(module, "placements"):
+            _describe(copy, module)
+    return copy
+
+
+def _marking(copy: nn.Module, site: Site) -> Any:
+    """Return the module that is `site`, and let it mark its input from now on."""
+    if not is_called(copy, site):
+        raise ConfigError(
+            f"Site {site.name!r} is not a module that is called: a run of it outside a rewritten graph could not be"
+            " noticed. The way out: leave it out of the targets; rewrite can adapt it."
+        )
+    module: Any = copy.get_submodule(site.name)
+    if not hasattr(module, "placements"):
+        module.placements = []
+        module.site = replace(site, calls=())
+        # On the module and not in a hook, because Dynamo compiles the forward of a module that it compiles by itself.
+        module.unmarked_forward = module.forward
+        # A code object for each site, because torch.compile limits how often it compiles the same one.
+        code = _marking_forward.__code__.replace(co_name=f"forward of {site.name}")
+        module.forward = MethodType(FunctionType(code, _marking_forward.__globals__), module)
+    return module
+
+
+def _marking_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        raise runs_outside(module.site.name)
+    (x,) = (*args, *kwargs.values())
+    tensors = [getattr(module, name) for name in module.marked_names]
+    return module.unmarked_forward(MARK(x, tensors, module.training, module.mark_text))
+
+
+# What a mark says, written and read.
+
+
+def _describe(copy: nn.Module, module: Any) -> None:
+    """Write on `module` what its mark says: its adapters, and the names of their tensors on the module."""
+    module.mark_text = json.dumps(
+        {
+            "site": module.site.name,
+            "roles": sorted(module.site.roles),
+            "adapters": [
+                {"adapter": p.adapter, "names": p.names, "config": to_config(p.variant)} for p in module.placements
+            ],
+        }
+    )
+    paths = [path for placement in module.placements for path in placement.tensors.values()]
+    for path in paths:
+        if "." not in path:  # shared with other sites, so that it is registered at the root of the model
+            module.register_buffer(path, tensor_of(copy, path), persistent=False)
+    module.marked_names = tuple(path.rpartition(".")[2] for path in paths)
+
+
+def site_in_mark(text: str) -> str:
+    """Return the name of the site whose module made the mark."""
+    return str(json.loads(text)["site"])
+
+
+def read_mark(text: str, tensors: Iterable[Tensor], name: str) -> MarkedSite:
+    """Return the site that a mark describes.
+
+    Args:
+        text: the mark's text.
+        tensors: the tensors of the adapters, as the mark has them.
+        name: the name that the site has in the graph.
+    """
+    described = json.loads(text)
+    placements = tuple(
+        Placement(from_config(adapter["config"]), adapter["adapter"], name, position, tuple(adapter["names"]))
+        for position, adapter in enumerate(described["adapters"])
+    )
+    paths = (path for placement in placements for path in placement.tensors.values())
+    return MarkedSite(name, frozenset(described["roles"]), placements, dict(zip(paths, tensors, strict=True)))
+
+
+# The operator.
+
+
+@torch.library.custom_op("lora_lite_fx::mark", mutates_args=())
+def mark(x: Tensor, tensors: Sequence[Tensor], training: bool, text: str) -> Tensor:
+    """Stand for the input `x` of an adapted site in a graph that has not been rewritten. It cannot run."""
+    raise runs_outside(site_in_mark(text))
+
+
+@mark.register_fake
+def _(x: Tensor, tensors: Sequence[Tensor], training: bool, text: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _count(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.count = len(inputs[1])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, [None] * ctx.count, None, None
+
+
+# It never runs, because the forward does not; but a backend asks for it when it compiles.
+mark.register_autograd(_backward, setup_context=_count)
+
+MARK = torch.ops.lora_lite_fx.mark.default
+
+
+# Errors of a site whose adapters cannot be inserted.
+
+
+def runs_outside(site: str) -> AdapterError:
+    """Return the error of a site that runs where its adapters cannot be."""
+    return AdapterError(
+        f"Site {site!r} runs outside a rewritten graph, without its adapters: in eager mode, in a function that"
+        " torch.compile leaves out (torch.compiler.disable, a construct it cannot trace), past the limit of"
+        " recompilations (torch._dynamo.config.recompile_limit), or under another backend. The way out: compile the"
+        ' adapted model with backend="lora_lite_fx", so that the site is in a graph; TORCH_LOGS="graph_breaks,'
+        'recompiles" shows why it is not.'
+    )
+
+
+def not_a_linear(site: str) -> AdapterError:
+    """Return the error of a site that a graph computes in a form in which it is not found."""
+    return AdapterError(
+        f"Site {site!r} is not a linear in the graph that torch.compile captured, so that its adapter has no place"
+        " there. The way out: leave it out of the targets; rewrite may find it in the graph that torch.export captures."
+    )

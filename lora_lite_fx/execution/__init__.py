@@ -1,1 +1,1 @@
-"""How an adapted graph is run, as against what it computes."""
+"""The programs that run an adapted graph: derived from the graph, optimized, cached, checkpointed."""

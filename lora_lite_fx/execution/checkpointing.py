@@ -1,8 +1,8 @@
-"""Gradient checkpointing: a graph whose layers keep only their inputs for the backward pass and are run again in it.
+"""Gradient checkpointing: layers keep only their inputs for the backward pass, and run again in it.
 
-The graph stays flat, so that passes, `remove`, `merge` and `inspect` see nothing of it: checkpointing is a property
-of how the graph is executed. A layer is what the field `layers` of a config counts: the modules up to the first
-number in their qualified name.
+The graph itself stays flat, so that passes, `remove`, `merge` and `inspect` do not see checkpointing: it is a property
+of the program that runs. A layer, as in the field `layers` of a config, is all modules with the same qualified name up
+to the first number in it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def cut_layers(gm: fx.GraphModule, outer: fx.Graph, name: str) -> dict[str, Call
     """Replace each layer of `outer` by one call of a method of `gm`.
 
     Args:
-        gm: the module that has what the graph reads.
-        outer: changed in place.
-        name: what the names of the methods begin with.
+        gm: the module that has the tensors.
+        outer: the graph, changed in place.
+        name: the beginning of the names of the methods.
 
     Returns:
-        The methods. They compute what the layers do, random numbers and gradients included; under
-        `torch.utils.checkpoint` while `gm` trains with gradients on, and plainly else.
+        The methods by name. They compute the layers, random numbers and gradients included. They run under
+        `torch.utils.checkpoint` while `gm` trains with gradients on, and without it otherwise.
     """
     methods = {}
     for index, members in enumerate(_segments(gm, outer)):
@@ -51,11 +51,8 @@ def require_layers(gm: fx.GraphModule) -> None:
         )
 
 
-# Cutting a graph into segments.
-
-
 def _segments(gm: fx.GraphModule, graph: fx.Graph) -> list[list[fx.Node]]:
-    """The nodes of each layer, in graph order, in pieces that can be run as one, and again."""
+    """Return the nodes of each layer, in graph order, in pieces that can run as one, and run again."""
     overwritten = _overwritten(gm, graph)
     outside: set[fx.Node] = set()
     while True:
@@ -73,9 +70,9 @@ def _segments(gm: fx.GraphModule, graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _pieces(graph: fx.Graph, outside: set[fx.Node]) -> Iterator[list[fx.Node]]:
-    """The nodes of each layer but those in `outside`, cut at nodes outside the layer that must not run before it.
+    """Yield the nodes of each layer but those in `outside`, cut at nodes outside the layer that must not run before it.
 
-    So a piece can run where its last node stands, with the other nodes that stand between its own before it.
+    So a piece can run at the place of its last node. The nodes of others that stand between its nodes run before it.
     """
     current: str | None = None
     piece: dict[fx.Node, None] = {}
@@ -93,18 +90,18 @@ def _pieces(graph: fx.Graph, outside: set[fx.Node]) -> Iterator[list[fx.Node]]:
 
 
 def _is_impure(node: fx.Node) -> bool:
-    """Whether `node` draws random numbers or writes in place, so that its turn matters; it may, if nothing is known."""
+    """Check whether `node` draws random numbers or writes in place, so that its turn matters; if unknown, it may."""
     if isinstance(node.target, OpOverload):
         return node.is_impure()
     return node.op.startswith("call_") and getattr(node.target, "__module__", "") != operator.mul.__module__
 
 
 def _overwritten(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | None, list[fx.Node]]]:
-    """Each tensor that is written in place: the node that makes it, and those that read it up to the last write."""
+    """Return the node that makes each tensor that is written in place, and those that read it up to the last write."""
     made_by: dict[Any, fx.Node] = {}
     seen_by: dict[fx.Node, set[Any]] = {}  # the tensors that a node's value may share memory with
     readers: dict[Any, list[fx.Node]] = {}
-    found: dict[Any, list[fx.Node]] = {}
+    overwritten: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
         own = node.target if node.op == "get_attr" else node
         made_by.setdefault(own, node)
@@ -115,20 +112,17 @@ def _overwritten(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | No
             if may_return_a_view(node):
                 seen_by[node] |= seen_by[read]
         for operand in written(gm, node):
-            found |= {tensor: list(readers[tensor]) for tensor in seen_by[operand]}
+            overwritten |= {tensor: list(readers[tensor]) for tensor in seen_by[operand]}
         if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "track_running_stats", False):
-            found.setdefault(node.target, []).append(node)  # the module's own statistics, which no node makes
-    return [(made_by.get(tensor), reading) for tensor, reading in found.items()]
+            overwritten.setdefault(node.target, []).append(node)  # the module's own statistics, which no node makes
+    return [(made_by.get(tensor), reading) for tensor, reading in overwritten.items()]
 
 
 def _cut_out(outer: fx.Graph, members: list[fx.Node], name: str) -> fx.Graph:
-    """Replace `members` of `outer` by one call of the module's method `name`; returns the graph of that method."""
+    """Replace `members` of `outer` by one call of the module's method `name`; return the graph of that method."""
     graph, inputs, results = segment(members)
     replace_by_call(outer, name, inputs, members, results)
     return graph
-
-
-# Running it.
 
 
 def _under_checkpoint(segment: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,10 +1,12 @@
-"""The prologue of an adapted model: its tensors, and what depends on parameters alone.
+"""The prologue of an adapted model: it reads the model's tensors, and computes what depends on parameters alone.
 
-Tensors are read where they are registered: as attributes of attributes they cost several microseconds each. What is
-computed of them is kept from call to call while they are the same. That they are is seen from their identity, their
-version counters, which every operation in place counts up, their addresses, the number of steps that optimizers took
-(some write past the version counters), and from gradients that were taken away after a backward pass; `train()`,
-`eval()` and moving the model start anew. What writes to `.data` and does none of these is not seen.
+It reads tensors from the registries of their modules, because attributes of attributes cost several microseconds each.
+
+It caches the values that it computes from them while the tensors are the same. It recognizes a change by their
+identity; their version counters, which every operation in place counts up; their addresses; the number of steps that
+optimizers took, because some write past the version counters; and by gradients that were taken away after a backward
+pass. `train()`, `eval()` and moving the model drop the values. A write to `.data` that does none of these goes
+unnoticed.
 """
 
 from __future__ import annotations
@@ -36,19 +38,19 @@ register_optimizer_step_post_hook(_count_step)
 
 
 Place = tuple[dict[str, Any], str]
-"""The registry of a module that holds a tensor, and its name there."""
+"""The registry of a module that holds a tensor, and the name of the tensor there."""
 
 
 @dataclass
 class CachedValues:
-    """Values, and what they hold for.
+    """Cached values, and the state they are valid for.
 
     Args:
-        tensors: those that they were computed from.
-        state: everything else that would change them.
-        leaves: the same data as `tensors`, apart from their hooks and gradients; what they were computed with.
-        values: what was computed.
-        used: whether a backward pass went through them.
+        tensors: the tensors that the values were computed from.
+        state: everything else that would change the values.
+        leaves: the tensors that the computation read: the same data as `tensors`, without their hooks and gradients.
+        values: the results.
+        used: whether a backward pass went through the values.
     """
 
     tensors: list[Tensor]
@@ -58,27 +60,28 @@ class CachedValues:
     used: bool = False
 
     def holds(self, tensors: list[Tensor], state: tuple[Any, ...]) -> bool:
-        """Whether nothing has changed, as far as one can see."""
-        # If a backward pass left no gradients, somebody took them: perhaps for a step that writes to `.data`.
+        """Check whether the values are valid for these tensors and this state."""
+        # If a backward pass left no gradients, the caller took them: perhaps for a step that writes to `.data`.
         stepped = self.used and not any(tensor.is_leaf and tensor.grad is not None for tensor in tensors)
         return not stepped and self.state == state and all(map(operator.is_, self.tensors, tensors))
 
 
 @dataclass(frozen=True)
 class Prologue:
-    """Reads the tensors of a model, and computes the values of its prologue, or returns those that are kept.
+    """A function that reads the tensors of a model, and computes the values of its prologue or returns cached ones.
 
-    With gradients, what is kept is the graph that autograd has made of the computation too: the backward pass of each
-    call goes through it again. Nothing is kept inside `torch.compile` and other tracing, inside `torch.func`, while a
-    CUDA graph is captured, or for tensors that are not ordinary ones.
+    With gradients it caches autograd's graph of the computation too, and the backward pass of each call goes through
+    that graph again. It caches nothing inside `torch.compile` and other tracing, inside `torch.func`, while a CUDA
+    graph is captured, or for subclasses of Tensor.
 
     Args:
-        kind: the class of the module that it is of.
+        kind: the class of the module that it belongs to.
         places: of the tensors that values are computed from.
-        read: `module -> tensors`, the same.
+        read: `module -> tensors` reads the same tensors.
         compute: `module, *tensors -> values`.
         passed_places: of the tensors that the model reads itself.
-        read_passed: `module -> tensors`, the same.
+        read_passed: `module -> tensors` reads these tensors.
+        kept: the cached values, with gradients and without.
     """
 
     kind: type
@@ -90,25 +93,26 @@ class Prologue:
     kept: dict[bool, CachedValues] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """All values, for the tensors that `module` has now, and the tensors that it reads itself."""
+        """Return all values, for the tensors that `module` has now, and the tensors that it reads itself."""
         try:
             tensors = [registry[name] for registry, name in self.places]
             passed = [registry[name] for registry, name in self.passed_places]
-        except KeyError:  # parametrized
+        except KeyError:  # a parametrization has taken a tensor out of its registry
             return self.inline(module)
         return (*(self._values(module, tensors) if tensors else ()), *passed)
 
     def inline(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """The same, computed as part of the call."""
+        """Compute the same as part of the call, without the cache."""
         return (*self.compute(module, *self.read(module)), *self.read_passed(module))
 
     def _values(self, module: nn.Module, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         try:
             state = (module.training, *_state(tensors))
-        except RuntimeError:  # wrapped so that there is no version or address
+        except RuntimeError:  # a wrapper, as of torch.func, has no version or address
             return self.compute(module, *tensors)
-        # A class changed by others, as by fully_shard, means tensors that are overwritten unseen.
-        if torch.jit.is_tracing() or type(module) is not self.kind or _is_capturing(tensors):
+        # fully_shard, which changes the class of a module, overwrites tensors without a trace.
+        is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+        if is_tracing or type(module) is not self.kind or _is_capturing(tensors):
             return self.compute(module, *tensors)
         with_gradients = torch.is_grad_enabled()
         kept = self.kept.get(with_gradients)
@@ -118,17 +122,17 @@ class Prologue:
                 return self.compute(module, *tensors)
             self.kept[with_gradients] = kept
         if any(value.requires_grad for value in kept.values):
-            values: tuple[Tensor, ...] = _Again.apply(self, module, kept, *tensors)
-            return values
+            apply: Callable[..., tuple[Tensor, ...]] = _CachedResults.apply
+            return apply(self, module, kept, *tensors)
         return kept.values
 
     def _compute_apart(self, module: nn.Module, tensors: list[Tensor], state: tuple[Any, ...]) -> CachedValues:
-        # With leaves in place of the tensors under no_grad too: there autocast would remember casts of parameters that
-        # have no gradients. No inference tensors, which a later call could not use with gradients. And what hooks are
-        # told of must not depend on whether this call or an earlier one has computed the values.
+        # Leaves replace the tensors under no_grad too, because autocast would remember casts of parameters that have no
+        # gradients there. The results are not inference tensors, because a later call could not use those with
+        # gradients. Hooks on saved tensors are off, because a later call would not run them again.
         with_gradients = torch.is_grad_enabled()
         with (
-            torch.inference_mode(False),  # which switches gradients on
+            torch.inference_mode(False),  # it also switches gradients on
             torch.set_grad_enabled(with_gradients),
             torch.autograd.graph.saved_tensors_hooks(_same, _same),
         ):
@@ -136,12 +140,12 @@ class Prologue:
             return CachedValues(tensors, state, leaves, self.compute(module, *leaves))
 
     def forget(self) -> None:
-        """Compute everything anew in the next call."""
+        """Drop the cached values."""
         self.kept.clear()
 
 
-class _Again(torch.autograd.Function):
-    """The values that are kept, with the gradients of the tensors that they were computed from."""
+class _CachedResults(torch.autograd.Function):
+    """The cached values as results of the tensors that they were computed from, so that these get gradients."""
 
     @staticmethod
     def forward(
@@ -159,12 +163,12 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.kept.used = True
         tensors, values = ctx.kept.leaves, ctx.kept.values
-        if torch.is_grad_enabled():  # for gradients of gradients, which need the way to the tensors themselves
-            tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]  # and not to their hooks
+        if torch.is_grad_enabled():  # gradients of gradients need a graph that leads to the tensors themselves
+            tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]  # a view has none of the tensor's hooks
             values = ctx.prologue.compute(ctx.module, *tensors)
         reached = [(value, grad) for value, grad in zip(values, grads, strict=True) if grad is not None]
         trained = [tensor for tensor in tensors if tensor.requires_grad]
-        found = iter(
+        gradients = iter(
             torch.autograd.grad(
                 [value for value, _ in reached],
                 trained,
@@ -176,7 +180,7 @@ class _Again(torch.autograd.Function):
             if reached
             else [None] * len(trained)
         )
-        return None, None, None, *(next(found) if tensor.requires_grad else None for tensor in tensors)
+        return None, None, None, *(next(gradients) if tensor.requires_grad else None for tensor in tensors)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -188,22 +192,24 @@ def _state(tensors: list[Tensor]) -> tuple[Any, ...]:
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     # The version counter has no public name; autograd's documentation calls it by this one.
-    each = [(tensor._version, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-    return autocast, stream, _steps, each
+    versions = [(tensor._version, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+    return autocast, stream, _steps, versions
 
 
 def _is_capturing(tensors: list[Tensor]) -> bool:
     return tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-# Making one.
-
-
 def cut_prologue(gm: fx.GraphModule, outer: fx.Graph, name: str) -> Prologue | None:
-    """Replace the parameter work before the inputs of `outer`, and all tensors, by one call of the method `name`.
+    """Replace the parameter work before the inputs of `outer`, and all reads of tensors, by one call of a method.
+
+    Args:
+        gm: the module that has the tensors and gets the method.
+        outer: the graph, changed in place.
+        name: the name of the method.
 
     Returns:
-        What that method has to do; None if there is nothing.
+        The work of that method; None if the graph reads no tensor.
     """
     first = first_input(outer)
     work = [node for node in outer.nodes if node < first and is_inserted(node) and node.op != "get_attr"]
@@ -215,10 +221,10 @@ def cut_prologue(gm: fx.GraphModule, outer: fx.Graph, name: str) -> Prologue | N
     same = {node: by_name.setdefault(str(node.target), node) for node in read}
     for node, other in same.items():
         node.replace_all_uses_with(other)
-    own = set(work)
-    tensors = [node for node in by_name.values() if not own.isdisjoint(node.users)]
-    passed = [node for node in by_name.values() if not own.issuperset(node.users)]
-    results = [node for node in work if not own.issuperset(node.users)]
+    members = set(work)
+    tensors = [node for node in by_name.values() if not members.isdisjoint(node.users)]
+    passed = [node for node in by_name.values() if not members.issuperset(node.users)]
+    results = [node for node in work if not members.issuperset(node.users)]
 
     prologue = Prologue(
         type(gm),

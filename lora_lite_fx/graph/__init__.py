@@ -1,1 +1,1 @@
-"""What this library needs of torch.fx: tensors by name, records on nodes, parts of a graph. It knows no variant."""
+"""Tools for torch.fx graphs: tensors by name, records on nodes, parts of a graph. Nothing here knows a variant."""

@@ -1,9 +1,10 @@
-"""How a graph calls operators: their class, and the functions that PyTorch has for them in Python."""
+"""Private names of torch that graphs need: the class of operators, borders of regions, and faster functions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.nn import functional as F
 
 aten = torch.ops.aten
@@ -11,10 +12,11 @@ aten = torch.ops.aten
 # The class of `torch.ops.aten.add.Tensor` has no public name; schemas and tags are read from its instances.
 OpOverload = torch._ops.OpOverload
 
-# What torch.export traces at the borders of a no_grad or autocast region before it makes a region, and so again when it
-# captures an opened one. The public forms are context managers, which a graph cannot hold.
+# The functions that torch.export traces at the borders of a no_grad or autocast region, before it makes the region an
+# operator. It traces them again when it captures a graph whose regions are opened. The public forms are context
+# managers, which a graph cannot hold.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
-ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp._enter_autocast, torch.amp._exit_autocast
+ENTER_AUTOCAST, EXIT_AUTOCAST = _enter_autocast, _exit_autocast
 
 _FUNCTIONS = {
     aten.add.Tensor: torch.add,
@@ -46,11 +48,11 @@ _FUNCTIONS = {
 
 
 def call_directly(graph: fx.Graph) -> None:
-    """Let `graph` call `torch.add` in place of `torch.ops.aten.add.Tensor`, and so for the operators of most models.
+    """Replace `torch.ops.aten.add.Tensor` in `graph` by `torch.add`, and the other operators of most models likewise.
 
     A call of an operator by its overload takes about a microsecond more: at one token that is as much as the arithmetic
-    of a small adapter. The functions run the same operators with the same arguments. Nothing that tells operators by
-    their overloads can be done with the graph afterwards.
+    of a small adapter. The functions run the same operators with the same arguments. Passes recognize operators by
+    their overloads, so no pass can run on the graph afterwards.
     """
     for node in graph.nodes:
         if node.op == "call_function":

@@ -1,4 +1,4 @@
-"""The layer that a node computes a part of."""
+"""The layer of a node."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 
 
 def layer_of(node: fx.Node) -> str | None:
-    """The layer that `node` computes a part of, with the number of the layer's call; None outside of layers."""
+    """Return the name of the layer that `node` belongs to, with the number of the layer's call; None outside layers."""
     if not node.op.startswith("call_"):
         return None
     for key, (path, *_) in (node.meta.get("nn_module_stack") or {}).items():
-        if found := _LAYER.match(path):
-            return f"{found[0]}@{key.partition('@')[2]}"
+        if match := _LAYER.match(path):
+            return f"{match[0]}@{key.partition('@')[2]}"
     return None

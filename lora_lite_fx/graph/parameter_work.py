@@ -1,4 +1,4 @@
-"""Which nodes of a graph depend on its module's tensors alone, and how to move them to its front."""
+"""Parameter work: the nodes that depend on the tensors of the module alone, and not on inputs of the graph."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from .regions import closes_region, opens_region
 
 
 def parameter_work(gm: fx.GraphModule) -> list[fx.Node]:
-    """The inserted nodes that depend on no input of the graph, draw no random numbers and write nothing; in order.
+    """Return the inserted nodes that depend on no input of the graph, draw no random numbers and write nothing.
 
-    Nothing is computed elsewhere that stands in a region with a mode of autograd or autocast of its own.
+    They are in graph order. Nodes in a region with a mode of autograd or autocast of its own are left out, because
+    elsewhere they would compute something else.
     """
     known: set[fx.Node] = set()
-    found: list[fx.Node] = []
+    work: list[fx.Node] = []
     regions = 0
     for node in gm.graph.nodes:
         regions += opens_region(node) - closes_region(node)
@@ -25,17 +26,17 @@ def parameter_work(gm: fx.GraphModule) -> list[fx.Node]:
         if reads_tensor(gm, node) or (computed and known.issuperset(node.all_input_nodes)):
             known.add(node)
             if is_inserted(node):
-                found.append(node)
-    return found
+                work.append(node)
+    return work
 
 
 def first_input(graph: fx.Graph) -> fx.Node:
-    """The node before which parameter work stands."""
+    """Return the node before which parameter work stands: the first input, or the output if there is none."""
     return next((node for node in graph.nodes if node.op == "placeholder"), graph.output_node())
 
 
 def move_to_front(graph: fx.Graph, nodes: Iterable[fx.Node]) -> int:
-    """Move parameter work, given in order, before the inputs of `graph`; returns how many nodes were not there."""
+    """Move parameter work, given in graph order, before the inputs of `graph`; return how many nodes moved."""
     first = first_input(graph)
     moved = 0
     for node in nodes:

@@ -1,7 +1,7 @@
 """Provenance: which adapter a node belongs to, written on the node itself.
 
-It lives in `node.meta["custom"]`, which survives `torch.export` and `.pt2` files, so that a graph says by
-itself what was inserted into it, by which config, and where. Nothing else is kept on the side.
+It lives in `node.meta["custom"]`, which survives `torch.export` and `.pt2` files. So a graph alone tells which nodes
+were inserted into it, by which config, and where.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 _KEY = "lora_lite_fx"
 
 SHARED = "lora_shared_"
-"""What the names of tensors begin with that all sites of an adapter share."""
+"""The names of tensors that all sites of an adapter share begin with this."""
 
 INLET = "inlet"
 """Part of the node that replaces the input of the frozen linear."""
@@ -55,18 +55,18 @@ def record(node: fx.Node, provenance: Provenance) -> None:
 
 
 def recorded(node: fx.Node) -> Provenance | None:
-    """The provenance of `node`, or None if no pass inserted it."""
+    """Return the provenance of `node`, or None if no pass inserted it."""
     data = (node.meta.get("custom") or {}).get(_KEY)
     return Provenance(**data) if data else None
 
 
 def is_inserted(node: fx.Node) -> bool:
-    """Whether a pass inserted `node`."""
+    """Check whether a pass inserted `node`."""
     return _KEY in (node.meta.get("custom") or {})
 
 
 def inner_name(node: fx.Node) -> str | None:
-    """The qualified name of the innermost module that `node` was captured in, or None."""
+    """Return the qualified name of the innermost module that `node` was captured in, or None."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else None
 
@@ -105,25 +105,26 @@ class Insertion:
         return qualified_names(self.site, self.adapter, self.position, self.names)
 
     def is_outside(self, node: fx.Node) -> bool:
-        """Whether `node` is not one of its nodes."""
+        """Check that `node` is not one of the adapter's nodes."""
         return node not in self.nodes
 
     @property
     def entered_by(self) -> list[fx.Node]:
-        """The values that enter from outside, constants left out, in graph order.
+        """The values that the adapter reads from outside, constants left out, in graph order.
 
-        They are the site's input, if the adapter reads it, and the frozen linear's output, if it changes that;
-        the output is computed from the input, so it comes last.
+        They are the site's input, if the adapter reads it, and the frozen linear's output, if the adapter changes it.
+        The output comes last, because it is computed from the input.
         """
-        own = set(self.nodes)
-        return sorted({n for node in self.nodes for n in node.all_input_nodes if n not in own and not _is_constant(n)})
+        members = set(self.nodes)
+        read = {value for node in self.nodes for value in node.all_input_nodes}
+        return sorted(value for value in read - members if not _is_constant(value))
 
 
 def qualified_names(site: str, adapter: int, position: int, names: Iterable[str]) -> dict[str, str]:
-    """The qualified names of an adapter's tensors at a site.
+    """Return the qualified names of an adapter's tensors at a site.
 
-    At a site's second adapter they end in `_2`, and so on. Tensors that all sites of an adapter share are at the root
-    of the model, and are counted by adapter.
+    The names at a site's second adapter end in `_2`, and so on. Tensors that all sites of an adapter share are at the
+    root of the model, and their suffix counts the adapters of the model.
     """
     return {
         name: f"{name}{_suffix(adapter)}" if name.startswith(SHARED) else f"{site}.{name}{_suffix(position)}"
@@ -136,7 +137,7 @@ def _suffix(index: int) -> str:
 
 
 def insertions(graph: fx.Graph) -> list[Insertion]:
-    """All adapters found in `graph` and the graphs inside it, in the order in which they were inserted."""
+    """Return all adapters in `graph` and the graphs inside it, in the order in which they were inserted."""
     by_call: dict[int, list[tuple[fx.Node, Provenance]]] = {}
     for node in _with_inner(graph):
         if (provenance := recorded(node)) is not None:
@@ -145,7 +146,7 @@ def insertions(graph: fx.Graph) -> list[Insertion]:
 
 
 def _with_inner(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Its nodes, and those of the regions that `torch.export` has made of them."""
+    """Yield the nodes of `graph`, and those of the regions that `torch.export` has moved into graphs of their own."""
     for node in graph.nodes:
         yield node
         if node.op == "get_attr" and isinstance(
@@ -173,14 +174,14 @@ def _insertion(members: list[tuple[fx.Node, Provenance]]) -> Insertion:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Whether `node` is a tensor of the module, perhaps reshaped or cast."""
+    """Check whether `node` is a tensor of the module, perhaps reshaped or cast."""
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return node.op == "get_attr"
 
 
 def outermost(adapters: Iterable[Insertion], x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The input and output of a site's call with `adapters` around it, from those of the frozen linear alone."""
+    """Return the input and output of a site's call with `adapters` around it, from those of the frozen linear."""
     for insertion in adapters:
         if insertion.inlet is x:
             x = insertion.entered_by[0]

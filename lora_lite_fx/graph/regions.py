@@ -12,18 +12,18 @@ AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast
 
 
 def opens_region(node: fx.Node) -> bool:
-    """Whether a region with a mode of autograd or autocast of its own begins at `node`."""
+    """Check whether a region with a mode of autograd or autocast of its own begins at `node`."""
     return node.target in (ENTER_AUTOCAST, torch.is_grad_enabled)
 
 
 def closes_region(node: fx.Node) -> bool:
-    """Whether such a region ends at `node`: the mode that was remembered at its beginning is set again."""
+    """Check whether such a region ends at `node`, which sets the mode again that was saved at the beginning."""
     return node.target is EXIT_AUTOCAST or (node.target is SET_GRAD_ENABLED and isinstance(node.args[0], fx.Node))
 
 
 def without_gradient(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of `graph` that run with autograd switched off by the model itself."""
-    found: set[fx.Node] = set()
+    """Return the nodes of `graph` that run with autograd switched off by the model itself."""
+    without: set[fx.Node] = set()
     enabled, at = True, {}
     for node in graph.nodes:
         if node.target is torch.is_grad_enabled:
@@ -31,5 +31,5 @@ def without_gradient(graph: fx.Graph) -> set[fx.Node]:
         elif node.target is SET_GRAD_ENABLED:
             enabled = at.get(node.args[0], node.args[0])
         elif not enabled:
-            found.add(node)
-    return found
+            without.add(node)
+    return without

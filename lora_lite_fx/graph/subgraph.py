@@ -13,11 +13,11 @@ from .walk import ancestors
 
 
 def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
-    """The graph that computes the tuple of `results` from `inputs`, and runs nothing that they do not need.
+    """Return a graph that computes the tuple of `results` from `inputs`, and nothing else.
 
     Args:
-        inputs: what its placeholders stand for, in order.
-        results: nodes that depend on these, and on tensors of the module.
+        inputs: the nodes that become its placeholders, in order.
+        results: nodes that depend on the inputs and on tensors of the module alone.
     """
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
@@ -28,13 +28,18 @@ def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
 
 
 def segment(members: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
-    """All of `members`, in order, as a graph of its own; the nodes that they read, and those of them that others read.
+    """Copy all of `members` into a graph of their own.
 
-    These are its inputs and, as a tuple, its results.
+    Args:
+        members: nodes in graph order.
+
+    Returns:
+        The graph; the nodes outside that the members read, which are its inputs; and the members that nodes outside
+        read, which are its results, as a tuple.
     """
-    own = set(members)
-    inputs = list(dict.fromkeys(read for node in members for read in node.all_input_nodes if read not in own))
-    results = [node for node in members if not own.issuperset(node.users)]
+    inside = set(members)
+    inputs = list(dict.fromkeys(read for node in members for read in node.all_input_nodes if read not in inside))
+    results = [node for node in members if not inside.issuperset(node.users)]
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node in members:
@@ -47,18 +52,21 @@ def replace_by_call(
     outer: fx.Graph, name: str, inputs: Sequence[fx.Node], members: Sequence[fx.Node], results: Sequence[fx.Node]
 ) -> None:
     """Replace the nodes `members` of `outer` by a call of the module's method `name`, which returns their `results`."""
-    own = set(members)
+    inside = set(members)
     with outer.inserting_after(members[-1]):
         call = outer.call_module(name, tuple(inputs))
     with outer.inserting_after(call):
         for index, node in reversed(list(enumerate(results))):
             result = outer.call_function(operator.getitem, (call, index))
-            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
+            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in reversed(members):
         outer.erase_node(node)
 
 
 def forward_of(gm: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """`graph` as a function of a module that has what `gm` has, and its inputs. It is of no other use afterwards."""
+    """Return `graph` as a function of a module with the tensors and methods of `gm`, and of its inputs.
+
+    The graph is changed, and no pass can run on it afterwards.
+    """
     call_directly(graph)
     return type(fx.GraphModule(gm, graph)).forward

@@ -1,4 +1,4 @@
-"""The tensors of a module, by qualified name; and which of them a graph changes."""
+"""The tensors of a module, by qualified name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 HALF = (torch.float16, torch.bfloat16)
-"""The types in which sums and products are rounded to about three digits."""
-
-# Names.
+"""The types that round sums and products to about three digits."""
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of that qualified name."""
+    """Return the parameter or buffer of that qualified name."""
     path, _, attribute = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), attribute)
     assert isinstance(tensor, Tensor)
@@ -24,12 +22,18 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
 
 
 def tensor_names(model: nn.Module) -> dict[int, str]:
-    """The qualified names of the parameters and buffers of `model`, by the id of the tensor."""
+    """Return the qualified names of the parameters and buffers of `model`, by the id of the tensor."""
     return {id(t): name for name, t in itertools.chain(model.named_buffers(), model.named_parameters())}
 
 
 def name_tensors(gm: fx.GraphModule, names: Mapping[int, str]) -> None:
-    """Let `gm` read the tensors that have a name by that name, whatever tracing called them."""
+    """Register the tensors of `gm` that are in `names` under these names, and let the graph read them there.
+
+    Tracing gives names of its own.
+
+    Args:
+        names: the names by the id of the tensor.
+    """
     for node in gm.graph.find_nodes(op="get_attr"):
         tensor = getattr(gm, str(node.target), None)
         if (name := names.get(id(tensor))) is not None:
@@ -39,7 +43,7 @@ def name_tensors(gm: fx.GraphModule, names: Mapping[int, str]) -> None:
 
 
 def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
-    """Register `tensor`, no copy of it, under a qualified name; the modules on the way are made if need be."""
+    """Register `tensor` itself, and not a copy, under a qualified name; make the modules on the way if need be."""
     path, _, leaf = name.rpartition(".")
     module = gm
     for part in path.split(".") if path else ():
@@ -48,16 +52,17 @@ def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
         module = module.get_submodule(part)
     if isinstance(tensor, nn.Parameter):
         module.register_parameter(leaf, tensor)
-    elif leaf in module._buffers:  # which may not be persistent, and stays so
+    elif leaf in module._buffers:  # setattr keeps a buffer that is not persistent as it is
         setattr(module, leaf, tensor)
     else:
         module.register_buffer(leaf, tensor)
 
 
 def registry_of(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Where the tensor of that qualified name is registered, and its name there.
+    """Return the registry that holds the tensor of that qualified name, and its name there.
 
-    Reading it there, instead of as an attribute, is what a call can afford for every adapter tensor of a model.
+    Reading a tensor from its registry is much faster than reading attributes of attributes, and each call of a model
+    reads every adapter tensor.
     """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)

@@ -1,4 +1,4 @@
-"""Which tensors a node overwrites, and which values may share memory."""
+"""Writes in place: which tensors a node overwrites, and which values may share memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import fx
 from .direct_calls import OpOverload
 from .tensors import tensor_of
 
-# Writes.
-
 
 def own_written_buffers(gm: fx.GraphModule) -> None:
     """Give `gm` copies of the buffers that running it changes (running statistics, counters)."""
@@ -21,34 +19,34 @@ def own_written_buffers(gm: fx.GraphModule) -> None:
 
 
 def written_buffers(gm: fx.GraphModule) -> list[str]:
-    """Qualified names of the buffers that running `gm` changes."""
+    """Return the qualified names of the buffers that running `gm` changes."""
     buffers = {name for name, _ in gm.named_buffers()}
-    found: list[str] = []
+    names: list[str] = []
     for node in gm.graph.nodes:
         if node.op == "call_module" and getattr(gm.get_submodule(node.target), "track_running_stats", False):
-            found += [f"{node.target}.{name}" for name, _ in gm.get_submodule(node.target).named_buffers()]
+            names += [f"{node.target}.{name}" for name, _ in gm.get_submodule(node.target).named_buffers()]
         for operand in written(gm, node):
             if operand.op == "get_attr" and operand.target in buffers:
-                found.append(str(operand.target))
-    return list(dict.fromkeys(found))
+                names.append(str(operand.target))
+    return list(dict.fromkeys(names))
 
 
 def written_operands(node: fx.Node) -> list[fx.Node]:
-    """The operands that a call of an operator changes in place; of other calls nothing is known."""
+    """Return the operands that a call of an operator changes in place; none for other calls, which have no schema."""
     if not isinstance(node.target, OpOverload):
         return []
-    given = {**dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)), **node.kwargs}
+    operands = {**dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)), **node.kwargs}
     # The schema of batch and instance norm does not say that they update their statistics.
     written = {"running_mean", "running_var"} | {
         argument.name
         for argument in node.target._schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     }
-    return [value for name, value in given.items() if name in written and isinstance(value, fx.Node)]
+    return [value for name, value in operands.items() if name in written and isinstance(value, fx.Node)]
 
 
 def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The operands that `node` changes in place. Where no schema says it, as in symbolic traces, names and flags do."""
+    """Return the operands that `node` changes in place. Where it has no schema, names and flags tell."""
     if isinstance(node.target, OpOverload):
         return written_operands(node)
     if node.op == "call_module":
@@ -63,12 +61,12 @@ def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     return node.all_input_nodes[:1] if writes else []
 
 
-# Their schemas do not say that they may return their input.
+# The schemas of these do not say that they may return their input.
 _MAY_RETURN_THEIR_INPUT = {torch.ops.aten.dropout.default, torch.ops.aten.type_as.default}
 
 
 def may_return_a_view(node: fx.Node) -> bool:
-    """Whether the value of `node` may share memory with an operand; it may, if nothing is known of it."""
+    """Check whether the value of `node` may share memory with an operand; without a schema it may."""
     return (
         not isinstance(node.target, OpOverload)
         or node.target in _MAY_RETURN_THEIR_INPUT
@@ -77,5 +75,5 @@ def may_return_a_view(node: fx.Node) -> bool:
 
 
 def overwrites(gm: fx.GraphModule) -> bool:
-    """Whether `gm` changes anything in place besides its own buffers and its inputs."""
+    """Check whether `gm` changes tensors in place other than its own buffers and its inputs."""
     return any(read.op not in ("get_attr", "placeholder") for node in gm.graph.nodes for read in written(gm, node))

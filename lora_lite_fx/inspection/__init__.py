@@ -1,1 +1,1 @@
-"""`inspect`: the table of sites, as text, data and a page."""
+"""`inspect`: the sites of a model, and the reports of its passes, as text, data and a page."""

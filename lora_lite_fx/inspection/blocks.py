@@ -1,7 +1,7 @@
-"""Blocks: the sites of a model as the parts of a picture, with what repeats said once.
+"""Blocks: the sites of a model grouped as the parts of a picture, with equal layers taken together.
 
-A *block* is the sites of one layer, `model.layers.3`, or of what stands outside layers. A *sublayer* is what
-branches off the residual stream and comes back to it: an attention, a feed-forward, or sites in a row.
+A *block* is the sites of one layer, `model.layers.3`, or sites outside layers. A *sublayer* is a branch that leaves the
+residual stream and comes back to it: an attention, a feed-forward, or sites in a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COARSE = ("reader", "writer", "inner")
 
 
 def main_roles(row: SiteRow) -> tuple[str, ...]:
-    """The roles that tell most: the coarse ones only where there are no others, and `unknown` where there are none."""
+    """Return the fine roles of a site; the coarse ones if it has no others; `unknown` if it has none."""
     fine = tuple(role for role in row.roles if role not in _COARSE)
     return fine or row.roles or ("unknown",)
 
@@ -52,11 +52,11 @@ class Sublayer:
     Args:
         kind: `attention`, `feed-forward`, `router`, or empty for sites in a row.
         path: the part of the name that its sites share, inside the block.
-        stages: sites that stand side by side, stage after stage; of an attention always three, what comes before the
-            projections (such as the first factors of those of low rank), these, and what comes after the operation in
-            the middle; of a feed-forward two, before and after that. Some may be empty.
-        times: how many equal ones follow each other (experts).
-        last: the path of the last of these.
+        stages: sites that stand side by side, stage after stage. An attention has always three: the sites before the
+            projections (such as the first factors of low-rank ones), the projections, and the sites after the
+            operation in the middle. A feed-forward has two, before and after its operation. Some may be empty.
+        times: how many equal sublayers follow each other (experts).
+        last: the path of the last of them.
     """
 
     kind: str
@@ -78,7 +78,7 @@ class Block:
     Args:
         prefix: name of the list of layers; empty outside layers.
         layers: the indices of the layers; empty outside layers.
-        parts: the sites of one layer, in order of execution; each stands for those of all the layers.
+        parts: the sites of one layer, in order of execution; each stands for the sites at this place in all the layers.
     """
 
     prefix: str
@@ -87,49 +87,50 @@ class Block:
 
     @property
     def label(self) -> str:
-        """Such as `model.layers.0-29`."""
+        """The name of the layers, such as `model.layers.0-29`."""
         return f"{self.prefix}.{ranges(self.layers)}".lstrip(".") if self.layers else ""
 
     @property
     def home(self) -> str:
-        """What the names of all in its first layer begin with; empty outside layers."""
+        """The beginning of all names in its first layer; empty outside layers."""
         return f"{self.prefix}.{self.layers[0]}.".lstrip(".") if self.layers else ""
 
     def weights(self, sizes: Mapping[str, int]) -> int:
-        """The number of weights of one layer, also of what is no site; outside layers, of the sites.
+        """Count the weights of one layer, also those that belong to no site; outside layers, those of the sites.
 
         Args:
-            sizes: those of the model's parameters, by name.
+            sizes: the number of elements of the model's parameters, by name.
         """
-        own = {part.row.weight for part in self.parts}
-        return sum(size for name, size in sizes.items() if (name.startswith(self.home) if self.home else name in own))
+        of_sites = {part.row.weight for part in self.parts}
+        names = [name for name in sizes if (name.startswith(self.home) if self.home else name in of_sites)]
+        return sum(sizes[name] for name in names)
 
     def sublayers(self) -> list[Sublayer]:
-        """Its steps along the residual stream, in order of execution."""
+        """Return its steps along the residual stream, in order of execution."""
         home = self.home
         steps: list[list[Part]] = [[]]
         for part in self.parts:
             steps[-1].append(part)
             roles = part.row.roles
-            # Sites without a role, and a router's experts, do not tell where the step ends: each is one by itself.
+            # Sites without a role, and routers, do not tell where the step ends, so each of them is a step by itself.
             if not roles or {"writer", "output", "down", "router"} & set(roles):
                 steps.append([])
-        found: list[Sublayer] = []
+        sublayers: list[Sublayer] = []
         for step in filter(None, steps):
             new = _sublayer(step, home)
-            if found and not new.kind and not found[-1].kind:
-                new = _in_a_row([*found.pop().parts, *new.parts], home)
-            found.append(new)
-        return _merged(found)
+            if sublayers and not new.kind and not sublayers[-1].kind:
+                new = _in_a_row([*sublayers.pop().parts, *new.parts], home)
+            sublayers.append(new)
+        return _merged(sublayers)
 
 
 def blocks(rows: Sequence[SiteRow]) -> list[Block]:
-    """The blocks of a model in order of execution, equal layers of one list taken together."""
+    """Return the blocks of a model in order of execution, with equal layers of one list taken together."""
     return _blocks([(index, row) for index, row in enumerate(rows)], 0)
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Sorted numbers as text: `0-3, 7`."""
+    """Return numbers as text, sorted and with runs taken together: `0-3, 7`."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
@@ -160,16 +161,17 @@ def _blocks(sites: Sequence[tuple[int, SiteRow]], depth: int) -> list[Block]:
         )
         equal.setdefault((prefix, number if number < 0 else 0, shape), []).append((prefix, number))
 
-    found = []
+    result = []
     for places in equal.values():
         prefix, number = places[0]
         columns = zip(*(layers[place] for place in places), strict=True)
         parts = tuple(Part(tuple(r for _, r in column), tuple(i for i, _ in column)) for column in columns)
         block = Block(prefix, tuple(n for _, n in places) if number >= 0 else (), parts)
         inner = _blocks(layers[places[0]], depth + 1) if len(places) == 1 and number >= 0 else []
-        # A stage of layers: what repeats is inside. Experts repeat too, but belong to their layer.
-        found += inner if any(len(one.layers) > 1 and _attends(one) for one in inner) else [block]
-    return found
+        # A layer with equal attentions inside is a stage of layers: show these. Experts belong to their layer.
+        is_stage = any(len(part.layers) > 1 and _attends(part) for part in inner)
+        result += inner if is_stage else [block]
+    return result
 
 
 def _attends(block: Block) -> bool:
@@ -177,7 +179,9 @@ def _attends(block: Block) -> bool:
 
 
 def _place(name: str, depth: int) -> tuple[str, int] | None:
-    """The list and the index in it that a site is in: at the first number in its name, the second at depth 1."""
+    """Return the list of layers that a site is in, and its index there: the first number in its name; at depth 1, the
+    second.
+    """
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
     if len(numbers) <= depth:
@@ -190,21 +194,31 @@ def _sublayer(step: list[Part], home: str) -> Sublayer:
     present = set().union(*roles)
     named, path = _named(step, home)
     if QKV & present:
-        middle = [part for part, own in zip(named, roles, strict=True) if own & QKV and not _is_first(own, roles)]
-        after = [part for part, own in zip(named, roles, strict=True) if "output" in own and not own & QKV]
+        middle = [
+            part
+            for part, part_roles in zip(named, roles, strict=True)
+            if part_roles & QKV and not _is_first(part_roles, roles)
+        ]
+        after = [
+            part
+            for part, part_roles in zip(named, roles, strict=True)
+            if "output" in part_roles and not part_roles & QKV
+        ]
         before = [part for part in named if part not in middle and part not in after]
         return Sublayer("attention", path, (tuple(before), tuple(middle), tuple(after)))
     if set(GROUPS["mlp"]) & present:
-        after = [part for part, own in zip(named, roles, strict=True) if "down" in own]
+        after = [part for part, part_roles in zip(named, roles, strict=True) if "down" in part_roles]
         return Sublayer("feed-forward", path, (tuple(part for part in named if part not in after), tuple(after)))
     if "router" in present:
         return Sublayer("router", path, tuple((part,) for part in named))
     return _in_a_row(step, home)
 
 
-def _is_first(own: set[str], roles: Sequence[set[str]]) -> bool:
-    """Whether a projection with the roles `own` is the first factor of one of low rank, among sites with `roles`."""
-    return "reader" in own and any("inner" in other and other & QKV and other & QKV <= own for other in roles)
+def _is_first(part_roles: set[str], roles: Sequence[set[str]]) -> bool:
+    """Check whether a projection is the first factor of a low-rank one, from its roles and those of all sites."""
+    return "reader" in part_roles and any(
+        "inner" in other and other & QKV and other & QKV <= part_roles for other in roles
+    )
 
 
 def _in_a_row(step: list[Part], home: str) -> Sublayer:
@@ -213,7 +227,7 @@ def _in_a_row(step: list[Part], home: str) -> Sublayer:
 
 
 def _named(step: list[Part], home: str) -> tuple[list[Part], str]:
-    """The sites with the shortest names that tell them apart, and the path that they share."""
+    """Return the sites with the shortest names that tell them apart, and the path that they share."""
     names = [part.row.name.removeprefix(home).split(".") for part in step]
     shared = 0
     while all(len(name) > shared + 1 and name[shared] == names[0][shared] for name in names):
@@ -230,23 +244,23 @@ def _named(step: list[Part], home: str) -> tuple[list[Part], str]:
 
 
 def _merged(sublayers: list[Sublayer]) -> list[Sublayer]:
-    """The same with equal neighbours, such as experts, taken together."""
-    found: list[Sublayer] = []
+    """Return the sublayers with equal neighbours, such as experts, taken together."""
+    merged: list[Sublayer] = []
     for new in sublayers:
-        old = found[-1] if found else None
+        old = merged[-1] if merged else None
         if old is not None and old.kind == new.kind != "" and _shape(old) == _shape(new):
             stages = tuple(
                 tuple(Part(a.rows + b.rows, a.indices + b.indices, a.name) for a, b in zip(*pair, strict=True))
                 for pair in zip(old.stages, new.stages, strict=True)
             )
-            found[-1] = Sublayer(old.kind, old.path, stages, old.times + 1, new.path)
+            merged[-1] = Sublayer(old.kind, old.path, stages, old.times + 1, new.path)
         else:
-            found.append(new)
-    return found
+            merged.append(new)
+    return merged
 
 
 def _shape(sublayer: Sublayer) -> object:
-    """What equal sublayers have in common: everything but the numbers in their path."""
+    """Return a value that is equal for sublayers that differ in the numbers of their path alone."""
     path = [part for part in sublayer.path.split(".") if not part.isdigit()]
     has_number = len(path) < len(sublayer.path.split("."))
     sites = [

@@ -1,4 +1,4 @@
-"""The page of `inspect`: one HTML file without references to others, made from the template `page.html`."""
+"""The page of `inspect`: one HTML file that needs no other file, made from the template `page.html`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class PageData(Protocol):
-    """What a page shows: the rows of a table, and its counts."""
+    """The data of a page: the rows of a table, and its counts."""
 
     @property
     def rows(self) -> tuple[SiteRow, ...]: ...
@@ -42,12 +42,12 @@ _UNKNOWN = "the dataflow leaves a doubt, so nothing is guessed"
 
 
 def render(table: PageData) -> str:
-    """`table` as one HTML page; the same table gives the same page, bit for bit."""
-    found = blocks(table.rows)
-    most = largest(part for block in found for part in block.parts)
+    """Return `table` as one HTML page; the same table gives the same page, bit for bit."""
+    all_blocks = blocks(table.rows)
+    most = largest(part for block in all_blocks for part in block.parts)
     combinations = dict.fromkeys(main_roles(row) for row in table.rows)
     share = 100 * table.trainable / table.total if table.total else 0.0
-    repeated = [block for block in found if len(block.layers) > 1]
+    repeated = [block for block in all_blocks if len(block.layers) > 1]
     fields = {
         "model": escape(table.model),
         "parameters": _short(table.total),
@@ -61,11 +61,11 @@ def render(table: PageData) -> str:
         "bar": f"{share:.4f}",
         "gradients": "".join(map(gradient, combinations)),
         "legend": _legend(table),
-        "blocks": "\n".join(_card(block, most, table) for block in found),
+        "blocks": "\n".join(_card(block, most, table) for block in all_blocks),
         "rows": "\n".join(_row(index, row) for index, row in enumerate(table.rows)),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    # In one go: what is put in may itself look like a field.
+    # One substitution for all fields, because the text of a field may look like a field itself.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
 
 
@@ -80,7 +80,7 @@ def _legend(table: PageData) -> str:
 
 
 def _card(block: Block, most: int, table: PageData) -> str:
-    """One block, or one for all the layers that are alike, with a strip of each of them below."""
+    """Return the card of a block; a block of several equal layers has a strip for each of them below."""
     sublayers = block.sublayers()
     inline = [is_inline(sublayer, bool(block.layers)) for sublayer in sublayers]
     below = room_below(any(inline))
@@ -126,7 +126,7 @@ def _row(index: int, row: SiteRow) -> str:
 
 
 def _short(number: int) -> str:
-    """A number with three digits: `135 M`."""
+    """Return a number with three digits: `135 M`."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             value = number / size

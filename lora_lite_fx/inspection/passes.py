@@ -66,8 +66,8 @@ def _split(sites: Sequence[str]) -> tuple[str, list[int], tuple[str, ...]]:
     Sites of several layers, or outside layers, have no number and keep their names.
     """
     matches = [re.fullmatch(r"((?:[^.\d][^.]*\.)*)(\d+)\.(.+)", site) for site in sites]
-    found = [(match[1], int(match[2]), match[3]) for match in matches if match is not None]
-    if len(found) == len(sites) and len({(prefix, number) for prefix, number, _ in found}) == 1:
-        prefix, number, _ = found[0]
-        return prefix, [number], tuple(name for _, _, name in found)
+    split = [(match[1], int(match[2]), match[3]) for match in matches if match is not None]
+    if len(split) == len(sites) and len({(prefix, number) for prefix, number, _ in split}) == 1:
+        prefix, number, _ = split[0]
+        return prefix, [number], tuple(name for _, _, name in split)
     return "", [], tuple(sites)

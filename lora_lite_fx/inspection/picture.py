@@ -21,7 +21,7 @@ from .blocks import (
 _LOW, _HIGH = 62.0, 100.0  # the height of a site's side, from no feature to the most
 _GAP = 60.0  # between columns: the adapter's branch, then the lines that meet
 _ROW = 16.0  # between sites above each other
-_PILL = 32.0  # what an adapter takes above its site
+_PILL = 32.0  # the room of an adapter above its site
 _TOP = 8.0
 _MARGIN = 26.0
 _LIFT = 30.0  # from the sites down to the stream
@@ -45,16 +45,16 @@ class _Box:
 
 
 def largest(parts: Iterable[Part]) -> int:
-    """The most features that a site reads or writes, but for the outputs of heads: what the heights are relative to."""
+    """Return the most features that a site reads or writes, heads' outputs left out; heights are relative to it."""
     sizes = [max(p.row.d_in, 0 if "head" in p.row.roles else p.row.d_out) for p in parts]
     return max(sizes, default=1)
 
 
 def draw(sublayer: Sublayer, in_layer: bool, most: int, below: float) -> str:
-    """A sublayer as SVG.
+    """Return a sublayer as SVG.
 
     Args:
-        sublayer: what to draw.
+        sublayer: the sublayer to draw.
         in_layer: whether it stands in a layer; sites outside with no known branch stand on the stream itself.
         most: the number of features that the highest side has.
         below: height under the stream, the same for all that stand side by side.
@@ -65,23 +65,23 @@ def draw(sublayer: Sublayer, in_layer: bool, most: int, below: float) -> str:
 
 
 def is_inline(sublayer: Sublayer, in_layer: bool) -> bool:
-    """Whether the sites stand on the stream and do not branch off it."""
+    """Check whether the sites stand on the stream and do not branch off it."""
     roles = {role for part in sublayer.parts for role in part.row.roles}
     return not sublayer.kind and not (in_layer and roles & {"reader", "writer"})
 
 
 def room_below(inline: bool) -> float:
-    """The height that is needed under the stream."""
+    """Return the height that the picture needs under the stream."""
     return _HIGH / 2 + 12 if inline else _MARGIN
 
 
 def fill(roles: Sequence[str]) -> str:
-    """The id of the gradient that shows `roles` as stripes."""
+    """Return the id of the gradient that shows `roles` as stripes."""
     return "f-" + "-".join(roles)
 
 
 def gradient(roles: Sequence[str]) -> str:
-    """The definition of the gradient that shows `roles` as stripes."""
+    """Return the definition of the gradient that shows `roles` as stripes."""
     stops = []
     for i, role in enumerate(roles):
         for edge in (i, i + 1):
@@ -111,7 +111,7 @@ def _branch(sublayer: Sublayer, most: int, below: float) -> str:
     crossing = _crossing(sublayer)
     items = [item for column in columns for item in column]
     pill, tall = _pill(items), max(_height(item, most) for item in items)
-    # All columns are centred on one line and have the same rows: what stands in a row is joined by straight lines.
+    # All columns are centered on one line and have the same rows, so that straight lines join the sites of a row.
     pitch = pill + tall + _ROW
     spread = (max(map(len, columns)) - 1) * pitch
     centre = _TOP + pill + (tall + spread) / 2
@@ -159,7 +159,7 @@ def _branch(sublayer: Sublayer, most: int, below: float) -> str:
 
 
 def _columns(sublayer: Sublayer) -> list[list[Part | str]]:
-    """The sites stage after stage, with the operation between them as a text."""
+    """Return the sites stage after stage, with the operation between them as a text."""
     columns: list[list[Part | str]] = [list(stage) for stage in sublayer.stages]
     if sublayer.kind == "attention":
         columns.insert(2, ["attention"])
@@ -172,7 +172,7 @@ def _columns(sublayer: Sublayer) -> list[list[Part | str]]:
 
 
 def _crossing(sublayer: Sublayer) -> list[Part]:
-    """The keys and values that read another value than the queries do, as in cross-attention."""
+    """Return the keys and values that read another value than the queries do, as in cross-attention."""
     if sublayer.kind != "attention" or sublayer.stages[0]:
         return []
     queries = {part.row.reads for part in sublayer.stages[1] if "query" in part.row.roles}
@@ -185,20 +185,20 @@ def _agree(parts: list[Part]) -> bool:
 
 
 def _follows(part: Part, before: list[_Box]) -> bool:
-    """Whether `part` reads what the sites before it computed, and not what they read themselves."""
+    """Check whether `part` reads the results of the sites before it, and not their inputs."""
     return part.row.reads not in {box.part.row.reads for box in before if box.part}
 
 
 def _feeds(box: _Box, target: _Box) -> bool:
-    """Whether a line goes from `box` to `target`: the first factor of a projection feeds those of its own roles."""
+    """Check whether a line goes from `box` to `target`: a first factor feeds the projections of its roles."""
     if box.part is None or target.part is None:
         return True
-    own = QKV & set(box.part.row.roles)
-    return not own or not own.isdisjoint(target.part.row.roles)
+    roles = QKV & set(box.part.row.roles)
+    return not roles or not roles.isdisjoint(target.part.row.roles)
 
 
 def _returns(sublayer: Sublayer) -> bool:
-    """Whether a site writes the stream; otherwise what does is no site."""
+    """Check whether one of the sites writes the stream."""
     return any({"writer", "output", "down"} & set(part.row.roles) for part in sublayer.parts)
 
 
@@ -234,7 +234,7 @@ def _site(box: _Box, most: int) -> str:
 
 
 def _adapter(box: _Box, half: float) -> str:
-    """The branch of the adapters at a site: around it, from its input to its output."""
+    """Return the branch of the adapters at a site: around it, from its input to its output."""
     assert box.part is not None
     text = _adapter_text(box.part)
     width = 7.25 * len(text) + 20
@@ -271,7 +271,7 @@ def _sum(x: float, y: float, kind: str, r: float = 9) -> str:
 
 
 def _line(*points: tuple[float, float], arrow: bool = True, kind: str = "line") -> str:
-    """A line through the points, with round corners."""
+    """Return a line through the points, with round corners."""
     (x, y), *rest = points
     path = [f"M{x:g} {y:g}"]
     for i, (px, py) in enumerate(rest):
@@ -313,7 +313,7 @@ def _titles(sublayer: Sublayer) -> tuple[str, str]:
 
 
 def shorten(text: str, most: int = 24) -> str:
-    """`text`, without its middle if it is longer than `most` characters."""
+    """Return `text`, without its middle if it is longer than `most` characters."""
     if len(text) <= most:
         return text
     half = (most - 1) // 2
@@ -324,7 +324,7 @@ def shorten(text: str, most: int = 24) -> str:
 
 
 def _between(boxes: list[_Box], width: float) -> list[tuple[float, float]]:
-    """The stretches of the stream around boxes that stand on it."""
+    """Return the stretches of the stream around boxes that stand on it."""
     edges = [0.0, *(edge for box in boxes for edge in (box.x, box.right)), width + 1]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
@@ -338,7 +338,7 @@ def _height(item: Part | str, most: int) -> float:
 
 
 def _pill(items: Iterable[Part | str]) -> float:
-    """The room that adapters take above each site: the same for all."""
+    """Return the room for adapters above each site, which is the same for all sites."""
     return _PILL if any(isinstance(item, Part) and item.row.adapters for item in items) else 0.0
 
 

@@ -11,19 +11,19 @@ class SiteRow:
 
     Args:
         name: qualified name.
-        roles: what it does, in the order of `roles.ROLES`; empty if the dataflow leaves a doubt.
+        roles: of the site, in the order of `roles.ROLES`; empty if the dataflow leaves a doubt.
         d_in: size of the last dimension of the input.
         d_out: size of the last dimension of the output.
         adapters: names of the variants at it, the innermost first.
         parameters: number of trainable adapter parameters at it.
-        reasons: for each of its roles, why.
+        reasons: for each of its roles, the reason.
         weight: qualified name of the frozen weight.
         dtype: of the weight, such as `"float32"`.
         bias: whether it adds a bias.
         calls: how often the model runs it in one forward pass.
         reads: name of the value in the graph that it reads; sites with the same name read the same value.
         kind: `linear`, `embedding`, `conv` or `experts`.
-        experts: number of experts in its weight, each with an adapter of its own; 0 if it is no stack of experts.
+        experts: number of experts in its weight, each with an adapter of its own; 0 if it is not a stack of experts.
     """
 
     name: str
@@ -43,5 +43,5 @@ class SiteRow:
 
     @property
     def reason(self) -> str:
-        """Why it has its roles, in one line."""
+        """The reasons for its roles, in one line."""
         return "; ".join(f"{role}: {why}" for role, why in self.reasons.items())

@@ -1,1 +1,1 @@
-"""Passes that bring a captured graph into the one form that the others know."""
+"""Passes that bring a captured graph into the one form that the other passes expect."""

@@ -1,4 +1,4 @@
-"""Drop what capture asserts about dtypes."""
+"""Drop the assertions on dtypes that capture records."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ..pipeline import GraphPass
 class DropMetadataAsserts(GraphPass):
     """Erase the assertions on dtype, device and layout that `torch.export` records around casts.
 
-    Safe because they compute nothing: they only refuse to run where a value has another dtype than at capture,
-    as it rightly has under `torch.autocast`. The guards on shapes and constant inputs (`_guards_fn`) stay.
+    Safe because they compute nothing: they only refuse a value that has another dtype than at capture, as values
+    under `torch.autocast` do. The guards on shapes and constant inputs (`_guards_fn`) stay.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
-        found = [n for n in gm.graph.nodes if n.target is torch.ops.aten._assert_tensor_metadata.default]
-        for node in found:
+        target = torch.ops.aten._assert_tensor_metadata.default
+        assertions = [node for node in gm.graph.nodes if node.target is target]
+        for node in assertions:
             gm.graph.erase_node(node)
-        return len(found)
+        return len(assertions)

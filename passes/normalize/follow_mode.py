@@ -19,12 +19,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FollowMode(GraphPass):
-    """Make a graph captured in training mode compute what `eval_graph` does when its module is in evaluation mode.
+    """Make a graph captured in training mode compute the same as `eval_graph` when its module is in evaluation mode.
 
-    Safe because the two were captured from one function and are compared node by node: they may differ in
-    literals only (the flags of dropout and batch norm, the dropout probability of attention), in the counters that
-    batch norm keeps in training, and in dropouts that evaluation leaves out. Each difference becomes an expression of
-    `self.training`, which `torch.compile` guards on and `torch.export` freezes.
+    Safe because both graphs were captured from one function, and the pass compares them node by node. They may differ
+    in literals (the flags of dropout and batch norm, the dropout probability of attention), in the counters that batch
+    norm keeps in training, and in dropouts that evaluation leaves out. Each difference becomes an expression of
+    `self.training`, which `torch.compile` guards on and `torch.export` freezes. Any other difference is an error.
+
+    Args:
+        eval_graph: the graph of the same function, captured in evaluation mode.
 
     Raises:
         CaptureError: the modes differ in structure (layer drop, noise), which one graph cannot follow.
@@ -37,9 +40,9 @@ class FollowMode(GraphPass):
 
 
 def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
-    """What `FollowMode` does, on bare graphs; returns the number of arguments changed."""
+    """Do the work of `FollowMode` on bare graphs; return the number of arguments changed."""
     merge = _TwoModes(train_graph)
-    # Sizes are read where they are used first; what counts is that their users read equal ones.
+    # The graphs may read sizes at different places, so skip those here: their users are compared instead.
     evals = (node for node in eval_graph.nodes if not _is_size(node))
     expected = next(evals, None)
     for node in [node for node in train_graph.nodes if not _is_size(node)]:
@@ -57,6 +60,8 @@ def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
 
 
 class _TwoModes:
+    """The graph for training while it is changed, and the nodes of the graph for evaluation that match its nodes."""
+
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.twin: dict[fx.Node, fx.Node] = {}
@@ -85,9 +90,10 @@ class _TwoModes:
         self.edits += 1
 
     def only_in_training(self, node: fx.Node) -> None:
-        """Let a counter stand still in evaluation and a dropout drop nothing, keep a change of layout.
+        """Make a node that only training has do nothing in evaluation: a counter, a dropout, a change of layout.
 
-        Nothing else may run in one mode alone.
+        Raises:
+            CaptureError: the node is none of these.
         """
         if node.op == "get_attr" or _is_layout(node):
             return
@@ -97,7 +103,7 @@ class _TwoModes:
             self.edits += 1
             return
         counter = node.args[0] if node.target in (aten.add_.Tensor, "add_") else None
-        # A module that runs several times counts on what it has counted.
+        # A module that runs several times adds to the counter that its earlier call returned.
         if not isinstance(counter, fx.Node) or not (counter.op == "get_attr" or counter in self.counted):
             raise _modes_differ(node)
         node.update_arg(1, self._follow(node, node.args[1], 0))
@@ -133,13 +139,13 @@ class _TwoModes:
             return self.graph.call_function(operator.add, (value, in_eval)) if in_eval else value
 
     def _passed_on(self, node: fx.Node) -> fx.Node:
-        """What `node` is in evaluation but for its layout."""
+        """Return the node that has the value of `node` in evaluation, apart from its layout."""
         while _is_layout(node) or node in self.skipped:
             node = node.all_input_nodes[0]
         return node
 
     def _equal_sizes(self, in_train: fx.Node, in_eval: fx.Node) -> bool:
-        """Whether a size read in the other graph is known to be that read in this one."""
+        """Check whether a size read in the other graph is known to equal one read in this graph."""
         tensor = self.twin.get(in_eval.args[0]) if _is_size(in_eval) else None  # type: ignore[arg-type]
         if tensor is None:
             return False
@@ -158,17 +164,17 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _is_layout(node: fx.Node) -> bool:
-    """Whether `node` only makes a tensor contiguous, which is left out where it is (the modes may differ in that)."""
+    """Check whether `node` only makes a tensor contiguous. Capture leaves such a node out if the tensor is already."""
     return node.target is aten.contiguous.default
 
 
 def _with_defaults(node: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `node`, with the defaults spelled out for those that only its twin gives."""
+    """Return the arguments of `node`, with defaults for those that only its twin passes."""
     args, kwargs = list(node.args), dict(node.kwargs)
     if isinstance(node.target, OpOverload):
         for position, argument in enumerate(node.target._schema.arguments):
-            given = position < len(args) or argument.name in kwargs
-            if given or not argument.has_default_value():
+            passed = position < len(args) or argument.name in kwargs
+            if passed or not argument.has_default_value():
                 continue
             if position < len(twin.args):
                 args.append(argument.default_value)

@@ -1,4 +1,4 @@
-"""Open the regions that set autograd's or autocast's mode."""
+"""Open the regions that set the mode of autograd or autocast."""
 
 from __future__ import annotations
 
@@ -10,30 +10,25 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...graph.regions import (
-    AUTOCAST_REGION,
-    ENTER_AUTOCAST,
-    EXIT_AUTOCAST,
-    GRAD_REGION,
-    SET_GRAD_ENABLED,
-)
+from ...graph.direct_calls import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
+from ...graph.regions import AUTOCAST_REGION, GRAD_REGION
 from ..pipeline import GraphPass
 
-_SETTINGS = {GRAD_REGION: 1, AUTOCAST_REGION: 4}
-"""The number of arguments that say how a region runs; after them come its body, a graph module, and the operands."""
+_SETTINGS: dict[Any, int] = {GRAD_REGION: 1, AUTOCAST_REGION: 4}
+"""The number of arguments that set the mode of a region. Its body, a graph module, and the operands come after them."""
 
 
 @dataclass(frozen=True)
 class InlineRegions(GraphPass):
     """Put the nodes of `no_grad`, `enable_grad` and `autocast` regions into the graph itself.
 
-    `torch.export` makes such a region an operator with a graph of its own, which no other pass looks into. Safe
-    because the same nodes then run between a call that enters the mode and one that goes back to the mode before,
-    whatever the caller's was; a re-export makes regions of them again. Regions that read no parameter and draw no
-    random numbers, such as those of rotary embeddings, hold nothing to adapt and stay as they are. So do the bodies
-    of `cond`, `scan` and `while_loop`, which do not run exactly once.
+    `torch.export` makes such a region an operator with a graph of its own, into which no other pass looks. Safe because
+    the same nodes then run between a call that enters the mode and a call that goes back to the mode of the caller; a
+    re-export makes regions of them again.
 
-    An exception inside an open region leaves its thread in the region's mode.
+    Regions that read no parameter and draw no random numbers, such as those of rotary embeddings, stay as they are,
+    because they contain nothing to adapt. So do the bodies of `cond`, `scan` and `while_loop`, because they do not run
+    exactly once. An exception inside an open region leaves its thread in the region's mode.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -57,7 +52,7 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
 
 
 def _holds_work(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a region reads parameters, or does what depends on the mode of the model."""
+    """Check whether a region reads parameters, or draws random numbers, as dropout does."""
     parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
     graphs = [module.graph for module in _body(gm, node).modules() if isinstance(module, fx.GraphModule)]
     draws = (
@@ -96,7 +91,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _take_attributes(gm: fx.GraphModule, body: fx.GraphModule) -> None:
-    """Register in `gm`, under new names, what the nodes of `body` get: constants, and graphs of operators."""
+    """Register the constants and graphs that `body` reads in `gm`, under new names."""
     for node in body.graph.find_nodes(op="get_attr"):
         value = getattr(body, str(node.target))
         name = next(n for i in itertools.count() if not hasattr(gm, n := f"{node.target}_{i}"))

@@ -1,1 +1,1 @@
-"""Passes that change how a graph runs and not what it computes."""
+"""Passes that make a graph run faster or in less memory, and leave its results as they are."""

@@ -25,7 +25,7 @@ T, IN, OUT, R, BLOCK = 256, 192, 160, 8, 8
 aten = torch.ops.aten
 
 
-def test_no_second_model_is_kept_for_a_variant_with_shared_bases() -> None:
+def test_shared_bases_are_not_multiplied_into_a_matrix_for_each_site() -> None:
     cfg = llfx.RandLoRA(r=R, target_names=(".",))
     gm = llfx.rewrite(nn.Sequential(nn.Linear(IN, OUT)), cfg, (torch.randn(3, IN),)).eval()
     assert {report.name: report.edits for report in OPTIMIZATIONS.run(gm)}["associate_products"] == 0

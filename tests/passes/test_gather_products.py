@@ -35,14 +35,14 @@ def test_a_layer_has_four_gathered_products(name: str, bias: bool) -> None:
     gm = derived(adapted_llama(name, bias=bias), TRAINING)
     products = gathered(gm)
     assert [len(node.target.ranks) for node in products] == 2 * [3, 1, 2, 1]
-    # All inputs follow from what the base keeps. But before the first adapter it keeps nothing.
+    # Autograd saves nothing before the first adapter. All other inputs follow from tensors that the base saves.
     assert [node.target.recipe is not None for node in products] == [False, *7 * [True]]
-    # The bias of a site is added after the scale of DoRA: there the sum is scaled for itself.
+    # DoRA scales the sum without the bias, so that a site with a bias is not scaled in the operation.
     scaled = [node.args[-1] is not None for node in products]
     assert set(scaled) == {name == "DoRA" and not bias}
 
 
-def test_a_scaled_result_that_the_caller_could_overwrite_is_not_kept() -> None:
+def test_a_scaled_result_that_the_caller_could_overwrite_is_not_saved() -> None:
     gm = llfx.rewrite(llama()[1], llfx.DoRA(r=2, target_names=("lm_head", "down_proj"))).train()
     randomise(gm, 1)
     scaled = {str(node.args[-4]): node.args[-1] is not None for node in gathered(derived(gm, TRAINING))}

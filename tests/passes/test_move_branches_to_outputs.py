@@ -30,7 +30,7 @@ from tests.support.programs import (
 aten = torch.ops.aten
 
 
-def test_in_inference_every_low_rank_variant_runs_in_one_form() -> None:
+def test_in_inference_all_low_rank_variants_run_the_same_operations() -> None:
     counts = {}
     for name in LOW_RANK:
         gm = derived(adapted_llama(name), OPTIMIZATIONS.of("inference"))

@@ -27,13 +27,13 @@ aten = torch.ops.aten
 
 
 @pytest.mark.parametrize(("name", "most"), [("LoRA", 1.05), ("DeLoRA", 1.05), ("HRA", 1.05), ("DoRA", 1.4)])
-def test_hardly_more_is_kept_than_by_the_frozen_base(name: str, most: float) -> None:
+def test_hardly_more_is_saved_than_by_the_frozen_base(name: str, most: float) -> None:
     model = copy.deepcopy(llama(dtype=torch.float32)[0]).requires_grad_(False).train()
     model.enable_input_require_grads()
     gm = adapted_llama(name, dtype=torch.float32)
     plain = llfx.optimize(gm, PLAIN)
-    assert all(run(each, 1, 2)().requires_grad for each in (model, gm, plain))
-    of_base, ours, of_plain = (saved_bytes(each, tokens(64, 8)) for each in (model, gm, plain))
+    assert all(run(case, 1, 2)().requires_grad for case in (model, gm, plain))
+    of_base, ours, of_plain = (saved_bytes(case, tokens(64, 8)) for case in (model, gm, plain))
     assert of_base < ours <= most * of_base
     assert of_plain > 1.3 * ours
 

@@ -33,7 +33,11 @@ def test_a_readme_names_files_that_exist_and_fits_a_page(readme: Path) -> None:
         assert len(readme.read_text(encoding="utf-8").splitlines()) <= 50
 
 
-@pytest.mark.parametrize("wing", ["torch_compile", "ops", "capture", "sites", "adapters", "rewriting", "hugging_face"])
+WINGS = ["torch_compile", "ops", "capture", "sites", "adapters", "rewriting", "hugging_face"]
+WINGS += ["graph", "passes", "execution", "inspection"]
+
+
+@pytest.mark.parametrize("wing", WINGS)
 def test_a_readme_names_exactly_the_wings_below(wing: str) -> None:
     match = MAY_IMPORT.search((ROOT / NAME / wing / "README.md").read_text(encoding="utf-8"))
     assert match, "there is no line '**May import:** `graph`, `errors`.'"

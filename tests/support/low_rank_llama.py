@@ -30,19 +30,18 @@ LOW_RANK = {
 }
 
 
-def tokens(*shape: int, seed: int = 0) -> dict[str, Tensor]:
+def tokens(*shape: int, seed: int = 0) -> dict[str, Any]:
     return {"input_ids": torch.randint(64, shape, generator=torch.Generator().manual_seed(seed)), "use_cache": False}
 
 
 @functools.cache
-def llama(dtype: torch.dtype = torch.float64, bias: bool = False) -> tuple[nn.Module, fx.GraphModule]:
-    """Two layers with norms, gates and grouped attention; and their graph."""
+def llama(dtype: torch.dtype = torch.float64, bias: bool = False) -> tuple[Any, fx.GraphModule]:
+    """Return two layers with norms, gates and grouped attention, and their graph."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **{"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": bias, "mlp_bias": bias},
-    )
-    model = LlamaForCausalLM(config).to(dtype)
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attention_bias=bias, mlp_bias=bias))
+    model.to(dtype)
     return model, base_graph(model, tokens(2, 5))
 
 
@@ -52,7 +51,7 @@ def adapted_llama(name: str, **which: Any) -> fx.GraphModule:
     return gm
 
 
-def gathered(gm: fx.GraphModule) -> list[fx.Node]:
+def gathered(gm: fx.GraphModule) -> list[Any]:
     return [node for node in gm.graph.nodes if isinstance(node.target, LowRankProducts)]
 
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite_fx as llfx
+from lora_lite_fx.graph.copies import copy_graph
 from lora_lite_fx.graph.provenance import is_inserted
 from lora_lite_fx.passes import OPTIMIZATIONS, GraphPass, PassReport, Pipeline
 from lora_lite_fx.rewriting.base_graph import base_graph
@@ -33,7 +34,7 @@ MIXED = (Attention, GatedMLP, Conv1DMLP, SharedLinear, Normed)
 
 def derived(gm: fx.GraphModule, passes: Pipeline = SINGLY) -> fx.GraphModule:
     """A copy of `gm` whose graph the passes have changed, so that products can be counted."""
-    result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    result = fx.GraphModule(gm, copy_graph(gm.graph))
     passes.run(result)
     return result
 

@@ -179,7 +179,7 @@ def _of_a_model(model: Any, call: str) -> Step:
             {"input_ids": tokens((batch, new)), "cache": _cache(model, batch, old)}
             for batch, new, old in ((1, 1, CACHED), (3, 2, 7))
         )
-        of_cache = [({0: AUTO, 2: AUTO}, {0: AUTO, 2: AUTO}) for _ in inputs["cache"]]
+        of_cache = [({0: AUTO, 2: AUTO}, {0: AUTO, 2: AUTO})] * model.config.num_hidden_layers
         return Step(Decode(model), inputs, example, {"input_ids": {0: AUTO, 1: AUTO}, "cache": of_cache}, False)
     inputs, example = (
         {"inputs_embeds": _embedded(model, tokens(size)), "labels": tokens(size)} for size in ((1, TRAINED), (3, 7))
@@ -390,7 +390,8 @@ class Arms:
         if name == "ours-adapt":
             if isinstance(step.module, Linears):
                 raise llfx.ConfigError("adapt takes only models of transformers")
-            return self._filled(type(step.module)(llfx.adapt(step.module.model, self.cfg)))
+            adapted: nn.Module = type(step.module)(llfx.adapt(step.module.model, self.cfg))
+            return self._filled(adapted)
         raise ValueError(f"There is no arm {name!r}; there are {', '.join((*BASE, *ADAPTED))}.")
 
     def compile(self, arm: Arm, **options: Any) -> Callable[..., Any]:

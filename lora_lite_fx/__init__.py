@@ -21,7 +21,7 @@ from .formats.peft.config import from_peft_config
 from .formats.peft.directory import load_peft, save_peft, to_peft_config
 from .hugging_face.adapt import adapt
 from .inspection.table import inspect
-from .rewriting.base_graph import base_graph as capture
+from .rewriting.capture import capture
 from .rewriting.eager import wrap
 from .rewriting.rewrite import merge, remove, rewrite
 from .torch_compile.backend import backend

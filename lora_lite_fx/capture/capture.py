@@ -1,8 +1,9 @@
-"""Capture: a model becomes a `torch.fx.GraphModule` that shares its weights.
+"""Capture a model as a `torch.fx.GraphModule` that shares its weights.
 
-This is the one home of every quirk of torch that capture has to know (`hf.py` has those of transformers). Two
-front doors: `torch.export` where there are example inputs, symbolic tracing where there are none. Both capture
-the model twice, in training and in evaluation mode; the pass `FollowMode` makes one graph of the two.
+A model with example inputs is exported (`export.py`), any other is traced symbolically (`symbolic.py`). Both ways
+capture it twice, in training and in evaluation mode; the pass `FollowMode` makes one graph of the two.
+`hugging_face.py` makes inputs from the config of a transformers model. `optional.py` finds the arguments that a call
+may leave out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Inputs = tuple[Any, ...] | dict[str, Any]
 
 @dataclass(frozen=True)
 class Capture:
-    """A model as captured, over frozen tensors of its own that share the model's storage.
+    """A captured model, over frozen tensors of its own that share the model's storage.
 
     Args:
         gm: the graph module; of the training mode, where there are two.
@@ -50,7 +51,11 @@ class Capture:
 def capture_model(
     model: nn.Module | ExportedProgram, example_inputs: Inputs | None, dynamic_shapes: Any, own: Sequence[str] = ()
 ) -> Capture:
-    """Capture `model`, which is left as it is. Arguments and errors as for `rewrite.base_graph`."""
+    """Capture `model` and leave it as it is. Arguments and errors are those of `rewriting.capture.capture`.
+
+    Args:
+        own: qualified names of tensors that the graph gets as copies of its own, trainable as they are.
+    """
     check_model(model)
     assert isinstance(model, nn.Module)
     if isinstance(model, fx.GraphModule):
@@ -89,13 +94,13 @@ def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], di
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}.") from error
-    # Export takes one tensor passed twice for one input, and reads either placeholder for both.
+    # Clone the inputs, because torch.export takes a tensor that is passed twice for one input.
     clone = lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf  # noqa: E731
     return pytree.tree_map(clone, (args, kwargs))
 
 
 def _name_modules_once(model: nn.Module, graph: fx.Graph) -> None:
-    """Let the nodes of a module that is registered under several names all go by the first."""
+    """Give the nodes of a module that is registered under several names the first of these."""
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
     for node in graph.nodes:

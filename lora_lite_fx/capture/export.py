@@ -1,4 +1,4 @@
-"""Capture by torch.export."""
+"""Capture a model by `torch.export`, with every dimension dynamic that can be."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from .refusal import refusal
 
-# The two front doors.
-
 
 def export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
@@ -28,7 +26,7 @@ def export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
         return pytree.tree_map(dynamic, dict(bound.arguments))
 
-    # A dimension of size one would be specialized silently: a batch of one is shown twice, where the model lets us.
+    # Show a batch of one twice if the model takes that, because torch.export specializes a size of one without a word.
     doubled = double_batch_of_one((args, kwargs))
     if doubled is not None:
         twice_args, twice_kwargs = doubled
@@ -48,7 +46,7 @@ def _export_as(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_sh
 
 
 def double_batch_of_one(inputs: Any) -> Any:
-    """A tree of inputs with a batch of one shown twice; None if the batch is of another size, or there is none."""
+    """Return a tree of inputs with its batch of one shown twice; None if the batch is of another size or missing."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
     if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
         return None
@@ -57,8 +55,8 @@ def double_batch_of_one(inputs: Any) -> Any:
 
 
 def take_guards(gm: fx.GraphModule) -> Callable[..., object]:
-    """Take out of `gm` what checks its inputs; returned as a function of them that raises AssertionError."""
-    # torch.export puts its guards into a module of this name; there is no other way to ask whether a graph holds.
+    """Remove the guards of `gm` on its inputs; return them as a function of the inputs that raises AssertionError."""
+    # torch.export puts its guards into a module of this name, and has no other way to ask whether a graph holds.
     calls = [node for node in gm.graph.find_nodes(op="call_module") if node.target == "_guards_fn"]
     if not calls:
         return lambda *inputs: None

@@ -1,4 +1,4 @@
-"""What capture has to know of Hugging Face transformers: inputs made from a model's config, and its switches."""
+"""Prepare Hugging Face models for capture, and make inputs for them from their configs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ..errors import CaptureError
 
-# Every dynamic dimension is shown with a size of its own: torch.export specializes ones, and may equate equals.
+# Give every dynamic dimension a size of its own, because torch.export specializes ones and may equate equal sizes.
 _BATCH, _SEQUENCE = 3, 7
 
 
 def is_hugging_face(model: nn.Module) -> bool:
-    """Whether `model` is a transformers model; transformers is not imported for that."""
+    """Tell whether `model` is a transformers model, without importing transformers."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def prepare_for_capture(model: Any) -> None:
-    """Set the model's switches for the training signature, in place: call it on a copy."""
+    """Switch caches and checkpointing off, in place; call it on a copy.
+
+    Raises:
+        CaptureError: the model drops whole layers at random.
+    """
     for module in model.modules():
         if hasattr(module, "config"):  # an encoder-decoder's stacks have configs of their own
             for switch in ("use_cache", "use_mems_eval", "use_mems_train"):  # the last two are XLNet's
@@ -61,9 +65,9 @@ def with_padding(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def example_inputs_of(model: Any) -> dict[str, Any]:
-    """Keyword arguments for the training signature of a transformers model, made from its config.
+    """Make keyword arguments for a training call of a transformers model from its config.
 
-    `input_ids`, `attention_mask` and `labels`, what the model has of them; `pixel_values`, `input_values` or
+    `input_ids`, `attention_mask` and `labels`, as far as the model takes them; `pixel_values`, `input_values` or
     `input_features` with `labels` for models of images or sound; `input_ids` with `pixel_values` for models of both
     text and images. Random, but not from the global generator.
 
@@ -98,7 +102,7 @@ def example_inputs_of(model: Any) -> dict[str, Any]:
     elif model.main_input_name == "pixel_values":
         inputs["pixel_values"] = images(model.config)
     elif model.main_input_name == "input_features" and hasattr(model.config, "max_source_positions"):
-        # A spectrogram of a fixed length, which two convolutions halve once.
+        # Whisper takes a spectrogram of a fixed length, and its convolutions halve it once.
         shape = (_BATCH, model.config.num_mel_bins, 2 * model.config.max_source_positions)
         inputs["input_features"] = torch.randn(shape, generator=generator).to(model.device, model.dtype)
     elif model.main_input_name == "input_values":
@@ -116,7 +120,7 @@ def example_inputs_of(model: Any) -> dict[str, Any]:
 
 
 def _mark_images(model: Any, inputs: dict[str, Any]) -> None:
-    """Put the token that stands for a part of an image into `input_ids`, as often as an image has parts."""
+    """Put the token that stands for a part of an image into `input_ids`, as often as an image has parts, in place."""
     token = getattr(model.config, "image_token_id", None)
     if token is None or not hasattr(model, "get_image_features"):
         return
@@ -130,7 +134,7 @@ def _mark_images(model: Any, inputs: dict[str, Any]) -> None:
 
 
 def _without_data(model: Any, inputs: dict[str, Tensor]) -> Any:
-    """What `model` returns for `inputs`, as stand-ins without data: only the shapes are of interest."""
+    """Run `model` on fake tensors, and return what it returns: only the shapes are of interest."""
     experts = getattr(model.config, "_experts_implementation", None)
     if experts is not None:
         model.set_experts_implementation("batched_mm")  # the default has no shapes without data
@@ -143,7 +147,7 @@ def _without_data(model: Any, inputs: dict[str, Tensor]) -> Any:
 
 
 def _labels(model: Any, inputs: dict[str, Any], generator: torch.Generator) -> Tensor | None:
-    """Labels that fit the model's logits, or None if it has none."""
+    """Make labels that fit the model's logits; None if it has no logits, or they cannot be made."""
     shapes = dict(inputs)
     if model.config.is_encoder_decoder:
         shapes["decoder_input_ids"] = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long, device=model.device)
@@ -151,13 +155,13 @@ def _labels(model: Any, inputs: dict[str, Any], generator: torch.Generator) -> T
         logits = getattr(_without_data(model, shapes), "logits", None)
     except DataDependentOutputException:  # the model compares what its inputs hold, as the count of image tokens
         return None
-    # The loss of a transcription branches on the values of its labels.
+    # Make no labels for a transcription, because its loss branches on their values.
     if not isinstance(logits, Tensor) or ("input_values" in inputs and logits.dim() == 3):
         return None
     sequence = tuple(int(size) for size in logits.shape[1:-1])
     classes = int(logits.shape[-1])
     if logits.dim() == 2:
-        # transformers derives this from the labels' dtype on the first call, which is a branch on data.
+        # Decide this here, because transformers derives it from the labels' dtype in the first call.
         regression = classes == 1
         model.config.problem_type = model.config.problem_type or (
             "regression" if regression else "single_label_classification"

@@ -1,4 +1,4 @@
-"""What a model computes when it runs, as one graph: for models that neither front door of capture takes."""
+"""Record one run of a model as a graph, for models that neither `torch.export` nor symbolic tracing captures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .share import share
 
 
 def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.GraphModule:
-    """What `model` computes for these inputs in evaluation mode, as one graph to find sites and roles in.
+    """Record what `model` computes for these inputs in evaluation mode, as one graph to find sites and roles in.
 
     The graph has the branches that were taken and the shapes that were seen, so it is nothing to run again. But there
     is no model that cannot be recorded, and it is whole where `torch.compile` sees pieces.
@@ -28,7 +28,7 @@ def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.Grap
     names = {id(module): name for name, module in shadow.named_modules()}
     leaves, spec = pytree.tree_flatten((args, kwargs))
     others = [None if isinstance(leaf, Tensor) else copy.deepcopy(leaf) for leaf in leaves]
-    # By identity: a model may look at whether two of its inputs are one.
+    # Copy each input once, because a model may look at whether two of its inputs are the same object.
     copies = {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)}
     running: list[Any] = []
 
@@ -49,7 +49,7 @@ def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.Grap
         args, kwargs = pytree.tree_unflatten(inputs, spec)
         return [leaf for leaf in pytree.tree_leaves(shadow(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
-    # The real tensors and the private flag let the model look at its data, as it does when it runs.
+    # Trace real tensors with the private flag set, so that the model may look at its data as it does when it runs.
     tracer = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for whole layers, in which no linear is to be seen
@@ -61,6 +61,6 @@ def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.Grap
     for node in gm.graph.nodes:
         if (path := (node.meta.pop("custom", None) or {}).get("module")) is not None:
             node.meta["nn_module_stack"] = {"": (path, nn.Module)}
-    # A function bound to the model itself, and kept as an attribute, was not copied with it.
+    # Look for names in the original too: a bound method that is kept as an attribute still refers to it.
     name_tensors(gm, tensor_names(model) | tensor_names(shadow))
     return gm

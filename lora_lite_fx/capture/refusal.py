@@ -1,4 +1,4 @@
-"""The error that names the line which could not be captured."""
+"""Name the line that could not be captured, and the ways out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import COMPILE_INSTEAD, CaptureError
 
 
 def refusal(model: nn.Module, error: Exception, how: str) -> CaptureError:
-    """An error that names the construct in the user's code which could not be captured, and the ways out."""
+    """Return an error that names the line of the user's code which could not be captured, and the ways out."""
     here = Path(__file__).parents[1]
     torch_folder = Path(torch.__file__).parent
     frames = [

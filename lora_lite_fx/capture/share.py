@@ -1,4 +1,4 @@
-"""Copies of a model over the same weights."""
+"""Copy a model without copying its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..graph.tensors import tensor_of
 
 
 def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
-    """A copy of `model` whose frozen parameters and buffers are new objects over the same storage.
+    """Return a copy of `model` whose frozen parameters and buffers are new objects over the same storage.
 
     Args:
         model: left as it is; ties between its tensors are kept in the copy.

@@ -1,4 +1,4 @@
-"""Capture by symbolic tracing."""
+"""Capture a model by symbolic tracing, without example inputs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ aten = torch.ops.aten
 
 
 class _Tracer(fx.Tracer):
-    """Traces into modules with weights to adapt or to tie, which so are in the graph; dropout and norms are leaves."""
+    """Trace into the modules whose weights may be adapted or tied; keep dropout and norms as leaf modules."""
 
     _INLINED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    # What a model writes to a buffer is a part of the graph too, and nothing to be done while it is traced.
+    # Record writes to buffers in the graph instead of doing them while the model is traced.
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return super().is_leaf_module(module, name) and not isinstance(module, self._INLINED)
 
 
-# What symbolic tracing records for the operators that sites are made of, and the operators.
+# The functions that symbolic tracing records for the operators that make a site, and these operators.
 _ATEN_FUNCTIONS: dict[Any, Any] = {
     nn.functional.linear: aten.linear.default,
     torch.matmul: aten.matmul.default,
@@ -69,7 +69,7 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
         if node.target in (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.bmm.default):
             node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
     gm = fx.GraphModule(model, graph)
-    # The tracer stores constant tensors on the model, under a new name each time it traces.
+    # Remove the constant tensors that the tracer stored on the model, under a new name at each trace.
     for name in set(vars(model)) - attributes:
         delattr(model, name)
     return gm

@@ -1,4 +1,4 @@
-"""Trace a function on stand-ins without data."""
+"""Trace a function on fake tensors, which have shapes and no data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 
 def fake_input(node: fx.Node, example: Tensor | None = None, fixed: Sequence[int] = ()) -> Tensor:
-    """A stand-in without data for the value of `node`.
+    """Return a fake tensor for the value of `node`.
 
-    A symbolically traced graph knows no shapes; there it is one of `example`, whose dimensions may be of any size but
-    for the `fixed` ones.
+    A symbolically traced graph knows no shapes. There the fake tensor is made from `example`, with every dimension of
+    any size but for the `fixed` ones.
     """
     value = node.meta.get("val")
     if isinstance(value, FakeTensor):
@@ -28,7 +28,7 @@ def fake_input(node: fx.Node, example: Tensor | None = None, fixed: Sequence[int
 
 
 def fake_like(tensor: Tensor, beside: Tensor) -> Tensor:
-    """A stand-in for `tensor` that can be used with the stand-in `beside`."""
+    """Return a fake tensor for `tensor` that can be used together with the fake tensor `beside`."""
     return _mode_of(beside).from_tensor(tensor.detach(), static_shapes=True)
 
 
@@ -38,7 +38,7 @@ def _mode_of(stand_in: Tensor) -> FakeTensorMode:
 
 
 def trace(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> fx.Graph:
-    """The aten graph of `function` on stand-ins, before autograd decomposes anything; one placeholder per tensor."""
-    # make_fx is what torch.export itself traces with; nothing public records `aten.linear` and keeps `detach`.
+    """Return the aten graph of `function`, before autograd decomposes anything, with one placeholder per tensor."""
+    # make_fx is the tracer of torch.export. Nothing public records `aten.linear` and keeps `detach`.
     with _mode_of(tensors[0]):
         return make_fx(function, pre_dispatch=True)(*tensors).graph

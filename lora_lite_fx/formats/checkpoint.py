@@ -28,7 +28,7 @@ from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import tensor_of
 from ..log import phase
-from ..rewriting.base_graph import base_graph
+from ..rewriting.capture import capture
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
@@ -91,7 +91,7 @@ def load(
     check_file(file)
     state, metadata = read_safetensors(file)
     chosen, document = _parse(metadata, file)
-    gm = base_graph(model, example_inputs)
+    gm = capture(model, example_inputs)
     with phase("found the sites") as details:
         sites = {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")

@@ -23,7 +23,7 @@ from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import tensor_of
 from ..log import phase
-from ..rewriting.base_graph import base_graph
+from ..rewriting.capture import capture
 from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
@@ -86,7 +86,7 @@ def insert_from_file(
     """
     if not by_site:
         raise CheckpointError(f"{path} holds no adapter.")
-    gm = base_graph(model, example_inputs)
+    gm = capture(model, example_inputs)
     with phase("found the sites") as details:
         sites = {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")

@@ -42,7 +42,7 @@ def adapt(
     calibration: Batches | None = None,
     max_graphs: int = 16,
 ) -> Any:
-    """A copy of a Hugging Face model, of the same class and with the weights shared, that runs rewritten graphs.
+    """Return a copy of a Hugging Face model, of the same class and over the same weights, that runs rewritten graphs.
 
     `generate`, `Trainer` and pipelines take it as they take the model. A graph is captured when a call differs from
     those before in which arguments are given or in their structure; that is logged with the reason, by the logger
@@ -103,7 +103,7 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
 
 
 def _adopted(graphs: GraphCache) -> Any:
-    """Make the modules of the copy run graphs, or refuse to run."""
+    """Make the models in the copy run graphs, and its adapted layers refuse to run alone."""
     model = graphs.model
     sites = {placement.site for placement in graphs.placements}
     for name, module in model.named_modules():
@@ -115,6 +115,6 @@ def _adopted(graphs: GraphCache) -> Any:
             module.__class__ = subclass(AdaptedLayer, cls)
             module._path = name
     trained = adapter_state_dict(model)
-    # What transformers leaves out of checkpoints, and does not miss in them.
+    # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
     model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]
     return model

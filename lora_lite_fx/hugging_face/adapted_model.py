@@ -1,4 +1,4 @@
-"""What `adapt` adds to the class of a model."""
+"""The methods that `adapt` adds to the class of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..formats.checkpoint import save
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
 
-WEIGHTS = "model.safetensors"  # what a Trainer looks for in a checkpoint
+WEIGHTS = "model.safetensors"
+"""The name under which a Trainer looks for weights in a checkpoint."""
 
 
 _PEFT = (
@@ -29,11 +30,11 @@ _PEFT = (
 
 @functools.cache
 def subclass(kind: Any, cls: Any) -> type:
-    """A subclass of `cls`, of the same name, with the methods of `kind`."""
+    """Return a subclass of `cls`, of the same name, with the methods of `kind`."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "base": cls}
     if issubclass(kind, AdaptedPart):
 
-        @functools.wraps(cls.forward)  # its signature is what generate and Trainer look at
+        @functools.wraps(cls.forward)  # generate and Trainer look at its signature
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if "peft_config" in vars(self):
                 raise AdapterError(_PEFT)
@@ -45,12 +46,12 @@ def subclass(kind: Any, cls: Any) -> type:
 
 
 class AdaptedLayer:
-    """A module with a site, in a model that runs graphs."""
+    """A module with an adapted site, in a model that runs graphs."""
 
     _path: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: this would run without the adapter, unnoticed."""
+        """Raise AdapterError, because the module would run without its adapter, unnoticed."""
         raise AdapterError(
             f"{self._path!r} was called by itself: that would run it without its adapter, which is in the graphs of the"
             " model. The way out: call the model, or use wrap, where every module is adapted."
@@ -58,26 +59,26 @@ class AdaptedLayer:
 
 
 class AdaptedPart:
-    """A model of transformers that runs graphs: the adapted model, or a part of it."""
+    """A transformers model that runs graphs: the adapted model, or a part of it."""
 
     _graphs: GraphCache
     _path: str
 
 
 class Adapted(AdaptedPart):
-    """What `adapt` adds to a model."""
+    """The adapted model itself."""
 
     @property
     def placements(self) -> list[Placement]:
-        """The adapters, as `adapters.placements` asks for them."""
+        """The adapters by site, as `adapters.placement.placements` asks for them."""
         return self._graphs.placements
 
     def adapted_graph(self) -> fx.GraphModule:
-        """The graph with all sites, over the tensors of the model."""
+        """Return the graph that has all sites, over the tensors of the model."""
         return self._graphs.first_graph()
 
     def without_adapters(self, fold: bool) -> Any:
-        """The model in its own class, with the adapters folded into copies of the adapted weights, or left out."""
+        """Return the model in its own class, its adapters folded into copies of the adapted weights, or left out."""
         plain = self._graphs.plain()
         if fold:
             fold_into(plain, self.adapted_graph())
@@ -92,7 +93,7 @@ class Adapted(AdaptedPart):
         print(trainable_parameters(self))  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
-        """Write the adapters as `save` does, to `model.safetensors`, which `adapt` and a resumed `Trainer` read.
+        """Write the adapters as `save` does to `model.safetensors`, for `adapt` and a resumed `Trainer` to read.
 
         There is no config beside it: the folder does not hold a whole model and is not for `from_pretrained`.
 
@@ -130,7 +131,7 @@ class Adapted(AdaptedPart):
         self._graphs.drop()
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
-        """Refuse: the graphs read the weights that there are."""
+        """Raise AdapterError, because the graphs are captured for the embeddings that the model has."""
         raise AdapterError("Resize the embeddings before adapt; the graphs of an adapted model read these weights.")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

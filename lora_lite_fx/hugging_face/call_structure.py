@@ -1,4 +1,4 @@
-"""Calls as data: what the arguments of a call hold, tensors apart from the structure around them.
+"""Take the arguments of a call apart into tensors and the structure around them, and put them together again.
 
 A graph takes and returns tensors, and integers that count (lengths). Everything else an argument holds, a cache's
 class or a flag, is part of the structure: it is the same in every call of one graph.
@@ -34,7 +34,7 @@ class Leaf(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A value that is not a tensor; its type counts, as `True` equals 1."""
+    """A value that is not a tensor. Its type counts, because `True` equals 1."""
 
     kind: type
     value: Any
@@ -56,7 +56,7 @@ class Given(NamedTuple):
 
 Structure = Leaf | Constant | Tree | Given
 
-# Integer attributes of caches that count tokens; and attributes that say nothing to a model.
+# Integer attributes of caches that count tokens; and attributes that a model does not read.
 _COUNTERS = frozenset({"cumulative_length", "cumulative_length_int", "max_cache_len"})
 _UNSEEN = frozenset({"_is_user_defined", "batch_size", "max_batch_size"})
 
@@ -101,7 +101,7 @@ def disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str] 
 
 
 def _parts(value: Any) -> tuple[Any, Any]:
-    """The keys and the values of a container; None for both of anything else."""
+    """Return the keys and the values of a container; None for both of anything else."""
     if isinstance(value, Mapping):
         return tuple(value), tuple(value.values())
     if isinstance(value, (list, tuple)):
@@ -114,7 +114,7 @@ def _parts(value: Any) -> tuple[Any, Any]:
 
 
 def assemble(structure: Structure, leaves: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
-    """The value that was taken apart, with these tensors and integers in it."""
+    """Put the value together that was taken apart, with these tensors and integers in it."""
     if isinstance(structure, Leaf):
         return leaves[structure.name]
     if isinstance(structure, Constant):
@@ -134,7 +134,7 @@ def assemble(structure: Structure, leaves: Mapping[str, Any], given: Mapping[str
 
 
 def restore(old: Any, structure: Structure, leaves: Mapping[str, Any]) -> Any:
-    """Bring `old`, an object of the caller's, into the state that `structure` and `leaves` describe.
+    """Bring an object of the caller into the state that `structure` and `leaves` describe.
 
     Objects stay the same where their class does, and keep attributes that the structure does not have. Returns what
     takes the place of `old`.
@@ -153,7 +153,7 @@ def restore(old: Any, structure: Structure, leaves: Mapping[str, Any]) -> Any:
 
 
 def differences(old: Structure | None, new: Structure | None, name: str = "") -> Iterator[str]:
-    """What differs between two structures, part by part, in words."""
+    """Yield the differences between two structures, part by part, in words."""
     if old == new:
         return
     if isinstance(old, Tree) and isinstance(new, Tree) and old.kind is new.kind:

@@ -1,7 +1,7 @@
-"""Causal language models: the calls that train, prefill and decode, brought into one form.
+"""Bring the calls of a causal language model that train, prefill and decode into one form.
 
 In that form a call has a cache (empty at first), a mask, positions, and the positions whose logits are wanted; the
-loss is computed from the logits. What of that is the same to a model is not assumed: a small run shows it.
+loss is computed from the logits. A small run of the model shows which of these steps mean the same to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a run of a causal language model has shown.
+    """The facts that a run of a causal language model has shown.
 
     Args:
         layers: for each layer of its cache, keys `(1, heads, 0, d)` and values `(1, heads, 0, d)` of no token.
@@ -38,7 +38,7 @@ class Decoder:
 
 @dataclass
 class NormalizedCall:
-    """A call in the form in which the graph takes it, and what is left to do with the result.
+    """A call in the form in which the graph takes it, and the work that is left to do with the result.
 
     Args:
         arguments: by name; none is None.
@@ -54,7 +54,7 @@ class NormalizedCall:
 
 
 def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The arguments of a call that say something, by name; and whether the result is to be a `ModelOutput`."""
+    """Return the arguments of a call that differ from their defaults, and whether it returns a `ModelOutput`."""
     signature = inspect.signature(type(part).forward)
     if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
         kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
@@ -71,7 +71,7 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     if "use_mems" in signature.parameters and "use_mems" not in arguments:  # XLNet's, switched by the mode
         arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
     if part.training and torch.is_grad_enabled() and _checkpoints_layers(part):
-        arguments["use_cache"] = False  # as the model does it: a cache would keep what is not to be kept
+        arguments["use_cache"] = False  # as the model does: a cache would keep the activations that checkpointing drops
     return_dict = arguments.pop("return_dict", None)
     return_dict = getattr(part.config, "return_dict", True) if return_dict is None else return_dict
     return {name: value for name, value in arguments.items() if value is not None}, return_dict
@@ -83,7 +83,7 @@ def _checkpoints_layers(part: Any) -> bool:
 
 
 def caches(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The caches among the arguments of a call: what it changes."""
+    """Return the caches among the arguments of a call, which the call changes."""
     from transformers.cache_utils import Cache
 
     return {name: value for name, value in arguments.items() if isinstance(value, Cache)}
@@ -138,18 +138,18 @@ def _has_plain_loss(model: Any, run: Any, ids: Tensor) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit; where there is nothing to attend to, some models compute NaN."""
+    """Compare bit for bit, with NaN equal to itself: some models compute NaN where there is nothing to attend to."""
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def loss_of(model: Any, logits: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """The loss as a causal language model computes it."""
+    """Compute the loss as the model does."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     return model.loss_function(logits=logits, vocab_size=vocabulary, **arguments)
 
 
 def normalize_call(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) -> NormalizedCall:
-    """The call in its normal form; as it is, where that form would mean something else.
+    """Return the call in its normal form; as it is where that form would mean something else.
 
     Args:
         model: the model that is called.
@@ -188,14 +188,14 @@ def normalize_call(model: Any, decoder: Decoder | None, arguments: dict[str, Any
 
 
 def join_mask(arguments: dict[str, Any]) -> None:
-    """Put the mask together of its two parts. As one, its length would be an input of its own, with bounds."""
+    """Join the mask from its two parts: as one input, its length would be a size of its own, with bounds."""
     if "cached_mask" in arguments:
         parts = [arguments.pop("cached_mask"), arguments["attention_mask"]]
         arguments["attention_mask"] = torch.cat(parts, dim=1)
 
 
 def _opened(cache: Any, text: Any, decoder: Decoder, batch: int, device: torch.device) -> Any:
-    """The cache, or a copy of it in which layers that have seen no token are initialized: an update with none."""
+    """Return the cache, or a copy whose layers that have seen no token are initialized by an update with none."""
     from transformers.cache_utils import DynamicCache
 
     if cache is None:
@@ -211,7 +211,7 @@ def _opened(cache: Any, text: Any, decoder: Decoder, batch: int, device: torch.d
 
 
 def shallow(cache: Any) -> Any:
-    """A cache with layers of its own that hold the same tensors."""
+    """Return a cache with layers of its own that hold the same tensors."""
     copied = object.__new__(type(cache))
     vars(copied).update(vars(cache))
     copied.layers = []

@@ -1,4 +1,4 @@
-"""Examples to capture a call with."""
+"""Make examples to capture a call with."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from ..capture.export import double_batch_of_one
 from .call_structure import Leaves
 from .causal_lm import BATCH, LENGTH, PAST
 
-# Examples to capture with.
-
 
 def examples(leaves: Leaves) -> Iterator[Leaves]:
-    """Leaves to capture a call with, the most general first: such that the graph takes other lengths and batches."""
+    """Yield leaves to capture a call with, those first with which the graph takes most other lengths and batches."""
     if (normal := _normal_example(leaves)) is not None:
         yield normal
     yield _grown(leaves)
@@ -23,7 +21,7 @@ def examples(leaves: Leaves) -> Iterator[Leaves]:
 
 
 def _normal_example(leaves: Leaves) -> Leaves | None:
-    """Some tokens after some cached ones; None if the call has leaves that are not of the normal form."""
+    """Return some tokens after some cached ones; None if the call has leaves that the normal form does not have."""
     tokens = {"input_ids": 2, "inputs_embeds": 3, "position_ids": 2, "labels": 2}
     example: Leaves = {}
     for name, leaf in leaves.items():
@@ -52,7 +50,7 @@ def _normal_example(leaves: Leaves) -> Leaves | None:
 
 
 def _grown(leaves: Leaves) -> Leaves:
-    """The call with a batch of one shown twice, and with a second token in caches that hold one."""
+    """Return the call with a batch of one shown twice, and with a second token in caches that hold one."""
     grown = dict(leaves)
     for name, leaf in leaves.items():
         if name.startswith("cache") and "cross" not in name:

@@ -1,4 +1,4 @@
-"""The graphs of an adapted model: one for each signature of its calls, captured on first use."""
+"""Keep the graphs of an adapted model: one for each signature of its calls, captured on first use."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ..errors import COMPILE_INSTEAD, CaptureError
 from ..graph.tensors import register_tensor, tensor_of
 from ..graph.writes import written_buffers
 from ..log import logger
-from ..rewriting.base_graph import base_graph
 from ..rewriting.calibration import Batches
+from ..rewriting.capture import capture
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from .call_structure import (
@@ -51,9 +51,9 @@ from .example_calls import examples
 from .sliding_window import cut_windows, uncut_windows
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
-"""Adapters into a base graph, with calibration data in the form in which the graph takes it."""
+"""A function that inserts adapters into a base graph, with calibration data in the form that the graph takes."""
 
-# What a forward method reads from the config and may change between calls.
+# The fields of a config that a forward method reads and that may change between calls.
 _SWITCHES = ("_attn_implementation", "_experts_implementation", "output_attentions", "output_hidden_states")
 
 
@@ -77,7 +77,7 @@ class CapturedCall:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What calls of one graph have in common."""
+        """The part of the call that all calls of one graph have in common."""
         return self.path, self.structure, self.switches
 
 
@@ -102,7 +102,7 @@ class CapturedGraph:
     given: dict[str, Structure]
 
     def refuses(self, leaves: Leaves) -> str:
-        """Why the graph does not hold for `leaves`; empty if it does."""
+        """Return the reason why the graph does not hold for `leaves`; empty if it does."""
         try:
             self.guards(*leaves.values())
         except AssertionError as error:
@@ -130,7 +130,7 @@ class GraphCache:
         self.drop()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
-        """For a copy of the model: the same adapters, and no graph yet."""
+        """Return the cache of a copy of the model: the same adapters, and no graph yet."""
         twin = memo[id(self)] = object.__new__(GraphCache)
         twin.__dict__.update(self.__dict__)
         twin.drop()
@@ -139,13 +139,13 @@ class GraphCache:
         return twin
 
     def drop(self) -> None:
-        """Forget all graphs: devices and dtypes are part of them."""
+        """Forget all graphs, because devices and dtypes are part of them."""
         self._kept: list[CapturedGraph] = []  # the one that was not used for longest first
         self.__dict__.pop("decoder", None)
 
     @functools.cached_property
     def decoder(self) -> Decoder | None:
-        """What a run of the model has shown of it, if it is a causal language model."""
+        """The facts that a run of the model has shown, if it is a causal language model."""
         return probe(self.plain())
 
     def __len__(self) -> int:
@@ -154,7 +154,7 @@ class GraphCache:
     # Calls.
 
     def run(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a part of the model, as its own `forward` would be."""
+        """Call a part of the model as its own `forward` would be called."""
         arguments, return_dict = arguments_of(part, args, kwargs)
         call = self._call(part, arguments)
         graph = self._graph_for(call)
@@ -218,7 +218,7 @@ class GraphCache:
         self._kept.append(graph)
 
     def first_graph(self) -> fx.GraphModule:
-        """The graph that has all sites; captured again if it was dropped."""
+        """Return the graph that has all sites, captured again if it was dropped."""
         return self._graph_for(self._first_call(self.model)).gm
 
     def _first_call(self, model: Any) -> CapturedCall:
@@ -231,12 +231,12 @@ class GraphCache:
         return self._call(model, arguments_of(model, args, kwargs)[0])
 
     def _batch(self, batch: Any) -> Leaves:
-        """A batch of calibration data as the first graph takes it."""
+        """Return a batch of calibration data as the first graph takes it."""
         args, kwargs = ((), batch) if isinstance(batch, dict) else (batch if isinstance(batch, tuple) else (batch,), {})
         return self._call(self.model, arguments_of(self.model, args, kwargs)[0]).leaves
 
     def plain(self) -> Any:
-        """A copy of the model as it is without adapters, of its own class, with the weights shared."""
+        """Return a copy of the model without adapters, of its own class, over the same weights."""
         copied = share(self.model)
         for placement in self.placements:
             for name in placement.tensors.values():
@@ -250,7 +250,7 @@ class GraphCache:
         return copied
 
     def _capture_for(self, call: CapturedCall) -> CapturedGraph:
-        """The first graph, of those captured with one example after the other, that holds for the call."""
+        """Capture the call with one example after the other, and return the first graph that holds for it."""
         seen = [graph.shapes for graph in self._kept if graph.call.signature == call.signature]
         errors = []
         for example in examples(call.leaves):
@@ -280,12 +280,12 @@ class GraphCache:
         shadow.__class__ = _flat(type(shadow), call, outcome)
         dynamic = {name: _dynamic(name, leaf) for name, leaf in example.items()}
         with ExitStack() as stack:
-            # Whatever the call runs under is no part of the graph.
+            # Leave the modes that the call runs under out of the graph.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            gm = base_graph(shadow, example, dynamic_shapes=dynamic)
+            gm = capture(shadow, example, dynamic_shapes=dynamic)
         guards = take_guards(gm)
         self._insert_again(gm)
         self.captures += 1
@@ -306,7 +306,7 @@ class GraphCache:
         insert_adapters(base, chosen.values(), {name: roles for name, (roles, _) in self.sites.items()})
 
     def _check(self, base: fx.GraphModule, found: Collection[str]) -> None:
-        """Raise unless all adapted sites that the graph runs were found in it."""
+        """Raise CaptureError unless all adapted sites that the graph runs were found in it."""
         read = {
             str(node.target)
             for node in base.graph.find_nodes(op="get_attr")
@@ -334,7 +334,7 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def _find(model: nn.Module, name: str) -> Tensor | None:
-    """The tensor of that qualified name, or None; graphs have constants of their own."""
+    """Return the tensor of that qualified name; None for a constant that only the graph has."""
     try:
         return tensor_of(model, name)
     except AttributeError:
@@ -371,16 +371,16 @@ def _shapes(leaves: Leaves) -> list[Any]:
 
 
 def _dynamic(name: str, leaf: Any) -> Any:
-    """The shape of a leaf for torch.export: what can be dynamic is, but for the heads and widths of caches."""
+    """Return the shape of a leaf for torch.export: as dynamic as can be, but for the heads and widths of caches."""
     if not isinstance(leaf, Tensor):
         return Dim.AUTO
     fixed = (1, 3) if name.startswith("cache") and leaf.dim() == 4 else ()
-    # Sizes of 0 and 1 are specialized anyway.
+    # torch.export specializes sizes of 0 and 1 anyway.
     return [Dim.AUTO if size > 1 and dim not in fixed else Dim.STATIC for dim, size in enumerate(leaf.shape)]
 
 
 def _flat(cls: type, call: CapturedCall, outcome: dict[str, Any]) -> type:
-    """A subclass of `cls`, by the same name, that takes the leaves of the call and returns those of the result."""
+    """Return a subclass of `cls`, by the same name, that takes leaves of the call and returns leaves of the result."""
 
     def forward(self: Any, **leaves: Any) -> Leaves:
         arguments = assemble(call.structure, leaves)

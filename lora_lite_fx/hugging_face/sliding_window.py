@@ -1,4 +1,4 @@
-"""Caches with a sliding window."""
+"""Keep the work of sliding windows out of graphs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .causal_lm import caches
 
-# Sliding windows. Their layers drop what is out of the window; a graph leaves that to the caller, as the number of
-# tokens to drop, and whether there are any, would be part of it.
+# The layers of such caches drop tokens that are out of the window. A graph leaves that to its caller, because the
+# number of tokens to drop would be part of the graph.
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..execution.module import AdaptedGraphModule
 from ..formats.files import write_atomically
 from ..graph.provenance import Insertion, insertions, outermost
 from ..graph.tensors import tensor_of
-from ..rewriting.base_graph import base_graph
+from ..rewriting.capture import capture
 from ..sites.finding import find_sites
 from ..sites.roles import ROLES
 from .page import render
@@ -138,7 +138,7 @@ def inspect(
         CaptureError: the model cannot be captured.
     """
     model_or_graph = model if isinstance(model, ExportedProgram) else graph_of(model)
-    gm = base_graph(model_or_graph, example_inputs)
+    gm = capture(model_or_graph, example_inputs)
     at: dict[str, dict[int, Insertion]] = {}
     for insertion in insertions(gm.graph):
         at.setdefault(insertion.site, {}).setdefault(insertion.adapter, insertion)

@@ -16,8 +16,8 @@ from ..execution.module import AdaptedGraphModule, execution_of
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_buffers
 from ..sites.site import Site, is_called
-from .base_graph import base_graph
 from .calibration import Batches, check_calibration
+from .capture import capture
 from .plan import make_plans
 from .rewrite import Config, as_variants
 
@@ -47,7 +47,7 @@ def wrap(
     """
     variants = as_variants(cfg)
     check_calibration(calibration)
-    gm = base_graph(model, example_inputs)
+    gm = capture(model, example_inputs)
     if isinstance(model, fx.GraphModule):
         model = _source_of(model)
     plans = make_plans(gm, variants, calibration)

@@ -2,7 +2,7 @@
 
 `rewrite` takes four steps:
 
-1. Capture the model (`base_graph`).
+1. Capture the model (`capture`).
 2. Plan: select the sites of each variant, and run the calibration data if there is any (`make_plans`).
 3. Insert each variant at its sites with the pass `InsertAdapter` (`passes/adapt/insert_adapter.py`).
 4. Fill the tensors of the new adapters (`Placement.initialize`).
@@ -39,8 +39,8 @@ from ..passes import (
     without_gradient,
 )
 from ..sites.site import Site
-from .base_graph import base_graph
 from .calibration import Batches, check_calibration
+from .capture import capture
 from .plan import Plan, make_plans
 
 Config = Variant | Sequence[Variant]
@@ -85,7 +85,7 @@ def rewrite(
     """
     variants = as_variants(cfg)
     check_calibration(calibration)
-    gm = base_graph(model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers)
+    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers)
     plans = make_plans(gm, variants, calibration)
     _warn_of_no_gradient(gm, plans)
     first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])
@@ -150,7 +150,7 @@ def _without_adapters(model: nn.Module, removal: GraphPass) -> Any:
             f"{type(model).__name__} has no adapters in its graph: wrap put them into its modules. The way out: rewrite"
             " in place of wrap."
         )
-    gm = base_graph(model)
+    gm = capture(model)
     Pipeline((removal,)).run(gm)
     return gm
 

@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounter
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import _REGISTRY
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import (
     calibration,
     close,
@@ -58,7 +57,7 @@ def causal(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> An
 @functools.cache
 def captured(name: str, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     """The graph of `causal(name)`, which rewriting does not change; capturing is most of a test's time."""
-    return base_graph(causal(name, dtype))
+    return llfx.capture(causal(name, dtype))
 
 
 def tokens(batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
@@ -72,7 +71,7 @@ def tokens(batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
 @functools.cache
 def exported(block: type[nn.Module]) -> fx.GraphModule:
     """The graph of `net(block)`, for tests of what is done with a graph."""
-    return base_graph(net(block), (ids(2, 5),))
+    return llfx.capture(net(block), (ids(2, 5),))
 
 
 def net(*blocks: type[nn.Module], bias: bool = True, tied: bool = False) -> Net:
@@ -89,7 +88,7 @@ def test_a_causal_model_is_captured_in_its_training_signature_and_equals_eager_a
 ) -> None:
     model = causal(name, layers=2)
     with unchanged(model):
-        gm = base_graph(model)
+        gm = llfx.capture(model)
         assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == [
             "input_ids",
             "attention_mask",
@@ -116,13 +115,13 @@ def test_heads_with_labels_of_other_shapes_are_captured_with_their_loss() -> Non
     ):
         torch.manual_seed(0)
         model = cls(BERT).eval()
-        actual = base_graph(model)(**{**batch, "labels": labels})
+        actual = llfx.capture(model)(**{**batch, "labels": labels})
         expected = model(**{**batch, "labels": labels})
         assert torch.equal(actual.loss, expected.loss)
         assert torch.equal(actual.logits, expected.logits)
     encoder = hf.BertModel(BERT).eval()
     batch.pop("labels")
-    assert torch.equal(base_graph(encoder)(**batch).pooler_output, encoder(**batch).pooler_output)
+    assert torch.equal(llfx.capture(encoder)(**batch).pooler_output, encoder(**batch).pooler_output)
 
 
 def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
@@ -132,7 +131,7 @@ def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
     )
     model = hf.T5ForConditionalGeneration(config).eval()
     batch = tokens(2, 6)
-    close(base_graph(model)(**batch).logits, model(**batch).logits, 1e-6, "logits")
+    close(llfx.capture(model)(**batch).logits, model(**batch).logits, 1e-6, "logits")
 
 
 def test_a_vision_model_is_captured_on_images_made_from_its_config() -> None:
@@ -140,7 +139,7 @@ def test_a_vision_model_is_captured_on_images_made_from_its_config() -> None:
     config = hf.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=16, patch_size=8)
     model = hf.ViTForImageClassification(config).eval()
     batch = {"pixel_values": torch.randn(5, 3, 16, 16), "labels": torch.tensor([0, 1, 1, 0, 1])}
-    assert torch.equal(base_graph(model)(**batch).logits, model(**batch).logits)
+    assert torch.equal(llfx.capture(model)(**batch).logits, model(**batch).logits)
 
 
 def two_sites(cls: type[llfx.Variant]) -> llfx.Variant:
@@ -174,7 +173,7 @@ def test_adapted_language_models_equal_the_eager_wrapper(name: str, cls: type[ll
 
 def test_a_batch_of_one_in_the_example_stays_dynamic() -> None:
     model = net(GatedMLP)
-    gm = base_graph(model, (ids(1, 5),))
+    gm = llfx.capture(model, (ids(1, 5),))
     assert torch.equal(gm(ids(4, 9)), model(ids(4, 9)))
 
 
@@ -188,7 +187,7 @@ def test_example_inputs_may_be_one_tensor_passed_twice() -> None:
             return self.fc(a) - 2 * self.fc(b)
 
     model, x = Difference(), torch.randn(2, 3)
-    gm = base_graph(model, (x, x))
+    gm = llfx.capture(model, (x, x))
     a, b = torch.randn(5, 3), torch.randn(5, 3)
     assert torch.equal(gm(a, b), model(a, b))
 
@@ -246,13 +245,13 @@ def test_dropout_that_never_stops_does_not_stop_in_the_graph() -> None:
             return nn.functional.dropout(self.fc(x), 0.5, training=True)
 
     for example_inputs in (None, (torch.randn(2, 6),)):
-        gm = base_graph(AlwaysNoisy(), example_inputs).eval()
+        gm = llfx.capture(AlwaysNoisy(), example_inputs).eval()
         assert (gm(torch.randn(9, 6)) == 0).any()
 
 
 def test_the_result_has_the_models_mode() -> None:
-    assert base_graph(net(ResidualMLP).train(), (ids(2, 5),)).training
-    assert not base_graph(net(ResidualMLP).eval(), (ids(2, 5),)).training
+    assert llfx.capture(net(ResidualMLP).train(), (ids(2, 5),)).training
+    assert not llfx.capture(net(ResidualMLP).eval(), (ids(2, 5),)).training
 
 
 # Dtypes.

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.passes import InlineRegions, Pipeline
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import check_file, check_merge, check_remove, close, gradients, output, randomise
 from tests.support.untouched import untouched
 
@@ -65,7 +64,7 @@ def models() -> tuple[nn.Module, fx.GraphModule, fx.GraphModule, nn.Module]:
     model = Regions()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base = base_graph(model, TRACED)
+        base = llfx.capture(model, TRACED)
         gm = llfx.rewrite(base, CFG)
         wrapped = llfx.wrap(model, CFG, TRACED)
     randomise(gm, 0)
@@ -158,7 +157,7 @@ def test_regions_without_anything_to_adapt_stay() -> None:
                 angles = (x * self.freq).cos()
             return y * angles
 
-    base = base_graph(Rotary(), TRACED)
+    base = llfx.capture(Rotary(), TRACED)
     assert [node.target for node in base.graph.nodes if node.target in HOPS] == [HOPS[0]]
     (report,) = Pipeline((InlineRegions(),)).run(base)
     assert report.edits == 0

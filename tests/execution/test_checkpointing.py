@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.execution.module import checkpoints_layers, execution_of, run_as
 from lora_lite_fx.passes import Pipeline
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import check_merge, check_remove, close, output, randomise, small
 from tests.support.models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids, tiny_llama
 from tests.support.models import Attention as AttentionBlock
@@ -76,7 +75,7 @@ models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name
 def model_and_base(build: Callable[[], Any]) -> tuple[Any, fx.GraphModule]:
     torch.manual_seed(0)
     model = build()
-    return model, base_graph(model)
+    return model, llfx.capture(model)
 
 
 def tokens(batch: int = 4, length: int = 11) -> dict[str, Tensor]:
@@ -144,7 +143,7 @@ BLOCKS = (ResidualMLP, AttentionBlock, SharedLinear, Normed)
 @functools.cache
 def small_base(exported: bool) -> fx.GraphModule:
     case = Case(BLOCKS, bias=True, tied=False, dtype=torch.float32, exported=exported, seed=0)
-    return base_graph(case.build(), case.example_inputs)
+    return llfx.capture(case.build(), case.example_inputs)
 
 
 # Of the weight, of tensors that all sites share, and at inputs and outputs.
@@ -355,7 +354,7 @@ def test_a_hugging_face_model_that_checkpoints_becomes_a_graph_that_does() -> No
 def test_checkpointing_is_kept_unless_said_otherwise() -> None:
     case = Case(BLOCKS, bias=True, tied=True, dtype=torch.float32, exported=True, seed=0)
     model = case.build()
-    base = base_graph(model, case.example_inputs, checkpoint_layers=True)
+    base = llfx.capture(model, case.example_inputs, checkpoint_layers=True)
     gm = llfx.rewrite(base, [llfx.DoRA(r=2), llfx.IA3()])
     randomise(gm, 1)
     plain = llfx.rewrite(gm, LORA, checkpoint_layers=False)

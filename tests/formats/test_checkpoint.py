@@ -22,7 +22,6 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import from_config
 from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.passes import Pipeline
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import calibration, small
 from tests.support.untouched import untouched
 
@@ -65,13 +64,13 @@ def same_state(one: nn.Module, other: nn.Module) -> bool:
 
 @functools.cache
 def exported() -> Any:
-    return base_graph(Net(), (inputs(2, 3),))
+    return llfx.capture(Net(), (inputs(2, 3),))
 
 
 @pytest.fixture(scope="module")
 def graph() -> nn.Module:
     """A captured model without adapters: to load into it needs no capture, which makes fuzzing cheap."""
-    return base_graph(Net())
+    return llfx.capture(Net())
 
 
 def saved(folder: Path, cfg: Any = VARIANTS["LoRA"], model: nn.Module | None = None) -> Path:

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.formats.test_checkpoint import Net, edited, randomised, refuses, same_state
 from tests.support.untouched import untouched
 
@@ -43,7 +42,7 @@ fuzz = settings(
 @pytest.fixture(scope="module")
 def graph() -> nn.Module:
     """A captured model without adapters: loading into it captures nothing, which makes fuzzing cheap."""
-    return base_graph(Net())
+    return llfx.capture(Net())
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.provenance import inner_name, insertions, is_inserted
 from lora_lite_fx.graph.tensors import tensor_of
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import calibration, small
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -93,7 +92,7 @@ def adapted(name: str) -> tuple[fx.GraphModule, fx.GraphModule]:
     targets = {"target_names": ("^(proj|embed|conv)$",), "target_kinds": (kind,)}
     cfg = small(variant, 2, alpha=4, **targets, **FURTHER.get(name, {}))
     gm = llfx.rewrite(layer(), cfg, inputs, calibration=calibration(cfg, None, inputs))
-    return base_graph(layer(), inputs), gm
+    return llfx.capture(layer(), inputs), gm
 
 
 def text(base: fx.GraphModule, gm: fx.GraphModule) -> str:
@@ -182,7 +181,7 @@ def path_of(case: str) -> Path:
 
 
 def test_the_graph_of_the_layer_before() -> None:
-    base = base_graph(Layer(), EXAMPLE)
+    base = llfx.capture(Layer(), EXAMPLE)
     assert text(base, base) == BASE.strip("\n")
 
 

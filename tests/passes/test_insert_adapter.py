@@ -15,7 +15,6 @@ from lora_lite_fx.passes import (
     InsertAdapter,
 )
 from lora_lite_fx.passes.adapt import fragment
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.passes.test_pipeline import EXAMPLE, Down
 from tests.support.conformance import check_rewrite_equals_wrap
 from tests.support.models import Attention, Net, ids
@@ -29,7 +28,7 @@ aten = torch.ops.aten
 
 def test_inserted_nodes_say_where_they_come_from_and_no_other_node_does() -> None:
     gm = llfx.rewrite(Down(), [llfx.LoRA(r=2), llfx.HRA(r=2, target_names=("proj",))], EXAMPLE)
-    base_names = {node.name for node in base_graph(Down(), EXAMPLE).graph.nodes}
+    base_names = {node.name for node in llfx.capture(Down(), EXAMPLE).graph.nodes}
     for node in gm.graph.nodes:
         provenance = recorded(node)
         assert (provenance is None) == (node.name in base_names)
@@ -77,7 +76,7 @@ def test_sites_of_one_size_share_a_trace_unless_the_variant_looks_at_the_site_or
 
 
 def test_a_branch_is_added_and_the_site_stays() -> None:
-    gm = base_graph(Down(), EXAMPLE)
+    gm = llfx.capture(Down(), EXAMPLE)
     before = {node.name: str(node.args) for node in gm.graph.nodes if node.name in ("linear", "linear_1", "relu")}
     inserted, report = after(gm, InsertAdapter(llfx.LoRA(r=2), 0, ("proj",)))
     assert report.edits == 1

@@ -8,7 +8,6 @@ import lora_lite_fx as llfx
 from lora_lite_fx.passes import (
     MergeAdapters,
 )
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.passes.test_pipeline import EXAMPLE, Down
 from tests.support.conformance import randomise
 from tests.support.programs import (
@@ -20,7 +19,7 @@ aten = torch.ops.aten
 
 def test_the_graph_is_the_base_with_other_weights() -> None:
     model = Down()
-    base = base_graph(model, EXAMPLE)
+    base = llfx.capture(model, EXAMPLE)
     gm = llfx.rewrite(base, [llfx.LoRA(r=2), llfx.HRA(r=2, target_names=("proj",))])
     randomise(gm, 1)
     merged, report = after(gm, MergeAdapters())

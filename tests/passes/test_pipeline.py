@@ -24,7 +24,6 @@ from lora_lite_fx.passes import (
     Pipeline,
     RemoveAdapters,
 )
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.models import GatedMLP, Net, ids
 
 
@@ -44,7 +43,7 @@ EXAMPLE = (torch.randn(2, 4),)
 
 
 def test_passes_make_no_edit_the_second_time() -> None:
-    gm = base_graph(Net([GatedMLP], True, False), (ids(2, 5),))
+    gm = llfx.capture(Net([GatedMLP], True, False), (ids(2, 5),))
     insert = Pipeline((InsertAdapter(llfx.LoRA(r=2), 0, ("blocks.0.up", "head")),))
     assert [report.edits for report in insert.run(gm)] == [2]
     before = str(gm.graph)
@@ -58,7 +57,7 @@ def test_passes_make_no_edit_the_second_time() -> None:
 
 
 def test_reports_name_the_pass_and_its_time() -> None:
-    (report,) = Pipeline((RemoveAdapters(),)).run(base_graph(Down(), EXAMPLE))
+    (report,) = Pipeline((RemoveAdapters(),)).run(llfx.capture(Down(), EXAMPLE))
     assert (report.name, report.edits) == ("remove_adapters", 0)
     assert report.seconds >= 0
 
@@ -82,12 +81,12 @@ class Fail(GraphPass):
 
 def test_an_unexpected_failure_names_the_pass_and_those_before_it() -> None:
     with pytest.raises(PassError, match=r"KeyError in pass fail \(passes that ran before: remove_adapters\)"):
-        Pipeline((RemoveAdapters(), Fail(KeyError("x")))).run(base_graph(Down(), EXAMPLE))
+        Pipeline((RemoveAdapters(), Fail(KeyError("x")))).run(llfx.capture(Down(), EXAMPLE))
 
 
 def test_a_refusal_keeps_its_class_and_notes_the_pass() -> None:
     with pytest.raises(ConfigError) as caught:
-        Pipeline((Fail(ConfigError("no")),)).run(base_graph(Down(), EXAMPLE))
+        Pipeline((Fail(ConfigError("no")),)).run(llfx.capture(Down(), EXAMPLE))
     assert "in pass fail" in caught.value.__notes__[0]
 
 
@@ -104,7 +103,7 @@ class Returns(GraphPass):
 @pytest.mark.parametrize("value", [None, 1.0, Outcome("two")], ids=str)  # type: ignore[arg-type]
 def test_a_pass_that_returns_no_number_of_edits_is_named(value: object) -> None:
     with pytest.raises(PassError, match=r"TypeError in pass returns \(.*: none\): run must return the number of edits"):
-        Pipeline((Returns(value),)).run(base_graph(Down(), EXAMPLE))
+        Pipeline((Returns(value),)).run(llfx.capture(Down(), EXAMPLE))
 
 
 def test_reports_have_the_reasons_of_a_pass_each_once() -> None:
@@ -167,7 +166,7 @@ class Break(GraphPass):
 def test_a_failing_pass_is_dumped_with_its_error_and_what_it_left(dump: Callable[[], dict[str, str]]) -> None:
     for wrong in (Fail(KeyError("x")), Break()):
         with pytest.raises(PassError):
-            Pipeline((RemoveAdapters(), wrong)).run(base_graph(Down(), EXAMPLE))
+            Pipeline((RemoveAdapters(), wrong)).run(llfx.capture(Down(), EXAMPLE))
     texts = dump()
     assert "remove_adapters.txt" in texts
     assert texts["fail.failed.txt"] == "# fail failed: KeyError: 'x'\n" + texts["fail.before.txt"]

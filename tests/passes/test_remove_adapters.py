@@ -8,7 +8,6 @@ import lora_lite_fx as llfx
 from lora_lite_fx.passes import (
     RemoveAdapters,
 )
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.passes.test_pipeline import EXAMPLE, Down
 from tests.support.programs import (
     after,
@@ -19,7 +18,7 @@ aten = torch.ops.aten
 
 
 def test_the_graph_and_the_tensors_are_as_before() -> None:
-    base = base_graph(Down(), EXAMPLE)
+    base = llfx.capture(Down(), EXAMPLE)
     gm = llfx.rewrite(base, [llfx.LoRA(r=2), llfx.HRA(r=2, target_names=("proj",))])
     removed, report = after(gm, RemoveAdapters())
     assert report.edits == 3

@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import adapters
-from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.site import Site
 from tests.support.conformance import unchanged
 
@@ -162,7 +161,7 @@ def test_a_site_that_wins_no_component_is_left_alone() -> None:
 def llama() -> fx.GraphModule:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return base_graph(LlamaForCausalLM(LlamaConfig(vocab_size=31, bos_token_id=1, eos_token_id=2, **shape)).eval())
+    return llfx.capture(LlamaForCausalLM(LlamaConfig(vocab_size=31, bos_token_id=1, eos_token_id=2, **shape)).eval())
 
 
 def test_padding_does_not_count() -> None:
@@ -186,7 +185,7 @@ def test_padding_does_not_count() -> None:
 def test_encoder_and_decoder_each_have_padding_of_their_own() -> None:
     torch.manual_seed(0)
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-    t5 = base_graph(T5ForConditionalGeneration(T5Config(vocab_size=31, decoder_start_token_id=0, **shape)).eval())
+    t5 = llfx.capture(T5ForConditionalGeneration(T5Config(vocab_size=31, decoder_start_token_id=0, **shape)).eval())
     ids = torch.randint(3, 31, (3, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[:, 4:] = 0

@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.hugging_face import example_inputs_of
-from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.sites.roles import GROUPS
 from lora_lite_fx.sites.site import Site
@@ -38,9 +37,9 @@ def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
 
 def graph_of(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
     if not architecture.batch_only:
-        return base_graph(model)
+        return llfx.capture(model)
     examples = example_inputs_of(copy.deepcopy(model))
-    return base_graph(model, examples, dynamic_shapes={key: {0: Dim.AUTO} for key in examples})
+    return llfx.capture(model, examples, dynamic_shapes={key: {0: Dim.AUTO} for key in examples})
 
 
 def sites_of(name: str) -> list[Site]:

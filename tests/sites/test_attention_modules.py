@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import (
     check_export,
     check_file,
@@ -110,7 +109,7 @@ def base_of(name: str) -> tuple[nn.Module, fx.GraphModule]:
     model = case.model.double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)  # torch starts biases at zero
-    return model, base_graph(model, tuple(x[:2] for x in case.inputs))
+    return model, llfx.capture(model, tuple(x[:2] for x in case.inputs))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import adapters, site_weight
-from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.sites.kinds.expert_values import PerExpert
 from tests.support.conformance import (
@@ -158,7 +157,7 @@ REFUSED = {
 def model_and_base(case: str) -> tuple[nn.Module, fx.GraphModule]:
     torch.manual_seed(0)
     model = CASES[case].model().double().eval()
-    return model, base_graph(model, (CASES[case].traced,))
+    return model, llfx.capture(model, (CASES[case].traced,))
 
 
 def config(cls: type[llfx.Variant], kind: str, **fields: Any) -> llfx.Variant:
@@ -387,7 +386,7 @@ def test_one_module_with_several_weights_has_a_site_for_each() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(OneModuleSeveralWeights()).double()
     x = _noise(4, WIDTH)
-    base = base_graph(model, (x[:2],))
+    base = llfx.capture(model, (x[:2],))
     gm = llfx.rewrite(base, llfx.DoRA(r=2, target_names=(".",)))
     assert [row.name for row in llfx.inspect(gm)] == ["0.sites.first", "0.sites.second"]
     randomise(gm, 1)

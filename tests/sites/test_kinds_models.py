@@ -14,7 +14,6 @@ import transformers
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import check_file, check_merge, check_remove, close, gradients, randomise, small
 from tests.support.untouched import untouched
@@ -53,7 +52,7 @@ def model_and_base(name: str) -> tuple[nn.Module, fx.GraphModule]:
     model = auto.from_config(config).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return model, base_graph(model)
+    return model, llfx.capture(model)
 
 
 def inputs(name: str) -> dict[str, Tensor]:
@@ -198,7 +197,7 @@ PEFT_NAMES = {"lora_A": ("lora_A", "lora_embedding_A"), "lora_B": ("lora_B", "lo
 def mixed() -> tuple[nn.Module, fx.GraphModule]:
     torch.manual_seed(0)
     model = Mixed().double()
-    return model, base_graph(model, (IDS[0][:2],))
+    return model, llfx.capture(model, (IDS[0][:2],))
 
 
 def in_peft(dora: bool) -> nn.Module:

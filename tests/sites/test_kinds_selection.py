@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import close, output, randomise, unchanged
 
 WIDTH, NUMBER = 8, 20
@@ -42,7 +41,7 @@ class Everything(nn.Module):
 def everything() -> tuple[nn.Module, fx.GraphModule]:
     torch.manual_seed(0)
     model = Everything().double()
-    return model, base_graph(model, (_ids(2, 6),))
+    return model, llfx.capture(model, (_ids(2, 6),))
 
 
 def adapted(cfg: llfx.Variant) -> list[str]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.roles import ROLES
 from tests.sites.test_roles_blocks import (
     CLASSES,
@@ -218,7 +217,7 @@ def captured(exported: bool) -> nn.Module:
     attention, mlp = Attention(operators), MLP()
     attention.head = mlp.head = nn.Identity()
     model = Stack([Layer(), attention, mlp])
-    return base_graph(model, example(model, exported))
+    return llfx.capture(model, example(model, exported))
 
 
 @both_captures

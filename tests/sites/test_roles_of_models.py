@@ -12,7 +12,6 @@ from torch import nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.inspection.table import SiteTable
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.untouched import untouched
 
 VOCABULARY, LABELS = 29, 3
@@ -221,7 +220,7 @@ _QUERIES = {"0.self_attn.q_proj", "1.self_attn.q_proj"}
 
 @functools.cache
 def two_layers() -> nn.Module:
-    return base_graph(build("opt", num_hidden_layers=2, tie_word_embeddings=False))
+    return llfx.capture(build("opt", num_hidden_layers=2, tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize(

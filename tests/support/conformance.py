@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.passes import Pipeline
-from lora_lite_fx.rewriting.base_graph import base_graph
 
 Config = llfx.Variant | Sequence[llfx.Variant]
 IN_EACH_BLOCK = "(in|gate|fc|q|qkv|mix|one|head)$"
@@ -249,7 +248,7 @@ def check_conformance(cfg: Config, case: Any, other: tuple[Any, ...]) -> None:
     model = case.build()
     traced = case.example_inputs
     with unchanged(model):
-        base = base_graph(model, traced)
+        base = llfx.capture(model, traced)
         data = calibration(cfg, traced, other)
         gm, wrapped = rewrite_and_wrap(model, base, cfg, data)
         # On a copy, since it trains, which changes what batch norm keeps.

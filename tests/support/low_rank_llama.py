@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_lite_fx as llfx
 from lora_lite_fx.ops.low_rank_products import LowRankProducts
 from lora_lite_fx.passes import OPTIMIZATIONS
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import randomise
 
 TRAINING = OPTIMIZATIONS.of("training")
@@ -42,7 +41,7 @@ def llama(dtype: torch.dtype = torch.float64, bias: bool = False) -> tuple[Any, 
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attention_bias=bias, mlp_bias=bias))
     model.to(dtype)
-    return model, base_graph(model, tokens(2, 5))
+    return model, llfx.capture(model, tokens(2, 5))
 
 
 def adapted_llama(name: str, **which: Any) -> fx.GraphModule:

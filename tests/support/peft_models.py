@@ -21,7 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lora_lite_fx.rewriting.base_graph import base_graph
+import lora_lite_fx as llfx
 
 VOCABULARY = 37
 START: dict[str, Any] = {"decoder_start_token_id": 0}
@@ -148,4 +148,4 @@ def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
         if parameter.dim() == 1:  # biases start at zero, which hides how they are adapted
             parameter.data.add_(0.3 * torch.randn(parameter.shape)).data.copy_(parameter.float())
     with torch.random.fork_rng():
-        return model, base_graph(model, case.inputs((3, 6)))
+        return model, llfx.capture(model, case.inputs((3, 6)))

@@ -16,7 +16,6 @@ import lora_lite_fx as llfx
 from lora_lite_fx.graph.copies import copy_graph
 from lora_lite_fx.graph.provenance import is_inserted
 from lora_lite_fx.passes import OPTIMIZATIONS, GraphPass, PassReport, Pipeline
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.conformance import calibration, randomise, small
 from tests.support.models import Attention, Case, Conv1DMLP, GatedMLP, Normed, SharedLinear, ids
 
@@ -73,7 +72,7 @@ def base(
 ) -> tuple[Case, nn.Module, fx.GraphModule]:
     case = Case(blocks, bias=True, tied=False, dtype=dtype, exported=exported, seed=3)
     model = case.build()
-    return case, model, base_graph(model, case.example_inputs)
+    return case, model, llfx.capture(model, case.example_inputs)
 
 
 def adapted(cfg: Any, *, seed: int = 1, **which: Any) -> fx.GraphModule:

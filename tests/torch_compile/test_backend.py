@@ -20,7 +20,6 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.adapted_site import compose
 from lora_lite_fx.adapters.frozen_linear import FrozenLinear
 from lora_lite_fx.capture.record_run import record_run
-from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.torch_compile.backend import backend, compile_graph
 from tests.support.conformance import close, gradients, randomise, small
@@ -419,7 +418,7 @@ def test_a_recorded_run_has_the_sites_and_roles_of_an_export() -> None:
     model = Tied().eval()
     ids = torch.randint(9, (2, 3))
     with untouched(model):
-        recorded, exported = find_sites(record_run(model, (ids,), {})), find_sites(base_graph(model, (ids,)))
+        recorded, exported = find_sites(record_run(model, (ids,), {})), find_sites(llfx.capture(model, (ids,)))
     assert [(s.name, s.roles, s.transposed, len(s.calls)) for s in recorded] == [
         (s.name, s.roles, s.transposed, len(s.calls)) for s in exported
     ]

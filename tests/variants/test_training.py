@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.rewriting.base_graph import base_graph
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import calibration
 from tests.variants.test_low_rank import grad_of
@@ -75,7 +74,7 @@ def named(cfg: llfx.Variant) -> str:
 @pytest.fixture(scope="module")
 def graph() -> fx.GraphModule:
     torch.manual_seed(0)
-    return base_graph(nn.Sequential(nn.Linear(D_IN, INNER), nn.Tanh(), nn.Linear(INNER, D_OUT)))
+    return llfx.capture(nn.Sequential(nn.Linear(D_IN, INNER), nn.Tanh(), nn.Linear(INNER, D_OUT)))
 
 
 X, Y = (torch.randn(40, width, generator=torch.Generator().manual_seed(width)) for width in (D_IN, D_OUT))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.peft_models import CASES, captured
 from tests.support.peft_oracles import ORACLES, Oracle, Pair, targets_of
 
@@ -30,7 +29,11 @@ def bases(name: str) -> tuple[nn.Module, fx.GraphModule, fx.GraphModule]:
     """The model in bfloat16, its graph, and the graph of the same weights in double precision."""
     half = copy.deepcopy(captured(name)[0]).bfloat16()
     exact = copy.deepcopy(half).double()
-    return half, base_graph(half, inputs(name, 6, torch.bfloat16)), base_graph(exact, inputs(name, 6, torch.float64))
+    return (
+        half,
+        llfx.capture(half, inputs(name, 6, torch.bfloat16)),
+        llfx.capture(exact, inputs(name, 6, torch.float64)),
+    )
 
 
 def inputs(name: str, length: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_lite_fx as llfx
 from lora_lite_fx.formats.lora_lite import _FORMATS as LORA_LITE
 from lora_lite_fx.formats.peft.variants import FORMATS
-from lora_lite_fx.rewriting.base_graph import base_graph
 from tests.support.untouched import untouched
 
 fuzz = settings(
@@ -50,7 +49,7 @@ class Files(dict[str, Any]):
 @pytest.fixture(scope="module")
 def graph() -> fx.GraphModule:
     torch.manual_seed(0)
-    return base_graph(nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Tanh(), nn.Linear(D_OUT, 4)))
+    return llfx.capture(nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Tanh(), nn.Linear(D_OUT, 4)))
 
 
 def adapted(graph: fx.GraphModule, cls: type[llfx.Variant], fixed: Mapping[str, Any]) -> fx.GraphModule:

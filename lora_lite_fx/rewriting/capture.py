@@ -25,7 +25,7 @@ from ..passes import (
 )
 
 
-def base_graph(
+def capture(
     model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,

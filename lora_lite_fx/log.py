@@ -50,4 +50,5 @@ def progress(items: Iterable[T], name: str) -> Iterable[T]:
         from tqdm import tqdm
     except ImportError:  # it comes with transformers, and is not a dependency of this library
         return items
-    return tqdm(items, desc=name, delay=SECONDS_BEFORE_A_BAR, leave=False)
+    bar: Iterable[T] = tqdm(items, desc=name, delay=SECONDS_BEFORE_A_BAR, leave=False)
+    return bar

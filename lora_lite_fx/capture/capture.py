@@ -96,7 +96,8 @@ def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], di
         raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}.") from error
     # Clone the inputs, because torch.export takes a tensor that is passed twice for one input.
     clone = lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf  # noqa: E731
-    return pytree.tree_map(clone, (args, kwargs))
+    cloned: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(clone, (args, kwargs))
+    return cloned
 
 
 def _name_modules_once(model: nn.Module, graph: fx.Graph) -> None:

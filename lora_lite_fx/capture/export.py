@@ -15,16 +15,17 @@ from ..errors import CaptureError
 from .refusal import refusal
 
 
-def export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
         return _export_as(model, args, kwargs, dynamic_shapes)
 
     def dynamic(leaf: Any) -> list[Any] | None:
         return [Dim.AUTO] * leaf.dim() if isinstance(leaf, Tensor) else None
 
-    def shapes(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        return pytree.tree_map(dynamic, dict(bound.arguments))
+        dimensions: dict[str, Any] = pytree.tree_map(dynamic, dict(bound.arguments))
+        return dimensions
 
     # Show a batch of one twice if the model takes that, because torch.export specializes a size of one without a word.
     doubled = double_batch_of_one((args, kwargs))
@@ -37,7 +38,7 @@ def export(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes
     return _export_as(model, args, kwargs, shapes(args, kwargs))
 
 
-def _export_as(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:

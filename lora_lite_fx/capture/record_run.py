@@ -14,7 +14,7 @@ from ..graph.tensors import name_tensors, tensor_names
 from .share import share
 
 
-def record_run(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fx.GraphModule:
+def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """Record what `model` computes for these inputs in evaluation mode, as one graph to find sites and roles in.
 
     The graph has the branches that were taken and the shapes that were seen, so it is nothing to run again. But there

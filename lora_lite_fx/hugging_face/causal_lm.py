@@ -145,7 +145,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def loss_of(model: Any, logits: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """Compute the loss as the model does."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    return model.loss_function(logits=logits, vocab_size=vocabulary, **arguments)
+    loss: Tensor = model.loss_function(logits=logits, vocab_size=vocabulary, **arguments)
+    return loss
 
 
 def normalize_call(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) -> NormalizedCall:

@@ -51,7 +51,7 @@ def wrap(
     if isinstance(model, fx.GraphModule):
         model = _source_of(model)
     plans = make_plans(gm, variants, calibration)
-    wrapped = share(model)
+    wrapped: nn.Module = share(model)
     for name in written_buffers(gm):
         path, _, leaf = name.rpartition(".")
         setattr(wrapped.get_submodule(path), leaf, getattr(wrapped.get_submodule(path), leaf).clone())

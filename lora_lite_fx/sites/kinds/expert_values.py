@@ -146,7 +146,7 @@ _Rule = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Tenso
 # Rules for functions of `PerExpert` values and plain tensors.
 
 
-def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _elementwise(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     rank = max(arg.dim() for arg in args if isinstance(arg, (PerExpert, Tensor)))
 
     def aligned(arg: Any) -> Any:
@@ -157,29 +157,30 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     return func(*map(aligned, args), **kwargs)
 
 
-def _matmul(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _matmul(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     first, second = args
     if not _is_matrix(first) or second.dim() > 2 or (isinstance(second, PerExpert) and second.dim() < 2):
         return None
-    return first.value @ (second.value if isinstance(second, PerExpert) else second)
+    product: Tensor = first.value @ (second.value if isinstance(second, PerExpert) else second)
+    return product
 
 
-def _linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _linear(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return _matmul(func, (args[0], args[1].mT), {}) if len(args) == 2 and not kwargs and args[1].dim() == 2 else None
 
 
-def _transpose(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _transpose(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return args[0].value.mT if _is_matrix(args[0]) else None
 
 
-def _index(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _index(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     if not isinstance(args[0], PerExpert):
         return None
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     return args[0].value[(slice(None), *index)]
 
 
-def _along_positions(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _along_positions(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Shift the dimensions given by position; without one the function would join the experts."""
     dimensions = args[1:]
     if not dimensions or kwargs or not all(type(dim) is int for dim in dimensions):
@@ -187,7 +188,7 @@ def _along_positions(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     return func(args[0].value, *map(_shifted, dimensions))
 
 
-def _along_dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _along_dim(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Shift the dimension given as `dim`; without it the function would join the experts."""
     if type(kwargs.get("dim")) is not int:
         return None
@@ -206,14 +207,14 @@ def _is_matrix(value: Any) -> bool:
 # Rules for functions with at least one `Routed` value.
 
 
-def _routed_elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _routed_elementwise(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     if any(arg.dim() > 1 for arg in args if isinstance(arg, (PerExpert, Tensor))):
         return None
     routed = next(arg for arg in args if isinstance(arg, Routed))
     return func(*map(routed.spread, args), **kwargs)
 
 
-def _routed_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _routed_linear(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     x, matrix, bias = (*args, kwargs.get("bias"))[:3]
     if not isinstance(x, Routed):
         return None

@@ -40,7 +40,8 @@ class Experts(SiteKind):
         return (stored.new_empty(5, d_in), (1,)) if self.routed else (stored.new_empty(len(stored), 3, d_in), (0, 2))
 
     def multiply(self, x: Tensor, factor: Tensor, *routing: Tensor) -> Tensor:
-        return self.operator(x, factor, *routing)
+        product: Tensor = self.operator(x, factor, *routing)
+        return product
 
     def times(self, x: Tensor, matrix: Tensor, routing: tuple[Tensor, ...]) -> Tensor:
         """Return the product with another `matrix (experts, m, d_in)`, in the dtype of `x`."""
@@ -60,10 +61,12 @@ class Experts(SiteKind):
         return PerExpert(tensor, who)
 
     def result(self, y: Tensor, x: Any) -> Routed:
-        return x.replaced(y)
+        replaced: Routed = x.replaced(y)
+        return replaced
 
     def leave(self, y: Any) -> Tensor:
-        return y.value
+        output: Tensor = y.value
+        return output
 
     def spread(self, tensor: Tensor, x: Tensor, routing: tuple[Tensor, ...]) -> Tensor:
         """Return `tensor (experts, ...)` for each token of `x`, in the shape that meets `x` elementwise."""

@@ -89,7 +89,8 @@ class SiteKind:
 
     def leave(self, y: Any) -> Tensor:
         """Return the output in the model's layout, from the object that a variant returned."""
-        return y
+        output: Tensor = y
+        return output
 
     def identity(self, d_in: int, dtype: torch.dtype, device: torch.device) -> Any:
         """Return the input whose products with `M` are the columns of `M`, one for each of its `d_in` entries."""

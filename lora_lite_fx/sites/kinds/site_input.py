@@ -28,7 +28,8 @@ class SiteInput:
 
     def to(self, dtype: torch.dtype) -> SiteInput:
         """Return the input in another dtype."""
-        return self.kind.cast(self, dtype)
+        cast: SiteInput = self.kind.cast(self, dtype)
+        return cast
 
     def type_as(self, other: Tensor) -> SiteInput:
         """Return the input in the dtype of `other`."""

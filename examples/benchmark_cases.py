@@ -386,7 +386,8 @@ class Arms:
         if name == "ours-plain":
             return llfx.optimize(self.ours, Pipeline(()))
         if name == "merged":
-            return llfx.merge(self.ours)
+            merged: nn.Module = llfx.merge(self.ours)
+            return merged
         if name == "ours-adapt":
             if isinstance(step.module, Linears):
                 raise llfx.ConfigError("adapt takes only models of transformers")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..sites.site import Site
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile hashes the object before its fields are set
 class FrozenLinear:
     """The frozen linear that a variant adapts: `base(x)` is `x W^T + b`, or the product of another kind of site.
 

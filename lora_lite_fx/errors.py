@@ -9,7 +9,7 @@ import os
 import reprlib
 
 COMPILE_INSTEAD = "run it by torch.compile(model, backend=lora_lite_fx.backend(cfg)), which needs no graph of the whole"
-"""What to do with a model that cannot be captured as one graph for both modes."""
+"""The way out for a model that cannot be captured as one graph for both modes."""
 
 
 class AdapterError(Exception):
@@ -70,7 +70,7 @@ def shown(value: object) -> str:
 
 
 def is_instance_of(value: object, package: str, *names: str) -> bool:
-    """Whether a class of `value` comes from `package` and has one of these names; without names, any of its classes.
+    """Tell whether a class of `value` comes from `package` and has one of these names, or any name if none is given.
 
     The package is not imported for that, so it need not be installed.
     """

@@ -48,7 +48,7 @@ class Declined:
 
 
 class Outcome(NamedTuple):
-    """What a pass did, with reasons.
+    """The result of a pass, with reasons.
 
     Args:
         edits: the number of edits.
@@ -81,7 +81,7 @@ class GraphPass(ABC):
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did.
+    """The report of one pass.
 
     Args:
         name: of the pass.

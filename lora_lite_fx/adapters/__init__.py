@@ -1,1 +1,1 @@
-"""What an adapter is: its variant (config and maths), its tensors, its place in a model."""
+"""Define an adapter: its variant (config and maths), its tensors, its place in a model."""

@@ -159,7 +159,7 @@ class _Comparison:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a model returned: its results by their path, and the structure around them."""
+    """The results that a model returned, by their path, and the structure around them."""
 
     results: dict[Any, Any]
     spec: pytree.TreeSpec
@@ -170,7 +170,7 @@ class _Differs(Exception):
 
 
 def _agree(one: Any, other: Any) -> bool:
-    """Whether two results are the same to rounding."""
+    """Tell whether two results are the same to rounding."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return type(one) is type(other) and bool(one == other)
     if one.shape != other.shape or one.dtype != other.dtype:

@@ -17,8 +17,8 @@ from .share import share
 def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """Record what `model` computes for these inputs in evaluation mode, as one graph to find sites and roles in.
 
-    The graph has the branches that were taken and the shapes that were seen, so it is nothing to run again. But there
-    is no model that cannot be recorded, and it is whole where `torch.compile` sees pieces.
+    The graph has the branches that were taken and the shapes that were seen, so it is not for running again. But every
+    model can be recorded, and the graph is whole where `torch.compile` sees pieces.
 
     Args:
         model: left as it is.
@@ -44,8 +44,8 @@ def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         module.register_forward_hook(leave, always_call=True)
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        given = dict(zip(copies, tensors, strict=True))
-        inputs = [given.get(id(leaf), other) for leaf, other in zip(leaves, others, strict=True)]
+        traced = dict(zip(copies, tensors, strict=True))
+        inputs = [traced.get(id(leaf), other) for leaf, other in zip(leaves, others, strict=True)]
         args, kwargs = pytree.tree_unflatten(inputs, spec)
         return [leaf for leaf in pytree.tree_leaves(shadow(*args, **kwargs)) if isinstance(leaf, Tensor)]
 

@@ -1,4 +1,4 @@
-"""How a captured graph is called: by the arguments of its model, of which some may be left out.
+"""Call a captured graph by the arguments of its model, of which some may be left out.
 
 A graph has an input for every argument that it was captured with. A model's optional arguments stay optional all the
 same: `optional.py` finds the sets of arguments that may be left out, and a constant for each of them. Such calls are
@@ -198,7 +198,7 @@ class CallSignature:
 
     @property
     def has_defaults(self) -> bool:
-        """Whether there are arguments that a call may leave out, if only because they are not captured."""
+        """Tell whether there are arguments that a call may leave out, if only because they are not captured."""
         return any(parameter.default is not inspect.Parameter.empty for parameter in self.parameters.values())
 
     def by_position(self, values: Sequence[Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assum
 
 @dataclass(frozen=True)
 class Execution:
-    """How a graph is run.
+    """The way in which a graph is run.
 
     Args:
         passes: the passes that optimize the programs.
@@ -65,7 +65,7 @@ _ELSEWHERE = {
     "unload": "llfx.remove(graph) returns the model without its adapters.",
     "disable_adapter": "llfx.remove(graph) returns the model without its adapters, over the same weights.",
 }
-"""What to use in place of attributes that a graph does not have, and that transformers and PEFT give their models."""
+"""The functions to use in place of attributes that transformers and PEFT give their models and a graph lacks."""
 
 
 class AdaptedGraphModule(fx.GraphModule):

@@ -46,7 +46,7 @@ from .single_adapter import (
 
 @dataclass(frozen=True)
 class _Format:
-    """How lora-lite writes a variant.
+    """The form in which lora-lite writes a variant.
 
     Args:
         name: its name in lora-lite.

@@ -26,7 +26,7 @@ OUTLET = "outlet"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Why a node is in the graph.
+    """The record of why a node is in the graph.
 
     Args:
         site: qualified name of the adapted site.

@@ -168,7 +168,7 @@ def normalize_call(model: Any, decoder: Decoder | None, arguments: dict[str, Any
     if cache is None and mask is None and "position_ids" in arguments and not use_cache:
         return as_it_is  # positions that start again mark several texts in one row
     batch, length = tokens.shape[:2]
-    keeps_cache, given = cache is not None or bool(use_cache), caches(arguments)
+    keeps_cache, callers_caches = cache is not None or bool(use_cache), caches(arguments)
     cache = _opened(cache, text, decoder, batch, tokens.device)
     arguments |= {"cache": cache, "use_cache": True}
     if _only_appends(cache):
@@ -185,7 +185,7 @@ def normalize_call(model: Any, decoder: Decoder | None, arguments: dict[str, Any
     loss = None
     if decoder.has_plain_loss and "labels" in arguments:
         loss = {name: arguments.pop(name) for name in _LOSS_ARGUMENTS if name in arguments}
-    return NormalizedCall(arguments, given, loss, keeps_cache)
+    return NormalizedCall(arguments, callers_caches, loss, keeps_cache)
 
 
 def join_mask(arguments: dict[str, Any]) -> None:

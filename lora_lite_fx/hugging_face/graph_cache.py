@@ -271,8 +271,8 @@ class GraphCache:
                     f"A graph was captured that does not take its own call: {refusal}\nThe way out: {COMPILE_INSTEAD}."
                 )
             )
-        given = ", ".join(call.normalized.arguments)
-        raise CaptureError(f"In a call with {given}: {errors[-1]}") from errors[-1]
+        names = ", ".join(call.normalized.arguments)
+        raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
     def _capture(self, call: CapturedCall, example: Leaves) -> CapturedGraph:
         outcome: dict[str, Any] = {}
@@ -321,12 +321,12 @@ class GraphCache:
         adapters = {name for placement in placements(gm) for name in placement.tensors.values()}
         written = {*written_buffers(gm)} - self._owned
         for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
-            own = _find(self.model, name)
-            if name in written or (own is None and name in adapters):
+            of_model = _find(self.model, name)
+            if name in written or (of_model is None and name in adapters):
                 register_tensor(self.model, name, tensor)
                 self._owned.add(name)
-            elif own is not None:
-                register_tensor(gm, name, own)
+            elif of_model is not None:
+                register_tensor(gm, name, of_model)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""What the passes did: for each program of an adapted model, the edits, the time, and the reasons."""
+"""Report the passes of an adapted model: their edits, seconds and reasons, program by program."""
 
 from __future__ import annotations
 

@@ -60,13 +60,13 @@ def capture(
     """
     if isinstance(model, ExportedProgram):
         model = model.module()
-    own = adapter_tensor_names(model) if isinstance(model, nn.Module) else []
-    if own and not isinstance(model, fx.GraphModule):
+    adapter_names = adapter_tensor_names(model) if isinstance(model, nn.Module) else []
+    if adapter_names and not isinstance(model, fx.GraphModule):
         raise CaptureError(
             f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
             " it was made of, and pass several configs at once."
         )
-    captured = capture_model(model, example_inputs, dynamic_shapes, own)
+    captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names)
     plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
     plain.run(captured.gm)
     if captured.eval_gm is not None:

@@ -66,7 +66,7 @@ class Site:
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does."""
+        """Tell whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does."""
         return self.kind.transposed
 
     def own_bias(self, stored: Tensor | None) -> Tensor | None:

@@ -39,7 +39,7 @@ class SiteWatch:
 
     @property
     def active(self) -> bool:
-        """Whether a watched call runs in this thread."""
+        """Tell whether a watched call runs in this thread."""
         return getattr(self.local, "active", False)
 
     def watch(self, call: RunningCall) -> None:

@@ -49,5 +49,5 @@ class DoRA(LowRank):
         a, b = wide(p.lora_A), wide(p.lora_B)
         squares: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=a.dtype).square()
         cross = (F.linear(cast(weight, a), a) * b).sum(1)
-        own = (F.linear(b, F.linear(a, a)) * b).sum(1)
-        return (squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
+        of_update = (F.linear(b, F.linear(a, a)) * b).sum(1)
+        return (squares + 2 * self.scale * cross + self.scale**2 * of_update).clamp_min(0).sqrt()

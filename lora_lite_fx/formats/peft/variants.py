@@ -1,4 +1,4 @@
-"""How each variant is written in PEFT's format: the names of its config's fields and of its tensors."""
+"""Name the config fields and the tensors of each variant in PEFT's format."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class PeftTensor:
 
 @dataclass(frozen=True)
 class PeftFormat:
-    """How a variant is written by PEFT.
+    """The form in which PEFT writes a variant.
 
     Args:
         variant: the variant.

@@ -29,7 +29,7 @@ class Experts(SiteKind):
 
     @property
     def routed(self) -> bool:
-        """Whether the tokens are sorted by expert, instead of one batch for each expert."""
+        """Tell whether the tokens are sorted by expert, instead of one batch for each expert."""
         return "grouped_mm" in str(self.operator)
 
     def factor(self, stored: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class SiteKind:
 
     @property
     def routed(self) -> bool:
-        """Whether `multiply` takes more than two tensors."""
+        """Tell whether `multiply` takes more than two tensors."""
         return False
 
     def example(self, stored: Tensor) -> tuple[Tensor, tuple[int, ...]]:

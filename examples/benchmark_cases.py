@@ -262,7 +262,7 @@ VARIANTS = ("LoRA", "DoRA", "HRA", "DeLoRA", "IA3", "RoAd", "OFT")
 
 def config(variant: str, rank: int, case: Case) -> llfx.Variant:
     """Return the config of a variant at its default roles, or at all linears of a layer, which have no roles."""
-    targets = {"target_names": (".",)} if case.tokens else {}
+    targets: dict[str, Any] = {"target_names": (".",)} if case.tokens else {}
     return finetune.config(llfx.registry()[variant], rank, **targets)
 
 
@@ -386,7 +386,8 @@ class Arms:
         if name == "ours-plain":
             return llfx.optimize(self.ours, Pipeline(()))
         if name == "merged":
-            return llfx.merge(self.ours)
+            merged: nn.Module = llfx.merge(self.ours)
+            return merged
         if name == "ours-adapt":
             if isinstance(step.module, Linears):
                 raise llfx.ConfigError("adapt takes only models of transformers")

@@ -1,9 +1,10 @@
-"""What a captured graph keeps of its model: values, shapes, modes, dtypes, storage, and its signature."""
+"""Check that a captured graph keeps its model's values, shapes, modes, dtypes, storage and signature."""
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,16 @@ from tests.support.conformance import (
     small,
     unchanged,
 )
-from tests.support.models import GatedMLP, Net, Normed, ResidualMLP, ids
+from tests.support.models import GatedMLP, Net, Normed, ResidualMLP, ids, tiny_t5
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 99,
 }
-CAUSAL = {
+CAUSAL: dict[str, Any] = {
     "llama": hf.LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": hf.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8),
     "gemma2": hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8),
@@ -56,7 +57,7 @@ def causal(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> An
 
 @functools.cache
 def captured(name: str, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
-    """The graph of `causal(name)`, which rewriting does not change; capturing is most of a test's time."""
+    """Return the graph of `causal(name)`. It is cached, because rewriting does not change it and capturing is slow."""
     return llfx.capture(causal(name, dtype))
 
 
@@ -70,7 +71,7 @@ def tokens(batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
 
 @functools.cache
 def exported(block: type[nn.Module]) -> fx.GraphModule:
-    """The graph of `net(block)`, for tests of what is done with a graph."""
+    """Return the graph of `net(block)`, for tests that start from a graph."""
     return llfx.capture(net(block), (ids(2, 5),))
 
 
@@ -108,11 +109,12 @@ def test_a_causal_model_is_captured_in_its_training_signature_and_equals_eager_a
 
 def test_heads_with_labels_of_other_shapes_are_captured_with_their_loss() -> None:
     batch = tokens(2, 6)
-    for cls, labels in (
+    heads: list[tuple[Any, Tensor]] = [
         (hf.BertForMaskedLM, batch["labels"]),
         (hf.BertForSequenceClassification, torch.tensor([0, 1])),
         (hf.BertForTokenClassification, batch["labels"] % 2),
-    ):
+    ]
+    for cls, labels in heads:
         torch.manual_seed(0)
         model = cls(BERT).eval()
         actual = llfx.capture(model)(**{**batch, "labels": labels})
@@ -126,9 +128,7 @@ def test_heads_with_labels_of_other_shapes_are_captured_with_their_loss() -> Non
 
 def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
     torch.manual_seed(0)
-    config = hf.T5Config(
-        d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8, vocab_size=99, decoder_start_token_id=0
-    )
+    config = tiny_t5(d_model=32, d_ff=48, num_layers=2, num_heads=4, vocab_size=99)
     model = hf.T5ForConditionalGeneration(config).eval()
     batch = tokens(2, 6)
     close(llfx.capture(model)(**batch).logits, model(**batch).logits, 1e-6, "logits")
@@ -143,12 +143,12 @@ def test_a_vision_model_is_captured_on_images_made_from_its_config() -> None:
 
 
 def two_sites(cls: type[llfx.Variant]) -> llfx.Variant:
-    """A config for two sites of a layer of Llama or GPT-2, none square; each takes traces of the variant."""
+    """Return a config for two sites of a layer of Llama or GPT-2, neither of them square."""
     return small(cls, target_names=("k_proj", "c_attn", "down_proj", r"mlp\.c_proj"))
 
 
 def data_for(cls: type[llfx.Variant]) -> list[dict[str, torch.Tensor]] | None:
-    """Calibration data, for a variant that starts from data."""
+    """Return calibration data for a variant that starts from data, and None for the others."""
     return [tokens(2, 5)] if calibration(small(cls), None, ()) else None
 
 
@@ -161,11 +161,14 @@ def test_adapted_language_models_equal_the_eager_wrapper(name: str, cls: type[ll
         randomise(gm, 0)
         randomise(wrapped, 0)
         batch = tokens(2, 11, padding=3)
-        call = lambda m: lambda *_: m(**batch)  # noqa: E731
+
+        def call(module: nn.Module) -> Callable[..., Any]:
+            return lambda *_: module(**batch)
+
         for training in (True, False):
             expected = output(call(wrapped.train(training)), ())
             close(output(call(gm.train(training)), ()), expected, 1e-10, "logits")
-        close(output(call(llfx.merge(gm)), ()), output(call(gm), ()), 1e-6, "merged logits")  # its norms are float32
+        close(output(call(llfx.merge(gm)), ()), output(call(gm), ()), 1e-6, "merged logits")  # Its norms are float32.
 
 
 # Shapes.
@@ -184,7 +187,8 @@ def test_example_inputs_may_be_one_tensor_passed_twice() -> None:
             self.fc = nn.Linear(3, 4)
 
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return self.fc(a) - 2 * self.fc(b)
+            difference: Tensor = self.fc(a) - 2 * self.fc(b)
+            return difference
 
     model, x = Difference(), torch.randn(2, 3)
     gm = llfx.capture(model, (x, x))
@@ -207,7 +211,7 @@ def test_keyword_example_inputs_and_other_output_structures_are_kept() -> None:
     assert len(result["both"]) == 2
 
 
-def test_fixed_shapes_are_fixed() -> None:
+def test_without_dynamic_shapes_other_shapes_are_refused() -> None:
     gm = llfx.rewrite(net(GatedMLP), llfx.LoRA(r=2), (ids(2, 5),), dynamic_shapes=None)
     with pytest.raises(Exception, match=r"(?i)guard|shape|expected"):
         gm(ids(3, 5))
@@ -235,7 +239,7 @@ def test_training_updates_the_graphs_own_batch_statistics_and_not_the_models(exa
     assert gm.get_buffer("blocks.0.norm.num_batches_tracked") == 3
 
 
-def test_dropout_that_never_stops_does_not_stop_in_the_graph() -> None:
+def test_dropout_that_ignores_the_mode_also_runs_in_evaluation() -> None:
     class AlwaysNoisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -249,7 +253,7 @@ def test_dropout_that_never_stops_does_not_stop_in_the_graph() -> None:
         assert (gm(torch.randn(9, 6)) == 0).any()
 
 
-def test_the_result_has_the_models_mode() -> None:
+def test_the_graph_has_the_models_mode() -> None:
     assert llfx.capture(net(ResidualMLP).train(), (ids(2, 5),)).training
     assert not llfx.capture(net(ResidualMLP).eval(), (ids(2, 5),)).training
 
@@ -258,7 +262,7 @@ def test_the_result_has_the_models_mode() -> None:
 
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
-def test_a_bfloat16_base_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
+def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
     model = causal("llama", torch.bfloat16)
     gm, wrapped = rewrite_and_wrap(model, captured("llama", torch.bfloat16), two_sites(cls), data_for(cls))
     assert all(t.dtype == torch.float32 for t in llfx.adapter_state_dict(gm).values() if t.is_floating_point())
@@ -268,7 +272,7 @@ def test_a_bfloat16_base_gets_float32_adapters_and_computes_in_bfloat16(cls: typ
     assert gm(**batch).logits.dtype == model(**batch).logits.dtype
     assert torch.equal(gm(**batch).logits, wrapped(**batch).logits)
     gm(**batch).loss.backward()
-    assert all(p.grad.abs().max() > 0 for p in llfx.adapter_parameters(gm))
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in llfx.adapter_parameters(gm))
 
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
@@ -278,7 +282,7 @@ def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: ty
     randomise(gm, 0)
     randomise(wrapped, 0)
     batch = tokens(2, 7)
-    grads = []
+    grads: list[tuple[Tensor, list[Any]]] = []
     for adapted in (gm, wrapped):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             result = adapted(**batch)
@@ -295,7 +299,7 @@ def test_the_adapters_dtype_can_be_chosen() -> None:
     assert gm(ids(2, 3)).dtype == torch.float32
 
 
-# Storage, and what else can be captured.
+# Storage, further rewrites, exported programs and hooks.
 
 
 def test_parameters_share_the_models_storage_and_ties_stay_tied() -> None:
@@ -397,7 +401,7 @@ def test_wrapping_or_rewriting_an_eagerly_wrapped_model_is_refused() -> None:
             adapt(wrapped, llfx.LoRA(r=2))
 
 
-def test_a_graph_is_inspected_and_freed_of_adapters_where_their_variant_is_not_known(
+def test_adapters_of_an_unknown_variant_can_be_inspected_and_removed_but_not_merged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gm = llfx.rewrite(exported(GatedMLP), llfx.LoRA(r=2))
@@ -439,7 +443,8 @@ def test_a_merge_replaces_the_weight_of_a_shared_module_under_all_its_names() ->
             self.second = self.first
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x))
+            y: Tensor = self.second(self.first(x))
+            return y
 
     for example_inputs in (None, (torch.randn(2, 4),)):
         gm = llfx.rewrite(Twice(), llfx.LoRA(r=2, target_names="."), example_inputs)

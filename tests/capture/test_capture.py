@@ -56,9 +56,10 @@ def causal(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> An
 
 
 @functools.cache
-def captured(name: str, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
-    """Return the graph of `causal(name)`. It is cached, because rewriting does not change it and capturing is slow."""
-    return llfx.capture(causal(name, dtype))
+def captured(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, fx.GraphModule]:
+    """Return `causal(name, dtype)` and its graph, cached because no test changes them and capturing is slow."""
+    model = causal(name, dtype)
+    return model, llfx.capture(model)
 
 
 def tokens(batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
@@ -155,9 +156,9 @@ def data_for(cls: type[llfx.Variant]) -> list[dict[str, torch.Tensor]] | None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_adapted_language_models_equal_the_eager_wrapper(name: str, cls: type[llfx.Variant]) -> None:
-    model = causal(name, torch.float64)
+    model, graph = captured(name, torch.float64)
     with unchanged(model):
-        gm, wrapped = rewrite_and_wrap(model, captured(name, torch.float64), two_sites(cls), data_for(cls))
+        gm, wrapped = rewrite_and_wrap(model, graph, two_sites(cls), data_for(cls))
         randomise(gm, 0)
         randomise(wrapped, 0)
         batch = tokens(2, 11, padding=3)
@@ -263,8 +264,8 @@ def test_the_graph_has_the_models_mode() -> None:
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
-    model = causal("llama", torch.bfloat16)
-    gm, wrapped = rewrite_and_wrap(model, captured("llama", torch.bfloat16), two_sites(cls), data_for(cls))
+    model, graph = captured("llama", torch.bfloat16)
+    gm, wrapped = rewrite_and_wrap(model, graph, two_sites(cls), data_for(cls))
     assert all(t.dtype == torch.float32 for t in llfx.adapter_state_dict(gm).values() if t.is_floating_point())
     randomise(gm, 0)
     randomise(wrapped, 0)
@@ -277,8 +278,7 @@ def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: ty
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: type[llfx.Variant]) -> None:
-    model = causal("llama")
-    gm, wrapped = rewrite_and_wrap(model, captured("llama"), two_sites(cls), data_for(cls))
+    gm, wrapped = rewrite_and_wrap(*captured("llama"), two_sites(cls), data_for(cls))
     randomise(gm, 0)
     randomise(wrapped, 0)
     batch = tokens(2, 7)
@@ -373,7 +373,8 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[llfx.Variant]) -> None:
-    gm = llfx.rewrite(captured("llama"), two_sites(cls), calibration=data_for(cls))
+    _, graph = captured("llama")
+    gm = llfx.rewrite(graph, two_sites(cls), calibration=data_for(cls))
     randomise(gm, 0)
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -71,7 +71,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("training", [False, True])
-def test_a_language_model_takes_any_subset_of_its_arguments(
+def test_a_language_model_takes_its_optional_arguments_or_not(
     call: str, training: bool, adapted: tuple[fx.GraphModule, nn.Module]
 ) -> None:
     gm, wrapped = adapted

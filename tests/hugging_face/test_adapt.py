@@ -56,9 +56,8 @@ def test_only_the_adapters_train_and_the_weights_are_shared() -> None:
     frozen = {name: p for name, p in adapted_model.named_parameters() if not p.requires_grad}
     assert frozen.keys() == dict(model.named_parameters()).keys()
     assert all(p.data_ptr() == model.get_parameter(name).data_ptr() for name, p in frozen.items())
-    assert (
-        adapted_model.state_dict().keys() == model.state_dict().keys() | llfx.adapter_state_dict(adapted_model).keys()
-    )
+    adapter_names = llfx.adapter_state_dict(adapted_model).keys()
+    assert adapted_model.state_dict().keys() == model.state_dict().keys() | adapter_names
 
 
 def test_files_of_every_kind_bring_the_adapters_back(tmp_path: Path) -> None:
@@ -136,9 +135,7 @@ def test_graphs_are_bounded_and_the_reason_of_each_is_logged(caplog: pytest.LogC
 
     def messages() -> list[str]:
         lines = [record.getMessage() for record in caplog.records if record.name == "lora_lite_fx"]
-        return [
-            line for line in lines if line.startswith("LlamaForCausalLM: ")
-        ]  # Leaves out the lines of single phases.
+        return [line for line in lines if line.startswith("LlamaForCausalLM: ")]  # Leaves out those of phases.
 
     with caplog.at_level(logging.INFO, "lora_lite_fx"):
         model(IDS)

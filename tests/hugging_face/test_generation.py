@@ -69,7 +69,7 @@ CAUSAL: dict[str, Any] = {
         block_auto_adjust_ff_dim=False,
     ),
 }
-# Count the graphs that training, prefill and decoding take, for the models that need more than one.
+# List the number of graphs that training, prefill and decoding take, for models that need more than one.
 GRAPHS = {
     "mistral": 2,  # One more once the window is full.
     "gemma3": 2,
@@ -179,7 +179,7 @@ def test_a_batch_of_one_and_of_many_take_the_same_graph() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
 def test_a_static_cache_is_written_in_place_by_one_graph(name: str) -> None:
-    """Check that an encoder-decoder takes two, because its first token also caches the encoder's result."""
+    """Check that an encoder-decoder takes two graphs, because its first token also caches the encoder's result."""
     adapted, merged = pair(name)
 
     def graphs() -> int:

@@ -187,7 +187,7 @@ def test_an_encoder_decoder_says_why_labels_cannot_be_left_out() -> None:
 
 
 def test_padding_that_a_model_finds_by_itself_is_not_taken_for_text() -> None:
-    """Check with XLM, which looks for padding tokens if it has no mask, so that a mask of ones changes its result."""
+    """Check with XLM: without a mask it looks for padding tokens, so a mask of ones gives another result."""
     sizes = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 40, "n_langs": 1}
     fields: dict[str, Any] = {**sizes, "pad_index": 2, "pad_token_id": 2}
     model = transformers.XLMModel(transformers.XLMConfig(**fields)).eval()

@@ -139,6 +139,12 @@ class Net(nn.Module):
         return logits
 
 
+def net(*blocks: type[nn.Module], bias: bool = True, tied: bool = False) -> Net:
+    """Return a `Net` of these blocks, with the same weights each time, in evaluation mode."""
+    torch.manual_seed(0)
+    return Net(list(blocks), bias, tied).eval()
+
+
 @dataclass(frozen=True)
 class Case:
     """A model to be built, and how it is captured."""

@@ -262,7 +262,7 @@ VARIANTS = ("LoRA", "DoRA", "HRA", "DeLoRA", "IA3", "RoAd", "OFT")
 
 def config(variant: str, rank: int, case: Case) -> llfx.Variant:
     """Return the config of a variant at its default roles, or at all linears of a layer, which have no roles."""
-    targets = {"target_names": (".",)} if case.tokens else {}
+    targets: dict[str, Any] = {"target_names": (".",)} if case.tokens else {}
     return finetune.config(llfx.registry()[variant], rank, **targets)
 
 

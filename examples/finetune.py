@@ -153,8 +153,8 @@ def config(variant: type[llfx.Variant], rank: int, alpha: float | None = None, *
     """Return a config of `variant` with that rank and alpha, twice the rank if None, of which it takes what it has."""
     names = {field.name for field in dataclasses.fields(variant)}
     sizes = {"r": rank, "alpha": 2 * rank if alpha is None else alpha}
-    own = {name: value for name, value in sizes.items() if name in names}
-    return variant(**own, **targets, **OTHER_FIELDS.get(variant.__name__, {}))
+    fields: dict[str, Any] = {name: value for name, value in sizes.items() if name in names}
+    return variant(**fields, **targets, **OTHER_FIELDS.get(variant.__name__, {}))
 
 
 def positive(text: str) -> int:

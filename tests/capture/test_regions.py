@@ -1,4 +1,4 @@
-"""Linears in `no_grad` and `autocast` regions: one flat graph, the same modes."""
+"""Check linears in `no_grad` and `autocast` regions: the graph is flat and runs them in the same modes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ HOPS = (torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_w
 
 
 class Regions(nn.Module):
-    """A linear in each region, and between them; the regions have a constant, a buffer and a dropout."""
+    """A module with a linear in each region, and between them. The regions have a constant, a buffer and a dropout."""
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,11 +37,12 @@ class Regions(nn.Module):
             z = self.frozen(x * self.scale)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = nn.functional.dropout(self.low(z) + torch.tensor([1.0, 2.0, 3.0, 4.0]), 0.3, self.training)
-        return self.last(y.float() + x)
+        result: Tensor = self.last(y.float() + x)
+        return result
 
 
 class Nested(nn.Module):
-    """A region in a region."""
+    """A module with an autocast region inside another one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +54,8 @@ class Nested(nn.Module):
             y = self.b(x)
             with torch.autocast("cpu", enabled=False):
                 y = self.c(y.float())
-        return x + y
+        result: Tensor = x + y
+        return result
 
 
 CFG = llfx.LoRA(r=2, target_names=(".",))
@@ -59,7 +63,7 @@ CFG = llfx.LoRA(r=2, target_names=(".",))
 
 @functools.cache
 def models() -> tuple[nn.Module, fx.GraphModule, fx.GraphModule, nn.Module]:
-    """The model, its graph, the rewritten graph and the eager wrapper."""
+    """Return the model, its graph, the rewritten graph and the eager wrapper."""
     torch.manual_seed(0)
     model = Regions()
     with warnings.catch_warnings():
@@ -88,7 +92,7 @@ def test_the_rewritten_graph_equals_the_eager_wrapper(training: bool) -> None:
     assert grads.keys() == expected.keys()
     assert {name.partition(".")[0] for name in grads} == {"first", "low", "last"}, "no_grad stops nothing else"
     for name, grad in grads.items():
-        close(grad, expected[name], 1e-6, name)  # sums of the same terms
+        close(grad, expected[name], 1e-6, name)  # The same terms are added in another order.
 
 
 @pytest.mark.parametrize("outer", [True, False])
@@ -103,23 +107,23 @@ def test_the_caller_gets_its_own_modes_back(outer: bool) -> None:
 def test_dead_code_elimination_keeps_the_modes() -> None:
     _, base, _, _ = models()
     modes = [node for node in base.graph.nodes if "grad_enabled" in str(node.target) or "autocast" in str(node.target)]
-    assert len(modes) == 5  # what was, off, back; enter, exit
+    assert len(modes) == 5  # Gradients: read the mode, off, restore. Autocast: enter, exit.
 
 
-def test_merging_removal_and_files() -> None:
+def test_merge_remove_and_files_work_with_regions() -> None:
     model, base, gm, _ = models()
-    check_merge(gm, base, X, 2e-2)  # under autocast the weights are rounded after merging
+    check_merge(gm, base, X, 2e-2)  # Autocast rounds the weights after merging.
     check_remove(gm, base, model)
     check_file(gm, base, X)
 
 
-def test_it_compiles_without_breaks() -> None:
+def test_a_graph_with_regions_compiles_without_breaks() -> None:
     _, _, gm, _ = models()
     compiled = torch.compile(gm.eval(), fullgraph=True, backend="aot_eager")
     close(output(compiled, X), output(gm, X), 1e-6, "compiled")
 
 
-def test_export_makes_regions_again_and_a_file_says_what_is_in_them() -> None:
+def test_export_makes_regions_again_and_its_file_keeps_their_adapters() -> None:
     _, _, gm, _ = models()
     file = io.BytesIO()
     dynamic = ([torch.export.Dim.AUTO] * 2,)
@@ -132,7 +136,7 @@ def test_export_makes_regions_again_and_a_file_says_what_is_in_them() -> None:
     close(output(llfx.remove(loaded), X), output(llfx.remove(gm), X), 0.0, "removed from the file")
 
 
-def test_a_region_in_a_region() -> None:
+def test_nested_regions_equal_the_eager_wrapper() -> None:
     torch.manual_seed(0)
     model = Nested()
     with untouched(model):
@@ -146,6 +150,8 @@ def test_a_region_in_a_region() -> None:
 
 def test_regions_without_anything_to_adapt_stay() -> None:
     class Rotary(nn.Module):
+        freq: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.lin = nn.Linear(4, 4)
@@ -155,7 +161,8 @@ def test_regions_without_anything_to_adapt_stay() -> None:
             y = self.lin(x)
             with torch.autocast("cpu", enabled=False):
                 angles = (x * self.freq).cos()
-            return y * angles
+            rotated: Tensor = y * angles
+            return rotated
 
     base = llfx.capture(Rotary(), TRACED)
     assert [node.target for node in base.graph.nodes if node.target in HOPS] == [HOPS[0]]
@@ -163,19 +170,20 @@ def test_regions_without_anything_to_adapt_stay() -> None:
     assert report.edits == 0
 
 
-def test_branches_stay_nested_and_are_no_sites() -> None:
+def test_linears_in_branches_are_not_sites() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.lin, self.inner = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.cond(x.sum() > 0, self.inner, lambda y: y - 1, (self.lin(x),))
+            y: Tensor = torch.cond(x.sum() > 0, self.inner, lambda y: y - 1, (self.lin(x),))
+            return y
 
     assert [row.name for row in llfx.inspect(Branch(), TRACED)] == ["lin"]
 
 
-def test_an_adapter_that_the_model_runs_without_gradient_is_warned_of() -> None:
+def test_adapting_a_site_that_runs_without_gradient_warns() -> None:
     _, base, _, _ = models()
     with pytest.warns(UserWarning, match=r"1 of the sites \(frozen, \.\.\.\) under torch\.no_grad"):
         llfx.rewrite(base, CFG)

@@ -1,4 +1,4 @@
-"""A graph is called like its model: what is optional there stays optional, and what was not captured is an error."""
+"""Check that a graph is called like its model: optional arguments stay optional, other calls raise an error."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from lora_lite_fx.execution.module import checkpoints_layers
 from tests.support.conformance import randomise
-from tests.support.models import ids, tiny_llama
+from tests.support.models import ids, tiny_llama, tiny_t5
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 
@@ -37,7 +37,7 @@ def llama() -> Any:
 
 @pytest.fixture(scope="module")
 def adapted() -> tuple[fx.GraphModule, nn.Module]:
-    """A rewritten Llama with random adapters, and the eager wrapper with the same."""
+    """Return a rewritten Llama with random adapters, and the eager wrapper with the same."""
     model, cfg = llama(), llfx.LoRA(r=2)
     gm, wrapped = llfx.rewrite(model, cfg), llfx.wrap(model, cfg)
     randomise(gm, 0)
@@ -46,7 +46,7 @@ def adapted() -> tuple[fx.GraphModule, nn.Module]:
 
 
 def check(gm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    """Assert that the graph returns what the model does: the same class, the same fields, the same values."""
+    """Assert that the graph and the model return the same class, the same fields and the same values."""
     with torch.no_grad():
         expected, result = model(*args, **kwargs), gm(*args, **kwargs)
     assert type(result) is type(expected)
@@ -59,7 +59,7 @@ def check(gm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-CALLS = {
+CALLS: dict[str, dict[str, Any]] = {
     "tokens": {"input_ids": ids(2, 5)},
     "mask": {"input_ids": ids(2, 5), "attention_mask": MASK},
     "labels": {"input_ids": ids(2, 5), "labels": ids(2, 5, seed=1)},
@@ -71,7 +71,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("training", [False, True])
-def test_a_language_model_is_called_with_what_it_needs(
+def test_a_language_model_takes_its_optional_arguments_or_not(
     call: str, training: bool, adapted: tuple[fx.GraphModule, nn.Module]
 ) -> None:
     gm, wrapped = adapted
@@ -82,7 +82,7 @@ def test_a_language_model_is_called_with_what_it_needs(
         gm.eval()
 
 
-def test_arguments_go_by_the_positions_of_the_model(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
+def test_positional_arguments_have_the_order_of_the_model(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
     gm, wrapped = adapted
     check(gm, wrapped, ids(2, 5))
     check(gm, wrapped, ids(2, 5), MASK)
@@ -92,7 +92,7 @@ def test_arguments_go_by_the_positions_of_the_model(adapted: tuple[fx.GraphModul
     assert list(graph) == [name for name, parameter in model.items() if parameter.kind is not parameter.VAR_KEYWORD]
 
 
-def test_gradients_of_a_loss_of_ones_own_are_those_of_the_model(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
+def test_gradients_of_a_custom_loss_equal_those_of_the_wrapper(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
     gm, wrapped = adapted
     grads = []
     for model in (gm, wrapped):
@@ -105,7 +105,7 @@ def test_gradients_of_a_loss_of_ones_own_are_those_of_the_model(adapted: tuple[f
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_computed_for_a_loss_that_is_left_out(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
+def test_without_labels_the_loss_is_not_computed(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
     gm, _ = adapted
     called: list[Any] = []
 
@@ -152,7 +152,7 @@ def test_further_adapters_copies_and_removal_keep_the_signature(adapted: tuple[f
     check(llfx.optimize(gm), gm, ids(2, 5))
 
 
-MODELS = {
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "BertForSequenceClassification": ({"vocab_size": 40, "num_labels": 3}, {"input_ids": ids(2, 5)}),
     "BertModel": ({"vocab_size": 40}, {"input_ids": ids(2, 5)}),
     "ViTForImageClassification": (
@@ -176,11 +176,8 @@ def test_models_of_every_kind_are_called_without_labels(name: str) -> None:
     check(gm, model, **inputs)
 
 
-def test_an_encoder_decoder_says_what_it_needs_in_the_place_of_labels() -> None:
-    config = transformers.T5Config(
-        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0
-    )
-    model = transformers.T5ForConditionalGeneration(config).eval()
+def test_an_encoder_decoder_says_why_labels_cannot_be_left_out() -> None:
+    model = transformers.T5ForConditionalGeneration(tiny_t5()).eval()
     gm = llfx.rewrite(model, llfx.LoRA(r=2)).eval()
     check(gm, model, input_ids=ids(2, 5), labels=ids(2, 4))
     with pytest.raises(llfx.CallError, match="labels cannot be left out, because the model then raises ValueError"):
@@ -190,11 +187,10 @@ def test_an_encoder_decoder_says_what_it_needs_in_the_place_of_labels() -> None:
 
 
 def test_padding_that_a_model_finds_by_itself_is_not_taken_for_text() -> None:
-    """XLM without a mask looks for padding tokens, so a mask of ones does not stand for no mask."""
-    config = transformers.XLMConfig(
-        emb_dim=16, n_layers=1, n_heads=2, vocab_size=40, pad_index=2, pad_token_id=2, n_langs=1
-    )
-    model = transformers.XLMModel(config).eval()
+    """Check with XLM: without a mask it looks for padding tokens, so a mask of ones gives another result."""
+    sizes = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 40, "n_langs": 1}
+    fields: dict[str, Any] = {**sizes, "pad_index": 2, "pad_token_id": 2}
+    model = transformers.XLMModel(transformers.XLMConfig(**fields)).eval()
     gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=("q_lin",))).eval()
     check(gm, model, input_ids=ids(2, 5), attention_mask=torch.ones(2, 5, dtype=torch.long))
     with pytest.raises(
@@ -204,7 +200,7 @@ def test_padding_that_a_model_finds_by_itself_is_not_taken_for_text() -> None:
 
 
 class Optional(nn.Module):
-    """A plain module with optional arguments of several kinds."""
+    """A module that is not of transformers, with optional arguments of several kinds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +235,7 @@ def test_a_plain_modules_arguments_stay_optional() -> None:
     check(gm, model, X, WEIGHTS, extra=inputs["extra"])
 
 
-def test_values_that_are_part_of_the_graph_may_be_left_out_only_where_they_are_the_default() -> None:
+def test_constants_of_the_graph_may_be_left_out_only_if_they_are_the_default() -> None:
     model = Optional()
     gm = llfx.rewrite(model, PLAIN, {"x": X, "scale": 1.0, "twice": True})
     check(gm, model, X, twice=True)
@@ -260,7 +256,7 @@ def test_values_that_are_part_of_the_graph_may_be_left_out_only_where_they_are_t
         ((X,), {"scale": 2.0}, "scale was not captured."),
     ],
 )
-def test_a_call_that_was_not_captured_is_an_error_that_says_so(
+def test_a_call_that_was_not_captured_is_an_error_that_names_the_argument(
     args: tuple[Any, ...], kwargs: dict[str, Any], message: str
 ) -> None:
     gm = llfx.rewrite(Optional(), PLAIN, (X,))
@@ -271,13 +267,16 @@ def test_a_call_that_was_not_captured_is_an_error_that_says_so(
 
 def test_a_model_is_not_changed_by_the_calls_that_capture_tries() -> None:
     class Counting(Optional):
+        calls: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
             self.calls.add_(1)
-            return self.fc(x if mask is None else x * mask[..., None])
+            y: Tensor = self.fc(x if mask is None else x * mask[..., None])
+            return y
 
     model = Counting()
     gm = llfx.rewrite(model, PLAIN, (X, WEIGHTS))
@@ -286,7 +285,7 @@ def test_a_model_is_not_changed_by_the_calls_that_capture_tries() -> None:
     torch.testing.assert_close(gm(X), model(X))
 
 
-def test_without_data_nothing_may_be_left_out() -> None:
+def test_a_model_without_data_allows_no_argument_to_be_left_out() -> None:
     with torch.device("meta"):
         model = Optional()
     gm = llfx.rewrite(model, PLAIN, (X.to("meta"), WEIGHTS.to("meta")))
@@ -294,13 +293,13 @@ def test_without_data_nothing_may_be_left_out() -> None:
         gm(X.to("meta"))
 
 
-# `capture`, the graph alone.
+# `capture` by itself.
 
 
 def test_one_capture_serves_rewrite_wrap_inspect_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     base = llfx.capture(model)
-    monkeypatch.setattr(torch.export, "export", None)  # so that a second capture would raise
+    monkeypatch.setattr(torch.export, "export", None)  # Makes a second capture raise.
     cfg = llfx.LoRA(r=2)
     gm, wrapped = llfx.rewrite(base, cfg).eval(), llfx.wrap(base, cfg).eval()
     assert type(wrapped) is type(model)
@@ -324,7 +323,7 @@ def test_wrap_needs_the_model_of_a_graph_and_a_graph_without_adapters() -> None:
         llfx.wrap(base, llfx.LoRA(r=2))
 
 
-def test_capture_keeps_the_settings_that_it_was_given() -> None:
+def test_capture_keeps_its_settings() -> None:
     model = llama()
     base = llfx.capture(model, {"input_ids": ids(2, 5)}, dynamic_shapes=None, checkpoint_layers=True)
     gm = llfx.rewrite(base, llfx.LoRA(r=2))

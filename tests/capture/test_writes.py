@@ -1,4 +1,4 @@
-"""What a model writes in place while it runs: it stays in the graph, in both modes, and the user's model is not it."""
+"""Check in-place writes of a running model: the graph keeps them in both modes, the user's model does not change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Twice(nn.Module):
-    """The same block with batch norm runs twice in a row of modules."""
+    """A sequence of modules in which the same block with batch norm runs twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,11 +25,15 @@ class Twice(nn.Module):
         self.layers = nn.Sequential(block, nn.Tanh(), block)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        y: Tensor = self.layers(x)
+        return y
 
 
 class OwnNorm(nn.BatchNorm1d):
-    """Batch norm with a forward of its own, as libraries of models have: symbolic tracing goes into it."""
+    """A batch norm with its own forward, as model libraries have. Symbolic tracing goes into it."""
+
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -44,11 +48,14 @@ class Normed(nn.Module):
         self.norm, self.out = OwnNorm(4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.out(self.norm(x)))
+        y: Tensor = self.norm(self.out(self.norm(x)))
+        return y
 
 
 class Writes(nn.Module):
-    """Nobody reads what these calls return."""
+    """A module that writes in place and does not read the results of these calls."""
+
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,13 +73,14 @@ class Writes(nn.Module):
         self.act(x)
         self.calls.add_(1)
         self.norm(q)
-        return q + self.k(x + 1)
+        y: Tensor = q + self.k(x + 1)
+        return y
 
 
 @pytest.mark.parametrize("exported", [True, False])
 @pytest.mark.parametrize("cls", [Twice, Normed, Writes], ids=lambda cls: cls.__name__)
 def test_writes_are_kept_and_follow_the_mode(cls: type[nn.Module], exported: bool) -> None:
-    """The reference is the eager wrapper; buffers after each call are compared too."""
+    """Compare the results, and the buffers after each call, with those of the eager wrapper."""
     torch.manual_seed(0)
     model: Any = cls()
     example_inputs = (X[:3],) if exported else None
@@ -84,14 +92,16 @@ def test_writes_are_kept_and_follow_the_mode(cls: type[nn.Module], exported: boo
         llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(gm))
         for training in (True, True, False, True):
             results = []
-            for one in (gm.train(training), wrapped.train(training)):
+            for module in (gm.train(training), wrapped.train(training)):
                 torch.manual_seed(1)
-                results.append((one(X), {name: buffer.clone() for name, buffer in one.named_buffers()}))
+                results.append((module(X), {name: buffer.clone() for name, buffer in module.named_buffers()}))
             (y, buffers), (expected, expected_buffers) = results
             close(y, expected, 1e-6, f"training={training}")
-            # A module of several names has its buffers under one of them, and not the same in both.
+            # Compare by the last part of the names, because graph and wrapper may list a shared module's
+            # buffers under different names of the module.
             values, expected_values = (
-                {name.rpartition(".")[2]: b for name, b in of.items()} for of in (buffers, expected_buffers)
+                {name.rpartition(".")[2]: buffer for name, buffer in named.items()}
+                for named in (buffers, expected_buffers)
             )
             assert values.keys() == expected_values.keys() != set()
             for name, value in values.items():

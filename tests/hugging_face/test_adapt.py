@@ -1,4 +1,4 @@
-"""What an adapted model is: its class, its graphs, its files, and what it refuses."""
+"""Check adapted models: their class, their graphs, their files, and the uses that they refuse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.untouched import untouched
 
 LLAMA = tiny_llama(tie_word_embeddings=True)
 IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
-EVERYWHERE = llfx.LoRA(r=2, target_names=(".",))  # the tied head too
+EVERYWHERE = llfx.LoRA(r=2, target_names=(".",))  # Includes the tied head.
 
 
 def base() -> Any:
@@ -36,7 +36,7 @@ def adapted() -> Any:
     return model
 
 
-def test_it_is_a_model_of_the_same_class_with_the_same_signature() -> None:
+def test_an_adapted_model_has_the_class_and_the_signature_of_its_base() -> None:
     model = adapted()
     assert isinstance(model, hf.LlamaForCausalLM)
     assert type(model).__name__ == "LlamaForCausalLM"
@@ -47,16 +47,17 @@ def test_it_is_a_model_of_the_same_class_with_the_same_signature() -> None:
 def test_only_the_adapters_train_and_the_weights_are_shared() -> None:
     model = base()
     with untouched(model):
-        mine = llfx.adapt(model, llfx.LoRA(r=2))
-        mine(IDS, labels=IDS).loss.backward()
-        assert torch.equal(mine(IDS).logits, model(IDS).logits)  # at the start
-    parameters = llfx.adapter_parameters(mine)
-    assert {id(p) for p in parameters} == {id(p) for p in mine.parameters() if p.requires_grad}
+        adapted_model = llfx.adapt(model, llfx.LoRA(r=2))
+        adapted_model(IDS, labels=IDS).loss.backward()
+        assert torch.equal(adapted_model(IDS).logits, model(IDS).logits)  # The start values change nothing.
+    parameters = llfx.adapter_parameters(adapted_model)
+    assert {id(p) for p in parameters} == {id(p) for p in adapted_model.parameters() if p.requires_grad}
     assert all(p.grad is not None for p in parameters)
-    frozen = {name: p for name, p in mine.named_parameters() if not p.requires_grad}
+    frozen = {name: p for name, p in adapted_model.named_parameters() if not p.requires_grad}
     assert frozen.keys() == dict(model.named_parameters()).keys()
     assert all(p.data_ptr() == model.get_parameter(name).data_ptr() for name, p in frozen.items())
-    assert mine.state_dict().keys() == model.state_dict().keys() | llfx.adapter_state_dict(mine).keys()
+    adapter_names = llfx.adapter_state_dict(adapted_model).keys()
+    assert adapted_model.state_dict().keys() == model.state_dict().keys() | adapter_names
 
 
 def test_files_of_every_kind_bring_the_adapters_back(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_merge_and_remove_give_eager_models_of_the_class(tmp_path: Path) -> None
     close(merged(IDS).logits, model(IDS).logits.detach(), 1e-4, "merged")
     assert torch.equal(removed(IDS).logits, base()(IDS).logits)
     assert removed.state_dict().keys() == base().state_dict().keys()
-    merged.save_pretrained(tmp_path)  # the head is no longer tied
+    merged.save_pretrained(tmp_path)  # The head is not tied any more.
     assert torch.equal(hf.LlamaForCausalLM.from_pretrained(tmp_path)(IDS).logits, merged(IDS).logits)
 
 
@@ -101,7 +102,7 @@ def test_a_copy_has_adapters_of_its_own() -> None:
     assert not torch.equal(twin(IDS).logits, expected)
 
 
-def test_a_cast_makes_new_graphs_and_a_move_to_where_it_is_does_not() -> None:
+def test_a_cast_makes_new_graphs_and_a_move_to_the_same_place_does_not() -> None:
     model = copy.deepcopy(adapted())
     model.to(torch.float64)
     close(model(IDS).logits.float(), adapted()(IDS).logits, 1e-4, "logits")
@@ -110,7 +111,7 @@ def test_a_cast_makes_new_graphs_and_a_move_to_where_it_is_does_not() -> None:
     assert model._graphs.captures == graphs
 
 
-def test_a_part_runs_a_graph_and_a_layer_alone_is_refused() -> None:
+def test_the_inner_model_runs_a_graph_and_a_single_layer_is_refused() -> None:
     model = adapted()
     hidden = llfx.merge(model).model(IDS).last_hidden_state
     close(model.model(IDS).last_hidden_state, hidden, 1e-4, "hidden states")
@@ -118,13 +119,13 @@ def test_a_part_runs_a_graph_and_a_layer_alone_is_refused() -> None:
         model.model.layers[0].mlp.up_proj(torch.zeros(1, 32))
 
 
-def test_what_the_mode_adds_to_the_result_is_there() -> None:
-    """XLNet returns its memories in evaluation alone."""
+def test_outputs_that_only_one_mode_has_are_returned() -> None:
+    """Check with XLNet, which returns its memories only in evaluation mode."""
     config = hf.XLNetConfig(vocab_size=99, d_model=16, n_layer=1, n_head=2, d_inner=24, mem_len=4)
     eager = hf.XLNetLMHeadModel(config)
     model = llfx.adapt(eager, llfx.LoRA(r=2))
     for training in (True, False):
-        actual, expected = (one.train(training)(input_ids=IDS, labels=IDS) for one in (model, eager))
+        actual, expected = (m.train(training)(input_ids=IDS, labels=IDS) for m in (model, eager))
         assert actual.keys() == expected.keys()
         assert ("mems" in actual) != training
 
@@ -134,7 +135,7 @@ def test_graphs_are_bounded_and_the_reason_of_each_is_logged(caplog: pytest.LogC
 
     def messages() -> list[str]:
         lines = [record.getMessage() for record in caplog.records if record.name == "lora_lite_fx"]
-        return [line for line in lines if line.startswith("LlamaForCausalLM: ")]  # not those of single phases
+        return [line for line in lines if line.startswith("LlamaForCausalLM: ")]  # Leaves out those of phases.
 
     with caplog.at_level(logging.INFO, "lora_lite_fx"):
         model(IDS)
@@ -149,7 +150,8 @@ def test_graphs_are_bounded_and_the_reason_of_each_is_logged(caplog: pytest.LogC
 
 def test_several_adapters_share_one_model() -> None:
     configs = [llfx.LoRA(r=2), llfx.IA3()]
-    model, wrapped = llfx.adapt(base(), configs), llfx.wrap(base(), configs)
+    model = llfx.adapt(base(), configs)
+    wrapped: Any = llfx.wrap(base(), configs)
     randomise(model, 0)
     llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(model))
     close(model(IDS).logits, wrapped(IDS).logits.detach(), 1e-5, "logits")
@@ -157,7 +159,7 @@ def test_several_adapters_share_one_model() -> None:
     close(model.model(IDS).last_hidden_state, hidden.detach(), 1e-5, "the second graph's")
 
 
-def test_calibration_data_passes_in_the_form_of_calls() -> None:
+def test_calibration_batches_are_arguments_of_calls() -> None:
     batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
     model = llfx.adapt(base(), llfx.EVA(r=2), calibration=batches)
     graph = llfx.rewrite(base(), llfx.EVA(r=2), calibration=batches)
@@ -182,11 +184,11 @@ def test_a_pipeline_generates() -> None:
 
 def test_torch_compile_compiles_the_graphs() -> None:
     model = adapted()
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     assert torch.equal(compiled(IDS).logits, model(IDS).logits)
 
 
-def test_what_cannot_be_adapted_is_refused() -> None:
+def test_models_and_configs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(llfx.AdapterError, match="there is rewrite"):
         llfx.adapt(Net([GatedMLP], True, False), llfx.LoRA(r=2))
     with pytest.raises(llfx.AdapterError, match="adapted already"):

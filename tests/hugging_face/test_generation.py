@@ -1,4 +1,4 @@
-"""Adapted models generate what the eager model does with the adapters merged into its weights, token for token."""
+"""Check that adapted models generate the tokens of the eager model that has the adapters merged into its weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
+from tests.support.models import tiny_t5
 from tests.support.untouched import untouched
 
 R, ALPHA = 2, 2.0
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 1,
@@ -29,8 +30,8 @@ SMALL = {
 }
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 UNGATED = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-WINDOW = 8  # shorter than what is generated
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+WINDOW = 8  # Shorter than the generated texts.
 CAUSAL: dict[str, Any] = {
     "llama": hf.LlamaConfig(**GROUPED),
     "qwen3": hf.Qwen3Config(**GROUPED, head_dim=8),
@@ -48,7 +49,7 @@ CAUSAL: dict[str, Any] = {
     "falcon": hf.FalconConfig(**UNGATED),
     "phi3": hf.Phi3Config(**GROUPED),
     "mixtral": hf.MixtralConfig(**GROUPED, num_local_experts=4),
-    "qwen3_moe": hf.Qwen3MoeConfig(**GROUPED, **EXPERTS, head_dim=8),
+    "qwen3_moe": hf.Qwen3MoeConfig(**GROUPED, **EXPERTS),
     "deepseek_v3": hf.DeepseekV3Config(
         **SMALL,
         num_key_value_heads=4,
@@ -68,21 +69,19 @@ CAUSAL: dict[str, Any] = {
         block_auto_adjust_ff_dim=False,
     ),
 }
-# How many graphs training, prefill and decoding take, where it is not one, and why.
+# List the number of graphs that training, prefill and decoding take, for models that need more than one.
 GRAPHS = {
-    "mistral": 2,  # one more from where the window is full
+    "mistral": 2,  # One more once the window is full.
     "gemma3": 2,
-    "opt": 2,  # its positions without padding follow from the mask by a rule of its own
-    "lfm2": 4,  # its convolutions run other operations for the first tokens and the next one; and without a mask
+    "opt": 2,  # Without padding it computes positions from the mask by another rule.
+    "lfm2": 4,  # Its convolutions differ between prompt and next token, and with and without a mask.
 }
-DECODER = {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
-ENCODER = {"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+DECODER: dict[str, Any] = {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+ENCODER: dict[str, Any] = {"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
 TRANSLATION = {"d_model": 32, **ENCODER, **DECODER, "vocab_size": 99, "pad_token_id": 0, "eos_token_id": 2}
-SINGLE = ("mixtral", "qwen3_moe", "gpt_oss")  # experts are multiplied in single precision
+SINGLE = ("mixtral", "qwen3_moe", "gpt_oss")  # Experts are multiplied in single precision.
 SEQ2SEQ: dict[str, Any] = {
-    "t5": hf.T5Config(
-        d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8, vocab_size=99, decoder_start_token_id=0, eos_token_id=2
-    ),
+    "t5": tiny_t5(d_model=32, d_ff=48, num_heads=4, vocab_size=99, eos_token_id=2),
     "bart": hf.BartConfig(**TRANSLATION, bos_token_id=1, decoder_start_token_id=2, forced_eos_token_id=None),
     "marian": hf.MarianConfig(**TRANSLATION, decoder_start_token_id=0, forced_eos_token_id=None),
 }
@@ -92,13 +91,13 @@ def model_of(name: str) -> Any:
     torch.manual_seed(0)
     config = {**CAUSAL, **SEQ2SEQ}[name]
     dtype = torch.float32 if name in SINGLE else torch.float64
-    auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
+    auto: Any = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
     return auto.from_config(copy.deepcopy(config), dtype=dtype).eval()
 
 
 @functools.cache
 def pair(name: str) -> tuple[Any, Any]:
-    """A model adapted with random values, and the eager model with these merged into its weights, by LoRA's formula."""
+    """Return a model adapted with random values, and the eager model with these merged into its weights."""
     model = model_of(name)
     with untouched(model):
         adapted = llfx.adapt(model, llfx.LoRA(r=R, alpha=ALPHA))
@@ -114,7 +113,7 @@ def pair(name: str) -> tuple[Any, Any]:
 
 
 def prompt(batch: int = 2) -> dict[str, Tensor]:
-    """Prompts of six tokens, the first two rows padded on the left."""
+    """Return prompts of six tokens. The first two rows are padded on the left."""
     ids = torch.randint(3, 99, (batch, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
@@ -123,7 +122,7 @@ def prompt(batch: int = 2) -> dict[str, Tensor]:
 
 
 def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
-    # Without the ban on repetition, small random models say one token again and again.
+    # Forbid repetition, because small random models otherwise generate one token again and again.
     fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "no_repeat_ngram_size": 1, "pad_token_id": 0}
     settings = {**fixed, "do_sample": False, **options}
     torch.manual_seed(3)
@@ -135,7 +134,7 @@ def assert_same(adapted: Any, merged: Any, inputs: dict[str, Tensor], **options:
     assert actual.sequences.unique().numel() > 5, "a degenerate continuation"
     assert torch.equal(actual.sequences, expected.sequences)
     for step, (ours, theirs) in enumerate(zip(actual.logits, expected.logits, strict=True)):
-        close(ours.double(), theirs.double(), 1e-5, f"logits of step {step}")  # generate rounds them to float32
+        close(ours.double(), theirs.double(), 1e-5, f"logits of step {step}")  # `generate` returns float32.
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -148,7 +147,7 @@ def test_a_causal_model_generates_and_trains(name: str) -> None:
         actual, expected = adapted(**batch), merged(**batch)
         assert type(actual) is type(expected)
         assert actual.keys() == expected.keys()
-        rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()  # padding may see nothing
+        rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()  # Padding may attend to nothing.
         close(actual.logits[rows], expected.logits[rows], 1e-5 if name in SINGLE else 1e-12, "logits")
     assert len(adapted._graphs) == GRAPHS.get(name, 1)
 
@@ -163,7 +162,7 @@ def test_an_encoder_decoder_generates_and_trains(name: str) -> None:
     assert actual.keys() == expected.keys()
     close(actual.logits, expected.logits, 1e-12, "logits")
     close(actual.loss, expected.loss, 1e-12, "loss")
-    assert len(adapted._graphs) == 4  # training, the encoder alone, the first token, the others
+    assert len(adapted._graphs) == 4  # Training, the encoder alone, the first token, the others.
 
 
 def test_sampling_draws_the_same_tokens_at_equal_seeds() -> None:
@@ -172,15 +171,15 @@ def test_sampling_draws_the_same_tokens_at_equal_seeds() -> None:
 
 def test_a_batch_of_one_and_of_many_take_the_same_graph() -> None:
     adapted, merged = pair("llama")
-    one = {name: tensor[1:] for name, tensor in prompt().items()}
-    assert_same(adapted, merged, one)
+    single = {name: tensor[1:] for name, tensor in prompt().items()}
+    assert_same(adapted, merged, single)
     assert_same(adapted, merged, prompt(5), max_new_tokens=2, min_new_tokens=2)
     assert len(adapted._graphs) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
 def test_a_static_cache_is_written_in_place_by_one_graph(name: str) -> None:
-    """By two in an encoder-decoder, whose first token fills the cache of what the encoder returned."""
+    """Check that an encoder-decoder takes two graphs, because its first token also caches the encoder's result."""
     adapted, merged = pair(name)
 
     def graphs() -> int:
@@ -198,12 +197,12 @@ def test_the_callers_cache_is_updated_as_the_eager_model_updates_it() -> None:
         model_caches = []
         for model in pair(name):
             cache = hf.DynamicCache(config=model.config)
-            kept = cache.layers[0]
+            first_layer = cache.layers[0]
             for start, end in ((0, 4), (4, 5), (5, 6)):
                 mask = inputs["attention_mask"][:, :end]
                 result = model(inputs["input_ids"][:, start:end], attention_mask=mask, cache=cache)
                 assert result.cache is cache
-            assert cache.layers[0] is kept
+            assert cache.layers[0] is first_layer
             assert cache.get_seq_length() == 6
             model_caches.append(cache)
         for ours, theirs in zip(*(cache.layers for cache in model_caches), strict=True):

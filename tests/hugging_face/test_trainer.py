@@ -1,4 +1,4 @@
-"""An adapted model under transformers' Trainer: training, evaluation, checkpoints and resuming."""
+"""Check an adapted model under transformers' Trainer: training, evaluation, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def adapted() -> Any:
 
 @functools.cache
 def shared() -> Any:
-    """One adapted model, whose graphs all tests use; each starts from the same adapters."""
+    """Return one adapted model, whose graphs all tests use; each test starts from the same adapters."""
     return adapted()
 
 
 def fresh() -> Any:
-    """`shared()` as `adapted()` made it."""
+    """Return `shared()` with the adapter values that `adapted()` gave it."""
     randomise(shared(), 0)
     return shared()
 
@@ -52,7 +52,8 @@ def texts(count: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows]
 
 
-def trainer(model: Any, folder: Path, **arguments: Any) -> hf.Trainer:
+def trainer(model: Any, folder: Path, **arguments: Any) -> Any:
+    """Return a Trainer of `model` on the CPU, with these training arguments."""
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 2,
         "max_steps": 6,
@@ -79,6 +80,8 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 class StopAfter(hf.TrainerCallback):
+    """A callback that stops the training after a step."""
+
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -120,11 +123,11 @@ def test_checkpoints_hold_the_adapters_only_and_can_be_adapted_with(tmp_path: Pa
 def test_only_the_adapters_move_and_the_users_model_stays_as_it_was(tmp_path: Path) -> None:
     model = base()
     with untouched(model):
-        mine = llfx.adapt(model, CONFIG)
-        before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
-        trainer(mine, tmp_path, max_steps=3, learning_rate=1e-1).train()
-    trained = {name for name, tensor in mine.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert trained == llfx.adapter_state_dict(mine).keys()
+        adapted_model = llfx.adapt(model, CONFIG)
+        before = {name: tensor.clone() for name, tensor in adapted_model.state_dict().items()}
+        trainer(adapted_model, tmp_path, max_steps=3, learning_rate=1e-1).train()
+    trained = {name for name, tensor in adapted_model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert trained == llfx.adapter_state_dict(adapted_model).keys()
 
 
 def test_evaluation_gives_the_loss_of_the_eager_wrapper(tmp_path: Path) -> None:

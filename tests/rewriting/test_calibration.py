@@ -1,4 +1,4 @@
-"""Variants that start from data: the observed statistics, and the start values of EVA and AntiPaSTO."""
+"""Check variants that start from data: the observed statistics, and the start values of EVA and AntiPaSTO."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import adapters
 from lora_lite_fx.sites.site import Site
 from tests.support.conformance import unchanged
+from tests.support.models import tiny_t5
 
 WIDTH, F64 = 12, torch.float64
 
@@ -26,25 +27,25 @@ def model() -> nn.Sequential:
 
 
 def data(*sizes: int, seed: int = 1) -> list[tuple[Tensor]]:
-    """Batches whose directions have different variances, and a mean."""
+    """Return batches whose directions have different variances, and whose mean is not zero."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.arange(1, WIDTH + 1, dtype=F64)
     return [(torch.randn(size, 3, WIDTH, generator=generator, dtype=F64) * scale + 2.0,) for size in sizes]
 
 
 def inputs_of(net: nn.Module, name: str, batches: list[tuple[Tensor]]) -> Tensor:
-    """All inputs of a module, by a hook on the user's model."""
-    seen: list[Tensor] = []
-    hook = net.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    """Return all inputs of a module, which a hook on the user's model records."""
+    inputs: list[Tensor] = []
+    hook = net.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
     with torch.no_grad():
         for batch in batches:
             net(*batch)
     hook.remove()
-    return torch.cat(seen)
+    return torch.cat(inputs)
 
 
 def same_lines(a: Tensor, b: Tensor) -> None:
-    """Assert that rows are equal up to sign."""
+    """Assert that the rows of `a` and `b` are equal up to sign."""
     assert torch.allclose((a * b).sum(1).abs(), torch.ones(len(a), dtype=a.dtype), atol=1e-9)
 
 
@@ -67,7 +68,7 @@ def test_centered_eva_starts_at_the_principal_components_as_peft_does() -> None:
 
     net, batches = model(), data(40)
     gm = llfx.rewrite(net, llfx.EVA(r=3, center=True, target_names=("0",)), calibration=batches)
-    pca = IncrementalPCA(n_components=3)
+    pca: Any = IncrementalPCA(n_components=3)
     pca.partial_fit(inputs_of(net, "0", batches))
     same_lines(gm.get_parameter("0.lora_A").detach(), pca.components_.double())
 
@@ -86,7 +87,7 @@ def test_the_same_data_gives_the_same_bits() -> None:
 
 
 def test_batches_are_read_one_by_one_and_none_is_kept() -> None:
-    """The loop may hold the last batch, but no earlier one, nor anything that was computed with its storage."""
+    """Check that the loop holds at most the last batch."""
     seen: list[weakref.ref[Tensor]] = []
 
     def batches() -> Iterator[tuple[Tensor]]:
@@ -104,7 +105,7 @@ def test_batches_are_read_one_by_one_and_none_is_kept() -> None:
 def test_the_size_of_a_statistic_does_not_depend_on_the_data() -> None:
     for cfg in (EVA, llfx.AntiPaSTO(r=4)):
         site = Site("0", WIDTH, 20)
-        observe = cfg.observer(site, model()[0].weight.detach())
+        observe = cfg.observer(site, model().get_parameter("0.weight").detach())
         sizes = {observe(torch.randn(tokens, WIDTH, dtype=F64)).shape for tokens in (1, 50, 500)}
         assert len(sizes) == 1
 
@@ -121,36 +122,43 @@ def test_loading_needs_no_calibration_data(tmp_path: Any) -> None:
 # Ranks.
 
 
-def test_redistributed_ranks_are_those_of_the_largest_shares_of_variance() -> None:
+def ranks_of(gm: fx.GraphModule) -> dict[str, int]:
+    """Return the rank of each adapted site."""
+    configs: dict[str, Any] = {placement.site: placement.local for _, placed in adapters(gm) for placement in placed}
+    return {site: cfg.r for site, cfg in configs.items()}
+
+
+def test_redistributed_ranks_follow_the_largest_shares_of_variance() -> None:
     net, batches = model(), data(30)
     gm = llfx.rewrite(net, llfx.EVA(r=3, alpha=9.0, rho=2.0, target_names=(".",)), calibration=batches)
     competing = []
     for name in ("0", "2", "4"):
         values = torch.linalg.svdvals(inputs_of(net, name, batches)).square()
-        limit = min(6, *net.get_submodule(name).weight.shape)
+        limit = min(6, *net.get_parameter(f"{name}.weight").shape)
         competing += [(share.item(), name) for share in (values / values.sum())[:limit]]
     winners = [name for _, name in sorted(competing, reverse=True)[:9]]
     ranks = {name: winners.count(name) for name in dict.fromkeys(winners)}
     assert len(set(ranks.values())) > 1, "the case must redistribute"
-    ((variant, placed),) = adapters(gm)
-    assert {placement.site: placement.local.r for placement in placed} == ranks
+    ((variant, _),) = adapters(gm)
+    assert ranks_of(gm) == ranks
     for name, rank in ranks.items():
         assert gm.get_parameter(f"{name}.lora_A").shape[0] == rank
-        assert variant.for_site(name).alpha / rank == pytest.approx(3.0), "the scale stays as it was"
+        local: Any = variant.for_site(name)
+        assert local.alpha / rank == pytest.approx(3.0), "the scale stays as it was"
     (x,) = data(2, seed=3)[0]
     assert torch.equal(gm(x), net(x))
 
 
 def test_a_site_that_wins_no_component_is_left_alone() -> None:
     net = nn.Sequential(nn.Linear(WIDTH, 20, dtype=F64), nn.Linear(20, 20, dtype=F64))
-    with torch.no_grad():  # the inputs of the second lie on one line, so that all but one of its shares are zero
-        net[0].weight.copy_(torch.outer(torch.ones(20), torch.arange(1, WIDTH + 1)).double() * 1e3)
+    with torch.no_grad():  # Put the inputs of the second on one line, so that all but one of its shares are zero.
+        net.get_parameter("0.weight").copy_(torch.outer(torch.ones(20), torch.arange(1, WIDTH + 1)).double() * 1e3)
     direction = torch.zeros(WIDTH, dtype=F64)
     batches = [(torch.randn(30, WIDTH, dtype=F64) * 1e-3 + direction,)]
     gm = llfx.rewrite(net, llfx.EVA(r=1, rho=1.0, target_names=(".",)), calibration=batches)
     assert [row.parameters > 0 for row in llfx.inspect(gm)] == [True, True]
     gm = llfx.rewrite(net, llfx.EVA(r=1, rho=2.0, rank_pattern={"^0$": 2}, target_names=(".",)), calibration=batches)
-    ranks = {placement.site: placement.local.r for _, placed in adapters(gm) for placement in placed}
+    ranks = ranks_of(gm)
     assert sum(ranks.values()) == 3
     assert ranks["1"] == 1
 
@@ -160,11 +168,16 @@ def test_a_site_that_wins_no_component_is_left_alone() -> None:
 
 def llama() -> fx.GraphModule:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return llfx.capture(LlamaForCausalLM(LlamaConfig(vocab_size=31, bos_token_id=1, eos_token_id=2, **shape)).eval())
 
 
-def test_padding_does_not_count() -> None:
+def test_padding_does_not_change_the_statistics() -> None:
     ids = torch.randint(3, 31, (4, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[:, 6:] = 0
@@ -182,10 +195,9 @@ def test_padding_does_not_count() -> None:
             assert not torch.allclose(tensor.abs(), llfx.adapter_state_dict(full)[name].abs(), atol=1e-3)
 
 
-def test_encoder_and_decoder_each_have_padding_of_their_own() -> None:
+def test_encoder_and_decoder_have_separate_padding() -> None:
     torch.manual_seed(0)
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-    t5 = llfx.capture(T5ForConditionalGeneration(T5Config(vocab_size=31, decoder_start_token_id=0, **shape)).eval())
+    t5 = llfx.capture(T5ForConditionalGeneration(tiny_t5(vocab_size=31)).eval())
     ids = torch.randint(3, 31, (3, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[:, 4:] = 0
@@ -210,13 +222,13 @@ def test_encoder_and_decoder_each_have_padding_of_their_own() -> None:
 def test_calibrated_antipasto_keeps_the_directions_that_are_large_in_weight_and_inputs() -> None:
     net, batches = model(), data(6, 3)
     gm = llfx.rewrite(net, llfx.AntiPaSTO(r=4, target_names=("0",)), calibration=batches)
-    u, s, vh = torch.linalg.svd(net[0].weight.detach(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(net.get_parameter("0.weight").detach(), full_matrices=False)
     scores = s * (inputs_of(net, "0", batches) @ vh.t()).abs().mean(0)
-    kept = scores.argsort(descending=True)[:4].sort().values
-    assert kept.tolist() != [0, 1, 2, 3], "the case must differ from the largest"
-    assert torch.allclose(gm.get_buffer("0.lora_S"), s[kept])
-    same_lines(gm.get_buffer("0.lora_Vh"), vh[kept])
-    same_lines(gm.get_buffer("0.lora_U").t(), u.t()[kept])
+    top = scores.argsort(descending=True)[:4].sort().values
+    assert top.tolist() != [0, 1, 2, 3], "the case must differ from the largest singular values"
+    assert torch.allclose(gm.get_buffer("0.lora_S"), s[top])
+    same_lines(gm.get_buffer("0.lora_Vh"), vh[top])
+    same_lines(gm.get_buffer("0.lora_U").t(), u.t()[top])
 
 
 # Errors.
@@ -251,7 +263,7 @@ def test_rho_below_one_is_refused() -> None:
         llfx.EVA(rho=0.5)
 
 
-# Through what is there.
+# Adapters on top of adapters.
 
 
 def test_a_second_adapter_observes_the_inputs_that_the_first_one_makes() -> None:

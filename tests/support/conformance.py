@@ -96,7 +96,11 @@ def calibration(cfg: Config, example_inputs: Any, args: tuple[Any, ...]) -> Any:
 def rewrite_and_wrap(
     model: nn.Module, graph: fx.GraphModule, cfg: Config, data: Any = None
 ) -> tuple[fx.GraphModule, nn.Module]:
-    """Return `model` adapted both ways. `graph` is its captured form, because capturing takes most of a test's time."""
+    """Return `model` adapted by `rewrite` and by `wrap`.
+
+    `graph` is the captured model, because capturing takes most of a test's time. It refers to the model weakly, so
+    the caller must hold the model.
+    """
     return llfx.rewrite(graph, cfg, calibration=data), llfx.wrap(graph, cfg, calibration=data)
 
 

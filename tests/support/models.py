@@ -1,4 +1,4 @@
-"""Small random models for property tests: every way a linear is written, non-square, with and without biases."""
+"""Build small random models for property tests: every way a linear is written, non-square, with and without biases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, T5Config
 from transformers.pytorch_utils import Conv1D
 
 # No two are equal, and small blocks and groups divide them all.
@@ -25,7 +25,8 @@ class ResidualMLP(nn.Module):
         self.drop = nn.Dropout(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop(self.fc_out(F.gelu(self.fc_in(self.norm(x)))))
+        y: Tensor = self.drop(self.fc_out(F.gelu(self.fc_in(self.norm(x)))))
+        return x + y
 
 
 class GatedMLP(nn.Module):
@@ -36,7 +37,8 @@ class GatedMLP(nn.Module):
         self.down = nn.Linear(INNER, WIDTH, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.silu(self.gate(x)) * self.up(input=x))
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(input=x))
+        return x + y
 
 
 class Conv1DMLP(nn.Module):
@@ -48,7 +50,8 @@ class Conv1DMLP(nn.Module):
         self.c_proj = Conv1D(WIDTH, INNER)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.c_proj(torch.relu(self.c_fc(x)))
+        y: Tensor = self.c_proj(torch.relu(self.c_fc(x)))
+        return x + y
 
 
 class Attention(nn.Module):
@@ -66,7 +69,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q(x), self.k(x), self.v(x))
         q, k, v = (t.unflatten(-1, (2, -1)).transpose(-3, -2) for t in (q, k, v))
-        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
+        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
+        return x + y
 
 
 class FusedAttention(Attention):
@@ -94,7 +98,8 @@ class Chain(nn.Module):
         self.two = nn.Linear(WIDTH, WIDTH, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.one(self.one(x)))
+        y: Tensor = self.two(self.one(self.one(x)))
+        return y
 
 
 class Normed(nn.Module):
@@ -108,7 +113,8 @@ class Normed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Not norm(lin(x)): that does not depend on the scale of a gate, whose gradient would be rounding alone. And not
         # the norm alone: its layout in memory differs between eager and captured, and with it what dropout drops next.
-        return x + self.norm((x + self.lin(x)).transpose(1, 2)).transpose(1, 2)
+        y: Tensor = self.norm((x + self.lin(x)).transpose(1, 2))
+        return x + y.transpose(1, 2)
 
 
 BLOCKS = (ResidualMLP, GatedMLP, Conv1DMLP, Attention, FusedAttention, SharedLinear, Chain, Normed)
@@ -129,7 +135,14 @@ class Net(nn.Module):
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def net(*blocks: type[nn.Module], bias: bool = True, tied: bool = False) -> Net:
+    """Return a `Net` of these blocks, with the same weights each time, in evaluation mode."""
+    torch.manual_seed(0)
+    return Net(list(blocks), bias, tied).eval()
 
 
 @dataclass(frozen=True)
@@ -157,9 +170,15 @@ class Case:
 
 
 def tiny_llama(**changes: Any) -> LlamaConfig:
-    """The config of a Llama of one layer, with `changes`."""
+    """Return the config of a Llama of one layer, with `changes`."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 99}
     return LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **changes})
+
+
+def tiny_t5(**changes: Any) -> T5Config:
+    """Return the config of a T5 of one layer, with `changes`."""
+    fields: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    return T5Config(**{**fields, "decoder_start_token_id": 0, **changes})
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:

@@ -32,7 +32,7 @@ MIXED = (Attention, GatedMLP, Conv1DMLP, SharedLinear, Normed)
 
 
 def derived(gm: fx.GraphModule, passes: Pipeline = SINGLY) -> fx.GraphModule:
-    """A copy of `gm` whose graph the passes have changed, so that products can be counted."""
+    """Return a copy of `gm` whose graph the passes have changed, so that products can be counted."""
     result = fx.GraphModule(gm, copy_graph(gm.graph))
     passes.run(result)
     return result
@@ -56,11 +56,12 @@ def reasons(report: PassReport) -> list[str]:
 
 
 def edits(gm: fx.GraphModule, passes: Pipeline = OPTIMIZATIONS) -> dict[str, int]:
+    """Run the passes on `gm` and return the number of edits that each one made."""
     return {report.name: report.edits for report in passes.run(gm)}
 
 
 def in_calls(gm: fx.GraphModule) -> Counter[Any]:
-    """How often each operator of the adapters runs in each call: what stands after the inputs."""
+    """Count the operators of the adapters that run in each call: those after the graph's inputs."""
     nodes = list(gm.graph.nodes)
     first = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
     return Counter(node.target for node in nodes[first:] if is_inserted(node) and node.op == "call_function")
@@ -70,23 +71,25 @@ def in_calls(gm: fx.GraphModule) -> Counter[Any]:
 def base(
     exported: bool = True, dtype: torch.dtype = torch.float64, blocks: tuple[type[nn.Module], ...] = MIXED
 ) -> tuple[Case, nn.Module, fx.GraphModule]:
+    """Return a model of `blocks`, its description, and its captured graph, which rewriting does not change."""
     case = Case(blocks, bias=True, tied=False, dtype=dtype, exported=exported, seed=3)
     model = case.build()
     return case, model, llfx.capture(model, case.example_inputs)
 
 
-def adapted(cfg: Any, *, seed: int = 1, **which: Any) -> fx.GraphModule:
-    case, _, graph = base(**which)
+def adapted(cfg: Any, *, seed: int = 1, **options: Any) -> fx.GraphModule:
+    """Return the graph of `base(**options)` with random adapters of `cfg`."""
+    case, _, graph = base(**options)
     gm = llfx.rewrite(graph, cfg, calibration=calibration(cfg, case.example_inputs, (ids(2, 4),)))
     randomise(gm, seed)
     return gm
 
 
 class Count(TorchDispatchMode):
-    """Counts the operators that run."""
+    """Count the operators that run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,19 +98,23 @@ class Count(TorchDispatchMode):
 
 
 def counted(function: Callable[[], Any]) -> Counter[str]:
-    with Count() as count:
+    """Count the operators that run in `function`."""
+    count = Count()
+    with count:
         function()
     return count.calls
 
 
 @functools.cache
-def start(cls: type[llfx.Variant]) -> fx.GraphModule:
-    return adapted(small(cls, size=2, alpha=2.0, exclude_names=("head",), target_names=(".",)), blocks=PAIR)
+def adapted_pair(variant: str) -> fx.GraphModule:
+    """Return the adapted graph of `PAIR` with the variant of that name. Copy it before changing it."""
+    cfg = small(llfx.registry()[variant], size=2, alpha=2.0, exclude_names=("head",), target_names=(".",))
+    return adapted(cfg, blocks=PAIR)
 
 
 def pair(cls: type[llfx.Variant]) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """An optimized graph and the plain one, over the same tensors, in evaluation mode."""
-    gm = copy.deepcopy(start(cls))
+    """Return an optimized graph and the plain one, over the same tensors, in evaluation mode."""
+    gm = copy.deepcopy(adapted_pair(cls.__name__))
     return gm, llfx.optimize(gm, PLAIN)
 
 

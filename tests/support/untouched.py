@@ -1,4 +1,4 @@
-"""`untouched`: nothing about a user's model may change; and `saved_bytes`: what a forward pass keeps."""
+"""Check that a user's model does not change (`untouched`), and count the bytes that a forward pass saves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All of `model` that a user could notice: modules, modes, hooks, flags, and tensors bit for bit."""
+    """Return all of `model` that a user could notice: modules, modes, hooks, flags, and tensors bit for bit."""
     seen: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
@@ -54,10 +54,13 @@ def untouched(*models: nn.Module) -> Iterator[None]:
 
 
 def saved_bytes(model: nn.Module, inputs: Any) -> int:
-    """What a forward pass keeps for the backward one beside parameters, buffers and inputs; each storage once."""
+    """Count the bytes that a forward pass saves for the backward pass, each storage once.
+
+    Parameters, buffers and inputs do not count, because they exist anyway.
+    """
     arguments = inputs.values() if isinstance(inputs, dict) else inputs
-    given = [argument for argument in arguments if isinstance(argument, Tensor)]
-    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *given)}
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    existing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *tensors)}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -67,4 +70,4 @@ def saved_bytes(model: nn.Module, inputs: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     assert result is not None
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in there)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in existing)

@@ -47,7 +47,8 @@ def bert() -> Any:
 
 
 def t5() -> Any:
-    config = transformers.T5Config(
+    make_config: Any = transformers.T5Config
+    config = make_config(
         d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
     )
     return transformers.T5ForConditionalGeneration(config)
@@ -224,9 +225,10 @@ class Interleaved(nn.Module):
         self.layers = nn.ModuleList(ResidualMLP(bias=True) for _ in range(2))
         self.layers[0].other = nn.Dropout(0.4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         scale = x.mean()
-        first, second = self.layers
+        layers: Any = self.layers
+        first, second = layers
         y = first.drop(first.fc_in(x))
         noise = nn.functional.dropout(scale.expand(6), 0.5, self.training)
         y = first.other(y) + noise.sum()
@@ -298,7 +300,7 @@ def test_compiled_without_graph_breaks_it_still_saves_memory() -> None:
     for gm in (plain, ours):
         torch.compiler.reset()
         # The partitioner that inductor uses, without its code generation.
-        compiled = torch.compile(gm, fullgraph=True, backend="aot_eager_decomp_partition")
+        compiled: Any = torch.compile(gm, fullgraph=True, backend="aot_eager_decomp_partition")
         results.append((step(compiled, (x,)), saved_bytes(compiled, (x,))))
     torch.compiler.reset()
     (expected, unchecked), (actual, saved) = results

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_functional_calls_and_transforms(cls: type[llfx.Variant]) -> None:
         name: parameter.detach() * 0.9 for name, parameter in gm.named_parameters() if parameter.requires_grad
     }
 
-    def loss(values: dict[str, Tensor], model: nn.Module) -> Tensor:
+    def loss(values: dict[str, Tensor], model: nn.Module) -> Any:
         return functional_call(model, values, X).square().mean()
 
     close(loss(parameters, gm), loss(parameters, plain), 1e-9, "loss")
@@ -209,7 +210,8 @@ def test_gradients_of_gradients() -> None:
     for model in (gm, plain):
         parameters = llfx.adapter_parameters(model)
         first = torch.autograd.grad(output(model, X).square().mean(), parameters, create_graph=True)
-        results.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), parameters, allow_unused=True))
+        squares = torch.stack([grad.square().sum() for grad in first])
+        results.append(torch.autograd.grad(squares.sum(), parameters, allow_unused=True))
     for ours, expected in zip(*results, strict=True):
         close(ours, expected, 1e-9, "second gradient")
 

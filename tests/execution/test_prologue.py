@@ -58,6 +58,7 @@ def test_a_step_by_hand_past_the_version_counters_is_seen() -> None:
     for _ in range(2):
         output(gm, X).square().mean().backward()
         for parameter in llfx.adapter_parameters(gm):
+            assert parameter.grad is not None
             parameter.data.sub_(parameter.grad)
             parameter.grad = None
         close(output(gm, X), output(plain, X), 1e-9, "output")
@@ -102,7 +103,7 @@ class WritesData(torch.optim.Optimizer):
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.data.mul_(0.9)
@@ -119,7 +120,7 @@ def replace_data(gm: fx.GraphModule) -> None:
         parameter.data = parameter.data * 0.9
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[fx.GraphModule], Any]] = {
     "in place": set_to(0.9),
     "load": lambda gm: llfx.load_adapter_state_dict(gm, {n: t * 0.9 for n, t in llfx.adapter_state_dict(gm).items()}),
     "load_state_dict": lambda gm: gm.load_state_dict({n: t * 0.9 for n, t in gm.state_dict().items()}),
@@ -135,6 +136,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA])
 def test_every_change_of_a_parameter_is_seen(cls: type[llfx.Variant], change: str) -> None:
+    mode: Any
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         gm, _ = pair(cls)
         with mode():

@@ -29,7 +29,7 @@ COARSE = {"reader", "writer", "inner"}
 
 
 @functools.cache
-def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
+def captured(name: str) -> tuple[Any, fx.GraphModule]:
     """Return the model and its graph; every model is captured once."""
     model = ARCHITECTURES[name].build()
     return model, graph_of(ARCHITECTURES[name], model)
@@ -73,7 +73,7 @@ def score() -> str:
     """Count the sites with the roles of the tables, those of unknown role, and those with other roles."""
     right = unknown = wrong = 0
     for name in CAPTURED:
-        expected = ARCHITECTURES[name].table()
+        expected: dict[str, Any] = ARCHITECTURES[name].table()
         for site in sites_of(name):
             right += site.roles == expected.get(site.name)
             unknown += site.roles <= COARSE

@@ -36,7 +36,7 @@ VARIANTS = list(llfx.registry().values())
 E, WIDTH, INNER, NUMBER = 3, 8, 12, 20
 
 
-def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Any:
     """Multiply tokens sorted by expert, each with the matrix of its expert."""
     return torch.ops.lora_lite_fx_tests.grouped_mm(x, weight, ends)
 
@@ -70,7 +70,7 @@ class Embedding(nn.Module):
         self.embed = nn.Embedding(NUMBER, WIDTH, padding_idx=0)
         self.head = nn.Linear(WIDTH, INNER)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         return self.head(torch.tanh(self.embed(ids)))
 
 
@@ -114,7 +114,7 @@ class Grouped(nn.Module):
         self.up = nn.Parameter(torch.randn(E, WIDTH, INNER) / 3)
         self.down = nn.Parameter(torch.randn(E, WIDTH, INNER) / 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         ends = (torch.tensor([1, 1, 2], dtype=torch.int32, device=x.device) * (x.shape[0] // 2)).to(torch.int32)
         return grouped(torch.tanh(grouped(x, self.up, ends)), self.down.transpose(-1, -2), ends)
 
@@ -154,7 +154,7 @@ REFUSED = {
 
 
 @functools.cache
-def model_and_base(case: str) -> tuple[nn.Module, fx.GraphModule]:
+def model_and_base(case: str) -> tuple[Any, fx.GraphModule]:
     torch.manual_seed(0)
     model = CASES[case].model().double().eval()
     return model, llfx.capture(model, (CASES[case].traced,))
@@ -167,7 +167,7 @@ def config(cls: type[llfx.Variant], kind: str, **fields: Any) -> llfx.Variant:
 def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
     """Return a copy of the model with merged weights, each computed by the variant on a plain linear."""
     copied = copy.deepcopy(model)
-    as_linear = {"target_kinds": ("linear",), "target_names": (".",)}
+    as_linear: dict[str, Any] = {"target_kinds": ("linear",), "target_names": (".",)}
     cfgs = [dataclasses.replace(variant, **as_linear) for variant, _ in adapters(gm)]
     adapted_sites = {placement.site for _, placed in adapters(gm) for placement in placed}
     for site in find_sites(gm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ class Block(nn.Module):
 
     linears: tuple[tuple[str, int, int], ...] = ()
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return a linear by its name."""
+
     def __init__(self) -> None:
         super().__init__()
         for name, d_in, d_out in self.linears:
@@ -32,7 +38,7 @@ class Block(nn.Module):
     def branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(x + self.branch(self.norm(x)))
 
 
@@ -48,7 +54,7 @@ class Parallel(Block):
 
     linears = _QKVO + _MLP
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.norm(x)
         heads = fused(split_heads(self.q(h)), split_heads(self.k(h)), split_heads(self.v(h)))
         return self.head(x + self.o(join_heads(heads)) + self.fc2(F.gelu(self.fc1(h))))
@@ -65,7 +71,7 @@ class Latent(Block):
         ("o", WIDTH, WIDTH),
     )
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         k, v = self.kv_b(self.kv_a(x)).chunk(2, dim=-1)
         return self.o(join_heads(fused(split_heads(self.q_b(self.q_a(x))), split_heads(k), split_heads(v))))
 
@@ -90,7 +96,7 @@ class Narrowed(Block):
         ("o", WIDTH, WIDTH),
     )
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         x = self.narrow(x)
         return self.o(join_heads(fused(split_heads(self.q(x)), split_heads(self.k(x)), split_heads(self.v(x)))))
 
@@ -103,7 +109,7 @@ class Written(Block):
 
     linears = (*_QKVO, ("k2", WIDTH, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         keys = torch.empty_like(split_heads(x))
         keys[..., :2] = split_heads(self.k(x))[..., :2]
         keys[..., 2:] = split_heads(self.k2(x))[..., 2:]
@@ -115,7 +121,7 @@ class RelativePositions(Block):
 
     linears = (*_QKVO, ("position", WIDTH, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         q, k, v = split_heads(self.q(x)), split_heads(self.k(x)), split_heads(self.v(x))
         positions = split_heads(self.position(torch.cumsum(torch.ones_like(x), dim=1)))
         scores = q @ k.transpose(-1, -2) + (q + 1) @ positions.transpose(-1, -2)
@@ -125,14 +131,14 @@ class RelativePositions(Block):
 class GLU(Block):
     linears = (("gate_up", WIDTH, 2 * INNER), ("down", INNER, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         return self.down(F.glu(self.gate_up(x)))
 
 
 class SquaredReLU(Block):
     linears = _MLP
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         return self.fc2(torch.square(F.relu(self.fc1(x))))
 
 
@@ -141,7 +147,7 @@ class GatedRecurrence(Block):
 
     linears = (("gate", WIDTH, INNER), ("state", WIDTH, INNER), ("out", INNER, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         return self.out(torch.cumsum(self.state(x), dim=1) * F.silu(self.gate(x)))
 
 
@@ -161,7 +167,7 @@ class ChosenByFirst(Block):
 
     linears = (("scores", WIDTH, EXPERTS), ("out", WIDTH, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         _, chosen = torch.topk(self.scores(x), 1, dim=-1)
         return self.out(self.experts[:, 0][chosen.squeeze(-1)])
 
@@ -169,7 +175,7 @@ class ChosenByFirst(Block):
 class TopClasses(Block):
     """The largest outputs of a head are returned."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Any:
         values, classes = torch.topk(self.head(self.norm(x)), 2, dim=-1)
         return values, classes
 
@@ -179,7 +185,7 @@ class TopTokens(Block):
 
     linears = (("score", WIDTH, 1), *_MLP)
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         _, best = torch.topk(self.score(x).squeeze(-1), 2, dim=-1)
         kept = torch.gather(x, 1, best.unsqueeze(-1).expand(-1, -1, WIDTH))
         return self.fc2(F.relu(self.fc1(x))) + kept.mean(1, keepdim=True)

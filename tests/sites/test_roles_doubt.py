@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ class PlainMLP(nn.Module):
             nn.Linear(WIDTH, CLASSES),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
@@ -99,7 +100,7 @@ class LyingNames(nn.Module):
         self.q_proj, self.o_proj = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
         self.v_proj = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         heads = split_heads(self.down_proj(x)), split_heads(self.gate_proj(x)), split_heads(self.lm_head(x))
         x = x + self.up_proj(join_heads(fused(*heads)))
         x = x + self.o_proj(F.gelu(self.q_proj(x)))
@@ -159,15 +160,20 @@ def test_names_that_lie_do_not_mislead(exported: bool) -> None:
 # Roles stay what they are.
 
 
+def without_head(block: Any) -> Any:
+    """Replace the head of the block by the identity, and return the block."""
+    block.head = nn.Identity()
+    return block
+
+
 class Layer(nn.Module):
     """Attention and a gated feed-forward, both with residuals."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.mlp = FusedProjection(), GatedMLP()
-        self.attention.head = self.mlp.head = nn.Identity()
+        self.attention, self.mlp = without_head(FusedProjection()), without_head(GatedMLP())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.mlp(self.attention(x))
 
 
@@ -177,7 +183,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
@@ -204,7 +210,9 @@ def test_a_layer_called_twice_has_the_roles_of_two_layers(exported: bool) -> Non
 def config(cls: type[llfx.Variant], r: int = 4) -> llfx.Variant:
     """A variant at every site of the layers, in blocks that fit the small widths."""
     names = [field.name for field in dataclasses.fields(cls)]
-    sizes = {name: 4 for name in names if name.endswith("_size")} | {name: r for name in names if name == "r"}
+    sizes: dict[str, Any] = {name: 4 for name in names if name.endswith("_size")} | {
+        name: r for name in names if name == "r"
+    }
     return cls(target_names=("layers",), **sizes)
 
 
@@ -214,9 +222,7 @@ CONFIGS = [[config(cls)] for cls in llfx.registry().values()] + [[config(llfx.Lo
 @functools.cache
 def captured(exported: bool) -> nn.Module:
     """Both kinds of attention and of feed-forward, as a graph without adapters."""
-    attention, mlp = Attention(operators), MLP()
-    attention.head = mlp.head = nn.Identity()
-    model = Stack([Layer(), attention, mlp])
+    model = Stack([Layer(), without_head(Attention(operators)), without_head(MLP())])
     return llfx.capture(model, example(model, exported))
 
 

@@ -188,7 +188,7 @@ MODELS: dict[str, tuple[type, type, dict[str, Any], str]] = {
 }
 
 
-def build(name: str, attention: str = "sdpa", **changes: Any) -> nn.Module:
+def build(name: str, attention: str = "sdpa", **changes: Any) -> Any:
     model_class, config_class, fields, _ = MODELS[name]
     torch.manual_seed(0)
     config = config_class(**{**fields, **changes})

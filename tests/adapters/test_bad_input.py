@@ -1,4 +1,4 @@
-"""Bad input: an error of the right class that says what was wrong, and the user's model as it was."""
+"""Check that bad input raises an error of the right class, which names the mistake and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HERE = Path(__file__).name
 
 
 class Net(nn.Module):
-    """A feed-forward block and a head, with everything set that a rewrite could upset."""
+    """A feed-forward block and a head, with hooks, gradients and modes that a rewrite must not change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class LayerDrop(Net):
 
 @contextmanager
 def fails(model: nn.Module, error: type[Exception], *parts: str) -> Iterator[None]:
-    """Expect exactly this error, with these parts in its message and notes, and `model` as it was."""
+    """Expect exactly this error, with these parts in its message and notes. Check that `model` is unchanged."""
     with untouched(model), pytest.raises(error) as caught:
         yield
     assert type(caught.value) is error, repr(caught.value)
@@ -128,7 +128,7 @@ def test_an_impossible_field_is_a_config_error(build: Callable[[], llfx.Variant]
         build()
 
 
-# What rewrite is given.
+# Arguments of rewrite.
 
 
 @pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
@@ -196,7 +196,7 @@ def test_example_inputs_that_do_not_fit_are_refused(inputs: Any, parts: list[str
         llfx.rewrite(model, CFG, inputs)
 
 
-def test_something_that_is_no_module_is_refused() -> None:
+def test_a_model_that_is_not_a_module_is_refused() -> None:
     with fails(nn.Identity(), llfx.CaptureError, "torch.nn.Module or an ExportedProgram", "Tensor"):
         anything.rewrite(X, CFG)
 
@@ -269,7 +269,7 @@ def test_a_model_without_adapters_is_refused(use: Callable[..., Any], model: nn.
 
 
 @pytest.mark.parametrize("use", [llfx.merge, llfx.remove])
-def test_an_eager_wrapper_has_no_graph_to_take_adapters_out_of(use: Callable[..., Any]) -> None:
+def test_adapters_of_an_eager_wrapper_cannot_be_merged_or_removed(use: Callable[..., Any]) -> None:
     wrapped = llfx.wrap(Net(), CFG)
     with fails(wrapped, llfx.AdapterError, "no adapters in its graph"):
         use(wrapped)
@@ -280,7 +280,7 @@ def test_an_eager_wrapper_has_no_graph_to_take_adapters_out_of(use: Callable[...
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rogue(llfx.Variant):
-    """One gate; subclasses break a rule in `forward`."""
+    """A variant with one gate. Its subclasses break a rule in `forward`."""
 
     default_roles = ("up",)
 
@@ -327,14 +327,14 @@ def test_a_variant_that_breaks_the_rules_is_named(
     cls: type[Rogue], error: type[Exception], parts: list[str], inputs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(_REGISTRY, cls.__name__, cls)
-    named = [] if cls is Raises else [f"{cls.__name__}.forward"]
+    names = [] if cls is Raises else [f"{cls.__name__}.forward"]
     for model in (Net(), llfx.rewrite(Net(), CFG, inputs)):
-        with fails(model, error, "in pass insert_adapter", *named, *parts):
+        with fails(model, error, "in pass insert_adapter", *names, *parts):
             llfx.rewrite(model, [CFG, cls()], inputs)
 
 
 @pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
-def test_a_variant_that_is_not_registered_never_makes_a_file_that_cannot_be_loaded(
+def test_a_variant_that_is_not_registered_is_refused_before_it_is_saved(
     adapt: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = Net()
@@ -350,7 +350,7 @@ def test_two_classes_of_one_name_cannot_be_registered() -> None:
     assert llfx.registry() == known
 
 
-def test_what_is_no_variant_cannot_be_registered() -> None:
+def test_a_class_that_is_not_a_variant_cannot_be_registered() -> None:
     with fails(nn.Identity(), llfx.ConfigError, "Site must be a frozen dataclass derived from Variant"):
         anything.register(Site)
 
@@ -364,7 +364,7 @@ class FailingPass(GraphPass):
 
 
 class InvalidatingPass(GraphPass):
-    """Leaves a graph that lint refuses."""
+    """A pass whose result fails the lint of torch.fx."""
 
     def run(self, gm: fx.GraphModule) -> int:
         first, *_, last = (node for node in gm.graph.nodes if node.op == "call_function")
@@ -372,7 +372,7 @@ class InvalidatingPass(GraphPass):
         return 1
 
 
-def test_a_pipeline_without_an_unknown_pass_is_refused() -> None:
+def test_leaving_an_unknown_pass_out_of_a_pipeline_is_refused() -> None:
     with pytest.raises(ValueError, match=r"No pass is named nope; the pipeline has drop_metadata_asserts\."):
         Pipeline((DropMetadataAsserts(),)).without("nope", "drop_metadata_asserts")
 
@@ -386,7 +386,7 @@ def test_a_pipeline_without_an_unknown_pass_is_refused() -> None:
     ],
     ids=["unexpected", "own", "invalid"],
 )
-def test_a_pass_that_fails_is_named_with_those_before_it(
+def test_the_error_of_a_pass_names_it_and_the_passes_that_ran_before(
     failing: GraphPass, error: type[Exception], parts: list[str]
 ) -> None:
     model = Net()

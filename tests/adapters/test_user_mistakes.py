@@ -1,4 +1,4 @@
-"""Mistakes of new users: each is an error of the right class whose whole message says what would be right."""
+"""Check that each mistake of a new user raises an error of the right class, whose message says how to correct it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def compiled(module: Any) -> Any:
 
 
 class Parallel(nn.parallel.DistributedDataParallel):
-    """The class of distributed training, without the process group that it asks for."""
+    """The class of distributed training, without the process group that it requires."""
 
     def __init__(self, module: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -91,7 +91,7 @@ class Parallel(nn.parallel.DistributedDataParallel):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with adapters in all forms: the working directory of each test."""
+    """Return a folder with adapters in all file formats. Each test works in a copy of it."""
     path = tmp_path_factory.mktemp("adapters")
     llfx.save(graph(), path / "adapter.safetensors")
     llfx.save_lora_lite(graph(), path / "lite.safetensors")
@@ -475,7 +475,7 @@ MISTAKES: list[Mistake] = [
         "someone/adapter is not a directory: nothing is there. If it is a name on the Hugging Face Hub, download it"
         " first: huggingface_hub.snapshot_download('someone/adapter').",
     ),
-    # Models without adapters, and models that are not what is needed.
+    # Models without adapters, and models of a wrong class.
     *(
         (functools.partial(use, plain()), llfx.AdapterError, f"Net has no adapters; {USE_RESULT}")
         for use in (llfx.merge, llfx.remove, llfx.adapter_parameters, llfx.adapter_state_dict, llfx.to_peft_config)
@@ -559,7 +559,7 @@ MISTAKES: list[Mistake] = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), MISTAKES, ids=range(len(MISTAKES)))
-def test_a_mistake_is_an_error_that_says_what_would_be_right(
+def test_the_error_of_a_mistake_says_how_to_correct_it(
     call: Callable[[], Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     files = sorted(tmp_path.rglob("*"))
@@ -571,12 +571,12 @@ def test_a_mistake_is_an_error_that_says_what_would_be_right(
     assert sorted(tmp_path.rglob("*")) == files
 
 
-def test_the_table_is_large_and_quotes_no_whole_model() -> None:
+def test_the_table_is_large_and_its_messages_have_one_line() -> None:
     assert len(MISTAKES) >= 40
     assert not any("\n" in message for _, _, message in MISTAKES)
 
 
-# Mistakes in the fields of configs: parts of the message, because it lists the fields that the variant has.
+# Mistakes in the fields of configs. Only parts of the message are compared, because it lists all fields.
 
 FIELDS: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: anything.LoRA(8), ("r", "LoRA(r=8)")),
@@ -591,13 +591,13 @@ FIELDS_ARE_CHECKED = True  # until the constructors of configs raise ConfigError
 
 @pytest.mark.skipif(not FIELDS_ARE_CHECKED, reason="the constructors of configs raise a bare TypeError")
 @pytest.mark.parametrize(("build", "parts"), FIELDS, ids=range(len(FIELDS)))
-def test_a_word_of_peft_is_a_config_error_that_says_ours(build: Callable[[], Any], parts: tuple[str, ...]) -> None:
+def test_the_error_of_a_field_of_peft_names_our_field(build: Callable[[], Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(llfx.ConfigError) as caught:
         build()
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-# What errors show of values.
+# Values in error messages.
 
 
 @pytest.mark.parametrize(
@@ -614,5 +614,5 @@ def test_a_word_of_peft_is_a_config_error_that_says_ours(build: Callable[[], Any
         ({"a": (1, "b")}, "{'a': (1, 'b')}"),
     ],
 )
-def test_a_value_is_shown_short(value: object, text: str) -> None:
+def test_a_value_is_shortened_in_messages(value: object, text: str) -> None:
     assert shown(value) == text

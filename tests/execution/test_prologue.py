@@ -1,4 +1,4 @@
-"""Cached values: parameter work is done once per change of a parameter, and every change is seen."""
+"""Check cached values: parameter work runs once per change of a parameter, and every change is noticed."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ PARAMETER_WORK = [
 def test_parameter_work_is_done_once_per_optimizer_step(cls: type[llfx.Variant], work: Any, accumulate: int) -> None:
     gm, plain = pair(cls)
     twin = copy.deepcopy(plain)
-    done = []
+    work_counts = []
     for model in (gm.train(), twin.train()):
         optimizer = torch.optim.AdamW(llfx.adapter_parameters(model), lr=0.01)
-        done.append(0)
+        work_counts.append(0)
         for step in range(3):
             for batch in range(accumulate):
                 with Count() as count:
                     loss = output(model, (ids(2, 5, seed=10 * step + batch),)).square().mean()
                 loss.backward()
-                done[-1] += count.calls[work.overloadpacket.__name__]
+                work_counts[-1] += count.calls[work.overloadpacket.__name__]
             nn.utils.clip_grad_norm_(llfx.adapter_parameters(model), 0.5)
             optimizer.step()
             optimizer.zero_grad()
-    assert 0 < done[0] == done[1] / accumulate
+    assert 0 < work_counts[0] == work_counts[1] / accumulate
     for name, tensor in llfx.adapter_state_dict(twin).items():
         close(llfx.adapter_state_dict(gm)[name], tensor, 1e-9, name)
 
 
-def test_a_step_by_hand_past_the_version_counters_is_seen() -> None:
+def test_a_manual_step_that_bypasses_the_version_counters_is_noticed() -> None:
     gm, plain = pair(llfx.DoRA)
     for _ in range(2):
         output(gm, X).square().mean().backward()
@@ -65,7 +65,7 @@ def test_a_step_by_hand_past_the_version_counters_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("cls", "work"), [(llfx.HRA, "linalg_solve_triangular"), (llfx.DoRA, "linalg_vector_norm")])
-def test_without_gradients_it_is_done_once(cls: type[llfx.Variant], work: str) -> None:
+def test_parameter_work_is_done_once_without_gradients(cls: type[llfx.Variant], work: str) -> None:
     gm, plain = pair(cls)
 
     def generate() -> None:
@@ -98,7 +98,7 @@ def assign(gm: fx.GraphModule) -> None:
 
 
 class WritesData(torch.optim.Optimizer):
-    """An optimizer that writes past the version counters."""
+    """An optimizer whose writes do not change the version counters."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
@@ -135,7 +135,7 @@ CHANGES: dict[str, Callable[[fx.GraphModule], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA])
-def test_every_change_of_a_parameter_is_seen(cls: type[llfx.Variant], change: str) -> None:
+def test_every_change_of_a_parameter_is_noticed(cls: type[llfx.Variant], change: str) -> None:
     mode: Any
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         gm, _ = pair(cls)

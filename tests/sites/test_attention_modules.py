@@ -109,7 +109,7 @@ def base_of(name: str) -> tuple[nn.Module, fx.GraphModule]:
     case = CASES[name]
     model = case.model.double()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)  # torch starts biases at zero
+        nn.init.normal_(parameter, std=0.3)  # because torch starts biases at zero
     return model, llfx.capture(model, tuple(x[:2] for x in case.inputs))
 
 
@@ -152,7 +152,7 @@ def test_a_part_of_a_weight_has_the_gradient_of_its_rows() -> None:
     model, base = base_of("cross, keys are not values")
     inputs = CASES["cross, keys are not values"].inputs
     gm = llfx.rewrite(base, llfx.LoRA(r=2, alpha=2, target_roles=("key",))).eval()
-    _, grads = gradients(gm, inputs)  # at the start, where the adapted model is the module
+    _, grads = gradients(gm, inputs)  # before training, because the adapted model then computes the same as the module
     reference = copy.deepcopy(model).eval()
     _, dense = gradients(reference, inputs)
     a = llfx.adapter_state_dict(gm)["att.in_proj.rows_8_16.lora_A"]

@@ -93,7 +93,7 @@ class Conv2d(nn.Module):
 
 
 class Batched(nn.Module):
-    """Experts with one batch for each: stored as the operator takes it, and transposed; with biases."""
+    """Experts with biases, and a batch for each. One weight is stored as the operator takes it, one transposed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Batched(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Experts of sorted tokens; one of the experts gets none."""
+    """Experts of sorted tokens. One expert gets no token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,10 +145,10 @@ CASES = {
     "grouped experts": Kind("experts", Grouped, _noise(6, WIDTH), _noise(10, WIDTH)),
 }
 REFUSED = {
-    # These turn, shift or sum up parts of their input, which needs the input as a tensor.
+    # List variants that rotate, shift or sum parts of their input, because these need the input as a tensor.
     "embedding": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
     "conv": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
-    # These call tensor functions that have no rule for experts.
+    # List variants that call tensor functions without a rule for experts.
     "experts": {"AntiPaSTO", "BOFT", "C3A", "EVA", "FourierFT", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT", "RoAd"},
 }
 
@@ -180,13 +180,13 @@ def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
         adapted = llfx.wrap(nn.Sequential(linear), cfgs).eval()
         state = llfx.adapter_state_dict(gm)
         matrices = []
-        for expert, one in enumerate(weight if site.experts else weight[None]):
-            linear.weight.data.copy_(one)  # which the wrapper shares
+        for expert, expert_weight in enumerate(weight if site.experts else weight[None]):
+            linear.weight.data.copy_(expert_weight)  # in place, because the wrapper shares the weight
             values = {}
             for name in llfx.adapter_state_dict(adapted):
                 shared = name.startswith("lora_shared")
-                own = state[name if shared else name.replace("0.", f"{site.name}.", 1)]
-                values[name] = own[expert] if site.experts and not shared else own
+                value = state[name if shared else name.replace("0.", f"{site.name}.", 1)]
+                values[name] = value[expert] if site.experts and not shared else value
             llfx.load_adapter_state_dict(adapted, values)
             zero, eye = torch.zeros(1, site.d_in).double(), torch.eye(site.d_in).double()
             with torch.no_grad():
@@ -253,7 +253,7 @@ def test_stacks_are_saved_exported_and_removed(case: str) -> None:
     check_remove(gm, base, model)
     check_file(gm, base, (kind.other,))
     check_export(gm, (kind.traced,), (kind.other,), 1e-9)
-    if case == "grouped experts":  # the kind with most to trace
+    if case == "grouped experts":  # because experts of this kind need the most tracing
         fast = torch.compile(gm, fullgraph=True, backend="aot_eager")
         close(output(fast, (kind.other,)), output(gm, (kind.other,)), 1e-9, "compiled")
 
@@ -284,7 +284,7 @@ def test_experts_have_an_adapter_each_with_a_start_of_its_own(case: str) -> None
     close(output(gm.eval(), (CASES[case].other,)), output(model, (CASES[case].other,)), 0.0, "start")
     drawn = llfx.adapter_state_dict(llfx.rewrite(base, config(llfx.LoRA, "experts")))["sites.up.lora_A"]
     assert not torch.equal(drawn[0], drawn[1])
-    # Dropout: two draws differ in training, and none is made in evaluation.
+    # Check dropout: two draws differ in training, and evaluation draws nothing.
     randomise(gm, 1)
     x = CASES[case].other
     assert not torch.equal(output(gm.train(), (x,), 0), output(gm, (x,), 1))
@@ -338,7 +338,7 @@ def test_an_expert_trains_on_its_own_tokens_only() -> None:
     randomise(gm, 1)
     _, grads = gradients(gm, (CASES["grouped experts"].other,))
     for name, grad in grads.items():
-        assert [bool(one.abs().sum() > 0) for one in grad] == [True, False, True], name
+        assert [bool(grad_of_expert.abs().sum() > 0) for grad_of_expert in grad] == [True, False, True], name
 
 
 def test_an_adapter_that_adds_a_bias_to_experts_is_not_merged() -> None:

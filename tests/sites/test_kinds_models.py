@@ -129,7 +129,7 @@ def test_merged_weights_run_in_the_model_itself(name: str, cls: type[llfx.Varian
     logits, _ = run(gm.eval(), name)
     with torch.no_grad():
         close(merged(**inputs(name)).logits, logits, 1e-5, "merged")
-    if name != "gpt2":  # whose tied weight becomes two
+    if name != "gpt2":  # because merging splits its tied weight
         dense = copy.deepcopy(model)
         dense.load_state_dict(dict(merged.named_parameters()), strict=False)
         with torch.no_grad():
@@ -145,7 +145,7 @@ def test_default_targets_reach_no_experts_and_no_embeddings() -> None:
 
 
 def test_experts_in_bfloat16_get_adapters_of_any_rank_and_dtype() -> None:
-    """In bfloat16 the grouped product is PyTorch's own operator, which takes rows of whole 16 bytes only."""
+    """Use bfloat16, because its grouped product only takes rows whose size is a multiple of 16 bytes."""
     model = copy.deepcopy(model_and_base("mixtral")[0]).bfloat16()
     gm = llfx.rewrite(model, llfx.LoRA(r=3, target_kinds=("experts",), rank_pattern={"down": 8}))
     randomise(gm, 0)

@@ -53,7 +53,7 @@ def adapted(cfg: llfx.Variant) -> list[str]:
 def test_kinds_other_than_linears_are_adapted_only_when_asked_for() -> None:
     lora = functools.partial(llfx.LoRA, r=2)
     assert adapted(lora(target_names=(".",))) == ["head"]
-    assert adapted(lora(target_kinds=("conv",))) == ["conv", "scaled"]  # not the one with groups
+    assert adapted(lora(target_kinds=("conv",))) == ["conv", "scaled"]  # without the convolution that has groups
     assert adapted(lora(target_kinds="embedding")) == ["embed"]
     assert adapted(lora(target_kinds=("embedding", "conv"), target_names=("embed", "scaled"))) == ["embed", "scaled"]
     assert adapted(lora(target_kinds=("embedding", "linear"), target_roles=("head",))) == ["head"]

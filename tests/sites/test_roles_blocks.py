@@ -26,7 +26,7 @@ def join_heads(t: Tensor) -> Tensor:
     return t.transpose(1, 2).reshape(t.shape[0], t.shape[2], WIDTH)
 
 
-# Attention over heads: q, k, v (batch, heads, sequence, width of a head) to the same.
+# Compute attention over heads. q, k, v and the result are (batch, heads, sequence, width of a head).
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def einsum_key_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def einsum_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """An einsum of one operand permutes it, as XLNet does with its mask."""
+    """Permute an operand by an einsum, as XLNet does with its mask."""
     scores = torch.einsum("ibnd,jbnd->bnij", q.permute(2, 0, 1, 3), k.permute(2, 0, 1, 3))
     mask = torch.einsum("ijbn->bnij", (scores > 100).to(scores.dtype).permute(2, 3, 0, 1))
     probabilities = (scores - 1e9 * mask).softmax(3)
@@ -72,23 +72,23 @@ def einsum_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def matmul_key_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores computed transposed; the softmax still runs over the keys."""
+    """Compute transposed scores. The softmax still runs over the keys."""
     return torch.softmax(k @ q.transpose(-1, -2), dim=-2).transpose(-1, -2) @ v
 
 
 def scores_transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores computed transposed, and transposed back before the softmax."""
+    """Compute transposed scores, and transpose them back before the softmax."""
     return torch.softmax((k @ q.transpose(-1, -2)).transpose(-1, -2), dim=-1) @ v
 
 
 def value_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The result computed transposed, from probabilities that are transposed for it."""
+    """Compute the transposed result from transposed probabilities."""
     probabilities = torch.softmax(q @ k.transpose(-1, -2), dim=-1)
     return (v.transpose(-1, -2) @ probabilities.transpose(-1, -2)).transpose(-1, -2)
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Slices whose bounds are values of the graph."""
+    """Slice keys and values by bounds that are values of the graph."""
     keys = q.shape[2]
     return torch.softmax(q @ k[:, :, :keys].transpose(-1, -2), dim=-1) @ v[:, :, :keys]
 
@@ -173,7 +173,7 @@ head   head      8  5
 
 
 class WithoutProjection(Attention):
-    """The heads are added to the stream as they are."""
+    """Attention without an output projection: the heads are added to the stream directly."""
 
     def forward(self, x: Tensor) -> Any:
         heads = self.attend(split_heads(self.q(x)), split_heads(self.k(x)), split_heads(self.v(x)))
@@ -303,7 +303,7 @@ head      head reader       8   5
 
 
 class TwoHeads(Attention):
-    """The model's output is a dict with two linears' results."""
+    """A model that returns the results of two heads in a dict."""
 
     def __init__(self) -> None:
         super().__init__()

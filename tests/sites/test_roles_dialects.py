@@ -50,7 +50,7 @@ MLP = "fc1 up reader 8 12\nfc2 down writer 12 8\n"
 
 
 class Parallel(Block):
-    """Attention and feed-forward both read the stream, and are added to it one after the other."""
+    """Attention and feed-forward that both read the same stream. Their results are added to it in turn."""
 
     linears = _QKVO + _MLP
 
@@ -61,7 +61,7 @@ class Parallel(Block):
 
 
 class Latent(Block):
-    """Queries through a low rank, and keys and values through one that they share."""
+    """Attention whose queries pass a low rank. Keys and values share another low rank."""
 
     linears = (
         ("q_a", WIDTH, RANK),
@@ -105,7 +105,7 @@ NARROWED = "narrow reader 8 4\nq query inner 4 8\nk key inner 4 8\nv value inner
 
 
 class Written(Block):
-    """The keys are written into an empty tensor, part by part."""
+    """Attention that writes its keys into an empty tensor, part by part."""
 
     linears = (*_QKVO, ("k2", WIDTH, WIDTH))
 
@@ -117,7 +117,7 @@ class Written(Block):
 
 
 class RelativePositions(Block):
-    """Scores with keys, with projected positions and with a parameter, added up."""
+    """Attention that adds scores with projected positions to the scores with keys."""
 
     linears = (*_QKVO, ("position", WIDTH, WIDTH))
 
@@ -152,7 +152,7 @@ class GatedRecurrence(Block):
 
 
 class Routed(Block):
-    """Each token goes through the experts that its router chooses."""
+    """A mixture of experts: a router chooses the experts of each token."""
 
     linears = (("router", WIDTH, EXPERTS),)
 
@@ -163,7 +163,7 @@ class Routed(Block):
 
 
 class ChosenByFirst(Block):
-    """The choice is among rows of a table, and the tokens do not go through these."""
+    """A choice of rows in a table. It is not a router, because no token is multiplied by these rows."""
 
     linears = (("scores", WIDTH, EXPERTS), ("out", WIDTH, WIDTH))
 
@@ -173,7 +173,7 @@ class ChosenByFirst(Block):
 
 
 class TopClasses(Block):
-    """The largest outputs of a head are returned."""
+    """A model that returns the largest outputs of its head."""
 
     def forward(self, x: Tensor) -> Any:
         values, classes = torch.topk(self.head(self.norm(x)), 2, dim=-1)
@@ -181,7 +181,7 @@ class TopClasses(Block):
 
 
 class TopTokens(Block):
-    """A linear scores the tokens; the best go on."""
+    """A block that adds the tokens with the best scores to the stream."""
 
     linears = (("score", WIDTH, 1), *_MLP)
 
@@ -214,7 +214,7 @@ def test_block_has_the_roles_of_its_table(name: str, exported: bool) -> None:
 
 
 def test_keys_written_in_place_have_their_role() -> None:
-    """Only the exported graph is tested, because symbolic tracing records no assignment to a slice."""
+    """Test the exported graph only, because symbolic tracing records no assignment to a slice."""
     golden = QKVO + "k2 key reader 8 8\n" + HEAD
     check_table(llfx.inspect(Written(), (torch.randn(2, 3, WIDTH),)), golden)
 

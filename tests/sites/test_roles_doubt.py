@@ -33,11 +33,11 @@ from tests.sites.test_roles_blocks import (
 from tests.sites.test_roles_of_models import check_table, parse, roles_of
 from tests.support.conformance import calibration
 
-# What must not pass for attention or feed-forward.
+# Blocks that look like attention or feed-forward, and are neither.
 
 
 class PlainMLP(nn.Module):
-    """No residual: an activation between two linears says nothing about a feed-forward block."""
+    """Linears without a residual. An activation between two linears does not prove a feed-forward block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class SoftmaxClassifier(nn.Module):
 
 
 class LyingNames(nn.Module):
-    """Attention called as a feed-forward block, and the other way round."""
+    """Attention with the names of a feed-forward block, and a feed-forward block with the names of attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,9 +140,9 @@ def test_a_softmax_that_routes_is_not_attention(mix: str, exported: bool) -> Non
 @pytest.mark.parametrize("attend", [einsum_with_ellipsis, einsum_of_lists])
 def test_an_einsum_that_is_hard_to_read_gives_no_wrong_role(attend: Attend, exported: bool) -> None:
     model = Attention(attend)
-    found = roles_of(llfx.inspect(model, example(model, exported)))
+    roles = roles_of(llfx.inspect(model, example(model, exported)))
     for name, role in {"q": "query", "k": "key", "v": "value"}.items():
-        assert found[name][0] <= {role, "reader"}, found
+        assert roles[name][0] <= {role, "reader"}, roles
 
 
 @both_captures
@@ -157,7 +157,7 @@ def test_names_that_lie_do_not_mislead(exported: bool) -> None:
     check_table(llfx.inspect(model, example(model, exported)), LIES)
 
 
-# Roles stay what they are.
+# Roles with adapters in the graph.
 
 
 def without_head(block: Any) -> Any:
@@ -208,7 +208,7 @@ def test_a_layer_called_twice_has_the_roles_of_two_layers(exported: bool) -> Non
 
 
 def config(cls: type[llfx.Variant], r: int = 4) -> llfx.Variant:
-    """A variant at every site of the layers, in blocks that fit the small widths."""
+    """Return a variant for every site of the layers, in blocks that fit the small widths."""
     names = [field.name for field in dataclasses.fields(cls)]
     sizes: dict[str, Any] = {name: 4 for name in names if name.endswith("_size")} | {
         name: r for name in names if name == "r"
@@ -221,7 +221,7 @@ CONFIGS = [[config(cls)] for cls in llfx.registry().values()] + [[config(llfx.Lo
 
 @functools.cache
 def captured(exported: bool) -> nn.Module:
-    """Both kinds of attention and of feed-forward, as a graph without adapters."""
+    """Return a graph without adapters that has both kinds of attention and of feed-forward."""
     model = Stack([Layer(), without_head(Attention(operators)), without_head(MLP())])
     return llfx.capture(model, example(model, exported))
 

@@ -1,4 +1,4 @@
-"""Bad input: an error of the right class that says what was wrong, and the user's model as it was."""
+"""Check that bad input raises an error of the right class, which names the mistake and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from lora_lite_fx.sites.site import Site
 from tests.support.untouched import untouched
 
 CFG = llfx.LoRA(r=2)
+anything: Any = llfx  # takes arguments of wrong types, as a user without a type checker may pass them
 X = torch.ones(2, 3, 8)
 HERE = Path(__file__).name
 
 
 class Net(nn.Module):
-    """A feed-forward block and a head, with everything set that a rewrite could upset."""
+    """A feed-forward block and a head, with hooks, gradients and modes that a rewrite must not change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,29 +41,29 @@ class Net(nn.Module):
         self.fc1.weight.grad = torch.ones(12, 8)
         self.norm.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(self.norm(x + self.fc2(F.gelu(self.fc1(x)))))
 
 
 class Branch(Net):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if x.sum() > 0:
             x = -x
         return super().forward(x)
 
 
 class Counts(Net):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return super().forward(x)[: int(x.argmax())].repeat(int(x.argmin()), 1, 1).numpy()
 
 
 class Noisy(Net):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return super().forward(x + torch.randn_like(x) if self.training else x)
 
 
 class LayerDrop(Net):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if self.training and random.random() < 1.1:
             return self.head(x)
         return super().forward(x)
@@ -70,7 +71,7 @@ class LayerDrop(Net):
 
 @contextmanager
 def fails(model: nn.Module, error: type[Exception], *parts: str) -> Iterator[None]:
-    """Expect exactly this error, with these parts in its message and notes, and `model` as it was."""
+    """Expect exactly this error, with these parts in its message and notes. Check that `model` is unchanged."""
     with untouched(model), pytest.raises(error) as caught:
         yield
     assert type(caught.value) is error, repr(caught.value)
@@ -85,41 +86,41 @@ def fails(model: nn.Module, error: type[Exception], *parts: str) -> Iterator[Non
 @pytest.mark.parametrize(
     ("build", "parts"),
     [
-        (lambda: llfx.LoRA(r=0), ["LoRA", "r must be a positive integer", "0"]),
-        (lambda: llfx.DoRA(r=-4), ["DoRA", "r must be a positive integer", "-4"]),
-        (lambda: llfx.LoRA(r=2.5), ["r must be a positive integer", "2.5"]),
-        (lambda: llfx.LoRA(r="8"), ["r must be a positive integer", "'8'"]),
-        (lambda: llfx.HRA(r=3), ["HRA", "r=3 must be even"]),
-        (lambda: llfx.LoRA(alpha=float("nan")), ["alpha must be a finite number", "nan"]),
-        (lambda: llfx.PiSSA(alpha=float("inf")), ["PiSSA", "alpha must be a finite number", "inf"]),
-        (lambda: llfx.LoRA(alpha="16"), ["alpha must be a finite number", "'16'"]),
-        (lambda: llfx.LoRA(alpha=10**400), ["alpha must be a finite number"]),
-        (lambda: llfx.LoRA(dtype=torch.int32), ["dtype", "floating-point", "int32"]),
-        (lambda: llfx.LoRA(dtype="float32"), ["dtype", "'float32'"]),
+        (lambda: anything.LoRA(r=0), ["LoRA", "r must be a positive integer", "0"]),
+        (lambda: anything.DoRA(r=-4), ["DoRA", "r must be a positive integer", "-4"]),
+        (lambda: anything.LoRA(r=2.5), ["r must be a positive integer", "2.5"]),
+        (lambda: anything.LoRA(r="8"), ["r must be a positive integer", "'8'"]),
+        (lambda: anything.HRA(r=3), ["HRA", "r=3 must be even"]),
+        (lambda: anything.LoRA(alpha=float("nan")), ["alpha must be a finite number", "nan"]),
+        (lambda: anything.PiSSA(alpha=float("inf")), ["PiSSA", "alpha must be a finite number", "inf"]),
+        (lambda: anything.LoRA(alpha="16"), ["alpha must be a finite number", "'16'"]),
+        (lambda: anything.LoRA(alpha=10**400), ["alpha must be a finite number"]),
+        (lambda: anything.LoRA(dtype=torch.int32), ["dtype", "floating-point", "int32"]),
+        (lambda: anything.LoRA(dtype="float32"), ["dtype", "'float32'"]),
         (
-            lambda: llfx.LoRA(target_roles="qurey"),
+            lambda: anything.LoRA(target_roles="qurey"),
             ["unknown role 'qurey', did you mean 'query'?", "router", "mlp"],
         ),
-        (lambda: llfx.LoRA(target_roles=("mlp", "attentoin")), ["'attentoin', did you mean 'attention'?"]),
-        (lambda: llfx.IA3(target_roles=("zzz",)), ["IA3", "unknown role 'zzz'", "query, key, value"]),
+        (lambda: anything.LoRA(target_roles=("mlp", "attentoin")), ["'attentoin', did you mean 'attention'?"]),
+        (lambda: anything.IA3(target_roles=("zzz",)), ["IA3", "unknown role 'zzz'", "query, key, value"]),
         (
-            lambda: llfx.LoRA(target_names=("ok", "q_(proj")),
+            lambda: anything.LoRA(target_names=("ok", "q_(proj")),
             ["'q_(proj' is not a regular expression", "position"],
         ),
-        (lambda: llfx.LoRA(exclude_names="["), ["'[' is not a regular expression"]),
-        (lambda: llfx.LoRA(target_names=(3,)), ["3 is not a regular expression"]),
-        (lambda: llfx.LoRA(layers=-1), ["layers are indices from 0", "-1"]),
-        (lambda: llfx.LoRA(layers=(0, "1")), ["layers are indices from 0", "'1'"]),
-        (lambda: llfx.DeLoRA(lambda0=0), ["DeLoRA", "lambda0=0", "every gradient zero", "15"]),
-        (lambda: llfx.DeLoRA(lambda0=float("nan")), ["lambda0", "nan"]),
-        (lambda: llfx.LoRA(dropout=1.0), ["dropout is a probability below 1", "1.0"]),
-        (lambda: llfx.DoRA(dropout=-0.1), ["dropout", "-0.1"]),
-        (lambda: llfx.LoRA(dropout=float("nan")), ["dropout", "nan"]),
-        (lambda: llfx.LoRA(dropout="0.1"), ["dropout", "'0.1'"]),
-        (lambda: llfx.DeLoRA(lambda0="15"), ["lambda0", "'15'"]),
-        (lambda: llfx.LoRA(exclude_names=None), ["exclude_names"]),
-        (lambda: llfx.LoRA(layers=1.5), ["layers", "1.5"]),
-        (lambda: llfx.LoRA(target_roles=1.5), ["role", "1.5"]),
+        (lambda: anything.LoRA(exclude_names="["), ["'[' is not a regular expression"]),
+        (lambda: anything.LoRA(target_names=(3,)), ["3 is not a regular expression"]),
+        (lambda: anything.LoRA(layers=-1), ["layers are indices from 0", "-1"]),
+        (lambda: anything.LoRA(layers=(0, "1")), ["layers are indices from 0", "'1'"]),
+        (lambda: anything.DeLoRA(lambda0=0), ["DeLoRA", "lambda0=0", "every gradient zero", "15"]),
+        (lambda: anything.DeLoRA(lambda0=float("nan")), ["lambda0", "nan"]),
+        (lambda: anything.LoRA(dropout=1.0), ["dropout is a probability below 1", "1.0"]),
+        (lambda: anything.DoRA(dropout=-0.1), ["dropout", "-0.1"]),
+        (lambda: anything.LoRA(dropout=float("nan")), ["dropout", "nan"]),
+        (lambda: anything.LoRA(dropout="0.1"), ["dropout", "'0.1'"]),
+        (lambda: anything.DeLoRA(lambda0="15"), ["lambda0", "'15'"]),
+        (lambda: anything.LoRA(exclude_names=None), ["exclude_names"]),
+        (lambda: anything.LoRA(layers=1.5), ["layers", "1.5"]),
+        (lambda: anything.LoRA(target_roles=1.5), ["role", "1.5"]),
     ],
 )
 def test_an_impossible_field_is_a_config_error(build: Callable[[], llfx.Variant], parts: list[str]) -> None:
@@ -127,7 +128,7 @@ def test_an_impossible_field_is_a_config_error(build: Callable[[], llfx.Variant]
         build()
 
 
-# What rewrite is given.
+# Arguments of rewrite.
 
 
 @pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
@@ -195,9 +196,9 @@ def test_example_inputs_that_do_not_fit_are_refused(inputs: Any, parts: list[str
         llfx.rewrite(model, CFG, inputs)
 
 
-def test_something_that_is_no_module_is_refused() -> None:
+def test_a_model_that_is_not_a_module_is_refused() -> None:
     with fails(nn.Identity(), llfx.CaptureError, "torch.nn.Module or an ExportedProgram", "Tensor"):
-        llfx.rewrite(X, CFG)
+        anything.rewrite(X, CFG)
 
 
 # Models that cannot be captured.
@@ -237,7 +238,7 @@ def test_an_uncapturable_model_is_refused_with_the_construct_and_the_way_out(
     ("model_class", "switch"),
     [(transformers.OPTForCausalLM, "layerdrop"), (transformers.BartForConditionalGeneration, "decoder_layerdrop")],
 )
-def test_layer_drop_in_a_hugging_face_config_is_refused(model_class: type[nn.Module], switch: str) -> None:
+def test_layer_drop_in_a_hugging_face_config_is_refused(model_class: Any, switch: str) -> None:
     sizes = {"vocab_size": 29, "hidden_size": 16, "d_model": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sides = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     model = model_class(model_class.config_class(**sizes, **sides, **{switch: 0.25}))
@@ -268,7 +269,7 @@ def test_a_model_without_adapters_is_refused(use: Callable[..., Any], model: nn.
 
 
 @pytest.mark.parametrize("use", [llfx.merge, llfx.remove])
-def test_an_eager_wrapper_has_no_graph_to_take_adapters_out_of(use: Callable[..., Any]) -> None:
+def test_adapters_of_an_eager_wrapper_cannot_be_merged_or_removed(use: Callable[..., Any]) -> None:
     wrapped = llfx.wrap(Net(), CFG)
     with fails(wrapped, llfx.AdapterError, "no adapters in its graph"):
         use(wrapped)
@@ -279,7 +280,7 @@ def test_an_eager_wrapper_has_no_graph_to_take_adapters_out_of(use: Callable[...
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rogue(llfx.Variant):
-    """One gate; subclasses break a rule in `forward`."""
+    """A variant with one gate. Its subclasses break a rule in `forward`."""
 
     default_roles = ("up",)
 
@@ -288,12 +289,12 @@ class Rogue(llfx.Variant):
 
 
 class NeverCallsBase(Rogue):
-    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Any:
         return p.lora_g.expand(*x.shape[:-1], -1)
 
 
 class CallsBaseTwice(Rogue):
-    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Any:
         return base(x) + p.lora_g * base(x)
 
 
@@ -303,7 +304,7 @@ class DoesNothing(Rogue):
 
 
 class Unregistered(Rogue):
-    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+    def forward(self, x: Tensor, base: llfx.FrozenLinear, p: Any) -> Any:
         return p.lora_g * base(x)
 
 
@@ -326,14 +327,14 @@ def test_a_variant_that_breaks_the_rules_is_named(
     cls: type[Rogue], error: type[Exception], parts: list[str], inputs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(_REGISTRY, cls.__name__, cls)
-    named = [] if cls is Raises else [f"{cls.__name__}.forward"]
+    names = [] if cls is Raises else [f"{cls.__name__}.forward"]
     for model in (Net(), llfx.rewrite(Net(), CFG, inputs)):
-        with fails(model, error, "in pass insert_adapter", *named, *parts):
+        with fails(model, error, "in pass insert_adapter", *names, *parts):
             llfx.rewrite(model, [CFG, cls()], inputs)
 
 
 @pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
-def test_a_variant_that_is_not_registered_never_makes_a_file_that_cannot_be_loaded(
+def test_a_variant_that_is_not_registered_is_refused_before_it_is_saved(
     adapt: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = Net()
@@ -343,15 +344,15 @@ def test_a_variant_that_is_not_registered_never_makes_a_file_that_cannot_be_load
 
 def test_two_classes_of_one_name_cannot_be_registered() -> None:
     known = llfx.registry()
-    impostor = dataclasses.dataclass(frozen=True, kw_only=True)(type("LoRA", (llfx.Variant,), {}))
+    impostor: Any = dataclasses.dataclass(frozen=True, kw_only=True)(type("LoRA", (llfx.Variant,), {}))
     with fails(nn.Identity(), llfx.ConfigError, "LoRA is already registered", "lora_lite_fx.variants.lora"):
         llfx.register(impostor)
     assert llfx.registry() == known
 
 
-def test_what_is_no_variant_cannot_be_registered() -> None:
+def test_a_class_that_is_not_a_variant_cannot_be_registered() -> None:
     with fails(nn.Identity(), llfx.ConfigError, "Site must be a frozen dataclass derived from Variant"):
-        llfx.register(Site)
+        anything.register(Site)
 
 
 class FailingPass(GraphPass):
@@ -363,7 +364,7 @@ class FailingPass(GraphPass):
 
 
 class InvalidatingPass(GraphPass):
-    """Leaves a graph that lint refuses."""
+    """A pass whose result fails the lint of torch.fx."""
 
     def run(self, gm: fx.GraphModule) -> int:
         first, *_, last = (node for node in gm.graph.nodes if node.op == "call_function")
@@ -371,7 +372,7 @@ class InvalidatingPass(GraphPass):
         return 1
 
 
-def test_a_pipeline_without_an_unknown_pass_is_refused() -> None:
+def test_leaving_an_unknown_pass_out_of_a_pipeline_is_refused() -> None:
     with pytest.raises(ValueError, match=r"No pass is named nope; the pipeline has drop_metadata_asserts\."):
         Pipeline((DropMetadataAsserts(),)).without("nope", "drop_metadata_asserts")
 
@@ -385,7 +386,7 @@ def test_a_pipeline_without_an_unknown_pass_is_refused() -> None:
     ],
     ids=["unexpected", "own", "invalid"],
 )
-def test_a_pass_that_fails_is_named_with_those_before_it(
+def test_the_error_of_a_pass_names_it_and_the_passes_that_ran_before(
     failing: GraphPass, error: type[Exception], parts: list[str]
 ) -> None:
     model = Net()

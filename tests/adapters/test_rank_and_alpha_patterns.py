@@ -30,12 +30,12 @@ def ranks(gm: nn.Module) -> dict[str, int]:
     return {name.split(".")[0]: tensor.shape[0] for name, tensor in state.items() if name.endswith("lora_A")}
 
 
-def test_a_pattern_gives_its_sites_another_rank_and_the_first_that_matches_counts() -> None:
+def test_the_first_pattern_that_matches_sets_the_rank_of_a_site() -> None:
     cfg = llfx.LoRA(r=2, target_names=(".",), rank_pattern={"^2$": 3, "[24]": 4})
     assert ranks(llfx.rewrite(model(), cfg)) == {"0": 2, "2": 3, "4": 4}
 
 
-def test_a_patterns_rank_and_alpha_are_in_the_scale() -> None:
+def test_the_scale_uses_the_rank_and_alpha_of_the_pattern() -> None:
     net = model()
     cfg = llfx.LoRA(r=2, alpha=2.0, target_names=("0", "2"), rank_pattern={"2": 4}, alpha_pattern={"0": 10.0})
     gm = llfx.rewrite(net, cfg)
@@ -88,7 +88,7 @@ def test_an_impossible_pattern_is_a_config_error(field: str, value: Any) -> None
         llfx.LoRA(**{field: value})
 
 
-def test_a_rank_that_only_one_site_cannot_have_is_refused_by_that_sites_name() -> None:
+def test_a_rank_that_is_too_large_for_one_site_is_refused_with_its_name() -> None:
     with pytest.raises(llfx.ConfigError, match=r"r=7 is larger than site '4' allows"):
         llfx.rewrite(model(), llfx.LoRA(r=2, target_names=(".",), rank_pattern={"4": 7}))
 
@@ -102,7 +102,7 @@ def gate_then_low_rank(first: llfx.Variant, second: llfx.Variant) -> tuple[Tenso
     return gm(x()), gm
 
 
-def test_adapters_are_nested_in_the_order_given_the_first_innermost() -> None:
+def test_adapters_are_nested_in_order_and_the_first_is_innermost() -> None:
     net = model()
     gate, low_rank = llfx.IA3(target_names=("0",)), llfx.LoRA(r=2, alpha=2.0, target_names=("0",))
     for cfgs in ((gate, low_rank), (low_rank, gate)):
@@ -117,7 +117,7 @@ def test_adapters_are_nested_in_the_order_given_the_first_innermost() -> None:
         assert llfx.inspect(gm)[0].adapters == tuple(type(cfg).__name__ for cfg in cfgs)
 
 
-def test_one_variant_may_be_at_a_site_several_times() -> None:
+def test_a_site_may_have_several_adapters_of_one_variant() -> None:
     cfg = llfx.LoRA(r=2, alpha=2.0, target_names=("0",))
     y, gm = gate_then_low_rank(cfg, cfg)
     state = llfx.adapter_state_dict(gm)

@@ -1,4 +1,4 @@
-"""Mistakes of new users: each is an error of the right class whose whole message says what would be right."""
+"""Check that each mistake of a new user raises an error of the right class, whose message says how to correct it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.support.models import ids as net_ids
 from tests.support.untouched import untouched
 
 CFG = llfx.LoRA(r=2)
+anything: Any = llfx  # takes arguments of wrong types, as a user without a type checker may pass them
 IDS = torch.ones(2, 6, dtype=torch.long)
 PEFT_CFG = peft.LoraConfig(r=2, target_modules=["q_proj"])
 
@@ -81,7 +82,7 @@ def compiled(module: Any) -> Any:
 
 
 class Parallel(nn.parallel.DistributedDataParallel):
-    """The class of distributed training, without the process group that it asks for."""
+    """The class of distributed training, without the process group that it requires."""
 
     def __init__(self, module: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -90,7 +91,7 @@ class Parallel(nn.parallel.DistributedDataParallel):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with adapters in all forms: the working directory of each test."""
+    """Return a folder with adapters in all file formats. Each test works in a copy of it."""
     path = tmp_path_factory.mktemp("adapters")
     llfx.save(graph(), path / "adapter.safetensors")
     llfx.save_lora_lite(graph(), path / "lite.safetensors")
@@ -124,74 +125,74 @@ TUPLE_OR_DICT = "example_inputs must be a tuple of positional or a dict of keywo
 
 MISTAKES: list[Mistake] = [
     # The config.
-    (lambda: llfx.rewrite(plain(), "LoRA"), llfx.ConfigError, A_VARIANT + "'LoRA'. Pass a config: llfx.LoRA()."),
-    (lambda: llfx.rewrite(plain(), "lora"), llfx.ConfigError, A_VARIANT + "'lora'. Pass a config: llfx.LoRA()."),
+    (lambda: anything.rewrite(plain(), "LoRA"), llfx.ConfigError, A_VARIANT + "'LoRA'. Pass a config: llfx.LoRA()."),
+    (lambda: anything.rewrite(plain(), "lora"), llfx.ConfigError, A_VARIANT + "'lora'. Pass a config: llfx.LoRA()."),
     (
-        lambda: llfx.rewrite(plain(), "all-linear"),
+        lambda: anything.rewrite(plain(), "all-linear"),
         llfx.ConfigError,
         A_VARIANT + f"'all-linear'. The variants are {VARIANTS}.",
     ),
     (
-        lambda: llfx.rewrite(plain(), "adapter.safetensors"),
+        lambda: anything.rewrite(plain(), "adapter.safetensors"),
         llfx.ConfigError,
         A_VARIANT + "'adapter.safetensors'. It is a file: llfx.load(model, 'adapter.safetensors') loads the adapters"
         " that llfx.save wrote.",
     ),
     (
-        lambda: llfx.rewrite(plain(), Path("peft")),
+        lambda: anything.rewrite(plain(), Path("peft")),
         llfx.ConfigError,
         A_VARIANT + "'peft'. It is a folder: llfx.load_peft(model, 'peft') loads the adapter of a PEFT directory.",
     ),
     (
-        lambda: llfx.rewrite(plain(), PEFT_CFG),
+        lambda: anything.rewrite(plain(), PEFT_CFG),
         llfx.ConfigError,
         A_VARIANT + "a LoraConfig. It is a config of PEFT: pass llfx.from_peft_config(cfg).",
     ),
     (
-        lambda: llfx.wrap(plain(), [CFG, PEFT_CFG]),
+        lambda: anything.wrap(plain(), [CFG, PEFT_CFG]),
         llfx.ConfigError,
         A_VARIANT + "a LoraConfig. It is a config of PEFT: pass llfx.from_peft_config(cfg).",
     ),
     (
-        lambda: llfx.adapt(model(), {"peft_type": "LORA", "r": 8}),
+        lambda: anything.adapt(model(), {"peft_type": "LORA", "r": 8}),
         llfx.ConfigError,
         A_VARIANT + "{'peft_type': 'LORA', 'r': 8}. It is a config of PEFT: pass llfx.from_peft_config(cfg).",
     ),
     (
-        lambda: llfx.rewrite(plain(), llfx.LoRA),
+        lambda: anything.rewrite(plain(), llfx.LoRA),
         llfx.ConfigError,
         A_VARIANT + "the class LoRA. Pass an instance: LoRA().",
     ),
     (
-        lambda: llfx.rewrite(plain(), {"r": 8}),
+        lambda: anything.rewrite(plain(), {"r": 8}),
         llfx.ConfigError,
         A_VARIANT + "{'r': 8}. Make a config of these fields: LoRA(**cfg).",
     ),
     (
-        lambda: llfx.rewrite(plain(), {"chat": CFG}),
+        lambda: anything.rewrite(plain(), {"chat": CFG}),
         llfx.ConfigError,
         A_VARIANT + "{'chat': <LoRA>}. Adapters with names are not supported yet: pass a list, [*cfg.values()].",
     ),
     (
-        lambda: llfx.rewrite(plain(), {CFG}),
+        lambda: anything.rewrite(plain(), {CFG}),
         llfx.ConfigError,
         A_VARIANT + "{<LoRA>}. A set has no order; pass a list.",
     ),
     (
-        lambda: llfx.rewrite(plain(), (cfg for cfg in [CFG])),
+        lambda: anything.rewrite(plain(), (cfg for cfg in [CFG])),
         llfx.ConfigError,
         A_VARIANT + "a generator. Make a list of it: [*cfg].",
     ),
     (
-        lambda: llfx.rewrite(model(), model().config),
+        lambda: anything.rewrite(model(), model().config),
         llfx.ConfigError,
         A_VARIANT + "a LlamaConfig. It is the config of a model; cfg is the config of the adapters.",
     ),
-    (lambda: llfx.rewrite(plain(), 8), llfx.ConfigError, A_VARIANT + "8."),
-    (lambda: llfx.rewrite(plain(), None), llfx.ConfigError, A_VARIANT + "None."),
-    (lambda: llfx.rewrite(plain(), []), llfx.ConfigError, A_VARIANT + "an empty list."),
+    (lambda: anything.rewrite(plain(), 8), llfx.ConfigError, A_VARIANT + "8."),
+    (lambda: anything.rewrite(plain(), None), llfx.ConfigError, A_VARIANT + "None."),
+    (lambda: anything.rewrite(plain(), []), llfx.ConfigError, A_VARIANT + "an empty list."),
     (
-        lambda: llfx.adapt(model(), "LoRA"),
+        lambda: anything.adapt(model(), "LoRA"),
         llfx.CheckpointError,
         "There is no file 'LoRA' to load adapters from. For new ones pass a config: LoRA(r=8).",
     ),
@@ -202,116 +203,116 @@ MISTAKES: list[Mistake] = [
             llfx.ConfigError,
             A_VARIANT + "a LlamaForCausalLM. It is a model, which comes first: rewrite(model, LoRA(r=8)).",
         )
-        for door in (llfx.rewrite, llfx.wrap, llfx.adapt)
+        for door in (anything.rewrite, anything.wrap, anything.adapt)
     ),
     (
-        lambda: llfx.backend(model()),
+        lambda: anything.backend(model()),
         llfx.ConfigError,
         "backend takes the config of the adapters, and a LlamaForCausalLM is a model. The call is"
         " torch.compile(model, backend=backend(LoRA(r=8))).",
     ),
     (
-        lambda: llfx.save("adapter.safetensors", graph()),
+        lambda: anything.save("adapter.safetensors", graph()),
         llfx.CheckpointError,
         "The path must be a string or a Path, not a GraphModule. The call is save(model, path).",
     ),
     (
-        lambda: llfx.load("adapter.safetensors", plain()),
+        lambda: anything.load("adapter.safetensors", plain()),
         llfx.CheckpointError,
         "The path must be a string or a Path, not a Net. The call is load(model, path).",
     ),
     (
-        lambda: llfx.load_peft("peft", model()),
+        lambda: anything.load_peft("peft", model()),
         llfx.CheckpointError,
         "The path must be a string or a Path, not a LlamaForCausalLM. The call is load_peft(model, path).",
     ),
     (
-        lambda: llfx.save_peft("peft", graph()),
+        lambda: anything.save_peft("peft", graph()),
         llfx.CheckpointError,
         "The path must be a string or a Path, not a GraphModule. The call is save_peft(model, path).",
     ),
     (
-        lambda: llfx.load_lora_lite("lite.safetensors", plain()),
+        lambda: anything.load_lora_lite("lite.safetensors", plain()),
         llfx.CheckpointError,
         "The path must be a string or a Path, not a Net. The call is load_lora_lite(model, path).",
     ),
     (
-        lambda: llfx.save_lora_lite("lite.safetensors", graph()),
+        lambda: anything.save_lora_lite("lite.safetensors", graph()),
         llfx.CheckpointError,
         "The path must be a string or a Path, not a GraphModule. The call is save_lora_lite(model, path).",
     ),
     (
-        lambda: llfx.load_adapter_state_dict(graph(), "adapter.safetensors"),
+        lambda: anything.load_adapter_state_dict(graph(), "adapter.safetensors"),
         llfx.CheckpointError,
         "state_dict must map names to tensors, as adapter_state_dict returns it; it is 'adapter.safetensors'. A file is"
         " loaded by load(model, path).",
     ),
     # The model.
     (
-        lambda: llfx.rewrite("meta-llama/Llama-3.2-1B", CFG),
+        lambda: anything.rewrite("meta-llama/Llama-3.2-1B", CFG),
         llfx.CaptureError,
         A_MODEL + "'meta-llama/Llama-3.2-1B'. Load the model first:"
         " AutoModelForCausalLM.from_pretrained('meta-llama/Llama-3.2-1B').",
     ),
     (
-        lambda: llfx.adapt("whole", CFG),
+        lambda: anything.adapt("whole", CFG),
         llfx.CaptureError,
         A_MODEL + "'whole'. Load the model first: AutoModelForCausalLM.from_pretrained('whole').",
     ),
     (
-        lambda: llfx.inspect(Path("whole")),
+        lambda: anything.inspect(Path("whole")),
         llfx.CaptureError,
         A_MODEL + "'whole'. Load the model first: AutoModelForCausalLM.from_pretrained('whole').",
     ),
     (
-        lambda: llfx.rewrite(hf.LlamaForCausalLM, CFG),
+        lambda: anything.rewrite(hf.LlamaForCausalLM, CFG),
         llfx.CaptureError,
         A_MODEL + "the class LlamaForCausalLM. Pass an instance: LlamaForCausalLM.from_pretrained(...).",
     ),
-    (lambda: llfx.wrap(Net, CFG), llfx.CaptureError, A_MODEL + "the class Net. Pass an instance: Net(...)."),
+    (lambda: anything.wrap(Net, CFG), llfx.CaptureError, A_MODEL + "the class Net. Pass an instance: Net(...)."),
     (
-        lambda: llfx.inspect(CFG),
+        lambda: anything.inspect(CFG),
         llfx.CaptureError,
         A_MODEL + "a LoRA. The model comes first, then the config: rewrite(model, LoRA(r=8)).",
     ),
     (
-        lambda: llfx.rewrite((model(), tokenizer()), CFG),
+        lambda: anything.rewrite((model(), tokenizer()), CFG),
         llfx.CaptureError,
         A_MODEL + f"(<LlamaForCausalLM>, <{TOKENIZER}>). Pass its element 0, which is the model.",
     ),
     (
-        lambda: llfx.rewrite(plain().state_dict(), CFG),
+        lambda: anything.rewrite(plain().state_dict(), CFG),
         llfx.CaptureError,
         A_MODEL + "an OrderedDict. It holds tensors by name. If they are a state dict, load it into a model:"
         " model.load_state_dict(...).",
     ),
     (
-        lambda: llfx.adapt(tokenizer(), CFG),
+        lambda: anything.adapt(tokenizer(), CFG),
         llfx.CaptureError,
         A_MODEL + f"a {TOKENIZER}. It prepares inputs. Pass the model that takes them.",
     ),
     (
-        lambda: llfx.adapt(hf.WhisperFeatureExtractor(), CFG),
+        lambda: anything.adapt(hf.WhisperFeatureExtractor(), CFG),
         llfx.CaptureError,
         A_MODEL + "a WhisperFeatureExtractor. It prepares inputs. Pass the model that takes them.",
     ),
     (
-        lambda: llfx.adapt(hf.pipeline("text-generation", model=llama(), tokenizer=tokenizer()), CFG),
+        lambda: anything.adapt(hf.pipeline("text-generation", model=llama(), tokenizer=tokenizer()), CFG),
         llfx.CaptureError,
         A_MODEL + "a TextGenerationPipeline. Pass the model that it holds, its attribute `model`.",
     ),
     (
-        lambda: llfx.rewrite(trainer(), CFG),
+        lambda: anything.rewrite(trainer(), CFG),
         llfx.CaptureError,
         A_MODEL + "a Trainer. Pass the model that it holds, its attribute `model`.",
     ),
     (
-        lambda: llfx.rewrite(model().config, CFG),
+        lambda: anything.rewrite(model().config, CFG),
         llfx.CaptureError,
         A_MODEL + "a LlamaConfig. It describes a model. Make one: AutoModelForCausalLM.from_config(config).",
     ),
-    (lambda: llfx.rewrite(None, CFG), llfx.CaptureError, A_MODEL + "None."),
-    (lambda: llfx.rewrite(IDS, CFG), llfx.CaptureError, A_MODEL + "a Tensor."),
+    (lambda: anything.rewrite(None, CFG), llfx.CaptureError, A_MODEL + "None."),
+    (lambda: anything.rewrite(IDS, CFG), llfx.CaptureError, A_MODEL + "a Tensor."),
     # Models that other libraries have changed.
     *(
         (
@@ -322,13 +323,13 @@ MISTAKES: list[Mistake] = [
         for door in (llfx.rewrite, llfx.wrap, llfx.adapt)
     ),
     (
-        lambda: llfx.adapt(with_peft().get_base_model(), CFG),
+        lambda: anything.adapt(with_peft().get_base_model(), CFG),
         llfx.CaptureError,
         "LlamaForCausalLM cannot be captured: it has layers of PEFT (PEFT's Linear at"
         " 'model.layers.0.self_attn.q_proj'). " + PEFT_WAY_OUT,
     ),
     (
-        lambda: llfx.merge(with_peft()),
+        lambda: anything.merge(with_peft()),
         llfx.AdapterError,
         f"PeftModel has no adapters; {RETURNED}: it has layers of PEFT (PEFT's PeftModel). {PEFT_WAY_OUT}",
     ),
@@ -340,192 +341,192 @@ MISTAKES: list[Mistake] = [
         " llfx.from_peft_config(config)]).",
     ),
     (
-        lambda: llfx.rewrite(nn.DataParallel(plain()), CFG),
+        lambda: anything.rewrite(nn.DataParallel(plain()), CFG),
         llfx.CaptureError,
         f"DataParallel cannot be captured: it wraps a model. {SHARDED}: DataParallel(...).",
     ),
     (
-        lambda: llfx.adapt(Parallel(model()), CFG),
+        lambda: anything.adapt(Parallel(model()), CFG),
         llfx.CaptureError,
         f"Parallel cannot be captured: it wraps a model. {SHARDED}: Parallel(...).",
     ),
     (
-        lambda: llfx.adapter_parameters(Parallel(chat())),
+        lambda: anything.adapter_parameters(Parallel(chat())),
         llfx.AdapterError,
         f"Parallel has no adapters; {RETURNED}: it wraps a model. {SHARDED}: Parallel(...).",
     ),
     (
-        lambda: llfx.rewrite(compiled(Net([GatedMLP], True, False)), CFG),
+        lambda: anything.rewrite(compiled(Net([GatedMLP], True, False)), CFG),
         llfx.CaptureError,
         f"OptimizedModule cannot be captured: {COMPILED}",
     ),
     (
-        lambda: llfx.save(compiled(llfx.rewrite(plain(), CFG)), "new.safetensors"),
+        lambda: anything.save(compiled(llfx.rewrite(plain(), CFG)), "new.safetensors"),
         llfx.AdapterError,
         f"OptimizedModule has no adapters; {RETURNED}: {COMPILED}",
     ),
     # Inputs and data.
     (
-        lambda: llfx.rewrite(plain(), CFG, net_ids(2, 5)),
+        lambda: anything.rewrite(plain(), CFG, net_ids(2, 5)),
         llfx.CaptureError,
         TUPLE_OR_DICT + "Tensor; for one tensor write example_inputs=(x,).",
     ),
     (
-        lambda: llfx.adapt(model(), CFG, IDS),
+        lambda: anything.adapt(model(), CFG, IDS),
         llfx.CaptureError,
         TUPLE_OR_DICT + "Tensor; for one tensor write example_inputs=(x,).",
     ),
     (
-        lambda: llfx.rewrite(model(), CFG, tokenizer()(["a b"], return_tensors="pt")),
+        lambda: anything.rewrite(model(), CFG, tokenizer()(["a b"], return_tensors="pt")),
         llfx.CaptureError,
         TUPLE_OR_DICT + "BatchEncoding; write example_inputs=dict(batch).",
     ),
     (
-        lambda: llfx.rewrite(model(), CFG, "a b"),
+        lambda: anything.rewrite(model(), CFG, "a b"),
         llfx.CaptureError,
         TUPLE_OR_DICT + "str; a tokenizer makes them of a text:"
         ' example_inputs=dict(tokenizer(text, return_tensors="pt")).',
     ),
     (
-        lambda: llfx.inspect(plain(), [net_ids(2, 5)]),
+        lambda: anything.inspect(plain(), [net_ids(2, 5)]),
         llfx.CaptureError,
         TUPLE_OR_DICT + "list; write example_inputs=tuple(inputs).",
     ),
     (
-        lambda: llfx.rewrite(model(), CFG, dict(tokenizer()(["a b"]))),
+        lambda: anything.rewrite(model(), CFG, dict(tokenizer()(["a b"]))),
         llfx.CaptureError,
         "example_inputs: input_ids is a list of numbers, and the model takes a tensor. A tokenizer makes tensors with"
         ' return_tensors="pt".',
     ),
     (
-        lambda: llfx.rewrite(model(), llfx.EVA(r=2), calibration={"input_ids": IDS}),
+        lambda: anything.rewrite(model(), llfx.EVA(r=2), calibration={"input_ids": IDS}),
         llfx.ConfigError,
         "calibration must hold batches, and is {'input_ids': <Tensor>}. For one batch write calibration=[batch].",
     ),
     (
-        lambda: llfx.wrap(plain(), llfx.EVA(r=2), calibration=net_ids(2, 5)),
+        lambda: anything.wrap(plain(), llfx.EVA(r=2), calibration=net_ids(2, 5)),
         llfx.ConfigError,
         "calibration must hold batches, and is a Tensor. For one batch write calibration=[batch].",
     ),
     (
-        lambda: llfx.adapt(model(), llfx.EVA(r=2), calibration=tokenizer()(["a b"], return_tensors="pt")),
+        lambda: anything.adapt(model(), llfx.EVA(r=2), calibration=tokenizer()(["a b"], return_tensors="pt")),
         llfx.ConfigError,
         "calibration must hold batches, and is a BatchEncoding. For one batch write calibration=[batch].",
     ),
     (
-        lambda: llfx.rewrite(model(), llfx.EVA(r=2), calibration="a b"),
+        lambda: anything.rewrite(model(), llfx.EVA(r=2), calibration="a b"),
         llfx.ConfigError,
         "calibration must hold batches, and is 'a b'. For one batch write calibration=[{\"input_ids\": ids}].",
     ),
     # Paths.
     (
-        lambda: llfx.load(model(), "nowhere.safetensors"),
+        lambda: anything.load(model(), "nowhere.safetensors"),
         llfx.CheckpointError,
         "nowhere.safetensors is not a file: nothing is there. load reads the file that save wrote.",
     ),
     (
-        lambda: llfx.load(model(), "peft"),
+        lambda: anything.load(model(), "peft"),
         llfx.CheckpointError,
         "peft is not a file but a directory. It is a PEFT directory: llfx.load_peft(model, 'peft').",
     ),
     (
-        lambda: llfx.load(model(), "folder"),
+        lambda: anything.load(model(), "folder"),
         llfx.CheckpointError,
         "folder is not a file but a directory. An adapted model was saved there: pass the file in it,"
         " 'folder/model.safetensors'.",
     ),
     (
-        lambda: llfx.load(model(), "whole"),
+        lambda: anything.load(model(), "whole"),
         llfx.CheckpointError,
         "whole is not a file but a directory. It holds a whole model: AutoModelForCausalLM.from_pretrained('whole').",
     ),
     (
-        lambda: llfx.load(model(), "empty"),
+        lambda: anything.load(model(), "empty"),
         llfx.CheckpointError,
         "empty is not a file but a directory. load reads the file that save wrote.",
     ),
     (
-        lambda: llfx.load(model(), "peft/adapter_model.safetensors"),
+        lambda: anything.load(model(), "peft/adapter_model.safetensors"),
         llfx.CheckpointError,
         "peft/adapter_model.safetensors was not written by lora_lite_fx.save: its metadata has no 'lora_lite_fx'. It is"
         " part of a PEFT directory: llfx.load_peft(model, 'peft').",
     ),
     (
-        lambda: llfx.load(model(), "lite.safetensors"),
+        lambda: anything.load(model(), "lite.safetensors"),
         llfx.CheckpointError,
         "lite.safetensors was not written by lora_lite_fx.save: its metadata has no 'lora_lite_fx'. It is a file of"
         " lora-lite: llfx.load_lora_lite(model, 'lite.safetensors').",
     ),
     (
-        lambda: llfx.load_peft(model(), "adapter.safetensors"),
+        lambda: anything.load_peft(model(), "adapter.safetensors"),
         llfx.CheckpointError,
         "adapter.safetensors is a file, and load_peft reads a directory. llfx.load(model, 'adapter.safetensors') loads"
         " a file that save wrote.",
     ),
     (
-        lambda: llfx.load_peft(model(), "peft/adapter_model.safetensors"),
+        lambda: anything.load_peft(model(), "peft/adapter_model.safetensors"),
         llfx.CheckpointError,
         "peft/adapter_model.safetensors is a file, and load_peft reads a directory. Pass the PEFT directory that it is"
         " in, 'peft'.",
     ),
     (
-        lambda: llfx.load_peft(model(), "someone/adapter"),
+        lambda: anything.load_peft(model(), "someone/adapter"),
         llfx.CheckpointError,
         "someone/adapter is not a directory: nothing is there. If it is a name on the Hugging Face Hub, download it"
         " first: huggingface_hub.snapshot_download('someone/adapter').",
     ),
-    # Models without adapters, and models that are not what is needed.
+    # Models without adapters, and models of a wrong class.
     *(
         (functools.partial(use, plain()), llfx.AdapterError, f"Net has no adapters; {USE_RESULT}")
         for use in (llfx.merge, llfx.remove, llfx.adapter_parameters, llfx.adapter_state_dict, llfx.to_peft_config)
     ),
     (
-        lambda: llfx.save(model(), "new.safetensors"),
+        lambda: anything.save(model(), "new.safetensors"),
         llfx.AdapterError,
         f"LlamaForCausalLM has no adapters; {USE_RESULT}",
     ),
     (
-        lambda: llfx.merge("adapter.safetensors"),
+        lambda: anything.merge("adapter.safetensors"),
         llfx.AdapterError,
         "The model must be what rewrite, wrap, adapt or load returned, not 'adapter.safetensors'. Load the model first:"
         " AutoModelForCausalLM.from_pretrained('adapter.safetensors').",
     ),
     (
-        lambda: llfx.merge(llfx.wrap(plain(), CFG)),
+        lambda: anything.merge(llfx.wrap(plain(), CFG)),
         llfx.AdapterError,
         "Net has no adapters in its graph: wrap put them into its modules. The way out: rewrite in place of wrap.",
     ),
     (
-        lambda: llfx.adapt(graph(), CFG),
+        lambda: anything.adapt(graph(), CFG),
         llfx.AdapterError,
         "adapt takes a model of transformers, not a GraphModule; for other modules there is rewrite. It is a graph, as"
         " rewrite returns it. Adapt the model itself, chat = adapt(model, cfg), and move the adapters:"
         " load_adapter_state_dict(chat, adapter_state_dict(graph)).",
     ),
     (
-        lambda: llfx.adapt(plain(), CFG),
+        lambda: anything.adapt(plain(), CFG),
         llfx.AdapterError,
         "adapt takes a model of transformers, not a Net; for other modules there is rewrite.",
     ),
     (
-        lambda: llfx.adapt(chat(), CFG),
+        lambda: anything.adapt(chat(), CFG),
         llfx.AdapterError,
         "LlamaForCausalLM is adapted already. The way out: pass several configs at once.",
     ),
     (
-        lambda: llfx.rewrite(chat(), CFG),
+        lambda: anything.rewrite(chat(), CFG),
         llfx.CaptureError,
         "LlamaForCausalLM is wrapped eagerly already, or adapted. The way out: start from the model that it was made"
         " of, and pass several configs at once.",
     ),
     (
-        lambda: llfx.optimize(chat()),
+        lambda: anything.optimize(chat()),
         llfx.AdapterError,
         "optimize takes a graph that rewrite, load or torch.export returned, not a LlamaForCausalLM. The graphs of an"
         " adapted model are optimized already.",
     ),
     (
-        lambda: llfx.optimize(plain()),
+        lambda: anything.optimize(plain()),
         llfx.AdapterError,
         "optimize takes a graph that rewrite, load or torch.export returned, not a Net. Only adapters are optimized:"
         " optimize(rewrite(model, LoRA(r=8))).",
@@ -558,7 +559,7 @@ MISTAKES: list[Mistake] = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), MISTAKES, ids=range(len(MISTAKES)))
-def test_a_mistake_is_an_error_that_says_what_would_be_right(
+def test_the_error_of_a_mistake_says_how_to_correct_it(
     call: Callable[[], Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     files = sorted(tmp_path.rglob("*"))
@@ -570,33 +571,33 @@ def test_a_mistake_is_an_error_that_says_what_would_be_right(
     assert sorted(tmp_path.rglob("*")) == files
 
 
-def test_the_table_is_large_and_quotes_no_whole_model() -> None:
+def test_the_table_is_large_and_its_messages_have_one_line() -> None:
     assert len(MISTAKES) >= 40
     assert not any("\n" in message for _, _, message in MISTAKES)
 
 
-# Mistakes in the fields of configs: parts of the message, because it lists the fields that the variant has.
+# Mistakes in the fields of configs. Only parts of the message are compared, because it lists all fields.
 
 FIELDS: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
-    (lambda: llfx.LoRA(8), ("r", "LoRA(r=8)")),  # type: ignore[misc]
-    (lambda: llfx.LoRA(lora_alpha=16), ("lora_alpha", "alpha", "LoRA(alpha=16")),  # type: ignore[call-arg]
-    (lambda: llfx.LoRA(target_modules=["q_proj"]), ("target_modules", "target_names")),  # type: ignore[call-arg]
-    (lambda: llfx.LoRA(target_modules="all-linear"), ("target_modules", "target_names")),  # type: ignore[call-arg]
-    (lambda: llfx.LoRA(lora_dropout=0.1), ("lora_dropout", "dropout", "LoRA(dropout=0.1")),  # type: ignore[call-arg]
-    (lambda: llfx.LoRA(modules_to_save=["lm_head"]), ("modules_to_save",)),  # type: ignore[call-arg]
+    (lambda: anything.LoRA(8), ("r", "LoRA(r=8)")),
+    (lambda: anything.LoRA(lora_alpha=16), ("lora_alpha", "alpha", "LoRA(alpha=16")),
+    (lambda: anything.LoRA(target_modules=["q_proj"]), ("target_modules", "target_names")),
+    (lambda: anything.LoRA(target_modules="all-linear"), ("target_modules", "target_names")),
+    (lambda: anything.LoRA(lora_dropout=0.1), ("lora_dropout", "dropout", "LoRA(dropout=0.1")),
+    (lambda: anything.LoRA(modules_to_save=["lm_head"]), ("modules_to_save",)),
 ]
 FIELDS_ARE_CHECKED = True  # until the constructors of configs raise ConfigError for PEFT's words
 
 
 @pytest.mark.skipif(not FIELDS_ARE_CHECKED, reason="the constructors of configs raise a bare TypeError")
 @pytest.mark.parametrize(("build", "parts"), FIELDS, ids=range(len(FIELDS)))
-def test_a_word_of_peft_is_a_config_error_that_says_ours(build: Callable[[], Any], parts: tuple[str, ...]) -> None:
+def test_the_error_of_a_field_of_peft_names_our_field(build: Callable[[], Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(llfx.ConfigError) as caught:
         build()
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-# What errors show of values.
+# Values in error messages.
 
 
 @pytest.mark.parametrize(
@@ -613,5 +614,5 @@ def test_a_word_of_peft_is_a_config_error_that_says_ours(build: Callable[[], Any
         ({"a": (1, "b")}, "{'a': (1, 'b')}"),
     ],
 )
-def test_a_value_is_shown_short(value: object, text: str) -> None:
+def test_a_value_is_shortened_in_messages(value: object, text: str) -> None:
     assert shown(value) == text

@@ -1,4 +1,4 @@
-"""The constructor of a variant: which fields a variant has, and what it says to arguments that it does not have."""
+"""Check the constructor of a variant: its fields, and its errors for arguments that are not fields."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO"}
 WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT"}
 
 v: Any = llfx
-"""The variants without their types, because these tests give arguments that a type checker refuses."""
+"""The variants without their types, because these tests pass arguments that a type checker refuses."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mine(llfx.Variant):
-    """A user's variant; not registered."""
+    """A variant of a user, which is not registered."""
 
     strength: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ByPosition(llfx.WithRank):
-    """A user's variant whose own field may be given without its name."""
+    """A variant of a user, whose field may be passed by position."""
 
     size: int = 1
 
@@ -40,10 +40,10 @@ class ByPosition(llfx.WithRank):
 def test_a_variant_has_a_rank_and_an_alpha_only_if_it_uses_them() -> None:
     for names, fields in ((WITH_RANK, RANKS | SCALES), (WITH_RANK_ONLY, RANKS), (WITH_NEITHER, set())):
         for name in names:
-            has = {field.name for field in dataclasses.fields(llfx.registry()[name])}
-            assert has & (RANKS | SCALES) == fields, name
-    own = {name for name, cls in llfx.registry().items() if cls.__module__.startswith("lora_lite_fx.")}
-    assert own == WITH_RANK | WITH_RANK_ONLY | WITH_NEITHER
+            fields_of_variant = {field.name for field in dataclasses.fields(llfx.registry()[name])}
+            assert fields_of_variant & (RANKS | SCALES) == fields, name
+    built_in = {name for name, cls in llfx.registry().items() if cls.__module__.startswith("lora_lite_fx.")}
+    assert built_in == WITH_RANK | WITH_RANK_ONLY | WITH_NEITHER
 
 
 @pytest.mark.parametrize("name", sorted(WITH_NEITHER | WITH_RANK_ONLY))
@@ -176,9 +176,7 @@ STARTS = "or use PiSSA(...) or OLoRA(...) to start from the weight, or EVA(...) 
         ),
     ],
 )
-def test_an_argument_that_a_variant_does_not_have_is_answered_with_what_to_write(
-    build: Callable[[], Any], message: str
-) -> None:
+def test_the_error_of_an_unknown_argument_says_what_to_write(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(llfx.ConfigError) as caught:
         build()
     assert str(caught.value) == message
@@ -201,9 +199,9 @@ def test_a_config_can_be_copied_and_pickled() -> None:
 
 
 def test_one_value_a_list_and_a_tuple_mean_the_same() -> None:
-    one = llfx.LoRA(target_names="q", exclude_names="x", target_roles="mlp", layers=0, target_kinds="linear")
+    single = llfx.LoRA(target_names="q", exclude_names="x", target_roles="mlp", layers=0, target_kinds="linear")
     several = llfx.LoRA(
         target_names=["q"], exclude_names=["x"], target_roles=["mlp"], layers=[0], target_kinds=["linear"]
     )
-    assert one == several
-    assert (one.target_names, one.layers) == (("q",), (0,))
+    assert single == several
+    assert (single.target_names, single.layers) == (("q",), (0,))

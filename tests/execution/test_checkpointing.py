@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same numbers bit for bit from fewer saved activations, on a graph that stays flat."""
+"""Check gradient checkpointing: equal results bit for bit, fewer saved activations, and a graph that stays flat."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def bert() -> Any:
 
 
 def t5() -> Any:
-    config = transformers.T5Config(
+    make_config: Any = transformers.T5Config
+    config = make_config(
         d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
     )
     return transformers.T5ForConditionalGeneration(config)
@@ -90,7 +91,7 @@ LORA = llfx.LoRA(r=3, dropout=0.2)
 
 
 def checkpointed(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph over the same tensors, with its layers checkpointed."""
+    """Return the same graph over the same tensors, with checkpointed layers."""
     return run_as(gm, dataclasses.replace(execution_of(gm), checkpoint_layers=True))
 
 
@@ -102,16 +103,18 @@ def plain_and_checkpointed(build: Callable[[], Any]) -> tuple[fx.GraphModule, fx
 
 
 def step(model: nn.Module, inputs: Any, seed: int = 0, between: Callable[[], Any] = lambda: None) -> dict[str, Tensor]:
-    """The output of one forward pass, and the gradients of the trained parameters after one backward pass."""
+    """Return the output of a forward pass under "", and the gradients of the trained parameters by name."""
     model.zero_grad()
     torch.manual_seed(seed)
     result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     result = getattr(result, "logits", result)
     between()
     (result.float() * torch.randn(result.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-    seen = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert seen or not any(parameter.requires_grad for parameter in model.parameters())
-    return {"": result.detach(), **seen}
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    assert gradients or not any(parameter.requires_grad for parameter in model.parameters())
+    return {"": result.detach(), **gradients}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -146,7 +149,7 @@ def small_base(exported: bool) -> fx.GraphModule:
     return llfx.capture(case.build(), case.example_inputs)
 
 
-# Of the weight, of tensors that all sites share, and at inputs and outputs.
+# List variants that read the weight (DoRA), that share tensors among sites (VeRA), and that scale inputs or outputs.
 VARIANTS = [
     (llfx.DoRA, True),
     (llfx.DoRA, False),
@@ -156,7 +159,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("cls", "exported"), VARIANTS)
-def test_two_adapters_with_dropout_and_batch_norm(cls: type[llfx.Variant], exported: bool) -> None:
+def test_two_adapters_with_dropout_and_batch_norm_compute_the_same(cls: type[llfx.Variant], exported: bool) -> None:
     cfg = [small(cls, target_names=("blocks",)), llfx.LoRA(r=2, dropout=0.5, target_names=("fc", "lin"))]
     base = small_base(exported)
     plain = llfx.rewrite(base, cfg, checkpoint_layers=False).train()
@@ -168,7 +171,7 @@ def test_two_adapters_with_dropout_and_batch_norm(cls: type[llfx.Variant], expor
     assert saved_bytes(ours, (ids(3, 6),)) < saved_bytes(plain, (ids(3, 6),))
 
 
-def test_the_mode_of_the_forward_pass_holds_in_the_backward_pass() -> None:
+def test_the_backward_pass_uses_the_mode_of_the_forward_pass() -> None:
     plain, ours = plain_and_checkpointed(bert)
     expected = step(plain, tokens())
     assert_same(step(ours, tokens(), between=ours.eval), expected)
@@ -176,7 +179,7 @@ def test_the_mode_of_the_forward_pass_holds_in_the_backward_pass() -> None:
 
 
 class Layer(nn.Module):
-    """A layer in which tensors are overwritten: one of its own, and its input if asked to."""
+    """A layer that overwrites a tensor of its own, and its input if `writes_input`."""
 
     def __init__(self, writes_input: bool) -> None:
         super().__init__()
@@ -186,7 +189,7 @@ class Layer(nn.Module):
         self.writes_input = writes_input
 
     def forward(self, x: Tensor) -> Tensor:
-        # Of what reads x nothing keeps it, so that autograd would not notice the write to it.
+        # Read x only in operators that do not save x, because autograd then cannot notice the write to x.
         y = self.drop(self.down(self.relu(self.up(torch.tanh(torch.sin(torch.sin(x + 0)))))))
         return x.add_(y) if self.writes_input else x + y
 
@@ -205,28 +208,29 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("exported", [True, False], ids=["exported", "symbolic"])
 @pytest.mark.parametrize("writes_input", [True, False])
-def test_tensors_overwritten_in_place(writes_input: bool, exported: bool) -> None:
+def test_layers_that_overwrite_tensors_in_place_compute_the_same(writes_input: bool, exported: bool) -> None:
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     plain = llfx.rewrite(InPlace(writes_input), llfx.LoRA(r=2, target_names=(".",)), (x,) if exported else None)
     randomise(plain, 1)
     ours = checkpointed(plain)
     assert_same(step(ours, (x,)), step(plain, (x,)))
-    if exported:  # in symbolic traces it is not known what is a view of what
+    if exported:  # because a symbolic trace does not know which tensors are views
         assert saved_bytes(ours, (x,)) < saved_bytes(plain, (x,))
 
 
 class Interleaved(nn.Module):
-    """Parts of a layer between which the model itself computes, from them or not, and draws random numbers."""
+    """A model that computes and draws random numbers between the parts of its layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(ResidualMLP(bias=True) for _ in range(2))
         self.layers[0].other = nn.Dropout(0.4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         scale = x.mean()
-        first, second = self.layers
+        layers: Any = self.layers
+        first, second = layers
         y = first.drop(first.fc_in(x))
         noise = nn.functional.dropout(scale.expand(6), 0.5, self.training)
         y = first.other(y) + noise.sum()
@@ -235,7 +239,7 @@ class Interleaved(nn.Module):
 
 
 @pytest.mark.parametrize("exported", [True, False], ids=["exported", "symbolic"])
-def test_layers_with_other_computations_between_their_parts(exported: bool) -> None:
+def test_layers_with_other_computations_between_their_parts_compute_the_same(exported: bool) -> None:
     x = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     plain = llfx.rewrite(Interleaved(), llfx.LoRA(r=2, target_names=("fc",)), (x,) if exported else None)
@@ -244,7 +248,7 @@ def test_layers_with_other_computations_between_their_parts(exported: bool) -> N
         assert_same(step(checkpointed(plain), (x,), seed), step(plain, (x,), seed))
 
 
-def test_a_sequential_of_blocks() -> None:
+def test_the_blocks_of_a_sequential_are_checkpointed() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, WIDTH), *(ResidualMLP(bias=False) for _ in range(3)), nn.Linear(WIDTH, 4))
     x = torch.randn(5, 6)
@@ -260,10 +264,10 @@ def test_a_sequential_of_blocks() -> None:
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, bert, t5], ids=lambda build: build.__name__)
-def test_no_more_is_saved_than_by_hugging_face(build: Callable[[], Any]) -> None:
-    """Hugging Face's model trains the weights that the graph adapts, from the same inputs; neither trains embeddings.
+def test_a_graph_saves_no_more_tensors_than_hugging_face(build: Callable[[], Any]) -> None:
+    """Train the weights in Hugging Face's model that the graph adapts, on the same inputs. Neither trains embeddings.
 
-    Adapters are inside of layers, so they add nothing to what checkpointing keeps: the layers' inputs.
+    Adapters add nothing to the saved tensors: checkpointing only saves the inputs of layers, and adapters are inside.
     """
     plain, ours = plain_and_checkpointed(build)
     theirs = copy.deepcopy(model_and_base(build)[0]).train()
@@ -287,9 +291,9 @@ def test_every_call_of_a_shared_layer_is_checkpointed() -> None:
 # Compiled, copied, exported.
 
 
-def test_compiled_without_graph_breaks_it_still_saves_memory() -> None:
+def test_a_compiled_graph_has_no_breaks_and_saves_memory() -> None:
     torch.manual_seed(0)
-    x = torch.randn(64, 32, WIDTH)  # large beside the random states that are kept, which are of one size
+    x = torch.randn(64, 32, WIDTH)  # large compared with the saved random states, whose size is fixed
     model = nn.Sequential(*(GatedMLP(bias=True) for _ in range(3)))
     plain = llfx.rewrite(model, llfx.LoRA(r=2), (x,)).train()
     randomise(plain, 1)
@@ -297,8 +301,8 @@ def test_compiled_without_graph_breaks_it_still_saves_memory() -> None:
     results = []
     for gm in (plain, ours):
         torch.compiler.reset()
-        # The partitioner that inductor uses, without its code generation.
-        compiled = torch.compile(gm, fullgraph=True, backend="aot_eager_decomp_partition")
+        # Use the partitioner of inductor without its code generation.
+        compiled: Any = torch.compile(gm, fullgraph=True, backend="aot_eager_decomp_partition")
         results.append((step(compiled, (x,)), saved_bytes(compiled, (x,))))
     torch.compiler.reset()
     (expected, unchecked), (actual, saved) = results
@@ -308,7 +312,7 @@ def test_compiled_without_graph_breaks_it_still_saves_memory() -> None:
         close(tensor, expected[name], 1e-5, name or "output")
 
 
-def test_a_deep_copy_is_checkpointed_and_of_its_own() -> None:
+def test_a_deep_copy_is_checkpointed_and_independent() -> None:
     _, ours = plain_and_checkpointed(gpt2)
     twin = copy.deepcopy(ours)
     assert checkpoints_layers(twin)
@@ -335,10 +339,10 @@ def test_an_export_is_flat() -> None:
     plain.train(), ours.train()
 
 
-# Where it comes from, and what becomes of it.
+# Checkpointing across capture, rewriting and files.
 
 
-def test_a_hugging_face_model_that_checkpoints_becomes_a_graph_that_does() -> None:
+def test_the_graph_of_a_hugging_face_model_that_checkpoints_checkpoints_too() -> None:
     model = copy.deepcopy(model_and_base(llama)[0])
     model.activation_checkpointing_enable({"use_reentrant": True})
     with untouched(model), warnings.catch_warnings():
@@ -351,7 +355,7 @@ def test_a_hugging_face_model_that_checkpoints_becomes_a_graph_that_does() -> No
     assert_same(step(gm, tokens()), step(plain, tokens()))
 
 
-def test_checkpointing_is_kept_unless_said_otherwise() -> None:
+def test_rewriting_keeps_checkpointing_unless_it_is_switched_off() -> None:
     case = Case(BLOCKS, bias=True, tied=True, dtype=torch.float32, exported=True, seed=0)
     model = case.build()
     base = llfx.capture(model, case.example_inputs, checkpoint_layers=True)
@@ -370,7 +374,7 @@ def test_checkpointing_is_kept_unless_said_otherwise() -> None:
 
 
 @pytest.mark.parametrize("library", ["own", "peft", "lora_lite"])
-def test_files(library: str, tmp_path: Path) -> None:
+def test_a_loaded_adapter_is_checkpointed_like_its_base(library: str, tmp_path: Path) -> None:
     save, load = {
         "own": (llfx.save, llfx.load),
         "peft": (llfx.save_peft, llfx.load_peft),
@@ -385,7 +389,7 @@ def test_files(library: str, tmp_path: Path) -> None:
     assert not checkpoints_layers(load(small_base(True), tmp_path / "adapter"))
 
 
-def test_it_shares_the_parameters_of_the_graph_it_is_made_from() -> None:
+def test_a_checkpointed_graph_shares_the_parameters_of_the_plain_graph() -> None:
     plain, ours = plain_and_checkpointed(t5)
     assert dict(ours.named_parameters(remove_duplicate=False)) == dict(plain.named_parameters(remove_duplicate=False))
     assert ours.state_dict().keys() == plain.state_dict().keys()

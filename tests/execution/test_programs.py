@@ -1,4 +1,4 @@
-"""The optimizing passes: the same outputs and gradients from less work, on a graph that stays as it was."""
+"""Check the optimizing passes: equal outputs and gradients from less work, and an unchanged graph."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ QUICKLY = settings(
 
 
 def assert_computes_the_same(gm: fx.GraphModule, plain: fx.GraphModule, tolerance: float) -> None:
-    """Outputs with and without gradients, and gradients; twice, and again for other values of the parameters."""
+    """Compare outputs with and without gradients, and gradients, for two sets of parameters and two shapes."""
     for training, seed in ((True, 1), (False, 2)):
         randomise(gm, seed)
         gm.train(training), plain.train(training)
@@ -83,17 +84,17 @@ def test_stacks_of_variants_compute_the_same(data: st.DataObject) -> None:
 def check_any(data: st.DataObject, cfg: list[llfx.Variant], blocks: tuple[type[nn.Module], ...]) -> None:
     exported, checkpoint_layers = data.draw(st.booleans()), data.draw(st.booleans())
     passes = OPTIMIZATIONS.without(*data.draw(st.sets(st.sampled_from(NAMES), max_size=len(NAMES) - 1)))
-    made = adapted(cfg, exported=exported, blocks=blocks)
-    text = str(made.graph)
-    gm = run_as(made, Execution(passes, checkpoint_layers))
-    assert_computes_the_same(gm, llfx.optimize(made, PLAIN), 1e-9)
+    original = adapted(cfg, exported=exported, blocks=blocks)
+    text = str(original.graph)
+    gm = run_as(original, Execution(passes, checkpoint_layers))
+    assert_computes_the_same(gm, llfx.optimize(original, PLAIN), 1e-9)
     assert str(gm.graph) == text
     assert set(edits(derived(gm, passes), passes).values()) == {0}, "a second run finds something to do"
     check_remove(gm, *base(exported=exported, blocks=blocks)[:0:-1])
 
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "HRA", "OFT"])
-def test_the_base_graph_comes_back(name: str) -> None:
+def test_merging_and_removing_restore_the_base_graph(name: str) -> None:
     _, model, graph = base(blocks=PAIR)
     gm = adapted(small(llfx.registry()[name], target_names=(".",)), blocks=PAIR)
     check_merge(gm, graph, (ids(3, 4),), 1e-9)
@@ -101,7 +102,7 @@ def test_the_base_graph_comes_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA", "HRA"])
-def test_in_half_precision_errors_are_no_larger(name: str) -> None:
+def test_passes_do_not_increase_errors_in_half_precision(name: str) -> None:
     cfg = small(llfx.registry()[name], alpha=6.0, target_names=(".",), dtype=torch.bfloat16)
     _, model, graph = base(dtype=torch.bfloat16, blocks=(GatedMLP, Attention))
     gm = llfx.rewrite(graph, cfg)
@@ -122,7 +123,7 @@ def test_in_half_precision_errors_are_no_larger(name: str) -> None:
 
 
 PER_CALL = {
-    # q, k, v share one product, gate and up another; out and down have theirs; seven products with B.
+    # Expect four products with A (one for q, k, v, one for gate and up, one for out, one for down), seven with B.
     "LoRA": {aten.linear.default: 4 + 7, aten.mul.Tensor: 0, aten.add.Tensor: 7},
     "DoRA": {aten.linear.default: 4 + 7, aten.linalg_vector_norm.default: 0, aten.sqrt.default: 0},
     "DeLoRA": {aten.linear.default: 4 + 7, aten.mul.Tensor: 0, aten.div.Tensor: 0},
@@ -133,7 +134,7 @@ PER_CALL = {
 
 
 @pytest.mark.parametrize("name", PER_CALL)
-def test_what_runs_in_each_call(name: str) -> None:
+def test_each_call_runs_few_operators(name: str) -> None:
     gm = adapted(small(llfx.registry()[name], size=2, exclude_names=("head",), target_names=(".",)), blocks=PAIR)
     counts = in_calls(derived(gm))
     assert {target: counts[target] for target in PER_CALL[name]} == PER_CALL[name]
@@ -142,7 +143,7 @@ def test_what_runs_in_each_call(name: str) -> None:
     assert before != counts
 
 
-def test_a_copy_is_of_its_own() -> None:
+def test_a_copy_is_independent() -> None:
     gm, _ = pair(llfx.HRA)
     with torch.no_grad():
         expected = output(gm, X)
@@ -154,7 +155,7 @@ def test_a_copy_is_of_its_own() -> None:
     assert in_calls(derived(twin)) == in_calls(derived(gm))
 
 
-# With what else changes how a model runs.
+# Passes with autocast, transforms, threads, compilation and export.
 
 
 @pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA, llfx.LoRA])
@@ -180,7 +181,7 @@ def test_autocast_and_inference_mode_leave_nothing_behind(cls: type[llfx.Variant
 
 
 @pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA, llfx.LoRA])
-def test_functional_calls_and_transforms(cls: type[llfx.Variant]) -> None:
+def test_functional_calls_and_transforms_compute_the_same(cls: type[llfx.Variant]) -> None:
     gm, plain = pair(cls)
     with torch.no_grad():
         output(gm, X)
@@ -188,7 +189,7 @@ def test_functional_calls_and_transforms(cls: type[llfx.Variant]) -> None:
         name: parameter.detach() * 0.9 for name, parameter in gm.named_parameters() if parameter.requires_grad
     }
 
-    def loss(values: dict[str, Tensor], model: nn.Module) -> Tensor:
+    def loss(values: dict[str, Tensor], model: nn.Module) -> Any:
         return functional_call(model, values, X).square().mean()
 
     close(loss(parameters, gm), loss(parameters, plain), 1e-9, "loss")
@@ -202,19 +203,20 @@ def test_functional_calls_and_transforms(cls: type[llfx.Variant]) -> None:
     close(output(gm, X), output(plain, X), 1e-9, "output after all this")
 
 
-def test_gradients_of_gradients() -> None:
+def test_gradients_of_gradients_are_the_same() -> None:
     gm = adapted(llfx.DoRA(r=2, alpha=2.0, target_names=(".",)), blocks=(GatedMLP,))
     plain = llfx.optimize(gm, PLAIN)
     results = []
     for model in (gm, plain):
         parameters = llfx.adapter_parameters(model)
         first = torch.autograd.grad(output(model, X).square().mean(), parameters, create_graph=True)
-        results.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), parameters, allow_unused=True))
+        squares = torch.stack([grad.square().sum() for grad in first])
+        results.append(torch.autograd.grad(squares.sum(), parameters, allow_unused=True))
     for ours, expected in zip(*results, strict=True):
         close(ours, expected, 1e-9, "second gradient")
 
 
-def test_two_threads() -> None:
+def test_two_threads_do_not_disturb_each_other() -> None:
     gm, plain = pair(llfx.HRA)
 
     def generate(length: int) -> Tensor:
@@ -226,7 +228,7 @@ def test_two_threads() -> None:
             close(ours, output(plain, (ids(1, length),)).sum().expand(20), 1e-9, "output")
 
 
-def test_compiled_there_is_one_graph_and_changed_values_are_seen() -> None:
+def test_a_compiled_model_is_one_graph_and_sees_changed_values() -> None:
     torch.compiler.reset()
     gm, plain = pair(llfx.DoRA)
     counter = CompileCounter()
@@ -260,7 +262,7 @@ def test_an_exported_file_holds_the_plain_graph_and_can_be_optimized_again() -> 
     assert str(llfx.remove(gm).graph) == str(base(blocks=PAIR)[2].graph)
 
 
-def test_rewriting_and_removing_keep_what_was_left_out() -> None:
+def test_rewriting_and_removing_keep_the_choice_of_passes() -> None:
     gm = llfx.optimize(adapted(llfx.LoRA(r=2), blocks=PAIR), OPTIMIZATIONS.without("share_siblings"))
     for made in (llfx.rewrite(gm, llfx.IA3()), copy.deepcopy(gm), llfx.remove(gm)):
         assert isinstance(made, AdaptedGraphModule)

@@ -1,4 +1,4 @@
-"""Cached values: parameter work is done once per change of a parameter, and every change is seen."""
+"""Check cached values: parameter work runs once per change of a parameter, and every change is noticed."""
 
 from __future__ import annotations
 
@@ -35,36 +35,37 @@ PARAMETER_WORK = [
 def test_parameter_work_is_done_once_per_optimizer_step(cls: type[llfx.Variant], work: Any, accumulate: int) -> None:
     gm, plain = pair(cls)
     twin = copy.deepcopy(plain)
-    done = []
+    work_counts = []
     for model in (gm.train(), twin.train()):
         optimizer = torch.optim.AdamW(llfx.adapter_parameters(model), lr=0.01)
-        done.append(0)
+        work_counts.append(0)
         for step in range(3):
             for batch in range(accumulate):
                 with Count() as count:
                     loss = output(model, (ids(2, 5, seed=10 * step + batch),)).square().mean()
                 loss.backward()
-                done[-1] += count.calls[work.overloadpacket.__name__]
+                work_counts[-1] += count.calls[work.overloadpacket.__name__]
             nn.utils.clip_grad_norm_(llfx.adapter_parameters(model), 0.5)
             optimizer.step()
             optimizer.zero_grad()
-    assert 0 < done[0] == done[1] / accumulate
+    assert 0 < work_counts[0] == work_counts[1] / accumulate
     for name, tensor in llfx.adapter_state_dict(twin).items():
         close(llfx.adapter_state_dict(gm)[name], tensor, 1e-9, name)
 
 
-def test_a_step_by_hand_past_the_version_counters_is_seen() -> None:
+def test_a_manual_step_that_bypasses_the_version_counters_is_noticed() -> None:
     gm, plain = pair(llfx.DoRA)
     for _ in range(2):
         output(gm, X).square().mean().backward()
         for parameter in llfx.adapter_parameters(gm):
+            assert parameter.grad is not None
             parameter.data.sub_(parameter.grad)
             parameter.grad = None
         close(output(gm, X), output(plain, X), 1e-9, "output")
 
 
 @pytest.mark.parametrize(("cls", "work"), [(llfx.HRA, "linalg_solve_triangular"), (llfx.DoRA, "linalg_vector_norm")])
-def test_without_gradients_it_is_done_once(cls: type[llfx.Variant], work: str) -> None:
+def test_parameter_work_is_done_once_without_gradients(cls: type[llfx.Variant], work: str) -> None:
     gm, plain = pair(cls)
 
     def generate() -> None:
@@ -97,12 +98,12 @@ def assign(gm: fx.GraphModule) -> None:
 
 
 class WritesData(torch.optim.Optimizer):
-    """An optimizer that writes past the version counters."""
+    """An optimizer whose writes do not change the version counters."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.data.mul_(0.9)
@@ -119,7 +120,7 @@ def replace_data(gm: fx.GraphModule) -> None:
         parameter.data = parameter.data * 0.9
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[fx.GraphModule], Any]] = {
     "in place": set_to(0.9),
     "load": lambda gm: llfx.load_adapter_state_dict(gm, {n: t * 0.9 for n, t in llfx.adapter_state_dict(gm).items()}),
     "load_state_dict": lambda gm: gm.load_state_dict({n: t * 0.9 for n, t in gm.state_dict().items()}),
@@ -134,7 +135,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA])
-def test_every_change_of_a_parameter_is_seen(cls: type[llfx.Variant], change: str) -> None:
+def test_every_change_of_a_parameter_is_noticed(cls: type[llfx.Variant], change: str) -> None:
+    mode: Any
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         gm, _ = pair(cls)
         with mode():

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +39,20 @@ HOSTILE = '<script>alert(\'&"x{{rows}}")</script>'
 def row(name: str, roles: str = "", d_in: int = 16, d_out: int = 16, reads: str = "x", calls: int = 1) -> SiteRow:
     """A row for a picture; the reason of each role names the site."""
     reasons = {role: f"as {name} is <{role}>" for role in roles.split()}
-    size = {"d_in": d_in, "d_out": d_out, "adapters": (), "parameters": 0}
-    rest = {"weight": f"{name}.weight", "dtype": "float32", "bias": False, "calls": calls, "reads": reads}
-    return SiteRow(name=name, roles=tuple(reasons), reasons=reasons, **size, **rest)
+    return SiteRow(
+        name=name,
+        roles=tuple(reasons),
+        reasons=reasons,
+        d_in=d_in,
+        d_out=d_out,
+        adapters=(),
+        parameters=0,
+        weight=f"{name}.weight",
+        dtype="float32",
+        bias=False,
+        calls=calls,
+        reads=reads,
+    )
 
 
 def layer(home: str, width: int = 16) -> list[SiteRow]:
@@ -106,7 +118,7 @@ def test_a_module_that_runs_twice_is_one_row() -> None:
             super().__init__()
             self.mix = nn.Linear(4, 4)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.mix(torch.relu(self.mix(x)))
 
     (site,) = table = llfx.inspect(Twice())
@@ -158,8 +170,8 @@ def test_numbered_modules_of_a_chain_are_no_layers() -> None:
 
 def test_a_layer_has_the_weights_of_all_that_is_in_it() -> None:
     """Experts too, which are not listed; the head outside the layers has its own."""
-    config = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
-    experts = {"num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 4}
+    config: dict[str, Any] = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    experts: dict[str, Any] = {"num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 4}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**config, **experts))
     table = llfx.inspect(llfx.rewrite(model, llfx.LoRA(r=2)))
     layers, head = blocks(table)
@@ -209,7 +221,7 @@ class Checker(HTMLParser):
         if self.open and self.open[-1] not in ("script", "style"):
             self.text.append(data)
 
-    def _attributes(self, attrs: dict[str, str | None]) -> None:
+    def _attributes(self, attrs: dict[str, Any]) -> None:
         self.ids += [attrs["id"]] if attrs.get("id") else []
         self.marks += [[int(i) for i in attrs["data-s"].split()]] if attrs.get("data-s") else []
         self.references += [str(attrs[key]) for key in ("src", "href", "action") if key in attrs]

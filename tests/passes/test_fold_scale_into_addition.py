@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -33,7 +35,7 @@ def test_a_multiplication_becomes_a_factor_of_the_addition() -> None:
 
 
 def test_the_reason_is_that_terms_cancel_or_are_read_elsewhere() -> None:
-    everywhere = {"target_names": (".",)}
+    everywhere: dict[str, Any] = {"target_names": (".",)}
     gm = llfx.rewrite(nn.Sequential(nn.Linear(6, 5)), llfx.PiSSA(r=2, **everywhere), (torch.ones(2, 6),))
     folded, report = after(gm, FoldScaleIntoAddition())
     assert count(folded, aten.mul.Tensor) == count(gm, aten.mul.Tensor) == 2

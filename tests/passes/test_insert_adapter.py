@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import _REGISTRY
+from lora_lite_fx.capture.tracing import trace
 from lora_lite_fx.graph.provenance import INLET, OUTLET, insertions, recorded
 from lora_lite_fx.passes import (
     InsertAdapter,
@@ -36,13 +37,15 @@ def test_inserted_nodes_say_where_they_come_from_and_no_other_node_does() -> Non
             assert provenance.site in ("fc", "proj")
             assert provenance.by == "insert_adapter"
             assert node.meta["nn_module_stack"]
-    found = insertions(gm.graph)
-    assert [(i.site, i.adapter, i.position, i.config["variant"]) for i in found] == [
+    inserted: Any = insertions(gm.graph)
+    assert [(i.site, i.adapter, i.position, i.config["variant"]) for i in inserted] == [
         ("fc", 0, 0, "LoRA"),
         ("proj", 0, 0, "LoRA"),
         ("proj", 1, 1, "HRA"),
     ]
-    assert (recorded(found[1].outlet).part, recorded(found[2].inlet).part) == (OUTLET, INLET)
+    outlet: Any = recorded(inserted[1].outlet)
+    inlet: Any = recorded(inserted[2].inlet)
+    assert (outlet.part, inlet.part) == (OUTLET, INLET)
 
 
 class Looking(llfx.LoRA):
@@ -67,8 +70,12 @@ def test_sites_of_one_size_share_a_trace_unless_the_variant_looks_at_the_site_or
 ) -> None:
     monkeypatch.setitem(_REGISTRY, "Looking", Looking)
     made: list[fx.Graph] = []
-    trace = fragment.trace
-    monkeypatch.setattr(fragment, "trace", lambda *args: made.append(trace(*args)) or made[-1])
+
+    def trace_and_keep(*args: Any) -> fx.Graph:
+        made.append(trace(*args))
+        return made[-1]
+
+    monkeypatch.setattr(fragment, "trace", trace_and_keep)
     model = Net([Attention], bias=True, tied=False).double().eval()
     gm = llfx.rewrite(model, cfg, (ids(2, 5),))
     assert len(made) == traces

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_products_get_a_recipe_and_the_first_one_says_why_it_has_none() -> None:
 
 
 def test_the_reason_is_a_write_or_dropout() -> None:
-    everywhere = {"target_names": (".",)}
+    everywhere: dict[str, Any] = {"target_names": (".",)}
     gm = llfx.rewrite(Overwrites(), llfx.LoRA(r=2, **everywhere), (torch.ones(2, WIDTH),))
     assert reasons(after(gm, RecomputeInputs())[1]) == [
         f"{name}: the graph overwrites tensors" for name in ("one", "two")

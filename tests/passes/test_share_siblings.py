@@ -32,13 +32,14 @@ aten = torch.ops.aten
 
 
 def test_siblings_of_several_variants_share_a_product_and_what_is_dropped_does_not() -> None:
-    names = ({"target_names": (name,)} for name in ("q$", "k$", "v$"))
+    names: list[dict[str, Any]] = [{"target_names": (name,)} for name in ("q$", "k$", "v$")]
     q, k, v = names
     mixed = adapted([llfx.LoRA(r=2, **q), llfx.DeLoRA(r=3, **k), llfx.HRA(r=2, **v), llfx.LoRA(r=1, **k)], blocks=PAIR)
     (product,) = [node for node in derived(mixed).graph.nodes if node.target is aten.split_with_sizes.default]
     assert sorted(product.args[1]) == [1, 2, 2, 3]
     dropped = adapted([llfx.LoRA(r=2, dropout=0.5, **q), llfx.LoRA(r=2, **k), llfx.LoRA(r=2, **v)], blocks=PAIR)
-    for program, sizes in (("training", [2, 2]), ("inference", [2, 2, 2])):
+    sizes_of_program: dict[Any, list[int]] = {"training": [2, 2], "inference": [2, 2, 2]}
+    for program, sizes in sizes_of_program.items():
         gm = derived(dropped, SINGLY.of(program))
         (product,) = [node for node in gm.graph.nodes if node.target is aten.split_with_sizes.default]
         assert product.args[1] == sizes
@@ -58,7 +59,7 @@ class Overwrites(nn.Module):
         super().__init__()
         self.one, self.two = nn.Linear(WIDTH, 5), nn.Linear(WIDTH, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = x + 1
         y = self.one(x)
         x.mul_(0.5)
@@ -68,7 +69,7 @@ class Overwrites(nn.Module):
 class WritesBetween(Overwrites):
     """Two linears of one tensor, and a write to another tensor between them."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         y = self.one(x)
         z = x * 2
         z.add_(1)

@@ -12,7 +12,6 @@ import benchmark_report as report
 import pytest
 import torch
 from benchmark_report import Result
-from torch import nn
 
 CASE = cases.CASES["tiny-qkv"]
 TOKENS, WIDTH, RANK = 4, 64, 16
@@ -134,7 +133,7 @@ def test_the_adapter_changes_what_the_base_computes() -> None:
 def test_an_arm_that_disagrees_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = arms("LoRA")
 
-    def wrong(self: cases.Arms, name: str) -> nn.Module:
+    def wrong(self: cases.Arms, name: str) -> Any:
         return self.graph if name == "merged" else right(self, name)
 
     right = cases.Arms._module

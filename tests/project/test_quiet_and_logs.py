@@ -41,8 +41,10 @@ def llama() -> Any:
 
 def bert() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return hf.BertForSequenceClassification(hf.BertConfig(vocab_size=99, **sizes)).eval()
+    config = hf.BertConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    return hf.BertForSequenceClassification(config).eval()
 
 
 def plain() -> nn.Module:
@@ -127,8 +129,10 @@ def test_adapted_models_warn_of_nothing(name: str, tmp_path: Path) -> None:
     if name == "llama":
         model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False)
     rows = [{key: value[i] for key, value in inputs.items()} for i in range(2)]
-    options = {"max_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
-    hf.Trainer(model, hf.TrainingArguments(str(tmp_path), **options), train_dataset=rows).train()
+    arguments = hf.TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no"
+    )
+    hf.Trainer(model, arguments, train_dataset=rows).train()
 
 
 @pytest.mark.usefixtures("quiet")
@@ -137,7 +141,8 @@ def test_torch_compile_warns_of_nothing(name: str) -> None:
     build, inputs = MODELS[name]
     torch._dynamo.reset()
     train(torch.compile(rewritten(name), backend="aot_eager"), inputs)
-    torch.compile(build(), backend=llfx.backend(CFG, inner="aot_eager"))(**inputs)
+    compiled: Any = torch.compile(build(), backend=llfx.backend(CFG, inner="aot_eager"))
+    compiled(**inputs)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -152,7 +157,8 @@ def test_an_adapted_model_compiles_as_one_graph(mode: bool) -> None:
     torch._dynamo.reset()
     counters.clear()
     model = chat().train(mode)
-    result = torch.compile(model, backend=count)(**TEXT)
+    compiled: Any = torch.compile(model, backend=count)
+    result = compiled(**TEXT)
     assert torch.equal(result.logits, model(**TEXT).logits)
     assert len(graphs) == 1
     assert not counters["graph_break"]
@@ -240,11 +246,12 @@ class Terminal(io.StringIO):
 
 
 def test_a_terminal_gets_a_bar_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     bar: Any = log.progress([1, 2, 3], "calibration")
     assert (bar.delay, bar.disable, bar.desc, bar.total) == (2, False, "calibration", 3)
     assert list(bar) == [1, 2, 3]
-    assert "calibration" not in sys.stderr.getvalue()  # type: ignore[attr-defined]  # two seconds have not passed
+    assert "calibration" not in terminal.getvalue()  # two seconds have not passed
 
 
 def test_a_bar_shows_what_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Many architectures: the roles match the tables, and `rewrite` computes the same as `wrap` on each."""
+"""Check on many architectures that the roles match the tables, and that `rewrite` computes the same as `wrap`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COARSE = {"reader", "writer", "inner"}
 
 
 @functools.cache
-def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
+def captured(name: str) -> tuple[Any, fx.GraphModule]:
     """Return the model and its graph; every model is captured once."""
     model = ARCHITECTURES[name].build()
     return model, graph_of(ARCHITECTURES[name], model)
@@ -73,7 +73,7 @@ def score() -> str:
     """Count the sites with the roles of the tables, those of unknown role, and those with other roles."""
     right = unknown = wrong = 0
     for name in CAPTURED:
-        expected = ARCHITECTURES[name].table()
+        expected: dict[str, Any] = ARCHITECTURES[name].table()
         for site in sites_of(name):
             right += site.roles == expected.get(site.name)
             unknown += site.roles <= COARSE
@@ -93,7 +93,7 @@ def test_score_over_all_architectures() -> None:
 
 @functools.cache
 def inputs(name: str) -> dict[str, Tensor]:
-    """Return inputs of another batch size and length than those of the capture."""
+    """Return inputs whose batch size and length differ from those of the capture."""
 
     architecture = ARCHITECTURES[name]
 
@@ -116,8 +116,8 @@ def outputs_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
     """Return all outputs, and the gradients of a random functional of them, by parameter."""
     model.zero_grad()
     torch.manual_seed(0)
-    found = pytree.tree_flatten_with_path(dict(model(**inputs)))[0]
-    results = {pytree.keystr(path): leaf for path, leaf in found if isinstance(leaf, Tensor)}
+    leaves = pytree.tree_flatten_with_path(dict(model(**inputs)))[0]
+    results = {pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
     generator = torch.Generator().manual_seed(1)
     total: Any = 0
     for result in results.values():
@@ -142,12 +142,12 @@ def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
         llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(rewritten))
         tolerance = 1e-9 if architecture.dtype == torch.float64 else 1e-4
         for training in (True, False):
-            found, gradients = outputs_and_gradients(rewritten.train(training), inputs(name))
+            actual, gradients = outputs_and_gradients(rewritten.train(training), inputs(name))
             expected, expected_gradients = outputs_and_gradients(wrapped.train(training), inputs(name))
-            assert found
+            assert actual
             assert gradients
-            assert found.keys() == expected.keys()
-            for key, value in found.items():
+            assert actual.keys() == expected.keys()
+            for key, value in actual.items():
                 close(value, expected[key], tolerance, f"{key}, training={training}")
             assert gradients.keys() == expected_gradients.keys()
             for key, value in gradients.items():
@@ -169,7 +169,7 @@ def test_wrap_refuses_sites_that_are_not_called_modules_and_rewrite_adapts_them(
 
 @pytest.mark.parametrize("name", CAPTURED)
 def test_a_graph_is_called_like_its_model(name: str) -> None:
-    """With nothing but its main input, if the model can do with it; else the graph says what it needs."""
+    """Pass only the main input. If the model needs more, the error of the graph names the missing input."""
     model, graph = captured(name)
     main = {model.main_input_name: inputs(name)[model.main_input_name]}
     training = graph.training

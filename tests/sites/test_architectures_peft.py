@@ -19,7 +19,7 @@ constants = pytest.importorskip("peft.utils.constants")
 
 ROLES = {role for group in GROUPS.values() for role in group} | {"router", "head"}
 
-# Model types that go by another name here: renamed, or of the same architecture.
+# Map a model type of PEFT to the name in these tests. The type was renamed, or its architecture is the same.
 ALIASES = {
     "llama4": "llama4_text",
     "RefinedWeb": "falcon",
@@ -30,7 +30,7 @@ ALIASES = {
 _EXPERTS = "the experts were modules; their weights are joined to one three-dimensional parameter of no site"
 _RENAMED = "a name of an older transformers"
 
-# (architecture, name) that match no site, to the reason.
+# Map (architecture, name) to the reason why the name matches no site.
 NOTHING_MATCHED = {
     ("mixtral", "w2"): _EXPERTS,
     ("mixtral", "gate_proj"): _EXPERTS,
@@ -47,13 +47,13 @@ NOTHING_MATCHED = {
     ("phi", "down_proj"): "copied from llama; phi's is `fc2`",
 }
 
-# (architecture, site) without a role, matched by a name that is meant for other sites, to the reason.
+# Map (architecture, site) to the reason why a name meant for other sites matches this site without a role.
 MATCHED_BESIDE = {
     ("roberta", "classifier.dense"): "`dense` is meant for the layers; the classifier has one too",
     ("deberta-v2", "cls.predictions.transform.dense"): "`dense` is meant for the layers; the masked head has one too",
 }
 
-# Architectures where the name for `down` matches the output of attention too: `output.dense` is a suffix of
+# List architectures where the name for `down` matches the output of attention too: `output.dense` is a suffix of
 # `attention.output.dense`, and PEFT matches suffixes.
 OUTPUT_BESIDE_DOWN = {"bert", "bert-classifier", "roberta", "deberta", "deberta-v2"}
 
@@ -83,7 +83,7 @@ def distinct(kind: str) -> list[tuple[str, str, tuple[str, ...]]]:
     for mapping, model_type, names in mappings(kind):
         for name in architectures_of(model_type):
             users[name, names].append(mapping)
-    return [(", ".join(found), name, names) for (name, names), found in users.items()]
+    return [(", ".join(mappings_of), name, names) for (name, names), mappings_of in users.items()]
 
 
 def matched(table: dict[str, set[str]], names: Sequence[str]) -> set[str]:
@@ -102,32 +102,32 @@ def test_names_of_peft_are_all_the_sites_of_some_roles(mapping: str, name: str, 
     table = ARCHITECTURES[name].table()
     nothing = {target for target in names if not matched(table, [target])}
     assert nothing == {target for target in names if (name, target) in NOTHING_MATCHED}, mapping
-    found = matched(table, names)
-    beside = {site for site in found if not table[site] & ROLES}
-    assert beside == {site for site in found if (name, site) in MATCHED_BESIDE}, mapping
-    roles = {role for site in found for role in table[site] & ROLES}
-    assert {site for site in table if table[site] & roles} == found - beside, mapping
+    matches = matched(table, names)
+    beside = {site for site in matches if not table[site] & ROLES}
+    assert beside == {site for site in matches if (name, site) in MATCHED_BESIDE}, mapping
+    roles = {role for site in matches for role in table[site] & ROLES}
+    assert {site for site in table if table[site] & roles} == matches - beside, mapping
 
 
 @pytest.mark.parametrize(PARAMETERS, distinct("_TO_LORA_TARGET_MODULES_MAPPING"), ids=ids)
 def test_lora_is_at_queries_and_values(mapping: str, name: str, names: tuple[str, ...]) -> None:
-    """Keys are adapted too if the projection is fused, and so is phi's feed-forward block, against other tables."""
+    """Allow keys where the projection is fused, and the feed-forward block of phi, because its table lists it."""
     table = ARCHITECTURES[name].table()
-    found = [table[site] & ROLES for site in matched(table, names)]
-    attention = [roles for roles in found if not roles & set(GROUPS["mlp"])]
+    roles_of_matches = [table[site] & ROLES for site in matched(table, names)]
+    attention = [roles for roles in roles_of_matches if not roles & set(GROUPS["mlp"])]
     assert all(roles in ({"query"}, {"value"}, {"query", "key", "value"}) for roles in attention)
     assert {role for roles in attention for role in roles} >= {"query", "value"}
-    assert (attention != found) == (name == "phi")
+    assert (attention != roles_of_matches) == (name == "phi")
 
 
 @pytest.mark.parametrize(PARAMETERS, distinct("FEEDFORWARD_MODULES_MAPPING"), ids=ids)
 def test_feed_forward_modules_of_ia3_are_the_down_projections(mapping: str, name: str, names: tuple[str, ...]) -> None:
     table = ARCHITECTURES[name].table()
-    found = matched(table, names)
-    assert bool(found) != ((name, names[0]) in NOTHING_MATCHED)
+    matches = matched(table, names)
+    assert bool(matches) != ((name, names[0]) in NOTHING_MATCHED)
     down = {site for site in table if "down" in table[site]}
-    assert down <= found
-    beside = {role for site in found - down for role in table[site] & ROLES}
+    assert down <= matches
+    beside = {role for site in matches - down for role in table[site] & ROLES}
     assert beside == ({"output"} if name in OUTPUT_BESIDE_DOWN else set())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ class SelfAttention(nn.Module):
         self.need_weights = need_weights
         self.att = nn.MultiheadAttention(D, 2, batch_first=True, dropout=0.2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         y, weights = self.att(x, x, x, need_weights=self.need_weights)
         return x + y + (weights.sum() if weights is not None else 0)
 
@@ -44,7 +45,7 @@ class CrossAttention(nn.Module):
         self.same = same
         self.att = nn.MultiheadAttention(D, 2, batch_first=True, **options)
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor) -> Any:
         return x + self.att(x, memory, memory if self.same else memory * 2)[0]
 
 
@@ -108,7 +109,7 @@ def base_of(name: str) -> tuple[nn.Module, fx.GraphModule]:
     case = CASES[name]
     model = case.model.double()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)  # torch starts biases at zero
+        nn.init.normal_(parameter, std=0.3)  # because torch starts biases at zero
     return model, llfx.capture(model, tuple(x[:2] for x in case.inputs))
 
 
@@ -151,7 +152,7 @@ def test_a_part_of_a_weight_has_the_gradient_of_its_rows() -> None:
     model, base = base_of("cross, keys are not values")
     inputs = CASES["cross, keys are not values"].inputs
     gm = llfx.rewrite(base, llfx.LoRA(r=2, alpha=2, target_roles=("key",))).eval()
-    _, grads = gradients(gm, inputs)  # at the start, where the adapted model is the module
+    _, grads = gradients(gm, inputs)  # before training, because the adapted model then computes the same as the module
     reference = copy.deepcopy(model).eval()
     _, dense = gradients(reference, inputs)
     a = llfx.adapter_state_dict(gm)["att.in_proj.rows_8_16.lora_A"]

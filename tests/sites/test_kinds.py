@@ -36,7 +36,7 @@ VARIANTS = list(llfx.registry().values())
 E, WIDTH, INNER, NUMBER = 3, 8, 12, 20
 
 
-def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Any:
     """Multiply tokens sorted by expert, each with the matrix of its expert."""
     return torch.ops.lora_lite_fx_tests.grouped_mm(x, weight, ends)
 
@@ -70,7 +70,7 @@ class Embedding(nn.Module):
         self.embed = nn.Embedding(NUMBER, WIDTH, padding_idx=0)
         self.head = nn.Linear(WIDTH, INNER)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         return self.head(torch.tanh(self.embed(ids)))
 
 
@@ -93,7 +93,7 @@ class Conv2d(nn.Module):
 
 
 class Batched(nn.Module):
-    """Experts with one batch for each: stored as the operator takes it, and transposed; with biases."""
+    """Experts with biases, and a batch for each. One weight is stored as the operator takes it, one transposed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,14 +107,14 @@ class Batched(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Experts of sorted tokens; one of the experts gets none."""
+    """Experts of sorted tokens. One expert gets no token."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Parameter(torch.randn(E, WIDTH, INNER) / 3)
         self.down = nn.Parameter(torch.randn(E, WIDTH, INNER) / 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         ends = (torch.tensor([1, 1, 2], dtype=torch.int32, device=x.device) * (x.shape[0] // 2)).to(torch.int32)
         return grouped(torch.tanh(grouped(x, self.up, ends)), self.down.transpose(-1, -2), ends)
 
@@ -145,16 +145,16 @@ CASES = {
     "grouped experts": Kind("experts", Grouped, _noise(6, WIDTH), _noise(10, WIDTH)),
 }
 REFUSED = {
-    # These turn, shift or sum up parts of their input, which needs the input as a tensor.
+    # List variants that rotate, shift or sum parts of their input, because these need the input as a tensor.
     "embedding": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
     "conv": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
-    # These call tensor functions that have no rule for experts.
+    # List variants that call tensor functions without a rule for experts.
     "experts": {"AntiPaSTO", "BOFT", "C3A", "EVA", "FourierFT", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT", "RoAd"},
 }
 
 
 @functools.cache
-def model_and_base(case: str) -> tuple[nn.Module, fx.GraphModule]:
+def model_and_base(case: str) -> tuple[Any, fx.GraphModule]:
     torch.manual_seed(0)
     model = CASES[case].model().double().eval()
     return model, llfx.capture(model, (CASES[case].traced,))
@@ -167,7 +167,7 @@ def config(cls: type[llfx.Variant], kind: str, **fields: Any) -> llfx.Variant:
 def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
     """Return a copy of the model with merged weights, each computed by the variant on a plain linear."""
     copied = copy.deepcopy(model)
-    as_linear = {"target_kinds": ("linear",), "target_names": (".",)}
+    as_linear: dict[str, Any] = {"target_kinds": ("linear",), "target_names": (".",)}
     cfgs = [dataclasses.replace(variant, **as_linear) for variant, _ in adapters(gm)]
     adapted_sites = {placement.site for _, placed in adapters(gm) for placement in placed}
     for site in find_sites(gm):
@@ -180,13 +180,13 @@ def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
         adapted = llfx.wrap(nn.Sequential(linear), cfgs).eval()
         state = llfx.adapter_state_dict(gm)
         matrices = []
-        for expert, one in enumerate(weight if site.experts else weight[None]):
-            linear.weight.data.copy_(one)  # which the wrapper shares
+        for expert, expert_weight in enumerate(weight if site.experts else weight[None]):
+            linear.weight.data.copy_(expert_weight)  # in place, because the wrapper shares the weight
             values = {}
             for name in llfx.adapter_state_dict(adapted):
                 shared = name.startswith("lora_shared")
-                own = state[name if shared else name.replace("0.", f"{site.name}.", 1)]
-                values[name] = own[expert] if site.experts and not shared else own
+                value = state[name if shared else name.replace("0.", f"{site.name}.", 1)]
+                values[name] = value[expert] if site.experts and not shared else value
             llfx.load_adapter_state_dict(adapted, values)
             zero, eye = torch.zeros(1, site.d_in).double(), torch.eye(site.d_in).double()
             with torch.no_grad():
@@ -253,7 +253,7 @@ def test_stacks_are_saved_exported_and_removed(case: str) -> None:
     check_remove(gm, base, model)
     check_file(gm, base, (kind.other,))
     check_export(gm, (kind.traced,), (kind.other,), 1e-9)
-    if case == "grouped experts":  # the kind with most to trace
+    if case == "grouped experts":  # because experts of this kind need the most tracing
         fast = torch.compile(gm, fullgraph=True, backend="aot_eager")
         close(output(fast, (kind.other,)), output(gm, (kind.other,)), 1e-9, "compiled")
 
@@ -284,7 +284,7 @@ def test_experts_have_an_adapter_each_with_a_start_of_its_own(case: str) -> None
     close(output(gm.eval(), (CASES[case].other,)), output(model, (CASES[case].other,)), 0.0, "start")
     drawn = llfx.adapter_state_dict(llfx.rewrite(base, config(llfx.LoRA, "experts")))["sites.up.lora_A"]
     assert not torch.equal(drawn[0], drawn[1])
-    # Dropout: two draws differ in training, and none is made in evaluation.
+    # Check dropout: two draws differ in training, and evaluation draws nothing.
     randomise(gm, 1)
     x = CASES[case].other
     assert not torch.equal(output(gm.train(), (x,), 0), output(gm, (x,), 1))
@@ -338,7 +338,7 @@ def test_an_expert_trains_on_its_own_tokens_only() -> None:
     randomise(gm, 1)
     _, grads = gradients(gm, (CASES["grouped experts"].other,))
     for name, grad in grads.items():
-        assert [bool(one.abs().sum() > 0) for one in grad] == [True, False, True], name
+        assert [bool(grad_of_expert.abs().sum() > 0) for grad_of_expert in grad] == [True, False, True], name
 
 
 def test_an_adapter_that_adds_a_bias_to_experts_is_not_merged() -> None:

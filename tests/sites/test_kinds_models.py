@@ -18,9 +18,9 @@ from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import check_file, check_merge, check_remove, close, gradients, randomise, small
 from tests.support.untouched import untouched
 
-SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SMALL: dict[str, Any] = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
+EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GATE_UP, DOWN = (f"model.layers.0.mlp.experts.sites.{name}_proj" for name in ("gate_up", "down"))
 MODELS: dict[str, tuple[Any, str, list[str]]] = {
     "mixtral": (transformers.MixtralConfig(**SMALL, **HEADS, **EXPERTS), "experts", [GATE_UP, DOWN]),
@@ -45,10 +45,10 @@ MODELS: dict[str, tuple[Any, str, list[str]]] = {
 
 
 @functools.cache
-def model_and_base(name: str) -> tuple[nn.Module, fx.GraphModule]:
+def model_and_base(name: str) -> tuple[Any, fx.GraphModule]:
     torch.manual_seed(0)
     config = MODELS[name][0]
-    auto = transformers.AutoModelForImageClassification if name == "vit" else transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForImageClassification if name == "vit" else transformers.AutoModelForCausalLM
     model = auto.from_config(config).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -129,7 +129,7 @@ def test_merged_weights_run_in_the_model_itself(name: str, cls: type[llfx.Varian
     logits, _ = run(gm.eval(), name)
     with torch.no_grad():
         close(merged(**inputs(name)).logits, logits, 1e-5, "merged")
-    if name != "gpt2":  # whose tied weight becomes two
+    if name != "gpt2":  # because merging splits its tied weight
         dense = copy.deepcopy(model)
         dense.load_state_dict(dict(merged.named_parameters()), strict=False)
         with torch.no_grad():
@@ -145,7 +145,7 @@ def test_default_targets_reach_no_experts_and_no_embeddings() -> None:
 
 
 def test_experts_in_bfloat16_get_adapters_of_any_rank_and_dtype() -> None:
-    """In bfloat16 the grouped product is PyTorch's own operator, which takes rows of whole 16 bytes only."""
+    """Use bfloat16, because its grouped product only takes rows whose size is a multiple of 16 bytes."""
     model = copy.deepcopy(model_and_base("mixtral")[0]).bfloat16()
     gm = llfx.rewrite(model, llfx.LoRA(r=3, target_kinds=("experts",), rank_pattern={"down": 8}))
     randomise(gm, 0)
@@ -183,7 +183,7 @@ class Mixed(nn.Module):
         self.conv2 = nn.Conv2d(1, 4, (2, 3), padding="same", bias=False)
         self.lin = nn.Linear(4, 5)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         h = torch.tanh(self.conv1(self.embed(ids).transpose(1, 2)))
         return self.lin(self.conv2(h.unsqueeze(1)).mean((2, 3)))
 
@@ -200,7 +200,7 @@ def mixed() -> tuple[nn.Module, fx.GraphModule]:
     return model, llfx.capture(model, (IDS[0][:2],))
 
 
-def in_peft(dora: bool) -> nn.Module:
+def in_peft(dora: bool) -> Any:
     """Return the model adapted by PEFT, with random values."""
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=SITES, use_dora=dora)
     theirs = peft.get_peft_model(copy.deepcopy(mixed()[0]), config).double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise, unchanged
 
 WIDTH, NUMBER = 8, 20
+anything: Any = llfx  # takes arguments of wrong types, as a user without a type checker may pass them
 
 
 def _ids(*shape: int) -> Tensor:
@@ -32,13 +34,13 @@ class Everything(nn.Module):
         self.head = nn.Linear(WIDTH, NUMBER, bias=False)
         self.head.weight = self.embed.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         x = self.scaled(self.grouped(self.conv(self.embed(ids).transpose(1, 2))))
         return self.head(x.transpose(1, 2))
 
 
 @functools.cache
-def everything() -> tuple[nn.Module, fx.GraphModule]:
+def everything() -> tuple[Any, fx.GraphModule]:
     torch.manual_seed(0)
     model = Everything().double()
     return model, llfx.capture(model, (_ids(2, 6),))
@@ -51,7 +53,7 @@ def adapted(cfg: llfx.Variant) -> list[str]:
 def test_kinds_other_than_linears_are_adapted_only_when_asked_for() -> None:
     lora = functools.partial(llfx.LoRA, r=2)
     assert adapted(lora(target_names=(".",))) == ["head"]
-    assert adapted(lora(target_kinds=("conv",))) == ["conv", "scaled"]  # not the one with groups
+    assert adapted(lora(target_kinds=("conv",))) == ["conv", "scaled"]  # without the convolution that has groups
     assert adapted(lora(target_kinds="embedding")) == ["embed"]
     assert adapted(lora(target_kinds=("embedding", "conv"), target_names=("embed", "scaled"))) == ["embed", "scaled"]
     assert adapted(lora(target_kinds=("embedding", "linear"), target_roles=("head",))) == ["head"]
@@ -104,7 +106,7 @@ def test_a_convolution_with_another_padding_mode_is_rewritten_but_not_wrapped() 
             llfx.ConfigError,
             "unknown kind of site 'lstm'; the kinds are linear",
         ),
-        (lambda: llfx.LoRA(target_kinds=None), llfx.ConfigError, "target_kinds must be a tuple"),
+        (lambda: anything.LoRA(target_kinds=None), llfx.ConfigError, "target_kinds must be a tuple"),
         (
             lambda: llfx.LoRA(r=2, target_names=("embed",)),
             llfx.SelectionError,
@@ -120,7 +122,11 @@ def test_a_convolution_with_another_padding_mode_is_rewritten_but_not_wrapped() 
 )
 def test_bad_kinds_are_refused(make: Callable[[], llfx.Variant], error: type[Exception], message: str) -> None:
     model, base = everything()
-    for adapt in (lambda cfg: llfx.rewrite(base, cfg), lambda cfg: llfx.wrap(model, cfg, (_ids(2, 6),))):
+    rewrite_and_wrap: tuple[Callable[[Any], Any], ...] = (
+        lambda cfg: llfx.rewrite(base, cfg),
+        lambda cfg: llfx.wrap(model, cfg, (_ids(2, 6),)),
+    )
+    for adapt in rewrite_and_wrap:
         with unchanged(model), pytest.raises(error, match=message):
             adapt(make())
 

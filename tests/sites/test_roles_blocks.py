@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ def join_heads(t: Tensor) -> Tensor:
     return t.transpose(1, 2).reshape(t.shape[0], t.shape[2], WIDTH)
 
 
-# Attention over heads: q, k, v (batch, heads, sequence, width of a head) to the same.
+# Compute attention over heads. q, k, v and the result are (batch, heads, sequence, width of a head).
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def einsum_key_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def einsum_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """An einsum of one operand permutes it, as XLNet does with its mask."""
+    """Permute an operand by an einsum, as XLNet does with its mask."""
     scores = torch.einsum("ibnd,jbnd->bnij", q.permute(2, 0, 1, 3), k.permute(2, 0, 1, 3))
     mask = torch.einsum("ijbn->bnij", (scores > 100).to(scores.dtype).permute(2, 3, 0, 1))
     probabilities = (scores - 1e9 * mask).softmax(3)
@@ -70,33 +72,33 @@ def einsum_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def matmul_key_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores computed transposed; the softmax still runs over the keys."""
+    """Compute transposed scores. The softmax still runs over the keys."""
     return torch.softmax(k @ q.transpose(-1, -2), dim=-2).transpose(-1, -2) @ v
 
 
 def scores_transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores computed transposed, and transposed back before the softmax."""
+    """Compute transposed scores, and transpose them back before the softmax."""
     return torch.softmax((k @ q.transpose(-1, -2)).transpose(-1, -2), dim=-1) @ v
 
 
 def value_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The result computed transposed, from probabilities that are transposed for it."""
+    """Compute the transposed result from transposed probabilities."""
     probabilities = torch.softmax(q @ k.transpose(-1, -2), dim=-1)
     return (v.transpose(-1, -2) @ probabilities.transpose(-1, -2)).transpose(-1, -2)
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Slices whose bounds are values of the graph."""
+    """Slice keys and values by bounds that are values of the graph."""
     keys = q.shape[2]
     return torch.softmax(q @ k[:, :, :keys].transpose(-1, -2), dim=-1) @ v[:, :, :keys]
 
 
-def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def batched(q: Tensor, k: Tensor, v: Tensor) -> Any:
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).unflatten(0, (-1, HEADS))
 
 
-def batched_with_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def batched_with_bias(q: Tensor, k: Tensor, v: Tensor) -> Any:
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     bias = torch.zeros(1, 1, 1)
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), beta=1.0, alpha=0.5)
@@ -132,11 +134,11 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.head = nn.Linear(WIDTH, CLASSES)
 
-    def mix(self, x: Tensor, memory: Tensor) -> Tensor:
+    def mix(self, x: Tensor, memory: Tensor) -> Any:
         heads = split_heads(self.q(x)), split_heads(self.k(memory)), split_heads(self.v(memory))
         return self.o(join_heads(self.attend(*heads)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.norm(x)
         return self.head(x + self.mix(h, h))
 
@@ -152,12 +154,12 @@ head   head reader      8  5
 
 
 class PostNormAttention(Attention):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(self.norm(x + self.mix(x, x)))
 
 
 class AttentionAlone(Attention):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(self.mix(x, x))
 
 
@@ -171,15 +173,15 @@ head   head      8  5
 
 
 class WithoutProjection(Attention):
-    """The heads are added to the stream as they are."""
+    """Attention without an output projection: the heads are added to the stream directly."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         heads = self.attend(split_heads(self.q(x)), split_heads(self.k(x)), split_heads(self.v(x)))
         return self.head(x + join_heads(heads))
 
 
 class CrossAttention(Attention):
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor) -> Any:  # type: ignore[override]  # takes one input more
         return self.head(x + self.mix(self.norm(x), memory))
 
 
@@ -205,7 +207,7 @@ class FusedProjection(nn.Module):
         q, k, v = qkv.chunk(3, dim=-1)
         return split_heads(q), split_heads(k), split_heads(v)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         q, k, v = self.split(self.qkv(x))
         return self.head(x + self.o(join_heads(fused(q, k, v))))
 
@@ -245,12 +247,12 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(0.1)
         self.head = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(x + self.drop(self.fc2(F.gelu(self.fc1(self.norm(x))))))
 
 
 class PostNormMLP(MLP):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(self.norm(self.fc2(F.relu(self.fc1(x))) + x))
 
 
@@ -269,7 +271,7 @@ class GatedMLP(nn.Module):
         self.down = nn.Linear(INNER, WIDTH)
         self.head = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(x + self.down(F.silu(self.gate(x)) * self.up(x)))
 
 
@@ -288,7 +290,7 @@ class FusedGateMLP(nn.Module):
         self.down = nn.Linear(INNER, WIDTH)
         self.head = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.head(x + self.down(up * F.silu(gate)))
 
@@ -301,19 +303,19 @@ head      head reader       8   5
 
 
 class TwoHeads(Attention):
-    """The model's output is a dict with two linears' results."""
+    """A model that returns the results of two heads in a dict."""
 
     def __init__(self) -> None:
         super().__init__()
         self.value_head = nn.Linear(WIDTH, 1)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> Any:
         x = x + self.mix(x, x)
         return {"logits": self.head(x), "value": torch.tanh(self.value_head(x)).squeeze(-1)}
 
 
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    **{f"attention-{attend.__name__}": (lambda attend=attend: Attention(attend), ATTENTION) for attend in ATTENTIONS},
+    **{f"attention-{attend.__name__}": (functools.partial(Attention, attend), ATTENTION) for attend in ATTENTIONS},
     "attention-post-norm": (PostNormAttention, ATTENTION),
     "attention-alone": (AttentionAlone, NO_RESIDUAL),
     "attention-without-projection": (WithoutProjection, ATTENTION.replace(WRITER, "")),

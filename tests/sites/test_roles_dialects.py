@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ class Block(nn.Module):
 
     linears: tuple[tuple[str, int, int], ...] = ()
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return a linear by its name."""
+
     def __init__(self) -> None:
         super().__init__()
         for name, d_in, d_out in self.linears:
@@ -32,7 +38,7 @@ class Block(nn.Module):
     def branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(x + self.branch(self.norm(x)))
 
 
@@ -44,18 +50,18 @@ MLP = "fc1 up reader 8 12\nfc2 down writer 12 8\n"
 
 
 class Parallel(Block):
-    """Attention and feed-forward both read the stream, and are added to it one after the other."""
+    """Attention and feed-forward that both read the same stream. Their results are added to it in turn."""
 
     linears = _QKVO + _MLP
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.norm(x)
         heads = fused(split_heads(self.q(h)), split_heads(self.k(h)), split_heads(self.v(h)))
         return self.head(x + self.o(join_heads(heads)) + self.fc2(F.gelu(self.fc1(h))))
 
 
 class Latent(Block):
-    """Queries through a low rank, and keys and values through one that they share."""
+    """Attention whose queries pass a low rank. Keys and values share another low rank."""
 
     linears = (
         ("q_a", WIDTH, RANK),
@@ -65,7 +71,7 @@ class Latent(Block):
         ("o", WIDTH, WIDTH),
     )
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         k, v = self.kv_b(self.kv_a(x)).chunk(2, dim=-1)
         return self.o(join_heads(fused(split_heads(self.q_b(self.q_a(x))), split_heads(k), split_heads(v))))
 
@@ -90,7 +96,7 @@ class Narrowed(Block):
         ("o", WIDTH, WIDTH),
     )
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         x = self.narrow(x)
         return self.o(join_heads(fused(split_heads(self.q(x)), split_heads(self.k(x)), split_heads(self.v(x)))))
 
@@ -99,11 +105,11 @@ NARROWED = "narrow reader 8 4\nq query inner 4 8\nk key inner 4 8\nv value inner
 
 
 class Written(Block):
-    """The keys are written into an empty tensor, part by part."""
+    """Attention that writes its keys into an empty tensor, part by part."""
 
     linears = (*_QKVO, ("k2", WIDTH, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         keys = torch.empty_like(split_heads(x))
         keys[..., :2] = split_heads(self.k(x))[..., :2]
         keys[..., 2:] = split_heads(self.k2(x))[..., 2:]
@@ -111,11 +117,11 @@ class Written(Block):
 
 
 class RelativePositions(Block):
-    """Scores with keys, with projected positions and with a parameter, added up."""
+    """Attention that adds scores with projected positions to the scores with keys."""
 
     linears = (*_QKVO, ("position", WIDTH, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         q, k, v = split_heads(self.q(x)), split_heads(self.k(x)), split_heads(self.v(x))
         positions = split_heads(self.position(torch.cumsum(torch.ones_like(x), dim=1)))
         scores = q @ k.transpose(-1, -2) + (q + 1) @ positions.transpose(-1, -2)
@@ -125,14 +131,14 @@ class RelativePositions(Block):
 class GLU(Block):
     linears = (("gate_up", WIDTH, 2 * INNER), ("down", INNER, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         return self.down(F.glu(self.gate_up(x)))
 
 
 class SquaredReLU(Block):
     linears = _MLP
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         return self.fc2(torch.square(F.relu(self.fc1(x))))
 
 
@@ -141,12 +147,12 @@ class GatedRecurrence(Block):
 
     linears = (("gate", WIDTH, INNER), ("state", WIDTH, INNER), ("out", INNER, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         return self.out(torch.cumsum(self.state(x), dim=1) * F.silu(self.gate(x)))
 
 
 class Routed(Block):
-    """Each token goes through the experts that its router chooses."""
+    """A mixture of experts: a router chooses the experts of each token."""
 
     linears = (("router", WIDTH, EXPERTS),)
 
@@ -157,29 +163,29 @@ class Routed(Block):
 
 
 class ChosenByFirst(Block):
-    """The choice is among rows of a table, and the tokens do not go through these."""
+    """A choice of rows in a table. It is not a router, because no token is multiplied by these rows."""
 
     linears = (("scores", WIDTH, EXPERTS), ("out", WIDTH, WIDTH))
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         _, chosen = torch.topk(self.scores(x), 1, dim=-1)
         return self.out(self.experts[:, 0][chosen.squeeze(-1)])
 
 
 class TopClasses(Block):
-    """The largest outputs of a head are returned."""
+    """A model that returns the largest outputs of its head."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Any:
         values, classes = torch.topk(self.head(self.norm(x)), 2, dim=-1)
         return values, classes
 
 
 class TopTokens(Block):
-    """A linear scores the tokens; the best go on."""
+    """A block that adds the tokens with the best scores to the stream."""
 
     linears = (("score", WIDTH, 1), *_MLP)
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Any:
         _, best = torch.topk(self.score(x).squeeze(-1), 2, dim=-1)
         kept = torch.gather(x, 1, best.unsqueeze(-1).expand(-1, -1, WIDTH))
         return self.fc2(F.relu(self.fc1(x))) + kept.mean(1, keepdim=True)
@@ -208,7 +214,7 @@ def test_block_has_the_roles_of_its_table(name: str, exported: bool) -> None:
 
 
 def test_keys_written_in_place_have_their_role() -> None:
-    """Only the exported graph is tested, because symbolic tracing records no assignment to a slice."""
+    """Test the exported graph only, because symbolic tracing records no assignment to a slice."""
     golden = QKVO + "k2 key reader 8 8\n" + HEAD
     check_table(llfx.inspect(Written(), (torch.randn(2, 3, WIDTH),)), golden)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +33,11 @@ from tests.sites.test_roles_blocks import (
 from tests.sites.test_roles_of_models import check_table, parse, roles_of
 from tests.support.conformance import calibration
 
-# What must not pass for attention or feed-forward.
+# Blocks that look like attention or feed-forward, and are neither.
 
 
 class PlainMLP(nn.Module):
-    """No residual: an activation between two linears says nothing about a feed-forward block."""
+    """Linears without a residual. An activation between two linears does not prove a feed-forward block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class PlainMLP(nn.Module):
             nn.Linear(WIDTH, CLASSES),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
@@ -90,7 +91,7 @@ class SoftmaxClassifier(nn.Module):
 
 
 class LyingNames(nn.Module):
-    """Attention called as a feed-forward block, and the other way round."""
+    """Attention with the names of a feed-forward block, and a feed-forward block with the names of attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ class LyingNames(nn.Module):
         self.q_proj, self.o_proj = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
         self.v_proj = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         heads = split_heads(self.down_proj(x)), split_heads(self.gate_proj(x)), split_heads(self.lm_head(x))
         x = x + self.up_proj(join_heads(fused(*heads)))
         x = x + self.o_proj(F.gelu(self.q_proj(x)))
@@ -139,9 +140,9 @@ def test_a_softmax_that_routes_is_not_attention(mix: str, exported: bool) -> Non
 @pytest.mark.parametrize("attend", [einsum_with_ellipsis, einsum_of_lists])
 def test_an_einsum_that_is_hard_to_read_gives_no_wrong_role(attend: Attend, exported: bool) -> None:
     model = Attention(attend)
-    found = roles_of(llfx.inspect(model, example(model, exported)))
+    roles = roles_of(llfx.inspect(model, example(model, exported)))
     for name, role in {"q": "query", "k": "key", "v": "value"}.items():
-        assert found[name][0] <= {role, "reader"}, found
+        assert roles[name][0] <= {role, "reader"}, roles
 
 
 @both_captures
@@ -156,7 +157,13 @@ def test_names_that_lie_do_not_mislead(exported: bool) -> None:
     check_table(llfx.inspect(model, example(model, exported)), LIES)
 
 
-# Roles stay what they are.
+# Roles with adapters in the graph.
+
+
+def without_head(block: Any) -> Any:
+    """Replace the head of the block by the identity, and return the block."""
+    block.head = nn.Identity()
+    return block
 
 
 class Layer(nn.Module):
@@ -164,10 +171,9 @@ class Layer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.mlp = FusedProjection(), GatedMLP()
-        self.attention.head = self.mlp.head = nn.Identity()
+        self.attention, self.mlp = without_head(FusedProjection()), without_head(GatedMLP())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.mlp(self.attention(x))
 
 
@@ -177,7 +183,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
@@ -202,9 +208,11 @@ def test_a_layer_called_twice_has_the_roles_of_two_layers(exported: bool) -> Non
 
 
 def config(cls: type[llfx.Variant], r: int = 4) -> llfx.Variant:
-    """A variant at every site of the layers, in blocks that fit the small widths."""
+    """Return a variant for every site of the layers, in blocks that fit the small widths."""
     names = [field.name for field in dataclasses.fields(cls)]
-    sizes = {name: 4 for name in names if name.endswith("_size")} | {name: r for name in names if name == "r"}
+    sizes: dict[str, Any] = {name: 4 for name in names if name.endswith("_size")} | {
+        name: r for name in names if name == "r"
+    }
     return cls(target_names=("layers",), **sizes)
 
 
@@ -213,10 +221,8 @@ CONFIGS = [[config(cls)] for cls in llfx.registry().values()] + [[config(llfx.Lo
 
 @functools.cache
 def captured(exported: bool) -> nn.Module:
-    """Both kinds of attention and of feed-forward, as a graph without adapters."""
-    attention, mlp = Attention(operators), MLP()
-    attention.head = mlp.head = nn.Identity()
-    model = Stack([Layer(), attention, mlp])
+    """Return a graph without adapters that has both kinds of attention and of feed-forward."""
+    model = Stack([Layer(), without_head(Attention(operators)), without_head(MLP())])
     return llfx.capture(model, example(model, exported))
 
 

@@ -99,7 +99,7 @@ model.decoder.layers.0.fc2                  down writer     24  16
 lm_head                                     head reader     16  29
 """
 
-# Embeddings of 12 are projected into the stream of 16, and its result out of it before the head.
+# Embeddings of width 12 are projected to the stream of width 16. Its result is projected back before the head.
 OPT_PROJECTED = """
 model.decoder.project_in                    writer          12  16
 model.decoder.layers.0.self_attn.q_proj     query reader    16  16
@@ -188,7 +188,7 @@ MODELS: dict[str, tuple[type, type, dict[str, Any], str]] = {
 }
 
 
-def build(name: str, attention: str = "sdpa", **changes: Any) -> nn.Module:
+def build(name: str, attention: str = "sdpa", **changes: Any) -> Any:
     model_class, config_class, fields, _ = MODELS[name]
     torch.manual_seed(0)
     config = config_class(**{**fields, **changes})
@@ -200,7 +200,7 @@ def build(name: str, attention: str = "sdpa", **changes: Any) -> nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 def test_hugging_face_sites_and_roles_are_those_of_the_table(name: str, attention: str) -> None:
     if (name, attention) == ("gemma2", "sdpa"):
-        # transformers refuses it: the logits are soft-capped, which the fused kernel cannot.
+        # transformers refuses this, because the fused kernel cannot cap the logits.
         with pytest.raises(ValueError, match="does not support"):
             build(name, attention)
         return
@@ -307,6 +307,6 @@ def test_a_selection_of_nothing_names_the_nearest_sites_and_the_roles_found(
 ) -> None:
     with untouched(two_layers()), pytest.raises(llfx.SelectionError) as caught:
         llfx.rewrite(two_layers(), llfx.LoRA(r=2, **targets))
-    found = "down, head, key, output, query, reader, up, value, writer"
-    for part in ["LoRA: no site matches", "13 sites", f"with the roles: {found}.", *parts]:
+    roles = "down, head, key, output, query, reader, up, value, writer"
+    for part in ["LoRA: no site matches", "13 sites", f"with the roles: {roles}.", *parts]:
         assert part in str(caught.value)

@@ -43,7 +43,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Linear(WIDTH, INNER)
-        self.down = Conv1D(WIDTH, INNER)  # type: ignore[no-untyped-call]
+        self.down = Conv1D(WIDTH, INNER)
         self.drop = nn.Dropout(0.3)
 
     def forward(self, x: Tensor) -> Any:

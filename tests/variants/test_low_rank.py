@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 class Conv1DNet(Net):
     def __init__(self) -> None:
-        super().__init__(lambda d_in, d_out: Conv1D(d_out, d_in))  # type: ignore[no-untyped-call]
+        super().__init__(lambda d_in, d_out: Conv1D(d_out, d_in))
 
 
 class KeywordNet(Net):

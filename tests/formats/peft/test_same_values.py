@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
+from lora_lite_fx.adapters.hyperparameters import WithRank
 from tests.support.peft_models import CASES, Case
 from tests.support.peft_oracles import ALPHA, ORACLES, RANK, TOLERANCE, Pair, make_pair
 
@@ -117,7 +118,8 @@ def test_random_start_values_are_drawn_as_in_peft(name: str) -> None:
     config: Any = oracle.config(target_modules="0")
     config.r = rank = 16
     torch.manual_seed(0)
-    gm = llfx.rewrite(model, oracle.cls(**{**oracle.fields, "r": rank}, target_names=("0",)))
+    ranked = {"r": rank} if issubclass(oracle.cls, WithRank) else {}
+    gm = llfx.rewrite(model, oracle.cls(**{**oracle.fields, **ranked}, target_names=("0",)))
     reference = peft.get_peft_model(copy.deepcopy(model), config)
     for drawn in oracle.drawn:
         ours = gm.get_parameter(f"0.{drawn}").detach()

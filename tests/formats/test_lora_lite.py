@@ -203,7 +203,7 @@ DAMAGE: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
         {"cfg": config("lora")},
         "odd",
     ),
-    "a foreign module": ({f"9.{k}": v for k, v in FACTORS.items()}, {"cfg": config("lora")}, "no linear site"),
+    "a foreign module": ({f"9.{k}": v for k, v in FACTORS.items()}, {"cfg": config("lora")}, "not a linear site"),
     "another rank": ({f"0.{k}": v for k, v in FACTORS.items()}, {"cfg": config("lora", r=2)}, "shape"),
     "a rank that is no number": ({f"0.{k}": v for k, v in FACTORS.items()}, {"cfg": config("lora", r="4")}, "integer"),
 }

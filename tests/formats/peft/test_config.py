@@ -225,7 +225,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "a tensor less": (GOOD, {f"{SITE}.lora_A.weight": torch.ones(4, 16)}, "lacks lora_B"),
     "an unknown tensor": (GOOD, {**TENSORS, f"{SITE}.lora_embedding_A": torch.ones(1)}, "lora_embedding_A"),
     "a tensor that the config rules out": (GOOD, {**TENSORS, f"{SITE}.lora_B.bias": torch.ones(16)}, "lora_bias"),
-    "another module": (GOOD, {k.replace("q_proj", "z_proj"): v for k, v in TENSORS.items()}, "no linear site"),
+    "another module": (GOOD, {k.replace("q_proj", "z_proj"): v for k, v in TENSORS.items()}, "not a linear site"),
     "another shape": ({**GOOD, "r": 3}, TENSORS, "shape"),
     "no tensor": (GOOD, {}, "holds no adapter"),
     "too large a rank": ({**GOOD, "r": 400}, TENSORS, "r=400"),

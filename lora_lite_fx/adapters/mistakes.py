@@ -54,4 +54,4 @@ def _hint_for_text(text: str) -> str:
     close = difflib.get_close_matches(text.lower(), names, n=1, cutoff=0.7)
     if close:
         return f" Pass a config: llfx.{names[close[0]]}()."
-    return f" The variants are {', '.join(registry())}."
+    return f" The variants are {', '.join(sorted(registry()))}."

@@ -59,7 +59,7 @@ def from_config(config: Mapping[str, Any]) -> Variant:
     fields = dict(config)
     name = fields.pop("variant", None)
     if name not in _REGISTRY:
-        raise ConfigError(f"Unknown variant {name!r}; the registered variants are {', '.join(_REGISTRY)}.")
+        raise ConfigError(f"Unknown variant {name!r}; the registered variants are {', '.join(sorted(_REGISTRY))}.")
     cls = _REGISTRY[name]
     for field in _NOT_ON_EVERY_VARIANT - {f.name for f in dataclasses.fields(cls)}:
         fields.pop(field, None)

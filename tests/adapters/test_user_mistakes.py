@@ -114,7 +114,7 @@ A_VARIANT = "cfg must be a variant such as LoRA(r=8), or a list of them, not "
 A_MODEL = "The model must be a torch.nn.Module or an ExportedProgram, not "
 RETURNED = "it is not what rewrite, wrap, adapt or load returned"
 USE_RESULT = f"{RETURNED}: they leave their argument as it is, so use their result."
-VARIANTS = ", ".join(llfx.registry())
+VARIANTS = ", ".join(sorted(llfx.registry()))
 PEFT_WAY_OUT = (
     "Pass the model without them, model.unload(), or with them folded in, model.merge_and_unload(). To keep training"
     " that adapter, write it by model.save_pretrained(folder), and read it by llfx.load_peft(base_model, folder)."

@@ -21,7 +21,7 @@ from ..errors import CaptureError
 from ..graph.tensors import keep_aliases
 from ..log import phase, progress
 from .export import export
-from .hugging_face import accepted_arguments, example_inputs_of, is_hugging_face, prepare_for_capture, with_padding
+from .hugging_face import accepted_arguments, example_inputs_of, is_hugging_face, prepare_for_capture
 from .mistakes import check_inputs, check_model
 from .optional import call_signature
 from .share import share
@@ -79,7 +79,7 @@ def capture_model(
         if inputs is not None:
             args, kwargs = inputs
             is_static = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input
-            signature = call_signature(shadow, args, with_padding(shadow, kwargs), gm.graph, accepted, is_static)
+            signature = call_signature(shadow, args, kwargs, gm.graph, accepted, is_static)
         details.append(f"{len(gm.graph.nodes)} nodes")
     keep_aliases(shadow, gm)
     _name_modules_once(shadow, gm.graph)

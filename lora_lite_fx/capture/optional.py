@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .hugging_face import with_padding
 from .share import share
 from .signature import CallSignature, Fill, Omission
 
@@ -66,7 +67,7 @@ def call_signature(
     refusals = dict.fromkeys(optional, "the model has no data, so that a call without it could not be tried")
     has_data = not any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers()))
     if optional and has_data:
-        omissions, refusals = _Comparison(model, inputs, graph).of(optional)
+        omissions, refusals = _Comparison(model, with_padding(model, inputs), graph).of(optional)
     positional = tuple(name for name, parameter in parameters.items() if parameter.kind is not _KEYWORD_ONLY)
     return CallSignature(
         type(model).__name__,

@@ -18,6 +18,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from ..errors import CallError
+from ..graph.walk import ancestors
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,8 @@ def _interpretation() -> tuple[fx.Interpreter | None, tuple[tuple[Any, ...], dic
 def _unneeded(graph: fx.Graph, omission: Omission) -> list[fx.Node]:
     """Return the nodes that only results need which are not returned."""
     results: Any = graph.output_node().args[0]
-    needed = {results[index] for index in omission.outputs}
-    for node in reversed(graph.nodes):
-        if node in needed or (node.op != "output" and node.is_impure()):
-            needed.update((node, *node.all_input_nodes))
+    impure = (node for node in graph.nodes if node.op != "output" and node.is_impure())
+    needed = set(ancestors([*(results[index] for index in omission.outputs), *impure]))
     return [node for node in graph.nodes if node not in needed and node.op not in ("placeholder", "output")]
 
 

@@ -186,12 +186,15 @@ def test_an_encoder_decoder_says_why_labels_cannot_be_left_out() -> None:
         gm(input_ids=ids(2, 5), decoder_input_ids=ids(2, 4))
 
 
-def test_padding_that_a_model_finds_by_itself_is_not_taken_for_text() -> None:
+@pytest.mark.parametrize("by_position", [False, True])
+def test_padding_that_a_model_finds_by_itself_is_not_taken_for_text(by_position: bool) -> None:
     """Check with XLM: without a mask it looks for padding tokens, so a mask of ones gives another result."""
     sizes = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 40, "n_langs": 1}
     fields: dict[str, Any] = {**sizes, "pad_index": 2, "pad_token_id": 2}
     model = transformers.XLMModel(transformers.XLMConfig(**fields)).eval()
-    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=("q_lin",))).eval()
+    cfg = llfx.LoRA(r=2, target_names=("q_lin",))
+    examples = (ids(3, 7), torch.ones(3, 7, dtype=torch.long)) if by_position else None
+    gm = llfx.rewrite(model, cfg, examples).eval()
     check(gm, model, input_ids=ids(2, 5), attention_mask=torch.ones(2, 5, dtype=torch.long))
     with pytest.raises(
         llfx.CallError, match="attention_mask cannot be left out, because the model then computes another"

@@ -1,17 +1,17 @@
-"""Mutants of what the passes ask about a graph, and of checkpointing."""
+"""Mutants of what the passes ask about a graph, and of the pieces that layers run in."""
 
 from .mutant import Mutant
 
 _GRAPH = "lora_lite_fx/graph/"
-_CHECKPOINTING = "lora_lite_fx/execution/checkpointing.py"
+_PIECES = "lora_lite_fx/execution/pieces.py"
 
 
 def _mutant(name: str, text: str, replacement: str, why: str, test: str = "") -> Mutant:
     return Mutant(f"{_GRAPH}{name}.py", text, replacement, why, test or f"tests/graph/test_{name}.py")
 
 
-def _checkpointing(text: str, replacement: str, why: str, test: str) -> Mutant:
-    return Mutant(_CHECKPOINTING, text, replacement, why, f"tests/execution/test_checkpointing.py::test_{test}")
+def _piece(text: str, replacement: str, why: str, test: str) -> Mutant:
+    return Mutant(_PIECES, text, replacement, why, f"tests/execution/test_checkpointing.py::test_{test}")
 
 
 MUTANTS = (
@@ -148,32 +148,32 @@ MUTANTS = (
         "",
         "dropout, which returns its input in evaluation, is taken for a copy",
     ),
-    # checkpointing
-    _checkpointing(
+    # pieces: the layers that run apart, and run again under checkpointing
+    _piece(
         "        if piece and layer != current and waits:\n",
         "        if piece and layer != current and layer:\n",
         "what reads a layer's value runs before the layer has",
         "layers_with_other_computations_between_their_parts_compute_the_same",
     ),
-    _checkpointing(
+    _piece(
         "waits = layer or _is_impure(node) or any(",
         "waits = layer or any(",
         "random numbers are drawn in another order",
         "layers_with_other_computations_between_their_parts_compute_the_same",
     ),
-    _checkpointing(
+    _piece(
         "            if places not in ({None}, {piece_of.get(made_by)}):\n",
         "            if False:\n",
         "a layer that runs again reads what was overwritten since",
         "layers_that_overwrite_tensors_in_place_compute_the_same",
     ),
-    _checkpointing(
+    _piece(
         "            if may_return_a_view(node):\n",
         "            if False:\n",
         "a write to a view is not seen",
         "layers_that_overwrite_tensors_in_place_compute_the_same",
     ),
-    _checkpointing(
+    _piece(
         'gm.get_submodule(str(node.target)), "track_running_stats", False)',
         'gm, "", False)',
         "a batch norm that runs again updates its statistics twice",

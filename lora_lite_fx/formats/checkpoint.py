@@ -32,8 +32,9 @@ from ..rewriting.capture import capture
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
-from .files import read_safetensors, write_atomically
+from .files import read_safetensors
 from .mistakes import as_path, check_file, foreign_file_hint
+from .writing import write_atomically
 
 FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
 VERSION = 1

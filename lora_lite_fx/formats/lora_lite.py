@@ -34,7 +34,7 @@ from ..variants import (
     PiSSA,
     RoAd,
 )
-from .files import read_safetensors, write_atomically
+from .files import read_safetensors
 from .mistakes import as_path
 from .single_adapter import (
     insert_from_file,
@@ -42,6 +42,7 @@ from .single_adapter import (
     sites_of,
     weight_of,
 )
+from .writing import write_atomically
 
 
 @dataclass(frozen=True)

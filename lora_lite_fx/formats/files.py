@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .writing import kind_of
 
-MOST_JSON = 16 * 2**20
+MOST_JSON = 4 * 2**20
 """The bytes that a JSON document may have. An adapter's config has some thousand."""
 
 MOST_TENSORS = 2**40

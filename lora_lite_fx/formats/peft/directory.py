@@ -24,6 +24,7 @@ from ...sites.site import Site
 from ...variants import LoRA
 from ...variants.pissa import FromWeight
 from ..files import read_json, read_safetensors
+from ..finite import check_finite
 from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, only_adapter, sites_of
 from ..writing import write_together
@@ -37,7 +38,9 @@ _ABOUT_THE_BASE = {"auto_mapping", "base_model_name_or_path", "inference_mode", 
 """Fields that do not change what the adapter computes. They are often edited by hand, so the digest leaves them out."""
 
 
-def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool = False) -> None:
+def save_peft(
+    model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool = False, allow_nonfinite: bool = False
+) -> None:
     """Write the adapter of `model` as a PEFT directory, which `PeftModel.from_pretrained` loads on the same base.
 
     Args:
@@ -47,11 +50,12 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
             the tensors lets `load_peft` refuse two files that do not belong together.
         as_lora: write `PiSSA` and `OLoRA` as an ordinary LoRA of twice the rank, the start and the end side by side.
             It runs on the unchanged base, without the factorization that PEFT repeats at each load otherwise.
+        allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
         AdapterError: the model has no adapters.
         ConfigError: the adapter cannot be represented; the message says why.
-        CheckpointError: the files cannot be written.
+        CheckpointError: the files cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_peft(model, path)")
     variant, placed = only_adapter(model, "A PEFT directory")
@@ -67,6 +71,8 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
             if name in form.tensors:
                 value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
                 tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
+    if not allow_nonfinite:
+        check_finite(tensors, folder / TENSORS, "nothing was written")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,6 +86,8 @@ def load_peft(
     model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
     example_inputs: Inputs | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapter of a PEFT directory, with its saved values.
 
@@ -87,13 +95,15 @@ def load_peft(
         model: the base, which is not changed.
         path: of the directory. Only JSON and safetensors are read.
         example_inputs: as for `capture`.
+        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
 
     Returns:
         A graph module as `rewrite` returns it.
 
     Raises:
-        CheckpointError: a file is unreadable, or its keys, shapes, config or modules do not fit the model, or the
-            adapter does something that cannot be represented here; the message says what.
+        CheckpointError: a file is unreadable, the two do not belong together, or a value is not finite; or the keys,
+            shapes, config or modules do not fit the model, or the adapter does something that cannot be represented
+            here; the message says what.
         CaptureError: the model cannot be captured.
     """
     folder = as_path(path, "load_peft(model, path)")
@@ -107,6 +117,8 @@ def load_peft(
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
     by_site = _by_site(form, state, folder / TENSORS)
+    if not allow_nonfinite:
+        check_finite(state, folder / TENSORS, "it is not loaded")
     return insert_from_file(model, variant, by_site, form.rest, folder, example_inputs)
 
 

@@ -33,6 +33,7 @@ _RECORDS = re.compile(
     r"|data/sample_inputs/model\.pt|extra/.*"
 )
 _NAME = re.compile(r"\w*(?:\.\w+)*", re.ASCII)
+_NUMBER = re.compile(r"-?[\d.]+(?:e[-+]?\d+)?", re.ASCII)
 _OPERATOR = re.compile(
     r"torch\.ops\.[a-zA-Z]\w*\.\w+(?:\.\w+)?|math\.[a-z]\w*|torch\.(?:_?sym_)\w+"
     r"|_operator\.(?:add|sub|mul|floordiv|truediv|mod|pow|neg|pos|abs|eq|ne|lt|le|gt|ge|and_|or_|xor|not_|invert"
@@ -42,6 +43,9 @@ _OPERATOR = re.compile(
 _OUTPUTS = re.compile(r"transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+)", re.ASCII)
 _TEXT = {"as_string", "as_strings", "torch_version", "class_fqn"}
 """The fields of a document whose text goes nowhere but into values."""
+
+_HAS_METADATA = {"nodes", "graph_module"}
+"""The fields whose members have a field `metadata`; elsewhere that is just a name."""
 
 _FUNCTIONS = {
     "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "floor", "ceiling",
@@ -57,7 +61,7 @@ _FUNCTIONS = {
 _METHODS = {"size", "stride", "storage_offset", "dim", "numel"}
 _ARITHMETIC = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
-    ast.Tuple, ast.Load, ast.keyword,
+    ast.Tuple, ast.Load,
 )  # fmt: skip
 
 
@@ -118,14 +122,21 @@ def _check(value: Any, field: str) -> None:
     if isinstance(value, dict):
         for name, member in value.items():
             _check_name(name, field)
-            # The texts about a node, such as its stack trace, are read as data.
-            if name != "metadata":
+            if name == "metadata" and field in _HAS_METADATA:
+                _check_metadata(member)
+            else:
                 _check(member, name)
     elif isinstance(value, list):
         for member in value:
             _check(member, field)
     elif isinstance(value, str) and field not in _TEXT:
         _CHECKS.get(field, _check_name)(value, field)
+
+
+def _check_metadata(texts: Any) -> None:
+    """The texts about a node, such as its stack trace, are read as data, whatever they are."""
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise _MayRunCode("its metadata are not texts")
 
 
 def _check_name(name: str, field: str) -> None:
@@ -192,7 +203,7 @@ def _is_harmless(node: ast.AST) -> bool:
         case ast.Name(id=name):
             return bool(_NAME.fullmatch(name))
         case ast.Constant(value=str(text)):
-            return bool(_NAME.fullmatch(text))
+            return bool(_NAME.fullmatch(text) or _NUMBER.fullmatch(text))
         case ast.Constant(value=value):
             return isinstance(value, (int, float))
         case ast.Call(func=ast.Name(id=name)):
@@ -201,7 +212,7 @@ def _is_harmless(node: ast.AST) -> bool:
             return name in _METHODS
         case ast.Attribute(attr=name):
             return name in _METHODS
-        case ast.Subscript(slice=ast.Constant()):
+        case ast.Subscript(slice=ast.Constant()) | ast.keyword(arg=str()):
             return True
     return False
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
+from lora_lite_fx.capture import exported_file
 from lora_lite_fx.capture.exported_file import open_exported
 
 Records = dict[str, bytes]
@@ -24,6 +25,8 @@ Records = dict[str, bytes]
 
 class Model(nn.Module):
     """It has parameters, a buffer, a constant, a condition, a dynamic size and outputs in a dict."""
+
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +134,7 @@ def expression(text: str) -> Callable[[Records], Any]:
 
 
 def spec(context: Any, kind: str = "builtins.dict") -> str:
-    leaf = {"type": None, "context": None, "children_spec": []}
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
     return json.dumps([1, {"type": kind, "context": context, "children_spec": [leaf]}])
 
 
@@ -184,6 +187,15 @@ EVIL: dict[str, tuple[Callable[[Records], Any], bool]] = {
     "a node": (edit_model(lambda m: graph(m)["nodes"][0].update(name=f"x={CODE};y")), False),
     "a keyword": (edit_model(lambda m: graph(m)["nodes"][0]["inputs"][0].update(name=f"x={CODE},y")), False),
     "a tensor's name": (edit_model(lambda m: graph(m)["tensor_values"].update({f'a"+{CODE}+"': {}})), False),
+    "a size under the name of metadata": (edit_model(
+        lambda m: graph(m)["tensor_values"].update(metadata={"sizes": [{"as_expr": {"expr_str": f"exec({CODE!r})"}}]})
+    ), False),
+    "an operator under the name of metadata": (edit_model(
+        lambda m: graph(m)["nodes"][0]["inputs"][0].update(
+            arg={"as_string_to_argument": {"metadata": {"as_operator": "torch.os.system"}}}
+        )
+    ), False),
+    "metadata that are not texts": (edit_model(lambda m: graph(m)["nodes"][0].update(metadata={"a": [1]})), False),
     "a function of torch": (edit_model(lambda m: graph(m)["nodes"][0].update(target="torch.os.system")), False),
     "a function beside torch": (edit_model(lambda m: graph(m)["nodes"][0].update(target="torchx.os.system")), False),
     "a method of the operators": (
@@ -264,3 +276,47 @@ def test_a_file_of_pickles_alone_is_unreadable(tmp_path: Path) -> None:
     with pytest.raises(llfx.CheckpointError, match="is not a readable exported program"):
         open_exported(tmp_path / "file.pt2")
     assert not ran
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Mul(Integer(16), Symbol('s53', positive=True, integer=True))",
+        "FloorDiv(Symbol('s77', positive=True, integer=True), Integer(2))",
+        "Float('-0.5', precision=53)",
+        "Float('1.0e-5', precision=53)",
+        "2*s0 + s1 // 2",
+        "L['attention_mask'].size()[1] == L['input_ids'].size()[1]",
+        "L['args'][0].size()[0] % 8 == 0 and not 2 <= L['x'].stride()[1]",
+        "Ne(Mod(s0, 8), 0)",
+    ],
+)
+def test_what_torch_writes_is_arithmetic(text: str) -> None:
+    exported_file._check_expression(text, "expr_str")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "exec('x')",
+        "s0.__class__",
+        "[x for x in s0]",
+        "(lambda: 0)()",
+        "s0()()",
+        "L['x'].size().__class__",
+        "f'{s0}'",
+        "sympify('x')",
+        "Symbol('a b')",
+        "Symbol('x\\n')",
+        "L[s0]",
+        "(s0 := 1)",
+        "s0 if s1 else s2",
+        "Symbol(*s0)",
+        "Symbol(**s0)",
+        "1 +",
+        "(" * 1000,
+    ],
+)
+def test_what_is_more_than_arithmetic_is_not(text: str) -> None:
+    with pytest.raises(exported_file._MayRunCode):
+        exported_file._check_expression(text, "expr_str")

@@ -100,6 +100,11 @@ def header(document: Any, size: int | None = None) -> Callable[[Path], None]:
     return make
 
 
+def link_to_pipe(path: Path) -> None:
+    os.mkfifo(f"{path}-pipe")
+    path.symlink_to(f"{path.name}-pipe")
+
+
 THINGS: dict[str, Callable[[Path], Any]] = {
     "a named pipe": os.mkfifo,
     "an endless device": lambda path: path.symlink_to("/dev/zero"),
@@ -108,7 +113,7 @@ THINGS: dict[str, Callable[[Path], Any]] = {
     "a directory": os.mkdir,
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a link to nothing": lambda path: path.symlink_to("nothing"),
-    "a link to a pipe": lambda path: (os.mkfifo(f"{path}-pipe"), path.symlink_to(f"{path.name}-pipe")),
+    "a link to a pipe": link_to_pipe,
     "nothing": lambda path: None,
     "an empty file": lambda path: path.write_bytes(b""),
     "16 GiB": sparse(16 * 2**30),

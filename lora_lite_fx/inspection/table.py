@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture import Inputs
 from ..execution.module import AdaptedGraphModule
-from ..formats.files import write_atomically
+from ..formats.writing import write_atomically
 from ..graph.provenance import Insertion, insertions, outermost
 from ..graph.tensors import tensor_of
 from ..rewriting.capture import capture

@@ -54,9 +54,10 @@ def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], h
                 details.append(f"not in {mode}, where the model raises {reason}")
                 continue
             except Exception as error:
+                first_line = next(iter(str(error).splitlines()), "")
                 raise CaptureError(
-                    f"The graph of {name} raises on the example inputs in {mode}, and the model does not:"
-                    f" {type(error).__name__}: {error}"
+                    f"The graph of {name} raises on the example inputs in {mode}, where the model does not:"
+                    f" {type(error).__name__}: {first_line}\nThe way out: {COMPILE_INSTEAD}."
                 ) from error
             if wrong := [row for row in rows if row.is_result and not row.ok]:
                 first = next(row for row in rows if not row.ok)
@@ -147,9 +148,9 @@ def _rows(
         yield row(name, ours, theirs, [run.results.get(name) for run in nudged], True)
     for name, before in buffers.items():
         # A buffer that changes its shape is a cache that grows: a graph computes anew what is in it.
-        theirs, ours = expected.buffers.get(name), actual.buffers.get(name, before)
-        if theirs is not None and theirs.shape == ours.shape and distance(ours, theirs):
-            yield row(f"buffer {name}", ours, theirs, [run.buffers.get(name) for run in nudged], True)
+        after, ours = expected.buffers.get(name), actual.buffers.get(name, before)
+        if after is not None and after.shape == ours.shape and distance(ours, after):
+            yield row(f"buffer {name}", ours, after, [run.buffers.get(name) for run in nudged], True)
 
 
 class _ModelRaises(Exception):

@@ -87,8 +87,11 @@ def input_hint(model: nn.Module, inputs: dict[str, Any]) -> str:
 
 
 def _attends_by_type(model: nn.Module) -> bool:
-    """Tell whether a model of text and images takes types of tokens; without them it sees too much or too little."""
-    return is_hugging_face(model) and "token_type_ids" in inspect.signature(model.forward).parameters
+    """Tell whether tokens see all others unless their types say otherwise, as in PaliGemma."""
+    if not is_hugging_face(model) or "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    config: Any = model.config
+    return bool(getattr(config.get_text_config(), "use_bidirectional_attention", False))
 
 
 def example_inputs_of(model: Any) -> dict[str, Any]:

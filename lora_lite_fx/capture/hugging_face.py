@@ -81,7 +81,7 @@ def with_other_mask(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any] 
 
 def input_hint(model: nn.Module, inputs: dict[str, Any]) -> str:
     """Return what to add to example inputs for which a graph differs from its model, after a space; often empty."""
-    if not _attends_by_type(model) or "pixel_values" not in inputs or "token_type_ids" in inputs:
+    if not _attends_by_type(model) or "token_type_ids" in inputs:
         return ""
     return " pass token_type_ids in example_inputs too, which say where tokens see those behind them,"
 

@@ -7,7 +7,7 @@ values of its inputs, of which a graph follows one case.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,14 +107,14 @@ def _compare(
     tensors = [leaf for leaf in (*model.parameters(), *pytree.tree_leaves(call)) if isinstance(leaf, Tensor)]
     # The coarsest dtype decides, because a result may be cast to a finer one at last.
     tolerance = max((TOLERANCES[tensor.dtype] for tensor in tensors if tensor.dtype in TOLERANCES), default=1e-4)
-    return list(_rows(expected, actual, nudged, dict(model.named_buffers()), _mode(training), tolerance))
+    return list(_rows(expected, actual, nudged, model, _mode(training), tolerance))
 
 
 def _rows(
     expected: Outputs,
     actual: Outputs,
     nudged: Sequence[Outputs],
-    buffers: Mapping[str, Tensor],
+    model: nn.Module,
     mode: str,
     tolerance: float,
 ) -> Iterator[Difference]:
@@ -123,7 +123,7 @@ def _rows(
     Args:
         expected, actual: of the model and the graph.
         nudged: of the model with the last bits of modules' outputs changed.
-        buffers: of the model, before it ran; graphs lack those that they do not read.
+        model: the model, which has its buffers as they were before a run.
         mode, tolerance: as in `Difference`; the tolerance is relative.
     """
 
@@ -146,10 +146,16 @@ def _rows(
     for name in {**expected.results, **actual.results}:
         ours, theirs = actual.results.get(name, _NOTHING), expected.results.get(name, _NOTHING)
         yield row(name, ours, theirs, [run.results.get(name) for run in nudged], True)
-    for name, before in buffers.items():
+    names: dict[int, list[str]] = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        names.setdefault(id(buffer), []).append(name)
+    for name, before in model.named_buffers():
+        # The graph writes to one of the names of a buffer, and lacks those buffers that it does not use.
+        aliases = [actual.buffers[alias] for alias in names[id(before)] if alias in actual.buffers] or [before]
+        after = expected.buffers.get(name, before)
+        ours = min(aliases, key=lambda value: distance(value, after))
         # A buffer that changes its shape is a cache that grows: a graph computes anew what is in it.
-        after, ours = expected.buffers.get(name), actual.buffers.get(name, before)
-        if after is not None and after.shape == ours.shape and distance(ours, after):
+        if after.shape == ours.shape and distance(ours, after):
             yield row(f"buffer {name}", ours, after, [run.buffers.get(name) for run in nudged], True)
 
 

@@ -152,7 +152,7 @@ def _results(returned: Any) -> dict[str, Any]:
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    return {name: buffer.detach().clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
 
 
 def _copied(call: Call) -> Any:

@@ -62,7 +62,7 @@ def outputs_of_model(
         training: the mode to run in.
         writes: qualified names of the parameters that a run writes to.
         by_module: whether to keep what modules return.
-        nudge: 1 or -1 to change the last bit of what each module returns, up and down at random, which shows what
+        nudge: 1 or -1 to change the last bit of what each module returns, some up and some down, which shows what
             rounding does; 0 to leave it.
     """
     loose = [
@@ -78,7 +78,7 @@ def outputs_of_model(
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             index = calls[name] = calls.get(name, -1) + 1
-            tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            tensors = [leaf for leaf in pytree.tree_leaves(output) if _can_be_kept(leaf)]
             modules[_call_name(name, index)] = [tensor.clone() for tensor in tensors]
 
         return hook
@@ -135,11 +135,17 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, Tensor):
+        if _can_be_kept(value):
             for key, name in self.stacks.get(n, {}).items():
                 if any(key not in self.stacks[user] for user in n.users):
                     self.modules.setdefault(_call_name(name, self.calls[name][key]), []).append(value.clone())
         return value
+
+
+def _can_be_kept(value: Any) -> bool:
+    """Tell whether `value` is a tensor that is not of a level of vmap, outside of which it has no meaning."""
+    # Nothing public tells such tensors from others.
+    return isinstance(value, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def _call_name(module: str, index: int) -> str:
@@ -163,7 +169,9 @@ def _nudged(output: Any, sign: int) -> Any:
     def nudge(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        return leaf * (1 + sign * torch.finfo(leaf.dtype).eps * (torch.rand_like(leaf) - 0.5).sign())
+        # The directions follow from the values, because vmap refuses to draw random numbers.
+        up = torch.where((99 * leaf).sin() > 0, sign, -sign)
+        return leaf * (1 + torch.finfo(leaf.dtype).eps * up.to(leaf.dtype))
 
     return pytree.tree_map(nudge, output)
 

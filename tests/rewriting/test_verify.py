@@ -243,6 +243,24 @@ def test_control_flow_operators_are_compared() -> None:
     assert llfx.verify(llfx.capture(model, (X,)), model, (X,)).ok
 
 
+def test_graphs_with_vmap_are_compared() -> None:
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = torch.func.vmap(self.linear)(x)
+            return y + 1
+
+    model = chain(linear, Each)
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names="."), (X,))
+    randomise(gm, 0)
+    table = llfx.verify(gm, model, (X,))
+    assert table.ok
+    assert "parts.1" in {row.module for row in table}
+
+
 def test_the_comparison_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="lora_lite_fx")
     llfx.capture(chain(linear), (X,))
@@ -252,8 +270,6 @@ def test_the_comparison_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_graph_that_raises_on_its_own_example_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of Gemma 3 with types of tokens, in which torch.export leaves a part of vmap."""
-
     def raises(*_: Any) -> Any:
         raise RuntimeError("escaped from vmap")
 

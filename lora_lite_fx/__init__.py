@@ -15,6 +15,7 @@ from .errors import (
     ConfigError,
     SelectionError,
 )
+from .execution.frozen import frozen
 from .execution.module import optimize
 from .formats.checkpoint import load, save
 from .formats.lora_lite import load_lora_lite, save_lora_lite
@@ -93,6 +94,7 @@ __all__ = [
     "backend",
     "capture",
     "from_peft_config",
+    "frozen",
     "inspect",
     "load",
     "load_adapter_state_dict",

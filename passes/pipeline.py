@@ -180,6 +180,14 @@ def _clean(gm: fx.GraphModule) -> None:
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
     """Remove the nodes that nothing reads and that have no effect.
 
-    Calls of modules stay, and so does every node that writes in place: torch.fx by itself would remove some.
+    Calls of modules stay, and so does every node that writes in place or belongs to vmap: torch.fx by itself would
+    remove some.
     """
-    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or node.op == "call_module" or bool(written(gm, node)))
+    gm.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or node.op == "call_module" or bool(written(gm, node)) or _is_of_vmap(node)
+    )
+
+
+def _is_of_vmap(node: fx.Node) -> bool:
+    """Tell whether a node opens or closes a level of vmap: nobody reads it, and what is between needs it."""
+    return "functorch" in str(getattr(node.target, "__module__", ""))

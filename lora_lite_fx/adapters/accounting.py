@@ -1,8 +1,8 @@
 """Account for the adapters that a graph records: each one is found at its site, or its site is named with the reason.
 
-Passes of others may change an adapted graph. A decomposition writes a product in another way, a fusion makes one product
-of three, a quantization computes a weight. The records on the nodes survive that, but a site may not be found any more.
-Whoever folds, lists or writes adapters asks here, so that none is left out in silence.
+Passes of others may change an adapted graph. A decomposition writes a product in another way, a fusion makes one
+product of three, a quantization computes a weight. The records on the nodes survive that, but a site may not be found
+any more. Whoever folds, lists or writes adapters asks here, so that none is left out in silence.
 """
 
 from __future__ import annotations

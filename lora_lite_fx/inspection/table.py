@@ -189,7 +189,7 @@ def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]
 def _lost_row(gm: fx.GraphModule, name: str, around: Sequence[Insertion], why: str) -> SiteRow:
     """Return the row of adapters whose site the graph does not show any more."""
     reads = next((value.name for insertion in around if (value := insertion.x or insertion.y)), "")
-    fields = {"d_in": 0, "d_out": 0, "weight": "", "dtype": "", "bias": False, "kind": "not found"}
+    fields: dict[str, Any] = {"d_in": 0, "d_out": 0, "weight": "", "dtype": "", "bias": False, "kind": "not found"}
     return SiteRow(
         name=name,
         roles=(),

@@ -47,14 +47,15 @@ def _require_removed(gm: fx.GraphModule) -> None:
         AdapterError: an adapter is left; the message names its site.
     """
     for insertion in insertions(gm.graph):
+        left = [node for node in insertion.nodes if not is_size(node)]
         for node in insertion.nodes:
-            if is_size(node):
+            if node not in left:
                 forget(node)
-                continue
-            reader = next(iter(node.users), None)
+        read = ((user, node) for node in left for user in node.users if insertion.is_outside(user))
+        for user, node in [*read, *((None, node) for node in left)][:1]:
             raise AdapterError(
                 f"The {insertion.variant} at {insertion.site!r} cannot be taken out of the graph: another pass has"
-                f" changed it, and now {reader} reads {node.name} ({node.target}), in the middle of the adapter. The"
+                f" changed it, and now {user} reads {node.name} ({node.target}), in the middle of the adapter. The"
                 " way out: remove or merge before that pass."
             )
 

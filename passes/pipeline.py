@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 from torch import fx
 
 from ..errors import AdapterError
+from ..graph.direct_calls import is_transform
 from ..graph.provenance import place_of
 from ..graph.writes import written
 from .dump import Dump
@@ -176,6 +177,11 @@ def _clean(gm: fx.GraphModule) -> None:
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
     """Remove the nodes that nothing reads and that have no effect.
 
-    Calls of modules stay, and so does every node that writes in place: torch.fx by itself would remove some.
+    Calls of modules stay, and so does every node that writes in place or that begins or ends a level of a transform:
+    torch.fx by itself would remove some.
     """
-    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or node.op == "call_module" or bool(written(gm, node)))
+
+    def has_effect(node: fx.Node) -> bool:
+        return node.is_impure() or node.op == "call_module" or is_transform(node) or bool(written(gm, node))
+
+    gm.graph.eliminate_dead_code(has_effect)

@@ -18,12 +18,13 @@ from ..graph.provenance import place_of
 from ..graph.writes import written
 from .dump import Dump
 
-Program = Literal["training", "checkpointed", "inference"]
+Program = Literal["training", "checkpointed", "inference", "exported"]
 """One way to run an adapted graph. Each has its own optimized copy of the graph:
 
 - `training`: with gradients, in training mode, or under `torch.compile`;
 - `checkpointed`: in training mode, with layers that keep only their inputs and run again in the backward pass;
-- `inference`: in evaluation mode without gradients.
+- `inference`: in evaluation mode without gradients;
+- `exported`: by `torch.export`, which traces the graph as it is, without optimizations.
 """
 
 
@@ -63,7 +64,7 @@ class Outcome(NamedTuple):
 class GraphPass(ABC):
     """One change to a graph. Subclasses are frozen dataclasses; their docstring says why the change is safe."""
 
-    programs: ClassVar[frozenset[Program]] = frozenset(get_args(Program))
+    programs: ClassVar[frozenset[Program]] = frozenset(get_args(Program)) - {"exported"}
     """The programs that the pass optimizes."""
 
     @property

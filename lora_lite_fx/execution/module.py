@@ -19,6 +19,7 @@ from ..adapters.placement import HasGraphs, placements
 from ..adapters.state import describe_adapters, trainable_parameters
 from ..capture.signature import CallSignature
 from ..errors import AdapterError, shown
+from ..graph.annotated import annotated_forward
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
@@ -125,6 +126,10 @@ class AdaptedGraphModule(fx.GraphModule):
         method = "_without_".join((f"{_DERIVED}{program}", *left_out))
         if method in vars(cls):
             return method
+        if program == "exported":
+            graph = self.graph if not left_out else self._optimized(program, left_out)[0]
+            setattr(cls, method, annotated_forward(self, graph))
+            return method
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
             graph, cls.reports[method] = self._optimized(program, left_out)
@@ -146,7 +151,7 @@ class AdaptedGraphModule(fx.GraphModule):
         if left_out:
             assert self.execution.signature is not None
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived)
-        reports = self.execution.passes.of(program).run(derived)
+        reports = self.execution.passes.of(program).run(derived) if program != "exported" else []
         derived.graph.owning_module = None  # torch.fx would ask it for modules, but the calls stand for methods
         return derived.graph, reports
 
@@ -190,7 +195,9 @@ def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Cal
         program: Program = "inference"
         # Under torch.compile nothing is cached between calls, so run the training program; inference's precomputed
         # factors would be rebuilt every call.
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            program = "exported"
+        elif self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             program = "checkpointed" if checkpoints_layers and self.training else "training"
         if signature is None or not signature.has_defaults:
             return getattr(self, self._derive(program, ()))(*args, **kwargs)

@@ -20,7 +20,7 @@ def strict(model: nn.Module) -> fx.GraphModule:
 
 @pytest.mark.parametrize("cls", [llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA])
 def test_strict_export_keeps_the_records(cls: type[llfx.Variant]) -> None:
-    model = net(Attention, Conv1DMLP)
+    model = net(Conv1DMLP)
     gm = llfx.rewrite(model, small(cls, target_names=("blocks",)), (ids(2, 5),)).eval()
     randomise(gm, 1)
     exported, other = strict(gm), (ids(3, 4),)

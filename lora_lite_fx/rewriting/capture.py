@@ -14,8 +14,8 @@ from ..adapters.state import adapter_tensors
 from ..capture.capture import Inputs, capture_model
 from ..capture.signature import call_like_the_model
 from ..errors import CaptureError
-from ..execution.checkpointing import require_layers
 from ..execution.module import AdaptedGraphModule, checkpoints_layers, execution_of
+from ..execution.pieces import require_layers
 from ..graph.tensors import keep_aliases
 from ..graph.writes import own_written_buffers
 from ..passes import (

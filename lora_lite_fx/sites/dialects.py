@@ -248,14 +248,20 @@ def _swaps_last_two(node: fx.Node, dim: int) -> bool | None:
     if node.target is aten.mT.default:
         return True
     value = node.meta.get("val")
-    dims = list(range(value.dim() if isinstance(value, Tensor) else dim))
-    moved = list(dims)
+    rank = value.dim() if isinstance(value, Tensor) else dim
     args = _arguments(node)
     if node.target is aten.transpose.int:
-        first, second = args["dim0"], args["dim1"]
-        moved[first], moved[second] = dims[second], dims[first]
+        named = [args["dim0"], args["dim1"]]
+    else:
+        named = list(args["dims"]) if node.target is aten.permute.default else []
+    if not all(isinstance(d, int) and -rank <= d < rank for d in named):
+        return None  # without shapes, this shows that it is another tensor
+    dims = list(range(rank))
+    moved = list(dims)
+    if node.target is aten.transpose.int:
+        moved[named[0]], moved[named[1]] = dims[named[1]], dims[named[0]]
     elif node.target is aten.permute.default:
-        moved = [dims[d] for d in args["dims"]]
+        moved = [dims[d] for d in named]
     else:
         moved.reverse()
     return {tuple(dims): False, (*dims[:-2], *reversed(dims[-2:])): True}.get(tuple(moved))

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.placement import adapter_tensor_names
+from ..adapters.state import adapter_tensors
 from ..capture.capture import Inputs, capture_model
 from ..capture.compare import require_equal
 from ..capture.signature import call_like_the_model
@@ -72,6 +73,8 @@ def capture(
             f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
             " it was made of, and pass several configs at once."
         )
+    if adapter_names:
+        adapter_tensors(model)  # refuses a graph around the adapted one, as torch.export makes it
     captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names)
     plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
     plain.run(captured.gm)

@@ -22,6 +22,7 @@ from ..adapters.placement import HasGraphs, placements
 from ..adapters.state import describe_adapters, trainable_parameters
 from ..capture.signature import CallSignature
 from ..errors import AdapterError, shown
+from ..graph.annotated import annotated_forward
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.direct_calls import transform_is_active
 from ..graph.layers import layer_of
@@ -144,6 +145,14 @@ class AdaptedGraphModule(fx.GraphModule):
         twin.recompile()
         return twin
 
+    def __reduce__(self) -> Any:
+        # torch.fx would pickle the source of `forward` and trace that again, so that nothing would know of adapters.
+        raise AdapterError(
+            "A graph module cannot be pickled, and so neither by torch.save: it would come back without its records of"
+            " adapters. llfx.save(graph, path) writes the adapters, torch.export.save the exported graph, and"
+            " copy.deepcopy copies it."
+        )
+
     @property
     def host(self) -> nn.Module:
         """The module whose tensors the programs read, and whose layers they call."""
@@ -191,6 +200,8 @@ class AdaptedGraphModule(fx.GraphModule):
     def _method_for(self, left_out: tuple[str, ...]) -> str:
         """Return the name of the method that runs the program for a call in the modes of now."""
         assert self.execution is not None
+        if torch.compiler.is_exporting():
+            return self._derive("exported", left_out, ())
         hooked = self._hooked()
         if not torch.compiler.is_compiling() and transform_is_active():
             return self._derive("plain", left_out, hooked)
@@ -231,6 +242,10 @@ class AdaptedGraphModule(fx.GraphModule):
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
             graph, reports = self._optimized(program, left_out)
+            if program == "exported":
+                setattr(cls, method, annotated_forward(self, graph))
+                cls.derived[method] = Derived(reports)
+                return
             for name in hooked if self.host is not self else ():
                 module = submodule(self.host, name)
                 if not isinstance(module, RunsParts):

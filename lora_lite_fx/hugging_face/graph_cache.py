@@ -119,12 +119,14 @@ class GraphCache:
         model: a copy of the user's model, to be adapted.
         example_inputs: of the first call to capture, or None to make them from the config.
         limit: the most graphs to keep.
+        verify: as for `capture`.
     """
 
-    def __init__(self, model: Any, example_inputs: Inputs | None, limit: int) -> None:
+    def __init__(self, model: Any, example_inputs: Inputs | None, limit: int, verify: bool = True) -> None:
         self.model = model
         self.example_inputs = example_inputs
         self.limit = limit
+        self.verify = verify
         self.placements: list[Placement] = []
         self.sites: dict[str, tuple[frozenset[str], str]] = {}  # roles and weight, as the first graph has them
         self.captures = 0
@@ -306,7 +308,7 @@ class GraphCache:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            gm = capture(shadow, example, dynamic_shapes=dynamic)
+            gm = capture(shadow, example, dynamic_shapes=dynamic, verify=self.verify)
         assert isinstance(gm, AdaptedGraphModule)
         guards = take_guards(gm)
         self._insert_again(gm)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch.predispatch import _vmap_increment_nesting
 from torch.nn import functional as F
 
 from lora_lite_fx.graph.direct_calls import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
@@ -40,11 +41,12 @@ def between(*calls: tuple[Any, tuple[Any, ...]]) -> str:
         (EXIT_AUTOCAST, ("x",)),
         (torch.is_grad_enabled, ()),
         (SET_GRAD_ENABLED, ("x",)),
+        (_vmap_increment_nesting, (3, "error")),
     ],
-    ids=["enters autocast", "leaves autocast", "enters a mode of autograd", "leaves it"],
+    ids=["enters autocast", "leaves autocast", "enters a mode of autograd", "leaves it", "vmap"],
 )
 def test_nothing_moves_across_the_border_of_a_region(target: Any, args: tuple[Any, ...]) -> None:
-    assert between((target, args)) == "the mode of autograd or autocast changes in between"
+    assert between((target, args)) == "a mode, or a level of a transform, begins or ends in between"
 
 
 def test_nothing_moves_across_a_write() -> None:

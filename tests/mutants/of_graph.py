@@ -11,7 +11,7 @@ def _mutant(name: str, text: str, replacement: str, why: str, test: str = "") ->
 
 
 def _piece(text: str, replacement: str, why: str, test: str) -> Mutant:
-    return Mutant(_PIECES, text, replacement, why, f"tests/execution/test_checkpointing.py::test_{test}")
+    return Mutant(_PIECES, text, replacement, why, f"tests/execution/test_{test}")
 
 
 MUTANTS = (
@@ -49,9 +49,15 @@ MUTANTS = (
     ),
     _mutant(
         "queries",
-        "        if opens_region(node) or closes_region(node):\n",
-        "        if False:\n",
+        "opens_region(node) or closes_region(node) or is_transform(node)",
+        "is_transform(node)",
         "a computation moves into another mode of autograd or autocast",
+    ),
+    _mutant(
+        "queries",
+        " or is_transform(node):",
+        ":",
+        "a computation moves into another level of vmap",
     ),
     _mutant(
         "queries",
@@ -153,30 +159,30 @@ MUTANTS = (
         "        if piece and layer != current and waits:\n",
         "        if piece and layer != current and layer:\n",
         "what reads a layer's value runs before the layer has",
-        "layers_with_other_computations_between_their_parts_compute_the_same",
+        "checkpointing.py::test_layers_with_other_computations_between_their_parts_compute_the_same",
     ),
     _piece(
         "waits = layer or _is_impure(node) or any(",
         "waits = layer or any(",
         "random numbers are drawn in another order",
-        "layers_with_other_computations_between_their_parts_compute_the_same",
+        "pieces.py::test_a_graph_that_is_cut_computes_what_the_model_does",
     ),
     _piece(
         "            if places not in ({None}, {piece_of.get(made_by)}):\n",
         "            if False:\n",
         "a layer that runs again reads what was overwritten since",
-        "layers_that_overwrite_tensors_in_place_compute_the_same",
+        "checkpointing.py::test_layers_that_overwrite_tensors_in_place_compute_the_same",
     ),
     _piece(
         "            if may_return_a_view(node):\n",
         "            if False:\n",
         "a write to a view is not seen",
-        "layers_that_overwrite_tensors_in_place_compute_the_same",
+        "checkpointing.py::test_layers_that_overwrite_tensors_in_place_compute_the_same",
     ),
     _piece(
         'gm.get_submodule(str(node.target)), "track_running_stats", False)',
         'gm, "", False)',
         "a batch norm that runs again updates its statistics twice",
-        "two_adapters_with_dropout_and_batch_norm_compute_the_same",
+        "checkpointing.py::test_two_adapters_with_dropout_and_batch_norm_compute_the_same",
     ),
 )

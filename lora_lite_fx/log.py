@@ -1,7 +1,8 @@
 """Log lines and progress bars: they tell a user what the library is doing.
 
 Each phase (capture, sites found, adapters inserted, program derived) is one line at INFO by the logger `lora_lite_fx`:
-`logging.basicConfig(level="INFO")` shows them.
+`logging.basicConfig(level="INFO")` shows them. `backend` has the same phases: it records a run of the model in place of
+capture, and inserts adapters into each graph of torch.compile, from which it derives a program.
 """
 
 from __future__ import annotations

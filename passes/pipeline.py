@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 from torch import fx
 
@@ -53,7 +53,8 @@ class Declined:
         return f"{', '.join(self.sites)}: {self.why}" if self.sites else self.why
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True)
+class Outcome:
     """The result of a pass, with reasons.
 
     Args:
@@ -147,8 +148,7 @@ class Pipeline:
             dump = Dump(graph_pass.name, gm)
             start = time.perf_counter()
             try:
-                edits, declined = _outcome(graph_pass.run(gm))
-                declined = tuple(dict.fromkeys(declined))
+                outcome = _outcome(graph_pass.run(gm))
                 _clean(gm)
             except Exception as error:
                 dump.failed(error)
@@ -158,8 +158,9 @@ class Pipeline:
                     error.add_note(where)
                     raise
                 raise PassError(f"{type(error).__name__} {where}: {error}") from error
-            reports.append(PassReport(graph_pass.name, edits, time.perf_counter() - start, declined))
-            dump.succeeded(edits, map(str, declined))
+            declined = tuple(dict.fromkeys(outcome.declined))
+            reports.append(PassReport(graph_pass.name, outcome.edits, time.perf_counter() - start, declined))
+            dump.succeeded(outcome.edits, map(str, declined))
         gm.recompile()
         return reports
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from ..graph.tensors import keep_aliases
 from ..log import phase, progress
+from .branches import Values, refuse_in_graph, refused_calls
 from .export import export
 from .hugging_face import (
     accepted_arguments,
@@ -86,9 +87,14 @@ def capture_model(
     inputs = None if example_inputs is None else split_inputs(shadow, example_inputs)
     with phase(f"captured {type(model).__name__}") as details:
         graphs = []
+        refused: dict[Values, str] = {}
         for mode in progress((True, False), f"capturing {type(model).__name__}"):
             shadow.train(mode)
             graphs.append(symbolic_trace(shadow) if inputs is None else export(shadow, *inputs, dynamic_shapes))
+            if inputs is None:
+                refused |= refused_calls(shadow, graphs[-1])
+        for graph in graphs:
+            refuse_in_graph(shadow, graph, refused)
         gm, eval_gm = graphs
         if inputs is not None:
             args, kwargs = inputs

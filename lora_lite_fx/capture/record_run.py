@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..graph.tensors import name_tensors, tensor_names
+from ..log import phase
 from .share import share
 
 
@@ -54,8 +55,10 @@ def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for whole layers, in which no linear is to be seen
     try:
-        with torch.no_grad(), torch.random.fork_rng(), fx.traceback.preserve_node_meta():
-            gm = tracer(*copies.values())
+        with phase(f"recorded a run of {type(model).__name__}") as details:
+            with torch.no_grad(), torch.random.fork_rng(), fx.traceback.preserve_node_meta():
+                gm = tracer(*copies.values())
+            details.append(f"{len(gm.graph.nodes)} nodes")
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     for node in gm.graph.nodes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +21,21 @@ class _Tracer(fx.Tracer):
     _INLINED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     # Record writes to buffers in the graph instead of doing them while the model is traced.
     proxy_buffer_attributes = True
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+        self.record_stack_traces = (
+            not values
+        )  # a graph that is only compared needs none, and they take most of the time
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        # The placeholder of an argument with a value stays in the graph, so that graphs of one model can be compared.
+        root, arguments = super().create_args_for_root(*args, **kwargs)
+        return root, [
+            self.values.get(str(argument.node.target), argument) if isinstance(argument, fx.Proxy) else argument
+            for argument in arguments
+        ]
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return super().is_leaf_module(module, name) and not isinstance(module, self._INLINED)
@@ -41,10 +58,19 @@ _ATEN_METHODS = {
 _CONVOLUTIONS = {nn.functional.conv1d: aten.conv1d, nn.functional.conv2d: aten.conv2d}
 
 
-def symbolic_trace(model: nn.Module) -> fx.GraphModule:
+def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyType({})) -> fx.GraphModule:
+    """Return the graph of `model`.
+
+    Args:
+        model: any module; it is not changed.
+        values: constants in the place of arguments, by their names.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+    """
     attributes = set(vars(model))
     try:
-        graph = _Tracer().trace(model)
+        graph = _Tracer(values).trace(model)
     except Exception as error:
         raise refusal(model, error, "symbolic tracing (no example_inputs were given)") from error
     for node in graph.nodes:

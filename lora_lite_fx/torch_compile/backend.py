@@ -17,6 +17,7 @@ from ..adapters.quantized_base import check_gradients
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import AdapterError, ConfigError, shown
+from ..log import phase
 from ..rewriting.rewrite import Config, as_variants
 from .compiled_model import CompiledModel
 from .dynamo_call import on_compilation, running_call
@@ -115,12 +116,18 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
         """Compile one graph that Dynamo captured, with the adapters in it."""
         try:
-            if not self.variants or has_marks(gm):
-                return compile_marked(gm, inputs, compiler(self.inner))
-            self._start()
-            if self._compiled is None:
-                raise AdapterError("backend(cfg) must be given to torch.compile itself, not be called by another one.")
-            return self._compiled.compile(gm, inputs, compiler(self.inner))
+            is_marked = not self.variants or has_marks(gm)
+            if not is_marked:
+                self._start()
+            with phase("derived the program of a graph") as details:
+                details.append(f"{len(gm.graph.nodes)} nodes")
+                if is_marked:
+                    return compile_marked(gm, inputs, compiler(self.inner))
+                if self._compiled is None:
+                    raise AdapterError(
+                        "backend(cfg) must be given to torch.compile itself, not be called by another one."
+                    )
+                return self._compiled.compile(gm, inputs, compiler(self.inner))
         except AdapterError as error:
             return _raising(error)  # later and as it is, because Dynamo wraps the errors of a backend
 

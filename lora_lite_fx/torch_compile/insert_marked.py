@@ -17,6 +17,7 @@ from ..adapters.placement import Placement
 from ..adapters.variant import Variant
 from ..errors import AdapterError
 from ..graph.provenance import Provenance, is_inserted, recorded
+from ..log import phase
 from ..passes import InsertAdapter, Pipeline
 from .dynamo_graph import Compiled, Compiler
 
@@ -57,7 +58,9 @@ def insert_marked(gm: fx.GraphModule, sites: Sequence[MarkedSite]) -> None:
         InsertAdapter(variant, adapter, tuple(names), roles, tensors)
         for (adapter, variant), names in sorted(chosen.items(), key=lambda item: item[0][0])
     )
-    Pipeline(tuple(inserted)).run(gm)
+    with phase("inserted the adapters into a graph") as details:
+        Pipeline(tuple(inserted)).run(gm)
+        details.append(f"{len(sites)} site{'s' * (len(sites) != 1)}")
 
 
 def compile_for_both_modes(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> dict[bool, Compiled]:

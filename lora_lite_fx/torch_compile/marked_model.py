@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from ..adapters.placement import Placement, site_weight
 from ..adapters.registry import from_config, to_config
+from ..adapters.state import describe_adapters
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..graph.tensors import tensor_of
+from ..log import phase
 from ..rewriting.plan import Plan
 from ..sites.site import Site, is_called
 from .insert_marked import MarkedSite
@@ -46,17 +48,19 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.clone()
-    for adapter, plan in enumerate(plans):
-        for site in plan.sites:
-            module = _marking(copy, site)
-            weight = site_weight(copy, site)
-            placement = Placement.of(plan.variant, adapter, site, len(module.placements))
-            placement.register(copy, site, weight)
-            placement.initialize(copy, site, weight, plan.statistics.get(site.name))
-            module.placements.append(placement)
-    for module in copy.modules():
-        if hasattr(module, "placements"):
-            _describe(copy, module)
+    with phase("inserted the adapters") as details:
+        for adapter, plan in enumerate(plans):
+            for site in plan.sites:
+                module = _marking(copy, site)
+                weight = site_weight(copy, site)
+                placement = Placement.of(plan.variant, adapter, site, len(module.placements))
+                placement.register(copy, site, weight)
+                placement.initialize(copy, site, weight, plan.statistics.get(site.name))
+                module.placements.append(placement)
+        for module in copy.modules():
+            if hasattr(module, "placements"):
+                _describe(copy, module)
+        details += describe_adapters(copy)
     return copy
 
 

@@ -143,7 +143,7 @@ def data_for(cls: type[llfx.Variant]) -> list[dict[str, torch.Tensor]] | None:
 def test_adapted_language_models_equal_the_eager_wrapper(name: str, cls: type[llfx.Variant]) -> None:
     model, graph = captured(name, torch.float64)
     with unchanged(model):
-        gm, wrapped = rewrite_and_wrap(model, graph, two_sites(cls), data_for(cls))
+        gm, wrapped = rewrite_and_wrap(graph, two_sites(cls), data_for(cls))
         randomise(gm, 0)
         randomise(wrapped, 0)
         batch = tokens(2, 11, padding=3)
@@ -250,7 +250,7 @@ def test_the_graph_has_the_models_mode() -> None:
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
     model, graph = captured("llama", torch.bfloat16)
-    gm, wrapped = rewrite_and_wrap(model, graph, two_sites(cls), data_for(cls))
+    gm, wrapped = rewrite_and_wrap(graph, two_sites(cls), data_for(cls))
     assert all(t.dtype == torch.float32 for t in llfx.adapter_state_dict(gm).values() if t.is_floating_point())
     randomise(gm, 0)
     randomise(wrapped, 0)
@@ -263,7 +263,7 @@ def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: ty
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: type[llfx.Variant]) -> None:
-    gm, wrapped = rewrite_and_wrap(*captured("llama"), two_sites(cls), data_for(cls))
+    gm, wrapped = rewrite_and_wrap(captured("llama")[1], two_sites(cls), data_for(cls))
     randomise(gm, 0)
     randomise(wrapped, 0)
     batch = tokens(2, 7)

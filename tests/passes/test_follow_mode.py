@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+import lora_lite_fx as llfx
 from lora_lite_fx.errors import CaptureError
 from lora_lite_fx.passes import (
     FollowMode,
@@ -17,6 +20,10 @@ from tests.support.programs import (
 )
 
 aten = torch.ops.aten
+
+Compute = Callable[[Tensor, Tensor], Tensor]
+UNLIKE = (torch.ones(3, 4), torch.ones(5, 4))
+TWO = (torch.ones(3, 4), torch.full((3, 4), 2.0))
 
 
 class Jitters(nn.Module):
@@ -46,3 +53,36 @@ def test_other_operations_in_training_are_refused() -> None:
     with pytest.raises(CaptureError, match="other operations in training than in evaluation") as caught:
         after(in_training, FollowMode(in_evaluation.graph))
     assert "in pass follow_mode" in caught.value.__notes__[0]
+
+
+class Modes(nn.Module):
+    """Computes one function in training, and another one in evaluation."""
+
+    def __init__(self, in_training: Compute, in_evaluation: Compute) -> None:
+        super().__init__()
+        self.in_training, self.in_evaluation = in_training, in_evaluation
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return (self.in_training if self.training else self.in_evaluation)(x, y)
+
+
+DIFFERENT: dict[str, tuple[Compute, Compute]] = {
+    "operands": (lambda x, y: x + y, lambda x, y: x + x),
+    "options": (lambda x, y: F.gelu(x, approximate="tanh"), lambda x, y: F.gelu(x)),
+    "lists": (lambda x, y: torch.cat([x, y]), lambda x, y: torch.cat([x, y, y])),
+    "sizes": (lambda x, y: torch.arange(x.shape[0]), lambda x, y: torch.arange(y.shape[0])),
+    "a dropout that is off": (lambda x, y: F.dropout(x, 0.5, False) + y, lambda x, y: x + y),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_a_difference_that_one_graph_cannot_follow_is_refused(case: str) -> None:
+    with pytest.raises(CaptureError, match="other operations in training than in evaluation"):
+        llfx.capture(Modes(*DIFFERENT[case]), TWO if "operands" in case or "off" in case else UNLIKE)
+
+
+def test_functions_that_are_the_same_in_both_modes_are_not_refused() -> None:
+    for in_training, in_evaluation in DIFFERENT.values():
+        for compute in (in_training, in_evaluation):
+            gm = llfx.capture(Modes(compute, compute), TWO)
+            torch.testing.assert_close(gm(*TWO), compute(*TWO))

@@ -226,6 +226,33 @@ def test_an_adapted_model_is_made_in_the_same_phases(caplog: pytest.LogCaptureFi
     assert lines[2].startswith("inserted the adapters: LoRA(r=2, alpha=16) at 7 sites, ")
 
 
+def test_a_model_is_compiled_in_the_same_phases(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    backend = llfx.backend(CFG, inner="eager")
+    with caplog.at_level(logging.INFO, "lora_lite_fx"):
+        compiled: Any = torch.compile(plain(), backend=backend)
+        compiled(net_ids(2, 5))
+        of_config = messages(caplog)
+        caplog.clear()
+        compiled = torch.compile(backend.model, backend="lora_lite_fx")  # the copy that carries the adapters
+        compiled(net_ids(2, 5))
+    of_marks = messages(caplog)
+    assert [line.partition(":")[0] for line in of_config] == [
+        "recorded a run of Net",
+        "found the sites",
+        "inserted the adapters",
+        "inserted the adapters into a graph",
+        "derived the program of a graph",
+    ]
+    assert of_config[2].startswith("inserted the adapters: LoRA(r=2, alpha=16) at 3 sites, ")
+    assert of_config[3] == "inserted the adapters into a graph: 3 sites"
+    assert re.fullmatch(r"derived the program of a graph: \d+ nodes", of_config[4])
+    assert [line.partition(":")[0] for line in of_marks] == [
+        "inserted the adapters into a graph",
+        "derived the program of a graph",
+    ]
+
+
 def test_a_phase_that_fails_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lora_lite_fx"), pytest.raises(llfx.CaptureError):
         llfx.rewrite(plain(), CFG, (torch.ones(2, 5),))

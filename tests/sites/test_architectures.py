@@ -136,7 +136,7 @@ def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
     exclude = tuple(f"^{re.escape(site)}$" for site in architecture.unwrapped)
     cfg = llfx.LoRA(r=2, alpha=4.0, target_roles=target_roles(architecture), exclude_names=exclude)
     with unchanged(model):
-        rewritten, wrapped = rewrite_and_wrap(model, gm, cfg)
+        rewritten, wrapped = rewrite_and_wrap(gm, cfg)
         assert llfx.adapter_state_dict(rewritten).keys() == llfx.adapter_state_dict(wrapped).keys()
         randomise(rewritten, seed=0)
         llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(rewritten))
@@ -156,11 +156,11 @@ def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CAPTURED if ARCHITECTURES[name].unwrapped])
 def test_wrap_refuses_sites_that_are_not_called_modules_and_rewrite_adapts_them(name: str) -> None:
-    model, gm = captured(name)
+    _, gm = captured(name)
     for site in ARCHITECTURES[name].unwrapped:
         cfg = llfx.LoRA(r=2, target_names=(f"^{re.escape(site)}$",))
         with pytest.raises(llfx.ConfigError, match="cannot be wrapped eagerly"):
-            rewrite_and_wrap(model, gm, cfg)
+            rewrite_and_wrap(gm, cfg)
         assert llfx.adapter_state_dict(llfx.rewrite(gm, cfg))
 
 

@@ -93,10 +93,8 @@ def calibration(cfg: Config, example_inputs: Any, args: tuple[Any, ...]) -> Any:
     return None
 
 
-def rewrite_and_wrap(
-    model: nn.Module, graph: fx.GraphModule, cfg: Config, data: Any = None
-) -> tuple[fx.GraphModule, nn.Module]:
-    """Return `model` adapted by `rewrite` and by `wrap`.
+def rewrite_and_wrap(graph: fx.GraphModule, cfg: Config, data: Any = None) -> tuple[fx.GraphModule, nn.Module]:
+    """Return a model adapted by `rewrite` and by `wrap`.
 
     `graph` is the captured model, because capturing takes most of a test's time. It refers to the model weakly, so
     the caller must hold the model.
@@ -254,7 +252,7 @@ def check_conformance(cfg: Config, case: Any, other: tuple[Any, ...]) -> None:
     with unchanged(model):
         base = llfx.capture(model, traced)
         data = calibration(cfg, traced, other)
-        gm, wrapped = rewrite_and_wrap(model, base, cfg, data)
+        gm, wrapped = rewrite_and_wrap(base, cfg, data)
         # On a copy, since it trains, which changes what batch norm keeps.
         check_rewrite_equals_wrap(model, copy.deepcopy(gm), wrapped, other, case.tolerance, case.seed)
         randomise(gm, case.seed)

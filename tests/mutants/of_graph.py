@@ -1,0 +1,188 @@
+"""Mutants of what the passes ask about a graph, and of the pieces that layers run in."""
+
+from .mutant import Mutant
+
+_GRAPH = "lora_lite_fx/graph/"
+_PIECES = "lora_lite_fx/execution/pieces.py"
+
+
+def _mutant(name: str, text: str, replacement: str, why: str, test: str = "") -> Mutant:
+    return Mutant(f"{_GRAPH}{name}.py", text, replacement, why, test or f"tests/graph/test_{name}.py")
+
+
+def _piece(text: str, replacement: str, why: str, test: str) -> Mutant:
+    return Mutant(_PIECES, text, replacement, why, f"tests/execution/test_{test}")
+
+
+MUTANTS = (
+    # parameter_work
+    _mutant(
+        "parameter_work",
+        "computed = is_inserted(node) and not regions",
+        "computed = not regions",
+        "what an adapter computes of a value of the base is moved before that value",
+    ),
+    _mutant(
+        "parameter_work",
+        "not regions and is_deterministic(node)",
+        "is_deterministic(node)",
+        "what is computed in a region is moved out of its mode",
+    ),
+    _mutant(
+        "parameter_work",
+        "not regions and is_deterministic(node)",
+        "not regions",
+        "random numbers are drawn once, and not in each call",
+    ),
+    _mutant(
+        "parameter_work",
+        "(computed and known.issuperset(node.all_input_nodes))",
+        "computed",
+        "what depends on an input is taken for parameter work",
+    ),
+    # queries
+    _mutant(
+        "queries",
+        "        and len(node.args) == 2\n",
+        "",
+        "the bias of a product is lost",
+    ),
+    _mutant(
+        "queries",
+        "opens_region(node) or closes_region(node) or is_transform(node)",
+        "is_transform(node)",
+        "a computation moves into another mode of autograd or autocast",
+    ),
+    _mutant(
+        "queries",
+        " or is_transform(node):",
+        ":",
+        "a computation moves into another level of vmap",
+    ),
+    _mutant(
+        "queries",
+        '        if any(read.op != "get_attr" for read in written(gm, node)):\n',
+        "        if False:\n",
+        "a computation moves across a write to what it reads",
+    ),
+    _mutant(
+        "queries",
+        "        and isinstance(node.target, OpOverload)\n        and not node.is_impure()\n",
+        "        and not node.is_impure()\n",
+        "a function without a schema, which may draw random numbers, counts as deterministic",
+    ),
+    _mutant(
+        "queries",
+        "        and not node.is_impure()\n",
+        "",
+        "a write in place counts as a computation without an effect",
+    ),
+    _mutant(
+        "queries",
+        # Each of the two tells of random numbers: is_impure does in newer versions of torch.
+        "        and not node.is_impure()\n        and torch.Tag.nondeterministic_seeded not in node.target.tags\n",
+        "",
+        "dropout counts as deterministic",
+    ),
+    # regions
+    _mutant(
+        "regions",
+        "return node.target in (ENTER_AUTOCAST, torch.is_grad_enabled)",
+        "return node.target is ENTER_AUTOCAST",
+        "a no_grad region is not seen",
+        "tests/graph/test_queries.py",
+    ),
+    _mutant(
+        "regions",
+        "return node.target in (ENTER_AUTOCAST, torch.is_grad_enabled)",
+        "return node.target is torch.is_grad_enabled",
+        "an autocast region is not seen",
+        "tests/graph/test_queries.py",
+    ),
+    # writes
+    _mutant(
+        "writes",
+        "        if argument.alias_info is not None and argument.alias_info.is_write\n",
+        "        if False\n",
+        "an operator that writes in place is not seen",
+    ),
+    _mutant(
+        "writes",
+        'written = {"running_mean", "running_var"} | {',
+        "written = {",
+        "the statistics of batch norm are the user's own",
+    ),
+    _mutant(
+        "writes",
+        'writes = getattr(gm.get_submodule(str(node.target)), "inplace", False)',
+        "writes = False",
+        "a module that works in place is not seen",
+    ),
+    _mutant(
+        "writes",
+        'writes = re.search(r"[^_]_$", name) or any(',
+        "writes = any(",
+        "a method that writes in place is not seen in a symbolic trace",
+    ),
+    _mutant(
+        "writes",
+        " or any(flag is True for flag in flags)",
+        "",
+        "a function that works in place if a flag says so is not seen",
+    ),
+    _mutant(
+        "writes",
+        'name in ("batch_norm", "instance_norm")',
+        "False",
+        "the statistics of batch norm are the user's own in a symbolic trace",
+    ),
+    _mutant(
+        "writes",
+        'gm.get_submodule(node.target), "track_running_stats", False)',
+        'gm, "", False)',
+        "the statistics of a batch norm module are the user's own",
+    ),
+    _mutant(
+        "writes",
+        "not isinstance(node.target, OpOverload)\n        or node.target in",
+        "node.target in",
+        "a view in a symbolic trace is taken for a copy",
+    ),
+    _mutant(
+        "writes",
+        "        or node.target in _MAY_RETURN_THEIR_INPUT\n",
+        "",
+        "dropout, which returns its input in evaluation, is taken for a copy",
+    ),
+    # pieces: the layers that run apart, and run again under checkpointing
+    _piece(
+        "        if piece and layer != current and waits:\n",
+        "        if piece and layer != current and layer:\n",
+        "what reads a layer's value runs before the layer has",
+        "checkpointing.py::test_layers_with_other_computations_between_their_parts_compute_the_same",
+    ),
+    _piece(
+        "waits = layer or _is_impure(node) or any(",
+        "waits = layer or any(",
+        "random numbers are drawn in another order",
+        "pieces.py::test_a_graph_that_is_cut_computes_what_the_model_does",
+    ),
+    _piece(
+        "            if places not in ({None}, {piece_of.get(made_by)}):\n",
+        "            if False:\n",
+        "a layer that runs again reads what was overwritten since",
+        "checkpointing.py::test_layers_that_overwrite_tensors_in_place_compute_the_same",
+    ),
+    _piece(
+        "            if may_return_a_view(node):\n",
+        "            if False:\n",
+        "a write to a view is not seen",
+        "checkpointing.py::test_layers_that_overwrite_tensors_in_place_compute_the_same",
+    ),
+    _piece(
+        'gm.get_submodule(str(node.target)), "track_running_stats", False)',
+        'gm, "", False)',
+        "a batch norm that runs again updates its statistics twice",
+        "checkpointing.py::test_two_adapters_with_dropout_and_batch_norm_compute_the_same",
+    ),
+)

@@ -1,0 +1,373 @@
+"""Check the conditions of the optimizing passes one by one: a graph that does not meet one computes the same after.
+
+`tests/mutants` has a mutant for each, which drops the condition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_lite_fx.passes import (
+    ConvertMaskOnce,
+    FoldScaleIntoAddition,
+    GatherProducts,
+    GroupHeads,
+    MoveBranchesToOutputs,
+    RecomputeInputs,
+    ShareSiblings,
+)
+from tests.support.adapter_graphs import IN, check, exported, x
+from tests.support.programs import after, reasons
+
+aten = torch.ops.aten
+attention = F.scaled_dot_product_attention
+
+
+def heads(count: int, length: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(1, count, length, 3, generator=torch.Generator().manual_seed(seed))
+
+
+MASK = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
+
+# ConvertMaskOnce
+
+
+def twice(m: Any, q: Tensor, mask: Tensor) -> Any:
+    return attention(attention(q, q, q, mask), q, q, mask)
+
+
+def overwritten_between(m: Any, q: Tensor, mask: Tensor) -> Any:
+    mask = mask.clone()
+    y = attention(q, q, q, mask)
+    mask[:2].logical_not_()
+    return attention(y, q, q, mask)
+
+
+def in_two_types(m: Any, q: Tensor, mask: Tensor) -> Any:
+    d = q.double()
+    return attention(attention(q, q, q, mask).double(), d, d, mask)
+
+
+def test_a_mask_of_booleans_is_converted() -> None:
+    check(exported(twice, heads(2), MASK), ConvertMaskOnce(), heads(2), MASK, edits=1)
+
+
+def test_a_mask_of_numbers_is_not_converted() -> None:
+    numbers = MASK.float()
+    check(exported(twice, heads(2), numbers), ConvertMaskOnce(), heads(2), numbers, edits=0)
+
+
+def test_a_mask_that_is_overwritten_is_not_converted() -> None:
+    check(exported(overwritten_between, heads(2), MASK), ConvertMaskOnce(), heads(2), MASK, edits=0)
+
+
+def test_a_mask_of_queries_of_two_types_is_not_converted() -> None:
+    check(exported(in_two_types, heads(2), MASK), ConvertMaskOnce(), heads(2), MASK, edits=0)
+
+
+# FoldScaleIntoAddition
+
+
+@pytest.mark.parametrize(
+    ("compute", "edits"),
+    [
+        (lambda m, x: F.linear(x, m.weight) + 0.5 * F.linear(F.linear(x, m.a), m.b), 1),
+        (lambda m, x: 0.5 * F.linear(F.linear(x, m.a), m.b) + F.linear(x, m.weight), 1),
+        (lambda m, x: F.linear(x, m.weight) - 0.5 * F.linear(F.linear(x, m.a), m.b), 1),
+    ],
+    ids=["sum", "the other way round", "difference"],
+)
+def test_a_scale_is_folded(compute: Any, edits: int) -> None:
+    check(exported(compute, x(), base="linear"), FoldScaleIntoAddition(), x(), edits=edits)
+
+
+def test_an_addition_with_a_factor_keeps_it() -> None:
+    compute = lambda m, x: torch.add(F.linear(x, m.weight), 0.5 * F.linear(F.linear(x, m.a), m.b), alpha=3)  # noqa: E731
+    check(exported(compute, x(), base="linear"), FoldScaleIntoAddition(), x(), edits=0)
+
+
+def test_a_difference_keeps_its_sign() -> None:
+    compute = lambda m, x: 0.5 * F.linear(F.linear(x, m.a), m.b) - F.linear(x, m.weight)  # noqa: E731
+    check(exported(compute, x(), base="linear_2"), FoldScaleIntoAddition(), x(), edits=0)
+
+
+def test_a_number_is_not_the_first_term() -> None:
+    compute = lambda m, x: 0.5 * F.linear(x, m.a) + 1.0  # noqa: E731
+    check(exported(compute, x()), FoldScaleIntoAddition(), x(), edits=0)
+
+
+def test_a_tensor_is_not_a_factor() -> None:
+    compute = lambda m, x: F.linear(x, m.weight) + F.linear(F.linear(x, m.a), m.b) * m.row  # noqa: E731
+    check(exported(compute, x(), base="linear"), FoldScaleIntoAddition(), x(), edits=0)
+
+
+# GatherProducts
+
+
+def lora(m: Any, x: Tensor) -> Any:
+    return F.linear(x, m.weight) + F.linear(F.linear(x, m.a), m.b)
+
+
+def scaled(m: Any, x: Tensor) -> Any:
+    y = F.linear(x, m.weight)
+    return (((y + F.linear(F.linear(x, m.a), m.b)) * m.row).type_as(y)) + 1
+
+
+GATHERED: dict[str, tuple[Any, int]] = {
+    "sum": (lora, 1),
+    "scaled": (scaled, 1),
+    "difference": (lambda m, x: F.linear(x, m.weight) - F.linear(F.linear(x, m.a), m.b), 0),
+    "bias of the branch": (lambda m, x: F.linear(x, m.weight) + F.linear(F.linear(x, m.a), m.b, m.bias), 0),
+    "other input": (lambda m, x: F.linear(x, m.weight) + F.linear(F.linear(2 * x, m.a), m.b), 0),
+}
+
+
+@pytest.mark.parametrize("case", GATHERED)
+def test_products_are_gathered_where_the_operation_computes_their_sum(case: str) -> None:
+    compute, edits = GATHERED[case]
+    check(exported(compute, x(), base="linear add_1"), GatherProducts(), x(), edits=edits)
+
+
+def test_the_weight_of_a_branch_is_not_a_site() -> None:
+    compute = lambda m, x: F.linear(x, m.b @ m.a2) + F.linear(F.linear(x, m.a), m.b)  # noqa: E731
+    check(exported(compute, x()), GatherProducts(), x(), edits=0)
+
+
+def test_every_column_must_be_used() -> None:
+    def compute(m: Any, x: Tensor) -> Any:
+        first, _ = F.linear(x, torch.cat((m.a, m.a2))).split([2, 2], -1)
+        return F.linear(x, m.weight) + F.linear(first, m.b)
+
+    gm = exported(compute, x(), base="linear_1")
+    gm.graph.eliminate_dead_code()  # the other columns
+    check(gm, GatherProducts(), x(), edits=0)
+
+
+def test_a_site_is_not_moved_across_a_write() -> None:
+    def compute(m: Any, x: Tensor) -> Any:
+        x = x + 0
+        t = F.linear(x, m.a)
+        x[:1].mul_(2)
+        return F.linear(x, m.weight) + F.linear(t, m.b)
+
+    check(exported(compute, x(), base="add slice_1 mul_ linear_1"), GatherProducts(), x(), edits=0, backward=False)
+
+
+def test_a_term_is_not_read_before_it_is_computed() -> None:
+    def compute(m: Any, x: Tensor) -> Any:
+        t1, t2 = F.linear(x, torch.cat((m.a, m.a2))).split([2, 2], -1)
+        first = F.linear(x, m.weight) + F.linear(t1, m.b)
+        return first, F.linear(x, m.weight) + F.linear(t2, m.b2 * first.sum())
+
+    check(exported(compute, x(), base="linear_1 linear_3"), GatherProducts(), x(), edits=0)
+
+
+def scaled_by(scale: Any) -> Any:
+    def compute(m: Any, x: Tensor) -> Any:
+        y = F.linear(x, m.weight)
+        return ((y + F.linear(F.linear(x, m.a), m.b)) * scale(m, x)).type_as(y) + 1
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    "scale", [lambda m, x: m.row.sum(), lambda m, x: m.b.T * 2, lambda m, x: x[:, :5]], ids=["number", "matrix", "x"]
+)
+def test_only_rows_are_scales(scale: Any) -> None:
+    gm = exported(scaled_by(scale), x(2), base="linear add_1 slice_1")
+    assert check(gm, GatherProducts(), x(2)).edits == 1, "the sum itself is gathered"
+
+
+def test_a_quotient_is_not_a_product() -> None:
+    def compute(m: Any, x: Tensor) -> Any:
+        y = F.linear(x, m.weight)
+        return ((y + F.linear(F.linear(x, m.a), m.b)) / m.row).type_as(y) + 1
+
+    check(exported(compute, x(), base="linear add_1"), GatherProducts(), x(), edits=1)
+
+
+def test_a_scaled_result_that_is_overwritten_is_not_saved() -> None:
+    def compute(m: Any, x: Tensor) -> Any:
+        y = F.linear(x, m.weight)
+        z = ((y + F.linear(F.linear(x, m.a), m.b)) * m.row).type_as(y)
+        return z.mul_(2.0) + 1
+
+    check(exported(compute, x(), base="linear mul_ add_1"), GatherProducts(), x(), edits=1)
+
+
+def test_a_scale_of_zero_in_float16_has_a_gradient() -> None:
+    def compute(m: Any, x: Tensor) -> Any:
+        y = F.linear(x, m.weight)
+        return (((y + F.linear(F.linear(x, m.a), m.b)) * (m.row * 0.0)).type_as(y)) + 1
+
+    half = x(dtype=torch.float16)
+    check(exported(compute, half, base="linear add_1", dtype=torch.float16), GatherProducts(), half, edits=1)
+
+
+# GroupHeads
+
+
+def repeated(t: Tensor, times: int) -> Tensor:
+    _, count, length, size = t.shape
+    return t[:, :, None].expand(1, count, times, length, size).reshape(1, count * times, length, size)
+
+
+def test_repeated_heads_are_grouped() -> None:
+    compute = lambda m, q, k, v: attention(q, repeated(k, 2), repeated(v, 2))  # noqa: E731
+    inputs = heads(4), heads(2, seed=1), heads(2, seed=2)
+    check(exported(compute, *inputs), GroupHeads(), *inputs, edits=1)
+
+
+def test_keys_and_values_that_are_repeated_differently_are_not_grouped() -> None:
+    compute = lambda m, q, k, v: attention(q, repeated(k, 2), repeated(v, 4))  # noqa: E731
+    inputs = heads(4), heads(2, seed=1), heads(1, seed=2)
+    check(exported(compute, *inputs), GroupHeads(), *inputs, edits=0)
+
+
+def test_heads_that_are_grouped_already_stay() -> None:
+    compute = lambda m, q, k, v: attention(q, repeated(k, 2), repeated(v, 2), enable_gqa=True)  # noqa: E731
+    inputs = heads(8), heads(2, seed=1), heads(2, seed=2)
+    check(exported(compute, *inputs), GroupHeads(), *inputs, edits=0)
+
+
+def test_heads_that_are_repeated_one_after_the_other_are_not_grouped() -> None:
+    def tiled(t: Tensor) -> Tensor:
+        _, count, length, size = t.shape
+        return t[:, None].expand(1, 2, count, length, size).reshape(1, 2 * count, length, size)
+
+    compute = lambda m, q, k, v: attention(q, tiled(k), tiled(v))  # noqa: E731
+    inputs = heads(4), heads(2, seed=1), heads(2, seed=2)
+    check(exported(compute, *inputs), GroupHeads(), *inputs, edits=0)
+
+
+def test_a_reshape_that_joins_other_dimensions_stays() -> None:
+    def joined(t: Tensor) -> Tensor:
+        _, count, length, size = t.shape
+        return t[:, :, None].expand(1, count, 2, length, size).reshape(1, count, 2 * length, size)
+
+    compute = lambda m, q, k, v: attention(q, joined(k), joined(v))  # noqa: E731
+    inputs = heads(2), heads(2, seed=1), heads(2, seed=2)
+    check(exported(compute, *inputs), GroupHeads(), *inputs, edits=0)
+
+
+def test_keys_that_a_slice_leaves_out_are_not_read() -> None:
+    compute = lambda m, q, k, v: attention(q, repeated(k[:, :, :2], 2), repeated(v[:, :, :2], 2))  # noqa: E731
+    inputs = heads(4), heads(2, seed=1), heads(2, seed=2)
+    check(exported(compute, *inputs), GroupHeads(), *inputs, edits=1)
+
+
+# MoveBranchesToOutputs
+
+
+def reflected(m: Any, x: Tensor) -> Any:
+    return F.linear(x + F.linear(F.linear(x, m.a), m.back), m.weight)
+
+
+def with_a_factor(m: Any, x: Tensor) -> Any:
+    return F.linear(torch.add(x, F.linear(F.linear(x, m.a), m.back), alpha=3), m.weight)
+
+
+def branch_is_read_elsewhere(m: Any, x: Tensor) -> Any:
+    branch = F.linear(F.linear(x, m.a), m.back)
+    return F.linear(x + branch, m.weight), branch + 1
+
+
+def weight_comes_later(m: Any, x: Tensor) -> Any:
+    z = x + F.linear(F.linear(x, m.a), m.back)
+    return F.linear(z, m.weight * x.mean())
+
+
+def overwritten_input(m: Any, x: Tensor) -> Any:
+    x = x + 0
+    z = x + F.linear(F.linear(x, m.a), m.back)
+    x[:1].mul_(2)
+    return F.linear(z, m.weight)
+
+
+@pytest.mark.parametrize(
+    ("compute", "base", "edits"),
+    [
+        (reflected, "linear_2", 1),
+        (with_a_factor, "linear_2", 0),
+        (branch_is_read_elsewhere, "linear_2 add_1", 0),
+        (weight_comes_later, "mean mul linear_2", 0),
+        (overwritten_input, "add slice_1 mul_ linear_2", 0),
+    ],
+    ids=["moves", "factor", "read elsewhere", "weight", "write"],
+)
+def test_a_branch_moves_to_the_output_where_that_is_the_same(compute: Any, base: str, edits: int) -> None:
+    check(exported(compute, x(), base=base), MoveBranchesToOutputs(), x(), edits=edits, backward=False)
+
+
+# RecomputeInputs
+
+
+def after_dropout(m: Any, x: Tensor) -> Any:
+    return F.linear(F.linear(F.dropout(x, 0.5, True), m.a), m.b)
+
+
+def test_dropout_is_not_drawn_again() -> None:
+    check(exported(after_dropout, x(), base="dropout"), RecomputeInputs(), x(), edits=0)
+
+
+# ShareSiblings
+
+
+def test_siblings_share_a_product() -> None:
+    compute = lambda m, x: (F.linear(x, m.a), F.linear(x, m.a2))  # noqa: E731
+    check(exported(compute, x()), ShareSiblings(), x(), edits=1)
+
+
+def test_a_matrix_that_depends_on_the_input_is_not_shared() -> None:
+    compute = lambda m, x: (F.linear(x, m.a), F.linear(x, m.a2 * x.mean()))  # noqa: E731
+    check(exported(compute, x(), base="mean"), ShareSiblings(), x(), edits=0)
+
+
+def test_matrices_of_two_types_are_not_stacked() -> None:
+    """Each product has the type of its matrix under autocast, or where the operator takes two types."""
+    gm: Any = exported(lambda m, x: (F.linear(x, m.a), F.linear(x, m.a2)), x())
+    gm.a2 = torch.nn.Parameter(gm.a2.double())
+    _, report = after(gm, ShareSiblings())
+    assert (report.edits, len(reasons(report))) == (0, 1)
+
+
+def test_products_around_a_write_are_not_shared() -> None:
+    def compute(m: Any, x: Tensor) -> Any:
+        x = x + 0
+        y = F.linear(x, m.a)
+        x[:1].mul_(2)
+        return y, F.linear(x, m.a2)
+
+    check(exported(compute, x(), base="add slice_1 mul_"), ShareSiblings(), x(), edits=0, backward=False)
+
+
+def test_equal_computations_around_a_write_stay_apart() -> None:
+    def compute(m: Any, x: Tensor) -> Any:
+        x = x + 0
+        y = x * 2.0
+        x[:1].mul_(3)
+        return y, x * 2.0
+
+    check(exported(compute, x(), base="add slice_1 mul_"), ShareSiblings(), x(), edits=0)
+
+
+def test_computations_with_other_options_stay_apart() -> None:
+    compute = lambda m, x: (torch.add(x, x, alpha=2), torch.add(x, x, alpha=3))  # noqa: E731
+    check(exported(compute, x()), ShareSiblings(), x(), edits=0)
+
+
+def test_dropouts_stay_apart() -> None:
+    compute = lambda m, x: (F.dropout(x, 0.5, True), F.dropout(x, 0.5, True))  # noqa: E731
+    check(exported(compute, x(64)), ShareSiblings(), x(64), edits=0)
+
+
+def test_the_bias_of_a_product_is_not_lost() -> None:
+    compute = lambda m, x: (F.linear(x, m.b.T, m.row[:2]), F.linear(x, m.b2.T, m.row[2:4]))  # noqa: E731
+    value = x()[:, :5]
+    assert IN > 5
+    check(exported(compute, value), ShareSiblings(), value)

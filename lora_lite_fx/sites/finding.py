@@ -6,11 +6,15 @@ model.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
+from collections.abc import Hashable
 
+import torch
 from torch import fx
 
 from ..graph.provenance import inner_name
+from .computed import frozen_values
 from .dataflow import LinearNode
 from .dialects import Match, match_site
 from .kinds.experts import Experts
@@ -22,29 +26,34 @@ from .site import Site
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """Return the sites of a graph in order of first execution, adapted or not. Adapters' own linears are not sites."""
     constants = _constants(gm.graph)
-    matches = [match for node in gm.graph.nodes if (match := match_site(gm, node)) is not None]
+    frozen = frozen_values(gm.graph)
+    matches = [match for node in gm.graph.nodes if (match := match_site(gm, node, frozen)) is not None]
     # A weight that only multiplies constants is not a site. One that multiplies data at least once is a site with all
     # its calls.
-    with_data = {(match.weight, match.kind) for match in matches if match.call.x not in constants}
-    matches = [match for match in matches if (match.weight, match.kind) in with_data]
+    with_data = {(match.source.identity, match.kind) for match in matches if match.call.x not in constants}
+    matches = [match for match in matches if (match.source.identity, match.kind) in with_data]
     linears = {id(match): LinearNode(match.call.x, match.call.y) for match in matches if match.kind.name == "linear"}
     infer_roles(gm.graph, [linear for linear in linears.values() if linear.x not in constants])
 
-    groups: dict[tuple[str, str, SiteKind], list[Match]] = defaultdict(list)
+    groups: dict[tuple[str, SiteKind, Hashable], list[Match]] = defaultdict(list)
     for match in matches:
-        groups[_name(match), match.weight, match.kind].append(match)
-    names = Counter((name, kind.name == "linear") for name, _, kind in groups)
-    sites = []
-    for (name, weight, kind), members in groups.items():
+        tensors = tuple(source.identity for source in (match.source, match.bias) if source is not None)
+        groups[_name(match), match.kind, tensors].append(match)
+    names = Counter((name, kind.name == "linear") for name, kind, _ in groups)
+    sites: list[Site] = []
+    for (name, kind, _), members in groups.items():
+        weight = members[0].weight
         if name == weight or names[name, kind.name == "linear"] > 1:
             name = _name_in_module(weight, kind)
         elif kind.name != "linear" and names[name, True]:  # an embedding whose weight is a head too
             name = f"{name}.sites.{kind.name}"
         if kind.name == "embedding" and _is_same(gm, f"{name}.weight", weight):
             weight = f"{name}.weight"  # the graph may read it by the name of a head that is tied to it
+        if uses := sum(site.name.partition(".sites.use_")[0] == name for site in sites):
+            name = f"{name}.sites.use_{uses + 1}"  # one weight with several biases, or in several forms
         roles = (linears[id(match)].reasons for match in members if id(match) in linears)
         reasons = {role: reason for of_call in roles for role, reason in of_call.items()}
-        *experts, d_out, d_in = kind.matrix(gm.get_parameter(weight).detach()).shape
+        *experts, d_out, d_in = kind.matrix(torch.empty(tuple(members[0].source.shape), device="meta")).shape
         sites.append(
             Site(
                 name,
@@ -80,13 +89,24 @@ def _name(match: Match) -> str:
     for a tied weight, where the stack is right, and for a module that uses a child's weight functionally, where the
     owner is right.
     """
-    owner, _, leaf = match.weight.rpartition(".")
+    owner, _, leaf = _as_attribute(match.weight).rpartition(".")
     stack = inner_name(match.call.node)
     if isinstance(match.kind, Experts):
         return match.weight
     if stack is None or owner == stack or owner.startswith(f"{stack}." if stack else ""):
         return owner if leaf == "weight" or not leaf.endswith("weight") else f"{owner}.{leaf[: -len('_weight')]}"
     return stack
+
+
+def name_of_weight(parameter: str) -> str:
+    """Return the name of the site that a parameter would be the weight of, if it were the only one in its module."""
+    owner, _, leaf = _as_attribute(parameter).rpartition(".")
+    return owner if leaf == "weight" and owner else _name_in_module(parameter, SiteKind()) if owner else parameter
+
+
+def _as_attribute(parameter: str) -> str:
+    """Return the name of the tensor that a parametrization computes from a parameter; of other parameters their own."""
+    return re.sub(r"(^|\.)parametrizations\.(\w+)\.[\w.]+$", r"\1\2", parameter)
 
 
 def _is_same(gm: fx.GraphModule, name: str, other: str) -> bool:
@@ -97,6 +117,7 @@ def _is_same(gm: fx.GraphModule, name: str, other: str) -> bool:
 
 def _name_in_module(weight: str, kind: SiteKind) -> str:
     """Return the qualified name of a site that is one of several in its module."""
+    weight = _as_attribute(weight)
     stem = weight.removesuffix("_weight").removesuffix(".weight")
     owner, _, leaf = stem.rpartition(".")
     if stem == weight:  # the parameter has this name, so no module can have it

@@ -23,9 +23,10 @@ from ...adapters.placement import (
 from ...adapters.variant import Variant, of_expert
 from ...errors import AdapterError
 from ...graph.tensors import tensor_of
+from ...sites.computed import Computation
 from ...sites.finding import find_sites
-from ...sites.site import Site
-from ..pipeline import GraphPass
+from ...sites.site import Site, stored_bias, stored_weight
+from ..pipeline import GraphPass, eliminate_dead_code
 from .remove_adapters import RemoveAdapters
 
 aten = torch.ops.aten
@@ -135,15 +136,47 @@ def _replace(gm: fx.GraphModule, merged: MergedSite, sites: list[Site]) -> None:
     site = merged.site
     # Parts of one tensor are read through one node, so the sites of all parts read the new tensor.
     sharing = [s for s in sites if s is site or (site.kind.rows and s.weight == site.weight)]
-    _set(gm, site, sharing, site.weight, merged.new_weight(tensor_of(gm, site.weight)))
-    bias = merged.new_bias(tensor_of(gm, site.bias) if site.bias is not None else None)
+    if site.computed_weight is not None:
+        _set_computed(gm, site, "weight", merged.new_weight(stored_weight(gm, site)))
+    else:
+        _set(gm, site, sharing, site.weight, merged.new_weight(tensor_of(gm, site.weight)))
+    bias = merged.new_bias(stored_bias(gm, site))
     if bias is None:
         return
     if site.bias is None:
         _add_bias(gm, site, bias)
+    elif site.computed_bias is not None:
+        _set_computed(gm, site, "bias", bias)
+    else:
+        sharing = [s for s in sites if s is site or (site.bias_rows and s.bias == site.bias)]
+        _set(gm, site, sharing, site.bias, bias)
+
+
+def _set_computed(gm: fx.GraphModule, site: Site, name: str, merged: nn.Parameter) -> None:
+    """Let the calls of `site` read `merged` in place of the weight or bias `name` that the graph computes.
+
+    It is computed as before if the adapters do not change it. Else what only this computation read leaves the module.
+    """
+    stored = stored_weight(gm, site) if name == "weight" else stored_bias(gm, site)
+    if stored is None or torch.equal(stored, merged):
         return
-    sharing = [s for s in sites if s is site or (site.bias_rows and s.bias == site.bias)]
-    _set(gm, site, sharing, site.bias, bias)
+    nodes = dict.fromkeys(call.computed_weight if name == "weight" else call.computed_bias for call in site.calls)
+    path = _register(gm, site, name, merged)
+    calls = {node for call in site.calls for node in (call.node, call.y)}
+    for node in nodes:
+        assert node is not None
+        for user in [user for user in node.users if _leads_only_to(user, calls)]:
+            with gm.graph.inserting_before(user):
+                read = gm.graph.get_attr(path)
+            read.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+            user.replace_input_with(node, read)
+    tensors = [tensor for node in nodes if node is not None for tensor in Computation.of(node).tensors]
+    eliminate_dead_code(gm)
+    read_still = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
+    for tensor in dict.fromkeys(tensors):
+        owner, _, leaf = tensor.rpartition(".")
+        if not any(tensor == target or tensor.startswith(f"{target}.") for target in read_still):
+            delattr(gm.get_submodule(owner), leaf)
 
 
 def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
@@ -152,6 +185,7 @@ def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
         raise AdapterError(
             f"{site.name!r} is a stack of experts without biases, but its adapters add biases: it cannot be merged."
         )
+    bias = nn.Parameter(site.kind.bias(bias), requires_grad=False)
     path = _register(gm, site, "bias", bias)
     for call in site.calls:
         with gm.graph.inserting_before(call.node):
@@ -169,8 +203,11 @@ def _register(gm: fx.GraphModule, site: Site, name: str, parameter: nn.Parameter
     """Register a parameter that `site` alone reads, and return its qualified name."""
     if site.name not in dict(gm.named_modules()):
         gm.add_submodule(site.name, nn.Module())
-    gm.get_submodule(site.name).register_parameter(f"merged_{name}", parameter)
-    return f"{site.name}.merged_{name}"
+    module = gm.get_submodule(site.name)
+    is_computed = site.computed_weight is not None if name == "weight" else site.computed_bias is not None
+    leaf = name if is_computed and not hasattr(module, name) else f"merged_{name}"
+    module.register_parameter(leaf, parameter)
+    return f"{site.name}.{leaf}"
 
 
 def _set(gm: fx.GraphModule, site: Site, sharing: list[Site], name: str, merged: nn.Parameter) -> None:

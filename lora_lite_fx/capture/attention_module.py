@@ -54,7 +54,7 @@ def attend(
 
 
 def attend_in_function(tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Record a call of `F.multi_head_attention_forward` on proxies; return None if it is used in a way not known here."""
+    """Record a call of `F.multi_head_attention_forward` on proxies; return None for a use that is not known here."""
     bound = _FUNCTION.bind(*args, **kwargs)
     bound.apply_defaults()
     a = bound.arguments

@@ -17,6 +17,7 @@ from ..graph.provenance import inner_name
 from .computed import frozen_values
 from .dataflow import LinearNode
 from .dialects import Match, match_site
+from .kinds.contraction import Contraction
 from .kinds.experts import Experts
 from .kinds.linear import SiteKind
 from .roles import infer_roles
@@ -91,7 +92,7 @@ def _name(match: Match) -> str:
     """
     owner, _, leaf = _as_attribute(match.weight).rpartition(".")
     stack = inner_name(match.call.node)
-    if isinstance(match.kind, Experts):
+    if isinstance(match.kind, Experts) or (isinstance(match.kind, Contraction) and leaf != "weight"):
         return match.weight
     if stack is None or owner == stack or owner.startswith(f"{stack}." if stack else ""):
         return owner if leaf == "weight" or not leaf.endswith("weight") else f"{owner}.{leaf[: -len('_weight')]}"

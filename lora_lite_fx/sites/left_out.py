@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ..graph.direct_calls import OpOverload
 from ..graph.provenance import is_inserted
-from .computed import frozen_values, is_table, obstacle, parameters_behind
+from .computed import frozen_values, is_table, largest, obstacle, parameters_behind
 from .dataflow import NORMS, PRODUCTS, LinearNode, op_name
 from .finding import name_of_weight
 from .kinds.contraction import contraction
@@ -129,14 +129,15 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
     data = [operand for operand in node.all_input_nodes if operand not in frozen]
     if not operands or not data:
         return None
-    weights = {path: parameter for of_operand in operands.values() for path, parameter in of_operand.items()}
+    mains = [(main := largest(of_operand), of_operand[main]) for of_operand in operands.values()]
+    weights = dict(mains)
     if name in _MATRIX_PRODUCTS:
         if name != "linear":  # what is multiplied with looked-up or projected positions is no weight
             operands = {operand: weights for operand, weights in operands.items() if not is_table(operand)}
         if not operands:
             return None
         operand = next(iter(operands))
-        main = max(operands[operand], key=lambda path: operands[operand][path].numel())
+        main = largest(operands[operand])
         kind = Experts() if operands[operand][main].dim() > 2 and name in ("bmm", "matmul") else SiteKind()
         reason = obstacle(gm, operand, node) or _why_not_linear(gm, node, name, operand, data)
         linear = LinearNode(data[0], node) if kind.name == "linear" else None
@@ -152,6 +153,7 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         return _Use(node, weights, "a product of experts with a weight that is not a parameter", Experts())
     if name in _RECURRENT:
         return _Use(node, weights, f"{name} multiplies inside one operation")
+    weights = {path: parameter for of_operand in operands.values() for path, parameter in of_operand.items()}
     if not isinstance(node.target, (OpOverload, str)) and not _is_plain(node):
         called = getattr(node.target, "__name__", str(node.target))
         return _Use(node, weights, f"the function {called} is opaque to the capture; {_EXAMPLES}", opaque=True)

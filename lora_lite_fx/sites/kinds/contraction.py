@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Contraction(SiteKind):
     outputs: tuple[int, ...] = ()
     inputs: tuple[int, ...] = ()
     equation: str = "...i,oi->...o"
+
+    article: ClassVar[str] = "a linear over several dimensions"
 
     def matrix(self, stored: Tensor) -> Tensor:
         return stored.permute(self.order).reshape(math.prod(self.outputs), math.prod(self.inputs))

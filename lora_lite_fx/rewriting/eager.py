@@ -46,7 +46,7 @@ def wrap(
 
     Raises:
         As `rewrite`. ConfigError also for a site that is not a module of its own, such as a weight used functionally
-        or experts.
+        or experts, and for a module that does more than multiply.
     """
     variants = as_variants(cfg)
     check_calibration(calibration)

@@ -49,12 +49,11 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
         unknown = [site.name for site in sites if site.name not in chosen and _is_unknown(variant, site)]
         if unknown:
             patterns = Counter(map(_pattern, unknown))
-            names = ", ".join(repr(_as_regex(pattern)) for pattern in list(patterns)[:_SHOWN])
-            roles = ", ".join(map(repr, variant.default_roles))
+            names = tuple(_as_regex(pattern) for pattern in list(patterns)[:_SHOWN])
             warnings.warn(
-                f"{name}: the default roles ({roles}) leave out {len(unknown)} linears whose role the dataflow does not"
+                f"{name}: the default roles {variant.default_roles} leave out {len(unknown)} linears whose role the dataflow does not"
                 f" show: {_counted(map(_pattern, unknown))}. To adapt them too, add a config that names them:"
-                f" {name}(..., target_names=({names},)). target_roles=({roles},) leaves them out without this warning.",
+                f" {name}(..., target_names={names}). target_roles={variant.default_roles} leaves them out without this warning.",
                 stacklevel=4,
             )
 

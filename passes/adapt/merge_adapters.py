@@ -177,6 +177,12 @@ def _set_computed(gm: fx.GraphModule, site: Site, name: str, merged: nn.Paramete
         owner, _, leaf = tensor.rpartition(".")
         if not any(tensor == target or tensor.startswith(f"{target}.") for target in read_still):
             delattr(gm.get_submodule(owner), leaf)
+    module = gm.get_submodule(site.name)
+    if not hasattr(module, name):
+        delattr(module, f"merged_{name}")
+        module.register_parameter(name, merged)
+        for read in gm.graph.find_nodes(op="get_attr"):
+            read.target = f"{site.name}.{name}" if read.target == path else read.target
 
 
 def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
@@ -203,11 +209,8 @@ def _register(gm: fx.GraphModule, site: Site, name: str, parameter: nn.Parameter
     """Register a parameter that `site` alone reads, and return its qualified name."""
     if site.name not in dict(gm.named_modules()):
         gm.add_submodule(site.name, nn.Module())
-    module = gm.get_submodule(site.name)
-    is_computed = site.computed_weight is not None if name == "weight" else site.computed_bias is not None
-    leaf = name if is_computed and not hasattr(module, name) else f"merged_{name}"
-    module.register_parameter(leaf, parameter)
-    return f"{site.name}.{leaf}"
+    gm.get_submodule(site.name).register_parameter(f"merged_{name}", parameter)
+    return f"{site.name}.merged_{name}"
 
 
 def _set(gm: fx.GraphModule, site: Site, sharing: list[Site], name: str, merged: nn.Parameter) -> None:

@@ -72,7 +72,7 @@ def _drop_parametrization(module: nn.Module, name: str, site: Site) -> None:
     Raises:
         ConfigError: the tensor is computed in another way.
     """
-    if not is_parametrized(module, name) or len(list(module.parametrizations.children())) > 1:  # type: ignore[union-attr,operator]
+    if not is_parametrized(module, name) or len(list(module.parametrizations.children())) > 1:  # type: ignore[union-attr]
         raise _computes("weight", site)
     value = getattr(module, name)
     # Not remove_parametrizations, because it deletes the property from the class, which the user's model has too.

@@ -51,9 +51,10 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
             patterns = Counter(map(_pattern, unknown))
             names = tuple(_as_regex(pattern) for pattern in list(patterns)[:_SHOWN])
             warnings.warn(
-                f"{name}: the default roles {variant.default_roles} leave out {len(unknown)} linears whose role the dataflow does not"
-                f" show: {_counted(map(_pattern, unknown))}. To adapt them too, add a config that names them:"
-                f" {name}(..., target_names={names}). target_roles={variant.default_roles} leaves them out without this warning.",
+                f"{name}: the default roles {variant.default_roles} leave out {len(unknown)} linears whose role the"
+                f" dataflow does not show: {_counted(map(_pattern, unknown))}. To adapt them too, add a config that names"
+                f" them: {name}(..., target_names={names}). target_roles={variant.default_roles} leaves them out without this"
+                " warning.",
                 stacklevel=4,
             )
 

@@ -104,8 +104,8 @@ def test_default_roles_reach_all_of_a_vision_transformer_without_example_inputs(
         def forward(self, x: Tensor) -> Tensor:
             y = self.norm1(x)
             x = x + self.attention(y, y, y, need_weights=False)[0]
-            y = self.mlp(self.norm2(x))
-            return x + y
+            z: Tensor = self.mlp(self.norm2(x))
+            return x + z
 
     gm = llfx.rewrite(nn.Sequential(Block(), Block()), llfx.LoRA(r=2))
     names = {row.name for row in llfx.inspect(gm) if row.adapters}

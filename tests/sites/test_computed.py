@@ -56,6 +56,8 @@ class Scaled(nn.Module):
 
 
 class BufferBias(nn.Module):
+    bias: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(6, D))
@@ -244,6 +246,8 @@ def test_two_forms_of_a_weight_are_two_sites_and_two_calls_of_a_module_are_one()
 
 class JoinedAttention(nn.Module):
     """The attention of BEiT, EVA02 and SwinV2: one weight for q, k and v, and a bias without a part for k."""
+
+    k_bias: Tensor
 
     def __init__(self) -> None:
         super().__init__()

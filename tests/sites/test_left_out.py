@@ -20,6 +20,8 @@ X = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0))
 class Left(nn.Module):
     """A block with a linear and one weight that is not a site."""
 
+    mid: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.lin = nn.Linear(D, D)
@@ -29,7 +31,8 @@ class Left(nn.Module):
         return nn.Linear(D, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x) + self.multiply(x)
+        y: Tensor = self.lin(x) + self.multiply(x)
+        return y
 
     def multiply(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -37,7 +40,8 @@ class Left(nn.Module):
 
 class FromLeft(Left):
     def multiply(self, x: Tensor) -> Tensor:
-        return (self.mid.weight @ x.transpose(1, 2)).transpose(1, 2)
+        y: Tensor = (self.mid.weight @ x.transpose(1, 2)).transpose(1, 2)
+        return y
 
 
 class DataBias(Left):
@@ -69,7 +73,8 @@ class Recurrent(Left):
 
 class Grouped(Left):
     def make(self) -> nn.Module:
-        return parametrizations.weight_norm(nn.Conv1d(D, D, 3, padding=1, groups=2))
+        conv: nn.Module = parametrizations.weight_norm(nn.Conv1d(D, D, 3, padding=1, groups=2))
+        return conv
 
     def multiply(self, x: Tensor) -> Tensor:
         y: Tensor = self.mid(x.transpose(1, 2)).transpose(1, 2)
@@ -94,7 +99,8 @@ class Opaque(Left):
 
 class Orthogonal(Left):
     def make(self) -> nn.Module:
-        return parametrizations.orthogonal(nn.Linear(D, D, bias=False))
+        linear: nn.Module = parametrizations.orthogonal(nn.Linear(D, D, bias=False))
+        return linear
 
     def multiply(self, x: Tensor) -> Tensor:
         y: Tensor = self.mid(x)
@@ -184,6 +190,8 @@ def test_what_is_opaque_may_have_any_role() -> None:
 class NoWeights(nn.Module):
     """Parameters of two and more dimensions that no linear multiplies: positions, scales, norms, queries."""
 
+    rotation: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(10, D)
@@ -204,7 +212,8 @@ class NoWeights(nn.Module):
         relative = self.lin(self.relative(torch.arange(9)))
         scores = keys @ relative.transpose(0, 1)
         constant = self.rel_proj(self.query)
-        return scores.sum((1, 2)) + (constant @ x.transpose(1, 2)).sum((1, 2))
+        y: Tensor = scores.sum((1, 2)) + (constant @ x.transpose(1, 2)).sum((1, 2))
+        return y
 
 
 @pytest.mark.parametrize("exported", [True, False])

@@ -50,11 +50,11 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
         if unknown:
             patterns = Counter(map(_pattern, unknown))
             names = tuple(_as_regex(pattern) for pattern in list(patterns)[:_SHOWN])
+            roles = variant.default_roles
             warnings.warn(
-                f"{name}: the default roles {variant.default_roles} leave out {len(unknown)} linears whose role the"
-                f" dataflow does not show: {_counted(map(_pattern, unknown))}. To adapt them too, add a config that names"
-                f" them: {name}(..., target_names={names}). target_roles={variant.default_roles} leaves them out without this"
-                " warning.",
+                f"{name}: the default roles {roles} leave out {len(unknown)} linears whose role the dataflow does not show:"
+                f" {_counted(map(_pattern, unknown))}. To adapt them too, add a config that names them:"
+                f" {name}(..., target_names={names}). target_roles={roles} leaves them out without this warning.",
                 stacklevel=4,
             )
 

@@ -52,8 +52,8 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
             names = tuple(_as_regex(pattern) for pattern in list(patterns)[:_SHOWN])
             roles = variant.default_roles
             warnings.warn(
-                f"{name}: the default roles {roles} leave out {len(unknown)} linears whose role the dataflow does not show:"
-                f" {_counted(map(_pattern, unknown))}. To adapt them too, add a config that names them:"
+                f"{name}: the default roles {roles} leave out {len(unknown)} linears of unknown role:"
+                f" {_counted(map(_pattern, unknown))}. To adapt them, add a config that names them:"
                 f" {name}(..., target_names={names}). target_roles={roles} leaves them out without this warning.",
                 stacklevel=4,
             )

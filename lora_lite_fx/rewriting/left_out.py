@@ -60,9 +60,12 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
 
 
 def _is_unknown(variant: Variant, site: Site) -> bool:
-    """Return whether default roles leave `site` out only because its role is unknown."""
+    """Return whether default roles leave `site` out only because its role is unknown.
+
+    Linears outside of layers do not count. Most belong to the head, which default roles leave out anyway.
+    """
     by_default = variant.target_roles is None and variant.target_names is None
-    return by_default and site.kind.name == "linear" and site.roles <= COARSE and variant.selects(_known(site))
+    return by_default and site.layer is not None and site.roles <= COARSE and variant.selects(_known(site))
 
 
 def _known(site: Site) -> Site:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
+from .patterns import first_occurring
 from .variant import Variant, is_finite, pairs
 
 T = TypeVar("T")
@@ -94,7 +94,9 @@ class WithDropout(Variant):
 
 def first_match(patterns: Mapping[str, T] | Sequence[tuple[str, T]], name: str, default: T) -> T:
     """Return the value of the first pattern that occurs in `name`, or `default` if none does."""
-    return next((value for pattern, value in pairs(patterns) if re.search(pattern, name)), default)
+    entries = list(pairs(patterns))
+    index = first_occurring([pattern for pattern, _ in entries], name)
+    return default if index is None else entries[index][1]
 
 
 def _is_rank(value: object) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
 from ..errors import SelectionError
 from ..sites.site import Site
+from .patterns import occurs
 from .variant import Variant
 
 
@@ -25,7 +25,7 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
         raise SelectionError(_nothing_matched(variant, sites))
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern, _ in getattr(variant, field, ()):
-            if not any(re.search(pattern, site.name) for site in chosen):
+            if not any(occurs([pattern], site.name) for site in chosen):
                 raise SelectionError(
                     f"{type(variant).__name__}: {pattern!r} in {field} matches none of the {len(chosen)} sites to adapt"
                     f" ({', '.join(site.name for site in chosen[:3])}, ...)."
@@ -70,4 +70,4 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
 
 
 def _is_named(variant: Variant, site: Site) -> bool:
-    return any(re.search(pattern, site.name) for pattern in variant.target_names or ())
+    return occurs(variant.target_names or (), site.name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import (
     Callable,
     Hashable,
@@ -43,6 +42,7 @@ from .arguments import check_arguments
 from .frozen_linear import FrozenLinear
 from .maths import wide
 from .param_spec import ParamSpec as ParamSpec
+from .patterns import check_pattern, occurs
 
 T = TypeVar("T")
 _DTYPES = (*HALF, torch.float32, torch.float64)  # torch has no arithmetic in narrower ones
@@ -173,11 +173,10 @@ class Variant:
 
     def _check_pattern(self, pattern: object) -> None:
         """Check that `pattern` is a regular expression."""
-        self._require(isinstance(pattern, str), f"{pattern!r} is not a regular expression: it must be a string")
         try:
-            re.compile(str(pattern))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(f"{self._name()}: {pattern!r} is not a regular expression: {error}") from error
+            check_pattern(pattern)
+        except ValueError as error:
+            raise ConfigError(f"{self._name()}: {error}.") from error
 
     def _name(self) -> str:
         return type(self).__name__
@@ -301,7 +300,7 @@ class Variant:
 
 
 def _matches(patterns: str | Sequence[str] | None, name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in as_tuple(patterns))
+    return occurs(as_tuple(patterns), name)
 
 
 def _field_types(cls: Any) -> dict[str, Any]:

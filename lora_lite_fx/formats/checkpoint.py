@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.accounting import account_for
 from ..adapters.adapted_site import check_kind
 from ..adapters.placement import Placement, adapters, graph_of, placements
 from ..adapters.registry import from_config, to_config
@@ -33,27 +34,32 @@ from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site, stored_weight
-from .files import read_safetensors, write_atomically
+from .files import read_safetensors
+from .finite import check_finite
 from .mistakes import as_path, check_file, foreign_file_hint
+from .writing import write_atomically
 
 FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
 VERSION = 1
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
     """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
 
     Args:
         model: a model with adapters, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
+        allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
-        AdapterError: the model has no adapters.
+        AdapterError: the model has no adapters, or records one at a site that its graph does not show any more.
         ConfigError: a variant is not registered, so that the file could not be loaded.
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save(model, path)")
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    if not allow_nonfinite:
+        check_finite(state, file, "nothing was written")
     for variant, _ in adapters(model):
         from_config(to_config(variant))  # refuses a config that could not be loaded again
     records = [
@@ -71,6 +77,8 @@ def load(
     model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
     example_inputs: Inputs | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapters of a file that `save` wrote, with their saved values.
 
@@ -78,14 +86,15 @@ def load(
         model: the base, which is not changed.
         path: of the file. Only safetensors and JSON are read.
         example_inputs: as for `capture`.
+        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
 
     Returns:
         A graph module as `rewrite` returns it.
 
     Raises:
         CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, configs or sites do not fit
-            the model; or the base's weights are others than those that a variant was made for. Where the variant
-            does not depend on them, other weights are a warning.
+            the model; or a value is not finite; or the base's weights are others than those that a variant was made
+            for. Where the variant does not depend on them, other weights are a warning.
         CaptureError: the model cannot be captured.
     """
     file = as_path(path, "load(model, path)")
@@ -120,6 +129,8 @@ def load(
     load_adapter_state_dict(gm, values)
     if document.get("checksum") != _checksum(document, state):
         raise CheckpointError(f"{path} is corrupt: it does not hold what was saved.")
+    if not allow_nonfinite:
+        check_finite(state, file, "it is not loaded")
     return gm
 
 
@@ -226,7 +237,7 @@ def _in_file(placed: list[tuple[Variant, list[Site]]], adapter: int, site: Site)
 def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
     """Return the frozen weight of each site, as the model stores it."""
     if isinstance(model, fx.GraphModule):
-        return {site.name: stored_weight(model, site) for site in find_sites(model) if site.name in names}
+        return {site.name: stored_weight(model, site) for site in account_for(model).adapted("save")}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
     return {
         name: module.frozen_weight() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight")

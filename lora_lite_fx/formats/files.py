@@ -1,10 +1,10 @@
-"""Files: safetensors and JSON, read without trust and written atomically."""
+"""Read safetensors and JSON without trust: regular files of a sane size, and nothing that runs code."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,13 @@ import safetensors
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .writing import kind_of
+
+MOST_JSON = 4 * 2**20
+"""The bytes that a JSON document may have. An adapter's config has some thousand."""
+
+MOST_TENSORS = 2**40
+"""The bytes that a file of tensors may have."""
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -20,8 +27,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: it is not there, or not readable.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file.")
+    check_regular(path, MOST_TENSORS)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -37,8 +43,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not there, or not readable, or holds something else.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} is not a readable JSON file: nothing is there.")
+    check_regular(path, MOST_JSON)
     try:
-        document = json.loads(path.read_bytes())
+        # What was a file a moment ago may be a pipe now, and opening that would wait for a writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            document = json.loads(file.read(MOST_JSON + 1))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable JSON file: {type(error).__name__}: {error}.") from error
     if not isinstance(document, dict):
@@ -46,29 +57,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a new file beside `path` and rename it over: readers see the old bytes or the new, never a part.
+def check_regular(path: Path, most: int) -> None:
+    """Check that `path` is a regular file, or a link to one, of at most `most` bytes.
+
+    Reading anything else may wait for ever (a pipe), never end (a device) or fill the memory.
 
     Raises:
-        CheckpointError: it could not be written; what was there before is unchanged.
+        CheckpointError: it is not.
     """
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # a temporary file starts readable by its owner alone
-        os.replace(temporary, path)
+        state = os.stat(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a file: nothing is there.") from error
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise CheckpointError(f"{path} is not a file but {kind_of(state)}.")
+    if state.st_size > most:
+        raise CheckpointError(
+            f"{path} has {state.st_size:,} bytes, and a file of its kind has {most:,} at most: it is not read."
+        )

@@ -34,7 +34,8 @@ from ..variants import (
     PiSSA,
     RoAd,
 )
-from .files import read_safetensors, write_atomically
+from .files import read_safetensors
+from .finite import check_finite
 from .mistakes import as_path
 from .single_adapter import (
     insert_from_file,
@@ -42,6 +43,7 @@ from .single_adapter import (
     sites_of,
     weight_of,
 )
+from .writing import write_atomically
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,18 @@ _COMMON = frozenset({"variant", "r", "alpha", "dtype", "target_roles", "target_n
 _UNREAD = frozenset({"rho", "center", "train_A", "rank_pattern", "alpha_pattern", "target_kinds"})
 
 
-def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_lora_lite(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
     """Write the adapter of `model` as a lora-lite file; a failure leaves what was at `path` as it was.
 
     Args:
         model: a model with one adapter, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
+        allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
         AdapterError: the model has no adapters.
         ConfigError: the adapter cannot be represented; the message says why.
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save_lora_lite(model, path)")
     variant, placed = only_adapter(model, "A lora-lite file")
@@ -120,6 +123,8 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": None,
         **{theirs: getattr(variant, ours) for ours, theirs in form.fields.items()},
     }
+    if not allow_nonfinite:
+        check_finite(tensors, file, "nothing was written")
     write_atomically(file, safetensors.torch.save(tensors, {"cfg": json.dumps(config)}))
 
 
@@ -127,6 +132,8 @@ def load_lora_lite(
     model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
     example_inputs: Inputs | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapter of a lora-lite file, with its values, in the dtype that they have there.
 
@@ -134,12 +141,14 @@ def load_lora_lite(
         model: the base, which is not changed.
         path: of the file. Only safetensors and JSON are read.
         example_inputs: as for `capture`.
+        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
 
     Returns:
         A graph module as `rewrite` returns it.
 
     Raises:
-        CheckpointError: the file is unreadable, or its keys, shapes, config or modules do not fit the model.
+        CheckpointError: the file is unreadable, or its keys, shapes, config or modules do not fit the model, or a
+            value is not finite.
         CaptureError: the model cannot be captured.
     """
     file = as_path(path, "load_lora_lite(model, path)")
@@ -152,6 +161,8 @@ def load_lora_lite(
         variant, form = _variant(metadata, sorted(by_site))
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its config cannot be read: {error}") from error
+    if not allow_nonfinite:
+        check_finite(state, file, "it is not loaded")
     return insert_from_file(model, variant, by_site, form.rest, file, example_inputs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 aten = torch.ops.aten
@@ -17,6 +18,18 @@ OpOverload = torch._ops.OpOverload
 # managers, which a graph cannot hold.
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
 ENTER_AUTOCAST, EXIT_AUTOCAST = _enter_autocast, _exit_autocast
+
+# The module of the functions that torch.export traces where a transform of torch.func begins and ends a level.
+_TRANSFORMS = "torch._functorch.predispatch"
+
+
+def is_transform(node: fx.Node) -> bool:
+    """Check whether `node` begins or ends a level of `vmap` or another transform, or moves a value across its border.
+
+    Nothing reads the results of those that begin and end a level, and the graph is wrong without them.
+    """
+    return node.op == "call_function" and getattr(node.target, "__module__", None) == _TRANSFORMS
+
 
 _FUNCTIONS = {
     aten.add.Tensor: torch.add,
@@ -57,3 +70,20 @@ def call_directly(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function":
             node.target = _FUNCTIONS.get(node.target, node.target)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often `tensor` was written to in place."""
+    # The version counter has no public name; autograd's documentation calls it by this one.
+    return tensor._version
+
+
+def transform_is_active() -> bool:
+    """Check whether a transform of `torch.func`, forward-mode AD or a trace of `torch.jit` runs this call.
+
+    They need operations that they know: no autograd functions of our own, and no writes to results.
+    """
+    is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+    # Neither torch.func nor forward-mode AD has a public question for whether it is active.
+    levels = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return levels or is_tracing

@@ -14,14 +14,17 @@ from typing import Any
 from torch import fx
 
 from ..adapters.placement import placements
+from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_state_dict
 from ..capture.capture import Inputs
 from ..capture.hugging_face import is_hugging_face
 from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
+from ..execution.layer import running_parts
 from ..formats.checkpoint import load
 from ..formats.peft.directory import CONFIG, load_peft
+from ..graph.layers import is_layer
 from ..rewriting.calibration import Batches, check_calibration
 from ..rewriting.rewrite import Config, as_variants, rewrite
 from .adapted_model import (
@@ -41,6 +44,7 @@ def adapt(
     *,
     calibration: Batches | None = None,
     max_graphs: int = 16,
+    verify: bool = True,
 ) -> Any:
     """Return a copy of a Hugging Face model, of the same class and over the same weights, that runs rewritten graphs.
 
@@ -56,6 +60,7 @@ def adapt(
         example_inputs: as for `rewrite`: the first call to capture, which decides on the sites.
         calibration: as for `rewrite`.
         max_graphs: the most graphs to keep; the one that was not used for longest is dropped for a new one.
+        verify: compare each graph with the model when it is captured, as `capture` does.
 
     Returns:
         The copy, in the model's mode. Only the adapters' parameters require grad. Its parts (`get_encoder()`, the
@@ -86,7 +91,8 @@ def adapt(
         raise AdapterError(f"{type(model).__name__} is adapted already. The way out: pass several configs at once.")
     if type(max_graphs) is not int or max_graphs < 1:
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
-    graphs = GraphCache(share(model), example_inputs, max_graphs)
+    check_gradients(model)
+    graphs = GraphCache(share(model), example_inputs, max_graphs, verify)
     graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
     return _adopted(graphs)
 
@@ -103,7 +109,7 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
 
 
 def _adopted(graphs: GraphCache) -> Any:
-    """Make the models in the copy run graphs, and its adapted layers refuse to run alone."""
+    """Make the models in the copy run graphs, its layers parts of them, and its adapted modules refuse to run alone."""
     model = graphs.model
     sites = {placement.site for placement in graphs.placements}
     for name, module in model.named_modules():
@@ -112,8 +118,10 @@ def _adopted(graphs: GraphCache) -> Any:
             module.__class__ = subclass(Adapted if module is model else AdaptedPart, cls)
             module._graphs, module._path = graphs, name
         elif name in sites:
-            module.__class__ = subclass(AdaptedLayer, cls)
+            module.__class__ = running_parts(cls, AdaptedLayer)
             module._path = name
+        elif is_layer(name):
+            module.__class__ = running_parts(cls)
     trained = adapter_state_dict(model)
     # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
     model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]

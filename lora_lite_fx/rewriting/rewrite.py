@@ -25,6 +25,7 @@ from ..adapters.placement import (
     placements,
     site_weight,
 )
+from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_tensors, describe_adapters
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
@@ -54,6 +55,7 @@ def rewrite(
     dynamic_shapes: Any = "auto",
     calibration: Batches | None = None,
     checkpoint_layers: bool | None = None,
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Capture `model` as a graph and insert adapters into it.
 
@@ -73,19 +75,24 @@ def rewrite(
             That takes less memory and about a third more time, and gives the same gradients. The layers are those
             that `layers` of a config counts. None follows `model`: a Hugging Face model after
             `gradient_checkpointing_enable()` and a graph made with this option checkpoint their layers.
+        verify: compare the captured graph with the model on the example inputs before adapters are inserted, as
+            `capture` does.
 
     Returns:
         A graph module over the model's own frozen weights, in the model's mode. Only the adapters' parameters
         require grad.
 
     Raises:
-        CaptureError: the model cannot be captured, the inputs do not fit it, or it has no layers to checkpoint.
+        CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or
+            its graph computes something else than it.
         SelectionError: a config's targets match no site.
         ConfigError: `cfg` is not a variant, or does not fit a site.
     """
     variants = as_variants(cfg)
     check_calibration(calibration)
-    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers)
+    gm = capture(
+        model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers, verify=verify
+    )
     plans = make_plans(gm, variants, calibration)
     _warn_of_no_gradient(gm, plans)
     first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])
@@ -123,7 +130,8 @@ def merge(model: nn.Module) -> Any:
             result is a model of its class.
 
     Raises:
-        AdapterError: the model has no adapters.
+        AdapterError: the model has no adapters; or a merged value is NaN, infinite or too large for the dtype of the
+            base, and the message names the site.
     """
     return _without_adapters(model, MergeAdapters())
 
@@ -169,7 +177,11 @@ def insert_adapters(
 
     Returns:
         The index of the first of these adapters; the others follow.
+
+    Raises:
+        ConfigError: gradients do not pass through the frozen weights.
     """
+    check_gradients(gm)
     first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
     passes = (
         InsertAdapter(variant, first + i, tuple(site.name for site in sites), roles or {})

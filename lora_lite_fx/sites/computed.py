@@ -141,6 +141,8 @@ def obstacle(gm: fx.GraphModule, node: fx.Node, product: fx.Node) -> str:
             return "it depends on the mode of the model"
         if behind.op == "get_attr" and behind.target in buffers:
             return f"it is computed from the buffer {behind.target}, which the model changes"
+        if "quantize" in op_name(behind):  # a quantization by others, perhaps of a weight that has adapters already
+            return "it is quantized"
         if behind.op == "call_module":
             return f"symbolic tracing does not look into the module {behind.target} that computes it"
         if behind.op != "get_attr" and not _repeats(gm, behind):

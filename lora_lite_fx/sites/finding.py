@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import fx
@@ -23,6 +23,9 @@ from .kinds.linear import SiteKind
 from .roles import infer_roles
 from .site import Site
 
+# The calls of a site have in common the name of their module, the name of the weight, the kind, and the tensors.
+_Group = tuple[str, str, SiteKind, Hashable]
+
 
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """Return the sites of a graph in order of first execution, adapted or not. Adapters' own linears are not sites."""
@@ -36,22 +39,14 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     linears = {id(match): LinearNode(match.call.x, match.call.y) for match in matches if match.kind.name == "linear"}
     infer_roles(gm.graph, [linear for linear in linears.values() if linear.x not in constants])
 
-    groups: dict[tuple[str, SiteKind, Hashable], list[Match]] = defaultdict(list)
+    groups: dict[_Group, list[Match]] = defaultdict(list)
     for match in matches:
         tensors = tuple(source.identity for source in (match.source, match.bias) if source is not None)
-        groups[_name(match), match.kind, tensors].append(match)
-    names = Counter((name, kind.name == "linear") for name, kind, _ in groups)
-    sites: list[Site] = []
-    for (name, kind, _), members in groups.items():
-        weight = members[0].weight
-        if name == weight or names[name, kind.name == "linear"] > 1:
-            name = _name_in_module(weight, kind)
-        elif kind.name != "linear" and names[name, True]:  # an embedding whose weight is a head too
-            name = f"{name}.sites.{kind.name}"
+        groups[_name(match), match.weight, match.kind, tensors].append(match)
+    sites = []
+    for ((_, weight, kind, _), members), name in zip(groups.items(), _names(groups), strict=True):
         if kind.name == "embedding" and _is_same(gm, f"{name}.weight", weight):
             weight = f"{name}.weight"  # the graph may read it by the name of a head that is tied to it
-        if uses := sum(site.name.partition(".sites.use_")[0] == name for site in sites):
-            name = f"{name}.sites.use_{uses + 1}"  # one weight with several biases, or in several forms
         roles = (linears[id(match)].reasons for match in members if id(match) in linears)
         reasons = {role: reason for of_call in roles for role, reason in of_call.items()}
         *experts, d_out, d_in = kind.matrix(torch.empty(tuple(members[0].source.shape), device="meta")).shape
@@ -71,6 +66,40 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             )
         )
     return sites
+
+
+def _names(groups: Mapping[_Group, list[Match]]) -> list[str]:
+    """Return a qualified name for each site, all different.
+
+    Args:
+        groups: the calls of each site.
+    """
+    among = Counter((name, kind.name == "linear") for name, _, kind, _ in groups)
+    names = {}
+    for key in groups:
+        name, weight, kind, _ = key
+        if name in ("", weight) or among[name, kind.name == "linear"] > 1:  # no module of its own, or one of several
+            names[key] = _name_in_module(weight, kind)
+        elif kind.name != "linear" and among[name, True]:  # an embedding whose weight is a head too
+            names[key] = f"{name}.sites.{kind.name}"
+        else:
+            names[key] = name
+    for key, name in names.items():
+        # One weight is read in both orientations, in several forms, or with several biases. The module that owns it
+        # keeps the name.
+        alike = [other for other in groups if names[other] == name]
+        own = min(alike, key=lambda other: (_runs_elsewhere(groups[other]), other[2].transposed))
+        if key != own:
+            stem = name if ".sites." in f".{name}" else f"{name}.sites"
+            turned = [f"{stem}.transposed"] if key[2].transposed != own[2].transposed else []
+            numbered = [f"{stem}.use_{number}" for number in range(2, len(groups) + 2)]
+            names[key] = next(new for new in (*turned, *numbered) if new not in names.values())
+    return list(names.values())
+
+
+def _runs_elsewhere(calls: list[Match]) -> bool:
+    """Return whether a call runs outside the module that owns its weight."""
+    return any(inner_name(match.call.node) != match.weight.rpartition(".")[0] for match in calls)
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:

@@ -122,13 +122,14 @@ def span(x: fx.Node, y: fx.Node) -> list[fx.Node]:
 
 def stored_weight(model: nn.Module, site: Site) -> Tensor:
     """Return the frozen weight of `site` as the graph has it, a parameter or computed from the tensors of `model`."""
-    return _value(model, site.weight, site.computed_weight)
+    return frozen_tensor(model, site.weight, site.computed_weight)
 
 
 def stored_bias(model: nn.Module, site: Site) -> Tensor | None:
     """Return the frozen bias of `site` as the graph has it, or None."""
-    return None if site.bias is None else _value(model, site.bias, site.computed_bias)
+    return None if site.bias is None else frozen_tensor(model, site.bias, site.computed_bias)
 
 
-def _value(model: nn.Module, name: str, computed: fx.Node | None) -> Tensor:
+def frozen_tensor(model: nn.Module, name: str, computed: fx.Node | None) -> Tensor:
+    """Return the tensor of `model` that has this name; or the one that `computed` is, if that is given."""
     return tensor_of(model, name).detach() if computed is None else Computation.of(computed).run(model)

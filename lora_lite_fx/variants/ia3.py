@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.param_spec import ParamSpec
+from ..adapters.patterns import occurs
 from ..adapters.registry import register
 from ..adapters.variant import Variant, as_tuple
 from ..sites.site import Site
@@ -53,4 +53,4 @@ class IA3(Variant):
         """Return whether the gate is at the input of `site`."""
         if self.feedforward_names is None:
             return "down" in site.roles
-        return any(re.search(pattern, site.name) for pattern in as_tuple(self.feedforward_names))
+        return occurs(as_tuple(self.feedforward_names), site.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ...adapters.accounting import account_for
 from ...adapters.adapted_site import compose
 from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.placement import (
@@ -22,10 +23,12 @@ from ...adapters.placement import (
 )
 from ...adapters.variant import Variant, of_expert
 from ...errors import AdapterError
+from ...graph.provenance import is_size
 from ...graph.tensors import tensor_of
-from ...sites.computed import Computation
+from ...sites.computed import Computation, frozen_values
+from ...sites.dialects import match_site
 from ...sites.finding import find_sites
-from ...sites.site import Site, stored_bias, stored_weight
+from ...sites.site import Site, frozen_tensor, stored_bias, stored_weight
 from ..pipeline import GraphPass, eliminate_dead_code
 from .remove_adapters import RemoveAdapters
 
@@ -59,7 +62,7 @@ class MergedSite:
 
 
 @torch.no_grad()
-def merge_sites(gm: fx.GraphModule, sites: Iterable[Site]) -> list[MergedSite]:
+def merge_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[MergedSite]:
     """Fold the adapters of `gm` into weights and biases; neither the graph nor its tensors change.
 
     Outside dropout every variant is affine in `x`, so `b' = f(0)` and `W' = (f(I) - b')^T` hold all of it. Where the
@@ -68,11 +71,16 @@ def merge_sites(gm: fx.GraphModule, sites: Iterable[Site]) -> list[MergedSite]:
     Args:
         gm: a graph with adapters.
         sites: its sites; those without adapters are left out of the result.
+
+    Raises:
+        AdapterError: the graph records an adapter at a site that is not found; or a merged value is not finite, or too
+            large for the dtype of the base. The message names the site.
     """
+    adapted = account_for(gm, sites).adapted("merge")
     by_site: dict[str, list[Placement]] = defaultdict(list)
     for placement in placements(gm):
         by_site[placement.site].append(placement)
-    return [_merge_site(gm, site, by_site[site.name]) for site in sites if site.name in by_site]
+    return [_merge_site(gm, site, by_site[site.name]) for site in adapted]
 
 
 def _merge_site(gm: fx.GraphModule, site: Site, around: list[Placement]) -> MergedSite:
@@ -110,7 +118,35 @@ def _merge_matrix(
         shift = adapted(torch.zeros(1, site.d_in, dtype=exact, device=weight.device)).squeeze(0)
         rows = adapted(site.kind.identity(site.d_in, exact, weight.device)) - shift
     needs_bias = bias is not None or bool(shift.any())
-    return rows.t().contiguous().to(weight.dtype), shift.to(weight.dtype) if needs_bias else None
+    merged = _rounded(site, "weight", rows.t().contiguous(), weight)
+    return merged, _rounded(site, "bias", shift, weight if bias is None else bias) if needs_bias else None
+
+
+def _rounded(site: Site, name: str, exact: Tensor, frozen: Tensor) -> Tensor:
+    """Return a merged tensor in the dtype of the weight.
+
+    Args:
+        site: its site, and `name` its name there, for the message.
+        exact: its values in float32 at least.
+        frozen: the frozen tensor, whose dtype the result has.
+
+    Raises:
+        AdapterError: a value is not finite, or too large for the dtype.
+    """
+    rounded = exact.to(frozen.dtype)
+    bad = ~torch.isfinite(rounded.to(exact.dtype))
+    if bad.is_meta or not bad.any():
+        return rounded
+    count = f"{int(bad.sum())} of {bad.numel()} values of the merged {name} of {site.name!r}"
+    if torch.isfinite(exact[bad]).all():
+        raise AdapterError(
+            f"{count} are too large for {frozen.dtype}: up to {exact[bad].abs().max():.4g}, and it holds"
+            f" {torch.finfo(frozen.dtype).max:.4g}. Merge into a wider base, model.to(torch.bfloat16) or model.float()."
+        )
+    raise AdapterError(
+        f"{count} are NaN or infinite, because some of its adapters or of its frozen tensors are. If training has"
+        " diverged, take an earlier state."
+    )
 
 
 @dataclass(frozen=True)
@@ -128,7 +164,32 @@ class MergeAdapters(GraphPass):
         RemoveAdapters().run(gm)  # the nodes of the sites themselves stay
         for merged_site in merged:
             _replace(gm, merged_site, sites)
+        for merged_site in merged:
+            _require_read(gm, merged_site)
         return len(merged)
+
+
+def _require_read(gm: fx.GraphModule, merged: MergedSite) -> None:
+    """Check that each call of a merged site reads the merged weight.
+
+    Raises:
+        AdapterError: a call does not, because the weight reaches it through nodes that other sites read too.
+    """
+    site = merged.site
+    frozen = frozen_values(gm.graph)
+    for call in site.calls:
+        match = match_site(gm, call.node, frozen)
+        weight = None if match is None else frozen_tensor(gm, match.weight, match.call.computed_weight)
+        if weight is None or not _same(site.kind.matrix(weight), merged.weight):
+            raise AdapterError(
+                f"{site.name!r} cannot be merged: its call {call.node.name} reads the weight {site.weight!r} through"
+                " nodes that something else reads too. The way out: keep its adapter, or leave the site out by"
+                " exclude_names."
+            )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _replace(gm: fx.GraphModule, merged: MergedSite, sites: list[Site]) -> None:
@@ -245,6 +306,5 @@ def _leads_only_to(node: fx.Node, ends: set[fx.Node]) -> bool:
     """Return whether `node` is one of `ends`, or a view or cast of a weight that only they read."""
     if node in ends:
         return True
-    return (
-        len(node.all_input_nodes) == 1 and bool(node.users) and all(_leads_only_to(user, ends) for user in node.users)
-    )
+    read = [operand for operand in node.all_input_nodes if not is_size(operand)]
+    return len(read) == 1 and bool(node.users) and all(_leads_only_to(user, ends) for user in node.users)

@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import warnings
@@ -293,21 +292,29 @@ def fail(error: BaseException) -> Callable[..., Any]:
 
 
 def fail_half_way(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Let temporary files take half of what is written to them, then fail."""
-    opened = tempfile.NamedTemporaryFile
+    """Let files that are written by a descriptor take half of what is written to them, then fail."""
+    opened = os.fdopen
 
     def opening(*args: Any, **kwargs: Any) -> Any:
-        file: Any = opened(*args, **kwargs)
-        write = file.file.write
+        file = opened(*args, **kwargs)
+        write = file.write
 
-        def half(data: bytes) -> int:
-            write(data[: len(data) // 2])
-            raise error
+        class Failing:
+            """Stands for the file: its attributes cannot be replaced."""
 
-        file.write = half
-        return file
+            def __enter__(self) -> Failing:
+                return self
 
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", opening)
+            def __exit__(self, *_: object) -> None:
+                file.close()
+
+            def write(self, data: bytes) -> int:
+                write(data[: len(data) // 2])
+                raise error
+
+        return Failing()
+
+    monkeypatch.setattr(os, "fdopen", opening)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)

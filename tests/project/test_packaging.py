@@ -157,7 +157,7 @@ def test_the_metadata_of_the_wheel_is_complete(wheel: Path) -> None:
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Requires-Python"].startswith(">=3.")
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert sorted(line.split(">")[0] for line in required) == ["safetensors", "torch"]
+    assert sorted(line.split(">")[0] for line in required) == ["regex", "safetensors", "torch"]
     built_in = [cls for cls in registry().values() if cls.__module__.startswith(f"{NAME}.")]
     assert len(built_in) == 21
     assert "LoRA and twenty other methods" in metadata["Summary"]

@@ -233,7 +233,7 @@ def test_two_forms_of_a_weight_are_two_sites_and_two_calls_of_a_module_are_one()
     model = Twice().double().eval()
     base = llfx.capture(model, (X,))
     sites = {site.name: len(site.calls) for site in find_sites(base)}
-    assert sites == {"normed": 2, "sites.weight": 1, "sites.weight.sites.use_2": 1}
+    assert sites == {"normed": 2, "sites.weight": 1, "sites.weight.use_2": 1}
     gm = llfx.rewrite(base, [llfx.DoRA(r=2, target_names=(".",)), llfx.IA3(target_names=(".",))])
     randomise(gm, 0)
     close(output(llfx.merge(gm).eval(), (Y,)), output(gm.eval(), (Y,)), 1e-9, "merged")

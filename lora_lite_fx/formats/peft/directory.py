@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -22,29 +23,39 @@ from ...graph.provenance import SHARED
 from ...sites.site import Site
 from ...variants import LoRA
 from ...variants.pissa import FromWeight
-from ..files import read_json, read_safetensors, write_atomically
+from ..files import read_json, read_safetensors
+from ..finite import check_finite
 from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, only_adapter, sites_of
+from ..writing import write_together
 from .config import config_for, format_of, from_peft_config
 from .variants import PeftFormat
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_DIGEST = "lora_lite_fx.config"  # the key of the config's digest in the metadata of the tensors
+_ABOUT_THE_BASE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+"""Fields that do not change what the adapter computes. They are often edited by hand, so the digest leaves them out."""
 
 
-def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool = False) -> None:
+def save_peft(
+    model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool = False, allow_nonfinite: bool = False
+) -> None:
     """Write the adapter of `model` as a PEFT directory, which `PeftModel.from_pretrained` loads on the same base.
 
     Args:
         model: a model from `rewrite`, `wrap`, `adapt` or `load`, with one adapter.
-        path: of the directory; made if it is not there. Each of its two files is written whole or not at all.
+        path: of the directory; made if it is not there. Its two files are written whole or not at all, and after a
+            crash they are the old two, the new two, or there is no config. A digest of the config in the metadata of
+            the tensors lets `load_peft` refuse two files that do not belong together.
         as_lora: write `PiSSA` and `OLoRA` as an ordinary LoRA of twice the rank, the start and the end side by side.
             It runs on the unchanged base, without the factorization that PEFT repeats at each load otherwise.
+        allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
         AdapterError: the model has no adapters.
         ConfigError: the adapter cannot be represented; the message says why.
-        CheckpointError: the files cannot be written.
+        CheckpointError: the files cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_peft(model, path)")
     variant, placed = only_adapter(model, "A PEFT directory")
@@ -60,18 +71,23 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool =
             if name in form.tensors:
                 value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
                 tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
+    if not allow_nonfinite:
+        check_finite(tensors, folder / TENSORS, "nothing was written")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
-    write_atomically(folder / TENSORS, safetensors.torch.save(tensors, {"format": "pt"}))
-    write_atomically(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+    data = safetensors.torch.save(tensors, {"format": "pt", _DIGEST: _digest(config)})
+    document = json.dumps(config, indent=2, sort_keys=True).encode()
+    write_together([(folder / TENSORS, data), (folder / CONFIG, document)])
 
 
 def load_peft(
     model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
     example_inputs: Inputs | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> fx.GraphModule:
     """Capture `model` and insert the adapter of a PEFT directory, with its saved values.
 
@@ -79,25 +95,30 @@ def load_peft(
         model: the base, which is not changed.
         path: of the directory. Only JSON and safetensors are read.
         example_inputs: as for `capture`.
+        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
 
     Returns:
         A graph module as `rewrite` returns it.
 
     Raises:
-        CheckpointError: a file is unreadable, or its keys, shapes, config or modules do not fit the model, or the
-            adapter does something that cannot be represented here; the message says what.
+        CheckpointError: a file is unreadable, the two do not belong together, or a value is not finite; or the keys,
+            shapes, config or modules do not fit the model, or the adapter does something that cannot be represented
+            here; the message says what.
         CaptureError: the model cannot be captured.
     """
     folder = as_path(path, "load_peft(model, path)")
     check_directory(folder)
     config = read_json(folder / CONFIG)
-    state, _ = read_safetensors(folder / TENSORS)
+    state, metadata = read_safetensors(folder / TENSORS)
+    _check_pair(config, metadata, folder)
     try:
         variant = from_peft_config(config)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
     by_site = _by_site(form, state, folder / TENSORS)
+    if not allow_nonfinite:
+        check_finite(state, folder / TENSORS, "it is not loaded")
     return insert_from_file(model, variant, by_site, form.rest, folder, example_inputs)
 
 
@@ -113,6 +134,25 @@ def to_peft_config(model: nn.Module) -> dict[str, Any]:
     variant, placed = only_adapter(model, "A PEFT directory")
     sites = sites_of(model)
     return config_for(variant, [sites[placement.site] for placement in placed], _module_names(model))
+
+
+# What keeps the two files together.
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Return a hash of the fields of a config that say what the adapter computes, however the JSON is written."""
+    content = {name: value for name, value in config.items() if name not in _ABOUT_THE_BASE}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_pair(config: Mapping[str, Any], metadata: Mapping[str, str], folder: Path) -> None:
+    """Raise `CheckpointError` if the tensors were written with another config. Files of PEFT's own do not say."""
+    if _DIGEST in metadata and metadata[_DIGEST] != _digest(config):
+        raise CheckpointError(
+            f"{folder}: {TENSORS} was not saved with this {CONFIG}, so the two would compute what nobody saved. Save"
+            " the adapter again, or take both files from one place. If the config was edited on purpose, write the"
+            f" tensors without the entry {_DIGEST!r} in their metadata."
+        )
 
 
 # Names in the model and in the files.

@@ -30,9 +30,10 @@ from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import tensor_of
 from ..log import phase
 from ..rewriting.capture import capture
+from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
-from ..sites.site import Site
+from ..sites.site import Site, stored_weight
 from .files import read_safetensors
 from .finite import check_finite
 from .mistakes import as_path, check_file, foreign_file_hint
@@ -109,7 +110,7 @@ def load(
         for variant, targets in placed:
             for site in targets:
                 variant.for_site(site.name).check(site)
-                check_kind(variant.for_site(site.name), site, tensor_of(gm, site.weight))
+                check_kind(variant.for_site(site.name), site, stored_weight(gm, site))
         expected = _expected(gm, placed)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -196,7 +197,7 @@ def _check_base(
     gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]], prints: Mapping[str, str], path: object
 ) -> None:
     names = {site.name: site for _, targets in placed for site in targets}
-    now = {name: fingerprint(tensor_of(gm, site.weight)) for name, site in names.items()}
+    now = {name: fingerprint(stored_weight(gm, site)) for name, site in names.items()}
     other = {name for name in names if prints.get(name) != now[name]}
     for variant, targets in placed:
         differ = [site.name for site in targets if site.name in other]
@@ -218,7 +219,7 @@ def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> d
         for site in targets:
             placement = _in_file(placed, adapter, site)
             specs = placement.local.tensor_specs(site)
-            dtype = variant.param_dtype(tensor_of(gm, site.weight).dtype)
+            dtype = variant.param_dtype(stored_weight(gm, site).dtype)
             for name, qualified in placement.tensors.items():
                 expected[qualified] = specs[name].empty(dtype, torch.device("meta"))
     return expected
@@ -236,6 +237,9 @@ def _in_file(placed: list[tuple[Variant, list[Site]]], adapter: int, site: Site)
 def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
     """Return the frozen weight of each site, as the model stores it."""
     if isinstance(model, fx.GraphModule):
-        return {site.name: tensor_of(model, site.weight) for site in account_for(model).adapted("save")}
+        return {site.name: stored_weight(model, site) for site in account_for(model).adapted("save")}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
-    return {name: tensor_of(getattr(module, "base", module), "weight") for name, module in modules.items()}
+    return {
+        name: module.frozen_weight() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight")
+        for name, module in modules.items()
+    }

@@ -22,13 +22,12 @@ from ..adapters.state import adapter_state_dict, load_adapter_state_dict
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
-from ..graph.tensors import tensor_of
 from ..log import phase
 from ..rewriting.capture import capture
 from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
-from ..sites.site import Site
+from ..sites.site import Site, stored_weight
 
 
 def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]]:
@@ -65,7 +64,7 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
         return site_weight(model, site)
     module = model.get_submodule(site.name)
     assert isinstance(module, AdaptedLinear)
-    return site.kind.matrix(module.weight.detach())
+    return site.kind.matrix(module.frozen_weight())
 
 
 def insert_from_file(
@@ -106,7 +105,7 @@ def insert_from_file(
         for site in targets:
             local = variant.for_site(site.name)
             local.check(site)
-            check_kind(local, site, tensor_of(gm, site.weight))
+            check_kind(local, site, stored_weight(gm, site))
             _check_tensors(local.tensor_specs(site), by_site[site.name], rest, f"{path}: {site.name}")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error

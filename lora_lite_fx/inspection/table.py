@@ -19,10 +19,12 @@ from ..formats.writing import write_atomically
 from ..graph.provenance import Insertion, surrounding
 from ..graph.tensors import tensor_of
 from ..rewriting.capture import base_graph
+from ..sites.left_out import find_left_out
 from ..sites.roles import ROLES
+from ..sites.site import stored_weight
 from .page import render
 from .passes import ProgramReport, program_reports
-from .rows import SiteRow
+from .rows import LeftOutRow, SiteRow
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class SiteTable(Sequence[SiteRow]):
         model: class name of the model.
         sizes: number of elements of each frozen parameter, by qualified name, also outside the listed sites.
         programs: the reports of the passes, by program; empty unless `inspect` was asked for them.
+        left_out: one for each weight that multiplies data and is not a site, of the kinds asked for.
     """
 
     rows: tuple[SiteRow, ...]
@@ -42,6 +45,7 @@ class SiteTable(Sequence[SiteRow]):
     model: str
     sizes: Mapping[str, int]
     programs: tuple[ProgramReport, ...] = ()
+    left_out: tuple[LeftOutRow, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -53,7 +57,8 @@ class SiteTable(Sequence[SiteRow]):
 
         Returns:
             `model`, `parameters` (of the whole model), `trainable`, and `sites`: one dict for each row, with the
-            fields of `SiteRow` as keys. With reports of passes also `programs`: one dict for each `ProgramReport`.
+            fields of `SiteRow` as keys. With weights that are not sites also `left_out`: one dict for each
+            `LeftOutRow`. With reports of passes also `programs`: one dict for each `ProgramReport`.
         """
         data = {
             "model": self.model,
@@ -61,6 +66,8 @@ class SiteTable(Sequence[SiteRow]):
             "trainable": self.trainable,
             "sites": [asdict(row) for row in self.rows],
         }
+        if self.left_out:
+            data["left_out"] = [asdict(row) for row in self.left_out]
         if self.programs:
             data["programs"] = [report.to_dict() for report in self.programs]
         return data
@@ -113,6 +120,8 @@ class SiteTable(Sequence[SiteRow]):
         ]
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines.append(f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%)")
+        lines += ["", "not sites, though they multiply data:"] if self.left_out else []
+        lines += [f"  {row.name}: {row.reason}" for row in self.left_out]
         text = "\n".join(line.rstrip() for line in lines)
         return "\n\n".join([text, *map(str, self.programs)])
 
@@ -129,7 +138,8 @@ def inspect(
     Args:
         model: any module, which is captured and not changed; or the result of `rewrite`, `adapt` or `load`.
         example_inputs: as for `capture`.
-        kinds: of the sites to list, as in `target_kinds`; adapted sites are listed whatever their kind.
+        kinds: of the sites to list, as in `target_kinds`; adapted sites are listed whatever their kind. Weights that
+            multiply data and are not sites are listed too, each with the reason.
         passes: whether to report the optimizing passes too: for the training program and the inference program, the
             edits and the seconds of each pass, and why it left candidates as they are. A program that has not run yet
             is derived for that. The graph stays as it is.
@@ -154,7 +164,7 @@ def inspect(
                 d_out=site.d_out,
                 reasons={role: site.reasons[role] for role in ROLES if role in site.reasons},
                 weight=site.weight,
-                dtype=str(gm.get_parameter(site.weight).dtype).removeprefix("torch."),
+                dtype=str(stored_weight(gm, site).dtype).removeprefix("torch."),
                 bias=site.bias is not None,
                 calls=len(site.calls),
                 reads=x.name,
@@ -173,7 +183,18 @@ def inspect(
         running = model_or_graph if isinstance(model_or_graph, AdaptedGraphModule) else gm
         assert isinstance(running, AdaptedGraphModule)
         programs = program_reports(running)
-    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, programs)
+    left_out = tuple(
+        LeftOutRow(
+            name=weight.name,
+            weight=weight.weight,
+            reason=weight.reason,
+            roles=tuple(role for role in ROLES if role in weight.roles),
+            kind=weight.kind.name,
+        )
+        for weight in find_left_out(gm, account.sites)
+        if weight.kind.name in kinds
+    )
+    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, programs, left_out)
 
 
 def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...adapters.variant import Variant
 from ...errors import ConfigError
+from ...graph.provenance import inner_name
 from ...sites.kinds.convolution import Convolution
 from ...sites.site import Site
 from ...variants import IA3
@@ -162,6 +163,11 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
     for site in sites:
         if not site.weight.startswith(f"{site.name}."):
             raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is not a module of its own.")
+        if any(inner_name(call.node) not in (None, site.name) for call in site.calls):
+            raise ConfigError(
+                f"{name}: PEFT adapts the calls of modules, and the model reads the weight of {site.name!r} without"
+                " calling that module."
+            )
         if site.kind.name not in form.kinds:
             raise ConfigError(
                 f"{name}: files of PEFT hold it for linears only here; {site.name!r} is {site.kind.article}."

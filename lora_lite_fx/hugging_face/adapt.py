@@ -22,6 +22,7 @@ from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..formats.checkpoint import load
 from ..formats.peft.directory import CONFIG, load_peft
+from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration
 from ..rewriting.rewrite import Config, as_variants, rewrite
 from .adapted_model import (
@@ -34,6 +35,7 @@ from .adapted_model import (
 from .graph_cache import GraphCache
 
 
+@outside_inference_mode()
 def adapt(
     model: Any,
     cfg: Config | str | os.PathLike[str],

@@ -13,7 +13,7 @@ from ..capture.capture import Inputs
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule, execution_of
-from ..graph.tensors import tensor_of
+from ..graph.tensors import outside_inference_mode, tensor_of
 from ..graph.writes import written_buffers
 from ..sites.site import Site, is_called
 from .calibration import Batches, check_calibration
@@ -22,6 +22,7 @@ from .plan import make_plans
 from .rewrite import Config, as_variants
 
 
+@outside_inference_mode()
 def wrap(
     model: nn.Module,
     cfg: Config,

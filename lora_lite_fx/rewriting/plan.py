@@ -10,7 +10,7 @@ from torch import fx
 from ..adapters.adapted_site import check_kind
 from ..adapters.maths import wide
 from ..adapters.placement import site_weight
-from ..adapters.selection import select
+from ..adapters.selection import select, warn_of_unused_patterns
 from ..adapters.variant import Statistic, Variant
 from ..errors import ConfigError
 from ..graph.tensors import tensor_of
@@ -54,6 +54,8 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
         sites = find_sites(gm)
         details.append(f"{len(sites)} in the model")
     chosen = [(variant, select(variant, sites)) for variant in variants]
+    for variant in variants:
+        warn_of_unused_patterns(variant, sites, stacklevel=4)
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
     if calibration is not None:
         with phase("ran the calibration data"):

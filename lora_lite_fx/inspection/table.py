@@ -34,6 +34,7 @@ class SiteTable(Sequence[SiteRow]):
         total: number of all parameters of the model, adapters included.
         model: class name of the model.
         sizes: number of elements of each frozen parameter, by qualified name, also outside the listed sites.
+        unfrozen: number of parameters outside the adapters that the user lets train.
         programs: the reports of the passes, by program; empty unless `inspect` was asked for them.
     """
 
@@ -41,12 +42,13 @@ class SiteTable(Sequence[SiteRow]):
     total: int
     model: str
     sizes: Mapping[str, int]
+    unfrozen: int = 0
     programs: tuple[ProgramReport, ...] = ()
 
     @property
     def trainable(self) -> int:
-        """The number of trainable parameters."""
-        return sum(row.parameters for row in self.rows)
+        """The number of parameters that train."""
+        return sum(row.parameters for row in self.rows) + self.unfrozen
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON-ready data.
@@ -112,7 +114,10 @@ class SiteTable(Sequence[SiteRow]):
             for line in (head, tuple("-" * width for width in widths), *body)
         ]
         share = 100 * self.trainable / self.total if self.total else 0.0
-        lines.append(f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%)")
+        outside = f", {self.unfrozen:,} of them outside the adapters" if self.unfrozen else ""
+        lines.append(
+            f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%){outside}"
+        )
         text = "\n".join(line.rstrip() for line in lines)
         return "\n\n".join([text, *map(str, self.programs)])
 
@@ -156,7 +161,7 @@ def inspect(
                 d_in=site.d_in,
                 d_out=site.d_out,
                 adapters=tuple(insertion.config["variant"] for insertion in here),
-                parameters=sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)),
+                parameters=sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
                 reasons={role: site.reasons[role] for role in ROLES if role in site.reasons},
                 weight=site.weight,
                 dtype=str(gm.get_parameter(site.weight).dtype).removeprefix("torch."),
@@ -170,13 +175,17 @@ def inspect(
     total = sum(parameter.numel() for parameter in gm.parameters())
     adapters = set(adapter_tensor_names(gm))
     sizes = {name: parameter.numel() for name, parameter in gm.named_parameters() if name not in adapters}
+    unfrozen = 0
+    if adapters and isinstance(model, nn.Module):
+        own = {id(tensor_of(model, name)) for name in adapters}
+        unfrozen = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
     programs: tuple[ProgramReport, ...] = ()
     if passes:
         # A model that runs is asked for its own programs; of another model the graph made here shows what would run.
         running = model_or_graph if isinstance(model_or_graph, AdaptedGraphModule) else gm
         assert isinstance(running, AdaptedGraphModule)
         programs = program_reports(running)
-    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, programs)
+    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, unfrozen, programs)
 
 
 def _class_name(model: nn.Module | ExportedProgram, gm: fx.GraphModule) -> str:

@@ -81,7 +81,8 @@ def _table(model: str, adapter: str | None, passes: bool) -> SiteTable:
 
 
 def _load(model: Any, adapter: str) -> nn.Module:
-    return load_peft(model, adapter) if Path(adapter).is_dir() else load(model, adapter)
+    # Adapters that a .pt2 file has already are shown with it.
+    return (load_peft if Path(adapter).is_dir() else load)(model, adapter, stack=True)
 
 
 def _exported(path: Path) -> Any:

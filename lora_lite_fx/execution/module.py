@@ -24,6 +24,7 @@ from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
 from ..log import phase
 from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
+from .casting import follow_cast
 from .checkpointing import cut_layers
 from .prologue import Prologue, cut_prologue
 
@@ -157,6 +158,7 @@ class AdaptedGraphModule(fx.GraphModule):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedGraphModule:
         # to(), half(), cuda() and the like all come here. They replace the data of tensors, which version counters do
         # not show, and programs depend on the device.
+        follow_cast(self, fn)
         self._drop_derived()
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)

@@ -16,12 +16,14 @@ times differ by more than 3 %, the run is void. A CPU is timed by the processor 
 
 Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`, `peft`,
 `peft-compiled`, `hooks` (ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`,
-`ours-plain` (without optimizing passes), `ours-adapt` (made by `adapt`), `merged`.
+`ours-frozen` and `ours-frozen-compiled` (inside `llfx.frozen`, as `generate` runs; not in training), `ours-plain`
+(without optimizing passes), `ours-adapt` (made by `adapt`), `merged`.
 
 Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train` (forward and backward, 256 tokens),
-`saved` (bytes kept for the backward pass, without parameters), `flops`, `recompiles` (graphs compiled for further
-shapes; `graphs` are those for the first). Two belong to a training step in a process of its own: `memory` (its peak,
-above the memory in use before) and `compile` (seconds until the first step is done: capture, insertion, compilation).
+`train-2048` (2048 tokens), `saved` (bytes kept for the backward pass, without parameters), `flops`, `recompiles`
+(graphs compiled for further shapes; `graphs` are those for the first). Two belong to a training step in a process of
+its own: `memory` (its peak, above the memory in use before) and `compile` (seconds until the first step is done:
+capture, insertion, compilation).
 
 The benchmark writes OUT.json and OUT.png. Its exit code is 1 if an arm disagreed.
 """
@@ -57,7 +59,8 @@ from variants import flop_counter
 
 import lora_lite_fx as llfx
 
-TIMED, ALONE = ("forward", "decode", "train"), ("memory", "compile")
+TIMED, ALONE = ("forward", "decode", "train", "train-2048"), ("memory", "compile")
+USUAL = ("forward", "decode", "train")
 MEASURES = (*TIMED, "saved", "flops", "recompiles", *ALONE)
 DEFAULT_ARMS = [arm for arm in (*cases.BASE, *cases.ADAPTED) if arm not in ("base-compiled", "ours-adapt")]
 SHAPES = ((2, 16), (3, 24), (5, 40), (8, 3), (1, 32))
@@ -101,7 +104,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="VARIANT",
         help=f"{', '.join(VARIANTS)}; or all",
     )
-    add("--measures", nargs="+", default=[*TIMED, "saved", "flops"], choices=MEASURES, metavar="MEASURE")
+    add("--measures", nargs="+", default=[*USUAL, "saved", "flops"], choices=MEASURES, metavar="MEASURE")
     add(
         "--arms",
         nargs="+",
@@ -126,12 +129,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.quick:
         args.cases, args.variants, args.rounds, args.seconds = ["tiny", "tiny-qkv"], ["LoRA"], 3, 0.001
-        args.measures = [name for name in MEASURES if name not in ALONE]
+        args.measures = [name for name in MEASURES if name not in (*ALONE, "train-2048")]
         args.arms = [
             "base-graph",
             "peft",
             "ours-plain",
             "ours",
+            "ours-frozen",
             "merged",
         ]  # none needs a capture or compilation
     unknown = [pattern for pattern in args.cases if not fnmatch.filter(CASES, pattern)]
@@ -153,7 +157,8 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
         case = CASES[name]
         module = case.module(*args.values)
         for call in case.calls:
-            if {call, "flops", *_also(call)}.isdisjoint(args.measures):
+            also = {"flops", *_also(call)} if call in USUAL else set()
+            if {call, *also}.isdisjoint(args.measures):
                 continue
             step = case.step(module, call, *args.values)
             graph, _ = cases.capture(step)

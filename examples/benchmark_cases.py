@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import tempfile
@@ -133,7 +134,7 @@ class Case:
 
     Args:
         build: builds the module, with random weights unless it has pretrained ones.
-        calls: the calls that can be measured: "forward", "decode", "train".
+        calls: the calls that can be measured: "forward", "decode", "train"; "train-2048" is with 2048 tokens.
         tokens: the number of tokens in a layer's input; None for a model.
     """
 
@@ -148,11 +149,12 @@ class Case:
 
     def step(self, module: nn.Module, call: str, device: str, dtype: torch.dtype) -> Step:
         """Return the step that `call` means for this module."""
-        module.train(call == "train")
+        trains = call.startswith("train")
+        module.train(trains)
         step = _of_a_layer(module, call, self.tokens) if self.tokens else _of_a_model(module, call)
         inputs, example = (pytree.tree_map(_like(device, dtype), values) for values in (step.inputs, step.example))
         for tensor in inputs.values():
-            if call == "train" and tensor.is_floating_point():
+            if trains and tensor.is_floating_point():
                 tensor.requires_grad_()
         return Step(step.module, inputs, example, step.dynamic, step.trains)
 
@@ -164,7 +166,9 @@ def _like(device: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 def _of_a_layer(module: nn.Module, call: str, tokens: int) -> Step:
     width = next(module.parameters()).shape[1]
     inputs, example = ({"x": torch.randn(1, length, width)} for length in (tokens, 7))
-    return Step(module, inputs, {"x": example["x"].repeat(3, 1, 1)}, {"x": {0: AUTO, 1: AUTO}}, call == "train")
+    return Step(
+        module, inputs, {"x": example["x"].repeat(3, 1, 1)}, {"x": {0: AUTO, 1: AUTO}}, call.startswith("train")
+    )
 
 
 def _of_a_model(model: Any, call: str) -> Step:
@@ -181,8 +185,9 @@ def _of_a_model(model: Any, call: str) -> Step:
         )
         of_cache = [({0: AUTO, 2: AUTO}, {0: AUTO, 2: AUTO})] * model.config.num_hidden_layers
         return Step(Decode(model), inputs, example, {"input_ids": {0: AUTO, 1: AUTO}, "cache": of_cache}, False)
+    trained = int(call.partition("-")[2] or TRAINED)
     inputs, example = (
-        {"inputs_embeds": _embedded(model, tokens(size)), "labels": tokens(size)} for size in ((1, TRAINED), (3, 7))
+        {"inputs_embeds": _embedded(model, tokens(size)), "labels": tokens(size)} for size in ((1, trained), (3, 7))
     )
     return Step(Train(model), inputs, example, {name: {0: AUTO, 1: AUTO} for name in inputs}, True)
 
@@ -237,7 +242,7 @@ def _bert() -> nn.Module:
     return transformers.BertForMaskedLM(config)
 
 
-CAUSAL, LAYER = ("forward", "decode", "train"), ("forward", "train")
+CAUSAL, LAYER = ("forward", "decode", "train", "train-2048"), ("forward", "train")
 CASES = {
     "smollm2": Case(_smollm2, CAUSAL),
     "smollm2-6": Case(_llama, CAUSAL),
@@ -335,7 +340,18 @@ def _direction(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> T
 
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
 BASE = ("base", "base-again", "base-graph", "base-compiled")
-ADAPTED = ("peft", "peft-compiled", "hooks", "ours-plain", "ours", "ours-compiled", "ours-adapt", "merged")
+ADAPTED = (
+    "peft",
+    "peft-compiled",
+    "hooks",
+    "ours-plain",
+    "ours",
+    "ours-compiled",
+    "ours-frozen",
+    "ours-frozen-compiled",
+    "ours-adapt",
+    "merged",
+)
 
 
 class Arms:
@@ -351,6 +367,7 @@ class Arms:
         self.step, self.graph, self.cfg = step, graph, cfg
         self.ours = llfx.rewrite(graph, cfg)
         self._expected: dict[str, dict[str, Tensor]] = {}
+        self._scopes = contextlib.ExitStack()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in llfx.adapter_parameters(self.ours):
@@ -383,6 +400,12 @@ class Arms:
             )
         if name == "ours":
             return self.ours
+        if name == "ours-frozen":
+            if step.trains:
+                raise llfx.ConfigError("nothing is kept in training")
+            gm = llfx.optimize(self.ours)
+            self._scopes.enter_context(llfx.frozen(gm))  # as inside generate
+            return gm
         if name == "ours-plain":
             return llfx.optimize(self.ours, Pipeline(()))
         if name == "merged":

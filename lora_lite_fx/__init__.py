@@ -14,6 +14,7 @@ from .errors import (
     ConfigError,
     SelectionError,
 )
+from .execution.frozen import frozen
 from .execution.module import optimize
 from .formats.checkpoint import load, save
 from .formats.lora_lite import load_lora_lite, save_lora_lite
@@ -89,6 +90,7 @@ __all__ = [
     "backend",
     "capture",
     "from_peft_config",
+    "frozen",
     "inspect",
     "load",
     "load_adapter_state_dict",

@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import fx
 
@@ -17,13 +17,17 @@ from ..graph.provenance import place_of
 from ..graph.writes import written
 from .dump import Dump
 
-Program = Literal["training", "checkpointed", "inference"]
-"""One way to run an adapted graph. Each has its own optimized copy of the graph:
+Program = Literal["plain", "training", "checkpointed", "inference"]
+"""One way to run an adapted graph. Each has its own copy of the graph:
 
-- `training`: with gradients, in training mode, or under `torch.compile`;
+- `plain`: as it is, in transforms of `torch.func`, forward-mode AD and traces of `torch.jit`;
+- `training`: optimized for calls of which nothing is kept, with gradients or without;
 - `checkpointed`: in training mode, with layers that keep only their inputs and run again in the backward pass;
-- `inference`: in evaluation mode without gradients.
+- `inference`: in evaluation mode without gradients, inside a scope of `frozen`.
 """
+
+OPTIMIZED: frozenset[Program] = frozenset(("training", "checkpointed", "inference"))
+"""The programs that passes optimize."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Outcome(NamedTuple):
 class GraphPass(ABC):
     """One change to a graph. Subclasses are frozen dataclasses; their docstring says why the change is safe."""
 
-    programs: ClassVar[frozenset[Program]] = frozenset(get_args(Program))
+    programs: ClassVar[frozenset[Program]] = OPTIMIZED
     """The programs that the pass optimizes."""
 
     @property

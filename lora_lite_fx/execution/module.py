@@ -7,29 +7,39 @@ graph, in which parameter work is computed apart, and whose layers are checkpoin
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils.checkpoint import checkpoint
 
 from ..adapters.placement import HasGraphs, placements
 from ..adapters.state import describe_adapters, trainable_parameters
 from ..capture.signature import CallSignature
 from ..errors import AdapterError, shown
 from ..graph.copies import copy_graph, share_signatures
+from ..graph.direct_calls import transform_is_active
+from ..graph.layers import layer_of
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
 from ..log import phase
 from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
 from .casting import follow_cast
-from .checkpointing import cut_layers
-from .prologue import Prologue, cut_prologue
+from .cutting import Piece, Values, cut
+from .frozen import KeptValues, changed_inside
+from .layer import GraphLayer, Part, RunsParts, running_parts, submodule
+from .watch import Watch
 
 _DERIVED = "_run_"
 """The names of the methods that run programs begin with this."""
+
+_deriving = threading.RLock()
+"""Held while a program is derived, because several threads may run one graph."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
@@ -69,30 +79,81 @@ _ELSEWHERE = {
 """The functions to use in place of attributes that transformers and PEFT give their models and a graph lacks."""
 
 
+@dataclass
+class Derived:
+    """A program as it was derived.
+
+    Args:
+        reports: what each pass did.
+        pieces: what modules run of it.
+        values: what the rest needs of the model, or None.
+    """
+
+    reports: list[PassReport]
+    pieces: list[Piece] = field(default_factory=list)
+    values: Values | None = None
+
+    def keep(self, host: nn.Module, kept: KeptValues, method: str) -> None:
+        """Compute what the program needs of the modules of `host`, and let `kept` keep it."""
+        needed = [] if self.values is None else [(self.values, host)]
+        needed += [(piece.values, submodule(host, piece.path)) for piece in self.pieces]
+        tensors = [tensor for values, module in needed for tensor in values.read(module)]
+        found = [values.of(module) for values, module in needed]
+        kept.keep(method, found if self.values is not None else [(), *found], tensors)
+
+
+@dataclass(frozen=True)
+class Host:
+    """The module whose tensors a graph reads and whose layers it calls, if that is not the graph's own module.
+
+    A copy of a graph has no host.
+    """
+
+    module: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
+        return Host()
+
+
 class AdaptedGraphModule(fx.GraphModule):
     """A graph module that computes what its graph says, and runs it as its `execution` says.
 
-    A program is derived at the first call that needs it after a recompile, so that passes can change the graph. Calls
-    with gradients or in training mode run another program than inference. `torch.fx.Interpreter`, and so
-    `torch.export`, run the graph itself.
+    A program is derived at the first call that needs it after a recompile, so that passes can change the graph. Its
+    layers are called as modules at their own paths: `graph.model.layers[0]`. They read their tensors when they are
+    called, so whatever replaces a tensor or stands on a layer acts. `torch.fx.Interpreter`, and so `torch.export`, run
+    the graph itself.
     """
 
     execution: Execution | None = None  # None while the module is being made
-    prologues: dict[str, Prologue]  # by the method that reads them
-    reports: dict[str, list[PassReport]]  # by the method that runs the program
+    kept: KeptValues | None = None  # inside a scope of `frozen`
+    derived: dict[str, Derived]  # by the method that runs the program
+    _host = Host()
+    _watch: Watch | None = None
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
         self.execution = execution
+        _make_layers(self)
         self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedGraphModule:
         share_signatures(self, memo)
+        memo[id(self.kept)] = None
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, AdaptedGraphModule)
         twin.execution = self.execution
         twin.recompile()
         return twin
+
+    @property
+    def host(self) -> nn.Module:
+        """The module whose tensors the programs read, and whose layers they call."""
+        return self._host.module or self
+
+    def run_on(self, host: nn.Module) -> None:
+        """Let the programs read the tensors of `host`, and call its layers, wherever it has those of the graph."""
+        self._host = Host(host)
+        self._drop_derived()
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -104,41 +165,109 @@ class AdaptedGraphModule(fx.GraphModule):
 
     def pass_reports(self, program: Program) -> list[PassReport]:
         """Return what each pass did when `program` was derived; derive the program first if no call has needed it."""
-        return self.reports[self._derive(program, ())]
+        return self.derived[self._derive(program, (), ())].reports
+
+    def keep_values(self) -> None:
+        """Keep the values that depend on parameters alone, see `frozen`."""
+        self.kept = KeptValues()
+        for method in self.derived:
+            if method.startswith(f"{_DERIVED}inference"):
+                self._keep(method)
+
+    def drop_values(self) -> None:
+        """Drop the kept values, and keep none from now on."""
+        self.kept = None
 
     def _drop_derived(self) -> None:
         # torch.fx makes a class for each module, so the methods of the programs can be attributes of the class.
         cls: Any = type(self)
         for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
             delattr(cls, method)
-        cls.prologues = {}
-        cls.reports = {}
+        cls.derived = {}
+        cls._watch = None
+        for module in self.modules():
+            if isinstance(module, GraphLayer):
+                module.own_part = None
+
+    def _method_for(self, left_out: tuple[str, ...]) -> str:
+        """Return the name of the method that runs the program for a call in the modes of now."""
+        assert self.execution is not None
+        hooked = self._hooked()
+        if not torch.compiler.is_compiling() and transform_is_active():
+            return self._derive("plain", left_out, hooked)
+        if self.kept is not None and not self.training and not torch.is_grad_enabled():
+            method = self._derive("inference", left_out, hooked)
+            if self.kept.fit(method):
+                return method
+        checkpoints = self.execution.checkpoint_layers and self.training
+        return self._derive("checkpointed" if checkpoints else "training", left_out, hooked)
 
     # Otherwise torch.compile would trace it.
     @_constant_when_compiled
-    def _derive(self, program: Program, left_out: tuple[str, ...]) -> str:
-        """Make the method that runs this program for calls that leave these arguments out, unless the class has it.
+    def _derive(self, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...]) -> str:
+        """Make the method that runs this program, unless the class has it.
+
+        Args:
+            program: which one.
+            left_out: the arguments that the call leaves out.
+            hooked: qualified names of modules outside layers that are to be called, because hooks stand on them.
 
         Returns:
             The name of the method.
         """
-        cls: Any = type(self)
         method = "_without_".join((f"{_DERIVED}{program}", *left_out))
-        if method in vars(cls):
-            return method
+        if hooked:
+            method = "_calling_".join((method, *(name.replace(".", "_") for name in hooked)))
+        if method not in self.derived:
+            with _deriving:
+                if method not in self.derived:
+                    self._make(method, program, left_out, hooked)
+        if program == "inference":
+            with _deriving:
+                self._keep(method)
+        return method
+
+    def _make(self, method: str, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...]) -> None:
+        cls: Any = type(self)
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
-            graph, cls.reports[method] = self._optimized(program, left_out)
-            # The parts that are cut out become methods too; the outer graph calls them as if they were modules.
-            if program == "checkpointed":
-                for name, layer in cut_layers(self, graph, f"{method}_layer").items():
-                    setattr(cls, name, layer)
-            if (prologue := cut_prologue(self, graph, f"{method}_prologue")) is not None:
-                cls.prologues[method] = prologue
-                setattr(cls, f"{method}_prologue", _running(method))
+            graph, reports = self._optimized(program, left_out)
+            for name in hooked if self.host is not self else ():
+                module = submodule(self.host, name)
+                if not isinstance(module, RunsParts):
+                    kind: Any = type(module)
+                    module.__class__ = running_parts(kind)
+            pieces, values = cut(self, self.host, graph, method, hooked)
+            derived = Derived(reports, pieces, values)
+            is_kept, checkpoints = program == "inference", program == "checkpointed"
+            setattr(cls, f"{method}_values", _values_method(method, derived, is_kept))
+            for index, piece in enumerate(pieces):
+                part = _part(piece, is_kept, checkpoints)
+                setattr(cls, piece.method, _piece_method(method, index, piece, part, is_kept))
+                layer = submodule(self.host, piece.path)
+                if isinstance(layer, GraphLayer) and not is_kept and program != "plain":
+                    layer.own_part = part if [each.path for each in pieces].count(piece.path) == 1 else None
             setattr(cls, method, forward_of(self, graph))
+            cls.derived[method] = derived
             details.append(f"{len(graph.nodes)} nodes")
-        return method
+
+    def _keep(self, method: str) -> None:
+        """Compute and keep what a program needs of the modules."""
+        if self.kept is not None and method not in self.kept.by_program:
+            # Not inference tensors, because a later call could not use those otherwise.
+            with torch.inference_mode(False), torch.no_grad():
+                self.derived[method].keep(self.host, self.kept, method)
+
+    # As above. The hooks and ties of a compiled call are those that it was compiled with.
+    @_constant_when_compiled
+    def _hooked(self) -> tuple[str, ...]:
+        """Return the names of the modules that are to be called because hooks stand on them; check the ties."""
+        watch = self._watch
+        if watch is None:
+            with _deriving:
+                watch = type(self)._watch = Watch.of(self, self.host)
+        watch.check_ties(self.host)
+        return watch.hooked()
 
     def _optimized(self, program: Program, left_out: tuple[str, ...]) -> tuple[fx.Graph, list[PassReport]]:
         """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
@@ -151,13 +280,10 @@ class AdaptedGraphModule(fx.GraphModule):
         derived.graph.owning_module = None  # torch.fx would ask it for modules, but the calls stand for methods
         return derived.graph, reports
 
-    def train(self, mode: bool = True) -> AdaptedGraphModule:
-        self._forget()
-        return super().train(mode)
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedGraphModule:
-        # to(), half(), cuda() and the like all come here. They replace the data of tensors, which version counters do
-        # not show, and programs depend on the device.
+        # to(), half(), cuda() and the like all come here. Programs depend on the device.
+        if self.kept is not None:
+            raise changed_inside("The model was moved or cast")
         follow_cast(self, fn)
         self._drop_derived()
         apply: Callable[..., object] = super()._apply
@@ -180,24 +306,92 @@ class AdaptedGraphModule(fx.GraphModule):
         """Print one line: how many parameters train now, of how many, as PEFT prints it."""
         print(trainable_parameters(self))
 
-    def _forget(self) -> None:
-        for prologue in self.prologues.values():
-            prologue.forget()
+
+def _make_layers(gm: fx.GraphModule) -> None:
+    """Make the modules that hold the tensors of layers callable, see `GraphLayer`; add those of layers without any."""
+    for node in gm.graph.nodes:
+        path = (layer_of(node) or "").rpartition("@")[0]
+        module: nn.Module = gm
+        for name in path.split(".") if path else ():
+            if name not in module._modules:
+                module.add_module(name, nn.Module())
+            module = cast(nn.Module, module._modules[name])
+    for module in gm.modules():
+        if type(module) is nn.Module:
+            module.__class__ = GraphLayer
+
+
+def _part(piece: Piece, is_kept: bool, checkpoints: bool) -> Part:
+    """Return what the module of a piece runs. Pieces of equal code have one function, as long as it is in use."""
+    key = (piece.values, piece.rest, is_kept, checkpoints)
+    part = _parts.get(key)
+    if part is None:
+        part = _parts[key] = _make_part(*key)
+    return part
+
+
+_parts: weakref.WeakValueDictionary[Any, Part] = weakref.WeakValueDictionary()
+
+
+def _make_part(values: Values, rest: Callable[..., Any], is_kept: bool, checkpoints: bool) -> Part:
+    if is_kept:
+        return lambda module, *inputs: rest(None, *inputs)
+
+    def part(module: nn.Module, *inputs: Any) -> Any:
+        return rest(None, *values.of(module), *inputs)
+
+    def checkpointed(module: nn.Module, *inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return part(module, *inputs)
+        return checkpoint(part, module, *inputs, use_reentrant=False)
+
+    return checkpointed if checkpoints else part
+
+
+def _piece_method(method: str, index: int, piece: Piece, part: Part, is_kept: bool) -> Callable[..., Any]:
+    path = piece.path
+
+    def run(self: AdaptedGraphModule, *inputs: Any) -> Any:
+        layer = submodule(self.host, path)
+        if not getattr(layer, "runs_parts", False):
+            raise AdapterError(
+                f"{path!r} was replaced by a {type(layer).__name__} after the graph was captured. The graph runs the"
+                " layer that it was captured from, with the tensors that stand at its names. The way out: capture the"
+                " changed model."
+            )
+        if is_kept:
+            inputs = (*_kept(self).by_program[method][index + 1], *inputs)
+        if not piece.has_more_results or torch.is_grad_enabled():
+            return layer(*inputs, part=part)
+        # Without gradients a layer has caches among its results. Hooks expect its output alone.
+        more: list[Any] = []
+        return layer(*inputs, part=part, more=more), *more
+
+    return run
+
+
+def _values_method(method: str, derived: Derived, is_kept: bool) -> Callable[..., Any]:
+    def values(self: AdaptedGraphModule) -> Any:
+        assert derived.values is not None
+        found = _kept(self).by_program[method][0] if is_kept else derived.values.of(self.host)
+        return found if len(found) != 1 else found[0]
+
+    return values
+
+
+def _kept(gm: AdaptedGraphModule) -> KeptValues:
+    assert gm.kept is not None
+    return gm.kept
 
 
 def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
-    signature, checkpoints_layers = execution.signature, execution.checkpoint_layers
+    signature = execution.signature
 
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
-        program: Program = "inference"
-        # Under torch.compile nothing is cached between calls, so run the training program; inference's precomputed
-        # factors would be rebuilt every call.
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            program = "checkpointed" if checkpoints_layers and self.training else "training"
         if signature is None or not signature.has_defaults:
-            return getattr(self, self._derive(program, ()))(*args, **kwargs)
+            return getattr(self, self._method_for(()))(*args, **kwargs)
         values, left_out = signature.bind(args, kwargs)
-        results = getattr(self, self._derive(program, left_out))(*values)
+        results = getattr(self, self._method_for(left_out))(*values)
         return signature.omission(left_out).returned(results) if left_out else results
 
     # torch.compile counts recompilations by code object, so each module needs one of its own.
@@ -206,14 +400,6 @@ def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Cal
     if signature is not None:
         forward.__signature__ = signature.of_method  # type: ignore[attr-defined]
     return forward
-
-
-def _running(method: str) -> Callable[..., Any]:
-    def prologue(self: AdaptedGraphModule) -> Any:
-        work = self.prologues[method]
-        return work.inline(self) if torch.compiler.is_compiling() else work(self)
-
-    return prologue
 
 
 def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZATIONS) -> fx.GraphModule:

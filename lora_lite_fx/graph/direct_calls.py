@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 aten = torch.ops.aten
@@ -57,3 +58,20 @@ def call_directly(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function":
             node.target = _FUNCTIONS.get(node.target, node.target)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often `tensor` was written to in place."""
+    # The version counter has no public name; autograd's documentation calls it by this one.
+    return tensor._version
+
+
+def transform_is_active() -> bool:
+    """Check whether a transform of `torch.func`, forward-mode AD or a trace of `torch.jit` runs this call.
+
+    They need operations that they know: no autograd functions of our own, and no writes to results.
+    """
+    is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+    # Neither torch.func nor forward-mode AD has a public question for whether it is active.
+    levels = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return levels or is_tracing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 from torch import fx
 
@@ -16,4 +17,18 @@ def layer_of(node: fx.Node) -> str | None:
     for key, (path, *_) in (node.meta.get("nn_module_stack") or {}).items():
         if match := _LAYER.match(path):
             return f"{match[0]}@{key.partition('@')[2]}"
+    return None
+
+
+def is_layer(name: str) -> bool:
+    """Check whether a module of that qualified name is a layer: the first number in the name is its last part."""
+    return _LAYER.fullmatch(name) is not None
+
+
+def module_call_of(node: fx.Node, names: Container[str]) -> str | None:
+    """Return the outermost module among `names` that `node` was captured in, with the number of its call; or None."""
+    if node.op.startswith("call_"):
+        for key, (path, *_) in (node.meta.get("nn_module_stack") or {}).items():
+            if path in names:
+                return f"{path}@{key.partition('@')[2]}"
     return None

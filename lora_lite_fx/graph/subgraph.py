@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,14 +52,24 @@ def segment(members: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[f
 def replace_by_call(
     outer: fx.Graph, name: str, inputs: Sequence[fx.Node], members: Sequence[fx.Node], results: Sequence[fx.Node]
 ) -> None:
-    """Replace the nodes `members` of `outer` by a call of the module's method `name`, which returns their `results`."""
+    """Replace the nodes `members` of `outer` by one call of the module's method `name`.
+
+    Args:
+        outer: the graph, changed in place.
+        name: of the method.
+        inputs: its arguments.
+        members: the nodes that it stands for; they may be dropped, so nothing but `results` may be read outside.
+        results: what it returns: a tuple, or the bare value if there is one result.
+    """
     inside = set(members)
     with outer.inserting_after(members[-1]):
         call = outer.call_module(name, tuple(inputs))
-    with outer.inserting_after(call):
-        for index, node in reversed(list(enumerate(results))):
-            result = outer.call_function(operator.getitem, (call, index))
-            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+    values = [call]
+    if len(results) != 1:
+        with outer.inserting_after(call):
+            values = [outer.call_function(operator.getitem, (call, i)) for i in reversed(range(len(results)))][::-1]
+    for node, value in zip(results, values, strict=True):
+        node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
     for node in reversed(members):
         outer.erase_node(node)
 
@@ -70,3 +81,34 @@ def forward_of(gm: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
     """
     call_directly(graph)
     return type(fx.GraphModule(gm, graph)).forward
+
+
+_functions: weakref.WeakValueDictionary[Any, Callable[..., Any]] = weakref.WeakValueDictionary()
+
+
+def function_of(graph: fx.Graph) -> Callable[..., Any]:
+    """Return `graph`, which reads no attributes of a module, as a function of None and of its inputs.
+
+    Graphs that compute the same by the same operations have one function, whatever their nodes are called. So
+    `torch.compile` compiles the function of equal layers once.
+    """
+    numbered = _numbered(graph)
+    call_directly(numbered)
+    code = numbered.python_code("self")
+    key = (code.src, tuple(sorted(code.globals.items(), key=lambda item: item[0])))
+    function = _functions.get(key)
+    if function is None:
+        function = _functions[key] = type(fx.GraphModule(nn.Module(), numbered)).forward
+    return function
+
+
+def _numbered(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of `graph` whose nodes are named by their position."""
+    numbered = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(graph.nodes):
+        args = fx.node.map_arg(node.args, copies.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, copies.__getitem__)
+        target = f"a{index}" if node.op == "placeholder" else node.target
+        copies[node] = numbered.create_node(node.op, target, args, kwargs, name=f"a{index}")
+    return numbered

@@ -20,8 +20,10 @@ from ..capture.hugging_face import is_hugging_face
 from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
+from ..execution.layer import running_parts
 from ..formats.checkpoint import load
 from ..formats.peft.directory import CONFIG, load_peft
+from ..graph.layers import is_layer
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration
 from ..rewriting.rewrite import Config, as_variants, rewrite
@@ -105,7 +107,7 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
 
 
 def _adopted(graphs: GraphCache) -> Any:
-    """Make the models in the copy run graphs, and its adapted layers refuse to run alone."""
+    """Make the models in the copy run graphs, its layers parts of them, and its adapted modules refuse to run alone."""
     model = graphs.model
     sites = {placement.site for placement in graphs.placements}
     for name, module in model.named_modules():
@@ -114,8 +116,10 @@ def _adopted(graphs: GraphCache) -> Any:
             module.__class__ = subclass(Adapted if module is model else AdaptedPart, cls)
             module._graphs, module._path = graphs, name
         elif name in sites:
-            module.__class__ = subclass(AdaptedLayer, cls)
+            module.__class__ = running_parts(cls, AdaptedLayer)
             module._path = name
+        elif is_layer(name):
+            module.__class__ = running_parts(cls)
     trained = adapter_state_dict(model)
     # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
     model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]

@@ -14,6 +14,8 @@ from torch import fx
 from ..adapters.placement import Placement
 from ..adapters.state import describe_adapters, trainable_parameters
 from ..errors import AdapterError, ConfigError
+from ..execution.frozen import changed_inside, frozen
+from ..execution.layer import RunsParts, running_parts
 from ..formats.checkpoint import save
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
@@ -30,27 +32,34 @@ _PEFT = (
 
 @functools.cache
 def subclass(kind: Any, cls: Any) -> type:
-    """Return a subclass of `cls`, of the same name, with the methods of `kind`."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "base": cls}
-    if issubclass(kind, AdaptedPart):
+    """Return a subclass of `cls`, of the same name, whose models run graphs: `kind` is `Adapted` or `AdaptedPart`."""
 
-        @functools.wraps(cls.forward)  # generate and Trainer look at its signature
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if "peft_config" in vars(self):
-                raise AdapterError(_PEFT)
-            return self._graphs.run(self, args, kwargs)
+    @functools.wraps(cls.forward)  # generate and Trainer look at its signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "peft_config" in vars(self):
+            raise AdapterError(_PEFT)
+        return self._graphs.run(self, args, kwargs)
 
-        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call
-        names["forward"] = forward
-    return type(cls.__name__, (kind, cls), names)
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call
+    adapted: Any = running_parts(cls, kind)
+    adapted.forward = forward
+    if kind is Adapted and hasattr(cls, "generate"):
+
+        @functools.wraps(cls.generate)
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with frozen(self):
+                return cls.generate(self, *args, **kwargs)
+
+        adapted.generate = generate
+    return adapted  # type: ignore[no-any-return]
 
 
-class AdaptedLayer:
+class AdaptedLayer(RunsParts):
     """A module with an adapted site, in a model that runs graphs."""
 
     _path: str
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def run_alone(self, *args: Any, **kwargs: Any) -> Any:
         """Raise AdapterError, because the module would run without its adapter, unnoticed."""
         raise AdapterError(
             f"{self._path!r} was called by itself: that would run it without its adapter, which is in the graphs of the"
@@ -72,6 +81,14 @@ class Adapted(AdaptedPart):
     def placements(self) -> list[Placement]:
         """The adapters by site, as `adapters.placement.placements` asks for them."""
         return self._graphs.placements
+
+    def keep_values(self) -> None:
+        """Keep the values that depend on parameters alone, see `frozen`."""
+        self._graphs.keep_values(True)
+
+    def drop_values(self) -> None:
+        """Drop the kept values, and keep none from now on."""
+        self._graphs.keep_values(False)
 
     def adapted_graph(self) -> fx.GraphModule:
         """Return the graph that has all sites, over the tensors of the model."""
@@ -135,6 +152,8 @@ class Adapted(AdaptedPart):
         raise AdapterError("Resize the embeddings before adapt; the graphs of an adapted model read these weights.")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self._graphs.keeps_values:
+            raise changed_inside("The model was moved or cast")
         before = self._tensors()
         applied = super()._apply(fn, recurse)  # type: ignore[misc]
         if self._tensors() != before:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..capture.export import take_guards
 from ..capture.hugging_face import example_inputs_of
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
+from ..execution.module import AdaptedGraphModule
 from ..graph.tensors import register_tensor, tensor_of
 from ..graph.writes import written_buffers
 from ..log import logger
@@ -94,7 +96,7 @@ class CapturedGraph:
         given: the state of the caller's objects after the call, without its leaves.
     """
 
-    gm: fx.GraphModule
+    gm: AdaptedGraphModule
     call: CapturedCall
     shapes: Any
     guards: Callable[..., object]
@@ -126,13 +128,15 @@ class GraphCache:
         self.placements: list[Placement] = []
         self.sites: dict[str, tuple[frozenset[str], str]] = {}  # roles and weight, as the first graph has them
         self.captures = 0
+        self.keeps_values = False
+        self._lock = threading.RLock()
         self._owned: set[str] = set()
         self.drop()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
         """Return the cache of a copy of the model: the same adapters, and no graph yet."""
         twin = memo[id(self)] = object.__new__(GraphCache)
-        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(self.__dict__, keeps_values=False, _lock=threading.RLock())
         twin.drop()
         twin._owned = {*self._owned}
         twin.model = copy.deepcopy(self.model, memo)
@@ -156,8 +160,10 @@ class GraphCache:
     def run(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a part of the model as its own `forward` would be called."""
         arguments, return_dict = arguments_of(part, args, kwargs)
-        call = self._call(part, arguments)
-        graph = self._graph_for(call)
+        # Several threads may call one model. torch.compile knows no locks.
+        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+            call = self._call(part, arguments)
+            graph = self._graph_for(call)
         graph.gm.training = part.training
         leaves = graph.gm(**call.leaves)
         return _result(part, call.normalized, graph, leaves, return_dict)
@@ -183,7 +189,16 @@ class GraphCache:
         graph = self._capture_for(call)
         self._log(call, reason, time.perf_counter() - start)
         self._kept.append(graph)
+        if self.keeps_values:
+            graph.gm.keep_values()
         return graph
+
+    def keep_values(self, keeps: bool) -> None:
+        """Let all graphs keep the values that depend on parameters alone, or drop them."""
+        with self._lock:
+            self.keeps_values = keeps
+            for graph in self._kept:
+                graph.gm.keep_values() if keeps else graph.gm.drop_values()
 
     def _log(self, call: CapturedCall, refusal: str, seconds: float) -> None:
         name = type(self.model).__name__ + (f".{call.path}" if call.path else "")
@@ -211,15 +226,21 @@ class GraphCache:
         call = self._first_call(self.model)
         batches = None if calibration is None else (self._batch(batch) for batch in calibration)
         graph = self._capture_for(call)
-        graph.gm = insert(graph.gm, batches)
+        adapted = insert(graph.gm, batches)
+        assert isinstance(adapted, AdaptedGraphModule)
+        graph.gm = adapted
         self._bind(graph.gm)
+        graph.gm.run_on(self.model)
         self.placements = placements(graph.gm)
         self.sites = {site.name: (site.roles, site.weight) for site in find_sites(graph.gm)}
         self._kept.append(graph)
 
     def first_graph(self) -> fx.GraphModule:
-        """Return the graph that has all sites, captured again if it was dropped."""
-        return self._graph_for(self._first_call(self.model)).gm
+        """Return the graph that has all sites, captured again if it was dropped, over the tensors of the model."""
+        with self._lock:
+            gm = self._graph_for(self._first_call(self.model)).gm
+            self._bind(gm)
+        return gm
 
     def _first_call(self, model: Any) -> CapturedCall:
         inputs = self.example_inputs
@@ -286,10 +307,12 @@ class GraphCache:
             stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
             stack.enter_context(torch.random.fork_rng(devices=[]))
             gm = capture(shadow, example, dynamic_shapes=dynamic)
+        assert isinstance(gm, AdaptedGraphModule)
         guards = take_guards(gm)
         self._insert_again(gm)
         self.captures += 1
         self._bind(gm)
+        gm.run_on(self.model)
         return CapturedGraph(gm, call, _shapes(example), guards, outcome["result"], outcome["given"])
 
     def _insert_again(self, base: fx.GraphModule) -> None:
@@ -316,8 +339,11 @@ class GraphCache:
             if self.sites[name][1] in read:
                 raise CaptureError(f"{name} runs in a form that is not known as a linear, so its adapter has no place.")
 
-    def _bind(self, gm: fx.GraphModule) -> None:
-        """Let the graph read the tensors of the model, and the model have the adapters and what the graph writes to."""
+    def _bind(self, gm: AdaptedGraphModule) -> None:
+        """Let the graph have the tensors of the model, and the model the adapters and what the graph writes to.
+
+        What runs reads the tensors of the model. Passes, `merge` and files read those of the graph.
+        """
         adapters = {name for placement in placements(gm) for name in placement.tensors.values()}
         written = {*written_buffers(gm)} - self._owned
         for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:

@@ -54,7 +54,7 @@ def unflatten(fields: Sequence[Any]) -> list[Branch[Any]]:
     return [Branch(*fields[start : start + size]) for start in range(0, len(fields), size)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LowRankProducts:
     """`x, a, *sources, *flatten(branches) -> t, *ys`: `t = x a^T`, and `y = c (x W^T + b + alpha t_i B^T)` per branch.
 

@@ -13,8 +13,8 @@ from ..capture.capture import Inputs, capture_model
 from ..capture.signature import call_like_the_model
 from ..capture.source import Source
 from ..errors import CaptureError
-from ..execution.checkpointing import require_layers
 from ..execution.module import AdaptedGraphModule, checkpoints_layers, execution_of
+from ..execution.pieces import require_layers
 from ..graph.tensors import keep_aliases, outside_inference_mode
 from ..graph.writes import own_written_buffers
 from ..passes import (

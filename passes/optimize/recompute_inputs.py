@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ...graph.parameter_work import parameter_work
 from ...graph.provenance import is_inserted
 from ...graph.queries import is_narrow, is_product, operation_name, reads_tensor, value_of
-from ...graph.subgraph import extract, forward_of
+from ...graph.subgraph import extract, function_of
 from ...graph.tensors import tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import overwrites
@@ -113,7 +113,7 @@ class RecomputeInputs(GraphPass):
                 if not is_narrow(x):
                     declined.append(Declined.at(_results(node), sources))
                 continue
-            recipe = forward_of(nn.Module(), extract(sources, [x]))
+            recipe = function_of(extract(sources, [x]))
             with gm.graph.inserting_before(node):
                 call = gm.graph.call_function(
                     replace(products, recipe=recipe, sources=len(sources)), (x, a, *sources, *sites)

@@ -1,49 +1,25 @@
-"""Gradient checkpointing: layers keep only their inputs for the backward pass, and run again in it.
+"""The layers of a graph: which nodes each runs, in pieces that can stand at one place.
 
-The graph itself stays flat, so that passes, `remove`, `merge` and `inspect` do not see checkpointing: it is a property
-of the program that runs. A layer, as in the field `layers` of a config, is all modules with the same qualified name up
-to the first number in it.
+A layer, as in the field `layers` of a config, is all modules with the same qualified name up to the first number in it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-import torch
-from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch import fx
 
 from ..errors import CaptureError
 from ..graph.direct_calls import OpOverload
-from ..graph.layers import layer_of
-from ..graph.subgraph import forward_of, replace_by_call, segment
+from ..graph.layers import layer_of, module_call_of
 from ..graph.writes import may_return_a_view, written
-
-
-def cut_layers(gm: fx.GraphModule, outer: fx.Graph, name: str) -> dict[str, Callable[..., Any]]:
-    """Replace each layer of `outer` by one call of a method of `gm`.
-
-    Args:
-        gm: the module that has the tensors.
-        outer: the graph, changed in place.
-        name: the beginning of the names of the methods.
-
-    Returns:
-        The methods by name. They compute the layers, random numbers and gradients included. They run under
-        `torch.utils.checkpoint` while `gm` trains with gradients on, and without it otherwise.
-    """
-    methods = {}
-    for index, members in enumerate(_segments(gm, outer)):
-        method = f"{name}_{index}"
-        methods[method] = _under_checkpoint(forward_of(gm, _cut_out(outer, members, method)))
-    return methods
 
 
 def require_layers(gm: fx.GraphModule) -> None:
     """Raise `CaptureError` if the graph has no layers to checkpoint."""
-    if not _segments(gm, gm.graph):
+    if not pieces_of(gm, gm.graph):
         raise CaptureError(
             "checkpoint_layers: the model has no layers to checkpoint. A layer is an element of a ModuleList or"
             " Sequential, with a number in its qualified name as in model.layers.0."
@@ -51,12 +27,25 @@ def require_layers(gm: fx.GraphModule) -> None:
         )
 
 
-def _segments(gm: fx.GraphModule, graph: fx.Graph) -> list[list[fx.Node]]:
-    """Return the nodes of each layer, in graph order, in pieces that can run as one, and run again."""
+def pieces_of(gm: fx.GraphModule, graph: fx.Graph, also: Collection[str] = ()) -> list[tuple[str, list[fx.Node]]]:
+    """Return the nodes of each layer, in pieces that can run as one, and run again in the backward pass.
+
+    Args:
+        gm: has the tensors.
+        graph: its graph, or a program derived from it.
+        also: qualified names of modules outside layers that are to be pieces too.
+
+    Returns:
+        The qualified name of the layer, and its nodes in graph order, for each piece. A layer that runs twice has two.
+    """
+
+    def place(node: fx.Node) -> str | None:
+        return layer_of(node) or (module_call_of(node, also) if also else None)
+
     overwritten = _overwritten(gm, graph)
     outside: set[fx.Node] = set()
     while True:
-        pieces = list(_pieces(graph, outside))
+        pieces = list(_pieces(graph, outside, place))
         piece_of: dict[fx.Node | None, int] = {node: index for index, piece in enumerate(pieces) for node in piece}
         # A piece may overwrite what it made itself; to be run again, it must not read what is overwritten elsewhere.
         torn: set[fx.Node] = set()
@@ -65,11 +54,11 @@ def _segments(gm: fx.GraphModule, graph: fx.Graph) -> list[list[fx.Node]]:
             if places not in ({None}, {piece_of.get(made_by)}):
                 torn.update(readers)
         if not torn:
-            return pieces
+            return [(str(place(piece[0])).rpartition("@")[0], piece) for piece in pieces]
         outside |= torn
 
 
-def _pieces(graph: fx.Graph, outside: set[fx.Node]) -> Iterator[list[fx.Node]]:
+def _pieces(graph: fx.Graph, outside: set[fx.Node], place: Callable[[fx.Node], str | None]) -> Iterator[list[fx.Node]]:
     """Yield the nodes of each layer but those in `outside`, cut at nodes outside the layer that must not run before it.
 
     So a piece can run at the place of its last node. The nodes of others that stand between its nodes run before it.
@@ -77,7 +66,7 @@ def _pieces(graph: fx.Graph, outside: set[fx.Node]) -> Iterator[list[fx.Node]]:
     current: str | None = None
     piece: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        layer = None if node in outside else layer_of(node)
+        layer = None if node in outside else place(node)
         waits = layer or _is_impure(node) or any(read in piece for read in node.all_input_nodes)
         if piece and layer != current and waits:
             yield list(piece)
@@ -116,19 +105,3 @@ def _overwritten(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | No
         if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "track_running_stats", False):
             overwritten.setdefault(node.target, []).append(node)  # the module's own statistics, which no node makes
     return [(made_by.get(tensor), reading) for tensor, reading in overwritten.items()]
-
-
-def _cut_out(outer: fx.Graph, members: list[fx.Node], name: str) -> fx.Graph:
-    """Replace `members` of `outer` by one call of the module's method `name`; return the graph of that method."""
-    graph, inputs, results = segment(members)
-    replace_by_call(outer, name, inputs, members, results)
-    return graph
-
-
-def _under_checkpoint(segment: Callable[..., Any]) -> Callable[..., Any]:
-    def run(self: nn.Module, *inputs: Any) -> Any:
-        if self.training and torch.is_grad_enabled():
-            return checkpoint(segment, self, *inputs, use_reentrant=False)
-        return segment(self, *inputs)
-
-    return run

@@ -1,0 +1,167 @@
+"""`frozen`: a scope in which nobody changes a parameter, so that what depends on parameters alone is computed once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..adapters.placement import placements
+from ..errors import AdapterError, shown
+from ..graph.direct_calls import version_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class KeptValues:
+    """The values of one graph that are kept while a scope is open.
+
+    Args:
+        by_program: for each program that has run, what it needs of each module.
+        autocast: for each of them, the mode of autocast that its values were computed in.
+    """
+
+    by_program: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+    autocast: dict[str, Any] = field(default_factory=dict)
+    _tensors: list[Tensor] = field(default_factory=list)
+    _versions: list[int] = field(default_factory=list)
+
+    def keep(self, program: str, values: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> None:
+        """Keep the values of a program, which were computed from `tensors`, in the mode of autocast of now."""
+        # Tensors that were made in inference mode count no versions: writes to them are not noticed.
+        watched = [tensor for tensor in tensors if type(tensor) in _ORDINARY and not tensor.is_inference()]
+        self._tensors += watched
+        self._versions += map(version_of, watched)
+        self.autocast[program] = _autocast_mode()
+        self.by_program[program] = list(values)
+
+    def fit(self, program: str) -> bool:
+        """Check whether a call may use the values of a program.
+
+        It may not in another mode of autocast, on which their types depend, nor after a write.
+
+        Raises:
+            AdapterError: a tensor that values were computed from was written to.
+        """
+        if not torch.compiler.is_compiling() and list(map(version_of, self._tensors)) != self._versions:
+            raise changed_inside("A parameter was written to")
+        return bool(self.autocast[program] == _autocast_mode())
+
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def _autocast_mode() -> tuple[Any, ...]:
+    return tuple(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda"))
+
+
+@runtime_checkable
+class KeepsValues(Protocol):
+    """A module that keeps values in a `frozen` scope."""
+
+    def keep_values(self) -> None:
+        """Keep values from now on."""
+
+    def drop_values(self) -> None:
+        """Drop all values, and keep none from now on."""
+
+
+_scopes: dict[int, int] = {}
+"""How many scopes are open, by the id of the model: scopes may be nested, and opened by several threads."""
+
+_lock = threading.RLock()
+
+
+@contextmanager
+def frozen(model: Model) -> Iterator[Model]:
+    """Open a scope in which no parameter of `model` changes.
+
+    Inside, calls without gradients in evaluation mode compute once what depends on parameters alone: norms, rotations,
+    folded factors. Outside, each call computes that from the parameters that are there. `generate` of an adapted model
+    opens the scope itself. Compiled calls take the kept values as inputs. Calls with gradients keep nothing.
+
+    A step of an optimizer and `load_state_dict` are errors at once, other writes at the next call or at the end of the
+    scope. Writes to `.data`, by numpy and by collectives are not noticed, nor are writes to tensors that were made in
+    inference mode. Sharded parameters are not kept.
+
+    Args:
+        model: the result of `rewrite`, `load`, `wrap` or `adapt`. A result of `wrap` is watched, and keeps nothing.
+
+    Yields:
+        The model.
+
+    Raises:
+        AdapterError: `model` has no adapters; or a parameter was changed inside the scope.
+    """
+    if not isinstance(model, nn.Module) or not (isinstance(model, KeepsValues) or placements(model)):
+        raise AdapterError(
+            f"frozen takes a model with adapters, which rewrite, load, wrap or adapt returned, not {shown(model)}."
+        )
+    before = dict(model.named_parameters())
+    versions = {name: version_of(tensor) for name, tensor in before.items() if not tensor.is_inference()}
+    watched = set(map(id, before.values()))
+
+    def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if any(id(parameter) in watched for group in optimizer.param_groups for parameter in group["params"]):
+            raise changed_inside(f"{type(optimizer).__name__}.step() was called on the model's parameters")
+
+    step = register_optimizer_step_pre_hook(refuse)
+    load = model.register_load_state_dict_pre_hook(_refuse_to_load)  # type: ignore[no-untyped-call]
+    _enter(model)
+    try:
+        yield model
+    finally:
+        _leave(model)
+        step.remove()
+        load.remove()
+    after = dict(model.named_parameters())
+    for name, tensor in before.items():
+        if after.get(name) is not tensor:
+            raise changed_inside(f"{name} was replaced")
+        if name in versions and version_of(tensor) != versions[name]:
+            raise changed_inside(f"{name} was written to")
+
+
+def _refuse_to_load(*_: Any) -> None:
+    raise changed_inside("load_state_dict was called")
+
+
+def changed_inside(what: str) -> AdapterError:
+    """Return the error for a change of a parameter inside the scope.
+
+    Args:
+        what: what was done, as a clause.
+    """
+    return AdapterError(
+        f"{what} inside llfx.frozen(model), where values computed from the parameters are kept. The way out: leave the"
+        " scope before a parameter changes."
+    )
+
+
+def _enter(model: nn.Module) -> None:
+    with _lock:
+        _scopes[id(model)] = _scopes.get(id(model), 0) + 1
+        if _scopes[id(model)] == 1 and isinstance(model, KeepsValues):
+            model.keep_values()
+
+
+def _leave(model: nn.Module) -> None:
+    with _lock:
+        _scopes[id(model)] -= 1
+        if not _scopes[id(model)]:
+            del _scopes[id(model)]
+            if isinstance(model, KeepsValues):
+                model.drop_values()
+
+
+def can_be_kept(model: nn.Module) -> bool:
+    """Check whether values of the model's parameters may be kept: not those of sharded ones, which are freed."""
+    return not any(isinstance(parameter, DTensor) for parameter in model.parameters())

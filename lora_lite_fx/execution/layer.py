@@ -1,0 +1,95 @@
+"""Modules that run a part of a program: its layers, each at its own path in the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..errors import AdapterError
+
+Part = Callable[..., Any]
+"""`module, *inputs -> results`: what a layer computes in a program, of the tensors that `module` has now.
+
+The result is a tensor; or a tuple, of which the first is the one that the layer computes last, as a rule its output.
+"""
+
+
+class RunsParts:
+    """A module that a program calls with the part of it that the module runs.
+
+    It is called as a module, because then whatever stands on a module acts: hooks, `fully_shard`, `compile()`. It is
+    called with the part, because one model has several programs.
+    """
+
+    runs_parts = True
+    __call__ = nn.Module.__call__  # transformers' layers have one of their own, which checkpoints
+
+    def forward(self, *args: Any, part: Part | None = None, more: list[Any] | None = None, **kwargs: Any) -> Any:
+        """Run a part of a program; called without one, do what the module's own class does.
+
+        Args:
+            args: the values that the part reads and that are not tensors of the module.
+            part: given by the program.
+            more: takes the results after the first one, if it is given.
+            kwargs: of a call without a part.
+        """
+        if part is None:
+            return self.run_alone(*args, **kwargs)
+        results = part(self, *args)
+        if more is None:
+            return results
+        more += results[1:]
+        return results[0]
+
+    def run_alone(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module for a call without a part."""
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def running_parts(cls: Any, kind: Any = RunsParts) -> Any:
+    """Return a subclass of `cls`, of the same name, whose modules run parts of programs.
+
+    Args:
+        cls: the class of a module.
+        kind: `RunsParts`, or a subclass that it gets the methods of.
+    """
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "base": cls}
+    return type(cls.__name__, (kind, cls), names)
+
+
+class GraphLayer(RunsParts, nn.Module):
+    """A module of a rewritten graph: it has the tensors of the user's module at its path, and none of its code."""
+
+    own_part: Part | None = None
+
+    def run_alone(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what the layer runs in training.
+
+        Args:
+            args: the values that the layer reads and that are not tensors of it.
+            kwargs: are refused.
+
+        Raises:
+            AdapterError: the graph was not called yet, or the module is not a layer that runs as one piece.
+        """
+        if self.own_part is None:
+            raise AdapterError(
+                "This module of a rewritten graph does not run by itself. A layer does, as graph.model.layers[0], after"
+                " the first call of the graph and if the graph runs it once."
+            )
+        return self.own_part(self, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "own_part"}
+
+
+def submodule(module: Any, path: str) -> Any:
+    """Return the submodule of that qualified name: as `get_submodule`, without its checks, which take their time."""
+    for name in path.split("."):
+        modules = module._modules
+        module = modules[name] if name in modules else getattr(module, name)
+    return module

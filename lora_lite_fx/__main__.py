@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .capture.exported_file import open_exported
 from .errors import AdapterError
 from .formats.checkpoint import load
-from .formats.files import read_json
+from .formats.files import MOST_TENSORS, check_regular, read_json
 from .formats.peft.directory import load_peft
 from .inspection.table import SiteTable, inspect
 
@@ -53,10 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--passes", action="store_true", help="show what each optimizing pass did, and why not more")
     command.add_argument("--json", action="store_true", help="print data in place of the table")
     command.add_argument("--html", metavar="FILE", help="write one HTML page with the model as a picture")
+    command.add_argument(
+        "--trust",
+        action="store_true",
+        help="open a .pt2 file too that runs code when it is opened, which can do whatever you can: only if you trust"
+        " whoever made it",
+    )
     options = parser.parse_args(arguments)
+    if options.trust:
+        print(f"{parser.prog}: warning: --trust runs code that {options.model} may hold", file=sys.stderr)
     try:
         with _quiet():
-            table = _table(options.model, options.adapter, options.passes)
+            table = _table(options.model, options.adapter, options.passes, options.trust)
         if options.html is not None:
             table.save_html(options.html)
     except (_Refused, AdapterError) as error:
@@ -69,11 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _table(model: str, adapter: str | None, passes: bool) -> SiteTable:
+def _table(model: str, adapter: str | None, passes: bool, trust: bool) -> SiteTable:
     if adapter is not None and not Path(adapter).exists():
         raise _Refused(f"there is no {adapter}")
     if model.endswith(".pt2"):
-        program = _exported(Path(model))
+        if not Path(model).exists():
+            raise _Refused(f"there is no {model}")
+        check_regular(Path(model), MOST_TENSORS)
+        program = open_exported(Path(model), trust=trust)
         return inspect(program if adapter is None else _load(program, adapter), passes=passes)
     if adapter is not None:
         return inspect(_load(_with_weights(model), adapter), passes=passes)
@@ -83,15 +95,6 @@ def _table(model: str, adapter: str | None, passes: bool) -> SiteTable:
 def _load(model: Any, adapter: str) -> nn.Module:
     # Adapters that a .pt2 file has already are shown with it.
     return (load_peft if Path(adapter).is_dir() else load)(model, adapter, stack=True)
-
-
-def _exported(path: Path) -> Any:
-    if not path.is_file():
-        raise _Refused(f"there is no {path}")
-    try:
-        return torch.export.load(path)
-    except Exception as error:
-        raise _Refused(f"{path} is not a readable exported program: {error}") from error
 
 
 def _without_weights(model: str, passes: bool) -> SiteTable:
@@ -148,7 +151,7 @@ def _config(model: str) -> tuple[Any, Any]:
     elif path.suffix or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise _Refused(f"there is no {model}")
     try:
-        config = transformers.AutoConfig.from_pretrained(str(file) if path.exists() else model)
+        config = transformers.AutoConfig.from_pretrained(str(file) if path.exists() else model, trust_remote_code=False)
     except Exception as error:
         raise _Refused(f"{model} has no config that transformers can read: {error}") from error
     name = next(iter(config.architectures or ()), None)

@@ -155,6 +155,14 @@ class AdaptedGraphModule(fx.GraphModule):
         self._host = Host(host)
         self._drop_derived()
 
+    def __reduce__(self) -> Any:
+        # torch.fx would pickle the source of `forward` and trace that again, so that nothing would know of adapters.
+        raise AdapterError(
+            "A graph module cannot be pickled, and so neither by torch.save: it would come back without its records of"
+            " adapters. llfx.save(graph, path) writes the adapters, torch.export.save the exported graph, and"
+            " copy.deepcopy copies it."
+        )
+
     def recompile(self) -> Any:
         code = super().recompile()
         if self.execution is not None:

@@ -30,7 +30,8 @@ from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
 from .files import read_safetensors
-from .loading import Insert, loader
+from .finite import check_finite
+from .loading import AdapterFile, loader
 from .mistakes import as_path, check_file, foreign_file_hint
 from .writing import write_atomically
 
@@ -38,21 +39,24 @@ FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of 
 VERSION = 1
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
     """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
 
     Args:
         model: a model with adapters, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
+        allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
         AdapterError: the model has no adapters.
         ConfigError: a variant is not registered, so that the file could not be loaded.
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save(model, path)")
     warn_of_trained_base(model, "save")
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    if not allow_nonfinite:
+        check_finite(state, file, "nothing was written")
     for variant, _ in adapters(model):
         from_config(to_config(variant))  # refuses a config that could not be loaded again
     records = [
@@ -66,7 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 @loader
-def load(file: Path) -> Insert:
+def load(file: Path) -> AdapterFile:
     """Capture a model and insert the adapters of a file that `save` wrote, with their saved values.
 
     It is an error if the base's weights are others than those that a variant was made for, and a warning if the variant
@@ -75,7 +79,7 @@ def load(file: Path) -> Insert:
     check_file(file)
     state, metadata = read_safetensors(file)
     chosen, document = _parse(metadata, file)
-    return lambda gm: _insert(gm, chosen, document, state, file)
+    return AdapterFile(state, lambda gm: _insert(gm, chosen, document, state, file))
 
 
 def _insert(

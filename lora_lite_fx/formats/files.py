@@ -43,6 +43,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not there, or not readable, or holds something else.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} is not a readable JSON file: nothing is there.")
     check_regular(path, MOST_JSON)
     try:
         # What was a file a moment ago may be a pipe now, and opening that would wait for a writer.

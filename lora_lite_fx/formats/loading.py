@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.placement import adapter_tensor_names
@@ -17,10 +18,21 @@ from ..capture.capture import Inputs
 from ..errors import AdapterError
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.capture import capture
+from .finite import check_finite
 from .mistakes import as_path
 
-Insert = Callable[[fx.GraphModule], None]
-"""What a reader of files returns: a function that inserts the adapters of the file into a captured model."""
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a reader of files returns.
+
+    Args:
+        tensors: those of the file.
+        insert: checks that the adapters of the file fit a captured model, and inserts them.
+    """
+
+    tensors: Mapping[str, Tensor]
+    insert: Callable[[fx.GraphModule], None]
 
 
 class Load(Protocol):
@@ -33,6 +45,7 @@ class Load(Protocol):
         example_inputs: Inputs | None = None,
         *,
         stack: bool = False,
+        allow_nonfinite: bool = False,
     ) -> fx.GraphModule: ...
 
 
@@ -46,19 +59,21 @@ _DOC = """
         stack: whether a model that has adapters gets those of the file too, around the present ones; else that is an
             error. `load(remove(model), path)` loads them in their place, and `load_adapter_state_dict` copies values
             into the present ones.
+        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
 
     Returns:
         A graph module as `rewrite` returns it.
 
     Raises:
         CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, config or sites do not fit the
-            model; or it does something that cannot be represented here. The message says what.
+            model; or a value is not finite; or the adapter does something that cannot be represented here. The message
+            says what.
         AdapterError: the model has adapters, and `stack` is not given.
         CaptureError: the model cannot be captured.
     """
 
 
-def loader(read: Callable[[Path], Insert]) -> Load:
+def loader(read: Callable[[Path], AdapterFile]) -> Load:
     """Make a function that loads adapters out of one that reads a file. For decorating.
 
     Args:
@@ -73,14 +88,17 @@ def loader(read: Callable[[Path], Insert]) -> Load:
         example_inputs: Inputs | None = None,
         *,
         stack: bool = False,
+        allow_nonfinite: bool = False,
     ) -> fx.GraphModule:
         file = as_path(path, f"{read.__name__}(model, path)")
-        insert = read(file)
+        found = read(file)
         with outside_inference_mode():
             gm = capture(model, example_inputs)
             if not stack:
                 _check_plain(gm, read.__name__, file)
-            insert(gm)
+            found.insert(gm)
+        if not allow_nonfinite:
+            check_finite(found.tensors, file, "it is not loaded")
         return gm
 
     del load.__dict__["__wrapped__"]  # its signature is not that of the result

@@ -34,7 +34,8 @@ from ..variants import (
     RoAd,
 )
 from .files import read_safetensors
-from .loading import Insert, loader
+from .finite import check_finite
+from .loading import AdapterFile, loader
 from .mistakes import as_path
 from .single_adapter import (
     insert_from_file,
@@ -87,17 +88,18 @@ _COMMON = frozenset({"variant", "r", "alpha", "dtype", "target_roles", "target_n
 _UNREAD = frozenset({"rho", "center", "train_A", "init_weights", "rank_pattern", "alpha_pattern", "target_kinds"})
 
 
-def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_lora_lite(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
     """Write the adapter of `model` as a lora-lite file; a failure leaves what was at `path` as it was.
 
     Args:
         model: a model with one adapter, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
+        allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
         AdapterError: the model has no adapters.
         ConfigError: the adapter cannot be represented; the message says why.
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save_lora_lite(model, path)")
     variant, placed = only_adapter(model, "A lora-lite file")
@@ -122,11 +124,13 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": None,
         **{theirs: getattr(variant, ours) for ours, theirs in form.fields.items()},
     }
+    if not allow_nonfinite:
+        check_finite(tensors, file, "nothing was written")
     write_atomically(file, safetensors.torch.save(tensors, {"cfg": json.dumps(config)}))
 
 
 @loader
-def load_lora_lite(file: Path) -> Insert:
+def load_lora_lite(file: Path) -> AdapterFile:
     """Capture a model and insert the adapter of a lora-lite file, with its values, in the dtype that they have."""
     state, metadata = read_safetensors(file)
     by_site: dict[str, dict[str, Tensor]] = {}
@@ -137,7 +141,7 @@ def load_lora_lite(file: Path) -> Insert:
         variant, form = _variant(metadata, sorted(by_site))
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: its config cannot be read: {error}") from error
-    return lambda gm: insert_from_file(gm, variant, by_site, form.rest, file)
+    return AdapterFile(state, lambda gm: insert_from_file(gm, variant, by_site, form.rest, file))
 
 
 def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:

@@ -19,9 +19,11 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-_TEMPORARY = ".lora_lite_fx-{}.new"  # short, because the name of the file itself may be as long as names can be
-_IS_TEMPORARY = re.compile(re.escape(_TEMPORARY).replace(r"\{\}", "[0-9a-f]{16}"))
-_ABANDONED_AFTER = 60.0  # seconds; a younger file may belong to a writer that has not locked it yet
+# Short names, because that of the file itself may be as long as names can be.
+_NAMED_LATE = ".lora_lite_fx-{}.new"  # it was locked before it got this name
+_NAMED_EARLY = ".lora_lite_fx-{}.part"  # where the filesystem does not make files without names
+_IS_TEMPORARY = re.compile(r"\.lora_lite_fx-[0-9a-f]{16}\.(?:new|part)")
+_LOCKED_AFTER = 60.0  # seconds; by then the writer of a file that was named early has locked it
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -122,7 +124,7 @@ class _NewFile(contextlib.AbstractContextManager["_NewFile"]):
     def take_place(self) -> None:
         """Rename the new file over the old one."""
         if self._temporary is None:
-            self._temporary = _TEMPORARY.format(secrets.token_hex(8))
+            self._temporary = _NAMED_LATE.format(secrets.token_hex(8))
             # Only with a src_dir_fd does Python follow the link in /proc, which leads to the file without a name.
             unnamed = f"/proc/self/fd/{self._descriptor}"
             os.link(unnamed, self._temporary, src_dir_fd=self._folder, dst_dir_fd=self._folder, follow_symlinks=True)
@@ -146,7 +148,7 @@ class _NewFile(contextlib.AbstractContextManager["_NewFile"]):
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
                     raise
-        self._temporary = _TEMPORARY.format(secrets.token_hex(8))
+        self._temporary = _NAMED_EARLY.format(secrets.token_hex(8))
         return os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode, dir_fd=self._folder)
 
     def _take_over(self, old: os.stat_result) -> None:
@@ -207,7 +209,8 @@ def _remove_abandoned(folder: int) -> None:
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - os.fstat(descriptor).st_mtime > _ABANDONED_AFTER:
+                early = name.endswith(".part")
+                if not early or time.time() - os.fstat(descriptor).st_mtime > _LOCKED_AFTER:
                     os.unlink(name, dir_fd=folder)
             finally:
                 os.close(descriptor)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..adapters.placement import placements
+from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_state_dict
 from ..capture.capture import Inputs
 from ..capture.hugging_face import is_hugging_face
@@ -90,6 +91,7 @@ def adapt(
         raise AdapterError(f"{type(model).__name__} is adapted already. The way out: pass several configs at once.")
     if type(max_graphs) is not int or max_graphs < 1:
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
+    check_gradients(model)
     graphs = GraphCache(share(model), example_inputs, max_graphs)
     graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
     return _adopted(graphs)

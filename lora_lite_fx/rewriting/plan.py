@@ -10,6 +10,7 @@ from torch import fx
 from ..adapters.adapted_site import check_kind
 from ..adapters.maths import wide
 from ..adapters.placement import site_weight
+from ..adapters.quantized_base import check_gradients
 from ..adapters.selection import select, warn_of_unused_patterns
 from ..adapters.variant import Statistic, Variant
 from ..errors import ConfigError
@@ -47,9 +48,11 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
 
     Raises:
         SelectionError: a variant's targets match no site.
-        ConfigError: a variant does not fit a site or needs data and has none, or no variant starts from data.
+        ConfigError: gradients do not pass through the frozen weights, a variant does not fit a site or needs data and
+            has none, or no variant starts from data.
         CaptureError: a batch does not fit the graph.
     """
+    check_gradients(gm)
     with phase("found the sites") as details:
         sites = find_sites(gm)
         details.append(f"{len(sites)} in the model")

@@ -25,6 +25,7 @@ from ..adapters.placement import (
     placements,
     site_weight,
 )
+from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_tensors, describe_adapters
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
@@ -125,7 +126,8 @@ def merge(model: nn.Module) -> Any:
             result is a model of its class.
 
     Raises:
-        AdapterError: the model has no adapters.
+        AdapterError: the model has no adapters; or a merged value is NaN, infinite or too large for the dtype of the
+            base, and the message names the site.
     """
     return _without_adapters(model, MergeAdapters())
 
@@ -172,7 +174,11 @@ def insert_adapters(
 
     Returns:
         The index of the first of these adapters; the others follow.
+
+    Raises:
+        ConfigError: gradients do not pass through the frozen weights.
     """
+    check_gradients(gm)
     first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
     passes = (
         InsertAdapter(variant, first + i, tuple(site.name for site in sites), roles or {})

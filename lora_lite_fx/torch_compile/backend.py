@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..adapters.quantized_base import check_gradients
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import AdapterError, ConfigError, shown
@@ -95,8 +96,10 @@ class Backend:
 
         Raises:
             SelectionError: a config's targets match no site.
-            ConfigError: a config does not fit a site; or a site is not a module of its own.
+            ConfigError: a config does not fit a site, a site is not a module of its own, or gradients do not pass
+                through the frozen weights.
         """
+        check_gradients(model)
         self._compiled = CompiledModel(model, self.variants, args, kwargs)
         return self._compiled.marked
 
@@ -171,6 +174,7 @@ def adapt_compiled(
         ConfigError: `cfg` is not a variant, or does not fit a site; or a site is not a module of its own.
     """
     args, kwargs = (example_inputs, {}) if isinstance(example_inputs, tuple) else ((), example_inputs)
+    check_gradients(model)
     marked = CompiledModel(model, as_variants(cfg), args, kwargs).marked
     marked.forward = torch.compile(marked.forward, backend=backend(inner=inner))
     return marked

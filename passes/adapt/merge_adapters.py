@@ -67,6 +67,9 @@ def merge_sites(gm: fx.GraphModule, sites: Iterable[Site]) -> list[MergedSite]:
     Args:
         gm: a graph with adapters.
         sites: its sites; those without adapters are left out of the result.
+
+    Raises:
+        AdapterError: a merged value is not finite, or too large for the dtype of the base; the message names the site.
     """
     by_site: dict[str, list[Placement]] = defaultdict(list)
     for placement in placements(gm):
@@ -109,7 +112,35 @@ def _merge_matrix(
         shift = adapted(torch.zeros(1, site.d_in, dtype=exact, device=weight.device)).squeeze(0)
         rows = adapted(site.kind.identity(site.d_in, exact, weight.device)) - shift
     needs_bias = bias is not None or bool(shift.any())
-    return rows.t().contiguous().to(weight.dtype), shift.to(weight.dtype) if needs_bias else None
+    merged = _rounded(site, "weight", rows.t().contiguous(), weight)
+    return merged, _rounded(site, "bias", shift, weight if bias is None else bias) if needs_bias else None
+
+
+def _rounded(site: Site, name: str, exact: Tensor, frozen: Tensor) -> Tensor:
+    """Return a merged tensor in the dtype of the weight.
+
+    Args:
+        site: its site, and `name` its name there, for the message.
+        exact: its values in float32 at least.
+        frozen: the frozen tensor, whose dtype the result has.
+
+    Raises:
+        AdapterError: a value is not finite, or too large for the dtype.
+    """
+    rounded = exact.to(frozen.dtype)
+    bad = ~torch.isfinite(rounded.to(exact.dtype))
+    if bad.is_meta or not bad.any():
+        return rounded
+    count = f"{int(bad.sum())} of {bad.numel()} values of the merged {name} of {site.name!r}"
+    if torch.isfinite(exact[bad]).all():
+        raise AdapterError(
+            f"{count} are too large for {frozen.dtype}: up to {exact[bad].abs().max():.4g}, and it holds"
+            f" {torch.finfo(frozen.dtype).max:.4g}. Merge into a wider base, model.to(torch.bfloat16) or model.float()."
+        )
+    raise AdapterError(
+        f"{count} are NaN or infinite, because some of its adapters or of its frozen tensors are. If training has"
+        " diverged, take an earlier state."
+    )
 
 
 @dataclass(frozen=True)

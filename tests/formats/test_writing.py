@@ -17,7 +17,7 @@ from lora_lite_fx import CheckpointError
 from lora_lite_fx.formats import writing
 from lora_lite_fx.formats.writing import write_atomically, write_together
 
-LITTER = ".lora_lite_fx-0123456789abcdef.new"
+LITTER = ".lora_lite_fx-0123456789abcdef"
 
 
 @pytest.fixture(params=["without a name", "with a name"])
@@ -212,17 +212,19 @@ def test_a_folder_that_cannot_be_synced(number: int, tmp_path: Path, monkeypatch
 @every_filesystem
 def test_what_a_crash_left_is_removed_by_the_next_write(tmp_path: Path) -> None:
     long_ago = time.time() - 3600
-    for name in (LITTER, "unlike" + LITTER):
+    begun, unlike = LITTER.replace("0", "f") + ".part", f"unlike{LITTER}.new"
+    for name in (f"{LITTER}.part", unlike):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (long_ago, long_ago))
-    (tmp_path / LITTER.replace("0", "f")).write_bytes(b"of a writer that has just begun")
+    (tmp_path / begun).write_bytes(b"of a writer that has just begun")
+    (tmp_path / f"{LITTER}.new").write_bytes(b"whole")
     write_atomically(tmp_path / "file", b"new")
-    assert sorted(os.listdir(tmp_path)) == sorted(["file", "unlike" + LITTER, LITTER.replace("0", "f")])
+    assert sorted(os.listdir(tmp_path)) == sorted(["file", unlike, begun])
 
 
 def test_a_file_that_another_writer_holds_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "O_TMPFILE")
-    monkeypatch.setattr(writing, "_ABANDONED_AFTER", -1.0)
+    monkeypatch.setattr(writing, "_LOCKED_AFTER", -1.0)
     with writing._NewFile(tmp_path / "file") as slow:
         slow.write(b"slow")
         write_atomically(tmp_path / "file", b"fast")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -400,3 +401,36 @@ def test_a_class_by_a_config_that_names_none(tmp_path: Path, capsys: pytest.Capt
     config.write_text(json.dumps({**LLAMA.to_dict(), "architectures": None}))
     assert main(["inspect", str(config)]) == 0
     assert "14 sites" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "message"), [("fifo", "a named pipe"), ("folder", "a directory")])
+@pytest.mark.parametrize("name", ["model.pt2", "config.json"])
+def test_what_is_not_a_file_is_not_read(
+    name: str, kind: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    os.mkfifo(path) if kind == "fifo" else (path if name == "model.pt2" else path / "config.json").mkdir(parents=True)
+    assert main(["inspect", str(path)]) == 2
+    assert f"is not a file but {message}" in capsys.readouterr().err
+
+
+class Trusted(torch.Tensor):
+    """To read one, a pickle has to look up this class, as it might look up anything."""
+
+
+def test_a_file_that_runs_code_is_opened_only_if_it_is_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(4, 4)), (torch.ones(2, 4),))
+    program._example_inputs = ((torch.ones(2, 4).as_subclass(Trusted),), {})
+    path = tmp_path / "m.pt2"
+    torch.export.save(program, path)
+    assert main(["inspect", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "may run code from it: its example inputs are more than tensors" in err
+    assert "--trust" in err
+    assert main(["inspect", str(path), "--trust"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 sites" in out
+    assert f"warning: --trust runs code that {path} may hold" in err

@@ -21,7 +21,8 @@ from ...graph.provenance import SHARED
 from ...sites.site import Site
 from ..checkpoint import fingerprints
 from ..files import read_json, read_safetensors
-from ..loading import Insert, loader
+from ..finite import check_finite
+from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, sites_of
 from ..writing import write_together
@@ -37,7 +38,9 @@ _ABOUT_THE_BASE = {"auto_mapping", "base_model_name_or_path", "inference_mode", 
 """Fields that do not change what the adapter computes. They are often edited by hand, so the digest leaves them out."""
 
 
-def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool | None = None) -> None:
+def save_peft(
+    model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool | None = None, allow_nonfinite: bool = False
+) -> None:
     """Write the adapter of `model` as a PEFT directory, which `PeftModel.from_pretrained` loads on the same base.
 
     Args:
@@ -48,11 +51,12 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool |
         as_lora: for `PiSSA` and `OLoRA`, whether to write an ordinary LoRA of twice the rank, the start and the end
             side by side. None does: it runs on the unchanged base in whatever reads r, alpha, A and B. False writes
             PEFT's own form, whose base PEFT factorizes and changes at each load, and which is wrong elsewhere.
+        allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
         AdapterError: the model has no adapters.
         ConfigError: the adapter cannot be represented; the message says why.
-        CheckpointError: the files cannot be written.
+        CheckpointError: the files cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_peft(model, path)")
     placed, variant, state = as_written(model, as_lora)
@@ -66,6 +70,8 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool |
             if name in form.tensors:
                 value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
                 tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
+    if not allow_nonfinite:
+        check_finite(tensors, folder / TENSORS, "nothing was written")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,7 +84,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool |
 
 
 @loader
-def load_peft(folder: Path) -> Insert:
+def load_peft(folder: Path) -> AdapterFile:
     """Capture a model and insert the adapter of a PEFT directory, with its saved values.
 
     Other weights of the base than those that the adapter was made for are treated as by `load`. Directories that
@@ -103,7 +109,7 @@ def load_peft(folder: Path) -> Insert:
             compare_names(gm, config, folder)
         insert_from_file(gm, variant, by_site, form.rest, folder, prints)
 
-    return insert
+    return AdapterFile(state, insert)
 
 
 def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, fx, nn
 
 from ...adapters.state import warn_of_trained_base
@@ -25,6 +24,7 @@ from ..finite import check_finite
 from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, sites_of
+from ..tensor_bytes import tensor_bytes
 from ..writing import write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
 from .config import config_for, format_of, read_config
@@ -78,7 +78,7 @@ def save_peft(
         raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
     prints = fingerprints(model, [placement.site for placement in placed])
     metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
-    data = safetensors.torch.save(tensors, dict(sorted(metadata.items())))
+    data = tensor_bytes(tensors, metadata)
     document = json.dumps(config, indent=2, sort_keys=True).encode()
     write_together([(folder / TENSORS, data), (folder / CONFIG, document)])
 

@@ -27,7 +27,9 @@ from transformers import (
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.source import Source
+from lora_lite_fx.formats.files import read_safetensors
 from lora_lite_fx.formats.peft.base_model import base_fields
+from lora_lite_fx.formats.tensor_bytes import tensor_bytes
 from tests.support.conformance import randomise
 from tests.support.peft_models import CASES, captured, llama
 
@@ -155,6 +157,20 @@ def test_peft_reads_past_the_fingerprints(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(Net(), str(tmp_path)).eval()
     x = torch.randn(3, 8)
     assert torch.allclose(theirs(x), gm.eval()(x), atol=1e-6)
+
+
+def test_the_same_adapter_is_written_in_the_same_bytes(tmp_path: Path) -> None:
+    gm = llfx.rewrite(Net(), llfx.LoRA(r=2, target_names="fc"))
+    for i in range(20):  # safetensors orders the entries of the metadata at random
+        llfx.save_peft(gm, tmp_path / str(i))
+    files = {(tmp_path / str(i) / "adapter_model.safetensors").read_bytes() for i in range(20)}
+    assert len(files) == 1
+    tensors, _ = read_safetensors(tmp_path / "0" / "adapter_model.safetensors")
+    odd = {"é": 'é"\n\u2028', "b": "", "format": "pt"}
+    (tmp_path / "odd").write_bytes(tensor_bytes(tensors, odd))
+    again = read_safetensors(tmp_path / "odd")
+    assert again[1] == odd
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in again[0].items())
 
 
 def test_without_fingerprints_the_names_are_compared(tmp_path: Path) -> None:

@@ -145,6 +145,14 @@ class AdaptedGraphModule(fx.GraphModule):
         twin.recompile()
         return twin
 
+    def __reduce__(self) -> Any:
+        # torch.fx would pickle the source of `forward` and trace that again, so that nothing would know of adapters.
+        raise AdapterError(
+            "A graph module cannot be pickled, and so neither by torch.save: it would come back without its records of"
+            " adapters. llfx.save(graph, path) writes the adapters, torch.export.save the exported graph, and"
+            " copy.deepcopy copies it."
+        )
+
     @property
     def host(self) -> nn.Module:
         """The module whose tensors the programs read, and whose layers they call."""
@@ -154,14 +162,6 @@ class AdaptedGraphModule(fx.GraphModule):
         """Let the programs read the tensors of `host`, and call its layers, wherever it has those of the graph."""
         self._host = Host(host)
         self._drop_derived()
-
-    def __reduce__(self) -> Any:
-        # torch.fx would pickle the source of `forward` and trace that again, so that nothing would know of adapters.
-        raise AdapterError(
-            "A graph module cannot be pickled, and so neither by torch.save: it would come back without its records of"
-            " adapters. llfx.save(graph, path) writes the adapters, torch.export.save the exported graph, and"
-            " copy.deepcopy copies it."
-        )
 
     def recompile(self) -> Any:
         code = super().recompile()

@@ -143,11 +143,9 @@ class _NewFile(contextlib.AbstractContextManager["_NewFile"]):
         """Return a descriptor of an empty file in the folder, which has no name if the filesystem can make such."""
         unnamed = getattr(os, "O_TMPFILE", None)
         if unnamed is not None and os.path.isdir("/proc/self/fd"):
-            try:
+            # Another error than that it cannot comes again below.
+            with contextlib.suppress(OSError):
                 return os.open(".", unnamed | os.O_WRONLY, mode, dir_fd=self._folder)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
-                    raise
         self._temporary = _NAMED_EARLY.format(secrets.token_hex(8))
         return os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode, dir_fd=self._folder)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch.fx.node import map_aggregate
 
 from ..errors import AdapterError
 
@@ -32,8 +33,9 @@ def follow_cast(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
         return
     for graph in [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]:
         for node in graph.nodes:
-            held = [item for item in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(item, torch.dtype)]
-            if any(dtype.is_floating_point for dtype in held):
+            held: list[object] = []
+            map_aggregate((node.args, node.kwargs), held.append)
+            if any(isinstance(item, torch.dtype) and item.is_floating_point for item in held):
                 change = ", ".join(f"{_name(old)} to {_name(new)}" for old, new in casts.items())
                 raise AdapterError(
                     f"A captured graph cannot be cast from {change}: it holds the dtypes of its capture, at"
@@ -42,7 +44,7 @@ def follow_cast(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
                 )
     for node in gm.graph.nodes:
         if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map(lambda value: _cast(value, casts), node.meta["val"])
+            node.meta["val"] = map_aggregate(node.meta["val"], lambda value: _cast(value, casts))
 
 
 def _casts(gm: nn.Module, fn: Callable[[Tensor], Tensor]) -> dict[torch.dtype, torch.dtype]:
@@ -57,7 +59,7 @@ def _casts(gm: nn.Module, fn: Callable[[Tensor], Tensor]) -> dict[torch.dtype, t
     return casts
 
 
-def _cast(value: object, casts: dict[torch.dtype, torch.dtype]) -> object:
+def _cast(value: Any, casts: dict[torch.dtype, torch.dtype]) -> Any:
     return value.to(casts[value.dtype]) if isinstance(value, Tensor) and value.dtype in casts else value
 
 

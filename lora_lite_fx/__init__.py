@@ -6,6 +6,7 @@ from .adapters.param_spec import ParamSpec
 from .adapters.registry import register, registry
 from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
 from .adapters.variant import Variant
+from .capture.differences import Difference, DifferenceTable
 from .errors import (
     AdapterError,
     CallError,
@@ -25,6 +26,7 @@ from .inspection.table import inspect
 from .rewriting.capture import capture
 from .rewriting.eager import wrap
 from .rewriting.rewrite import merge, remove, rewrite
+from .rewriting.verify import verify
 from .torch_compile.backend import backend
 from .variants import (
     BOFT,
@@ -64,6 +66,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DeLoRA",
+    "Difference",
+    "DifferenceTable",
     "DoRA",
     "FourierFT",
     "FrozenLinear",
@@ -106,5 +110,6 @@ __all__ = [
     "save_lora_lite",
     "save_peft",
     "to_peft_config",
+    "verify",
     "wrap",
 ]

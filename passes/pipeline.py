@@ -13,17 +13,19 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import fx
 
 from ..errors import AdapterError
+from ..graph.direct_calls import is_transform
 from ..graph.provenance import place_of
 from ..graph.writes import written
 from .dump import Dump
 
-Program = Literal["plain", "training", "checkpointed", "inference"]
+Program = Literal["plain", "training", "checkpointed", "inference", "exported"]
 """One way to run an adapted graph. Each has its own copy of the graph:
 
 - `plain`: as it is, in transforms of `torch.func`, forward-mode AD and traces of `torch.jit`;
 - `training`: optimized for calls of which nothing is kept, with gradients or without;
 - `checkpointed`: in training mode, with layers that keep only their inputs and run again in the backward pass;
-- `inference`: in evaluation mode without gradients, inside a scope of `frozen`.
+- `inference`: in evaluation mode without gradients, inside a scope of `frozen`;
+- `exported`: as it is, by strict `torch.export`, which finds the records of the adapters on what it traces.
 """
 
 OPTIMIZED: frozenset[Program] = frozenset(("training", "checkpointed", "inference"))
@@ -180,6 +182,11 @@ def _clean(gm: fx.GraphModule) -> None:
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
     """Remove the nodes that nothing reads and that have no effect.
 
-    Calls of modules stay, and so does every node that writes in place: torch.fx by itself would remove some.
+    Calls of modules stay, and so does every node that writes in place or that begins or ends a level of a transform:
+    torch.fx by itself would remove some.
     """
-    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or node.op == "call_module" or bool(written(gm, node)))
+
+    def has_effect(node: fx.Node) -> bool:
+        return node.is_impure() or node.op == "call_module" or is_transform(node) or bool(written(gm, node))
+
+    gm.graph.eliminate_dead_code(has_effect)

@@ -173,6 +173,12 @@ def adapter_tensors(model: nn.Module) -> list[str]:
     with suppress(AttributeError):  # of a module around the adapted one, in which the tensors have other names
         if names and tensor_of(model, names[0]) is not None:
             return names
+    if names:
+        raise AdapterError(
+            f"{type(model).__name__} is around an adapted graph: it has no {names[0]!r}, because its tensors have other"
+            " names than those that the graph records. The way out: use the adapted graph itself, here and for"
+            " torch.export."
+        )
     way_out = wrapper_hint(model) or "they leave their argument as it is, so use their result."
     raise AdapterError(
         f"{type(model).__name__} has no adapters; it is not what rewrite, wrap, adapt or load returned: {way_out}"

@@ -21,9 +21,17 @@ from ..errors import CaptureError
 from ..graph.tensors import keep_aliases
 from ..log import phase, progress
 from .export import export
-from .hugging_face import accepted_arguments, example_inputs_of, is_hugging_face, prepare_for_capture
+from .hugging_face import (
+    accepted_arguments,
+    example_inputs_of,
+    input_hint,
+    is_hugging_face,
+    prepare_for_capture,
+    with_other_mask,
+)
 from .mistakes import check_inputs, check_model
 from .optional import call_signature
+from .outputs import Call
 from .share import share
 from .signature import CallSignature
 from .symbolic import symbolic_trace
@@ -40,12 +48,18 @@ class Capture:
         eval_gm: the same model captured in evaluation mode, or None where the mode was fixed before.
         training: the mode the model was in.
         signature: how the graph is called; None for one that takes its inputs and nothing else.
+        source: what was captured, a copy of the user's model over the same weights; None if that is a graph already.
+        calls: calls to compare the two on, the first that of the capture; empty without example inputs.
+        hint: a sentence on how to avoid a difference between the two, after a space.
     """
 
     gm: fx.GraphModule
     eval_gm: fx.GraphModule | None
     training: bool
     signature: CallSignature | None = None
+    source: nn.Module | None = None
+    calls: tuple[Call, ...] = ()
+    hint: str = ""
 
 
 def capture_model(
@@ -69,7 +83,7 @@ def capture_model(
         accepted = accepted_arguments(shadow)
         if example_inputs is None:
             example_inputs = example_inputs_of(shadow)
-    inputs = None if example_inputs is None else _split_inputs(shadow, example_inputs)
+    inputs = None if example_inputs is None else split_inputs(shadow, example_inputs)
     with phase(f"captured {type(model).__name__}") as details:
         graphs = []
         for mode in progress((True, False), f"capturing {type(model).__name__}"):
@@ -83,10 +97,18 @@ def capture_model(
         details.append(f"{len(gm.graph.nodes)} nodes")
     keep_aliases(shadow, gm)
     _name_modules_once(shadow, gm.graph)
-    return Capture(gm, eval_gm, model.training, signature)
+    calls = () if inputs is None else _calls(shadow, *inputs)
+    hint = input_hint(shadow, inputs[1]) if inputs is not None else ""
+    return Capture(gm, eval_gm, model.training, signature, shadow, calls, hint)
 
 
-def _split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, ...]:
+    """Return the call of the capture, and the same with a mask of another kind if it has one."""
+    call, other = (args, kwargs), with_other_mask(model, kwargs)
+    return (call,) if other is None else (call, (args, other))
+
+
+def split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     check_inputs(inputs)
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
     signature = inspect.signature(model.forward)

@@ -64,12 +64,43 @@ def with_padding(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "input_ids": ids}
 
 
+def with_other_mask(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return `inputs` with a mask of the other kind: with padding if it is all ones, and else all ones.
+
+    Models may leave out masks of ones, and then compute without a mask. None without a mask, or for other models than
+    those of transformers.
+    """
+    mask = inputs.get("attention_mask")
+    if not is_hugging_face(model) or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
+        return None
+    other = torch.ones_like(mask)
+    if bool((mask == 1).all()):
+        other[0, -1] = 0
+    return {**inputs, "attention_mask": other}
+
+
+def input_hint(model: nn.Module, inputs: dict[str, Any]) -> str:
+    """Return what to add to example inputs for which a graph differs from its model, after a space; often empty."""
+    if not _attends_by_type(model) or "token_type_ids" in inputs:
+        return ""
+    return " pass token_type_ids in example_inputs too, which say where tokens see those behind them,"
+
+
+def _attends_by_type(model: nn.Module) -> bool:
+    """Tell whether tokens see all others unless their types say otherwise, as in PaliGemma."""
+    if not is_hugging_face(model) or "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    config: Any = model.config
+    return bool(getattr(config.get_text_config(), "use_bidirectional_attention", False))
+
+
 def example_inputs_of(model: Any) -> dict[str, Any]:
     """Make keyword arguments for a training call of a transformers model from its config.
 
     `input_ids`, `attention_mask` and `labels`, as far as the model takes them; `pixel_values`, `input_values` or
     `input_features` with `labels` for models of images or sound; `input_ids` with `pixel_values` for models of both
-    text and images. Random, but not from the global generator.
+    text and images, with `token_type_ids` where these say which tokens see those behind them. Random, but not from the
+    global generator.
 
     Raises:
         CaptureError: the model takes none of these.
@@ -131,6 +162,8 @@ def _mark_images(model: Any, inputs: dict[str, Any]) -> None:
     text = inputs["input_ids"].where(inputs["input_ids"] != token, 0 if token else 1)
     inputs["input_ids"] = torch.cat([text[:, :1], torch.full((_BATCH, parts), token), text[:, 1:]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if _attends_by_type(model):
+        inputs["token_type_ids"] = (inputs["input_ids"] != token).long()
 
 
 def _without_data(model: Any, inputs: dict[str, Tensor]) -> Any:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .hugging_face import with_padding
+from .differences import agree
+from .hugging_face import with_other_mask, with_padding
+from .outputs import has_data
 from .share import share
 from .signature import CallSignature, Fill, Omission
 
@@ -27,8 +29,6 @@ from .signature import CallSignature, Fill, Omission
 _MOST_OPTIONAL = 4
 # What may stand in the place of an argument, in the order in which it is tried: a mask's ones, then zeros.
 _FILLS = (1, 0)
-# How far two answers of a model may differ: attention without a mask runs another kernel than with one of ones.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
@@ -65,9 +65,8 @@ def call_signature(
     optional = [name for name in tensors if parameters[name].default is None][:_MOST_OPTIONAL]
     omissions: dict[frozenset[str], Omission] = {}
     refusals = dict.fromkeys(optional, "the model has no data, so that a call without it could not be tried")
-    has_data = not any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers()))
-    if optional and has_data:
-        omissions, refusals = _Comparison(model, with_padding(model, inputs), graph).of(optional)
+    if optional and has_data(model, (args, kwargs)):
+        omissions, refusals = _Comparison(model, inputs, graph).of(optional)
     positional = tuple(name for name, parameter in parameters.items() if parameter.kind is not _KEYWORD_ONLY)
     return CallSignature(
         type(model).__name__,
@@ -86,12 +85,15 @@ class _Comparison:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], graph: fx.Graph) -> None:
         self.model = share(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
-        self.inputs = inputs
+        padded = with_padding(model, dict(inputs))
+        self.inputs = [padded]
+        if (other := with_other_mask(model, padded)) is not None:
+            self.inputs.append(other)
         leaves = (len(pytree.tree_leaves(value)) for value in inputs.values())
         self.places = dict(zip(inputs, itertools.accumulate(leaves, initial=0), strict=False))
         self.values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
         self.results = len(pytree.tree_leaves(graph.output_node().args[0]))
-        self.answers: dict[tuple[tuple[str, int | None], ...], _Answer] = {}
+        self.answers: dict[tuple[Any, ...], _Answer] = {}
 
     def of(self, optional: Sequence[str]) -> tuple[dict[frozenset[str], Omission], dict[str, str]]:
         """Return the sets of `optional` that may be left out; and for each that may not be left out alone, why."""
@@ -120,16 +122,10 @@ class _Comparison:
         Raises:
             _Differs: the constants do not stand for that.
         """
-        short = self._answer(dict.fromkeys(fills))
-        whole = self._answer(fills)
-        if len(whole.results) != self.results:
-            raise _Differs("the graph returns other results than the model")
-        for path, value in short.results.items():
-            what = pytree.keystr(path).strip("[].'") or "result"
-            if path not in whole.results:
-                raise _Differs(f"the model then returns {what} as well")
-            if not _agree(value, whole.results[path]):
-                raise _Differs(f"the model then computes another {what}")
+        for index in range(1 if "attention_mask" in fills else len(self.inputs)):
+            short, whole = self._answer(dict.fromkeys(fills), index), self._answer(fills, index)
+            self._require_equal(short, whole)
+        short, whole = self._answer(dict.fromkeys(fills), 0), self._answer(fills, 0)
         paths = list(whole.results)
         places = {self.places[name]: value for name, value in fills.items()}
         return Omission(
@@ -138,14 +134,29 @@ class _Comparison:
             short.spec,
         )
 
+    def _require_equal(self, short: _Answer, whole: _Answer) -> None:
+        if len(whole.results) != self.results:
+            raise _Differs("the graph returns other results than the model")
+        for path, value in short.results.items():
+            what = pytree.keystr(path).strip("[].'") or "result"
+            if path not in whole.results:
+                raise _Differs(f"the model then returns {what} as well")
+            if not agree(value, whole.results[path]):
+                raise _Differs(f"the model then computes another {what}")
+
     @torch.no_grad()
-    def _answer(self, changes: Mapping[str, int | None]) -> _Answer:
-        """Return what the model returns with constants in the place of some arguments, or, with None, without them."""
-        key = tuple(sorted(changes.items()))
+    def _answer(self, changes: Mapping[str, int | None], index: int) -> _Answer:
+        """Return what the model returns with constants in the place of some arguments, or, with None, without them.
+
+        Args:
+            changes: the constants.
+            index: of the inputs to change.
+        """
+        key = (index, *sorted(changes.items()))
         if key not in self.answers:
-            inputs = {name: value for name, value in self.inputs.items() if name not in changes}
+            inputs = {name: value for name, value in self.inputs[index].items() if name not in changes}
             constants = {name: fill for name, fill in changes.items() if fill is not None}
-            filled = {name: torch.full_like(self.inputs[name], fill) for name, fill in constants.items()}
+            filled = {name: torch.full_like(self.inputs[index][name], fill) for name, fill in constants.items()}
             device = next((tensor.device.type for tensor in self.model.parameters()), "cpu")
             try:
                 with torch.random.fork_rng(), torch.autocast(device, enabled=False):
@@ -168,18 +179,6 @@ class _Answer:
 
 class _Differs(Exception):
     """The reason why a constant does not stand for an argument that is left out."""
-
-
-def _agree(one: Any, other: Any) -> bool:
-    """Tell whether two results are the same to rounding."""
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return type(one) is type(other) and bool(one == other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    tolerance = _TOLERANCES.get(one.dtype, 0.0) * max(1e-30, other.double().abs().max().item() if other.numel() else 0)
-    return torch.allclose(one.double(), other.double(), rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _fill(values: Sequence[Any], place: int, value: int, left_out: Collection[int]) -> Fill:

@@ -134,6 +134,28 @@ def call_like_the_model(graph: fx.Graph, signature: CallSignature) -> None:
         graph.set_codegen(_CalledLikeTheModel(codegen.pytree_info, signature))
 
 
+def values_of_call(
+    graph: fx.Graph, parameters: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """Return the arguments of a call as `torch.fx.Interpreter` takes them for `graph`: by position.
+
+    Args:
+        graph: the graph.
+        parameters: the signature of the model's `forward`, which a graph has that was traced symbolically.
+        args, kwargs: as the model takes them.
+
+    Raises:
+        CallError: the graph does not serve the call.
+    """
+    codegen: Any = graph._codegen
+    if isinstance(codegen, _CalledLikeTheModel):
+        return codegen.signature.bind(args, kwargs)[0]
+    if isinstance(codegen, _PyTreeCodeGen):
+        return [*args, *kwargs.values()]
+    bound = parameters.bind(*args, **kwargs)
+    return [*bound.args, *bound.kwargs.values()]
+
+
 @dataclass(frozen=True)
 class CallSignature:
     """The arguments of a captured graph, as those of its model.

@@ -15,12 +15,17 @@ def fake_input(node: fx.Node, example: Tensor | None = None, fixed: Sequence[int
     """Return a fake tensor for the value of `node`.
 
     A symbolically traced graph knows no shapes. There the fake tensor is made from `example`, with every dimension of
-    any size but for the `fixed` ones.
+    any size but for the `fixed` ones. Inside `vmap` a value belongs to a level that exists no more, but its number of
+    dimensions is known: dimensions before those of `example` are added, or left out.
     """
     value = node.meta.get("val")
     if isinstance(value, FakeTensor):
         return value
     assert example is not None
+    if isinstance(value, Tensor):
+        more = value.dim() - example.dim()
+        example = example.expand(*[2] * more, *example.shape) if more > 0 else example[(0,) * -more]
+        fixed = [dim + more for dim in fixed]
     dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
         [DimDynamic.STATIC if dim in fixed else DimDynamic.DYNAMIC for dim in range(example.dim())]
     )

@@ -22,9 +22,10 @@ from ..adapters.placement import HasGraphs, placements
 from ..adapters.state import describe_adapters, trainable_parameters
 from ..capture.signature import CallSignature
 from ..errors import AdapterError, shown
+from ..graph.annotated import annotated_forward
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.direct_calls import transform_is_active
-from ..graph.layers import layer_of
+from ..graph.layers import is_layer, layer_of
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
 from ..log import phase
@@ -200,6 +201,8 @@ class AdaptedGraphModule(fx.GraphModule):
     def _method_for(self, left_out: tuple[str, ...]) -> str:
         """Return the name of the method that runs the program for a call in the modes of now."""
         assert self.execution is not None
+        if torch.compiler.is_exporting():
+            return self._derive("exported", left_out, ())
         hooked = self._hooked()
         if not torch.compiler.is_compiling() and transform_is_active():
             return self._derive("plain", left_out, hooked)
@@ -240,6 +243,10 @@ class AdaptedGraphModule(fx.GraphModule):
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
             graph, reports = self._optimized(program, left_out)
+            if program == "exported":
+                setattr(cls, method, annotated_forward(self, graph))
+                cls.derived[method] = Derived(reports)
+                return
             for name in hooked if self.host is not self else ():
                 module = submodule(self.host, name)
                 if not isinstance(module, RunsParts):
@@ -316,7 +323,7 @@ class AdaptedGraphModule(fx.GraphModule):
 
 
 def _make_layers(gm: fx.GraphModule) -> None:
-    """Make the modules that hold the tensors of layers callable, see `GraphLayer`; add those of layers without any."""
+    """Make layers callable, see `GraphLayer`, and stacks of them lists; add the layers that have no tensors."""
     for node in gm.graph.nodes:
         path = (layer_of(node) or "").rpartition("@")[0]
         module: nn.Module = gm
@@ -324,9 +331,10 @@ def _make_layers(gm: fx.GraphModule) -> None:
             if name not in module._modules:
                 module.add_module(name, nn.Module())
             module = cast(nn.Module, module._modules[name])
-    for module in gm.modules():
+    for name, module in gm.named_modules():
         if type(module) is nn.Module:
-            module.__class__ = GraphLayer
+            is_list = set(module._modules) == set(map(str, range(len(module._modules)))) != set()
+            module.__class__ = nn.ModuleList if is_list and not is_layer(name) else GraphLayer
 
 
 def _part(piece: Piece, is_kept: bool, checkpoints: bool) -> Part:

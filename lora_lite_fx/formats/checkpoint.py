@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
+from ..adapters.accounting import account_for
 from ..adapters.adapted_site import check_kind
 from ..adapters.placement import Placement, adapters, graph_of, placements
 from ..adapters.registry import from_config, to_config
@@ -48,7 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: boo
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
-        AdapterError: the model has no adapters.
+        AdapterError: the model has no adapters, or records one at a site that its graph does not show any more.
         ConfigError: a variant is not registered, so that the file could not be loaded.
         CheckpointError: the file cannot be written, or a value is not finite.
     """
@@ -233,6 +234,6 @@ def _in_file(placed: list[tuple[Variant, list[Site]]], adapter: int, site: Site)
 def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
     """Return the frozen weight of each site, as the model stores it."""
     if isinstance(model, fx.GraphModule):
-        return {site.name: tensor_of(model, site.weight) for site in find_sites(model) if site.name in names}
+        return {site.name: tensor_of(model, site.weight) for site in account_for(model).adapted("save")}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
     return {name: tensor_of(getattr(module, "base", module), "weight") for name, module in modules.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, fx, nn
 
+from ..adapters.accounting import account_for
 from ..adapters.adapted_site import check_kind
 from ..adapters.param_spec import ParamSpec
 from ..adapters.placement import (
@@ -44,10 +45,14 @@ def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]
 
 
 def sites_of(model: nn.Module) -> dict[str, Site]:
-    """Return the sites of an adapted model by name."""
+    """Return the adapted sites of a model by name.
+
+    Raises:
+        AdapterError: the model records an adapter at a site that its graph does not show any more.
+    """
     model = graph_of(model)
     if isinstance(model, fx.GraphModule):
-        return {site.name: site for site in find_sites(model)}
+        return {site.name: site for site in account_for(model).adapted("saving in another format")}
     return {module.site.name: module.site for module in model.modules() if isinstance(module, AdaptedLinear)}
 
 

@@ -19,6 +19,18 @@ OpOverload = torch._ops.OpOverload
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
 ENTER_AUTOCAST, EXIT_AUTOCAST = _enter_autocast, _exit_autocast
 
+# The module of the functions that torch.export traces where a transform of torch.func begins and ends a level.
+_TRANSFORMS = "torch._functorch.predispatch"
+
+
+def is_transform(node: fx.Node) -> bool:
+    """Check whether `node` begins or ends a level of `vmap` or another transform, or moves a value across its border.
+
+    Nothing reads the results of those that begin and end a level, and the graph is wrong without them.
+    """
+    return node.op == "call_function" and getattr(node.target, "__module__", None) == _TRANSFORMS
+
+
 _FUNCTIONS = {
     aten.add.Tensor: torch.add,
     aten.addmm.default: torch.addmm,

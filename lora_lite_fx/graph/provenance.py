@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 _KEY = "lora_lite_fx"
 
@@ -19,9 +20,9 @@ SHARED = "lora_shared_"
 """The names of tensors that all sites of an adapter share begin with this."""
 
 INLET = "inlet"
-"""Part of the node that replaces the input of the frozen linear."""
+"""Part of the nodes before the frozen linear: the last of them replaces its input."""
 OUTLET = "outlet"
-"""Part of the node that replaces its output."""
+"""Part of the nodes after it: the last of them replaces its output."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Provenance:
         position: index of the adapter among those of its site; its tensors carry it as a suffix.
         call: number of the insertion; one adapter of a site that runs twice has two.
         names: of the adapter's tensors, as its variant calls them.
-        part: `INLET`, `OUTLET`, or empty for the nodes in between.
+        part: `INLET` or `OUTLET`.
         by: the pass that inserted it.
-        config: the adapter's config as JSON, on inlets and outlets.
+        config: the adapter's config as JSON, on every node, because another pass may replace any of them.
     """
 
     site: str
@@ -60,6 +61,13 @@ def recorded(node: fx.Node) -> Provenance | None:
     return Provenance(**data) if data else None
 
 
+def forget(node: fx.Node) -> None:
+    """Take the provenance off `node`, which then counts as a node of the base."""
+    node.meta["custom"] = {key: value for key, value in node.meta["custom"].items() if key != _KEY}
+    if not node.meta["custom"]:
+        del node.meta["custom"]
+
+
 def is_inserted(node: fx.Node) -> bool:
     """Check whether a pass inserted `node`."""
     return _KEY in (node.meta.get("custom") or {})
@@ -81,12 +89,13 @@ def place_of(node: fx.Node) -> str:
 class Insertion:
     """One adapter at one call of a site, as found in a graph.
 
+    Other passes may have replaced nodes: a decomposition makes several of one, and none of a cast that does nothing. So
+    the nodes at which values enter and leave are not recorded; they follow from who reads whom.
+
     Args:
         site, adapter, position, call, names: as in `Provenance`.
         config: the adapter's config, as `variant.to_config` writes it.
         nodes: its nodes in graph order.
-        inlet: the node that replaces the input of the frozen linear, or None.
-        outlet: the node that replaces its output, or None.
     """
 
     site: str
@@ -96,28 +105,56 @@ class Insertion:
     names: tuple[str, ...]
     config: dict[str, Any]
     nodes: tuple[fx.Node, ...]
-    inlet: fx.Node | None
-    outlet: fx.Node | None
+
+    @property
+    def variant(self) -> str:
+        """The name of the adapter's variant."""
+        return str(self.config["variant"])
 
     @property
     def tensors(self) -> dict[str, str]:
         """The qualified name of each of the adapter's tensors."""
         return qualified_names(self.site, self.adapter, self.position, self.names)
 
+    @property
+    def inlet(self) -> fx.Node | None:
+        """The node that replaces the input of the frozen linear, or None."""
+        return self._exit(INLET)
+
+    @property
+    def outlet(self) -> fx.Node | None:
+        """The node that replaces the output of the frozen linear, or None."""
+        return self._exit(OUTLET)
+
+    @property
+    def x(self) -> fx.Node | None:
+        """The value that `inlet` replaces, or None."""
+        return self._entered(INLET, self.inlet)
+
+    @property
+    def y(self) -> fx.Node | None:
+        """The value that `outlet` replaces, or None."""
+        return self._entered(OUTLET, self.outlet)
+
     def is_outside(self, node: fx.Node) -> bool:
         """Check that `node` is not one of the adapter's nodes."""
         return node not in self.nodes
 
-    @property
-    def entered_by(self) -> list[fx.Node]:
-        """The values that the adapter reads from outside, constants left out, in graph order.
+    def _side(self, part: str) -> list[fx.Node]:
+        return [node for node in self.nodes if (record := recorded(node)) is not None and record.part == part]
 
-        They are the site's input, if the adapter reads it, and the frozen linear's output, if the adapter changes it.
-        The output comes last, because it is computed from the input.
-        """
-        members = set(self.nodes)
-        read = {value for node in self.nodes for value in node.all_input_nodes}
-        return sorted(value for value in read - members if not _is_constant(value))
+    def _exit(self, part: str) -> fx.Node | None:
+        """Return the last node of `part` that nodes outside read for its value; sizes are read by everybody."""
+        leaving = (node for node in reversed(self._side(part)) if _is_data(node))
+        return next((node for node in leaving if any(map(self.is_outside, node.users))), None)
+
+    def _entered(self, part: str, leaving: fx.Node | None) -> fx.Node | None:
+        """Return the last value from outside that nodes of `part` read and that `leaving` can stand for, or None."""
+        if leaving is None:
+            return None
+        read = {value for node in self._side(part) for value in node.all_input_nodes if self.is_outside(value)}
+        entered = [value for value in read if _is_data(value) and _rank(value) in (None, _rank(leaving))]
+        return max(entered, default=None)  # the output of the frozen linear comes after its input
 
 
 def qualified_names(site: str, adapter: int, position: int, names: Iterable[str]) -> dict[str, str]:
@@ -157,34 +194,55 @@ def _with_inner(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def _insertion(members: list[tuple[fx.Node, Provenance]]) -> Insertion:
     first = members[0][1]
-    # Where re-capture split a node in two, both have its record: the last one is the result.
-    parts = {provenance.part: node for node, provenance in members}
-    config = next(provenance.config for _, provenance in members if provenance.config)
     return Insertion(
         first.site,
         first.adapter,
         first.position,
         first.call,
         tuple(first.names),
-        json.loads(config),
+        json.loads(first.config),
         tuple(node for node, _ in members),
-        parts.get(INLET),
-        parts.get(OUTLET),
     )
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Check whether `node` is a tensor of the module, perhaps reshaped or cast."""
-    while node.op == "call_function" and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return node.op == "get_attr"
+def is_size(node: fx.Node) -> bool:
+    """Check whether `node` is a number, such as the size of a tensor; where passes share sizes, all may read them."""
+    return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat))
 
 
-def outermost(adapters: Iterable[Insertion], x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Return the input and output of a site's call with `adapters` around it, from those of the frozen linear."""
+def _is_data(node: fx.Node) -> bool:
+    """Check whether `node` is neither a number nor a tensor of the module, perhaps reshaped or cast."""
+    if is_size(node):
+        return False
+    while node.op == "call_function":
+        read = [operand for operand in node.all_input_nodes if not is_size(operand)]
+        if len(read) != 1:
+            break
+        node = read[0]
+    return node.op != "get_attr"
+
+
+def _rank(node: fx.Node) -> int | None:
+    """Return the number of dimensions of `node`, or None if it is not known."""
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None
+
+
+def surrounding(adapters: Iterable[Insertion], x: fx.Node, y: fx.Node) -> tuple[list[Insertion], fx.Node, fx.Node]:
+    """Find the adapters around one call of a site.
+
+    Args:
+        adapters: the adapters of the site, at all its calls, the innermost first.
+        x: the input of the frozen linear at this call.
+        y: its output.
+
+    Returns:
+        Those of the adapters that are at this call; and the input and the output of the call with them around it.
+    """
+    around = []
     for insertion in adapters:
-        if insertion.inlet is x:
-            x = insertion.entered_by[0]
-        if insertion.outlet is not None and insertion.entered_by[-1] is y:
-            y = insertion.outlet
-    return x, y
+        inlet, outlet = insertion.inlet, insertion.outlet
+        if (inlet or x) is x and (outlet is None or insertion.y is y) and (inlet or outlet):
+            around.append(insertion)
+            x, y = insertion.x or x, outlet or y
+    return around, x, y

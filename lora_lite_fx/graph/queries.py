@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .direct_calls import OpOverload
+from .direct_calls import OpOverload, is_transform
 from .provenance import is_inserted
 from .regions import closes_region, opens_region
 from .tensors import tensor_of
@@ -83,8 +83,8 @@ def obstacle_between(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> str:
     """
     node = first.next
     while node is not last:
-        if opens_region(node) or closes_region(node):
-            return "the mode of autograd or autocast changes in between"
+        if opens_region(node) or closes_region(node) or is_transform(node):
+            return "a mode, or a level of a transform, begins or ends in between"
         if any(read.op != "get_attr" for read in written(gm, node)):
             return "a tensor is overwritten in between"
         node = node.next

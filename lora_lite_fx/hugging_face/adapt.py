@@ -17,6 +17,7 @@ from ..adapters.placement import placements
 from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_state_dict
 from ..capture.capture import Inputs
+from ..capture.hooks import refuse_offloading
 from ..capture.hugging_face import is_hugging_face
 from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
@@ -46,6 +47,7 @@ def adapt(
     *,
     calibration: Batches | None = None,
     max_graphs: int = 16,
+    verify: bool = True,
 ) -> Any:
     """Return a copy of a Hugging Face model, of the same class and over the same weights, that runs rewritten graphs.
 
@@ -61,6 +63,7 @@ def adapt(
         example_inputs: as for `rewrite`: the first call to capture, which decides on the sites.
         calibration: as for `rewrite`.
         max_graphs: the most graphs to keep; the one that was not used for longest is dropped for a new one.
+        verify: compare each graph with the model when it is captured, as `capture` does.
 
     Returns:
         The copy, in the model's mode. Only the adapters' parameters require grad. Its parts (`get_encoder()`, the
@@ -92,7 +95,8 @@ def adapt(
     if type(max_graphs) is not int or max_graphs < 1:
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
     check_gradients(model)
-    graphs = GraphCache(share(model), example_inputs, max_graphs)
+    refuse_offloading(model)
+    graphs = GraphCache(share(model), example_inputs, max_graphs, verify)
     graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
     return _adopted(graphs)
 

@@ -167,6 +167,8 @@ def normalize_call(model: Any, decoder: Decoder | None, arguments: dict[str, Any
     use_cache = arguments.get("use_cache", True)
     if cache is None and mask is None and "position_ids" in arguments and not use_cache:
         return as_it_is  # positions that start again mark several texts in one row
+    if "token_type_ids" in arguments and (cache is None or not cache.is_initialized):
+        return as_it_is  # PaliGemma and Gemma 3 read types of tokens if the cache has not been opened yet
     batch, length = tokens.shape[:2]
     keeps_cache, callers_caches = cache is not None or bool(use_cache), caches(arguments)
     cache = _opened(cache, text, decoder, batch, tokens.device)

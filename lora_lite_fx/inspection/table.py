@@ -11,14 +11,14 @@ from typing import Any, overload
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.accounting import account_for
 from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture import Inputs
 from ..execution.module import AdaptedGraphModule
 from ..formats.writing import write_atomically
-from ..graph.provenance import Insertion, insertions, outermost
+from ..graph.provenance import Insertion, surrounding
 from ..graph.tensors import tensor_of
-from ..rewriting.capture import capture
-from ..sites.finding import find_sites
+from ..rewriting.capture import base_graph
 from ..sites.roles import ROLES
 from .page import render
 from .passes import ProgramReport, program_reports
@@ -143,25 +143,20 @@ def inspect(
         CaptureError: the model cannot be captured.
     """
     model_or_graph = model if isinstance(model, ExportedProgram) else graph_of(model)
-    gm = capture(model_or_graph, example_inputs)
-    at: dict[str, dict[int, Insertion]] = {}
-    for insertion in insertions(gm.graph):
-        at.setdefault(insertion.site, {}).setdefault(insertion.adapter, insertion)
+    gm = base_graph(model_or_graph, example_inputs)
+    account = account_for(gm)
     rows = []
-    for site in find_sites(gm):
-        here = list(at.get(site.name, {}).values())
-        if site.kind.name not in kinds and not here:
+    for site in account.sites:
+        around = () if site.name in account.lost else account.insertions.get(site.name, ())
+        if site.kind.name not in kinds and not around:
             continue
-        tensors = [tensor_of(gm, name) for insertion in here for name in insertion.tensors.values()]
-        x, _ = outermost(here, site.calls[0].x, site.calls[0].y)
+        _, x, _ = surrounding(around, site.calls[0].x, site.calls[0].y)
         rows.append(
             SiteRow(
                 name=site.name,
                 roles=tuple(role for role in ROLES if role in site.roles),
                 d_in=site.d_in,
                 d_out=site.d_out,
-                adapters=tuple(insertion.config["variant"] for insertion in here),
-                parameters=sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
                 reasons={role: site.reasons[role] for role in ROLES if role in site.reasons},
                 weight=site.weight,
                 dtype=str(gm.get_parameter(site.weight).dtype).removeprefix("torch."),
@@ -170,8 +165,10 @@ def inspect(
                 reads=x.name,
                 kind=site.kind.name,
                 experts=site.experts,
+                **_adapters(gm, around),
             )
         )
+    rows += [_lost_row(gm, name, account.insertions[name], why) for name, why in account.lost.items()]
     total = sum(parameter.numel() for parameter in gm.parameters())
     adapters = set(adapter_tensor_names(gm))
     sizes = {name: parameter.numel() for name, parameter in gm.named_parameters() if name not in adapters}
@@ -186,6 +183,31 @@ def inspect(
         assert isinstance(running, AdaptedGraphModule)
         programs = program_reports(running)
     return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, unfrozen, programs)
+
+
+def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]:
+    """Return the fields of a row that tell of the adapters `around` its site."""
+    once = {insertion.adapter: insertion for insertion in around}.values()  # a site may be called several times
+    tensors = [tensor_of(gm, name) for insertion in once for name in insertion.tensors.values()]
+    return {
+        "adapters": tuple(insertion.variant for insertion in once),
+        "parameters": sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
+    }
+
+
+def _lost_row(gm: fx.GraphModule, name: str, around: Sequence[Insertion], why: str) -> SiteRow:
+    """Return the row of adapters whose site the graph does not show any more."""
+    reads = next((value.name for insertion in around if (value := insertion.x or insertion.y)), "")
+    fields: dict[str, Any] = {"d_in": 0, "d_out": 0, "weight": "", "dtype": "", "bias": False, "kind": "not found"}
+    return SiteRow(
+        name=name,
+        roles=(),
+        reasons={"not found": why},
+        calls=len({insertion.call for insertion in around}),
+        reads=reads,
+        **fields,
+        **_adapters(gm, around),
+    )
 
 
 def _class_name(model: nn.Module | ExportedProgram, gm: fx.GraphModule) -> str:

@@ -9,7 +9,10 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.placement import adapter_tensor_names
+from ..adapters.state import adapter_tensors
 from ..capture.capture import Inputs, capture_model
+from ..capture.compare import require_equal
+from ..capture.hooks import check_hooks
 from ..capture.signature import call_like_the_model
 from ..capture.source import Source
 from ..errors import CaptureError
@@ -32,6 +35,7 @@ def capture(
     *,
     dynamic_shapes: Any = "auto",
     checkpoint_layers: bool | None = None,
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Capture `model` as a graph, without adapters.
 
@@ -50,6 +54,9 @@ def capture(
             memory, about a third more time, the same gradients. A layer is a member of what `layers` of a config
             counts. None to do as `model` does: a Hugging Face model after `gradient_checkpointing_enable()`, or a graph
             that was captured so.
+        verify: compare the graph with the model on the example inputs, in training and in evaluation mode. That takes
+            a forward pass each of model and graph, and finds models that compute something else while they are traced.
+            It is left out without example inputs, and for models without data (on the meta device).
 
     Returns:
         A graph module over the model's own weights, in the model's mode; no parameter requires grad but those of
@@ -57,8 +64,29 @@ def capture(
         copies, so that training it leaves the model alone.
 
     Raises:
-        CaptureError: the model cannot be captured, the inputs do not fit it, or it has no layers to checkpoint.
+        CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or the
+            graph computes something else than the model; the message names the first module whose output differs; or
+            hooks of accelerate stand on it.
+
+    Warns:
+        UserWarning: a hook stands on a module of the model. It was traced; the message says what that means.
     """
+    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
+        check_hooks(model)
+    return base_graph(
+        model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers, verify=verify
+    )
+
+
+def base_graph(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    checkpoint_layers: bool | None = None,
+    verify: bool = True,
+) -> fx.GraphModule:
+    """Do the work of `capture`, without a warning of hooks: for those who read the graph and do not run it."""
     if isinstance(model, ExportedProgram):
         model = model.module()
     adapter_names = adapter_tensor_names(model) if isinstance(model, nn.Module) else []
@@ -67,6 +95,8 @@ def capture(
             f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
             " it was made of, and pass several configs at once."
         )
+    if adapter_names:
+        adapter_tensors(model)  # refuses a graph around the adapted one, as torch.export makes it
     captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names)
     plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
     plain.run(captured.gm)
@@ -87,4 +117,6 @@ def capture(
     gm = AdaptedGraphModule(captured.gm, captured.gm.graph, execution)
     keep_aliases(captured.gm, gm)
     own_written_buffers(gm)
+    if verify and captured.source is not None and captured.calls:
+        require_equal(gm, captured.source, captured.calls, captured.hint)
     return gm.train(captured.training)

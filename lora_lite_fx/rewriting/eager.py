@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from ..adapters.adapted_site import FrozenSite
-from ..adapters.placement import Placement, adapter_tensor_names
+from ..adapters.placement import Placement, adapter_tensor_names, placements
+from ..adapters.state import adapter_state_dict, load_adapter_state_dict
 from ..adapters.variant import adapter_namespace
 from ..capture.capture import Inputs
 from ..capture.share import share
@@ -15,9 +17,10 @@ from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule, execution_of
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..graph.writes import written_buffers
+from ..sites.finding import find_sites
 from ..sites.site import Site, is_called
 from .calibration import Batches, check_calibration
-from .capture import capture
+from .capture import base_graph
 from .plan import make_plans
 from .rewrite import Config, as_variants
 
@@ -48,23 +51,59 @@ def wrap(
     """
     variants = as_variants(cfg)
     check_calibration(calibration)
-    gm = capture(model, example_inputs)
+    gm = base_graph(model, example_inputs)
     if isinstance(model, fx.GraphModule):
         model = _source_of(model)
     plans = make_plans(gm, variants, calibration)
-    wrapped: nn.Module = share(model)
-    for name in written_buffers(gm):
-        path, _, leaf = name.rpartition(".")
-        setattr(wrapped.get_submodule(path), leaf, getattr(wrapped.get_submodule(path), leaf).clone())
+    wrapped = _copy(model, gm)
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _adapted(wrapped, site)
-            weight = site.kind.matrix(module.weight.detach())
             placement = Placement.of(plan.variant, adapter, site, len(module.placements))
-            placement.register(wrapped, site, weight)
+            weight = _add(module, placement, wrapped)
             placement.initialize(wrapped, site, weight, plan.statistics.get(site.name))
-            module.add(placement, wrapped)
     return wrapped
+
+
+def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
+    """Return a copy of `model` that has the adapters of `gm`, with their values, in wrapped modules.
+
+    Args:
+        gm: a rewritten graph.
+        model: the model that it was made of; it is not changed.
+
+    Raises:
+        AdapterError: the model lacks a site of the graph.
+        ConfigError: a site is not a module of its own.
+    """
+    sites = {site.name: site for site in find_sites(gm)}
+    wrapped = _copy(model, gm)
+    modules = dict(model.named_modules())
+    for placement in placements(gm):
+        site = sites.get(placement.site)
+        if site is None or placement.site.partition(".sites.")[0] not in modules:
+            missing = f"{type(model).__name__} has no site {placement.site!r}, at which the graph has an adapter."
+            raise AdapterError(f"{missing} The way out: pass the model that the graph was made of.")
+        _add(_adapted(wrapped, site), placement, wrapped)
+    load_adapter_state_dict(wrapped, adapter_state_dict(gm))
+    return wrapped
+
+
+def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
+    """Return a copy of `model` over the same weights, with buffers of its own where its graph `gm` writes to them."""
+    copied: nn.Module = share(model)
+    for name in written_buffers(gm):
+        path, _, leaf = name.rpartition(".")
+        setattr(copied.get_submodule(path), leaf, getattr(copied.get_submodule(path), leaf).clone())
+    return copied
+
+
+def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module) -> Tensor:
+    """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there."""
+    weight = module.site.kind.matrix(module.weight.detach())
+    placement.register(wrapped, module.site, weight)
+    module.add(placement, wrapped)
+    return weight
 
 
 def _source_of(graph: fx.GraphModule) -> nn.Module:
@@ -93,7 +132,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module, site: Site) -> None:
         super().__init__()
         self.base = base
-        self.site = site
+        self.site = replace(site, calls=())  # nodes of a graph, which a copy of this module would copy
         self.placements: list[Placement] = []
         self.train(base.training)
         # Without a hook, nn.TransformerEncoderLayer may take its fast path, which reads the weights of its linears.

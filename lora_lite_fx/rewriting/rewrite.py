@@ -57,6 +57,7 @@ def rewrite(
     dynamic_shapes: Any = "auto",
     calibration: Batches | None = None,
     checkpoint_layers: bool | None = None,
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Capture `model` as a graph and insert adapters into it.
 
@@ -76,19 +77,24 @@ def rewrite(
             That takes less memory and about a third more time, and gives the same gradients. The layers are those
             that `layers` of a config counts. None follows `model`: a Hugging Face model after
             `gradient_checkpointing_enable()` and a graph made with this option checkpoint their layers.
+        verify: compare the captured graph with the model on the example inputs before adapters are inserted, as
+            `capture` does.
 
     Returns:
         A graph module over the model's own frozen weights, in the model's mode. Only the adapters' parameters
         require grad.
 
     Raises:
-        CaptureError: the model cannot be captured, the inputs do not fit it, or it has no layers to checkpoint.
+        CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or
+            its graph computes something else than it.
         SelectionError: a config's targets match no site.
         ConfigError: `cfg` is not a variant, or does not fit a site.
     """
     variants = as_variants(cfg)
     check_calibration(calibration)
-    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers)
+    gm = capture(
+        model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers, verify=verify
+    )
     plans = make_plans(gm, variants, calibration)
     _warn_of_no_gradient(gm, plans)
     first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])

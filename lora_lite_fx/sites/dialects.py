@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..graph.direct_calls import OpOverload
 from ..graph.provenance import is_inserted
+from ..graph.queries import value_of
 from .dataflow import op_name
 from .kinds.convolution import Convolution
 from .kinds.embedding import Lookup
@@ -42,22 +44,20 @@ def match_site(gm: fx.GraphModule, node: fx.Node) -> Match | None:
     """Return the match of `node` as a product with a frozen parameter, or None if it is not one."""
     if node.op != "call_function" or is_inserted(node):
         return None
-    if node.target in _OTHER_KINDS or op_name(node) in _GROUPED:
-        return _match_other_kind(gm, node)
     args: tuple[Any, ...] = node.args
-    if node.target is aten.linear.default:
+    if node.target in _PRODUCTS and not node.kwargs and _parameter(gm, args[1], dim=2) is not None:
+        x, weight = args
+        call, bias = _with_bias_addition(gm, _between_reshapes(gm, x, node))
+        out_in = False
+    elif node.target in _OTHER_KINDS or op_name(node) in _GROUPED:
+        return _match_other_kind(gm, node)
+    elif node.target is aten.linear.default:
         x, weight, bias = (*args, None)[:3]
         call = Call(x, node, node)
         out_in = True
     elif node.target is aten.addmm.default and not node.kwargs:
         bias, x, weight = args
-        call = _between_reshapes(x, node)
-        out_in = False
-    elif node.target in (aten.matmul.default, aten.mm.default, operator.matmul):
-        x, weight = args
-        if _parameter(gm, weight, dim=3) is not None:
-            return _match_other_kind(gm, node)
-        call, bias = _with_bias_addition(gm, x, node)
+        call = _between_reshapes(gm, x, node)
         out_in = False
     else:
         return None
@@ -70,8 +70,9 @@ def match_site(gm: fx.GraphModule, node: fx.Node) -> Match | None:
 
 
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
-_BATCHED = (aten.bmm.default, aten.matmul.default, operator.matmul)
-_OTHER_KINDS = (aten.embedding.default, *_CONVOLUTIONS, aten.bmm.default)
+_DECOMPOSED = aten.convolution.default
+_PRODUCTS = (aten.matmul.default, aten.mm.default, operator.matmul, aten.bmm.default)
+_OTHER_KINDS = (aten.embedding.default, *_CONVOLUTIONS, _DECOMPOSED, *_PRODUCTS)
 _GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 
 
@@ -84,12 +85,13 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> Match | None:
             return None
         kind = Lookup(padding=args["padding_idx"])
         return Match(Call(args["indices"], node, node), source.name, kind, None)
-    if node.target in _CONVOLUTIONS:
+    if node.target in (*_CONVOLUTIONS, _DECOMPOSED):
         weight, bias = args["weight"], args["bias"]
-        dims = 1 if node.target in _CONVOLUTIONS[:2] else 2
+        dims = len(args["stride"]) if node.target is _DECOMPOSED else 1 if node.target in _CONVOLUTIONS[:2] else 2
         source = _parameter(gm, weight, dim=2 + dims)
         bias_source = _parameter(gm, bias, dim=1) if bias is not None else None
-        if source is None or (bias is not None and bias_source is None) or args["groups"] != 1:
+        plain = args["groups"] == 1 and not args.get("transposed") and dims in (1, 2)
+        if source is None or (bias is not None and bias_source is None) or not plain:
             return None
         steps = {key: _for_each_dimension(args[key], dims) for key in ("stride", "padding", "dilation")}
         kind = Convolution(kernel=tuple(gm.get_parameter(source.name).shape[2:]), **steps)
@@ -100,7 +102,8 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> Match | None:
     if source is None or source.rows or not known or len(routing) != (op_name(node) in _GROUPED):
         return None
     kind = Experts(transposed=not source.flipped, operator=node.target)
-    return Match(Call(x, node, node, tuple(routing)), source.name, kind, None)  # type: ignore[arg-type]
+    call = _between_reshapes(gm, x, node, all_dimensions=True)  # type: ignore[arg-type]
+    return Match(replace(call, routing=tuple(routing)), source.name, kind, None)  # type: ignore[arg-type]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -121,36 +124,76 @@ def _for_each_dimension(value: Any, dims: int) -> Any:
     return values * dims if len(values) == 1 else values
 
 
-def _between_reshapes(x: fx.Node, product: fx.Node) -> Call:
-    """Return the call around `view(x, [-1, d_in])`, product, `view(_, [..., d_out])`, or around the product alone."""
-    users = list(product.users)
-    reshaped = _is_reshape(x) and len(x.users) == 1 and len(users) == 1 and _is_reshape(users[0])
-    if not reshaped or not _keeps_last_dimension(users[0], product):
-        return Call(x, product, product)
-    return Call(x.all_input_nodes[0], users[0], product)
+def _between_reshapes(gm: fx.GraphModule, x: fx.Node, product: fx.Node, all_dimensions: bool = False) -> Call:
+    """Return the call from before the reshapes of the input to after those of the product.
+
+    GPT-2 writes `view(x, [-1, d_in])`, product, `view(_, [..., d_out])`, and decompositions of linears do so too. The
+    call is the product alone if the reshapes do not cancel each other out.
+
+    Args:
+        all_dimensions: whether reshapes must leave all dimensions as they are; else the last one.
+    """
+
+    def reshapes(start: fx.Node, following: Callable[[fx.Node], fx.Node | None]) -> list[fx.Node]:
+        """Return `start` and the values that it is reshaped from, or to, while it keeps its last dimension."""
+        nodes = [start]
+        while (node := following(nodes[-1])) is not None:
+            was, now = _shape(gm, nodes[-1]), _shape(gm, node)
+            if was is None or now is None or was[-1:] != now[-1:] or (all_dimensions and was != now):
+                break
+            nodes.append(node)
+        return nodes
+
+    def before(node: fx.Node) -> fx.Node | None:
+        return node.all_input_nodes[0] if _is_reshape(gm, node) and len(node.users) == 1 else None
+
+    def after(node: fx.Node) -> fx.Node | None:
+        users = list(node.users)
+        return users[0] if len(users) == 1 and _is_reshape(gm, users[0]) else None
+
+    inputs, outputs = reshapes(x, before), reshapes(product, after)
+    pairs = ((start, end) for start in reversed(inputs) for end in reversed(outputs) if _matches(gm, start, end))
+    start, end = next(pairs, (x, product))
+    return Call(start, end, product)
 
 
-def _keeps_last_dimension(view: fx.Node, product: fx.Node) -> bool:
-    """Return whether `view` keeps the last dimension of `product`."""
-    return "val" in view.meta and bool(view.meta["val"].shape[-1:] == product.meta["val"].shape[-1:])
+def _matches(gm: fx.GraphModule, x: fx.Node, y: fx.Node) -> bool:
+    """Check whether `x` and `y` have the same dimensions but for the last."""
+    x_shape, y_shape = _shape(gm, x), _shape(gm, y)
+    return x_shape is not None and y_shape is not None and x_shape[:-1] == y_shape[:-1]
 
 
-def _is_reshape(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (aten.view.default, aten.reshape.default)
+def _shape(gm: fx.GraphModule, node: fx.Node) -> tuple[str, ...] | None:
+    """Return the sizes of the value of `node` as text, because comparing symbols would add guards; None if unknown."""
+    value = value_of(gm, node)
+    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
 
 
-def _with_bias_addition(gm: fx.GraphModule, x: fx.Node, product: fx.Node) -> tuple[Call, fx.Node | None]:
+def _is_reshape(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Check whether `node` gives all elements of its operand another shape, in the same order."""
+    if node.op != "call_function":
+        return False
+    if node.target in (aten.expand.default, aten.clone.default):
+        return _shape(gm, node) == _shape(gm, node.all_input_nodes[0])
+    return node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def _with_bias_addition(gm: fx.GraphModule, call: Call) -> tuple[Call, fx.Node | None]:
     """Return the call of `x @ W`, with the addition of a bias vector if nothing else reads the product."""
-    users = list(product.users)
+    users = list(call.y.users)
     if len(users) == 1 and users[0].target in (aten.add.Tensor, operator.add):
-        others = [a for a in users[0].args if a is not product]
+        others = [a for a in users[0].args if a is not call.y]
         if len(others) == 1 and isinstance(others[0], fx.Node) and _parameter(gm, others[0], dim=1):
-            return Call(x, users[0], product), others[0]
-    return Call(x, product, product), None
+            return replace(call, y=users[0]), others[0]
+    return call, None
 
 
 _TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int, aten.permute.default)
-_COPIES = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.detach.default, aten.alias.default)
+_COPIES = (
+    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
+    *(aten.detach.default, aten.alias.default, aten.clone.default),
+)
+_BROADCASTS = (aten.expand.default, aten.view.default, aten.reshape.default, aten.unsqueeze.default)
 
 
 @dataclass(frozen=True)
@@ -169,17 +212,24 @@ class _Source:
 
 
 def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
-    """Return the parameter of `dim` dimensions that `node` reads, through casts, transposes and splits by rows."""
+    """Return the parameter of `dim` dimensions that `node` reads, through casts, transposes and splits by rows.
+
+    A matrix may be repeated along further dimensions, as decompositions do for a batched product.
+    """
     flipped, rows = False, None
     while isinstance(node, fx.Node) and node.op != "get_attr":
         if node.op != "call_function":
             return None
         if node.target in _TRANSPOSES:
-            if dim == 3 and not _swaps_last_two(node):
+            swaps = _swaps_last_two(node, dim)
+            if swaps is None or (swaps and rows is not None):  # columns that a split takes
                 return None
-            flipped = not flipped
+            flipped ^= swaps
+        elif node.target in _BROADCASTS:
+            if not _repeats(gm, node, dim):
+                return None
         elif node.target not in _COPIES:
-            rows = _rows(node) if rows is None and not flipped else None
+            rows = _rows(node) if rows is None else None
             if rows is None:
                 return None
             node = node.all_input_nodes[0]
@@ -193,9 +243,36 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
     return _Source(str(node.target), flipped, rows) if tensor.dim() == dim else None
 
 
-def _swaps_last_two(node: fx.Node) -> bool:
-    dims: Any = node.args[1:]
-    return node.target is aten.mT.default or (node.target is aten.transpose.int and {d % 3 for d in dims} == {1, 2})
+def _swaps_last_two(node: fx.Node, dim: int) -> bool | None:
+    """Return whether a transpose of a matrix, or of `dim` dimensions, swaps the last two; None if it moves others."""
+    if node.target is aten.mT.default:
+        return True
+    value = node.meta.get("val")
+    rank = value.dim() if isinstance(value, Tensor) else dim
+    args = _arguments(node)
+    if node.target is aten.transpose.int:
+        named = [args["dim0"], args["dim1"]]
+    else:
+        named = list(args["dims"]) if node.target is aten.permute.default else []
+    if not all(isinstance(d, int) and -rank <= d < rank for d in named):
+        return None  # without shapes, this shows that it is another tensor
+    dims = list(range(rank))
+    moved = list(dims)
+    if node.target is aten.transpose.int:
+        moved[named[0]], moved[named[1]] = dims[named[1]], dims[named[0]]
+    elif node.target is aten.permute.default:
+        moved = [dims[d] for d in named]
+    else:
+        moved.reverse()
+    return {tuple(dims): False, (*dims[:-2], *reversed(dims[-2:])): True}.get(tuple(moved))
+
+
+def _repeats(gm: fx.GraphModule, node: fx.Node, dim: int) -> bool:
+    """Check whether `node` repeats a matrix along dimensions before it; other parameters must stay as they are."""
+    was, now = _shape(gm, node.all_input_nodes[0]), _shape(gm, node)
+    if was is None or now is None:
+        return False
+    return was[-2:] == now[-2:] and len(was) >= 2 if dim == 2 else was == now
 
 
 def _rows(node: fx.Node) -> tuple[int, int] | None:

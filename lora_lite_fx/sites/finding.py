@@ -7,6 +7,7 @@ model.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 
 from torch import fx
 
@@ -33,13 +34,8 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     groups: dict[tuple[str, str, SiteKind], list[Match]] = defaultdict(list)
     for match in matches:
         groups[_name(match), match.weight, match.kind].append(match)
-    names = Counter((name, kind.name == "linear") for name, _, kind in groups)
     sites = []
-    for (name, weight, kind), members in groups.items():
-        if name == weight or names[name, kind.name == "linear"] > 1:
-            name = _name_in_module(weight, kind)
-        elif kind.name != "linear" and names[name, True]:  # an embedding whose weight is a head too
-            name = f"{name}.sites.{kind.name}"
+    for ((_, weight, kind), members), name in zip(groups.items(), _names(groups), strict=True):
         if kind.name == "embedding" and _is_same(gm, f"{name}.weight", weight):
             weight = f"{name}.weight"  # the graph may read it by the name of a head that is tied to it
         roles = (linears[id(match)].reasons for match in members if id(match) in linears)
@@ -61,6 +57,36 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
             )
         )
     return sites
+
+
+def _names(groups: Mapping[tuple[str, str, SiteKind], list[Match]]) -> list[str]:
+    """Return a qualified name for each site, all different.
+
+    Args:
+        groups: the calls of each site, by the name of their module, the name of the weight, and the kind.
+    """
+    count = Counter((name, kind.name == "linear") for name, _, kind in groups)
+    names = {}
+    for key in groups:
+        name, weight, kind = key
+        if name in ("", weight) or count[name, kind.name == "linear"] > 1:  # no module of its own, or one of several
+            names[key] = _name_in_module(weight, kind)
+        elif kind.name != "linear" and count[name, True]:  # an embedding whose weight is a head too
+            names[key] = f"{name}.sites.{kind.name}"
+        else:
+            names[key] = name
+    for key, name in names.items():
+        # One weight is read in both orientations. The module that owns it keeps the name.
+        alike = [other for other in groups if names[other] == name]
+        own = min(alike, key=lambda other: (_runs_elsewhere(groups[other]), other[2].transposed))
+        if key != own:
+            names[key] = f"{name}.transposed" if ".sites." in f".{name}" else f"{name}.sites.transposed"
+    return list(names.values())
+
+
+def _runs_elsewhere(calls: list[Match]) -> bool:
+    """Return whether a call runs outside the module that owns its weight."""
+    return any(inner_name(match.call.node) != match.weight.rpartition(".")[0] for match in calls)
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:

@@ -18,6 +18,7 @@ from ..adapters.placement import Placement, placements
 from ..adapters.variant import Variant
 from ..capture.record_run import record_run
 from ..errors import AdapterError
+from ..execution.reading import Reader, reader_of
 from ..graph.provenance import inner_name
 from ..graph.tensors import tensor_names, tensor_of
 from ..rewriting.plan import make_plans
@@ -93,6 +94,7 @@ class CompiledModel:
         Raises:
             AdapterError: a site would run without its adapters.
         """
+        self._refresh()
         frozen = {i for i, tensor in enumerate(inputs) if id(tensor) in self.names}
         if not frozen:
             return inner(gm, inputs)
@@ -107,7 +109,10 @@ class CompiledModel:
         compiled = compile_for_both_modes(aten, examples + stand_ins, inner)
         positions = {id(tensor): i for i, tensor in enumerate(inputs)}
         weights = [positions[id(known.weight)] for known in sites]
-        return SharedGraph(self, compiled, frozen, sites, weights, self.tensors_of(sites), added).run
+        places = {id(tensor): i for i, tensor in enumerate(reader_of(self.marked, _paths(sites))(self.marked))}
+        own = [places.get(id(tensor)) for tensor in added]
+        constants = [tensor if place is None else None for tensor, place in zip(added, own, strict=True)]
+        return SharedGraph(self, compiled, frozen, sites, weights, own, constants).run
 
     def _sites_in(self, gm: fx.GraphModule) -> list[KnownSite]:
         """Return the sites in a graph, and check that no adapted site runs in it in another form."""
@@ -136,10 +141,11 @@ class CompiledModel:
         tensors = {path: tensor_of(self.marked, path) for path in paths}
         return MarkedSite(known.site.name, known.site.roles, known.placements, tensors)
 
-    def tensors_of(self, sites: Sequence[KnownSite]) -> list[Tensor]:
-        """Return the tensors of the adapters at these sites, site by site."""
-        adapters = (placement for known in sites for placement in known.placements)
-        return [tensor_of(self.marked, path) for placement in adapters for path in placement.tensors.values()]
+    def _refresh(self) -> None:
+        """Look up the weights of all sites again, because the user may have replaced some."""
+        self.names = tensor_names(self.model)
+        for name, known in self.sites.items():
+            self.sites[name] = replace(known, weight=tensor_of(self.model, known.site.weight))
 
     def site_of(self, weight: Tensor, like: KnownSite) -> KnownSite:
         """Return the site that has this weight, if a graph that was captured for the site `like` computes it.
@@ -147,7 +153,8 @@ class CompiledModel:
         Raises:
             AdapterError: there is no such site, so that the graph would run it with the adapters of another.
         """
-        for known in (like, *self.sites.values()):
+        self._refresh()
+        for known in (self.sites[like.site.name], *self.sites.values()):
             if known.weight is weight and known.function == like.function:
                 return known
         name = self.names.get(id(weight), "a weight that is not the model's").removesuffix(".weight")
@@ -170,8 +177,9 @@ class SharedGraph:
         frozen: the positions among its inputs of the model's parameters and buffers.
         sites: the sites that it was captured for.
         weights: the positions among its inputs of their weights.
-        tensors: the tensors of their adapters.
-        added: the tensors that it takes after its inputs: some of `tensors`, and constants.
+        own: for each tensor that it takes after its inputs, its place among the tensors of the adapters, site by site;
+            None for a constant.
+        constants: the constants at these places.
     """
 
     model: CompiledModel
@@ -179,24 +187,49 @@ class SharedGraph:
     frozen: set[int]
     sites: list[KnownSite]
     weights: list[int]
-    tensors: list[Tensor]
-    added: list[Tensor]
-    _by_weights: dict[tuple[int, ...], tuple[list[str], list[Tensor]]] = field(default_factory=dict)
+    own: list[int | None]
+    constants: list[Tensor | None]
+    _by_weights: dict[tuple[int, ...], SitesOfGraph] = field(default_factory=dict)
 
     def run(self, *inputs: Any) -> Any:
         """Run the graph in the model's mode, with the adapters of the sites whose weights are among the inputs."""
         weights = [inputs[i] for i in self.weights]
         key = tuple(map(id, weights))
         if key not in self._by_weights:
-            self._by_weights[key] = self._adapters_for(weights)
-        names, added = self._by_weights[key]
+            self._by_weights[key] = self._sites_with(weights)
+        sites = self._by_weights[key]
+        tensors = sites.read(self.model.marked)
+        added = [
+            constant if place is None else tensors[place]
+            for place, constant in zip(self.own, self.constants, strict=True)
+        ]
         arguments = [tensor.detach() if i in self.frozen else tensor for i, tensor in enumerate(inputs)]
-        self.model.watch.ran.update(names)
+        self.model.watch.ran.update(sites.names)
         return self.compiled[self.model.model.training](*arguments, *added)
 
-    def _adapters_for(self, weights: Sequence[Tensor]) -> tuple[list[str], list[Tensor]]:
-        """Return the names of the sites with these weights, and the tensors to run with in place of `added`."""
+    def _sites_with(self, weights: Sequence[Tensor]) -> SitesOfGraph:
+        """Return the sites with these weights."""
         sites = [self.model.site_of(weight, known) for weight, known in zip(weights, self.sites, strict=True)]
-        replaced = zip(self.tensors, self.model.tensors_of(sites), strict=True)
-        replacements = {id(tensor): replacement for tensor, replacement in replaced}
-        return [known.site.name for known in sites], [replacements.get(id(tensor), tensor) for tensor in self.added]
+        read = reader_of(self.model.marked, _paths(sites))
+        return SitesOfGraph([known.site.name for known in sites], read, list(weights))
+
+
+@dataclass(frozen=True, eq=False)
+class SitesOfGraph:
+    """The sites that a graph runs for, in one layer.
+
+    Args:
+        names: of the sites.
+        read: reads the tensors of their adapters from the model that carries them.
+        weights: their weights, held so that no other tensor can have the identity of one.
+    """
+
+    names: list[str]
+    read: Reader
+    weights: list[Tensor]
+
+
+def _paths(sites: Sequence[KnownSite]) -> list[str]:
+    """Return the qualified names of the tensors of the adapters at these sites, site by site."""
+    adapters = (placement for known in sites for placement in known.placements)
+    return [path for placement in adapters for path in placement.tensors.values()]

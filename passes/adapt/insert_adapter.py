@@ -2,7 +2,7 @@
 
 `InsertAdapter` takes four steps at each of its sites:
 
-1. Find the calls of the site, with the adapters that surround them already (`find_sites`, `outermost`).
+1. Find the calls of the site, with the adapters that surround them already (`account_for`, `surrounding`).
 2. Trace the variant's own `forward` at such a call. The result is a `Fragment`: a graph of its own, see `fragment.py`.
 3. Splice a copy of the fragment into the graph. The nodes of the frozen linear stay. Only the readers of their output
    change and, for a variant that changes the input, the node that they read.
@@ -15,12 +15,12 @@ The adapter's tensors are registered before step 2. `rewrite` fills them after t
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
+from ...adapters.accounting import account_for
 from ...adapters.placement import Placement, site_weight
 from ...adapters.registry import to_config
 from ...adapters.variant import Variant
@@ -28,14 +28,11 @@ from ...errors import ConfigError
 from ...graph.provenance import (
     INLET,
     OUTLET,
-    Insertion,
     Provenance,
-    insertions,
-    outermost,
     record,
+    surrounding,
 )
 from ...graph.tensors import register_tensor
-from ...sites.finding import find_sites
 from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
 from .fragment import Fragment, Fragments
@@ -63,28 +60,27 @@ class InsertAdapter(GraphPass):
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self, gm: fx.GraphModule) -> int:
-        present: dict[str, list[Insertion]] = defaultdict(list)
-        number = 0
-        for insertion in insertions(gm.graph):
-            present[insertion.site].append(insertion)
-            number = insertion.call + 1
-        first_number = number
+        account = account_for(gm)
+        present = [insertion for around in account.insertions.values() for insertion in around]
+        number = first_number = 1 + max((insertion.call for insertion in present), default=-1)
         fragments = Fragments()
+        config = json.dumps(to_config(self.variant))
         moved: dict[fx.Node, fx.Node] = {}  # an adapted output may be the input of a call found before
-        for site in find_sites(gm):
-            inner = {insertion.adapter for insertion in present[site.name]}
-            if site.name not in self.names or self.adapter in inner:
+        for site in account.sites:
+            if site.name not in self.names:
+                continue
+            inner = {insertion.adapter for insertion in account.around(site)}
+            if self.adapter in inner:
                 continue
             site = replace(site, roles=self.roles.get(site.name, site.roles))
             placement = Placement.of(self.variant, self.adapter, site, len(inner))
             self._register(gm, site, placement)
             for call in site.calls:
-                x, y = outermost(present[site.name], moved.get(call.x, call.x), call.y)
+                _, x, y = surrounding(account.around(site), moved.get(call.x, call.x), call.y)
                 around = replace(call, x=x, y=y)
                 fragment = fragments.at(gm, site, placement, around)
-                provenance = Provenance(
-                    site.name, self.adapter, placement.position, number, placement.names, by=self.name
-                )
+                place = (site.name, self.adapter, placement.position)
+                provenance = Provenance(*place, number, placement.names, by=self.name, config=config)
                 moved[y] = _splice(gm, site, around, placement, fragment, provenance)
                 number += 1
         return number - first_number
@@ -113,29 +109,25 @@ def _splice(
     parameters |= {node: placement.tensors[name] for name, node in inputs.tensors.items()}
     if inputs.bias is not None and site.bias is not None:
         parameters[inputs.bias] = site.bias
+    if fragment.base_input is inputs.x and fragment.result is fragment.base:
+        raise ConfigError(f"{type(placement.variant).__name__}.forward returns base(x) unchanged.")
     copier = _Copier(graph, values, parameters, call.node.meta.get("nn_module_stack"), provenance)
     frozen = span(call.x, call.y)
     body = [node for node in fragment.graph.nodes if node.op not in ("placeholder", "output")]
-    parts: dict[str, fx.Node] = {}
     if fragment.base_input is not inputs.x:
         split = body.index(fragment.base)
         with graph.inserting_before(frozen[0]):
-            copier.copy_all(body[:split])
-        parts[INLET] = copier.copy(fragment.base_input)
+            copier.copy_all(body[:split], INLET)
+            x = copier.copy(fragment.base_input, INLET)
         for node in frozen:
-            node.replace_input_with(call.x, parts[INLET])
+            node.replace_input_with(call.x, x)
         body = body[split:]
     with graph.inserting_before(call.y.next):
-        copier.copy_all(body)
-    if fragment.result is not fragment.base:
-        parts[OUTLET] = copier.copy(fragment.result)
-        call.y.replace_all_uses_with(parts[OUTLET], delete_user_cb=lambda user: user not in copier.inserted)
-    if not parts:
-        raise ConfigError(f"{type(placement.variant).__name__}.forward returns base(x) unchanged.")
-    config = json.dumps(to_config(placement.variant))
-    for part, node in parts.items():
-        record(node, replace(provenance, part=part, config=config))
-    return parts.get(OUTLET, call.y)
+        copier.copy_all(body, OUTLET)
+        y = copier.copy(fragment.result, OUTLET)
+    if y is not call.y:
+        call.y.replace_all_uses_with(y, delete_user_cb=lambda user: user not in copier.inserted)
+    return y
 
 
 class _Copier:
@@ -146,7 +138,7 @@ class _Copier:
         values: nodes of the fragment that stand for nodes of the graph.
         parameters: placeholders of the fragment that stand for tensors of the module, with their qualified names.
         module_stack: the modules that the copies count as part of, as fx notes them.
-        provenance: the record for each copy.
+        provenance: the record for each copy, to which its part is added.
     """
 
     def __init__(
@@ -164,20 +156,21 @@ class _Copier:
         self.provenance = provenance
         self.inserted: set[fx.Node] = set()
 
-    def copy_all(self, nodes: Iterable[fx.Node]) -> None:
+    def copy_all(self, nodes: Iterable[fx.Node], part: str) -> None:
+        """Insert `nodes` as this part of the adapter."""
         for node in nodes:
-            self.copy(node)
+            self.copy(node, part)
 
-    def copy(self, node: fx.Node) -> fx.Node:
+    def copy(self, node: fx.Node, part: str) -> fx.Node:
         """Return the node of the graph that `node` stands for; insert it if it is not there yet."""
         if node not in self.copies:
             if node in self.parameters:
                 copied = self.graph.get_attr(self.parameters[node])
             else:
-                copied = self.graph.node_copy(node, self.copy)
+                copied = self.graph.node_copy(node, lambda operand: self.copy(operand, part))
             if self.module_stack is not None:
                 copied.meta["nn_module_stack"] = self.module_stack
-            record(copied, self.provenance)
+            record(copied, replace(self.provenance, part=part))
             self.inserted.add(copied)
             self.copies[node] = copied
         return self.copies[node]

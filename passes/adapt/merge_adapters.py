@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ...adapters.accounting import account_for
 from ...adapters.adapted_site import compose
 from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.placement import (
@@ -22,7 +23,9 @@ from ...adapters.placement import (
 )
 from ...adapters.variant import Variant, of_expert
 from ...errors import AdapterError
+from ...graph.provenance import is_size
 from ...graph.tensors import tensor_of
+from ...sites.dialects import match_site
 from ...sites.finding import find_sites
 from ...sites.site import Site
 from ..pipeline import GraphPass
@@ -58,7 +61,7 @@ class MergedSite:
 
 
 @torch.no_grad()
-def merge_sites(gm: fx.GraphModule, sites: Iterable[Site]) -> list[MergedSite]:
+def merge_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[MergedSite]:
     """Fold the adapters of `gm` into weights and biases; neither the graph nor its tensors change.
 
     Outside dropout every variant is affine in `x`, so `b' = f(0)` and `W' = (f(I) - b')^T` hold all of it. Where the
@@ -69,12 +72,14 @@ def merge_sites(gm: fx.GraphModule, sites: Iterable[Site]) -> list[MergedSite]:
         sites: its sites; those without adapters are left out of the result.
 
     Raises:
-        AdapterError: a merged value is not finite, or too large for the dtype of the base; the message names the site.
+        AdapterError: the graph records an adapter at a site that is not found; or a merged value is not finite, or too
+            large for the dtype of the base. The message names the site.
     """
+    adapted = account_for(gm, sites).adapted("merge")
     by_site: dict[str, list[Placement]] = defaultdict(list)
     for placement in placements(gm):
         by_site[placement.site].append(placement)
-    return [_merge_site(gm, site, by_site[site.name]) for site in sites if site.name in by_site]
+    return [_merge_site(gm, site, by_site[site.name]) for site in adapted]
 
 
 def _merge_site(gm: fx.GraphModule, site: Site, around: list[Placement]) -> MergedSite:
@@ -158,7 +163,31 @@ class MergeAdapters(GraphPass):
         RemoveAdapters().run(gm)  # the nodes of the sites themselves stay
         for merged_site in merged:
             _replace(gm, merged_site, sites)
+        for merged_site in merged:
+            _require_read(gm, merged_site)
         return len(merged)
+
+
+def _require_read(gm: fx.GraphModule, merged: MergedSite) -> None:
+    """Check that each call of a merged site reads the merged weight.
+
+    Raises:
+        AdapterError: a call does not, because the weight reaches it through nodes that other sites read too.
+    """
+    site = merged.site
+    for call in site.calls:
+        match = match_site(gm, call.node)
+        weight = None if match is None else tensor_of(gm, match.weight)
+        if weight is None or not _same(site.kind.matrix(weight), merged.weight):
+            raise AdapterError(
+                f"{site.name!r} cannot be merged: its call {call.node.name} reads the weight {site.weight!r} through"
+                " nodes that something else reads too. The way out: keep its adapter, or leave the site out by"
+                " exclude_names."
+            )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _replace(gm: fx.GraphModule, merged: MergedSite, sites: list[Site]) -> None:
@@ -236,6 +265,5 @@ def _leads_only_to(node: fx.Node, ends: set[fx.Node]) -> bool:
     """Return whether `node` is one of `ends`, or a view or cast of a weight that only they read."""
     if node in ends:
         return True
-    return (
-        len(node.all_input_nodes) == 1 and bool(node.users) and all(_leads_only_to(user, ends) for user in node.users)
-    )
+    read = [operand for operand in node.all_input_nodes if not is_size(operand)]
+    return len(read) == 1 and bool(node.users) and all(_leads_only_to(user, ends) for user in node.users)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from ...adapters.accounting import account_for
 from ...adapters.maths import wide
 from ...adapters.variant import Statistic
-from ...graph.provenance import Insertion, insertions, outermost
+from ...graph.provenance import surrounding
 from ...graph.walk import ancestors
-from ...sites.finding import find_sites
 from ...sites.site import span
 from ..pipeline import GraphPass
 
@@ -64,15 +63,15 @@ class ObserveInputs(GraphPass):
     observers: Mapping[str, Sequence[Observer]]
 
     def run(self, gm: fx.GraphModule) -> int:
-        around: dict[str, list[Insertion]] = defaultdict(list)
-        for insertion in insertions(gm.graph):
-            around[insertion.site].append(insertion)
+        account = account_for(gm)
         edits = 0
-        for site in find_sites(gm):
+        for site in account.sites:
+            if site.name not in self.observers:
+                continue
             for call in site.calls:
-                x, y = outermost(around[site.name], call.x, call.y)
+                _, x, y = surrounding(account.around(site), call.x, call.y)
                 frozen, observed = span(x, y), x
-                for observer in self.observers.get(site.name, ()):
+                for observer in self.observers[site.name]:
                     name = f"observer_{edits}"
                     gm.add_submodule(name, observer)
                     with gm.graph.inserting_before(frozen[0]):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...adapters.placement import adapter_tensor_names
-from ...graph.provenance import insertions
+from ...errors import AdapterError
+from ...graph.provenance import forget, insertions, is_size
 from ..pipeline import GraphPass, eliminate_dead_code
 
 
@@ -24,19 +25,39 @@ class RemoveAdapters(GraphPass):
         inserted = insertions(gm.graph)
         tensors = adapter_tensor_names(gm)
         for insertion in inserted:
-            entered_by = insertion.entered_by
-            for part, original in ((insertion.inlet, 0), (insertion.outlet, -1)):
-                if part is not None:
-                    part.replace_all_uses_with(entered_by[original], delete_user_cb=insertion.is_outside)
+            for leaving, entered in ((insertion.inlet, insertion.x), (insertion.outlet, insertion.y)):
+                if leaving is not None and entered is not None:
+                    leaving.replace_all_uses_with(entered, delete_user_cb=insertion.is_outside)
             for node in reversed(insertion.nodes):
                 if not node.users:
-                    gm.graph.erase_node(node)
+                    node.graph.erase_node(node)
         eliminate_dead_code(gm)
+        _require_removed(gm)
         for name in tensors:
             path, _, attribute = name.rpartition(".")
             delattr(gm.get_submodule(path), attribute)
         _drop_empty_modules(gm, {name.rpartition(".")[0] for name in tensors})
         return len(inserted)
+
+
+def _require_removed(gm: fx.GraphModule) -> None:
+    """Check that no adapter is left. Sizes that the base reads too stay, as nodes of the base.
+
+    Raises:
+        AdapterError: an adapter is left; the message names its site.
+    """
+    for insertion in insertions(gm.graph):
+        left = [node for node in insertion.nodes if not is_size(node)]
+        for node in insertion.nodes:
+            if node not in left:
+                forget(node)
+        read = ((user, node) for node in left for user in node.users if insertion.is_outside(user))
+        for user, node in [*read, *((None, node) for node in left)][:1]:
+            raise AdapterError(
+                f"The {insertion.variant} at {insertion.site!r} cannot be taken out of the graph: another pass has"
+                f" changed it, and now {user} reads {node.name} ({node.target}), in the middle of the adapter. The"
+                " way out: remove or merge before that pass."
+            )
 
 
 def _drop_empty_modules(gm: fx.GraphModule, paths: set[str]) -> None:

@@ -1,0 +1,187 @@
+"""Compare a graph with its model on the same inputs, and find the first module whose output differs.
+
+A model may compute something else when it is traced than when it runs: it may ask whether it is traced, or look at the
+values of its inputs, of which a graph follows one case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import COMPILE_INSTEAD, CaptureError
+from ..log import phase
+from .differences import TOLERANCES, Difference, distance, largest
+from .outputs import (
+    Call,
+    Outputs,
+    has_data,
+    outputs_of_graph,
+    outputs_of_model,
+    outputs_of_program,
+    written_tensors,
+)
+
+# Rounding may do several times as much as a change of the last bit of each module's output does.
+_MORE_THAN_A_BIT = 4.0
+_NOTHING = object()
+
+
+def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], hint: str = "") -> None:
+    """Raise `CaptureError` if the flat graph `gm` and `model` differ in either mode; log what was compared.
+
+    Args:
+        gm, model: neither is changed.
+        calls: the first is compared in both modes, the others in evaluation.
+        hint: a sentence on how to avoid a difference, after a space.
+    """
+    name = type(model).__name__
+    if not has_data(model, calls[0]):
+        return
+    with phase(f"compared the graph of {name} with the model") as details:
+        for call, training in [*((call, False) for call in calls), (calls[0], True)]:
+            mode = _mode(training)
+            try:
+                rows = _compare(gm, model, call, training, by_module=False)
+                if not all(row.ok for row in rows):
+                    rows = _compare(gm, model, call, training, by_module=True)
+            except _ModelRaises as reason:
+                details.append(f"not in {mode}, where the model raises {reason}")
+                continue
+            except Exception as error:
+                first_line = next(iter(str(error).splitlines()), "")
+                raise CaptureError(
+                    f"The graph of {name} raises on the example inputs in {mode}, where the model does not:"
+                    f" {type(error).__name__}: {first_line}\nThe way out: {COMPILE_INSTEAD}."
+                ) from error
+            if wrong := [row for row in rows if row.is_result and not row.ok]:
+                first = next(row for row in rows if not row.ok)
+                raise _differs(name, model, wrong[0], first, hint)
+            details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
+
+
+def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[Difference], list[str]]:
+    """Return the differences between a graph, as a call runs it, and its model, by module and in both modes.
+
+    Args:
+        gm, model: neither is changed.
+        call: the inputs, as both take them.
+
+    Returns:
+        The differences; and notes on what was not compared.
+
+    Raises:
+        CaptureError: the model raises in both modes.
+    """
+    rows: list[Difference] = []
+    notes: list[str] = []
+    for training in (False, True):
+        try:
+            rows += _compare(gm, model, call, training, by_module=True, as_called=True)
+        except _ModelRaises as reason:
+            notes.append(f"not compared in {_mode(training)}, where the model raises {reason}")
+    if not rows:
+        raise CaptureError(
+            f"The model raises {notes[0].partition('raises ')[2]}. The way out: pass inputs that it takes."
+        )
+    return rows, notes
+
+
+def _compare(
+    gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool, as_called: bool = False
+) -> list[Difference]:
+    writes = [name for name in written_tensors(gm) if name in dict(model.named_parameters())]
+    try:
+        expected = outputs_of_model(model, call, training, writes, by_module)
+        nudged = [outputs_of_model(model, call, training, writes, True, sign) for sign in (1, -1) if by_module]
+    except Exception as error:
+        raise _ModelRaises(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
+    actual = outputs_of_graph(gm, model, call, training, by_module)
+    if as_called:
+        actual = replace(outputs_of_program(gm, call, training), modules=actual.modules)
+    tensors = [leaf for leaf in (*model.parameters(), *pytree.tree_leaves(call)) if isinstance(leaf, Tensor)]
+    # The coarsest dtype decides, because a result may be cast to a finer one at last.
+    tolerance = max((TOLERANCES[tensor.dtype] for tensor in tensors if tensor.dtype in TOLERANCES), default=1e-4)
+    return list(_rows(expected, actual, nudged, model, _mode(training), tolerance))
+
+
+def _rows(
+    expected: Outputs,
+    actual: Outputs,
+    nudged: Sequence[Outputs],
+    model: nn.Module,
+    mode: str,
+    tolerance: float,
+) -> Iterator[Difference]:
+    """Yield the differences: the modules in the order in which they finish, then the results, then the buffers.
+
+    Args:
+        expected, actual: of the model and the graph.
+        nudged: of the model with the last bits of modules' outputs changed.
+        model: the model, which has its buffers as they were before a run.
+        mode, tolerance: as in `Difference`; the tolerance is relative.
+    """
+
+    def row(name: str, ours: Any, theirs: Any, noises: Iterable[Any], is_result: bool) -> Difference:
+        scale = largest(theirs)
+        is_exact = isinstance(theirs, Tensor) and not (theirs.is_floating_point() or theirs.is_complex())
+        allowed = 0.0 if is_exact else tolerance * max(1e-30, scale)
+        for noise in noises:
+            by_rounding = distance(noise, theirs)
+            allowed = max(allowed, _MORE_THAN_A_BIT * by_rounding if math.isfinite(by_rounding) else 0.0)
+        return Difference(name, mode, distance(ours, theirs), scale, allowed, is_result)
+
+    for name, outputs in expected.modules.items():
+        for index, theirs in enumerate(outputs):
+            candidates = [value for value in actual.modules.get(name, ()) if value.shape == theirs.shape]
+            if candidates:
+                nearest = min(candidates, key=lambda value: distance(value, theirs))
+                noises = [run.modules[name][index] for run in nudged]
+                yield row(f"{name}[{index}]" if index else name, nearest, theirs, noises, False)
+    for name in {**expected.results, **actual.results}:
+        ours, theirs = actual.results.get(name, _NOTHING), expected.results.get(name, _NOTHING)
+        yield row(name, ours, theirs, [run.results.get(name) for run in nudged], True)
+    names: dict[int, list[str]] = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        names.setdefault(id(buffer), []).append(name)
+    for name, before in model.named_buffers():
+        # The graph writes to one of the names of a buffer, and lacks those buffers that it does not use.
+        aliases = [actual.buffers[alias] for alias in names[id(before)] if alias in actual.buffers] or [before]
+        after = expected.buffers.get(name, before)
+        ours = min(aliases, key=lambda value: distance(value, after))
+        # A buffer that changes its shape is a cache that grows: a graph computes anew what is in it.
+        if after.shape == ours.shape and distance(ours, after):
+            yield row(f"buffer {name}", ours, after, [run.buffers.get(name) for run in nudged], True)
+
+
+class _ModelRaises(Exception):
+    """The model raises for the inputs; the message says what."""
+
+
+def _mode(training: bool) -> str:
+    return "training" if training else "evaluation"
+
+
+def _differs(name: str, model: nn.Module, result: Difference, first: Difference, hint: str) -> CaptureError:
+    where = ""
+    if not first.is_result:
+        path = first.module.partition("[")[0].partition("@")[0]
+        parents = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)][:2]
+        named = [f"{parent} ({type(model.get_submodule(parent)).__name__})" for parent in parents]
+        where = (
+            f" The first module whose output differs is {' in '.join(named)}, by {first.difference:.2g},"
+            f" {first.relative:.1%} of the largest value."
+        )
+    return CaptureError(
+        f"The graph of {name} differs from the model on the example inputs in {result.mode}: {result.module} by"
+        f" {result.difference:.2g}, {result.relative:.1%} of its largest value.{where} The model computes"
+        " something else while it is traced, or looks at the values of its inputs, of which a graph follows one case."
+        "\nThe way out:"
+        f"{hint} write that branch in tensor operations (torch.where, torch.cond), or {COMPILE_INSTEAD}. verify=False"
+        " captures the model all the same, and llfx.verify(graph, model, inputs) lists the differences."
+    )

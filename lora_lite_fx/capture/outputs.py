@@ -1,0 +1,245 @@
+"""Run a graph, or its model, and keep what its modules return.
+
+The two are run so that they can be compared: without gradients, on copies of the inputs, and with the same random
+numbers, whatever the order in which they draw them. What a run writes to is as before when it has ended.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells a tensor without data
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module is not public
+
+from ..graph.tensors import tensor_of
+from ..graph.writes import may_return_a_view, written
+from .share import share
+from .signature import values_of_call
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""The positional and the keyword arguments of a call."""
+
+
+@dataclass
+class Outputs:
+    """The values of one run.
+
+    Args:
+        results: what was returned, by its path.
+        buffers: their values afterwards, by qualified name.
+        modules: for each call of a module, by its name, the tensors that it returned; of a graph, all that it could
+            have returned. The second call of a module has `@1` after its name.
+    """
+
+    results: dict[str, Any]
+    buffers: dict[str, Tensor]
+    modules: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+def has_data(model: nn.Module, call: Call) -> bool:
+    """Tell whether a model can run: no tensor, also none made now, is a meta or a fake tensor."""
+    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(call), torch.empty(0)]
+    return not any(
+        isinstance(tensor, Tensor) and (tensor.is_meta or isinstance(tensor, FakeTensor)) for tensor in tensors
+    )
+
+
+def outputs_of_model(
+    model: nn.Module, call: Call, training: bool, writes: Sequence[str], by_module: bool, nudge: int = 0
+) -> Outputs:
+    """Run a copy of a model.
+
+    Args:
+        model: shares its tensors with the copy, except for buffers and other tensors that a run may write to.
+        call: its arguments, which are copied.
+        training: the mode to run in.
+        writes: qualified names of the parameters that a run writes to.
+        by_module: whether to keep what modules return.
+        nudge: 1 or -1 to change the last bit of what each module returns, some up and some down, which shows what
+            rounding does; 0 to leave it.
+    """
+    loose = [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and value.is_leaf
+    ]
+    twin = share(model, [*(name for name, _ in model.named_buffers()), *loose, *writes]).train(training)
+    modules: dict[str, list[Tensor]] = {}
+    calls: dict[str, int] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            index = calls[name] = calls.get(name, -1) + 1
+            tensors = [leaf for leaf in pytree.tree_leaves(output) if _can_be_kept(leaf)]
+            modules[_call_name(name, index)] = [tensor.clone() for tensor in tensors]
+
+        return hook
+
+    for name, module in twin.named_modules():
+        if nudge and not list(module.children()):
+            module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
+        if by_module and name:
+            module.register_forward_hook(keep(name))
+    args, kwargs = _copied(call)
+    with _comparable(model):
+        returned = twin(*args, **kwargs)
+    return Outputs(_results(returned), _buffers(twin), modules)
+
+
+def outputs_of_graph(gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool) -> Outputs:
+    """Run the flat graph `gm` of `model`; the other arguments are those of `outputs_of_model`."""
+    args, kwargs = _copied(call)
+    values = values_of_call(gm.graph, inspect.signature(model.forward), args, kwargs)
+    interpreter = _Interpreter(gm, by_module)
+    return _outputs_of(gm, training, lambda: interpreter.run(*values), interpreter.modules)
+
+
+def outputs_of_program(gm: fx.GraphModule, call: Call, training: bool) -> Outputs:
+    """Run what a call of `gm` runs, which may be an optimized form of the graph; modules are not to be seen there."""
+    args, kwargs = _copied(call)
+    return _outputs_of(gm, training, lambda: gm(*args, **kwargs), {})
+
+
+def _outputs_of(
+    gm: fx.GraphModule, training: bool, run: Callable[[], Any], modules: dict[str, list[Tensor]]
+) -> Outputs:
+    with _as_before(gm), _comparable(gm):
+        gm.train(training)
+        return Outputs(_results(run()), _buffers(gm), modules)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph, and keeps the values that leave a module: one of them is what the module returns."""
+
+    def __init__(self, gm: fx.GraphModule, by_module: bool) -> None:
+        super().__init__(gm)
+        self.modules: dict[str, list[Tensor]] = {}
+        stacks = {node: dict(node.meta.get("nn_module_stack") or {}) for node in gm.graph.nodes} if by_module else {}
+        self.stacks = {
+            node: {str(key): str(entry[0]) for key, entry in stack.items()} for node, stack in stacks.items()
+        }
+        # The keys of a stack tell the calls of a module apart. Capture counts them as they come, from 0.
+        calls: dict[str, dict[str, int]] = {}
+        for stack in self.stacks.values():
+            for key, name in stack.items():
+                calls.setdefault(name, {}).setdefault(key, len(calls[name]) if name in calls else 0)
+        self.calls = calls
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if _can_be_kept(value):
+            for key, name in self.stacks.get(n, {}).items():
+                if any(key not in self.stacks[user] for user in n.users):
+                    self.modules.setdefault(_call_name(name, self.calls[name][key]), []).append(value.clone())
+        return value
+
+
+def _can_be_kept(value: Any) -> bool:
+    """Tell whether `value` is a tensor that is not of a level of vmap, outside of which it has no meaning."""
+    # Nothing public tells such tensors from others.
+    return isinstance(value, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _call_name(module: str, index: int) -> str:
+    return f"{module}@{index}" if index else module
+
+
+def _results(returned: Any) -> dict[str, Any]:
+    leaves = pytree.tree_flatten_with_path(returned)[0]
+    return {pytree.keystr(path).strip("[].'") or "result": leaf for path, leaf in leaves}
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
+
+
+def _copied(call: Call) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, call)
+
+
+def _nudged(output: Any, sign: int) -> Any:
+    def nudge(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        # The directions follow from the values, because vmap refuses to draw random numbers.
+        up = torch.where((99 * leaf).sin() > 0, sign, -sign)
+        return leaf * (1 + torch.finfo(leaf.dtype).eps * up.to(leaf.dtype))
+
+    return pytree.tree_map(nudge, output)
+
+
+def written_tensors(gm: fx.GraphModule) -> list[str]:
+    """Return the qualified names of the tensors that running `gm` changes, also through views of them."""
+    names = []
+    for node in gm.graph.nodes:
+        for operand in written(gm, node):
+            while operand.op != "get_attr" and operand.all_input_nodes and may_return_a_view(operand):
+                operand = operand.all_input_nodes[0]
+            if operand.op == "get_attr":
+                names.append(str(operand.target))
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            names += [f"{node.target}.{name}" for name, _ in module.named_buffers()]
+    return list(dict.fromkeys(names))
+
+
+@contextmanager
+def _as_before(gm: fx.GraphModule) -> Iterator[None]:
+    """Restore the modes of the modules of `gm`, and the tensors that it writes to."""
+    modes = [(module, module.training) for module in gm.modules()]
+    tensors = {name: tensor_of(gm, name) for name in written_tensors(gm)}
+    values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(values[name])
+
+
+@contextmanager
+def _comparable(model: nn.Module) -> Iterator[None]:
+    """Run without gradients and with random numbers that do not depend on the order in which they are drawn."""
+    devices = list({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
+    # The fast path of nn.TransformerEncoder computes the same but for padded positions, which it sets to zero.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(_SameDraws(devices))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _SameDraws(TorchDispatchMode):
+    """Seed the generators before each operator that draws random numbers.
+
+    So what it draws depends on its arguments alone. A graph may draw in another order than its model, for instance
+    where a value is computed that nobody reads.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        cuda = [torch.cuda.default_generators[device.index] for device in devices]
+        self.generators = [torch.default_generator, *cuda]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+            for generator in self.generators:
+                generator.manual_seed(0)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,54 @@
+"""`verify`: compare a graph with the model that it was made of, module by module."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from ..adapters.placement import placements
+from ..capture.capture import Inputs, split_inputs
+from ..capture.compare import differences
+from ..capture.differences import DifferenceTable
+from ..capture.hugging_face import is_hugging_face, prepare_for_capture
+from ..capture.mistakes import check_model
+from ..capture.outputs import has_data
+from ..capture.share import share
+from ..errors import AdapterError, CaptureError, shown
+from .eager import wrap_again
+
+
+def verify(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> DifferenceTable:
+    """Compare a graph with its model on inputs of your own, in training and in evaluation mode.
+
+    `capture` does so on its example inputs. A model that looks at the values of its inputs may compute something else
+    for others. A graph with adapters is compared with the eager wrapper of the model that has the same adapters.
+
+    Args:
+        gm: the result of `capture`, `rewrite` or `load`; it is not changed.
+        model: the model that it was made of; it is not changed.
+        inputs: a tuple of positional or a dict of keyword arguments that both take.
+
+    Returns:
+        A table with a row for the output of each module and for each result: how far graph and model are apart, and how
+        far rounding explains. Results are those of a call of `gm`, outputs of modules those of its flat graph.
+        `table.ok` tells whether all results agree.
+
+    Raises:
+        AdapterError: `gm` is not a graph, or has adapters and `model` is not the model that it was made of.
+        CaptureError: the inputs do not fit the model, or there is no data to compare (on the meta device).
+        CallError: the graph does not serve a call with these inputs.
+        ConfigError: `gm` has adapters at a site that cannot be wrapped eagerly.
+    """
+    if not isinstance(gm, fx.GraphModule):
+        raise AdapterError(
+            f"verify compares a graph that capture, rewrite or load returned, not {shown(gm)}. The way out:"
+            " verify(rewrite(model, cfg), model, inputs)."
+        )
+    check_model(model)
+    twin = wrap_again(gm, model) if placements(gm) else share(model)
+    if is_hugging_face(twin):
+        prepare_for_capture(twin)
+    call = split_inputs(twin, inputs)
+    if not has_data(twin, call):
+        raise CaptureError(f"{type(model).__name__} or its inputs have no data, so there is nothing to compare.")
+    rows, notes = differences(gm, twin, call)
+    return DifferenceTable(tuple(rows), type(model).__name__, tuple(notes))

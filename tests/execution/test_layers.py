@@ -1,0 +1,308 @@
+"""Check that programs call layers as modules at their own paths: hooks, calls alone, shared code, sharding."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import prune
+
+import lora_lite_fx as llfx
+from tests.support.conformance import close, randomise
+from tests.support.models import tiny_llama
+
+VARIANTS = [llfx.LoRA(r=2), llfx.DoRA(r=2), llfx.HRA(r=2)]
+variants = pytest.mark.parametrize("cfg", VARIANTS, ids=lambda cfg: type(cfg).__name__)
+TOKENS = torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+def llama(layers: int = 3) -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=layers, vocab_size=40)).double()
+
+
+FRONT_ENDS = {"rewrite": llfx.rewrite, "adapt": llfx.adapt}
+front_ends = pytest.mark.parametrize("front_end", FRONT_ENDS)
+
+
+def made(front_end: str, cfg: llfx.Variant, layers: int = 3) -> tuple[Any, Any]:
+    """Return the adapted model and the eager wrapper, with the same random adapters, in evaluation mode."""
+    base = llama(layers)
+    model, wrapper = FRONT_ENDS[front_end](base, cfg), llfx.wrap(base, cfg)
+    randomise(model, 1)
+    llfx.load_adapter_state_dict(wrapper, llfx.adapter_state_dict(model))
+    return model.eval(), wrapper.eval()
+
+
+def logits(model: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = model(input_ids=TOKENS, **kwargs).logits
+    return result
+
+
+# Hooks.
+
+
+@front_ends
+@pytest.mark.parametrize("grad", [True, False])
+def test_hooks_on_layers_see_what_the_layers_of_the_wrapper_return(front_end: str, grad: bool) -> None:
+    model, wrapper = made(front_end, llfx.DoRA(r=2))
+    seen: dict[Any, list[Tensor]] = {model: [], wrapper: []}
+    for each, outputs in seen.items():
+        for layer in each.model.layers:
+            layer.register_forward_hook(
+                lambda module, args, output, outputs=outputs: outputs.append(
+                    output[0] if isinstance(output, tuple) else output
+                )
+            )
+            layer.register_forward_pre_hook(lambda module, args, outputs=outputs: outputs.append(args[0]))
+        with torch.set_grad_enabled(grad):
+            logits(each)
+    assert len(seen[model]) == len(seen[wrapper]) == 6
+    for ours, expected in zip(seen[model], seen[wrapper], strict=True):
+        close(ours, expected, 1e-9, "hidden states")
+
+
+@front_ends
+@pytest.mark.parametrize("place", ["model.layers.1", "model.embed_tokens", "model.norm", "lm_head"])
+def test_a_hook_that_changes_an_output_acts(front_end: str, place: str) -> None:
+    model, wrapper = made(front_end, llfx.DoRA(r=2))
+    before = logits(model).detach()
+    handles = []
+    for each in (model, wrapper):
+
+        def steer(module: nn.Module, args: Any, output: Any) -> Any:
+            return (output[0] * 1.5, *output[1:]) if isinstance(output, tuple) else output * 1.5
+
+        handles.append(each.get_submodule(place).register_forward_hook(steer))
+    with torch.no_grad():
+        close(logits(model), logits(wrapper), 1e-9, "logits without gradients")
+    ours, expected = logits(model), logits(wrapper)
+    assert not torch.allclose(ours, before)
+    close(ours, expected, 1e-9, "logits")
+    gradients = [
+        torch.autograd.grad(y.square().sum(), llfx.adapter_parameters(m))
+        for y, m in ((ours, model), (expected, wrapper))
+    ]
+    for mine, theirs in zip(*gradients, strict=True):
+        close(mine, theirs, 1e-9, "gradient")
+    for handle in handles:
+        handle.remove()
+    close(logits(model), before, 1e-12, "logits after the hook was taken away")
+
+
+@front_ends
+def test_backward_hooks_on_layers_fire(front_end: str) -> None:
+    model, _ = made(front_end, llfx.LoRA(r=2))
+    fired: list[int] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_full_backward_hook(lambda module, into, out, index=index: fired.append(index))
+    logits(model).sum().backward()
+    assert fired == [2, 1, 0]
+
+
+def test_noise_on_embeddings_acts_in_training() -> None:
+    """NEFTune, as transformers' Trainer puts it on: a forward hook on the embedding that looks at its mode."""
+    model, _ = made("adapt", llfx.LoRA(r=2))
+
+    def noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + torch.ones_like(output) if module.training else output
+
+    before = logits(model).detach()
+    model.get_input_embeddings().register_forward_hook(noise)
+    assert torch.equal(logits(model), before)
+    assert not torch.allclose(logits(model.train()), before)
+
+
+@front_ends
+def test_a_hook_that_cannot_act_is_warned_of_once(front_end: str) -> None:
+    model, _ = made(front_end, llfx.LoRA(r=2))
+    before = logits(model).detach()
+
+    def double(module: nn.Module, args: Any, output: Any) -> Any:
+        raise AssertionError("it acts after all")
+
+    model.model.layers[1].self_attn.register_forward_hook(double)
+    with pytest.warns(UserWarning, match="does not act") as found:
+        logits(model)
+    (warning,) = found
+    assert str(warning.message) == (
+        "A hook on 'model.layers.1.self_attn' does not act: test_a_hook_that_cannot_act_is_warned_of_once.<locals>."
+        "double. The graph does not run that module as a module of its own. Hooks act on the model, on its layers, and"
+        " on modules outside of layers that run once, as the embedding and the head."
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(logits(model), before)
+
+
+# Layers by themselves.
+
+
+def test_a_layer_of_a_graph_runs_alone() -> None:
+    model, wrapper = made("rewrite", llfx.DoRA(r=2))
+    layer = model.model.layers[1]
+    with pytest.raises(llfx.AdapterError, match=r"A layer does, as graph\.model\.layers"):
+        layer(torch.zeros(1))
+    inputs: list[Any] = []
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args))
+    outputs: list[Any] = []
+    wrapper.model.layers[1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    logits(model), logits(wrapper)
+    close(layer(*inputs[0]), outputs[0], 1e-9, "output of the layer")
+
+
+def test_a_layer_that_was_replaced_by_another_module_is_an_error() -> None:
+    for front_end in FRONT_ENDS:
+        model, _ = made(front_end, llfx.LoRA(r=2))
+        logits(model)
+        model.model.layers[1] = nn.Identity()
+        with pytest.raises(llfx.AdapterError) as error:
+            logits(model)
+        assert str(error.value) == (
+            "'model.layers.1' was replaced by a Identity after the graph was captured. The graph runs the layer that it"
+            " was captured from, with the tensors that stand at its names. The way out: capture the changed model."
+        )
+
+
+def test_a_tied_parameter_that_is_replaced_under_one_name_is_an_error() -> None:
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=1, vocab_size=40, tie_word_embeddings=True))
+    for front_end in FRONT_ENDS.values():
+        model = front_end(base, llfx.LoRA(r=2))
+        logits(model)
+        other = nn.Parameter(model.model.embed_tokens.weight.detach() * 2, requires_grad=False)
+        model.lm_head.weight = other
+        with pytest.raises(llfx.AdapterError, match=r"lm_head\.weight were one parameter"):
+            logits(model)
+        model.model.embed_tokens.weight = other
+        logits(model)
+
+
+@variants
+def test_equal_layers_have_one_function(cfg: llfx.Variant) -> None:
+    model, _ = made("rewrite", cfg, layers=5)
+    logits(model)
+    (derived,) = model.derived.values()
+    functions = [piece.rest for piece in derived.pieces]
+    # The first layer differs: its input needs no gradient, so there is nothing to compute again in the backward pass.
+    assert len(functions) == 5
+    assert len(set(functions)) <= 2
+    assert len(set(functions[1:])) == 1
+
+
+@pytest.mark.parametrize("layers", [3, 5])
+def test_layers_that_are_compiled_one_by_one_share_graphs(layers: int) -> None:
+    torch.compiler.reset()
+    model, wrapper = made("rewrite", llfx.DoRA(r=2), layers)
+    counter = CompileCounter()
+    logits(model)
+    for layer in model.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    close(logits(model), logits(wrapper), 1e-9, "logits")
+    torch.compiler.reset()
+    assert counter.frame_count == 2
+
+
+# Sharding.
+
+
+@front_ends
+@variants
+def test_fully_shard_on_layers_and_root_trains_the_same(front_end: str, cfg: llfx.Variant) -> None:
+    model, wrapper = made(front_end, cfg)
+    expected = dict(
+        zip(
+            llfx.adapter_state_dict(wrapper),
+            torch.autograd.grad(logits(wrapper).square().sum(), llfx.adapter_parameters(wrapper)),
+            strict=False,
+        )
+    )
+    logits(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        logits(model).square().sum().backward()
+        gradients = {
+            name: parameter.grad.full_tensor()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.grad is not None
+        }
+    finally:
+        dist.destroy_process_group()
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        close(gradient, expected[name], 1e-9, name)
+
+
+# Hooks that stand on the model when it is captured.
+
+
+def counting(fired: list[str], name: str) -> Any:
+    return lambda module, args, output: fired.append(name)
+
+
+def test_a_hook_on_the_captured_model_is_traced_with_a_warning() -> None:
+    base = llama(2)
+    base.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.5)
+    with pytest.warns(UserWarning, match=r"A hook on 'model.layers.1' was traced: .*<lambda>\. What it computes"):
+        gm = llfx.rewrite(base, llfx.LoRA(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapper = llfx.wrap(base, llfx.LoRA(r=2))
+    randomise(gm, 1)
+    llfx.load_adapter_state_dict(wrapper, llfx.adapter_state_dict(gm))
+    close(logits(gm), logits(wrapper), 1e-9, "logits")
+
+
+def test_a_backward_hook_on_the_captured_model_is_warned_of() -> None:
+    base = llama(1)
+    base.model.layers[0].register_full_backward_pre_hook(lambda module, grad: None)
+    with pytest.warns(UserWarning, match=r"A backward hook on 'model.layers.0' does not act in the graph"):
+        llfx.rewrite(base, llfx.LoRA(r=2))
+
+
+def test_hooks_on_the_adapted_model_are_those_of_the_user_and_fire_once() -> None:
+    base = llama(2)
+    fired: list[str] = []
+    base.model.layers[1].register_forward_hook(counting(fired, "layer"))
+    base.model.layers[1].mlp.register_forward_hook(counting(fired, "mlp"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = llfx.adapt(base, llfx.LoRA(r=2))
+    fired.clear()  # default inputs were made by a run of the model
+    with pytest.warns(UserWarning, match=r"A hook on 'model.layers.1.mlp' does not act"):
+        logits(model)
+    assert fired == ["layer"]
+
+
+def test_weights_that_hooks_compute_are_traced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    prune.random_unstructured(model[0], "weight", 0.5)
+    x = torch.randn(3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=("2",)), (x,))
+    close(gm(x), model(x), 1e-6, "output")
+
+
+def test_hooks_of_accelerate_are_refused() -> None:
+    accelerate_hooks = pytest.importorskip("accelerate.hooks")
+    base = llama(1)
+    accelerate_hooks.add_hook_to_module(base.model.layers[0], accelerate_hooks.AlignDevicesHook())
+    for front_end in FRONT_ENDS.values():
+        with pytest.raises(
+            llfx.CaptureError, match=r"A hook of accelerate stands on 'model.layers.0' \(AlignDevicesHook\)"
+        ):
+            front_end(base, llfx.LoRA(r=2))

@@ -30,6 +30,7 @@ from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
 from ..log import phase
 from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
+from .casting import follow_cast
 from .cutting import Piece, Values, cut
 from .frozen import KeptValues, changed_inside
 from .layer import GraphLayer, Part, RunsParts, running_parts, submodule
@@ -298,6 +299,7 @@ class AdaptedGraphModule(fx.GraphModule):
         # to(), half(), cuda() and the like all come here. Programs depend on the device.
         if self.kept is not None:
             raise changed_inside("The model was moved or cast")
+        follow_cast(self, fn)
         self._drop_derived()
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)

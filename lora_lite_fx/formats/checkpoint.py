@@ -10,32 +10,30 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from ..adapters.accounting import account_for
 from ..adapters.adapted_site import check_kind
 from ..adapters.placement import Placement, adapters, graph_of, placements
 from ..adapters.registry import from_config, to_config
-from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict
+from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict, warn_of_trained_base
 from ..adapters.variant import Variant
-from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import tensor_of
 from ..log import phase
-from ..rewriting.capture import capture
 from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site, stored_weight
 from .files import read_safetensors
 from .finite import check_finite
+from .loading import AdapterFile, loader
 from .mistakes import as_path, check_file, foreign_file_hint
 from .writing import write_atomically
 
@@ -57,6 +55,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: boo
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save(model, path)")
+    warn_of_trained_base(model, "save")
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
     if not allow_nonfinite:
         check_finite(state, file, "nothing was written")
@@ -66,42 +65,33 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: boo
         {"config": to_config(variant), "sites": [placement.site for placement in members]}
         for variant, members in adapters(model)
     ]
-    names = dict.fromkeys(name for record in records for name in record["sites"])
-    prints = {name: fingerprint(weight) for name, weight in _frozen_weights(graph_of(model), names).items()}
+    prints = fingerprints(model, [name for record in records for name in record["sites"]])
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
     document["checksum"] = _checksum(document, state)
     write_atomically(file, safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
 
 
-def load(
-    model: nn.Module | ExportedProgram,
-    path: str | os.PathLike[str],
-    example_inputs: Inputs | None = None,
-    *,
-    allow_nonfinite: bool = False,
-) -> fx.GraphModule:
-    """Capture `model` and insert the adapters of a file that `save` wrote, with their saved values.
+@loader
+def load(file: Path) -> AdapterFile:
+    """Capture a model and insert the adapters of a file that `save` wrote, with their saved values.
 
-    Args:
-        model: the base, which is not changed.
-        path: of the file. Only safetensors and JSON are read.
-        example_inputs: as for `capture`.
-        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
-
-    Returns:
-        A graph module as `rewrite` returns it.
-
-    Raises:
-        CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, configs or sites do not fit
-            the model; or a value is not finite; or the base's weights are others than those that a variant was made
-            for. Where the variant does not depend on them, other weights are a warning.
-        CaptureError: the model cannot be captured.
+    It is an error if the base's weights are others than those that a variant was made for, and a warning if the variant
+    does not depend on them.
     """
-    file = as_path(path, "load(model, path)")
     check_file(file)
     state, metadata = read_safetensors(file)
     chosen, document = _parse(metadata, file)
-    gm = capture(model, example_inputs)
+    return AdapterFile(state, lambda gm: _insert(gm, chosen, document, state, file))
+
+
+def _insert(
+    gm: fx.GraphModule,
+    chosen: list[tuple[Variant, list[str]]],
+    document: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    path: Path,
+) -> None:
+    """Insert the adapters of a file into a graph, after checks of everything that can be wrong."""
     with phase("found the sites") as details:
         sites = {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")
@@ -114,7 +104,7 @@ def load(
         expected = _expected(gm, placed)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _check_base(gm, placed, document["fingerprint"], path)
+    check_base(gm, placed, document["fingerprint"], path)
     try:
         # Before any tensor is made: a damaged config may ask for more of them than there is memory.
         check_fit(expected, state)
@@ -129,9 +119,12 @@ def load(
     load_adapter_state_dict(gm, values)
     if document.get("checksum") != _checksum(document, state):
         raise CheckpointError(f"{path} is corrupt: it does not hold what was saved.")
-    if not allow_nonfinite:
-        check_finite(state, file, "it is not loaded")
-    return gm
+
+
+def fingerprints(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
+    """Return the fingerprints of the frozen weights of an adapted model's sites, by name."""
+    weights = _frozen_weights(graph_of(model), dict.fromkeys(sites))
+    return {name: fingerprint(weight) for name, weight in weights.items()}
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -193,9 +186,14 @@ def _existing(sites: Mapping[str, Site], names: list[str], path: str | os.PathLi
     return [sites[name] for name in names]
 
 
-def _check_base(
+def check_base(
     gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]], prints: Mapping[str, str], path: object
 ) -> None:
+    """Compare the weights of a graph with those that adapters were made for; a difference is a warning.
+
+    Raises:
+        CheckpointError: they differ, and a variant means nothing on other weights.
+    """
     names = {site.name: site for _, targets in placed for site in targets}
     now = {name: fingerprint(stored_weight(gm, site)) for name, site in names.items()}
     other = {name for name in names if prints.get(name) != now[name]}
@@ -209,7 +207,7 @@ def _check_base(
         )
         if variant.ties_to_weight:
             raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")
-        warnings.warn(f"{message}.", stacklevel=3)
+        warnings.warn(f"{message}.", stacklevel=5)
 
 
 def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from ..execution.layer import running_parts
 from ..formats.checkpoint import load
 from ..formats.peft.directory import CONFIG, load_peft
 from ..graph.layers import is_layer
+from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration
 from ..rewriting.rewrite import Config, as_variants, rewrite
 from .adapted_model import (
@@ -38,6 +39,7 @@ from .adapted_model import (
 from .graph_cache import GraphCache
 
 
+@outside_inference_mode()
 def adapt(
     model: Any,
     cfg: Config | str | os.PathLike[str],

@@ -15,7 +15,7 @@ class SiteRow:
         d_in: size of the last dimension of the input.
         d_out: size of the last dimension of the output.
         adapters: names of the variants at it, the innermost first.
-        parameters: number of trainable adapter parameters at it.
+        parameters: number of adapter parameters at it that train.
         reasons: for each of its roles, the reason.
         weight: qualified name of the frozen weight.
         dtype: of the weight, such as `"float32"`.

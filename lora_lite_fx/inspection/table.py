@@ -36,6 +36,7 @@ class SiteTable(Sequence[SiteRow]):
         total: number of all parameters of the model, adapters included.
         model: class name of the model.
         sizes: number of elements of each frozen parameter, by qualified name, also outside the listed sites.
+        unfrozen: number of parameters outside the adapters that the user lets train.
         programs: the reports of the passes, by program; empty unless `inspect` was asked for them.
         left_out: one for each weight that multiplies data and is not a site, of the kinds asked for.
     """
@@ -44,13 +45,14 @@ class SiteTable(Sequence[SiteRow]):
     total: int
     model: str
     sizes: Mapping[str, int]
+    unfrozen: int = 0
     programs: tuple[ProgramReport, ...] = ()
     left_out: tuple[LeftOutRow, ...] = ()
 
     @property
     def trainable(self) -> int:
-        """The number of trainable parameters."""
-        return sum(row.parameters for row in self.rows)
+        """The number of parameters that train."""
+        return sum(row.parameters for row in self.rows) + self.unfrozen
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON-ready data.
@@ -119,7 +121,10 @@ class SiteTable(Sequence[SiteRow]):
             for line in (head, tuple("-" * width for width in widths), *body)
         ]
         share = 100 * self.trainable / self.total if self.total else 0.0
-        lines.append(f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%)")
+        outside = f", {self.unfrozen:,} of them outside the adapters" if self.unfrozen else ""
+        lines.append(
+            f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%){outside}"
+        )
         lines += ["", "not sites, though they multiply data:"] if self.left_out else []
         lines += [f"  {row.name}: {row.reason}" for row in self.left_out]
         text = "\n".join(line.rstrip() for line in lines)
@@ -177,6 +182,10 @@ def inspect(
     total = sum(parameter.numel() for parameter in gm.parameters())
     adapters = set(adapter_tensor_names(gm))
     sizes = {name: parameter.numel() for name, parameter in gm.named_parameters() if name not in adapters}
+    unfrozen = 0
+    if adapters and isinstance(model, nn.Module):
+        own = {id(tensor_of(model, name)) for name in adapters}
+        unfrozen = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
     programs: tuple[ProgramReport, ...] = ()
     if passes:
         # A model that runs is asked for its own programs; of another model the graph made here shows what would run.
@@ -194,7 +203,7 @@ def inspect(
         for weight in find_left_out(gm, account.sites)
         if weight.kind.name in kinds
     )
-    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, programs, left_out)
+    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, unfrozen, programs, left_out)
 
 
 def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]:
@@ -203,7 +212,7 @@ def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]
     tensors = [tensor_of(gm, name) for insertion in once for name in insertion.tensors.values()]
     return {
         "adapters": tuple(insertion.variant for insertion in once),
-        "parameters": sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)),
+        "parameters": sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +14,11 @@ from ..capture.capture import Inputs, capture_model
 from ..capture.compare import require_equal
 from ..capture.hooks import check_hooks
 from ..capture.signature import call_like_the_model
+from ..capture.source import Source
 from ..errors import CaptureError
 from ..execution.module import AdaptedGraphModule, checkpoints_layers, execution_of
 from ..execution.pieces import require_layers
-from ..graph.tensors import keep_aliases
+from ..graph.tensors import keep_aliases, outside_inference_mode
 from ..graph.writes import own_written_buffers
 from ..passes import (
     DropMetadataAsserts,
@@ -28,6 +28,7 @@ from ..passes import (
 )
 
 
+@outside_inference_mode()
 def capture(
     model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
@@ -109,7 +110,7 @@ def base_graph(
     # What torch.export builds refuses train() and eval(); a module of our own over the same graph does not.
     execution = replace(execution_of(model), checkpoint_layers=checkpoint_layers)
     if not isinstance(model, fx.GraphModule):
-        execution = replace(execution, source=weakref.ref(model))
+        execution = replace(execution, source=Source.of(model))
     if captured.signature is not None:
         execution = replace(execution, signature=captured.signature)
         call_like_the_model(captured.gm.graph, captured.signature)

@@ -16,7 +16,7 @@ from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule, execution_of
 from ..graph.provenance import inner_name
-from ..graph.tensors import tensor_of
+from ..graph.tensors import outside_inference_mode, tensor_of
 from ..graph.writes import written_buffers
 from ..sites.computed import Computation, frozen_values
 from ..sites.dataflow import SIZES, op_name
@@ -28,6 +28,7 @@ from .plan import make_plans
 from .rewrite import Config, as_variants
 
 
+@outside_inference_mode()
 def wrap(
     model: nn.Module,
     cfg: Config,

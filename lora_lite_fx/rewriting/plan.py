@@ -11,7 +11,7 @@ from ..adapters.adapted_site import check_kind
 from ..adapters.maths import wide
 from ..adapters.placement import site_weight
 from ..adapters.quantized_base import check_gradients
-from ..adapters.selection import select
+from ..adapters.selection import select, warn_of_unused_patterns
 from ..adapters.variant import Statistic, Variant
 from ..errors import ConfigError, SelectionError
 from ..log import phase
@@ -60,6 +60,8 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
         details.append(f"{len(sites)} in the model")
     chosen = [(variant, _select(variant, sites, left_out)) for variant in variants]
     warn_of_left_out(variants, sites, left_out)
+    for variant in variants:
+        warn_of_unused_patterns(variant, sites, stacklevel=4)
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
     if calibration is not None:
         with phase("ran the calibration data"):

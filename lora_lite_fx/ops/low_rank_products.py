@@ -271,7 +271,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-@register_flop_formula(torch.ops.aten.addmm_)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.aten.addmm_)
 def _flops_of_addition(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
     """Return the FLOPs of an in-place product for torch's counter, which knows only the other form."""
     return int(2 * left[0] * left[1] * right[1])

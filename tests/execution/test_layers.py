@@ -29,7 +29,7 @@ def llama(layers: int = 3) -> Any:
     return transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=layers, vocab_size=40)).double()
 
 
-FRONT_ENDS = {"rewrite": llfx.rewrite, "adapt": llfx.adapt}
+FRONT_ENDS: dict[str, Any] = {"rewrite": llfx.rewrite, "adapt": llfx.adapt}
 front_ends = pytest.mark.parametrize("front_end", FRONT_ENDS)
 
 
@@ -226,7 +226,8 @@ def test_fully_shard_on_layers_and_root_trains_the_same(front_end: str, cfg: llf
         )
     )
     logits(model)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         for layer in model.model.layers:
             fully_shard(layer)

@@ -69,7 +69,7 @@ def gradient_of_parameters(model: nn.Module) -> Any:
 
 
 def vjp(model: nn.Module) -> Any:
-    output, pull_back = torch.func.vjp(model, X)
+    output, pull_back, *_ = torch.func.vjp(model, X)
     return output, pull_back(torch.ones_like(output))
 
 
@@ -117,13 +117,13 @@ def gradients_of_gradients(model: nn.Module) -> Any:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     x = X.clone().requires_grad_()
     first = torch.autograd.grad(model(x).square().mean(), [x, *parameters], create_graph=True)
-    return torch.autograd.grad(sum(each.square().sum() for each in first), [x, *parameters])
+    return torch.autograd.grad(torch.stack([each.square().sum() for each in first]).sum(), [x, *parameters])
 
 
 def jit_trace(model: nn.Module) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced: Any = torch.jit.trace(model, (X,), check_trace=False)  # type: ignore[no-untyped-call]
+        traced: Any = torch.jit.trace(model, (X,), check_trace=False)
         return traced(drawn(*X.shape, seed=4))
 
 

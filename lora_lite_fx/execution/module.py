@@ -32,7 +32,7 @@ from ..log import phase
 from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
 from .casting import follow_cast
 from .cutting import Piece, Values, cut
-from .frozen import KeptValues, changed_inside
+from .frozen import KeptValues, can_be_kept, changed_inside
 from .layer import GraphLayer, Part, RunsParts, running_parts, submodule
 from .watch import Watch
 
@@ -178,6 +178,8 @@ class AdaptedGraphModule(fx.GraphModule):
 
     def keep_values(self) -> None:
         """Keep the values that depend on parameters alone, see `frozen`."""
+        if not can_be_kept(self.host):
+            return
         self.kept = KeptValues()
         for method in self.derived:
             if method.startswith(f"{_DERIVED}inference"):
@@ -194,6 +196,8 @@ class AdaptedGraphModule(fx.GraphModule):
             delattr(cls, method)
         cls.derived = {}
         cls._watch = None
+        if self.kept is not None:
+            self.kept = KeptValues()
         for module in self.modules():
             if isinstance(module, GraphLayer):
                 module.own_part = None

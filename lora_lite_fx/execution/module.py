@@ -25,7 +25,7 @@ from ..errors import AdapterError, shown
 from ..graph.annotated import annotated_forward
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.direct_calls import transform_is_active
-from ..graph.layers import layer_of
+from ..graph.layers import is_layer, layer_of
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
 from ..log import phase
@@ -321,7 +321,7 @@ class AdaptedGraphModule(fx.GraphModule):
 
 
 def _make_layers(gm: fx.GraphModule) -> None:
-    """Make the modules that hold the tensors of layers callable, see `GraphLayer`; add those of layers without any."""
+    """Make layers callable, see `GraphLayer`, and stacks of them lists; add the layers that have no tensors."""
     for node in gm.graph.nodes:
         path = (layer_of(node) or "").rpartition("@")[0]
         module: nn.Module = gm
@@ -329,9 +329,10 @@ def _make_layers(gm: fx.GraphModule) -> None:
             if name not in module._modules:
                 module.add_module(name, nn.Module())
             module = cast(nn.Module, module._modules[name])
-    for module in gm.modules():
+    for name, module in gm.named_modules():
         if type(module) is nn.Module:
-            module.__class__ = GraphLayer
+            is_list = set(module._modules) == set(map(str, range(len(module._modules)))) != set()
+            module.__class__ = nn.ModuleList if is_list and not is_layer(name) else GraphLayer
 
 
 def _part(piece: Piece, is_kept: bool, checkpoints: bool) -> Part:

@@ -18,7 +18,7 @@ from ..execution.module import AdaptedGraphModule
 from ..formats.writing import write_atomically
 from ..graph.provenance import Insertion, surrounding
 from ..graph.tensors import tensor_of
-from ..rewriting.capture import capture
+from ..rewriting.capture import base_graph
 from ..sites.left_out import find_left_out
 from ..sites.roles import ROLES
 from ..sites.site import stored_weight
@@ -148,7 +148,7 @@ def inspect(
         CaptureError: the model cannot be captured.
     """
     model_or_graph = model if isinstance(model, ExportedProgram) else graph_of(model)
-    gm = capture(model_or_graph, example_inputs)
+    gm = base_graph(model_or_graph, example_inputs)
     account = account_for(gm)
     rows = []
     for site in account.sites:

@@ -13,6 +13,7 @@ from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import adapter_tensors
 from ..capture.capture import Inputs, capture_model
 from ..capture.compare import require_equal
+from ..capture.hooks import check_hooks
 from ..capture.signature import call_like_the_model
 from ..errors import CaptureError
 from ..execution.module import AdaptedGraphModule, checkpoints_layers, execution_of
@@ -63,8 +64,28 @@ def capture(
 
     Raises:
         CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or the
-            graph computes something else than the model; the message names the first module whose output differs.
+            graph computes something else than the model; the message names the first module whose output differs; or
+            hooks of accelerate stand on it.
+
+    Warns:
+        UserWarning: a hook stands on a module of the model. It was traced; the message says what that means.
     """
+    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
+        check_hooks(model)
+    return base_graph(
+        model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers, verify=verify
+    )
+
+
+def base_graph(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    checkpoint_layers: bool | None = None,
+    verify: bool = True,
+) -> fx.GraphModule:
+    """Do the work of `capture`, without a warning of hooks: for those who read the graph and do not run it."""
     if isinstance(model, ExportedProgram):
         model = model.module()
     adapter_names = adapter_tensor_names(model) if isinstance(model, nn.Module) else []

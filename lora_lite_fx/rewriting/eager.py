@@ -23,7 +23,7 @@ from ..sites.dataflow import SIZES, op_name
 from ..sites.finding import find_sites
 from ..sites.site import Site, is_called, span
 from .calibration import Batches, check_calibration
-from .capture import capture
+from .capture import base_graph
 from .plan import make_plans
 from .rewrite import Config, as_variants
 
@@ -53,7 +53,7 @@ def wrap(
     """
     variants = as_variants(cfg)
     check_calibration(calibration)
-    gm = capture(model, example_inputs)
+    gm = base_graph(model, example_inputs)
     if isinstance(model, fx.GraphModule):
         model = _source_of(model)
     plans = make_plans(gm, variants, calibration)

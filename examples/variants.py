@@ -86,9 +86,8 @@ def flops(gm: fx.GraphModule, ids: torch.Tensor, backward: bool) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return torch's counter, extended to products that are added in place."""
-    in_place = {torch.ops.aten.addmm_: lambda into, left, right, *_, **__: 2 * left[0] * left[1] * right[1]}
-    return FlopCounterMode(display=False, custom_mapping=in_place)
+    """Return torch's counter."""
+    return FlopCounterMode(display=False)
 
 
 if __name__ == "__main__":

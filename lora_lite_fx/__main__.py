@@ -93,7 +93,8 @@ def _table(model: str, adapter: str | None, passes: bool, trust: bool) -> SiteTa
 
 
 def _load(model: Any, adapter: str) -> nn.Module:
-    return load_peft(model, adapter) if Path(adapter).is_dir() else load(model, adapter)
+    # Adapters that a .pt2 file has already are shown with it.
+    return (load_peft if Path(adapter).is_dir() else load)(model, adapter, stack=True)
 
 
 def _without_weights(model: str, passes: bool) -> SiteTable:

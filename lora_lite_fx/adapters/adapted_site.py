@@ -56,8 +56,7 @@ class FrozenSite:
         who = f"{' and '.join(type(variant).__name__ for variant, _ in around)} cannot adapt {self.site.name!r}"
 
         def base(entered: Any) -> Any:
-            value = entered if isinstance(entered, Tensor) else entered.value
-            return kind.result(call(value), entered)
+            return kind.result(call(kind.as_in_model(entered)), entered)
 
         def operands(p: Any) -> Any:
             tensors: dict[str, Tensor] = vars(p)

@@ -102,7 +102,7 @@ def _hint(cls: str, name: str, value: Any, fields: Sequence[str]) -> str:
             f"{cls} has no field {name!r}: {'write DoRA(...) in place of ' + cls + '(...)' if value else 'remove it'}"
         )
     if name.startswith("init_") and name.endswith("_weights"):
-        return f"{cls} has no field {name!r}: {_start_hint(cls, value)}"
+        return f"{cls} has no field {name!r}: {_start_hint(cls, value, fields)}"
     if name == "bias":
         return f"{cls} has no field {name!r}: the biases of the model stay frozen. Remove {name}={value!r}"
     if name in _NOT_NEEDED:
@@ -145,9 +145,11 @@ def _target_hint(field: str, value: Any, fields: Sequence[str]) -> str:
     return f"write {field}=({shown}), regular expressions that are searched in the qualified name"
 
 
-def _start_hint(cls: str, value: object) -> str:
+def _start_hint(cls: str, value: object, fields: Sequence[str]) -> str:
     """Say which variant starts as PEFT's way to initialize called `value` does."""
     start = str(value).partition("_")[0].lower()
+    if start == "gaussian" and "init_weights" in fields:
+        return 'write init_weights="gaussian"'
     if start in _STARTS:
         return f"write {_STARTS[start]}(...) in place of {cls}(...)"
     return (

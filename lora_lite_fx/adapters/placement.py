@@ -20,7 +20,7 @@ from ..graph.provenance import (
     qualified_names,
 )
 from ..graph.tensors import tensor_of
-from ..sites.site import Site
+from ..sites.site import Site, stored_bias, stored_weight
 from .registry import from_config
 from .variant import Statistic, Variant, adapter_namespace
 
@@ -102,12 +102,12 @@ class Placement:
 
 def site_weight(model: nn.Module, site: Site) -> Tensor:
     """Return the frozen weight of `site` as `(d_out, d_in)`; of experts, as `(experts, d_out, d_in)`."""
-    return site.kind.matrix(tensor_of(model, site.weight).detach())
+    return site.kind.matrix(stored_weight(model, site))
 
 
 def site_bias(model: nn.Module, site: Site) -> Tensor | None:
     """Return the frozen bias `(d_out,)` of `site`, or None."""
-    return site.own_bias(tensor_of(model, site.bias).detach() if site.bias else None)
+    return site.own_bias(stored_bias(model, site))
 
 
 @runtime_checkable

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 from ..errors import SelectionError
 from ..sites.site import Site
 from .patterns import occurs
-from .variant import Variant
+from .variant import Variant, as_tuple
 
 
 def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
@@ -35,6 +36,44 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
     return chosen
 
 
+def warn_of_unused_patterns(variant: Variant, sites: Iterable[Site], stacklevel: int = 2) -> None:
+    """Warn of each pattern of the config's targets and exclusions that matches no site, which may be a slip.
+
+    Args:
+        variant: the config.
+        sites: all sites of the model.
+        stacklevel: as for `warnings.warn`, seen from here.
+    """
+    names = [site.name for site in sites if site.kind.name in variant.target_kinds]
+    unused = [
+        f"{pattern!r} in {field}{_nearest(pattern, names)}"
+        for field in ("target_names", "exclude_names")
+        for pattern in as_tuple(getattr(variant, field))
+        if not any(occurs([pattern], name) for name in names)
+    ]
+    if unused:
+        kinds = " or ".join(variant.target_kinds)
+        warnings.warn(
+            f"{type(variant).__name__}: no {kinds} site of the model matches {', nor '.join(unused)}.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    near = _near([pattern], names)
+    return f" (the nearest: {near[0]})" if near else ""
+
+
+def _near(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return names that end in something like the end of one of the patterns, the likeliest of each first."""
+    by_tail = {name.rsplit(".", 1)[-1]: name for name in names}
+    return [
+        by_tail[tail]
+        for pattern in patterns
+        for tail in difflib.get_close_matches(pattern.strip("^$\\").rsplit(".", 1)[-1], by_tail, n=3, cutoff=0.4)
+    ]
+
+
 def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
     """Return the message of the error for targets that include none of `sites`."""
     targets = {
@@ -55,12 +94,7 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
     if not sites:
         return f"{type(variant).__name__}: the model has no {kinds} site to adapt."
     names = [site.name for site in sites]
-    by_tail = {name.rsplit(".", 1)[-1]: name for name in names}
-    near = [
-        by_tail[tail]
-        for pattern in variant.target_names or ()
-        for tail in difflib.get_close_matches(pattern.strip("^$\\").rsplit(".", 1)[-1], by_tail, n=3, cutoff=0.4)
-    ]
+    near = _near(as_tuple(variant.target_names), names)
     roles = sorted({role for site in sites for role in site.roles})
     return (
         f"{type(variant).__name__}: no site matches {wanted}. The model has {len(sites)} sites"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,7 +19,10 @@ from .registry import to_config
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters of an adapted model. No other tensor of the model requires grad.
+    """Return the parameters of the adapters that train: those that require grad.
+
+    A parameter that the user froze, or that stays at its start, is not among them. Unless the user unfreezes more, no
+    other tensor of the model requires grad.
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`.
@@ -27,7 +31,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         AdapterError: the model has no adapters.
     """
     tensors = (tensor_of(model, name) for name in adapter_tensors(model))
-    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -42,6 +46,26 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         AdapterError: the model has no adapters.
     """
     return {name: tensor_of(model, name).detach() for name in adapter_tensors(model)}
+
+
+def warn_of_trained_base(model: nn.Module, call: str, stacklevel: int = 2) -> None:
+    """Warn of the parameters that require grad and are not adapters', because files of adapters do not hold them.
+
+    Args:
+        model: an adapted model.
+        call: the function that writes the file, for the message.
+        stacklevel: as for `warnings.warn`, seen from here.
+    """
+    own = {id(tensor_of(model, name)) for name in adapter_tensors(model)}
+    left = [name for name, tensor in model.named_parameters() if tensor.requires_grad and id(tensor) not in own]
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        warnings.warn(
+            f"{call} writes adapters only, and {', '.join(left[:3])}{more} train too (requires_grad=True): their values"
+            " will not be in the file. Save them apart, {name: p for name, p in model.named_parameters() if"
+            " p.requires_grad}, or freeze them.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from .attention_module import attend, attend_in_function, is_attention
 from .refusal import refusal
 
 aten = torch.ops.aten
 
 
 class _Tracer(fx.Tracer):
-    """Trace into the modules whose weights may be adapted or tied; keep dropout and norms as leaf modules."""
+    """Trace into the modules whose weights may be adapted or tied; keep dropout and norms as leaf modules.
+
+    Args:
+        inline: whether to trace into what computes parametrized weights and into `nn.MultiheadAttention` too.
+    """
 
     _INLINED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     # Record writes to buffers in the graph instead of doing them while the model is traced.
     proxy_buffer_attributes = True
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], inline: bool) -> None:
         super().__init__()
         self.values = values
-        self.record_stack_traces = (
-            not values
-        )  # a graph that is only compared needs none, and they take most of the time
+        self.inline = inline
+        # A graph that is only compared needs none, and they take most of the time.
+        self.record_stack_traces = not values
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         # The placeholder of an argument with a value stays in the graph, so that graphs of one model can be compared.
@@ -38,7 +45,33 @@ class _Tracer(fx.Tracer):
         ]
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return super().is_leaf_module(module, name) and not isinstance(module, self._INLINED)
+        if not super().is_leaf_module(module, name) or isinstance(module, self._INLINED):
+            return False
+        return not (self.inline and (is_attention(module) or _is_traceable(module)))
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.inline and is_attention(m):
+            forward = partial(attend, m)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        if self.inline and target is nn.functional.multi_head_attention_forward:
+            result = attend_in_function(self, args, kwargs)
+            if result is not None:
+                return result
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+
+def _is_traceable(module: nn.Module) -> bool:
+    """Return whether `module` computes a parametrized weight in a way that looks at no shapes and no mode."""
+    if isinstance(module, ParametrizationList):
+        own = (type(step) for step in module)
+        return all(_is_weight_norm(step) or not step.__module__.startswith("torch.") for step in own)
+    return _is_weight_norm(type(module))
+
+
+def _is_weight_norm(kind: type) -> bool:
+    return (kind.__module__, kind.__name__) == ("torch.nn.utils.parametrizations", "_WeightNorm")
 
 
 # The functions that symbolic tracing records for the operators that make a site, and these operators.
@@ -70,9 +103,12 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
     """
     attributes = set(vars(model))
     try:
-        graph = _Tracer(values).trace(model)
-    except Exception as error:
-        raise refusal(model, error, "symbolic tracing (no example_inputs were given)") from error
+        graph = _Tracer(values, inline=True).trace(model)
+    except Exception:
+        try:  # what has to look at shapes or values is a leaf, and its weights are listed as left out
+            graph = _Tracer(values, inline=False).trace(model)
+        except Exception as error:
+            raise refusal(model, error, "symbolic tracing (no example_inputs were given)") from error
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _ATEN_FUNCTIONS:
             node.target = _ATEN_FUNCTIONS[node.target]
@@ -92,6 +128,10 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
                 (weight, ids, -1 if padding is None else padding),
                 {},
             )
+        elif node.target is torch.functional.einsum:
+            equation, *operands = node.args
+            if isinstance(equation, str) and all(isinstance(operand, fx.Node) for operand in operands):
+                node.target, node.args = aten.einsum.default, (equation, list(operands))
         if node.target in (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.bmm.default):
             node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
     gm = fx.GraphModule(model, graph)

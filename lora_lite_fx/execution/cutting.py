@@ -46,7 +46,7 @@ class Piece:
         method: the name of the method by which the rest of the program calls it, with the inputs alone.
         values: what it needs of the module.
         rest: `None, *values, *inputs -> results`.
-        has_more_results: whether that is a tuple.
+        has_more_results: whether there are several.
     """
 
     path: str
@@ -112,7 +112,7 @@ def _cut_piece(module: nn.Module, outer: fx.Graph, members: Sequence[fx.Node], p
     names = [str(node.target).removeprefix(f"{path}.") for node in tensors]
     values = Values(reader_of(module, names), function_of(extract(tensors, own)))
     replace_by_call(outer, method, inputs, members, results)
-    return Piece(path, method, values, function_of(graph), len(results) != 1)
+    return Piece(path, method, values, function_of(graph), len(results) > 1)
 
 
 def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -25,13 +25,14 @@ from ..errors import AdapterError, shown
 from ..graph.annotated import annotated_forward
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.direct_calls import transform_is_active
-from ..graph.layers import layer_of
+from ..graph.layers import is_layer, layer_of
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
 from ..log import phase
 from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
+from .casting import follow_cast
 from .cutting import Piece, Values, cut
-from .frozen import KeptValues, changed_inside
+from .frozen import KeptValues, can_be_kept, changed_inside
 from .layer import GraphLayer, Part, RunsParts, running_parts, submodule
 from .watch import Watch
 
@@ -177,6 +178,8 @@ class AdaptedGraphModule(fx.GraphModule):
 
     def keep_values(self) -> None:
         """Keep the values that depend on parameters alone, see `frozen`."""
+        if not can_be_kept(self.host):
+            return
         self.kept = KeptValues()
         for method in self.derived:
             if method.startswith(f"{_DERIVED}inference"):
@@ -193,6 +196,8 @@ class AdaptedGraphModule(fx.GraphModule):
             delattr(cls, method)
         cls.derived = {}
         cls._watch = None
+        if self.kept is not None:
+            self.kept = KeptValues()
         for module in self.modules():
             if isinstance(module, GraphLayer):
                 module.own_part = None
@@ -298,6 +303,7 @@ class AdaptedGraphModule(fx.GraphModule):
         # to(), half(), cuda() and the like all come here. Programs depend on the device.
         if self.kept is not None:
             raise changed_inside("The model was moved or cast")
+        follow_cast(self, fn)
         self._drop_derived()
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)
@@ -321,7 +327,7 @@ class AdaptedGraphModule(fx.GraphModule):
 
 
 def _make_layers(gm: fx.GraphModule) -> None:
-    """Make the modules that hold the tensors of layers callable, see `GraphLayer`; add those of layers without any."""
+    """Make layers callable, see `GraphLayer`, and stacks of them lists; add the layers that have no tensors."""
     for node in gm.graph.nodes:
         path = (layer_of(node) or "").rpartition("@")[0]
         module: nn.Module = gm
@@ -329,9 +335,10 @@ def _make_layers(gm: fx.GraphModule) -> None:
             if name not in module._modules:
                 module.add_module(name, nn.Module())
             module = cast(nn.Module, module._modules[name])
-    for module in gm.modules():
+    for name, module in gm.named_modules():
         if type(module) is nn.Module:
-            module.__class__ = GraphLayer
+            is_list = set(module._modules) == set(map(str, range(len(module._modules)))) != set()
+            module.__class__ = nn.ModuleList if is_list and not is_layer(name) else GraphLayer
 
 
 def _part(piece: Piece, is_kept: bool, checkpoints: bool) -> Part:

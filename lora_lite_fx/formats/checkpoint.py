@@ -10,31 +10,30 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from ..adapters.accounting import account_for
 from ..adapters.adapted_site import check_kind
 from ..adapters.placement import Placement, adapters, graph_of, placements
 from ..adapters.registry import from_config, to_config
-from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict
+from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict, warn_of_trained_base
 from ..adapters.variant import Variant
-from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import tensor_of
 from ..log import phase
-from ..rewriting.capture import capture
+from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
-from ..sites.site import Site
+from ..sites.site import Site, stored_weight
 from .files import read_safetensors
 from .finite import check_finite
+from .loading import AdapterFile, loader
 from .mistakes import as_path, check_file, foreign_file_hint
 from .writing import write_atomically
 
@@ -56,6 +55,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: boo
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save(model, path)")
+    warn_of_trained_base(model, "save")
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
     if not allow_nonfinite:
         check_finite(state, file, "nothing was written")
@@ -65,42 +65,33 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: boo
         {"config": to_config(variant), "sites": [placement.site for placement in members]}
         for variant, members in adapters(model)
     ]
-    names = dict.fromkeys(name for record in records for name in record["sites"])
-    prints = {name: fingerprint(weight) for name, weight in _frozen_weights(graph_of(model), names).items()}
+    prints = fingerprints(model, [name for record in records for name in record["sites"]])
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
     document["checksum"] = _checksum(document, state)
     write_atomically(file, safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
 
 
-def load(
-    model: nn.Module | ExportedProgram,
-    path: str | os.PathLike[str],
-    example_inputs: Inputs | None = None,
-    *,
-    allow_nonfinite: bool = False,
-) -> fx.GraphModule:
-    """Capture `model` and insert the adapters of a file that `save` wrote, with their saved values.
+@loader
+def load(file: Path) -> AdapterFile:
+    """Capture a model and insert the adapters of a file that `save` wrote, with their saved values.
 
-    Args:
-        model: the base, which is not changed.
-        path: of the file. Only safetensors and JSON are read.
-        example_inputs: as for `capture`.
-        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
-
-    Returns:
-        A graph module as `rewrite` returns it.
-
-    Raises:
-        CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, configs or sites do not fit
-            the model; or a value is not finite; or the base's weights are others than those that a variant was made
-            for. Where the variant does not depend on them, other weights are a warning.
-        CaptureError: the model cannot be captured.
+    It is an error if the base's weights are others than those that a variant was made for, and a warning if the variant
+    does not depend on them.
     """
-    file = as_path(path, "load(model, path)")
     check_file(file)
     state, metadata = read_safetensors(file)
     chosen, document = _parse(metadata, file)
-    gm = capture(model, example_inputs)
+    return AdapterFile(state, lambda gm: _insert(gm, chosen, document, state, file))
+
+
+def _insert(
+    gm: fx.GraphModule,
+    chosen: list[tuple[Variant, list[str]]],
+    document: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    path: Path,
+) -> None:
+    """Insert the adapters of a file into a graph, after checks of everything that can be wrong."""
     with phase("found the sites") as details:
         sites = {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")
@@ -109,11 +100,11 @@ def load(
         for variant, targets in placed:
             for site in targets:
                 variant.for_site(site.name).check(site)
-                check_kind(variant.for_site(site.name), site, tensor_of(gm, site.weight))
+                check_kind(variant.for_site(site.name), site, stored_weight(gm, site))
         expected = _expected(gm, placed)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _check_base(gm, placed, document["fingerprint"], path)
+    check_base(gm, placed, document["fingerprint"], path)
     try:
         # Before any tensor is made: a damaged config may ask for more of them than there is memory.
         check_fit(expected, state)
@@ -128,9 +119,12 @@ def load(
     load_adapter_state_dict(gm, values)
     if document.get("checksum") != _checksum(document, state):
         raise CheckpointError(f"{path} is corrupt: it does not hold what was saved.")
-    if not allow_nonfinite:
-        check_finite(state, file, "it is not loaded")
-    return gm
+
+
+def fingerprints(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
+    """Return the fingerprints of the frozen weights of an adapted model's sites, by name."""
+    weights = _frozen_weights(graph_of(model), dict.fromkeys(sites))
+    return {name: fingerprint(weight) for name, weight in weights.items()}
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -192,11 +186,16 @@ def _existing(sites: Mapping[str, Site], names: list[str], path: str | os.PathLi
     return [sites[name] for name in names]
 
 
-def _check_base(
+def check_base(
     gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]], prints: Mapping[str, str], path: object
 ) -> None:
+    """Compare the weights of a graph with those that adapters were made for; a difference is a warning.
+
+    Raises:
+        CheckpointError: they differ, and a variant means nothing on other weights.
+    """
     names = {site.name: site for _, targets in placed for site in targets}
-    now = {name: fingerprint(tensor_of(gm, site.weight)) for name, site in names.items()}
+    now = {name: fingerprint(stored_weight(gm, site)) for name, site in names.items()}
     other = {name for name in names if prints.get(name) != now[name]}
     for variant, targets in placed:
         differ = [site.name for site in targets if site.name in other]
@@ -208,7 +207,7 @@ def _check_base(
         )
         if variant.ties_to_weight:
             raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")
-        warnings.warn(f"{message}.", stacklevel=3)
+        warnings.warn(f"{message}.", stacklevel=5)
 
 
 def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> dict[str, Tensor]:
@@ -218,7 +217,7 @@ def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> d
         for site in targets:
             placement = _in_file(placed, adapter, site)
             specs = placement.local.tensor_specs(site)
-            dtype = variant.param_dtype(tensor_of(gm, site.weight).dtype)
+            dtype = variant.param_dtype(stored_weight(gm, site).dtype)
             for name, qualified in placement.tensors.items():
                 expected[qualified] = specs[name].empty(dtype, torch.device("meta"))
     return expected
@@ -236,6 +235,9 @@ def _in_file(placed: list[tuple[Variant, list[Site]]], adapter: int, site: Site)
 def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
     """Return the frozen weight of each site, as the model stores it."""
     if isinstance(model, fx.GraphModule):
-        return {site.name: tensor_of(model, site.weight) for site in account_for(model).adapted("save")}
+        return {site.name: stored_weight(model, site) for site in account_for(model).adapted("save")}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
-    return {name: tensor_of(getattr(module, "base", module), "weight") for name, module in modules.items()}
+    return {
+        name: module.frozen_weight() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight")
+        for name, module in modules.items()
+    }

@@ -8,19 +8,18 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch import Tensor, nn
 
 from ..adapters.maths import wide
 from ..adapters.placement import Placement
 from ..adapters.registry import from_config
-from ..adapters.state import adapter_state_dict
+from ..adapters.state import adapter_state_dict, warn_of_trained_base
 from ..adapters.variant import Variant
-from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..sites.site import Site
 from ..variants import (
@@ -36,6 +35,7 @@ from ..variants import (
 )
 from .files import read_safetensors
 from .finite import check_finite
+from .loading import AdapterFile, loader
 from .mistakes import as_path
 from .single_adapter import (
     insert_from_file,
@@ -85,7 +85,7 @@ _FORMATS = (
 _RANK_AND_ALPHA = {"r": 8, "alpha": 16.0}
 _COMMON = frozenset({"variant", "r", "alpha", "dtype", "target_roles", "target_names", "exclude_names", "layers"})
 # Fields of ours that say only how an adapter starts or trains; its file means the same whatever they are.
-_UNREAD = frozenset({"rho", "center", "train_A", "rank_pattern", "alpha_pattern", "target_kinds"})
+_UNREAD = frozenset({"rho", "center", "train_A", "init_weights", "rank_pattern", "alpha_pattern", "target_kinds"})
 
 
 def save_lora_lite(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
@@ -103,6 +103,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str], *, allow_nonf
     """
     file = as_path(path, "save_lora_lite(model, path)")
     variant, placed = only_adapter(model, "A lora-lite file")
+    warn_of_trained_base(model, "save_lora_lite")
     sites = sites_of(model)
     form = _format_of(variant, [sites[placement.site] for placement in placed])
     state = adapter_state_dict(model)
@@ -128,30 +129,9 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str], *, allow_nonf
     write_atomically(file, safetensors.torch.save(tensors, {"cfg": json.dumps(config)}))
 
 
-def load_lora_lite(
-    model: nn.Module | ExportedProgram,
-    path: str | os.PathLike[str],
-    example_inputs: Inputs | None = None,
-    *,
-    allow_nonfinite: bool = False,
-) -> fx.GraphModule:
-    """Capture `model` and insert the adapter of a lora-lite file, with its values, in the dtype that they have there.
-
-    Args:
-        model: the base, which is not changed.
-        path: of the file. Only safetensors and JSON are read.
-        example_inputs: as for `capture`.
-        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
-
-    Returns:
-        A graph module as `rewrite` returns it.
-
-    Raises:
-        CheckpointError: the file is unreadable, or its keys, shapes, config or modules do not fit the model, or a
-            value is not finite.
-        CaptureError: the model cannot be captured.
-    """
-    file = as_path(path, "load_lora_lite(model, path)")
+@loader
+def load_lora_lite(file: Path) -> AdapterFile:
+    """Capture a model and insert the adapter of a lora-lite file, with its values, in the dtype that they have."""
     state, metadata = read_safetensors(file)
     by_site: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -160,10 +140,8 @@ def load_lora_lite(
     try:
         variant, form = _variant(metadata, sorted(by_site))
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its config cannot be read: {error}") from error
-    if not allow_nonfinite:
-        check_finite(state, file, "it is not loaded")
-    return insert_from_file(model, variant, by_site, form.rest, file, example_inputs)
+        raise CheckpointError(f"{file}: its config cannot be read: {error}") from error
+    return AdapterFile(state, lambda gm: insert_from_file(gm, variant, by_site, form.rest, file))
 
 
 def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:

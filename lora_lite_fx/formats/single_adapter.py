@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from ..adapters.accounting import account_for
 from ..adapters.adapted_site import check_kind
@@ -20,15 +19,13 @@ from ..adapters.placement import (
 )
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
 from ..adapters.variant import Variant
-from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
-from ..graph.tensors import tensor_of
 from ..log import phase
-from ..rewriting.capture import capture
 from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
-from ..sites.site import Site
+from ..sites.site import Site, stored_weight
+from .checkpoint import check_base
 
 
 def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]]:
@@ -65,33 +62,33 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
         return site_weight(model, site)
     module = model.get_submodule(site.name)
     assert isinstance(module, AdaptedLinear)
-    return site.kind.matrix(module.weight.detach())
+    return site.kind.matrix(module.frozen_weight())
 
 
 def insert_from_file(
-    model: nn.Module | ExportedProgram,
+    gm: fx.GraphModule,
     variant: Variant,
     by_site: Mapping[str, Mapping[str, Tensor]],
     rest: Iterable[str],
     path: Path,
-    example_inputs: Inputs | None,
-) -> fx.GraphModule:
-    """Capture `model` and insert `variant` at the sites of a file, with its values.
+    prints: Mapping[str, str] | None = None,
+) -> None:
+    """Insert `variant` at the sites of a file, with its values.
 
     Args:
-        model, example_inputs: as for `capture`.
+        gm: the graph, which is changed if the file fits it.
         variant: the config.
         by_site: the tensors of each site, by the variant's names.
         rest: names of tensors that no file of this kind holds, as they follow from the frozen weight.
         path: of the file, for messages.
+        prints: the fingerprints of the weights that the adapter was made for, by site, if the file has them.
 
     Raises:
-        CheckpointError: the file's sites or tensors do not fit the model or the config.
-        CaptureError: the model cannot be captured.
+        CheckpointError: the file's sites or tensors do not fit the model or the config, or the adapter means nothing
+            on the model's weights.
     """
     if not by_site:
         raise CheckpointError(f"{path} holds no adapter.")
-    gm = capture(model, example_inputs)
     with phase("found the sites") as details:
         sites = {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")
@@ -106,10 +103,12 @@ def insert_from_file(
         for site in targets:
             local = variant.for_site(site.name)
             local.check(site)
-            check_kind(local, site, tensor_of(gm, site.weight))
+            check_kind(local, site, stored_weight(gm, site))
             _check_tensors(local.tensor_specs(site), by_site[site.name], rest, f"{path}: {site.name}")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if prints is not None:
+        check_base(gm, [(variant, targets)], prints, path)
     first = insert_adapters(gm, [(variant, targets)])
     current = adapter_state_dict(gm)
     values = dict(current)
@@ -124,7 +123,6 @@ def insert_from_file(
             qualified = placement.tensors[name]
             values[qualified] = tensor.to(current[qualified].dtype)
     load_adapter_state_dict(gm, values)
-    return gm
 
 
 def _check_tensors(

@@ -78,6 +78,12 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_wrapped(*tensors: Tensor) -> bool:
+    """Check whether a transform runs on one of the tensors: of `torch.func`, or the one behind `is_grads_batched`."""
+    functorch = torch._C._functorch  # there is no public question
+    return any(functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
 def transform_is_active() -> bool:
     """Check whether a transform of `torch.func`, forward-mode AD or a trace of `torch.jit` runs this call.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,16 @@ from torch import Tensor, fx, nn
 
 HALF = (torch.float16, torch.bfloat16)
 """The types that round sums and products to about three digits."""
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave `torch.inference_mode` for the body, as tensors made in it can never train. Decorates functions too."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # which switches gradients on
+            yield
+    else:
+        yield
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

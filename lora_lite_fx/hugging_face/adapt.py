@@ -17,6 +17,7 @@ from ..adapters.placement import placements
 from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_state_dict
 from ..capture.capture import Inputs
+from ..capture.hooks import refuse_offloading
 from ..capture.hugging_face import is_hugging_face
 from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
@@ -25,6 +26,7 @@ from ..execution.layer import running_parts
 from ..formats.checkpoint import load
 from ..formats.peft.directory import CONFIG, load_peft
 from ..graph.layers import is_layer
+from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration
 from ..rewriting.rewrite import Config, as_variants, rewrite
 from .adapted_model import (
@@ -37,6 +39,7 @@ from .adapted_model import (
 from .graph_cache import GraphCache
 
 
+@outside_inference_mode()
 def adapt(
     model: Any,
     cfg: Config | str | os.PathLike[str],
@@ -92,6 +95,7 @@ def adapt(
     if type(max_graphs) is not int or max_graphs < 1:
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
     check_gradients(model)
+    refuse_offloading(model)
     graphs = GraphCache(share(model), example_inputs, max_graphs, verify)
     graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
     return _adopted(graphs)

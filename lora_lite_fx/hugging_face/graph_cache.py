@@ -19,6 +19,7 @@ from torch.export import Dim
 from ..adapters.placement import Placement, placements
 from ..capture.capture import Inputs
 from ..capture.export import take_guards
+from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import example_inputs_of
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
@@ -152,7 +153,7 @@ class GraphCache:
     @functools.cached_property
     def decoder(self) -> Decoder | None:
         """The facts that a run of the model has shown, if it is a causal language model."""
-        return probe(self.plain())
+        return probe(self._shadow())
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -247,7 +248,7 @@ class GraphCache:
     def _first_call(self, model: Any) -> CapturedCall:
         inputs = self.example_inputs
         if inputs is None:
-            inputs = example_inputs_of(self.plain())
+            inputs = example_inputs_of(self._shadow())
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
         args = tuple(_to(value, model.device) for value in args)
         kwargs = {name: _to(value, model.device) for name, value in kwargs.items()}
@@ -270,6 +271,12 @@ class GraphCache:
             module.__class__ = getattr(type(module), "base", type(module))
             for attribute in ("_graphs", "_path", "_keys_to_ignore_on_save"):
                 module.__dict__.pop(attribute, None)
+        return copied
+
+    def _shadow(self) -> Any:
+        """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls."""
+        copied = self.plain()
+        take_hooks_off(copied)
         return copied
 
     def _capture_for(self, call: CapturedCall) -> CapturedGraph:
@@ -299,7 +306,7 @@ class GraphCache:
 
     def _capture(self, call: CapturedCall, example: Leaves) -> CapturedGraph:
         outcome: dict[str, Any] = {}
-        shadow = self.plain()
+        shadow = self._shadow()
         shadow.__class__ = _flat(type(shadow), call, outcome)
         dynamic = {name: _dynamic(name, leaf) for name, leaf in example.items()}
         with ExitStack() as stack:

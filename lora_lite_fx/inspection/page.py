@@ -20,7 +20,7 @@ from .picture import (
 )
 
 if TYPE_CHECKING:
-    from .rows import SiteRow
+    from .rows import LeftOutRow, SiteRow
 
 
 class PageData(Protocol):
@@ -36,6 +36,8 @@ class PageData(Protocol):
     def trainable(self) -> int: ...
     @property
     def sizes(self) -> Mapping[str, int]: ...
+    @property
+    def left_out(self) -> tuple[LeftOutRow, ...]: ...
 
 
 _UNKNOWN = "the dataflow leaves a doubt, so nothing is guessed"
@@ -63,6 +65,7 @@ def render(table: PageData) -> str:
         "legend": _legend(table),
         "blocks": "\n".join(_card(block, most, table) for block in all_blocks),
         "rows": "\n".join(_row(index, row) for index, row in enumerate(table.rows)),
+        "left_out": _left_out(table.left_out),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # One substitution for all fields, because the text of a field may look like a field itself.
@@ -123,6 +126,11 @@ def _row(index: int, row: SiteRow) -> str:
         f"<td>{row.d_out}</td><td>{escape(' + '.join(row.adapters))}</td><td>{row.parameters:,}</td>"
         f"<td><ul>{reasons}</ul></td></tr>"
     )
+
+
+def _left_out(rows: tuple[LeftOutRow, ...]) -> str:
+    items = "".join(f"<li><code>{escape(row.name)}</code> {escape(row.reason)}</li>" for row in rows)
+    return f"\n<h3>Not sites, though they multiply data</h3>\n<ul>{items}</ul>" if rows else ""
 
 
 def _short(number: int) -> str:

@@ -1,4 +1,4 @@
-"""One site, as a row of the table."""
+"""One site, or one weight that is not a site, as a row of the table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SiteRow:
         d_in: size of the last dimension of the input.
         d_out: size of the last dimension of the output.
         adapters: names of the variants at it, the innermost first.
-        parameters: number of trainable adapter parameters at it.
+        parameters: number of adapter parameters at it that train.
         reasons: for each of its roles, the reason.
         weight: qualified name of the frozen weight.
         dtype: of the weight, such as `"float32"`.
@@ -45,3 +45,23 @@ class SiteRow:
     def reason(self) -> str:
         """The reasons for its roles, in one line."""
         return "; ".join(f"{role}: {why}" for role, why in self.reasons.items())
+
+
+@dataclass(frozen=True)
+class LeftOutRow:
+    """One weight that multiplies data and is not a site, so that no adapter can be put there.
+
+    Args:
+        name: the name that it would have as a site.
+        weight: qualified name of the parameter.
+        reason: why it is not a site.
+        roles: of the linear that it makes, in the order of `roles.ROLES`; those that are possible, if it is unknown
+            what multiplies it.
+        kind: the kind of site that it would be.
+    """
+
+    name: str
+    weight: str
+    reason: str
+    roles: tuple[str, ...]
+    kind: str

@@ -18,11 +18,13 @@ from ..execution.module import AdaptedGraphModule
 from ..formats.writing import write_atomically
 from ..graph.provenance import Insertion, surrounding
 from ..graph.tensors import tensor_of
-from ..rewriting.capture import capture
+from ..rewriting.capture import base_graph
+from ..sites.left_out import find_left_out
 from ..sites.roles import ROLES
+from ..sites.site import stored_weight
 from .page import render
 from .passes import ProgramReport, program_reports
-from .rows import SiteRow
+from .rows import LeftOutRow, SiteRow
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,31 @@ class SiteTable(Sequence[SiteRow]):
         total: number of all parameters of the model, adapters included.
         model: class name of the model.
         sizes: number of elements of each frozen parameter, by qualified name, also outside the listed sites.
+        unfrozen: number of parameters outside the adapters that the user lets train.
         programs: the reports of the passes, by program; empty unless `inspect` was asked for them.
+        left_out: one for each weight that multiplies data and is not a site, of the kinds asked for.
     """
 
     rows: tuple[SiteRow, ...]
     total: int
     model: str
     sizes: Mapping[str, int]
+    unfrozen: int = 0
     programs: tuple[ProgramReport, ...] = ()
+    left_out: tuple[LeftOutRow, ...] = ()
 
     @property
     def trainable(self) -> int:
-        """The number of trainable parameters."""
-        return sum(row.parameters for row in self.rows)
+        """The number of parameters that train."""
+        return sum(row.parameters for row in self.rows) + self.unfrozen
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON-ready data.
 
         Returns:
             `model`, `parameters` (of the whole model), `trainable`, and `sites`: one dict for each row, with the
-            fields of `SiteRow` as keys. With reports of passes also `programs`: one dict for each `ProgramReport`.
+            fields of `SiteRow` as keys. With weights that are not sites also `left_out`: one dict for each
+            `LeftOutRow`. With reports of passes also `programs`: one dict for each `ProgramReport`.
         """
         data = {
             "model": self.model,
@@ -61,6 +68,8 @@ class SiteTable(Sequence[SiteRow]):
             "trainable": self.trainable,
             "sites": [asdict(row) for row in self.rows],
         }
+        if self.left_out:
+            data["left_out"] = [asdict(row) for row in self.left_out]
         if self.programs:
             data["programs"] = [report.to_dict() for report in self.programs]
         return data
@@ -112,7 +121,12 @@ class SiteTable(Sequence[SiteRow]):
             for line in (head, tuple("-" * width for width in widths), *body)
         ]
         share = 100 * self.trainable / self.total if self.total else 0.0
-        lines.append(f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%)")
+        outside = f", {self.unfrozen:,} of them outside the adapters" if self.unfrozen else ""
+        lines.append(
+            f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%){outside}"
+        )
+        lines += ["", "not sites, though they multiply data:"] if self.left_out else []
+        lines += [f"  {row.name}: {row.reason}" for row in self.left_out]
         text = "\n".join(line.rstrip() for line in lines)
         return "\n\n".join([text, *map(str, self.programs)])
 
@@ -129,7 +143,8 @@ def inspect(
     Args:
         model: any module, which is captured and not changed; or the result of `rewrite`, `adapt` or `load`.
         example_inputs: as for `capture`.
-        kinds: of the sites to list, as in `target_kinds`; adapted sites are listed whatever their kind.
+        kinds: of the sites to list, as in `target_kinds`; adapted sites are listed whatever their kind. Weights that
+            multiply data and are not sites are listed too, each with the reason.
         passes: whether to report the optimizing passes too: for the training program and the inference program, the
             edits and the seconds of each pass, and why it left candidates as they are. A program that has not run yet
             is derived for that. The graph stays as it is.
@@ -138,7 +153,7 @@ def inspect(
         CaptureError: the model cannot be captured.
     """
     model_or_graph = model if isinstance(model, ExportedProgram) else graph_of(model)
-    gm = capture(model_or_graph, example_inputs)
+    gm = base_graph(model_or_graph, example_inputs)
     account = account_for(gm)
     rows = []
     for site in account.sites:
@@ -154,7 +169,7 @@ def inspect(
                 d_out=site.d_out,
                 reasons={role: site.reasons[role] for role in ROLES if role in site.reasons},
                 weight=site.weight,
-                dtype=str(gm.get_parameter(site.weight).dtype).removeprefix("torch."),
+                dtype=str(stored_weight(gm, site).dtype).removeprefix("torch."),
                 bias=site.bias is not None,
                 calls=len(site.calls),
                 reads=x.name,
@@ -167,13 +182,28 @@ def inspect(
     total = sum(parameter.numel() for parameter in gm.parameters())
     adapters = set(adapter_tensor_names(gm))
     sizes = {name: parameter.numel() for name, parameter in gm.named_parameters() if name not in adapters}
+    unfrozen = 0
+    if adapters and isinstance(model, nn.Module):
+        own = {id(tensor_of(model, name)) for name in adapters}
+        unfrozen = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
     programs: tuple[ProgramReport, ...] = ()
     if passes:
         # A model that runs is asked for its own programs; of another model the graph made here shows what would run.
         running = model_or_graph if isinstance(model_or_graph, AdaptedGraphModule) else gm
         assert isinstance(running, AdaptedGraphModule)
         programs = program_reports(running)
-    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, programs)
+    left_out = tuple(
+        LeftOutRow(
+            name=weight.name,
+            weight=weight.weight,
+            reason=weight.reason,
+            roles=tuple(role for role in ROLES if role in weight.roles),
+            kind=weight.kind.name,
+        )
+        for weight in find_left_out(gm, account.sites)
+        if weight.kind.name in kinds
+    )
+    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, unfrozen, programs, left_out)
 
 
 def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]:
@@ -182,7 +212,7 @@ def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]
     tensors = [tensor_of(gm, name) for insertion in once for name in insertion.tensors.values()]
     return {
         "adapters": tuple(insertion.variant for insertion in once),
-        "parameters": sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)),
+        "parameters": sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
     }
 
 

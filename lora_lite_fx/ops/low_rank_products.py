@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
+from ..graph.direct_calls import is_wrapped
 from ..graph.tensors import HALF
 
 _SMALLEST_SCALE = 1e-30
@@ -219,22 +221,26 @@ class _Function(torch.autograd.Function):
             of_t = torch.zeros_like(t) if of_t is None else _rows(of_t).clone() if branches else t
             gradients: list[Branch[Tensor | None]] = []
             reached: list[tuple[Tensor, Tensor]] = []
-            for (branch, columns, alpha), of_columns, need, y, of_y in zip(
+            of_columns: list[Tensor] = []
+            for (branch, columns, alpha), narrow, need, y, of_y in zip(
                 products.with_columns(branches, t), _narrowed(of_t, products.ranks), needed, ys, of_ys, strict=True
             ):
                 if of_y is None:
+                    of_columns.append(narrow)
                     gradients.append(Branch(None, None, None, None))
                     continue
                 of_sum, of_branch = _gradients(branch, columns, alpha, need, y, _rows(of_y))
-                _add_product(of_columns, of_sum, branch.b, alpha)
+                of_columns.append(_add_product(narrow, of_sum, branch.b, alpha))
                 gradients.append(of_branch)
                 reached.append((of_sum, branch.weight))
+            if branches and is_wrapped(*of_columns):
+                of_t = torch.cat(of_columns, 1)
             of_a = of_t.t() @ _rows(x) if a_needed else None
             of_x = None
             if x_needed:
                 of_x = of_t @ a
                 for of_sum, weight in reached:
-                    _add_product(of_x, of_sum, weight)
+                    of_x = _add_product(of_x, of_sum, weight)
                 of_x = of_x.view(shape)
         return None, of_x, of_a, *[None] * products.sources, *flatten(gradients)
 
@@ -278,8 +284,16 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+@register_flop_formula(torch.ops.aten.addmm_)
+def _flops_of_addition(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of an in-place product for torch's counter, which knows only the other form."""
+    return int(2 * left[0] * left[1] * right[1])
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-    """Add `alpha left right` to `total`, in place."""
+    """Add `alpha left right` to `total`, in place but in a transform, as of a backward pass for several gradients."""
+    if is_wrapped(left, right):
+        return torch.addmm(total, left, right, alpha=alpha)
     if total.dtype in HALF and total.device.type == "cpu":
         # There addmm would round the sum more than once.
         return total.add_(left @ right, alpha=alpha)

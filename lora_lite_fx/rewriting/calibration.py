@@ -14,18 +14,20 @@ from ..errors import CaptureError, ConfigError, shown
 from ..graph.writes import own_written_buffers
 from ..log import progress
 from ..passes import ObserveInputs, Observer, Pipeline
+from ..sites.kinds.contraction import Contraction
 from ..sites.site import Site
 
 Batches = Iterable[tuple[Any, ...] | Mapping[str, Any] | Tensor]
 
 
 def check_observable(variant: Variant, site: Site) -> None:
-    """Check that a variant that starts from data is at a plain linear, because only their inputs can be observed.
+    """Check that a variant that starts from data is at a linear over one dimension, because only these are observed.
 
     Raises:
         ConfigError: it is not.
     """
-    if site.kind.name != "linear" and type(variant).observer is not Variant.observer:
+    plain = site.kind.name == "linear" and not (isinstance(site.kind, Contraction) and len(site.kind.inputs) > 1)
+    if not plain and type(variant).observer is not Variant.observer:
         raise ConfigError(
             f"{type(variant).__name__}: only the inputs of plain linears can be observed on calibration data, and"
             f" {site.name!r} is {site.kind.article}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +12,13 @@ from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import adapter_tensors
 from ..capture.capture import Inputs, capture_model
 from ..capture.compare import require_equal
+from ..capture.hooks import check_hooks
 from ..capture.signature import call_like_the_model
+from ..capture.source import Source
 from ..errors import CaptureError
 from ..execution.module import AdaptedGraphModule, checkpoints_layers, execution_of
 from ..execution.pieces import require_layers
-from ..graph.tensors import keep_aliases
+from ..graph.tensors import keep_aliases, outside_inference_mode
 from ..graph.writes import own_written_buffers
 from ..passes import (
     DropMetadataAsserts,
@@ -27,6 +28,7 @@ from ..passes import (
 )
 
 
+@outside_inference_mode()
 def capture(
     model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
@@ -63,8 +65,28 @@ def capture(
 
     Raises:
         CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or the
-            graph computes something else than the model; the message names the first module whose output differs.
+            graph computes something else than the model; the message names the first module whose output differs; or
+            hooks of accelerate stand on it.
+
+    Warns:
+        UserWarning: a hook stands on a module of the model. It was traced; the message says what that means.
     """
+    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
+        check_hooks(model)
+    return base_graph(
+        model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers, verify=verify
+    )
+
+
+def base_graph(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Inputs | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    checkpoint_layers: bool | None = None,
+    verify: bool = True,
+) -> fx.GraphModule:
+    """Do the work of `capture`, without a warning of hooks: for those who read the graph and do not run it."""
     if isinstance(model, ExportedProgram):
         model = model.module()
     adapter_names = adapter_tensor_names(model) if isinstance(model, nn.Module) else []
@@ -88,7 +110,7 @@ def capture(
     # What torch.export builds refuses train() and eval(); a module of our own over the same graph does not.
     execution = replace(execution_of(model), checkpoint_layers=checkpoint_layers)
     if not isinstance(model, fx.GraphModule):
-        execution = replace(execution, source=weakref.ref(model))
+        execution = replace(execution, source=Source.of(model))
     if captured.signature is not None:
         execution = replace(execution, signature=captured.signature)
         call_like_the_model(captured.gm.graph, captured.signature)

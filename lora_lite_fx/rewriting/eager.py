@@ -15,16 +15,20 @@ from ..capture.capture import Inputs
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule, execution_of
-from ..graph.tensors import tensor_of
+from ..graph.provenance import inner_name
+from ..graph.tensors import outside_inference_mode, tensor_of
 from ..graph.writes import written_buffers
+from ..sites.computed import Computation, frozen_values
+from ..sites.dataflow import SIZES, op_name
 from ..sites.finding import find_sites
-from ..sites.site import Site, is_called
+from ..sites.site import Site, is_called, span
 from .calibration import Batches, check_calibration
-from .capture import capture
+from .capture import base_graph
 from .plan import make_plans
 from .rewrite import Config, as_variants
 
 
+@outside_inference_mode()
 def wrap(
     model: nn.Module,
     cfg: Config,
@@ -46,11 +50,11 @@ def wrap(
 
     Raises:
         As `rewrite`. ConfigError also for a site that is not a module of its own, such as a weight used functionally
-        or experts.
+        or experts, and for a module that does more than multiply.
     """
     variants = as_variants(cfg)
     check_calibration(calibration)
-    gm = capture(model, example_inputs)
+    gm = base_graph(model, example_inputs)
     if isinstance(model, fx.GraphModule):
         model = _source_of(model)
     plans = make_plans(gm, variants, calibration)
@@ -99,7 +103,7 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
 
 def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module) -> Tensor:
     """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there."""
-    weight = module.site.kind.matrix(module.weight.detach())
+    weight = module.site.kind.matrix(module.frozen_weight())
     placement.register(wrapped, module.site, weight)
     module.add(placement, wrapped)
     return weight
@@ -133,6 +137,8 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.site = replace(site, calls=())  # nodes of a graph, which a copy of this module would copy
         self.placements: list[Placement] = []
+        self.computed_weight = _inside(site, site.computed_weight)
+        self.computed_bias = _inside(site, site.computed_bias)
         self.train(base.training)
         # Without a hook, nn.TransformerEncoderLayer may take its fast path, which reads the weights of its linears.
         self.register_forward_hook(_keep)
@@ -143,6 +149,14 @@ class AdaptedLinear(nn.Module):
         for path in placement.tensors.values():
             if "." not in path:  # shared with other sites
                 self.register_buffer(path, tensor_of(model, path), persistent=False)
+
+    def frozen_weight(self) -> Tensor:
+        """Return the frozen weight as the site stores it: the module's, or computed from the module's tensors."""
+        return self.weight.detach() if self.computed_weight is None else self.computed_weight.run(self.base)
+
+    def frozen_bias(self) -> Tensor | None:
+        """Return the frozen bias as the site stores it, or None."""
+        return self.bias if self.computed_bias is None else self.computed_bias.run(self.base)
 
     @property
     def weight(self) -> Tensor:
@@ -158,7 +172,8 @@ class AdaptedLinear(nn.Module):
         """Compute the adapted module. Its one argument may have any name, as for the module that it wraps."""
         (x,) = (*args, *kwargs.values())
         around = [(placement.local, self._tensors(placement)) for placement in self.placements]
-        return FrozenSite(self.site, self.weight, self.bias, self.training).adapted(self.base, around, x)
+        frozen = FrozenSite(self.site, self.frozen_weight(), self.frozen_bias(), self.training)
+        return frozen.adapted(self.base, around, x)
 
     def _tensors(self, placement: Placement) -> Any:
         # The qualified names end in the names of attributes here, wherever in the model this module is.
@@ -167,8 +182,35 @@ class AdaptedLinear(nn.Module):
         )
 
 
+def _inside(site: Site, computed: fx.Node | None) -> Computation | None:
+    """Return how the module of `site` computes a weight or bias; None if that is a parameter of it.
+
+    Raises:
+        ConfigError: it is computed from tensors outside the module.
+    """
+    if computed is None:
+        return None
+    inside = Computation.of(computed).inside(site.name)
+    if inside is None:
+        raise ConfigError(
+            f"Site {site.name!r} has a weight or bias that is computed from tensors outside its module"
+            f" ({', '.join(Computation.of(computed).tensors)}), so it cannot be wrapped eagerly; rewrite can adapt it."
+        )
+    return inside
+
+
 def _keep(*_: Any) -> None:
     """Change nothing: a hook."""
+
+
+def _is_all(site: Site) -> bool:
+    """Return whether the modules called like `site` compute nothing from data but its calls."""
+    graph = site.calls[0].node.graph
+    own = {node for call in site.calls for node in span(call.x, call.y)} | frozen_values(graph)
+    # Sizes are not data. A symbolic trace does not know which values are tensors.
+    values = (node for node in graph.nodes if node.users and isinstance(node.meta.get("val", node), (Tensor, fx.Node)))
+    others = (node for node in values if node not in own and node.op != "placeholder" and op_name(node) not in SIZES)
+    return all(inner_name(node) != site.name for node in others)
 
 
 _PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)
@@ -180,7 +222,7 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
     Raises:
         ConfigError: the site is not a module that can be wrapped.
     """
-    module = model.get_submodule(site.name) if is_called(model, site) else None
+    module = model.get_submodule(site.name) if is_called(model, site) and _is_all(site) else None
     if isinstance(module, AdaptedLinear):
         return module
     weight = getattr(module, "weight", None)
@@ -188,7 +230,8 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
         site.kind.name == "linear"
         or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
     )
-    if module is None or not isinstance(weight, Tensor) or site.experts or not simple:
+    named = isinstance(weight, Tensor) or site.computed_weight is not None
+    if module is None or not named or site.experts or not simple:
         raise ConfigError(
             f"Site {site.name!r} is not a module that is called and does nothing else, so it cannot be wrapped eagerly;"
             " rewrite can adapt it."

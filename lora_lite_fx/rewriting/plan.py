@@ -11,15 +11,16 @@ from ..adapters.adapted_site import check_kind
 from ..adapters.maths import wide
 from ..adapters.placement import site_weight
 from ..adapters.quantized_base import check_gradients
-from ..adapters.selection import select
+from ..adapters.selection import select, warn_of_unused_patterns
 from ..adapters.variant import Statistic, Variant
-from ..errors import ConfigError
-from ..graph.tensors import tensor_of
+from ..errors import ConfigError, SelectionError
 from ..log import phase
 from ..passes import Observer
 from ..sites.finding import find_sites
-from ..sites.site import Site
+from ..sites.left_out import LeftOut, find_left_out
+from ..sites.site import Site, stored_weight
 from .calibration import Batches, check_observable, run_calibration
+from .left_out import covered, describe, warn_of_left_out
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,12 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
     check_gradients(gm)
     with phase("found the sites") as details:
         sites = find_sites(gm)
+        left_out = find_left_out(gm, sites)
         details.append(f"{len(sites)} in the model")
-    chosen = [(variant, select(variant, sites)) for variant in variants]
+    chosen = [(variant, _select(variant, sites, left_out)) for variant in variants]
+    warn_of_left_out(variants, sites, left_out)
+    for variant in variants:
+        warn_of_unused_patterns(variant, sites, stacklevel=4)
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
     if calibration is not None:
         with phase("ran the calibration data"):
@@ -66,9 +71,21 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
         finalized = variant.finalize(targets, observed)
         kept = [site for site in targets if finalized.selects(site)]
         for site in kept:
-            check_kind(finalized.for_site(site.name), site, tensor_of(gm, site.weight))
+            check_kind(finalized.for_site(site.name), site, stored_weight(gm, site))
         plans.append(Plan(finalized, kept, observed))
     return plans
+
+
+def _select(variant: Variant, sites: Sequence[Site], left_out: Sequence[LeftOut]) -> list[Site]:
+    """Return the sites that the targets include. The error for none says which weights they include are not sites."""
+    try:
+        return select(variant, sites)
+    except SelectionError as error:
+        if missed := covered(variant, left_out):
+            raise SelectionError(
+                f"{error} Its targets include weights that are not sites: {describe(missed)}."
+            ) from error
+        raise
 
 
 def _observe(

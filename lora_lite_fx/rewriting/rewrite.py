@@ -30,6 +30,7 @@ from ..adapters.state import adapter_tensors, describe_adapters
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import AdapterError
+from ..graph.tensors import outside_inference_mode
 from ..log import phase, progress
 from ..passes import (
     GraphPass,
@@ -47,6 +48,7 @@ from .plan import Plan, make_plans
 Config = Variant | Sequence[Variant]
 
 
+@outside_inference_mode()
 def rewrite(
     model: nn.Module | ExportedProgram,
     cfg: Config,
@@ -118,7 +120,7 @@ def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan]) -> None:
         warnings.warn(
             f"The model runs {len(names)} of the sites ({', '.join(names[:3])}, ...) under torch.no_grad():"
             " adapters there compute, but get no gradient. exclude_names leaves them out.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -149,6 +151,7 @@ def remove(model: nn.Module) -> Any:
     return _without_adapters(model, RemoveAdapters())
 
 
+@outside_inference_mode()
 def _without_adapters(model: nn.Module, removal: GraphPass) -> Any:
     if isinstance(model, HasGraphs):
         return model.without_adapters(fold=isinstance(removal, MergeAdapters))

@@ -21,14 +21,14 @@ from .dataflow import (
     op_name,
 )
 
-_FUSED = "scaled_dot_product_attention"
+_FUSED = ("scaled_dot_product_attention", "attend_heads")
 _ARGUMENTS = ("query", "key", "value")
 
 
 def give_attention_roles(flow: Dataflow) -> None:
     """Give the roles query, key, value and output."""
     for node in flow.graph.nodes:
-        if flow.ops[node] == _FUSED:
+        if flow.ops[node] in _FUSED:
             arguments = dict(zip(_ARGUMENTS, node.args[:3], strict=False))
             arguments |= {k: v for k, v in node.kwargs.items() if k in _ARGUMENTS}
             _give(flow, arguments, node)

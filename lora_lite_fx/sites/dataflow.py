@@ -50,7 +50,8 @@ ACTIVATIONS = frozenset({
 SOFTMAXES = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax"})
 ADDS = frozenset({"add", "add_", "iadd"})
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
-_SIZES = frozenset({"size", "sym_size", "dim", "getattr"})
+LOOKUPS = frozenset({"embedding", "index", "index_select", "gather", "take"})
+SIZES = frozenset({"size", "sym_size", "dim", "getattr"})
 
 
 def op_name(node: fx.Node) -> str:
@@ -143,7 +144,7 @@ class Dataflow:
         """Return the nodes whose values depend on the model's inputs, and not on their sizes alone."""
         data: set[fx.Node] = set()
         for node in self.graph.nodes:
-            reads_data = self.ops[node] not in _SIZES and not data.isdisjoint(node.all_input_nodes)
+            reads_data = self.ops[node] not in SIZES and not data.isdisjoint(node.all_input_nodes)
             if node.op == "placeholder" or reads_data:
                 data.add(node)
         return data

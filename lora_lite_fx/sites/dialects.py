@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -13,7 +13,9 @@ from torch import Tensor, fx
 from ..graph.direct_calls import OpOverload
 from ..graph.provenance import is_inserted
 from ..graph.queries import value_of
+from .computed import Computation, name_and_shape
 from .dataflow import op_name
+from .kinds.contraction import contraction
 from .kinds.convolution import Convolution
 from .kinds.embedding import Lookup
 from .kinds.experts import Experts
@@ -29,28 +31,39 @@ class Match:
 
     Args:
         call: the nodes.
-        weight: qualified name of the weight parameter.
+        weight: the weight.
         kind: the kind of site.
-        bias: the bias parameter, or None.
+        bias: the bias, or None.
     """
 
     call: Call
-    weight: str
+    source: _Source
     kind: SiteKind
     bias: _Source | None
 
+    @property
+    def weight(self) -> str:
+        """The qualified name of the weight parameter."""
+        return self.source.name
 
-def match_site(gm: fx.GraphModule, node: fx.Node) -> Match | None:
-    """Return the match of `node` as a product with a frozen parameter, or None if it is not one."""
+
+def match_site(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node] = ()) -> Match | None:
+    """Return the match of `node` as a product with a frozen weight, or None if it is not one.
+
+    Args:
+        gm: the graph module.
+        node: any of its nodes.
+        frozen: the values that may be weights and biases without being parameters, see `frozen_values`.
+    """
     if node.op != "call_function" or is_inserted(node):
         return None
     args: tuple[Any, ...] = node.args
-    if node.target in _PRODUCTS and not node.kwargs and _parameter(gm, args[1], dim=2) is not None:
+    if node.target in _PRODUCTS and not node.kwargs and _tensor(gm, args[1], 2, node, frozen) is not None:
         x, weight = args
         call, bias = _with_bias_addition(gm, _between_reshapes(gm, x, node))
         out_in = False
     elif node.target in _OTHER_KINDS or op_name(node) in _GROUPED:
-        return _match_other_kind(gm, node)
+        return _match_other_kind(gm, node, frozen)
     elif node.target is aten.linear.default:
         x, weight, bias = (*args, None)[:3]
         call = Call(x, node, node)
@@ -59,14 +72,37 @@ def match_site(gm: fx.GraphModule, node: fx.Node) -> Match | None:
         bias, x, weight = args
         call = _between_reshapes(gm, x, node)
         out_in = False
+    elif node.target is aten.einsum.default:
+        return _match_einsum(gm, node, frozen)
     else:
         return None
-    source = _parameter(gm, weight, dim=2)
-    bias_source = _parameter(gm, bias, dim=1) if bias is not None else None
+    source = _tensor(gm, weight, 2, node, frozen)
+    bias_source = _tensor(gm, bias, 1, node, frozen) if bias is not None else None
     if source is None or (bias is not None and bias_source is None):
         return None
     kind = SiteKind(out_in == source.flipped, source.rows)
-    return Match(call, source.name, kind, bias_source)
+    return _match(call, source, kind, bias_source)
+
+
+def _match(call: Call, source: _Source, kind: SiteKind, bias: _Source | None) -> Match:
+    """Return the match, with the nodes of a computed weight or bias noted at its call."""
+    bias_node = bias.computed if bias is not None else None
+    if source.computed is not None or bias_node is not None:
+        call = replace(call, computed_weight=source.computed, computed_bias=bias_node)
+    return Match(call, source, kind, bias)
+
+
+def _match_einsum(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node]) -> Match | None:
+    """Return the match of an `einsum` that is a linear over the last dimensions, or None."""
+    equation, operands, *_ = cast(tuple[str, list[fx.Node]], node.args)
+    if len(operands) != 2:
+        return None
+    for weight, x in (operands, operands[::-1]):
+        source = next((s for dim in (2, 3, 4) if (s := _tensor(gm, weight, dim, node, frozen, exact=True))), None)
+        if source is not None:
+            kind = contraction(equation, weight is operands[0], tuple(source.shape))
+            return None if isinstance(kind, str) else _match(Call(x, node, node), source, kind, None)
+    return None
 
 
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
@@ -76,7 +112,7 @@ _OTHER_KINDS = (aten.embedding.default, *_CONVOLUTIONS, _DECOMPOSED, *_PRODUCTS)
 _GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 
 
-def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> Match | None:
+def _match_other_kind(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node]) -> Match | None:
     """Return the match of `node` as an embedding, a convolution or experts, or None."""
     args = _arguments(node)
     kind: SiteKind
@@ -84,18 +120,18 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> Match | None:
         if (source := _parameter(gm, args["weight"], dim=2)) is None or source.flipped or source.rows:
             return None
         kind = Lookup(padding=args["padding_idx"])
-        return Match(Call(args["indices"], node, node), source.name, kind, None)
+        return Match(Call(args["indices"], node, node), source, kind, None)
     if node.target in (*_CONVOLUTIONS, _DECOMPOSED):
         weight, bias = args["weight"], args["bias"]
         dims = len(args["stride"]) if node.target is _DECOMPOSED else 1 if node.target in _CONVOLUTIONS[:2] else 2
-        source = _parameter(gm, weight, dim=2 + dims)
-        bias_source = _parameter(gm, bias, dim=1) if bias is not None else None
+        source = _tensor(gm, weight, 2 + dims, node, frozen)
+        bias_source = _tensor(gm, bias, 1, node, frozen) if bias is not None else None
         plain = args["groups"] == 1 and not args.get("transposed") and dims in (1, 2)
         if source is None or (bias is not None and bias_source is None) or not plain:
             return None
         steps = {key: _for_each_dimension(args[key], dims) for key in ("stride", "padding", "dilation")}
-        kind = Convolution(kernel=tuple(gm.get_parameter(source.name).shape[2:]), **steps)
-        return Match(Call(args["input"], node, node), source.name, kind, bias_source)
+        kind = Convolution(kernel=tuple(source.shape[2:]), **steps)
+        return _match(Call(args["input"], node, node), source, kind, bias_source)
     x, weight, *routing = (operand for operand in (*node.args, *node.kwargs.values()) if operand is not None)
     source = _parameter(gm, weight, dim=3)
     known = isinstance(x, fx.Node) and all("val" in getattr(operand, "meta", ()) for operand in routing)
@@ -103,7 +139,7 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node) -> Match | None:
         return None
     kind = Experts(transposed=not source.flipped, operator=node.target)
     call = _between_reshapes(gm, x, node, all_dimensions=True)  # type: ignore[arg-type]
-    return Match(replace(call, routing=tuple(routing)), source.name, kind, None)  # type: ignore[arg-type]
+    return Match(replace(call, routing=tuple(routing)), source, kind, None)  # type: ignore[arg-type]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -198,17 +234,56 @@ _BROADCASTS = (aten.expand.default, aten.view.default, aten.reshape.default, ate
 
 @dataclass(frozen=True)
 class _Source:
-    """A parameter that a product reads.
+    """A frozen tensor that a product reads.
 
     Args:
-        name: its qualified name.
-        flipped: whether it is transposed on the way.
+        name: qualified name of the parameter; of the largest one, if the tensor is computed.
+        flipped: whether the tensor is transposed on the way.
         rows: the rows that are taken of it, as the first and the one after the last; None means all.
+        shape: the sizes of the tensor.
+        computed: the node that is the tensor, if it is computed.
     """
 
     name: str
     flipped: bool
     rows: tuple[int, int] | None
+    shape: Sequence[int]
+    computed: fx.Node | None = None
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What tells the tensor from others: two of equal identity have the same values."""
+        return self.name, "" if self.computed is None else Computation.of(self.computed).text
+
+
+def _tensor(
+    gm: fx.GraphModule, node: object, dim: int, product: fx.Node, frozen: Container[fx.Node], exact: bool = False
+) -> _Source | None:
+    """Return the frozen tensor of `dim` dimensions that `product` reads as `node`: a parameter, or computed from some.
+
+    Args:
+        gm: the graph module.
+        node: the operand.
+        dim: the number of dimensions.
+        product: the node that reads it.
+        frozen: the values that may be such tensors.
+        exact: whether nothing may stand between the tensor and the product but casts. So it is for a weight of more
+            than two dimensions.
+    """
+    source = _parameter(gm, node, dim)
+    if source is not None and not ((exact or dim > 2) and (source.flipped or source.rows)):
+        return source
+    flipped = False
+    while isinstance(node, fx.Node) and not exact and node.op == "call_function" and dim == 2:
+        swaps = _swaps_last_two(node, dim) if node.target in _TRANSPOSES else None
+        if swaps is None and node.target not in _COPIES:
+            break
+        flipped ^= bool(swaps)
+        node = node.all_input_nodes[0]
+    if not isinstance(node, fx.Node) or node not in frozen:
+        return None
+    named = name_and_shape(gm, node, dim, product)
+    return None if named is None else _Source(named[0], flipped, None, named[1], node)
 
 
 def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
@@ -232,7 +307,7 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
             rows = _rows(node) if rows is None else None
             if rows is None:
                 return None
-            node = node.all_input_nodes[0]
+            node = node if _is_slice(node) else node.all_input_nodes[0]
         node = node.all_input_nodes[0]
     if not isinstance(node, fx.Node) or is_inserted(node):
         return None
@@ -240,7 +315,7 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
         tensor = gm.get_parameter(str(node.target))
     except AttributeError:
         return None
-    return _Source(str(node.target), flipped, rows) if tensor.dim() == dim else None
+    return _Source(str(node.target), flipped, rows, tensor.shape) if tensor.dim() == dim else None
 
 
 def _swaps_last_two(node: fx.Node, dim: int) -> bool | None:
@@ -275,8 +350,17 @@ def _repeats(gm: fx.GraphModule, node: fx.Node, dim: int) -> bool:
     return was[-2:] == now[-2:] and len(was) >= 2 if dim == 2 else was == now
 
 
+def _is_slice(node: fx.Node) -> bool:
+    """Return whether `node` takes rows by their numbers, as `weight[8:16]` in a symbolic trace."""
+    index: Any = node.args[1] if node.target is operator.getitem else None
+    return isinstance(index, slice) and index.step is None and type(index.start) is type(index.stop) is int
+
+
 def _rows(node: fx.Node) -> tuple[int, int] | None:
-    """Return the rows of a tensor that `node` takes from its split, as in `nn.MultiheadAttention`, or None."""
+    """Return the rows of a tensor that `node` takes from it or its split, as in `nn.MultiheadAttention`, or None."""
+    if _is_slice(node):
+        _, rows = cast(tuple[fx.Node, slice], node.args)
+        return rows.start, rows.stop
     split = node.args[0] if node.target is operator.getitem else None
     if not isinstance(split, fx.Node) or op_name(split) not in ("chunk", "split", "split_with_sizes"):
         return None

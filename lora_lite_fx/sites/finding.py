@@ -6,41 +6,50 @@ model.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
+import torch
 from torch import fx
 
 from ..graph.provenance import inner_name
+from .computed import frozen_values
 from .dataflow import LinearNode
 from .dialects import Match, match_site
+from .kinds.contraction import Contraction
 from .kinds.experts import Experts
 from .kinds.linear import SiteKind
 from .roles import infer_roles
 from .site import Site
 
+# The calls of a site have in common the name of their module, the name of the weight, the kind, and the tensors.
+_Group = tuple[str, str, SiteKind, Hashable]
+
 
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """Return the sites of a graph in order of first execution, adapted or not. Adapters' own linears are not sites."""
     constants = _constants(gm.graph)
-    matches = [match for node in gm.graph.nodes if (match := match_site(gm, node)) is not None]
+    frozen = frozen_values(gm.graph)
+    matches = [match for node in gm.graph.nodes if (match := match_site(gm, node, frozen)) is not None]
     # A weight that only multiplies constants is not a site. One that multiplies data at least once is a site with all
     # its calls.
-    with_data = {(match.weight, match.kind) for match in matches if match.call.x not in constants}
-    matches = [match for match in matches if (match.weight, match.kind) in with_data]
+    with_data = {(match.source.identity, match.kind) for match in matches if match.call.x not in constants}
+    matches = [match for match in matches if (match.source.identity, match.kind) in with_data]
     linears = {id(match): LinearNode(match.call.x, match.call.y) for match in matches if match.kind.name == "linear"}
     infer_roles(gm.graph, [linear for linear in linears.values() if linear.x not in constants])
 
-    groups: dict[tuple[str, str, SiteKind], list[Match]] = defaultdict(list)
+    groups: dict[_Group, list[Match]] = defaultdict(list)
     for match in matches:
-        groups[_name(match), match.weight, match.kind].append(match)
+        tensors = tuple(source.identity for source in (match.source, match.bias) if source is not None)
+        groups[_name(match), match.weight, match.kind, tensors].append(match)
     sites = []
-    for ((_, weight, kind), members), name in zip(groups.items(), _names(groups), strict=True):
+    for ((_, weight, kind, _), members), name in zip(groups.items(), _names(groups), strict=True):
         if kind.name == "embedding" and _is_same(gm, f"{name}.weight", weight):
             weight = f"{name}.weight"  # the graph may read it by the name of a head that is tied to it
         roles = (linears[id(match)].reasons for match in members if id(match) in linears)
         reasons = {role: reason for of_call in roles for role, reason in of_call.items()}
-        *experts, d_out, d_in = kind.matrix(gm.get_parameter(weight).detach()).shape
+        *experts, d_out, d_in = kind.matrix(torch.empty(tuple(members[0].source.shape), device="meta")).shape
         sites.append(
             Site(
                 name,
@@ -59,28 +68,32 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     return sites
 
 
-def _names(groups: Mapping[tuple[str, str, SiteKind], list[Match]]) -> list[str]:
+def _names(groups: Mapping[_Group, list[Match]]) -> list[str]:
     """Return a qualified name for each site, all different.
 
     Args:
-        groups: the calls of each site, by the name of their module, the name of the weight, and the kind.
+        groups: the calls of each site.
     """
-    count = Counter((name, kind.name == "linear") for name, _, kind in groups)
+    among = Counter((name, kind.name == "linear") for name, _, kind, _ in groups)
     names = {}
     for key in groups:
-        name, weight, kind = key
-        if name in ("", weight) or count[name, kind.name == "linear"] > 1:  # no module of its own, or one of several
+        name, weight, kind, _ = key
+        if name in ("", weight) or among[name, kind.name == "linear"] > 1:  # no module of its own, or one of several
             names[key] = _name_in_module(weight, kind)
-        elif kind.name != "linear" and count[name, True]:  # an embedding whose weight is a head too
+        elif kind.name != "linear" and among[name, True]:  # an embedding whose weight is a head too
             names[key] = f"{name}.sites.{kind.name}"
         else:
             names[key] = name
     for key, name in names.items():
-        # One weight is read in both orientations. The module that owns it keeps the name.
+        # One weight is read in both orientations, in several forms, or with several biases. The module that owns it
+        # keeps the name.
         alike = [other for other in groups if names[other] == name]
         own = min(alike, key=lambda other: (_runs_elsewhere(groups[other]), other[2].transposed))
         if key != own:
-            names[key] = f"{name}.transposed" if ".sites." in f".{name}" else f"{name}.sites.transposed"
+            stem = name if ".sites." in f".{name}" else f"{name}.sites"
+            turned = [f"{stem}.transposed"] if key[2].transposed != own[2].transposed else []
+            numbered = [f"{stem}.use_{number}" for number in range(2, len(groups) + 2)]
+            names[key] = next(new for new in (*turned, *numbered) if new not in names.values())
     return list(names.values())
 
 
@@ -106,13 +119,24 @@ def _name(match: Match) -> str:
     for a tied weight, where the stack is right, and for a module that uses a child's weight functionally, where the
     owner is right.
     """
-    owner, _, leaf = match.weight.rpartition(".")
+    owner, _, leaf = _as_attribute(match.weight).rpartition(".")
     stack = inner_name(match.call.node)
-    if isinstance(match.kind, Experts):
+    if isinstance(match.kind, Experts) or (isinstance(match.kind, Contraction) and leaf != "weight"):
         return match.weight
     if stack is None or owner == stack or owner.startswith(f"{stack}." if stack else ""):
         return owner if leaf == "weight" or not leaf.endswith("weight") else f"{owner}.{leaf[: -len('_weight')]}"
     return stack
+
+
+def name_of_weight(parameter: str) -> str:
+    """Return the name of the site that a parameter would be the weight of, if it were the only one in its module."""
+    owner, _, leaf = _as_attribute(parameter).rpartition(".")
+    return owner if leaf == "weight" and owner else _name_in_module(parameter, SiteKind()) if owner else parameter
+
+
+def _as_attribute(parameter: str) -> str:
+    """Return the name of the tensor that a parametrization computes from a parameter; of other parameters their own."""
+    return re.sub(r"(^|\.)parametrizations\.(\w+)\.[\w.]+$", r"\1\2", parameter)
 
 
 def _is_same(gm: fx.GraphModule, name: str, other: str) -> bool:
@@ -123,6 +147,7 @@ def _is_same(gm: fx.GraphModule, name: str, other: str) -> bool:
 
 def _name_in_module(weight: str, kind: SiteKind) -> str:
     """Return the qualified name of a site that is one of several in its module."""
+    weight = _as_attribute(weight)
     stem = weight.removesuffix("_weight").removesuffix(".weight")
     owner, _, leaf = stem.rpartition(".")
     if stem == weight:  # the parameter has this name, so no module can have it

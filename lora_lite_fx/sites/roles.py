@@ -47,6 +47,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 """Names for several roles at once."""
 
+COARSE = frozenset({"reader", "writer", "inner"})
+"""The roles that say nothing but where a linear is: a site with these alone is of unknown role."""
+
 
 def infer_roles(graph: fx.Graph, linears: Iterable[LinearNode]) -> None:
     """Fill the `reasons` of every linear, from roles to reasons. Roles that are in doubt are left out."""

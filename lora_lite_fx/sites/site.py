@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.provenance import inner_name
+from ..graph.tensors import tensor_of
 from ..graph.walk import walk
+from .computed import Computation
 from .kinds.linear import SiteKind
 
 
@@ -23,12 +25,16 @@ class Call:
         node: the product in between. It is not `y` if the product is wrapped in reshapes (`Conv1D`) or followed by a
             separate bias addition.
         routing: the other inputs of the product. A grouped product takes the end of each expert's tokens.
+        computed_weight: the node that is the stored weight, if the graph computes it; None for a parameter.
+        computed_bias: the node that is the bias, if the graph computes it; None for a parameter.
     """
 
     x: fx.Node
     y: fx.Node
     node: fx.Node
     routing: tuple[fx.Node, ...] = ()
+    computed_weight: fx.Node | None = None
+    computed_bias: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,8 @@ class Site:
             of channels times the size of the kernel.
         d_out: size of the last dimension of the output; for a convolution, the number of channels.
         roles: its roles in the model, see `roles.ROLES`; empty if the dataflow leaves a doubt.
-        weight: qualified name of the weight parameter.
-        bias: qualified name of the bias parameter, or None.
+        weight: qualified name of the weight parameter; of the largest one, if the weight is computed from several.
+        bias: qualified name of the bias, a parameter or a buffer; of the largest, if it is computed. None without bias.
         kind: how it multiplies with the weight, and the layout of the weight.
         bias_rows: the rows of the bias parameter that are the bias, as the first and the one after the last. None
             means all.
@@ -68,6 +74,16 @@ class Site:
     def transposed(self) -> bool:
         """Tell whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does."""
         return self.kind.transposed
+
+    @property
+    def computed_weight(self) -> fx.Node | None:
+        """The node that is the stored weight, if the graph computes it; see `computed.Computation`."""
+        return self.calls[0].computed_weight if self.calls else None
+
+    @property
+    def computed_bias(self) -> fx.Node | None:
+        """The node that is the bias, if the graph computes it."""
+        return self.calls[0].computed_bias if self.calls else None
 
     def own_bias(self, stored: Tensor | None) -> Tensor | None:
         """Return the bias `(d_out,)` from the stored parameter, or None if there is none."""
@@ -102,3 +118,18 @@ def span(x: fx.Node, y: fx.Node) -> list[fx.Node]:
         if not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
     return sorted(reached - {x})
+
+
+def stored_weight(model: nn.Module, site: Site) -> Tensor:
+    """Return the frozen weight of `site` as the graph has it, a parameter or computed from the tensors of `model`."""
+    return frozen_tensor(model, site.weight, site.computed_weight)
+
+
+def stored_bias(model: nn.Module, site: Site) -> Tensor | None:
+    """Return the frozen bias of `site` as the graph has it, or None."""
+    return None if site.bias is None else frozen_tensor(model, site.bias, site.computed_bias)
+
+
+def frozen_tensor(model: nn.Module, name: str, computed: fx.Node | None) -> Tensor:
+    """Return the tensor of `model` that has this name; or the one that `computed` is, if that is given."""
+    return tensor_of(model, name).detach() if computed is None else Computation.of(computed).run(model)

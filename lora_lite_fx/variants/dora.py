@@ -15,12 +15,12 @@ from ..adapters.maths import cast, wide
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..sites.site import Site
-from .lora import LowRank
+from .lora import FromNothing
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class DoRA(LowRank):
+class DoRA(FromNothing):
     """`y = m / ||W + s B A|| * (W x + s B A drop(x)) + b`, norms of rows; https://arxiv.org/abs/2402.09353, equation 5.
 
     The norm is a constant for autograd (section 4.3 of the paper); the bias is not scaled. Identity at the start to

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from ..adapters.maths import cast
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..sites.site import Site
+from .lora import how_drawn
 
 
 @register
@@ -24,11 +25,16 @@ class HiRA(WithDropout, WithRank):
 
     The rank of the update is up to r times that of `W`, so it is formed as a matrix. Identity at the start, exactly:
     `B = 0`.
+
+    Args:
+        init_weights: how `A` is drawn, as for `LoRA`.
     """
+
+    init_weights: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         return {
-            "lora_A": ParamSpec((self.r, site.d_in), init="kaiming"),
+            "lora_A": ParamSpec((self.r, site.d_in), init=how_drawn(self.init_weights, self.r)),
             "lora_B": ParamSpec((site.d_out, self.r)),
         }
 

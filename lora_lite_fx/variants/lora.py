@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..adapters.frozen_linear import FrozenLinear
@@ -45,9 +47,30 @@ class LowRank(WithDropout, WithScale, WithRank):
         return self.scale * low_rank(self.drop(x, base), p.lora_A, p.lora_B)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FromNothing(LowRank):
+    """Base class of the variants of LoRA that need neither the weight nor data to start: `A` is drawn, `B = 0`.
+
+    Args:
+        init_weights: how `A` is drawn: `kaiming_uniform`, of numbers up to `1 / sqrt(d_in)`; or `gaussian`, with the
+            standard deviation `1 / r`.
+    """
+
+    init_weights: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
+
+    def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        drawn = ParamSpec((self.r, site.d_in), init=how_drawn(self.init_weights, self.r), trainable=self.train_A)
+        return {**super().params(site), "lora_A": drawn}
+
+
+def how_drawn(init_weights: str, r: int) -> str | Callable[[Tensor], object]:
+    """Return the start of a factor `A (r, d_in)` that `init_weights` names, for a `ParamSpec`."""
+    return partial(torch.nn.init.normal_, std=1 / r) if init_weights == "gaussian" else "kaiming"
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
-class LoRA(LowRank):
+class LoRA(FromNothing):
     """`y = W x + b + s B A drop(x)`, `s = alpha / r`; https://arxiv.org/abs/2106.09685, equation 3.
 
     Identity at the start, exactly: `B = 0`.

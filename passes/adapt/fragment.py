@@ -18,8 +18,7 @@ from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
 from ...capture.tracing import fake_input, fake_like, trace
 from ...errors import ConfigError
-from ...graph.tensors import tensor_of
-from ...sites.site import Call, Site
+from ...sites.site import Call, Site, stored_bias, stored_weight
 from ..normalize.follow_mode import follow_mode
 
 T = TypeVar("T")
@@ -98,7 +97,7 @@ class Fragments:
         Raises:
             ConfigError: as `trace_fragment`.
         """
-        x = fake_input(call.x, *site.kind.example(tensor_of(gm, site.weight)))
+        x = fake_input(call.x, *site.kind.example(stored_weight(gm, site)))
         config = json.dumps(to_config(placement.local))
         key = (str(x.shape), x.dtype, site.kind, site.d_out, site.bias is None, site.bias_rows, config)
         key_of_site = (*key, placement.local.trace_key(site))
@@ -124,13 +123,13 @@ def trace_fragment(
     Raises:
         ConfigError: `forward` does not call `base` exactly once, or does with `x` what this kind of site cannot.
     """
-    weight = tensor_of(gm, site.weight).detach()
+    weight, bias = stored_weight(gm, site), stored_bias(gm, site)
     dtype = x.dtype if x.dtype.is_floating_point else weight.dtype
     adapter = vars(placement.namespace(gm))
     stand_ins = Operands(
         x=x,
         weight=fake_like(weight, x),
-        bias=fake_like(tensor_of(gm, site.bias), x) if site.bias is not None else None,
+        bias=fake_like(bias, x) if bias is not None else None,
         tensors={name: fake_like(tensor, x) for name, tensor in adapter.items()},
         routing=tuple(fake_input(node) for node in routing),
         factor=fake_like(site.kind.factor(weight).to(dtype), x),

@@ -105,10 +105,10 @@ def _splice(
     """
     graph, inputs = gm.graph, fragment.inputs
     values = {fragment.base: call.y, inputs.x: call.x, **dict(zip(inputs.routing, call.routing, strict=True))}
-    parameters = {inputs.weight: site.weight}
+    parameters: dict[fx.Node, str | fx.Node] = {inputs.weight: call.computed_weight or site.weight}
     parameters |= {node: placement.tensors[name] for name, node in inputs.tensors.items()}
     if inputs.bias is not None and site.bias is not None:
-        parameters[inputs.bias] = site.bias
+        parameters[inputs.bias] = call.computed_bias or site.bias
     if fragment.base_input is inputs.x and fragment.result is fragment.base:
         raise ConfigError(f"{type(placement.variant).__name__}.forward returns base(x) unchanged.")
     copier = _Copier(graph, values, parameters, call.node.meta.get("nn_module_stack"), provenance)
@@ -136,7 +136,8 @@ class _Copier:
     Args:
         graph: gets the copies.
         values: nodes of the fragment that stand for nodes of the graph.
-        parameters: placeholders of the fragment that stand for tensors of the module, with their qualified names.
+        parameters: placeholders of the fragment that stand for frozen tensors or the adapter's: with the qualified
+            names of these, or with the nodes of the graph that compute them from tensors of the module.
         module_stack: the modules that the copies count as part of, as fx notes them.
         provenance: the record for each copy, to which its part is added.
     """
@@ -145,7 +146,7 @@ class _Copier:
         self,
         graph: fx.Graph,
         values: Mapping[fx.Node, fx.Node],
-        parameters: Mapping[fx.Node, str],
+        parameters: Mapping[fx.Node, str | fx.Node],
         module_stack: object,
         provenance: Provenance,
     ) -> None:
@@ -164,8 +165,12 @@ class _Copier:
     def copy(self, node: fx.Node, part: str) -> fx.Node:
         """Return the node of the graph that `node` stands for; insert it if it is not there yet."""
         if node not in self.copies:
-            if node in self.parameters:
-                copied = self.graph.get_attr(self.parameters[node])
+            source = self.parameters.get(node)
+            if isinstance(source, fx.Node):
+                # A copy of the computation is parameter work, as what reads it; and it may stand before the original.
+                copied = self.graph.node_copy(source, lambda operand: self.copy(operand, part))
+            elif source is not None:
+                copied = self.graph.get_attr(source)
             else:
                 copied = self.graph.node_copy(node, lambda operand: self.copy(operand, part))
             if self.module_stack is not None:

@@ -25,10 +25,11 @@ from ...adapters.variant import Variant, of_expert
 from ...errors import AdapterError
 from ...graph.provenance import is_size
 from ...graph.tensors import tensor_of
+from ...sites.computed import Computation, frozen_values
 from ...sites.dialects import match_site
 from ...sites.finding import find_sites
-from ...sites.site import Site
-from ..pipeline import GraphPass
+from ...sites.site import Site, frozen_tensor, stored_bias, stored_weight
+from ..pipeline import GraphPass, eliminate_dead_code
 from .remove_adapters import RemoveAdapters
 
 aten = torch.ops.aten
@@ -175,9 +176,10 @@ def _require_read(gm: fx.GraphModule, merged: MergedSite) -> None:
         AdapterError: a call does not, because the weight reaches it through nodes that other sites read too.
     """
     site = merged.site
+    frozen = frozen_values(gm.graph)
     for call in site.calls:
-        match = match_site(gm, call.node)
-        weight = None if match is None else tensor_of(gm, match.weight)
+        match = match_site(gm, call.node, frozen)
+        weight = None if match is None else frozen_tensor(gm, match.weight, match.call.computed_weight)
         if weight is None or not _same(site.kind.matrix(weight), merged.weight):
             raise AdapterError(
                 f"{site.name!r} cannot be merged: its call {call.node.name} reads the weight {site.weight!r} through"
@@ -195,15 +197,53 @@ def _replace(gm: fx.GraphModule, merged: MergedSite, sites: list[Site]) -> None:
     site = merged.site
     # Parts of one tensor are read through one node, so the sites of all parts read the new tensor.
     sharing = [s for s in sites if s is site or (site.kind.rows and s.weight == site.weight)]
-    _set(gm, site, sharing, site.weight, merged.new_weight(tensor_of(gm, site.weight)))
-    bias = merged.new_bias(tensor_of(gm, site.bias) if site.bias is not None else None)
+    if site.computed_weight is not None:
+        _set_computed(gm, site, "weight", merged.new_weight(stored_weight(gm, site)))
+    else:
+        _set(gm, site, sharing, site.weight, merged.new_weight(tensor_of(gm, site.weight)))
+    bias = merged.new_bias(stored_bias(gm, site))
     if bias is None:
         return
     if site.bias is None:
         _add_bias(gm, site, bias)
+    elif site.computed_bias is not None:
+        _set_computed(gm, site, "bias", bias)
+    else:
+        sharing = [s for s in sites if s is site or (site.bias_rows and s.bias == site.bias)]
+        _set(gm, site, sharing, site.bias, bias)
+
+
+def _set_computed(gm: fx.GraphModule, site: Site, name: str, merged: nn.Parameter) -> None:
+    """Let the calls of `site` read `merged` in place of the weight or bias `name` that the graph computes.
+
+    It is computed as before if the adapters do not change it. Else what only this computation read leaves the module.
+    """
+    stored = stored_weight(gm, site) if name == "weight" else stored_bias(gm, site)
+    if stored is None or torch.equal(stored, merged):
         return
-    sharing = [s for s in sites if s is site or (site.bias_rows and s.bias == site.bias)]
-    _set(gm, site, sharing, site.bias, bias)
+    nodes = dict.fromkeys(call.computed_weight if name == "weight" else call.computed_bias for call in site.calls)
+    path = _register(gm, site, name, merged)
+    calls = {node for call in site.calls for node in (call.node, call.y)}
+    for node in nodes:
+        assert node is not None
+        for user in [user for user in node.users if _leads_only_to(user, calls)]:
+            with gm.graph.inserting_before(user):
+                read = gm.graph.get_attr(path)
+            read.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+            user.replace_input_with(node, read)
+    tensors = [tensor for node in nodes if node is not None for tensor in Computation.of(node).tensors]
+    eliminate_dead_code(gm)
+    read_still = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
+    for tensor in dict.fromkeys(tensors):
+        owner, _, leaf = tensor.rpartition(".")
+        if not any(tensor == target or tensor.startswith(f"{target}.") for target in read_still):
+            delattr(gm.get_submodule(owner), leaf)
+    module = gm.get_submodule(site.name)
+    if not hasattr(module, name):
+        delattr(module, f"merged_{name}")
+        module.register_parameter(name, merged)
+        for read in gm.graph.find_nodes(op="get_attr"):
+            read.target = f"{site.name}.{name}" if read.target == path else read.target
 
 
 def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
@@ -212,6 +252,7 @@ def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
         raise AdapterError(
             f"{site.name!r} is a stack of experts without biases, but its adapters add biases: it cannot be merged."
         )
+    bias = nn.Parameter(site.kind.bias(bias), requires_grad=False)
     path = _register(gm, site, "bias", bias)
     for call in site.calls:
         with gm.graph.inserting_before(call.node):

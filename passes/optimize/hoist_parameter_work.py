@@ -14,19 +14,20 @@ from ...graph.walk import ancestors
 from ..pipeline import Declined, GraphPass, Outcome
 
 _LARGEST = 4
-"""A value is cached between calls if it is at most this many times as large as the adapter's tensors."""
+"""A value is kept between calls if it is at most this many times as large as the adapter's tensors."""
 
 
 @dataclass(frozen=True)
 class HoistParameterWork(GraphPass):
     """Move the nodes of adapters that depend on parameters and frozen tensors alone before the inputs of the graph.
 
-    Such nodes compute norms, rotations and folded factors. What stands before the inputs is run once per change of a
-    parameter. Safe because no input of the graph enters these nodes, and they draw no random numbers and write
-    nothing: the same tensors give the same values, wherever the nodes stand.
+    Such nodes compute norms, rotations and folded factors. What stands before the inputs is computed once inside a
+    scope of `frozen`, and in each call outside of it, by the layer that it belongs to. Safe because no input of the
+    graph enters these nodes, and they draw no random numbers and write nothing: the same tensors give the same values,
+    wherever the nodes stand.
 
     Values much larger than the adapter's tensors stay where they are, for example the whole weights that a Fourier
-    transform or a Hadamard product makes. Cached for every site, they would be a second model.
+    transform or a Hadamard product makes. Kept for every site, they would be a second model.
     """
 
     def run(self, gm: fx.GraphModule) -> Outcome:

@@ -9,7 +9,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -195,11 +195,11 @@ CHANGES |= {
     "a row of a view": written(lambda p: p.view(-1)[:1].add_(0.3)),
     "copy_": written(lambda p: p.copy_(p * 0.9 + 0.01)),
     "lerp_": written(lambda p: p.lerp_(torch.ones_like(p), 0.1)),
-    "init": written(lambda p: nn.init.normal_(p, std=0.1)),  # type: ignore[arg-type]
+    "init": written(lambda p: nn.init.normal_(p, std=0.1)),
     "clamp_": written(lambda p: p.clamp_(-0.01, 0.01)),
     "apply_": written(lambda p: p.detach().apply_(lambda value: value * 0.9)),
     "numpy": written(lambda p: p.detach().numpy().__imul__(0.9)),
-    "dlpack": written(lambda p: torch.from_dlpack(p.detach()).mul_(0.9)),
+    "dlpack": written(lambda p: torch.utils.dlpack.from_dlpack(p.detach()).mul_(0.9)),
     "storage": written(lambda p: p.untyped_storage().copy_((p * 0.9).untyped_storage())),
     "set_": written(lambda p: p.set_((p * 0.9).clone())),  # type: ignore[call-overload]
     "data in place": written(lambda p: p.data.mul_(0.9)),
@@ -436,12 +436,13 @@ def lbfgs(to: Subject) -> None:
         value.backward()
         return value
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
 
 
 @change
 def a_collective_in_place(to: Subject) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         for name in to.names:
             tensor = to.adapters.get_parameter(name).detach()
@@ -484,10 +485,10 @@ def snapshot(*models: nn.Module) -> Callable[[], None]:
     """Return a function that puts all modules and tensors of the models back as they are now."""
     modules = [module for model in models for module in model.modules()]
     kinds = [type(module) for module in modules]
-    registries = [
+    registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (registry, dict(registry))
         for module in modules
-        for registry in (module._parameters, module._buffers, module._modules)
+        for registry in cast(Any, (module._parameters, module._buffers, module._modules))
     ]
     attributes = [(module, set(vars(module))) for module in modules]
     tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]

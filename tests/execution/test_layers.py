@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import prune
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
@@ -28,7 +29,7 @@ def llama(layers: int = 3) -> Any:
     return transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=layers, vocab_size=40)).double()
 
 
-FRONT_ENDS = {"rewrite": llfx.rewrite, "adapt": llfx.adapt}
+FRONT_ENDS: dict[str, Any] = {"rewrite": llfx.rewrite, "adapt": llfx.adapt}
 front_ends = pytest.mark.parametrize("front_end", FRONT_ENDS)
 
 
@@ -225,7 +226,8 @@ def test_fully_shard_on_layers_and_root_trains_the_same(front_end: str, cfg: llf
         )
     )
     logits(model)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         for layer in model.model.layers:
             fully_shard(layer)
@@ -242,3 +244,66 @@ def test_fully_shard_on_layers_and_root_trains_the_same(front_end: str, cfg: llf
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         close(gradient, expected[name], 1e-9, name)
+
+
+# Hooks that stand on the model when it is captured.
+
+
+def counting(fired: list[str], name: str) -> Any:
+    return lambda module, args, output: fired.append(name)
+
+
+def test_a_hook_on_the_captured_model_is_traced_with_a_warning() -> None:
+    base = llama(2)
+    base.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.5)
+    with pytest.warns(UserWarning, match=r"A hook on 'model.layers.1' was traced: .*<lambda>\. What it computes"):
+        gm = llfx.rewrite(base, llfx.LoRA(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapper = llfx.wrap(base, llfx.LoRA(r=2))
+    randomise(gm, 1)
+    llfx.load_adapter_state_dict(wrapper, llfx.adapter_state_dict(gm))
+    close(logits(gm), logits(wrapper), 1e-9, "logits")
+
+
+def test_a_backward_hook_on_the_captured_model_is_warned_of() -> None:
+    base = llama(1)
+    base.model.layers[0].register_full_backward_pre_hook(lambda module, grad: None)
+    with pytest.warns(UserWarning, match=r"A backward hook on 'model.layers.0' does not act in the graph"):
+        llfx.rewrite(base, llfx.LoRA(r=2))
+
+
+def test_hooks_on_the_adapted_model_are_those_of_the_user_and_fire_once() -> None:
+    base = llama(2)
+    fired: list[str] = []
+    base.model.layers[1].register_forward_hook(counting(fired, "layer"))
+    base.model.layers[1].mlp.register_forward_hook(counting(fired, "mlp"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = llfx.adapt(base, llfx.LoRA(r=2))
+    fired.clear()  # default inputs were made by a run of the model
+    with pytest.warns(UserWarning, match=r"A hook on 'model.layers.1.mlp' does not act"):
+        logits(model)
+    assert fired == ["layer"]
+
+
+def test_weights_that_hooks_compute_are_traced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    prune.random_unstructured(model[0], "weight", 0.5)
+    x = torch.randn(3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=("2",)), (x,))
+    close(gm(x), model(x), 1e-6, "output")
+
+
+def test_hooks_of_accelerate_are_refused() -> None:
+    accelerate_hooks = pytest.importorskip("accelerate.hooks")
+    base = llama(1)
+    accelerate_hooks.add_hook_to_module(base.model.layers[0], accelerate_hooks.AlignDevicesHook())
+    for front_end in FRONT_ENDS.values():
+        with pytest.raises(
+            llfx.CaptureError, match=r"A hook of accelerate stands on 'model.layers.0' \(AlignDevicesHook\)"
+        ):
+            front_end(base, llfx.LoRA(r=2))

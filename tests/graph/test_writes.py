@@ -100,7 +100,7 @@ def test_written_buffers_are_known(capture: Capture, compute: Callable[..., Any]
         (aten.type_as.default, True),
         (torch.relu, True),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_may_be_a_view_is_known(target: Any, expected: bool) -> None:
     graph = fx.Graph()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from tests.support.conformance import close, output, randomise, small
+from lora_lite_fx.sites.finding import find_sites
+from tests.support.conformance import check_remove, close, output, randomise, small
 
 VARIANTS = (llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA)
 
@@ -137,7 +138,15 @@ class Split(nn.Module):
 
 
 def test_columns_of_a_weight_are_not_taken_for_rows() -> None:
-    assert not llfx.inspect(Split(), (torch.randn(2, 8),))
+    base = llfx.capture(Split().double().eval(), (torch.randn(2, 8).double(),))
+    sites = find_sites(base)
+    assert {site.name for site in sites} == {"sites.weight", "sites.weight.use_2"}
+    assert all(site.kind.rows is None and site.computed_weight is not None for site in sites)
+    gm = llfx.rewrite(base, llfx.DoRA(r=2, target_names=(".",)))
+    randomise(gm, 0)
+    x = (torch.randn(3, 8).double(),)
+    close(output(llfx.merge(gm), x), output(gm, x), 1e-10, "merged")
+    check_remove(gm, base, base)
 
 
 class KeptOrder(nn.Module):

@@ -84,18 +84,29 @@ mobilebert.encoder.layer.0.intermediate.dense up reader
 mobilebert.encoder.layer.0.output.dense down writer
 mobilebert.encoder.layer.0.output.bottleneck.dense reader writer
 cls.predictions.transform.dense reader
+cls.predictions.dense head inner
 """
-_JOINED = "its weight is joined with another before the product"
+_JOINED = "its weight is joined with the larger one of `dense` before the product: one site, of that name"
 # Relative attention: the scores are sums of products, with keys, positions and segments.
 _FUNNEL_LAYER = """
 attention.q_head query reader
 attention.k_head key reader
 attention.v_head value reader
+attention.sites.r_kernel inner
 attention.post_proj output writer
 ffn.linear_1 up reader
 ffn.linear_2 down writer
 """
 _FUNNEL = under("funnel.encoder.blocks.0.0", _FUNNEL_LAYER) + under("funnel.encoder.blocks.1.0", _FUNNEL_LAYER)
+
+# The fifth parameter projects positions.
+_XLNET_ATTENTION = """
+q query reader
+k key reader
+v value reader
+r inner
+o output writer
+"""
 
 # Encoder-decoders.
 _T5_ATTENTION = """
@@ -314,7 +325,7 @@ OTHERS: dict[str, Architecture] = {
         "MobileBertForMaskedLM",
         {**_TOKENS, "embedding_size": 8, "intra_bottleneck_size": 8, "num_feedforward_networks": 2},
         _MOBILEBERT,
-        no_site={"cls.predictions.decoder": _JOINED, "cls.predictions.dense": _JOINED},
+        no_site={"cls.predictions.decoder": _JOINED},
     ),
     "funnel": Architecture(
         "FunnelForMaskedLM",
@@ -330,10 +341,13 @@ OTHERS: dict[str, Architecture] = {
         _FUNNEL + under("funnel.decoder.layers.0", _FUNNEL_LAYER) + "lm_head head reader",
         fixed_length="it pools the tokens to lists of positions that depend on their number",
     ),
-    "xlnet": Architecture(  # its attention multiplies by three-dimensional parameters: no sites
+    "xlnet": Architecture(  # its attention multiplies by three-dimensional parameters, not by modules
         "XLNetLMHeadModel",
         {"vocab_size": 40, "d_model": 16, "n_layer": 1, "n_head": 4, "d_inner": 24},
-        under("transformer.layer.0.ff", "layer_1 up reader", "layer_2 down writer") + "lm_loss head reader",
+        under("transformer.layer.0.rel_attn.sites", _XLNET_ATTENTION)
+        + under("transformer.layer.0.ff", "layer_1 up reader", "layer_2 down writer")
+        + "lm_loss head reader",
+        unwrapped={f"transformer.layer.0.rel_attn.sites.{name}": "it is a parameter" for name in "qkvo"},
     ),
     "t5": Architecture("T5ForConditionalGeneration", _T5_CONFIG, _t5(_T5_MLP)),
     "t5-gated": Architecture(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, T5Config
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 from transformers.pytorch_utils import Conv1D
 
 # No two are equal, and small blocks and groups divide them all.
@@ -194,3 +194,10 @@ cases = st.builds(
     exported=st.booleans(),
     seed=st.integers(0, 999),
 )
+
+
+def one_layer_llama() -> Any:
+    """Return a causal language model that is captured fast: one layer of width 16."""
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )

@@ -8,9 +8,10 @@ from typing import Any
 
 from ...adapters.variant import Variant
 from ...errors import ConfigError
+from ...graph.provenance import inner_name
 from ...sites.kinds.convolution import Convolution
 from ...sites.site import Site
-from ...variants import IA3
+from ...variants import EVA, IA3
 from .variants import FORMATS, PeftFormat
 
 # Fields that say where an adapter comes from, or how PEFT is to run it.
@@ -18,11 +19,8 @@ _UNREAD = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
-        "ensure_weight_tying",
         "fan_in_fan_out",
         "inference_mode",
-        "init_ia3_weights",
-        "init_weights",
         "megatron_core",
         "peft_type",
         "peft_version",
@@ -35,6 +33,7 @@ _TARGETS = frozenset(
     {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules"}
 )
 _START = r"(^|\.)"
+_FLAGS = re.compile(r"(\(\?[aiLmsux]+\))+")
 
 
 def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
@@ -44,15 +43,29 @@ def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
         config: a `PeftConfig`, or the content of an `adapter_config.json`.
 
     Raises:
-        ConfigError: it asks for something that cannot be represented here; the message says what.
+        ConfigError: it asks for something that cannot be represented here, or for a start that no new adapter has
+            here; the message says what.
+    """
+    return read_config(config, new=True)
+
+
+def read_config(config: Mapping[str, Any] | Any, *, new: bool) -> Variant:
+    """Return the variant that a PEFT config describes.
+
+    Args:
+        config: as for `from_peft_config`.
+        new: whether the adapter is to start as the config says. If not, its tensors come from a file.
+
+    Raises:
+        ConfigError: as for `from_peft_config`.
     """
     try:
-        return _read(dict(config if isinstance(config, Mapping) else config.to_dict()))
+        return _read(dict(config if isinstance(config, Mapping) else config.to_dict()), new)
     except (AttributeError, RecursionError) as error:
         raise ConfigError(f"It is not a config of PEFT: {error}.") from error
 
 
-def _read(config: dict[Any, Any]) -> Variant:
+def _read(config: dict[Any, Any], new: bool) -> Variant:
     form = _format_for(config)
     name = form.variant.__name__
     fields: dict[str, Any] = dict(form.fixed)
@@ -63,7 +76,7 @@ def _read(config: dict[Any, Any]) -> Variant:
         except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{name}: PEFT's {theirs.name}={value!r} is not a valid value.") from error
     known = {theirs.name for theirs in form.fields.values()} | form.unread | form.patterns
-    known |= form.constants.keys() | form.written.keys()
+    known |= form.constants.keys() | form.written.keys() | {form.start}
     for key in sorted(config.keys() - known - _UNREAD - _TARGETS, key=str):
         if config[key] not in (None, False, 0, "none", [], {}, ()):
             raise ConfigError(f"{name}: PEFT's {key}={config[key]!r} cannot be represented here.")
@@ -72,6 +85,8 @@ def _read(config: dict[Any, Any]) -> Variant:
         if not isinstance(pairs, Mapping):
             raise ConfigError(f"{name}: PEFT's {key} must map patterns to values, got {pairs!r}.")
         fields[key] = tuple((rf"^(.*\.)?({pattern})$", value) for pattern, value in pairs.items())
+    if new:
+        fields |= _start(config, form)
     fields["target_names"] = _targets(config, name)
     fields["target_kinds"] = form.kinds
     fields["exclude_names"] = _patterns(config.get("exclude_modules") or (), "exclude_modules", name, _START)
@@ -84,6 +99,39 @@ def _read(config: dict[Any, Any]) -> Variant:
         raise ConfigError(f"{name}: {error}.") from error
 
 
+def _start(config: Mapping[str, Any], form: PeftFormat) -> dict[str, Any]:
+    """Return the fields that let a new adapter start as PEFT's does.
+
+    Raises:
+        ConfigError: the variant has no such start, or PEFT ignores what the config says about it.
+    """
+    name = form.variant.__name__
+    start = config.get(form.start, True)
+    if form.start and not any(type(start) is type(known) and start == known for known in form.starts):
+        known = " or ".join(map(repr, form.starts))
+        raise ConfigError(
+            f"{name}: PEFT's {form.start}={start!r} cannot be represented here: a new adapter starts as with {known}."
+        )
+    if form.same_rank and config.get("rank_pattern"):
+        raise ConfigError(
+            f"{name}: PEFT gives all its sites the rank r, whatever rank_pattern says. Leave it out, or write"
+            f" {name}(rank_pattern=...) here."
+        )
+    fields = dict(form.starts[start]) if form.start else {}
+    if form.variant is EVA:
+        fields |= _eva(config.get("eva_config") or {})
+    return fields
+
+
+def _eva(config: Mapping[str, Any] | Any) -> dict[str, Any]:
+    """Return the fields of `EVA` for PEFT's `eva_config`. Its `tau` bounds an error that there is not here."""
+    options = dict(config if isinstance(config, Mapping) else vars(config))
+    for key, only in (("whiten", False), ("adjust_scaling_factors", True)):
+        if options.get(key, only) != only:
+            raise ConfigError(f"EVA: PEFT's eva_config with {key}={options[key]!r} cannot be represented here.")
+    return {"rho": options.get("rho", 2.0), "center": True}
+
+
 def _targets(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     if not targets or targets == "all-linear":
@@ -93,16 +141,26 @@ def _targets(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if layers in (None, []):
         return _patterns(targets, "target_modules", name, _START)
     layers = [layers] if isinstance(layers, int) else layers
-    stacks = config.get("layers_pattern") or [r"[^.]*"]
+    stacks = config.get("layers_pattern") or None
     stacks = [stacks] if isinstance(stacks, str) else stacks
-    if isinstance(targets, str) or not _are(stacks, str):
+    if isinstance(targets, str) or not (stacks is None or _are(stacks, str)):
         raise ConfigError(f"{name}: layers_to_transform needs target_modules and layers_pattern to be lists of names.")
     if not _are(layers, int):
         raise ConfigError(f"{name}: layers_to_transform must be a list of integers, got {layers!r}.")
-    # As in PEFT, the last number in the name that follows a stack's name says which layer it is.
-    numbers, stack = "|".join(map(str, layers)), "|".join(stacks)
-    inside = rf"^(?=.*\.(?:{stack})\.(?:{numbers})\.(?!.*\.(?:{stack})\.\d+\.)).*\."
-    return _patterns(targets, "target_modules", name, inside)
+    inside = rf"(?=(?>{_before_the_layer(stacks)})0*(?:{'|'.join(map(str, layers))})\.).*\."
+    # A module that a list names in full is meant whatever its layer is.
+    return tuple(f"^(?:{inside})?{re.escape(target)}$" for target in _listed(targets, "target_modules", name))
+
+
+def _before_the_layer(stacks: Iterable[str] | None) -> str:
+    """Return an expression for the part of a name before the number that PEFT takes for the layer's.
+
+    That is the first number after a part that is called like one of `stacks`, of which an earlier one goes before a
+    later one; without `stacks`, the first number that is neither the first nor the second part of the name.
+    """
+    if not stacks:
+        return r".*?\.[^.]*\.(?=\d+\.)"
+    return "|".join(rf"(?:(?:^|.*?\.){stack}\.(?=\d+\.))" for stack in stacks)
 
 
 def _are(values: Any, kind: type) -> bool:
@@ -115,10 +173,23 @@ def _patterns(value: Any, what: str, name: str, start: str) -> tuple[str, ...]:
     A string is one expression for the whole name. A list holds endings, and `start` is what may precede them.
     """
     if isinstance(value, str):
-        return (rf"^(?:{value})$",)
+        return (rf"^(?:{_with_flags_inside(value)})$",)
+    return tuple(f"{start}{re.escape(item)}$" for item in _listed(value, what, name))
+
+
+def _listed(value: Any, what: str, name: str) -> list[str]:
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
         raise ConfigError(f"{name}: PEFT's {what} must be a string or a list of strings, got {value!r}.")
-    return tuple(f"{start}{re.escape(item)}$" for item in sorted(value))
+    return sorted(value)
+
+
+def _with_flags_inside(pattern: str) -> str:
+    """Return an expression that may stand inside another: flags such as `(?i)` at its start hold for it alone."""
+    if (flags := _FLAGS.match(pattern)) is None:
+        return pattern
+    letters = "".join(dict.fromkeys(letter for letter in flags.group() if letter.isalpha()))
+    rest = pattern[flags.end() :]
+    return f"(?{letters}:{rest}\n)" if "x" in letters else f"(?{letters}:{rest})"  # a comment ends with the line
 
 
 def _format_for(config: Mapping[str, Any]) -> PeftFormat:
@@ -155,6 +226,8 @@ def format_of(variant: Variant) -> PeftFormat:
 def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> dict[str, Any]:
     """Return the config, in PEFT's words, of `variant` at `sites` of a model whose modules have the names `modules`.
 
+    It lacks the fields that name the base, see `base_fields`.
+
     Raises:
         ConfigError: it cannot be represented.
     """
@@ -162,6 +235,11 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
     for site in sites:
         if not site.weight.startswith(f"{site.name}."):
             raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is not a module of its own.")
+        if any(inner_name(call.node) not in (None, site.name) for call in site.calls):
+            raise ConfigError(
+                f"{name}: PEFT adapts the calls of modules, and the model reads the weight of {site.name!r} without"
+                " calling that module."
+            )
         if site.kind.name not in form.kinds:
             raise ConfigError(
                 f"{name}: files of PEFT hold it for linears only here; {site.name!r} is {site.kind.article}."
@@ -175,7 +253,7 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
     config: dict[str, Any] = {
         theirs.name: theirs.to_peft(getattr(variant, ours)) for ours, theirs in form.fields.items()
     }
-    config |= {"peft_type": form.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+    config |= {"peft_type": form.peft_type, "inference_mode": True}
     config |= {**form.constants, **form.written}
     names = [site.name for site in sites]
     config["target_modules"] = _covering(names, modules)

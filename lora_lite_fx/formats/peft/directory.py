@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
-from ...adapters.placement import Placement
-from ...adapters.state import adapter_state_dict
-from ...adapters.variant import Variant, pairs
-from ...capture.capture import Inputs
+from ...adapters.state import warn_of_trained_base
+from ...adapters.variant import Variant
 from ...errors import CheckpointError, ConfigError
 from ...graph.provenance import SHARED
 from ...sites.site import Site
-from ...variants import LoRA
-from ...variants.pissa import FromWeight
+from ..checkpoint import fingerprints
 from ..files import read_json, read_safetensors
 from ..finite import check_finite
+from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
-from ..single_adapter import insert_from_file, only_adapter, sites_of
+from ..single_adapter import insert_from_file, sites_of
+from ..tensor_bytes import tensor_bytes
 from ..writing import write_together
-from .config import config_for, format_of, from_peft_config
+from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
+from .config import config_for, format_of, read_config
 from .variants import PeftFormat
+from .written import as_written
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -39,7 +39,7 @@ _ABOUT_THE_BASE = {"auto_mapping", "base_model_name_or_path", "inference_mode", 
 
 
 def save_peft(
-    model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool = False, allow_nonfinite: bool = False
+    model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool | None = None, allow_nonfinite: bool = False
 ) -> None:
     """Write the adapter of `model` as a PEFT directory, which `PeftModel.from_pretrained` loads on the same base.
 
@@ -48,8 +48,9 @@ def save_peft(
         path: of the directory; made if it is not there. Its two files are written whole or not at all, and after a
             crash they are the old two, the new two, or there is no config. A digest of the config in the metadata of
             the tensors lets `load_peft` refuse two files that do not belong together.
-        as_lora: write `PiSSA` and `OLoRA` as an ordinary LoRA of twice the rank, the start and the end side by side.
-            It runs on the unchanged base, without the factorization that PEFT repeats at each load otherwise.
+        as_lora: for `PiSSA` and `OLoRA`, whether to write an ordinary LoRA of twice the rank, the start and the end
+            side by side. None does: it runs on the unchanged base in whatever reads r, alpha, A and B. False writes
+            PEFT's own form, whose base PEFT factorizes and changes at each load, and which is wrong elsewhere.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
@@ -58,12 +59,10 @@ def save_peft(
         CheckpointError: the files cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_peft(model, path)")
-    variant, placed = only_adapter(model, "A PEFT directory")
-    state: Mapping[str, Tensor] = adapter_state_dict(model)
-    if as_lora:
-        variant, state = _as_lora(variant, placed, state)
+    placed, variant, state = as_written(model, as_lora)
+    warn_of_trained_base(model, "save_peft")
     sites = sites_of(model)
-    config = config_for(variant, [sites[placement.site] for placement in placed], _module_names(model))
+    config = _config(model, variant, [sites[placement.site] for placement in placed])
     form = format_of(variant)
     tensors = {}
     for placement in placed:
@@ -77,63 +76,67 @@ def save_peft(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
-    data = safetensors.torch.save(tensors, {"format": "pt", _DIGEST: _digest(config)})
+    prints = fingerprints(model, [placement.site for placement in placed])
+    metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
+    data = tensor_bytes(tensors, metadata)
     document = json.dumps(config, indent=2, sort_keys=True).encode()
     write_together([(folder / TENSORS, data), (folder / CONFIG, document)])
 
 
-def load_peft(
-    model: nn.Module | ExportedProgram,
-    path: str | os.PathLike[str],
-    example_inputs: Inputs | None = None,
-    *,
-    allow_nonfinite: bool = False,
-) -> fx.GraphModule:
-    """Capture `model` and insert the adapter of a PEFT directory, with its saved values.
+@loader
+def load_peft(folder: Path) -> AdapterFile:
+    """Capture a model and insert the adapter of a PEFT directory, with its saved values.
 
-    Args:
-        model: the base, which is not changed.
-        path: of the directory. Only JSON and safetensors are read.
-        example_inputs: as for `capture`.
-        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
-
-    Returns:
-        A graph module as `rewrite` returns it.
-
-    Raises:
-        CheckpointError: a file is unreadable, the two do not belong together, or a value is not finite; or the keys,
-            shapes, config or modules do not fit the model, or the adapter does something that cannot be represented
-            here; the message says what.
-        CaptureError: the model cannot be captured.
+    Other weights of the base than those that the adapter was made for are treated as by `load`. Directories that
+    `save_peft` did not write do not say them, and are compared by the name of the base.
     """
-    folder = as_path(path, "load_peft(model, path)")
     check_directory(folder)
     config = read_json(folder / CONFIG)
     state, metadata = read_safetensors(folder / TENSORS)
     _check_pair(config, metadata, folder)
     try:
-        variant = from_peft_config(config)
+        variant = read_config(config, new=False)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
     by_site = _by_site(form, state, folder / TENSORS)
-    if not allow_nonfinite:
-        check_finite(state, folder / TENSORS, "it is not loaded")
-    return insert_from_file(model, variant, by_site, form.rest, folder, example_inputs)
+    if form.same_rank:
+        variant = _with_ranks_of(variant, form.same_rank, by_site)
+    prints = prints_in(metadata, folder)
+
+    def insert(gm: fx.GraphModule) -> None:
+        if prints is None:
+            compare_names(gm, config, folder)
+        insert_from_file(gm, variant, by_site, form.rest, folder, prints)
+
+    return AdapterFile(state, insert)
 
 
-def to_peft_config(model: nn.Module) -> dict[str, Any]:
+def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str, Any]:
     """Return the config of the model's one adapter as PEFT writes it, JSON-ready; `peft.get_peft_config` takes it.
 
     Args:
         model: a model from `rewrite`, `wrap`, `adapt` or `load`.
+        as_lora: as for `save_peft`.
 
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
-    variant, placed = only_adapter(model, "A PEFT directory")
+    placed, variant, _ = as_written(model, as_lora)
     sites = sites_of(model)
-    return config_for(variant, [sites[placement.site] for placement in placed], _module_names(model))
+    return _config(model, variant, [sites[placement.site] for placement in placed])
+
+
+def _config(model: nn.Module, variant: Variant, sites: list[Site]) -> dict[str, Any]:
+    modules = [name for name, _ in model.named_modules() if not name.endswith(".base")]
+    return config_for(variant, sites, modules) | base_fields(model)
+
+
+def _with_ranks_of(variant: Variant, tensor: str, by_site: Mapping[str, Mapping[str, Tensor]]) -> Variant:
+    """Return the config with the ranks that the tensors of that name have."""
+    ranks = {f"^{re.escape(site)}$": len(has[tensor]) for site, has in by_site.items() if tensor in has}
+    others = {pattern: rank for pattern, rank in ranks.items() if rank and rank != getattr(variant, "r", rank)}
+    return dataclasses.replace(variant, rank_pattern=others)  # type: ignore[call-arg]
 
 
 # What keeps the two files together.
@@ -156,10 +159,6 @@ def _check_pair(config: Mapping[str, Any], metadata: Mapping[str, str], folder: 
 
 
 # Names in the model and in the files.
-
-
-def _module_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_modules() if not name.endswith(".base")]
 
 
 def _key(form: PeftFormat, site: Site, name: str) -> str:
@@ -192,29 +191,3 @@ def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
     raise CheckpointError(
         f"{path}: {key} cannot be represented here; of {form.variant.__name__}, modules have {known}."
     )
-
-
-def _as_lora(
-    variant: Variant, placed: list[Placement], state: Mapping[str, Tensor]
-) -> tuple[Variant, dict[str, Tensor]]:
-    """Return a `LoRA` of twice the rank, and its tensors: `s (B A - B0 A0) = s [B, -B0] [A; A0]`."""
-    if not isinstance(variant, FromWeight):
-        raise ConfigError(f"as_lora is for PiSSA and OLoRA, which are differences of two LoRAs, not {variant!r}.")
-
-    def twice(alpha: float) -> float:
-        return alpha * (2**0.5 if variant.rank_stabilized else 2)
-
-    plain = LoRA(
-        r=2 * variant.r,
-        alpha=twice(variant.alpha),
-        rank_stabilized=variant.rank_stabilized,
-        rank_pattern=tuple((pattern, 2 * r) for pattern, r in pairs(variant.rank_pattern)),
-        alpha_pattern=tuple((pattern, twice(alpha)) for pattern, alpha in pairs(variant.alpha_pattern)),
-        target_names=(".",),
-    )
-    tensors = {}
-    for placement in placed:
-        a, b, a0, b0 = (state[placement.tensors[name]] for name in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
-        tensors[placement.tensors["lora_A"]] = torch.cat([a, a0])
-        tensors[placement.tensors["lora_B"]] = torch.cat([b, -b0], dim=1)
-    return plain, tensors

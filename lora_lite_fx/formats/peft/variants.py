@@ -87,6 +87,10 @@ class PeftFormat:
         constants: PEFT's fields that tell these formats apart; a file that leaves one out counts as having this value.
         written: fields of PEFT that it needs in a file, and that are not read.
         unread: fields that say only how an adapter starts, or what its other fields make pointless.
+        start: PEFT's field that says how a new adapter starts; empty if it is one of `fields`.
+        starts: the starts that a new adapter has here too: our fields, by the value of that field.
+        same_rank: the tensor whose first side is the rank, if PEFT gives all sites the rank `r` whatever
+            `rank_pattern` says. A file is read by the tensor, and written with the largest rank for all.
         patterns: which of `rank_pattern` and `alpha_pattern` PEFT has for it.
         conv1d: whether PEFT has it for `Conv1D`.
         kinds: of the sites that can be read and written.
@@ -101,6 +105,9 @@ class PeftFormat:
     constants: Mapping[str, Any] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
+    start: str = "init_weights"
+    starts: Mapping[Any, Mapping[str, Any]] = field(default_factory=lambda: {True: {}})
+    same_rank: str = ""
     patterns: frozenset[str] = frozenset()
     conv1d: bool = False
     kinds: tuple[str, ...] = ("linear",)
@@ -145,6 +152,9 @@ _MAGNITUDE = PeftTensor(
 )
 
 
+_GAUSSIAN = {"gaussian": {"init_weights": "gaussian"}}
+
+
 def _lora(variant: type[Variant], start: object) -> PeftFormat:
     """Return the format of one of the variants that PEFT treats as a LoRA."""
     magnitude = {"lora_m": _MAGNITUDE} if variant is DoRA else {}
@@ -162,6 +172,8 @@ def _lora(variant: type[Variant], start: object) -> PeftFormat:
         {**_FACTORS, **magnitude, **bias},
         constants={"use_dora": variant is DoRA, "init_lora_weights": start},
         unread=frozenset({"eva_config", "qalora_group_size"}),
+        start="init_lora_weights",
+        starts={start: {}, **(_GAUSSIAN if start is True else {})},
         patterns=_BOTH_PATTERNS,
         conv1d=variant is not OLoRA,
         kinds=("linear", "embedding", "conv") if variant in (LoRA, DoRA) else ("linear",),
@@ -195,6 +207,19 @@ def _randlora(basis: str) -> PeftFormat:
     )
 
 
+def _hra(orthogonal: bool) -> PeftFormat:
+    return PeftFormat(
+        HRA,
+        "HRA",
+        _R,
+        {"lora_U": PeftTensor("hra_u", to_ours=Tensor.t, to_peft=Tensor.t)},
+        fixed={"orthogonal": orthogonal},
+        constants={"apply_GS": orthogonal},
+        # True draws vectors in equal pairs. Gram-Schmidt makes rounding errors of those, so they are drawn apart here.
+        starts={not orthogonal: {}},
+    )
+
+
 def _miss(mode: str, start: object) -> PeftFormat:
     return PeftFormat(
         MiSS,
@@ -203,6 +228,7 @@ def _miss(mode: str, start: object) -> PeftFormat:
         {"lora_D": PeftTensor("miss_block")},
         fixed={"mode": mode},
         constants={"init_weights": start},
+        starts={start: {}},
     )
 
 
@@ -214,13 +240,15 @@ FORMATS = (
     _lora(PiSSA, "pissa"),
     _lora(OLoRA, "olora"),
     _lora(EVA, "eva"),
-    PeftFormat(IA3, "IA3", {}, {"lora_g": PeftTensor("ia3_l", to_ours=Tensor.flatten)}, conv1d=True),
     PeftFormat(
-        HRA,
-        "HRA",
-        {**_R, "orthogonal": PeftField("apply_GS", False)},
-        {"lora_U": PeftTensor("hra_u", to_ours=Tensor.t, to_peft=Tensor.t)},
+        IA3,
+        "IA3",
+        {},
+        {"lora_g": PeftTensor("ia3_l", to_ours=Tensor.flatten)},
+        start="init_ia3_weights",
+        conv1d=True,
     ),
+    *(_hra(orthogonal) for orthogonal in (False, True)),
     PeftFormat(
         DeLoRA,
         "DELORA",
@@ -276,6 +304,7 @@ FORMATS = (
             ),
         },
         {"lora_c3a_kernel": PeftTensor("c3a_kernel")},
+        start="",
     ),
     PeftFormat(
         LoHa,
@@ -342,6 +371,7 @@ FORMATS = (
             ),
         },
         {"lora_spectrum": PeftTensor("fourierft_spectrum")},
+        start="",
         conv1d=True,
         rest=("lora_index",),
     ),
@@ -368,7 +398,9 @@ FORMATS = (
         "HIRA",
         {"r": PeftField("r", 32), "dropout": PeftField("hira_dropout", 0.0)},
         {"lora_A": PeftTensor("hira_A"), "lora_B": PeftTensor("hira_B")},
-        patterns=frozenset({"rank_pattern"}),
+        unread=frozenset({"rank_pattern"}),
+        starts={True: {}, **_GAUSSIAN},
+        same_rank="lora_A",
         conv1d=True,
     ),
     *(_miss(mode, start) for mode, start in (("balance", True), ("mini", "mini"), ("bat", "bat"))),

@@ -47,6 +47,10 @@ class SiteKind:
         part = matrix.mT.contiguous() if self.transposed else matrix
         return part if self.rows is None else torch.cat([like[: self.rows[0]], part, like[self.rows[1] :]])
 
+    def bias(self, bias: Tensor) -> Tensor:
+        """Return `bias (d_out,)` in the shape that meets the output of the operator."""
+        return bias
+
     # The product in the model's own layout.
 
     def factor(self, stored: Tensor) -> Tensor:
@@ -77,6 +81,11 @@ class SiteKind:
             who: the words that name variant and site in errors.
             routing: the other inputs of the product.
         """
+        return x
+
+    def as_in_model(self, entered: Any) -> Tensor:
+        """Return the input in the model's layout, from the object that a variant calls `base` with."""
+        x: Tensor = entered if isinstance(entered, Tensor) else entered.value
         return x
 
     def operand(self, tensor: Tensor, who: str) -> Any:

@@ -32,7 +32,7 @@ fuzz = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-FORMS = {f"{form.variant.__name__} {' '.join(form.fixed.values())}".strip(): form for form in FORMATS}
+FORMS = {f"{form.variant.__name__} {' '.join(map(str, form.fixed.values()))}".strip(): form for form in FORMATS}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SMALL = {"r": 4, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 6, "hybrid_r": 2}
 D_IN, D_OUT = 16, 8

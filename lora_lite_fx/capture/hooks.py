@@ -1,0 +1,86 @@
+"""Hooks that stand on a model when it is captured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..errors import CaptureError
+
+FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
+"""The registries of hooks of a module."""
+
+
+def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:
+    """Return the hooks of these kinds that the user put on `module`.
+
+    Those by which `torch.nn.utils` computes weights (pruning, spectral norm) are left out: capture traces them, and so
+    they are part of the graph.
+    """
+    return [hook for kind in kinds for hook in getattr(module, kind).values() if not _computes_weights(hook)]
+
+
+def take_hooks_off(model: nn.Module) -> None:
+    """Remove the user's hooks from all modules of `model`, which is a copy of the user's model."""
+    for module in model.modules():
+        for kind in (*FORWARD, *BACKWARD):
+            registry = getattr(module, kind)
+            for key in [key for key, hook in registry.items() if not _computes_weights(hook)]:
+                del registry[key]
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Warn of the hooks on `model` that act otherwise in its graph, naming module and hook.
+
+    Raises:
+        CaptureError: as `refuse_offloading`.
+    """
+    refuse_offloading(model)
+    for name, hook in _hooks(model, FORWARD):
+        warnings.warn(
+            f"A hook on {_place(name, model)} was traced: {hook_name(hook)}. What it computes of tensors is part of the"
+            " graph for good; what else it does happens only now. The way out: take it off before, and put it on the"
+            " graph's own layer, graph.model.layers[0], where it acts in each call.",
+            stacklevel=3,
+        )
+    for name, hook in _hooks(model, BACKWARD):
+        warnings.warn(
+            f"A backward hook on {_place(name, model)} does not act in the graph: {hook_name(hook)}. The way out: put"
+            " it on the graph's own layer, graph.model.layers[0].",
+            stacklevel=3,
+        )
+
+
+def refuse_offloading(model: nn.Module) -> None:
+    """Raise CaptureError if hooks of accelerate move the weights or inputs of `model` about."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise CaptureError(
+                f"A hook of accelerate stands on {_place(name, model)} ({type(module._hf_hook).__name__}): it moves"
+                " weights or inputs in each call, which a graph does not. The way out:"
+                " accelerate.hooks.remove_hook_from_module(model, recurse=True) before, on a model whose weights are on"
+                " one device."
+            )
+
+
+def hook_name(hook: Any) -> str:
+    """Return the name of a hook, or of its class."""
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _hooks(model: nn.Module, kinds: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        for hook in hooks_on(module, kinds):
+            yield name, hook
+
+
+def _place(name: str, model: nn.Module) -> str:
+    return repr(name) if name else f"the model, a {type(model).__name__}"
+
+
+def _computes_weights(hook: Any) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils")

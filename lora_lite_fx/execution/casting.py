@@ -1,0 +1,67 @@
+"""What a cast of an adapted graph's tensors, such as `gm.to(torch.bfloat16)`, means for the graph itself.
+
+A graph that holds no dtypes computes in those of its tensors, so that only the recorded dtypes of its values change.
+Most graphs that are exported hold some: `x.to(y.dtype)` in a model becomes a cast to the dtype that `y` had at capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from ..errors import AdapterError
+
+
+def follow_cast(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
+    """Let the graph follow a cast of its tensors, before it happens.
+
+    Args:
+        gm: the graph; the recorded dtypes of its values change if the cast changes them.
+        fn: what is to be applied to each tensor, as `nn.Module._apply` gets it.
+
+    Raises:
+        AdapterError: `fn` changes a dtype, and the graph holds dtypes, which would stay. Nothing is changed.
+    """
+    casts = _casts(gm, fn)
+    if not casts:
+        return
+    for graph in [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+        for node in graph.nodes:
+            held: list[object] = []
+            map_aggregate((node.args, node.kwargs), held.append)
+            if any(isinstance(item, torch.dtype) and item.is_floating_point for item in held):
+                change = ", ".join(f"{_name(old)} to {_name(new)}" for old, new in casts.items())
+                raise AdapterError(
+                    f"A captured graph cannot be cast from {change}: it holds the dtypes of its capture, at"
+                    f" {node.name!r} for one. Nothing is changed. The way out: cast the model, then rewrite or load;"
+                    " dtype=... of a config sets that of the adapters alone."
+                )
+    for node in gm.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = map_aggregate(node.meta["val"], lambda value: _cast(value, casts))
+
+
+def _casts(gm: nn.Module, fn: Callable[[Tensor], Tensor]) -> dict[torch.dtype, torch.dtype]:
+    """Return the floating-point dtypes of the tensors that `fn` changes, and what it makes of them."""
+    tensors: Iterable[Tensor] = chain(gm.parameters(), gm.buffers())
+    kinds = dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors if tensor.is_floating_point())
+    casts: dict[torch.dtype, torch.dtype] = {}
+    for dtype, device in kinds:
+        with suppress(Exception), torch.no_grad():  # a function of the user's that takes no other tensors
+            new = fn(torch.empty(0, dtype=dtype, device=device)).dtype
+            casts |= {dtype: new} if new != dtype else {}
+    return casts
+
+
+def _cast(value: Any, casts: dict[torch.dtype, torch.dtype]) -> Any:
+    return value.to(casts[value.dtype]) if isinstance(value, Tensor) and value.dtype in casts else value
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

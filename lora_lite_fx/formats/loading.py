@@ -1,0 +1,120 @@
+"""The one signature of the functions that load adapters: `load`, `load_peft`, `load_lora_lite`."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ..adapters.placement import adapter_tensor_names
+from ..adapters.state import describe_adapters
+from ..capture.capture import Inputs
+from ..errors import AdapterError
+from ..graph.tensors import outside_inference_mode
+from ..rewriting.capture import capture
+from .finite import check_finite
+from .mistakes import as_path
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a reader of files returns.
+
+    Args:
+        tensors: those of the file.
+        insert: checks that the adapters of the file fit a captured model, and inserts them.
+    """
+
+    tensors: Mapping[str, Tensor]
+    insert: Callable[[fx.GraphModule], None]
+
+
+class Load(Protocol):
+    """A function that loads adapters."""
+
+    def __call__(
+        self,
+        model: nn.Module | ExportedProgram,
+        path: str | os.PathLike[str],
+        example_inputs: Inputs | None = None,
+        *,
+        stack: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> fx.GraphModule: ...
+
+
+_DOC = """
+    Only safetensors and JSON are read.
+
+    Args:
+        model: the base, which is not changed.
+        path: of the file or directory.
+        example_inputs: as for `capture`.
+        stack: whether a model that has adapters gets those of the file too, around the present ones; else that is an
+            error. `load(remove(model), path)` loads them in their place, and `load_adapter_state_dict` copies values
+            into the present ones.
+        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, config or sites do not fit the
+            model; or a value is not finite; or the adapter does something that cannot be represented here. The message
+            says what.
+        AdapterError: the model has adapters, and `stack` is not given.
+        CaptureError: the model cannot be captured.
+    """
+
+
+def loader(read: Callable[[Path], AdapterFile]) -> Load:
+    """Make a function that loads adapters out of one that reads a file. For decorating.
+
+    Args:
+        read: reads and checks a file without a model. Its name and docstring become those of the result, and the
+            documentation of the common arguments is put after the docstring.
+    """
+
+    @functools.wraps(read)
+    def load(
+        model: nn.Module | ExportedProgram,
+        path: str | os.PathLike[str],
+        example_inputs: Inputs | None = None,
+        *,
+        stack: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> fx.GraphModule:
+        file = as_path(path, f"{read.__name__}(model, path)")
+        found = read(file)
+        with outside_inference_mode():
+            gm = capture(model, example_inputs)
+            if not stack:
+                _check_plain(gm, read.__name__, file)
+            found.insert(gm)
+        if not allow_nonfinite:
+            check_finite(found.tensors, file, "it is not loaded")
+        return gm
+
+    del load.__dict__["__wrapped__"]  # its signature is not that of the result
+    load.__annotations__ = Load.__call__.__annotations__
+    load.__doc__ = f"{(read.__doc__ or '').rstrip()}\n{_DOC}"
+    return load
+
+
+def _check_plain(gm: fx.GraphModule, name: str, path: Path) -> None:
+    """Raise `AdapterError` if the graph has adapters, because a second load would add up in silence."""
+    if not adapter_tensor_names(gm):
+        return
+    call = f"llfx.{name}({{}}, {str(path)!r}{{}})"
+    raise AdapterError(
+        f"The model has adapters already: {'; '.join(describe_adapters(gm))}. To put those of {path} around them, so"
+        f" that both act: {call.format('model', ', stack=True')}. To load them in place of the present ones:"
+        f" {call.format('llfx.remove(model)', '')}, or copy their values into those:"
+        f" llfx.load_adapter_state_dict(model, llfx.adapter_state_dict({call.format('llfx.remove(model)', '')}))."
+    )

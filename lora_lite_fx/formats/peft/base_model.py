@@ -1,0 +1,99 @@
+"""The base of a PEFT directory: the fields of its config by which `AutoPeftModel` finds it, and its comparison."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from torch import nn
+
+from ...capture.hugging_face import is_hugging_face
+from ...capture.source import Source
+from ...errors import CheckpointError, shown
+from ...execution.module import execution_of
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "Model": "FEATURE_EXTRACTION",
+}
+"""PEFT's tasks by the end of the class name; the first that fits counts.
+
+In its tasks of classification and answers PEFT wants a trained head in the file, so these models are left without one.
+"""
+
+
+FINGERPRINTS = "lora_lite_fx.base"
+"""The key, in the metadata of the tensors, of the fingerprints of the base's weights by site. PEFT ignores it."""
+
+
+def source_of(model: nn.Module) -> Source | None:
+    """Return the source of an adapted model, or None if it is not known."""
+    if is_hugging_face(model):
+        return Source.of(model)
+    source = execution_of(model).source
+    return source if isinstance(source, Source) else None
+
+
+def base_fields(model: nn.Module) -> dict[str, Any]:
+    """Return the fields of a config that name the base of an adapted model and say what it does.
+
+    Args:
+        model: a graph, an adapted model or a wrapped one.
+    """
+    source = source_of(model)
+    fields: dict[str, Any] = dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "auto_mapping"))
+    if source is not None and source.reads:
+        task = _task(source)
+        # PEFT does the same for a model without a task.
+        by_class = {"base_model_class": source.class_name, "parent_library": source.module}
+        fields |= {"base_model_name_or_path": source.name, "revision": source.revision, "task_type": task}
+        fields["auto_mapping"] = None if task else by_class
+    return fields
+
+
+def _task(source: Source) -> str | None:
+    """Return PEFT's task for the class of a model; None if PEFT has none, or would call the model in another way."""
+    if source.reads != "input_ids":
+        return None
+    task = next((task for end, task in _TASKS.items() if source.class_name.endswith(end)), None)
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        right = source.generates and source.has_encoder == (task == "SEQ_2_SEQ_LM")
+        return task if right else None
+    return task
+
+
+def prints_in(metadata: Mapping[str, str], folder: PurePath) -> dict[str, str] | None:
+    """Return the fingerprints in the metadata of a directory's tensors; None if there are none.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    if FINGERPRINTS not in metadata:
+        return None
+    try:
+        prints = json.loads(metadata[FINGERPRINTS])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: the fingerprints of its base are damaged: {error}.") from error
+    if not isinstance(prints, dict):
+        raise CheckpointError(f"{folder}: the fingerprints of its base are not an object, but {shown(prints)}.")
+    return prints
+
+
+def compare_names(gm: nn.Module, config: Mapping[str, Any], folder: PurePath) -> None:
+    """Warn if the base that a config names has another name than the model of a graph, as far as both are known."""
+    source, theirs = source_of(gm), config.get("base_model_name_or_path")
+    ours = None if source is None else source.name
+    if not isinstance(theirs, str) or not theirs or not ours:
+        return
+    names = [PurePath(name).name.lower() for name in (theirs, ours)]
+    if names[0] != names[1]:  # the folders may differ, as a hub id does from a copy on the disk
+        warnings.warn(
+            f"{folder}: the adapter was made for {theirs!r}, and the model was loaded from {ours!r}. If these are not"
+            " the same weights, it computes something else than where it was trained.",
+            stacklevel=4,
+        )

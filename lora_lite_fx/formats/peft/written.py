@@ -1,0 +1,87 @@
+"""The form in which an adapter is written: another one where PEFT or a server would compute something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...adapters.placement import Placement
+from ...adapters.state import adapter_state_dict
+from ...adapters.variant import Variant
+from ...errors import ConfigError
+from ...variants import LoRA
+from ...variants.pissa import FromWeight
+from ..single_adapter import only_adapter
+from .config import format_of
+
+
+def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placement], Variant, Mapping[str, Tensor]]:
+    """Return the placements of the model's one adapter, and its config and tensors as they are written.
+
+    Args:
+        model: an adapted model.
+        as_lora: as for `save_peft`.
+
+    Raises:
+        AdapterError: the model has no adapters.
+        ConfigError: it has several, or they cannot be represented.
+    """
+    variant, placed = only_adapter(model, "A PEFT directory")
+    state: Mapping[str, Tensor] = adapter_state_dict(model)
+    if isinstance(variant, FromWeight):
+        if as_lora is not False:
+            return placed, *_as_lora(variant, placed, state)
+    elif as_lora:
+        raise ConfigError(f"as_lora is for PiSSA and OLoRA, which are differences of two LoRAs, not {variant!r}.")
+    if format_of(variant).same_rank:
+        return placed, *_of_one_rank(variant, placed, state)
+    return placed, variant, state
+
+
+def _as_lora(
+    variant: FromWeight, placed: Sequence[Placement], state: Mapping[str, Tensor]
+) -> tuple[Variant, dict[str, Tensor]]:
+    """Return a `LoRA` of twice the rank, and its tensors: `s (B A - B0 A0) = s [B, -B0] [A; A0]`."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for placement in placed:
+        local: Any = placement.local
+        a, b, a0, b0 = (state[placement.tensors[name]] for name in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
+        a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+        if (width := min(a.shape[1], b.shape[0])) < len(a):  # no site has a rank above its smaller side
+            eye = torch.eye(width, dtype=a.dtype, device=a.device)
+            a, b = (eye, b @ a) if width == a.shape[1] else (b @ a, eye)
+        tensors |= {placement.tensors["lora_A"]: a, placement.tensors["lora_B"]: b}
+        ranks[placement.site] = len(a)
+        alphas[placement.site] = local.scale * (len(a) ** 0.5 if variant.rank_stabilized else len(a))
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    plain = LoRA(
+        r=int(r),
+        alpha=alpha,
+        rank_stabilized=variant.rank_stabilized,
+        rank_pattern={f"^{re.escape(site)}$": rank for site, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{re.escape(site)}$": other for site, other in alphas.items() if other != alpha},
+        target_names=(".",),
+    )
+    return plain, tensors
+
+
+def _of_one_rank(
+    variant: Any, placed: Sequence[Placement], state: Mapping[str, Tensor]
+) -> tuple[Variant, dict[str, Tensor]]:
+    """Return the adapter with the largest of its ranks everywhere; products with the zeros that are added are zero."""
+    r = max(state[placement.tensors["lora_A"]].shape[0] for placement in placed)
+    tensors = {}
+    for placement in placed:
+        for name, qualified in placement.tensors.items():
+            lacking = r - state[qualified].shape[0 if name == "lora_A" else 1]
+            tensors[qualified] = F.pad(state[qualified], (0, 0, 0, lacking) if name == "lora_A" else (0, lacking))
+    return dataclasses.replace(variant, r=r, rank_pattern=()), tensors

@@ -1,0 +1,202 @@
+"""Find the weights that multiply data and are not sites, each with the reason.
+
+A weight counts that has two or more dimensions. Elementwise factors, norms and tables of positions do not multiply data
+in this sense: an adapter of a linear has no place there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..graph.direct_calls import OpOverload
+from ..graph.provenance import is_inserted
+from .computed import frozen_values, is_table, largest, obstacle, parameters_behind
+from .dataflow import NORMS, PRODUCTS, LinearNode, op_name
+from .finding import name_of_weight
+from .kinds.contraction import contraction
+from .kinds.convolution import Convolution
+from .kinds.embedding import Lookup
+from .kinds.experts import Experts
+from .kinds.linear import SiteKind
+from .roles import GROUPS, infer_roles
+from .site import Site
+
+_MATRIX_PRODUCTS = PRODUCTS | {"linear", "mm", "addmm", "addbmm", "mv", "addmv", "tensordot", "inner", "bilinear"}
+_LOOKUPS = {"embedding", "embedding_bag"}
+_EMBEDDINGS = {"embedding", "embeddingbag"}
+_GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+_OWN = ("torch", "_operator", "operator", "math", "builtins", "lora_lite_fx")
+_EXAMPLES = "with example_inputs torch.export looks into it"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight that multiplies data and is not a site.
+
+    Args:
+        name: the name that it would have as a site.
+        weight: qualified name of the parameter.
+        reason: why it is not a site.
+        roles: the roles of the linear that it makes. If something opaque multiplies, all roles of attentions and
+            feed-forwards are possible, and given.
+        kind: the kind of site that it would be.
+        opaque: whether it is unknown what multiplies it.
+    """
+
+    name: str
+    weight: str
+    reason: str
+    roles: frozenset[str] = frozenset()
+    kind: SiteKind = field(default_factory=SiteKind)
+    opaque: bool = False
+
+    @property
+    def site(self) -> Site:
+        """A site of this name, kind and roles, to ask a config whether its targets include it."""
+        return Site(self.name, 0, 0, self.roles, self.weight, kind=self.kind)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A node that multiplies data with weights and is not a call of a site.
+
+    Args:
+        node: the node.
+        weights: the weights, by qualified name.
+        reason, kind, opaque: as in `LeftOut`.
+        linear: the input and output, if they are those of a linear in a role.
+    """
+
+    node: fx.Node
+    weights: Mapping[str, Tensor]
+    reason: str
+    kind: SiteKind = field(default_factory=SiteKind)
+    opaque: bool = False
+    linear: LinearNode | None = None
+
+
+def find_left_out(gm: fx.GraphModule, sites: Iterable[Site]) -> list[LeftOut]:
+    """Return the weights of `gm` that multiply data and are not sites, in order of execution.
+
+    Args:
+        gm: a graph, adapted or not.
+        sites: its sites, as `find_sites` returns them.
+    """
+    sites = list(sites)
+    frozen = frozen_values(gm.graph)
+    of_sites = {node for site in sites for call in site.calls for node in (call.node, call.y)}
+    nodes = (node for node in gm.graph.nodes if node not in of_sites and node not in frozen and not is_inserted(node))
+    uses = [use for node in nodes if (use := _use(gm, node, frozen)) is not None]
+    linears = [use.linear for use in uses if use.linear is not None]
+    if linears:
+        calls = (call for site in sites if site.kind.name == "linear" for call in site.calls if call.x not in frozen)
+        infer_roles(gm.graph, sorted([*linears, *(LinearNode(call.x, call.y) for call in calls)], key=lambda n: n.y))
+    known = {site.weight for site in sites}
+    found: dict[str, LeftOut] = {}
+    for use in uses:
+        roles = {role for group in GROUPS.values() for role in group} if use.opaque else set()
+        roles |= use.linear.reasons.keys() if use.linear is not None else set()
+        for weight in use.weights.keys() - known if use.opaque else use.weights:
+            name = name_of_weight(weight)
+            found.setdefault(weight, LeftOut(name, weight, use.reason, frozenset(roles), use.kind, use.opaque))
+    return list(found.values())
+
+
+def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None:
+    """Return how `node` multiplies data with a weight, or None if it does not."""
+    name = op_name(node)
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        weights: dict[str, Tensor] = {
+            f"{node.target}.{path}": p for path, p in module.named_parameters() if p.dim() > 1
+        }
+        if not weights or name in NORMS or isinstance(module, fx.GraphModule):
+            return None
+        called = type(module).__name__
+        if type(module).__module__.startswith("torch.nn.") and not called.startswith(
+            ("MultiheadAttention", "Transformer")
+        ):
+            kind = Convolution() if name.startswith("conv") else Lookup() if name in _EMBEDDINGS else SiteKind()
+            return _Use(node, weights, f"{called} is not a kind of site", kind)
+        return _Use(node, weights, f"symbolic tracing does not look into {called}; {_EXAMPLES}", opaque=True)
+    operands = {operand: _weights(gm, operand) for operand in node.all_input_nodes if operand in frozen}
+    operands = {operand: weights for operand, weights in operands.items() if weights}
+    data = [operand for operand in node.all_input_nodes if operand not in frozen]
+    if not operands or not data:
+        return None
+    mains = [(main := largest(of_operand), of_operand[main]) for of_operand in operands.values()]
+    weights = dict(mains)
+    if name in _MATRIX_PRODUCTS:
+        if name != "linear":  # what is multiplied with looked-up or projected positions is no weight
+            operands = {operand: weights for operand, weights in operands.items() if not is_table(operand)}
+        if not operands:
+            return None
+        operand = next(iter(operands))
+        main = largest(operands[operand])
+        kind = Experts() if operands[operand][main].dim() > 2 and name in ("bmm", "matmul") else SiteKind()
+        reason = obstacle(gm, operand, node) or _why_not_linear(gm, node, name, operand, data)
+        linear = LinearNode(data[0], node) if kind.name == "linear" else None
+        return _Use(node, {main: operands[operand][main]}, reason, kind, linear=linear)
+    if name.startswith("conv"):
+        groups = _argument(node, "groups")
+        reason = f"a convolution in {groups} groups" if groups not in (None, 1) else f"{name} is not a kind of site"
+        computed = next((why for operand in operands if (why := obstacle(gm, operand, node))), "")
+        return _Use(node, weights, computed or reason, Convolution())
+    if name in _LOOKUPS:
+        return _Use(node, weights, f"{name} with a weight that is computed, split or summed over", Lookup())
+    if name in _GROUPED:
+        return _Use(node, weights, "a product of experts with a weight that is not a parameter", Experts())
+    if name in _RECURRENT:
+        return _Use(node, weights, f"{name} multiplies inside one operation")
+    weights = {path: parameter for of_operand in operands.values() for path, parameter in of_operand.items()}
+    if not isinstance(node.target, (OpOverload, str)) and not _is_plain(node):
+        called = getattr(node.target, "__name__", str(node.target))
+        return _Use(node, weights, f"the function {called} is opaque to the capture; {_EXAMPLES}", opaque=True)
+    return None
+
+
+def _weights(gm: fx.GraphModule, operand: fx.Node) -> dict[str, Tensor]:
+    """Return the parameters of two or more dimensions that a frozen value is computed from."""
+    return {name: tensor for name, tensor in parameters_behind(gm, operand).items() if tensor.dim() > 1}
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Return whether `node` calls a function of torch or Python, whose meaning is known by its name."""
+    module: Any = getattr(node.target, "__module__", None) or "torch"
+    return module.partition(".")[0] in _OWN and "higher_order" not in str(node.target)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """Return an argument of an operator or a function of torch by name, or None."""
+    if isinstance(node.target, OpOverload):
+        for position, argument in enumerate(node.target._schema.arguments):
+            if argument.name == name and position < len(node.args):
+                return node.args[position]
+    return node.kwargs.get(name)
+
+
+def _why_not_linear(gm: fx.GraphModule, node: fx.Node, name: str, operand: fx.Node, data: list[fx.Node]) -> str:
+    """Return why a product with a weight that could be read is not a site."""
+    if name == "einsum":
+        equation, factors, *_ = node.args if isinstance(node.args[1], (list, tuple)) else (node.args[0], node.args[1:])
+        if isinstance(equation, str) and isinstance(factors, (list, tuple)) and len(factors) == 2:
+            shape = (
+                operand.meta["val"].shape if "val" in operand.meta else next(iter(_weights(gm, operand).values())).shape
+            )
+            kind = contraction(equation, factors[0] is operand, tuple(shape))
+            if isinstance(kind, str):
+                return kind
+        return "the einsum is not of an input and a weight"
+    positions = {"linear": 1, "addmm": 2, "mm": 1, "matmul": 1, "bmm": 1}
+    if name in positions and len(node.args) > positions[name] and node.args[positions[name]] is not operand:
+        if len(data) > 1 or name == "addmm":
+            return "what is added to the product depends on the inputs"
+        return "it is `weight @ x`, with the inputs in the last dimension but one"
+    if name in ("linear", "addmm") and len(data) > 1:
+        return "its bias depends on the inputs"
+    return f"{name} with it is not a product over the last dimension of the inputs"

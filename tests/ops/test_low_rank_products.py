@@ -197,4 +197,4 @@ def test_results_may_be_overwritten(shape: tuple[int, ...], bias: bool) -> None:
         y.sum().backward()
         values.append([y.detach(), *(p.grad.clone() for p in llfx.adapter_parameters(each) if p.grad is not None)])
     assert len(values[0]) == 3
-    assert_close(*values, tolerance=1e-6)
+    assert_close(values[0], values[1], tolerance=1e-6)

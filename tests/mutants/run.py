@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -37,8 +38,9 @@ def main() -> int:
     if options.write:
         write_table()
     results = _killed_before()
-    import hypothesis  # noqa: F401  # once, for all forks
-
+    if any(_key(mutant) not in results for mutant in chosen):
+        for library in ("hypothesis", "peft", "pytest", "torch", "transformers"):
+            importlib.import_module(library)  # once for all forks, because it takes longer than a test
     with tempfile.TemporaryDirectory() as folder:
         copy = _copied_to(Path(folder))
         passing: dict[str, int] = {}

@@ -123,7 +123,7 @@ class LowRankProducts:
         t = F.linear(x, a)
         results = [t]
         for branch, columns, alpha in self.with_columns(branches, _rows(t)):
-            y = F.linear(x, branch.weight, branch.bias)
+            y = _linear(x, branch.weight, branch.bias)
             _add_product(_rows(y), columns, branch.b.t(), alpha)
             results.append(y if branch.scale is None else y.mul_(branch.scale))
         return tuple(results)
@@ -151,6 +151,19 @@ class LowRankProducts:
 
 
 _ORDINARY = (Tensor, nn.Parameter)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x W^T + b` to the same bits as `F.linear`, but never as a view.
+
+    `F.linear` forms it as a matrix if there is a bias, and returns a view of that. Autograd allows no write in place to
+    one of several views that a function returns, and a ReLU may follow that works in place.
+    """
+    if bias is None or x.dim() == 2 or not x.is_contiguous():
+        return F.linear(x, weight, bias)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    torch.addmm(bias, _rows(x), weight.t(), out=_rows(y))
+    return y
 
 
 class _Function(torch.autograd.Function):

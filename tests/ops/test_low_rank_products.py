@@ -180,3 +180,21 @@ def test_more_models_can_be_compiled_than_dynamo_recompiles_one_function() -> No
         close(torch.compile(gm, backend=counter, fullgraph=True)(x), gm(x), 1e-6, "output")
     torch.compiler.reset()
     assert counter.frame_count == torch._dynamo.config.recompile_limit + 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6)], ids=str)
+def test_results_may_be_overwritten(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=bias), nn.ReLU(inplace=True))
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=(".",)), (torch.ones(shape),)).train()
+    randomise(gm, 1)
+    x = torch.randn(shape)
+    values = []
+    for each in (gm, llfx.optimize(gm, PLAIN)):
+        each.zero_grad()
+        y = each(x)
+        y.sum().backward()
+        values.append([y.detach(), *(p.grad.clone() for p in llfx.adapter_parameters(each) if p.grad is not None)])
+    assert len(values[0]) == 3
+    assert_close(*values, tolerance=1e-6)

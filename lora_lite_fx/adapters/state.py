@@ -173,7 +173,7 @@ def adapter_tensors(model: nn.Module) -> list[str]:
     with suppress(AttributeError):  # of a module around the adapted one, in which the tensors have other names
         if names and tensor_of(model, names[0]) is not None:
             return names
-    if names:
+    if names and not wrapper_hint(model):
         raise AdapterError(
             f"{type(model).__name__} is around an adapted graph: it has no {names[0]!r}, because its tensors have other"
             " names than those that the graph records. The way out: use the adapted graph itself, here and for"

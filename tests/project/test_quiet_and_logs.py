@@ -185,14 +185,14 @@ def test_each_phase_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
         gm = llfx.rewrite(plain(), [llfx.EVA(r=2), llfx.IA3(target_roles="up")], calibration=[(net_ids(2, 5),)])
         gm(net_ids(2, 5))
         gm(net_ids(2, 5))
-        with torch.no_grad():
+        with torch.no_grad(), llfx.frozen(gm.eval()):
             gm(net_ids(2, 5))
     lines = messages(caplog)
     phases = [line.partition(":")[0] for line in lines]
     assert phases == [
         "captured Net",
         "found the sites",
-        "derived the inference program",  # of the graph with observers
+        "derived the training program",  # of the graph with observers
         "ran the calibration data",
         "inserted the adapters",
         "computed the adapters' start values",

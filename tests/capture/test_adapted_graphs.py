@@ -112,7 +112,7 @@ def test_a_file_loads_onto_a_model_that_has_adapters(tmp_path: Path) -> None:
     randomise(stacked, 0)
     llfx.save(stacked, tmp_path / "two.safetensors")
     first = llfx.rewrite(exported(GatedMLP), llfx.DoRA(r=2))
-    loaded = llfx.load(first, tmp_path / "two.safetensors")
+    loaded = llfx.load(first, tmp_path / "two.safetensors", stack=True)
     assert llfx.inspect(loaded)[0].adapters == ("DoRA", "LoRA", "HRA")
     state = llfx.adapter_state_dict(loaded)
     for name, tensor in llfx.adapter_state_dict(stacked).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -206,9 +207,10 @@ def test_other_objects_are_refused(model: Any) -> None:
 # Adapted models.
 
 
+@functools.cache
 def chat(cfg: llfx.Variant) -> Any:
     torch.manual_seed(0)
-    model = llfx.adapt(transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=2, vocab_size=40)), cfg)
+    model = llfx.adapt(transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=1, vocab_size=40)), cfg)
     randomise(model, 1)
     return model.eval()
 

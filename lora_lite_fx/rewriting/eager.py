@@ -15,7 +15,7 @@ from ..capture.capture import Inputs
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule, execution_of
-from ..graph.provenance import inner_name
+from ..graph.provenance import inner_name, is_inserted
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..graph.writes import written_buffers
 from ..sites.computed import Computation, frozen_values
@@ -204,13 +204,13 @@ def _keep(*_: Any) -> None:
 
 
 def _is_all(site: Site) -> bool:
-    """Return whether the modules called like `site` compute nothing from data but its calls."""
+    """Return whether the modules called like `site` compute nothing from data but its calls, adapters left out."""
     graph = site.calls[0].node.graph
     own = {node for call in site.calls for node in span(call.x, call.y)} | frozen_values(graph)
     # Sizes are not data. A symbolic trace does not know which values are tensors.
     values = (node for node in graph.nodes if node.users and isinstance(node.meta.get("val", node), (Tensor, fx.Node)))
     others = (node for node in values if node not in own and node.op != "placeholder" and op_name(node) not in SIZES)
-    return all(inner_name(node) != site.name for node in others)
+    return all(inner_name(node) != site.name or is_inserted(node) for node in others)
 
 
 _PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)

@@ -219,11 +219,12 @@ def test_an_adapted_model_is_made_in_the_same_phases(caplog: pytest.LogCaptureFi
     lines = messages(caplog)
     assert [line.partition(":")[0] for line in lines] == [
         "captured LlamaForCausalLM",
+        "compared the graph of LlamaForCausalLM with the model",
         "found the sites",
         "inserted the adapters",
         "computed the adapters' start values",
     ]
-    assert lines[2].startswith("inserted the adapters: LoRA(r=2, alpha=16) at 7 sites, ")
+    assert lines[3].startswith("inserted the adapters: LoRA(r=2, alpha=16) at 7 sites, ")
 
 
 def test_a_model_is_compiled_in_the_same_phases(caplog: pytest.LogCaptureFixture) -> None:

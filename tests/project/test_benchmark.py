@@ -112,7 +112,8 @@ def test_several_result_files_become_one(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The cayley-neumann")
 @pytest.mark.parametrize("variant", cases.VARIANTS)
 def test_all_arms_agree(variant: str) -> None:
-    names = [name for name in (*cases.BASE, *cases.ADAPTED) if "compiled" not in name and name != "ours-adapt"]
+    left_out = ("ours-adapt", "ours-frozen")
+    names = [name for name in (*cases.BASE, *cases.ADAPTED) if "compiled" not in name and name not in left_out]
     ready, notes = benchmark.ready_arms(arms(variant), names, compiled=False)
     assert not notes
     assert [arm.name for arm in ready] == names
@@ -164,11 +165,19 @@ def test_products_added_in_place_are_counted(name: str) -> None:
     assert benchmark.flops(arms("LoRA").make(name)) == base + lora
 
 
-def test_work_on_parameters_counts_in_every_training_step_and_in_the_first_inference() -> None:
+def test_an_arm_in_a_frozen_scope_agrees_and_is_not_there_in_training() -> None:
+    ready, notes = benchmark.ready_arms(arms("DoRA", "forward"), ["base", "ours-frozen"], compiled=False)
+    assert not notes
+    assert [arm.name for arm in ready] == ["base", "ours-frozen"]
+    _, notes = benchmark.ready_arms(arms("DoRA"), ["base", "ours-frozen"], compiled=False)
+    assert notes == {"ours-frozen": "not there: nothing is kept in training"}
+
+
+def test_work_on_parameters_counts_in_every_step_but_once_in_a_frozen_scope() -> None:
     ours = arms("DoRA").make("ours")
     ours.results()
     assert benchmark.flops(ours) == benchmark.flops(ours)
-    ours, plain = (arms("DoRA", "forward").make(name) for name in ("ours", "ours-plain"))
+    ours, plain = (arms("DoRA", "forward").make(name) for name in ("ours-frozen", "ours-plain"))
     ours.results()
     assert benchmark.flops(ours) < benchmark.flops(plain)
 

@@ -203,14 +203,24 @@ def _keep(*_: Any) -> None:
     """Change nothing: a hook."""
 
 
+_ROWS = frozenset({"view", "reshape", "flatten", "unflatten", "contiguous"})
+"""The operations by which a module makes a matrix of its input, and undoes that: part of its linear."""
+
+
 def _is_all(site: Site) -> bool:
     """Return whether the modules called like `site` compute nothing from data but its calls, adapters left out."""
     graph = site.calls[0].node.graph
     own = {node for call in site.calls for node in span(call.x, call.y)} | frozen_values(graph)
-    # Sizes are not data. A symbolic trace does not know which values are tensors.
-    values = (node for node in graph.nodes if node.users and isinstance(node.meta.get("val", node), (Tensor, fx.Node)))
-    others = (node for node in values if node not in own and node.op != "placeholder" and op_name(node) not in SIZES)
-    return all(inner_name(node) != site.name or is_inserted(node) for node in others)
+    data: set[fx.Node] = set()  # what depends on inputs, and not on their sizes alone
+    for node in graph.nodes:
+        if node.op == "placeholder" or (op_name(node) not in SIZES and not data.isdisjoint(node.all_input_nodes)):
+            data.add(node)
+    others = (
+        node
+        for node in data - own
+        if node.op != "placeholder" and node.users and op_name(node) not in _ROWS and not is_inserted(node)
+    )
+    return all(inner_name(node) != site.name for node in others)
 
 
 _PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)

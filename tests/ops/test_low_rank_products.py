@@ -142,8 +142,8 @@ def test_the_arithmetic_is_that_of_the_cost_table(name: str) -> None:
     x = torch.randn(T, IN, requires_grad=True)
     gm = llfx.rewrite(nn.Sequential(nn.Linear(IN, OUT)), dataclasses.replace(cfg, target_names=(".",)), (x.detach(),))
     randomise(gm, 1)
-    with torch.no_grad():
-        gm.eval()(x)
+    with torch.no_grad(), llfx.frozen(gm.eval()):
+        gm(x)
         assert products(lambda: gm(x)) - T * IN * OUT == pytest.approx(inference, rel=0.05)
     gm.train()
     assert products(lambda: gm(x).sum().backward()) - 2 * T * IN * OUT == pytest.approx(training, rel=0.05)

@@ -408,7 +408,7 @@ def test_a_second_adapter_has_shared_tensors_of_its_own(name: str, again: Any, t
     first = randomised(llfx.rewrite(model, CONFIGS[name]))
     kept = {key: tensor.clone() for key, tensor in llfx.adapter_state_dict(first).items()}
     llfx.save(alone, file)
-    both = again(first, second if again is llfx.rewrite else file)
+    both = llfx.rewrite(first, second) if again is llfx.rewrite else llfx.load(first, file, stack=True)
     state = llfx.adapter_state_dict(both)
     values = {f"{key}_2": tensor for key, tensor in llfx.adapter_state_dict(alone).items()}
     llfx.load_adapter_state_dict(both, {**state, **values})

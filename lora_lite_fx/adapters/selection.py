@@ -36,12 +36,15 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
     return chosen
 
 
-def warn_of_unused_patterns(variant: Variant, sites: Iterable[Site], stacklevel: int = 2) -> None:
+def warn_of_unused_patterns(
+    variant: Variant, sites: Iterable[Site], known: Iterable[str] = (), stacklevel: int = 2
+) -> None:
     """Warn of each pattern of the config's targets and exclusions that matches no site, which may be a slip.
 
     Args:
         variant: the config.
         sites: all sites of the model.
+        known: names of weights that are not sites, of which another warning tells: patterns may match them.
         stacklevel: as for `warnings.warn`, seen from here.
     """
     names = [site.name for site in sites if site.kind.name in variant.target_kinds]
@@ -49,7 +52,7 @@ def warn_of_unused_patterns(variant: Variant, sites: Iterable[Site], stacklevel:
         f"{pattern!r} in {field}{_nearest(pattern, names)}"
         for field in ("target_names", "exclude_names")
         for pattern in as_tuple(getattr(variant, field))
-        if not any(occurs([pattern], name) for name in names)
+        if not any(occurs([pattern], name) for name in (*names, *known))
     ]
     if unused:
         kinds = " or ".join(variant.target_kinds)

@@ -45,13 +45,13 @@ def check_hooks(model: nn.Module) -> None:
             f"A hook on {_place(name, model)} was traced: {hook_name(hook)}. What it computes of tensors is part of the"
             " graph for good; what else it does happens only now. The way out: take it off before, and put it on the"
             " graph's own layer, graph.model.layers[0], where it acts in each call.",
-            stacklevel=3,
+            stacklevel=4,
         )
     for name, hook in _hooks(model, BACKWARD):
         warnings.warn(
             f"A backward hook on {_place(name, model)} does not act in the graph: {hook_name(hook)}. The way out: put"
             " it on the graph's own layer, graph.model.layers[0].",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -49,7 +49,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         # What was a file a moment ago may be a pipe now, and opening that would wait for a writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            document = json.loads(file.read(MOST_JSON + 1))
+            size = os.fstat(file.fileno()).st_size  # reading sets aside all the memory that it is asked for
+            document = json.loads(file.read(min(size, MOST_JSON) + 1))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable JSON file: {type(error).__name__}: {error}.") from error
     if not isinstance(document, dict):

@@ -44,7 +44,7 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
             warnings.warn(
                 f"{name}: {len(missed)} weights that its targets include are not sites, and stay without an adapter:"
                 f" {describe(missed)}. exclude_names leaves them out without this warning.",
-                stacklevel=4,
+                stacklevel=5,
             )
         unknown = [site.name for site in sites if site.name not in chosen and _is_unknown(variant, site)]
         if unknown:
@@ -55,7 +55,7 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
                 f"{name}: the default roles {roles} leave out {len(unknown)} linears of unknown role:"
                 f" {_counted(map(_pattern, unknown))}. To adapt them, add a config that names them:"
                 f" {name}(..., target_names={names}). target_roles={roles} leaves them out without this warning.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

@@ -61,7 +61,7 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
     chosen = [(variant, _select(variant, sites, left_out)) for variant in variants]
     warn_of_left_out(variants, sites, left_out)
     for variant in variants:
-        warn_of_unused_patterns(variant, sites, stacklevel=4)
+        warn_of_unused_patterns(variant, sites, [weight.name for weight in left_out], stacklevel=4)
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]
     if calibration is not None:
         with phase("ran the calibration data"):

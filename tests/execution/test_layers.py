@@ -303,9 +303,10 @@ def test_weights_that_hooks_compute_are_traced() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     prune.random_unstructured(model[0], "weight", 0.5)
     x = torch.randn(3, 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=("2",)), (x,))
+    assert not [warning for warning in caught if "hook" in str(warning.message)]
     close(gm(x), model(x), 1e-6, "output")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
-from tests.support.conformance import check_file, check_merge, check_remove, close, gradients, randomise, small
+from tests.support.conformance import check_file, check_merge, check_remove, close, gradients, output, randomise, small
 from tests.support.untouched import untouched
 
 SMALL: dict[str, Any] = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -289,7 +289,15 @@ def test_saving_to_peft_refuses_adapters_that_its_files_cannot_hold(
 ) -> None:
     gm = llfx.rewrite(mixed()[1], variant)
     with pytest.raises(llfx.ConfigError, match=message):
-        llfx.save_peft(gm, tmp_path)
+        llfx.save_peft(gm, tmp_path, as_lora=False)
+
+
+def test_pissa_at_convolutions_is_saved_as_the_lora_that_it_is(tmp_path: Path) -> None:
+    _, base = mixed()
+    gm = llfx.rewrite(base, llfx.PiSSA(r=2, target_kinds=("conv",)))
+    randomise(gm, 1)
+    llfx.save_peft(gm, tmp_path)
+    close(output(llfx.load_peft(base, tmp_path), IDS), output(gm, IDS), 1e-9, "output")
 
 
 def test_saving_to_peft_refuses_dilated_convolutions(tmp_path: Path) -> None:

@@ -134,7 +134,11 @@ def _config(model: nn.Module, variant: Variant, sites: list[Site]) -> dict[str, 
 
 def _with_ranks_of(variant: Variant, tensor: str, by_site: Mapping[str, Mapping[str, Tensor]]) -> Variant:
     """Return the config with the ranks that the tensors of that name have."""
-    ranks = {f"^{re.escape(site)}$": len(has[tensor]) for site, has in by_site.items() if tensor in has}
+    ranks = {
+        f"^{re.escape(site)}$": len(has[tensor])
+        for site, has in by_site.items()
+        if tensor in has and has[tensor].dim()  # a number is refused later, as every other wrong shape
+    }
     others = {pattern: rank for pattern, rank in ranks.items() if rank and rank != getattr(variant, "r", rank)}
     return dataclasses.replace(variant, rank_pattern=others)  # type: ignore[call-arg]
 

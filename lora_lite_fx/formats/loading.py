@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_type_hints
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -102,7 +102,7 @@ def loader(read: Callable[[Path], AdapterFile]) -> Load:
         return gm
 
     del load.__dict__["__wrapped__"]  # its signature is not that of the result
-    load.__annotations__ = Load.__call__.__annotations__
+    load.__annotations__ = get_type_hints(Load.__call__)  # resolved here, because `read` is of another module
     load.__doc__ = f"{(read.__doc__ or '').rstrip()}\n{_DOC}"
     return load
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells a t
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module is not public
 
+from ..graph.direct_calls import is_wrapped
 from ..graph.tensors import tensor_of
 from ..graph.writes import may_return_a_view, written
 from .share import share
@@ -144,8 +145,7 @@ class _Interpreter(fx.Interpreter):
 
 def _can_be_kept(value: Any) -> bool:
     """Tell whether `value` is a tensor that is not of a level of vmap, outside of which it has no meaning."""
-    # Nothing public tells such tensors from others.
-    return isinstance(value, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return isinstance(value, Tensor) and not is_wrapped(value)
 
 
 def _call_name(module: str, index: int) -> str:

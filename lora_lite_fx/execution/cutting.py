@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from ..graph.parameter_work import first_input, move_to_front
 from ..graph.provenance import is_inserted
 from ..graph.queries import reads_tensor
-from ..graph.subgraph import extract, function_of, replace_by_call
+from ..graph.subgraph import copy_of, extract, function_of, replace_by_call
 from ..graph.tensors import tensor_of
 from ..graph.walk import ancestors
 from .pieces import pieces_of
@@ -101,13 +101,7 @@ def _cut_piece(module: nn.Module, outer: fx.Graph, members: Sequence[fx.Node], p
     results = [node for node in members if not inside.issuperset(node.users)]
     results = [*results[-1:], *results[:-1]]  # the last one is its output, as a rule; hooks look there
 
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(node.name) for node in (*own, *inputs)}
-    for node in members:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    returned = tuple(copies[node] for node in results)
-    graph.output(returned[0] if len(returned) == 1 else returned)
-
+    graph = copy_of(members, (*own, *inputs), results[0] if len(results) == 1 else tuple(results))
     tensors = sorted(node for node in ancestors(own) if node.op == "get_attr")
     names = [str(node.target).removeprefix(f"{path}.") for node in tensors]
     values = Values(reader_of(module, names), function_of(extract(tensors, own)))

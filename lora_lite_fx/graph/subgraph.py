@@ -41,12 +41,23 @@ def segment(members: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[f
     inside = set(members)
     inputs = list(dict.fromkeys(read for node in members for read in node.all_input_nodes if read not in inside))
     results = [node for node in members if not inside.issuperset(node.users)]
+    return copy_of(members, inputs, tuple(results)), inputs, results
+
+
+def copy_of(members: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Any) -> fx.Graph:
+    """Return a graph of copies of `members`.
+
+    Args:
+        members: nodes in graph order.
+        inputs: the nodes that become its placeholders, in order: all that the members read and that are not members.
+        results: what it returns: a member, or a tuple of members.
+    """
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node in members:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in results))
-    return graph, inputs, results
+    graph.output(fx.node.map_arg(results, copies.__getitem__))
+    return graph
 
 
 def replace_by_call(

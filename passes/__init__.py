@@ -20,6 +20,7 @@ from .optimize.gather_products import GatherProducts
 from .optimize.group_heads import GroupHeads
 from .optimize.hoist_parameter_work import HoistParameterWork
 from .optimize.leave_out_dropout import LeaveOutDropout
+from .optimize.leave_out_mask import LeaveOutMask
 from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
 from .optimize.recompute_inputs import RecomputeInputs
 from .optimize.share_siblings import ShareSiblings
@@ -35,6 +36,7 @@ from .pipeline import (
 
 OPTIMIZATIONS = Pipeline(
     (
+        LeaveOutMask(),
         ConvertMaskOnce(),
         GroupHeads(),
         LeaveOutDropout(),
@@ -65,6 +67,7 @@ __all__ = [
     "InsertAdapter",
     "LeaveOutDropout",
     "LeaveOutInputs",
+    "LeaveOutMask",
     "MergeAdapters",
     "MergedSite",
     "MoveBranchesToOutputs",

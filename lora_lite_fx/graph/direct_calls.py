@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 
 aten = torch.ops.aten
@@ -93,3 +94,16 @@ def transform_is_active() -> bool:
     # Neither torch.func nor forward-mode AD has a public question for whether it is active.
     levels = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
     return levels or is_tracing
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Check whether a decision may rest on the values of `tensor` now.
+
+    It may not where the tensor has no values, and where a trace, a compiler or a CUDA graph would record the decision
+    for all later calls.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta or transform_is_active():
+        return False
+    if get_proxy_mode() is not None:  # make_fx
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -37,6 +37,22 @@ def is_on_cpu(gm: fx.GraphModule) -> bool:
     return all(parameter.device.type == "cpu" for parameter in gm.parameters())
 
 
+def dtype_of(node: Any) -> torch.dtype | None:
+    """Return the dtype of the value of `node`, or None if it is not known to be a tensor."""
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def boolean_masks(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """Return the masks of booleans in the graph, each with the calls of attention that read it, in order."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if isinstance(mask, fx.Node) and dtype_of(mask) is torch.bool:
+            readers.setdefault(mask, []).append(node)
+    return readers
+
+
 def operation_name(node: fx.Node) -> str:
     """Return the plain name of the operation of `node`, such as `dropout`; of an input of the graph its name."""
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ...graph.queries import is_on_cpu, obstacle_between
+from ...graph.queries import boolean_masks, dtype_of, is_on_cpu, obstacle_between
+from ...ops.attention_mask import as_numbers
 from ..pipeline import Declined, GraphPass, Outcome, Program
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -29,21 +25,14 @@ class ConvertMaskOnce(GraphPass):
     programs: ClassVar[frozenset[Program]] = frozenset({"training", "inference"})
 
     def run(self, gm: fx.GraphModule) -> Outcome:
-        readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            if isinstance(mask, fx.Node) and _type_of(mask) is torch.bool:
-                readers[mask].append(node)
         edits = 0
         declined = []
-        for mask, attentions in readers.items():
+        for mask, attentions in boolean_masks(gm).items():
             if why := _why_not(gm, mask, attentions):
                 declined.append(Declined.at(attentions, why))
                 continue
             with gm.graph.inserting_after(mask):
-                numbers = gm.graph.call_function(aten.where.Scalar, (mask, 0.0, -math.inf))
-            with gm.graph.inserting_after(numbers):
-                converted = gm.graph.call_function(aten.to.dtype, (numbers, _type_of(attentions[0].args[0])))
+                converted = gm.graph.call_function(as_numbers, (mask, dtype_of(attentions[0].args[0])))
             for node in attentions:
                 node.replace_input_with(mask, converted)
             edits += 1
@@ -56,11 +45,6 @@ def _why_not(gm: fx.GraphModule, mask: fx.Node, attentions: list[fx.Node]) -> st
         return "not on the CPU"
     if len(attentions) == 1:
         return "no other attention reads the mask"
-    if len({_type_of(node.args[0]) for node in attentions}) > 1:
+    if len({dtype_of(node.args[0]) for node in attentions}) > 1:
         return "the queries have different types"
     return obstacle_between(gm, mask, attentions[-1])
-
-
-def _type_of(node: Any) -> torch.dtype | None:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) else None

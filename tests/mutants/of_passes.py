@@ -17,17 +17,53 @@ def _normalize(name: str, text: str, replacement: str, why: str, test: str = "")
 
 
 MUTANTS = (
+    # LeaveOutMask
+    _mutant(
+        "leave_out_mask",
+        "if why := obstacle_between(gm, mask, attentions[-1]):",
+        'if why := "":',
+        "attention goes by the values that the mask had before it was overwritten",
+        "test_conditions.py::test_a_mask_that_is_overwritten_is_not_left_out",
+    ),
+    Mutant(
+        "lora_lite_fx/graph/queries.py",
+        "isinstance(mask, fx.Node) and dtype_of(mask) is torch.bool",
+        "isinstance(mask, fx.Node)",
+        "a mask of numbers, which are added, is taken for booleans",
+        "tests/passes/test_conditions.py::test_a_mask_of_numbers_is_not_converted",
+    ),
+    Mutant(
+        "lora_lite_fx/ops/attention_mask.py",
+        "if queries == keys and torch.equal(mask, causal.expand_as(mask)):",
+        "if queries == keys:",
+        "a mask that is not causal is taken for it",
+        "tests/ops/test_attention_mask.py",
+    ),
+    Mutant(
+        "lora_lite_fx/ops/attention_mask.py",
+        "if not mask[..., -1, :].all():",
+        "if False:",
+        "a mask with padding is taken for one without",
+        "tests/ops/test_attention_mask.py",
+    ),
+    Mutant(
+        "lora_lite_fx/ops/attention_mask.py",
+        "(None if mask.all() else mask), False",
+        "None, False",
+        "a mask that hides something from the queries in between is left out",
+        "tests/ops/test_attention_mask.py",
+    ),
+    Mutant(
+        "lora_lite_fx/graph/direct_calls.py",
+        "    if get_proxy_mode() is not None:  # make_fx\n        return False\n",
+        "",
+        "a trace fails, because it would record what the mask of its example is",
+        "tests/ops/test_attention_mask.py",
+    ),
     # ConvertMaskOnce
     _mutant(
         "convert_mask_once",
-        "isinstance(mask, fx.Node) and _type_of(mask) is torch.bool",
-        "isinstance(mask, fx.Node)",
-        "a mask of numbers, which are added, is taken for booleans",
-        "test_conditions.py::test_a_mask_of_numbers_is_not_converted",
-    ),
-    _mutant(
-        "convert_mask_once",
-        "    if len({_type_of(node.args[0]) for node in attentions}) > 1:\n",
+        "    if len({dtype_of(node.args[0]) for node in attentions}) > 1:\n",
         "    if False:\n",
         "some attention gets a mask of another type than its queries",
         "test_conditions.py::test_a_mask_of_queries_of_two_types_is_not_converted",

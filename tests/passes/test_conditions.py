@@ -17,6 +17,7 @@ from lora_lite_fx.passes import (
     FoldScaleIntoAddition,
     GatherProducts,
     GroupHeads,
+    LeaveOutMask,
     MoveBranchesToOutputs,
     RecomputeInputs,
     ShareSiblings,
@@ -60,6 +61,12 @@ def test_a_mask_of_booleans_is_converted() -> None:
 def test_a_mask_of_numbers_is_not_converted() -> None:
     numbers = MASK.float()
     check(exported(twice, heads(2), numbers), ConvertMaskOnce(), heads(2), numbers, edits=0)
+
+
+def test_a_mask_that_is_overwritten_is_not_left_out() -> None:
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    check(exported(overwritten_between, heads(2), causal), LeaveOutMask(), heads(2), causal, edits=0)
+    check(exported(twice, heads(2), causal), LeaveOutMask(), heads(2), causal, edits=1)
 
 
 def test_a_mask_that_is_overwritten_is_not_converted() -> None:

@@ -1,0 +1,48 @@
+"""Leave out the mask of attention in calls where it hides nothing, or only what comes later."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx
+
+from ...graph.queries import boolean_masks, obstacle_between
+from ...ops.attention_mask import needed_mask
+from ..pipeline import Declined, GraphPass, Outcome
+
+_IS_CAUSAL = 5
+"""The index of the argument `is_causal` of attention."""
+
+
+@dataclass(frozen=True)
+class LeaveOutMask(GraphPass):
+    """Look at each mask of booleans once per call, and give attention `attn_mask` and `is_causal` that mean the same.
+
+    A captured model builds its mask in every call, because capture cannot know the lengths and the padding. The model
+    itself looks at its mask, and mostly needs none; at 2048 tokens, attention without one takes half of the time.
+    Safe because `needed_mask` decides by the values of the mask, which no node changes before attention reads it.
+    """
+
+    def run(self, gm: fx.GraphModule) -> Outcome:
+        edits = 0
+        declined = []
+        for mask, attentions in boolean_masks(gm).items():
+            if why := obstacle_between(gm, mask, attentions[-1]):
+                declined.append(Declined.at(attentions, why))
+                continue
+            graph = gm.graph
+            with graph.inserting_after(mask):
+                needed = graph.call_function(needed_mask, (mask,))
+            with graph.inserting_after(needed):
+                causal = graph.call_function(operator.getitem, (needed, 1))
+                left = graph.call_function(operator.getitem, (needed, 0))
+            left.meta["val"] = mask.meta["val"]  # or None, which passes need not know
+            for node in attentions:
+                node.replace_input_with(mask, left)
+                if len(node.args) > _IS_CAUSAL:
+                    node.update_arg(_IS_CAUSAL, causal)
+                else:
+                    node.update_kwarg("is_causal", causal)
+            edits += 1
+        return Outcome(edits, tuple(declined))

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..graph.turns import tracing
 from .attention_module import attend, attend_in_function, is_attention
 from .refusal import refusal
 
@@ -91,6 +92,7 @@ _ATEN_METHODS = {
 _CONVOLUTIONS = {nn.functional.conv1d: aten.conv1d, nn.functional.conv2d: aten.conv2d}
 
 
+@tracing()
 def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyType({})) -> fx.GraphModule:
     """Return the graph of `model`.
 

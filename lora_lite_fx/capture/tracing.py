@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from ..graph.turns import tracing
+
 
 def fake_input(node: fx.Node, example: Tensor | None = None, fixed: Sequence[int] = ()) -> Tensor:
     """Return a fake tensor for the value of `node`.
@@ -42,6 +44,7 @@ def _mode_of(stand_in: Tensor) -> FakeTensorMode:
     return stand_in.fake_mode
 
 
+@tracing()
 def trace(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> fx.Graph:
     """Return the aten graph of `function`, before autograd decomposes anything, with one placeholder per tensor."""
     # make_fx is the tracer of torch.export. Nothing public records `aten.linear` and keeps `detach`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..adapters.placement import placements
 from ..errors import AdapterError, shown
 from ..graph.direct_calls import version_of
+from ..graph.turns import tracing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,8 +76,6 @@ class KeepsValues(Protocol):
 
 _scopes: dict[int, int] = {}
 """How many scopes are open, by the id of the model: scopes may be nested, and opened by several threads."""
-
-_lock = threading.RLock()
 
 
 @contextmanager
@@ -147,14 +145,14 @@ def changed_inside(what: str) -> AdapterError:
 
 
 def _enter(model: nn.Module) -> None:
-    with _lock:
+    with tracing():
         _scopes[id(model)] = _scopes.get(id(model), 0) + 1
         if _scopes[id(model)] == 1 and isinstance(model, KeepsValues):
             model.keep_values()
 
 
 def _leave(model: nn.Module) -> None:
-    with _lock:
+    with tracing():  # a call of another thread may use the values, without a scope of its own
         _scopes[id(model)] -= 1
         if not _scopes[id(model)]:
             del _scopes[id(model)]

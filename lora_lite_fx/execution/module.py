@@ -28,6 +28,7 @@ from ..graph.direct_calls import transform_is_active
 from ..graph.layers import is_layer, layer_of
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_aliases
+from ..graph.turns import calling
 from ..log import phase
 from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
 from .casting import follow_cast
@@ -407,12 +408,18 @@ def _kept(gm: AdaptedGraphModule) -> KeptValues:
 def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
     signature = execution.signature
 
-    def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
+    def run(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
         if signature is None or not signature.has_defaults:
             return getattr(self, self._method_for(()))(*args, **kwargs)
         values, left_out = signature.bind(args, kwargs)
         results = getattr(self, self._method_for(left_out))(*values)
         return signature.omission(left_out).returned(results) if left_out else results
+
+    def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return run(self, *args, **kwargs)
+        with calling():
+            return run(self, *args, **kwargs)
 
     # torch.compile counts recompilations by code object, so each module needs one of its own.
     forward.__code__ = forward.__code__.replace()

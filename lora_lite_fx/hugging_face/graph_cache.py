@@ -25,6 +25,7 @@ from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.module import AdaptedGraphModule
 from ..graph.tensors import register_tensor, tensor_of
+from ..graph.turns import calling, tracing
 from ..graph.writes import written_buffers
 from ..log import logger
 from ..rewriting.calibration import Batches
@@ -132,14 +133,14 @@ class GraphCache:
         self.sites: dict[str, tuple[frozenset[str], str]] = {}  # roles and weight, as the first graph has them
         self.captures = 0
         self.keeps_values = False
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # for the order of the graphs, which calls change
         self._owned: set[str] = set()
         self.drop()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
         """Return the cache of a copy of the model: the same adapters, and no graph yet."""
         twin = memo[id(self)] = object.__new__(GraphCache)
-        twin.__dict__.update(self.__dict__, keeps_values=False, _lock=threading.RLock())
+        twin.__dict__.update(self.__dict__, keeps_values=False, _lock=threading.Lock())
         twin.drop()
         twin._owned = {*self._owned}
         twin.model = copy.deepcopy(self.model, memo)
@@ -164,9 +165,12 @@ class GraphCache:
         """Call a part of the model as its own `forward` would be called."""
         arguments, return_dict = arguments_of(part, args, kwargs)
         # Several threads may call one model. torch.compile knows no locks.
-        with nullcontext() if torch.compiler.is_compiling() else self._lock:
-            call = self._call(part, arguments)
-            graph = self._graph_for(call)
+        with nullcontext() if torch.compiler.is_dynamo_compiling() else calling():
+            return self._run(part, arguments, return_dict)
+
+    def _run(self, part: Any, arguments: dict[str, Any], return_dict: bool) -> Any:
+        call = self._call(part, arguments)
+        graph = self._graph_for(call)
         graph.gm.training = part.training
         leaves = graph.gm(**call.leaves)
         return _result(part, call.normalized, graph, leaves, return_dict)
@@ -180,25 +184,38 @@ class GraphCache:
         return CapturedCall(getattr(part, "_path", ""), normalized, Tree(dict, tuple(names), parts), switches, leaves)
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:
-        signature, reason = call.signature, ""
-        for graph in reversed(self._kept):
-            if graph.call.signature == signature:
-                reason = graph.refuses(call.leaves)
-                if not reason:
-                    self._kept.remove(graph)
-                    self._kept.append(graph)
-                    return graph
-        start = time.perf_counter()
-        graph = self._capture_for(call)
-        self._log(call, reason, time.perf_counter() - start)
-        self._kept.append(graph)
-        if self.keeps_values:
-            graph.gm.keep_values()
+        """Return the graph for this call; capture it if there is none."""
+        graph, _ = self._find(call)
+        if graph is not None:
+            return graph
+        with tracing():
+            graph, reason = self._find(call)  # another thread may have captured it
+            if graph is not None:
+                return graph
+            start = time.perf_counter()
+            graph = self._capture_for(call)
+            self._log(call, reason, time.perf_counter() - start)
+            self._kept.append(graph)
+            if self.keeps_values:
+                graph.gm.keep_values()
         return graph
+
+    def _find(self, call: CapturedCall) -> tuple[CapturedGraph | None, str]:
+        """Return the graph that holds for this call, or None and the reason why a graph of its signature does not."""
+        signature, reason = call.signature, ""
+        with nullcontext() if torch.compiler.is_dynamo_compiling() else self._lock:
+            for graph in reversed(self._kept):
+                if graph.call.signature == signature:
+                    reason = graph.refuses(call.leaves)
+                    if not reason:
+                        self._kept.remove(graph)
+                        self._kept.append(graph)
+                        return graph, ""
+        return None, reason
 
     def keep_values(self, keeps: bool) -> None:
         """Let all graphs keep the values that depend on parameters alone, or drop them."""
-        with self._lock:
+        with tracing():
             self.keeps_values = keeps
             for graph in self._kept:
                 graph.gm.keep_values() if keeps else graph.gm.drop_values()
@@ -240,7 +257,7 @@ class GraphCache:
 
     def first_graph(self) -> fx.GraphModule:
         """Return the graph that has all sites, captured again if it was dropped, over the tensors of the model."""
-        with self._lock:
+        with tracing():
             gm = self._graph_for(self._first_call(self.model)).gm
             self._bind(gm)
         return gm

@@ -37,6 +37,7 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
         sites: all sites of the model.
         left_out: the weights that are not sites.
     """
+    inner = _up_to_the_last_layer(sites)
     chosen = {site.name for variant in variants for site in sites if variant.selects(site)}
     for variant in {type(variant).__name__: variant for variant in variants}.values():
         name = type(variant).__name__
@@ -46,7 +47,7 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
                 f" {describe(missed)}. exclude_names leaves them out without this warning.",
                 stacklevel=5,
             )
-        unknown = [site.name for site in sites if site.name not in chosen and _is_unknown(variant, site)]
+        unknown = [site.name for site in inner if site.name not in chosen and _is_unknown(variant, site)]
         if unknown:
             patterns = Counter(map(_pattern, unknown))
             names = tuple(_as_regex(pattern) for pattern in list(patterns)[:_SHOWN])
@@ -59,13 +60,19 @@ def warn_of_left_out(variants: Sequence[Variant], sites: Sequence[Site], left_ou
             )
 
 
-def _is_unknown(variant: Variant, site: Site) -> bool:
-    """Return whether default roles leave `site` out only because its role is unknown.
+def _up_to_the_last_layer(sites: Sequence[Site]) -> list[Site]:
+    """Return the sites that run before the last layer ends, because default roles leave out the head anyway.
 
-    Linears outside of layers do not count. Most belong to the head, which default roles leave out anyway.
+    Among them are linears outside of layers, such as the projector between the encoder of images and the decoder.
     """
+    in_layers = [call.node for site in sites if site.layer is not None for call in site.calls]
+    return [site for site in sites if in_layers and site.calls[0].node <= max(in_layers)]
+
+
+def _is_unknown(variant: Variant, site: Site) -> bool:
+    """Return whether default roles leave `site` out only because its role is unknown."""
     by_default = variant.target_roles is None and variant.target_names is None
-    return by_default and site.layer is not None and site.roles <= COARSE and variant.selects(_known(site))
+    return by_default and site.roles <= COARSE and variant.selects(_known(site))
 
 
 def _known(site: Site) -> Site:

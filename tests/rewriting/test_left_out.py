@@ -70,6 +70,25 @@ def test_default_roles_name_the_linears_of_unknown_role_by_layer_pattern_and_how
     assert "target_roles=('attention', 'mlp') leaves them out without this warning" in message
 
 
+class Projected(Model):
+    """The model with a projection before its layers, and a pooler after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection, self.pooler = nn.Linear(D, D), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.pooler(super().forward(torch.cos(self.projection(x)))))
+
+
+def test_a_projection_before_the_layers_is_named_too_and_what_comes_after_them_is_not() -> None:
+    model = Projected()
+    (message,) = warned(lambda: llfx.rewrite(model, llfx.LoRA(r=2), (X,)))
+    assert "leave out 4 linears" in message
+    assert r"target_names=('projection$', 'mixer$')" in message
+    assert "pooler" not in message
+
+
 @pytest.mark.parametrize(
     "cfg",
     [

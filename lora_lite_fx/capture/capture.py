@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from ..graph.tensors import keep_aliases
+from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
 from .export import export
@@ -101,7 +101,7 @@ def capture_model(
             is_static = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input
             signature = call_signature(shadow, args, kwargs, gm.graph, accepted, is_static)
         details.append(f"{len(gm.graph.nodes)} nodes")
-    keep_aliases(shadow, gm)
+    keep_registration(shadow, gm)
     _name_modules_once(shadow, gm.graph)
     calls = () if inputs is None else _calls(shadow, *inputs)
     hint = input_hint(shadow, inputs[1]) if inputs is not None else ""

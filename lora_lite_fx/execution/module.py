@@ -27,7 +27,7 @@ from ..graph.copies import copy_graph, share_signatures
 from ..graph.direct_calls import transform_is_active
 from ..graph.layers import is_layer, layer_of
 from ..graph.subgraph import forward_of
-from ..graph.tensors import keep_aliases
+from ..graph.tensors import keep_registration
 from ..graph.turns import calling
 from ..log import phase
 from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
@@ -143,6 +143,7 @@ class AdaptedGraphModule(fx.GraphModule):
         memo[id(self.kept)] = None
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, AdaptedGraphModule)
+        keep_registration(self, twin)
         twin.execution = self.execution
         twin.recompile()
         return twin
@@ -465,7 +466,7 @@ def _optimize_hint(model: object) -> str:
 def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:
     """Return the same graph over the same tensors, not copies of them, in the same mode, run as `execution` says."""
     result = AdaptedGraphModule(model, model.graph, execution)
-    keep_aliases(model, result)
+    keep_registration(model, result)
     return result.train(model.training)
 
 

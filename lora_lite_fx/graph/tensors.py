@@ -81,8 +81,19 @@ def registry_of(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     return next(registry for registry in registries if leaf in registry), leaf
 
 
-def keep_aliases(source: nn.Module, gm: fx.GraphModule) -> None:
-    """Register the tied parameters of `gm` under all the names they have in `source`; the graph reads only one."""
+def keep_registration(source: nn.Module, gm: fx.GraphModule) -> None:
+    """Register the tensors of `gm` as those of `source` are, because torch.fx registers only what the graph reads.
+
+    Tied parameters get all the names that they have there. Buffers that are not saved there are not saved here.
+    """
+    saved = source.state_dict(keep_vars=True).keys()
+    own = {name for name, _ in source.named_buffers(remove_duplicate=False)}
+    for name, buffer in [*gm.named_buffers(remove_duplicate=False)]:
+        if name in own and name not in saved:
+            path, _, leaf = name.rpartition(".")
+            owner = gm.get_submodule(path)
+            delattr(owner, leaf)
+            owner.register_buffer(leaf, buffer, persistent=False)
     known = {id(parameter) for parameter in gm.parameters()}
     names = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
     for name, parameter in source.named_parameters(remove_duplicate=False):

@@ -18,7 +18,7 @@ from ..capture.source import Source
 from ..errors import CaptureError
 from ..execution.module import AdaptedGraphModule, checkpoints_layers, execution_of
 from ..execution.pieces import require_layers
-from ..graph.tensors import keep_aliases, outside_inference_mode
+from ..graph.tensors import keep_registration, outside_inference_mode
 from ..graph.writes import own_written_buffers
 from ..passes import (
     DropMetadataAsserts,
@@ -115,7 +115,7 @@ def base_graph(
         execution = replace(execution, signature=captured.signature)
         call_like_the_model(captured.gm.graph, captured.signature)
     gm = AdaptedGraphModule(captured.gm, captured.gm.graph, execution)
-    keep_aliases(captured.gm, gm)
+    keep_registration(captured.gm, gm)
     own_written_buffers(gm)
     if verify and captured.source is not None and captured.calls:
         require_equal(gm, captured.source, captured.calls, captured.hint)

@@ -309,3 +309,24 @@ def test_the_compiled_graph_follows_the_mode() -> None:
     for training in (True, False, True):
         gm.train(training)
         close(output(compiled, (ids(3, 4),)), output(gm, (ids(3, 4),)), 1e-6, f"training={training}")
+
+
+def test_buffers_are_saved_where_the_model_saves_them() -> None:
+    class Buffers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(3, 3)
+            self.register_buffer("saved", torch.ones(3))
+            self.register_buffer("shift", torch.ones(3), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.lin(x) * self.saved + self.shift
+            return y
+
+    model = Buffers()
+    for inputs in (None, (torch.ones(2, 3),)):
+        gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=("lin",)), inputs)
+        for graph in (llfx.capture(model, inputs), llfx.remove(gm), llfx.merge(gm), llfx.remove(copy.deepcopy(gm))):
+            assert graph.state_dict().keys() == model.state_dict().keys()
+        assert "shift" in dict(gm.named_buffers())
+        gm.load_state_dict({**gm.state_dict(), **model.state_dict()})

@@ -90,4 +90,5 @@ def test_a_trace_records_no_answer() -> None:
     with FakeTensorMode() as mode:
         assert needed_mask(mode.from_tensor(SEEN))[1] is False
     kept = torch.vmap(lambda mask: needed_mask(mask)[0])(SEEN[None])
+    assert kept is not None
     assert torch.equal(kept, SEEN[None])

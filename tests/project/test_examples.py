@@ -1,0 +1,44 @@
+"""The examples run as their docstrings show them, on small models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str) -> str:
+    """Run an example in a process of its own, because it may register variants, and return what it prints."""
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_methods_of_papers_train_and_equal_the_wrapper_and_merge_or_are_refused() -> None:
+    _, *lines = run("examples/own_variants.py", "--rank", "4").splitlines()
+    assert [line.split()[0] for line in lines] == ["LoRAXS", "MoRA", "SVF", "LoReFT", "ParallelAdapter"]
+    for line in lines:
+        name, _, before, after, to_wrap, *merged = line.split()
+        assert float(after) < float(before), line
+        assert float(to_wrap) < 1e-5, line
+        if name == "ParallelAdapter":
+            assert "refused" in line
+        else:
+            assert float(merged[0]) < 1e-5, line
+
+
+def test_a_sweep_compares_configs_and_draws_the_gradients(tmp_path: Path) -> None:
+    picture = tmp_path / "sweep.png"
+    text = run("examples/sweep.py", "--layers", "1", "--ranks", "2", "4", "--out", str(picture))
+    assert "captured 8 sites" in text
+    assert "8 configs in" in text
+    lines = [line.split() for line in text.splitlines() if ", r=" in line]
+    assert [int(line[-5]) for line in lines] == [2, 2, 4, 4, 3, 3, 7, 7]
+    assert len({line[-3] for line in lines}) == 1, "the start values change nothing, so the losses are equal"
+    assert picture.stat().st_size > 10_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +48,17 @@ def _mode_of(stand_in: Tensor) -> FakeTensorMode:
 
 @tracing()
 def trace(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> fx.Graph:
-    """Return the aten graph of `function`, before autograd decomposes anything, with one placeholder per tensor."""
+    """Return the aten graph of `function`, before autograd decomposes anything, with one placeholder per tensor.
+
+    Each node has the lines of the methods called `forward` that computed it as its `stack_trace`.
+    """
+    # Those who call for this trace are no part of it, such as an adapted model in its own `forward`.
+    outer = {f'File "{frame.f_code.co_filename}", line {line}' for frame, line in traceback.walk_stack(None)}
     # make_fx is the tracer of torch.export. Nothing public records `aten.linear` and keeps `detach`.
     with _mode_of(tensors[0]):
-        return make_fx(function, pre_dispatch=True)(*tensors).graph
+        graph: fx.Graph = make_fx(function, pre_dispatch=True, record_stack_traces=True)(*tensors).graph
+    for node in graph.nodes:
+        frames = re.findall(r'(File "[^"]*", line \d+), in forward(\n.*)', node.stack_trace or "")
+        lines = [f"{place}, in forward{code}" for place, code in frames if place not in outer]
+        node.stack_trace = "\n  ".join(lines) or None
+    return graph

@@ -7,7 +7,8 @@
 3. Splice a copy of the fragment into the graph. The nodes of the frozen linear stay. Only the readers of their output
    change and, for a variant that changes the input, the node that they read.
 4. Record on every inserted node which adapter it belongs to (`graph/provenance.py`). The record is all that removing,
-   merging, saving and inspecting an adapter needs.
+   merging, saving and inspecting an adapter needs. The nodes have what torch.export gives its own too: `val`, the
+   user's line as `stack_trace`, and the modules that they are in, among which the site's has the variant as its type.
 
 The adapter's tensors are registered before step 2. `rewrite` fills them after the pass, `load` from a file.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -32,6 +34,7 @@ from ...graph.provenance import (
     record,
     surrounding,
 )
+from ...graph.queries import operation_name
 from ...graph.tensors import register_tensor
 from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
@@ -111,7 +114,7 @@ def _splice(
         parameters[inputs.bias] = call.computed_bias or site.bias
     if fragment.base_input is inputs.x and fragment.result is fragment.base:
         raise ConfigError(f"{type(placement.variant).__name__}.forward returns base(x) unchanged.")
-    copier = _Copier(graph, values, parameters, call.node.meta.get("nn_module_stack"), provenance)
+    copier = _Copier(graph, values, parameters, _module_stack(call.node, placement), provenance)
     frozen = span(call.x, call.y)
     body = [node for node in fragment.graph.nodes if node.op not in ("placeholder", "output")]
     if fragment.base_input is not inputs.x:
@@ -128,6 +131,20 @@ def _splice(
     if y is not call.y:
         call.y.replace_all_uses_with(y, delete_user_cb=lambda user: user not in copier.inserted)
     return y
+
+
+def _module_stack(node: fx.Node, placement: Placement) -> dict[str, Any] | None:
+    """Return the modules that an adapter around `node` is in, as fx notes them; None if that is not known.
+
+    The module of the site has the variant as its type. Who asks for the nodes of an `nn.Linear`, as quantizers do,
+    would take those of the adapter for a part of it otherwise.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if stack is None:
+        return None
+    kind = type(placement.variant)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return {key: (path, name if path == placement.site else cls, *rest) for key, (path, cls, *rest) in stack.items()}
 
 
 class _Copier:
@@ -147,7 +164,7 @@ class _Copier:
         graph: fx.Graph,
         values: Mapping[fx.Node, fx.Node],
         parameters: Mapping[fx.Node, str | fx.Node],
-        module_stack: object,
+        module_stack: dict[str, Any] | None,
         provenance: Provenance,
     ) -> None:
         self.graph = graph
@@ -170,12 +187,25 @@ class _Copier:
                 # A copy of the computation is parameter work, as what reads it; and it may stand before the original.
                 copied = self.graph.node_copy(source, lambda operand: self.copy(operand, part))
             elif source is not None:
-                copied = self.graph.get_attr(source)
+                copied = self.graph.create_node("get_attr", source, name=source.replace(".", "_"))
+                copied.meta["val"] = node.meta["val"]
             else:
-                copied = self.graph.node_copy(node, lambda operand: self.copy(operand, part))
+                operands = fx.node.map_arg((node.args, node.kwargs), lambda operand: self.copy(operand, part))
+                copied = self.graph.create_node(node.op, node.target, *operands, name=self._name(node))
+                copied.meta = dict(node.meta)
             if self.module_stack is not None:
                 copied.meta["nn_module_stack"] = self.module_stack
             record(copied, replace(self.provenance, part=part))
             self.inserted.add(copied)
             self.copies[node] = copied
         return self.copies[node]
+
+    def _name(self, node: fx.Node) -> str:
+        """Return a name that says the site, the tensor of the adapter that `node` reads if any, and the operation.
+
+        It does not depend on what else is in the graph: `layers_0_q_proj_lora_A_linear`.
+        """
+        prefix = f"{self.provenance.site}."
+        read = (str(self.parameters.get(operand, "")) for operand in node.all_input_nodes)
+        tensor = next((name for name in read if name.removeprefix(prefix).startswith(self.provenance.names)), "")
+        return f"{tensor or self.provenance.site}_{operation_name(node).strip('_')}".replace(".", "_")

@@ -212,9 +212,15 @@ def _gather(graph: fx.Graph, product: fx.Node, sums: list[Sum]) -> None:
         _, weight, bias = (*term.y.args, None)[:3]
         branches.append(Branch(weight, bias, term.b, term.scale))
     with graph.inserting_before(place):
-        call = graph.call_function(products, (*product.args, *flatten(branches)))
-        results = [graph.call_function(operator.getitem, (call, 1 + index)) for index in range(len(sums))]
-    call.meta = dict(product.meta)
+        args = (*product.args, *flatten(branches))
+        call = graph.create_node("call_function", products, args, name=f"{product.name}_and_sums")
+        results = [
+            graph.create_node("call_function", operator.getitem, (call, index), name=f"{term.node.name}_sum")
+            for index, term in enumerate(sums, 1)
+        ]
+    values = [node.meta.get("val") for node in (product, *(term.node for term in sums))]
+    call.meta = {**product.meta, "val": tuple(values)}
+    call.meta.pop("tensor_meta", None)  # of the product alone
     for term, result in zip(sums, results, strict=True):
         result.meta = dict(term.node.meta)
         term.node.replace_all_uses_with(result)

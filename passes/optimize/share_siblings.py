@@ -117,20 +117,30 @@ def _share(gm: fx.GraphModule, x: fx.Node, group: list[fx.Node], work: list[fx.N
     move_to_front(graph, [node for node in work if node in needed])
     values = [value for matrix in matrices if (value := value_of(gm, matrix)) is not None]
     sizes = [value.shape[0] for value in values]
-    with graph.inserting_before(first_input(graph)):
-        stacked = graph.call_function(aten.cat.default, (matrices,))
-    stacked.meta["val"] = torch.empty(sum(sizes), values[0].shape[1], dtype=values[0].dtype, device="meta")
-    with graph.inserting_before(group[0]):
-        product = graph.call_function(aten.linear.default, (x, stacked))
-        parts = graph.call_function(aten.split_with_sizes.default, (product, sizes, -1))
-        shares = [graph.call_function(operator.getitem, (parts, index)) for index in range(len(group))]
-    provenance = recorded(group[0])
-    assert provenance is not None
-    for node in (stacked, product, parts, *shares):
+
+    def add(target: Any, *args: Any, like: fx.Node, name: str, val: Any) -> fx.Node:
+        node = graph.create_node("call_function", target, args, name=f"{like.name}_{name}")
+        node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
+        if val is not None:
+            node.meta["val"] = val
+        provenance = recorded(like)
+        assert provenance is not None
         record(node, replace(provenance, part="", config="", by=by))
-    for node in (product, parts, *shares):
-        if "nn_module_stack" in group[0].meta:
-            node.meta["nn_module_stack"] = group[0].meta["nn_module_stack"]
+        return node
+
+    first, products = group[0], [node.meta.get("val") for node in group]
+    with graph.inserting_before(first_input(graph)):
+        matrix = torch.empty(sum(sizes), values[0].shape[1], dtype=values[0].dtype, device="meta")
+        stacked = add(aten.cat.default, matrices, like=first, name="shared_matrix", val=matrix)
+        stacked.meta.pop("nn_module_stack", None)  # as that of all parameter work
+    with graph.inserting_before(first):
+        val = None if products[0] is None else products[0].new_empty(*products[0].shape[:-1], sum(sizes))
+        product = add(aten.linear.default, x, stacked, like=first, name="shared", val=val)
+        parts = add(aten.split_with_sizes.default, product, sizes, -1, like=first, name="shared_parts", val=products)
+        shares = [
+            add(operator.getitem, parts, index, like=node, name="part", val=products[index])
+            for index, node in enumerate(group)
+        ]
     for node, share in zip(group, shares, strict=True):
         node.replace_all_uses_with(share)
 

@@ -109,8 +109,8 @@ def test_a_pass_that_returns_no_number_of_edits_is_named(value: object) -> None:
 def test_reports_have_the_reasons_of_a_pass_each_once() -> None:
     gm = llfx.rewrite(Down(), llfx.LoRA(r=2, target_names=("proj",)), EXAMPLE)
     nodes = {node.name: node for node in gm.graph.nodes}
-    assert Declined.at([nodes["linear_2"], nodes["linear_3"]], "no") == Declined(("proj",), "no")
-    assert str(Declined.at([nodes["linear"], nodes["linear_2"]], "no")) == "fc, proj: no"
+    assert Declined.at([nodes["proj_lora_A_linear"], nodes["proj_add"]], "no") == Declined(("proj",), "no")
+    assert str(Declined.at([nodes["linear"], nodes["proj_add"]], "no")) == "fc, proj: no"
     assert str(Declined((), "no")) == "no"
     declined = (Declined(("proj",), "no"), Declined(("fc",), "no"), Declined(("proj",), "no"))
     reports = Pipeline((Returns(Outcome(0, declined)), Returns(3))).run(gm)

@@ -22,6 +22,7 @@ from .formats.lora_lite import load_lora_lite, save_lora_lite
 from .formats.peft.config import from_peft_config
 from .formats.peft.directory import load_peft, save_peft, to_peft_config
 from .hugging_face.adapt import adapt
+from .inspection.program import program
 from .inspection.table import inspect
 from .rewriting.capture import capture
 from .rewriting.eager import wrap
@@ -102,6 +103,7 @@ __all__ = [
     "load_peft",
     "merge",
     "optimize",
+    "program",
     "register",
     "registry",
     "remove",

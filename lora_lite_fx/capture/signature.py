@@ -61,11 +61,14 @@ class Omission:
         return pytree.tree_unflatten(list(results), self.out_spec)
 
 
-def return_flat(graph: fx.Graph) -> None:
-    """Let `graph` return its results as a flat tuple, without the structure that capture recorded for them."""
-    codegen: Any = graph._codegen  # where torch.export keeps that structure; nothing public changes it
+def return_as(graph: fx.Graph, out_spec: pytree.TreeSpec | None) -> None:
+    """Let `graph` return its results in this structure, or as a flat tuple, and take all its inputs.
+
+    It forgets the structure and the optional arguments that capture recorded.
+    """
+    codegen: Any = graph._codegen  # where torch.export keeps the structure; nothing public changes it
     if isinstance(codegen, _PyTreeCodeGen):
-        codegen.pytree_info = codegen.pytree_info._replace(out_spec=None)
+        graph.set_codegen(_PyTreeCodeGen(codegen.pytree_info._replace(out_spec=out_spec)))
 
 
 class _CalledLikeTheModel(_PyTreeCodeGen):
@@ -234,6 +237,9 @@ class CallSignature:
         Raises:
             CallError: the graph does not serve such calls.
         """
+        for name in left_out:
+            if name not in self.captured:
+                raise CallError(f"{name} is not an argument that this graph has. {self._captured_with}")
         omission = self.omissions.get(frozenset(left_out))
         if omission is None:
             name = next((name for name in left_out if name in self.refusals), left_out[0])

@@ -12,7 +12,7 @@ from ..graph.parameter_work import first_input, move_to_front
 from ..graph.provenance import is_inserted
 from ..graph.queries import reads_tensor
 from ..graph.subgraph import copy_of, extract, function_of, replace_by_call
-from ..graph.tensors import tensor_of
+from ..graph.tensors import has_attribute, tensor_of
 from ..graph.walk import ancestors
 from .pieces import pieces_of
 from .reading import Reader, reader_of
@@ -138,7 +138,7 @@ def _own(module: nn.Module, outer: fx.Graph, prefix: str) -> Callable[[fx.Node],
         if node not in known:
             if node.op == "get_attr":
                 name = str(node.target)
-                known[node] = name.startswith(prefix) and _has(module, name.removeprefix(prefix))
+                known[node] = name.startswith(prefix) and has_attribute(module, name.removeprefix(prefix))
             else:
                 known[node] = _is_work(node, first) and all(map(is_own, node.all_input_nodes))
         return known[node]
@@ -149,14 +149,6 @@ def _own(module: nn.Module, outer: fx.Graph, prefix: str) -> Callable[[fx.Node],
 def _is_work(node: fx.Node, first: fx.Node) -> bool:
     """Check whether `node` is parameter work, which stands before `first`, the first input."""
     return node < first and node.op != "get_attr" and is_inserted(node)
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    for part in name.split("."):
-        if not hasattr(module, part):
-            return False
-        module = getattr(module, part)
-    return True
 
 
 def _cut_values(gm: fx.GraphModule, host: nn.Module, outer: fx.Graph, method: str) -> Values | None:
@@ -184,7 +176,7 @@ def _cut_values(gm: fx.GraphModule, host: nn.Module, outer: fx.Graph, method: st
     shared: list[fx.Node] = []
     constants: list[fx.Node] = []
     for node in tensors:
-        (shared if _has(host, str(node.target)) else constants).append(node)
+        (shared if has_attribute(host, str(node.target)) else constants).append(node)
     read = reader_of(host, [str(node.target) for node in shared])
     own = tuple(tensor_of(gm, str(node.target)) for node in constants)
     values = Values(read, function_of(extract([*shared, *constants], results)), own)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapters.placement import HasGraphs, placements
 from ..adapters.state import describe_adapters, trainable_parameters
-from ..capture.signature import CallSignature
+from ..capture.signature import CallSignature, return_as
 from ..errors import AdapterError, shown
 from ..graph.annotated import annotated_forward
 from ..graph.copies import copy_graph, share_signatures
@@ -35,6 +35,7 @@ from .casting import follow_cast
 from .cutting import Piece, Values, cut
 from .frozen import KeptValues, can_be_kept, changed_inside
 from .layer import GraphLayer, Part, RunsParts, running_parts, submodule
+from .program_graph import ProgramGraph
 from .watch import Watch
 
 _DERIVED = "_run_"
@@ -86,12 +87,10 @@ class Derived:
     """A program as it was derived.
 
     Args:
-        reports: what each pass did.
         pieces: what modules run of it.
         values: what the rest needs of the model, or None.
     """
 
-    reports: list[PassReport]
     pieces: list[Piece] = field(default_factory=list)
     values: Values | None = None
 
@@ -174,9 +173,19 @@ class AdaptedGraphModule(fx.GraphModule):
             cls.forward = _forward_of_programs(cls.forward, self.execution)
         return code
 
-    def pass_reports(self, program: Program) -> list[PassReport]:
-        """Return what each pass did when `program` was derived; derive the program first if no call has needed it."""
-        return self.derived[self._derive(program, (), ())].reports
+    def program(self, program: Program, left_out: tuple[str, ...] = ()) -> tuple[ProgramGraph, list[PassReport]]:
+        """Return a program before it is cut into layers, as a graph of its own, and what each pass did.
+
+        Args:
+            program: which one.
+            left_out: the arguments that its calls leave out, in the order of the signature.
+        """
+        assert self.execution is not None
+        signature = self.execution.signature
+        graph, reports = self._optimized(program, left_out)
+        if signature is not None and left_out:
+            return_as(graph, signature.omission(left_out).out_spec)
+        return ProgramGraph.over(self, self.host, graph, signature, left_out), reports
 
     def keep_values(self) -> None:
         """Keep the values that depend on parameters alone, see `frozen`."""
@@ -248,10 +257,10 @@ class AdaptedGraphModule(fx.GraphModule):
         cls: Any = type(self)
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
-            graph, reports = self._optimized(program, left_out)
+            graph, _ = self._optimized(program, left_out)
             if program == "exported":
                 setattr(cls, method, annotated_forward(self, graph))
-                cls.derived[method] = Derived(reports)
+                cls.derived[method] = Derived()
                 return
             for name in hooked if self.host is not self else ():
                 module = submodule(self.host, name)
@@ -259,7 +268,7 @@ class AdaptedGraphModule(fx.GraphModule):
                     kind: Any = type(module)
                     module.__class__ = running_parts(kind)
             pieces, values = cut(self, self.host, graph, method, hooked)
-            derived = Derived(reports, pieces, values)
+            derived = Derived(pieces, values)
             is_kept, checkpoints = program == "inference", program == "checkpointed"
             setattr(cls, f"{method}_values", _values_method(method, derived, is_kept))
             for index, piece in enumerate(pieces):

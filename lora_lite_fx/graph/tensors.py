@@ -32,6 +32,16 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def has_attribute(model: nn.Module, name: str) -> bool:
+    """Check whether `model` has a tensor or a module of that qualified name."""
+    value: Any = model
+    for part in name.split("."):
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return True
+
+
 def tensor_names(model: nn.Module) -> dict[int, str]:
     """Return the qualified names of the parameters and buffers of `model`, by the id of the tensor."""
     return {id(t): name for name, t in itertools.chain(model.named_buffers(), model.named_parameters())}

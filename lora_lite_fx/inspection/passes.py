@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..execution.module import AdaptedGraphModule
 from ..passes import Declined, PassReport, Program
 from .blocks import ranges
 
@@ -36,12 +35,6 @@ class ProgramReport:
             lines.append(f"  {report.name:{width}}  {edits:>9}  {1000 * report.seconds:7.1f} ms")
             lines += [f"    {line}" for line in summarized(report.declined)]
         return "\n".join(lines)
-
-
-def program_reports(gm: AdaptedGraphModule) -> tuple[ProgramReport, ...]:
-    """Return the reports of the training program and the inference program of `gm`, which are derived if need be."""
-    assert gm.execution is not None
-    return tuple(ProgramReport(program, tuple(gm.pass_reports(program))) for program in gm.execution.programs)
 
 
 def summarized(declined: Iterable[Declined]) -> list[str]:

@@ -23,7 +23,8 @@ from ..sites.left_out import find_left_out
 from ..sites.roles import ROLES
 from ..sites.site import stored_weight
 from .page import render
-from .passes import ProgramReport, program_reports
+from .passes import ProgramReport
+from .program import program
 from .rows import LeftOutRow, SiteRow
 
 
@@ -146,8 +147,8 @@ def inspect(
         kinds: of the sites to list, as in `target_kinds`; adapted sites are listed whatever their kind. Weights that
             multiply data and are not sites are listed too, each with the reason.
         passes: whether to report the optimizing passes too: for the training program and the inference program, the
-            edits and the seconds of each pass, and why it left candidates as they are. A program that has not run yet
-            is derived for that. The graph stays as it is.
+            edits and the seconds of each pass, and why it left candidates as they are, as `program` has them. The
+            graph stays as it is.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -191,7 +192,8 @@ def inspect(
         # A model that runs is asked for its own programs; of another model the graph made here shows what would run.
         running = model_or_graph if isinstance(model_or_graph, AdaptedGraphModule) else gm
         assert isinstance(running, AdaptedGraphModule)
-        programs = program_reports(running)
+        assert running.execution is not None
+        programs = tuple(program(running, which).meta["report"] for which in running.execution.programs)
     left_out = tuple(
         LeftOutRow(
             name=weight.name,

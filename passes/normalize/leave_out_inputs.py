@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ...capture.signature import Omission, return_flat
+from ...capture.signature import Omission, return_as
 from ..pipeline import GraphPass
 
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ class LeaveOutInputs(GraphPass):
         (results,) = graph.output_node().args
         flat = list(results) if isinstance(results, (list, tuple)) else [results]
         graph.output_node().args = (tuple(flat[index] for index in self.omission.outputs),)
-        return_flat(graph)
+        return_as(graph, None)
         return len(self.omission.fills)
 
     def _size(self, placeholders: Sequence[fx.Node], size: int | tuple[int, int]) -> int | fx.Node:

@@ -20,7 +20,7 @@ class AdapterError(Exception):
 
 
 class ConfigError(AdapterError, ValueError):
-    """A variant's fields are invalid, or do not fit the site they are applied to."""
+    """A variant's fields are invalid, or do not fit the site they are applied to; or a pipeline's passes are."""
 
 
 class SelectionError(AdapterError, ValueError):

@@ -1,4 +1,4 @@
-"""Write the text of a graph around each pass to a folder, for whoever debugs a pass."""
+"""Write the graph around each pass that changes it to a folder, for whoever debugs a pass."""
 
 from __future__ import annotations
 
@@ -9,56 +9,64 @@ from pathlib import Path
 
 from torch import fx
 
+from ..graph.queries import model_name
+
 _VARIABLE = "LORA_LITE_FX_DUMP"
 _numbers: Iterator[int] = itertools.count()
 
 
 class Dump:
-    """The files of one pass, in the folder that the environment variable `LORA_LITE_FX_DUMP` names.
+    """The files of one run of a pipeline, in the folder that the environment variable `LORA_LITE_FX_DUMP` names.
 
-    They are numbered in the order in which the passes of this process ran. Each begins with comment lines.
+    Each run that changes a graph has a folder in it: `012_inference_of_Llama`, or `003_graph_of_Llama` for passes that
+    make no program, such as those that insert adapters. The number counts the runs of this process. The files hold the
+    graph as code, with shapes, dtypes and the lines of the model; comments say what the pass did.
 
     | file | written |
     |---|---|
-    | `007_share_siblings.before.txt`, `.after.txt` | by a pass that changed the graph |
-    | `007_share_siblings.txt` | by a pass that made no edit: its reasons, and no graph |
-    | `007_share_siblings.before.txt`, `.failed.txt` | by a pass that failed: the error, and what prints of the graph |
+    | `05_share_siblings.before.txt`, `.after.txt` | by a pass that changed the graph |
+    | `05_share_siblings.before.txt`, `.failed.txt` | by a pass that failed: its error, and the graph as it left it |
 
     Args:
-        name: of the pass, which is about to run.
-        gm: its module.
+        gm: the module whose graph the passes change.
+        program: the name of the program that they make of it, or None.
     """
 
-    def __init__(self, name: str, gm: fx.GraphModule) -> None:
-        self.name, self.gm = name, gm
-        self.folder = os.environ.get(_VARIABLE)
-        self.before = _text(gm.graph) if self.folder else ""
+    def __init__(self, gm: fx.GraphModule, program: str | None) -> None:
+        self.gm = gm
+        self.root = os.environ.get(_VARIABLE)
+        self.folder: Path | None = None
+        self.kind = program or "graph"
+        self.place = -1
+
+    def begin(self, name: str) -> None:
+        """Keep the text of the graph, because the pass of this name is about to run."""
+        self.name = name
+        self.place += 1
+        self.before = _text(self.gm.graph) if self.root else ""
 
     def succeeded(self, edits: int, reasons: Iterable[str]) -> None:
-        """Write the graph before and after the pass, or one file without a graph if nothing changed."""
-        if not self.folder:
+        """Write the graph before and after the pass, if the pass changed it."""
+        if not self.root:
             return
         after = _text(self.gm.graph)
-        comments = [f"{self.name}: {edits or 'no'} edit{'s' * (edits != 1)}"]
-        comments += [f"{self.name}: {reason}" for reason in reasons]
-        if edits == 0 and after == self.before:
-            self._write({"": _commented(comments)})
-        else:
-            self._write({".before": self.before, ".after": _commented(comments) + after})
+        if edits or after != self.before:
+            comments = [f"{self.name}: {edits or 'no'} edit{'s' * (edits != 1)}"]
+            comments += [f"{self.name}: {reason}" for reason in reasons]
+            self._write({"before": self.before, "after": _commented(comments) + after})
 
     def failed(self, error: Exception) -> None:
         """Write the graph before the pass, and what the pass left of it, with the error."""
-        if self.folder:
+        if self.root:
             comment = f"{self.name} failed: {type(error).__name__}: {error}"
-            lines = _commented(comment.splitlines()) + _text(self.gm.graph)
-            self._write({".before": self.before, ".failed": lines})
+            self._write({"before": self.before, "failed": _commented(comment.splitlines()) + _text(self.gm.graph)})
 
     def _write(self, texts: dict[str, str]) -> None:
-        folder = Path(self.folder or "")
-        folder.mkdir(parents=True, exist_ok=True)
-        number = next(_numbers)
+        if self.folder is None:
+            self.folder = Path(self.root or "") / f"{next(_numbers):03d}_{self.kind}_of_{model_name(self.gm)}"
+            self.folder.mkdir(parents=True, exist_ok=True)
         for when, text in texts.items():
-            (folder / f"{number:03d}_{self.name}{when}.txt").write_text(text, encoding="utf-8")
+            (self.folder / f"{self.place:02d}_{self.name}.{when}.txt").write_text(text, encoding="utf-8")
 
 
 def _commented(lines: Iterable[str]) -> str:
@@ -66,9 +74,9 @@ def _commented(lines: Iterable[str]) -> str:
 
 
 def _text(graph: fx.Graph) -> str:
-    """Return the graph as text; of a graph that a failing pass has left broken, the nodes that can be printed."""
+    """Return the graph as code; of a graph that a failing pass has left broken, the nodes that can be printed."""
     try:
-        return f"{graph}\n"
+        return f"{graph.python_code('self', verbose=True).src.strip()}\n"
     except Exception as error:
         lines = [f"# The graph cannot be printed as a whole: {type(error).__name__}: {error}"]
         for node in graph.nodes:

@@ -6,16 +6,19 @@ import re
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from ..errors import AdapterError
+from ..capture.capture import Inputs
+from ..capture.mistakes import check_inputs
+from ..errors import AdapterError, ConfigError, shown
 from ..graph.direct_calls import is_transform
 from ..graph.provenance import place_of
 from ..graph.writes import written
+from .check import Check, Modes
 from .dump import Dump
 
 Program = Literal["plain", "training", "checkpointed", "inference", "exported"]
@@ -104,7 +107,7 @@ class PassReport:
 
 
 class PassError(AdapterError, RuntimeError):
-    """A pass failed unexpectedly. The message names the pass, and the passes that ran before it."""
+    """A pass failed unexpectedly, or a check found it wrong. The message names the pass."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,32 @@ class Pipeline:
     Around each pass it does the work that every pass needs: it times the pass, removes dead code, lints the graph,
     names the pass in errors, and writes the graph's text to the folder `LORA_LITE_FX_DUMP` if that is set. It
     recompiles the module once, at the end.
+
+    Args:
+        passes: objects of subclasses of `GraphPass`.
+        check: inputs of the graph, as a tuple of positional or a dict of keyword arguments, to find a wrong pass. The
+            graph runs on them before and after each pass. The first pass after which a result, a gradient or a buffer
+            differs, or a `meta["val"]` has another shape or dtype than the value, is an error. Gradients are those of
+            trainable parameters and of inputs that require one; those a million times smaller than the largest are
+            not told from zero.
+
+    Raises:
+        ConfigError: something is not a pass.
+        CaptureError: `check` is neither a tuple nor a dict.
     """
 
     passes: tuple[GraphPass, ...]
+    check: Inputs | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        passes: Any = self.passes
+        if isinstance(passes, GraphPass) or not isinstance(passes, Iterable):
+            raise ConfigError(f"Pipeline takes a tuple of passes, not {shown(passes)}.")
+        object.__setattr__(self, "passes", tuple(passes))
+        for graph_pass in self.passes:
+            _require_pass(graph_pass)
+        if self.check is not None:
+            check_inputs(self.check, "check")
 
     def __iter__(self) -> Iterator[GraphPass]:
         return iter(self.passes)
@@ -125,31 +151,68 @@ class Pipeline:
         """Return the pipeline without the passes of these names.
 
         Raises:
-            ValueError: the pipeline has no pass of such a name.
+            ConfigError: the pipeline has no pass of such a name.
         """
-        known = [graph_pass.name for graph_pass in self.passes]
-        if unknown := sorted(set(names) - set(known)):
-            raise ValueError(f"No pass is named {', '.join(unknown)}; the pipeline has {', '.join(known)}.")
-        return Pipeline(tuple(graph_pass for graph_pass in self.passes if graph_pass.name not in names))
+        self._places(names)
+        return self._of(graph_pass for graph_pass in self.passes if graph_pass.name not in names)
+
+    def before(self, name: str, *passes: GraphPass) -> Pipeline:
+        """Return the pipeline with `passes` right before the pass of that name.
+
+        Raises:
+            ConfigError: the pipeline has no pass of that name, or something is not a pass.
+        """
+        place = self._places([name])[0]
+        return self._of([*self.passes[:place], *passes, *self.passes[place:]])
+
+    def after(self, name: str, *passes: GraphPass) -> Pipeline:
+        """Return the pipeline with `passes` right after the pass of that name.
+
+        Raises:
+            ConfigError: the pipeline has no pass of that name, or something is not a pass.
+        """
+        place = self._places([name])[-1] + 1
+        return self._of([*self.passes[:place], *passes, *self.passes[place:]])
 
     def of(self, program: Program) -> Pipeline:
         """Return the passes that optimize this program."""
-        return Pipeline(tuple(graph_pass for graph_pass in self.passes if program in graph_pass.programs))
+        return self._of(graph_pass for graph_pass in self.passes if program in graph_pass.programs)
 
-    def run(self, gm: fx.GraphModule) -> list[PassReport]:
+    def _of(self, passes: Iterable[GraphPass]) -> Pipeline:
+        return Pipeline(tuple(passes), self.check)
+
+    def _places(self, names: Sequence[str]) -> list[int]:
+        """Return the places of the passes of these names; raise ConfigError if there is none of one of them."""
+        known = [graph_pass.name for graph_pass in self.passes]
+        if unknown := sorted(set(names) - set(known)):
+            raise ConfigError(f"No pass is named {', '.join(unknown)}; the pipeline has {', '.join(known) or 'none'}.")
+        return [place for place, name in enumerate(known) if name in names]
+
+    def run(self, gm: fx.GraphModule, program: Program | None = None) -> list[PassReport]:
         """Run all passes on `gm`, in place.
+
+        Args:
+            gm: the module whose graph the passes change.
+            program: the program that they make of it, if they do: a check runs it in the modes in which it is called.
 
         Raises:
             AdapterError: a pass refused its input. It is the pass's own error, with a note that names the pass.
-            PassError: a pass failed unexpectedly, or returned neither a number of edits nor an `Outcome`.
+            PassError: a pass failed unexpectedly, or returned neither a number of edits nor an `Outcome`, or a check
+                found it wrong.
+            CallError: the graph does not take the inputs of the check.
         """
         reports: list[PassReport] = []
+        dump = Dump(gm, program)
+        check = None if self.check is None else Check(gm, self.check, _modes(gm, program))
         for graph_pass in self.passes:
-            dump = Dump(graph_pass.name, gm)
+            dump.begin(graph_pass.name)
             start = time.perf_counter()
             try:
                 outcome = _outcome(graph_pass.run(gm))
                 _clean(gm)
+                seconds = time.perf_counter() - start
+                if check is not None and (complaint := check.complaint(gm)):
+                    raise PassError(f"Pass {graph_pass.name} {complaint}")
             except Exception as error:
                 dump.failed(error)
                 done = ", ".join(report.name for report in reports) or "none"
@@ -159,10 +222,29 @@ class Pipeline:
                     raise
                 raise PassError(f"{type(error).__name__} {where}: {error}") from error
             declined = tuple(dict.fromkeys(outcome.declined))
-            reports.append(PassReport(graph_pass.name, outcome.edits, time.perf_counter() - start, declined))
+            reports.append(PassReport(graph_pass.name, outcome.edits, seconds, declined))
             dump.succeeded(outcome.edits, map(str, declined))
         gm.recompile()
         return reports
+
+
+def _require_pass(value: object) -> None:
+    if isinstance(value, GraphPass):
+        return
+    name = getattr(value, "__name__", "")
+    if isinstance(value, type) and issubclass(value, GraphPass):
+        raise ConfigError(f"{name} is a class, and a pipeline takes its objects. The way out: {name}().")
+    what = f"{shown(value)} {name}".rstrip() if not isinstance(value, type) else shown(value)
+    raise ConfigError(f"A pipeline takes passes, which are objects of subclasses of GraphPass, not {what}.")
+
+
+def _modes(gm: fx.GraphModule, program: Program | None) -> Modes:
+    """Return the modes in which a program is called, or in which `gm` is."""
+    if program == "inference":
+        return ((False, False),)
+    if program == "training":
+        return ((False, True), (True, True))
+    return ((True if program == "checkpointed" else gm.training, True),)
 
 
 def _outcome(result: object) -> Outcome:

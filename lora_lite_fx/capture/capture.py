@@ -40,6 +40,11 @@ from .symbolic import symbolic_trace
 Inputs = tuple[Any, ...] | dict[str, Any]
 
 
+def call_of(inputs: Inputs) -> Call:
+    """Return the positional and the keyword arguments of a call with these inputs."""
+    return (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+
+
 @dataclass(frozen=True)
 class Capture:
     """A captured model, over frozen tensors of its own that share the model's storage.
@@ -116,7 +121,7 @@ def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     check_inputs(inputs)
-    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+    args, kwargs = call_of(inputs)
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)

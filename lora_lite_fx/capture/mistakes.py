@@ -75,18 +75,18 @@ def _hint(value: Any) -> str:
     return ""
 
 
-def check_inputs(inputs: object) -> None:
-    """Raise `CaptureError` unless `inputs` is a tuple of positional or a dict of keyword arguments."""
+def check_inputs(inputs: object, name: str = "example_inputs") -> None:
+    """Raise `CaptureError` unless `inputs`, given as `name`, is a tuple of positional or a dict of keyword values."""
     if isinstance(inputs, dict):
         texts = [name for name in ("input_ids", "attention_mask", "labels") if isinstance(inputs.get(name), list)]
         if texts:
             raise CaptureError(
-                f"example_inputs: {texts[0]} is a list of numbers, and the model takes a tensor. A tokenizer makes"
+                f"{name}: {texts[0]} is a list of numbers, and the model takes a tensor. A tokenizer makes"
                 ' tensors with return_tensors="pt".'
             )
     elif not isinstance(inputs, tuple):
         raise CaptureError(
-            "example_inputs must be a tuple of positional or a dict of keyword arguments,"
+            f"{name} must be a tuple of positional or a dict of keyword arguments,"
             f" not {type(inputs).__name__}; {_input_hint(inputs)}."
         )
 

@@ -89,15 +89,15 @@ def outputs_of_model(
             module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
         if by_module and name:
             module.register_forward_hook(keep(name))
-    args, kwargs = _copied(call)
-    with _comparable(model):
+    args, kwargs = copied(call)
+    with comparable(model):
         returned = twin(*args, **kwargs)
-    return Outputs(_results(returned), _buffers(twin), modules)
+    return Outputs(results_of(returned), buffers_of(twin), modules)
 
 
 def outputs_of_graph(gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool) -> Outputs:
     """Run the flat graph `gm` of `model`; the other arguments are those of `outputs_of_model`."""
-    args, kwargs = _copied(call)
+    args, kwargs = copied(call)
     values = values_of_call(gm.graph, inspect.signature(model.forward), args, kwargs)
     interpreter = _Interpreter(gm, by_module)
     return _outputs_of(gm, training, lambda: interpreter.run(*values), interpreter.modules)
@@ -105,16 +105,16 @@ def outputs_of_graph(gm: fx.GraphModule, model: nn.Module, call: Call, training:
 
 def outputs_of_program(gm: fx.GraphModule, call: Call, training: bool) -> Outputs:
     """Run what a call of `gm` runs, which may be an optimized form of the graph; modules are not to be seen there."""
-    args, kwargs = _copied(call)
+    args, kwargs = copied(call)
     return _outputs_of(gm, training, lambda: gm(*args, **kwargs), {})
 
 
 def _outputs_of(
     gm: fx.GraphModule, training: bool, run: Callable[[], Any], modules: dict[str, list[Tensor]]
 ) -> Outputs:
-    with _as_before(gm), _comparable(gm):
+    with as_before(gm), comparable(gm):
         gm.train(training)
-        return Outputs(_results(run()), _buffers(gm), modules)
+        return Outputs(results_of(run()), buffers_of(gm), modules)
 
 
 class _Interpreter(fx.Interpreter):
@@ -152,17 +152,24 @@ def _call_name(module: str, index: int) -> str:
     return f"{module}@{index}" if index else module
 
 
-def _results(returned: Any) -> dict[str, Any]:
+def results_of(returned: Any) -> dict[str, Any]:
+    """Return the leaves of what a model returns, by their path in it."""
     leaves = pytree.tree_flatten_with_path(returned)[0]
     return {pytree.keystr(path).strip("[].'") or "result": leaf for path, leaf in leaves}
 
 
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the buffers of a module, by name."""
     return {name: buffer.detach().clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
 
 
-def _copied(call: Call) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, call)
+def copied(values: Any) -> Any:
+    """Return copies of the tensors in `values`, which require gradients where those do."""
+
+    def copy(leaf: Any) -> Any:
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(copy, values)
 
 
 def _nudged(output: Any, sign: int) -> Any:
@@ -192,7 +199,7 @@ def written_tensors(gm: fx.GraphModule) -> list[str]:
 
 
 @contextmanager
-def _as_before(gm: fx.GraphModule) -> Iterator[None]:
+def as_before(gm: fx.GraphModule) -> Iterator[None]:
     """Restore the modes of the modules of `gm`, and the tensors that it writes to."""
     modes = [(module, module.training) for module in gm.modules()]
     tensors = {name: tensor_of(gm, name) for name in written_tensors(gm)}
@@ -208,15 +215,15 @@ def _as_before(gm: fx.GraphModule) -> Iterator[None]:
 
 
 @contextmanager
-def _comparable(model: nn.Module) -> Iterator[None]:
-    """Run without gradients and with random numbers that do not depend on the order in which they are drawn."""
+def comparable(model: nn.Module, with_gradients: bool = False) -> Iterator[None]:
+    """Run with random numbers that do not depend on the order in which they are drawn; by default without gradients."""
     devices = list({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
     # The fast path of nn.TransformerEncoder computes the same but for padded positions, which it sets to zero.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.set_grad_enabled(with_gradients))
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(_SameDraws(devices))
             yield

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapters.placement import HasGraphs, placements
 from ..adapters.state import describe_adapters, trainable_parameters
+from ..capture.capture import call_of
 from ..capture.signature import CallSignature, return_as
-from ..errors import AdapterError, shown
+from ..errors import AdapterError, ConfigError, shown
 from ..graph.annotated import annotated_forward
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.direct_calls import transform_is_active
@@ -305,10 +306,40 @@ class AdaptedGraphModule(fx.GraphModule):
         derived = fx.GraphModule(self, copy_graph(self.graph))
         if left_out:
             assert self.execution.signature is not None
-            Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived)
-        reports = self.execution.passes.of(program).run(derived)
+            Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived, program)
+        reports = self._passes_for(program, left_out).run(derived, program)
         derived.graph.owning_module = None  # torch.fx would ask it for modules, but the calls stand for methods
         return derived.graph, reports
+
+    def _passes_for(self, program: Program, left_out: tuple[str, ...]) -> Pipeline:
+        """Return the passes that optimize a program, with the inputs of a check as the program takes them.
+
+        The program is not checked if a call with these inputs does not run it, because it leaves other arguments out.
+        """
+        assert self.execution is not None
+        passes, signature = self.execution.passes.of(program), self.execution.signature
+        if passes.check is None or signature is None:
+            return passes
+        values, without = signature.bind(*call_of(passes.check))
+        if set(without) != set(left_out):
+            return replace(passes, check=None)
+        return replace(passes, check=tuple(values)) if left_out else passes
+
+    def derive_checked(self) -> None:
+        """Derive the programs that the inputs of a check are a call of, which checks their passes.
+
+        Raises:
+            PassError: a pass changes what the graph computes.
+            CallError: the graph does not take the inputs.
+        """
+        assert self.execution is not None
+        if self.execution.passes.check is None:
+            return
+        left_out: tuple[str, ...] = ()
+        if self.execution.signature is not None:
+            _, left_out = self.execution.signature.bind(*call_of(self.execution.passes.check))
+        for program in self.execution.programs:
+            self._derive(program, left_out, self._hooked())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedGraphModule:
         # to(), half(), cuda() and the like all come here. Programs depend on the device.
@@ -449,19 +480,26 @@ def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZ
     Args:
         model: the result of `rewrite` or `load`, or an exported program of it. It is not changed. The result has its
             parameters, not copies of them, so that an optimizer of the one serves the other.
-        passes: from `lora_lite_fx.passes`; they change only how the graph is run, not `model.graph`.
+        passes: from `lora_lite_fx.passes`; they change only how the graph is run, not `model.graph`. With inputs to
+            check, the passes run and are checked now, and again when a program is derived anew.
 
     Raises:
         AdapterError: `model` is not a graph.
+        PassError: a check found a pass that changes what the graph computes.
     """
     if isinstance(model, ExportedProgram):
         model = model.module()
+    if not isinstance(passes, Pipeline):
+        raise ConfigError(f"optimize takes a Pipeline of passes, not {shown(passes)}.")
     if not isinstance(model, fx.GraphModule):
         raise AdapterError(
             f"optimize takes a graph that rewrite, load or torch.export returned, not {shown(model)}."
             f"{_optimize_hint(model)}"
         )
-    return run_as(model, replace(execution_of(model), passes=passes, checkpoint_layers=checkpoints_layers(model)))
+    execution = replace(execution_of(model), passes=passes, checkpoint_layers=checkpoints_layers(model))
+    result = run_as(model, execution)
+    result.derive_checked()
+    return result
 
 
 def _optimize_hint(model: object) -> str:

@@ -32,6 +32,15 @@ def value_of(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
     return tensor_of(gm, str(node.target)) if reads_tensor(gm, node) else node.meta.get("val")
 
 
+def model_name(gm: fx.GraphModule) -> str:
+    """Return the name of the class that was captured, which an exported graph has in the module stack of its nodes."""
+    for node in gm.graph.nodes:
+        for path, kind, *_ in (node.meta.get("nn_module_stack") or {}).values():
+            if path == "" and not is_inserted(node):
+                return str(getattr(kind, "__qualname__", kind)).rpartition(".")[2]
+    return "GraphModule"
+
+
 def is_on_cpu(gm: fx.GraphModule) -> bool:
     """Check whether all parameters are on the CPU. Programs are derived again when a module moves to another device."""
     return all(parameter.device.type == "cpu" for parameter in gm.parameters())

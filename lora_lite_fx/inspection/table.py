@@ -17,6 +17,7 @@ from ..capture.capture import Inputs
 from ..execution.module import AdaptedGraphModule
 from ..formats.writing import write_atomically
 from ..graph.provenance import Insertion, surrounding
+from ..graph.queries import model_name
 from ..graph.tensors import tensor_of
 from ..rewriting.capture import base_graph
 from ..sites.left_out import find_left_out
@@ -234,11 +235,5 @@ def _lost_row(gm: fx.GraphModule, name: str, around: Sequence[Insertion], why: s
 
 
 def _class_name(model: nn.Module | ExportedProgram, gm: fx.GraphModule) -> str:
-    """Return the name of the class that was captured. An exported graph has it in the module stack of its nodes."""
-    if not isinstance(model, (fx.GraphModule, ExportedProgram)):
-        return type(model).__name__
-    for node in gm.graph.nodes:
-        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-            if path == "":
-                return str(getattr(kind, "__qualname__", kind)).rpartition(".")[2]
-    return "GraphModule"
+    """Return the name of the class that was captured."""
+    return model_name(gm) if isinstance(model, (fx.GraphModule, ExportedProgram)) else type(model).__name__

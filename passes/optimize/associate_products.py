@@ -70,7 +70,7 @@ def _associate(gm: fx.GraphModule, first: fx.Node, second: fx.Node) -> fx.Node:
     """Let `second` multiply the input of `first` by the product of the two matrices; return that product."""
     (x, a), (_, b) = first.args, second.args
     with gm.graph.inserting_before(second):
-        matrix = gm.graph.call_function(aten.matmul.default, (b, a))
+        matrix = gm.graph.create_node("call_function", aten.matmul.default, (b, a), name=f"{second.name}_matrix")
     inner, outer = value_of(gm, first.all_input_nodes[-1]), value_of(gm, second.all_input_nodes[-1])
     provenance = recorded(second)
     assert inner is not None

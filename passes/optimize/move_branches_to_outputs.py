@@ -101,13 +101,17 @@ def _move(gm: fx.GraphModule, y: fx.Node) -> None:
     assert b_value is not None
     assert provenance is not None
     with gm.graph.inserting_before(branch):
-        matrix = gm.graph.call_function(aten.matmul.default, (weight, b))
+        matrix = gm.graph.create_node("call_function", aten.matmul.default, (weight, b), name=f"{b.name}_matmul")
     matrix.meta["val"] = w_value.new_empty(w_value.shape[0], b_value.shape[1], device="meta")
     with gm.graph.inserting_after(y):
-        total = gm.graph.call_function(aten.add.Tensor, (y, branch))
+        total = gm.graph.create_node("call_function", aten.add.Tensor, (y, branch), name=f"{branch.name}_add")
     total.meta = dict(y.meta)
     record(matrix, provenance)
     record(total, provenance)
     y.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     y.replace_input_with(z, x)
     branch.args = (t, matrix)
+    branch.meta = {key: value for key, value in branch.meta.items() if key not in ("val", "tensor_meta")}
+    branch.meta |= {
+        key: y.meta[key] for key in ("val", "tensor_meta") if key in y.meta
+    }  # it is as wide as the output now

@@ -114,12 +114,15 @@ class RecomputeInputs(GraphPass):
                     declined.append(Declined.at(_results(node), sources))
                 continue
             recipe = function_of(extract(sources, [x]))
+            recomputing = replace(products, recipe=recipe, sources=len(sources))
             with gm.graph.inserting_before(node):
-                call = gm.graph.call_function(
-                    replace(products, recipe=recipe, sources=len(sources)), (x, a, *sources, *sites)
-                )
+                args = (x, a, *sources, *sites)
+                call = gm.graph.create_node("call_function", recomputing, args, name=f"{node.name}_recomputing")
                 result = gm.graph.call_function(operator.getitem, (call, 0)) if alone else call
             call.meta, result.meta = dict(node.meta), dict(node.meta)
+            if alone:
+                call.meta["val"] = (node.meta.get("val"),)
+                call.meta.pop("tensor_meta", None)  # of the product itself
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)
             edits += 1

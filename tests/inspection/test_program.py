@@ -183,7 +183,7 @@ def test_modules_of_a_symbolic_graph_keep_their_mode_and_share_their_tensors() -
     gm = llfx.rewrite(Normed(), llfx.LoRA(r=2, target_names=("fc",))).train()
     randomise(gm, 1)
     assert gm.graph.find_nodes(op="call_module")
-    gm.get_submodule("norm").weight.requires_grad_(True)  # type: ignore[union-attr]
+    gm.get_submodule("norm").weight.requires_grad_(True)
     program = llfx.program(gm)
     assert all(module.training for module in gm.modules())
     assert not any(module.training for module in program.modules())

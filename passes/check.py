@@ -1,0 +1,178 @@
+"""Run a graph before and after each pass, to find the first one that changes what the graph computes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..capture.capture import Inputs, call_of
+from ..capture.differences import TOLERANCES, distance, largest
+from ..capture.outputs import as_before, buffers_of, comparable, copied, has_data, results_of
+from ..capture.signature import values_of_call
+from ..errors import CallError, CaptureError
+from ..graph.direct_calls import is_wrapped
+
+Modes = tuple[tuple[bool, bool], ...]
+"""The modes to run in: whether in training mode, and whether with gradients."""
+
+_SMALL = 100.0
+"""A gradient is compared on the scale of the largest one divided by this, if it is smaller itself: it may be zero but
+for rounding."""
+
+
+class Check:
+    """The runs of one graph around each pass, on the same inputs and with the same random numbers.
+
+    Args:
+        gm: the graph before the first pass.
+        inputs: as the graph is called with, a tuple of positional or a dict of keyword arguments.
+        modes: to run in.
+
+    Raises:
+        CallError: the graph does not take the inputs, or raises on them.
+        CaptureError: there is no data to compare (on the meta device).
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Inputs, modes: Modes) -> None:
+        call = call_of(inputs)
+        if not has_data(gm, call):
+            raise CaptureError("check: the graph or the inputs have no data, so there is nothing to compare.")
+        self.modes = modes
+        args, kwargs = call
+        self.values = tuple(values_of_call(gm.graph, inspect.signature(gm.forward), args, kwargs))
+        try:
+            self.before, self.wrong = self._run(gm)
+        except Exception as error:
+            raise CallError(f"check: the graph raises on these inputs before any pass: {_first_line(error)}") from error
+        tensors = [leaf for leaf in (*gm.parameters(), *pytree.tree_leaves(call)) if isinstance(leaf, Tensor)]
+        self.tolerance = max(
+            (TOLERANCES[tensor.dtype] for tensor in tensors if tensor.dtype in TOLERANCES), default=1e-4
+        )
+
+    def complaint(self, gm: fx.GraphModule) -> str:
+        """Return what the last pass did wrong, as a clause; empty if it left all results as they were."""
+        try:
+            after, wrong = self._run(gm)
+        except Exception as error:
+            return f"leaves a graph that raises: {_first_line(error)}"
+        before, self.before = self.before, after
+        if different := self._differences(before, after):
+            return f"changes what the graph computes: {max(different, key=lambda pair: pair[0])[1]}"
+        known, self.wrong = self.wrong, wrong
+        for name, what in wrong.items():
+            if name not in known:
+                return f'leaves a wrong meta["val"] on {name}: {what}'
+        return ""
+
+    def _run(self, gm: fx.GraphModule) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the results of all modes, and what is wrong with the recorded values, by the name of the node."""
+        found: dict[str, Any] = {}
+        wrong: dict[str, str] = {}
+        for training, with_gradients in self.modes:
+            mode = "training" if training else "evaluation"
+            with torch.inference_mode(False), as_before(gm), comparable(gm, with_gradients):
+                gm.train(training)
+                interpreter = _Interpreter(gm)
+                values = copied(self.values)
+                results = results_of(interpreter.run(*values))
+                found |= {f"the result {name!r} in {mode} mode": value for name, value in results.items()}
+                found |= {f"the buffer {name} after {mode}": value for name, value in buffers_of(gm).items()}
+                if with_gradients:
+                    leaves = dict(gm.named_parameters()) | {f"input {i}": value for i, value in enumerate(values)}
+                    gradients = _gradients(results, leaves)
+                    found |= {f"the gradient of {name} in {mode} mode": value for name, value in gradients.items()}
+                wrong |= interpreter.wrong
+        return found, wrong
+
+    def _differences(self, before: dict[str, Any], after: dict[str, Any]) -> list[tuple[float, str]]:
+        """Return how far each result that differs is off, relative to what rounding explains, and that in words."""
+        of_gradients = max((largest(value) for name, value in before.items() if "gradient" in name), default=0.0)
+        different = []
+        for what in {**before, **after}:
+            theirs, ours = before.get(what), after.get(what)
+            scale = largest(theirs)
+            floor = of_gradients / _SMALL if "gradient" in what else 0.0
+            is_exact = isinstance(theirs, Tensor) and not (theirs.is_floating_point() or theirs.is_complex())
+            allowed = 0.0 if is_exact else self.tolerance * max(scale, floor, 1e-30)
+            off = distance(ours, theirs)
+            if off <= allowed:
+                continue
+            if _kind(ours) != _kind(theirs):
+                different.append((float("inf"), f"{what} was {_kind(theirs)}, and is {_kind(ours)} now."))
+                continue
+            share = f", {off / scale:.2g} of its largest value" if scale else ""
+            text = f"{what} differs by {off:.2g}{share}. Rounding explains {allowed:.2g}."
+            different.append((off / allowed if allowed else off, text))
+        return different
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph, and compares the shape and dtype of each value with the recorded one."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.wrong: dict[str, str] = {}
+        self.sizes: dict[Any, Any] = {}  # of the symbols in the shapes of the inputs
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        recorded = n.meta.get("val")
+        if n.op == "placeholder" and isinstance(recorded, Tensor) and isinstance(value, Tensor):
+            for size, actual in zip(recorded.shape, value.shape, strict=False):
+                if isinstance(symbolic := cast(Any, size), torch.SymInt):
+                    self.sizes[symbolic.node.expr] = sympy.Integer(actual)
+        if not self._fits(recorded, value):
+            self.wrong[n.name] = f"{_kind(recorded)}, where a run has {_kind(value)}."
+        return value
+
+    def _fits(self, recorded: Any, value: Any) -> bool:
+        """Check whether a value may be the recorded one; without a record any may."""
+        if isinstance(recorded, (tuple, list)):
+            same = isinstance(value, (tuple, list)) and len(value) == len(recorded)
+            return same and all(map(self._fits, recorded, value))
+        if not isinstance(recorded, Tensor) or (isinstance(value, Tensor) and is_wrapped(value)):
+            return True
+        if not isinstance(value, Tensor) or (recorded.dtype, recorded.dim()) != (value.dtype, value.dim()):
+            return False
+        return all(map(self._fits_size, recorded.shape, value.shape))
+
+    def _fits_size(self, recorded: Any, actual: int) -> bool:
+        if not isinstance(recorded, torch.SymInt):
+            return bool(recorded == actual)
+        size = recorded.node.expr.xreplace(self.sizes)
+        return not size.is_number or int(size) == actual  # a symbol need not be the size of an input
+
+
+def _gradients(results: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the gradients of a fixed functional of the results for the `leaves` that require one."""
+    trained = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
+    floats = [value for value in results.values() if isinstance(value, Tensor) and value.requires_grad]
+    if not trained or not floats:
+        return {}
+    loss = torch.stack([(value * _direction(value)).sum().double() for value in floats]).sum()
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(trained.items(), gradients, strict=True)
+    }
+
+
+def _direction(value: Tensor) -> Tensor:
+    return torch.arange(value.numel(), device=value.device).cos().to(value.dtype).view(value.shape)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"({', '.join(map(str, value.shape))}) {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_kind, value))}]"
+    return "missing" if value is None else type(value).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import sympy
 import torch
@@ -62,16 +62,16 @@ class Check:
             return f"leaves a graph that raises: {_first_line(error)}"
         before, self.before = self.before, after
         if different := self._differences(before, after):
-            return f"changes what the graph computes: {max(different, key=lambda pair: pair[0])[1]}"
+            return f"changes what the graph computes: {different[0]}"
         known, self.wrong = self.wrong, wrong
         for name, what in wrong.items():
             if name not in known:
                 return f'leaves a wrong meta["val"] on {name}: {what}'
         return ""
 
-    def _run(self, gm: fx.GraphModule) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the results of all modes, and what is wrong with the recorded values, by the name of the node."""
-        found: dict[str, Any] = {}
+    def _run(self, gm: fx.GraphModule) -> tuple[dict[_Value, Any], dict[str, str]]:
+        """Return what all modes compute, and what is wrong with the recorded values, by the name of the node."""
+        found: dict[_Value, Any] = {}
         wrong: dict[str, str] = {}
         for training, with_gradients in self.modes:
             mode = "training" if training else "evaluation"
@@ -80,35 +80,47 @@ class Check:
                 interpreter = _Interpreter(gm)
                 values = copied(self.values)
                 results = results_of(interpreter.run(*values))
-                found |= {f"the result {name!r} in {mode} mode": value for name, value in results.items()}
-                found |= {f"the buffer {name} after {mode}": value for name, value in buffers_of(gm).items()}
+                found |= {_Value("result", name, mode): value for name, value in results.items()}
+                found |= {_Value("buffer", name, mode): value for name, value in buffers_of(gm).items()}
                 if with_gradients:
                     leaves = dict(gm.named_parameters()) | {f"input {i}": value for i, value in enumerate(values)}
                     gradients = _gradients(results, leaves)
-                    found |= {f"the gradient of {name} in {mode} mode": value for name, value in gradients.items()}
+                    found |= {_Value("gradient", name, mode): value for name, value in gradients.items()}
                 wrong |= interpreter.wrong
         return found, wrong
 
-    def _differences(self, before: dict[str, Any], after: dict[str, Any]) -> list[tuple[float, str]]:
-        """Return how far each result that differs is off, relative to what rounding explains, and that in words."""
-        of_gradients = max((largest(value) for name, value in before.items() if "gradient" in name), default=0.0)
+    def _differences(self, before: dict[_Value, Any], after: dict[_Value, Any]) -> list[str]:
+        """Return in words what differs beyond rounding: results first, and those that are further off."""
+        of_gradients = max((largest(value) for name, value in before.items() if name.kind == "gradient"), default=0.0)
         different = []
-        for what in {**before, **after}:
-            theirs, ours = before.get(what), after.get(what)
+        for name in {**before, **after}:
+            theirs, ours = before.get(name), after.get(name)
             scale = largest(theirs)
-            floor = of_gradients / _SMALL if "gradient" in what else 0.0
+            floor = of_gradients / _SMALL if name.kind == "gradient" else 0.0
             is_exact = isinstance(theirs, Tensor) and not (theirs.is_floating_point() or theirs.is_complex())
             allowed = 0.0 if is_exact else self.tolerance * max(scale, floor, 1e-30)
             off = distance(ours, theirs)
             if off <= allowed:
                 continue
             if _kind(ours) != _kind(theirs):
-                different.append((float("inf"), f"{what} was {_kind(theirs)}, and is {_kind(ours)} now."))
-                continue
-            share = f", {off / scale:.2g} of its largest value" if scale else ""
-            text = f"{what} differs by {off:.2g}{share}. Rounding explains {allowed:.2g}."
-            different.append((off / allowed if allowed else off, text))
-        return different
+                text = f"{name} was {_kind(theirs)}, and is {_kind(ours)} now."
+            else:
+                share = f", {off / scale:.2g} of its largest value" if scale else ""
+                text = f"{name} differs by {off:.2g}{share}. Rounding explains {allowed:.2g}."
+            different.append((("result", "buffer", "gradient").index(name.kind), -off, text))
+        return [text for *_, text in sorted(different)]
+
+
+class _Value(NamedTuple):
+    """A result, a buffer after the run, or the gradient of a parameter or an input; in which mode."""
+
+    kind: str
+    name: str
+    mode: str
+
+    def __str__(self) -> str:
+        name = {"gradient": f" of {self.name}", self.name: ""}.get(self.kind, f" {self.name}")
+        return f"the {self.kind}{name} in {self.mode} mode"
 
 
 class _Interpreter(fx.Interpreter):

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ..capture.signature import CallSignature
 from ..errors import CallError
+from ..graph.copies import share_signatures
 from ..graph.queries import reads_tensor
 from ..graph.tensors import has_attribute, register_tensor, tensor_of
 
@@ -50,6 +51,10 @@ class ProgramGraph(fx.GraphModule):
             result.set_submodule(str(node.target), copy.deepcopy(module, dict(tensors)))
         result.meta |= {"signature": signature, "without": tuple(without)}
         return result.train(gm.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        share_signatures(self, memo)
+        return super().__deepcopy__(memo)
 
     def recompile(self) -> Any:
         code = super().recompile()

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.execution.module import Execution, run_as
 from lora_lite_fx.passes import OPTIMIZATIONS, Program
+from tests.passes.test_leave_out_inputs import INPUTS, Masked
 from tests.support.conformance import close, gradients, output, randomise
 from tests.support.low_rank_llama import LOW_RANK, llama, tokens
 from tests.support.models import Attention, GatedMLP, ids
@@ -114,42 +115,34 @@ def test_it_is_drawn() -> None:
 
 
 def test_a_call_that_leaves_arguments_out_has_a_program_of_its_own() -> None:
-    gm: Any = llfx.rewrite(llama()[0], LOW_RANK["DoRA"]).eval()
+    gm: Any = llfx.rewrite(Masked(), llfx.LoRA(r=2, target_names=("fc",)), dict(INPUTS)).eval()
     randomise(gm, 1)
-    token_ids = tokens(2, 5)["input_ids"]
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    calls: list[tuple[tuple[str, ...], dict[str, Tensor]]] = [
-        ((), {"input_ids": token_ids, "attention_mask": mask, "labels": token_ids}),
-        (("labels",), {"input_ids": token_ids, "attention_mask": mask}),
-        (("labels", "attention_mask"), {"input_ids": token_ids}),
-    ]
-    for without, call in calls:
+    without: tuple[str, ...]
+    for without in ((), ("labels",), ("labels", "mask"), ("mask",)):
+        call = {name: value for name, value in INPUTS.items() if name not in without}
         program: Any = llfx.program(gm, "training", without=without)
-        result, expected = program(**call), gm(**call)
-        assert type(result) is type(expected)
-        assert result.keys() == expected.keys()
-        close(result.logits, expected.logits, 1e-9, "logits")
-        interpreted = fx.Interpreter(program).run(
-            *(call.get(name) for name in ("input_ids", "attention_mask", "labels"))
-        )
-        close(interpreted.logits, expected.logits, 1e-9, "logits of an interpreter")
+        expected = gm(**call)
+        interpreted = fx.Interpreter(program).run(*(call.get(name) for name in ("x", "mask", "labels")))
+        for result in (program(**call), interpreted):
+            assert result.keys() == expected.keys()
+            for name, value in result.items():
+                close(value, expected[name], 1e-6, name)
     with pytest.raises(llfx.CallError) as caught:
-        program(input_ids=token_ids, labels=token_ids)
+        program(INPUTS["x"])
     assert str(caught.value) == (
-        "This program is that of calls without attention_mask, labels, and this call leaves out attention_mask. The way"
-        " out: llfx.program(graph, ..., without=('attention_mask',))."
+        "This program is that of calls without mask, and this call leaves out mask, labels. The way out:"
+        " llfx.program(graph, ..., without=('mask', 'labels'))."
     )
     with pytest.raises(llfx.CallError) as caught:
-        llfx.program(gm)(input_ids=token_ids)
+        llfx.program(gm)(INPUTS["x"])
     assert str(caught.value) == (
-        "This program is that of calls with all arguments, and this call leaves out attention_mask, labels. The way"
-        " out: llfx.program(graph, ..., without=('attention_mask', 'labels'))."
+        "This program is that of calls with all arguments, and this call leaves out mask, labels. The way out:"
+        " llfx.program(graph, ..., without=('mask', 'labels'))."
     )
     with pytest.raises(llfx.CallError) as caught:
         llfx.program(gm, without="label")
     assert str(caught.value) == (
-        "label is not an argument that this graph has. The graph of LlamaForCausalLM was captured for calls with"
-        " input_ids, attention_mask, labels."
+        "label is not an argument that this graph has. The graph of Masked was captured for calls with x, mask, labels."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,62 +116,93 @@ def test_reports_have_the_reasons_of_a_pass_each_once() -> None:
     assert [(report.edits, report.declined) for report in reports] == [(0, declined[:2]), (3, ())]
 
 
-# Dumps.
+# Passes at a chosen place.
 
 
-@pytest.fixture
-def dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, str]]:
-    """Dump to a new folder; the function returns the texts of its files by name, without their numbers."""
-    folder = tmp_path / "dump"
-    monkeypatch.setenv("LORA_LITE_FX_DUMP", str(folder))
-    return lambda: {path.name.split("_", 1)[1]: path.read_text() for path in sorted(folder.iterdir())}
+def names(pipeline: Pipeline) -> list[str]:
+    return [graph_pass.name for graph_pass in pipeline]
 
 
-def test_a_pass_that_changes_the_graph_is_dumped_before_and_after(dump: Callable[[], dict[str, str]]) -> None:
-    llfx.rewrite(Down(), llfx.LoRA(r=2), EXAMPLE)(*EXAMPLE)  # the call derives a program
-    texts = dump()
-    assert "lora_A" in texts["insert_adapter.after.txt"]
-    assert "lora_A" not in texts["insert_adapter.before.txt"]
-    assert texts["insert_adapter.after.txt"].startswith("# insert_adapter: 2 edits\ngraph():\n")
-    for each in OPTIMIZATIONS.of("training"):
-        assert (f"{each.name}.txt" in texts) != (f"{each.name}.before.txt" in texts), each.name
-        assert (f"{each.name}.after.txt" in texts) == (f"{each.name}.before.txt" in texts), each.name
+def test_passes_of_ones_own_stand_where_one_says() -> None:
+    own, other = Returns(1), Fail(KeyError("x"))
+    pipeline = Pipeline((RemoveAdapters(), MergeAdapters()), check=EXAMPLE)
+    assert names(pipeline.before("remove_adapters", own, other)) == ["returns", "fail", *names(pipeline)]
+    assert names(pipeline.before("merge_adapters", own)) == ["remove_adapters", "returns", "merge_adapters"]
+    assert names(pipeline.after("merge_adapters", own, other)) == [*names(pipeline), "returns", "fail"]
+    assert names(pipeline.after("remove_adapters")) == names(pipeline)
+    twice = Pipeline((own, RemoveAdapters(), own))
+    assert names(twice.before("returns", other)) == ["fail", "returns", "remove_adapters", "returns"]
+    assert names(twice.after("returns", other)) == ["returns", "remove_adapters", "returns", "fail"]
+    for made in (pipeline.before("merge_adapters", own), pipeline.without("merge_adapters"), pipeline.of("training")):
+        assert made.check is EXAMPLE
+    assert names(pipeline) == ["remove_adapters", "merge_adapters"]
 
 
-def test_a_pass_that_does_nothing_is_dumped_as_one_line_and_its_reasons(dump: Callable[[], dict[str, str]]) -> None:
-    llfx.rewrite(Down(), llfx.LoRA(r=2), EXAMPLE)(*EXAMPLE)
-    texts = dump()
-    assert texts["group_heads.txt"] == "# group_heads: no edits\n"
-    assert texts["share_siblings.txt"] == "# share_siblings: no edits\n# share_siblings: fc, proj: different inputs\n"
-
-
-class Unprintable:
-    """A value without a text."""
-
-    def __repr__(self) -> str:
-        raise ValueError("no text")
+def test_a_pass_of_ones_own_runs_in_the_programs_that_it_names() -> None:
+    gm = llfx.rewrite(Down(), llfx.LoRA(r=2), EXAMPLE)
+    passes = OPTIMIZATIONS.before("gather_products", ForTraining())
+    optimized = llfx.optimize(gm, passes)
+    reports = llfx.program(optimized, "training").meta["report"].passes
+    assert [each.name for each in reports if each.name in ("for_training", "gather_products")] == [
+        "for_training",
+        "gather_products",
+    ]
+    assert "for_training" not in [each.name for each in llfx.program(optimized).meta["report"].passes]
 
 
 @dataclass(frozen=True)
-class Break(GraphPass):
-    """Leaves a graph that cannot be printed, and fails."""
+class ForTraining(GraphPass):
+    """Does nothing, in the training program."""
+
+    programs = frozenset({"training"})
 
     def run(self, gm: fx.GraphModule) -> int:
-        relu = next(node for node in gm.graph.nodes if node.name == "relu")
-        relu.args = (Unprintable(),)
-        raise KeyError("lost")
+        return 0
 
 
-def test_a_failing_pass_is_dumped_with_its_error_and_what_it_left(dump: Callable[[], dict[str, str]]) -> None:
-    for wrong in (Fail(KeyError("x")), Break()):
-        with pytest.raises(PassError):
-            Pipeline((RemoveAdapters(), wrong)).run(llfx.capture(Down(), EXAMPLE))
-    texts = dump()
-    assert "remove_adapters.txt" in texts
-    assert texts["fail.failed.txt"] == "# fail failed: KeyError: 'x'\n" + texts["fail.before.txt"]
-    lines = texts["break.failed.txt"].splitlines()
-    assert lines[0] == "# break failed: KeyError: 'lost'"
-    assert lines[1] == "# The graph cannot be printed as a whole: ValueError: no text"
-    assert "    # relu cannot be printed: ValueError: no text" in lines
-    assert sum("call_function[target=torch.ops.aten.linear" in line for line in lines) == 2
-    assert not (set(texts) & {"fail.after.txt", "break.after.txt"})
+def no_pass(gm: fx.GraphModule) -> int:
+    return 0
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
+    "name": (
+        lambda: OPTIMIZATIONS.before("gather_product", Returns(0)),
+        f"No pass is named gather_product; the pipeline has {', '.join(names(OPTIMIZATIONS))}.",
+    ),
+    "name in an empty pipeline": (
+        lambda: Pipeline(()).after("gather_products", Returns(0)),
+        "No pass is named gather_products; the pipeline has none.",
+    ),
+    "class": (
+        lambda: OPTIMIZATIONS.after("gather_products", RemoveAdapters),  # type: ignore[arg-type]
+        "RemoveAdapters is a class, and a pipeline takes its objects. The way out: RemoveAdapters().",
+    ),
+    "function": (
+        lambda: Pipeline((no_pass,)),  # type: ignore[arg-type]
+        "A pipeline takes passes, which are objects of subclasses of GraphPass, not a function no_pass.",
+    ),
+    "another class": (
+        lambda: Pipeline((nn.Linear,)),  # type: ignore[arg-type]
+        "A pipeline takes passes, which are objects of subclasses of GraphPass, not the class Linear.",
+    ),
+    "pipeline": (
+        lambda: Pipeline((OPTIMIZATIONS, Returns(0))),  # type: ignore[arg-type]
+        "A pipeline takes passes, which are objects of subclasses of GraphPass, not a Pipeline.",
+    ),
+    "no tuple": (
+        lambda: Pipeline(RemoveAdapters()),  # type: ignore[arg-type]
+        "Pipeline takes a tuple of passes, not a RemoveAdapters.",
+    ),
+    "pass for a pipeline": (
+        lambda: llfx.optimize(llfx.capture(Down()), RemoveAdapters()),  # type: ignore[arg-type]
+        "optimize takes a Pipeline of passes, not a RemoveAdapters.",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake: str) -> None:
+    make, message = MISTAKES[mistake]
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert str(caught.value) == message

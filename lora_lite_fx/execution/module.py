@@ -174,7 +174,7 @@ class AdaptedGraphModule(fx.GraphModule):
             cls.forward = _forward_of_programs(cls.forward, self.execution)
         return code
 
-    def program(self, program: Program, left_out: tuple[str, ...] = ()) -> tuple[ProgramGraph, list[PassReport]]:
+    def program_graph(self, program: Program, left_out: tuple[str, ...] = ()) -> tuple[ProgramGraph, list[PassReport]]:
         """Return a program before it is cut into layers, as a graph of its own, and what each pass did.
 
         Args:

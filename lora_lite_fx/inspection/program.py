@@ -60,7 +60,7 @@ def program(model: nn.Module, name: Program = "inference", *, without: Sequence[
             raise CallError(f"This graph takes all its inputs in every call; without={left_out!r} leaves some out.")
         signature.omission(left_out)
         left_out = tuple(argument for argument in signature.captured if argument in left_out)
-    result, reports = graph.program(name, left_out)
+    result, reports = graph.program_graph(name, left_out)
     result.meta["report"] = ProgramReport(name, tuple(reports))
     return result.train({"inference": False, "checkpointed": True}.get(name, graph.training))
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, cast
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from ..capture.capture import Inputs, call_of
-from ..capture.differences import TOLERANCES, distance, largest
+from ..capture.compare import tolerance_for
+from ..capture.differences import distance, largest
 from ..capture.outputs import as_before, buffers_of, comparable, copied, has_data, results_of
 from ..capture.signature import values_of_call
 from ..errors import CallError, CaptureError
@@ -49,10 +49,7 @@ class Check:
             self.before, self.wrong = self._run(gm)
         except Exception as error:
             raise CallError(f"check: the graph raises on these inputs before any pass: {_first_line(error)}") from error
-        tensors = [leaf for leaf in (*gm.parameters(), *pytree.tree_leaves(call)) if isinstance(leaf, Tensor)]
-        self.tolerance = max(
-            (TOLERANCES[tensor.dtype] for tensor in tensors if tensor.dtype in TOLERANCES), default=1e-4
-        )
+        self.tolerance = tolerance_for(gm, call)
 
     def complaint(self, gm: fx.GraphModule) -> str:
         """Return what the last pass did wrong, as a clause; empty if it left all results as they were."""
@@ -147,7 +144,8 @@ class _Interpreter(fx.Interpreter):
         if isinstance(recorded, (tuple, list)):
             same = isinstance(value, (tuple, list)) and len(value) == len(recorded)
             return same and all(map(self._fits, recorded, value))
-        if not isinstance(recorded, Tensor) or (isinstance(value, Tensor) and is_wrapped(value)):
+        # A mask that hides nothing may be None. A value inside `vmap` has another shape than outside.
+        if not isinstance(recorded, Tensor) or value is None or (isinstance(value, Tensor) and is_wrapped(value)):
             return True
         if not isinstance(value, Tensor) or (recorded.dtype, recorded.dim()) != (value.dtype, value.dim()):
             return False

@@ -104,10 +104,14 @@ def _compare(
     actual = outputs_of_graph(gm, model, call, training, by_module)
     if as_called:
         actual = replace(outputs_of_program(gm, call, training), modules=actual.modules)
+    return list(_rows(expected, actual, nudged, model, _mode(training), tolerance_for(model, call)))
+
+
+def tolerance_for(model: nn.Module, call: Call) -> float:
+    """Return how far results of a model may be apart for rounding, relative to the largest value."""
     tensors = [leaf for leaf in (*model.parameters(), *pytree.tree_leaves(call)) if isinstance(leaf, Tensor)]
     # The coarsest dtype decides, because a result may be cast to a finer one at last.
-    tolerance = max((TOLERANCES[tensor.dtype] for tensor in tensors if tensor.dtype in TOLERANCES), default=1e-4)
-    return list(_rows(expected, actual, nudged, model, _mode(training), tolerance))
+    return max((TOLERANCES[tensor.dtype] for tensor in tensors if tensor.dtype in TOLERANCES), default=1e-4)
 
 
 def _rows(

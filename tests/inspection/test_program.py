@@ -71,7 +71,7 @@ def test_it_shows_the_optimized_graph_with_kept_values_before_its_inputs() -> No
     assert [each.name for each in program.meta["report"].passes] == [
         each.name for each in OPTIMIZATIONS.of("inference")
     ]
-    assert str(program.meta["report"]).startswith("passes of the inference program\n  convert_mask_once")
+    assert str(program.meta["report"]).startswith("passes of the inference program\n  leave_out_mask")
 
 
 def test_it_has_the_parameters_and_nothing_else_of_the_model() -> None:

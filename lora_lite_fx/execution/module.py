@@ -481,7 +481,8 @@ def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZ
         model: the result of `rewrite` or `load`, or an exported program of it. It is not changed. The result has its
             parameters, not copies of them, so that an optimizer of the one serves the other.
         passes: from `lora_lite_fx.passes`; they change only how the graph is run, not `model.graph`. With inputs to
-            check, the passes run and are checked now, and again when a program is derived anew.
+            check, the passes run and are checked now, and again when a program is derived anew. Programs of calls that
+            leave out other arguments than the inputs do are not checked.
 
     Raises:
         AdapterError: `model` is not a graph.

@@ -24,12 +24,6 @@ Compiled = Callable[..., Any]
 Compiler = Callable[[fx.GraphModule, list[Any]], Compiled]
 
 
-def compiler(name: str | Compiler) -> Compiler:
-    """Return the backend of that name; a backend is returned as it is."""
-    # torch.compile itself looks names up with this function; no public one returns a backend.
-    return torch._dynamo.lookup_backend(name) if isinstance(name, str) else name
-
-
 def to_aten(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> fx.GraphModule:
     """Return Dynamo's graph as the passes know it: of aten operators, with parameters read as attributes.
 

@@ -22,9 +22,9 @@ from ..adapters.placement import HasGraphs, placements
 from ..adapters.state import describe_adapters, trainable_parameters
 from ..capture.signature import CallSignature
 from ..errors import AdapterError, shown
-from ..graph.annotated import annotated_forward
+from ..graph.annotated import traceable_forward
 from ..graph.copies import copy_graph, share_signatures
-from ..graph.direct_calls import transform_is_active
+from ..graph.direct_calls import outside_symbolic_trace, trace_is_active, transform_is_active
 from ..graph.layers import is_layer, layer_of
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_registration
@@ -209,9 +209,13 @@ class AdaptedGraphModule(fx.GraphModule):
         assert self.execution is not None
         if torch.compiler.is_exporting():
             return self._derive("exported", left_out, ())
+        if not torch.compiler.is_compiling():
+            if trace_is_active():
+                with outside_symbolic_trace():
+                    return self._derive("exported", left_out, ())
+            if transform_is_active():
+                return self._derive("plain", left_out, self._hooked())
         hooked = self._hooked()
-        if not torch.compiler.is_compiling() and transform_is_active():
-            return self._derive("plain", left_out, hooked)
         if self.kept is not None and not self.training and not torch.is_grad_enabled():
             method = self._derive("inference", left_out, hooked)
             if self.kept.fit(method):
@@ -250,7 +254,7 @@ class AdaptedGraphModule(fx.GraphModule):
         with phase(f"derived the {program} program{without}") as details:
             graph, reports = self._optimized(program, left_out)
             if program == "exported":
-                setattr(cls, method, annotated_forward(self, graph))
+                setattr(cls, method, traceable_forward(self, graph))
                 cls.derived[method] = Derived(reports)
                 return
             for name in hooked if self.host is not self else ():

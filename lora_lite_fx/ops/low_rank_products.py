@@ -297,7 +297,7 @@ def _flops_of_addition(total: Any, left: Any, right: Any, *_: Any, **__: Any) ->
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, in_place: bool = True) -> Tensor:
-    """Return `total + alpha left right`, in `total` unless a transform forbids that, as of several gradients at once."""
+    """Return `total + alpha left right`, formed in `total` unless a transform forbids that."""
     if not in_place:
         return torch.addmm(total, left, right, alpha=alpha)
     if total.dtype in HALF and total.device.type == "cpu":

@@ -263,6 +263,7 @@ class AdaptedGraphModule(fx.GraphModule):
                     kind: Any = type(module)
                     module.__class__ = running_parts(kind)
             pieces, values = cut(self, self.host, graph, method, hooked)
+            graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
             derived = Derived(reports, pieces, values)
             is_kept, checkpoints = program == "inference", program == "checkpointed"
             setattr(cls, f"{method}_values", _values_method(method, derived, is_kept))

@@ -72,14 +72,14 @@ class Computation:
         )
 
 
-def frozen_values(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes of the frozen model that depend on no input of the graph."""
+def frozen_values(graph: fx.Graph, inserted: bool = False) -> set[fx.Node]:
+    """Return the nodes of the frozen model that depend on no input of the graph; if `inserted`, of adapters too."""
     frozen: set[fx.Node] = set()
     for node in graph.nodes:
         computed = node.op in ("call_function", "call_method", "call_module") and frozen.issuperset(
             node.all_input_nodes
         )
-        if not is_inserted(node) and (computed or node.op == "get_attr"):
+        if (inserted or not is_inserted(node)) and (computed or node.op == "get_attr"):
             frozen.add(node)
     return frozen
 

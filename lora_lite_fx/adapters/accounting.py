@@ -120,7 +120,7 @@ def _read_otherwise(computed: fx.Node, around: Sequence[Insertion]) -> str:
     for insertion in around:
         inside = set(insertion.nodes)
         read = [n for n in inside if n.op == "get_attr" and n.target in computation.tensors and inside & n.users.keys()]
-        copies = (Computation.of(node).text for node in inside & frozen if node.op != "get_attr") if read else ()
+        copies = (Computation.of(node).text for node in inside & frozen) if read else ()
         if read and computation.text not in copies:
             return str(read[0].target)
     return ""

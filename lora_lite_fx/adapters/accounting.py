@@ -15,7 +15,7 @@ from torch import fx
 
 from ..errors import AdapterError
 from ..graph.provenance import Insertion, insertions, surrounding
-from ..sites.computed import Computation, frozen_values
+from ..sites.computed import Computation, computes_the_same
 from ..sites.finding import find_sites
 from ..sites.site import Site
 
@@ -115,12 +115,11 @@ def _read_otherwise(computed: fx.Node, around: Sequence[Insertion]) -> str:
         computed: the node that is the weight or bias of the product.
         around: the adapters at the product.
     """
-    computation = Computation.of(computed)
-    frozen = frozen_values(computed.graph, inserted=True)
+    tensors = Computation.of(computed).tensors
     for insertion in around:
         inside = set(insertion.nodes)
-        read = [n for n in inside if n.op == "get_attr" and n.target in computation.tensors and inside & n.users.keys()]
-        copies = (Computation.of(node).text for node in inside & frozen) if read else ()
-        if read and computation.text not in copies:
-            return str(read[0].target)
+        read = [node for node in insertion.nodes if node.op == "get_attr" and inside & node.users.keys()]
+        name = next((str(node.target) for node in read if node.target in tensors), "")
+        if name and not any(computes_the_same(node, computed) for node in insertion.nodes):
+            return name
     return ""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx import traceback
-from torch.utils import _pytree as pytree
 
 from ..errors import AdapterError
 from .copies import copy_graph
@@ -26,7 +25,9 @@ def traceable_forward(gm: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]
 
     def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         # A module may call the graph on constants while it is traced.
-        is_symbolic = any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
+        values: list[Any] = []
+        fx.node.map_aggregate((args, kwargs), values.append)
+        is_symbolic = any(isinstance(value, fx.Proxy) for value in values)
         return (copied if is_symbolic else annotated)(self, *args, **kwargs)
 
     return forward

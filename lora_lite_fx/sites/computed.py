@@ -72,16 +72,26 @@ class Computation:
         )
 
 
-def frozen_values(graph: fx.Graph, inserted: bool = False) -> set[fx.Node]:
-    """Return the nodes of the frozen model that depend on no input of the graph; if `inserted`, of adapters too."""
+def frozen_values(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes of the frozen model that depend on no input of the graph."""
     frozen: set[fx.Node] = set()
     for node in graph.nodes:
         computed = node.op in ("call_function", "call_method", "call_module") and frozen.issuperset(
             node.all_input_nodes
         )
-        if (inserted or not is_inserted(node)) and (computed or node.op == "get_attr"):
+        if not is_inserted(node) and (computed or node.op == "get_attr"):
             frozen.add(node)
     return frozen
+
+
+def computes_the_same(first: fx.Node, second: fx.Node) -> bool:
+    """Check whether two nodes that depend on no input are computed of the same tensors by the same operations."""
+    if (first.op, first.target) != (second.op, second.target):
+        return False
+    plain, other = (fx.map_arg((node.args, node.kwargs), lambda operand: None) for node in (first, second))
+    operands = list(zip(first.all_input_nodes, second.all_input_nodes, strict=False))
+    as_many = len(operands) == len(first.all_input_nodes) == len(second.all_input_nodes)
+    return bool(plain == other) and as_many and all(computes_the_same(*pair) for pair in operands)
 
 
 def parameters_behind(gm: fx.GraphModule, node: fx.Node) -> dict[str, Tensor]:

@@ -55,8 +55,8 @@ class Inner:
         """Return the function that compiles a graph with these settings."""
         function = _looked_up(self.backend)
         # "default" is the mode without options, which torch.compile passes to no backend either.
-        settings = {"mode": None if self.mode == "default" else self.mode, "options": self.options or None}
-        settings = {name: value for name, value in settings.items() if value is not None}
+        given = {"mode": None if self.mode == "default" else self.mode, "options": self.options or None}
+        settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if len(settings) > 1:
             raise ConfigError("mode is a set of options: give a mode or options, and not both.")
         if not settings:

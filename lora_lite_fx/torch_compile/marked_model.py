@@ -48,7 +48,7 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.clone()
-    copy.not_pickled = NotPickled()
+    vars(copy)["not_pickled"] = NotPickled()
     with phase("inserted the adapters") as details:
         for adapter, plan in enumerate(plans):
             for site in plan.sites:

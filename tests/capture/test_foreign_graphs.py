@@ -28,7 +28,8 @@ class Block(nn.Module):
         q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (self.q(x), self.k(x), self.v(x)))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         x = x + F.linear(bias=None, weight=self.mix_weight, input=x)
-        return x + self.drop(self.down(torch.tanh(self.up(x))))
+        y: Tensor = x + self.drop(self.down(torch.tanh(self.up(x))))
+        return y
 
 
 class Net(nn.Module):

@@ -203,7 +203,7 @@ def put_after(gm: fx.GraphModule, in_module: bool) -> int:
         reader = next(user for user in node.users if user is not scaled)
         if in_module:
             scaled.meta["nn_module_stack"] = reader.meta["nn_module_stack"]
-        node.replace_all_uses_with(scaled, delete_user_cb=lambda user, own=scaled: user is not own)  # type: ignore[misc]
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user, own=scaled: user is not own)
         count += 1
     gm.recompile()
     return count

@@ -51,8 +51,8 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "adapt": (
         adapted_model,
         "An adapted LlamaForCausalLM cannot be pickled, and so neither by torch.save: its graphs would come back"
-        " without their records of adapters. llfx.save(model, path) writes the adapters, llfx.merge(model) returns a model of"
-        " the plain class, and copy.deepcopy copies it.",
+        " without their records of adapters. llfx.save(model, path) writes the adapters, llfx.merge(model) returns a"
+        " model of the plain class, and copy.deepcopy copies it.",
     ),
     "backend": (
         model_for_the_compiler,

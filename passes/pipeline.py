@@ -28,7 +28,8 @@ Program = Literal["plain", "training", "checkpointed", "inference", "exported"]
 - `training`: optimized for calls of which nothing is kept, with gradients or without;
 - `checkpointed`: in training mode, with layers that keep only their inputs and run again in the backward pass;
 - `inference`: in evaluation mode without gradients, inside a scope of `frozen`;
-- `exported`: as it is, by strict `torch.export`, which finds the records of the adapters on what it traces.
+- `exported`: as it is, by strict `torch.export`, `torch.fx.symbolic_trace` and `make_fx`, which find the records of the
+  adapters on what they trace.
 """
 
 OPTIMIZED: frozenset[Program] = frozenset(("training", "checkpointed", "inference"))

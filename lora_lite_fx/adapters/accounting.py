@@ -15,6 +15,7 @@ from torch import fx
 
 from ..errors import AdapterError
 from ..graph.provenance import Insertion, insertions, surrounding
+from ..sites.computed import Computation, computes_the_same
 from ..sites.finding import find_sites
 from ..sites.site import Site
 
@@ -98,4 +99,27 @@ def _why_lost(site: Site | None, around: Sequence[Insertion]) -> str:
             f"the graph computes the site {len(site.calls)} times and records {len(around)} insertions of {variants},"
             f" of which {len(found)} are at a product with its weight {site.weight!r}"
         )
+    for computed in (site.computed_weight, site.computed_bias):
+        if computed is not None and (name := _read_otherwise(computed, around)):
+            return f"{variants} reads {name!r} itself, and the product reads {computed.name}, computed of it"
+    return ""
+
+
+def _read_otherwise(computed: fx.Node, around: Sequence[Insertion]) -> str:
+    """Return the name of a frozen tensor that an adapter does not read as the product does; empty if there is none.
+
+    An adapter at a computed weight has a copy of the computation. It has none if another pass has put the computation
+    between the weight and the product afterwards: then merging would give it another weight than it has in the graph.
+
+    Args:
+        computed: the node that is the weight or bias of the product.
+        around: the adapters at the product.
+    """
+    tensors = Computation.of(computed).tensors
+    for insertion in around:
+        inside = set(insertion.nodes)
+        read = [node for node in insertion.nodes if node.op == "get_attr" and inside & node.users.keys()]
+        name = next((str(node.target) for node in read if node.target in tensors), "")
+        if name and not any(computes_the_same(node, computed) for node in insertion.nodes):
+            return name
     return ""

@@ -22,6 +22,7 @@ from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
 from .export import export
+from .foreign_graph import normalize
 from .hugging_face import (
     accepted_arguments,
     example_inputs_of,
@@ -79,7 +80,10 @@ def capture_model(
     check_model(model)
     assert isinstance(model, nn.Module)
     if isinstance(model, fx.GraphModule):
-        return Capture(share(model, own), None, model.training)
+        graph = share(model, own)
+        normalize(graph)
+        _name_modules_once(model, graph.graph)
+        return Capture(graph, None, model.training)
 
     shadow = share(model)
     accepted: dict[str, Any] = {}

@@ -19,6 +19,10 @@ from .refusal import refusal
 aten = torch.ops.aten
 
 
+INLINED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""The modules of torch that symbolic tracing looks into."""
+
+
 class _Tracer(fx.Tracer):
     """Trace into the modules whose weights may be adapted or tied; keep dropout and norms as leaf modules.
 
@@ -26,7 +30,6 @@ class _Tracer(fx.Tracer):
         inline: whether to trace into what computes parametrized weights and into `nn.MultiheadAttention` too.
     """
 
-    _INLINED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     # Record writes to buffers in the graph instead of doing them while the model is traced.
     proxy_buffer_attributes = True
 
@@ -46,7 +49,7 @@ class _Tracer(fx.Tracer):
         ]
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if not super().is_leaf_module(module, name) or isinstance(module, self._INLINED):
+        if not super().is_leaf_module(module, name) or isinstance(module, INLINED):
             return False
         return not (self.inline and (is_attention(module) or _is_traceable(module)))
 
@@ -82,6 +85,7 @@ _ATEN_FUNCTIONS: dict[Any, Any] = {
     operator.matmul: aten.matmul.default,
     torch.addmm: aten.addmm.default,
     torch.bmm: aten.bmm.default,
+    torch.mm: aten.mm.default,
 }
 _ATEN_METHODS = {
     "matmul": aten.matmul.default,
@@ -111,8 +115,25 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
             graph = _Tracer(values, inline=False).trace(model)
         except Exception as error:
             raise refusal(model, error, "symbolic tracing (no example_inputs were given)") from error
+    use_aten(graph)
+    gm = fx.GraphModule(model, graph)
+    # Remove the constant tensors that the tracer stored on the model, under a new name at each trace.
+    for name in set(vars(model)) - attributes:
+        delattr(model, name)
+    return gm
+
+
+def trace_into_linears(model: nn.Module) -> fx.Graph:
+    """Return the graph of `model` in which linears, embeddings and convolutions are functions."""
+    tracer = _Tracer({}, inline=False)
+    tracer.record_stack_traces = False  # `model` is a graph, and no code of the user's
+    return tracer.trace(model)
+
+
+def use_aten(graph: fx.Graph) -> None:
+    """Replace the functions and methods of torch that make a site by the aten operators that they call, in place."""
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _ATEN_FUNCTIONS:
+        if node.op == "call_function" and node.target in _ATEN_FUNCTIONS and "out" not in node.kwargs:
             node.target = _ATEN_FUNCTIONS[node.target]
         elif node.op == "call_method" and node.target in _ATEN_METHODS:
             node.op, node.target = "call_function", _ATEN_METHODS[node.target]
@@ -134,10 +155,16 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
             equation, *operands = node.args
             if isinstance(equation, str) and all(isinstance(operand, fx.Node) for operand in operands):
                 node.target, node.args = aten.einsum.default, (equation, list(operands))
-        if node.target in (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.bmm.default):
-            node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
-    gm = fx.GraphModule(model, graph)
-    # Remove the constant tensors that the tracer stored on the model, under a new name at each trace.
-    for name in set(vars(model)) - attributes:
-        delattr(model, name)
-    return gm
+        if node.kwargs and node.target in _ATEN_FUNCTIONS.values():
+            _pass_by_position(node)
+
+
+def _pass_by_position(node: fx.Node) -> None:
+    """Pass the arguments of an operator by position, as far as its schema lets them."""
+    names = [argument.name for argument in node.target._schema.arguments if not argument.kwarg_only]  # type: ignore
+    kwargs = {names[0] if name == "input" else name: value for name, value in node.kwargs.items()}
+    args = list(node.args)
+    for name in names[len(args) :]:
+        if name in kwargs:
+            args.append(kwargs.pop(name))
+    node.args, node.kwargs = tuple(args), kwargs

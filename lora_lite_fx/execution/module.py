@@ -23,9 +23,9 @@ from ..adapters.state import describe_adapters, trainable_parameters
 from ..capture.capture import call_of
 from ..capture.signature import CallSignature, return_as
 from ..errors import AdapterError, ConfigError, shown
-from ..graph.annotated import annotated_forward
+from ..graph.annotated import traceable_forward
 from ..graph.copies import copy_graph, share_signatures
-from ..graph.direct_calls import transform_is_active
+from ..graph.direct_calls import outside_symbolic_trace, trace_is_active, transform_is_active
 from ..graph.layers import is_layer, layer_of
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_registration
@@ -219,9 +219,13 @@ class AdaptedGraphModule(fx.GraphModule):
         assert self.execution is not None
         if torch.compiler.is_exporting():
             return self._derive("exported", left_out, ())
+        if not torch.compiler.is_compiling():
+            if trace_is_active():
+                with outside_symbolic_trace():
+                    return self._derive("exported", left_out, ())
+            if transform_is_active():
+                return self._derive("plain", left_out, self._hooked())
         hooked = self._hooked()
-        if not torch.compiler.is_compiling() and transform_is_active():
-            return self._derive("plain", left_out, hooked)
         if self.kept is not None and not self.training and not torch.is_grad_enabled():
             method = self._derive("inference", left_out, hooked)
             if self.kept.fit(method):
@@ -260,7 +264,7 @@ class AdaptedGraphModule(fx.GraphModule):
         with phase(f"derived the {program} program{without}") as details:
             graph, _ = self._optimized(program, left_out)
             if program == "exported":
-                setattr(cls, method, annotated_forward(self, graph))
+                setattr(cls, method, traceable_forward(self, graph))
                 cls.derived[method] = Derived()
                 return
             for name in hooked if self.host is not self else ():
@@ -269,6 +273,7 @@ class AdaptedGraphModule(fx.GraphModule):
                     kind: Any = type(module)
                     module.__class__ = running_parts(kind)
             pieces, values = cut(self, self.host, graph, method, hooked)
+            graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
             derived = Derived(pieces, values)
             is_kept, checkpoints = program == "inference", program == "checkpointed"
             setattr(cls, f"{method}_values", _values_method(method, derived, is_kept))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx import _symbolic_trace
+from torch.fx.experimental import proxy_tensor
 from torch.nn import functional as F
 
 aten = torch.ops.aten
@@ -85,15 +89,22 @@ def is_wrapped(*tensors: Tensor) -> bool:
     return any(functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
+# The functions behind public ones that cost several times as much, because each call of a graph asks them.
+_is_jit_tracing, _functorch_level = torch._C._is_tracing, torch._C._functorch.maybe_current_level
+
+
 def transform_is_active() -> bool:
     """Check whether a transform of `torch.func`, forward-mode AD or a trace of `torch.jit` runs this call.
 
     They need operations that they know: no autograd functions of our own, and no writes to results.
     """
-    is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
-    # Neither torch.func nor forward-mode AD has a public question for whether it is active.
-    levels = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    return levels or is_tracing
+    return _functorch_level() is not None or forward_ad._current_level >= 0 or _is_jit_tracing()
+
+
+def trace_is_active() -> bool:
+    """Check whether `torch.fx` traces this call: symbolically, or by `make_fx`."""
+    # The public questions also look at what the caller has looked at, and cost a microsecond.
+    return _symbolic_trace._is_fx_tracing_flag or proxy_tensor._CURRENT_MAKE_FX_TRACER is not None
 
 
 def can_read_values(tensor: Tensor) -> bool:
@@ -102,8 +113,15 @@ def can_read_values(tensor: Tensor) -> bool:
     It may not where the tensor has no values, and where a trace, a compiler or a CUDA graph would record the decision
     for all later calls.
     """
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta or transform_is_active():
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta:
         return False
-    if get_proxy_mode() is not None:  # make_fx
+    if transform_is_active() or trace_is_active():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@contextmanager
+def outside_symbolic_trace() -> Iterator[None]:
+    """Leave a symbolic trace for the body: in a trace, each read of a module's parameter is recorded."""
+    with _symbolic_trace._maybe_revert_all_patches():
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -100,6 +101,24 @@ class Adapted(AdaptedPart):
         if fold:
             fold_into(plain, self.adapted_graph())
         return plain
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle would refuse the class, which is made for the model, without saying what to do.
+        raise AdapterError(
+            f"An adapted {type(self).__name__} cannot be pickled, and so neither by torch.save: its graphs would come"
+            " back without their records of adapters. llfx.save(model, path) writes the adapters, llfx.merge(model)"
+            " returns a model of the plain class, and copy.deepcopy copies it."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[attr-defined]
+        return twin
+
+    def __copy__(self) -> Any:
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(dict(vars(self)))  # type: ignore[attr-defined]
+        return twin
 
     def extra_repr(self) -> str:
         """Return the lines that `repr` shows before the modules: those of the model, and one for each adapter."""

@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -215,6 +216,7 @@ class _Function(torch.autograd.Function):
                 (x,) = products.recipe(None, *sources)
             if branches and torch.is_grad_enabled():  # for gradients of gradients, which go through t
                 t = F.linear(x, a)
+            in_place = torch.compiler.is_compiling() or not is_wrapped(*(g for g in (of_t, *of_ys) if g is not None))
             given: Any = t if branches else of_t
             shape = (*given.shape[:-1], a.shape[1])
             t = _rows(given)
@@ -230,19 +232,23 @@ class _Function(torch.autograd.Function):
                     gradients.append(Branch(None, None, None, None))
                     continue
                 of_sum, of_branch = _gradients(branch, columns, alpha, need, y, _rows(of_y))
-                of_columns.append(_add_product(narrow, of_sum, branch.b, alpha))
+                of_columns.append(_add_product(narrow, of_sum, branch.b, alpha, in_place))
                 gradients.append(of_branch)
                 reached.append((of_sum, branch.weight))
-            if branches and is_wrapped(*of_columns):
+            if branches and not in_place:
                 of_t = torch.cat(of_columns, 1)
             of_a = of_t.t() @ _rows(x) if a_needed else None
             of_x = None
             if x_needed:
                 of_x = of_t @ a
                 for of_sum, weight in reached:
-                    of_x = _add_product(of_x, of_sum, weight)
+                    of_x = _add_product(of_x, of_sum, weight, in_place=in_place)
                 of_x = of_x.view(shape)
-        return None, of_x, of_a, *[None] * products.sources, *flatten(gradients)
+            of_rest = [*[None] * products.sources, *flatten(gradients)]
+            if not isinstance(ctx, BackwardCFunction):  # of compiled autograd, which takes no None where one is needed
+                triples = zip(of_rest, rest, rest_needed, strict=True)
+                of_rest = [torch.zeros_like(value) if of is None and need else of for of, value, need in triples]
+        return None, of_x, of_a, *of_rest
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _Function.apply
@@ -290,9 +296,9 @@ def _flops_of_addition(total: Any, left: Any, right: Any, *_: Any, **__: Any) ->
     return int(2 * left[0] * left[1] * right[1])
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-    """Add `alpha left right` to `total`, in place but in a transform, as of a backward pass for several gradients."""
-    if is_wrapped(left, right):
+def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, in_place: bool = True) -> Tensor:
+    """Return `total + alpha left right`, formed in `total` unless a transform forbids that."""
+    if not in_place:
         return torch.addmm(total, left, right, alpha=alpha)
     if total.dtype in HALF and total.device.type == "cpu":
         # There addmm would round the sum more than once.

@@ -21,7 +21,9 @@ from .dataflow import (
     op_name,
 )
 
-_FUSED = ("scaled_dot_product_attention", "attend_heads")
+# The operator, our own function for `nn.MultiheadAttention`, and what decompositions make of the operator.
+_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+_FUSED = ("scaled_dot_product_attention", "attend_heads", *(f"_scaled_dot_product_{name}" for name in _KERNELS))
 _ARGUMENTS = ("query", "key", "value")
 
 

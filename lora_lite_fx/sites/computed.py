@@ -84,6 +84,16 @@ def frozen_values(graph: fx.Graph) -> set[fx.Node]:
     return frozen
 
 
+def computes_the_same(first: fx.Node, second: fx.Node) -> bool:
+    """Check whether two nodes that depend on no input are computed of the same tensors by the same operations."""
+    if (first.op, first.target) != (second.op, second.target):
+        return False
+    plain, other = (fx.map_arg((node.args, node.kwargs), lambda operand: None) for node in (first, second))
+    operands = list(zip(first.all_input_nodes, second.all_input_nodes, strict=False))
+    as_many = len(operands) == len(first.all_input_nodes) == len(second.all_input_nodes)
+    return bool(plain == other) and as_many and all(computes_the_same(*pair) for pair in operands)
+
+
 def parameters_behind(gm: fx.GraphModule, node: fx.Node) -> dict[str, Tensor]:
     """Return the parameters that a frozen value is computed from, by qualified name."""
     found: dict[str, Tensor] = {}

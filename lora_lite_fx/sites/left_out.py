@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..graph.direct_calls import OpOverload
 from ..graph.provenance import is_inserted
@@ -122,7 +122,9 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
             ("MultiheadAttention", "Transformer")
         ):
             kind = Convolution() if name.startswith("conv") else Lookup() if name in _EMBEDDINGS else SiteKind()
-            return _Use(node, weights, f"{called} is not a kind of site", kind)
+            is_site = called in ("Linear", "Embedding", "Conv1d", "Conv2d") and _is_hooked(module)
+            reason = "a hook stands on the module" if is_site else f"{called} is not a kind of site"
+            return _Use(node, weights, reason, kind)
         return _Use(node, weights, f"symbolic tracing does not look into {called}; {_EXAMPLES}", opaque=True)
     operands = {operand: _weights(gm, operand) for operand in node.all_input_nodes if operand in frozen}
     operands = {operand: weights for operand, weights in operands.items() if weights}
@@ -158,6 +160,11 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         called = getattr(node.target, "__name__", str(node.target))
         return _Use(node, weights, f"the function {called} is opaque to the capture; {_EXAMPLES}", opaque=True)
     return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(kinds)
 
 
 def _weights(gm: fx.GraphModule, operand: fx.Node) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ graphs of a model that carries its adapters, `compiled_model` those of a model t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -21,11 +22,21 @@ from ..log import phase
 from ..rewriting.rewrite import Config, as_variants
 from .compiled_model import CompiledModel
 from .dynamo_call import on_compilation, running_call
-from .dynamo_graph import Compiled, Compiler, compiler
+from .dynamo_graph import Compiled, Compiler
+from .inner import Inner
 from .marked_graph import compile_marked, has_marks
 
+NAME = "lora_lite_fx"
+"""The name under which torch.compile knows the backend for models that carry their adapters."""
 
-def backend(cfg: Config | None = None, *, inner: str | Compiler = "inductor") -> Backend:
+
+def backend(
+    cfg: Config | None = None,
+    *,
+    inner: str | Compiler = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Backend:
     """Return a backend for `torch.compile` that inserts adapters into the graphs that Dynamo captures.
 
     `torch.compile(model, backend=backend(cfg))` runs the adapted model. `model` itself is not changed: a call of it
@@ -46,16 +57,20 @@ def backend(cfg: Config | None = None, *, inner: str | Compiler = "inductor") ->
         cfg: a variant, or several to insert in this order. None for a model that carries its adapters; the name
             `backend="lora_lite_fx"` stands for that.
         inner: the backend that compiles the rewritten graphs, or its name.
+        mode, options: settings of `inner`, as `torch.compile` takes them. They may also be given to `torch.compile`
+            beside this backend: `torch.compile(model, backend=backend(cfg), mode="reduce-overhead")`.
 
     Raises:
-        ConfigError: `cfg` is not a variant.
+        ConfigError: `cfg` is not a variant; or there is no such `inner`, `mode` or option.
     """
     if isinstance(cfg, nn.Module):
         raise ConfigError(
             f"backend takes the config of the adapters, and {shown(cfg)} is a model. The call is"
             " torch.compile(model, backend=backend(LoRA(r=8)))."
         )
-    return Backend(() if cfg is None else tuple(as_variants(cfg)), inner)
+    if inner == NAME or isinstance(inner, Backend):
+        raise ConfigError(f"inner compiles graphs that have their adapters, and {NAME!r} inserts them: leave it out.")
+    return Backend(() if cfg is None else tuple(as_variants(cfg)), Inner(inner, mode, options))
 
 
 class Backend:
@@ -69,10 +84,10 @@ class Backend:
 
     Args:
         variants: to be inserted, in this order; empty for models that carry their adapters.
-        inner: the backend that compiles the rewritten graphs, or its name.
+        inner: the backend that compiles the rewritten graphs, with its settings.
     """
 
-    def __init__(self, variants: tuple[Variant, ...], inner: str | Compiler) -> None:
+    def __init__(self, variants: tuple[Variant, ...], inner: Inner) -> None:
         self.variants = variants
         self.inner = inner
         self._compiled: CompiledModel | None = None
@@ -113,21 +128,35 @@ class Backend:
 
     __hash__ = object.__hash__
 
-    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
-        """Compile one graph that Dynamo captured, with the adapters in it."""
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        inputs: list[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Compiled:
+        """Compile one graph that Dynamo captured, with the adapters in it.
+
+        Args:
+            gm: the graph.
+            inputs: Dynamo's example inputs.
+            mode, options: given to `torch.compile`, which passes them on.
+        """
         try:
+            inner = self.inner.given(mode, options).compiler()
             is_marked = not self.variants or has_marks(gm)
             if not is_marked:
                 self._start()
             with phase("derived the program of a graph") as details:
                 details.append(f"{len(gm.graph.nodes)} nodes")
                 if is_marked:
-                    return compile_marked(gm, inputs, compiler(self.inner))
+                    return compile_marked(gm, inputs, inner)
                 if self._compiled is None:
                     raise AdapterError(
                         "backend(cfg) must be given to torch.compile itself, not be called by another one."
                     )
-                return self._compiled.compile(gm, inputs, compiler(self.inner))
+                return self._compiled.compile(gm, inputs, inner)
         except AdapterError as error:
             return _raising(error)  # later and as it is, because Dynamo wraps the errors of a backend
 
@@ -158,7 +187,7 @@ class Backend:
 
 
 compile_graph = backend()
-"""The backend of the name `"lora_lite_fx"`, for models that carry their adapters."""
+"""The backend that is registered under `NAME`."""
 
 
 def adapt_compiled(

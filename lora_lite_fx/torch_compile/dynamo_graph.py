@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -22,12 +21,6 @@ from ..graph.tensors import register_tensor
 
 Compiled = Callable[..., Any]
 Compiler = Callable[[fx.GraphModule, list[Any]], Compiled]
-
-
-def compiler(name: str | Compiler) -> Compiler:
-    """Return the backend of that name; a backend is returned as it is."""
-    # torch.compile itself looks names up with this function; no public one returns a backend.
-    return torch._dynamo.lookup_backend(name) if isinstance(name, str) else name
 
 
 def to_aten(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> fx.GraphModule:

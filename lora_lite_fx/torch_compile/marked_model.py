@@ -48,6 +48,7 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.clone()
+    vars(copy)["not_pickled"] = NotPickled()
     with phase("inserted the adapters") as details:
         for adapter, plan in enumerate(plans):
             for site in plan.sites:
@@ -62,6 +63,22 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
                 _describe(copy, module)
         details += describe_adapters(copy)
     return copy
+
+
+class NotPickled:
+    """An attribute of a model that carries its adapters: it refuses to be pickled, and so does the model.
+
+    Pickle finds methods by name, and cannot find those that were made for the sites: reading the file would fail.
+    """
+
+    def __reduce__(self) -> Any:
+        raise AdapterError(
+            "A model that carries its adapters for torch.compile cannot be pickled, and so neither by torch.save."
+            " llfx.save(model, path) writes the adapters, which llfx.load reads, and copy.deepcopy copies the model."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NotPickled:
+        return self
 
 
 def _marking(copy: nn.Module, site: Site) -> Any:

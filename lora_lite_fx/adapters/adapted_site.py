@@ -16,6 +16,8 @@ from torch import Tensor
 from ..graph.provenance import SHARED
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
+from .maths import cast
+from .promotion import Settle, adapt
 from .variant import Variant, adapter_namespace
 
 
@@ -29,6 +31,7 @@ class FrozenSite:
         bias: as the model stores it, or None.
         training: whether the model is in training mode, for dropout.
         looked_at: if given, gets the names of the attributes of `FrozenLinear` that variants look at.
+        settle: casts the output of a variant to the type of the frozen one.
     """
 
     site: Site
@@ -36,6 +39,7 @@ class FrozenSite:
     bias: Tensor | None
     training: bool = False
     looked_at: set[str] | None = None
+    settle: Settle = cast
 
     def adapted(
         self, call: Callable[[Tensor], Tensor], around: Iterable[tuple[Variant, Any]], x: Tensor, *routing: Tensor
@@ -68,7 +72,7 @@ class FrozenSite:
         linear = FrozenLinear(base, weight, self.site.own_bias(self.bias), self.site, self.training)
         if self.looked_at is not None:
             linear = _Watched(**vars(linear), looked_at=self.looked_at)
-        adapted = compose(linear, [(variant, operands(p)) for variant, p in around])
+        adapted = compose(linear, [(variant, operands(p)) for variant, p in around], self.settle)
         return kind.leave(adapted(kind.enter(x, self.weight.dtype, who, *routing)))
 
 
@@ -109,16 +113,18 @@ def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
     )
 
 
-def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callable[[Tensor], Tensor]:
+def compose(
+    base: FrozenLinear, around: Iterable[tuple[Variant, Any]], settle: Settle = cast
+) -> Callable[[Tensor], Tensor]:
     """Return the frozen linear with adapters around it, as a function of `x (..., d_in)`.
 
     Args:
         base: the frozen linear.
         around: the variants with their tensors, the innermost first. Each adapts the function that the ones before it
             make up. `base.weight` and `base.bias` are the frozen ones for all.
+        settle: casts an output to the type of the frozen one.
     """
     adapted: Callable[[Tensor], Tensor] = base.call
     for variant, p in around:
-        # dataclasses.replace would look at every field, which `_Watched` would note.
-        adapted = partial(variant.forward, base=type(base)(**{**vars(base), "call": adapted}), p=p)
+        adapted = partial(adapt, variant, adapted, base, p, settle)
     return adapted

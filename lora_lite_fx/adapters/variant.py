@@ -196,18 +196,24 @@ class Variant:
         """Return the adapted linear.
 
         It must call `base` exactly once, be affine in `x` outside dropout, and act on the last dimension only.
-        It is traced: a cast of `x` itself that has nothing to do returns `x`, and a later capture may take one for the
-        other. `cast` adds nothing there; or cast what is computed from `x`.
+
+        Types: `x` and `base(x)` have the model's type, `p` the adapter's, which is float32 on a base in half precision.
+        Inside `forward` products (`x @ p.lora_A.T`, `F.linear`, `einsum`) promote as sums do: what meets float32 is
+        computed in float32. What goes into `base` is cast to the type of `x`, and the result to that of `base(x)`. So
+        the formula as it is written is right on any base and under autocast. Cast only to compute in another type.
+
+        It is traced. A cast of `x` itself that has nothing to do returns `x`, and a later capture may take one for the
+        other; cast what is computed from `x` instead. Numbers and fields of the config become constants of the trace.
 
         Args:
             x: `(..., d_in)`. At an embedding, a convolution or experts an object in its place, which can be cast,
-                dropped out, and multiplied by `F.linear` with matrices of `d_in` columns; any other use of it is a
+                dropped out, and multiplied (`F.linear`, `@`) with matrices of `d_in` columns; any other use of it is a
                 ConfigError. Of experts, `p` and `base.weight` are such objects too, with the shapes of one expert.
             base: the frozen linear.
             p: the variant's tensors as attributes.
 
         Returns:
-            `(..., d_out)`, in the dtype of `base(x)`.
+            `(..., d_out)`.
         """
         raise NotImplementedError
 

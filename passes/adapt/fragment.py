@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from torch import Tensor, fx
 
 from ...adapters.adapted_site import FrozenSite
+from ...adapters.maths import cast
 from ...adapters.placement import Placement
+from ...adapters.promotion import Settle, widens_under_autocast
 from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
 from ...capture.tracing import fake_input, fake_like, trace
@@ -136,8 +139,8 @@ def trace_fragment(
     )
     looked_at: set[str] = set()
 
-    def adapted(operands: Operands[Tensor], training: bool) -> Tensor:
-        frozen = FrozenSite(site, operands.weight, operands.bias, training, looked_at)
+    def adapted(operands: Operands[Tensor], training: bool, settle: Settle) -> Tensor:
+        frozen = FrozenSite(site, operands.weight, operands.bias, training, looked_at, settle)
         return frozen.adapted(
             lambda value: site.kind.multiply(value, operands.factor, *operands.routing),
             [(placement.local, adapter_namespace(operands.tensors))],
@@ -145,8 +148,15 @@ def trace_fragment(
             *operands.routing,
         )
 
+    def of_values(training: bool, settle: Settle) -> Callable[..., Tensor]:
+        return lambda *values: adapted(stand_ins.filled_with(values), training, settle)
+
+    # Types that agree now may differ under autocast, where the trace is to be right too.
+    widens = widens_under_autocast(partial(of_values, True), stand_ins.in_order())
+    settle: Settle = Tensor.type_as if widens else cast
+
     def trace_in(training: bool) -> fx.Graph:
-        return trace(lambda *values: adapted(stand_ins.filled_with(values), training), stand_ins.in_order())
+        return trace(of_values(training, settle), stand_ins.in_order())
 
     graph = trace_in(training=True)
     if "training" in looked_at:

@@ -80,7 +80,8 @@ def _method(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _operators() -> None:
     """Give `_Value` the operators of a tensor."""
     for name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
-        func = getattr(operator, name)
+        # The product goes through torch, where `adapters/promotion.py` sees it.
+        func = torch.matmul if name == "matmul" else getattr(operator, name)
         setattr(_Value, f"__{name}__", lambda self, other, func=func: _apply(func, (self, other), {}))
         setattr(_Value, f"__r{name}__", lambda self, other, func=func: _apply(func, (other, self), {}))
 
@@ -222,6 +223,12 @@ def _routed_linear(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: M
     return y if bias is None else y + x.spread(bias)
 
 
+def _routed_matmul(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    x, matrix = args
+    is_matrix = isinstance(matrix, (PerExpert, Tensor)) and matrix.dim() == 2
+    return _routed_linear(func, (x, matrix.mT), {}) if is_matrix else None
+
+
 _ELEMENTWISE = (
     "add",
     "sub",
@@ -251,4 +258,5 @@ _RULES: Mapping[str, _Rule] = {
 _ROUTED_RULES: Mapping[str, _Rule] = {
     **dict.fromkeys((*_ELEMENTWISE, *_CASTS), _routed_elementwise),
     "linear": _routed_linear,
+    "matmul": _routed_matmul,
 }

@@ -26,7 +26,7 @@ from .variant import Variant
 _PRODUCTS: frozenset[Any] = frozenset(
     {
         *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.layer_norm, torch.einsum, torch.tensordot),
-        *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),  # type: ignore[attr-defined]
+        *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
         *(torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv, torch.dot, Tensor.dot),
         *(torch.inner, Tensor.inner, torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm),
     }

@@ -16,8 +16,7 @@ from torch import Tensor
 from ..graph.provenance import SHARED
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
-from .maths import cast
-from .promotion import Settle, adapt
+from .promotion import adapt
 from .variant import Variant, adapter_namespace
 
 
@@ -31,7 +30,6 @@ class FrozenSite:
         bias: as the model stores it, or None.
         training: whether the model is in training mode, for dropout.
         looked_at: if given, gets the names of the attributes of `FrozenLinear` that variants look at.
-        settle: casts the output of a variant to the type of the frozen one.
     """
 
     site: Site
@@ -39,7 +37,6 @@ class FrozenSite:
     bias: Tensor | None
     training: bool = False
     looked_at: set[str] | None = None
-    settle: Settle = cast
 
     def adapted(
         self, call: Callable[[Tensor], Tensor], around: Iterable[tuple[Variant, Any]], x: Tensor, *routing: Tensor
@@ -72,7 +69,7 @@ class FrozenSite:
         linear = FrozenLinear(base, weight, self.site.own_bias(self.bias), self.site, self.training)
         if self.looked_at is not None:
             linear = _Watched(**vars(linear), looked_at=self.looked_at)
-        adapted = compose(linear, [(variant, operands(p)) for variant, p in around], self.settle)
+        adapted = compose(linear, [(variant, operands(p)) for variant, p in around])
         return kind.leave(adapted(kind.enter(x, self.weight.dtype, who, *routing)))
 
 
@@ -113,18 +110,15 @@ def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
     )
 
 
-def compose(
-    base: FrozenLinear, around: Iterable[tuple[Variant, Any]], settle: Settle = cast
-) -> Callable[[Tensor], Tensor]:
+def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callable[[Tensor], Tensor]:
     """Return the frozen linear with adapters around it, as a function of `x (..., d_in)`.
 
     Args:
         base: the frozen linear.
         around: the variants with their tensors, the innermost first. Each adapts the function that the ones before it
             make up. `base.weight` and `base.bias` are the frozen ones for all.
-        settle: casts an output to the type of the frozen one.
     """
     adapted: Callable[[Tensor], Tensor] = base.call
     for variant, p in around:
-        adapted = partial(adapt, variant, adapted, base, p, settle)
+        adapted = partial(adapt, variant, adapted, base, p)
     return adapted

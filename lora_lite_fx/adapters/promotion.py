@@ -7,8 +7,8 @@ products follow the same rule. So the formula of a paper is right on any base, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..capture.tracing import trace
 from ..graph.tensors import HALF
 from .frozen_linear import FrozenLinear
 from .maths import cast
@@ -33,11 +32,7 @@ _PRODUCTS: frozenset[Any] = frozenset(
 )
 
 
-Settle = Callable[[Any, Any], Any]
-"""A function that returns an output of `forward`, its first argument, in the type of the second, that of `base(x)`."""
-
-
-def adapt(variant: Variant, call: Callable[[Any], Any], base: FrozenLinear, p: Any, settle: Settle, x: Any) -> Any:
+def adapt(variant: Variant, call: Callable[[Any], Any], base: FrozenLinear, p: Any, x: Any) -> Any:
     """Return what `variant` makes of a function: its `forward`, with the types of inputs and results as they must be.
 
     Args:
@@ -45,7 +40,6 @@ def adapt(variant: Variant, call: Callable[[Any], Any], base: FrozenLinear, p: A
         call: the function to adapt, the frozen linear or one with adapters around it. It gets the type of `x`.
         base: the frozen linear.
         p: the variant's tensors as attributes.
-        settle: casts the output; `cast`, except in a trace.
         x: the input.
 
     Returns:
@@ -62,31 +56,7 @@ def adapt(variant: Variant, call: Callable[[Any], Any], base: FrozenLinear, p: A
     mixed = len({dtype for operand in (x, *vars(p).values()) for dtype in _dtypes(operand)}) > 1
     with PromotedProducts() if mixed else nullcontext():
         result = variant.forward(x, linear, p)
-    return settle(result, outputs[0]) if outputs and _dtypes(result) else result
-
-
-def widens_under_autocast(settled: Callable[[Settle], Callable[..., Tensor]], operands: Sequence[Tensor]) -> bool:
-    """Return whether autocast makes the output of a `forward` wider than that of its `base(x)`.
-
-    It does where a parameter scales the output, because autocast narrows products and leaves sums as they are.
-
-    Args:
-        settled: makes the function to trace from the function that casts the output of `forward`.
-        operands: fake tensors to trace it on.
-    """
-    widened = False
-
-    def note(result: Any, y: Any) -> Any:
-        nonlocal widened
-        widened |= result.dtype != y.dtype
-        return cast(result, y)
-
-    device = operands[0].device.type
-    if not torch.amp.is_autocast_available(device):
-        return False
-    with torch.autocast(device, torch.bfloat16), suppress(Exception):  # that of `forward` comes up without autocast too
-        trace(settled(note), operands)
-    return widened
+    return cast(result, outputs[0]) if outputs and _dtypes(result) else result
 
 
 class PromotedProducts(TorchFunctionMode):

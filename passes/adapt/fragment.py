@@ -6,23 +6,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Generic, TypeVar
 
 from torch import Tensor, fx
 
 from ...adapters.adapted_site import FrozenSite
-from ...adapters.maths import cast
 from ...adapters.placement import Placement
-from ...adapters.promotion import Settle, widens_under_autocast
 from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
 from ...capture.tracing import fake_input, fake_like, trace
 from ...errors import ConfigError
 from ...sites.site import Call, Site, stored_bias, stored_weight
 from ..normalize.follow_mode import follow_mode
+from .output_type import keep_type_under_autocast
 from .plain_products import normalize_products
 
 T = TypeVar("T")
@@ -144,8 +142,8 @@ def trace_fragment(
     )
     looked_at: set[str] = set()
 
-    def adapted(operands: Operands[Tensor], training: bool, settle: Settle) -> Tensor:
-        frozen = FrozenSite(site, operands.weight, operands.bias, training, looked_at, settle)
+    def adapted(operands: Operands[Tensor], training: bool) -> Tensor:
+        frozen = FrozenSite(site, operands.weight, operands.bias, training, looked_at)
         return frozen.adapted(
             lambda value: site.kind.multiply(value, operands.factor, *operands.routing),
             [(placement.local, adapter_namespace(operands.tensors))],
@@ -153,15 +151,8 @@ def trace_fragment(
             *operands.routing,
         )
 
-    def of_values(training: bool, settle: Settle) -> Callable[..., Tensor]:
-        return lambda *values: adapted(stand_ins.filled_with(values), training, settle)
-
-    # Types that agree now may differ under autocast, where the trace is to be right too.
-    widens = widens_under_autocast(partial(of_values, True), stand_ins.in_order())
-    settle: Settle = Tensor.type_as if widens else cast
-
     def trace_in(training: bool) -> fx.Graph:
-        return trace(of_values(training, settle), stand_ins.in_order())
+        return trace(lambda *values: adapted(stand_ins.filled_with(values), training), stand_ins.in_order())
 
     graph = trace_in(training=True)
     if "training" in looked_at:
@@ -176,6 +167,7 @@ def trace_fragment(
         )
     normalize_products(graph, inputs.x, calls[0], inputs.not_data())
     graph.eliminate_dead_code()
+    keep_type_under_autocast(graph, calls[0], stand_ins.in_order())
     (base_input,) = [n for n in calls[0].all_input_nodes if n not in (inputs.factor, *inputs.routing)]
     (result,) = graph.output_node().all_input_nodes
     return Fragment(graph, inputs, calls[0], base_input, result, "site" in looked_at)

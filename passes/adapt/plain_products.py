@@ -25,8 +25,8 @@ def normalize_products(graph: fx.Graph, x: fx.Node, base: fx.Node, frozen: set[f
 
     - `matmul`, `mm`, `inner` and `einsum` become `linear`. The matrix is transposed if it must be, and no transposition
       of a transposition is left. To the same bits.
-    - A cast that does nothing goes, if a product, a cast or nothing but the site's readers read it. To the same bits:
-      under autocast a product casts its operands anyway, and the output is cast to the type of the frozen one.
+    - A cast that does nothing goes, if a product, a further cast or the output reads it. To the same bits: under
+      autocast a product casts its operands anyway, and the output gets the type of the frozen one.
     - `linear(s z, M)` becomes `s linear(z, M)`, and `s t z` and `z / s` become one factor. So the scale comes last, and
       other adapters can share the input. Rounded elsewhere, so not in half precision, where it could overflow.
     - `d + base(x)` becomes `base(x) + d`. To the same bits.
@@ -45,10 +45,10 @@ def normalize_products(graph: fx.Graph, x: fx.Node, base: fx.Node, frozen: set[f
                 node = _replaced(node, _LINEAR, (z, _matrix(node, *matrix)))
             node = _with_scale_outside(node)
             _put_first(node, (x, base))
-        if node is base or node.op == "output" or node.target is _LINEAR or _is_cast(node):
-            for value in node.all_input_nodes:
-                if _does_nothing(value):
-                    node.replace_input_with(value, value.all_input_nodes[0])
+        casts = _dropped_before(node, base)
+        for value in node.all_input_nodes:
+            if value.target in casts and _does_nothing(value):
+                node.replace_input_with(value, value.all_input_nodes[0])
 
 
 def _depending_on_these_alone(graph: fx.Graph, frozen: set[fx.Node]) -> set[fx.Node]:
@@ -194,13 +194,16 @@ def _scaled(node: fx.Node) -> tuple[fx.Node, float] | None:
 # Casts.
 
 
-def _does_nothing(node: fx.Node) -> bool:
-    """Check whether `node` casts a value to the type that it has."""
-    return _is_cast(node) and _value(node).dtype == _value(node.all_input_nodes[0]).dtype
+def _dropped_before(node: fx.Node, base: fx.Node) -> tuple[Any, ...]:
+    """Return the casts that make no difference to `node` if they do nothing now, whatever autocast makes of types."""
+    if node is base or node.target is _LINEAR:
+        return aten.to.dtype, aten.type_as.default
+    return (aten.to.dtype,) if node.op == "output" or node.target in (aten.to.dtype, aten.type_as.default) else ()
 
 
-def _is_cast(node: fx.Node) -> bool:
-    return node.target in (aten.to.dtype, aten.type_as.default)
+def _does_nothing(cast: fx.Node) -> bool:
+    """Check whether `cast` returns a value in the type that it has."""
+    return _value(cast).dtype == _value(cast.all_input_nodes[0]).dtype
 
 
 def _value(node: fx.Node) -> Tensor:

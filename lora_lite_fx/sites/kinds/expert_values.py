@@ -48,6 +48,8 @@ class _Value:
     def mT(self) -> Any:
         return _apply(Tensor.t, (self,), {})
 
+    T = mT
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,6 +74,14 @@ class _Value:
     def __neg__(self) -> Any:
         return _apply(operator.neg, (self,), {})
 
+    # A product goes through torch, so that modes see it as they see that of tensors.
+
+    def __matmul__(self, other: Any) -> Any:
+        return torch.matmul(self, other)  # type: ignore[arg-type]
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return torch.matmul(other, self)  # type: ignore[arg-type]
+
 
 def _method(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return _apply(func, args, kwargs)
@@ -79,9 +89,8 @@ def _method(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _operators() -> None:
     """Give `_Value` the operators of a tensor."""
-    for name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
-        # The product goes through torch, where `adapters/promotion.py` sees it.
-        func = torch.matmul if name == "matmul" else getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "pow"):
+        func = getattr(operator, name)
         setattr(_Value, f"__{name}__", lambda self, other, func=func: _apply(func, (self, other), {}))
         setattr(_Value, f"__r{name}__", lambda self, other, func=func: _apply(func, (other, self), {}))
 

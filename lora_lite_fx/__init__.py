@@ -2,6 +2,7 @@
 
 from .adapters.frozen_linear import FrozenLinear
 from .adapters.hyperparameters import WithDropout, WithRank, WithScale
+from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
 from .adapters.param_spec import ParamSpec
 from .adapters.registry import register, registry
 from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
@@ -59,7 +60,10 @@ __all__ = [
     "HRA",
     "IA3",
     "OFT",
+    "AdaptedSite",
     "AdapterError",
+    "AdapterRow",
+    "AdapterTable",
     "AntiPaSTO",
     "CallError",
     "CaptureError",
@@ -91,6 +95,7 @@ __all__ = [
     "adapt",
     "adapter_parameters",
     "adapter_state_dict",
+    "adapters",
     "backend",
     "capture",
     "from_peft_config",

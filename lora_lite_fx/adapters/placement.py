@@ -144,12 +144,12 @@ def placements(model: nn.Module) -> list[Placement]:
     return sorted(by_place.values(), key=lambda placement: placement.adapter)
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[Variant, list[Placement]]]:
+def by_adapter(model: nn.Module) -> Iterator[tuple[Variant, list[Placement]]]:
     """Yield each adapter of a model: its config and its placements."""
-    by_adapter: dict[int, list[Placement]] = {}
+    members_of: dict[int, list[Placement]] = {}
     for placement in placements(model):
-        by_adapter.setdefault(placement.adapter, []).append(placement)
-    for members in by_adapter.values():
+        members_of.setdefault(placement.adapter, []).append(placement)
+    for members in members_of.values():
         yield members[0].variant, members
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import fx
 
+from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement
-from ..adapters.state import describe_adapters, trainable_parameters
+from ..adapters.state import trainable_parameters
 from ..errors import AdapterError, ConfigError
 from ..execution.frozen import changed_inside, frozen
 from ..execution.layer import RunsParts, running_parts

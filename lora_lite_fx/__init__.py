@@ -26,6 +26,7 @@ from .hugging_face.adapt import adapt
 from .inspection.table import inspect
 from .rewriting.capture import capture
 from .rewriting.eager import wrap
+from .rewriting.reconfigure import reconfigure
 from .rewriting.rewrite import merge, remove, rewrite
 from .rewriting.verify import verify
 from .torch_compile.backend import backend
@@ -107,6 +108,7 @@ __all__ = [
     "load_peft",
     "merge",
     "optimize",
+    "reconfigure",
     "register",
     "registry",
     "remove",

@@ -6,7 +6,9 @@ each tensor under the qualified name `<site>.<name>`, so the functions here work
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -121,6 +123,16 @@ class HasGraphs(Protocol):
     def without_adapters(self, fold: bool) -> nn.Module:
         """Return the module without adapters, with these folded into copies of the adapted weights or left out."""
         ...
+
+    def with_placements(self, placed: Sequence[Placement]) -> nn.Module:
+        """Return a copy of the module over the same tensors, with these configs at its places."""
+        ...
+
+
+def copy_over_tensors(model: nn.Module) -> Any:
+    """Return a copy of a model over the same parameters and buffers, the same objects."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def graph_of(model: nn.Module) -> nn.Module:

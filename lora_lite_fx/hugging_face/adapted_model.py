@@ -6,13 +6,14 @@ import functools
 import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from ..adapters.listing import describe_adapters
-from ..adapters.placement import Placement
+from ..adapters.placement import Placement, copy_over_tensors
 from ..adapters.state import trainable_parameters
 from ..errors import AdapterError, ConfigError
 from ..execution.frozen import changed_inside, frozen
@@ -101,6 +102,12 @@ class Adapted(AdaptedPart):
         if fold:
             fold_into(plain, self.adapted_graph())
         return plain
+
+    def with_placements(self, placed: Sequence[Placement]) -> Any:
+        """Return a copy of the model over the same tensors, with these configs at its places."""
+        twin: Any = copy_over_tensors(self)  # type: ignore[arg-type]
+        twin._graphs.placements = list(placed)
+        return twin
 
     def extra_repr(self) -> str:
         """Return the lines that `repr` shows before the modules: those of the model, and one for each adapter."""

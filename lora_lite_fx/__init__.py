@@ -6,7 +6,7 @@ from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
 from .adapters.param_spec import ParamSpec
 from .adapters.registry import register, registry
 from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
-from .adapters.variant import Variant
+from .adapters.variant import Batch, Statistic, Variant
 from .capture.differences import Difference, DifferenceTable
 from .errors import (
     AdapterError,
@@ -66,6 +66,7 @@ __all__ = [
     "AdapterRow",
     "AdapterTable",
     "AntiPaSTO",
+    "Batch",
     "CallError",
     "CaptureError",
     "CheckpointError",
@@ -88,6 +89,7 @@ __all__ = [
     "RandLoRA",
     "RoAd",
     "SelectionError",
+    "Statistic",
     "Variant",
     "VeRA",
     "WithDropout",

@@ -56,7 +56,9 @@ def adapt(variant: Variant, call: Callable[[Any], Any], base: FrozenLinear, p: A
     mixed = len({dtype for operand in (x, *vars(p).values()) for dtype in _dtypes(operand)}) > 1
     with PromotedProducts() if mixed else nullcontext():
         result = variant.forward(x, linear, p)
-    return cast(result, outputs[0]) if outputs and _dtypes(result) else result
+    if not outputs or not _dtypes(result) or result.dtype == outputs[0].dtype:
+        return result
+    return result.type_as(outputs[0])  # which a trace follows under autocast too; a dtype would be a constant of it
 
 
 class PromotedProducts(TorchFunctionMode):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ...capture.tracing import trace
+from ...graph.tensors import HALF
 
 
 def keep_type_under_autocast(graph: fx.Graph, base: fx.Node, operands: Sequence[Tensor]) -> None:
@@ -26,9 +27,11 @@ def keep_type_under_autocast(graph: fx.Graph, base: fx.Node, operands: Sequence[
     device = operands[0].device.type
     if not torch.amp.is_autocast_available(device):
         return
+    frozen_type = base.meta["val"].dtype
+    half = frozen_type if frozen_type in HALF else torch.bfloat16
     types: dict[str, torch.dtype] = {}
     # A failure has a better place to come up: the first call under autocast.
-    with torch.autocast(device, torch.bfloat16), suppress(Exception):
+    with torch.autocast(device, half), suppress(Exception):
         trace(_Types(fx.GraphModule({}, graph), types).run, operands)
     output = graph.output_node()
     (result,) = output.all_input_nodes

@@ -2,10 +2,11 @@
 
 from .adapters.frozen_linear import FrozenLinear
 from .adapters.hyperparameters import WithDropout, WithRank, WithScale
+from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
 from .adapters.param_spec import ParamSpec
 from .adapters.registry import register, registry
 from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
-from .adapters.variant import Variant
+from .adapters.variant import Batch, Statistic, Variant
 from .capture.differences import Difference, DifferenceTable
 from .errors import (
     AdapterError,
@@ -26,6 +27,7 @@ from .inspection.program import program
 from .inspection.table import inspect
 from .rewriting.capture import capture
 from .rewriting.eager import wrap
+from .rewriting.reconfigure import reconfigure
 from .rewriting.rewrite import merge, remove, rewrite
 from .rewriting.verify import verify
 from .torch_compile.backend import backend
@@ -60,8 +62,12 @@ __all__ = [
     "HRA",
     "IA3",
     "OFT",
+    "AdaptedSite",
     "AdapterError",
+    "AdapterRow",
+    "AdapterTable",
     "AntiPaSTO",
+    "Batch",
     "CallError",
     "CaptureError",
     "CheckpointError",
@@ -84,6 +90,7 @@ __all__ = [
     "RandLoRA",
     "RoAd",
     "SelectionError",
+    "Statistic",
     "Variant",
     "VeRA",
     "WithDropout",
@@ -92,6 +99,7 @@ __all__ = [
     "adapt",
     "adapter_parameters",
     "adapter_state_dict",
+    "adapters",
     "backend",
     "capture",
     "from_peft_config",
@@ -104,6 +112,7 @@ __all__ = [
     "merge",
     "optimize",
     "program",
+    "reconfigure",
     "register",
     "registry",
     "remove",

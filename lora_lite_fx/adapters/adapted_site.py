@@ -16,6 +16,7 @@ from torch import Tensor
 from ..graph.provenance import SHARED
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
+from .promotion import adapt
 from .variant import Variant, adapter_namespace
 
 
@@ -119,6 +120,5 @@ def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callab
     """
     adapted: Callable[[Tensor], Tensor] = base.call
     for variant, p in around:
-        # dataclasses.replace would look at every field, which `_Watched` would note.
-        adapted = partial(variant.forward, base=type(base)(**{**vars(base), "call": adapted}), p=p)
+        adapted = partial(adapt, variant, adapted, base, p)
     return adapted

@@ -6,7 +6,9 @@ each tensor under the qualified name `<site>.<name>`, so the functions here work
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -122,6 +124,16 @@ class HasGraphs(Protocol):
         """Return the module without adapters, with these folded into copies of the adapted weights or left out."""
         ...
 
+    def with_placements(self, placed: Sequence[Placement]) -> nn.Module:
+        """Return a copy of the module over the same tensors, with these configs at its places."""
+        ...
+
+
+def copy_over_tensors(model: nn.Module) -> Any:
+    """Return a copy of a model over the same parameters and buffers, the same objects."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
 
 def graph_of(model: nn.Module) -> nn.Module:
     """Return the graph of an adapted model that has one, else the model."""
@@ -144,12 +156,12 @@ def placements(model: nn.Module) -> list[Placement]:
     return sorted(by_place.values(), key=lambda placement: placement.adapter)
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[Variant, list[Placement]]]:
+def by_adapter(model: nn.Module) -> Iterator[tuple[Variant, list[Placement]]]:
     """Yield each adapter of a model: its config and its placements."""
-    by_adapter: dict[int, list[Placement]] = {}
+    members_of: dict[int, list[Placement]] = {}
     for placement in placements(model):
-        by_adapter.setdefault(placement.adapter, []).append(placement)
-    for members in by_adapter.values():
+        members_of.setdefault(placement.adapter, []).append(placement)
+    for members in members_of.values():
         yield members[0].variant, members
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..capture.mistakes import model_hint, wrapper_hint
 from ..errors import AdapterError, CheckpointError, shown
-from ..graph.provenance import insertions
 from ..graph.tensors import tensor_of
-from .placement import adapter_tensor_names, placements
-from .registry import to_config
+from .placement import adapter_tensor_names
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -112,19 +109,6 @@ def check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) 
         raise CheckpointError(f"The tensors do not fit the model's adapters: {'; '.join(sorted(problems)[:5])}{more}.")
 
 
-# Text for users.
-
-
-def describe_adapters(model: nn.Module) -> list[str]:
-    """Return a line for each adapter of `model`, such as `LoRA(r=8, alpha=16) at 14 sites, 43,008 parameters`.
-
-    A module that is still being made, as a debugger shows it, has no lines.
-    """
-    with suppress(AttributeError):
-        return [_describe(model, members) for members in _by_adapter(model).values()]
-    return []
-
-
 def trainable_parameters(model: nn.Module) -> str:
     """Return one line, in the form in which PEFT prints it, on the parameters of `model` that train now.
 
@@ -134,29 +118,6 @@ def trainable_parameters(model: nn.Module) -> str:
     total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     percentage = 100 * trainable / total if total else 0.0
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {percentage:.4f}"
-
-
-def _by_adapter(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str, list[str]]]]:
-    """Return the config, the site and the names of the tensors of each placement, by the index of the adapter."""
-    # A graph knows its configs also where the variant's class is not known to this process.
-    if isinstance(model, fx.GraphModule):
-        records = [(i.adapter, i.config, i.site, list(i.tensors.values())) for i in insertions(model.graph)]
-    else:
-        records = [(p.adapter, to_config(p.variant), p.site, list(p.tensors.values())) for p in placements(model)]
-    by_adapter: dict[int, list[tuple[dict[str, Any], str, list[str]]]] = {}
-    for adapter, config, site, names in records:
-        by_adapter.setdefault(adapter, []).append((dict(config), site, names))
-    return by_adapter
-
-
-def _describe(model: nn.Module, members: Sequence[tuple[Mapping[str, Any], str, Sequence[str]]]) -> str:
-    config = members[0][0]
-    fields = ", ".join(f"{name}={config[name]:g}" for name in ("r", "alpha") if config.get(name) is not None)
-    sites = {site for _, site, _ in members}
-    tensors = {name: tensor_of(model, name) for _, _, names in members for name in names}
-    size = sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, nn.Parameter))
-    plural = "s" if len(sites) > 1 else ""
-    return f"{config['variant']}({fields}) at {len(sites)} site{plural}, {size:,} parameters"
 
 
 def adapter_tensors(model: nn.Module) -> list[str]:

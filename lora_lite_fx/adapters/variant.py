@@ -61,6 +61,27 @@ class Statistic:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The batch of calibration data that the inputs of a site come from.
+
+    Args:
+        index: its number among the batches, from 0.
+        arguments: what the model was called with, by name.
+        inputs: all inputs of the site as the model forms them, `(..., d_in)` in float32 or wider, padding included.
+        mask: `(batch, length)`, 1 for tokens and 0 for padding; None if no mask has an entry for each input.
+    """
+
+    index: int
+    arguments: Mapping[str, Any]
+    inputs: Tensor
+    mask: Tensor | None
+
+
+Observe = Callable[[Tensor], Tensor] | Callable[[Tensor, Batch], Tensor]
+"""A function that observes the inputs of a site, see `Variant.observer`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """Base class of all variants; the fields common to them.
@@ -196,18 +217,24 @@ class Variant:
         """Return the adapted linear.
 
         It must call `base` exactly once, be affine in `x` outside dropout, and act on the last dimension only.
-        It is traced: a cast of `x` itself that has nothing to do returns `x`, and a later capture may take one for the
-        other. `cast` adds nothing there; or cast what is computed from `x`.
+
+        Types: `x` and `base(x)` have the model's type, `p` the adapter's, which is float32 on a base in half precision.
+        Inside `forward` products (`x @ p.lora_A.T`, `F.linear`, `einsum`) promote as sums do: what meets float32 is
+        computed in float32. What goes into `base` is cast to the type of `x`, and the result to that of `base(x)`. So
+        the formula as it is written is right on any base and under autocast. Cast only to compute in another type.
+
+        It is traced. A cast of `x` itself that has nothing to do returns `x`, and a later capture may take one for the
+        other; cast what is computed from `x` instead. Numbers and fields of the config become constants of the trace.
 
         Args:
             x: `(..., d_in)`. At an embedding, a convolution or experts an object in its place, which can be cast,
-                dropped out, and multiplied by `F.linear` with matrices of `d_in` columns; any other use of it is a
+                dropped out, and multiplied (`F.linear`, `@`) with matrices of `d_in` columns; any other use of it is a
                 ConfigError. Of experts, `p` and `base.weight` are such objects too, with the shapes of one expert.
             base: the frozen linear.
             p: the variant's tensors as attributes.
 
         Returns:
-            `(..., d_out)`, in the dtype of `base(x)`.
+            `(..., d_out)`.
         """
         raise NotImplementedError
 
@@ -221,11 +248,13 @@ class Variant:
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
         """Overwrite, in place, the tensors that start from the frozen weight `(d_out, d_in)`, in float32 or wider."""
 
-    def observer(self, site: Site, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def observer(self, site: Site, weight: Tensor) -> Observe | None:
         """Return a function that observes the site's inputs on calibration data; None to start without data.
 
-        The function takes the inputs of one batch, `(tokens, d_in)` in float32 or wider, and returns a tensor to be
-        summed over all batches. `weight` is as for `init`.
+        The function takes the inputs of one batch, `(tokens, d_in)` in float32 or wider without padding, and returns a
+        tensor to be summed over all batches. If it has a second argument without a default, that is the `Batch`: the
+        inputs in the model's shape, the mask, the arguments of the call, and the number of the batch. It is called at
+        each call of the site. `weight` is as for `init`.
         """
         return None
 

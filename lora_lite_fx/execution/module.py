@@ -18,8 +18,9 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils.checkpoint import checkpoint
 
+from ..adapters.listing import describe_adapters
 from ..adapters.placement import HasGraphs, placements
-from ..adapters.state import describe_adapters, trainable_parameters
+from ..adapters.state import trainable_parameters
 from ..capture.capture import call_of
 from ..capture.signature import CallSignature, return_as
 from ..errors import AdapterError, ConfigError, shown

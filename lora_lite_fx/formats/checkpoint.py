@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
 from ..adapters.adapted_site import check_kind
-from ..adapters.placement import Placement, adapters, graph_of, placements
+from ..adapters.placement import Placement, by_adapter, graph_of, placements
 from ..adapters.registry import from_config, to_config
 from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict, warn_of_trained_base
 from ..adapters.variant import Variant
@@ -59,11 +59,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: boo
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
     if not allow_nonfinite:
         check_finite(state, file, "nothing was written")
-    for variant, _ in adapters(model):
+    for variant, _ in by_adapter(model):
         from_config(to_config(variant))  # refuses a config that could not be loaded again
     records = [
         {"config": to_config(variant), "sites": [placement.site for placement in members]}
-        for variant, members in adapters(model)
+        for variant, members in by_adapter(model)
     ]
     prints = fingerprints(model, [name for record in records for name in record["sites"]])
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}

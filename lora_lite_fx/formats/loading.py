@@ -12,8 +12,8 @@ from typing import Protocol, get_type_hints
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.listing import describe_adapters
 from ..adapters.placement import adapter_tensor_names
-from ..adapters.state import describe_adapters
 from ..capture.capture import Inputs
 from ..errors import AdapterError
 from ..graph.tensors import outside_inference_mode

@@ -12,7 +12,7 @@ from ..adapters.adapted_site import check_kind
 from ..adapters.param_spec import ParamSpec
 from ..adapters.placement import (
     Placement,
-    adapters,
+    by_adapter,
     graph_of,
     placements,
     site_weight,
@@ -36,7 +36,7 @@ def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]
         ConfigError: it has several.
     """
     adapter_state_dict(model)  # refuses a model without adapters
-    held = list(adapters(model))
+    held = list(by_adapter(model))
     if len(held) > 1:
         names = ", ".join(type(variant).__name__ for variant, _ in held)
         raise ConfigError(f"{where} holds one adapter; the model has {len(held)} ({names}).")

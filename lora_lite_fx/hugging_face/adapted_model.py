@@ -7,13 +7,15 @@ import functools
 import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from ..adapters.placement import Placement
-from ..adapters.state import describe_adapters, trainable_parameters
+from ..adapters.listing import describe_adapters
+from ..adapters.placement import Placement, copy_over_tensors
+from ..adapters.state import trainable_parameters
 from ..errors import AdapterError, ConfigError
 from ..execution.frozen import changed_inside, frozen
 from ..execution.layer import RunsParts, running_parts
@@ -118,6 +120,12 @@ class Adapted(AdaptedPart):
     def __copy__(self) -> Any:
         twin = type(self).__new__(type(self))
         twin.__setstate__(dict(vars(self)))  # type: ignore[attr-defined]
+        return twin
+
+    def with_placements(self, placed: Sequence[Placement]) -> Any:
+        """Return a copy of the model over the same tensors, with these configs at its places."""
+        twin: Any = copy_over_tensors(self)  # type: ignore[arg-type]
+        twin._graphs.placements = list(placed)
         return twin
 
     def extra_repr(self) -> str:

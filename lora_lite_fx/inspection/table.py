@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.accounting import account_for
+from ..adapters.listing import text_table
 from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture import Inputs
 from ..execution.module import AdaptedGraphModule
@@ -41,6 +42,7 @@ class SiteTable(Sequence[SiteRow]):
         unfrozen: number of parameters outside the adapters that the user lets train.
         programs: the reports of the passes, by program; empty unless `inspect` was asked for them.
         left_out: one for each weight that multiplies data and is not a site, of the kinds asked for.
+        repeated: number of parameters that train and that a row before has counted, because sites share them.
     """
 
     rows: tuple[SiteRow, ...]
@@ -50,11 +52,12 @@ class SiteTable(Sequence[SiteRow]):
     unfrozen: int = 0
     programs: tuple[ProgramReport, ...] = ()
     left_out: tuple[LeftOutRow, ...] = ()
+    repeated: int = 0
 
     @property
     def trainable(self) -> int:
-        """The number of parameters that train."""
-        return sum(row.parameters for row in self.rows) + self.unfrozen
+        """The number of parameters that train. Those that sites share count once."""
+        return sum(row.parameters for row in self.rows) - self.repeated + self.unfrozen
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON-ready data.
@@ -114,14 +117,7 @@ class SiteTable(Sequence[SiteRow]):
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i in (2, 3, 5) else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in (head, tuple("-" * width for width in widths), *body)
-        ]
+        lines = text_table(head, body, right=(2, 3, 5))
         share = 100 * self.trainable / self.total if self.total else 0.0
         outside = f", {self.unfrozen:,} of them outside the adapters" if self.unfrozen else ""
         lines.append(
@@ -184,6 +180,8 @@ def inspect(
     total = sum(parameter.numel() for parameter in gm.parameters())
     adapters = set(adapter_tensor_names(gm))
     sizes = {name: parameter.numel() for name, parameter in gm.named_parameters() if name not in adapters}
+    trained = sum(tensor.numel() for name in adapters if (tensor := tensor_of(gm, name)).requires_grad)
+    repeated = sum(row.parameters for row in rows) - trained
     unfrozen = 0
     if adapters and isinstance(model, nn.Module):
         own = {id(tensor_of(model, name)) for name in adapters}
@@ -206,7 +204,7 @@ def inspect(
         for weight in find_left_out(gm, account.sites)
         if weight.kind.name in kinds
     )
-    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, unfrozen, programs, left_out)
+    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, unfrozen, programs, left_out, repeated)
 
 
 def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]:

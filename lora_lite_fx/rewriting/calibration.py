@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +56,7 @@ def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observe
 
     Raises:
         CaptureError: a batch does not fit the graph.
-        ConfigError: there is no batch.
+        ConfigError: there is no batch, or an observer failed.
     """
     by_site: dict[str, list[Observer]] = {}
     for of_variant in observers:
@@ -64,13 +66,17 @@ def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observe
     own_written_buffers(observed)
     Pipeline((ObserveInputs(by_site),)).run(observed)
     observed.eval()
+    names = list(inspect.signature(gm.forward).parameters)
     count = 0
     for batch in progress(calibration, "calibration"):
+        kwargs = _completed(gm, batch) if isinstance(batch, Mapping) else {}
+        args = () if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
+        for observer in itertools.chain(*by_site.values()):
+            observer.begin(count, {**dict(zip(names, args, strict=False)), **kwargs})
         try:
-            if isinstance(batch, Mapping):
-                observed(**_completed(gm, batch))
-            else:
-                observed(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+            observed(*args, **kwargs)
+        except ConfigError:  # of an observer
+            raise
         except Exception as error:
             raise CaptureError(
                 f"Calibration batch {count} does not fit the captured model ({type(error).__name__}: {error})."

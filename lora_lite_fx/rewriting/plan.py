@@ -97,7 +97,7 @@ def _observe(
             check_observable(variant, site)
     observers = [
         {
-            site.name: Observer(observe)
+            site.name: Observer(observe, f"{type(variant).__name__} at {site.name!r}")
             for site in targets
             if (observe := variant.for_site(site.name).observer(site, wide(site_weight(gm, site)))) is not None
         }

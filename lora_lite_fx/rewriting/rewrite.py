@@ -19,6 +19,7 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.listing import describe_adapters
 from ..adapters.mistakes import not_a_variant
 from ..adapters.placement import (
     HasGraphs,
@@ -26,7 +27,7 @@ from ..adapters.placement import (
     site_weight,
 )
 from ..adapters.quantized_base import check_gradients
-from ..adapters.state import adapter_tensors, describe_adapters
+from ..adapters.state import adapter_tensors
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import AdapterError

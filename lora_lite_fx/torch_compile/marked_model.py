@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, site_weight
 from ..adapters.registry import from_config, to_config
-from ..adapters.state import describe_adapters
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..graph.tensors import tensor_of

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.hyperparameters import WithRank
-from ..adapters.maths import cast, identity_like, low_rank
+from ..adapters.maths import identity_like, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..adapters.variant import Statistic
@@ -92,7 +92,7 @@ class AntiPaSTO(WithRank):
             u = self._rotated(u.t(), p).t()
         # The singular values scale the small factors, so that nothing of the size of x is computed twice.
         adapted = low_rank(x, (p.lora_S + p.lora_delta_s)[:, None] * vh, u)
-        return cast(y + (adapted - low_rank(x, p.lora_S[:, None] * p.lora_Vh, p.lora_U)), y)
+        return y + (adapted - low_rank(x, p.lora_S[:, None] * p.lora_Vh, p.lora_U))
 
     def _rotated(self, basis: Tensor, p: Any) -> Tensor:
         """Return `basis (r, d)` with each block of rows turned by `(I - X)^{-1} (I + X)` of a skew-symmetric `X`."""

@@ -55,4 +55,4 @@ class DeLoRA(WithRank):
         strength = cast(p.lora_lambda / (self.r * a_norms * b_norms), p.lora_A)
         # The small factor takes both scalings, so that nothing of the size of x is computed twice.
         a = strength[:, None] * p.lora_A * p.lora_wnorm
-        return cast(y + F.linear(F.linear(cast(x, a), a), p.lora_B), y)
+        return y + F.linear(F.linear(cast(x, a), a), p.lora_B)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
-from ..adapters.maths import cast
 from ..adapters.registry import register
 from ..adapters.variant import Statistic, Variant
 from ..sites.site import Site
@@ -44,7 +43,7 @@ class EVA(LowRank):
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
-        return cast(y + self.branch(x, base, p), y)
+        return y + self.branch(x, base, p)
 
     def observer(self, site: Site, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return _second_moment

@@ -65,4 +65,4 @@ class FourierFT(Variant):
         coefficients = wide(p.lora_spectrum)
         c = coefficients.new_zeros(d_out * d_in).scatter(0, p.lora_index, coefficients)
         delta = cast(self.scaling * torch.fft.ifft2(c.unflatten(0, (d_out, d_in))).real, p.lora_spectrum)
-        return cast(y + F.linear(cast(x, delta), delta), y)
+        return y + F.linear(cast(x, delta), delta)

@@ -69,4 +69,4 @@ class GraLoRA(WithDropout, WithScale, WithRank):
         delta = torch.einsum("...or,ord->...od", exchanged, p.lora_B).flatten(-2)
         if self.hybrid_r:
             delta = delta + low_rank(x, p.lora_hybrid_A, p.lora_hybrid_B)
-        return cast(y + self.alpha / (self.r + self.hybrid_r) * delta, y)
+        return y + self.alpha / (self.r + self.hybrid_r) * delta

@@ -41,4 +41,4 @@ class HiRA(WithDropout, WithRank):
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
         update = base.weight * (p.lora_B @ p.lora_A)
-        return cast(y + F.linear(cast(self.drop(x, base), update), update), y)
+        return y + F.linear(cast(self.drop(x, base), update), update)

@@ -41,10 +41,9 @@ class IA3(Variant):
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         if self.gates_input(base.site):
-            return base((x * p.lora_g).type_as(x))
-        y = base(x)
-        gated: Tensor = y * p.lora_g
-        return gated.type_as(y)
+            return base(x * p.lora_g)
+        gated: Tensor = base(x) * p.lora_g
+        return gated
 
     def trace_key(self, site: Site) -> Hashable:
         return self.gates_input(site)

@@ -44,4 +44,4 @@ class LoHa(WithScale, WithRank):
         else:  # at such ranks the matrix itself is smaller
             weight = (p.lora_B1 @ p.lora_A1) * (p.lora_B2 @ p.lora_A2)
             delta = F.linear(cast(x, weight), weight)
-        return cast(y + self.alpha / self.r * delta, y)
+        return y + self.alpha / self.r * delta

@@ -71,7 +71,7 @@ class LoKr(WithScale, WithRank):
             blocks = low_rank(blocks, p.lora_A2, p.lora_B2)
         # The small factor takes the scale, so that nothing of the size of y is computed twice.
         mixed = F.linear(blocks.mT, self.alpha / self.r * w1).mT
-        return cast(y + mixed.flatten(-2), y)
+        return y + mixed.flatten(-2)
 
 
 def _factors(width: int, wanted: int) -> tuple[int, int]:

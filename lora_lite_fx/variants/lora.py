@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.hyperparameters import WithDropout, WithRank, WithScale
-from ..adapters.maths import cast, low_rank
+from ..adapters.maths import low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..sites.site import Site
@@ -96,4 +96,4 @@ class LoRA(FromNothing):
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
         bias = p.lora_bias if self.bias else None
-        return cast(y + self.scale * low_rank(self.drop(x, base), p.lora_A, p.lora_B, bias), y)
+        return y + self.scale * low_rank(self.drop(x, base), p.lora_A, p.lora_B, bias)

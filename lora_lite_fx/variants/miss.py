@@ -68,8 +68,8 @@ class MiSS(WithDropout, WithRank):
         if self.mode == "bat":
             blocks = cast(base.weight, p.lora_D).unflatten(0, (-1, self.r)).unflatten(2, (-1, self.r))
             update = torch.einsum("oaib,obc->oaic", blocks, p.lora_D) + p.lora_D[:, :, None]
-            return cast(y + F.linear(x, update.flatten(2).flatten(0, 1)), y)
+            return y + F.linear(x, update.flatten(2).flatten(0, 1))
         if missing := -base.site.d_in % self.r:
             x = F.pad(x, (0, missing))
         d = p.lora_D.repeat(1, base.site.d_out // self.mini_r) if self.mode == "mini" else p.lora_D
-        return cast(y + F.linear(x.unflatten(-1, (-1, self.r)).sum(-2), d.t()), y)
+        return y + F.linear(x.unflatten(-1, (-1, self.r)).sum(-2), d.t())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.frozen_linear import FrozenLinear
-from ..adapters.maths import cast, low_rank
+from ..adapters.maths import low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..sites.site import Site
@@ -48,7 +48,7 @@ class FromWeight(LowRank):
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
         start = self.scale * low_rank(x, p.lora_A0, p.lora_B0)
-        return cast(y + (self.branch(x, base, p) - start), y)
+        return y + (self.branch(x, base, p) - start)
 
 
 @register

@@ -85,7 +85,7 @@ class RandLoRA(WithScale, SharedProjections):
         # The columns of the B_j meet these rows in PEFT's order, by column first: another numbering of random columns.
         b = p.lora_shared_randlora_B[:larger, :n, : self.r].flatten(1)  # (M, n r)
         down, up = (a, b) if m == base.site.d_in else (b.t(), a.t())
-        return cast(y + self.alpha / self.r * F.linear(F.linear(cast(self.drop(x, base), a), down), up), y)
+        return y + self.alpha / self.r * F.linear(F.linear(cast(self.drop(x, base), a), down), up)
 
     def _count(self, site: Site) -> int:
         """Return the number of terms at `site`."""

@@ -20,6 +20,8 @@ from ...capture.tracing import fake_input, fake_like, trace
 from ...errors import ConfigError
 from ...sites.site import Call, Site, stored_bias, stored_weight
 from ..normalize.follow_mode import follow_mode
+from .output_type import keep_type_under_autocast
+from .plain_products import normalize_products
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -50,6 +52,10 @@ class Operands(Generic[T]):
         """Return all operands that there are, as one list."""
         bias = [] if self.bias is None else [self.bias]
         return [self.x, self.weight, *bias, *self.tensors.values(), *self.routing, self.factor]
+
+    def not_data(self) -> set[T]:
+        """Return the frozen tensors and those of the adapter."""
+        return {self.weight, *({self.bias} if self.bias is not None else ()), *self.tensors.values()}
 
     def filled_with(self, values: Iterable[S]) -> Operands[S]:
         """Return the same operands with other values, which come in the order of `in_order`."""
@@ -159,6 +165,9 @@ def trace_fragment(
             f"{type(placement.variant).__name__}.forward must call base(...) exactly once;"
             f" it called it {len(calls)} times."
         )
+    normalize_products(graph, inputs.x, calls[0], inputs.not_data())
+    graph.eliminate_dead_code()
+    keep_type_under_autocast(graph, calls[0], stand_ins.in_order())
     (base_input,) = [n for n in calls[0].all_input_nodes if n not in (inputs.factor, *inputs.routing)]
     (result,) = graph.output_node().all_input_nodes
     return Fragment(graph, inputs, calls[0], base_input, result, "site" in looked_at)

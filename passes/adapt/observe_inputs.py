@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from ...adapters.accounting import account_for
 from ...adapters.maths import wide
-from ...adapters.variant import Statistic
+from ...adapters.variant import Batch, Observe, Statistic
+from ...errors import ConfigError
 from ...graph.provenance import surrounding
 from ...graph.walk import ancestors
 from ...sites.site import span
@@ -22,24 +25,50 @@ class Observer(nn.Module):
     It keeps the sum only, no activations.
 
     Args:
-        observe: takes inputs `(tokens, d_in)` in float32 or wider, and returns a tensor.
+        observe: as `Variant.observer` returns it.
+        where: the words that name variant and site in errors.
     """
 
-    def __init__(self, observe: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, observe: Observe, where: str = "The observer") -> None:
         super().__init__()
-        self.observe = observe
+        self.observe: Callable[..., Any] = observe
+        self.where = where
+        self.takes_batch = _required_arguments(observe) > 1
         self.total: Tensor | None = None
         self.tokens = 0
+        self._call: tuple[int, Mapping[str, Any]] = (0, {})
+
+    def begin(self, index: int, arguments: Mapping[str, Any]) -> None:
+        """Say which batch the next inputs come from: its number, and what the model is called with."""
+        self._call = (index, arguments)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Observe `x (..., d_in)` and return it.
 
         If `mask (batch, length)` has one entry for each token, only the tokens with a 1 count.
+
+        Raises:
+            ConfigError: `observe` fails, or does not return a tensor.
+            ValueError: it returns a tensor of another shape than before, as of a batch that does not fit.
         """
-        inputs = wide(x.detach()).reshape(-1, x.shape[-1])
-        if mask is not None and mask.numel() == len(inputs):
+        wide_x = wide(x.detach())
+        inputs = wide_x.reshape(-1, x.shape[-1])
+        if mask is not None and mask.numel() != len(inputs):
+            mask = None
+        if mask is not None:
             inputs = inputs[mask.reshape(-1).bool()]
-        observed = self.observe(inputs)
+        batch = (Batch(*self._call, wide_x, mask),) if self.takes_batch else ()
+        try:
+            observed = self.observe(inputs, *batch)
+        except Exception as error:
+            raise ConfigError(
+                f"{self.where}: observing its inputs in batch {self._call[0]} failed ({type(error).__name__}: {error})."
+            ) from error
+        if not isinstance(observed, Tensor):
+            raise ConfigError(f"{self.where}: an observer must return a tensor, to be summed, not {observed!r}.")
+        if self.total is not None and observed.shape != self.total.shape:
+            shapes = f"{tuple(observed.shape)} after {tuple(self.total.shape)}"
+            raise ValueError(f"{self.where}: an observer must return tensors of one shape, to be summed, not {shapes}")
         self.total = observed if self.total is None else self.total + observed
         self.tokens += len(inputs)
         return x
@@ -87,3 +116,13 @@ def _mask(x: fx.Node) -> fx.Node | None:
     inputs = {node.name: node for node in x.graph.find_nodes(op="placeholder")}
     decodes = any(node.name in ("decoder_input_ids", "labels") for node in ancestors([x]))
     return inputs.get("decoder_attention_mask" if decodes else "attention_mask")
+
+
+def _required_arguments(function: Callable[..., Any]) -> int:
+    """Return the number of positional arguments without a default; one for a built-in function that does not tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters)

@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 
 import lora_lite_fx as llfx
 from lora_lite_fx import log
-from lora_lite_fx.adapters.state import describe_adapters
+from lora_lite_fx.adapters.listing import describe_adapters
 from lora_lite_fx.execution.module import AdaptedGraphModule, Execution
 from tests.support.models import GatedMLP, Net, tiny_llama
 from tests.support.models import ids as net_ids

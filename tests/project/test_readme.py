@@ -69,6 +69,7 @@ def test_the_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch:
 def test_pages_with_python_are_found() -> None:
     with_python = {named(page) for page in PAGES if blocks(page, "python")}
     assert with_python >= {"README.md", "CONTRIBUTING.md", "lora_lite_fx/variants/README.md"}
+    assert "lora_lite_fx/variants/YOUR_OWN.md" in with_python
     assert len(blocks(README, "python")) >= 5
 
 

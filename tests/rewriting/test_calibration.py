@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor, fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.placement import adapters
+from lora_lite_fx.adapters.placement import by_adapter
 from lora_lite_fx.sites.site import Site
 from tests.support.conformance import unchanged
 from tests.support.models import tiny_t5
+from tests.support.plain_variants import registered
 
 WIDTH, F64 = 12, torch.float64
 
@@ -124,7 +127,7 @@ def test_loading_needs_no_calibration_data(tmp_path: Any) -> None:
 
 def ranks_of(gm: fx.GraphModule) -> dict[str, int]:
     """Return the rank of each adapted site."""
-    configs: dict[str, Any] = {placement.site: placement.local for _, placed in adapters(gm) for placement in placed}
+    configs: dict[str, Any] = {placement.site: placement.local for _, placed in by_adapter(gm) for placement in placed}
     return {site: cfg.r for site, cfg in configs.items()}
 
 
@@ -139,7 +142,7 @@ def test_redistributed_ranks_follow_the_largest_shares_of_variance() -> None:
     winners = [name for _, name in sorted(competing, reverse=True)[:9]]
     ranks = {name: winners.count(name) for name in dict.fromkeys(winners)}
     assert len(set(ranks.values())) > 1, "the case must redistribute"
-    ((variant, _),) = adapters(gm)
+    ((variant, _),) = by_adapter(gm)
     assert ranks_of(gm) == ranks
     for name, rank in ranks.items():
         assert gm.get_parameter(f"{name}.lora_A").shape[0] == rank
@@ -214,6 +217,94 @@ def test_encoder_and_decoder_have_separate_padding() -> None:
         if name.endswith("lora_A")
     }
     assert moved == {"encoder": True, "decoder": False}
+
+
+# Observers that know their batch.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steer(llfx.Variant):
+    """`y = W x + c v`, v the difference of the mean last inputs of even and odd batches, mapped by W."""
+
+    seen: ClassVar[list[llfx.Batch]] = []
+
+    def params(self, site: Site) -> dict[str, llfx.ParamSpec]:
+        v = llfx.ParamSpec((site.d_out,), trainable=False)
+        return {"lora_v": v, "lora_shared_c": llfx.ParamSpec((), init=0.0, trainable=False)}
+
+    def observer(self, site: Site, weight: Tensor) -> Any:
+        def observe(x: Tensor, batch: llfx.Batch) -> Tensor:
+            self.seen.append(batch)
+            assert batch.mask is not None
+            assert torch.equal(batch.inputs[batch.mask.bool()], x)
+            last = batch.inputs[torch.arange(len(batch.inputs)), batch.mask.sum(1) - 1]
+            return last.mean(0) * (1 if batch.index % 2 == 0 else -1)
+
+        return observe
+
+    def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: llfx.Statistic) -> None:
+        p.lora_v.copy_(weight @ statistic.total)
+
+    def forward(self, x: Tensor, base: Any, p: Any) -> Tensor:
+        y: Tensor = base(x) + p.lora_shared_c * p.lora_v
+        return y
+
+
+def test_an_observer_of_two_arguments_gets_the_batch_its_mask_and_the_call() -> None:
+    base = llama()
+    ids = torch.randint(3, 31, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    batches = [{"input_ids": ids[:2], "attention_mask": mask[:2]}, {"input_ids": ids[2:]}]
+    Steer.seen.clear()
+    with registered(Steer):
+        gm = llfx.rewrite(base, Steer(target_roles="down"), calibration=batches)
+    first, second = Steer.seen
+    assert (first.index, second.index) == (0, 1)
+    assert first.arguments["input_ids"] is batches[0]["input_ids"]
+    assert first.inputs.shape == second.inputs.shape == (2, 9, 24)
+    assert first.mask is not None
+    assert torch.equal(first.mask, mask[:2])
+    ends = first.inputs[torch.arange(2), torch.tensor([8, 5])].mean(0) - second.inputs[:, -1].mean(0)
+    weight = base.get_parameter("model.layers.0.mlp.down_proj.weight")
+    assert torch.allclose(gm.get_buffer("model.layers.0.mlp.down_proj.lora_v"), weight @ ends, atol=1e-6)
+
+
+def test_arguments_by_position_have_the_names_of_the_model() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Looks(llfx.EVA):
+        def observer(self, site: Site, weight: Tensor) -> Any:
+            def observe(x: Tensor, batch: llfx.Batch, center: bool = True) -> Any:
+                assert batch.mask is None
+                assert list(batch.arguments) == ["input"]
+                assert batch.arguments["input"].shape[0] == batch.index + 1
+                return eva(x)
+
+            eva: Any = super().observer(site, weight)
+            return observe
+
+    with registered(Looks):
+        gm = llfx.rewrite(model(), Looks(r=3, target_names="."), calibration=data(1, 2))
+    for name, tensor in llfx.adapter_state_dict(llfx.rewrite(model(), EVA, calibration=data(1, 2))).items():
+        assert torch.equal(tensor, llfx.adapter_state_dict(gm)[name])
+
+
+@pytest.mark.parametrize(
+    ("observe", "message"),
+    [
+        (lambda x: x.view(5, -1), "observing its inputs in batch 0 failed (RuntimeError: shape '[5, -1]' is invalid"),
+        (lambda x: None, "an observer must return a tensor, to be summed, not None."),
+        (lambda x: x, "an observer must return tensors of one shape, to be summed, not (9, 12) after (6, 12)"),
+    ],
+)
+def test_a_wrong_observer_is_named(observe: Any, message: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Wrong(llfx.EVA):
+        def observer(self, site: Site, weight: Tensor) -> Any:
+            return observe
+
+    with registered(Wrong), pytest.raises(llfx.AdapterError, match=re.escape(f"Wrong at '0': {message}")):
+        llfx.rewrite(model(), Wrong(target_names="0"), calibration=data(2, 3))
 
 
 # AntiPaSTO.

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.placement import adapters, site_weight
+from lora_lite_fx.adapters.placement import by_adapter, site_weight
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.sites.kinds.expert_values import PerExpert
 from tests.support.conformance import (
@@ -31,6 +31,7 @@ from tests.support.conformance import (
     small,
     unchanged,
 )
+from tests.support.plain_variants import PlainLoRA, registered
 
 VARIANTS = list(llfx.registry().values())
 E, WIDTH, INNER, NUMBER = 3, 8, 12, 20
@@ -168,8 +169,8 @@ def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
     """Return a copy of the model with merged weights, each computed by the variant on a plain linear."""
     copied = copy.deepcopy(model)
     as_linear: dict[str, Any] = {"target_kinds": ("linear",), "target_names": (".",)}
-    cfgs = [dataclasses.replace(variant, **as_linear) for variant, _ in adapters(gm)]
-    adapted_sites = {placement.site for _, placed in adapters(gm) for placement in placed}
+    cfgs = [dataclasses.replace(variant, **as_linear) for variant, _ in by_adapter(gm)]
+    adapted_sites = {placement.site for _, placed in by_adapter(gm) for placement in placed}
     for site in find_sites(gm):
         if site.name not in adapted_sites:
             continue
@@ -395,3 +396,33 @@ def test_one_module_with_several_weights_has_a_site_for_each() -> None:
     check_remove(gm, base, model)
     check_file(gm, base, (x,))
     check_export(gm, (x[:2],), (x,), 1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_written_with_matmul_are_those_of_linear_at_every_kind(case: str) -> None:
+    model, base = model_and_base(case)
+    with registered(PlainLoRA):
+        fields: dict[str, Any] = {"r": 2, "target_kinds": (CASES[case].kind,)}
+        graphs = [llfx.rewrite(base, cls(**fields)) for cls in (llfx.LoRA, PlainLoRA)]
+        for gm in graphs:
+            randomise(gm, 1)
+        x = CASES[case].other
+        close(graphs[1](x), graphs[0](x), 1e-12, "outputs")
+        if CASES[case].kind != "experts":
+            wrapped = llfx.wrap(model, PlainLoRA(**fields), (CASES[case].traced,))
+            llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(graphs[1]))
+            close(wrapped(x), graphs[1](x), 1e-12, "outputs of the wrapper")
+
+
+@pytest.mark.parametrize("case", ["embedding", "conv1d", "batched experts"])
+def test_a_plain_forward_is_right_at_every_kind_in_half_precision(case: str) -> None:
+    torch.manual_seed(0)
+    model = CASES[case].model().bfloat16()
+    traced = CASES[case].traced
+    x = traced.bfloat16() if traced.is_floating_point() else traced
+    with registered(PlainLoRA):
+        fields: dict[str, Any] = {"r": 2, "target_kinds": (CASES[case].kind,)}
+        graphs = [llfx.rewrite(model, cls(**fields), (x,)) for cls in (llfx.LoRA, PlainLoRA)]
+        for gm in graphs:
+            randomise(gm, 1)
+        assert torch.equal(graphs[1](x), graphs[0](x))

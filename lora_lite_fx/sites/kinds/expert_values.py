@@ -48,6 +48,8 @@ class _Value:
     def mT(self) -> Any:
         return _apply(Tensor.t, (self,), {})
 
+    T = mT
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,6 +74,14 @@ class _Value:
     def __neg__(self) -> Any:
         return _apply(operator.neg, (self,), {})
 
+    # A product goes through torch, so that modes see it as they see that of tensors.
+
+    def __matmul__(self, other: Any) -> Any:
+        return torch.matmul(self, other)  # type: ignore[arg-type]
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return torch.matmul(other, self)  # type: ignore[arg-type]
+
 
 def _method(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return _apply(func, args, kwargs)
@@ -79,7 +89,7 @@ def _method(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _operators() -> None:
     """Give `_Value` the operators of a tensor."""
-    for name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
+    for name in ("add", "sub", "mul", "truediv", "pow"):
         func = getattr(operator, name)
         setattr(_Value, f"__{name}__", lambda self, other, func=func: _apply(func, (self, other), {}))
         setattr(_Value, f"__r{name}__", lambda self, other, func=func: _apply(func, (other, self), {}))
@@ -222,6 +232,12 @@ def _routed_linear(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: M
     return y if bias is None else y + x.spread(bias)
 
 
+def _routed_matmul(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    x, matrix = args
+    is_matrix = isinstance(matrix, (PerExpert, Tensor)) and matrix.dim() == 2
+    return _routed_linear(func, (x, matrix.mT), {}) if is_matrix else None
+
+
 _ELEMENTWISE = (
     "add",
     "sub",
@@ -251,4 +267,5 @@ _RULES: Mapping[str, _Rule] = {
 _ROUTED_RULES: Mapping[str, _Rule] = {
     **dict.fromkeys((*_ELEMENTWISE, *_CASTS), _routed_elementwise),
     "linear": _routed_linear,
+    "matmul": _routed_matmul,
 }

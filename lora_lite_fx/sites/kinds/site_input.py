@@ -35,6 +35,9 @@ class SiteInput:
         """Return the input in the dtype of `other`."""
         return self.to(other.dtype)
 
+    def __matmul__(self, matrix: Tensor) -> Tensor:
+        return torch.matmul(self, matrix)  # type: ignore[arg-type]
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -42,6 +45,8 @@ class SiteInput:
         x = next(arg for arg in args if isinstance(arg, SiteInput))
         if args[0] is x and func is F.linear:
             return x.kind.linear(*args, **(kwargs or {}))
+        if args[0] is x and func is torch.matmul:
+            return x.kind.linear(x, args[1].mT)
         if args[0] is x and func is F.dropout:
             return x.kind.dropout(*args, **(kwargs or {}))
         return x._refuse(func.__name__)

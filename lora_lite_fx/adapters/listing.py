@@ -1,0 +1,170 @@
+"""List the adapters of a model: their configs, their sites, and how many parameters they have and train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from torch import fx, nn
+
+from ..graph.provenance import insertions
+from ..graph.tensors import tensor_of
+from .placement import placements
+from .registry import from_config, to_config
+from .state import adapter_tensors
+from .variant import Variant
+
+
+@dataclass(frozen=True)
+class AdaptedSite:
+    """One site of an adapter.
+
+    Args:
+        name: qualified name.
+        tensors: the qualified name of each of the adapter's tensors at it, by the variant's own name.
+        trainable: number of parameters at it that train now.
+        parameters: number of elements of all its tensors, frozen ones included. A tensor that sites share counts at
+            each of them.
+    """
+
+    name: str
+    tensors: Mapping[str, str]
+    trainable: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapter of a model.
+
+    Args:
+        index: its place in the order in which adapters were added.
+        fields: its config as JSON-ready data: the name of the variant under `"variant"`, then its fields.
+        sites: the sites that it adapts.
+        trainable: number of its parameters that train now. A tensor that its sites share counts once.
+        parameters: number of elements of all its tensors, frozen ones included.
+    """
+
+    index: int
+    fields: Mapping[str, Any] = field(repr=False)
+    sites: tuple[AdaptedSite, ...] = field(repr=False)
+    trainable: int
+    parameters: int
+
+    @property
+    def variant(self) -> str:
+        """The name of its variant."""
+        return str(self.fields["variant"])
+
+    @property
+    def config(self) -> Variant:
+        """Its config: `config.r`, `config.alpha`; `config.for_site(name)` has those of a site.
+
+        Raises:
+            ConfigError: the class of the variant is not registered.
+        """
+        return from_config(self.fields)
+
+    @property
+    def label(self) -> str:
+        """Its variant with rank and alpha, such as `LoRA(r=8, alpha=16)`."""
+        shown = [f"{name}={self.fields[name]:g}" for name in ("r", "alpha") if self.fields.get(name) is not None]
+        return f"{self.variant}({', '.join(shown)})"
+
+    def __str__(self) -> str:
+        plural = "s" if len(self.sites) > 1 else ""
+        return f"{self.label} at {len(self.sites)} site{plural}, {self.trainable:,} parameters"
+
+
+@dataclass(frozen=True)
+class AdapterTable(Sequence[AdapterRow]):
+    """The adapters of a model, in the order in which they were added; prints as a table.
+
+    Args:
+        rows: one for each adapter.
+    """
+
+    rows: tuple[AdapterRow, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> AdapterRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[AdapterRow]: ...
+    def __getitem__(self, index: int | slice) -> AdapterRow | Sequence[AdapterRow]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        head = ("", "adapter", "sites", "trainable", "parameters")
+        body = (
+            (str(row.index), row.label, str(len(row.sites)), f"{row.trainable:,}", f"{row.parameters:,}")
+            for row in self
+        )
+        return "\n".join(text_table(head, body, right=(0, 2, 3, 4)))
+
+
+def adapters(model: nn.Module) -> AdapterTable:
+    """Return the adapters of a model, with their configs, their sites, and the numbers of their parameters.
+
+    Args:
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`, or the `model` of a `backend`.
+
+    Returns:
+        The table, one row for each adapter: `adapters(model)[0].config.alpha`, `adapters(model)[0].sites[3].name`. What
+        is counted as trainable is what requires grad now.
+
+    Raises:
+        AdapterError: the model has no adapters.
+    """
+    adapter_tensors(model)  # refuses a model without adapters, and says what to pass instead of one around it
+    return AdapterTable(tuple(_rows(model)))
+
+
+def describe_adapters(model: nn.Module) -> list[str]:
+    """Return a line for each adapter of `model`, such as `LoRA(r=8, alpha=16) at 14 sites, 43,008 parameters`.
+
+    A module that is still being made, as a debugger shows it, has no lines.
+    """
+    with suppress(AttributeError):
+        return [str(row) for row in _rows(model)]
+    return []
+
+
+def _rows(model: nn.Module) -> list[AdapterRow]:
+    # A graph knows its configs also where the variant's class is not known to this process.
+    if isinstance(model, fx.GraphModule):
+        records = [(i.adapter, i.config, i.site, i.tensors) for i in insertions(model.graph)]
+    else:
+        records = [(p.adapter, to_config(p.variant), p.site, p.tensors) for p in placements(model)]
+    by_index: dict[int, tuple[dict[str, Any], dict[str, dict[str, str]]]] = {}
+    for index, fields, site, tensors in records:
+        by_index.setdefault(index, (fields, {}))[1][site] = tensors
+    rows = []
+    for index, (fields, sites) in sorted(by_index.items()):
+        names = [name for tensors in sites.values() for name in tensors.values()]
+        at_sites = (AdaptedSite(site, tensors, *_sizes(model, tensors.values())) for site, tensors in sites.items())
+        rows.append(AdapterRow(index, fields, tuple(at_sites), *_sizes(model, names)))
+    return rows
+
+
+def _sizes(model: nn.Module, names: Iterable[str]) -> tuple[int, int]:
+    """Return the number of elements of the tensors of these names that train, and of all of them."""
+    tensors = [tensor_of(model, name) for name in dict.fromkeys(names)]
+    return sum(t.numel() for t in tensors if t.requires_grad), sum(t.numel() for t in tensors)
+
+
+def text_table(head: Sequence[str], body: Iterable[Sequence[str]], right: Sequence[int]) -> list[str]:
+    """Return the lines of a table, its columns aligned; those with the indices `right` to the right."""
+    rows = [tuple(row) for row in body]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (head, tuple("-" * width for width in widths), *rows)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,9 +45,6 @@ class IA3(Variant):
         y = base(x)
         gated: Tensor = y * p.lora_g
         return gated.type_as(y)
-
-    def trace_key(self, site: Site) -> Hashable:
-        return self.gates_input(site)
 
     def gates_input(self, site: Site) -> bool:
         """Return whether the gate is at the input of `site`."""

@@ -16,13 +16,13 @@ from ...adapters.accounting import account_for
 from ...adapters.adapted_site import compose
 from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.placement import Placement, placements, site_bias, site_weight
-from ...adapters.variant import Variant, of_expert
+from ...adapters.variant import Variant, adapter_namespace, of_expert
 from ...errors import AdapterError
 from ...sites.kinds.contraction import Contraction
 from ...sites.site import Site
 
 _ROUNDINGS = 1024
-"""An affine variant may differ by so many roundings from what it is folded into."""
+"""An affine variant may differ by so many roundings of the dtype from what it is folded into."""
 _WAY_OUT = " The way out: keep the adapter; files, exports, torch.compile and generation take it like any other."
 
 
@@ -96,22 +96,25 @@ def _merge_matrix(
     exact = torch.promote_types(weight.dtype, torch.float32)
     matrix, shift = weight.to(exact), None if bias is None else bias.to(exact)
     frozen = FrozenLinear(lambda x: x, matrix, shift, site, training=False)
+    tolerance = _ROUNDINGS * torch.finfo(exact).eps
     with torch.autocast(weight.device.type, enabled=False):
         for variant, p in adapters:
-            matrix, shift = _fold(variant, p, frozen, matrix, shift)
+            matrix, shift = _fold(variant, p, frozen, matrix, shift, tolerance)
     assert shift is not None
     needs_bias = bias is not None or bool(shift.any())
     merged = _rounded(site, "weight", matrix, weight)
     return merged, _rounded(site, "bias", shift, weight if bias is None else bias) if needs_bias else None
 
 
-def _fold(variant: Variant, p: Any, frozen: FrozenLinear, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fold(
+    variant: Variant, p: Any, frozen: FrozenLinear, weight: Tensor, bias: Tensor | None, tolerance: float
+) -> tuple[Tensor, Tensor]:
     """Return `W'` and `b'` that compute what `variant` computes around `x W^T + b`, and check them.
 
     They are `b' = f(0)` and `W' = (f(I) - b')^T`. That is right if `forward` is affine in `x` and treats the rows of
     `x` alike, so it is compared with `forward` on the inputs of `_probes`. A function that is affine on all of these
-    and not elsewhere escapes: one that changes beyond 1e4, on a set of small probability, or by less than
-    `_ROUNDINGS`. An embedding needs no check, because the rows of `I` are its only inputs.
+    and not elsewhere escapes: one that changes beyond 1e4, on a set of small probability, or by less than `tolerance`.
+    An embedding needs no check, because the rows of `I` are its only inputs.
 
     Args:
         variant: the config for the site.
@@ -119,6 +122,7 @@ def _fold(variant: Variant, p: Any, frozen: FrozenLinear, weight: Tensor, bias: 
         frozen: the frozen linear as `forward` sees it, except for its `call`.
         weight: `W (d_out, d_in)` with the adapters inside this one.
         bias: `b (d_out,)` with these, or None.
+        tolerance: the largest deviation, see `_deviation`.
 
     Raises:
         AdapterError: the variant is not affine in `x`, or its `forward` fails.
@@ -153,12 +157,30 @@ def _fold(variant: Variant, p: Any, frozen: FrozenLinear, weight: Tensor, bias: 
     for rank in ranks:
         x = _probes(site.d_in, rank).to(weight)
         off = _deviation(rows(x), x.reshape(-1, site.d_in), (matrix, shift), (weight, bias))
-        if off > _ROUNDINGS * torch.finfo(weight.dtype).eps:
-            raise AdapterError(
+        if off > tolerance:
+            refusal = AdapterError(
                 f"{refused}, because it is not affine in its input: on random inputs, what it computes differs from the"
                 f" weight and bias that would replace it by up to {off:.2g} of the output.{_WAY_OUT}"
             )
+            if weight.dtype == torch.float64:
+                raise refusal
+            # It may be rounding: of large terms that cancel out, or of products in TF32.
+            try:
+                wide = [_in_float64(value) for value in (p, frozen, weight, bias)]
+                folded = _fold(variant, wide[0], wide[1], wide[2], wide[3], tolerance)
+            except Exception:
+                raise refusal from None
+            return folded[0].to(weight), folded[1].to(weight)
     return matrix, shift
+
+
+def _in_float64(value: Any) -> Any:
+    """Return a tensor, the tensors of an adapter or a frozen linear in float64."""
+    if isinstance(value, FrozenLinear):
+        return dataclasses.replace(value, weight=_in_float64(value.weight), bias=_in_float64(value.bias))
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return value if value is None else adapter_namespace({name: _in_float64(t) for name, t in vars(value).items()})
 
 
 def _deviation(y: Tensor, x: Tensor, folded: tuple[Tensor, Tensor], frozen: tuple[Tensor, Tensor | None]) -> float:
@@ -192,11 +214,12 @@ def _probes(d_in: int, rank: int) -> Tensor:
     or in one coordinate. The rows are spread over all dimensions, so that a function that mixes them is found out too.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 4, d_in, dtype=torch.float64, generator=generator)
+    on_cpu: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
+    x = torch.randn(8, 4, d_in, generator=generator, **on_cpu)
     x[:, 0].abs_()
     x[:, 1].abs_().neg_()
-    x[:, 3] *= torch.rand(8, d_in, dtype=torch.float64, generator=generator) * d_in < 4
-    x *= torch.logspace(-3, 4, 8, dtype=torch.float64)[:, None, None]
+    x[:, 3] *= torch.rand(8, d_in, generator=generator, **on_cpu) * d_in < 4
+    x *= torch.logspace(-3, 4, 8, **on_cpu)[:, None, None]
     batch = [2] * min(rank - 2, 4) + [1] * (rank - 6)
     return x.reshape(*batch, -1, d_in)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.passes import MergeAdapters
+from lora_lite_fx.passes.adapt import folding
 from tests.passes.test_pipeline import EXAMPLE, Down
 from tests.support.conformance import randomise
 from tests.support.models import one_layer_llama
@@ -153,6 +154,37 @@ def test_what_is_affine_merges(name: str, linear: tuple[nn.Module, Any], monkeyp
     gm = llfx.rewrite(linear[1], Computed(function=name, target_names="0"))
     x = torch.randn(4, 2, D_IN)
     torch.testing.assert_close(llfx.merge(gm)(x), gm(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_rounding_is_told_from_what_is_not_affine(
+    linear: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two branches are the same but for their rounding, which is as large as the output."""
+
+    def cancels_out(x: Tensor, base: llfx.FrozenLinear, p: Any) -> Tensor:
+        return base(x) + 1e6 * (F.linear(F.linear(x, p.lora_A), p.lora_B) - F.linear(x, p.lora_B @ p.lora_A))
+
+    monkeypatch.setitem(Computed.FUNCTIONS, "cancels out", cancels_out)
+    gm = llfx.rewrite(linear[1], Computed(function="cancels out", target_names="0"))
+    merged = llfx.merge(gm)
+    torch.testing.assert_close(merged.get_parameter("0.weight"), linear[0].get_parameter("0.weight").detach())
+
+
+def test_a_forward_in_another_precision_is_refused(
+    linear: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half: Function = lambda x, base, p: base(x.bfloat16().float())  # noqa: E731
+    monkeypatch.setitem(Computed.FUNCTIONS, "half", half)
+    gm = llfx.rewrite(linear[1], Computed(function="half", target_names="0"))
+    with pytest.raises(llfx.AdapterError, match=r"not affine in its input: .* by up to 0\.0\d+ of the output"):
+        llfx.merge(gm)
+
+
+def test_the_default_device_is_not_asked(linear: tuple[nn.Module, Any]) -> None:
+    gm = llfx.rewrite(linear[1], llfx.LoRA(r=2, target_names="0"))
+    folding._probes.cache_clear()
+    with torch.device("meta"):
+        llfx.merge(gm)
 
 
 def test_trying_out_draws_no_random_numbers_of_the_user(linear: tuple[nn.Module, Any]) -> None:

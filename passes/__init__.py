@@ -5,8 +5,9 @@ every pass needs around each.
 """
 
 from ..graph.regions import without_gradient
+from .adapt.folding import MergedSite, merge_sites
 from .adapt.insert_adapter import InsertAdapter
-from .adapt.merge_adapters import MergeAdapters, MergedSite, merge_sites
+from .adapt.merge_adapters import MergeAdapters
 from .adapt.observe_inputs import ObserveInputs, Observer
 from .adapt.remove_adapters import RemoveAdapters
 from .normalize.drop_metadata_asserts import DropMetadataAsserts

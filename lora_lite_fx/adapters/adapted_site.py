@@ -6,7 +6,7 @@ The eager wrapper runs this code, and `passes/adapt/fragment.py` traces it, so t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..graph.provenance import SHARED
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
 from .promotion import adapt
+from .reads import Reads
 from .variant import Variant, adapter_namespace
 
 
@@ -29,14 +30,14 @@ class FrozenSite:
         weight: as the model stores it.
         bias: as the model stores it, or None.
         training: whether the model is in training mode, for dropout.
-        looked_at: if given, gets the names of the attributes of `FrozenLinear` that variants look at.
+        reads: if given, notes what variants read apart from tensors.
     """
 
     site: Site
     weight: Tensor
     bias: Tensor | None
     training: bool = False
-    looked_at: set[str] | None = None
+    reads: Reads | None = None
 
     def adapted(
         self, call: Callable[[Tensor], Tensor], around: Iterable[tuple[Variant, Any]], x: Tensor, *routing: Tensor
@@ -67,21 +68,10 @@ class FrozenSite:
 
         weight = kind.operand(kind.matrix(self.weight), who)
         linear = FrozenLinear(base, weight, self.site.own_bias(self.bias), self.site, self.training)
-        if self.looked_at is not None:
-            linear = _Watched(**vars(linear), looked_at=self.looked_at)
+        if self.reads is not None:
+            linear = self.reads.watch(linear)
         adapted = compose(linear, [(variant, operands(p)) for variant, p in around])
         return kind.leave(adapted(kind.enter(x, self.weight.dtype, who, *routing)))
-
-
-@dataclass(frozen=True)
-class _Watched(FrozenLinear):
-    """A frozen linear that notes in `looked_at` which of its attributes are read."""
-
-    looked_at: set[str] = field(default_factory=set)
-
-    def __getattribute__(self, name: str) -> Any:
-        object.__getattribute__(self, "looked_at").add(name)
-        return object.__getattribute__(self, name)
 
 
 def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
@@ -95,9 +85,19 @@ def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
     Raises:
         ConfigError: the variant does.
     """
-    if site.kind.name == "linear":
-        return
-    # `forward` itself runs, on tensors without data.
+    if site.kind.name != "linear":
+        run_without_data(variant, site, stored)
+
+
+def run_without_data(variant: Variant, site: Site, stored: Tensor) -> Reads:
+    """Run `forward` at `site` in both modes, on tensors that have shapes alone; return what it reads.
+
+    Args:
+        variant, site, stored: as for `check_kind`.
+
+    Raises:
+        ConfigError: the variant does with its input what this kind of site cannot.
+    """
     weight = stored.detach().to("meta")
     dtype = variant.param_dtype(weight.dtype)
     tensors = {name: spec.empty(dtype, weight.device).detach() for name, spec in variant.tensor_specs(site).items()}
@@ -105,9 +105,12 @@ def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
     routing = [torch.empty(site.experts, dtype=torch.int32, device="meta")] if site.kind.routed else []
     factor = site.kind.factor(weight)
     bias = weight.new_empty(site.d_out) if site.bias else None
-    FrozenSite(site, weight, bias).adapted(
-        lambda v: site.kind.multiply(v, factor, *routing), [(variant, adapter_namespace(tensors))], x, *routing
-    )
+    reads = Reads()
+    for training in (False, True):
+        FrozenSite(site, weight, bias, training, reads).adapted(
+            lambda v: site.kind.multiply(v, factor, *routing), [(variant, adapter_namespace(tensors))], x, *routing
+        )
+    return reads
 
 
 def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callable[[Tensor], Tensor]:

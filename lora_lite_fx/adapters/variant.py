@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 from collections.abc import (
     Callable,
-    Hashable,
     Iterable,
     Mapping,
     Sequence,
@@ -114,6 +113,8 @@ class Variant:
 
     default_roles: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     """The roles adapted when the config names no targets."""
+    affine: ClassVar[bool] = True
+    """Whether `forward` is affine in `x`, outside dropout. `merge` tries it out; False says that it is not."""
     ties_to_weight: ClassVar[bool] = False
     """Whether the values mean something only on the weights they were made for (loading elsewhere is an error)."""
 
@@ -216,7 +217,8 @@ class Variant:
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         """Return the adapted linear.
 
-        It must call `base` exactly once, be affine in `x` outside dropout, and act on the last dimension only.
+        It must call `base` exactly once and act on the last dimension only. If it is affine in `x` outside dropout,
+        `merge` can fold it into the weight; if it is not, as a gate that reads `x`, it can do all but that.
 
         Types: `x` and `base(x)` have the model's type, `p` the adapter's, which is float32 on a base in half precision.
         Inside `forward` products (`x @ p.lora_A.T`, `F.linear`, `einsum`) promote as sums do: what meets float32 is
@@ -237,13 +239,6 @@ class Variant:
             `(..., d_out)`.
         """
         raise NotImplementedError
-
-    def trace_key(self, site: Site) -> Hashable:
-        """Return the part of `site` that `forward` depends on, if it looks at `base.site`.
-
-        Sites with equal keys share one trace of `forward`. Override this if it reads anything but the roles.
-        """
-        return site.roles
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
         """Overwrite, in place, the tensors that start from the frozen weight `(d_out, d_in)`, in float32 or wider."""

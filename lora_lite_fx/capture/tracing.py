@@ -26,10 +26,19 @@ def fake_input(node: fx.Node, example: Tensor | None = None, fixed: Sequence[int
     if isinstance(value, FakeTensor):
         return value
     assert example is not None
-    if isinstance(value, Tensor):
-        more = value.dim() - example.dim()
-        example = example.expand(*[2] * more, *example.shape) if more > 0 else example[(0,) * -more]
-        fixed = [dim + more for dim in fixed]
+    return fake_of(example, fixed, more=value.dim() - example.dim() if isinstance(value, Tensor) else 0)
+
+
+def fake_of(example: Tensor, fixed: Sequence[int] = (), more: int = 0) -> Tensor:
+    """Return a fake tensor like `example`, with every dimension of any size but for the `fixed` ones.
+
+    Args:
+        example: the tensor; its values do not matter.
+        fixed: dimensions of it.
+        more: the number of dimensions to add before those of `example`; of those to leave out, if negative.
+    """
+    example = example.expand(*[2] * more, *example.shape) if more > 0 else example[(0,) * -more]
+    fixed = [dim + more for dim in fixed]
     dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
         [DimDynamic.STATIC if dim in fixed else DimDynamic.DYNAMIC for dim in range(example.dim())]
     )

@@ -167,7 +167,7 @@ def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _F
 
 def _format_of(variant: Variant, sites: list[Site]) -> _Format:
     name = type(variant).__name__
-    if isinstance(variant, IA3):
+    if type(variant) is IA3:
         # It keeps the two gates apart, by file; here one adapter may have both.
         at_input = {variant.gates_input(site) for site in sites}
         if len(at_input) > 1:

@@ -205,6 +205,24 @@ def _insertion(members: list[tuple[fx.Node, Provenance]]) -> Insertion:
     )
 
 
+def take_out(inserted: Iterable[Insertion]) -> dict[fx.Node, fx.Node]:
+    """Let the readers of each adapter read what it replaces, and erase what nothing reads then.
+
+    Returns:
+        The nodes by which values left the adapters, each with the value that it stood for.
+    """
+    replaced: dict[fx.Node, fx.Node] = {}
+    for insertion in inserted:
+        for leaving, entered in ((insertion.inlet, insertion.x), (insertion.outlet, insertion.y)):
+            if leaving is not None and entered is not None:
+                leaving.replace_all_uses_with(entered, delete_user_cb=insertion.is_outside)
+                replaced[leaving] = entered
+        for node in reversed(insertion.nodes):
+            if not node.users:
+                node.graph.erase_node(node)
+    return replaced
+
+
 def is_size(node: fx.Node) -> bool:
     """Check whether `node` is a number, such as the size of a tensor; where passes share sizes, all may read them."""
     return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat))

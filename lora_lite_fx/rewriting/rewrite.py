@@ -133,8 +133,8 @@ def merge(model: nn.Module) -> Any:
             result is a model of its class.
 
     Raises:
-        AdapterError: the model has no adapters; or a merged value is NaN, infinite or too large for the dtype of the
-            base, and the message names the site.
+        AdapterError: the model has no adapters; or a variant is not affine in its input, which random inputs show; or a
+            merged value is NaN, infinite or too large for the dtype of the base. The message names the site.
     """
     return _without_adapters(model, MergeAdapters())
 

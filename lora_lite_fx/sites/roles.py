@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx
 
-from ..graph.provenance import is_inserted
+from ..graph.copies import copy_graph
+from ..graph.provenance import insertions, is_inserted, take_out
 from ..graph.walk import walk
 from .attention import give_attention_roles
 from .dataflow import (
@@ -52,13 +53,34 @@ COARSE = frozenset({"reader", "writer", "inner"})
 
 
 def infer_roles(graph: fx.Graph, linears: Iterable[LinearNode]) -> None:
-    """Fill the `reasons` of every linear, from roles to reasons. Roles that are in doubt are left out."""
-    flow = Dataflow(graph, list(linears))
+    """Fill the `reasons` of every linear, from roles to reasons. Roles that are in doubt are left out.
+
+    Adapters do not count, whatever they compute: the roles are those in the base.
+    """
+    flow = Dataflow(*_without_adapters(graph, list(linears)))
     give_attention_roles(flow)
     _give_stream_roles(flow)
     _give_feed_forward_roles(flow)
     _give_router_role(flow)
     _give_head_role(flow)
+
+
+def _without_adapters(graph: fx.Graph, linears: list[LinearNode]) -> tuple[fx.Graph, list[LinearNode]]:
+    """Return the graph of the base, and its linears, which fill the same `reasons`."""
+    if not any(map(is_inserted, graph.nodes)):
+        return graph, linears
+    base = copy_graph(graph)
+    copies = dict(zip(graph.nodes, base.nodes, strict=True))
+    replaced = take_out(insertions(base))
+    base.owning_module = graph.owning_module  # not before, because `insertions` would look into its inner graphs
+
+    def in_base(node: fx.Node) -> fx.Node:
+        node = copies[node]
+        while node in replaced:
+            node = replaced[node]
+        return node
+
+    return base, [LinearNode(in_base(linear.x), in_base(linear.y), linear.reasons) for linear in linears]
 
 
 def _give_stream_roles(flow: Dataflow) -> None:
@@ -92,7 +114,7 @@ def _give_feed_forward_roles(flow: Dataflow) -> None:
                 activated += flow.sources(node, CARRY | ACTIVATIONS)
         # A block whose input comes from another operation on data, such as a recurrence, is not a feed-forward block.
         ends = (n for n in between if n in data and n not in flow.by_y and flow.ops[n] not in CARRY | ACTIVATIONS)
-        if not activated or not all(is_inserted(node) for node in ends):
+        if not activated or any(True for _ in ends):
             continue
         plain = [linear for linear in flow.sources(down.x) if all(linear is not other for other in activated)]
         down.give("down", "it reads activated outputs of linears and writes the residual stream")

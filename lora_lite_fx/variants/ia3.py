@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,9 +44,6 @@ class IA3(Variant):
             return base(x * p.lora_g)
         gated: Tensor = base(x) * p.lora_g
         return gated
-
-    def trace_key(self, site: Site) -> Hashable:
-        return self.gates_input(site)
 
     def gates_input(self, site: Site) -> bool:
         """Return whether the gate is at the input of `site`."""

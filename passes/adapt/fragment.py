@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -14,12 +15,13 @@ from torch import Tensor, fx
 
 from ...adapters.adapted_site import FrozenSite
 from ...adapters.placement import Placement
+from ...adapters.reads import Reads
 from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
-from ...capture.tracing import fake_input, fake_like, trace
+from ...capture.tracing import fake_input, fake_like, fake_of, trace
 from ...errors import ConfigError
 from ...sites.site import Call, Site, stored_bias, stored_weight
-from ..normalize.follow_mode import follow_mode
+from ..normalize.follow_mode import ModesDiffer, follow_mode
 from .output_type import keep_type_under_autocast
 from .plain_products import normalize_products
 
@@ -80,7 +82,7 @@ class Fragment:
         base: the node that stands for the call of the frozen linear.
         base_input: the node that the frozen linear is called on.
         result: the node that `forward` returns.
-        reads_site: whether `forward` looked at its site. If so, it may compute something else at another site.
+        reads: what `forward` read apart from its operands. Where these values differ, it may compute something else.
     """
 
     graph: fx.Graph
@@ -88,14 +90,14 @@ class Fragment:
     base: fx.Node
     base_input: fx.Node
     result: fx.Node
-    reads_site: bool
+    reads: Reads
 
 
 class Fragments:
     """The fragments of one adapter. Calls that `forward` cannot tell apart share one."""
 
     def __init__(self) -> None:
-        self._traced: dict[Hashable, Fragment] = {}
+        self._traced: dict[Hashable, list[Fragment]] = defaultdict(list)
 
     def at(self, gm: fx.GraphModule, site: Site, placement: Placement, call: Call) -> Fragment:
         """Return the fragment for `call` of `site`, and trace it if no earlier one fits.
@@ -103,15 +105,53 @@ class Fragments:
         Raises:
             ConfigError: as `trace_fragment`.
         """
-        x = fake_input(call.x, *site.kind.example(stored_weight(gm, site)))
+        weight, bias = stored_weight(gm, site), stored_bias(gm, site)
+        x = fake_input(call.x, *site.kind.example(weight))
+        tensors = vars(placement.namespace(gm))
+        operands = [x, weight, *([] if bias is None else [bias]), *tensors.values()]
         config = json.dumps(to_config(placement.local))
-        key = (str(x.shape), x.dtype, site.kind, site.d_out, site.bias is None, site.bias_rows, config)
-        key_of_site = (*key, placement.local.trace_key(site))
-        fragment = self._traced.get(key) or self._traced.get(key_of_site)
+        key = (*map(_layout, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
+        fragments = self._traced[key]
+        fragment = next((earlier for earlier in fragments if earlier.reads.hold_at(site)), None)
         if fragment is None:
             fragment = trace_fragment(gm, site, placement, x, call.routing)
-            self._traced[key_of_site if fragment.reads_site else key] = fragment
+            if not isinstance(call.x.meta.get("val"), Tensor):
+                _require_same_for_other_ranks(fragment, gm, site, placement)
+            fragments.append(fragment)
         return fragment
+
+
+def _layout(tensor: Tensor) -> Hashable:
+    """Return what a trace depends on of an operand: all but its values."""
+    # As text, because comparing symbols would add guards.
+    return str(tuple(tensor.shape)), str(tensor.stride()), tensor.dtype, tensor.device, type(tensor)
+
+
+def _require_same_for_other_ranks(fragment: Fragment, gm: fx.GraphModule, site: Site, placement: Placement) -> None:
+    """Check that `forward` runs the same operations for inputs of another number of dimensions than `fragment`.
+
+    A graph without shapes, from symbolic tracing, does not know that number.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    for more in site.kind.other_ranks:
+        try:
+            x = fake_of(*site.kind.example(stored_weight(gm, site)), more)
+            same = _text(trace_fragment(gm, site, placement, x)) == _text(fragment)
+        except Exception:  # whatever forward raises where it takes the input apart
+            same = False
+        if not same:
+            raise ConfigError(
+                f"{type(placement.variant).__name__}.forward at {site.name!r} depends on how many dimensions its input"
+                " has, and a graph that was captured without example inputs does not know. The way out: pass"
+                " example_inputs; or count dimensions from the last, as x.shape[-1], x.unflatten(-1, (heads, -1)) and"
+                " y.flatten(-2)."
+            )
+
+
+def _text(fragment: Fragment) -> list[str | None]:
+    return [node.format_node() for node in fragment.graph.nodes]
 
 
 def trace_fragment(
@@ -140,10 +180,10 @@ def trace_fragment(
         routing=tuple(fake_input(node) for node in routing),
         factor=fake_like(site.kind.factor(weight).to(dtype), x),
     )
-    looked_at: set[str] = set()
+    reads = Reads()
 
     def adapted(operands: Operands[Tensor], training: bool) -> Tensor:
-        frozen = FrozenSite(site, operands.weight, operands.bias, training, looked_at)
+        frozen = FrozenSite(site, operands.weight, operands.bias, training, reads)
         return frozen.adapted(
             lambda value: site.kind.multiply(value, operands.factor, *operands.routing),
             [(placement.local, adapter_namespace(operands.tensors))],
@@ -155,8 +195,16 @@ def trace_fragment(
         return trace(lambda *values: adapted(stand_ins.filled_with(values), training), stand_ins.in_order())
 
     graph = trace_in(training=True)
-    if "training" in looked_at:
-        follow_mode(graph, trace_in(training=False))
+    if reads.training:
+        try:
+            follow_mode(graph, trace_in(training=False))
+        except ModesDiffer as error:
+            raise ConfigError(
+                f"{type(placement.variant).__name__}.forward at {site.name!r} runs other operations in training than in"
+                f" evaluation, from {error.node.target} on, and one graph cannot follow both. The way out: run the same"
+                " in both modes, with base.training as a factor, x + base.training * noise in place of"
+                " `if base.training: x = x + noise`; or F.dropout(x, rate, base.training)."
+            ) from error
     graph.eliminate_dead_code()  # views of the weight that were not needed
     inputs = stand_ins.filled_with(graph.find_nodes(op="placeholder"))
     calls = list(inputs.factor.users)
@@ -170,4 +218,4 @@ def trace_fragment(
     keep_type_under_autocast(graph, calls[0], stand_ins.in_order())
     (base_input,) = [n for n in calls[0].all_input_nodes if n not in (inputs.factor, *inputs.routing)]
     (result,) = graph.output_node().all_input_nodes
-    return Fragment(graph, inputs, calls[0], base_input, result, "site" in looked_at)
+    return Fragment(graph, inputs, calls[0], base_input, result, reads)

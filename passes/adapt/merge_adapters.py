@@ -1,27 +1,14 @@
-"""Fold adapters into frozen weights: `merge_sites` computes the new tensors, `MergeAdapters` puts them in a graph."""
+"""Put folded adapters into a graph; `folding.py` computes the new tensors."""
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ...adapters.accounting import account_for
-from ...adapters.adapted_site import compose
-from ...adapters.frozen_linear import FrozenLinear
-from ...adapters.placement import (
-    Placement,
-    placements,
-    site_bias,
-    site_weight,
-)
-from ...adapters.variant import Variant, of_expert
 from ...errors import AdapterError
 from ...graph.provenance import is_size
 from ...graph.tensors import tensor_of
@@ -30,132 +17,19 @@ from ...sites.dialects import match_site
 from ...sites.finding import find_sites
 from ...sites.site import Site, frozen_tensor, stored_bias, stored_weight
 from ..pipeline import GraphPass, eliminate_dead_code
+from .folding import MergedSite, merge_sites
 from .remove_adapters import RemoveAdapters
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class MergedSite:
-    """A site, with the weight and bias that compute what it computes with its adapters.
-
-    Args:
-        site: the site.
-        weight: `W' (d_out, d_in)` in the frozen dtype; of experts, `(experts, d_out, d_in)`.
-        bias: `b' (d_out,)`; of experts, `(experts, d_out)`. None if it is zero and the site has no bias.
-    """
-
-    site: Site
-    weight: Tensor
-    bias: Tensor | None
-
-    def new_weight(self, current: Tensor) -> nn.Parameter:
-        """Return the parameter that replaces `current`, the tensor that the site's weight is, or is a part of."""
-        return nn.Parameter(self.site.kind.stored(self.weight, current.detach()), requires_grad=False)
-
-    def new_bias(self, current: Tensor | None) -> nn.Parameter | None:
-        """Return the parameter that replaces `current`, the tensor of the site's bias; None if there is no bias."""
-        if self.bias is None:
-            return None
-        stored = self.bias if current is None else self.site.stored_bias(self.bias, current.detach())
-        return nn.Parameter(stored, requires_grad=False)
-
-
-@torch.no_grad()
-def merge_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[MergedSite]:
-    """Fold the adapters of `gm` into weights and biases; neither the graph nor its tensors change.
-
-    Outside dropout every variant is affine in `x`, so `b' = f(0)` and `W' = (f(I) - b')^T` hold all of it. Where the
-    results go is for the caller to say: `MergeAdapters` puts them into the graph, `fold_into` into a model's modules.
-
-    Args:
-        gm: a graph with adapters.
-        sites: its sites; those without adapters are left out of the result.
-
-    Raises:
-        AdapterError: the graph records an adapter at a site that is not found; or a merged value is not finite, or too
-            large for the dtype of the base. The message names the site.
-    """
-    adapted = account_for(gm, sites).adapted("merge")
-    by_site: dict[str, list[Placement]] = defaultdict(list)
-    for placement in placements(gm):
-        by_site[placement.site].append(placement)
-    return [_merge_site(gm, site, by_site[site.name]) for site in adapted]
-
-
-def _merge_site(gm: fx.GraphModule, site: Site, around: list[Placement]) -> MergedSite:
-    weight, bias = site_weight(gm, site), site_bias(gm, site)
-    adapters = [(placement.local, placement.namespace(gm)) for placement in around]
-    if not site.experts:
-        return MergedSite(site, *_merge_matrix(site, weight, bias, adapters))
-    merged = [
-        _merge_matrix(site, matrix, None, [(variant, of_expert(p, expert)) for variant, p in adapters])
-        for expert, matrix in enumerate(weight)
-    ]
-    has_bias = any(bias is not None for _, bias in merged)
-    biases = [matrix.new_zeros(site.d_out) if bias is None else bias for matrix, bias in merged]
-    return MergedSite(site, torch.stack([matrix for matrix, _ in merged]), torch.stack(biases) if has_bias else None)
-
-
-def _merge_matrix(
-    site: Site, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Variant, Any]]
-) -> tuple[Tensor, Tensor | None]:
-    """Return `W'` and `b'` of one matrix `weight (d_out, d_in)` with the `adapters`, the innermost first."""
-    # In float32 at least, so that folding into a half-precision weight rounds once.
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    wide_weight = weight.to(exact)
-    wide_bias = bias.to(exact) if bias is not None else None
-    # A product with a matrix is the same with ordinary inputs, whatever the kind of site.
-    base = FrozenLinear(
-        lambda x: nn.functional.linear(x, wide_weight, wide_bias),
-        wide_weight,
-        wide_bias,
-        site,
-        training=False,
-    )
-    adapted = compose(base, adapters)
-    with torch.autocast(weight.device.type, enabled=False):
-        shift = adapted(torch.zeros(1, site.d_in, dtype=exact, device=weight.device)).squeeze(0)
-        rows = adapted(site.kind.identity(site.d_in, exact, weight.device)) - shift
-    needs_bias = bias is not None or bool(shift.any())
-    merged = _rounded(site, "weight", rows.t().contiguous(), weight)
-    return merged, _rounded(site, "bias", shift, weight if bias is None else bias) if needs_bias else None
-
-
-def _rounded(site: Site, name: str, exact: Tensor, frozen: Tensor) -> Tensor:
-    """Return a merged tensor in the dtype of the weight.
-
-    Args:
-        site: its site, and `name` its name there, for the message.
-        exact: its values in float32 at least.
-        frozen: the frozen tensor, whose dtype the result has.
-
-    Raises:
-        AdapterError: a value is not finite, or too large for the dtype.
-    """
-    rounded = exact.to(frozen.dtype)
-    bad = ~torch.isfinite(rounded.to(exact.dtype))
-    if bad.is_meta or not bad.any():
-        return rounded
-    count = f"{int(bad.sum())} of {bad.numel()} values of the merged {name} of {site.name!r}"
-    if torch.isfinite(exact[bad]).all():
-        raise AdapterError(
-            f"{count} are too large for {frozen.dtype}: up to {exact[bad].abs().max():.4g}, and it holds"
-            f" {torch.finfo(frozen.dtype).max:.4g}. Merge into a wider base, model.to(torch.bfloat16) or model.float()."
-        )
-    raise AdapterError(
-        f"{count} are NaN or infinite, because some of its adapters or of its frozen tensors are. If training has"
-        " diverged, take an earlier state."
-    )
-
-
-@dataclass(frozen=True)
 class MergeAdapters(GraphPass):
     """Give every adapted site the weight and bias that compute what its adapters do, and remove the adapters.
 
-    Safe because every variant is affine in `x` outside dropout (`merge_sites`), and because the frozen tensors, which
-    the user's model shares, are not written to. A merged site gets tensors of its own, and the other readers of a
-    tied weight keep theirs. A site without a bias gets one if its adapters add one.
+    Safe because a variant that is not affine in `x` is refused (`merge_sites`), and because the frozen tensors, which
+    the user's model shares, are not written to. A merged site gets tensors of its own, and the other readers of a tied
+    weight keep theirs. A site without a bias gets one if its adapters add one.
     """
 
     def run(self, gm: fx.GraphModule) -> int:

@@ -8,7 +8,7 @@ from torch import fx
 
 from ...adapters.placement import adapter_tensor_names
 from ...errors import AdapterError
-from ...graph.provenance import forget, insertions, is_size
+from ...graph.provenance import forget, insertions, is_size, take_out
 from ..pipeline import GraphPass, eliminate_dead_code
 
 
@@ -24,13 +24,7 @@ class RemoveAdapters(GraphPass):
     def run(self, gm: fx.GraphModule) -> int:
         inserted = insertions(gm.graph)
         tensors = adapter_tensor_names(gm)
-        for insertion in inserted:
-            for leaving, entered in ((insertion.inlet, insertion.x), (insertion.outlet, insertion.y)):
-                if leaving is not None and entered is not None:
-                    leaving.replace_all_uses_with(entered, delete_user_cb=insertion.is_outside)
-            for node in reversed(insertion.nodes):
-                if not node.users:
-                    node.graph.erase_node(node)
+        take_out(inserted)
         eliminate_dead_code(gm)
         _require_removed(gm)
         for name in tensors:

@@ -183,11 +183,20 @@ def _with_defaults(node: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[
     return tuple(args), kwargs
 
 
-def _modes_differ(node: fx.Node) -> CaptureError:
+class ModesDiffer(CaptureError):
+    """A graph runs other operations in training than in evaluation, from `node` on."""
+
+    def __init__(self, message: str, node: fx.Node) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+def _modes_differ(node: fx.Node) -> ModesDiffer:
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     where = f" ({' '.join(frames[-2:])})" if frames else ""
-    return CaptureError(
+    message = (
         f"The model runs other operations in training than in evaluation, from `{node.format_node()}`{where} on."
         " One graph cannot follow both. The way out: switch off what draws random decisions in training"
         f" (layerdrop, jitter, SpecAugment) or what branches on self.training, or {COMPILE_INSTEAD}."
     )
+    return ModesDiffer(message, node)

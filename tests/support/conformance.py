@@ -179,8 +179,9 @@ def _nudged(model: nn.Module) -> Iterator[None]:
         if tensor.is_floating_point():
             tensor.copy_(torch.nextafter(tensor, tensor.new_tensor(math.inf)))
     yield
-    for tensor, was in before.items():
-        tensor.copy_(was)
+    with torch.no_grad():
+        for tensor, was in before.items():
+            tensor.copy_(was)
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:

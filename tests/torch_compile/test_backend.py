@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from lora_lite_fx.adapters.adapted_site import compose
 from lora_lite_fx.adapters.frozen_linear import FrozenLinear
 from lora_lite_fx.capture.record_run import record_run
 from lora_lite_fx.sites.finding import find_sites
+from lora_lite_fx.sites.site import Site
 from lora_lite_fx.torch_compile.backend import backend, compile_graph
 from tests.support.conformance import close, gradients, randomise, small
+from tests.support.own_variants import registered
 from tests.support.untouched import untouched
 
 WIDTH, INNER = 4, 6
@@ -172,6 +175,41 @@ def test_layers_with_different_adapters_do_not_share_a_graph() -> None:
         torch.compile(model, backend=adapted)(inputs(2, 3))
     torch._dynamo.reset()  # because torch.compile compiles a code object a limited number of times
     check(torch.compile(carrier, backend=backend(inner="eager")), carrier, eager_of(carrier), inputs(2, 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadsSite(llfx.Variant):
+    """Adds a vector times a number that depends on a value of the site."""
+
+    field: str = "name"
+
+    def params(self, site: Site) -> dict[str, llfx.ParamSpec]:
+        return {"lora_d": llfx.ParamSpec((site.d_out,))}
+
+    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        y: Tensor = base(x) + sum(str(getattr(base.site, self.field)).encode()) % 97 * p.lora_d
+        return y
+
+
+def test_layers_share_a_graph_where_forward_reads_equal_values() -> None:
+    model = Net(Branching, 3).eval()
+    adapted = backend(ReadsSite(field="d_in", target_names=("up",)), inner="eager")
+    with registered(ReadsSite):
+        carrier = adapted.adapt(model, inputs(2, 3))
+        randomise(carrier, 0)
+        check(torch.compile(model, backend=adapted), carrier, eager_of(carrier), inputs(2, 3))
+
+
+def test_layers_do_not_share_a_graph_where_forward_reads_other_values() -> None:
+    model = Net(Branching, 3).eval()
+    adapted = backend(ReadsSite(field="layer", target_names=("up",)), inner="eager")
+    with registered(ReadsSite):
+        carrier = adapted.adapt(model, inputs(2, 3))
+        randomise(carrier, 0)
+        with pytest.raises(llfx.AdapterError, match=r"blocks\.2\.up.*captured for 'blocks\.1\.up', but is adapted"):
+            torch.compile(model, backend=adapted)(inputs(2, 3))
+        torch._dynamo.reset()  # because torch.compile compiles a code object a limited number of times
+        check(torch.compile(carrier, backend=backend(inner="eager")), carrier, eager_of(carrier), inputs(2, 3))
 
 
 def test_inductor_computes_what_the_eager_wrapper_does() -> None:

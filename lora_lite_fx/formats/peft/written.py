@@ -35,12 +35,13 @@ def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placeme
     """
     variant, placed = only_adapter(model, "A PEFT directory")
     state: Mapping[str, Tensor] = adapter_state_dict(model)
+    form = format_of(variant)  # refuses a class of the user's own, which may compute something else than its parent
     if isinstance(variant, FromWeight):
         if as_lora is not False:
             return placed, *_as_lora(variant, placed, state)
     elif as_lora:
         raise ConfigError(f"as_lora is for PiSSA and OLoRA, which are differences of two LoRAs, not {variant!r}.")
-    if format_of(variant).same_rank:
+    if form.same_rank:
         return placed, *_of_one_rank(variant, placed, state)
     return placed, variant, state
 

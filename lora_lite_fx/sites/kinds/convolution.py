@@ -32,6 +32,7 @@ class Convolution(SiteKind):
 
     name: ClassVar[str] = "conv"
     article: ClassVar[str] = "a convolution"
+    other_ranks: ClassVar[tuple[int, ...]] = (-1,)
     why: ClassVar[str] = "the patches that a convolution multiplies are never formed"
 
     @property

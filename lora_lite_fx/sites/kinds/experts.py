@@ -26,6 +26,7 @@ class Experts(SiteKind):
 
     name: ClassVar[str] = "experts"
     article: ClassVar[str] = "a stack of experts"
+    other_ranks: ClassVar[tuple[int, ...]] = ()
 
     @property
     def routed(self) -> bool:

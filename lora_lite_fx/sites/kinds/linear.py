@@ -34,6 +34,8 @@ class SiteKind:
 
     name: ClassVar[str] = "linear"
     article: ClassVar[str] = "a linear"
+    other_ranks: ClassVar[tuple[int, ...]] = (-1, 1)
+    """How many dimensions more than `example` an input may have, besides none."""
 
     # The weight as a matrix.
 

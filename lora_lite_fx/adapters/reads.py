@@ -1,0 +1,65 @@
+"""Record what a variant's `forward` reads, apart from tensors: fields of its site, and the mode.
+
+A trace of `forward` holds wherever these have the same values. Nothing has to be declared for that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from ..sites.site import Site
+from .frozen_linear import FrozenLinear
+
+_FIELDS = frozenset(each.name for each in fields(Site))
+_VALUES = _FIELDS | {
+    name for name in dir(Site) if isinstance(inspect.getattr_static(Site, name), (property, cached_property))
+}
+
+
+@dataclass
+class Reads:
+    """What a `forward` has read so far.
+
+    Args:
+        site: the values that it has read of its site, by field or property.
+        training: whether it has read the mode.
+    """
+
+    site: dict[str, Any] = field(default_factory=dict)
+    training: bool = False
+
+    def hold_at(self, site: Site) -> bool:
+        """Return whether `site` has the values that were read, so that `forward` computes the same there."""
+        return all(getattr(site, name) == value for name, value in self.site.items())
+
+    def watch(self, base: FrozenLinear) -> FrozenLinear:
+        """Return `base` in a form that notes here what is read of it."""
+        return _WatchedLinear(**{**vars(base), "site": _WatchedSite(base.site, self)}, reads=self)
+
+
+@dataclass(frozen=True, eq=False)
+class _WatchedLinear(FrozenLinear):
+    """A frozen linear that notes whether its mode is read."""
+
+    reads: Reads = field(default_factory=Reads)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "training":
+            object.__getattribute__(self, "reads").training = True
+        return object.__getattribute__(self, name)
+
+
+class _WatchedSite(Site):
+    """A site that notes which of its values are read. What reads it as a whole, such as a method, reads all fields."""
+
+    def __init__(self, site: Site, reads: Reads) -> None:
+        object.__setattr__(self, "_watched", (site, reads))
+
+    def __getattribute__(self, name: str) -> Any:
+        site, reads = object.__getattribute__(self, "_watched")
+        for read in [name] if name in _VALUES else _FIELDS:
+            reads.site[read] = getattr(site, read)
+        return getattr(site, name)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..errors import ConfigError, shown
+
+_STARTS = ("zeros", "ones", "kaiming")
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,38 @@ class ParamSpec:
             function that fills a tensor in place.
         trainable: a parameter if true, else a frozen buffer. Both are saved with the adapter.
         dtype: of the tensor, for indices; None means the adapter's own.
+
+    Raises:
+        ConfigError: one of these has an impossible value.
     """
 
     shape: tuple[int, ...]
     init: str | float | Callable[[Tensor], object] = "zeros"
     trainable: bool = True
     dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        shape: object = self.shape
+        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
+            one = f" Write ({shape},) for one dimension." if type(shape) is int else ""
+            raise ConfigError(f"ParamSpec: shape must be a tuple of integers from 0, got {shown(shape)}.{one}")
+        if isinstance(self.init, str) and self.init not in _STARTS:
+            near = difflib.get_close_matches(self.init, _STARTS, n=1)
+            raise ConfigError(
+                f"ParamSpec: unknown init {self.init!r}{f', did you mean {near[0]!r}?' if near else '.'}"
+                f" It is one of {', '.join(map(repr, _STARTS))}, a number, or a function that fills a tensor in place."
+            )
+        if not isinstance(self.init, str) and not callable(self.init) and not _is_finite(self.init):
+            raise ConfigError(
+                f"ParamSpec: init must be one of {', '.join(map(repr, _STARTS))}, a finite number, or a function that"
+                f" fills a tensor in place, got {shown(self.init)}."
+            )
+        if not isinstance(self.trainable, bool):
+            raise ConfigError(f"ParamSpec: trainable must be True or False, got {shown(self.trainable)}.")
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise ConfigError(f"ParamSpec: dtype must be None or a torch.dtype, got {shown(self.dtype)}.")
+        if self.trainable and self.dtype is not None and not self.dtype.is_floating_point:
+            raise ConfigError(f"ParamSpec: a tensor of {self.dtype} cannot be trained: write trainable=False.")
 
     def repeated(self, count: int) -> ParamSpec:
         """Return the spec of `count` such tensors as one, `(count, *shape)`, each started by itself."""
@@ -49,6 +80,8 @@ class ParamSpec:
     def fill(self, tensor: Tensor) -> None:
         """Write the start values into `tensor`, in place."""
         if callable(self.init):
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)  # so that a function that does not fill the tensor is noticed
             self.init(tensor)
         elif self.init == "kaiming":
             torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
@@ -56,3 +89,7 @@ class ParamSpec:
             tensor.fill_({"zeros": 0.0, "ones": 1.0}[self.init])
         else:
             tensor.fill_(self.init)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

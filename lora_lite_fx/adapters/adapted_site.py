@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..graph.provenance import SHARED
@@ -72,45 +71,6 @@ class FrozenSite:
             linear = self.reads.watch(linear)
         adapted = compose(linear, [(variant, operands(p)) for variant, p in around])
         return kind.leave(adapted(kind.enter(x, self.weight.dtype, who, *routing)))
-
-
-def check_kind(variant: Variant, site: Site, stored: Tensor) -> None:
-    """Check that the variant does nothing with the input of `site` that this kind of site cannot.
-
-    Args:
-        variant: the config for this site, finalized.
-        site: any site; a plain linear passes without a check.
-        stored: the frozen weight as the model stores it.
-
-    Raises:
-        ConfigError: the variant does.
-    """
-    if site.kind.name != "linear":
-        run_without_data(variant, site, stored)
-
-
-def run_without_data(variant: Variant, site: Site, stored: Tensor) -> Reads:
-    """Run `forward` at `site` in both modes, on tensors that have shapes alone; return what it reads.
-
-    Args:
-        variant, site, stored: as for `check_kind`.
-
-    Raises:
-        ConfigError: the variant does with its input what this kind of site cannot.
-    """
-    weight = stored.detach().to("meta")
-    dtype = variant.param_dtype(weight.dtype)
-    tensors = {name: spec.empty(dtype, weight.device).detach() for name, spec in variant.tensor_specs(site).items()}
-    x, _ = site.kind.example(weight)
-    routing = [torch.empty(site.experts, dtype=torch.int32, device="meta")] if site.kind.routed else []
-    factor = site.kind.factor(weight)
-    bias = weight.new_empty(site.d_out) if site.bias else None
-    reads = Reads()
-    for training in (False, True):
-        FrozenSite(site, weight, bias, training, reads).adapted(
-            lambda v: site.kind.multiply(v, factor, *routing), [(variant, adapter_namespace(tensors))], x, *routing
-        )
-    return reads
 
 
 def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, fx, nn
 
+from ..errors import ConfigError
 from ..graph.provenance import (
     SHARED,
     Insertion,
@@ -23,7 +24,9 @@ from ..graph.provenance import (
 )
 from ..graph.tensors import tensor_of
 from ..sites.site import Site, stored_bias, stored_weight
+from .naming import described
 from .registry import from_config
+from .start_values import fill, initialize
 from .variant import Statistic, Variant, adapter_namespace
 
 
@@ -70,6 +73,9 @@ class Placement:
             model: gets the tensors; it has a module of the site's name already.
             site: the site of this placement.
             weight: the frozen weight of the site. The tensors follow its dtype and device.
+
+        Raises:
+            ConfigError: the module of the site has something of a tensor's name.
         """
         specs = self.local.tensor_specs(site)
         for name, qualified in self.tensors.items():
@@ -78,9 +84,14 @@ class Placement:
             shared = name.startswith(SHARED)
             if shared and hasattr(module, attribute):
                 continue
+            if hasattr(module, attribute):
+                raise ConfigError(
+                    f"{described(self.variant, 'params', site)} calls a tensor {name!r}, and the module of the site has"
+                    f" {attribute!r} already. Choose another name."
+                )
             tensor = specs[name].empty(self.variant.param_dtype(weight.dtype), weight.device)
             if shared:
-                specs[name].fill(tensor)
+                fill(self.local, site, name, specs[name], tensor)
             if isinstance(tensor, nn.Parameter):
                 module.register_parameter(attribute, tensor)
             else:
@@ -95,7 +106,7 @@ class Placement:
             weight: the frozen weight of the site, as `site_weight` returns it.
             statistic: the variant's observation of the site on calibration data, or None without such data.
         """
-        self.local.initialize(site, weight, self.namespace(model), statistic)
+        initialize(self.local, site, weight, self.namespace(model), statistic)
 
     def namespace(self, model: nn.Module) -> Any:
         """Return the tensors as attributes by the variant's own names, for `Variant.forward`."""

@@ -16,7 +16,6 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import (
     Any,
     ClassVar,
@@ -37,9 +36,10 @@ from ..graph.tensors import HALF
 from ..sites.kinds.linear import KINDS
 from ..sites.roles import GROUPS, ROLES
 from ..sites.site import Site
+from .adapter_tensors import AdapterTensors
 from .arguments import check_arguments
+from .declaration import check_class
 from .frozen_linear import FrozenLinear
-from .maths import wide
 from .param_spec import ParamSpec as ParamSpec
 from .patterns import check_pattern, occurs
 
@@ -120,10 +120,13 @@ class Variant:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Check the arguments before the generated `__init__` sees them, because its errors name no way out."""
+        check_class(cls, Variant)
         check_arguments(cls, args, kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # a list, as JSON has it, could be changed later
+            object.__setattr__(self, field.name, _without_lists(getattr(self, field.name)))
         for name in ("target_roles", "layers", "target_kinds"):
             self._make_tuple(name)
         for name in ("target_names", "exclude_names"):
@@ -211,7 +214,10 @@ class Variant:
     # A variant defines these.
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
-        """Return the tensors that the variant adds to `site`, by name."""
+        """Return the tensors that the variant adds to `site`, by name.
+
+        A name is a Python identifier that nothing in the module of the site has; begin it with `lora_`.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
@@ -241,7 +247,10 @@ class Variant:
         raise NotImplementedError
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
-        """Overwrite, in place, the tensors that start from the frozen weight `(d_out, d_in)`, in float32 or wider."""
+        """Overwrite, in place, the tensors that start from the frozen weight `(d_out, d_in)`, in float32 or wider.
+
+        Write `p.lora_A.copy_(...)`. The weight, and the tensors that all sites share, may only be read.
+        """
 
     def observer(self, site: Site, weight: Tensor) -> Observe | None:
         """Return a function that observes the site's inputs on calibration data; None to start without data.
@@ -284,21 +293,6 @@ class Variant:
             for name, spec in self.params(site).items()
         }
 
-    def initialize(self, site: Site, weight: Tensor, p: Any, statistic: Statistic | None = None) -> None:
-        """Write all start values into `p`, in place, except those of shared tensors."""
-        with torch.no_grad():
-            if weight.dim() == 3:
-                for expert, matrix in enumerate(weight):
-                    self.initialize(site, matrix, of_expert(p, expert), statistic)
-                return
-            for name, spec in self.params(site).items():
-                if not name.startswith(SHARED):
-                    spec.fill(getattr(p, name))
-            if statistic is None:
-                self.init(site, wide(weight), p)
-            else:
-                self.calibrate(site, wide(weight), p, statistic)
-
     def param_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of the adapter's tensors on a base of `base_dtype`."""
         return self.dtype or (torch.float32 if base_dtype in HALF else base_dtype)
@@ -325,6 +319,10 @@ class Variant:
 
 def _matches(patterns: str | Sequence[str] | None, name: str) -> bool:
     return occurs(as_tuple(patterns), name)
+
+
+def _without_lists(value: Any) -> Any:
+    return tuple(map(_without_lists, value)) if type(value) in (list, tuple) else value
 
 
 def _field_types(cls: Any) -> dict[str, Any]:
@@ -360,4 +358,4 @@ def of_expert(p: Any, expert: int) -> Any:
 
 def adapter_namespace(tensors: Mapping[str, Tensor]) -> Any:
     """Return the tensors as attributes, the form in which `forward` takes them."""
-    return SimpleNamespace(**tensors)
+    return AdapterTensors(tensors)

@@ -7,12 +7,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ..graph.turns import tracing
+
+_COPIES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default)
 
 
 def fake_input(node: fx.Node, example: Tensor | None = None, fixed: Sequence[int] = ()) -> Tensor:
@@ -65,9 +68,31 @@ def trace(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> fx.Grap
     outer = {f'File "{frame.f_code.co_filename}", line {line}' for frame, line in traceback.walk_stack(None)}
     # make_fx is the tracer of torch.export. Nothing public records `aten.linear` and keeps `detach`.
     with _mode_of(tensors[0]):
-        graph: fx.Graph = make_fx(function, pre_dispatch=True, record_stack_traces=True)(*tensors).graph
-    for node in graph.nodes:
+        gm = make_fx(function, pre_dispatch=True, record_stack_traces=True)(*tensors)
+    _inline_numbers(gm)
+    for node in gm.graph.nodes:
         frames = re.findall(r'(File "[^"]*", line \d+), in forward(\n.*)', node.stack_trace or "")
         lines = [f"{place}, in forward{code}" for place, code in frames if place not in outer]
         node.stack_trace = "\n  ".join(lines) or None
-    return graph
+    return gm.graph
+
+
+def _inline_numbers(gm: fx.GraphModule) -> None:
+    """Let the graph make the tensors that were numbers in the traced function (`torch.tensor(0.5)`, `t[0] = 1`).
+
+    The tracer keeps them as tensors of the module, which a graph that gets a copy of the nodes does not have.
+    """
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target), None)
+        if not isinstance(value, Tensor) or value.dim():
+            continue
+        with gm.graph.inserting_before(node):
+            layout: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+            number = gm.graph.call_function(torch.ops.aten.scalar_tensor.default, (value.item(),), layout)
+        number.meta["val"] = node.meta["val"]
+        copies = [node]
+        for copy in copies:  # each is a copy of the number, or that copy detached
+            copies += [user for user in copy.users if user.target in _COPIES]
+            copy.replace_all_uses_with(number, delete_user_cb=lambda user: user.target not in _COPIES)
+        for copy in reversed(copies):
+            gm.graph.erase_node(copy)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
-from ..adapters.adapted_site import check_kind
+from ..adapters.contract import check_contract
 from ..adapters.placement import Placement, by_adapter, graph_of, placements
 from ..adapters.registry import from_config, to_config
 from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict, warn_of_trained_base
@@ -100,7 +100,7 @@ def _insert(
         for variant, targets in placed:
             for site in targets:
                 variant.for_site(site.name).check(site)
-                check_kind(variant.for_site(site.name), site, stored_weight(gm, site))
+            check_contract(variant, targets, gm)
         expected = _expected(gm, placed)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
-from ..adapters.adapted_site import check_kind
+from ..adapters.contract import check_contract, finalize
 from ..adapters.param_spec import ParamSpec
 from ..adapters.placement import (
     Placement,
@@ -24,7 +24,7 @@ from ..log import phase
 from ..rewriting.eager import AdaptedLinear
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
-from ..sites.site import Site, stored_weight
+from ..sites.site import Site
 from .checkpoint import check_base
 
 
@@ -99,12 +99,14 @@ def insert_from_file(
         )
     targets = [site for name, site in sites.items() if name in by_site]
     try:
-        variant = variant.finalize(targets, {})
+        variant = finalize(variant, targets, {})
         for site in targets:
-            local = variant.for_site(site.name)
-            local.check(site)
-            check_kind(local, site, stored_weight(gm, site))
-            _check_tensors(local.tensor_specs(site), by_site[site.name], rest, f"{path}: {site.name}")
+            variant.for_site(site.name).check(site)
+        check_contract(variant, targets, gm)
+        for site in targets:
+            _check_tensors(
+                variant.for_site(site.name).tensor_specs(site), by_site[site.name], rest, f"{path}: {site.name}"
+            )
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if prints is not None:

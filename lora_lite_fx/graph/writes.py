@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,14 +37,20 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
     """Return the operands that a call of an operator changes in place; none for other calls, which have no schema."""
     if not isinstance(node.target, OpOverload):
         return []
-    operands = {**dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)), **node.kwargs}
+    return [value for value in written_arguments(node.target, node.args, node.kwargs) if isinstance(value, fx.Node)]
+
+
+def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments that a call of `operator` changes in place, those in lists one by one."""
+    arguments = {**dict(zip((a.name for a in operator._schema.arguments), args, strict=False)), **kwargs}
     # The schema of batch and instance norm does not say that they update their statistics.
     written = {"running_mean", "running_var"} | {
         argument.name
-        for argument in node.target._schema.arguments
+        for argument in operator._schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     }
-    return [value for name, value in operands.items() if name in written and isinstance(value, fx.Node)]
+    values = [value for name, value in arguments.items() if name in written and value is not None]
+    return [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:

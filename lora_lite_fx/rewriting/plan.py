@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..adapters.adapted_site import check_kind
-from ..adapters.maths import wide
+from ..adapters.contract import check_contract, finalize
 from ..adapters.placement import site_weight
 from ..adapters.quantized_base import check_gradients
 from ..adapters.selection import select, warn_of_unused_patterns
+from ..adapters.start_values import observer_of
 from ..adapters.variant import Statistic, Variant
 from ..errors import ConfigError, SelectionError
 from ..log import phase
 from ..passes import Observer
 from ..sites.finding import find_sites
 from ..sites.left_out import LeftOut, find_left_out
-from ..sites.site import Site, stored_weight
+from ..sites.site import Site
 from .calibration import Batches, check_observable, run_calibration
 from .left_out import covered, describe, warn_of_left_out
 
@@ -68,10 +68,9 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
             statistics = _observe(gm, chosen, calibration)
     plans = []
     for (variant, targets), observed in zip(chosen, statistics, strict=True):
-        finalized = variant.finalize(targets, observed)
+        finalized = finalize(variant, targets, observed)
         kept = [site for site in targets if finalized.selects(site)]
-        for site in kept:
-            check_kind(finalized.for_site(site.name), site, stored_weight(gm, site))
+        check_contract(finalized, kept, gm)
         plans.append(Plan(finalized, kept, observed))
     return plans
 
@@ -99,7 +98,7 @@ def _observe(
         {
             site.name: Observer(observe, f"{type(variant).__name__} at {site.name!r}")
             for site in targets
-            if (observe := variant.for_site(site.name).observer(site, wide(site_weight(gm, site)))) is not None
+            if (observe := observer_of(variant.for_site(site.name), site, site_weight(gm, site))) is not None
         }
         for variant, targets in chosen
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..adapters.adapted_site import run_without_data
+from ..adapters.contract import rehearse
 from ..adapters.placement import Placement, placements
 from ..adapters.variant import Variant
 from ..capture.record_run import record_run
@@ -25,7 +25,7 @@ from ..graph.tensors import tensor_names, tensor_of
 from ..rewriting.plan import make_plans
 from ..sites.finding import find_sites
 from ..sites.roles import ROLES
-from ..sites.site import Site, stored_weight
+from ..sites.site import Site
 from .dynamo_graph import Compiled, Compiler, name_modules, to_aten, to_inputs
 from .insert_marked import MarkedSite, compile_for_both_modes, insert_marked
 from .marked_model import mark_sites, not_a_linear
@@ -46,18 +46,18 @@ class KnownSite:
     weight: Tensor
     placements: tuple[Placement, ...] = ()
 
-    def computes_like(self, other: KnownSite, stored: Tensor) -> bool:
+    def computes_like(self, other: KnownSite, model: nn.Module) -> bool:
         """Return whether one graph serves this site and `other`, because their adapters compute the same.
 
         Args:
             other: the site that the graph was captured for.
-            stored: its frozen weight, as `stored_weight` returns it.
+            model: has the tensors of that site.
         """
         if len(self.placements) != len(other.placements):
             return False
         return all(
             (own.adapter, own.local, _sizes(own, self.site)) == (its.adapter, its.local, _sizes(its, other.site))
-            and run_without_data(its.local, other.site, stored).hold_at(self.site)
+            and rehearse(its.local, other.site, model).hold_at(self.site)
             for own, its in zip(self.placements, other.placements, strict=True)
         )
 
@@ -170,9 +170,8 @@ class CompiledModel:
             AdapterError: there is no such site, so that the graph would run it with the adapters of another.
         """
         self._refresh()
-        stored = stored_weight(self.model, like.site)
         for known in (self.sites[like.site.name], *self.sites.values()):
-            if known.weight is weight and known.computes_like(like, stored):
+            if known.weight is weight and known.computes_like(like, self.model):
                 return known
         name = self.names.get(id(weight), "a weight that is not the model's").removesuffix(".weight")
         raise AdapterError(

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 from torch import Tensor, fx
 
 from ...adapters.adapted_site import FrozenSite
+from ...adapters.naming import naming
 from ...adapters.placement import Placement
 from ...adapters.reads import Reads
 from ...adapters.registry import to_config
@@ -192,7 +193,8 @@ def trace_fragment(
         )
 
     def trace_in(training: bool) -> fx.Graph:
-        return trace(lambda *values: adapted(stand_ins.filled_with(values), training), stand_ins.in_order())
+        with naming(placement.local, "forward", site, {"x": x, **stand_ins.tensors}):
+            return trace(lambda *values: adapted(stand_ins.filled_with(values), training), stand_ins.in_order())
 
     graph = trace_in(training=True)
     if reads.training:

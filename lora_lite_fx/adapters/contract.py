@@ -1,0 +1,277 @@
+"""Check what a variant must keep to, at the sites that it is to adapt, before anything is made of it.
+
+`rewrite`, `wrap`, `adapt`, `backend` and the functions that load files all come by here. `forward` runs on stand-ins
+without data, once for all sites that it cannot tell apart. Calls of an adapted model check nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import keyword
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.rehearsal import Refused, Stage, first_difference
+from ..errors import ConfigError, shown
+from ..graph.provenance import SHARED
+from ..sites.kinds.expert_values import Routed
+from ..sites.site import Site, stored_bias, stored_weight
+from .adapted_site import FrozenSite
+from .declaration import check_fields
+from .naming import described, naming
+from .param_spec import ParamSpec
+from .placement import adapter_tensor_names
+from .reads import Reads
+from .variant import Statistic, Variant, adapter_namespace
+
+_OF_THE_SITE = frozenset(
+    f"{prefix}{name}" for prefix in ("", "frozen_", "computed_") for name in ("weight", "bias")
+) | {"training", "base", "site", "placements", "add", "adapted_model"}
+"""Names that a site's module or its eager wrapper has, besides those that every module has."""
+
+
+def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module) -> None:
+    """Check that `variant` keeps to its contract at `sites`.
+
+    Args:
+        variant: the config, finalized.
+        sites: the sites that it is to adapt.
+        model: the graph that has them; it is not changed.
+
+    Raises:
+        ConfigError: a field that files cannot hold; a result of `params` that is not a mapping of names to `ParamSpec`,
+            or a name that is taken; tensors to share that differ by site; or a `forward` that fails, does not call
+            `base` exactly once, returns something else than a tensor like `base(x)`, writes to what it may only read,
+            uses tensors that are not its own, or does not compute the same each time.
+    """
+    check_fields(variant)
+    _check_functions(variant)
+    modules, present = dict(model.named_modules()), set(adapter_tensor_names(model))
+    shared: dict[str, tuple[Site, ParamSpec]] = {}
+    checked: list[tuple[Variant, Site, Mapping[str, ParamSpec]]] = []
+    for site in sites:
+        local = variant.for_site(site.name)
+        specs = _specs(local, site)
+        # Names of adapters that the site has already are no obstacle: further ones are numbered.
+        module = modules.get(site.name)
+        taken = {name for name in specs if hasattr(module, str(name)) and f"{site.name}.{name}" not in present}
+        _check_names(local, site, specs, taken)
+        _check_shared(local, site, specs, shared)
+        checked.append((local, site, specs))
+    rehearsed: dict[Hashable, list[Reads]] = defaultdict(list)
+    for local, site, specs in checked:
+        earlier = rehearsed[_operands(local, site, specs, model)]
+        if not any(reads.hold_at(site) for reads in earlier):
+            earlier.append(rehearse(local, site, model))
+
+
+def finalize(variant: Variant, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
+    """Return what `variant.finalize` returns.
+
+    Raises:
+        ConfigError: it fails, or returns something else than a config.
+    """
+    with naming(variant, "finalize", None):
+        finalized: object = variant.finalize(sites, statistics)
+    if not isinstance(finalized, Variant):
+        raise ConfigError(f"{type(variant).__name__}.finalize must return a config, not {shown(finalized)}.")
+    return finalized
+
+
+def _check_functions(variant: Variant) -> None:
+    """Check that the variant has its two functions, and that `forward` can be called as it will be."""
+    name = type(variant).__name__
+    for function, arguments in (("params", "self, site"), ("forward", "self, x, base, p")):
+        if getattr(type(variant), function) is getattr(Variant, function):
+            raise ConfigError(f"{name} has no function {function}. Write def {function}({arguments}) in the class.")
+    signature = inspect.signature(variant.forward)
+    try:
+        signature.bind(None, base=None, p=None)
+    except TypeError as error:
+        raise ConfigError(
+            f"{name}.forward{signature} is called as forward(x, base=base, p=p), {error}."
+            " Write def forward(self, x, base, p)."
+        ) from error
+
+
+def _operands(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], model: nn.Module) -> Hashable:
+    """Return all that a rehearsal depends on but the site itself."""
+    weight = stored_weight(model, site)
+    x = _example(site, weight)
+    tensors = tuple((name, spec.shape, spec.dtype) for name, spec in specs.items())
+    return variant, tensors, site.kind, site.bias is None, weight.shape, weight.dtype, x.shape, x.dtype
+
+
+def _specs(variant: Variant, site: Site) -> Mapping[str, ParamSpec]:
+    """Return what `params` returns, if that is of the right form."""
+    who = described(variant, "params", site)
+    with naming(variant, "params", site):
+        specs = variant.params(site)
+    if not isinstance(specs, Mapping):
+        raise ConfigError(f'{who} must return a dict such as {{"lora_A": ParamSpec((4, 8))}}, not {shown(specs)}.')
+    for name, spec in specs.items():
+        if not isinstance(spec, ParamSpec):
+            raise ConfigError(f"{who} must map names to ParamSpec, and gives {shown(spec)} for {name!r}.")
+    return specs
+
+
+def _check_names(variant: Variant, site: Site, names: Iterable[str], taken: Set[str]) -> None:
+    """Check the names of tensors; `taken` are those that the module of the site has."""
+    for name in names:
+        who = f"{described(variant, 'params', site)} calls a tensor {name!r}"
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise ConfigError(f"{who}, and forward could not read p.{name}: a name must be a Python identifier.")
+        if name in _OF_THE_SITE or hasattr(nn.Module, name) or name in taken:
+            better = "" if name.startswith("lora_") else f", such as 'lora_{name}'"
+            raise ConfigError(
+                f"{who}, and the module of the site has something of that name, which the tensor would hide."
+                f" Choose another name{better}."
+            )
+
+
+def _check_shared(
+    variant: Variant, site: Site, specs: Mapping[str, ParamSpec], shared: dict[str, tuple[Site, ParamSpec]]
+) -> None:
+    """Check the tensors that all sites share against those that earlier sites have put into `shared`."""
+    for name, spec in specs.items():
+        if not name.startswith(SHARED):
+            continue
+        first, earlier = shared.setdefault(name, (site, spec))
+        if _comparable(spec) != _comparable(earlier):
+            raise ConfigError(
+                f"{type(variant).__name__}.params: {name!r} is one tensor for all sites, and must be the same at each."
+                f" It is {earlier} at {first.name!r} (d_in={first.d_in}, d_out={first.d_out}), and {spec} at"
+                f" {site.name!r} (d_in={site.d_in}, d_out={site.d_out}). Give it the largest size and let each site use"
+                " a part of it, or choose sites of one size."
+            )
+
+
+def _comparable(spec: ParamSpec) -> ParamSpec:
+    # Functions are not compared: `params` may make a new one at each call.
+    return replace(spec, init="zeros") if callable(spec.init) else spec
+
+
+def _example(site: Site, stored: Tensor) -> Tensor:
+    """Return an example input of the site, with as many dimensions as the model's."""
+    example, _ = site.kind.example(stored)
+    value = site.calls[0].x.meta.get("val") if site.calls else None
+    if not isinstance(value, Tensor):
+        return example
+    more = value.dim() - example.dim()
+    shape = (2,) * more + tuple(example.shape)[max(-more, 0) :]
+    return torch.empty(shape, dtype=value.dtype, device=example.device)
+
+
+def rehearse(variant: Variant, site: Site, model: nn.Module) -> Reads:
+    """Run `forward` on stand-ins: twice in training mode and, if it reads the mode, in evaluation mode.
+
+    Args:
+        variant: the config for the site.
+        site: the site.
+        model: has its frozen tensors.
+
+    Returns:
+        What `forward` reads apart from tensors.
+
+    Raises:
+        ConfigError: `forward` fails or breaks a rule.
+    """
+    stored, bias = stored_weight(model, site), stored_bias(model, site)
+    stage = Stage()
+    x = stage.like(_example(site, stored))
+    dtype = x.dtype if x.dtype.is_floating_point else stored.dtype
+    shape = site.kind.factor(stored).shape
+    # The gradient tells whether the result depends on the product.
+    factor = stage.make(lambda: torch.empty(shape, dtype=dtype, device=stored.device, requires_grad=True))
+    ends = stage.make(lambda: torch.empty(site.experts, dtype=torch.int32, device=stored.device))
+    routing = [ends] if site.kind.routed else []
+    with naming(variant, "params", site):
+        specs, of_adapter = variant.tensor_specs(site).items(), variant.param_dtype(stored.dtype)
+        tensors = stage.make(lambda: {name: spec.empty(of_adapter, stored.device).detach() for name, spec in specs})
+    reads = Reads()
+    frozen = FrozenSite(site, stage.like(stored), None if bias is None else stage.like(bias), reads=reads)
+    read_only = {"x": x, "base.weight": frozen.weight, "base.bias": frozen.bias}
+    read_only |= {f"p.{name}": tensor for name, tensor in tensors.items()}
+
+    def forward(training: bool) -> None:
+        calls: list[_BaseCall] = []
+
+        def base(value: Tensor) -> Tensor:
+            if value.shape != x.shape:
+                raise Refused(f"calls base on an input {tuple(value.shape)}, and x is {tuple(x.shape)}")
+            y = site.kind.multiply(value, factor, *routing)
+            calls.append(_BaseCall(value, y, y.shape, y.dtype, y._version))
+            return y
+
+        adapter = [(_returning_values(variant, Routed if site.experts else Tensor), adapter_namespace(tensors))]
+        y = replace(frozen, training=training).adapted(base, adapter, x, *routing)
+        if len(calls) != 1:
+            raise Refused(f"must call base(...) exactly once; it called it {len(calls)} times")
+        _check_result(y, x, calls[0])
+
+    def run(training: bool) -> list[str]:
+        with naming(variant, "forward", site, {"x": x, **tensors}):
+            return stage.run(lambda: forward(training), read_only)[1]
+
+    if differ := first_difference(run(training=True), run(training=True)):
+        raise ConfigError(
+            f"{described(variant, 'forward', site)} does not compute the same at each call: it runs {differ[0]}, and"
+            f" {differ[1]} the next time. A graph keeps the first. The way out: draw random numbers with torch, such as"
+            " torch.rand_like(x), and keep what is the same at each call in fields of the config."
+        )
+    if reads.training:
+        run(training=False)
+    return reads
+
+
+def _returning_values(variant: Variant, kind: type) -> Variant:
+    """Return a copy of `variant` whose `forward` refuses a result that is not of this kind, before anything uses it."""
+    checked = copy.copy(variant)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = variant.forward(*args, **kwargs)
+        if not isinstance(output, kind):
+            raise Refused(f"must return a tensor like base(x), and returned {shown(output)}")
+        return output
+
+    object.__setattr__(checked, "forward", forward)
+    return checked
+
+
+@dataclass(frozen=True)
+class _BaseCall:
+    """A call of the frozen linear on `x`, in the model's layout, and what `y` was then: it may be written to later."""
+
+    x: Tensor
+    y: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    version: int
+
+
+def _check_result(result: Tensor, x: Tensor, base: _BaseCall) -> None:
+    """Check the result of `forward`, in the model's layout.
+
+    Raises:
+        Refused: it is not a tensor like `base(x)`, or does not depend on it.
+    """
+    if result.shape != base.shape:
+        raise Refused(f"returned a tensor {tuple(result.shape)}, and base(x) is {tuple(base.shape)}")
+    if result.dtype != base.dtype:
+        raise Refused(
+            f"returned {result.dtype}, and base(x) is {base.dtype}. The way out: y = base(x), and at the end"
+            " return (...).type_as(y)"
+        )
+    if result is base.y and base.y._version == base.version and base.x is x:
+        raise Refused("returns base(x) unchanged")
+    if not result.requires_grad:
+        raise Refused(
+            "leaves out the result of base(...), or cuts its gradient by detach() or torch.no_grad(), and the layers"
+            " before the site train through it"
+        )

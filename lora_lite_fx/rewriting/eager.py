@@ -16,7 +16,7 @@ from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule, execution_of
 from ..graph.provenance import inner_name, is_inserted
-from ..graph.tensors import outside_inference_mode, tensor_of
+from ..graph.tensors import outside_inference_mode
 from ..graph.writes import written_buffers
 from ..sites.computed import Computation, frozen_values
 from ..sites.dataflow import SIZES, op_name
@@ -146,9 +146,8 @@ class AdaptedLinear(nn.Module):
     def add(self, placement: Placement, model: nn.Module) -> None:
         """Put an adapter around the present ones. Its tensors must be registered in `model`, which contains this."""
         self.placements.append(placement)
-        for path in placement.tensors.values():
-            if "." not in path:  # shared with other sites
-                self.register_buffer(path, tensor_of(model, path), persistent=False)
+        # Not a submodule: a tensor that all sites share is the model's alone, and read there when it is used.
+        vars(self)["adapted_model"] = model
 
     def frozen_weight(self) -> Tensor:
         """Return the frozen weight as the site stores it: the module's, or computed from the module's tensors."""
@@ -176,9 +175,13 @@ class AdaptedLinear(nn.Module):
         return frozen.adapted(self.base, around, x)
 
     def _tensors(self, placement: Placement) -> Any:
-        # The qualified names end in the names of attributes here, wherever in the model this module is.
+        # The qualified names end in the names of attributes here, wherever in the model this module is. Those without
+        # a dot are of tensors that all sites share.
         return adapter_namespace(
-            {name: getattr(self, path.rpartition(".")[2]) for name, path in placement.tensors.items()}
+            {
+                name: getattr(self if "." in path else self.adapted_model, path.rpartition(".")[2])
+                for name, path in placement.tensors.items()
+            }
         )
 
 

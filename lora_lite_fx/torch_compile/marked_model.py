@@ -21,7 +21,6 @@ from ..adapters.placement import Placement, site_weight
 from ..adapters.registry import from_config, to_config
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
-from ..graph.tensors import tensor_of
 from ..log import phase
 from ..rewriting.plan import Plan
 from ..sites.site import Site, is_called
@@ -104,7 +103,11 @@ def _marking_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.compiler.is_compiling():
         raise runs_outside(module.site.name)
     (x,) = (*args, *kwargs.values())
-    tensors = [getattr(module, name) for name in module.marked_names]
+    # The names without a dot are of tensors that all sites share, and that the model alone has.
+    tensors = [
+        getattr(module if "." in path else module.adapted_model, path.rpartition(".")[2])
+        for path in module.marked_paths
+    ]
     return module.unmarked_forward(MARK(x, tensors, module.training, module.mark_text))
 
 
@@ -122,11 +125,8 @@ def _describe(copy: nn.Module, module: Any) -> None:
             ],
         }
     )
-    paths = [path for placement in module.placements for path in placement.tensors.values()]
-    for path in paths:
-        if "." not in path:  # shared with other sites, so that it is registered at the root of the model
-            module.register_buffer(path, tensor_of(copy, path), persistent=False)
-    module.marked_names = tuple(path.rpartition(".")[2] for path in paths)
+    module.marked_paths = tuple(path for placement in module.placements for path in placement.tensors.values())
+    vars(module)["adapted_model"] = copy  # not a submodule
 
 
 def site_in_mark(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -51,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--adapter", metavar="PATH", help="a file that save() wrote, or a PEFT directory, to show on it"
     )
+    command.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module first, because it registers a variant of your own; the current folder is searched too,"
+        " and the option can be given again",
+    )
     command.add_argument("--passes", action="store_true", help="show what each optimizing pass did, and why not more")
     command.add_argument("--json", action="store_true", help="print data in place of the table")
     command.add_argument("--html", metavar="FILE", help="write one HTML page with the model as a picture")
@@ -64,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.trust:
         print(f"{parser.prog}: warning: --trust runs code that {options.model} may hold", file=sys.stderr)
     try:
+        for module in options.modules:
+            _import(module)
         with _quiet():
             table = _table(options.model, options.adapter, options.passes, options.trust)
         if options.html is not None:
@@ -76,6 +88,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.html is None:
         print(table)
     return 0
+
+
+def _import(module: str) -> None:
+    """Import a module of the user's, which may print: standard output is for the table alone."""
+    file = Path(module)
+    if file.suffix == ".py":
+        raise _Refused(
+            f"--import takes the name of a module, not a file: --import {file.stem}, in {file.parent.resolve()}"
+        )
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise _Refused(f"--import {module} needs the module {error.name}, which is not there") from error
+            raise _Refused(
+                f"--import {module}: there is no module {error.name} in {Path.cwd()} or among the installed packages"
+            ) from error
+        except Exception as error:
+            raise _Refused(f"--import {module} failed: {type(error).__name__}: {error}") from error
 
 
 def _table(model: str, adapter: str | None, passes: bool, trust: bool) -> SiteTable:

@@ -25,7 +25,7 @@ from ..graph.provenance import (
 from ..graph.tensors import tensor_of
 from ..sites.site import Site, stored_bias, stored_weight
 from .naming import described
-from .registry import from_config
+from .registry import recorded_variant
 from .start_values import fill, initialize
 from .variant import Statistic, Variant, adapter_namespace
 
@@ -158,7 +158,7 @@ def placements(model: nn.Module) -> list[Placement]:
         for insertion in insertions(model.graph):
             place = (insertion.adapter, insertion.site)
             if place not in by_place:
-                variant = from_config(insertion.config)
+                variant = recorded_variant(insertion.config)
                 by_place[place] = Placement(variant, *place, insertion.position, insertion.names)
     else:
         for module in model.modules():

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from ..adapters.accounting import account_for
 from ..adapters.contract import check_contract
 from ..adapters.placement import Placement, by_adapter, graph_of, placements
-from ..adapters.registry import from_config, to_config
+from ..adapters.registry import check_saving, from_config, to_config
 from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict, warn_of_trained_base
 from ..adapters.variant import Variant
 from ..errors import CheckpointError, ConfigError
@@ -60,7 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: boo
     if not allow_nonfinite:
         check_finite(state, file, "nothing was written")
     for variant, _ in by_adapter(model):
-        from_config(to_config(variant))  # refuses a config that could not be loaded again
+        check_saving(variant)
     records = [
         {"config": to_config(variant), "sites": [placement.site for placement in members]}
         for variant, members in by_adapter(model)

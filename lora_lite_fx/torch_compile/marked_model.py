@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, site_weight
-from ..adapters.registry import from_config, to_config
+from ..adapters.registry import recorded_variant, to_config
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..log import phase
@@ -144,7 +144,7 @@ def read_mark(text: str, tensors: Iterable[Tensor], name: str) -> MarkedSite:
     """
     described = json.loads(text)
     placements = tuple(
-        Placement(from_config(adapter["config"]), adapter["adapter"], name, position, tuple(adapter["names"]))
+        Placement(recorded_variant(adapter["config"]), adapter["adapter"], name, position, tuple(adapter["names"]))
         for position, adapter in enumerate(described["adapters"])
     )
     paths = (path for placement in placements for path in placement.tensors.values())

@@ -204,7 +204,7 @@ def config_of(metadata: dict[str, Any]) -> dict[str, Any]:
         (lambda m: m["adapters"][0].update(config="LoRA"), ["metadata is damaged"]),
         (
             lambda m: config_of(m).update(variant="Nope"),
-            ["Unknown variant 'Nope'; the registered variants are", "DeLoRA"],
+            ["Unknown variant 'Nope'. If the class is your own", "The registered variants are", "DeLoRA"],
         ),
         (lambda m: config_of(m).update(variant=["LoRA"]), ["metadata is damaged"]),
         (lambda m: config_of(m).pop("variant"), ["Unknown variant None"]),

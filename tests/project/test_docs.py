@@ -11,9 +11,10 @@ import pytest
 
 import lora_lite_fx
 import lora_lite_fx.passes
+import lora_lite_fx.testing
 from lora_lite_fx.adapters.param_spec import ParamSpec
 
-MODULES = (lora_lite_fx, lora_lite_fx.passes)
+MODULES = (lora_lite_fx, lora_lite_fx.passes, lora_lite_fx.testing)
 PUBLIC = [(module, name) for module in MODULES for name in module.__all__]
 
 

@@ -8,94 +8,41 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 from transformers.pytorch_utils import Conv1D
 
-# No two are equal, and small blocks and groups divide them all.
-WIDTH, INNER, VOCABULARY = 8, 12, 20
+from lora_lite_fx.testing.models import VOCABULARY as VOCABULARY
+from lora_lite_fx.testing.models import Attention as Attention
+from lora_lite_fx.testing.models import FusedAttention as FusedAttention
+from lora_lite_fx.testing.models import GatedMLP as GatedMLP
+from lora_lite_fx.testing.models import Net as Net
+from lora_lite_fx.testing.models import ResidualMLP as ResidualMLP
+from lora_lite_fx.testing.models import SharedLinear as SharedLinear
+from lora_lite_fx.testing.models import ids as ids
 
-
-class ResidualMLP(nn.Module):
-    def __init__(self, bias: bool) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.fc_in = nn.Linear(WIDTH, INNER, bias)
-        self.fc_out = nn.Linear(INNER, WIDTH, bias)
-        self.drop = nn.Dropout(0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.drop(self.fc_out(F.gelu(self.fc_in(self.norm(x)))))
-        return x + y
-
-
-class GatedMLP(nn.Module):
-    def __init__(self, bias: bool) -> None:
-        super().__init__()
-        self.gate = nn.Linear(WIDTH, INNER, bias)
-        self.up = nn.Linear(WIDTH, INNER, bias)
-        self.down = nn.Linear(INNER, WIDTH, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(input=x))
-        return x + y
+WIDTH, INNER = 8, 12  # with the vocabulary, no two are equal, and small blocks and groups divide them all
 
 
 class Conv1DMLP(nn.Module):
     """GPT-2's layers: weights stored as (in, out)."""
 
-    def __init__(self, bias: bool) -> None:
+    def __init__(self, bias: bool, width: int = WIDTH, inner: int = INNER) -> None:
         super().__init__()
-        self.c_fc = Conv1D(INNER, WIDTH)
-        self.c_proj = Conv1D(WIDTH, INNER)
+        self.c_fc = Conv1D(inner, width)
+        self.c_proj = Conv1D(width, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.c_proj(torch.relu(self.c_fc(x)))
         return x + y
 
 
-class Attention(nn.Module):
-    """Two heads; q, k and v from three linears or from one."""
-
-    def __init__(self, bias: bool, fused: bool = False) -> None:
-        super().__init__()
-        self.fused = fused
-        if fused:
-            self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias)
-        else:
-            self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias) for _ in range(3))
-        self.out = nn.Linear(WIDTH, WIDTH, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q(x), self.k(x), self.v(x))
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(-3, -2) for t in (q, k, v))
-        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
-        return x + y
-
-
-class FusedAttention(Attention):
-    def __init__(self, bias: bool) -> None:
-        super().__init__(bias, fused=True)
-
-
-class SharedLinear(nn.Module):
-    """One module that runs twice."""
-
-    def __init__(self, bias: bool) -> None:
-        super().__init__()
-        self.mix = nn.Linear(WIDTH, WIDTH, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.mix(torch.tanh(self.mix(x))))
-
-
 class Chain(nn.Module):
     """Linears that read each other's output directly; the first runs twice."""
 
-    def __init__(self, bias: bool) -> None:
+    def __init__(self, bias: bool, width: int = WIDTH, inner: int = INNER) -> None:
         super().__init__()
-        self.one = nn.Linear(WIDTH, WIDTH, bias)
-        self.two = nn.Linear(WIDTH, WIDTH, bias)
+        self.one = nn.Linear(width, width, bias)
+        self.two = nn.Linear(width, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.two(self.one(self.one(x)))
@@ -105,10 +52,10 @@ class Chain(nn.Module):
 class Normed(nn.Module):
     """Batch norm, which follows the mode and keeps statistics."""
 
-    def __init__(self, bias: bool) -> None:
+    def __init__(self, bias: bool, width: int = WIDTH, inner: int = INNER) -> None:
         super().__init__()
-        self.lin = nn.Linear(WIDTH, WIDTH, bias)
-        self.norm = nn.BatchNorm1d(WIDTH)
+        self.lin = nn.Linear(width, width, bias)
+        self.norm = nn.BatchNorm1d(width)
 
     def forward(self, x: Tensor) -> Tensor:
         # Not norm(lin(x)): that does not depend on the scale of a gate, whose gradient would be rounding alone. And not
@@ -118,25 +65,6 @@ class Normed(nn.Module):
 
 
 BLOCKS = (ResidualMLP, GatedMLP, Conv1DMLP, Attention, FusedAttention, SharedLinear, Chain, Normed)
-
-
-class Net(nn.Module):
-    """Blocks between an embedding and a head of another width; the head may be tied to the embedding."""
-
-    def __init__(self, blocks: list[type[nn.Module]], bias: bool, tied: bool) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(block(bias) for block in blocks)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(x)
-        return logits
 
 
 def net(*blocks: type[nn.Module], bias: bool = True, tied: bool = False) -> Net:
@@ -179,10 +107,6 @@ def tiny_t5(**changes: Any) -> T5Config:
     """Return the config of a T5 of one layer, with `changes`."""
     fields: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
     return T5Config(**{**fields, "decoder_start_token_id": 0, **changes})
-
-
-def ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
 cases = st.builds(

@@ -1,0 +1,12 @@
+"""Check a variant of your own: `check` runs the conformance suite that the package's own variants pass.
+
+from lora_lite_fx.testing import check
+
+def test_my_variant():
+    check(MyVariant(r=4))
+"""
+
+from .check import check
+from .report import Report, Result
+
+__all__ = ["Report", "Result", "check"]

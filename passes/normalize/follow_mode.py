@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ...graph.direct_calls import OpOverload
 from ..pipeline import GraphPass
 
 aten = torch.ops.aten
+_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,10 @@ class FollowMode(GraphPass):
     eval_graph: fx.Graph
 
     def run(self, gm: fx.GraphModule) -> int:
-        return follow_mode(gm.graph, self.eval_graph)
+        try:
+            return follow_mode(gm.graph, self.eval_graph)
+        except ModesDiffer as error:
+            raise CaptureError(str(error)) from None
 
 
 def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
@@ -183,7 +188,7 @@ def _with_defaults(node: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[
     return tuple(args), kwargs
 
 
-class ModesDiffer(CaptureError):
+class ModesDiffer(Exception):
     """A graph runs other operations in training than in evaluation, from `node` on."""
 
     def __init__(self, message: str, node: fx.Node) -> None:
@@ -191,9 +196,16 @@ class ModesDiffer(CaptureError):
         self.node = node
 
 
+def _line_of(node: fx.Node) -> str:
+    """Return the last line of the model's own code that made `node`, in parentheses; empty if it is not known."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    frames = [" ".join(lines[i : i + 2]) for i in range(0, len(lines) - 1, 2)]
+    own = [frame for frame in frames if f'File "{_TORCH}' not in frame]
+    return f" ({own[-1]})" if own else ""
+
+
 def _modes_differ(node: fx.Node) -> ModesDiffer:
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    where = f" ({' '.join(frames[-2:])})" if frames else ""
+    where = _line_of(node)
     message = (
         f"The model runs other operations in training than in evaluation, from `{node.format_node()}`{where} on."
         " One graph cannot follow both. The way out: switch off what draws random decisions in training"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..capture.rehearsal import Refused, Stage, first_difference
 from ..errors import ConfigError, shown
+from ..graph.direct_calls import version_of
 from ..graph.provenance import SHARED
 from ..sites.kinds.expert_values import Routed
 from ..sites.site import Site, stored_bias, stored_weight
@@ -206,7 +207,7 @@ def rehearse(variant: Variant, site: Site, model: nn.Module) -> Reads:
             if value.shape != x.shape:
                 raise Refused(f"calls base on an input {tuple(value.shape)}, and x is {tuple(x.shape)}")
             y = site.kind.multiply(value, factor, *routing)
-            calls.append(_BaseCall(value, y, y.shape, y.dtype, y._version))
+            calls.append(_BaseCall(value, y, y.shape, y.dtype, version_of(y)))
             return y
 
         adapter = [(_returning_values(variant, Routed if site.experts else Tensor), adapter_namespace(tensors))]
@@ -268,7 +269,7 @@ def _check_result(result: Tensor, x: Tensor, base: _BaseCall) -> None:
             f"returned {result.dtype}, and base(x) is {base.dtype}. The way out: y = base(x), and at the end"
             " return (...).type_as(y)"
         )
-    if result is base.y and base.y._version == base.version and base.x is x:
+    if result is base.y and version_of(base.y) == base.version and base.x is x:
         raise Refused("returns base(x) unchanged")
     if not result.requires_grad:
         raise Refused(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.registry import register
-from ..adapters.variant import Statistic, Variant
+from ..adapters.variant import Batch, Observe, Statistic, Variant
 from ..sites.site import Site
 from .lora import LowRank
 
@@ -32,10 +32,12 @@ class EVA(LowRank):
             all sites (at most `rho` times its rank for each) compete for the sum of the ranks by the share of the
             variance that they explain at their site. A site that wins none is left alone; alpha follows the rank.
         center: whether to take the mean off the inputs first (principal components, as PEFT does).
+        use_label_mask: whether tokens whose label is -100 do not count, in batches that have labels (as PEFT does).
     """
 
     rho: float = 1.0
     center: bool = False
+    use_label_mask: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,8 +47,8 @@ class EVA(LowRank):
         y = base(x)
         return y + self.branch(x, base, p)
 
-    def observer(self, site: Site, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        return _second_moment
+    def observer(self, site: Site, weight: Tensor) -> Observe:
+        return _moment_of_labelled if self.use_label_mask else _second_moment
 
     def finalize(self, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
         if self.rho == 1 or not statistics:
@@ -77,9 +79,10 @@ class EVA(LowRank):
         self._require(False, "it starts from data: give calibration=batches to rewrite, wrap or adapt")
 
     def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
+        tokens = int(statistic.total[-1, -1])
         self._require(
-            statistic.tokens >= self.r,
-            f"site {site.name!r} saw {statistic.tokens} tokens of calibration data; r={self.r} needs as many at least",
+            tokens >= self.r,
+            f"site {site.name!r} saw {tokens} tokens of calibration data; r={self.r} needs as many at least",
         )
         p.lora_A.copy_(self._directions(statistic)[1][: self.r])
 
@@ -87,16 +90,27 @@ class EVA(LowRank):
         """Return the share of variance that each direction explains, `(d_in,)`, and the directions, `(d_in, d_in)`."""
         moment, total = statistic.total[:-1, :-1], statistic.total[-1, :-1]
         if self.center:
-            moment = moment - torch.outer(total, total) / statistic.tokens
+            moment = moment - torch.outer(total, total) / statistic.total[-1, -1]
         values, vectors = torch.linalg.eigh(moment)
         values = values.flip(0).clamp_min(0)
         return values / values.sum(), vectors.flip(1).t()
 
 
 def _second_moment(x: Tensor) -> Tensor:
-    """Return `[X 1]^T [X 1]`: the second moment, with the sum of the inputs in its last row."""
+    """Return `[X 1]^T [X 1]`: the second moment, with the sum of the inputs and their number in its last row."""
     x = F.pad(x, (0, 1), value=1.0)
     return x.t() @ x
+
+
+def _moment_of_labelled(x: Tensor, batch: Batch) -> Tensor:
+    """Return the second moment of the inputs whose label is not -100; of all, if there is not one label for each."""
+    labels, inputs = batch.arguments.get("labels"), batch.inputs.flatten(0, -2)
+    if not isinstance(labels, Tensor) or labels.numel() != len(inputs):
+        return _second_moment(x)
+    counts = labels.flatten() != -100
+    if batch.mask is not None:
+        counts &= batch.mask.flatten().bool()
+    return _second_moment(inputs[counts])
 
 
 def _exactly(name: str) -> str:

@@ -214,5 +214,7 @@ def test_an_adapter_that_is_read_in_the_middle_cannot_be_taken_out() -> None:
     narrow = base_linears(gm, "blocks.0.q.lora_A")[0]
     result: Any = gm.graph.output_node().args[0]
     gm.graph.output_node().args = ((*result, narrow),)
-    with pytest.raises(llfx.AdapterError, match=r"LoRA at 'blocks.0.q' cannot be taken out .* output reads blocks_0_q_lora_A_linear"):
+    with pytest.raises(
+        llfx.AdapterError, match=r"LoRA at 'blocks.0.q' cannot be taken out .* output reads blocks_0_q_lora_A_linear"
+    ):
         llfx.remove(gm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import weakref
 from collections.abc import Iterator
@@ -196,6 +197,24 @@ def test_padding_does_not_change_the_statistics() -> None:
                 llfx.adapter_state_dict(short)[name].double(),
             )
             assert not torch.allclose(tensor.abs(), llfx.adapter_state_dict(full)[name].abs(), atol=1e-3)
+
+
+def test_tokens_without_a_label_do_not_count_if_asked_for() -> None:
+    ids = torch.randint(3, 31, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[:, 8:], labels[:, 6:] = 0, -100
+    base = llama()
+    masked = llfx.EVA(r=2, center=True, use_label_mask=True, target_roles=("query", "down"))
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    short = llfx.rewrite(base, masked, calibration=[{"input_ids": ids[:, :6]}])
+    for cfg, same in ((masked, True), (dataclasses.replace(masked, use_label_mask=False), False)):
+        gm = llfx.rewrite(base, cfg, calibration=[batch])
+        for name, tensor in llfx.adapter_state_dict(gm).items():
+            if name.endswith("lora_A"):
+                expected = llfx.adapter_state_dict(short)[name]
+                assert torch.allclose(tensor.abs(), expected.abs(), atol=1e-4) is same
+    with pytest.raises(llfx.ConfigError, match="saw 0 tokens"):
+        llfx.rewrite(base, masked, calibration=[{**batch, "labels": torch.full_like(ids, -100)}])
 
 
 def test_encoder_and_decoder_have_separate_padding() -> None:

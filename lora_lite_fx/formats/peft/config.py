@@ -129,7 +129,13 @@ def _eva(config: Mapping[str, Any] | Any) -> dict[str, Any]:
     for key, only in (("whiten", False), ("adjust_scaling_factors", True)):
         if options.get(key, only) != only:
             raise ConfigError(f"EVA: PEFT's eva_config with {key}={options[key]!r} cannot be represented here.")
-    return {"rho": options.get("rho", 2.0), "center": True}
+    masks = options.get("use_label_mask", True)
+    if masks and options.get("label_mask_value", -100) != -100:
+        raise ConfigError(
+            f"EVA: PEFT's eva_config with label_mask_value={options['label_mask_value']!r} cannot be represented here;"
+            " the value is -100."
+        )
+    return {"rho": options.get("rho", 2.0), "center": True, "use_label_mask": masks}
 
 
 def _targets(config: Mapping[str, Any], name: str) -> tuple[str, ...]:

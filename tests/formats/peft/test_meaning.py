@@ -249,7 +249,9 @@ def test_evas_options_are_those_of_its_config() -> None:
         return llfx.from_peft_config(config)
 
     assert (eva().rho, eva(rho=1.5).rho, eva().center) == (2.0, 1.5, True)
-    for refused in ({"whiten": True}, {"adjust_scaling_factors": False}):
+    assert (eva().use_label_mask, eva(use_label_mask=False).use_label_mask) == (True, False)
+    assert eva(use_label_mask=False, label_mask_value=0) == eva(use_label_mask=False)
+    for refused in ({"whiten": True}, {"adjust_scaling_factors": False}, {"label_mask_value": 0}):
         with pytest.raises(llfx.ConfigError, match=next(iter(refused))):
             eva(**refused)
 

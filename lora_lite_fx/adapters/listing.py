@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ..graph.provenance import insertions
 from ..graph.tensors import tensor_of
+from ..text_table import text_table
 from .placement import placements
 from .registry import from_config, to_config
 from .state import adapter_tensors
@@ -155,16 +156,3 @@ def _sizes(model: nn.Module, names: Iterable[str]) -> tuple[int, int]:
     """Return the number of elements of the tensors of these names that train, and of all of them."""
     tensors = [tensor_of(model, name) for name in dict.fromkeys(names)]
     return sum(t.numel() for t in tensors if t.requires_grad), sum(t.numel() for t in tensors)
-
-
-def text_table(head: Sequence[str], body: Iterable[Sequence[str]], right: Sequence[int]) -> list[str]:
-    """Return the lines of a table, its columns aligned; those with the indices `right` to the right."""
-    rows = [tuple(row) for row in body]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (head, tuple("-" * width for width in widths), *rows)
-    ]

@@ -10,6 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from ..text_table import text_table
+
 # How far two results may differ, relative to the largest value: another kernel may compute the same to rounding.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -92,14 +94,7 @@ class DifferenceTable(Sequence[Difference]):
             (row.module, row.mode, *(f"{number:.2e}" for number in three), "ok" if row.ok else "DIFFERS")
             for row, three in zip(shown, numbers, strict=True)
         ]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if index in (2, 3, 4) else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in (head, tuple("-" * width for width in widths), *body)
-        ]
+        lines = text_table(head, body, right=(2, 3, 4))
         modules = [row for row in self.rows if not row.is_result]
         agree = sum(row.ok for row in modules)
         lines.append(f"{self.model}: {agree} of {len(modules)} outputs of modules agree")

@@ -12,7 +12,6 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.accounting import account_for
-from ..adapters.listing import text_table
 from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture import Inputs
 from ..execution.module import AdaptedGraphModule
@@ -24,6 +23,7 @@ from ..rewriting.capture import base_graph
 from ..sites.left_out import find_left_out
 from ..sites.roles import ROLES
 from ..sites.site import stored_weight
+from ..text_table import text_table
 from .page import render
 from .passes import ProgramReport
 from .program import program

@@ -78,6 +78,23 @@ def capture(
     )
 
 
+_TAKEN = {name for name in dir(AdaptedGraphModule) if not hasattr(nn.Module, name)} | {"meta"}
+"""The attributes of a graph module that other modules do not have; torch.fx sets `meta` on each."""
+
+
+def _require_free_names(model: object) -> None:
+    """Raise `CaptureError` if the model has something at its root under a name that a graph module needs."""
+    if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
+        return
+    of_model = (model.named_children(), model.named_parameters(recurse=False), model.named_buffers(recurse=False))
+    if taken := [name for named in of_model for name, _ in named if name in _TAKEN]:
+        raise CaptureError(
+            f"{type(model).__name__} has {taken[0]!r} at its root, and a graph module has an attribute of that name, so"
+            f" the graph could not read it. The way out: rename it, or capture a module that holds the model, such as"
+            f" nn.Sequential(model): there it is '0.{taken[0]}'."
+        )
+
+
 def base_graph(
     model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
@@ -97,6 +114,7 @@ def base_graph(
         )
     if adapter_names:
         adapter_tensors(model)  # refuses a graph around the adapted one, as torch.export makes it
+    _require_free_names(model)
     captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names)
     plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
     plain.run(captured.gm)

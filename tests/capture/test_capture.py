@@ -330,3 +330,29 @@ def test_buffers_are_saved_where_the_model_saves_them() -> None:
             assert graph.state_dict().keys() == model.state_dict().keys()
         assert "shift" in dict(gm.named_buffers())
         gm.load_state_dict({**gm.state_dict(), **model.state_dict()})
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "execution", "host"])
+@pytest.mark.parametrize("inputs", [None, (torch.ones(2, 3),)], ids=["traced", "exported"])
+def test_names_that_a_graph_module_needs_are_refused_at_the_root_alone(name: str, inputs: Any) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(3, 3)
+            self.add_module(name, nn.Linear(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = getattr(self, name)(self.lin(x))
+            return y
+
+    cfg = llfx.LoRA(r=2, target_names=(".",))
+    with pytest.raises(llfx.CaptureError) as caught:
+        llfx.rewrite(Named(), cfg, inputs)
+    assert str(caught.value) == (
+        f"Named has {name!r} at its root, and a graph module has an attribute of that name, so the graph could not read"
+        " it. The way out: rename it, or capture a module that holds the model, such as nn.Sequential(model): there it"
+        f" is '0.{name}'."
+    )
+    held = nn.Sequential(Named())
+    gm = llfx.rewrite(held, cfg, inputs)
+    assert torch.equal(gm(torch.ones(2, 3)), held(torch.ones(2, 3)))

@@ -96,7 +96,7 @@ def _observe(
             check_observable(variant, site)
     observers = [
         {
-            site.name: Observer(observe, f"{type(variant).__name__} at {site.name!r}")
+            site.name: Observer(observe)
             for site in targets
             if (observe := observer_of(variant.for_site(site.name), site, site_weight(gm, site))) is not None
         }

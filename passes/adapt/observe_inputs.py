@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from ...adapters.accounting import account_for
 from ...adapters.maths import wide
 from ...adapters.variant import Batch, Observe, Statistic
-from ...errors import ConfigError
 from ...graph.provenance import surrounding
 from ...graph.walk import ancestors
 from ...sites.site import span
@@ -25,14 +24,12 @@ class Observer(nn.Module):
     It keeps the sum only, no activations.
 
     Args:
-        observe: as `Variant.observer` returns it.
-        where: the words that name variant and site in errors.
+        observe: as `observer_of` returns it.
     """
 
-    def __init__(self, observe: Observe, where: str = "The observer") -> None:
+    def __init__(self, observe: Observe) -> None:
         super().__init__()
         self.observe: Callable[..., Any] = observe
-        self.where = where
         self.takes_batch = _required_arguments(observe) > 1
         self.total: Tensor | None = None
         self.tokens = 0
@@ -46,10 +43,6 @@ class Observer(nn.Module):
         """Observe `x (..., d_in)` and return it.
 
         If `mask (batch, length)` has one entry for each token, only the tokens with a 1 count.
-
-        Raises:
-            ConfigError: `observe` fails, or does not return a tensor.
-            ValueError: it returns a tensor of another shape than before, as of a batch that does not fit.
         """
         wide_x = wide(x.detach())
         inputs = wide_x.reshape(-1, x.shape[-1])
@@ -58,17 +51,7 @@ class Observer(nn.Module):
         if mask is not None:
             inputs = inputs[mask.reshape(-1).bool()]
         batch = (Batch(*self._call, wide_x, mask),) if self.takes_batch else ()
-        try:
-            observed = self.observe(inputs, *batch)
-        except Exception as error:
-            raise ConfigError(
-                f"{self.where}: observing its inputs in batch {self._call[0]} failed ({type(error).__name__}: {error})."
-            ) from error
-        if not isinstance(observed, Tensor):
-            raise ConfigError(f"{self.where}: an observer must return a tensor, to be summed, not {observed!r}.")
-        if self.total is not None and observed.shape != self.total.shape:
-            shapes = f"{tuple(observed.shape)} after {tuple(self.total.shape)}"
-            raise ValueError(f"{self.where}: an observer must return tensors of one shape, to be summed, not {shapes}")
+        observed: Tensor = self.observe(inputs, *batch)
         self.total = observed if self.total is None else self.total + observed
         self.tokens += len(inputs)
         return x

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -306,24 +305,6 @@ def test_arguments_by_position_have_the_names_of_the_model() -> None:
         gm = llfx.rewrite(model(), Looks(r=3, target_names="."), calibration=data(1, 2))
     for name, tensor in llfx.adapter_state_dict(llfx.rewrite(model(), EVA, calibration=data(1, 2))).items():
         assert torch.equal(tensor, llfx.adapter_state_dict(gm)[name])
-
-
-@pytest.mark.parametrize(
-    ("observe", "message"),
-    [
-        (lambda x: x.view(5, -1), "observing its inputs in batch 0 failed (RuntimeError: shape '[5, -1]' is invalid"),
-        (lambda x: None, "an observer must return a tensor, to be summed, not None."),
-        (lambda x: x, "an observer must return tensors of one shape, to be summed, not (9, 12) after (6, 12)"),
-    ],
-)
-def test_a_wrong_observer_is_named(observe: Any, message: str) -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Wrong(llfx.EVA):
-        def observer(self, site: Site, weight: Tensor) -> Any:
-            return observe
-
-    with registered(Wrong), pytest.raises(llfx.AdapterError, match=re.escape(f"Wrong at '0': {message}")):
-        llfx.rewrite(model(), Wrong(target_names="0"), calibration=data(2, 3))
 
 
 # AntiPaSTO.

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils.checkpoint import checkpoint
 
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import HasGraphs, placements
@@ -34,9 +32,10 @@ from ..graph.turns import calling
 from ..log import phase
 from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
 from .casting import follow_cast
-from .cutting import Piece, Values, cut
+from .cutting import cut
+from .derived import Derived, part_of, piece_method, values_method
 from .frozen import KeptValues, can_be_kept, changed_inside
-from .layer import GraphLayer, Part, RunsParts, running_parts, submodule
+from .layer import GraphLayer, RunsParts, running_parts, submodule
 from .program_graph import ProgramGraph
 from .watch import Watch
 
@@ -82,27 +81,6 @@ _ELSEWHERE = {
     "disable_adapter": "llfx.remove(graph) returns the model without its adapters, over the same weights.",
 }
 """The functions to use in place of attributes that transformers and PEFT give their models and a graph lacks."""
-
-
-@dataclass
-class Derived:
-    """A program as it was derived.
-
-    Args:
-        pieces: what modules run of it.
-        values: what the rest needs of the model, or None.
-    """
-
-    pieces: list[Piece] = field(default_factory=list)
-    values: Values | None = None
-
-    def keep(self, host: nn.Module, kept: KeptValues, method: str) -> None:
-        """Compute what the program needs of the modules of `host`, and let `kept` keep it."""
-        needed = [] if self.values is None else [(self.values, host)]
-        needed += [(piece.values, submodule(host, piece.path)) for piece in self.pieces]
-        tensors = [tensor for values, module in needed for tensor in values.read(module)]
-        found = [values.of(module) for values, module in needed]
-        kept.keep(method, found if self.values is not None else [(), *found], tensors)
 
 
 @dataclass(frozen=True)
@@ -277,10 +255,10 @@ class AdaptedGraphModule(fx.GraphModule):
             graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
             derived = Derived(pieces, values)
             is_kept, checkpoints = program == "inference", program == "checkpointed"
-            setattr(cls, f"{method}_values", _values_method(method, derived, is_kept))
+            setattr(cls, f"{method}_values", values_method(method, derived, is_kept))
             for index, piece in enumerate(pieces):
-                part = _part(piece, is_kept, checkpoints)
-                setattr(cls, piece.method, _piece_method(method, index, piece, part, is_kept))
+                part = part_of(piece, is_kept, checkpoints)
+                setattr(cls, piece.method, piece_method(method, index, piece, part, is_kept))
                 layer = submodule(self.host, piece.path)
                 if isinstance(layer, GraphLayer) and not is_kept and program != "plain":
                     layer.own_part = part if [each.path for each in pieces].count(piece.path) == 1 else None
@@ -387,69 +365,6 @@ def _make_layers(gm: fx.GraphModule) -> None:
         if type(module) is nn.Module:
             is_list = set(module._modules) == set(map(str, range(len(module._modules)))) != set()
             module.__class__ = nn.ModuleList if is_list and not is_layer(name) else GraphLayer
-
-
-def _part(piece: Piece, is_kept: bool, checkpoints: bool) -> Part:
-    """Return what the module of a piece runs. Pieces of equal code have one function, as long as it is in use."""
-    key = (piece.values, piece.rest, is_kept, checkpoints)
-    part = _parts.get(key)
-    if part is None:
-        part = _parts[key] = _make_part(*key)
-    return part
-
-
-_parts: weakref.WeakValueDictionary[Any, Part] = weakref.WeakValueDictionary()
-
-
-def _make_part(values: Values, rest: Callable[..., Any], is_kept: bool, checkpoints: bool) -> Part:
-    if is_kept:
-        return lambda module, *inputs: rest(None, *inputs)
-
-    def part(module: nn.Module, *inputs: Any) -> Any:
-        return rest(None, *values.of(module), *inputs)
-
-    def checkpointed(module: nn.Module, *inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return part(module, *inputs)
-        return checkpoint(part, module, *inputs, use_reentrant=False)
-
-    return checkpointed if checkpoints else part
-
-
-def _piece_method(method: str, index: int, piece: Piece, part: Part, is_kept: bool) -> Callable[..., Any]:
-    path = piece.path
-
-    def run(self: AdaptedGraphModule, *inputs: Any) -> Any:
-        layer = submodule(self.host, path)
-        if not getattr(layer, "runs_parts", False):
-            raise AdapterError(
-                f"{path!r} was replaced by a {type(layer).__name__} after the graph was captured. The graph runs the"
-                " layer that it was captured from, with the tensors that stand at its names. The way out: capture the"
-                " changed model."
-            )
-        if is_kept:
-            inputs = (*_kept(self).by_program[method][index + 1], *inputs)
-        if not piece.has_more_results or torch.is_grad_enabled():
-            return layer(*inputs, part=part)
-        # Without gradients a layer has caches among its results. Hooks expect its output alone.
-        more: list[Any] = []
-        return layer(*inputs, part=part, more=more), *more
-
-    return run
-
-
-def _values_method(method: str, derived: Derived, is_kept: bool) -> Callable[..., Any]:
-    def values(self: AdaptedGraphModule) -> Any:
-        assert derived.values is not None
-        found = _kept(self).by_program[method][0] if is_kept else derived.values.of(self.host)
-        return found if len(found) != 1 else found[0]
-
-    return values
-
-
-def _kept(gm: AdaptedGraphModule) -> KeptValues:
-    assert gm.kept is not None
-    return gm.kept
 
 
 def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Callable[..., Any]:

@@ -108,7 +108,7 @@ def test_batches_are_read_one_by_one_and_none_is_kept() -> None:
 def test_the_size_of_a_statistic_does_not_depend_on_the_data() -> None:
     for cfg in (EVA, llfx.AntiPaSTO(r=4)):
         site = Site("0", WIDTH, 20)
-        observe = cfg.observer(site, model().get_parameter("0.weight").detach())
+        observe: Any = cfg.observer(site, model().get_parameter("0.weight").detach())
         sizes = {observe(torch.randn(tokens, WIDTH, dtype=F64)).shape for tokens in (1, 50, 500)}
         assert len(sizes) == 1
 

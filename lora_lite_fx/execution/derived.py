@@ -1,0 +1,123 @@
+"""Derived programs: what they need of modules, and the methods by which a graph module runs them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import AdapterError
+from .cutting import Piece, Values
+from .frozen import KeptValues
+from .layer import Part, submodule
+
+
+class RunsPrograms(Protocol):
+    """A graph module that runs derived programs."""
+
+    kept: KeptValues | None
+
+    @property
+    def host(self) -> nn.Module:
+        """The module whose tensors the programs read, and whose layers they call."""
+        ...
+
+
+@dataclass
+class Derived:
+    """A program as it was derived.
+
+    Args:
+        pieces: what modules run of it.
+        values: what the rest needs of the model, or None.
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    values: Values | None = None
+
+    def keep(self, host: nn.Module, kept: KeptValues, method: str) -> None:
+        """Compute what the program needs of the modules of `host`, and let `kept` keep it."""
+        needed = [] if self.values is None else [(self.values, host)]
+        needed += [(piece.values, submodule(host, piece.path)) for piece in self.pieces]
+        tensors = [tensor for values, module in needed for tensor in values.read(module)]
+        found = [values.of(module) for values, module in needed]
+        kept.keep(method, found if self.values is not None else [(), *found], tensors)
+
+
+def part_of(piece: Piece, is_kept: bool, checkpoints: bool) -> Part:
+    """Return what the module of a piece runs. Pieces of equal code have one function, as long as it is in use."""
+    key = (piece.values, piece.rest, is_kept, checkpoints)
+    part = _parts.get(key)
+    if part is None:
+        part = _parts[key] = _make_part(*key)
+    return part
+
+
+_parts: weakref.WeakValueDictionary[Any, Part] = weakref.WeakValueDictionary()
+
+
+def _make_part(values: Values, rest: Callable[..., Any], is_kept: bool, checkpoints: bool) -> Part:
+    if is_kept:
+        return lambda module, *inputs: rest(None, *inputs)
+
+    def part(module: nn.Module, *inputs: Any) -> Any:
+        return rest(None, *values.of(module), *inputs)
+
+    def checkpointed(module: nn.Module, *inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return part(module, *inputs)
+        return checkpoint(part, module, *inputs, use_reentrant=False)
+
+    return checkpointed if checkpoints else part
+
+
+def piece_method(method: str, index: int, piece: Piece, part: Part, is_kept: bool) -> Callable[..., Any]:
+    """Return the method that calls the module of a piece, the one at `index` of its program.
+
+    Args:
+        method: the name of the method that runs the program.
+        index: the number of the piece among those of the program.
+        piece: the piece.
+        part: what its module runs, see `part_of`.
+        is_kept: whether what it needs of its module is kept in a scope of `frozen`.
+    """
+    path = piece.path
+
+    def run(self: RunsPrograms, *inputs: Any) -> Any:
+        layer = submodule(self.host, path)
+        if not getattr(layer, "runs_parts", False):
+            raise AdapterError(
+                f"{path!r} was replaced by a {type(layer).__name__} after the graph was captured. The graph runs the"
+                " layer that it was captured from, with the tensors that stand at its names. The way out: capture the"
+                " changed model."
+            )
+        if is_kept:
+            inputs = (*_kept(self).by_program[method][index + 1], *inputs)
+        if not piece.has_more_results or torch.is_grad_enabled():
+            return layer(*inputs, part=part)
+        # Without gradients a layer has caches among its results. Hooks expect its output alone.
+        more: list[Any] = []
+        return layer(*inputs, part=part, more=more), *more
+
+    return run
+
+
+def values_method(method: str, derived: Derived, is_kept: bool) -> Callable[..., Any]:
+    """Return the method that gives a program what it needs of the model outside its pieces."""
+
+    def values(self: RunsPrograms) -> Any:
+        assert derived.values is not None
+        found = _kept(self).by_program[method][0] if is_kept else derived.values.of(self.host)
+        return found if len(found) != 1 else found[0]
+
+    return values
+
+
+def _kept(gm: RunsPrograms) -> KeptValues:
+    assert gm.kept is not None
+    return gm.kept

@@ -136,15 +136,17 @@ def _splice(
 def _module_stack(node: fx.Node, placement: Placement) -> dict[str, Any] | None:
     """Return the modules that an adapter around `node` is in, as fx notes them; None if that is not known.
 
-    The module of the site has the variant as its type. Who asks for the nodes of an `nn.Linear`, as quantizers do,
-    would take those of the adapter for a part of it otherwise.
+    The innermost entry has the variant as its type. Who asks for the nodes of an `nn.Linear`, as quantizers do, would
+    take those of the adapter for a part of it otherwise. It has the path of the site, and the entry of the site stands
+    before it as it was, because `torch.export.unflatten` makes a module of all nodes that agree in the entry.
     """
     stack = node.meta.get("nn_module_stack")
     if stack is None:
         return None
     kind = type(placement.variant)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    return {key: (path, name if path == placement.site else cls, *rest) for key, (path, cls, *rest) in stack.items()}
+    of_site = {f"{key}/{name}": (path, name) for key, (path, *_) in stack.items() if path == placement.site}
+    return {**stack, **of_site}
 
 
 class _Copier:

@@ -160,7 +160,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(value[key])
 
 
-@settings(fuzz, max_examples=120)
+@settings(fuzz, max_examples=60)
 @given(data=st.data())
 def test_any_change_to_the_metadata_loads_or_is_an_adapter_error(
     graph: nn.Module, path: Path, data: st.DataObject

@@ -55,8 +55,8 @@ MUTANTS = (
     ),
     Mutant(
         "lora_lite_fx/graph/direct_calls.py",
-        "    if get_proxy_mode() is not None:  # make_fx\n        return False\n",
-        "",
+        "    if transform_is_active() or trace_is_active():\n        return False\n    return not (tensor.is_cuda",
+        "    if transform_is_active():\n        return False\n    return not (tensor.is_cuda",
         "a trace fails, because it would record what the mask of its example is",
         "tests/ops/test_attention_mask.py",
     ),

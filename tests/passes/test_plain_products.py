@@ -162,7 +162,7 @@ def test_a_scaled_value_that_is_read_twice_stays() -> None:
         t = 2 * (x @ p.lora_A.T)
         return base(x) + t.tanh() @ p.lora_B.T + t @ p.lora_B.T
 
-    assert [args for op, *args in inserted(forward) if op is MUL] == [["linear_1", "2.0"]], "as it was"
+    assert [args for op, *args in inserted(forward) if op is MUL] == [["_0_lora_A_linear", "2.0"]], "as it was"
 
 
 def test_a_matrix_that_is_stored_the_other_way_round_is_transposed_once() -> None:

@@ -373,7 +373,7 @@ def damaged(whole: bytes, data: st.DataObject) -> bytes:
     return bytes(changed)
 
 
-@settings(fuzz, max_examples=300)
+@settings(fuzz, max_examples=120)
 @given(data=st.data())
 def test_damaged_bytes_load_or_are_refused(
     graph: fx.GraphModule,

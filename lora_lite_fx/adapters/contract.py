@@ -214,7 +214,9 @@ def rehearse(variant: Variant, site: Site, model: nn.Module) -> Reads:
         y = replace(frozen, training=training).adapted(base, adapter, x, *routing)
         if len(calls) != 1:
             raise Refused(f"must call base(...) exactly once; it called it {len(calls)} times")
-        _check_result(y, x, calls[0])
+        _check_result(y, calls[0])
+        if training and y is calls[0].y and version_of(y) == calls[0].version and calls[0].x is x:
+            raise Refused("returns base(x) unchanged")
 
     def run(training: bool) -> list[str]:
         with naming(variant, "forward", site, {"x": x, **tensors}):
@@ -256,7 +258,7 @@ class _BaseCall:
     version: int
 
 
-def _check_result(result: Tensor, x: Tensor, base: _BaseCall) -> None:
+def _check_result(result: Tensor, base: _BaseCall) -> None:
     """Check the result of `forward`, in the model's layout.
 
     Raises:
@@ -269,8 +271,6 @@ def _check_result(result: Tensor, x: Tensor, base: _BaseCall) -> None:
             f"returned {result.dtype}, and base(x) is {base.dtype}. The way out: y = base(x), and at the end"
             " return (...).type_as(y)"
         )
-    if result is base.y and version_of(base.y) == base.version and base.x is x:
-        raise Refused("returns base(x) unchanged")
     if not result.requires_grad:
         raise Refused(
             "leaves out the result of base(...), or cuts its gradient by detach() or torch.no_grad(), and the layers"

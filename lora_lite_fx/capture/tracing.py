@@ -5,15 +5,22 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    optimization_hint,
+)
 
 from ..graph.turns import tracing
+
+T = TypeVar("T")
 
 _COPIES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default)
 
@@ -32,15 +39,17 @@ def fake_input(node: fx.Node, example: Tensor | None = None, fixed: Sequence[int
     return fake_of(example, fixed, more=value.dim() - example.dim() if isinstance(value, Tensor) else 0)
 
 
-def fake_of(example: Tensor, fixed: Sequence[int] = (), more: int = 0) -> Tensor:
+def fake_of(example: Tensor, fixed: Sequence[int] | None = (), more: int = 0) -> Tensor:
     """Return a fake tensor like `example`, with every dimension of any size but for the `fixed` ones.
 
     Args:
         example: the tensor; its values do not matter.
-        fixed: dimensions of it.
+        fixed: dimensions of it; None for all.
         more: the number of dimensions to add before those of `example`; of those to leave out, if negative.
     """
     example = example.expand(*[2] * more, *example.shape) if more > 0 else example[(0,) * -more]
+    if fixed is None:
+        return FakeTensorMode().from_tensor(example.detach(), static_shapes=True)
     fixed = [dim + more for dim in fixed]
     dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
         [DimDynamic.STATIC if dim in fixed else DimDynamic.DYNAMIC for dim in range(example.dim())]
@@ -51,6 +60,17 @@ def fake_of(example: Tensor, fixed: Sequence[int] = (), more: int = 0) -> Tensor
 def fake_like(tensor: Tensor, beside: Tensor) -> Tensor:
     """Return a fake tensor for `tensor` that can be used together with the fake tensor `beside`."""
     return _mode_of(beside).from_tensor(tensor.detach(), static_shapes=True)
+
+
+def run_on_fixed_sizes(function: Callable[..., T], tensors: Sequence[Tensor]) -> T:
+    """Return what `function` returns for fake tensors like `tensors` whose sizes are numbers.
+
+    That is several times as quick as with symbols. Unlike in a trace, what runs is not recorded.
+    """
+    with FakeTensorMode():
+        sizes = ([optimization_hint(size, 2) for size in tensor.shape] for tensor in tensors)
+        pairs = zip(sizes, tensors, strict=True)
+        return function(*(torch.empty(size, dtype=tensor.dtype, device=tensor.device) for size, tensor in pairs))
 
 
 def _mode_of(stand_in: Tensor) -> FakeTensorMode:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...capture.tracing import trace
+from ...capture.tracing import run_on_fixed_sizes
 from ...graph.tensors import HALF
 
 
@@ -31,8 +31,8 @@ def keep_type_under_autocast(graph: fx.Graph, base: fx.Node, operands: Sequence[
     half = frozen_type if frozen_type in HALF else torch.bfloat16
     types: dict[str, torch.dtype] = {}
     # A failure has a better place to come up: the first call under autocast.
-    with torch.autocast(device, half), suppress(Exception):
-        trace(_Types(fx.GraphModule({}, graph), types).run, operands)
+    with suppress(Exception), torch.autocast(device, half), torch.no_grad():
+        run_on_fixed_sizes(_Types(fx.GraphModule({}, graph), types).run, operands)
     output = graph.output_node()
     (result,) = output.all_input_nodes
     if types.get(result.name) != types.get(base.name):

@@ -195,7 +195,7 @@ def test_loading_pissa_factorizes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.linalg, "svd", svd)
     llfx.load(Net(), path)
-    with pytest.raises(llfx.ConfigError, match="PiSSA.init .* svd was called"):
+    with pytest.raises(llfx.ConfigError, match=r"PiSSA.init .* svd was called"):
         llfx.rewrite(Net(), VARIANTS["PiSSA"])
 
 

@@ -33,7 +33,7 @@ def main() -> None:
     # Capture once, because rewriting a graph is quicker than rewriting a model.
     graph = llfx.remove(llfx.rewrite(model, llfx.LoRA(r=1)))
     ids = torch.randint(model.config.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
-    base = flops(graph, ids, backward=False)
+    base = inference_flops(graph, ids)
     print(f"Rank {args.rank}, default roles; {total / 1e6:.0f} M parameters, {args.tokens} tokens.\n")
     print("| variant | trains | of the model | file | forward | forward and backward |")
     print("|---|---:|---:|---:|---:|---:|")
@@ -71,17 +71,28 @@ def row(graph: fx.GraphModule, cls: type[llfx.Variant], rank: int, ids: torch.Te
         file = Path(folder) / "adapter.safetensors"
         llfx.save(gm, file)
         size = file.stat().st_size / 1e6
-    forward, both = (flops(gm, ids, backward) / base for backward in (False, True))
+    both = training_flops(gm, ids) / base
+    with llfx.frozen(gm):
+        forward = inference_flops(gm, ids) / base
     share = trains / (total + trains)
     return f"| `{cls.__name__}` | {trains:,} | {share:.2%} | {size:.1f} MB | {forward:.2f} | {both:.2f} |"
 
 
-def flops(gm: fx.GraphModule, ids: torch.Tensor, backward: bool) -> int:
-    """Count the multiplications and additions of a step on `ids (batch, length)`."""
-    with flop_counter() as counter, torch.set_grad_enabled(backward):
-        loss = gm(**finetune.inputs(ids)).loss
-        if backward:
-            loss.backward()
+def inference_flops(gm: fx.GraphModule, ids: torch.Tensor) -> int:
+    """Count the multiplications and additions of a call in evaluation on `ids (batch, length)`."""
+    gm.eval()
+    with torch.no_grad():
+        gm(**finetune.inputs(ids))  # inside a scope of frozen, the first call computes what is kept
+        with flop_counter() as counter:
+            gm(**finetune.inputs(ids))
+    return int(counter.get_total_flops())
+
+
+def training_flops(gm: fx.GraphModule, ids: torch.Tensor) -> int:
+    """Count the multiplications and additions of a step of training on `ids (batch, length)`."""
+    gm.train()
+    with flop_counter() as counter:
+        gm(**finetune.inputs(ids)).loss.backward()
     return int(counter.get_total_flops())
 
 

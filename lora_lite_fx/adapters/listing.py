@@ -13,7 +13,7 @@ from ..graph.provenance import insertions
 from ..graph.tensors import tensor_of
 from ..text_table import text_table
 from .placement import placements
-from .registry import from_config, to_config
+from .registry import recorded_variant, to_config
 from .state import adapter_tensors
 from .variant import Variant
 
@@ -64,9 +64,9 @@ class AdapterRow:
         """Its config: `config.r`, `config.alpha`; `config.for_site(name)` has those of a site.
 
         Raises:
-            ConfigError: the class of the variant is not registered.
+            ConfigError: the class of the variant is not known to this process, or its code has changed.
         """
-        return from_config(self.fields)
+        return recorded_variant(self.fields)
 
     @property
     def label(self) -> str:

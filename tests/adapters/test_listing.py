@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lora_lite_fx as llfx
+from lora_lite_fx.adapters import registry
 from tests.support.models import one_layer_llama
 from tests.support.plain_variants import registered
 
@@ -87,7 +88,9 @@ def test_a_tensor_that_sites_share_counts_once() -> None:
         assert "6 of 90 parameters train" in str(table)
 
 
-def test_a_model_without_adapters_is_an_error_and_a_variant_of_another_process_has_fields() -> None:
+def test_a_model_without_adapters_is_an_error_and_a_variant_of_another_process_has_fields(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(llfx.AdapterError, match="Linear has no adapters; it is not what rewrite"):
         llfx.adapters(nn.Linear(2, 2))
     with pytest.raises(llfx.AdapterError, match="must be what rewrite, wrap, adapt or load returned, not 'a'"):
@@ -100,5 +103,7 @@ def test_a_model_without_adapters_is_an_error_and_a_variant_of_another_process_h
         ["0"],
         "OneGate() at 1 site, 6 parameters",
     )
+    assert row.config == OneGate(target_names="0"), "the class that it was made with, registered or not"
+    monkeypatch.setattr(registry, "_MADE_WITH", {})
     with pytest.raises(llfx.ConfigError, match="Unknown variant 'OneGate'"):
         _ = row.config

@@ -14,7 +14,7 @@ from torch import nn
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters import registry
 from tests.support.models import one_layer_llama
-from tests.support.plain_variants import registered
+from tests.support.own_variants import registered
 
 CONFIGS = [llfx.LoRA(r=2, alpha=6.0, rank_pattern={"v_proj": 4}, target_names="[qv]_proj"), llfx.IA3(layers=0)]
 

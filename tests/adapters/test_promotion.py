@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise, small
+from tests.support.own_variants import registered
 from tests.support.plain_variants import (
     PLAIN,
     PlainGate,
@@ -19,13 +20,12 @@ from tests.support.plain_variants import (
     PlainLoRA,
     PlainRotation,
     PlainWeight,
-    registered,
 )
 
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    with registered():
+    with registered(*PLAIN):
         yield
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import lora_lite_fx as llfx
 from tests.support.models import one_layer_llama
-from tests.support.plain_variants import registered
+from tests.support.own_variants import registered
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from lora_lite_fx.adapters.placement import by_adapter
 from lora_lite_fx.sites.site import Site
 from tests.support.conformance import unchanged
 from tests.support.models import tiny_t5
-from tests.support.plain_variants import registered
+from tests.support.own_variants import registered
 
 WIDTH, F64 = 12, torch.float64
 

@@ -31,7 +31,8 @@ from tests.support.conformance import (
     small,
     unchanged,
 )
-from tests.support.plain_variants import PlainLoRA, registered
+from tests.support.own_variants import registered
+from tests.support.plain_variants import PlainLoRA
 
 VARIANTS = list(llfx.registry().values())
 E, WIDTH, INNER, NUMBER = 3, 8, 12, 20

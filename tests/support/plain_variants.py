@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +9,6 @@ import torch
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.registry import _REGISTRY
-
-
-@contextlib.contextmanager
-def registered(*classes: type[llfx.Variant]) -> Iterator[None]:
-    """Register variants, all of this file unless others are given, and forget them after the scope."""
-    before = dict(_REGISTRY)
-    for cls in classes or PLAIN:
-        llfx.register(cls)
-    try:
-        yield
-    finally:
-        _REGISTRY.clear()
-        _REGISTRY.update(before)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import keyword
-from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,11 +64,22 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module) ->
         _check_names(local, site, specs, taken)
         _check_shared(local, site, specs, shared)
         checked.append((local, site, specs))
-    rehearsed: dict[Hashable, list[Reads]] = defaultdict(list)
     for local, site, specs in checked:
-        earlier = rehearsed[_operands(local, site, specs, model)]
+        operands = _operands(local, site, specs, model)
+        earlier = _rehearsed.get(operands, ())
         if not any(reads.hold_at(site) for reads in earlier):
-            earlier.append(rehearse(local, site, model))
+            _remember(operands, (*earlier, rehearse(local, site, model)))
+
+
+_REMEMBERED = 512
+_rehearsed: dict[Hashable, tuple[Reads, ...]] = {}
+"""What `forward` read in the rehearsals that it passed, so that a config is rehearsed once in a process."""
+
+
+def _remember(operands: Hashable, reads: tuple[Reads, ...]) -> None:
+    if len(_rehearsed) >= _REMEMBERED:
+        _rehearsed.clear()
+    _rehearsed[operands] = reads
 
 
 def finalize(variant: Variant, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:

@@ -234,7 +234,7 @@ OLD = json.loads((Path(__file__).parent / "configs_with_rank_and_alpha.json").re
 """The configs of headers that were written then: one of each variant, with these four fields set."""
 
 
-ADDED_SINCE = {"init_weights"}
+ADDED_SINCE = {"init_weights", "use_label_mask"}
 """Fields that newer headers have too; C3A had its own of that name from the start."""
 
 

@@ -374,7 +374,10 @@ def test_wrapped_modules_see_the_same_object(name: str) -> None:
     assert tuple(shared_names(wrapped)) == SHARED[name]
     for shared in SHARED[name]:
         owner = wrapped.get_buffer(shared)
-        assert all(getattr(wrapped.get_submodule(site), shared) is owner for site in ("fc1", "fc2", "fc3"))
+        modules: list[Any] = [wrapped.get_submodule(site) for site in ("fc1", "fc2", "fc3")]
+        read = [vars(placement.namespace(wrapped)) for module in modules for placement in module.placements]
+        assert [tensors[shared] is owner for tensors in read] == [True] * 3
+        assert [path for path, _ in wrapped.named_buffers(remove_duplicate=False) if shared in path] == [shared]
         assert [path for path in wrapped.state_dict() if shared in path] == [shared]
 
 

@@ -54,7 +54,7 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module) ->
     _check_functions(variant)
     modules, present = dict(model.named_modules()), set(adapter_tensor_names(model))
     shared: dict[str, tuple[Site, ParamSpec]] = {}
-    checked: list[tuple[Variant, Site, Mapping[str, ParamSpec]]] = []
+    checked: list[tuple[Variant, Site]] = []
     for site in sites:
         local = variant.for_site(site.name)
         specs = _specs(local, site)
@@ -63,23 +63,9 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module) ->
         taken = {name for name in specs if hasattr(module, str(name)) and f"{site.name}.{name}" not in present}
         _check_names(local, site, specs, taken)
         _check_shared(local, site, specs, shared)
-        checked.append((local, site, specs))
-    for local, site, specs in checked:
-        operands = _operands(local, site, specs, model)
-        earlier = _rehearsed.get(operands, ())
-        if not any(reads.hold_at(site) for reads in earlier):
-            _remember(operands, (*earlier, rehearse(local, site, model)))
-
-
-_REMEMBERED = 512
-_rehearsed: dict[Hashable, tuple[Reads, ...]] = {}
-"""What `forward` read in the rehearsals that it passed, so that a config is rehearsed once in a process."""
-
-
-def _remember(operands: Hashable, reads: tuple[Reads, ...]) -> None:
-    if len(_rehearsed) >= _REMEMBERED:
-        _rehearsed.clear()
-    _rehearsed[operands] = reads
+        checked.append((local, site))
+    for local, site in checked:
+        rehearse(local, site, model)
 
 
 def finalize(variant: Variant, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
@@ -111,11 +97,11 @@ def _check_functions(variant: Variant) -> None:
         ) from error
 
 
-def _operands(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], model: nn.Module) -> Hashable:
+def _operands(variant: Variant, site: Site, model: nn.Module) -> Hashable:
     """Return all that a rehearsal depends on but the site itself."""
     weight = stored_weight(model, site)
     x = _example(site, weight)
-    tensors = tuple((name, spec.shape, spec.dtype) for name, spec in specs.items())
+    tensors = tuple((name, spec.shape, spec.dtype) for name, spec in variant.params(site).items())
     return variant, tensors, site.kind, site.bias is None, weight.shape, weight.dtype, x.shape, x.dtype
 
 
@@ -179,7 +165,33 @@ def _example(site: Site, stored: Tensor) -> Tensor:
     return torch.empty(shape, dtype=value.dtype, device=example.device)
 
 
+_REMEMBERED = 512
+_rehearsed: dict[Hashable, tuple[Reads, ...]] = {}
+"""What `forward` read in the rehearsals that it passed."""
+
+
 def rehearse(variant: Variant, site: Site, model: nn.Module) -> Reads:
+    """Return what `forward` reads at `site`. It is run once in a process for all sites that it cannot tell apart.
+
+    Args:
+        variant, site, model: as for `_run_through`.
+
+    Raises:
+        ConfigError: as `_run_through`.
+    """
+    operands = _operands(variant, site, model)
+    earlier = _rehearsed.get(operands, ())
+    for reads in earlier:
+        if reads.hold_at(site):
+            return reads
+    reads = _run_through(variant, site, model)
+    if len(_rehearsed) >= _REMEMBERED:
+        _rehearsed.clear()
+    _rehearsed[operands] = (*earlier, reads)
+    return reads
+
+
+def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
     """Run `forward` on stand-ins: twice in training mode and, if it reads the mode, in evaluation mode.
 
     Args:

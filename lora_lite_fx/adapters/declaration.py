@@ -19,10 +19,13 @@ def check_class(cls: type, root: type) -> None:
             annotation. Python ignores both in silence.
     """
     for owner in cls.__mro__[: cls.__mro__.index(root)]:
-        annotated = [name for name, hint in inspect.get_annotations(owner).items() if not _is_class_variable(hint)]
+        annotated = annotated_fields(owner)
         if annotated and not is_declared(owner):
-            first = annotated[0]
-            raise ConfigError(f"{owner.__name__} has the field {first!r} and is not a dataclass. {_write(owner)}")
+            raise ConfigError(
+                f"{owner.__name__} has the field {annotated[0]!r} and is not a dataclass. Write"
+                f" @dataclass(frozen=True, kw_only=True) directly above class {owner.__name__}, and @register, if it is"
+                " there, above that."
+            )
         for field in dataclasses.fields(owner):
             name, value = field.name, vars(owner).get(field.name, field.default)
             if value is not field.default:
@@ -37,16 +40,9 @@ def is_declared(cls: type) -> bool:
     return "__dataclass_fields__" in vars(cls)
 
 
-def not_declared(cls: type) -> ConfigError:
-    """Return the error for a class that derives from `Variant` and is not a dataclass."""
-    return ConfigError(f"{cls.__name__} derives from Variant and is not a dataclass. {_write(cls)}")
-
-
-def _write(cls: type) -> str:
-    return (
-        f"Write @dataclass(frozen=True, kw_only=True) directly above class {cls.__name__}, and @register, if it is"
-        " there, above that."
-    )
+def annotated_fields(cls: type) -> list[str]:
+    """Return the names that `cls` itself annotates as fields, whether or not it is a dataclass."""
+    return [name for name, hint in inspect.get_annotations(cls).items() if not _is_class_variable(hint)]
 
 
 def _is_class_variable(hint: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import ConfigError, shown
+from .declaration import annotated_fields, is_declared
 from .fingerprint import code_fingerprint, is_same_code
 from .variant import Variant
 
@@ -57,8 +58,8 @@ def _check_class(cls: object) -> None:
     if not (isinstance(cls, type) and issubclass(cls, Variant)):
         named = cls.__name__ if isinstance(cls, type) else shown(cls)
         raise ConfigError(f"{named} must be a frozen dataclass derived from Variant.")
-    if "__dataclass_params__" not in vars(cls):
-        fields = [name for name, kind in vars(cls).get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
+    if not is_declared(cls):
+        fields = annotated_fields(cls)
         why = f", so its field{'s' * (len(fields) > 1)} {', '.join(fields)} would have no effect" if fields else ""
         raise ConfigError(
             f"{cls.__name__} is not a dataclass of its own{why}. Write both decorators above the class, in this order:"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -13,18 +12,11 @@ from torch import nn
 import lora_lite_fx as llfx
 from lora_lite_fx.torch_compile.backend import NAME, backend
 from tests.support.conformance import close, randomise
+from tests.torch_compile.test_backend import _fresh  # noqa: F401
 
 CFG = llfx.LoRA(r=2, target_names=(".",))
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 anything: Any = backend
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 def model() -> nn.Module:

@@ -53,6 +53,7 @@ class ShareSiblings(GraphPass):
                 if value is not None and (matrix in known or matrix.op == "get_attr"):
                     groups[x, layer_of(node), value.dtype].append(node)
         declined = _without_siblings(groups, known)
+        stacks: dict[tuple[fx.Node, ...], fx.Node] = {}  # one for each list of matrices, also where a module runs twice
         for (x, *_), products in groups.items():
             group, several = _one_of_each_adapter(products)
             if several:
@@ -62,7 +63,7 @@ class ShareSiblings(GraphPass):
             if why := obstacle_between(gm, group[0], group[-1]):
                 declined.append(Declined.at(group, why))
                 continue
-            _share(gm, x, group, work, self.name)
+            _share(gm, x, group, work, stacks, self.name)
             edits += 1
         return Outcome(edits, tuple(declined))
 
@@ -109,10 +110,17 @@ def _one_of_each_adapter(products: list[fx.Node]) -> tuple[list[fx.Node], list[f
     return single, [node for node, call in call_of.items() if counts[call] > 1]
 
 
-def _share(gm: fx.GraphModule, x: fx.Node, group: list[fx.Node], work: list[fx.Node], by: str) -> None:
-    """Replace the products `group` of `x` by one."""
+def _share(
+    gm: fx.GraphModule,
+    x: fx.Node,
+    group: list[fx.Node],
+    work: list[fx.Node],
+    stacks: dict[tuple[fx.Node, ...], fx.Node],
+    by: str,
+) -> None:
+    """Replace the products `group` of `x` by one, whose matrix is found in `stacks` or added to it."""
     graph = gm.graph
-    matrices = [node.all_input_nodes[-1] for node in group]
+    matrices = tuple(node.all_input_nodes[-1] for node in group)
     needed = set(ancestors(matrices))
     move_to_front(graph, [node for node in work if node in needed])
     values = [value for matrix in matrices if (value := value_of(gm, matrix)) is not None]
@@ -129,10 +137,13 @@ def _share(gm: fx.GraphModule, x: fx.Node, group: list[fx.Node], work: list[fx.N
         return node
 
     first, products = group[0], [node.meta.get("val") for node in group]
-    with graph.inserting_before(first_input(graph)):
-        matrix = torch.empty(sum(sizes), values[0].shape[1], dtype=values[0].dtype, device="meta")
-        stacked = add(aten.cat.default, matrices, like=first, name="shared_matrix", val=matrix)
-        stacked.meta.pop("nn_module_stack", None)  # as that of all parameter work
+    if (stacked := stacks.get(matrices)) is None:
+        with graph.inserting_before(first_input(graph)):
+            matrix = torch.empty(sum(sizes), values[0].shape[1], dtype=values[0].dtype, device="meta")
+            stacked = stacks[matrices] = add(
+                aten.cat.default, [*matrices], like=first, name="shared_matrix", val=matrix
+            )
+            stacked.meta.pop("nn_module_stack", None)  # as that of all parameter work
     with graph.inserting_before(first):
         val = None if products[0] is None else products[0].new_empty(*products[0].shape[:-1], sum(sizes))
         product = add(aten.linear.default, x, stacked, like=first, name="shared", val=val)

@@ -13,7 +13,7 @@ from lora_lite_fx.passes import (
 )
 from tests.support.conformance import close, output, randomise
 from tests.support.low_rank_llama import adapted_llama
-from tests.support.models import WIDTH
+from tests.support.models import WIDTH, SharedLinear
 from tests.support.programs import (
     PAIR,
     PLAIN,
@@ -43,6 +43,13 @@ def test_siblings_of_several_variants_share_a_product_and_what_is_dropped_does_n
         gm = derived(dropped, SINGLY.of(program))
         (product,) = [node for node in gm.graph.nodes if node.target is aten.split_with_sizes.default]
         assert product.args[1] == sizes
+
+
+def test_calls_of_one_module_share_the_stack_of_its_matrices() -> None:
+    cfg = [llfx.LoRA(r=2, target_names=("mix",)), llfx.LoRA(r=3, target_names=("mix",))]
+    gm = derived(adapted(cfg, blocks=(SharedLinear,)))
+    assert (count(gm, aten.split_with_sizes.default), count(gm, aten.cat.default)) == (2, 1)
+    assert set(edits(gm).values()) == {0}
 
 
 def test_casts_of_one_input_are_one() -> None:

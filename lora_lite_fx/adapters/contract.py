@@ -27,7 +27,7 @@ from .declaration import check_fields
 from .naming import described, naming
 from .param_spec import ParamSpec
 from .placement import adapter_tensor_names
-from .reads import Reads
+from .reads import PassedRuns, Reads
 from .variant import Statistic, Variant, adapter_namespace
 
 _OF_THE_SITE = frozenset(
@@ -97,8 +97,8 @@ def _check_functions(variant: Variant) -> None:
         ) from error
 
 
-def _operands(variant: Variant, site: Site, model: nn.Module) -> Hashable:
-    """Return all that a rehearsal depends on but the site itself."""
+def operands_of(variant: Variant, site: Site, model: nn.Module) -> Hashable:
+    """Return all that a run of `forward` on stand-ins depends on but the site itself."""
     weight = stored_weight(model, site)
     x = _example(site, weight)
     tensors = tuple((name, spec.shape, spec.dtype) for name, spec in variant.params(site).items())
@@ -165,9 +165,7 @@ def _example(site: Site, stored: Tensor) -> Tensor:
     return torch.empty(shape, dtype=value.dtype, device=example.device)
 
 
-_REMEMBERED = 512
-_rehearsed: dict[Hashable, tuple[Reads, ...]] = {}
-"""What `forward` read in the rehearsals that it passed."""
+_rehearsed = PassedRuns()
 
 
 def rehearse(variant: Variant, site: Site, model: nn.Module) -> Reads:
@@ -179,15 +177,11 @@ def rehearse(variant: Variant, site: Site, model: nn.Module) -> Reads:
     Raises:
         ConfigError: as `_run_through`.
     """
-    operands = _operands(variant, site, model)
-    earlier = _rehearsed.get(operands, ())
-    for reads in earlier:
-        if reads.hold_at(site):
-            return reads
-    reads = _run_through(variant, site, model)
-    if len(_rehearsed) >= _REMEMBERED:
-        _rehearsed.clear()
-    _rehearsed[operands] = (*earlier, reads)
+    operands = operands_of(variant, site, model)
+    reads = _rehearsed.at(operands, site)
+    if reads is None:
+        reads = _run_through(variant, site, model)
+        _rehearsed.add(operands, reads)
     return reads
 
 

@@ -6,6 +6,7 @@ A trace of `forward` holds wherever these have the same values. Nothing has to b
 from __future__ import annotations
 
 import inspect
+from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -38,6 +39,26 @@ class Reads:
     def watch(self, base: FrozenLinear) -> FrozenLinear:
         """Return `base` in a form that notes here what is read of it."""
         return _WatchedLinear(**{**vars(base), "site": _WatchedSite(base.site, self)}, reads=self)
+
+
+_REMEMBERED = 512
+
+
+class PassedRuns:
+    """The runs of `forward` that passed a check in this process, each with what `forward` read."""
+
+    def __init__(self) -> None:
+        self._reads: dict[Hashable, tuple[Reads, ...]] = {}
+
+    def at(self, operands: Hashable, site: Site) -> Reads | None:
+        """Return what was read in a run with the same `operands` that `forward` cannot tell from one at `site`."""
+        return next((reads for reads in self._reads.get(operands, ()) if reads.hold_at(site)), None)
+
+    def add(self, operands: Hashable, reads: Reads) -> None:
+        """Remember a run."""
+        if len(self._reads) >= _REMEMBERED:
+            self._reads.clear()
+        self._reads[operands] = (*self._reads.get(operands, ()), reads)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,10 @@ from typing import Generic, TypeVar
 from torch import Tensor, fx
 
 from ...adapters.adapted_site import FrozenSite
+from ...adapters.contract import operands_of
 from ...adapters.naming import naming
 from ...adapters.placement import Placement
-from ...adapters.reads import Reads
+from ...adapters.reads import PassedRuns, Reads
 from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
 from ...capture.tracing import fake_input, fake_like, fake_of, trace
@@ -107,17 +108,24 @@ class Fragments:
             ConfigError: as `trace_fragment`.
         """
         weight, bias = stored_weight(gm, site), stored_bias(gm, site)
-        x = fake_input(call.x, *site.kind.example(weight))
+        example, fixed = site.kind.example(weight)
+        has_shape = isinstance(call.x.meta.get("val"), Tensor)
+        # Without a shape it is the input of fewest dimensions, because each dimension of any size costs time.
+        x = (
+            fake_input(call.x, example, fixed)
+            if has_shape
+            else fake_of(example, fixed, min((0, *site.kind.other_ranks)))
+        )
         tensors = vars(placement.namespace(gm))
         operands = [x, weight, *([] if bias is None else [bias]), *tensors.values()]
         config = json.dumps(to_config(placement.local))
-        key = (*map(_layout, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
+        key = (has_shape, *map(_layout, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
         fragments = self._traced[key]
         fragment = next((earlier for earlier in fragments if earlier.reads.hold_at(site)), None)
         if fragment is None:
-            fragment = trace_fragment(gm, site, placement, x, call.routing)
-            if not isinstance(call.x.meta.get("val"), Tensor):
+            if not has_shape:
                 _require_same_for_other_ranks(gm, site, placement)
+            fragment = trace_fragment(gm, site, placement, x, call.routing)
             fragments.append(fragment)
         return fragment
 
@@ -128,24 +136,31 @@ def _layout(tensor: Tensor) -> Hashable:
     return str(tuple(tensor.shape)), str(tensor.stride()), tensor.dtype, tensor.device, type(tensor)
 
 
+_same_for_other_ranks = PassedRuns()
+
+
 def _require_same_for_other_ranks(gm: fx.GraphModule, site: Site, placement: Placement) -> None:
     """Check that `forward` runs the same operations for inputs of other numbers of dimensions than the usual one.
 
     A graph without shapes, from symbolic tracing, does not know that number. The traces that are compared have fixed
-    sizes, which takes a third of the time.
+    sizes, which takes a third of the time. A check that passed is remembered, as rehearsals are.
 
     Raises:
         ConfigError: it does not.
     """
+    operands = operands_of(placement.local, site, gm)
+    if not site.kind.other_ranks or _same_for_other_ranks.at(operands, site):
+        return
     example, _ = site.kind.example(stored_weight(gm, site))
 
-    def traced(more: int) -> list[str | None]:
-        return _text(trace_fragment(gm, site, placement, fake_of(example, None, more)))
+    def traced(more: int) -> tuple[list[str | None], Reads]:
+        trace_of = _trace(gm, site, placement, fake_of(example, None, more))
+        return [node.format_node() for node in trace_of.graph.nodes], trace_of.reads
 
-    usual = traced(0) if site.kind.other_ranks else []
+    usual, reads = traced(0)
     for more in site.kind.other_ranks:
         try:
-            same = traced(more) == usual
+            same = traced(more)[0] == usual
         except Exception:  # whatever forward raises where it takes the input apart
             same = False
         if not same:
@@ -155,10 +170,16 @@ def _require_same_for_other_ranks(gm: fx.GraphModule, site: Site, placement: Pla
                 " example_inputs; or count dimensions from the last, as x.shape[-1], x.unflatten(-1, (heads, -1)) and"
                 " y.flatten(-2)."
             )
+    _same_for_other_ranks.add(operands, reads)
 
 
-def _text(fragment: Fragment) -> list[str | None]:
-    return [node.format_node() for node in fragment.graph.nodes]
+@dataclass(frozen=True)
+class _Trace:
+    """A trace of `forward` as it is written, the stand-ins that it ran on, and what it read apart from them."""
+
+    graph: fx.Graph
+    stand_ins: Operands[Tensor]
+    reads: Reads
 
 
 def trace_fragment(
@@ -175,6 +196,31 @@ def trace_fragment(
 
     Raises:
         ConfigError: `forward` does not call `base` exactly once, or does with `x` what this kind of site cannot.
+    """
+    trace_of = _trace(gm, site, placement, x, routing)
+    graph, stand_ins = trace_of.graph, trace_of.stand_ins
+    inputs = stand_ins.filled_with(graph.find_nodes(op="placeholder"))
+    calls = list(inputs.factor.users)
+    if len(calls) != 1:
+        raise ConfigError(
+            f"{type(placement.variant).__name__}.forward must call base(...) exactly once;"
+            f" it called it {len(calls)} times."
+        )
+    normalize_products(graph, inputs.x, calls[0], inputs.not_data())
+    graph.eliminate_dead_code()
+    keep_type_under_autocast(graph, calls[0], stand_ins.in_order())
+    (base_input,) = [n for n in calls[0].all_input_nodes if n not in (inputs.factor, *inputs.routing)]
+    (result,) = graph.output_node().all_input_nodes
+    return Fragment(graph, inputs, calls[0], base_input, result, trace_of.reads)
+
+
+def _trace(
+    gm: fx.GraphModule, site: Site, placement: Placement, x: Tensor, routing: tuple[fx.Node, ...] = ()
+) -> _Trace:
+    """Trace `forward` for `trace_fragment`, whose arguments these are.
+
+    Raises:
+        ConfigError: `forward` runs other operations in training than in evaluation.
     """
     weight, bias = stored_weight(gm, site), stored_bias(gm, site)
     dtype = x.dtype if x.dtype.is_floating_point else weight.dtype
@@ -214,16 +260,4 @@ def trace_fragment(
                 " `if base.training: x = x + noise`; or F.dropout(x, rate, base.training)."
             ) from error
     graph.eliminate_dead_code()  # views of the weight that were not needed
-    inputs = stand_ins.filled_with(graph.find_nodes(op="placeholder"))
-    calls = list(inputs.factor.users)
-    if len(calls) != 1:
-        raise ConfigError(
-            f"{type(placement.variant).__name__}.forward must call base(...) exactly once;"
-            f" it called it {len(calls)} times."
-        )
-    normalize_products(graph, inputs.x, calls[0], inputs.not_data())
-    graph.eliminate_dead_code()
-    keep_type_under_autocast(graph, calls[0], stand_ins.in_order())
-    (base_input,) = [n for n in calls[0].all_input_nodes if n not in (inputs.factor, *inputs.routing)]
-    (result,) = graph.output_node().all_input_nodes
-    return Fragment(graph, inputs, calls[0], base_input, result, reads)
+    return _Trace(graph, stand_ins, reads)

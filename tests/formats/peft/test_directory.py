@@ -28,7 +28,10 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> Non
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def pair_of(case: str, oracle: str) -> Pair:
+@pytest.fixture(scope="module", params=PAIRS, ids=" ".join)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """Each variant on each model, with random values. No test changes it."""
+    case, oracle = request.param
     pair = make_pair(case, ORACLES[oracle])
     pair.randomise()
     pair.ours.eval()
@@ -43,9 +46,7 @@ def base_for_peft(pair: Pair) -> nn.Module:
     return model.float() if pair.oracle.from_weight else model
 
 
-@pytest.mark.parametrize(("case", "name"), PAIRS)
-def test_what_peft_saved_computes_the_same_here(case: str, name: str, tmp_path: Path) -> None:
-    pair = pair_of(case, name)
+def test_what_peft_saved_computes_the_same_here(pair: Pair, tmp_path: Path) -> None:
     pair.theirs.save_pretrained(str(tmp_path))
     graph = llfx.remove(pair.ours)
     loaded = llfx.load_peft(graph, tmp_path).eval()
@@ -54,12 +55,10 @@ def test_what_peft_saved_computes_the_same_here(case: str, name: str, tmp_path: 
     assert ours == {pair.oracle.cls}
 
 
-@pytest.mark.parametrize(("case", "name"), PAIRS)
-def test_what_we_save_computes_the_same_in_peft(case: str, name: str, tmp_path: Path) -> None:
-    pair = pair_of(case, name)
+def test_what_we_save_computes_the_same_in_peft(pair: Pair, tmp_path: Path) -> None:
     expected = output(pair.ours, pair.case)
     own_form = False if pair.oracle.from_weight else None
-    if case == "gpt2" and not pair.oracle.conv1d:
+    if pair.case is CASES["gpt2"] and not pair.oracle.conv1d:
         with pytest.raises(llfx.ConfigError, match="Conv1D"):
             llfx.save_peft(pair.ours, tmp_path, as_lora=own_form)
         assert not list(tmp_path.iterdir())

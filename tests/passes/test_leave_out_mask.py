@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 import lora_lite_fx as llfx
@@ -34,6 +35,11 @@ class Seen(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@functools.cache
+def captured() -> fx.GraphModule:
+    return llfx.capture(llama()[0], {**tokens(3, 5), "attention_mask": LEFT})
+
+
 @pytest.mark.parametrize("checkpoint_layers", [False, True])
 @pytest.mark.parametrize(
     ("mask", "seen"),
@@ -41,10 +47,8 @@ class Seen(TorchFunctionMode):
     ids=["none", "ones", "left", "right"],
 )
 def test_each_call_goes_by_its_own_mask(mask: Tensor | None, seen: tuple[bool, bool], checkpoint_layers: bool) -> None:
-    inputs = {**tokens(3, 5), "attention_mask": LEFT}
-    model, _ = llama()
-    gm = llfx.rewrite(model, LOW_RANK["LoRA"], inputs, checkpoint_layers=checkpoint_layers)
-    wrapped = llfx.wrap(model, LOW_RANK["LoRA"], inputs)
+    gm = llfx.rewrite(captured(), LOW_RANK["LoRA"], checkpoint_layers=checkpoint_layers)
+    wrapped = llfx.wrap(captured(), LOW_RANK["LoRA"])
     randomise(gm, 1)
     randomise(wrapped, 1)
     call = tokens(3, 5) if mask is None else {**tokens(3, 5), "attention_mask": mask}

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
+from .param_spec import is_finite
 from .patterns import first_occurring
-from .variant import Variant, is_finite, pairs
+from .variant import Variant, pairs
 
 T = TypeVar("T")
 

@@ -50,7 +50,7 @@ class ParamSpec:
                 f"ParamSpec: unknown init {self.init!r}{f', did you mean {near[0]!r}?' if near else '.'}"
                 f" It is one of {', '.join(map(repr, _STARTS))}, a number, or a function that fills a tensor in place."
             )
-        if not isinstance(self.init, str) and not callable(self.init) and not _is_finite(self.init):
+        if not isinstance(self.init, str) and not callable(self.init) and not is_finite(self.init):
             raise ConfigError(
                 f"ParamSpec: init must be one of {', '.join(map(repr, _STARTS))}, a finite number, or a function that"
                 f" fills a tensor in place, got {shown(self.init)}."
@@ -91,5 +91,8 @@ class ParamSpec:
             tensor.fill_(self.init)
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite(value: object) -> bool:
+    """Return whether `value` is a number that float32 can hold."""
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
+    )

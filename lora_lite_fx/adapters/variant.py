@@ -41,6 +41,7 @@ from .arguments import check_arguments
 from .declaration import check_class
 from .frozen_linear import FrozenLinear
 from .param_spec import ParamSpec as ParamSpec
+from .param_spec import is_finite
 from .patterns import check_pattern, occurs
 
 T = TypeVar("T")
@@ -340,13 +341,6 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def pairs(patterns: Mapping[str, T] | Iterable[tuple[str, T]]) -> Iterable[tuple[str, T]]:
     """Return the entries of a pattern field, as it was given or as the config keeps it."""
     return patterns.items() if isinstance(patterns, Mapping) else patterns
-
-
-def is_finite(value: object) -> bool:
-    """Return whether `value` is a number that float32 can hold. For checking the fields of variants."""
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
-    )
 
 
 def of_expert(p: Any, expert: int) -> Any:

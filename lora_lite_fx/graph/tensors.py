@@ -79,18 +79,6 @@ def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_buffer(leaf, tensor)
 
 
-def registry_of(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return the registry that holds the tensor of that qualified name, and its name there.
-
-    Reading a tensor from its registry is much faster than reading attributes of attributes, and each call of a model
-    reads every adapter tensor.
-    """
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    registries = (owner._parameters, owner._buffers, vars(owner))
-    return next(registry for registry in registries if leaf in registry), leaf
-
-
 def keep_registration(source: nn.Module, gm: fx.GraphModule) -> None:
     """Register the tensors of `gm` as those of `source` are, because torch.fx registers only what the graph reads.
 

@@ -32,8 +32,7 @@ def needed_mask(mask: Tensor) -> tuple[Tensor | None, bool]:
         return mask, False
     if mask[..., 0, :].all():
         return (None if mask.all() else mask), False
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
-    if queries == keys and torch.equal(mask, causal.expand_as(mask)):
+    if queries == keys and torch.equal(mask, mask.new_ones(queries, keys).tril().expand_as(mask)):
         return None, True
     return mask, False
 

@@ -34,7 +34,7 @@ MUTANTS = (
     ),
     Mutant(
         "lora_lite_fx/ops/attention_mask.py",
-        "if queries == keys and torch.equal(mask, causal.expand_as(mask)):",
+        "if queries == keys and torch.equal(mask, mask.new_ones(queries, keys).tril().expand_as(mask)):",
         "if queries == keys:",
         "a mask that is not causal is taken for it",
         "tests/ops/test_attention_mask.py",

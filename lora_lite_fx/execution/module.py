@@ -115,7 +115,7 @@ class AdaptedGraphModule(fx.GraphModule):
         super().__init__(root, graph)
         self.execution = execution
         _make_layers(self)
-        self.recompile()
+        self._run_programs()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedGraphModule:
         share_signatures(self, memo)
@@ -124,7 +124,7 @@ class AdaptedGraphModule(fx.GraphModule):
         assert isinstance(twin, AdaptedGraphModule)
         keep_registration(self, twin)
         twin.execution = self.execution
-        twin.recompile()
+        twin._run_programs()
         return twin
 
     def __reduce__(self) -> Any:
@@ -148,10 +148,15 @@ class AdaptedGraphModule(fx.GraphModule):
     def recompile(self) -> Any:
         code = super().recompile()
         if self.execution is not None:
-            self._drop_derived()
-            cls: Any = type(self)
-            cls.forward = _forward_of_programs(cls.forward, self.execution)
+            self._run_programs()
         return code
+
+    def _run_programs(self) -> None:
+        """Let `forward` run programs that are derived anew, in place of the graph that torch.fx has just compiled."""
+        assert self.execution is not None
+        self._drop_derived()
+        cls: Any = type(self)
+        cls.forward = _forward_of_programs(cls.forward, self.execution)
 
     def program_graph(self, program: Program, left_out: tuple[str, ...] = ()) -> tuple[ProgramGraph, list[PassReport]]:
         """Return a program before it is cut into layers, as a graph of its own, and what each pass did.

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,16 +22,18 @@ from ..errors import CaptureError
 from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
+from .example_inputs import example_inputs_of
 from .export import export
 from .foreign_graph import normalize
 from .hugging_face import (
     accepted_arguments,
-    example_inputs_of,
+    batch_only_arguments,
     input_hint,
     is_hugging_face,
     prepare_for_capture,
     with_other_mask,
 )
+from .layouts import known_while_traced, layouts_in, pass_layouts
 from .mistakes import check_inputs, check_model
 from .optional import call_signature
 from .outputs import Call
@@ -94,12 +97,22 @@ def capture_model(
         if example_inputs is None:
             example_inputs = example_inputs_of(shadow)
     inputs = None if example_inputs is None else split_inputs(shadow, example_inputs)
+    calls = () if inputs is None else _calls(shadow, *inputs)
+    layouts = layouts_in(inputs[1]) if inputs is not None and is_hugging_face(shadow) else {}
+    if inputs is not None and layouts:
+        pass_layouts(shadow, layouts)
+        inputs = inputs[0], {name: value for name, value in inputs[1].items() if name not in layouts}
     with phase(f"captured {type(model).__name__}") as details:
         graphs = []
         refused: dict[Values, str] = {}
         for mode in progress((True, False), f"capturing {type(model).__name__}"):
             shadow.train(mode)
-            graphs.append(symbolic_trace(shadow) if inputs is None else export(shadow, *inputs, dynamic_shapes))
+            with known_while_traced(shadow) if layouts else nullcontext():
+                graphs.append(
+                    symbolic_trace(shadow)
+                    if inputs is None
+                    else export(shadow, *inputs, dynamic_shapes, batch_only_arguments(shadow))
+                )
             if inputs is None:
                 refused |= refused_calls(shadow, graphs[-1])
         for graph in graphs:
@@ -109,10 +122,11 @@ def capture_model(
             args, kwargs = inputs
             is_static = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input
             signature = call_signature(shadow, args, kwargs, gm.graph, accepted, is_static)
+            if signature is not None and layouts:
+                signature = replace(signature, layouts=layouts)
         details.append(f"{len(gm.graph.nodes)} nodes")
     keep_registration(shadow, gm)
     _name_modules_once(shadow, gm.graph)
-    calls = () if inputs is None else _calls(shadow, *inputs)
     hint = input_hint(shadow, inputs[1]) if inputs is not None else ""
     return Capture(gm, eval_gm, model.training, signature, shadow, calls, hint)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,17 +16,31 @@ from ..graph.turns import tracing
 from .refusal import refusal
 
 
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    batch_only: Collection[str] = (),
+) -> fx.GraphModule:
+    """Export `model` on these inputs.
+
+    Args:
+        model, args, kwargs: the call.
+        dynamic_shapes: as for `capture`.
+        batch_only: names of arguments of which `"auto"` makes the batch alone dynamic.
+    """
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
         return _export_as(model, args, kwargs, dynamic_shapes)
 
-    def dynamic(leaf: Any) -> list[Any] | None:
-        return [Dim.AUTO] * leaf.dim() if isinstance(leaf, Tensor) else None
+    def dynamic(leaf: Any, others: Any = Dim.AUTO) -> list[Any] | None:
+        return [Dim.AUTO, *[others] * (leaf.dim() - 1)][: leaf.dim()] if isinstance(leaf, Tensor) else None
 
     def shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
         dimensions: dict[str, Any] = pytree.tree_map(dynamic, dict(bound.arguments))
-        return dimensions
+        fixed = {name: dynamic(bound.arguments[name], Dim.STATIC) for name in batch_only if name in bound.arguments}
+        return dimensions | fixed
 
     # Show a batch of one twice if the model takes that, because torch.export specializes a size of one without a word.
     doubled = double_batch_of_one((args, kwargs))

@@ -18,6 +18,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from ..errors import CallError
+from ..graph.direct_calls import can_read_values
 from ..graph.walk import ancestors
 
 
@@ -172,6 +173,7 @@ class CallSignature:
         accepted: values of arguments that the graph does not have which say what it does anyway.
         omissions: for each set of arguments that a call may leave out, what it computes.
         refusals: for each argument that it may not leave out although the model has a default, why.
+        layouts: further arguments of a call, whose values are part of the graph; `layouts.py` says which.
     """
 
     model: str
@@ -182,6 +184,7 @@ class CallSignature:
     accepted: Mapping[str, Any] = field(default_factory=dict)
     omissions: Mapping[frozenset[str], Omission] = field(default_factory=dict)
     refusals: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallSignature:
         return self  # nothing in it changes
@@ -205,6 +208,8 @@ class CallSignature:
         if len(args) > len(passed) or any(name in passed for name in kwargs):
             raise self._unfit(args, kwargs)
         passed.update(kwargs)
+        for name, layout in self.layouts.items():
+            self._check_layout(name, layout, passed.pop(name, None))
         for name, value in passed.items():
             if name not in self.captured and not self._says_nothing_new(name, value):
                 raise self._not_captured(name)
@@ -229,7 +234,7 @@ class CallSignature:
         """Return the arguments by name, from their values in the order in which the graph takes them."""
         if len(values) > len(self.captured):
             raise CallError(f"{len(values)} arguments are too many. {self._captured_with}")
-        return dict(zip(self.captured, values, strict=False))
+        return dict(zip(self.captured, values, strict=False)) | dict(self.layouts)
 
     def omission(self, left_out: Sequence[str]) -> Omission:
         """Return what a call without these arguments computes.
@@ -269,6 +274,18 @@ class CallSignature:
                 f" part of it. For another value, {self._capture_another()}"
             )
 
+    def _check_layout(self, name: str, layout: Tensor, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise CallError(f"{name} is missing. {self._captured_with}")
+        # A program that is traced from this call has no values to compare; it holds for this layout all the same.
+        if can_read_values(value) and not (
+            value.shape == layout.shape and bool((value == layout.to(value.device)).all())
+        ):
+            raise CallError(
+                f"{name}={value.tolist()} differs from {layout.tolist()}, which this graph was captured with and which"
+                f" is part of it. For images of other sizes, {self._capture_another()}"
+            )
+
     def _unfit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallError:
         try:
             self.of_method.bind(None, *args, **kwargs)
@@ -284,10 +301,10 @@ class CallSignature:
 
     @property
     def _captured_with(self) -> str:
-        return f"The graph of {self.model} was captured for calls with {', '.join(self.captured)}."
+        return f"The graph of {self.model} was captured for calls with {', '.join((*self.captured, *self.layouts))}."
 
     def _capture_another(self, more: Sequence[str] = (), without: Sequence[str] = ()) -> str:
-        example = ", ".join(f"{name!r}: ..." for name in (*self.captured, *more) if name not in without)
+        example = ", ".join(f"{name!r}: ..." for name in (*self.captured, *self.layouts, *more) if name not in without)
         return (
             f"capture such a call: rewrite(model, cfg, example_inputs={{{example}}}); or, of a Hugging Face model,"
             " adapt(model, cfg), which captures a graph for each kind of call."

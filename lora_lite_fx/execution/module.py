@@ -26,6 +26,7 @@ from ..graph.annotated import traceable_forward
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.direct_calls import outside_symbolic_trace, trace_is_active, transform_is_active
 from ..graph.layers import is_layer, layer_of
+from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
 from ..graph.tensors import keep_registration
 from ..graph.turns import calling
@@ -108,6 +109,7 @@ class AdaptedGraphModule(fx.GraphModule):
     execution: Execution | None = None  # None while the module is being made
     kept: KeptValues | None = None  # inside a scope of `frozen`
     derived: dict[str, Derived]  # by the method that runs the program
+    modes = False  # whether the graph runs other operations in each mode
     _host = Host()
     _watch: Watch | None = None
 
@@ -167,7 +169,8 @@ class AdaptedGraphModule(fx.GraphModule):
         """
         assert self.execution is not None
         signature = self.execution.signature
-        graph, reports = self._optimized(program, left_out)
+        training = self.training if program in ("plain", "exported") else program != "inference"
+        graph, reports = self._optimized(program, left_out, training)
         if signature is not None and left_out:
             return_as(graph, signature.omission(left_out).out_spec)
         return ProgramGraph.over(self, self.host, graph, signature, left_out), reports
@@ -191,6 +194,7 @@ class AdaptedGraphModule(fx.GraphModule):
         for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
             delattr(cls, method)
         cls.derived = {}
+        cls.modes = has_modes(self.graph)
         cls._watch = None
         if self.kept is not None:
             self.kept = KeptValues()
@@ -201,52 +205,57 @@ class AdaptedGraphModule(fx.GraphModule):
     def _method_for(self, left_out: tuple[str, ...]) -> str:
         """Return the name of the method that runs the program for a call in the modes of now."""
         assert self.execution is not None
+        training = self.training
         if torch.compiler.is_exporting():
-            return self._derive("exported", left_out, ())
+            return self._derive("exported", left_out, (), training)
         if not torch.compiler.is_compiling():
             if trace_is_active():
                 with outside_symbolic_trace():
-                    return self._derive("exported", left_out, ())
+                    return self._derive("exported", left_out, (), training)
             if transform_is_active():
-                return self._derive("plain", left_out, self._hooked())
+                return self._derive("plain", left_out, self._hooked(), training)
         hooked = self._hooked()
-        if self.kept is not None and not self.training and not torch.is_grad_enabled():
-            method = self._derive("inference", left_out, hooked)
+        if self.kept is not None and not training and not torch.is_grad_enabled():
+            method = self._derive("inference", left_out, hooked, training)
             if self.kept.fit(method):
                 return method
-        checkpoints = self.execution.checkpoint_layers and self.training
-        return self._derive("checkpointed" if checkpoints else "training", left_out, hooked)
+        checkpoints = self.execution.checkpoint_layers and training
+        return self._derive("checkpointed" if checkpoints else "training", left_out, hooked, training)
 
     # Otherwise torch.compile would trace it.
     @_constant_when_compiled
-    def _derive(self, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...]) -> str:
+    def _derive(self, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...], training: bool) -> str:
         """Make the method that runs this program, unless the class has it.
 
         Args:
             program: which one.
             left_out: the arguments that the call leaves out.
             hooked: qualified names of modules outside layers that are to be called, because hooks stand on them.
+            training: the mode of the call. A graph with other operations in each mode has a program for each.
 
         Returns:
             The name of the method.
         """
-        method = "_without_".join((f"{_DERIVED}{program}", *left_out))
+        mode = "_evaluating" if self.modes and not training else ""
+        method = "_without_".join((f"{_DERIVED}{program}{mode}", *left_out))
         if hooked:
             method = "_calling_".join((method, *(name.replace(".", "_") for name in hooked)))
         if method not in self.derived:
             with _deriving:
                 if method not in self.derived:
-                    self._make(method, program, left_out, hooked)
+                    self._make(method, program, left_out, hooked, training)
         if program == "inference":
             with _deriving:
                 self._keep(method)
         return method
 
-    def _make(self, method: str, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...]) -> None:
+    def _make(
+        self, method: str, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...], training: bool
+    ) -> None:
         cls: Any = type(self)
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
-            graph, _ = self._optimized(program, left_out)
+            graph, _ = self._optimized(program, left_out, training)
             if program == "exported":
                 setattr(cls, method, traceable_forward(self, graph))
                 cls.derived[method] = Derived()
@@ -289,10 +298,13 @@ class AdaptedGraphModule(fx.GraphModule):
         watch.check_ties(self.host)
         return watch.hooked()
 
-    def _optimized(self, program: Program, left_out: tuple[str, ...]) -> tuple[fx.Graph, list[PassReport]]:
+    def _optimized(
+        self, program: Program, left_out: tuple[str, ...], training: bool
+    ) -> tuple[fx.Graph, list[PassReport]]:
         """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
         assert self.execution is not None
         derived = fx.GraphModule(self, copy_graph(self.graph))
+        keep_mode(derived.graph, training)
         if left_out:
             assert self.execution.signature is not None
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived, program)
@@ -328,7 +340,7 @@ class AdaptedGraphModule(fx.GraphModule):
         if self.execution.signature is not None:
             _, left_out = self.execution.signature.bind(*call_of(self.execution.passes.check))
         for program in self.execution.programs:
-            self._derive(program, left_out, self._hooked())
+            self._derive(program, left_out, self._hooked(), training=program != "inference")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedGraphModule:
         # to(), half(), cuda() and the like all come here. Programs depend on the device.

@@ -74,6 +74,8 @@ def call_directly(graph: fx.Graph) -> None:
     """
     for node in graph.nodes:
         if node.op == "call_function":
+            if node.target is aten.to.dtype and len(node.args) > 4:  # the method takes the memory format by name alone
+                node.args, node.kwargs = node.args[:4], {"memory_format": node.args[4]}
             node.target = _FUNCTIONS.get(node.target, node.target)
 
 

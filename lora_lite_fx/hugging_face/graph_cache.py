@@ -18,9 +18,9 @@ from torch.export import Dim
 
 from ..adapters.placement import Placement, placements
 from ..capture.capture import Inputs
+from ..capture.example_inputs import example_inputs_of
 from ..capture.export import take_guards
 from ..capture.hooks import take_hooks_off
-from ..capture.hugging_face import example_inputs_of
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.module import AdaptedGraphModule

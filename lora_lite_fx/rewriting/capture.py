@@ -49,7 +49,8 @@ def capture(
             Face model is captured on inputs made from its config (`input_ids`, `attention_mask`, `labels`; no cache),
             and any other module by symbolic tracing.
         dynamic_shapes: `"auto"` for every dimension that can be dynamic, None for fixed shapes, or an argument for
-            `torch.export.export`.
+            `torch.export.export`. `"auto"` keeps height and width of images fixed for Hugging Face models that cut them
+            into windows, because their captures would take minutes.
         checkpoint_layers: keep only the inputs of each layer for the backward pass and run the layer again in it: less
             memory, about a third more time, the same gradients. A layer is a member of what `layers` of a config
             counts. None to do as `model` does: a Hugging Face model after `gradient_checkpointing_enable()`, or a graph

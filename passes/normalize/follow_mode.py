@@ -12,8 +12,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...errors import COMPILE_INSTEAD, CaptureError
+from ...graph.copies import copy_graph
 from ...graph.direct_calls import OpOverload
 from ..pipeline import GraphPass
+from .both_modes import take_both
 
 aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
@@ -26,26 +28,34 @@ class FollowMode(GraphPass):
     Safe because both graphs were captured from one function, and the pass compares them node by node. They may differ
     in literals (the flags of dropout and batch norm, the dropout probability of attention), in the counters that batch
     norm keeps in training, and in dropouts that evaluation leaves out. Each difference becomes an expression of
-    `self.training`, which `torch.compile` guards on and `torch.export` freezes. Any other difference is an error.
+    `self.training`, which `torch.compile` guards on and `torch.export` freezes. Where they differ otherwise, as by
+    stochastic depth, the graph computes both and chooses, and the programs derived from it compute one.
 
     Args:
         eval_graph: the graph of the same function, captured in evaluation mode.
 
     Raises:
-        CaptureError: the modes differ in structure (layer drop, noise), which one graph cannot follow.
+        CaptureError: the modes differ in what they return, or in tensors that they write to.
     """
 
     eval_graph: fx.Graph
 
     def run(self, gm: fx.GraphModule) -> int:
+        before = copy_graph(gm.graph)
         try:
             return follow_mode(gm.graph, self.eval_graph)
         except ModesDiffer as error:
-            raise CaptureError(str(error)) from None
+            gm.graph = before
+            added = take_both(gm, self.eval_graph)
+            if added is None:
+                raise CaptureError(str(error)) from None
+            return added
 
 
 def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
     """Do the work of `FollowMode` on bare graphs; return the number of arguments changed."""
+    for graph in (train_graph, eval_graph):
+        graph.eliminate_dead_code()  # such as a cast of what only the other mode reads
     merge = _TwoModes(train_graph)
     # The graphs may read sizes at different places, so skip those here: their users are compared instead.
     evals = (node for node in eval_graph.nodes if not _is_size(node))

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.hugging_face import example_inputs_of
+from lora_lite_fx.capture.example_inputs import example_inputs_of
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.sites.roles import GROUPS
 from lora_lite_fx.sites.site import Site
@@ -23,8 +22,7 @@ from tests.support.architectures_others import OTHERS
 from tests.support.conformance import close, randomise, rewrite_and_wrap, unchanged
 
 ARCHITECTURES = DECODERS | OTHERS
-CAPTURED = [name for name, architecture in ARCHITECTURES.items() if not architecture.refused]
-REFUSED = [name for name, architecture in ARCHITECTURES.items() if architecture.refused]
+CAPTURED = list(ARCHITECTURES)
 COARSE = {"reader", "writer", "inner"}
 
 
@@ -32,14 +30,7 @@ COARSE = {"reader", "writer", "inner"}
 def captured(name: str) -> tuple[Any, fx.GraphModule]:
     """Return the model and its graph; every model is captured once."""
     model = ARCHITECTURES[name].build()
-    return model, graph_of(ARCHITECTURES[name], model)
-
-
-def graph_of(architecture: Architecture, model: nn.Module) -> fx.GraphModule:
-    if not architecture.batch_only:
-        return llfx.capture(model)
-    examples = example_inputs_of(copy.deepcopy(model))
-    return llfx.capture(model, examples, dynamic_shapes={key: {0: Dim.AUTO} for key in examples})
+    return model, llfx.capture(model)
 
 
 def sites_of(name: str) -> list[Site]:
@@ -61,12 +52,6 @@ def test_sites_and_roles_are_those_of_the_table(name: str) -> None:
 def test_every_linear_is_a_site_or_is_listed_with_a_reason(name: str) -> None:
     architecture = ARCHITECTURES[name]
     assert architecture.linears() - architecture.table().keys() == architecture.no_site.keys()
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_models_that_cannot_be_captured_are_refused(name: str) -> None:
-    with pytest.raises(llfx.CaptureError, match=ARCHITECTURES[name].refused):
-        graph_of(ARCHITECTURES[name], ARCHITECTURES[name].build())
 
 
 def score() -> str:

@@ -26,10 +26,8 @@ class Architecture:
         roles: the table.
         no_site: linears of the model that are no site, to the reason.
         unwrapped: sites to adapt that are no called module, so that `wrap` cannot wrap them, to the reason.
-        refused: why it cannot be captured, in words of the error; the table then stands for what would be found.
         fixed_length: why its graph takes inputs of no other length.
         fixed_batch: why its graph takes batches of no other size.
-        batch_only: whether the batch alone is dynamic, where the sizes of images make a capture of minutes.
         dtype: float64 where the model runs in it: the products of experts do not.
     """
 
@@ -38,10 +36,8 @@ class Architecture:
     roles: str
     no_site: Mapping[str, str] = field(default_factory=dict)
     unwrapped: Mapping[str, str] = field(default_factory=dict)
-    refused: str = ""
     fixed_length: str = ""
     fixed_batch: str = ""
-    batch_only: bool = False
     dtype: torch.dtype = torch.float64
 
     def build(self) -> Any:

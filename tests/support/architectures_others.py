@@ -374,11 +374,8 @@ OTHERS: dict[str, Architecture] = {
     "beit": Architecture(
         "BeitForImageClassification", _IMAGES, under("beit.layers.0", _VIT_LAYER) + "classifier head reader"
     ),
-    "swin": Architecture("SwinForImageClassification", {**_SWIN_CONFIG, "drop_path_rate": 0.0}, _SWIN, batch_only=True),
-    "swin-stochastic-depth": Architecture(
-        "SwinForImageClassification", _SWIN_CONFIG, _SWIN, refused="other operations in training", batch_only=True
-    ),
-    "segformer": Architecture("SegformerForImageClassification", _SEGFORMER_CONFIG, _SEGFORMER, batch_only=True),
+    "swin": Architecture("SwinForImageClassification", _SWIN_CONFIG, _SWIN),
+    "segformer": Architecture("SegformerForImageClassification", _SEGFORMER_CONFIG, _SEGFORMER),
     "convnext": Architecture(
         "ConvNextForImageClassification",
         {"image_size": 16, "patch_size": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},

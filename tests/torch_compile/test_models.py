@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.hugging_face import example_inputs_of
+from lora_lite_fx.capture.example_inputs import example_inputs_of
 from lora_lite_fx.torch_compile.backend import adapt_compiled, backend
 from tests.sites.test_architectures import ARCHITECTURES, REFUSED, graph_of, outputs_and_gradients, target_roles
 from tests.support.conformance import close, output, randomise

@@ -1,0 +1,160 @@
+"""Take what only evaluation computes into the graph of training, and choose among the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells the mode that values were made in
+
+from ...graph.modes import by_mode
+from ...graph.queries import dtype_of
+from ...graph.writes import written_operands
+
+aten = torch.ops.aten
+
+
+def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
+    """Add to the graph of `gm` what `evaluation` computes otherwise; return the number of nodes added.
+
+    Nodes of evaluation that compute the same as one of training, from the same values, are that node. All others are
+    copied. Safe because the copies read the same tensors and inputs, and because a program has one mode.
+
+    Args:
+        gm: the module over the graph that was captured in training mode.
+        evaluation: the graph of the same function in evaluation mode.
+
+    Returns:
+        None where the graphs cannot be joined: evaluation writes to tensors, training to others than counters, or they
+        return other results. The graph is then half changed.
+    """
+    graph = gm.graph
+    twin: dict[fx.Node, fx.Node] = {}
+    known: dict[str, fx.Node] = {}
+    placeholders = iter(graph.find_nodes(op="placeholder"))
+    for node in graph.nodes:
+        if not node.is_impure():
+            known.setdefault(_key(node, {}), node)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        flag = graph.create_node("get_attr", "training")
+    if not _writes_only_counters(graph, flag):
+        return None
+    output = graph.output_node()
+    added = 0
+    with graph.inserting_before(output):
+        for node in evaluation.nodes:
+            if node.op == "placeholder":
+                twin[node] = next(placeholders)
+            elif node.op == "output" or (node.op == "call_module" and not node.users):
+                continue
+            elif (same := known.get(_key(node, twin))) is not None and _reads_same(node, same):
+                twin[node] = same
+            elif node.is_impure(impure_random=False) or node.op == "call_module":
+                return None
+            else:
+                twin[node] = graph.node_copy(node, twin.__getitem__)
+                if node.op == "get_attr" and not _take_tensor(gm, node, twin[node]):
+                    return None
+                _revalue(twin[node])
+                added += 1
+        theirs = fx.map_arg(evaluation.output_node().args[0], twin.__getitem__)
+        results = _choose(graph, flag, output.args[0], theirs)
+        if results is None:
+            return None
+        output.args = (results,)
+    return added
+
+
+def _key(node: fx.Node, twin: dict[fx.Node, fx.Node]) -> str:
+    """Return what a node computes, and of what, in words."""
+    names = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: twin.get(operand, operand))
+    return f"{node.op} {node.target} {names}"
+
+
+def _reads_same(node: fx.Node, other: fx.Node) -> bool:
+    """Check whether two nodes that read a tensor of their modules by the same name read the same."""
+    return node.op != "get_attr" or _tensor(node) is _tensor(other) or _equal(_tensor(node), _tensor(other))
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.is_meta:
+        return bool(left is right)
+    if left.data_ptr() == right.data_ptr() and left.shape == right.shape:
+        return True
+    return left.dtype == right.dtype and torch.equal(left, right)
+
+
+def _tensor(node: fx.Node) -> Any:
+    value: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _take_tensor(gm: fx.GraphModule, theirs: fx.Node, ours: fx.Node) -> bool:
+    """Let the copy of a node that reads a tensor of the other module read it here; tell whether it can."""
+    value = _tensor(theirs)
+    try:
+        if _equal(_tensor(ours), value):
+            return True
+    except AttributeError:
+        pass
+    if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+        return False
+    ours.target = f"{str(theirs.target).replace('.', '_')}_in_evaluation"  # a constant of that trace
+    gm.register_buffer(ours.target, value, persistent=False)
+    return True
+
+
+def _writes_only_counters(graph: fx.Graph, flag: fx.Node) -> bool:
+    """Let what training writes follow the mode, because the graph itself runs in either; tell whether it can."""
+    for node in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        if node.args[5] is True:
+            node.update_arg(5, flag)
+    for node in graph.nodes:
+        if node.target is aten.batch_norm.default or not written_operands(node):
+            continue
+        if node.target is not aten.add_.Tensor or node.args[1] != 1:
+            return False
+        node.update_arg(1, flag)
+    return True
+
+
+def _revalue(node: fx.Node) -> None:
+    """Compute the value that stands for the result of a copy anew, because its sizes are those of another trace."""
+    if node.op != "call_function":
+        return
+    values = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: operand.meta.get("val"))
+    modes = [value.fake_mode for value in _leaves(values) if isinstance(value, FakeTensor)]
+    if not modes:
+        return
+    try:
+        with modes[0]:
+            node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
+    except Exception:  # then the value of the other trace has to do: its sizes are the same in the example
+        return
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, (tuple, list)):
+        return [leaf for item in tree for leaf in _leaves(item)]
+    return [leaf for item in tree.values() for leaf in _leaves(item)] if isinstance(tree, dict) else [tree]
+
+
+def _choose(graph: fx.Graph, flag: fx.Node, ours: Any, theirs: Any) -> Any:
+    """Return the results, each chosen by the mode where it differs; None if the two return other things."""
+    if isinstance(ours, fx.Node) and isinstance(theirs, fx.Node):
+        if ours is theirs:
+            return ours
+        if dtype_of(ours) != dtype_of(theirs):
+            return None
+        chosen = graph.call_function(by_mode, (flag, ours, theirs))
+        chosen.meta["val"] = ours.meta.get("val")
+        return chosen
+    if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)) and len(ours) == len(theirs):
+        chosen = [_choose(graph, flag, *pair) for pair in zip(ours, theirs, strict=True)]
+        return (
+            type(ours)(chosen) if all(c is not None or o is None for c, o in zip(chosen, ours, strict=True)) else None
+        )
+    return ours if type(ours) is type(theirs) and ours == theirs else None

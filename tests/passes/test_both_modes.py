@@ -1,0 +1,128 @@
+"""Models that run other operations in training than in evaluation: their graph has both, a program has one."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import lora_lite_fx as llfx
+from lora_lite_fx.graph.modes import by_mode
+from lora_lite_fx.rewriting.eager import wrap_again
+from tests.support.conformance import randomise
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    """A residual block with batch norm and dropout, which training leaves out for some rows of the batch."""
+
+    def __init__(self, drop: float) -> None:
+        super().__init__()
+        self.drop = drop
+        self.linear, self.norm, self.dropout = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(self.norm(self.linear(x)).tanh())
+        if self.drop and self.training:
+            keep = 1 - self.drop
+            y = y.div(keep) * (keep + torch.rand((x.shape[0], 1), dtype=x.dtype)).floor()
+        return x + y
+
+
+class StochasticDepth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(0.0), Block(0.4), Block(0.4)])
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@functools.cache
+def captured() -> tuple[nn.Module, fx.GraphModule]:
+    torch.manual_seed(0)
+    model = StochasticDepth()
+    return model, llfx.capture(model, (torch.randn(6, WIDTH),))
+
+
+def adapted() -> tuple[fx.GraphModule, nn.Module, Tensor]:
+    """Return the graph with adapters, the model wrapped with the same, and inputs."""
+    model, base = captured()
+    gm = llfx.rewrite(base, llfx.LoRA(r=2, target_names="."))
+    randomise(gm, 0)
+    return gm, wrap_again(gm, model), torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def run(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
+    """Return outputs, gradients, the next random number, and statistics."""
+    model.train(training)
+    model.zero_grad()
+    torch.manual_seed(3)
+    y = model(x)
+    y.sin().sum().backward()
+    gradients = [p.grad.clone() for p in llfx.adapter_parameters(model) if p.grad is not None]
+    norm = model.get_submodule("layers.1.norm")
+    return [y.detach(), *gradients, torch.rand(1), norm.running_mean.clone(), norm.num_batches_tracked.clone()]
+
+
+def test_each_mode_computes_what_the_wrapper_does_and_draws_as_many_random_numbers() -> None:
+    gm, wrapped, x = adapted()
+    for training in (True, False, True):
+        expected, actual = run(wrapped, x, training), run(gm, x, training)
+        assert len(actual) == 1 + 8 + 3
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(actual[-3], expected[-3])
+
+
+def test_a_program_has_the_operations_of_one_mode() -> None:
+    gm, _, _ = adapted()
+    rand = torch.ops.aten.rand.default
+    training, inference = (llfx.program(gm, program).graph for program in ("training", "inference"))
+    assert len(gm.graph.find_nodes(op="call_function", target=by_mode)) == 1
+    assert len(training.find_nodes(op="call_function", target=rand)) == 2
+    assert not inference.find_nodes(op="call_function", target=rand)
+    assert not any(node.target is by_mode for graph in (training, inference) for node in graph.nodes)
+
+
+def test_sites_are_those_of_the_model_and_remove_and_merge_know_both_calls() -> None:
+    gm, wrapped, x = adapted()
+    assert [row.name for row in llfx.inspect(gm)] == [*(f"layers.{i}.linear" for i in range(3)), "head"]
+    assert "head" in llfx.inspect(gm)[-1].roles
+    assert str(llfx.remove(gm).graph) == str(captured()[1].graph)
+    torch.testing.assert_close(llfx.merge(gm).eval()(x), wrapped.eval()(x))
+
+
+def test_compiled_and_exported_graphs_follow_the_mode() -> None:
+    gm, wrapped, x = adapted()
+    compiled = torch.compile(gm, backend="aot_eager", fullgraph=True)
+    for training in (True, False):
+        gm.train(training), wrapped.train(training)
+        torch.manual_seed(3)
+        expected = wrapped(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(compiled(x), expected)
+    program = torch.export.export(gm.eval(), (x,))
+    torch.testing.assert_close(program.module()(x), wrapped(x))
+
+
+def test_frozen_runs_evaluation() -> None:
+    gm, wrapped, x = adapted()
+    gm.eval()
+    with torch.no_grad(), llfx.frozen(gm):
+        torch.testing.assert_close(gm(x), wrapped.eval()(x))
+
+
+class OtherResults(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x, x + 1) if self.training else (x,)
+
+
+def test_other_results_in_each_mode_are_refused() -> None:
+    with pytest.raises(llfx.CaptureError, match="other operations in training"):
+        llfx.capture(OtherResults(), (torch.ones(2, 3),))

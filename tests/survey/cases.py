@@ -1,0 +1,199 @@
+"""Which models are tried: of each model type the class that does most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto
+
+from .tiny import tiny_model
+
+# The auto classes, those first whose classes hold most of a model.
+_AUTO = {
+    "image-text": "IMAGE_TEXT_TO_TEXT",
+    "multimodal": "MULTIMODAL_LM",
+    "speech-seq2seq": "SPEECH_SEQ_2_SEQ",
+    "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM",
+    "masked": "MASKED_LM",
+    "causal": "CAUSAL_LM",
+    "image-classification": "IMAGE_CLASSIFICATION",
+    "ctc": "CTC",
+    "audio-classification": "AUDIO_CLASSIFICATION",
+    "sequence-classification": "SEQUENCE_CLASSIFICATION",
+    "token-classification": "TOKEN_CLASSIFICATION",
+    "base": "",
+}
+FAMILIES = (*_AUTO, "timm")
+
+_WINDOWS = {"window_size": 2, "image_size": 64}  # windows that fit into the smallest image of the four stages
+_HYBRID = ["linear_attention", "full_attention"]
+_MROPE = {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+_QWEN3 = {**_MROPE, "vision_config.num_heads": 6}
+_TILES = {"image_grid_pinpoints": [[64, 128], [128, 64]], "vision_config.image_size": 64}
+_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_next": {"layer_types": _HYBRID},
+    "qwen3_5_text": {"layer_types": _HYBRID},
+    "qwen3_5_moe_text": {"layer_types": _HYBRID},
+    "qwen3_5": {**_QWEN3, "vision_config.out_hidden_size": 256, "text_config.layer_types": _HYBRID},
+    "qwen3_5_moe": {**_QWEN3, "vision_config.out_hidden_size": 128, "text_config.layer_types": _HYBRID},
+    "olmo_hybrid": {"layer_types": _HYBRID},
+    "qwen3_vl": _QWEN3 | {"vision_config.out_hidden_size": 256},
+    "qwen3_vl_moe": _QWEN3 | {"vision_config.out_hidden_size": 128},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glm4v": _MROPE,
+    "glm4v_moe": _MROPE,
+    "qwen2_vl": {**_MROPE, "vision_config.num_heads": 4, "vision_config.hidden_size": 512},
+    "qwen2_5_vl": {**_MROPE, "vision_config.num_heads": 4, "vision_config.out_hidden_size": 512},
+    "blip-2": {"image_token_index": 95},
+    "instructblip": {"image_token_index": 95},
+    "mllama": {
+        "vision_config.intermediate_layers_indices": [0],
+        "vision_config.vision_output_dim": 160,
+        "text_config.cross_attention_layers": [1],
+    },
+    "llava_next": _TILES,
+    "llava_onevision": _TILES,
+    "swin": _WINDOWS,
+    "swinv2": _WINDOWS,
+    "donut-swin": _WINDOWS,
+    "maskformer-swin": _WINDOWS,
+}
+"""Fields of configs by model type, where small values of others would leave out a part of the model."""
+
+FIRST = [
+    "llama",
+    "bert",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "qwen3_next",
+    "mamba",
+    "falcon_mamba",
+    "glm4v",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "smolvlm",
+    "idefics3",
+    "idefics2",
+    "idefics",
+    "florence2",
+    "clip",
+    "siglip",
+    "siglip2",
+    "blip-2",
+    "wav2vec2-bert",
+    "wavlm",
+    "swin",
+    "swinv2",
+    "switch_transformers",
+    "longcat_flash",
+    "phimoe",
+    "rwkv",
+    "gemma3n",
+    "mamba2",
+    "jamba",
+    "bamba",
+    "zamba2",
+    "granitemoehybrid",
+    "falcon_h1",
+    "nemotron_h",
+    "instructblip",
+    "olmo_hybrid",
+    "mllama",
+    "mistral3",
+    "gemma3",
+    "paligemma",
+    "internvl",
+    "kimi_linear",
+    "deepseek_v32",
+    "apertus",
+    "doge",
+    "gpt_oss",
+    "t5gemma",
+    "whisper",
+    "wav2vec2",
+    "hubert",
+    "vit",
+    "beit",
+    "dinov2",
+    "convnext",
+    "resnet",
+    "data2vec-vision",
+    "t5",
+    "bart",
+    "mbart",
+    "pegasus",
+    "led",
+    "longformer",
+    "big_bird",
+    "reformer",
+    "xlnet",
+    "deberta-v2",
+    "roberta",
+    "distilbert",
+    "mpnet",
+    "modernbert",
+    "eurobert",
+    "glm4",
+    "phi3",
+    "qwen2",
+    "mistral",
+    "gemma2",
+    "layoutlmv3",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to try.
+
+    Args:
+        family: of the table.
+        name: the model type.
+        model: its class.
+    """
+
+    family: str
+    name: str
+    model: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.family} {self.name}"
+
+    def builder(self) -> Callable[[], Any]:
+        if self.family == "timm":
+            return lambda: _timm(self.model)
+        return lambda: tiny_model(getattr(transformers, self.model), _CHANGES.get(self.name, {}))
+
+
+def cases(every_class: bool = False) -> list[Case]:
+    """Return the models of transformers: of each model type the first class in the order of the families, or all."""
+    found: list[Case] = []
+    types: set[str] = set()
+    for family, name in _AUTO.items():
+        mapping = f"MODEL_FOR_{name}_MAPPING_NAMES" if name else "MODEL_MAPPING_NAMES"
+        for model_type, classes in getattr(modeling_auto, mapping).items():
+            if every_class or model_type not in types:
+                found.append(Case(family, model_type, classes if isinstance(classes, str) else classes[0]))
+            types.add(model_type)
+    order = {name: place for place, name in enumerate(FIRST)}
+    return sorted(found, key=lambda case: order.get(case.name, len(order)))
+
+
+def timm_cases() -> list[Case]:
+    """Return the models of timm: of each family its smallest, by name."""
+    import timm
+
+    return [Case("timm", name, name) for name in sorted(timm.list_models())]
+
+
+def _timm(name: str) -> Any:
+    import timm
+
+    return timm.create_model(name).eval()

@@ -1,0 +1,221 @@
+"""Try on one model what a user would: capture, adapters, other sizes, against the eager wrapper."""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
+
+import lora_lite_fx as llfx
+from lora_lite_fx.capture.example_inputs import example_inputs_of
+from lora_lite_fx.capture.hugging_face import is_hugging_face
+from lora_lite_fx.rewriting.eager import wrap_again
+from tests.support.conformance import randomise
+
+_TOLERANCE = 2e-4
+_MOST_EXCLUDED = 12
+
+Report = Callable[..., None]
+"""Takes what is known so far, as keyword arguments."""
+
+
+STEPS = ("default", "inputs")
+
+
+def try_model(build: Callable[[], Any], steps: Collection[str], report: Report) -> None:
+    """Build a model and try the paths one after the other, and report each as soon as it is known.
+
+    Args:
+        build: makes the model.
+        steps: those of `STEPS` to try.
+        report: takes `built`, `default` (capture without inputs), `inputs` (capture with left padding and without
+            labels), the number of `sites` and `linears`, the names of linears `left_out`, and the `seconds` of each.
+    """
+    with _outcome(report, "built"):
+        model = build()
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    report(linears=len(linears), main_input=getattr(model, "main_input_name", None))
+    if "default" in steps:
+        with _outcome(report, "default"):
+            _compare_with_wrapper(model, linears, report)
+    if "inputs" in steps:
+        with _outcome(report, "inputs"):
+            llfx.capture(model, _other_inputs(model))  # compares the graph with the model in both modes
+
+
+@contextmanager
+def _outcome(report: Report, step: str) -> Iterator[None]:
+    """Report how a step ended: as itself, refused, wrong, or with an error that is not ours; and its seconds."""
+    start = time.process_time()
+    raised: Exception | None = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+            said = "yes"
+        except Unequal as error:
+            raised, said = error, f"wrong: {error}"
+        except llfx.AdapterError as error:
+            text = str(error)
+            wrong = " differs from the model on the example inputs" in text
+            raised, said = error, ("differs: " if wrong else "refused: ") + text
+        except Exception as error:
+            raised, said = error, f"error: {type(error).__name__}: {error} ({_place(error)})"
+    ours = sorted(
+        {str(w.message)[:300] for w in caught if "lora_lite_fx" in w.filename or "tests/survey" in w.filename}
+    )
+    extra = {f"{step}_warnings": ours} if ours else {}
+    report(**{step: said[:700], f"{step}_seconds": round(time.process_time() - start, 1)}, **extra)
+    if raised is not None and step == "built":
+        raise raised
+
+
+class Unequal(Exception):
+    """A graph computes something else than the wrapper."""
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "lora_lite_fx/" in frame.filename]
+    named = [*ours[-1:], *frames[-1:]]
+    return " < ".join(f"{frame.filename.split('site-packages/')[-1][-60:]}:{frame.lineno}" for frame in named)
+
+
+def _compare_with_wrapper(model: Any, linears: list[str], report: Report) -> None:
+    """Compare results and gradients of `rewrite` with those of `wrap` in both modes, at several sizes."""
+    base = llfx.capture(model)
+    report(captured=True)
+    table = llfx.inspect(base)
+    names = {row.name for row in table}
+    missing = [name for name in linears if name not in names]
+    report(sites=len(names), left_out=missing[:8], without_role=sum(1 for row in table if not row.roles))
+    modules = dict(model.named_modules())
+    plain = [name for name in names if type(modules.get(name)) in (nn.Linear, Conv1D)]
+    if not plain:
+        raise Unequal("no linear module of the model is a site")
+    gm, excluded = _rewrite(base, plain)
+    if excluded:
+        report(not_wrapped=excluded)
+    randomise(gm, 0)
+    wrapped = wrap_again(gm, model)
+    examples = _calls(model)
+    for what, inputs in examples:
+        for training in (True, False) if what == "example" else (what != "left padding",):
+            where = f"{what}, {'training' if training else 'evaluation'}"
+            try:
+                expected = _run(wrapped, inputs, training)
+            except Exception as error:  # the model itself does not take this
+                report(**{f"not_tried ({what})": f"{type(error).__name__}: {str(error)[:100]}"})
+                continue
+            try:
+                actual = _run(gm, inputs, training)
+            except (AssertionError, RuntimeError, llfx.AdapterError) as error:
+                if what == "example":
+                    raise
+                report(fixed=f"{what}: {str(error).splitlines()[0][:160] if str(error) else type(error).__name__}")
+                continue
+            _require_equal(expected, actual, where)
+
+
+def _rewrite(base: Any, names: list[str]) -> tuple[Any, list[str]]:
+    """Return the graph with adapters at all of `names` that the wrapper can wrap, and the others."""
+    excluded: list[str] = []
+    pattern = "^(" + "|".join(map(re.escape, names)) + ")$"
+    while True:
+        cfg = llfx.LoRA(r=1, alpha=2, target_names=pattern, exclude_names=[f"^{re.escape(n)}$" for n in excluded])
+        try:
+            llfx.wrap(base, cfg)
+        except llfx.ConfigError as error:
+            found = [name for name in names if f"'{name}'" in str(error) and name not in excluded]
+            if not found or len(excluded) > _MOST_EXCLUDED:
+                raise
+            excluded += found
+        else:
+            return llfx.rewrite(base, cfg), excluded
+
+
+def _calls(model: Any) -> list[tuple[str, Any]]:
+    """The example's inputs, and others: a smaller batch that is longer, with padding on the left."""
+    calls = [("example", example_inputs_of(model))]
+    tokens = calls[0][1].get("input_ids")
+    if is_hugging_face(model) and isinstance(tokens, Tensor):
+        only_text = all(value.shape[:2] == tokens.shape for value in calls[0][1].values() if value.dim() >= 2)
+        if only_text:
+            calls.append(("other sizes", _longer(calls[0][1])))
+            if "attention_mask" in calls[0][1]:
+                calls.append(("left padding", _padded(calls[0][1])))
+            return calls
+    batch = next(iter(calls[0][1].values())).shape[0]
+    if batch > 1 and all(value.shape[:1] == (batch,) for value in calls[0][1].values()):
+        calls.append(("other batch", {name: value[1:] for name, value in calls[0][1].items()}))
+    return calls
+
+
+def _longer(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    size = {name: value for name, value in inputs.items() if value.dim() >= 2}
+    longer = {name: torch.cat([value[1:], value[1:].flip(1)], 1) for name, value in size.items()}
+    return {**{name: value[1:] for name, value in inputs.items()}, **longer}
+
+
+def _padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    mask = inputs["attention_mask"].clone()
+    mask[0, :2] = 0
+    return {**inputs, "attention_mask": mask}
+
+
+def _other_inputs(model: Any) -> dict[str, Tensor]:
+    inputs = {name: value for name, value in example_inputs_of(model).items() if name != "labels"}
+    return _padded(inputs) if "attention_mask" in inputs else inputs
+
+
+def _run(model: nn.Module, inputs: dict[str, Any], training: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the outputs of a model by their path, and the gradients of its adapters by name."""
+    model.train(training)
+    model.zero_grad()
+    torch.manual_seed(7)
+    paths, _ = pytree.tree_flatten_with_path(model(**inputs))
+    outputs = {pytree.keystr(path): value for path, value in paths if isinstance(value, Tensor)}
+    floats = [value for value in outputs.values() if value.is_floating_point() and value.requires_grad]
+    if floats:
+        total = sum((value.float() * torch.arange(value.numel()).cos().view(value.shape)).sum() for value in floats)
+        assert isinstance(total, Tensor)
+        total.backward()
+    names = llfx.adapter_state_dict(model)
+    gradients = {n: p.grad for n, p in zip(names, llfx.adapter_parameters(model), strict=False) if p.grad is not None}
+    return {name: value.detach() for name, value in outputs.items()}, gradients
+
+
+def _require_equal(expected: Any, actual: Any, where: str) -> None:
+    (outputs, gradients), (our_outputs, our_gradients) = expected, actual
+    if not our_outputs:
+        raise Unequal(f"{where}: no outputs")
+    for name, value in our_outputs.items():
+        _require_close(outputs.get(name), value, f"{where}: {name}")
+    scale = max((float(value.abs().max()) for value in gradients.values()), default=0.0)
+    for name, value in gradients.items():
+        _require_close(value, our_gradients.get(name), f"{where}: gradient of {name}", scale)
+
+
+def _require_close(theirs: Tensor | None, ours: Tensor | None, what: str, scale: float = 0.0) -> None:
+    if theirs is None or ours is None:
+        raise Unequal(f"{what}: only in one of the two")
+    if theirs.shape != ours.shape:
+        raise Unequal(f"{what}: {tuple(ours.shape)} instead of {tuple(theirs.shape)}")
+    theirs, ours = theirs.double(), ours.double()
+    finite = theirs.isfinite()
+    if not torch.equal(finite, ours.isfinite()):
+        raise Unequal(f"{what}: other values are finite")
+    if finite.any():
+        theirs, ours = theirs[finite], ours[finite]
+        largest = max(float(theirs.abs().max()), scale, 1e-12)
+        if (away := float((theirs - ours).abs().max()) / largest) > _TOLERANCE:
+            raise Unequal(f"{what} is {away:.2g} away")

@@ -153,8 +153,7 @@ def _choose(graph: fx.Graph, flag: fx.Node, ours: Any, theirs: Any) -> Any:
         chosen.meta["val"] = ours.meta.get("val")
         return chosen
     if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)) and len(ours) == len(theirs):
-        chosen = [_choose(graph, flag, *pair) for pair in zip(ours, theirs, strict=True)]
-        return (
-            type(ours)(chosen) if all(c is not None or o is None for c, o in zip(chosen, ours, strict=True)) else None
-        )
+        items = [_choose(graph, flag, *pair) for pair in zip(ours, theirs, strict=True)]
+        differ = any(item is None and our is not None for item, our in zip(items, ours, strict=True))
+        return None if differ else type(ours)(items)
     return ours if type(ours) is type(theirs) and ours == theirs else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ class Block(nn.Module):
         if self.drop and self.training:
             keep = 1 - self.drop
             y = y.div(keep) * (keep + torch.rand((x.shape[0], 1), dtype=x.dtype)).floor()
-        return x + y
+        result: Tensor = x + y
+        return result
 
 
 class StochasticDepth(nn.Module):
@@ -41,7 +43,8 @@ class StochasticDepth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return self.head(x)
+        result: Tensor = self.head(x)
+        return result
 
 
 @functools.cache
@@ -67,7 +70,7 @@ def run(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
     y = model(x)
     y.sin().sum().backward()
     gradients = [p.grad.clone() for p in llfx.adapter_parameters(model) if p.grad is not None]
-    norm = model.get_submodule("layers.1.norm")
+    norm: Any = model.get_submodule("layers.1.norm")
     return [y.detach(), *gradients, torch.rand(1), norm.running_mean.clone(), norm.num_batches_tracked.clone()]
 
 

@@ -77,7 +77,7 @@ def run(case: Case, steps: list[str], limit: int) -> dict[str, Any]:
 
 
 def _try(case: Case, steps: list[str], limit: int, sender: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))  # the first ends it with SIGXCPU
     torch.set_num_threads(1)
     try:
         try_model(case.builder(), steps, lambda **known: sender.send(known))

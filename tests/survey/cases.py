@@ -186,11 +186,20 @@ def cases(every_class: bool = False) -> list[Case]:
     return sorted(found, key=lambda case: order.get(case.name, len(order)))
 
 
+_SMALL = "test atto femto pico nano xxs xx_small xxtiny mini xs x_small tiny _s0 _b0 small 18 _s_ _s xsmall 26 32 34"
+
+
 def timm_cases() -> list[Case]:
-    """Return the models of timm: of each family its smallest, by name."""
+    """Return the models of timm: of each family the one whose name says that it is the smallest."""
     import timm
 
-    return [Case("timm", name, name) for name in sorted(timm.list_models())]
+    def size(name: str) -> tuple[int, int]:
+        places = [place for place, word in enumerate(_SMALL.split()) if word in name]
+        return min(places, default=99), len(name)
+
+    modules = sorted(timm.list_modules())
+    names = [(module, sorted(timm.list_models(module=module), key=size)) for module in modules]
+    return [Case("timm", module, models[0]) for module, models in names if models]
 
 
 def _timm(name: str) -> Any:

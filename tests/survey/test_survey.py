@@ -1,0 +1,57 @@
+"""A few models of the survey, one for each thing that was found by it, and its table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.survey import table
+from tests.survey.__main__ import RESULTS, read
+from tests.survey.cases import FAMILIES, cases
+from tests.survey.trial import try_model
+
+CASES = {case.name: case for case in cases()}
+
+
+def outcome(name: str) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    try_model(CASES[name].builder(), ("default",), known.update)
+    return known
+
+
+def test_images_in_a_row_of_patches_are_captured_by_default() -> None:
+    known = outcome("qwen2_vl")
+    assert known["default"] == "yes"
+    assert known["sites"] == known["linears"], known["left_out"]
+
+
+def test_casts_that_only_training_makes_are_followed() -> None:
+    assert outcome("mamba")["default"] == "yes"
+
+
+def test_every_type_is_tried_once_by_the_first_family_that_has_it() -> None:
+    assert len(CASES) == len(cases()) > 600
+    assert {case.family for case in CASES.values()} <= set(FAMILIES)
+    assert CASES["bert"].model == "BertForMaskedLM"
+    assert CASES["whisper"].family == "speech-seq2seq"
+
+
+def test_the_readme_has_the_table_of_the_results() -> None:
+    rows = [row for path in sorted(RESULTS.glob("*.jsonl")) for row in read(path)]
+    assert rows
+    assert table.README.read_text().rstrip().endswith(table.summary(rows))
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("yes", "equal"),
+        ("differs: it", "refused"),
+        ("error: TypeError", "error"),
+        ("timeout: 9", "over time"),
+        (None, ""),
+    ],
+)
+def test_a_step_ends_in_one_word(said: str, kind: str) -> None:
+    assert table.kind(said) == kind

@@ -82,6 +82,16 @@ def may_return_a_view(node: fx.Node) -> bool:
     )
 
 
+def written_roots(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that made the tensors which a call of an operator changes in place: views are looked through."""
+    roots = []
+    for operand in written_operands(node):
+        while operand.all_input_nodes and may_return_a_view(operand):
+            operand = operand.all_input_nodes[0]
+        roots.append(operand)
+    return roots
+
+
 def overwrites(gm: fx.GraphModule) -> bool:
     """Check whether `gm` changes tensors in place other than its own buffers and its inputs."""
     return any(read.op not in ("get_attr", "placeholder") for node in gm.graph.nodes for read in written(gm, node))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells the mode that values were made in
 
-from ...graph.modes import by_mode
+from ...graph.modes import by_mode, writes_outside
 from ...graph.queries import dtype_of
-from ...graph.writes import written_operands
+from ...graph.writes import written_roots
 
 aten = torch.ops.aten
 
@@ -26,15 +26,17 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
         evaluation: the graph of the same function in evaluation mode.
 
     Returns:
-        None where the graphs cannot be joined: evaluation writes to tensors, training to others than counters, or they
+        None where the graphs cannot be joined: a mode writes to a buffer that is not a counter, or to an input, or they
         return other results. The graph is then half changed.
     """
     graph = gm.graph
     twin: dict[fx.Node, fx.Node] = {}
     known: dict[str, fx.Node] = {}
     placeholders = iter(graph.find_nodes(op="placeholder"))
+    # A tensor that one mode overwrites is not that of the other, and so is nothing that is computed from it.
+    overwritten = {root for nodes in (graph.nodes, evaluation.nodes) for node in nodes for root in written_roots(node)}
     for node in graph.nodes:
-        if not node.is_impure():
+        if not node.is_impure() and (node.op == "get_attr" or node not in overwritten):
             known.setdefault(_key(node, {}), node)
     with graph.inserting_before(next(iter(graph.nodes))):
         flag = graph.create_node("get_attr", "training")
@@ -48,10 +50,16 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
                 twin[node] = next(placeholders)
             elif node.op == "output" or (node.op == "call_module" and not node.users):
                 continue
-            elif (same := known.get(_key(node, twin))) is not None and _reads_same(node, same):
+            elif (
+                (same := known.get(_key(node, twin))) is not None
+                and _reads_same(node, same)
+                and (node.op == "get_attr" or node not in overwritten)
+            ):
                 twin[node] = same
-            elif node.is_impure(impure_random=False) or node.op == "call_module":
+            elif node.op == "call_module" or (writes_outside(node) and not _only_reads_statistics(node)):
                 return None
+            elif "assert" in str(node.target) or "constrain" in str(node.target):  # of sizes, which training has too
+                continue
             else:
                 twin[node] = graph.node_copy(node, twin.__getitem__)
                 if node.op == "get_attr" and not _take_tensor(gm, node, twin[node]):
@@ -113,12 +121,16 @@ def _writes_only_counters(graph: fx.Graph, flag: fx.Node) -> bool:
         if node.args[5] is True:
             node.update_arg(5, flag)
     for node in graph.nodes:
-        if node.target is aten.batch_norm.default or not written_operands(node):
+        if node.target is aten.batch_norm.default or not writes_outside(node):
             continue
         if node.target is not aten.add_.Tensor or node.args[1] != 1:
             return False
         node.update_arg(1, flag)
     return True
+
+
+def _only_reads_statistics(node: fx.Node) -> bool:
+    return node.target is aten.batch_norm.default and node.args[5] is False
 
 
 def _revalue(node: fx.Node) -> None:

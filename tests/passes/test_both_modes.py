@@ -129,3 +129,32 @@ class OtherResults(nn.Module):
 def test_other_results_in_each_mode_are_refused() -> None:
     with pytest.raises(llfx.CaptureError, match="other operations in training"):
         llfx.capture(OtherResults(), (torch.ones(2, 3),))
+
+
+class Jitter(nn.Module):
+    """Multiplies by noise in training, in place, and overwrites a part of what it made in either mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        if self.training:
+            x = x * torch.empty_like(x).uniform_(0.9, 1.1)
+            y[:, :2] = 5.0
+        z = y + 1
+        y[:, 1:] = self.linear(x)[:, 1:]
+        return y + z
+
+
+def test_what_a_mode_overwrites_is_its_own() -> None:
+    model, x = Jitter(), torch.randn(3, 4)
+    gm = llfx.capture(model, (x,))
+    for training in (True, False):
+        states = []
+        for each in (gm, model):
+            each.train(training)
+            torch.manual_seed(0)
+            states.append((each(x), torch.rand(1)))
+        torch.testing.assert_close(*states)

@@ -22,7 +22,7 @@ def prepare_for_capture(model: Any) -> None:
     """Switch caches and checkpointing off, in place; call it on a copy.
 
     Raises:
-        CaptureError: the model drops whole layers at random.
+        CaptureError: the model drops whole layers at random, or masks random spans by numpy (SpecAugment).
     """
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -39,6 +39,13 @@ def prepare_for_capture(model: Any) -> None:
                 f"{type(model).__name__} drops whole layers at random in training ({switch}={getattr(config, switch)}),"
                 f" which a graph cannot. The way out: set model.config.{switch} = 0."
             )
+    spans = [name for name in ("mask_time_prob", "mask_feature_prob") if getattr(model.config, name, 0.0)]
+    if spans and getattr(model.config, "apply_spec_augment", False):
+        raise CaptureError(
+            f"{type(model).__name__} masks random spans of its input by numpy in training"
+            f" ({spans[0]}={getattr(model.config, spans[0])}), which a graph cannot. The way out: set"
+            " model.config.apply_spec_augment = False."
+        )
 
 
 def accepted_arguments(model: Any) -> dict[str, Any]:

@@ -112,6 +112,9 @@ def _shrunk(config: PreTrainedConfig, divisor: int) -> dict[str, Any]:
         small = _small(name, value, divisor)
         if small != default:
             fields[name] = small
+    # What a graph cannot follow, and the error says how to switch off.
+    fields |= {name: 0.0 for name in names if name.endswith("layerdrop")}
+    fields |= {"apply_spec_augment": False} if "apply_spec_augment" in names else {}
     if "vocab_size" in names and config.vocab_size is None:
         fields["vocab_size"] = VOCABULARY
     return _with_patches(config, fields)

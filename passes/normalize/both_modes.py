@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells the mode that values were made in
 
 from ...graph.modes import by_mode, writes_outside
 from ...graph.queries import dtype_of
@@ -138,7 +137,7 @@ def _revalue(node: fx.Node) -> None:
     if node.op != "call_function":
         return
     values = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: operand.meta.get("val"))
-    modes = [value.fake_mode for value in _leaves(values) if isinstance(value, FakeTensor)]
+    modes = [value.fake_mode for value in _leaves(values) if hasattr(value, "fake_mode")]
     if not modes:
         return
     try:

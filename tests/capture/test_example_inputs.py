@@ -1,0 +1,76 @@
+"""Example inputs that are made of a config, and arguments that say how images lie."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import lora_lite_fx as llfx
+from lora_lite_fx.capture.example_inputs import example_inputs_of
+from lora_lite_fx.capture.hugging_face import prepare_for_capture
+from tests.survey.cases import cases
+from tests.survey.tiny import tiny_model
+
+CASES = {case.name: case for case in cases()}
+
+ARGUMENTS = {
+    "clip": {"pixel_values", "labels"},
+    "siglip2": {"pixel_values", "pixel_attention_mask", "spatial_shapes"},
+    "wav2vec2-bert": {"input_features"},
+    "blip-2": {"input_ids", "attention_mask", "pixel_values", "labels"},
+    "llava_next": {"input_ids", "attention_mask", "pixel_values", "image_sizes"},
+    "glm4v": {
+        *("input_ids", "attention_mask", "position_ids", "mm_token_type_ids"),
+        *("pixel_values", "image_grid_thw"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_model_runs_on_inputs_of_its_config(name: str) -> None:
+    model = CASES[name].builder()()
+    inputs = example_inputs_of(model)
+    assert inputs.keys() == ARGUMENTS[name]
+    with torch.no_grad():
+        model(**inputs)
+
+
+def test_a_capture_for_text_alone_is_warned_of() -> None:
+    import transformers
+
+    model = tiny_model(transformers.Gemma3ForConditionalGeneration, {})  # its images have fewer patches than tokens
+    with pytest.warns(UserWarning, match="captured for text alone"):
+        assert "pixel_values" not in example_inputs_of(model)
+
+
+def test_a_config_without_what_is_needed_is_named() -> None:
+    model = CASES["bert"].builder()()
+    model.main_input_name = "strokes"
+    with pytest.raises(llfx.CaptureError, match=r"BertForMaskedLM.*its main input is 'strokes'.*pass example_inputs"):
+        example_inputs_of(copy.deepcopy(model))
+
+
+def test_the_layout_of_images_is_a_part_of_the_graph() -> None:
+    model = CASES["siglip2"].builder()()
+    inputs: dict[str, Any] = example_inputs_of(model)
+    gm = llfx.capture(model, inputs)
+    torch.testing.assert_close(gm(**inputs).logits, model(**inputs).logits)
+    other = {**inputs, "spatial_shapes": inputs["spatial_shapes"].flip(1)}
+    with pytest.raises(llfx.CallError, match=r"spatial_shapes.*differs from.*captured with"):
+        gm(**other)
+    with pytest.raises(llfx.CallError, match="spatial_shapes is missing"):
+        gm(**{name: value for name, value in inputs.items() if name != "spatial_shapes"})
+
+
+def test_what_a_graph_cannot_draw_is_refused_with_the_way_out() -> None:
+    model = CASES["wavlm"].builder()()
+    prepare_for_capture(model)
+    model.config.apply_spec_augment, model.config.mask_time_prob = True, 0.05
+    with pytest.raises(llfx.CaptureError, match=r"SpecAugment|numpy.*apply_spec_augment = False"):
+        prepare_for_capture(model)
+    model.config.apply_spec_augment, model.config.layerdrop = False, 0.1
+    with pytest.raises(llfx.CaptureError, match=r"layerdrop = 0"):
+        prepare_for_capture(model)

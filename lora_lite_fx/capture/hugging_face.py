@@ -22,7 +22,8 @@ def prepare_for_capture(model: Any) -> None:
     """Switch caches and checkpointing off, in place; call it on a copy.
 
     Raises:
-        CaptureError: the model drops whole layers at random, or masks random spans by numpy (SpecAugment).
+        CaptureError: the model drops whole layers at random, masks random spans by numpy (SpecAugment), or
+            changes its weights in evaluation (RWKV).
     """
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -39,6 +40,11 @@ def prepare_for_capture(model: Any) -> None:
                 f"{type(model).__name__} drops whole layers at random in training ({switch}={getattr(config, switch)}),"
                 f" which a graph cannot. The way out: set model.config.{switch} = 0."
             )
+    if every := getattr(model.config, "rescale_every", 0):
+        raise CaptureError(
+            f"{type(model).__name__} divides its own weights in evaluation (rescale_every={every}),"
+            " which a graph cannot. The way out: set model.config.rescale_every = 0."
+        )
     spans = [name for name in ("mask_time_prob", "mask_feature_prob") if getattr(model.config, name, 0.0)]
     if spans and getattr(model.config, "apply_spec_augment", False):
         raise CaptureError(

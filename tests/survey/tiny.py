@@ -114,7 +114,7 @@ def _shrunk(config: PreTrainedConfig, divisor: int) -> dict[str, Any]:
             fields[name] = small
     # What a graph cannot follow, and the error says how to switch off.
     fields |= {name: 0.0 for name in names if name.endswith("layerdrop")}
-    fields |= {"apply_spec_augment": False} if "apply_spec_augment" in names else {}
+    fields |= {name: off for name, off in (("apply_spec_augment", False), ("rescale_every", 0)) if name in names}
     if "vocab_size" in names and config.vocab_size is None:
         fields["vocab_size"] = VOCABULARY
     return _with_patches(config, fields)

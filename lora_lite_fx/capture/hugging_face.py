@@ -150,6 +150,20 @@ def example_inputs_of(model: Any) -> dict[str, Any]:
     return inputs
 
 
+def decide_problem_type(config: Any, labels: Tensor) -> None:
+    """Set the kind of loss in the config of a classifier that leaves it open, in place, as its first call would.
+
+    Some models read the values of the labels as long as it is open, which a graph cannot.
+    """
+    if getattr(config, "problem_type", None) is not None:
+        return
+    if config.num_labels == 1:
+        config.problem_type = "regression"
+    else:
+        multiple = labels.is_floating_point()
+        config.problem_type = "multi_label_classification" if multiple else "single_label_classification"
+
+
 def _mark_images(model: Any, inputs: dict[str, Any]) -> None:
     """Put the token that stands for a part of an image into `input_ids`, as often as an image has parts, in place."""
     token = getattr(model.config, "image_token_id", None)

@@ -96,7 +96,9 @@ def probe(model: Any) -> Decoder | None:
 
     signature = inspect.signature(model.forward).parameters
     text = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder or not {"input_ids", "attention_mask", "cache", "use_cache"} <= signature.keys():
+    takes_cache = {"input_ids", "attention_mask", "cache", "use_cache"} <= signature.keys()
+    # Encoders and classifiers take a cache too, but theirs is another result than logits for each token.
+    if not takes_cache or not model.can_generate() or model.config.is_encoder_decoder:
         return None
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text.vocab_size, (BATCH, LENGTH), generator=generator).to(model.device)
@@ -110,6 +112,8 @@ def probe(model: Any) -> Decoder | None:
     model.eval()
     try:
         plain = run()
+        if not isinstance(getattr(plain, "cache", None), DynamicCache):
+            return None  # BertLMHeadModel that is no decoder
         layers = plain.cache.layers
         if not all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers

@@ -20,7 +20,7 @@ from ..adapters.placement import Placement, placements
 from ..capture.capture import Inputs
 from ..capture.export import take_guards
 from ..capture.hooks import take_hooks_off
-from ..capture.hugging_face import example_inputs_of
+from ..capture.hugging_face import decide_problem_type, example_inputs_of
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.module import AdaptedGraphModule
@@ -324,6 +324,8 @@ class GraphCache:
     def _capture(self, call: CapturedCall, example: Leaves) -> CapturedGraph:
         outcome: dict[str, Any] = {}
         shadow = self._shadow()
+        if "labels" in call.leaves:
+            decide_problem_type(shadow.config, call.leaves["labels"])
         shadow.__class__ = _flat(type(shadow), call, outcome)
         dynamic = {name: _dynamic(name, leaf) for name, leaf in example.items()}
         with ExitStack() as stack:

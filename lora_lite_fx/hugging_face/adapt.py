@@ -37,6 +37,7 @@ from .adapted_model import (
     subclass,
 )
 from .graph_cache import GraphCache
+from .own_forward import forget_replaced_forward, warn_of_replaced_forward
 
 
 @outside_inference_mode()
@@ -73,6 +74,9 @@ def adapt(
     Raises:
         AdapterError: `model` is not a transformers model, or is adapted already.
         As `rewrite`, and, with a path, as `load` or `load_peft`.
+
+    Warns:
+        UserWarning: `forward` of the model is replaced on the instance. The adapted model runs that of the class.
     """
     if not isinstance(cfg, (str, os.PathLike)):
         as_variants(cfg)
@@ -96,7 +100,9 @@ def adapt(
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
     check_gradients(model)
     refuse_offloading(model)
-    graphs = GraphCache(share(model), example_inputs, max_graphs, verify)
+    copied = share(model)
+    warn_of_replaced_forward(model, forget_replaced_forward(copied))
+    graphs = GraphCache(copied, example_inputs, max_graphs, verify)
     graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
     return _adopted(graphs)
 

@@ -22,6 +22,7 @@ from ..execution.layer import RunsParts, running_parts
 from ..formats.checkpoint import save
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
+from .own_forward import forget_replaced_forward
 
 WEIGHTS = "model.safetensors"
 """The name under which a Trainer looks for weights in a checkpoint."""
@@ -115,6 +116,7 @@ class Adapted(AdaptedPart):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[attr-defined]
+        forget_replaced_forward(twin)  # type: ignore[arg-type]
         return twin
 
     def __copy__(self) -> Any:

@@ -52,6 +52,7 @@ from .causal_lm import (
     probe,
 )
 from .example_calls import examples
+from .own_forward import check_is_whole, forget_replaced_forward
 from .sliding_window import cut_windows, uncut_windows
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
@@ -163,6 +164,8 @@ class GraphCache:
 
     def run(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a part of the model as its own `forward` would be called."""
+        if part is not self.model and "forward" in vars(self.model):
+            check_is_whole(self.model, part, self.placements)
         arguments, return_dict = arguments_of(part, args, kwargs)
         # Several threads may call one model. torch.compile knows no locks.
         with nullcontext() if torch.compiler.is_dynamo_compiling() else calling():
@@ -288,6 +291,7 @@ class GraphCache:
             module.__class__ = getattr(type(module), "base", type(module))
             for attribute in ("_graphs", "_path", "_keys_to_ignore_on_save"):
                 module.__dict__.pop(attribute, None)
+        forget_replaced_forward(copied)
         return copied
 
     def _shadow(self) -> Any:

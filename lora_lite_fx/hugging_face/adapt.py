@@ -37,13 +37,14 @@ from .adapted_model import (
     subclass,
 )
 from .graph_cache import GraphCache
+from .insert_placements import model_of, share_adapters
 from .own_forward import forget_replaced_forward, warn_of_replaced_forward
 
 
 @outside_inference_mode()
 def adapt(
     model: Any,
-    cfg: Config | str | os.PathLike[str],
+    cfg: Config | str | os.PathLike[str] | None = None,
     example_inputs: Inputs | None = None,
     *,
     calibration: Batches | None = None,
@@ -58,7 +59,8 @@ def adapt(
     together.
 
     Args:
-        model: the model, which is not changed.
+        model: the model, which is not changed. Or a rewritten graph of one, without `cfg`: the result runs the adapters
+            of the graph, the same parameters, so that a step of training one of them trains both.
         cfg: as for `rewrite`; or a path, of a file that `save` wrote, of a PEFT directory, or of a folder that
             `save_pretrained` of an adapted model or a `Trainer` wrote.
         example_inputs: as for `rewrite`: the first call to capture, which decides on the sites.
@@ -72,14 +74,18 @@ def adapt(
         `save_pretrained` writes the adapters alone; `gradient_checkpointing_enable` checkpoints the layers of graphs.
 
     Raises:
-        AdapterError: `model` is not a transformers model, or is adapted already.
+        AdapterError: `model` is not a transformers model, or is adapted already; or it is a graph without adapters, or
+            one whose model does not exist any more.
         As `rewrite`, and, with a path, as `load` or `load_peft`.
 
     Warns:
         UserWarning: `forward` of the model is replaced on the instance. The adapted model runs that of the class.
     """
-    if not isinstance(cfg, (str, os.PathLike)):
-        as_variants(cfg)
+    graph = None
+    if isinstance(model, fx.GraphModule) and cfg is None:
+        graph, model = model, model_of(model)
+    elif not isinstance(cfg, (str, os.PathLike)):
+        as_variants(cfg)  # type: ignore[arg-type]  # None is an error there
     elif not os.path.exists(cfg):
         raise CheckpointError(
             f"There is no file {os.fspath(cfg)!r} to load adapters from. For new ones pass a config: LoRA(r=8)."
@@ -103,8 +109,11 @@ def adapt(
     copied = share(model)
     warn_of_replaced_forward(model, forget_replaced_forward(copied))
     graphs = GraphCache(copied, example_inputs, max_graphs, verify)
-    graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
-    return _adopted(graphs)
+    if graph is None:
+        graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
+    else:
+        graphs.start(lambda base, _: share_adapters(graph, base), None)
+    return _adopted(graphs).train(graph.training if graph is not None else model.training)
 
 
 def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.GraphModule:
@@ -113,7 +122,8 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
     if calibration is not None:
         raise ConfigError("calibration is for adapters that start; those of a file have started.")
     path = Path(cfg)
-    if (path / CONFIG).is_file():
+    # save_pretrained writes both: PEFT's form of PiSSA is LoRA, the other file has the adapter as it was.
+    if (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         return load_peft(base, path)
     return load(base, path / WEIGHTS if path.is_dir() else path)
 

@@ -16,10 +16,13 @@ from torch import fx
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, copy_over_tensors
 from ..adapters.state import trainable_parameters
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, CheckpointError, ConfigError
 from ..execution.frozen import changed_inside, frozen
 from ..execution.layer import RunsParts, running_parts
 from ..formats.checkpoint import save
+from ..formats.files import read_json
+from ..formats.peft.directory import CONFIG, TENSORS, save_peft
+from ..log import logger
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
 from .own_forward import forget_replaced_forward
@@ -139,9 +142,10 @@ class Adapted(AdaptedPart):
         print(trainable_parameters(self))  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
-        """Write the adapters as `save` does to `model.safetensors`, for `adapt` and a resumed `Trainer` to read.
+        """Write the adapters, and not the model: as a PEFT directory, and for a `Trainer` that resumes.
 
-        There is no config beside it: the folder does not hold a whole model and is not for `from_pretrained`.
+        `adapt`, `from_pretrained` of an adapted class and PEFT read the directory. Adapters that PEFT has no form for
+        are in `model.safetensors` alone, as `save` writes them; the log says why.
 
         Args:
             save_directory: made if it is not there.
@@ -152,6 +156,58 @@ class Adapted(AdaptedPart):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         save(self, folder / WEIGHTS)  # type: ignore[arg-type]
+        try:
+            save_peft(self, folder)  # type: ignore[arg-type]
+        except ConfigError as error:
+            for name in (CONFIG, TENSORS):  # those of adapters that were saved here before
+                (folder / name).unlink(missing_ok=True)
+            logger.info("%s is not a directory of PEFT: %s", folder, error)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load the base that a directory of adapters names, and adapt it with them.
+
+        Args:
+            directory: as `save_pretrained` or PEFT writes it.
+            args, kwargs: for `from_pretrained` of the base.
+
+        Raises:
+            CheckpointError: there are no adapters in it, or it does not name its base.
+        """
+        from .adapt import adapt
+
+        base: Any = cls.base  # type: ignore[attr-defined]
+        way_out = f"The way out: adapt({base.__name__}.from_pretrained(base), {os.fspath(directory)!r})."
+        config = Path(directory) / CONFIG
+        if not config.is_file():
+            raise CheckpointError(
+                f"from_pretrained of an adapted class reads a directory of adapters, and {config} does not exist."
+                f" {way_out} For a model without adapters there is {base.__name__}.from_pretrained."
+            )
+        document = read_json(config)
+        name = document.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(f"{config} does not name its base, which was not loaded from anywhere. {way_out}")
+        return adapt(base.from_pretrained(name, *args, **{"revision": document.get("revision"), **kwargs}), directory)
+
+    @property
+    def graphs(self) -> tuple[fx.GraphModule, ...]:
+        """The graphs that are captured now, one for each kind of call, over the tensors of this model.
+
+        They are for reading. Each takes the tensors of its calls by name; `adapt(rewrite(...))` has a graph that is
+        called like the model.
+        """
+        return self._graphs.modules()
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Raise AdapterError, because continuous batching calls attention in a way of its own, with pages of a cache.
+
+        `generate_batch` comes here too.
+        """
+        raise AdapterError(
+            "Continuous batching runs attention over pages of a cache, which a graph does not. The way out:"
+            " llfx.merge(model).generate_batch(...), or generate."
+        )
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Let the graphs checkpoint their layers, as `rewrite(..., checkpoint_layers=True)` does.

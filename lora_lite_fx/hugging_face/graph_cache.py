@@ -30,7 +30,6 @@ from ..graph.writes import written_buffers
 from ..log import logger
 from ..rewriting.calibration import Batches
 from ..rewriting.capture import capture
-from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from .call_structure import (
     Leaves,
@@ -52,6 +51,7 @@ from .causal_lm import (
     probe,
 )
 from .example_calls import examples
+from .insert_placements import insert_placements
 from .own_forward import check_is_whole, forget_replaced_forward
 from .sliding_window import cut_windows, uncut_windows
 
@@ -159,6 +159,11 @@ class GraphCache:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def modules(self) -> tuple[fx.GraphModule, ...]:
+        """Return the graphs, the one that was used last at the end."""
+        with self._lock:
+            return tuple(graph.gm for graph in self._kept)
 
     # Calls.
 
@@ -353,12 +358,7 @@ class GraphCache:
             return
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
-        chosen: dict[int, tuple[Any, list[Any]]] = {}
-        for placement in self.placements:
-            _, targets = chosen.setdefault(placement.adapter, (placement.variant, []))
-            if placement.site in sites:
-                targets.append(sites[placement.site])
-        insert_adapters(base, chosen.values(), {name: roles for name, (roles, _) in self.sites.items()})
+        insert_placements(base, self.placements, sites, {name: roles for name, (roles, _) in self.sites.items()})
 
     def _check(self, base: fx.GraphModule, found: Collection[str]) -> None:
         """Raise CaptureError unless all adapted sites that the graph runs were found in it."""

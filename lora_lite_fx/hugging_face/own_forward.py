@@ -47,7 +47,7 @@ def warn_of_replaced_forward(model: nn.Module, forgotten: Sequence[str]) -> None
             f"forward of this {type(model).__name__} was replaced on the instance ({', '.join(forgotten)}), as trainers"
             " do; the adapted model runs the forward of its class. The way out, if the replaced one is wanted: replace"
             " it on the adapted model.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -24,6 +24,7 @@ from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import running_parts
 from ..formats.checkpoint import load
+from ..formats.files import read_json
 from ..formats.peft.directory import CONFIG, load_peft
 from ..graph.layers import is_layer
 from ..graph.tensors import outside_inference_mode
@@ -135,7 +136,7 @@ def _adopted(graphs: GraphCache) -> Any:
     for name, module in model.named_modules():
         cls: Any = type(module)
         if is_hugging_face(module):
-            module.__class__ = subclass(Adapted if module is model else AdaptedPart, cls)
+            module.__class__ = subclass(LoadableModel if module is model else AdaptedPart, cls)
             module._graphs, module._path = graphs, name
         elif name in sites:
             module.__class__ = running_parts(cls, AdaptedLayer)
@@ -146,3 +147,32 @@ def _adopted(graphs: GraphCache) -> Any:
     # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
     model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]
     return model
+
+
+class LoadableModel(Adapted):
+    """The adapted model, whose class reads what `save_pretrained` writes."""
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load the base that a directory of adapters names, and adapt it with them.
+
+        Args:
+            directory: as `save_pretrained` or PEFT writes it.
+            args, kwargs: for `from_pretrained` of the base.
+
+        Raises:
+            CheckpointError: there are no adapters in it, or it does not name its base.
+        """
+        base: Any = cls.base  # type: ignore[attr-defined]
+        way_out = f"The way out: adapt({base.__name__}.from_pretrained(base), {os.fspath(directory)!r})."
+        config = Path(directory) / CONFIG
+        if not config.is_file():
+            raise CheckpointError(
+                f"from_pretrained of an adapted class reads a directory of adapters, and {config} does not exist."
+                f" {way_out} For a model without adapters there is {base.__name__}.from_pretrained."
+            )
+        document = read_json(config)
+        name = document.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(f"{config} does not name its base, which was not loaded from anywhere. {way_out}")
+        return adapt(base.from_pretrained(name, *args, **{"revision": document.get("revision"), **kwargs}), directory)

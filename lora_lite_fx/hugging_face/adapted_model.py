@@ -16,11 +16,10 @@ from torch import fx
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, copy_over_tensors
 from ..adapters.state import trainable_parameters
-from ..errors import AdapterError, CheckpointError, ConfigError
+from ..errors import AdapterError, ConfigError
 from ..execution.frozen import changed_inside, frozen
 from ..execution.layer import RunsParts, running_parts
 from ..formats.checkpoint import save
-from ..formats.files import read_json
 from ..formats.peft.directory import CONFIG, TENSORS, save_peft
 from ..log import logger
 from .graph_cache import GraphCache
@@ -50,7 +49,7 @@ def subclass(kind: Any, cls: Any) -> type:
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call
     adapted: Any = running_parts(cls, kind)
     adapted.forward = forward
-    if kind is Adapted and hasattr(cls, "generate"):
+    if issubclass(kind, Adapted) and hasattr(cls, "generate"):
 
         @functools.wraps(cls.generate)
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -162,33 +161,6 @@ class Adapted(AdaptedPart):
             for name in (CONFIG, TENSORS):  # those of adapters that were saved here before
                 (folder / name).unlink(missing_ok=True)
             logger.info("%s is not a directory of PEFT: %s", folder, error)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Load the base that a directory of adapters names, and adapt it with them.
-
-        Args:
-            directory: as `save_pretrained` or PEFT writes it.
-            args, kwargs: for `from_pretrained` of the base.
-
-        Raises:
-            CheckpointError: there are no adapters in it, or it does not name its base.
-        """
-        from .adapt import adapt
-
-        base: Any = cls.base  # type: ignore[attr-defined]
-        way_out = f"The way out: adapt({base.__name__}.from_pretrained(base), {os.fspath(directory)!r})."
-        config = Path(directory) / CONFIG
-        if not config.is_file():
-            raise CheckpointError(
-                f"from_pretrained of an adapted class reads a directory of adapters, and {config} does not exist."
-                f" {way_out} For a model without adapters there is {base.__name__}.from_pretrained."
-            )
-        document = read_json(config)
-        name = document.get("base_model_name_or_path")
-        if not isinstance(name, str) or not name:
-            raise CheckpointError(f"{config} does not name its base, which was not loaded from anywhere. {way_out}")
-        return adapt(base.from_pretrained(name, *args, **{"revision": document.get("revision"), **kwargs}), directory)
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:

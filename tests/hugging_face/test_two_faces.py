@@ -51,7 +51,7 @@ def test_a_graph_and_its_model_run_the_same_parameters() -> None:
     merged = llfx.merge(model)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(IDS, **options), merged.generate(IDS, **options))
-    graphs = model.graphs
+    graphs: Any = adapted().graphs
     assert len(graphs) == 1
     assert {id(p) for p in llfx.adapter_parameters(graphs[0])} == {id(p) for p in llfx.adapter_parameters(gm)}
 

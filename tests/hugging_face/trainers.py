@@ -54,8 +54,10 @@ def llama(cls: Any = hf.LlamaForCausalLM, dtype: torch.dtype = torch.float64) ->
 def t5() -> Any:
     """Return a T5 of one layer, without dropout."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": WORDS}
-    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)).double()
+    fields: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    fields |= {"vocab_size": WORDS, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+    config = hf.T5Config(**fields)
+    return hf.T5ForConditionalGeneration(config).double()
 
 
 def tokenizer() -> Any:

@@ -70,6 +70,20 @@ def example_inputs_of(model: Any) -> Inputs:
     )
 
 
+def decide_problem_type(config: Any, labels: Tensor) -> None:
+    """Set the kind of loss in the config of a classifier that leaves it open, in place, as its first call would.
+
+    Some models read the values of the labels as long as it is open, which a graph cannot.
+    """
+    if getattr(config, "problem_type", None) is not None:
+        return
+    if config.num_labels == 1:
+        config.problem_type = "regression"
+    else:
+        multiple = labels.is_floating_point()
+        config.problem_type = "multi_label_classification" if multiple else "single_label_classification"
+
+
 def _warn_of_text_alone(model: Any, problem: str) -> None:
     warnings.warn(
         f"{type(model).__name__} is captured for text alone, and what it computes of images is not in the graph: no"

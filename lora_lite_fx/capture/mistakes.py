@@ -106,6 +106,7 @@ def graph_hint(model: object) -> str:
     if not isinstance(model, fx.GraphModule):
         return ""
     return (
-        " It is a graph, as rewrite returns it. Adapt the model itself, chat = adapt(model, cfg), and move the"
-        " adapters: load_adapter_state_dict(chat, adapter_state_dict(graph))."
+        " It is a graph, as rewrite returns it. adapt(graph), without a config, runs its adapters in a model. Or adapt"
+        " the model itself, chat = adapt(model, cfg), and move the adapters: load_adapter_state_dict(chat,"
+        " adapter_state_dict(graph))."
     )

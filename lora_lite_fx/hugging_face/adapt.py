@@ -24,6 +24,7 @@ from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import running_parts
 from ..formats.checkpoint import load
+from ..formats.files import read_json
 from ..formats.peft.directory import CONFIG, load_peft
 from ..graph.layers import is_layer
 from ..graph.tensors import outside_inference_mode
@@ -37,12 +38,14 @@ from .adapted_model import (
     subclass,
 )
 from .graph_cache import GraphCache
+from .insert_placements import model_of, share_adapters
+from .own_forward import forget_replaced_forward, warn_of_replaced_forward
 
 
 @outside_inference_mode()
 def adapt(
     model: Any,
-    cfg: Config | str | os.PathLike[str],
+    cfg: Config | str | os.PathLike[str] | None = None,
     example_inputs: Inputs | None = None,
     *,
     calibration: Batches | None = None,
@@ -57,7 +60,8 @@ def adapt(
     together.
 
     Args:
-        model: the model, which is not changed.
+        model: the model, which is not changed. Or a rewritten graph of one, without `cfg`: the result runs the adapters
+            of the graph, the same parameters, so that a step of training one of them trains both.
         cfg: as for `rewrite`; or a path, of a file that `save` wrote, of a PEFT directory, or of a folder that
             `save_pretrained` of an adapted model or a `Trainer` wrote.
         example_inputs: as for `rewrite`: the first call to capture, which decides on the sites.
@@ -71,11 +75,18 @@ def adapt(
         `save_pretrained` writes the adapters alone; `gradient_checkpointing_enable` checkpoints the layers of graphs.
 
     Raises:
-        AdapterError: `model` is not a transformers model, or is adapted already.
+        AdapterError: `model` is not a transformers model, or is adapted already; or it is a graph without adapters, or
+            one whose model does not exist any more.
         As `rewrite`, and, with a path, as `load` or `load_peft`.
+
+    Warns:
+        UserWarning: `forward` of the model is replaced on the instance. The adapted model runs that of the class.
     """
-    if not isinstance(cfg, (str, os.PathLike)):
-        as_variants(cfg)
+    graph = None
+    if isinstance(model, fx.GraphModule) and cfg is None:
+        graph, model = model, model_of(model)
+    elif not isinstance(cfg, (str, os.PathLike)):
+        as_variants(cfg)  # type: ignore[arg-type]  # None is an error there
     elif not os.path.exists(cfg):
         raise CheckpointError(
             f"There is no file {os.fspath(cfg)!r} to load adapters from. For new ones pass a config: LoRA(r=8)."
@@ -96,9 +107,14 @@ def adapt(
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
     check_gradients(model)
     refuse_offloading(model)
-    graphs = GraphCache(share(model), example_inputs, max_graphs, verify)
-    graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
-    return _adopted(graphs)
+    copied = share(model)
+    warn_of_replaced_forward(model, forget_replaced_forward(copied))
+    graphs = GraphCache(copied, example_inputs, max_graphs, verify)
+    if graph is None:
+        graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
+    else:
+        graphs.start(lambda base, _: share_adapters(graph, base), None)
+    return _adopted(graphs).train(graph.training if graph is not None else model.training)
 
 
 def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.GraphModule:
@@ -107,7 +123,8 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
     if calibration is not None:
         raise ConfigError("calibration is for adapters that start; those of a file have started.")
     path = Path(cfg)
-    if (path / CONFIG).is_file():
+    # save_pretrained writes both: PEFT's form of PiSSA is LoRA, the other file has the adapter as it was.
+    if (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         return load_peft(base, path)
     return load(base, path / WEIGHTS if path.is_dir() else path)
 
@@ -119,7 +136,7 @@ def _adopted(graphs: GraphCache) -> Any:
     for name, module in model.named_modules():
         cls: Any = type(module)
         if is_hugging_face(module):
-            module.__class__ = subclass(Adapted if module is model else AdaptedPart, cls)
+            module.__class__ = subclass(LoadableModel if module is model else AdaptedPart, cls)
             module._graphs, module._path = graphs, name
         elif name in sites:
             module.__class__ = running_parts(cls, AdaptedLayer)
@@ -130,3 +147,32 @@ def _adopted(graphs: GraphCache) -> Any:
     # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
     model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]
     return model
+
+
+class LoadableModel(Adapted):
+    """The adapted model, whose class reads what `save_pretrained` writes."""
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load the base that a directory of adapters names, and adapt it with them.
+
+        Args:
+            directory: as `save_pretrained` or PEFT writes it.
+            args, kwargs: for `from_pretrained` of the base.
+
+        Raises:
+            CheckpointError: there are no adapters in it, or it does not name its base.
+        """
+        base: Any = cls.base  # type: ignore[attr-defined]
+        way_out = f"The way out: adapt({base.__name__}.from_pretrained(base), {os.fspath(directory)!r})."
+        config = Path(directory) / CONFIG
+        if not config.is_file():
+            raise CheckpointError(
+                f"from_pretrained of an adapted class reads a directory of adapters, and {config} does not exist."
+                f" {way_out} For a model without adapters there is {base.__name__}.from_pretrained."
+            )
+        document = read_json(config)
+        name = document.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(f"{config} does not name its base, which was not loaded from anywhere. {way_out}")
+        return adapt(base.from_pretrained(name, *args, **{"revision": document.get("revision"), **kwargs}), directory)

@@ -20,8 +20,11 @@ from ..errors import AdapterError, ConfigError
 from ..execution.frozen import changed_inside, frozen
 from ..execution.layer import RunsParts, running_parts
 from ..formats.checkpoint import save
+from ..formats.peft.directory import CONFIG, TENSORS, save_peft
+from ..log import logger
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
+from .own_forward import forget_replaced_forward
 
 WEIGHTS = "model.safetensors"
 """The name under which a Trainer looks for weights in a checkpoint."""
@@ -46,7 +49,7 @@ def subclass(kind: Any, cls: Any) -> type:
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call
     adapted: Any = running_parts(cls, kind)
     adapted.forward = forward
-    if kind is Adapted and hasattr(cls, "generate"):
+    if issubclass(kind, Adapted) and hasattr(cls, "generate"):
 
         @functools.wraps(cls.generate)
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +118,7 @@ class Adapted(AdaptedPart):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[attr-defined]
+        forget_replaced_forward(twin)  # type: ignore[arg-type]
         return twin
 
     def __copy__(self) -> Any:
@@ -137,9 +141,10 @@ class Adapted(AdaptedPart):
         print(trainable_parameters(self))  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
-        """Write the adapters as `save` does to `model.safetensors`, for `adapt` and a resumed `Trainer` to read.
+        """Write the adapters, and not the model: as a PEFT directory, and for a `Trainer` that resumes.
 
-        There is no config beside it: the folder does not hold a whole model and is not for `from_pretrained`.
+        `adapt`, `from_pretrained` of an adapted class and PEFT read the directory. Adapters that PEFT has no form for
+        are in `model.safetensors` alone, as `save` writes them; the log says why.
 
         Args:
             save_directory: made if it is not there.
@@ -150,6 +155,31 @@ class Adapted(AdaptedPart):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         save(self, folder / WEIGHTS)  # type: ignore[arg-type]
+        try:
+            save_peft(self, folder)  # type: ignore[arg-type]
+        except ConfigError as error:
+            for name in (CONFIG, TENSORS):  # those of adapters that were saved here before
+                (folder / name).unlink(missing_ok=True)
+            logger.info("%s is not a directory of PEFT: %s", folder, error)
+
+    @property
+    def graphs(self) -> tuple[fx.GraphModule, ...]:
+        """The graphs that are captured now, one for each kind of call, over the tensors of this model.
+
+        They are for reading. Each takes the tensors of its calls by name; `adapt(rewrite(...))` has a graph that is
+        called like the model.
+        """
+        return self._graphs.modules()
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Raise AdapterError, because continuous batching calls attention in a way of its own, with pages of a cache.
+
+        `generate_batch` comes here too.
+        """
+        raise AdapterError(
+            "Continuous batching runs attention over pages of a cache, which a graph does not. The way out:"
+            " llfx.merge(model).generate_batch(...), or generate."
+        )
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Let the graphs checkpoint their layers, as `rewrite(..., checkpoint_layers=True)` does.

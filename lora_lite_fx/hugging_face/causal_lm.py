@@ -16,6 +16,12 @@ from torch import Tensor
 
 # Every dynamic dimension of an example has a size of its own, and none is one: torch.export specializes ones.
 BATCH, LENGTH, PAST = 3, 7, 5
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments that `generate` reads, for its stop strings, and passes on to models, which do not."""
+
+_OF_FLASH_ATTENTION = ("max_length_q", "max_length_k")
+"""Numbers that collators of packed texts pass and that no other attention reads; each would have a graph of its own."""
+
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
 
 
@@ -72,6 +78,11 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
     if part.training and torch.is_grad_enabled() and _checkpoints_layers(part):
         arguments["use_cache"] = False  # as the model does: a cache would keep the activations that checkpointing drops
+    flash = "flash" in str(getattr(part.config, "_attn_implementation", ""))
+    for name in _OF_GENERATE if flash else (*_OF_GENERATE, *_OF_FLASH_ATTENTION):
+        arguments.pop(name, None)
+    if type(count := arguments.get("num_items_in_batch")) is int:
+        arguments["num_items_in_batch"] = torch.tensor(count, device=part.device)  # as a Trainer counts
     return_dict = arguments.pop("return_dict", None)
     return_dict = getattr(part.config, "return_dict", True) if return_dict is None else return_dict
     return {name: value for name, value in arguments.items() if value is not None}, return_dict
@@ -96,7 +107,9 @@ def probe(model: Any) -> Decoder | None:
 
     signature = inspect.signature(model.forward).parameters
     text = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder or not {"input_ids", "attention_mask", "cache", "use_cache"} <= signature.keys():
+    takes_cache = {"input_ids", "attention_mask", "cache", "use_cache"} <= signature.keys()
+    # Encoders and classifiers take a cache too, but theirs is another result than logits for each token.
+    if not takes_cache or not model.can_generate() or model.config.is_encoder_decoder:
         return None
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text.vocab_size, (BATCH, LENGTH), generator=generator).to(model.device)
@@ -110,6 +123,8 @@ def probe(model: Any) -> Decoder | None:
     model.eval()
     try:
         plain = run()
+        if not isinstance(getattr(plain, "cache", None), DynamicCache):
+            return None  # BertLMHeadModel that is no decoder
         layers = plain.cache.layers
         if not all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers

@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from ..adapters.placement import Placement, placements
 from ..capture.capture import Inputs
-from ..capture.example_inputs import example_inputs_of
+from ..capture.example_inputs import decide_problem_type, example_inputs_of
 from ..capture.export import take_guards
 from ..capture.hooks import take_hooks_off
 from ..capture.share import share
@@ -30,7 +30,6 @@ from ..graph.writes import written_buffers
 from ..log import logger
 from ..rewriting.calibration import Batches
 from ..rewriting.capture import capture
-from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from .call_structure import (
     Leaves,
@@ -52,6 +51,8 @@ from .causal_lm import (
     probe,
 )
 from .example_calls import examples
+from .insert_placements import insert_placements
+from .own_forward import check_is_whole, forget_replaced_forward
 from .sliding_window import cut_windows, uncut_windows
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
@@ -159,10 +160,17 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def modules(self) -> tuple[fx.GraphModule, ...]:
+        """Return the graphs, the one that was used last at the end."""
+        with self._lock:
+            return tuple(graph.gm for graph in self._kept)
+
     # Calls.
 
     def run(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a part of the model as its own `forward` would be called."""
+        if part is not self.model and "forward" in vars(self.model):
+            check_is_whole(self.model, part, self.placements)
         arguments, return_dict = arguments_of(part, args, kwargs)
         # Several threads may call one model. torch.compile knows no locks.
         with nullcontext() if torch.compiler.is_dynamo_compiling() else calling():
@@ -288,6 +296,7 @@ class GraphCache:
             module.__class__ = getattr(type(module), "base", type(module))
             for attribute in ("_graphs", "_path", "_keys_to_ignore_on_save"):
                 module.__dict__.pop(attribute, None)
+        forget_replaced_forward(copied)
         return copied
 
     def _shadow(self) -> Any:
@@ -324,6 +333,8 @@ class GraphCache:
     def _capture(self, call: CapturedCall, example: Leaves) -> CapturedGraph:
         outcome: dict[str, Any] = {}
         shadow = self._shadow()
+        if "labels" in call.leaves:
+            decide_problem_type(shadow.config, call.leaves["labels"])
         shadow.__class__ = _flat(type(shadow), call, outcome)
         dynamic = {name: _dynamic(name, leaf) for name, leaf in example.items()}
         with ExitStack() as stack:
@@ -347,12 +358,7 @@ class GraphCache:
             return
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
-        chosen: dict[int, tuple[Any, list[Any]]] = {}
-        for placement in self.placements:
-            _, targets = chosen.setdefault(placement.adapter, (placement.variant, []))
-            if placement.site in sites:
-                targets.append(sites[placement.site])
-        insert_adapters(base, chosen.values(), {name: roles for name, (roles, _) in self.sites.items()})
+        insert_placements(base, self.placements, sites, {name: roles for name, (roles, _) in self.sites.items()})
 
     def _check(self, base: fx.GraphModule, found: Collection[str]) -> None:
         """Raise CaptureError unless all adapted sites that the graph runs were found in it."""

@@ -199,7 +199,8 @@ MISTAKES: list[Mistake] = [
         lambda: anything.adapt(graph(), CFG),
         llfx.AdapterError,
         "adapt takes a model of transformers, not a GraphModule; for other modules there is rewrite. It is a graph, as"
-        " rewrite returns it. Adapt the model itself, chat = adapt(model, cfg), and move the adapters:"
+        " rewrite returns it. adapt(graph), without a config, runs its adapters in a model. Or adapt the model itself,"
+        " chat = adapt(model, cfg), and move the adapters:"
         " load_adapter_state_dict(chat, adapter_state_dict(graph)).",
     ),
     (

@@ -1,0 +1,92 @@
+"""Insert adapters that exist into a further graph of their model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from ..adapters.placement import Placement, placements
+from ..capture.mistakes import graph_hint
+from ..errors import AdapterError
+from ..execution.module import execution_of
+from ..graph.tensors import register_tensor, tensor_of
+from ..rewriting.rewrite import insert_adapters
+from ..sites.finding import find_sites
+from ..sites.site import Site
+
+
+def insert_placements(
+    base: fx.GraphModule,
+    placed: Sequence[Placement],
+    sites: Mapping[str, Site],
+    roles: Mapping[str, frozenset[str]],
+) -> None:
+    """Insert adapters at those of their sites that a graph has. Their tensors are not filled.
+
+    Args:
+        base: the graph, which is changed.
+        placed: the adapters by site.
+        sites: of the graph, by name.
+        roles: of the sites, as the first graph of the model shows them.
+    """
+    chosen: dict[int, tuple[Any, list[Site]]] = {}
+    for placement in placed:
+        _, targets = chosen.setdefault(placement.adapter, (placement.variant, []))
+        if placement.site in sites:
+            targets.append(sites[placement.site])
+    insert_adapters(base, chosen.values(), roles)
+
+
+def share_adapters(gm: fx.GraphModule, base: fx.GraphModule) -> fx.GraphModule:
+    """Insert the adapters of `gm` into another graph of its model, over the same tensors.
+
+    Args:
+        gm: a rewritten graph.
+        base: a graph of the same model without adapters, which is changed.
+
+    Returns:
+        `base`.
+
+    Raises:
+        AdapterError: `base` lacks a site of `gm`, or the two have other weights there.
+    """
+    sites = {site.name: site for site in find_sites(base)}
+    theirs = {site.name: site for site in find_sites(gm)}
+    for placement in placements(gm):
+        name = placement.site
+        if name not in sites:
+            raise AdapterError(f"The graph has an adapter at {name!r}, which the model's own call does not run.")
+        ours, other = (tensor_of(graph, found[name].weight) for graph, found in ((base, sites), (gm, theirs)))
+        if (ours.data_ptr(), ours.dtype) != (other.data_ptr(), other.dtype):
+            raise AdapterError(
+                f"The graph does not share the weight of {name!r} with its model any more: one of them was moved or"
+                f" cast.{graph_hint(gm)}"
+            )
+    insert_placements(base, placements(gm), sites, {name: site.roles for name, site in theirs.items()})
+    for old, new in zip(placements(gm), placements(base), strict=True):
+        if (old.site, old.names) != (new.site, new.names):
+            raise AdapterError(f"The adapter at {old.site!r} has other tensors in the graph than in its model.")
+        for name, own in new.tensors.items():
+            register_tensor(base, own, tensor_of(gm, old.tensors[name]))
+    return base
+
+
+def model_of(gm: fx.GraphModule) -> nn.Module:
+    """Return the Hugging Face model that a rewritten graph was captured from.
+
+    Raises:
+        AdapterError: the graph has no adapters, or the model does not exist any more.
+    """
+    if not placements(gm):
+        raise AdapterError(f"adapt takes a graph that has adapters, or a model and a config.{graph_hint(gm)}")
+    source = execution_of(gm).source
+    model = None if source is None else source()
+    if model is None:
+        raise AdapterError(
+            "adapt needs the model that the graph was captured from, and it does not exist any more, or the graph comes"
+            " from a file. The way out: keep the model; or chat = adapt(model, cfg), and then"
+            " load_adapter_state_dict(chat, adapter_state_dict(graph))."
+        )
+    return model

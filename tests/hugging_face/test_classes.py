@@ -1,0 +1,95 @@
+"""Adapted models of every kind of class equal the eager wrapper: encoders, classifiers, embeddings, state spaces."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+import lora_lite_fx as llfx
+from tests.support.conformance import close, randomise
+from tests.support.models import tiny_llama
+
+BERT: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+    "pad_token_id": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+DECODER = tiny_llama(hidden_size=16, intermediate_size=24, pad_token_id=0, num_labels=3)
+MAMBA = hf.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=99, state_size=4, pad_token_id=0, eos_token_id=2)
+MODELS: dict[str, tuple[Any, Any]] = {
+    "an encoder with a head for each token, which has no cache": (hf.BertLMHeadModel, hf.BertConfig(**BERT)),
+    "embeddings of a decoder": (hf.LlamaModel, DECODER),
+    "a classifier": (hf.LlamaForSequenceClassification, DECODER),
+    "a classifier that reads its labels": (hf.DebertaV2ForSequenceClassification, hf.DebertaV2Config(**BERT)),
+    "a state space": (hf.MambaForCausalLM, MAMBA),
+}
+CONFIG = llfx.LoRA(r=2, target_roles=("reader", "writer"))
+
+
+@functools.cache
+def pair(name: str) -> tuple[Any, Any]:
+    """Return an adapted model and the eager wrapper, with the same adapters."""
+    torch.manual_seed(0)
+    cls, config = MODELS[name]
+    # DeBERTa's own loss is in single precision.
+    base = cls(config).to(torch.float32 if cls is hf.DebertaV2ForSequenceClassification else torch.float64).eval()
+    adapted, wrapped = llfx.adapt(base, CONFIG), llfx.wrap(base, CONFIG)
+    randomise(adapted, 0)
+    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    return adapted, wrapped
+
+
+def calls(model: Any) -> list[dict[str, Tensor]]:
+    """Return calls as they come: ids alone, and padded ids of another batch and length, with the labels of texts."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 99, (4, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    padded = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    if "Classification" in type(model).__name__:
+        padded["labels"] = torch.randint(2, (4,), generator=generator)
+    return [{"input_ids": ids[:2, :5]}, padded]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_equal_those_of_the_eager_wrapper(name: str) -> None:
+    adapted, wrapped = pair(name)
+    tolerance = 1e-10 if adapted.dtype == torch.float64 else 1e-4
+    for call in calls(adapted):
+        gradients = []
+        actual, expected = adapted(**call), wrapped(**call)
+        assert type(actual) is type(expected)
+        assert actual.keys() == expected.keys()
+        assert ("labels" in call) == ("loss" in actual)
+        for output in actual:
+            if isinstance(actual[output], Tensor):
+                close(actual[output], expected[output].detach(), tolerance, output)
+        for model, result in ((adapted, actual), (wrapped, expected)):
+            first = next(tensor for tensor in result.values() if isinstance(tensor, Tensor))
+            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            weights = torch.linspace(-1, 1, first.numel(), dtype=first.dtype).view(first.shape)
+            found = torch.autograd.grad((first * weights).sum(), [*named.values()], allow_unused=True)
+            gradients.append(dict(zip(named, found, strict=True)))
+        for name_, gradient in gradients[0].items():
+            if (other := gradients[1][name_]) is not None:
+                close(torch.zeros_like(other) if gradient is None else gradient, other, tolerance, name_)
+    assert adapted._graphs.captures <= 3  # one for the examples that adapt makes, and one for each kind of call
+
+
+def test_a_model_whose_cache_has_no_attention_generates() -> None:
+    adapted, wrapped = pair("a state space")
+    ids = calls(adapted)[0]["input_ids"]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 2):
+        texts = [model.generate(ids, **options, num_beams=beams) for model in (adapted, wrapped)]
+        assert torch.equal(*texts)

@@ -1,0 +1,18 @@
+"""Some of the cases of `trainers.py`: an adapted model trains as the eager wrapper does under the same trainer."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.hugging_face.trainers import CASES, compare
+
+
+@pytest.mark.parametrize(
+    "name", ["Trainer, NEFTune", "Trainer, best model", "accelerate", "TRL SFT, packed", "TRL Reward"]
+)
+def test_losses_and_adapters_equal_those_of_the_eager_wrapper(name: str) -> None:
+    if name.startswith("TRL"):
+        pytest.importorskip("trl")
+    outcome = compare(CASES[name])
+    assert outcome.loss <= CASES[name].tolerance
+    assert outcome.adapters <= CASES[name].tolerance < outcome.moved / 100

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -57,8 +56,7 @@ def export(
 @tracing()
 def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
     try:
-        with mock.patch.object(nn.Module, "to", _to):
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise refusal(model, error, "torch.export") from error
     return program.module()
@@ -71,19 +69,6 @@ def double_batch_of_one(inputs: Any) -> Any:
         return None
     twice = lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf  # noqa: E731
     return pytree.tree_map(twice, inputs)
-
-
-_module_to = nn.Module.to
-
-
-def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Do as `module.to`, and leave alone what is of that dtype: a trace cannot swap parameters (Switch's router)."""
-    values = [*args, *kwargs.values()]
-    (dtype,) = values if len(values) == 1 else (None,)
-    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
-    if isinstance(dtype, torch.dtype) and all(tensor.dtype == dtype for tensor in tensors):
-        return module
-    return _module_to(module, *args, **kwargs)
 
 
 def take_guards(gm: fx.GraphModule) -> Callable[..., object]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_inputs import example_inputs_of
@@ -63,6 +64,20 @@ def test_the_layout_of_images_is_a_part_of_the_graph() -> None:
         gm(**other)
     with pytest.raises(llfx.CallError, match="spatial_shapes is missing"):
         gm(**{name: value for name, value in inputs.items() if name != "spatial_shapes"})
+
+
+def test_compiled_and_traced_calls_check_the_layout_of_images_too() -> None:
+    model = CASES["siglip2"].builder()()
+    inputs: dict[str, Any] = example_inputs_of(model)
+    gm = llfx.capture(model, inputs)
+    other = {**inputs, "spatial_shapes": inputs["spatial_shapes"].flip(1)}
+    expected = gm(**inputs).logits
+    compiled = torch.compile(gm, backend="aot_eager")
+    traced = make_fx(lambda inputs: gm(**inputs).logits, pre_dispatch=True)(inputs)
+    for logits in (lambda inputs: compiled(**inputs).logits, traced):
+        torch.testing.assert_close(logits(inputs), expected)
+        with pytest.raises(RuntimeError, match=r"spatial_shapes.*differs from"):
+            logits(other)
 
 
 def test_what_a_graph_cannot_draw_is_refused_with_the_way_out() -> None:

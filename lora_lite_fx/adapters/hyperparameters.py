@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,16 +23,13 @@ class WithRank(Variant):
     """Base class of the variants with a rank.
 
     Args:
-        r: rank.
+        r: rank. It may exceed a side of the weight, as at a classifier's head, unless the variant says otherwise.
         rank_pattern: other ranks by name: a mapping (or pairs) of regular expressions, searched in the qualified name,
             to ranks. The first that matches a site counts.
     """
 
     r: int = 8
     rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
-
-    bounded_rank: ClassVar[bool] = True
-    """Whether `r` may not exceed the smaller side of the weight."""
 
     def __post_init__(self) -> None:
         self._require(_is_rank(self.r), f"r must be a positive integer, got {self.r!r}")
@@ -43,11 +40,10 @@ class WithRank(Variant):
         r = first_match(self.rank_pattern, name, self.r)
         return super().overrides(name) | ({} if r == self.r else {"r": r, "rank_pattern": ()})
 
-    def check(self, site: Site) -> None:
-        super().check(site)
-        limit = min(site.d_in, site.d_out)
+    def require_rank_at_most(self, limit: int, site: Site) -> None:
+        """Raise `ConfigError` if `r` exceeds `limit` at a site where there are no more directions than that."""
         self._require(
-            not self.bounded_rank or self.r <= limit,
+            self.r <= limit,
             f"r={self.r} is larger than site {site.name!r} allows ({site.d_out} x {site.d_in}); use r <= {limit}",
         )
 

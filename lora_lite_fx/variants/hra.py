@@ -33,7 +33,8 @@ class HRA(WithRank):
     Args:
         orthogonal: orthogonalize the vectors first, by Gram-Schmidt: `R = I - 2 V^T V`, the reflection of the whole
             space that they span. It is the identity nowhere, so neither at the start: the frozen model loses r
-            directions of each input at once. Any r; the start is drawn without pairs, which would span only r / 2.
+            directions of each input at once. Any r up to `d_in`; the start is drawn without pairs, which would span
+            only r / 2.
     """
 
     orthogonal: bool = False
@@ -44,6 +45,11 @@ class HRA(WithRank):
             self.orthogonal or self.r % 2 == 0,
             f"r={self.r} must be even: vectors start in pairs whose reflections cancel",
         )
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.orthogonal:
+            self.require_rank_at_most(site.d_in, site)
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         return {"lora_U": ParamSpec((self.r, site.d_in))}

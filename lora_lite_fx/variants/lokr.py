@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,8 +34,6 @@ class LoKr(WithScale, WithRank):
         decompose_factor: `a` and `b`; where it does not divide a width, the largest divisor below it and at most the
             root of the width. -1: the largest divisor at most the root.
     """
-
-    bounded_rank: ClassVar[bool] = False
 
     decompose_both: bool = False
     decompose_factor: int = -1

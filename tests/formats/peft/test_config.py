@@ -228,7 +228,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "another module": (GOOD, {k.replace("q_proj", "z_proj"): v for k, v in TENSORS.items()}, "not a linear site"),
     "another shape": ({**GOOD, "r": 3}, TENSORS, "shape"),
     "no tensor": (GOOD, {}, "holds no adapter"),
-    "too large a rank": ({**GOOD, "r": 400}, TENSORS, "r=400"),
+    "too large a rank": ({**GOOD, "r": 400}, TENSORS, r"\(400, 16\)"),
 }
 
 

@@ -57,6 +57,11 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module) ->
     checked: list[tuple[Variant, Site]] = []
     for site in sites:
         local = variant.for_site(site.name)
+        if site.kind.name == "grouped_conv" and not variant.by_update:
+            raise ConfigError(
+                f"{type(variant).__name__} cannot adapt {site.name!r}, which is {site.kind.article}: its factors have"
+                " no rows that belong to a group. Variants whose update has the shape of the weight can, as LoHa."
+            )
         specs = _specs(local, site)
         # Names of adapters that the site has already are no obstacle: further ones are numbered.
         module = modules.get(site.name)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,6 +88,41 @@ class WithDropout(Variant):
     def drop(self, x: Tensor, base: FrozenLinear) -> Tensor:
         """Return `x` with elements dropped if the model is in training."""
         return F.dropout(x, self.dropout, base.training) if self.dropout else x
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithUpdateDropout(Variant):
+    """Base class of the variants that drop rows of their update, or all of it at once, in training.
+
+    Args:
+        rank_dropout: probability of dropping an output of the update.
+        rank_dropout_scale: whether the other outputs are scaled up to the same mean then.
+        module_dropout: probability of leaving the whole adapter out of a call.
+    """
+
+    rank_dropout: float = 0.0
+    rank_dropout_scale: bool = True
+    module_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank_dropout", "module_dropout"):
+            value = getattr(self, name)
+            self._require(0 <= value < 1, f"{name} is a probability below 1, got {value!r}")
+
+    def drop_update(self, update: Tensor, base: FrozenLinear) -> Tensor:
+        """Return `update (..., d_out)` with what is dropped at zero, if the model is in training."""
+        if self.rank_dropout:
+            kept = which_kept(update.new_ones(base.site.d_out), self.rank_dropout, base)
+            if self.rank_dropout_scale:
+                kept = kept / kept.mean().clamp_min(torch.finfo(kept.dtype).tiny)
+            update = update * kept
+        return update * which_kept(update.new_ones(()), self.module_dropout, base) if self.module_dropout else update
+
+
+def which_kept(ones: Tensor, probability: float, base: FrozenLinear) -> Tensor:
+    """Return `ones` with some at zero in training. Dropout follows the mode, and would scale up what it keeps."""
+    return F.dropout(ones, probability, base.training).clamp_max(1)
 
 
 def first_match(patterns: Mapping[str, T] | Sequence[tuple[str, T]], name: str, default: T) -> T:

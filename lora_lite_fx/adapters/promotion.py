@@ -24,7 +24,7 @@ from .variant import Variant
 # One function arrives as several objects.
 _PRODUCTS: frozenset[Any] = frozenset(
     {
-        *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.layer_norm, torch.einsum, torch.tensordot),
+        *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, torch.einsum, torch.tensordot),
         *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
         *(torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv, torch.dot, Tensor.dot),
         *(torch.inner, Tensor.inner, torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm),

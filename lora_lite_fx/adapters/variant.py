@@ -98,8 +98,8 @@ class Variant:
         target_names: regular expressions, searched in the qualified name.
         exclude_names: regular expressions; a site whose name matches one is left alone.
         layers: indices of layers (the first number in the qualified name) to adapt.
-        target_kinds: kinds of sites to adapt: `linear`, `embedding`, `conv`, `experts`. Only linears have roles; sites
-            of the other kinds are chosen by kind, name and layer.
+        target_kinds: kinds of sites to adapt: `linear`, `embedding`, `conv`, `grouped_conv`, `experts`. Only linears
+            have roles; sites of the other kinds are chosen by kind, name and layer.
 
     Raises:
         ConfigError: an argument is unknown or positional, or a field has an impossible value.
@@ -116,6 +116,9 @@ class Variant:
     """The roles adapted when the config names no targets."""
     affine: ClassVar[bool] = True
     """Whether `forward` is affine in `x`, outside dropout. `merge` tries it out; False says that it is not."""
+    by_update: ClassVar[bool] = False
+    """Whether `forward` multiplies its input with matrices in the shape of the weight only, as grouped convolutions
+    need it."""
     ties_to_weight: ClassVar[bool] = False
     """Whether the values mean something only on the weights they were made for (loading elsewhere is an error)."""
 

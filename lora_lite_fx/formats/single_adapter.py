@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, fx, nn
@@ -72,6 +72,7 @@ def insert_from_file(
     rest: Iterable[str],
     path: Path,
     prints: Mapping[str, str] | None = None,
+    check_site: Callable[[Variant, Site], None] = lambda variant, site: None,
 ) -> None:
     """Insert `variant` at the sites of a file, with its values.
 
@@ -82,6 +83,7 @@ def insert_from_file(
         rest: names of tensors that no file of this kind holds, as they follow from the frozen weight.
         path: of the file, for messages.
         prints: the fingerprints of the weights that the adapter was made for, by site, if the file has them.
+        check_site: raises `ConfigError` if the other library computes something else at a site.
 
     Raises:
         CheckpointError: the file's sites or tensors do not fit the model or the config, or the adapter means nothing
@@ -101,6 +103,7 @@ def insert_from_file(
     try:
         variant = finalize(variant, targets, {})
         for site in targets:
+            check_site(variant, site)
             variant.for_site(site.name).check(site)
         check_contract(variant, targets, gm)
         for site in targets:

@@ -226,7 +226,7 @@ def _is_all(site: Site) -> bool:
     return all(inner_name(node) != site.name for node in others)
 
 
-_PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+_PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:

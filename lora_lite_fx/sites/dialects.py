@@ -16,7 +16,7 @@ from ..graph.queries import value_of
 from .computed import Computation, name_and_shape
 from .dataflow import op_name
 from .kinds.contraction import contraction
-from .kinds.convolution import Convolution
+from .kinds.convolution import Convolution, GroupedConvolution
 from .kinds.embedding import Lookup
 from .kinds.experts import Experts
 from .kinds.linear import SiteKind
@@ -105,7 +105,12 @@ def _match_einsum(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node])
     return None
 
 
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
+_CONVOLUTIONS = {
+    operator: dims
+    for dims, packet in enumerate((aten.conv1d, aten.conv2d, aten.conv3d), 1)
+    for operator in (packet.default, packet.padding)
+}
+"""The number of dimensions that a kernel has, by operator."""
 _DECOMPOSED = aten.convolution.default
 _PRODUCTS = (aten.matmul.default, aten.mm.default, operator.matmul, aten.bmm.default)
 _OTHER_KINDS = (aten.embedding.default, *_CONVOLUTIONS, _DECOMPOSED, *_PRODUCTS)
@@ -123,14 +128,17 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.No
         return Match(Call(args["indices"], node, node), source, kind, None)
     if node.target in (*_CONVOLUTIONS, _DECOMPOSED):
         weight, bias = args["weight"], args["bias"]
-        dims = len(args["stride"]) if node.target is _DECOMPOSED else 1 if node.target in _CONVOLUTIONS[:2] else 2
+        dims = _CONVOLUTIONS.get(node.target) or len(args["stride"])
         source = _tensor(gm, weight, 2 + dims, node, frozen)
         bias_source = _tensor(gm, bias, 1, node, frozen) if bias is not None else None
-        plain = args["groups"] == 1 and not args.get("transposed") and dims in (1, 2)
-        if source is None or (bias is not None and bias_source is None) or not plain:
+        transposed = args.get("transposed") or dims not in (1, 2, 3)
+        if source is None or (bias is not None and bias_source is None) or transposed:
             return None
         steps = {key: _for_each_dimension(args[key], dims) for key in ("stride", "padding", "dilation")}
-        kind = Convolution(kernel=tuple(source.shape[2:]), **steps)
+        kernel, groups = tuple(source.shape[2:]), args["groups"]
+        kind = Convolution(kernel=kernel, groups=groups, **steps)
+        if groups > 1:
+            kind = GroupedConvolution(kernel=kernel, groups=groups, outputs=source.shape[0], **steps)
         return _match(Call(args["input"], node, node), source, kind, bias_source)
     x, weight, *routing = (operand for operand in (*node.args, *node.kwargs.values()) if operand is not None)
     source = _parameter(gm, weight, dim=3)

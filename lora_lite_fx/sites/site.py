@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,6 +13,7 @@ from ..graph.provenance import inner_name
 from ..graph.tensors import tensor_of
 from ..graph.walk import walk
 from .computed import Computation
+from .kinds.convolution import Convolution
 from .kinds.linear import SiteKind
 
 
@@ -95,6 +97,16 @@ class Site:
             return bias
         start, end = self.bias_rows
         return torch.cat([like[:start], bias, like[end:]])
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The size of the kernel of a convolution; empty at other sites."""
+        return self.kind.kernel if isinstance(self.kind, Convolution) else ()
+
+    @property
+    def channels(self) -> int:
+        """The size of a row of `W` without the kernel: the channels of a convolution, or of one of its groups."""
+        return self.d_in // math.prod(self.kernel)
 
     @cached_property
     def layer(self) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class FourierFT(Variant):
         seed: of the frequencies, which are the same at sites of the same size, and PEFT's.
         spectrum: the start of the coefficients: standard `normal`, or `zeros`.
     """
+
+    by_update: ClassVar[bool] = True
 
     n_frequency: int = 1000
     scaling: float = 150.0

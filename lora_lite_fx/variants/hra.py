@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.hyperparameters import WithRank
-from ..adapters.maths import cast, identity_like
+from ..adapters.maths import cast, identity_like, through
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..sites.site import Site
@@ -73,6 +73,10 @@ class HRA(WithRank):
             s = gram.triu() - torch.diag_embed(gram.diagonal() / 2)
             inverse = torch.linalg.solve_triangular(s, identity_like(s), upper=True)
         u, inverse = u.to(p.lora_U.dtype), inverse.to(p.lora_U.dtype)
-        wide_x = cast(x, u)
-        # Negate the small factor: that is cheaper than negating the result.
-        return base((wide_x + F.linear(F.linear(F.linear(wide_x, u), -inverse), u.t())).type_as(x))
+
+        def turn(x: Tensor) -> Tensor:
+            wide_x = cast(x, u)
+            # Negate the small factor: that is cheaper than negating the result.
+            return (wide_x + F.linear(F.linear(F.linear(wide_x, u), -inverse), u.t())).type_as(x)
+
+        return through(turn, x, base)

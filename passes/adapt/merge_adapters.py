@@ -15,6 +15,7 @@ from ...graph.tensors import tensor_of
 from ...sites.computed import Computation, frozen_values
 from ...sites.dialects import match_site
 from ...sites.finding import find_sites
+from ...sites.kinds.convolution import Convolution
 from ...sites.site import Site, frozen_tensor, stored_bias, stored_weight
 from ..pipeline import GraphPass, eliminate_dead_code
 from .folding import MergedSite, merge_sites
@@ -131,7 +132,7 @@ def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
     for call in site.calls:
         with gm.graph.inserting_before(call.node):
             added = gm.graph.get_attr(path)
-        if call.node.target is aten.linear.default or site.kind.name == "conv":
+        if call.node.target is aten.linear.default or isinstance(site.kind, Convolution):
             call.node.args = (*call.node.args[:2], added, *call.node.args[3:])
             continue
         with gm.graph.inserting_after(call.y):

@@ -76,4 +76,4 @@ def compared(actual: Tensor, expected: Tensor, changed: float) -> str:
     bound = TOLERANCE * max(1.0, float(expected.abs().max()))
     if not difference <= bound:
         return f"wrong by {difference:.2g}"
-    return "equal" if changed > 10 * bound else "equal to the base too"
+    return "equal" if changed > 10 * bound or changed > 20 * difference else "equal to the base too"

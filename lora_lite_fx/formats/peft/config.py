@@ -9,10 +9,10 @@ from typing import Any
 from ...adapters.variant import Variant
 from ...errors import ConfigError
 from ...graph.provenance import inner_name
-from ...sites.kinds.convolution import Convolution
 from ...sites.site import Site
 from ...variants import EVA, IA3
-from .variants import FORMATS, PeftFormat
+from .sites import check_site
+from .variants import FORMATS, PeftFormat, format_of
 
 # Fields that say where an adapter comes from, or how PEFT is to run it.
 _UNREAD = frozenset(
@@ -216,19 +216,6 @@ def _format_for(config: Mapping[str, Any]) -> PeftFormat:
     raise ConfigError(f"PEFT's {kind} with {said} cannot be represented here.")
 
 
-def format_of(variant: Variant) -> PeftFormat:
-    """Return how PEFT writes `variant`.
-
-    Raises:
-        ConfigError: PEFT does not have it.
-    """
-    for form in FORMATS:
-        fixed = all(getattr(variant, name, None) == value for name, value in form.fixed.items())
-        if form.variant is type(variant) and fixed:
-            return form
-    raise ConfigError(f"PEFT has no method that computes {type(variant).__name__}.")
-
-
 def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> dict[str, Any]:
     """Return the config, in PEFT's words, of `variant` at `sites` of a model whose modules have the names `modules`.
 
@@ -246,16 +233,7 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
                 f"{name}: PEFT adapts the calls of modules, and the model reads the weight of {site.name!r} without"
                 " calling that module."
             )
-        if site.kind.name not in form.kinds:
-            raise ConfigError(
-                f"{name}: files of PEFT hold it for linears only here; {site.name!r} is {site.kind.article}."
-            )
-        if isinstance(site.kind, Convolution) and set(site.kind.dilation) != {1}:
-            raise ConfigError(f"{name}: PEFT's convolutions are not dilated, and {site.name!r} is.")
-        if site.kind.name == "embedding" and getattr(variant, "bias", False):
-            raise ConfigError(f"{name}: PEFT has no bias at an embedding, and {site.name!r} is one.")
-        if site.transposed and not form.conv1d:
-            raise ConfigError(f"{name}: PEFT has it for ordinary linears only, and {site.name!r} is a Conv1D.")
+        check_site(variant, site)
     config: dict[str, Any] = {
         theirs.name: theirs.to_peft(getattr(variant, ours)) for ours, theirs in form.fields.items()
     }

@@ -27,8 +27,9 @@ from ..single_adapter import insert_from_file, sites_of
 from ..tensor_bytes import tensor_bytes
 from ..writing import write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
-from .config import config_for, format_of, read_config
-from .variants import PeftFormat
+from .config import config_for, read_config
+from .sites import check_site
+from .variants import PeftFormat, format_of
 from .written import as_written
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -102,12 +103,17 @@ def load_peft(folder: Path) -> AdapterFile:
     by_site = _by_site(form, state, folder / TENSORS)
     if form.same_rank:
         variant = _with_ranks_of(variant, form.same_rank, by_site)
+    if form.from_file is not None:
+        field, tensor = form.from_file
+        sizes = {len(has[tensor]) for has in by_site.values() if tensor in has and has[tensor].dim()}
+        if len(sizes) == 1 and min(sizes) > 0:
+            variant = dataclasses.replace(variant, **{field: min(sizes)})  # type: ignore[arg-type]
     prints = prints_in(metadata, folder)
 
     def insert(gm: fx.GraphModule) -> None:
         if prints is None:
             compare_names(gm, config, folder)
-        insert_from_file(gm, variant, by_site, form.rest, folder, prints)
+        insert_from_file(gm, variant, by_site, form.rest, folder, prints, check_site)
 
     return AdapterFile(state, insert)
 

@@ -19,7 +19,7 @@ from ...errors import ConfigError
 from ...variants import LoRA
 from ...variants.pissa import FromWeight
 from ..single_adapter import only_adapter
-from .config import format_of
+from .variants import format_of
 
 
 def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placement], Variant, Mapping[str, Tensor]]:

@@ -65,8 +65,17 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
     return site.kind.matrix(module.frozen_weight())
 
 
+def sites_in(gm: fx.GraphModule) -> dict[str, Site]:
+    """Return the sites of a graph by name."""
+    with phase("found the sites") as details:
+        sites = {site.name: site for site in find_sites(gm)}
+        details.append(f"{len(sites)} in the model")
+    return sites
+
+
 def insert_from_file(
     gm: fx.GraphModule,
+    sites: Mapping[str, Site],
     variant: Variant,
     by_site: Mapping[str, Mapping[str, Tensor]],
     rest: Iterable[str],
@@ -78,6 +87,7 @@ def insert_from_file(
 
     Args:
         gm: the graph, which is changed if the file fits it.
+        sites: its sites by name.
         variant: the config.
         by_site: the tensors of each site, by the variant's names.
         rest: names of tensors that no file of this kind holds, as they follow from the frozen weight.
@@ -91,9 +101,6 @@ def insert_from_file(
     """
     if not by_site:
         raise CheckpointError(f"{path} holds no adapter.")
-    with phase("found the sites") as details:
-        sites = {site.name: site for site in find_sites(gm)}
-        details.append(f"{len(sites)} in the model")
     if missing := [name for name in by_site if name not in sites]:
         raise CheckpointError(
             f"{path} adapts {len(missing)} modules that are not a linear site of the model ({', '.join(missing[:3])});"

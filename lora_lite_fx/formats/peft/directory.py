@@ -23,11 +23,12 @@ from ..files import read_json, read_safetensors
 from ..finite import check_finite
 from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
-from ..single_adapter import insert_from_file, sites_of
+from ..single_adapter import insert_from_file, sites_in, sites_of
 from ..tensor_bytes import tensor_bytes
 from ..writing import write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
 from .config import config_for, read_config
+from .modules import PeftModule, by_site, exactly, peft_modules
 from .sites import check_site
 from .variants import PeftFormat, format_of
 from .written import as_written
@@ -62,15 +63,15 @@ def save_peft(
     folder = as_path(path, "save_peft(model, path)")
     placed, variant, state = as_written(model, as_lora)
     warn_of_trained_base(model, "save_peft")
-    sites = sites_of(model)
-    config = _config(model, variant, [sites[placement.site] for placement in placed])
+    modules = peft_modules(model, variant, placed, sites_of(model), state)
+    config = _config(model, variant, modules)
     form = format_of(variant)
     tensors = {}
-    for placement in placed:
-        for name, qualified in placement.tensors.items():
+    for module in modules:
+        for name, tensor in module.tensors.items():
             if name in form.tensors:
-                value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
-                tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
+                value = form.tensor_to_peft(variant, module.sites[0], name, tensor)
+                tensors[_key(form, module, name)] = value.contiguous().cpu()
     if not allow_nonfinite:
         check_finite(tensors, folder / TENSORS, "nothing was written")
     try:
@@ -100,12 +101,12 @@ def load_peft(folder: Path) -> AdapterFile:
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
-    by_site = _by_site(form, state, folder / TENSORS)
+    modules = _by_module(form, state, folder / TENSORS)
     if form.same_rank:
-        variant = _with_ranks_of(variant, form.same_rank, by_site)
+        variant = _with_ranks_of(variant, form.same_rank, modules)
     if form.from_file is not None:
         field, tensor = form.from_file
-        sizes = {len(has[tensor]) for has in by_site.values() if tensor in has and has[tensor].dim()}
+        sizes = {len(has[tensor]) for has in modules.values() if tensor in has and has[tensor].dim()}
         if len(sizes) == 1 and min(sizes) > 0:
             variant = dataclasses.replace(variant, **{field: min(sizes)})  # type: ignore[arg-type]
     prints = prints_in(metadata, folder)
@@ -113,7 +114,17 @@ def load_peft(folder: Path) -> AdapterFile:
     def insert(gm: fx.GraphModule) -> None:
         if prints is None:
             compare_names(gm, config, folder)
-        insert_from_file(gm, variant, by_site, form.rest, folder, prints, check_site)
+        sites = sites_in(gm)
+        targets = config.get("target_parameters") or ()
+        found = by_site(gm, sites, modules, targets, folder / TENSORS)
+        if prints is not None:  # zeros may fill up an attention module, see `modules.py`
+            found = {name: module for name, module in found.items() if name in prints or not module.is_empty}
+
+        def check(variant: Variant, site: Site) -> None:
+            check_site(variant, site, as_module=not found[site.name].is_parameter)
+
+        tensors = {name: module.tensors for name, module in found.items()}
+        insert_from_file(gm, sites, _for_sites(variant, found), tensors, form.rest, folder, prints, check)
 
     return AdapterFile(state, insert)
 
@@ -128,14 +139,33 @@ def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
-    placed, variant, _ = as_written(model, as_lora)
-    sites = sites_of(model)
-    return _config(model, variant, [sites[placement.site] for placement in placed])
+    placed, variant, state = as_written(model, as_lora)
+    return _config(model, variant, peft_modules(model, variant, placed, sites_of(model), state))
 
 
-def _config(model: nn.Module, variant: Variant, sites: list[Site]) -> dict[str, Any]:
-    modules = [name for name, _ in model.named_modules() if not name.endswith(".base")]
-    return config_for(variant, sites, modules) | base_fields(model)
+def _config(model: nn.Module, variant: Variant, modules: list[PeftModule]) -> dict[str, Any]:
+    names = [name for name, _ in model.named_modules() if not name.endswith(".base")]
+    return config_for(variant, modules, names) | base_fields(model)
+
+
+def _for_sites(variant: Variant, found: Mapping[str, PeftModule]) -> Variant:
+    """Return the config with targets, ranks and alphas that name sites, where PEFT's name other things."""
+    sites = [site for module in found.values() for site in module.sites]
+    if not all(variant.selects(site) for site in sites):
+        kinds = tuple(dict.fromkeys(site.kind.name for site in sites))
+        variant = dataclasses.replace(variant, target_names=exactly(found), target_kinds=kinds)
+    for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+        theirs = {name: variant.overrides(module.name).get(field) for name, module in found.items()}
+        ours = {
+            name: value
+            for name, value in theirs.items()
+            if value is not None and variant.overrides(name).get(field) != value
+        }
+        if ours:
+            others = ((f"^{re.escape(name)}$", value) for name, value in ours.items())
+            change: dict[str, Any] = {pattern: (*others, *getattr(variant, pattern))}
+            variant = dataclasses.replace(variant, **change)
+    return variant
 
 
 def _with_ranks_of(variant: Variant, tensor: str, by_site: Mapping[str, Mapping[str, Tensor]]) -> Variant:
@@ -171,26 +201,28 @@ def _check_pair(config: Mapping[str, Any], metadata: Mapping[str, str], folder: 
 # Names in the model and in the files.
 
 
-def _key(form: PeftFormat, site: Site, name: str) -> str:
-    key = form.tensors[name].key_at(site.kind.name)
-    return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{site.name}.{key}"
+def _key(form: PeftFormat, module: PeftModule, name: str) -> str:
+    key = form.tensors[name].key_at(module.sites[0].kind.name)
+    return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{module.path}.{key}"
 
 
-def _by_site(form: PeftFormat, state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a file, by site and by our names; those that sites share are at each."""
-    by_site: dict[str, dict[str, Tensor]] = {}
+def _by_module(form: PeftFormat, state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a file, by module and by our names; those that modules share are at each."""
+    modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name, site = _parsed(form, key, path)
+        if key.endswith(form.ignored):
+            continue
+        name, module = _parsed(form, key, path)
         try:
-            (shared if site is None else by_site.setdefault(site, {}))[name] = form.tensors[name].to_ours(tensor)
+            (shared if module is None else modules.setdefault(module, {}))[name] = form.tensors[name].to_ours(tensor)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(f"{path}: {key} cannot have the shape {tuple(tensor.shape)}.") from error
-    return {site: {**tensors, **shared} for site, tensors in by_site.items()}
+    return {module: {**tensors, **shared} for module, tensors in modules.items()}
 
 
 def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
-    """Return our name of the tensor called `key`, and its site; None for a tensor that sites share."""
+    """Return our name of the tensor called `key`, and its module; None for a tensor that modules share."""
     for name, theirs in form.tensors.items():
         if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
             return name, None

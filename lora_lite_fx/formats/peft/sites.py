@@ -16,9 +16,15 @@ from ...variants import IA3, OFT
 from .variants import PeftFormat, format_of
 
 
-def check_site(variant: Variant, site: Site) -> None:
-    """Raise `ConfigError` if PEFT does not have `variant` at `site`, or computes something else there."""
-    reason = next(_reasons(variant, site), None)
+def check_site(variant: Variant, site: Site, as_module: bool = True) -> None:
+    """Raise `ConfigError` if PEFT does not have `variant` at `site`, or computes something else there.
+
+    Args:
+        variant: the config.
+        site: the site.
+        as_module: whether PEFT would adapt its module, and not a parameter.
+    """
+    reason = next(_reasons(variant, site), None) if as_module else None
     if reason is not None:
         raise ConfigError(f"{type(variant).__name__}: PEFT {reason}, and {site.name!r} is {site.kind.article}.")
 

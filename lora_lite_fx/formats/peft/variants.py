@@ -87,6 +87,8 @@ class PeftFormat:
         fixed: the values that our other fields must have, because one variant here may be several formats there.
         constants: PEFT's fields that tell these formats apart; a file that leaves one out counts as having this value.
         written: fields of PEFT that it needs in a file, and that are not read.
+        unread_in_files: fields that say how an adapter starts or trains, and do not matter to what a file computes.
+        ignored: endings of keys of tensors that do not either.
         unread: fields that say only how an adapter starts, or what its other fields make pointless.
         start: PEFT's field that says how a new adapter starts; empty if it is one of `fields`.
         starts: the starts that a new adapter has here too: our fields, by the value of that field.
@@ -110,6 +112,8 @@ class PeftFormat:
     constants: Mapping[str, Any] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
+    unread_in_files: frozenset[str] = frozenset()
+    ignored: tuple[str, ...] = ()
     start: str = "init_weights"
     starts: Mapping[Any, Mapping[str, Any]] = field(default_factory=lambda: {True: {}})
     from_file: tuple[str, str] | None = None
@@ -184,6 +188,9 @@ def _lora(variant: type[Variant], start: object) -> PeftFormat:
         {**_FACTORS, **magnitude, **bias},
         constants={"use_dora": variant is DoRA, "init_lora_weights": start},
         unread=frozenset({"eva_config", "qalora_group_size"}),
+        # VeLoRA approximates gradients and computes what LoRA does.
+        unread_in_files=frozenset({"lora_ga_config", "corda_config", "velora_config"}),
+        ignored=("lora_velora_embed",),
         start="init_lora_weights",
         starts={start: {}, **(_GAUSSIAN if start is True else {})},
         patterns=_BOTH_PATTERNS,

@@ -174,7 +174,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "trainable_token_indices": {"trainable_token_indices": [1]},
     "use_qalora": {"use_qalora": True},
     "layer_replication": {"layer_replication": [[0, 2]]},
-    "target_parameters": {"target_parameters": ["experts.w"]},
+    "target_parameters": {"target_parameters": [1]},
     "init_lora_weights": {"init_lora_weights": "pissa_niter_4"},
     "use_dora": {"init_lora_weights": "pissa", "use_dora": True},
     "target_modules": {"target_modules": "all-linear"},

@@ -120,7 +120,7 @@ def insert_from_file(
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if prints is not None:
-        check_base(gm, [(variant, targets)], prints, path)
+        check_base(gm, [(variant, targets)], prints, path, stacklevel=6)  # only `load_peft` has prints
     first = insert_adapters(gm, [(variant, targets)])
     current = adapter_state_dict(gm)
     values = dict(current)

@@ -182,8 +182,7 @@ MISTAKES: list[Mistake] = [
     (
         lambda: anything.load_peft(model(), "someone/adapter"),
         llfx.CheckpointError,
-        "someone/adapter is not a directory: nothing is there. If it is a name on the Hugging Face Hub, download it"
-        " first: huggingface_hub.snapshot_download('someone/adapter').",
+        "someone/adapter is neither a directory here nor in the local cache of the Hub, and could not be downloaded:",
     ),
 ]
 

@@ -164,13 +164,13 @@ def _warn_of_base(start: object, name: str) -> None:
             f"{name}: with init_lora_weights={start!r} PEFT changes the base in memory before training. On the base as"
             " it was published the adapter computes something else than in training, here as in PEFT. Load it on the"
             " base that was saved with it, or save it in PEFT with path_initial_model_for_weight_conversion.",
-            stacklevel=6,
+            stacklevel=7,
         )
     elif isinstance(start, str) and start.startswith("pissa_niter"):
         warnings.warn(
             f"{name}: PEFT's init_lora_weights={start!r} factorizes the weight with random numbers, anew at each load."
             " Here the exact factors are subtracted from the base, so outputs agree up to that approximation.",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from ...adapters.state import warn_of_trained_base
 from ...adapters.variant import Variant
+from ...capture.capture import Inputs
 from ...errors import CheckpointError, ConfigError
 from ...graph.provenance import SHARED
 from ...sites.site import Site
@@ -28,12 +30,12 @@ from ..tensor_bytes import tensor_bytes
 from ..writing import write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
 from .config import config_for, read_config
+from .hub import CONFIG, TENSORS, directory_of
 from .modules import PeftModule, by_site, exactly, peft_modules
 from .sites import check_site
 from .variants import PeftFormat, format_of
 from .written import as_written
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _DIGEST = "lora_lite_fx.config"  # the key of the config's digest in the metadata of the tensors
 _ABOUT_THE_BASE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
@@ -85,13 +87,43 @@ def save_peft(
     write_together([(folder / TENSORS, data), (folder / CONFIG, document)])
 
 
-@loader
-def load_peft(folder: Path) -> AdapterFile:
+def load_peft(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    stack: bool = False,
+    allow_nonfinite: bool = False,
+) -> fx.GraphModule:
     """Capture a model and insert the adapter of a PEFT directory, with its saved values.
 
     Other weights of the base than those that the adapter was made for are treated as by `load`. Directories that
-    `save_peft` did not write do not say them, and are compared by the name of the base.
+    `save_peft` did not write do not say them, and are compared by the name of the base. Only safetensors and JSON are
+    read.
+
+    Args:
+        model: the base, which is not changed.
+        path: of the directory; or "owner/name" of a repository on the Hugging Face Hub, which is downloaded once and
+            then found in the local cache, as by transformers. With `HF_HUB_OFFLINE=1` only the cache is asked.
+        example_inputs: as for `capture`.
+        revision: a branch, tag or commit of the repository.
+        subfolder: the folder in the directory or repository that holds the adapter.
+        stack, allow_nonfinite: as for `load`.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError, AdapterError, CaptureError: as for `load`; or the repository cannot be had.
     """
+    folder = directory_of(path, revision, subfolder)
+    return _load_directory(model, folder, example_inputs, stack=stack, allow_nonfinite=allow_nonfinite)
+
+
+def _read_directory(folder: Path) -> AdapterFile:
+    """Read and check a PEFT directory, without a model."""
     check_directory(folder)
     config = read_json(folder / CONFIG)
     state, metadata = read_safetensors(folder / TENSORS)
@@ -127,6 +159,9 @@ def load_peft(folder: Path) -> AdapterFile:
         insert_from_file(gm, sites, _for_sites(variant, found), tensors, form.rest, folder, prints, check)
 
     return AdapterFile(state, insert)
+
+
+_load_directory = loader(_read_directory, "load_peft")
 
 
 def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str, Any]:

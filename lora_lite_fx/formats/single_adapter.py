@@ -153,5 +153,9 @@ def _check_tensors(
             raise CheckpointError(
                 f"{where} has {name} of shape {tuple(tensor.shape)}; its config asks for {specs[name].shape}."
             )
-        if not tensor.is_floating_point():
+        wanted = specs[name].dtype
+        if wanted is not None and not wanted.is_floating_point:
+            if tensor.dtype != wanted:
+                raise CheckpointError(f"{where} has {name} in {tensor.dtype}; its config asks for {wanted}.")
+        elif not tensor.is_floating_point():
             raise CheckpointError(f"{where} has {name} in {tensor.dtype}, which is not a floating-point type.")

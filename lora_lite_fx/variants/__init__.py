@@ -1,5 +1,6 @@
 """The variants, one file each. To add one, write its file and import it here."""
 
+from .adalora import AdaLoRA
 from .antipasto import AntiPaSTO
 from .boft import BOFT
 from .c3a import C3A
@@ -20,6 +21,8 @@ from .olora import OLoRA
 from .pissa import PiSSA
 from .randlora import RandLoRA
 from .road import RoAd
+from .shira import SHiRA
+from .vblora import VBLoRA
 from .vera import VeRA
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "HRA",
     "IA3",
     "OFT",
+    "AdaLoRA",
     "AntiPaSTO",
     "DeLoRA",
     "DoRA",
@@ -43,5 +47,7 @@ __all__ = [
     "PiSSA",
     "RandLoRA",
     "RoAd",
+    "SHiRA",
+    "VBLoRA",
     "VeRA",
 ]

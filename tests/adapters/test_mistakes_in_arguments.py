@@ -180,9 +180,10 @@ MISTAKES: list[Mistake] = [
         " in, 'peft'.",
     ),
     (
-        lambda: anything.load_peft(model(), "someone/adapter"),
+        lambda: anything.load_peft(model(), "not/here/adapter"),
         llfx.CheckpointError,
-        "someone/adapter is neither a directory here nor in the local cache of the Hub, and could not be downloaded:",
+        "not/here/adapter is not a directory: nothing is there. A repository on the Hugging Face Hub is named"
+        " owner/name.",
     ),
 ]
 

@@ -15,8 +15,8 @@ import lora_lite_fx as llfx
 
 RANKS = {"r", "rank_pattern"}
 SCALES = {"alpha", "alpha_pattern"}
-WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr", "RandLoRA"}
-WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO"}
+WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr", "RandLoRA", "AdaLoRA"}
+WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO", "SHiRA", "VBLoRA"}
 WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT"}
 
 v: Any = llfx

@@ -30,6 +30,10 @@ IN_EACH_BLOCK = "(in|gate|fc|q|qkv|mix|one|head)$"
 """Matches a site of each block in models.py, and mostly not all of them: they get another rank than the others."""
 
 
+_OF_BLOCKS = ("_size", "_length")
+"""Endings of the names of fields that must divide the sides of a weight."""
+
+
 def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Variant]:
     """Return random configs of a variant: rank, scale, and its own flags, choices, sizes and dropout."""
     drawn: dict[str, st.SearchStrategy[Any]] = {
@@ -44,7 +48,7 @@ def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Var
             drawn[field.name] = st.booleans()
         elif get_origin(kinds[field.name]) is Literal:
             drawn[field.name] = st.sampled_from(get_args(kinds[field.name]))
-        elif field.name.endswith("_size"):
+        elif field.name.endswith(_OF_BLOCKS):
             drawn[field.name] = st.sampled_from([2, 4])
     names = {field.name for field in dataclasses.fields(cls)}
     drawn = {name: strategy for name, strategy in drawn.items() if name in names}
@@ -67,7 +71,7 @@ def small(cls: type[llfx.Variant], size: int = 4, **fields: Any) -> llfx.Variant
     An `alpha` among `fields` is for the variants that have one.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    sizes = {name: size for name in names if name == "r" or name.endswith("_size")}
+    sizes = {name: size for name in names if name == "r" or name.endswith(_OF_BLOCKS)}
     return cls(**sizes | {name: value for name, value in fields.items() if name in names or name != "alpha"})
 
 

@@ -17,7 +17,10 @@ from tests.support.conformance import calibration
 from tests.variants.test_low_rank import grad_of
 
 D_IN, INNER, D_OUT = 8, 12, 4
-SMALL: dict[str, Any] = {"r": 4, "alpha": 4.0, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 20}
+SMALL: dict[str, Any] = {"r": 4, "alpha": 4.0, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 20} | {
+    "vector_length": 4,
+    "num_vectors": 6,
+}
 # What no flag or choice shows: forms that take other tensors.
 FORMS: dict[str, list[dict[str, Any]]] = {
     "BOFT": [{"block_size": 2, "butterfly_factors": 2}],
@@ -41,6 +44,7 @@ ZERO = {
         "lora_A1": "B1 = 0",
     },
     "VeRA": {"lora_ld": "lb = 0"},
+    "AdaLoRA": {"lora_A": "E = 0", "lora_B": "E = 0"},
     "RandLoRA": {"lora_gamma": "lambda = 0"},
 }
 

@@ -135,6 +135,7 @@ def _read_directory(folder: Path) -> AdapterFile:
     form = format_of(variant)
     modules = _by_module(form, state, folder / TENSORS)
     if form.same_rank:
+        modules = {name: has for name, has in modules.items() if not _is_pruned(has.get(form.same_rank))}
         variant = _with_ranks_of(variant, form.same_rank, modules)
     if form.from_file is not None:
         field, tensor = form.from_file
@@ -201,6 +202,11 @@ def _for_sites(variant: Variant, found: Mapping[str, PeftModule]) -> Variant:
             change: dict[str, Any] = {pattern: (*others, *getattr(variant, pattern))}
             variant = dataclasses.replace(variant, **change)
     return variant
+
+
+def _is_pruned(tensor: Tensor | None) -> bool:
+    """Return whether a factor has no rank left, so that its site is not adapted any more."""
+    return tensor is not None and tensor.dim() > 0 and len(tensor) == 0
 
 
 def _with_ranks_of(variant: Variant, tensor: str, by_site: Mapping[str, Mapping[str, Tensor]]) -> Variant:

@@ -44,7 +44,7 @@ def directory_of(path: str | os.PathLike[str], revision: str | None, subfolder: 
         hf_hub_download(str(path), TENSORS, subfolder=subfolder or None, revision=commit)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{where} is neither a directory here nor in the local cache of the Hub, and could not be downloaded:"
-            f" {type(error).__name__}: {error}. It needs {CONFIG} and {TENSORS}; a pickle is not read."
+            f"{where} is neither a directory here nor in the local cache of the Hub, and could not be downloaded"
+            f" ({type(error).__name__}). It needs {CONFIG} and {TENSORS}; a pickle is not read."
         ) from error
     return config.parent

@@ -12,7 +12,7 @@ from ...graph.provenance import inner_name
 from ...sites.dataflow import op_name
 from ...sites.kinds.convolution import Convolution
 from ...sites.site import Call, Site
-from ...variants import IA3, OFT
+from ...variants import IA3, OFT, SHiRA
 from .variants import PeftFormat, format_of
 
 
@@ -42,6 +42,11 @@ def _reasons(variant: Variant, site: Site) -> Iterator[str]:
         yield "has no bias at an embedding"
     if site.transposed and not form.conv1d:
         yield "has it for ordinary linears only, not for a Conv1D"
+    if (
+        isinstance(variant, SHiRA)
+        and variant.for_site(site.name).params(site)["lora_S"].shape[0] == site.d_in * site.d_out
+    ):
+        yield "wants fewer entries of SHiRA than the weight has"
     if isinstance(kind, Convolution):
         yield from _reasons_of_convolution(variant, form, site, kind)
 

@@ -78,11 +78,18 @@ def _as_lora(
 def _of_one_rank(
     variant: Any, placed: Sequence[Placement], state: Mapping[str, Tensor]
 ) -> tuple[Variant, dict[str, Tensor]]:
-    """Return the adapter with the largest of its ranks everywhere; products with the zeros that are added are zero."""
+    """Return the adapter with the largest of its ranks everywhere; products with the zeros that are added are zero.
+
+    The scale of AdaLoRA depends on the rank, so its `E` makes up for the difference.
+    """
     r = max(state[placement.tensors["lora_A"]].shape[0] for placement in placed)
     tensors = {}
     for placement in placed:
         for name, qualified in placement.tensors.items():
-            lacking = r - state[qualified].shape[0 if name == "lora_A" else 1]
-            tensors[qualified] = F.pad(state[qualified], (0, 0, 0, lacking) if name == "lora_A" else (0, lacking))
+            tensor = state[qualified]
+            lacking = r - tensor.shape[0 if name in ("lora_A", "lora_E") else 1]
+            if name == "lora_E":
+                before: Any = placement.local
+                tensor = tensor * ((r + 1e-5) / (before.r + 1e-5))
+            tensors[qualified] = F.pad(tensor, (0, 0, 0, lacking) if name == "lora_A" else (0, lacking))
     return dataclasses.replace(variant, r=r, rank_pattern=()), tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,25 +42,26 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_repository_in_the_cache_is_loaded_with_revision_and_subfolder(cache: Path) -> None:
-    model = ResidualMLP().eval()
     torch.manual_seed(0)
     model = ResidualMLP().eval()
-    for arguments, value in (
+    cached: list[tuple[dict[str, Any], float]] = [
         ({}, 0.3),
         ({"revision": COMMITS["main"]}, 0.3),
         ({"revision": "v2", "subfolder": "checkpoints/last"}, 0.7),
-    ):
-        gm = llfx.load_peft(model, "someone/adapter", (X,), **arguments).eval()  # type: ignore[arg-type]
+    ]
+    for arguments, value in cached:
+        gm = llfx.load_peft(model, "someone/adapter", (X,), **arguments).eval()
         assert torch.allclose(gm(X), trained(value)(X))
 
 
 def test_what_is_not_cached_is_said_offline(cache: Path, tmp_path: Path) -> None:
     model = ResidualMLP().eval()
-    for name, arguments in (
+    missing: list[tuple[str, dict[str, Any]]] = [
         ("someone/other", {}),
         ("someone/adapter", {"revision": "v3"}),
         ("someone/adapter", {"subfolder": "nowhere"}),
-    ):
+    ]
+    for name, arguments in missing:
         with pytest.raises(llfx.CheckpointError, match=f"{name}.* is neither a directory here nor in the local cache"):
             llfx.load_peft(model, name, (X,), **arguments)
     shutil.rmtree(cache / "snapshots" / COMMITS["v2"])

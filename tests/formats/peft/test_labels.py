@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -36,7 +37,7 @@ def test_lora_under_other_names_goes_both_ways() -> None:
 
 @pytest.mark.parametrize("start", ["lora_ga", "corda"])
 def test_a_start_on_another_base_is_read_as_what_it_is_and_said(start: str, tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(copy.deepcopy(model()), peft.LoraConfig(r=4, target_modules=["fc1"])).eval()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(model()), peft.LoraConfig(r=4, target_modules=["fc1"])).eval()
     with torch.no_grad():
         theirs.base_model.model.fc1.lora_B["default"].weight.fill_(0.3)
     theirs.save_pretrained(str(tmp_path))
@@ -48,8 +49,9 @@ def test_a_start_on_another_base_is_read_as_what_it_is_and_said(start: str, tmp_
 
 
 def test_pissa_by_iteration_is_the_pissa_of_its_tensors(tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["fc1"], init_lora_weights="pissa_niter_16")
-    theirs = peft.get_peft_model(copy.deepcopy(model()), config).eval()
+    start: Any = "pissa_niter_16"
+    config = peft.LoraConfig(r=4, target_modules=["fc1"], init_lora_weights=start)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(model()), config).eval()
     with torch.no_grad():
         theirs.base_model.model.fc1.lora_B["default"].weight.add_(0.3)
     theirs.save_pretrained(str(tmp_path))
@@ -62,7 +64,7 @@ CASES = {
     "all-linear": peft.LoraConfig(target_modules="all-linear"),
     "LoRA's default": peft.LoraConfig(),
     "IA3's default": peft.IA3Config(),
-    "FourierFT's default": peft.FourierFTConfig(),
+    "FourierFT's default": peft.FourierFTConfig(n_frequency=50),
 }
 
 
@@ -74,7 +76,7 @@ def test_default_targets_are_those_of_peft(name: str) -> None:
         variant = llfx.from_peft_config(copy.deepcopy(config), base)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
+            theirs: Any = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
         ours = {name for name, site in sites.items() if variant.selects(site)}
         assert ours == set(theirs.base_model.targeted_module_names)
         if isinstance(variant, llfx.IA3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -83,7 +84,7 @@ def test_a_parameter_goes_both_ways() -> None:
     assert round_trip(model, config, x_of(5, 4)) == Outcome("equal", "equal")
 
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 17,
     "hidden_size": 16,
     "intermediate_size": 12,
@@ -113,7 +114,7 @@ def test_experts_go_both_ways(stored: str) -> None:
     torch.manual_seed(0)
     if stored == "outputs first":
         config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=12, num_experts=4, decoder_sparse_step=1)
-        model: nn.Module = Qwen3MoeForCausalLM(config)
+        model: Any = Qwen3MoeForCausalLM(config)
     else:
         model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4))
     model.set_experts_implementation("grouped_mm")

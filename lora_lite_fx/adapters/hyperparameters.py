@@ -33,13 +33,12 @@ class WithRank(Variant):
     rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
 
     def __post_init__(self) -> None:
-        self._require(_is_rank(self.r), f"r must be a positive integer, got {self.r!r}")
+        self._require(is_count(self.r), f"r must be a positive integer, got {self.r!r}")
         super().__post_init__()
-        self._make_pairs("rank_pattern", _is_rank, "positive integers")
+        self._make_pairs("rank_pattern", is_count, "positive integers")
 
     def overrides(self, name: str) -> dict[str, Any]:
-        r = first_match(self.rank_pattern, name, self.r)
-        return super().overrides(name) | ({} if r == self.r else {"r": r, "rank_pattern": ()})
+        return super().overrides(name) | override(self, "r", "rank_pattern", name)
 
     def require_rank_at_most(self, limit: int, site: Site) -> None:
         """Raise `ConfigError` if `r` exceeds `limit` at a site where there are no more directions than that."""
@@ -67,8 +66,7 @@ class WithScale(Variant):
         self._make_pairs("alpha_pattern", is_finite, "finite numbers")
 
     def overrides(self, name: str) -> dict[str, Any]:
-        alpha = first_match(self.alpha_pattern, name, self.alpha)
-        return super().overrides(name) | ({} if alpha == self.alpha else {"alpha": alpha, "alpha_pattern": ()})
+        return super().overrides(name) | override(self, "alpha", "alpha_pattern", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +123,20 @@ def which_kept(ones: Tensor, probability: float, base: FrozenLinear) -> Tensor:
     return F.dropout(ones, probability, base.training).clamp_max(1)
 
 
+def override(variant: Variant, field: str, pattern: str, name: str) -> dict[str, Any]:
+    """Return the override of `field` at the site called `name`, see `Variant.overrides`.
+
+    Args:
+        variant: the config.
+        field: a field.
+        pattern: the field that has its other values by name.
+        name: of a site.
+    """
+    usual = getattr(variant, field)
+    value = first_match(getattr(variant, pattern), name, usual)
+    return {} if value == usual else {field: value, pattern: ()}
+
+
 def first_match(patterns: Mapping[str, T] | Sequence[tuple[str, T]], name: str, default: T) -> T:
     """Return the value of the first pattern that occurs in `name`, or `default` if none does."""
     entries = list(pairs(patterns))
@@ -132,5 +144,6 @@ def first_match(patterns: Mapping[str, T] | Sequence[tuple[str, T]], name: str, 
     return default if index is None else entries[index][1]
 
 
-def _is_rank(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Return whether `value` is a positive integer. For checking the fields of variants."""
     return type(value) is int and value >= 1

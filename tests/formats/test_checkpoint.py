@@ -236,6 +236,8 @@ OLD = json.loads((Path(__file__).parent / "configs_with_rank_and_alpha.json").re
 
 ADDED_SINCE = {"init_weights", "use_label_mask", "dropout", "rank_dropout", "rank_dropout_scale", "module_dropout"} | {
     "effective_conv",
+    "block_size_pattern",
+    "n_frequency_pattern",
     "blocks",
     "block_share",
     "coft",

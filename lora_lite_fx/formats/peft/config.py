@@ -300,8 +300,17 @@ def config_for(variant: Variant, modules: Sequence[PeftModule], names: Iterable[
     config["target_modules"] = _covering(list(targets), names) if targets else []
     if parameters := sorted(module.name for module in modules if module.is_parameter):
         config["target_parameters"] = parameters
-    for field, key in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-        others = {f"^{re.escape(m.name)}": m.overrides[field] for m in modules if field in m.overrides}
+    for key in sorted(form.patterns | {"rank_pattern", "alpha_pattern"}):
+        field = {"rank_pattern": "r", "alpha_pattern": "alpha"}.get(key, key.removesuffix("_pattern"))
+        # PEFT puts a dot before the patterns of its own fields, and takes names that are there in full.
+        begins = "^" if key in ("rank_pattern", "alpha_pattern") else ""
+        others = {
+            f"{begins}{re.escape(m.name) if begins else m.name}": m.overrides[field]
+            for m in modules
+            if field in m.overrides
+        }
+        if not begins and any(m.name.endswith(f".{other}") for m in modules for other in others):
+            raise ConfigError(f"{name}: PEFT would take a {field} for all modules whose names end alike.")
         if others and key not in form.patterns:
             raise ConfigError(f"{name}: PEFT has one {field} for all sites, and this adapter has several.")
         if key in form.patterns:

@@ -99,7 +99,7 @@ class PeftFormat:
             one factor of BOFT whatever its config says.
         same_rank: the tensor whose first side is the rank, if PEFT gives all sites the rank `r` whatever
             `rank_pattern` says. A file is read by the tensor, and written with the largest rank for all.
-        patterns: which of `rank_pattern` and `alpha_pattern` PEFT has for it.
+        patterns: PEFT's fields that have other values by name, called as here.
         conv1d: whether PEFT has it for `Conv1D`.
         kinds: of the sites that can be read and written.
         kernels: the numbers of dimensions that kernels of convolutions may have.
@@ -348,6 +348,7 @@ FORMATS = (
         },
         {"lora_c3a_kernel": PeftTensor("c3a_kernel")},
         start="",
+        patterns=frozenset({"block_size_pattern"}),
     ),
     PeftFormat(
         LoHa,
@@ -429,6 +430,7 @@ FORMATS = (
         },
         {"lora_spectrum": PeftTensor("fourierft_spectrum")},
         start="",
+        patterns=frozenset({"n_frequency_pattern"}),
         conv1d=True,
         rest=("lora_index",),
     ),

@@ -84,6 +84,20 @@ def test_a_parameter_goes_both_ways() -> None:
     assert round_trip(model, config, x_of(5, 4)) == Outcome("equal", "equal")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.C3AConfig(block_size=4, block_size_pattern={"2": 2}, target_modules=["0", "2"]),
+        peft.FourierFTConfig(n_frequency=9, n_frequency_pattern={"2": 5}, target_modules=["0", "2"]),
+    ],
+    ids=["C3A", "FourierFT"],
+)
+def test_sizes_by_name_go_both_ways(config: peft.PeftConfig) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    assert round_trip(model, config, x_of(5, 4)) == Outcome("equal", "equal")
+
+
 SIZES: dict[str, Any] = {
     "vocab_size": 17,
     "hidden_size": 16,

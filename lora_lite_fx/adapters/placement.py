@@ -97,16 +97,24 @@ class Placement:
             else:
                 module.register_buffer(attribute, tensor)
 
-    def initialize(self, model: nn.Module, site: Site, weight: Tensor, statistic: Statistic | None = None) -> None:
+    def initialize(
+        self,
+        model: nn.Module,
+        site: Site,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistic: Statistic | None = None,
+    ) -> None:
         """Write the start values into the tensors.
 
         Args:
             model: has the tensors, see `register`.
             site: the site of this placement.
             weight: the frozen weight of the site, as `site_weight` returns it.
+            bias: the frozen bias, as `site_bias` returns it.
             statistic: the variant's observation of the site on calibration data, or None without such data.
         """
-        initialize(self.local, site, weight, self.namespace(model), statistic)
+        initialize(self.local, site, weight, self.namespace(model), statistic, bias)
 
     def namespace(self, model: nn.Module) -> Any:
         """Return the tensors as attributes by the variant's own names, for `Variant.forward`."""

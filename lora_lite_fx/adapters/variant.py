@@ -227,6 +227,9 @@ class Variant:
         It must call `base` exactly once and act on the last dimension only. If it is affine in `x` outside dropout,
         `merge` can fold it into the weight; if it is not, as a gate that reads `x`, it can do all but that.
 
+        `base(x, weight=w, bias=b)` computes with other tensors in place of the frozen ones, of their shapes. No product
+        is computed twice then. It must be the innermost adapter of its sites, the first in a list of configs.
+
         Types: `x` and `base(x)` have the model's type, `p` the adapter's, which is float32 on a base in half precision.
         Inside `forward` products (`x @ p.lora_A.T`, `F.linear`, `einsum`) promote as sums do: what meets float32 is
         computed in float32. What goes into `base` is cast to the type of `x`, and the result to that of `base(x)`. So
@@ -252,6 +255,9 @@ class Variant:
 
         Write `p.lora_A.copy_(...)`. The weight, and the tensors that all sites share, may only be read.
         """
+
+    def init_bias(self, site: Site, bias: Tensor, p: Any) -> None:
+        """Overwrite, in place, the tensors that start from the frozen bias `(d_out,)`, if there is one."""
 
     def observer(self, site: Site, weight: Tensor) -> Observe | None:
         """Return a function that observes the site's inputs on calibration data; None to start without data.

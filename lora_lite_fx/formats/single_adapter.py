@@ -15,6 +15,7 @@ from ..adapters.placement import (
     by_adapter,
     graph_of,
     placements,
+    site_bias,
     site_weight,
 )
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
@@ -120,7 +121,7 @@ def insert_from_file(
         tensors = by_site[placement.site]
         if set(placement.names) - tensors.keys():
             site = sites[placement.site]
-            placement.initialize(gm, site, site_weight(gm, site))
+            placement.initialize(gm, site, site_weight(gm, site), site_bias(gm, site))
         for name, tensor in tensors.items():
             qualified = placement.tensors[name]
             values[qualified] = tensor.to(current[qualified].dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.direct_calls import OpOverload
-from ..graph.provenance import is_inserted
+from ..graph.provenance import is_inserted, replaced_tensor
 from ..graph.queries import value_of
 from .computed import Computation, name_and_shape
 from .dataflow import op_name
@@ -275,11 +275,15 @@ def _tensor(
         return source
     flipped = False
     while isinstance(node, fx.Node) and not exact and node.op == "call_function" and dim == 2:
+        if (replaced := replaced_tensor(node)) is not None:
+            node = replaced
+            continue
         swaps = _swaps_last_two(node, dim) if node.target in _TRANSPOSES else None
         if swaps is None and node.target not in _COPIES:
             break
         flipped ^= bool(swaps)
         node = node.all_input_nodes[0]
+    node = (replaced_tensor(node) or node) if isinstance(node, fx.Node) else node
     if not isinstance(node, fx.Node) or node not in frozen:
         return None
     named = name_and_shape(gm, node, dim, product)
@@ -295,6 +299,9 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
     while isinstance(node, fx.Node) and node.op != "get_attr":
         if node.op != "call_function":
             return None
+        if (replaced := replaced_tensor(node)) is not None:
+            node = replaced
+            continue
         if node.target in _TRANSPOSES:
             swaps = _swaps_last_two(node, dim)
             if swaps is None or (swaps and rows is not None):  # columns that a split takes

@@ -7,6 +7,7 @@ from .delora import DeLoRA
 from .dora import DoRA
 from .eva import EVA
 from .fourierft import FourierFT
+from .full import Full
 from .gralora import GraLoRA
 from .hira import HiRA
 from .hra import HRA
@@ -33,6 +34,7 @@ __all__ = [
     "DeLoRA",
     "DoRA",
     "FourierFT",
+    "Full",
     "GraLoRA",
     "HiRA",
     "LoHa",

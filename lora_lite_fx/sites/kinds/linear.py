@@ -49,6 +49,10 @@ class SiteKind:
         part = matrix.mT.contiguous() if self.transposed else matrix
         return part if self.rows is None else torch.cat([like[: self.rows[0]], part, like[self.rows[1] :]])
 
+    def stored_shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        """Return the shape in which a matrix `(d_out, d_in)` is stored, if it is a whole parameter."""
+        return (d_in, d_out) if self.transposed else (d_out, d_in)
+
     def bias(self, bias: Tensor) -> Tensor:
         """Return `bias (d_out,)` in the shape that meets the output of the operator."""
         return bias

@@ -21,6 +21,7 @@ from ..errors import ConfigError, shown
 from ..graph.direct_calls import version_of
 from ..graph.provenance import SHARED
 from ..sites.kinds.expert_values import Routed
+from ..sites.kinds.norm import Norm
 from ..sites.site import Site, stored_bias, stored_weight
 from .adapted_site import FrozenSite
 from .declaration import check_fields
@@ -68,8 +69,11 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module, in
         _check_shared(local, site, specs, shared)
         checked.append((local, site))
     for local, site in checked:
-        if rehearse(local, site, model).replaces and site.name in inside:
+        replaces = rehearse(local, site, model).replaces
+        if replaces and site.name in inside:
             raise not_innermost(type(variant).__name__, site.name)
+        if isinstance(site.kind, Norm) and not replaces:
+            raise ConfigError(f"{type(variant).__name__} cannot adapt {site.name!r}, a norm: {site.kind.why}.")
 
 
 def finalize(variant: Variant, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:

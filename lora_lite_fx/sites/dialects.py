@@ -20,6 +20,8 @@ from .kinds.convolution import Convolution
 from .kinds.embedding import Lookup
 from .kinds.experts import Experts
 from .kinds.linear import SiteKind
+from .kinds.norm import Norm
+from .norms import match_norm
 from .site import Call
 
 aten = torch.ops.aten
@@ -75,7 +77,7 @@ def match_site(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node] = (
     elif node.target is aten.einsum.default:
         return _match_einsum(gm, node, frozen)
     else:
-        return None
+        return _match_norm(gm, node, frozen)
     source = _tensor(gm, weight, 2, node, frozen)
     bias_source = _tensor(gm, bias, 1, node, frozen) if bias is not None else None
     if source is None or (bias is not None and bias_source is None):
@@ -103,6 +105,17 @@ def _match_einsum(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node])
             kind = contraction(equation, weight is operands[0], tuple(source.shape))
             return None if isinstance(kind, str) else _match(Call(x, node, node), source, kind, None)
     return None
+
+
+def _match_norm(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node]) -> Match | None:
+    """Return the match of the weight of a norm, or None."""
+    if (norm := match_norm(gm, node, frozen)) is None:
+        return None
+    weight, bias = (
+        None if name is None else _Source(name, False, None, gm.get_parameter(name).shape)
+        for name in (norm.weight, norm.bias)
+    )
+    return None if weight is None else Match(Call(norm.x, node, node), weight, Norm(), bias)
 
 
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)

@@ -25,8 +25,9 @@ class Full(Variant):
     themselves. A weight that is tied to `W` stays as it is: a head that shares the embedding's weight keeps the frozen
     one.
 
-    Without names and roles it trains the head. `Full(target_kinds="embedding")` trains the embeddings. BitFit
-    (https://arxiv.org/abs/2106.10199) is `Full(weight=False, target_names=".")`: the biases of all sites that have one.
+    Without names and roles it trains the head. `Full(target_kinds="norm")` trains the norms, which is LN-tuning
+    (https://arxiv.org/abs/2312.11420). `Full(weight=False, target_names=".")` trains the biases of all sites that have
+    one, which is BitFit (https://arxiv.org/abs/2106.10199).
 
     Args:
         weight: whether to train the weight.
@@ -35,7 +36,7 @@ class Full(Variant):
 
     weight: bool = True
     bias: bool = True
-    target_kinds: str | Sequence[str] = ("linear", "embedding", "conv")
+    target_kinds: str | Sequence[str] = ("linear", "embedding", "conv", "norm")
 
     default_roles: ClassVar[tuple[str, ...]] = ("head",)
 

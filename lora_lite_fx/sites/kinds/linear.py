@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KINDS = ("linear", "embedding", "conv", "experts")
+KINDS = ("linear", "embedding", "conv", "experts", "norm")
 """The kinds of sites, as `Variant.target_kinds` names them."""
 
 

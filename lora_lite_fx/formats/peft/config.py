@@ -13,6 +13,7 @@ from ...sites.kinds.convolution import Convolution
 from ...sites.site import Site
 from ...variants import EVA, IA3
 from .variants import FORMATS, PeftFormat
+from .whole import FIELDS, WholeFields
 
 # Fields that say where an adapter comes from, or how PEFT is to run it.
 _UNREAD = frozenset(
@@ -36,17 +37,27 @@ _START = r"(^|\.)"
 _FLAGS = re.compile(r"(\(\?[aiLmsux]+\))+")
 
 
-def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
+def from_peft_config(config: Mapping[str, Any] | Any) -> Variant | list[Variant]:
     """Return the variant that a PEFT config describes, with its targets as patterns of names.
 
     Args:
         config: a `PeftConfig`, or the content of an `adapter_config.json`.
 
+    Returns:
+        The config of the adapter. If PEFT trains whole modules or biases beside it (`modules_to_save`, `bias`, the head
+        of a classifier), a list: those as `Full`, and the adapter last.
+
     Raises:
         ConfigError: it asks for something that cannot be represented here, or for a start that no new adapter has
             here; the message says what.
     """
-    return read_config(config, new=True)
+    variant = read_config(config, new=True)
+    beside = WholeFields.of(_plain(config), type(variant).__name__).configs(variant)
+    return [*beside, variant] if beside else variant
+
+
+def _plain(config: Mapping[str, Any] | Any) -> dict[Any, Any]:
+    return dict(config if isinstance(config, Mapping) else config.to_dict())
 
 
 def read_config(config: Mapping[str, Any] | Any, *, new: bool) -> Variant:
@@ -60,7 +71,7 @@ def read_config(config: Mapping[str, Any] | Any, *, new: bool) -> Variant:
         ConfigError: as for `from_peft_config`.
     """
     try:
-        return _read(dict(config if isinstance(config, Mapping) else config.to_dict()), new)
+        return _read(_plain(config), new)
     except (AttributeError, RecursionError) as error:
         raise ConfigError(f"It is not a config of PEFT: {error}.") from error
 
@@ -77,7 +88,8 @@ def _read(config: dict[Any, Any], new: bool) -> Variant:
             raise ConfigError(f"{name}: PEFT's {theirs.name}={value!r} is not a valid value.") from error
     known = {theirs.name for theirs in form.fields.values()} | form.unread | form.patterns
     known |= form.constants.keys() | form.written.keys() | {form.start}
-    for key in sorted(config.keys() - known - _UNREAD - _TARGETS, key=str):
+    whole = WholeFields.of(config, name)
+    for key in sorted(config.keys() - known - _UNREAD - _TARGETS - FIELDS, key=str):
         if config[key] not in (None, False, 0, "none", [], {}, ()):
             raise ConfigError(f"{name}: PEFT's {key}={config[key]!r} cannot be represented here.")
     for key in form.patterns:
@@ -89,7 +101,10 @@ def _read(config: dict[Any, Any], new: bool) -> Variant:
         fields |= _start(config, form)
     fields["target_names"] = _targets(config, name)
     fields["target_kinds"] = form.kinds
-    fields["exclude_names"] = _patterns(config.get("exclude_modules") or (), "exclude_modules", name, _START)
+    fields["exclude_names"] = (
+        *_patterns(config.get("exclude_modules") or (), "exclude_modules", name, _START),
+        *whole.excluded,
+    )
     if form.variant is IA3:
         feedforward = config.get("feedforward_modules") or ()
         fields["feedforward_names"] = _patterns(feedforward, "feedforward_modules", name, "")

@@ -29,6 +29,7 @@ from ..writing import write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
 from .config import config_for, format_of, read_config
 from .variants import PeftFormat
+from .whole import WholeFields, insert_whole, is_whole, whole_placements, write_whole
 from .written import as_written
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -70,13 +71,18 @@ def save_peft(
             if name in form.tensors:
                 value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
                 tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
+    modules = _modules(model)
+    adapted = [placement.site for placement in placed]
+    fields, whole = write_whole(model, sites, adapted, modules)
+    config |= fields
+    tensors |= {key: tensor.contiguous().cpu() for key, tensor in whole.items()}
     if not allow_nonfinite:
         check_finite(tensors, folder / TENSORS, "nothing was written")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
-    prints = fingerprints(model, [placement.site for placement in placed])
+    prints = fingerprints(model, [*adapted, *(placement.site for placement in whole_placements(model))])
     metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
     data = tensor_bytes(tensors, metadata)
     document = json.dumps(config, indent=2, sort_keys=True).encode()
@@ -99,7 +105,8 @@ def load_peft(folder: Path) -> AdapterFile:
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
-    by_site = _by_site(form, state, folder / TENSORS)
+    whole_fields = WholeFields.of(config, type(variant).__name__)
+    by_site, whole = _by_site(form, state, folder / TENSORS)
     if form.same_rank:
         variant = _with_ranks_of(variant, form.same_rank, by_site)
     prints = prints_in(metadata, folder)
@@ -107,6 +114,7 @@ def load_peft(folder: Path) -> AdapterFile:
     def insert(gm: fx.GraphModule) -> None:
         if prints is None:
             compare_names(gm, config, folder)
+        insert_whole(gm, whole, whole_fields, folder, prints)
         insert_from_file(gm, variant, by_site, form.rest, folder, prints)
 
     return AdapterFile(state, insert)
@@ -124,12 +132,17 @@ def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str
     """
     placed, variant, _ = as_written(model, as_lora)
     sites = sites_of(model)
-    return _config(model, variant, [sites[placement.site] for placement in placed])
+    fields, _ = write_whole(model, sites, [placement.site for placement in placed], _modules(model))
+    return _config(model, variant, [sites[placement.site] for placement in placed]) | fields
 
 
 def _config(model: nn.Module, variant: Variant, sites: list[Site]) -> dict[str, Any]:
-    modules = [name for name, _ in model.named_modules() if not name.endswith(".base")]
-    return config_for(variant, sites, modules) | base_fields(model)
+    return config_for(variant, sites, _modules(model)) | base_fields(model)
+
+
+def _modules(model: nn.Module) -> list[str]:
+    """Return the names of the model's own modules."""
+    return [name for name, _ in model.named_modules() if not name.endswith(".base")]
 
 
 def _with_ranks_of(variant: Variant, tensor: str, by_site: Mapping[str, Mapping[str, Tensor]]) -> Variant:
@@ -170,27 +183,41 @@ def _key(form: PeftFormat, site: Site, name: str) -> str:
     return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{site.name}.{key}"
 
 
-def _by_site(form: PeftFormat, state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a file, by site and by our names; those that sites share are at each."""
+def _by_site(
+    form: PeftFormat, state: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the adapter's tensors in a file, by site and by our names, and the other tensors by key.
+
+    Those that sites share are at each.
+    """
     by_site: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name, site = _parsed(form, key, path)
+        if (parsed := _parsed(form, key, path)) is None:
+            whole[key] = tensor
+            continue
+        name, site = parsed
         try:
             (shared if site is None else by_site.setdefault(site, {}))[name] = form.tensors[name].to_ours(tensor)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(f"{path}: {key} cannot have the shape {tuple(tensor.shape)}.") from error
-    return {site: {**tensors, **shared} for site, tensors in by_site.items()}
+    return {site: {**tensors, **shared} for site, tensors in by_site.items()}, whole
 
 
-def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
-    """Return our name of the tensor called `key`, and its site; None for a tensor that sites share."""
+def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None] | None:
+    """Return our name of the tensor called `key`, and its site; None for a tensor that sites share.
+
+    Return None for what is not the adapter's, but a weight or bias of the model.
+    """
     for name, theirs in form.tensors.items():
         if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
             return name, None
         for ending in (theirs.key, theirs.embedding):
             if ending and key.startswith(_PREFIX) and key.endswith(f".{ending}"):
                 return name, key.removeprefix(_PREFIX).removesuffix(f".{ending}")
+    if is_whole(key):
+        return None
     known = ", ".join(theirs.key for theirs in form.tensors.values())
     raise CheckpointError(
         f"{path}: {key} cannot be represented here; of {form.variant.__name__}, modules have {known}."

@@ -53,6 +53,7 @@ from .variants import (
     PiSSA,
     RandLoRA,
     RoAd,
+    TrainableTokens,
     VeRA,
 )
 
@@ -93,6 +94,7 @@ __all__ = [
     "RoAd",
     "SelectionError",
     "Statistic",
+    "TrainableTokens",
     "Variant",
     "VeRA",
     "WithDropout",

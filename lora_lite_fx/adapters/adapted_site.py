@@ -82,6 +82,8 @@ class FrozenSite:
         """
         stored: dict[str, Tensor] = {}
         if weight is not None:
+            if not self.weight.is_floating_point():
+                raise Refused(f"calls base with a weight, and the site's is quantized ({self.weight.dtype})")
             _check_shape("weight", weight, self.site.kind.matrix(self.weight))
             stored["weight"] = self.site.kind.stored(weight, self.weight).type_as(self.weight)
         if bias is not None:

@@ -62,17 +62,37 @@ def initialize(
             variant.calibrate(site, frozen, p, statistic)
 
 
+@torch.no_grad()
+def initialize_shared(variant: Variant, site: Site, weight: Tensor, p: Any) -> None:
+    """Write the start values that follow from the weight into the tensors `p`, which all sites share.
+
+    Args:
+        variant, site, weight: as for `initialize`, at the first site.
+        p: the shared tensors.
+
+    Raises:
+        ConfigError: as `initialize`.
+    """
+    if type(variant).init_shared is not Variant.init_shared:
+        with _writing(variant, "init_shared", site, p, shared=True, weight=(frozen := wide(weight))):
+            variant.init_shared(site, frozen, p)
+
+
 @contextmanager
-def _writing(variant: Variant, function: str, site: Site, p: Any, **frozen: Tensor) -> Iterator[None]:
+def _writing(
+    variant: Variant, function: str, site: Site, p: Any, shared: bool = False, **frozen: Tensor
+) -> Iterator[None]:
     """Let a function of `variant` write to the tensors `p` in the body, and check that it does so in place.
 
     Args:
         variant, site, p: as for `initialize`.
         function: its name.
+        shared: whether it may write to tensors that sites share.
         frozen: what it may only read, by name.
     """
     tensors: dict[str, Tensor] = vars(p)
-    read_only = frozen | {f"p.{name}": t for name, t in tensors.items() if name.startswith(SHARED)}
+    of_all = {} if shared else {f"p.{name}": t for name, t in tensors.items() if name.startswith(SHARED)}
+    read_only = frozen | of_all
     places = {name: (tensor.untyped_storage(), tensor.shape) for name, tensor in tensors.items()}
     with naming(variant, function, site, {**frozen, **tensors}), Watch(read_only):
         yield

@@ -98,8 +98,8 @@ class Variant:
         target_names: regular expressions, searched in the qualified name.
         exclude_names: regular expressions; a site whose name matches one is left alone.
         layers: indices of layers (the first number in the qualified name) to adapt.
-        target_kinds: kinds of sites to adapt: `linear`, `embedding`, `conv`, `experts`. Only linears have roles; sites
-            of the other kinds are chosen by kind, name and layer.
+        target_kinds: kinds of sites to adapt: `linear`, `embedding`, `conv`, `experts`, `norm`. Only linears have
+            roles; sites of the other kinds are chosen by kind, name and layer.
 
     Raises:
         ConfigError: an argument is unknown or positional, or a field has an impossible value.
@@ -258,6 +258,9 @@ class Variant:
 
     def init_bias(self, site: Site, bias: Tensor, p: Any) -> None:
         """Overwrite, in place, the tensors that start from the frozen bias `(d_out,)`, if there is one."""
+
+    def init_shared(self, site: Site, weight: Tensor, p: Any) -> None:
+        """Overwrite, in place, the tensors that all sites share, from the frozen weight of the first of them."""
 
     def observer(self, site: Site, weight: Tensor) -> Observe | None:
         """Return a function that observes the site's inputs on calibration data; None to start without data.

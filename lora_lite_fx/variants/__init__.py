@@ -21,6 +21,7 @@ from .olora import OLoRA
 from .pissa import PiSSA
 from .randlora import RandLoRA
 from .road import RoAd
+from .trainable_tokens import TrainableTokens
 from .vera import VeRA
 
 __all__ = [
@@ -45,5 +46,6 @@ __all__ = [
     "PiSSA",
     "RandLoRA",
     "RoAd",
+    "TrainableTokens",
     "VeRA",
 ]

@@ -17,7 +17,7 @@ RANKS = {"r", "rank_pattern"}
 SCALES = {"alpha", "alpha_pattern"}
 WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr", "RandLoRA"}
 WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO"}
-WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT", "Full"}
+WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT", "Full", "TrainableTokens"}
 
 v: Any = llfx
 """The variants without their types, because these tests pass arguments that a type checker refuses."""

@@ -25,6 +25,7 @@ from tests.support.conformance import (
     check_merge,
     check_remove,
     close,
+    for_any_linear,
     gradients,
     output,
     randomise,
@@ -34,7 +35,7 @@ from tests.support.conformance import (
 from tests.support.own_variants import registered
 from tests.support.plain_variants import PlainLoRA
 
-VARIANTS = list(llfx.registry().values())
+VARIANTS = list(for_any_linear().values())
 E, WIDTH, INNER, NUMBER = 3, 8, 12, 20
 
 

@@ -31,7 +31,7 @@ from tests.sites.test_roles_blocks import (
     split_heads,
 )
 from tests.sites.test_roles_of_models import check_table, parse, roles_of
-from tests.support.conformance import calibration
+from tests.support.conformance import calibration, for_any_linear
 
 # Blocks that look like attention or feed-forward, and are neither.
 
@@ -216,7 +216,7 @@ def config(cls: type[llfx.Variant], r: int = 4) -> llfx.Variant:
     return cls(target_names=("layers",), **sizes)
 
 
-CONFIGS = [[config(cls)] for cls in llfx.registry().values()] + [[config(llfx.LoRA, 2), config(llfx.HRA, 2)]]
+CONFIGS = [[config(cls)] for cls in for_any_linear().values()] + [[config(llfx.LoRA, 2), config(llfx.HRA, 2)]]
 
 
 @functools.cache

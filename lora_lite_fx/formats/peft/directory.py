@@ -29,7 +29,8 @@ from ..writing import write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
 from .config import config_for, format_of, read_config
 from .variants import PeftFormat
-from .whole import WholeFields, insert_whole, is_whole, whole_placements, write_whole
+from .whole import WholeFields, insert_whole, is_whole
+from .whole_written import whole_placements, write_whole
 from .written import as_written
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

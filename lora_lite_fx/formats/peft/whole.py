@@ -1,12 +1,13 @@
-"""Whole tensors in PEFT's directories: `modules_to_save`, trained biases, and the embeddings that PEFT saves with them.
+"""What PEFT's directories hold beside an adapter: `modules_to_save`, trained biases, trained tokens, saved embeddings.
 
-Here they are adapters of their own, `Full`, before the adapter that the directory is called by.
+Here the first three are adapters of their own, `Full` and `TrainableTokens`, inside the one that the directory is
+called by. Saved embeddings are not trained, and are compared with the base. `whole_written.py` is the way back.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...adapters.placement import Placement, adapter_tensor_names, by_adapter
-from ...adapters.state import adapter_state_dict
 from ...adapters.variant import Variant
 from ...errors import CheckpointError, ConfigError
 from ...graph.tensors import tensor_of
 from ...sites.finding import find_sites
 from ...sites.site import Site
-from ...variants import Full
+from ...variants import Full, TrainableTokens
 from ..single_adapter import insert_from_file
 
-FIELDS = frozenset({"modules_to_save", "bias"})
-"""The fields of a config that name whole tensors."""
+FIELDS = frozenset({"modules_to_save", "bias", "trainable_token_indices"})
+"""The fields of a config that name what trains beside the adapter."""
+
+BESIDE = (Full, TrainableTokens)
+"""The variants that a directory can hold beside another."""
 
 _BIASES = ("none", "all", "lora_only")
-_PREFIX = "base_model.model."
-_BASE = ".base_layer."
+PREFIX = "base_model.model."
+BASE = ".base_layer."
+TOKENS = ".token_adapter.trainable_tokens_delta"
 _DOUBLE = re.compile(r"\.(original_module|modules_to_save)\.(default\.)?")
 """Matches in the keys by which PEFT writes biases of whole modules once more, if it trains all biases."""
 _HEADS = {
@@ -47,10 +50,12 @@ class WholeFields:
     Args:
         modules: the ends of the names of modules.
         bias: which biases train: none, all, or those of the adapted modules (`lora_only`).
+        tokens: the ids of tokens that train, by the end of the name of their embedding; of the model's own if empty.
     """
 
     modules: tuple[str, ...]
     bias: str
+    tokens: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, config: Mapping[str, Any], variant: str) -> WholeFields:
@@ -65,7 +70,8 @@ class WholeFields:
         if bias not in _BIASES:
             raise ConfigError(f"{variant}: PEFT's bias must be one of {', '.join(_BIASES)}, got {bias!r}.")
         task = getattr(config.get("task_type"), "value", config.get("task_type"))
-        return cls(tuple(sorted({*modules, *_HEADS.get(str(task), ())})), bias)
+        heads = _HEADS.get(str(task), ())
+        return cls(tuple(sorted({*modules, *heads})), bias, _tokens(config, variant))
 
     @property
     def excluded(self) -> tuple[str, ...]:
@@ -87,15 +93,28 @@ class WholeFields:
         elif self.bias == "lora_only":
             targets = {"target_names": adapter.target_names, "target_kinds": adapter.target_kinds}
             configs.append(Full(weight=False, exclude_names=adapter.exclude_names, **targets))  # type: ignore[arg-type]
+        for end, ids in self.tokens.items():
+            named = {"target_names": (f"{re.escape(end)}$",), "target_kinds": ("embedding", "linear")} if end else {}
+            configs.append(TrainableTokens(token_indices=ids, **named))  # type: ignore[arg-type]
         return configs
+
+
+def _tokens(config: Mapping[str, Any], variant: str) -> dict[str, tuple[int, ...]]:
+    value = config.get("trainable_token_indices") or {}
+    by_end = value if isinstance(value, Mapping) else {"": value}
+    if not all(isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids) for ids in by_end.values()):
+        raise ConfigError(
+            f"{variant}: PEFT's trainable_token_indices must be a list of ids, or map names to them, got {value!r}."
+        )
+    return {str(end): tuple(ids) for end, ids in by_end.items()}
 
 
 # Reading.
 
 
 def is_whole(key: str) -> bool:
-    """Return whether a key of a file may be that of a weight or bias of the model."""
-    return key.startswith(_PREFIX) and key.rpartition(".")[2] in ("weight", "bias")
+    """Return whether a key of a file may be that of a weight or bias of the model, or of rows of one."""
+    return key.startswith(PREFIX) and (key.rpartition(".")[2] in ("weight", "bias") or key.endswith(TOKENS))
 
 
 def insert_whole(
@@ -119,16 +138,18 @@ def insert_whole(
             differs.
     """
     places: dict[str, tuple[str, str]] = {}
-    for site in find_sites(gm):
+    sites = find_sites(gm)
+    _insert_tokens(gm, sites, {key: tensor for key, tensor in tensors.items() if key.endswith(TOKENS)}, fields, path)
+    for site in sites:
         of_site = (("lora_weight", f"{site.name}.weight"), ("lora_weight", site.weight), ("lora_bias", site.bias))
         places |= {name: (site.name, tensor) for tensor, name in of_site if name and name not in places}
     by_site: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if _DOUBLE.sub(".", key, 1) in tensors and _DOUBLE.search(key):
+        if key.endswith(TOKENS) or (_DOUBLE.search(key) and _DOUBLE.sub(".", key, 1) in tensors):
             continue
-        name = key.removeprefix(_PREFIX).replace(_BASE, ".")
+        name = key.removeprefix(PREFIX).replace(BASE, ".")
         module, _, leaf = name.rpartition(".")
-        trains = (_BASE not in key and fields.saves(module)) or (leaf == "bias" and fields.bias != "none")
+        trains = (BASE not in key and fields.saves(module)) or (leaf == "bias" and fields.bias != "none")
         frozen = _frozen(gm, name)
         if frozen is not None and frozen.shape != tensor.shape:
             raise CheckpointError(f"{path}: {_other_shape(name, tensor, frozen)}")
@@ -147,6 +168,27 @@ def insert_whole(
         if chosen:
             names = tuple(f"^{re.escape(name)}$" for name in chosen)
             insert_from_file(gm, Full(weight=weight, target_names=names), chosen, (), path, prints)
+
+
+def _insert_tokens(
+    gm: fx.GraphModule, sites: Sequence[Site], tensors: Mapping[str, Tensor], fields: WholeFields, path: Path
+) -> None:
+    """Insert the trained tokens of a file, at embeddings and the heads that are tied to them."""
+    taken: set[str] = set()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX).removesuffix(TOKENS)
+        ids = next((ids for end, ids in fields.tokens.items() if name.endswith(end)), None)
+        if ids is None:
+            raise CheckpointError(f"{path} has {key}, and its config names no tokens for it.")
+        variant = TrainableTokens(
+            token_indices=ids, target_names=(f"^{re.escape(name)}$",), target_kinds=("embedding", "linear")
+        )
+        chosen = [site.name for site in sites if variant.selects(site)]
+        if twice := taken.intersection(chosen):
+            raise CheckpointError(f"{path} trains tokens of {', '.join(twice)} twice, because its weight is tied.")
+        taken.update(chosen)
+        by_site = {site: {"lora_shared_tokens": tensor} for site in chosen or [name]}
+        insert_from_file(gm, variant, by_site, ("lora_shared_ids",), path)
 
 
 def _frozen(gm: nn.Module, name: str) -> Tensor | None:
@@ -179,71 +221,4 @@ def _not_of_the_base(key: str, name: str, frozen: Tensor | None) -> str:
         f"{key} is a weight that the adapter was trained on, and the model's {name} has other values, so that the two"
         " would compute something else. If the embeddings were resized or changed before the training, load these"
         f" values into the base first: model.get_parameter({name!r}).data.copy_(tensor)."
-    )
-
-
-# Writing.
-
-
-def whole_placements(model: nn.Module) -> list[Placement]:
-    """Return the places of the whole tensors of an adapted model."""
-    return [placement for variant, members in by_adapter(model) if isinstance(variant, Full) for placement in members]
-
-
-def write_whole(
-    model: nn.Module, sites: Mapping[str, Site], adapted: Collection[str], modules: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the fields of the config for the whole tensors of `model`, and the tensors by PEFT's keys.
-
-    Args:
-        model: an adapted model.
-        sites: its adapted sites by name.
-        adapted: the names of the sites of the adapter beside them.
-        modules: the names of the model's modules.
-
-    Raises:
-        ConfigError: PEFT cannot hold them; the message says why.
-    """
-    state = adapter_state_dict(model)
-    tensors: dict[str, Tensor] = {}
-    saved: list[str] = []
-    biases: set[str] = set()
-    for placement in whole_placements(model):
-        site, name = sites[placement.site], placement.site
-        own = {leaf.removeprefix("lora_"): state[path] for leaf, path in placement.tensors.items()}
-        if "weight" in own:
-            _check_saved(site, own, adapted, modules)
-            saved.append(name)
-        else:
-            biases.add(name)
-        between = _BASE if name in adapted else "."
-        tensors |= {f"{_PREFIX}{name}{between}{leaf}": tensor for leaf, tensor in own.items()}
-    fields: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
-    if biases:
-        fields["bias"] = _biases(model, biases, sites, adapted)
-    return fields, tensors
-
-
-def _check_saved(site: Site, own: Collection[str], adapted: Collection[str], modules: Sequence[str]) -> None:
-    name = site.name
-    if name not in modules or (site.bias is not None and "bias" not in own):
-        raise ConfigError(f"Full: PEFT saves whole modules, and at {name!r} a part of one is trained.")
-    if name in adapted:
-        raise ConfigError(f"Full: PEFT trains {name!r} whole or adapts it, not both.")
-    if alike := [module for module in modules if module.endswith(name) and module != name]:
-        raise ConfigError(f"Full: PEFT's modules_to_save cannot name {name!r} and not {alike[0]!r}.")
-
-
-def _biases(model: nn.Module, biases: set[str], sites: Mapping[str, Site], adapted: Collection[str]) -> str:
-    """Return PEFT's word for these biases, given by the names of their sites."""
-    own = {*adapter_tensor_names(model)}
-    names = {name.replace(".base.", ".") for name, _ in model.named_parameters() if name not in own}
-    every = {name.rpartition(".")[0] for name in names if name.endswith("bias")}
-    if every <= {placement.site for placement in whole_placements(model)}:
-        return "all"
-    if biases == {name for name in adapted if sites[name].bias is not None}:
-        return "lora_only"
-    raise ConfigError(
-        f"Full: PEFT trains all biases of a model or those of the adapted modules, and here it is {len(biases)} of"
-        f" {len(every)}."
     )

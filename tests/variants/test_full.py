@@ -29,7 +29,7 @@ def _llama(tied: bool) -> nn.Module:
     return LlamaForCausalLM(tiny_llama(**fields, tie_word_embeddings=tied, attention_bias=True))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _llama(tied=False),
     "tied llama": lambda: _llama(tied=True),
     "gpt2": lambda: GPT2LMHeadModel(

@@ -15,6 +15,7 @@ from ..adapters.placement import (
     by_adapter,
     graph_of,
     placements,
+    site_bias,
     site_weight,
 )
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
@@ -28,8 +29,15 @@ from ..sites.site import Site
 from .checkpoint import check_base
 
 
-def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]]:
+def only_adapter(
+    model: nn.Module, where: str, beside: tuple[type[Variant], ...] = ()
+) -> tuple[Variant, list[Placement]]:
     """Return the adapter of a model that has one, for a file (`where`) that holds one.
+
+    Args:
+        model: an adapted model.
+        where: the words for the file.
+        beside: the variants that the file can hold beside it, if there are others.
 
     Raises:
         AdapterError: it has none.
@@ -37,6 +45,7 @@ def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]
     """
     adapter_state_dict(model)  # refuses a model without adapters
     held = list(by_adapter(model))
+    held = [adapter for adapter in held if not isinstance(adapter[0], beside)] or held
     if len(held) > 1:
         names = ", ".join(type(variant).__name__ for variant, _ in held)
         raise ConfigError(f"{where} holds one adapter; the model has {len(held)} ({names}).")
@@ -130,7 +139,7 @@ def insert_from_file(
         tensors = by_site[placement.site]
         if set(placement.names) - tensors.keys():
             site = sites[placement.site]
-            placement.initialize(gm, site, site_weight(gm, site))
+            placement.initialize(gm, site, site_weight(gm, site), site_bias(gm, site))
         for name, tensor in tensors.items():
             qualified = placement.tensors[name]
             values[qualified] = tensor.to(current[qualified].dtype)

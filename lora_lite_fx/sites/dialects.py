@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.direct_calls import OpOverload
-from ..graph.provenance import is_inserted
+from ..graph.provenance import is_inserted, replaced_tensor
 from ..graph.queries import value_of
 from .computed import Computation, name_and_shape
 from .dataflow import op_name
@@ -20,6 +20,8 @@ from .kinds.convolution import Convolution, GroupedConvolution
 from .kinds.embedding import Lookup
 from .kinds.experts import Experts
 from .kinds.linear import SiteKind
+from .kinds.norm import Norm
+from .norms import match_norm
 from .site import Call
 
 aten = torch.ops.aten
@@ -75,7 +77,7 @@ def match_site(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node] = (
     elif node.target is aten.einsum.default:
         return _match_einsum(gm, node, frozen)
     else:
-        return None
+        return _match_norm(gm, node, frozen)
     source = _tensor(gm, weight, 2, node, frozen)
     bias_source = _tensor(gm, bias, 1, node, frozen) if bias is not None else None
     if source is None or (bias is not None and bias_source is None):
@@ -103,6 +105,17 @@ def _match_einsum(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node])
             kind = contraction(equation, weight is operands[0], tuple(source.shape))
             return None if isinstance(kind, str) else _match(Call(x, node, node), source, kind, None)
     return None
+
+
+def _match_norm(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node]) -> Match | None:
+    """Return the match of the weight of a norm, or None."""
+    if (norm := match_norm(gm, node, frozen)) is None:
+        return None
+    weight, bias = (
+        None if name is None else _Source(name, False, None, gm.get_parameter(name).shape)
+        for name in (norm.weight, norm.bias)
+    )
+    return None if weight is None else Match(Call(norm.x, node, node), weight, Norm(), bias)
 
 
 _CONVOLUTIONS = {
@@ -283,11 +296,15 @@ def _tensor(
         return source
     flipped = False
     while isinstance(node, fx.Node) and not exact and node.op == "call_function" and dim == 2:
+        if (replaced := replaced_tensor(node)) is not None:
+            node = replaced
+            continue
         swaps = _swaps_last_two(node, dim) if node.target in _TRANSPOSES else None
         if swaps is None and node.target not in _COPIES:
             break
         flipped ^= bool(swaps)
         node = node.all_input_nodes[0]
+    node = (replaced_tensor(node) or node) if isinstance(node, fx.Node) else node
     if not isinstance(node, fx.Node) or node not in frozen:
         return None
     named = name_and_shape(gm, node, dim, product)
@@ -303,6 +320,9 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
     while isinstance(node, fx.Node) and node.op != "get_attr":
         if node.op != "call_function":
             return None
+        if (replaced := replaced_tensor(node)) is not None:
+            node = replaced
+            continue
         if node.target in _TRANSPOSES:
             swaps = _swaps_last_two(node, dim)
             if swaps is None or (swaps and rows is not None):  # columns that a split takes

@@ -1,7 +1,7 @@
 """Find the weights that multiply data and are not sites, each with the reason.
 
-A weight counts that has two or more dimensions. Elementwise factors, norms and tables of positions do not multiply data
-in this sense: an adapter of a linear has no place there.
+A weight counts that has two or more dimensions. Elementwise factors and tables of positions do not multiply data in
+this sense: an adapter of a linear has no place there. The norms that symbolic tracing leaves as modules count too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .kinds.convolution import Convolution
 from .kinds.embedding import Lookup
 from .kinds.experts import Experts
 from .kinds.linear import SiteKind
+from .kinds.norm import Norm
 from .roles import GROUPS, infer_roles
 from .site import Site
 
@@ -115,6 +116,9 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         weights: dict[str, Tensor] = {
             f"{node.target}.{path}": p for path, p in module.named_parameters() if p.dim() > 1
         }
+        if name in NORMS and isinstance(getattr(module, "weight", None), Tensor):
+            reason = f"symbolic tracing does not look into norms; {_EXAMPLES}"
+            return _Use(node, {f"{node.target}.weight": module.weight}, reason, Norm())  # type: ignore[dict-item]
         if not weights or name in NORMS or isinstance(module, fx.GraphModule):
             return None
         called = type(module).__name__

@@ -56,6 +56,7 @@ class Site:
         bias_rows: the rows of the bias parameter that are the bias, as the first and the one after the last. None
             means all.
         experts: the number of experts that have a `W` in the weight; 0 for other kinds of sites.
+        tied: the names of the other sites that have the same parameter as their weight.
         reasons: the reason for each role.
         calls: its executions in the graph; several for a module that is used several times.
     """
@@ -69,6 +70,7 @@ class Site:
     kind: SiteKind = field(default_factory=SiteKind)
     bias_rows: tuple[int, int] | None = None
     experts: int = 0
+    tied: tuple[str, ...] = field(default=(), compare=False)
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
     calls: tuple[Call, ...] = field(default=(), compare=False, repr=False)
 

@@ -8,6 +8,7 @@ from .delora import DeLoRA
 from .dora import DoRA
 from .eva import EVA
 from .fourierft import FourierFT
+from .full import Full
 from .gralora import GraLoRA
 from .hira import HiRA
 from .hra import HRA
@@ -22,6 +23,7 @@ from .pissa import PiSSA
 from .randlora import RandLoRA
 from .road import RoAd
 from .shira import SHiRA
+from .trainable_tokens import TrainableTokens
 from .vblora import VBLoRA
 from .vera import VeRA
 
@@ -37,6 +39,7 @@ __all__ = [
     "DeLoRA",
     "DoRA",
     "FourierFT",
+    "Full",
     "GraLoRA",
     "HiRA",
     "LoHa",
@@ -48,6 +51,7 @@ __all__ = [
     "RandLoRA",
     "RoAd",
     "SHiRA",
+    "TrainableTokens",
     "VBLoRA",
     "VeRA",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
-from tests.support.conformance import calibration
+from tests.support.conformance import calibration, for_any_linear
 from tests.variants.test_low_rank import grad_of
 
 D_IN, INNER, D_OUT = 8, 12, 4
@@ -65,7 +65,7 @@ def configs(cls: type[llfx.Variant]) -> Iterator[llfx.Variant]:
         yield dataclasses.replace(plain, **fields)
 
 
-CONFIGS = [cfg for cls in llfx.registry().values() for cfg in configs(cls)]
+CONFIGS = [cfg for cls in for_any_linear().values() for cfg in configs(cls)]
 
 
 def named(cfg: llfx.Variant) -> str:

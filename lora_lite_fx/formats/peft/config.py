@@ -16,6 +16,7 @@ from .default_targets import depends_on_model, with_targets_of
 from .modules import PeftModule
 from .sites import check_site
 from .variants import FORMATS, PeftFormat, format_of
+from .whole import FIELDS, WholeFields
 
 # Fields that say where an adapter comes from, or how PEFT is to run it.
 _UNREAD = frozenset(
@@ -50,20 +51,27 @@ _START = r"(^|\.)"
 _FLAGS = re.compile(r"(\(\?[aiLmsux]+\))+")
 
 
-def from_peft_config(config: Mapping[str, Any] | Any, model: nn.Module | None = None) -> Variant:
+def from_peft_config(config: Mapping[str, Any] | Any, model: nn.Module | None = None) -> Variant | list[Variant]:
     """Return the variant that a PEFT config describes, with its targets as patterns of names.
 
     Args:
         config: a `PeftConfig`, or the content of an `adapter_config.json`.
         model: the model to adapt, whose modules `target_modules="all-linear"` and PEFT's default targets (None) name.
 
+    Returns:
+        The config of the adapter. If PEFT trains whole modules or biases beside it (`modules_to_save`, `bias`, the head
+        of a classifier), a list: those as `Full`, and the adapter last.
+
     Raises:
         ConfigError: it asks for something that cannot be represented here, or for a start that no new adapter has
             here; the message says what.
     """
+    fields = as_dict(config)
     if model is not None:
-        config = with_targets_of(as_dict(config), model)
-    return read_config(config, new=True)
+        fields = with_targets_of(fields, model)
+    variant = read_config(fields, new=True)
+    beside = WholeFields.of(fields, type(variant).__name__).configs(variant)
+    return [*beside, variant] if beside else variant
 
 
 def read_config(config: Mapping[str, Any] | Any, *, new: bool) -> Variant:
@@ -107,7 +115,8 @@ def _read(config: dict[Any, Any], new: bool) -> Variant:
     known = {theirs.name for theirs in form.fields.values()} | form.unread | form.patterns
     known |= form.constants.keys() | form.written.keys() | {form.start}
     known |= frozenset() if new else form.unread_in_files
-    for key in sorted(config.keys() - known - _UNREAD - _TARGETS, key=str):
+    whole = WholeFields.of(config, name)
+    for key in sorted(config.keys() - known - _UNREAD - _TARGETS - FIELDS, key=str):
         if config[key] not in (None, False, 0, "none", [], {}, ()):
             raise ConfigError(f"{name}: PEFT's {key}={config[key]!r} cannot be represented here.")
     for key in form.patterns:
@@ -123,7 +132,10 @@ def _read(config: dict[Any, Any], new: bool) -> Variant:
     by_parameter = (rf"{_START}{re.escape(parameter.removesuffix('.weight'))}$" for parameter in parameters)
     fields["target_names"] = (*_targets(config, name, new), *by_parameter)
     fields["target_kinds"] = (*form.kinds, "experts") if parameters else form.kinds
-    fields["exclude_names"] = _patterns(config.get("exclude_modules") or (), "exclude_modules", name, _START)
+    fields["exclude_names"] = (
+        *_patterns(config.get("exclude_modules") or (), "exclude_modules", name, _START),
+        *whole.excluded,
+    )
     if form.variant is IA3:
         feedforward = config.get("feedforward_modules") or ()
         fields["feedforward_names"] = _patterns(feedforward, "feedforward_modules", name, "")

@@ -34,6 +34,8 @@ from .hub import CONFIG, TENSORS, directory_of
 from .modules import PeftModule, by_site, exactly, peft_modules
 from .sites import check_site
 from .variants import PeftFormat, format_of
+from .whole import WholeFields, insert_whole, is_whole
+from .whole_written import whole_placements, write_whole
 from .written import as_written
 
 _PREFIX = "base_model.model."
@@ -65,10 +67,11 @@ def save_peft(
     folder = as_path(path, "save_peft(model, path)")
     placed, variant, state = as_written(model, as_lora)
     warn_of_trained_base(model, "save_peft")
-    modules = peft_modules(model, variant, placed, sites_of(model), state)
-    config = _config(model, variant, modules)
+    sites = sites_of(model)
+    modules = peft_modules(model, variant, placed, sites, state)
+    config, whole = _config(model, variant, modules, sites)
     form = format_of(variant)
-    tensors = {}
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in whole.items()}
     for module in modules:
         for name, tensor in module.tensors.items():
             if name in form.tensors:
@@ -80,7 +83,7 @@ def save_peft(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
-    prints = fingerprints(model, [placement.site for placement in placed])
+    prints = fingerprints(model, [placement.site for placement in (*placed, *whole_placements(model))])
     metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
     data = tensor_bytes(tensors, metadata)
     document = json.dumps(config, indent=2, sort_keys=True).encode()
@@ -133,7 +136,8 @@ def _read_directory(folder: Path) -> AdapterFile:
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
-    modules = _by_module(form, state, folder / TENSORS)
+    whole_fields = WholeFields.of(config, type(variant).__name__)
+    modules, whole = _by_module(form, state, folder / TENSORS)
     if form.same_rank:
         modules = {name: has for name, has in modules.items() if not _is_pruned(has.get(form.same_rank))}
         variant = _with_ranks_of(variant, form.same_rank, modules)
@@ -147,6 +151,7 @@ def _read_directory(folder: Path) -> AdapterFile:
     def insert(gm: fx.GraphModule) -> None:
         if prints is None:
             compare_names(gm, config, folder)
+        insert_whole(gm, whole, whole_fields, folder, prints)
         sites = sites_in(gm)
         targets = config.get("target_parameters") or ()
         found = by_site(gm, sites, modules, targets, folder / TENSORS)
@@ -176,12 +181,18 @@ def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str
         AdapterError, ConfigError: as for `save_peft`.
     """
     placed, variant, state = as_written(model, as_lora)
-    return _config(model, variant, peft_modules(model, variant, placed, sites_of(model), state))
+    sites = sites_of(model)
+    config, _ = _config(model, variant, peft_modules(model, variant, placed, sites, state), sites)
+    return config
 
 
-def _config(model: nn.Module, variant: Variant, modules: list[PeftModule]) -> dict[str, Any]:
+def _config(
+    model: nn.Module, variant: Variant, modules: list[PeftModule], sites: Mapping[str, Site]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config, and the tensors of what trains beside the adapter by PEFT's keys."""
     names = [name for name, _ in model.named_modules() if not name.endswith(".base")]
-    return config_for(variant, modules, names) | base_fields(model)
+    fields, whole = write_whole(model, sites, modules, names)
+    return config_for(variant, modules, names) | base_fields(model) | fields, whole
 
 
 def _for_sites(variant: Variant, found: Mapping[str, PeftModule]) -> Variant:
@@ -247,29 +258,43 @@ def _key(form: PeftFormat, module: PeftModule, name: str) -> str:
     return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{module.path}.{key}"
 
 
-def _by_module(form: PeftFormat, state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a file, by module and by our names; those that modules share are at each."""
+def _by_module(
+    form: PeftFormat, state: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the adapter's tensors in a file, by module and by our names, and the other tensors by key.
+
+    Those that modules share are at each.
+    """
     modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if key.endswith(form.ignored):
             continue
-        name, module = _parsed(form, key, path)
+        if (parsed := _parsed(form, key, path)) is None:
+            whole[key] = tensor
+            continue
+        name, module = parsed
         try:
             (shared if module is None else modules.setdefault(module, {}))[name] = form.tensors[name].to_ours(tensor)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(f"{path}: {key} cannot have the shape {tuple(tensor.shape)}.") from error
-    return {module: {**tensors, **shared} for module, tensors in modules.items()}
+    return {module: {**tensors, **shared} for module, tensors in modules.items()}, whole
 
 
-def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
-    """Return our name of the tensor called `key`, and its module; None for a tensor that modules share."""
+def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None] | None:
+    """Return our name of the tensor called `key`, and its module; None for a tensor that modules share.
+
+    Return None for what is not the adapter's, but a weight or bias of the model.
+    """
     for name, theirs in form.tensors.items():
         if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
             return name, None
         for ending in (theirs.key, theirs.embedding):
             if ending and key.startswith(_PREFIX) and key.endswith(f".{ending}"):
                 return name, key.removeprefix(_PREFIX).removesuffix(f".{ending}")
+    if is_whole(key):
+        return None
     known = ", ".join(theirs.key for theirs in form.tensors.values())
     raise CheckpointError(
         f"{path}: {key} cannot be represented here; of {form.variant.__name__}, modules have {known}."

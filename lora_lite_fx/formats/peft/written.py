@@ -20,6 +20,7 @@ from ...variants import LoRA
 from ...variants.pissa import FromWeight
 from ..single_adapter import only_adapter
 from .variants import format_of
+from .whole import BESIDE
 
 
 def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placement], Variant, Mapping[str, Tensor]]:
@@ -33,7 +34,7 @@ def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placeme
         AdapterError: the model has no adapters.
         ConfigError: it has several, or they cannot be represented.
     """
-    variant, placed = only_adapter(model, "A PEFT directory")
+    variant, placed = only_adapter(model, "A PEFT directory", beside=BESIDE)
     state: Mapping[str, Tensor] = adapter_state_dict(model)
     form = format_of(variant)  # refuses a class of the user's own, which may compute something else than its parent
     if isinstance(variant, FromWeight):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -47,6 +48,9 @@ class Convolution(SiteKind):
 
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
         return matrix.reshape(like.shape)
+
+    def stored_shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        return d_out, d_in // math.prod(self.kernel), *self.kernel
 
     def factor(self, stored: Tensor) -> Tensor:
         return stored

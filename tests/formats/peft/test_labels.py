@@ -74,6 +74,7 @@ def test_default_targets_are_those_of_peft(name: str) -> None:
     sites = {site.name: site for site in find_sites(graph)}
     for config in CASES.values():
         variant = llfx.from_peft_config(copy.deepcopy(config), base)
+        assert isinstance(variant, llfx.Variant)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs: Any = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config))

@@ -213,7 +213,7 @@ def config(cls: type[llfx.Variant], r: int = 4) -> llfx.Variant:
     sizes: dict[str, Any] = {name: 4 for name in names if name.endswith("_size")} | {
         name: r for name in names if name == "r"
     }
-    return cls(target_names=("layers",), **sizes)
+    return cls(target_names=("layers",), target_kinds=("linear",), **sizes)
 
 
 CONFIGS = [[config(cls)] for cls in for_any_linear().values()] + [[config(llfx.LoRA, 2), config(llfx.HRA, 2)]]

@@ -44,7 +44,7 @@ def _llama(**fields: Any) -> LlamaConfig:
     return LlamaConfig(**SMALL, bos_token_id=1, eos_token_id=2, pad_token_id=0, attention_bias=True, **fields)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(_llama()),
     "tied": lambda: LlamaForCausalLM(_llama(tie_word_embeddings=True)),
     "classifier": lambda: LlamaForSequenceClassification(_llama(num_labels=3)),
@@ -91,7 +91,7 @@ CASES: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
 
 
 @functools.cache
-def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
+def captured(name: str) -> tuple[Any, fx.GraphModule]:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():
@@ -107,10 +107,10 @@ def logits(model: nn.Module) -> Tensor:
     return y
 
 
-def trained(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
+def trained(model: Any, config: peft.PeftConfig) -> Any:
     """Return the model with a PEFT adapter whose values, and those beside it, have moved."""
     torch.manual_seed(1)
-    theirs: nn.Module = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:

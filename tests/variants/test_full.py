@@ -21,7 +21,14 @@ from tests.support.models import tiny_llama
 VOCABULARY = 32
 IDS = torch.tensor([[3, 7, 9, 3, 11], [5, 7, 2, 1, 4]])
 MASK = torch.ones_like(IDS)
-SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "num_labels": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def _llama(tied: bool) -> nn.Module:
@@ -35,7 +42,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2)
     ),
-    "bert": lambda: BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=3, **SMALL)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SMALL)),
 }
 
 
@@ -214,7 +221,8 @@ def test_an_adapted_model_generates_merges_and_keeps_it_in_checkpoints(tmp_path:
     torch.manual_seed(0)
     model: Any = MODELS["tied llama"]().eval()
     cfg = [llfx.Full(target_names="norm"), TOKENS, LORA]
-    adapted, wrapped = llfx.adapt(model, cfg), llfx.wrap(model, cfg)
+    adapted: Any = llfx.adapt(model, cfg)
+    wrapped: Any = llfx.wrap(model, cfg)
     moved(adapted)
     y = logits(adapted)
     llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))

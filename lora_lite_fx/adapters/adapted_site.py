@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..capture.rehearsal import Refused
 from ..graph.provenance import SHARED
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
@@ -39,12 +40,13 @@ class FrozenSite:
     reads: Reads | None = None
 
     def adapted(
-        self, call: Callable[[Tensor], Tensor], around: Iterable[tuple[Variant, Any]], x: Tensor, *routing: Tensor
+        self, call: Callable[..., Tensor], around: Iterable[tuple[Variant, Any]], x: Tensor, *routing: Tensor
     ) -> Tensor:
         """Return the output of the site with its adapters, in the model's layout.
 
         Args:
-            call: computes the frozen output from an input, both in the model's layout.
+            call: computes the frozen output from an input, both in the model's layout. It takes `weight` and `bias`, as
+                the model stores them, in place of the frozen ones.
             around: the variants with their tensors, the innermost first.
             x: the input that the model passes, in its layout.
             routing: the other inputs of the product, see `Call.routing`.
@@ -56,8 +58,8 @@ class FrozenSite:
         kind = self.site.kind
         who = f"{' and '.join(type(variant).__name__ for variant, _ in around)} cannot adapt {self.site.name!r}"
 
-        def base(entered: Any) -> Any:
-            return kind.result(call(kind.as_in_model(entered)), entered)
+        def base(entered: Any, **given: Tensor) -> Any:
+            return kind.result(call(kind.as_in_model(entered), **self._stored(**given)), entered)
 
         def operands(p: Any) -> Any:
             tensors: dict[str, Tensor] = vars(p)
@@ -72,6 +74,31 @@ class FrozenSite:
         adapted = compose(linear, [(variant, operands(p)) for variant, p in around])
         return kind.leave(adapted(kind.enter(x, self.weight.dtype, who, *routing)))
 
+    def _stored(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the tensors that replace the frozen ones, as the model would store them.
+
+        Raises:
+            Refused: one has not the shape of the frozen tensor, or the site has no such tensor.
+        """
+        stored: dict[str, Tensor] = {}
+        if weight is not None:
+            if not self.weight.is_floating_point():
+                raise Refused(f"calls base with a weight, and the site's is quantized ({self.weight.dtype})")
+            _check_shape("weight", weight, self.site.kind.matrix(self.weight))
+            stored["weight"] = self.site.kind.stored(weight, self.weight).type_as(self.weight)
+        if bias is not None:
+            if self.bias is None:
+                raise Refused("calls base with a bias, and the site has none")
+            _check_shape("bias", bias, self.site.own_bias(self.bias))
+            stored["bias"] = self.site.stored_bias(bias, self.bias).type_as(self.bias)
+        return stored
+
+
+def _check_shape(name: str, given: Tensor, frozen: Tensor | None) -> None:
+    if frozen is None or given.shape != frozen.shape:
+        sizes = None if frozen is None else tuple(frozen.shape)
+        raise Refused(f"calls base with a {name} {tuple(given.shape)}, and base.{name} is {sizes}")
+
 
 def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callable[[Tensor], Tensor]:
     """Return the frozen linear with adapters around it, as a function of `x (..., d_in)`.
@@ -81,7 +108,7 @@ def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callab
         around: the variants with their tensors, the innermost first. Each adapts the function that the ones before it
             make up. `base.weight` and `base.bias` are the frozen ones for all.
     """
-    adapted: Callable[[Tensor], Tensor] = base.call
+    adapted: Callable[..., Tensor] = base.call
     for variant, p in around:
         adapted = partial(adapt, variant, adapted, base, p)
     return adapted

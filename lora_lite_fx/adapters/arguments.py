@@ -94,8 +94,8 @@ def _hint(cls: str, name: str, value: Any, fields: Sequence[str]) -> str:
         return f"{cls} has no field {name!r}: {_target_hint(name.replace('modules', 'names'), value, fields)}"
     if name == "modules_to_save":
         return (
-            f"{cls} has no field {name!r}: only adapters are trained and saved, not whole modules. Remove it, and name"
-            " those modules in target_names to adapt them too"
+            f"{cls} has no field {name!r}: a config of its own trains whole modules. Write"
+            f" [Full(target_names=({_patterns(value)})), {cls}(...)]"
         )
     if name == "use_dora":
         return (
@@ -104,7 +104,9 @@ def _hint(cls: str, name: str, value: Any, fields: Sequence[str]) -> str:
     if name.startswith("init_") and name.endswith("_weights"):
         return f"{cls} has no field {name!r}: {_start_hint(cls, value, fields)}"
     if name == "bias":
-        return f"{cls} has no field {name!r}: the biases of the model stay frozen. Remove {name}={value!r}"
+        return (
+            f"{cls} has no field {name!r}: Full(weight=False, ...) trains biases of the model. Remove {name}={value!r}"
+        )
     if name in _NOT_NEEDED:
         return f"{cls} has no field {name!r}: it is not needed, because {_NOT_NEEDED[name]}. Remove it"
     near = difflib.get_close_matches(name, fields, n=1)
@@ -133,6 +135,11 @@ def _target_hint(field: str, value: Any, fields: Sequence[str]) -> str:
             "the default roles are every linear of attention and of the feed-forward layers, so leave it out, or write"
             ' target_roles=("attention", "mlp")'
         )
+    return f"write {field}=({_patterns(value)}), regular expressions that are searched in the qualified name"
+
+
+def _patterns(value: Any) -> str:
+    """Return the code of a tuple of patterns for the modules that PEFT names by `value`."""
     if isinstance(value, str):
         patterns = [f"^({value})$"]
     elif isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value):
@@ -141,8 +148,7 @@ def _target_hint(field: str, value: Any, fields: Sequence[str]) -> str:
         ]
     else:
         patterns = [r"(^|\.)q_proj$"]
-    shown = ", ".join(f'r"{pattern}"' for pattern in patterns) + ("," if len(patterns) == 1 else "")
-    return f"write {field}=({shown}), regular expressions that are searched in the qualified name"
+    return ", ".join(f'r"{pattern}"' for pattern in patterns) + ("," if len(patterns) == 1 else "")
 
 
 def _start_hint(cls: str, value: object, fields: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import keyword
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +21,14 @@ from ..errors import ConfigError, shown
 from ..graph.direct_calls import version_of
 from ..graph.provenance import SHARED
 from ..sites.kinds.expert_values import Routed
+from ..sites.kinds.norm import Norm
 from ..sites.site import Site, stored_bias, stored_weight
 from .adapted_site import FrozenSite
 from .declaration import check_fields
 from .naming import described, naming
 from .param_spec import ParamSpec
 from .placement import adapter_tensor_names
+from .promotion import not_innermost
 from .reads import PassedRuns, Reads
 from .variant import Statistic, Variant, adapter_namespace
 
@@ -36,19 +38,21 @@ _OF_THE_SITE = frozenset(
 """Names that a site's module or its eager wrapper has, besides those that every module has."""
 
 
-def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module) -> None:
+def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module, inside: Container[str] = ()) -> None:
     """Check that `variant` keeps to its contract at `sites`.
 
     Args:
         variant: the config, finalized.
         sites: the sites that it is to adapt.
         model: the graph that has them; it is not changed.
+        inside: the names of sites that get another adapter before this one.
 
     Raises:
         ConfigError: a field that files cannot hold; a result of `params` that is not a mapping of names to `ParamSpec`,
             or a name that is taken; tensors to share that differ by site; or a `forward` that fails, does not call
             `base` exactly once, returns something else than a tensor like `base(x)`, writes to what it may only read,
-            uses tensors that are not its own, or does not compute the same each time.
+            uses tensors that are not its own, or does not compute the same each time; or one that replaces the weight
+            of a site and is not the innermost adapter there.
     """
     check_fields(variant)
     _check_functions(variant)
@@ -57,6 +61,11 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module) ->
     checked: list[tuple[Variant, Site]] = []
     for site in sites:
         local = variant.for_site(site.name)
+        if site.kind.name == "grouped_conv" and not variant.by_update:
+            raise ConfigError(
+                f"{type(variant).__name__} cannot adapt {site.name!r}, which is {site.kind.article}: its factors have"
+                " no rows that belong to a group. Variants whose update has the shape of the weight can, as LoHa."
+            )
         specs = _specs(local, site)
         # Names of adapters that the site has already are no obstacle: further ones are numbered.
         module = modules.get(site.name)
@@ -65,7 +74,11 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module) ->
         _check_shared(local, site, specs, shared)
         checked.append((local, site))
     for local, site in checked:
-        rehearse(local, site, model)
+        replaces = rehearse(local, site, model).replaces
+        if replaces and site.name in inside:
+            raise not_innermost(type(variant).__name__, site.name)
+        if isinstance(site.kind, Norm) and not replaces:
+            raise ConfigError(f"{type(variant).__name__} cannot adapt {site.name!r}, a norm: {site.kind.why}.")
 
 
 def finalize(variant: Variant, sites: Sequence[Site], statistics: Mapping[str, Statistic]) -> Variant:
@@ -219,10 +232,11 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
     def forward(training: bool) -> None:
         calls: list[_BaseCall] = []
 
-        def base(value: Tensor) -> Tensor:
+        def base(value: Tensor, **given: Tensor) -> Tensor:
             if value.shape != x.shape:
                 raise Refused(f"calls base on an input {tuple(value.shape)}, and x is {tuple(x.shape)}")
             y = site.kind.multiply(value, factor, *routing)
+            reads.replaces |= bool(given)
             calls.append(_BaseCall(value, y, y.shape, y.dtype, version_of(y)))
             return y
 
@@ -231,7 +245,8 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
         if len(calls) != 1:
             raise Refused(f"must call base(...) exactly once; it called it {len(calls)} times")
         _check_result(y, calls[0])
-        if training and y is calls[0].y and version_of(y) == calls[0].version and calls[0].x is x:
+        unchanged = y is calls[0].y and version_of(y) == calls[0].version and calls[0].x is x
+        if training and unchanged and not reads.replaces:
             raise Refused("returns base(x) unchanged")
 
     def run(training: bool) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +24,7 @@ class WithRank(Variant):
     """Base class of the variants with a rank.
 
     Args:
-        r: rank.
+        r: rank. It may exceed a side of the weight, as at a classifier's head, unless the variant says otherwise.
         rank_pattern: other ranks by name: a mapping (or pairs) of regular expressions, searched in the qualified name,
             to ranks. The first that matches a site counts.
     """
@@ -31,23 +32,18 @@ class WithRank(Variant):
     r: int = 8
     rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
 
-    bounded_rank: ClassVar[bool] = True
-    """Whether `r` may not exceed the smaller side of the weight."""
-
     def __post_init__(self) -> None:
-        self._require(_is_rank(self.r), f"r must be a positive integer, got {self.r!r}")
+        self._require(is_count(self.r), f"r must be a positive integer, got {self.r!r}")
         super().__post_init__()
-        self._make_pairs("rank_pattern", _is_rank, "positive integers")
+        self._make_pairs("rank_pattern", is_count, "positive integers")
 
     def overrides(self, name: str) -> dict[str, Any]:
-        r = first_match(self.rank_pattern, name, self.r)
-        return super().overrides(name) | ({} if r == self.r else {"r": r, "rank_pattern": ()})
+        return super().overrides(name) | override(self, "r", "rank_pattern", name)
 
-    def check(self, site: Site) -> None:
-        super().check(site)
-        limit = min(site.d_in, site.d_out)
+    def require_rank_at_most(self, limit: int, site: Site) -> None:
+        """Raise `ConfigError` if `r` exceeds `limit` at a site where there are no more directions than that."""
         self._require(
-            not self.bounded_rank or self.r <= limit,
+            self.r <= limit,
             f"r={self.r} is larger than site {site.name!r} allows ({site.d_out} x {site.d_in}); use r <= {limit}",
         )
 
@@ -70,8 +66,7 @@ class WithScale(Variant):
         self._make_pairs("alpha_pattern", is_finite, "finite numbers")
 
     def overrides(self, name: str) -> dict[str, Any]:
-        alpha = first_match(self.alpha_pattern, name, self.alpha)
-        return super().overrides(name) | ({} if alpha == self.alpha else {"alpha": alpha, "alpha_pattern": ()})
+        return super().overrides(name) | override(self, "alpha", "alpha_pattern", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +88,55 @@ class WithDropout(Variant):
         return F.dropout(x, self.dropout, base.training) if self.dropout else x
 
 
+@dataclass(frozen=True, kw_only=True)
+class WithUpdateDropout(Variant):
+    """Base class of the variants that drop rows of their update, or all of it at once, in training.
+
+    Args:
+        rank_dropout: probability of dropping an output of the update.
+        rank_dropout_scale: whether the other outputs are scaled up to the same mean then.
+        module_dropout: probability of leaving the whole adapter out of a call.
+    """
+
+    rank_dropout: float = 0.0
+    rank_dropout_scale: bool = True
+    module_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank_dropout", "module_dropout"):
+            value = getattr(self, name)
+            self._require(0 <= value < 1, f"{name} is a probability below 1, got {value!r}")
+
+    def drop_update(self, update: Tensor, base: FrozenLinear) -> Tensor:
+        """Return `update (..., d_out)` with what is dropped at zero, if the model is in training."""
+        if self.rank_dropout:
+            kept = which_kept(update.new_ones(base.site.d_out), self.rank_dropout, base)
+            if self.rank_dropout_scale:
+                kept = kept / kept.mean().clamp_min(torch.finfo(kept.dtype).tiny)
+            update = update * kept
+        return update * which_kept(update.new_ones(()), self.module_dropout, base) if self.module_dropout else update
+
+
+def which_kept(ones: Tensor, probability: float, base: FrozenLinear) -> Tensor:
+    """Return `ones` with some at zero in training. Dropout follows the mode, and would scale up what it keeps."""
+    return F.dropout(ones, probability, base.training).clamp_max(1)
+
+
+def override(variant: Variant, field: str, pattern: str, name: str) -> dict[str, Any]:
+    """Return the override of `field` at the site called `name`, see `Variant.overrides`.
+
+    Args:
+        variant: the config.
+        field: a field.
+        pattern: the field that has its other values by name.
+        name: of a site.
+    """
+    usual = getattr(variant, field)
+    value = first_match(getattr(variant, pattern), name, usual)
+    return {} if value == usual else {field: value, pattern: ()}
+
+
 def first_match(patterns: Mapping[str, T] | Sequence[tuple[str, T]], name: str, default: T) -> T:
     """Return the value of the first pattern that occurs in `name`, or `default` if none does."""
     entries = list(pairs(patterns))
@@ -100,5 +144,6 @@ def first_match(patterns: Mapping[str, T] | Sequence[tuple[str, T]], name: str, 
     return default if index is None else entries[index][1]
 
 
-def _is_rank(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Return whether `value` is a positive integer. For checking the fields of variants."""
     return type(value) is int and value >= 1

@@ -26,7 +26,7 @@ from ..graph.tensors import tensor_of
 from ..sites.site import Site, stored_bias, stored_weight
 from .naming import described
 from .registry import recorded_variant
-from .start_values import fill, initialize
+from .start_values import fill, initialize, initialize_shared
 from .variant import Statistic, Variant, adapter_namespace
 
 
@@ -78,6 +78,7 @@ class Placement:
             ConfigError: the module of the site has something of a tensor's name.
         """
         specs = self.local.tensor_specs(site)
+        added: dict[str, Tensor] = {}
         for name, qualified in self.tensors.items():
             path, _, attribute = qualified.rpartition(".")
             module = model.get_submodule(path)
@@ -91,22 +92,33 @@ class Placement:
                 )
             tensor = specs[name].empty(self.variant.param_dtype(weight.dtype), weight.device)
             if shared:
+                added[name] = tensor
                 fill(self.local, site, name, specs[name], tensor)
             if isinstance(tensor, nn.Parameter):
                 module.register_parameter(attribute, tensor)
             else:
                 module.register_buffer(attribute, tensor)
+        if added:
+            initialize_shared(self.local, site, weight, adapter_namespace(added))
 
-    def initialize(self, model: nn.Module, site: Site, weight: Tensor, statistic: Statistic | None = None) -> None:
+    def initialize(
+        self,
+        model: nn.Module,
+        site: Site,
+        weight: Tensor,
+        bias: Tensor | None,
+        statistic: Statistic | None = None,
+    ) -> None:
         """Write the start values into the tensors.
 
         Args:
             model: has the tensors, see `register`.
             site: the site of this placement.
             weight: the frozen weight of the site, as `site_weight` returns it.
+            bias: the frozen bias, as `site_bias` returns it.
             statistic: the variant's observation of the site on calibration data, or None without such data.
         """
-        initialize(self.local, site, weight, self.namespace(model), statistic)
+        initialize(self.local, site, weight, self.namespace(model), statistic, bias)
 
     def namespace(self, model: nn.Module) -> Any:
         """Return the tensors as attributes by the variant's own names, for `Variant.forward`."""

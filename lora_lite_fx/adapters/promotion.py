@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..errors import ConfigError
 from ..graph.tensors import HALF
 from .frozen_linear import FrozenLinear
 from .maths import cast
@@ -24,7 +25,7 @@ from .variant import Variant
 # One function arrives as several objects.
 _PRODUCTS: frozenset[Any] = frozenset(
     {
-        *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.layer_norm, torch.einsum, torch.tensordot),
+        *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, torch.einsum, torch.tensordot),
         *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
         *(torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv, torch.dot, Tensor.dot),
         *(torch.inner, Tensor.inner, torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm),
@@ -32,7 +33,7 @@ _PRODUCTS: frozenset[Any] = frozenset(
 )
 
 
-def adapt(variant: Variant, call: Callable[[Any], Any], base: FrozenLinear, p: Any, x: Any) -> Any:
+def adapt(variant: Variant, call: Callable[..., Any], base: FrozenLinear, p: Any, x: Any, **given: Tensor) -> Any:
     """Return what `variant` makes of a function: its `forward`, with the types of inputs and results as they must be.
 
     Args:
@@ -41,14 +42,20 @@ def adapt(variant: Variant, call: Callable[[Any], Any], base: FrozenLinear, p: A
         base: the frozen linear.
         p: the variant's tensors as attributes.
         x: the input.
+        given: a weight or bias in place of the frozen one, from an adapter around this one: there is no place for it.
 
     Returns:
         The output, in the type that `call` returned.
+
+    Raises:
+        ConfigError: an adapter around this one replaces the weight or bias.
     """
+    if given:
+        raise not_innermost("An adapter", base.site.name)
     outputs: list[Any] = []
 
-    def frozen(entered: Any) -> Any:
-        outputs.append(call(cast(entered, x)))
+    def frozen(entered: Any, **given: Tensor) -> Any:
+        outputs.append(call(cast(entered, x), **given))
         return outputs[-1]
 
     # dataclasses.replace would look at every field, which a watching subclass would note.
@@ -59,6 +66,14 @@ def adapt(variant: Variant, call: Callable[[Any], Any], base: FrozenLinear, p: A
     if not outputs or not _dtypes(result) or result.dtype == outputs[0].dtype:
         return result
     return result.type_as(outputs[0])  # which a trace follows under autocast too; a dtype would be a constant of it
+
+
+def not_innermost(variant: str, site: str) -> ConfigError:
+    """Return the error of an adapter that replaces the weight or bias of a site around another adapter."""
+    return ConfigError(
+        f"{variant} replaces the weight or bias of {site!r} and is around another adapter there, which computes with"
+        " the frozen ones. The way out: put it first in the list of configs, as in [Full(...), LoRA(...)]."
+    )
 
 
 class PromotedProducts(TorchFunctionMode):

@@ -27,10 +27,12 @@ class Reads:
     Args:
         site: the values that it has read of its site, by field or property.
         training: whether it has read the mode.
+        replaces: whether it calls the frozen linear with another weight or bias.
     """
 
     site: dict[str, Any] = field(default_factory=dict)
     training: bool = False
+    replaces: bool = False
 
     def hold_at(self, site: Site) -> bool:
         """Return whether `site` has the values that were read, so that `forward` computes the same there."""

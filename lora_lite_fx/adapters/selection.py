@@ -24,7 +24,7 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
     chosen = [site for site in sites if variant.selects(site)]
     if not chosen:
         raise SelectionError(_nothing_matched(variant, sites))
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in ("rank_pattern", "alpha_pattern", "block_size_pattern", "n_frequency_pattern"):
         for pattern, _ in getattr(variant, field, ()):
             if not any(occurs([pattern], site.name) for site in chosen):
                 raise SelectionError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from .variant import Statistic, Variant, of_expert
 
 
 @torch.no_grad()
-def initialize(variant: Variant, site: Site, weight: Tensor, p: Any, statistic: Statistic | None = None) -> None:
+def initialize(
+    variant: Variant,
+    site: Site,
+    weight: Tensor,
+    p: Any,
+    statistic: Statistic | None = None,
+    bias: Tensor | None = None,
+) -> None:
     """Write all start values into `p`, in place, except those of shared tensors.
 
     Args:
@@ -29,6 +37,7 @@ def initialize(variant: Variant, site: Site, weight: Tensor, p: Any, statistic: 
         weight: its frozen weight `(d_out, d_in)`; of experts, `(experts, d_out, d_in)`.
         p: the adapter's tensors there.
         statistic: the variant's observation of the site on calibration data, or None without such data.
+        bias: the frozen bias `(d_out,)`, if there is one.
 
     Raises:
         ConfigError: the variant fails, writes to the weight, puts another tensor in the place of its own, or leaves
@@ -42,17 +51,51 @@ def initialize(variant: Variant, site: Site, weight: Tensor, p: Any, statistic: 
     for name, spec in variant.params(site).items():
         if not name.startswith(SHARED):
             fill(variant, site, name, spec, tensors[name])
-    function, start = ("init", Variant.init) if statistic is None else ("calibrate", Variant.calibrate)
-    if getattr(type(variant), function) is start:
-        return
-    frozen = wide(weight)
-    read_only = {"weight": frozen} | {f"p.{name}": t for name, t in tensors.items() if name.startswith(SHARED)}
-    places = {name: (tensor.untyped_storage(), tensor.shape) for name, tensor in tensors.items()}
-    with naming(variant, function, site, {"weight": weight, **tensors}), Watch(read_only):
-        if statistic is None:
+    if bias is not None and type(variant).init_bias is not Variant.init_bias:
+        with _writing(variant, "init_bias", site, p, bias=bias):
+            variant.init_bias(site, bias, p)
+    if statistic is None and type(variant).init is not Variant.init:
+        with _writing(variant, "init", site, p, weight=(frozen := wide(weight))):
             variant.init(site, frozen, p)
-        else:
+    elif statistic is not None and type(variant).calibrate is not Variant.calibrate:
+        with _writing(variant, "calibrate", site, p, weight=(frozen := wide(weight))):
             variant.calibrate(site, frozen, p, statistic)
+
+
+@torch.no_grad()
+def initialize_shared(variant: Variant, site: Site, weight: Tensor, p: Any) -> None:
+    """Write the start values that follow from the weight into the tensors `p`, which all sites share.
+
+    Args:
+        variant, site, weight: as for `initialize`, at the first site.
+        p: the shared tensors.
+
+    Raises:
+        ConfigError: as `initialize`.
+    """
+    if type(variant).init_shared is not Variant.init_shared:
+        with _writing(variant, "init_shared", site, p, shared=True, weight=(frozen := wide(weight))):
+            variant.init_shared(site, frozen, p)
+
+
+@contextmanager
+def _writing(
+    variant: Variant, function: str, site: Site, p: Any, shared: bool = False, **frozen: Tensor
+) -> Iterator[None]:
+    """Let a function of `variant` write to the tensors `p` in the body, and check that it does so in place.
+
+    Args:
+        variant, site, p: as for `initialize`.
+        function: its name.
+        shared: whether it may write to tensors that sites share.
+        frozen: what it may only read, by name.
+    """
+    tensors: dict[str, Tensor] = vars(p)
+    of_all = {} if shared else {f"p.{name}": t for name, t in tensors.items() if name.startswith(SHARED)}
+    read_only = frozen | of_all
+    places = {name: (tensor.untyped_storage(), tensor.shape) for name, tensor in tensors.items()}
+    with naming(variant, function, site, {**frozen, **tensors}), Watch(read_only):
+        yield
     who = described(variant, function, site)
     for name, tensor in tensors.items():
         storage, shape = places[name]

@@ -98,8 +98,8 @@ class Variant:
         target_names: regular expressions, searched in the qualified name.
         exclude_names: regular expressions; a site whose name matches one is left alone.
         layers: indices of layers (the first number in the qualified name) to adapt.
-        target_kinds: kinds of sites to adapt: `linear`, `embedding`, `conv`, `experts`. Only linears have roles; sites
-            of the other kinds are chosen by kind, name and layer.
+        target_kinds: kinds of sites to adapt: `linear`, `embedding`, `conv`, `grouped_conv`, `experts`, `norm`. Only
+            linears have roles; sites of the other kinds are chosen by kind, name and layer.
 
     Raises:
         ConfigError: an argument is unknown or positional, or a field has an impossible value.
@@ -116,6 +116,9 @@ class Variant:
     """The roles adapted when the config names no targets."""
     affine: ClassVar[bool] = True
     """Whether `forward` is affine in `x`, outside dropout. `merge` tries it out; False says that it is not."""
+    by_update: ClassVar[bool] = False
+    """Whether `forward` multiplies its input with matrices in the shape of the weight only, as grouped convolutions
+    need it."""
     ties_to_weight: ClassVar[bool] = False
     """Whether the values mean something only on the weights they were made for (loading elsewhere is an error)."""
 
@@ -227,6 +230,9 @@ class Variant:
         It must call `base` exactly once and act on the last dimension only. If it is affine in `x` outside dropout,
         `merge` can fold it into the weight; if it is not, as a gate that reads `x`, it can do all but that.
 
+        `base(x, weight=w, bias=b)` computes with other tensors in place of the frozen ones, of their shapes. No product
+        is computed twice then. It must be the innermost adapter of its sites, the first in a list of configs.
+
         Types: `x` and `base(x)` have the model's type, `p` the adapter's, which is float32 on a base in half precision.
         Inside `forward` products (`x @ p.lora_A.T`, `F.linear`, `einsum`) promote as sums do: what meets float32 is
         computed in float32. What goes into `base` is cast to the type of `x`, and the result to that of `base(x)`. So
@@ -252,6 +258,12 @@ class Variant:
 
         Write `p.lora_A.copy_(...)`. The weight, and the tensors that all sites share, may only be read.
         """
+
+    def init_bias(self, site: Site, bias: Tensor, p: Any) -> None:
+        """Overwrite, in place, the tensors that start from the frozen bias `(d_out,)`, if there is one."""
+
+    def init_shared(self, site: Site, weight: Tensor, p: Any) -> None:
+        """Overwrite, in place, the tensors that all sites share, from the frozen weight of the first of them."""
 
     def observer(self, site: Site, weight: Tensor) -> Observe | None:
         """Return a function that observes the site's inputs on calibration data; None to start without data.

@@ -93,7 +93,11 @@ _ATEN_METHODS = {
     "bmm": aten.bmm.default,
     "transpose": aten.transpose.int,
 }
-_CONVOLUTIONS = {nn.functional.conv1d: aten.conv1d, nn.functional.conv2d: aten.conv2d}
+_CONVOLUTIONS = {
+    nn.functional.conv1d: aten.conv1d,
+    nn.functional.conv2d: aten.conv2d,
+    nn.functional.conv3d: aten.conv3d,
+}
 
 
 @tracing()

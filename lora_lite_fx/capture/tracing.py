@@ -79,7 +79,7 @@ def _mode_of(stand_in: Tensor) -> FakeTensorMode:
 
 
 @tracing()
-def trace(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> fx.Graph:
+def trace(function: Callable[..., Tensor | Sequence[Tensor]], tensors: Sequence[Tensor]) -> fx.Graph:
     """Return the aten graph of `function`, before autograd decomposes anything, with one placeholder per tensor.
 
     Each node has the lines of the methods called `forward` that computed it as its `stack_trace`.

@@ -187,9 +187,20 @@ def _existing(sites: Mapping[str, Site], names: list[str], path: str | os.PathLi
 
 
 def check_base(
-    gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]], prints: Mapping[str, str], path: object
+    gm: fx.GraphModule,
+    placed: list[tuple[Variant, list[Site]]],
+    prints: Mapping[str, str],
+    path: object,
+    stacklevel: int = 5,
 ) -> None:
     """Compare the weights of a graph with those that adapters were made for; a difference is a warning.
+
+    Args:
+        gm: the graph.
+        placed: the adapters with their sites.
+        prints: the fingerprints of the weights that they were made for, by site.
+        path: of the file, for messages.
+        stacklevel: as for `warnings.warn`.
 
     Raises:
         CheckpointError: they differ, and a variant means nothing on other weights.
@@ -207,7 +218,7 @@ def check_base(
         )
         if variant.ties_to_weight:
             raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")
-        warnings.warn(f"{message}.", stacklevel=5)
+        warnings.warn(f"{message}.", stacklevel=stacklevel)
 
 
 def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> dict[str, Tensor]:

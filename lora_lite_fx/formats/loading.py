@@ -73,13 +73,15 @@ _DOC = """
     """
 
 
-def loader(read: Callable[[Path], AdapterFile]) -> Load:
+def loader(read: Callable[[Path], AdapterFile], called: str = "") -> Load:
     """Make a function that loads adapters out of one that reads a file. For decorating.
 
     Args:
         read: reads and checks a file without a model. Its name and docstring become those of the result, and the
             documentation of the common arguments is put after the docstring.
+        called: what the function is called in messages, if not like `read`.
     """
+    name = called or read.__name__
 
     @functools.wraps(read)
     def load(
@@ -90,12 +92,12 @@ def loader(read: Callable[[Path], AdapterFile]) -> Load:
         stack: bool = False,
         allow_nonfinite: bool = False,
     ) -> fx.GraphModule:
-        file = as_path(path, f"{read.__name__}(model, path)")
+        file = as_path(path, f"{name}(model, path)")
         found = read(file)
         with outside_inference_mode():
             gm = capture(model, example_inputs)
             if not stack:
-                _check_plain(gm, read.__name__, file)
+                _check_plain(gm, name, file)
             found.insert(gm)
         if not allow_nonfinite:
             check_finite(found.tensors, file, "it is not loaded")

@@ -40,6 +40,7 @@ from .mistakes import as_path
 from .single_adapter import (
     insert_from_file,
     only_adapter,
+    sites_in,
     sites_of,
     weight_of,
 )
@@ -141,7 +142,7 @@ def load_lora_lite(file: Path) -> AdapterFile:
         variant, form = _variant(metadata, sorted(by_site))
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: its config cannot be read: {error}") from error
-    return AdapterFile(state, lambda gm: insert_from_file(gm, variant, by_site, form.rest, file))
+    return AdapterFile(state, lambda gm: insert_from_file(gm, sites_in(gm), variant, by_site, form.rest, file))
 
 
 def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:

@@ -46,8 +46,7 @@ def check_directory(path: Path) -> None:
         return
     if not path.exists():
         raise CheckpointError(
-            f"{path} is not a directory: nothing is there. If it is a name on the Hugging Face Hub, download it first:"
-            f" huggingface_hub.snapshot_download({str(path)!r})."
+            f"{path} is not a directory: nothing is there. A repository on the Hugging Face Hub is named owner/name."
         )
     if (path.parent / "adapter_config.json").is_file():
         hint = f"Pass the PEFT directory that it is in, {str(path.parent)!r}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from ..adapters.placement import (
     by_adapter,
     graph_of,
     placements,
+    site_bias,
     site_weight,
 )
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
@@ -28,8 +29,15 @@ from ..sites.site import Site
 from .checkpoint import check_base
 
 
-def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]]:
+def only_adapter(
+    model: nn.Module, where: str, beside: tuple[type[Variant], ...] = ()
+) -> tuple[Variant, list[Placement]]:
     """Return the adapter of a model that has one, for a file (`where`) that holds one.
+
+    Args:
+        model: an adapted model.
+        where: the words for the file.
+        beside: the variants that the file can hold beside it, if there are others.
 
     Raises:
         AdapterError: it has none.
@@ -37,6 +45,7 @@ def only_adapter(model: nn.Module, where: str) -> tuple[Variant, list[Placement]
     """
     adapter_state_dict(model)  # refuses a model without adapters
     held = list(by_adapter(model))
+    held = [adapter for adapter in held if not isinstance(adapter[0], beside)] or held
     if len(held) > 1:
         names = ", ".join(type(variant).__name__ for variant, _ in held)
         raise ConfigError(f"{where} holds one adapter; the model has {len(held)} ({names}).")
@@ -65,23 +74,35 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
     return site.kind.matrix(module.frozen_weight())
 
 
+def sites_in(gm: fx.GraphModule) -> dict[str, Site]:
+    """Return the sites of a graph by name."""
+    with phase("found the sites") as details:
+        sites = {site.name: site for site in find_sites(gm)}
+        details.append(f"{len(sites)} in the model")
+    return sites
+
+
 def insert_from_file(
     gm: fx.GraphModule,
+    sites: Mapping[str, Site],
     variant: Variant,
     by_site: Mapping[str, Mapping[str, Tensor]],
     rest: Iterable[str],
     path: Path,
     prints: Mapping[str, str] | None = None,
+    check_site: Callable[[Variant, Site], None] = lambda variant, site: None,
 ) -> None:
     """Insert `variant` at the sites of a file, with its values.
 
     Args:
         gm: the graph, which is changed if the file fits it.
+        sites: its sites by name.
         variant: the config.
         by_site: the tensors of each site, by the variant's names.
         rest: names of tensors that no file of this kind holds, as they follow from the frozen weight.
         path: of the file, for messages.
         prints: the fingerprints of the weights that the adapter was made for, by site, if the file has them.
+        check_site: raises `ConfigError` if the other library computes something else at a site.
 
     Raises:
         CheckpointError: the file's sites or tensors do not fit the model or the config, or the adapter means nothing
@@ -89,9 +110,6 @@ def insert_from_file(
     """
     if not by_site:
         raise CheckpointError(f"{path} holds no adapter.")
-    with phase("found the sites") as details:
-        sites = {site.name: site for site in find_sites(gm)}
-        details.append(f"{len(sites)} in the model")
     if missing := [name for name in by_site if name not in sites]:
         raise CheckpointError(
             f"{path} adapts {len(missing)} modules that are not a linear site of the model ({', '.join(missing[:3])});"
@@ -101,6 +119,7 @@ def insert_from_file(
     try:
         variant = finalize(variant, targets, {})
         for site in targets:
+            check_site(variant, site)
             variant.for_site(site.name).check(site)
         check_contract(variant, targets, gm)
         for site in targets:
@@ -110,7 +129,7 @@ def insert_from_file(
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if prints is not None:
-        check_base(gm, [(variant, targets)], prints, path)
+        check_base(gm, [(variant, targets)], prints, path, stacklevel=6)  # only `load_peft` has prints
     first = insert_adapters(gm, [(variant, targets)])
     current = adapter_state_dict(gm)
     values = dict(current)
@@ -120,7 +139,7 @@ def insert_from_file(
         tensors = by_site[placement.site]
         if set(placement.names) - tensors.keys():
             site = sites[placement.site]
-            placement.initialize(gm, site, site_weight(gm, site))
+            placement.initialize(gm, site, site_weight(gm, site), site_bias(gm, site))
         for name, tensor in tensors.items():
             qualified = placement.tensors[name]
             values[qualified] = tensor.to(current[qualified].dtype)
@@ -143,5 +162,9 @@ def _check_tensors(
             raise CheckpointError(
                 f"{where} has {name} of shape {tuple(tensor.shape)}; its config asks for {specs[name].shape}."
             )
-        if not tensor.is_floating_point():
+        wanted = specs[name].dtype
+        if wanted is not None and not wanted.is_floating_point:
+            if tensor.dtype != wanted:
+                raise CheckpointError(f"{where} has {name} in {tensor.dtype}; its config asks for {wanted}.")
+        elif not tensor.is_floating_point():
             raise CheckpointError(f"{where} has {name} in {tensor.dtype}, which is not a floating-point type.")

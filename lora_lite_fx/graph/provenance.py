@@ -7,12 +7,14 @@ were inserted into it, by which config, and where.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from .walk import ancestors
 
 _KEY = "lora_lite_fx"
 
@@ -23,6 +25,8 @@ INLET = "inlet"
 """Part of the nodes before the frozen linear: the last of them replaces its input."""
 OUTLET = "outlet"
 """Part of the nodes after it: the last of them replaces its output."""
+TENSOR = "tensor"
+"""Part of the nodes that replace its weight or bias: the last of them is `type_as(new, frozen)`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Provenance:
         position: index of the adapter among those of its site; its tensors carry it as a suffix.
         call: number of the insertion; one adapter of a site that runs twice has two.
         names: of the adapter's tensors, as its variant calls them.
-        part: `INLET` or `OUTLET`.
+        part: `INLET`, `OUTLET` or `TENSOR`.
         by: the pass that inserted it.
         config: the adapter's config as JSON, on every node, because another pass may replace any of them.
     """
@@ -71,6 +75,15 @@ def forget(node: fx.Node) -> None:
 def is_inserted(node: fx.Node) -> bool:
     """Check whether a pass inserted `node`."""
     return _KEY in (node.meta.get("custom") or {})
+
+
+def replaced_tensor(node: fx.Node) -> fx.Node | None:
+    """Return the frozen weight or bias in whose place an adapter has put `node`; None for any other node."""
+    provenance = recorded(node)
+    if provenance is None or provenance.part != TENSOR or node.target is not torch.ops.aten.type_as.default:
+        return None
+    frozen = node.args[1]
+    return frozen if isinstance(frozen, fx.Node) and recorded(frozen) is None else None
 
 
 def inner_name(node: fx.Node) -> str | None:
@@ -135,6 +148,12 @@ class Insertion:
     def y(self) -> fx.Node | None:
         """The value that `outlet` replaces, or None."""
         return self._entered(OUTLET, self.outlet)
+
+    @property
+    def tensors_replaced(self) -> dict[fx.Node, fx.Node]:
+        """The nodes that replace frozen weights and biases, each with what it replaces."""
+        replaced = ((node, replaced_tensor(node)) for node in self.nodes)
+        return {node: frozen for node, frozen in replaced if frozen is not None}
 
     def is_outside(self, node: fx.Node) -> bool:
         """Check that `node` is not one of the adapter's nodes."""
@@ -213,7 +232,8 @@ def take_out(inserted: Iterable[Insertion]) -> dict[fx.Node, fx.Node]:
     """
     replaced: dict[fx.Node, fx.Node] = {}
     for insertion in inserted:
-        for leaving, entered in ((insertion.inlet, insertion.x), (insertion.outlet, insertion.y)):
+        sides = ((insertion.inlet, insertion.x), (insertion.outlet, insertion.y))
+        for leaving, entered in (*insertion.tensors_replaced.items(), *sides):
             if leaving is not None and entered is not None:
                 leaving.replace_all_uses_with(entered, delete_user_cb=insertion.is_outside)
                 replaced[leaving] = entered
@@ -226,6 +246,19 @@ def take_out(inserted: Iterable[Insertion]) -> dict[fx.Node, fx.Node]:
 def is_size(node: fx.Node) -> bool:
     """Check whether `node` is a number, such as the size of a tensor; where passes share sizes, all may read them."""
     return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat))
+
+
+def _is_read(tensors: Container[fx.Node], x: fx.Node, y: fx.Node) -> bool:
+    """Check whether the call from `x` to `y` reads one of `tensors`."""
+    return bool(tensors) and any(node in tensors for node in ancestors([y], lambda node: node is x))
+
+
+def leads_only_to(node: fx.Node, ends: Container[fx.Node]) -> bool:
+    """Return whether `node` is one of `ends`, or a view or cast of a tensor that only they read."""
+    if node in ends:
+        return True
+    read = [operand for operand in node.all_input_nodes if not is_size(operand)]
+    return len(read) == 1 and bool(node.users) and all(leads_only_to(user, ends) for user in node.users)
 
 
 def _is_data(node: fx.Node) -> bool:
@@ -260,7 +293,8 @@ def surrounding(adapters: Iterable[Insertion], x: fx.Node, y: fx.Node) -> tuple[
     around = []
     for insertion in adapters:
         inlet, outlet = insertion.inlet, insertion.outlet
-        if (inlet or x) is x and (outlet is None or insertion.y is y) and (inlet or outlet):
+        is_here = inlet or outlet or _is_read(insertion.tensors_replaced, x, y)
+        if (inlet or x) is x and (outlet is None or insertion.y is y) and is_here:
             around.append(insertion)
             x, y = insertion.x or x, outlet or y
     return around, x, y

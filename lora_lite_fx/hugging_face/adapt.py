@@ -25,7 +25,8 @@ from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import running_parts
 from ..formats.checkpoint import load
 from ..formats.files import read_json
-from ..formats.peft.directory import CONFIG, load_peft
+from ..formats.peft.directory import load_peft
+from ..formats.peft.hub import CONFIG
 from ..graph.layers import is_layer
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration

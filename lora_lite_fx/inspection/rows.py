@@ -22,7 +22,7 @@ class SiteRow:
         bias: whether it adds a bias.
         calls: how often the model runs it in one forward pass.
         reads: name of the value in the graph that it reads; sites with the same name read the same value.
-        kind: `linear`, `embedding`, `conv` or `experts`.
+        kind: `linear`, `embedding`, `conv`, `experts` or `norm`.
         experts: number of experts in its weight, each with an adapter of its own; 0 if it is not a stack of experts.
     """
 

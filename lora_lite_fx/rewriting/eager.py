@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from ..adapters.adapted_site import FrozenSite
 from ..adapters.placement import Placement, adapter_tensor_names, placements
@@ -64,7 +65,8 @@ def wrap(
             module = _adapted(wrapped, site)
             placement = Placement.of(plan.variant, adapter, site, len(module.placements))
             weight = _add(module, placement, wrapped)
-            placement.initialize(wrapped, site, weight, plan.statistics.get(site.name))
+            bias = site.own_bias(module.frozen_bias())
+            placement.initialize(wrapped, site, weight, bias, plan.statistics.get(site.name))
     return wrapped
 
 
@@ -172,7 +174,12 @@ class AdaptedLinear(nn.Module):
         (x,) = (*args, *kwargs.values())
         around = [(placement.local, self._tensors(placement)) for placement in self.placements]
         frozen = FrozenSite(self.site, self.frozen_weight(), self.frozen_bias(), self.training)
-        return frozen.adapted(self.base, around, x)
+        return frozen.adapted(self._call, around, x)
+
+    def _call(self, x: Tensor, **given: Tensor) -> Tensor:
+        """Call the wrapped module, with a weight or bias in place of its own if they are given."""
+        output: Tensor = functional_call(self.base, given, (x,)) if given else self.base(x)
+        return output
 
     def _tensors(self, placement: Placement) -> Any:
         # The qualified names end in the names of attributes here, wherever in the model this module is. Those without
@@ -226,7 +233,7 @@ def _is_all(site: Site) -> bool:
     return all(inner_name(node) != site.name for node in others)
 
 
-_PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+_PLAIN = (nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
@@ -235,12 +242,14 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
     Raises:
         ConfigError: the site is not a module that can be wrapped.
     """
-    module = model.get_submodule(site.name) if is_called(model, site) and _is_all(site) else None
+    is_norm = site.kind.name == "norm"  # only its tensors are replaced, whatever else the module computes
+    module = model.get_submodule(site.name) if is_called(model, site) and (is_norm or _is_all(site)) else None
     if isinstance(module, AdaptedLinear):
         return module
     weight = getattr(module, "weight", None)
     simple = module is not None and (
         site.kind.name == "linear"
+        or is_norm
         or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
     )
     named = isinstance(weight, Tensor) or site.computed_weight is not None

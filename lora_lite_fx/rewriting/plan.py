@@ -66,11 +66,11 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
     if calibration is not None:
         with phase("ran the calibration data"):
             statistics = _observe(gm, chosen, calibration)
-    plans = []
+    plans: list[Plan] = []
     for (variant, targets), observed in zip(chosen, statistics, strict=True):
         finalized = finalize(variant, targets, observed)
         kept = [site for site in targets if finalized.selects(site)]
-        check_contract(finalized, kept, gm)
+        check_contract(finalized, kept, gm, {site.name for plan in plans for site in plan.sites})
         plans.append(Plan(finalized, kept, observed))
     return plans
 

@@ -24,6 +24,7 @@ from ..adapters.mistakes import not_a_variant
 from ..adapters.placement import (
     HasGraphs,
     placements,
+    site_bias,
     site_weight,
 )
 from ..adapters.quantized_base import check_gradients
@@ -110,7 +111,8 @@ def _initialize(gm: fx.GraphModule, plans: Sequence[Plan], first: int) -> None:
     with phase("computed the adapters' start values"):
         for placement in progress(inserted, "start values"):
             site, plan = sites[placement.site], plans[placement.adapter - first]
-            placement.initialize(gm, site, site_weight(gm, site), plan.statistics.get(site.name))
+            weight, bias = site_weight(gm, site), site_bias(gm, site)
+            placement.initialize(gm, site, weight, bias, plan.statistics.get(site.name))
 
 
 def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan]) -> None:

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.direct_calls import OpOverload
-from ..graph.provenance import is_inserted
+from ..graph.provenance import is_inserted, replaced_tensor
 from ..graph.queries import value_of
 from .computed import Computation, name_and_shape
 from .dataflow import op_name
 from .kinds.contraction import contraction
-from .kinds.convolution import Convolution
+from .kinds.convolution import Convolution, GroupedConvolution
 from .kinds.embedding import Lookup
 from .kinds.experts import Experts
 from .kinds.linear import SiteKind
+from .kinds.norm import Norm
+from .norms import match_norm
 from .site import Call
 
 aten = torch.ops.aten
@@ -75,7 +77,7 @@ def match_site(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node] = (
     elif node.target is aten.einsum.default:
         return _match_einsum(gm, node, frozen)
     else:
-        return None
+        return _match_norm(gm, node, frozen)
     source = _tensor(gm, weight, 2, node, frozen)
     bias_source = _tensor(gm, bias, 1, node, frozen) if bias is not None else None
     if source is None or (bias is not None and bias_source is None):
@@ -105,7 +107,23 @@ def _match_einsum(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node])
     return None
 
 
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
+def _match_norm(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node]) -> Match | None:
+    """Return the match of the weight of a norm, or None."""
+    if (norm := match_norm(gm, node, frozen)) is None:
+        return None
+    weight, bias = (
+        None if name is None else _Source(name, False, None, gm.get_parameter(name).shape)
+        for name in (norm.weight, norm.bias)
+    )
+    return None if weight is None else Match(Call(norm.x, node, node), weight, Norm(), bias)
+
+
+_CONVOLUTIONS = {
+    operator: dims
+    for dims, packet in enumerate((aten.conv1d, aten.conv2d, aten.conv3d), 1)
+    for operator in (packet.default, packet.padding)
+}
+"""The number of dimensions that a kernel has, by operator."""
 _DECOMPOSED = aten.convolution.default
 _PRODUCTS = (aten.matmul.default, aten.mm.default, operator.matmul, aten.bmm.default)
 _OTHER_KINDS = (aten.embedding.default, *_CONVOLUTIONS, _DECOMPOSED, *_PRODUCTS)
@@ -123,14 +141,17 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.No
         return Match(Call(args["indices"], node, node), source, kind, None)
     if node.target in (*_CONVOLUTIONS, _DECOMPOSED):
         weight, bias = args["weight"], args["bias"]
-        dims = len(args["stride"]) if node.target is _DECOMPOSED else 1 if node.target in _CONVOLUTIONS[:2] else 2
+        dims = _CONVOLUTIONS.get(node.target) or len(args["stride"])
         source = _tensor(gm, weight, 2 + dims, node, frozen)
         bias_source = _tensor(gm, bias, 1, node, frozen) if bias is not None else None
-        plain = args["groups"] == 1 and not args.get("transposed") and dims in (1, 2)
-        if source is None or (bias is not None and bias_source is None) or not plain:
+        transposed = args.get("transposed") or dims not in (1, 2, 3)
+        if source is None or (bias is not None and bias_source is None) or transposed:
             return None
         steps = {key: _for_each_dimension(args[key], dims) for key in ("stride", "padding", "dilation")}
-        kind = Convolution(kernel=tuple(source.shape[2:]), **steps)
+        kernel, groups = tuple(source.shape[2:]), args["groups"]
+        kind = Convolution(kernel=kernel, groups=groups, **steps)
+        if groups > 1:
+            kind = GroupedConvolution(kernel=kernel, groups=groups, outputs=source.shape[0], **steps)
         return _match(Call(args["input"], node, node), source, kind, bias_source)
     x, weight, *routing = (operand for operand in (*node.args, *node.kwargs.values()) if operand is not None)
     source = _parameter(gm, weight, dim=3)
@@ -275,11 +296,15 @@ def _tensor(
         return source
     flipped = False
     while isinstance(node, fx.Node) and not exact and node.op == "call_function" and dim == 2:
+        if (replaced := replaced_tensor(node)) is not None:
+            node = replaced
+            continue
         swaps = _swaps_last_two(node, dim) if node.target in _TRANSPOSES else None
         if swaps is None and node.target not in _COPIES:
             break
         flipped ^= bool(swaps)
         node = node.all_input_nodes[0]
+    node = (replaced_tensor(node) or node) if isinstance(node, fx.Node) else node
     if not isinstance(node, fx.Node) or node not in frozen:
         return None
     named = name_and_shape(gm, node, dim, product)
@@ -295,6 +320,9 @@ def _parameter(gm: fx.GraphModule, node: object, dim: int) -> _Source | None:
     while isinstance(node, fx.Node) and node.op != "get_attr":
         if node.op != "call_function":
             return None
+        if (replaced := replaced_tensor(node)) is not None:
+            node = replaced
+            continue
         if node.target in _TRANSPOSES:
             swaps = _swaps_last_two(node, dim)
             if swaps is None or (swaps and rows is not None):  # columns that a split takes

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from ..graph.provenance import inner_name
+from ..graph.tensors import tensor_of
 from .computed import frozen_values
 from .dataflow import LinearNode
 from .dialects import Match, match_site
@@ -61,11 +63,21 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
                 kind,
                 members[0].bias.rows if members[0].bias else None,
                 experts[0] if experts else 0,
-                reasons,
-                tuple(match.call for match in members),
+                reasons=reasons,
+                calls=tuple(match.call for match in members),
             )
         )
-    return sites
+    return _with_ties(gm, sites)
+
+
+def _with_ties(gm: fx.GraphModule, sites: list[Site]) -> list[Site]:
+    """Return the sites with the names of those that share a parameter."""
+    by_weight: dict[int, list[str]] = defaultdict(list)
+    for site in sites:
+        if site.computed_weight is None:
+            by_weight[id(tensor_of(gm, site.weight))].append(site.name)
+    ties = {name: tuple(other for other in names if other != name) for names in by_weight.values() for name in names}
+    return [replace(site, tied=tied) if (tied := ties.get(site.name)) else site for site in sites]
 
 
 def _names(groups: Mapping[_Group, list[Match]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Find the weights that multiply data and are not sites, each with the reason.
 
-A weight counts that has two or more dimensions. Elementwise factors, norms and tables of positions do not multiply data
-in this sense: an adapter of a linear has no place there.
+A weight counts that has two or more dimensions. Elementwise factors and tables of positions do not multiply data in
+this sense: an adapter of a linear has no place there. The norms that symbolic tracing leaves as modules count too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .kinds.convolution import Convolution
 from .kinds.embedding import Lookup
 from .kinds.experts import Experts
 from .kinds.linear import SiteKind
+from .kinds.norm import Norm
 from .roles import GROUPS, infer_roles
 from .site import Site
 
@@ -115,6 +116,9 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         weights: dict[str, Tensor] = {
             f"{node.target}.{path}": p for path, p in module.named_parameters() if p.dim() > 1
         }
+        if name in NORMS and isinstance(getattr(module, "weight", None), Tensor):
+            reason = f"symbolic tracing does not look into norms; {_EXAMPLES}"
+            return _Use(node, {f"{node.target}.weight": module.weight}, reason, Norm())  # type: ignore[dict-item]
         if not weights or name in NORMS or isinstance(module, fx.GraphModule):
             return None
         called = type(module).__name__
@@ -122,7 +126,7 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
             ("MultiheadAttention", "Transformer")
         ):
             kind = Convolution() if name.startswith("conv") else Lookup() if name in _EMBEDDINGS else SiteKind()
-            is_site = called in ("Linear", "Embedding", "Conv1d", "Conv2d") and _is_hooked(module)
+            is_site = called in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d") and _is_hooked(module)
             reason = "a hook stands on the module" if is_site else f"{called} is not a kind of site"
             return _Use(node, weights, reason, kind)
         return _Use(node, weights, f"symbolic tracing does not look into {called}; {_EXAMPLES}", opaque=True)
@@ -145,10 +149,8 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         linear = LinearNode(data[0], node) if kind.name == "linear" else None
         return _Use(node, {main: operands[operand][main]}, reason, kind, linear=linear)
     if name.startswith("conv"):
-        groups = _argument(node, "groups")
-        reason = f"a convolution in {groups} groups" if groups not in (None, 1) else f"{name} is not a kind of site"
         computed = next((why for operand in operands if (why := obstacle(gm, operand, node))), "")
-        return _Use(node, weights, computed or reason, Convolution())
+        return _Use(node, weights, computed or f"{name} is not a kind of site", Convolution())
     if name in _LOOKUPS:
         return _Use(node, weights, f"{name} with a weight that is computed, split or summed over", Lookup())
     if name in _GROUPED:
@@ -176,15 +178,6 @@ def _is_plain(node: fx.Node) -> bool:
     """Return whether `node` calls a function of torch or Python, whose meaning is known by its name."""
     module: Any = getattr(node.target, "__module__", None) or "torch"
     return module.partition(".")[0] in _OWN and "higher_order" not in str(node.target)
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """Return an argument of an operator or a function of torch by name, or None."""
-    if isinstance(node.target, OpOverload):
-        for position, argument in enumerate(node.target._schema.arguments):
-            if argument.name == name and position < len(node.args):
-                return node.args[position]
-    return node.kwargs.get(name)
 
 
 def _why_not_linear(gm: fx.GraphModule, node: fx.Node, name: str, operand: fx.Node, data: list[fx.Node]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,6 +13,7 @@ from ..graph.provenance import inner_name
 from ..graph.tensors import tensor_of
 from ..graph.walk import walk
 from .computed import Computation
+from .kinds.convolution import Convolution
 from .kinds.linear import SiteKind
 
 
@@ -54,6 +56,7 @@ class Site:
         bias_rows: the rows of the bias parameter that are the bias, as the first and the one after the last. None
             means all.
         experts: the number of experts that have a `W` in the weight; 0 for other kinds of sites.
+        tied: the names of the other sites that have the same parameter as their weight.
         reasons: the reason for each role.
         calls: its executions in the graph; several for a module that is used several times.
     """
@@ -67,6 +70,7 @@ class Site:
     kind: SiteKind = field(default_factory=SiteKind)
     bias_rows: tuple[int, int] | None = None
     experts: int = 0
+    tied: tuple[str, ...] = field(default=(), compare=False)
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
     calls: tuple[Call, ...] = field(default=(), compare=False, repr=False)
 
@@ -95,6 +99,16 @@ class Site:
             return bias
         start, end = self.bias_rows
         return torch.cat([like[:start], bias, like[end:]])
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The size of the kernel of a convolution; empty at other sites."""
+        return self.kind.kernel if isinstance(self.kind, Convolution) else ()
+
+    @property
+    def channels(self) -> int:
+        """The size of a row of `W` without the kernel: the channels of a convolution, or of one of its groups."""
+        return self.d_in // math.prod(self.kernel)
 
     @cached_property
     def layer(self) -> int | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.listing import describe_adapters
-from ..adapters.placement import Placement, site_weight
+from ..adapters.placement import Placement, site_bias, site_weight
 from ..adapters.registry import recorded_variant, to_config
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
@@ -55,7 +55,7 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
                 weight = site_weight(copy, site)
                 placement = Placement.of(plan.variant, adapter, site, len(module.placements))
                 placement.register(copy, site, weight)
-                placement.initialize(copy, site, weight, plan.statistics.get(site.name))
+                placement.initialize(copy, site, weight, site_bias(copy, site), plan.statistics.get(site.name))
                 module.placements.append(placement)
         for module in copy.modules():
             if hasattr(module, "placements"):

@@ -1,5 +1,6 @@
 """The variants, one file each. To add one, write its file and import it here."""
 
+from .adalora import AdaLoRA
 from .antipasto import AntiPaSTO
 from .boft import BOFT
 from .c3a import C3A
@@ -7,6 +8,7 @@ from .delora import DeLoRA
 from .dora import DoRA
 from .eva import EVA
 from .fourierft import FourierFT
+from .full import Full
 from .gralora import GraLoRA
 from .hira import HiRA
 from .hra import HRA
@@ -20,6 +22,9 @@ from .olora import OLoRA
 from .pissa import PiSSA
 from .randlora import RandLoRA
 from .road import RoAd
+from .shira import SHiRA
+from .trainable_tokens import TrainableTokens
+from .vblora import VBLoRA
 from .vera import VeRA
 
 __all__ = [
@@ -29,10 +34,12 @@ __all__ = [
     "HRA",
     "IA3",
     "OFT",
+    "AdaLoRA",
     "AntiPaSTO",
     "DeLoRA",
     "DoRA",
     "FourierFT",
+    "Full",
     "GraLoRA",
     "HiRA",
     "LoHa",
@@ -43,5 +50,8 @@ __all__ = [
     "PiSSA",
     "RandLoRA",
     "RoAd",
+    "SHiRA",
+    "TrainableTokens",
+    "VBLoRA",
     "VeRA",
 ]

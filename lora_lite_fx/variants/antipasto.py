@@ -26,9 +26,9 @@ from .oft import skew
 class AntiPaSTO(WithRank):
     """`y = W_res x + b + U' diag(S + d) V'^T x`, `W = W_res + U diag(S) V^T`; https://arxiv.org/abs/2601.07473.
 
-    `U, S, V` are r singular triplets of `W`: the largest, or with calibration data those of the largest
-    `S_i * mean |v_i . x|`. `d` is trained, and so are the block-diagonal Cayley rotations that turn one basis into
-    `V'` or `U'`. The residual is not formed: the frozen triplets are subtracted in activation space, see `FromWeight`.
+    `U, S, V` are r singular triplets of `W`, or as many as it has: the largest, or with calibration data those of the
+    largest `S_i * mean |v_i . x|`. `d` is trained, and so are the block-diagonal Cayley rotations that turn one basis
+    into `V'` or `U'`. The residual is not formed: the frozen triplets are subtracted in activation space, see `PiSSA`.
 
     Near identity at the start: `d` is drawn from N(4e-4, 4e-4), which breaks the symmetry of its sign.
 
@@ -54,19 +54,32 @@ class AntiPaSTO(WithRank):
             f"max_rotation_angle must be between 0 and pi, got {self.max_rotation_angle}",
         )
 
+    def check(self, site: Site) -> None:
+        super().check(site)
+        self._require(
+            self._rank_at(site) > 0,
+            f"block_size={self.block_size} is larger than site {site.name!r} allows ({site.d_out} x {site.d_in})",
+        )
+
+    def _rank_at(self, site: Site) -> int:
+        """Return the number of triplets at `site`, a multiple of `block_size`."""
+        there = min(site.d_in, site.d_out)
+        return min(self.r, there - there % self.block_size)
+
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        r = self._rank_at(site)
         angles = self.block_size * (self.block_size - 1) // 2
-        rotation = {} if self.rotate_basis == "none" else {"lora_rot_T": ParamSpec((self.r // self.block_size, angles))}
+        rotation = {} if self.rotate_basis == "none" else {"lora_rot_T": ParamSpec((r // self.block_size, angles))}
         return {
-            "lora_U": ParamSpec((site.d_out, self.r), trainable=False),
-            "lora_S": ParamSpec((self.r,), trainable=False),
-            "lora_Vh": ParamSpec((self.r, site.d_in), trainable=False),
-            "lora_delta_s": ParamSpec((self.r,), init=lambda tensor: tensor.normal_(4e-4, 4e-4)),
+            "lora_U": ParamSpec((site.d_out, r), trainable=False),
+            "lora_S": ParamSpec((r,), trainable=False),
+            "lora_Vh": ParamSpec((r, site.d_in), trainable=False),
+            "lora_delta_s": ParamSpec((r,), init=lambda tensor: tensor.normal_(4e-4, 4e-4)),
             **rotation,
         }
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:
-        self._keep(p, torch.linalg.svd(weight, full_matrices=False), slice(self.r))
+        self._keep(p, torch.linalg.svd(weight, full_matrices=False), slice(self._rank_at(site)))
 
     def observer(self, site: Site, weight: Tensor) -> Callable[[Tensor], Tensor]:
         vh = torch.linalg.svd(weight, full_matrices=False).Vh
@@ -75,7 +88,7 @@ class AntiPaSTO(WithRank):
     def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
         triplets = torch.linalg.svd(weight, full_matrices=False)
         scores = triplets[1] * statistic.total
-        self._keep(p, triplets, scores.topk(self.r).indices.sort().values)
+        self._keep(p, triplets, scores.topk(self._rank_at(site)).indices.sort().values)
 
     @staticmethod
     def _keep(p: Any, triplets: tuple[Tensor, Tensor, Tensor], which: slice | Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import is_count, override
 from ..adapters.maths import wide
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
@@ -30,15 +31,21 @@ class C3A(Variant):
 
     Args:
         block_size: side of a block, a common divisor of `d_in` and `d_out`. The larger, the fewer parameters.
+        block_size_pattern: other sizes by name, as `rank_pattern` of other variants.
         init_weights: how the kernels start. `zeros` loses no gradient.
     """
 
     block_size: int = 256
+    block_size_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     init_weights: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"] = "xavier_uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.block_size >= 1, f"block_size={self.block_size} must be at least 1")
+        self._make_pairs("block_size_pattern", is_count, "positive integers")
+
+    def overrides(self, name: str) -> dict[str, Any]:
+        return super().overrides(name) | override(self, "block_size", "block_size_pattern", name)
 
     def check(self, site: Site) -> None:
         super().check(site)

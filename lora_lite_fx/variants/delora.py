@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
-from ..adapters.hyperparameters import WithRank
+from ..adapters.hyperparameters import WithDropout, WithRank
 from ..adapters.maths import cast, wide
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
@@ -21,11 +21,11 @@ _SMALLEST_NORM = 1e-4
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class DeLoRA(WithRank):
-    """`y = W x + b + B diag(lambda / (r ||a_i|| ||b_i||)) A (w * x)`; https://arxiv.org/abs/2503.18225, equation 8.
+class DeLoRA(WithDropout, WithRank):
+    """`y = W x + b + B diag(lambda / (r ||a_i|| ||b_i||)) A (w * drop(x))`; https://arxiv.org/abs/2503.18225.
 
-    `a_i` are the rows of `A`, `b_i` the columns of `B`, `w (d_in,)` the norms of the columns of `W`. Identity at the
-    start, exactly: `B = 0`. There is no `alpha`: `lambda`, which is trained, is the strength.
+    This is equation 8; `a_i` are the rows of `A`, `b_i` the columns of `B`, `w (d_in,)` the norms of the columns of
+    `W`. Identity at the start, exactly: `B = 0`. There is no `alpha`: `lambda`, which is trained, is the strength.
 
     Args:
         lambda0: what `lambda` starts at. Not zero, where every gradient would be zero.
@@ -55,4 +55,4 @@ class DeLoRA(WithRank):
         strength = cast(p.lora_lambda / (self.r * a_norms * b_norms), p.lora_A)
         # The small factor takes both scalings, so that nothing of the size of x is computed twice.
         a = strength[:, None] * p.lora_A * p.lora_wnorm
-        return y + F.linear(F.linear(cast(x, a), a), p.lora_B)
+        return y + F.linear(F.linear(cast(self.drop(x, base), a), a), p.lora_B)

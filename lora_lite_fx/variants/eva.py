@@ -23,8 +23,8 @@ from .lora import LowRank
 class EVA(LowRank):
     """`y = W x + b + s B A drop(x)`, `A` from the data; https://arxiv.org/abs/2410.07170, section 3.
 
-    The rows of `A` start as the top-r right singular vectors of the site's inputs on calibration data. The inputs'
-    second moment `X^T X` is accumulated: its eigenvectors are those vectors, exactly and whatever the batches.
+    The rows of `A`, at most `d_in`, start as the top-r right singular vectors of the site's inputs on calibration data.
+    The inputs' second moment `X^T X` is accumulated: its eigenvectors are those vectors, whatever the batches.
     Identity at the start, exactly: `B = 0`.
 
     Args:
@@ -43,6 +43,10 @@ class EVA(LowRank):
         super().__post_init__()
         self._require(self.rho >= 1, f"rho must be at least 1, got {self.rho!r}")
 
+    def check(self, site: Site) -> None:
+        super().check(site)
+        self.require_rank_at_most(site.d_in, site)
+
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
         return y + self.branch(x, base, p)
@@ -55,7 +59,7 @@ class EVA(LowRank):
             return self
         ranks = {site.name: self.for_site(site.name).r for site in sites}
         shares = {name: self._directions(statistics[name])[0] for name in ranks}
-        limits = {site.name: min(round(ranks[site.name] * self.rho), site.d_in, site.d_out) for site in sites}
+        limits = {site.name: min(round(ranks[site.name] * self.rho), site.d_in) for site in sites}
         competing = sorted(
             ((share, name) for name in ranks for share in shares[name][: limits[name]].tolist()), reverse=True
         )

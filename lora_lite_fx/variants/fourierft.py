@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
+from ..adapters.hyperparameters import is_count, override
 from ..adapters.maths import cast, wide
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
@@ -29,12 +30,16 @@ class FourierFT(Variant):
 
     Args:
         n_frequency: the number of coefficients; all that there are at a site with fewer.
+        n_frequency_pattern: other numbers by name, as `rank_pattern` of other variants.
         scaling: of `D`. Not zero, where every gradient would be zero.
         seed: of the frequencies, which are the same at sites of the same size, and PEFT's.
         spectrum: the start of the coefficients: standard `normal`, or `zeros`.
     """
 
+    by_update: ClassVar[bool] = True
+
     n_frequency: int = 1000
+    n_frequency_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     scaling: float = 150.0
     seed: int = 777
     spectrum: Literal["normal", "zeros"] = "normal"
@@ -42,8 +47,12 @@ class FourierFT(Variant):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.n_frequency >= 1, f"n_frequency must be positive, got {self.n_frequency!r}")
+        self._make_pairs("n_frequency_pattern", is_count, "positive integers")
         self._require(self.scaling != 0, "scaling=0 would leave every gradient zero; use another number, such as 150")
         self._require(0 <= self.seed < 2**64, f"seed is a number from 0, got {self.seed!r}")
+
+    def overrides(self, name: str) -> dict[str, Any]:
+        return super().overrides(name) | override(self, "n_frequency", "n_frequency_pattern", name)
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         size = site.d_in * site.d_out

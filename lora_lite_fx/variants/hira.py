@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +29,8 @@ class HiRA(WithDropout, WithRank):
     Args:
         init_weights: how `A` is drawn, as for `LoRA`.
     """
+
+    by_update: ClassVar[bool] = True
 
     init_weights: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.hyperparameters import WithRank
-from ..adapters.maths import cast, identity_like
+from ..adapters.maths import cast, identity_like, through
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..sites.site import Site
@@ -33,7 +33,8 @@ class HRA(WithRank):
     Args:
         orthogonal: orthogonalize the vectors first, by Gram-Schmidt: `R = I - 2 V^T V`, the reflection of the whole
             space that they span. It is the identity nowhere, so neither at the start: the frozen model loses r
-            directions of each input at once. Any r; the start is drawn without pairs, which would span only r / 2.
+            directions of each input at once. Any r up to `d_in`; the start is drawn without pairs, which would span
+            only r / 2.
     """
 
     orthogonal: bool = False
@@ -44,6 +45,11 @@ class HRA(WithRank):
             self.orthogonal or self.r % 2 == 0,
             f"r={self.r} must be even: vectors start in pairs whose reflections cancel",
         )
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.orthogonal:
+            self.require_rank_at_most(site.d_in, site)
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         return {"lora_U": ParamSpec((self.r, site.d_in))}
@@ -67,6 +73,10 @@ class HRA(WithRank):
             s = gram.triu() - torch.diag_embed(gram.diagonal() / 2)
             inverse = torch.linalg.solve_triangular(s, identity_like(s), upper=True)
         u, inverse = u.to(p.lora_U.dtype), inverse.to(p.lora_U.dtype)
-        wide_x = cast(x, u)
-        # Negate the small factor: that is cheaper than negating the result.
-        return base((wide_x + F.linear(F.linear(F.linear(wide_x, u), -inverse), u.t())).type_as(x))
+
+        def turn(x: Tensor) -> Tensor:
+            wide_x = cast(x, u)
+            # Negate the small factor: that is cheaper than negating the result.
+            return (wide_x + F.linear(F.linear(F.linear(wide_x, u), -inverse), u.t())).type_as(x)
+
+        return through(turn, x, base)

@@ -84,8 +84,8 @@ class LoRA(FromNothing):
     def __post_init__(self) -> None:
         self._require(
             not isinstance(self.bias, str),
-            f"bias={self.bias!r} is PEFT's way to choose the model's biases to train, and those stay frozen here;"
-            " leave it out, or write bias=True for a trained bias of B",
+            f"bias={self.bias!r} is PEFT's way to choose the model's biases to train, which Full(weight=False,"
+            " ...) does here; leave it out, or write bias=True for a trained bias of B",
         )
         super().__post_init__()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,8 +33,6 @@ class MiSS(WithDropout, WithRank):
         mini_r: for `"mini"`, a divisor of `d_out`. Not used otherwise.
     """
 
-    bounded_rank: ClassVar[bool] = False
-
     mode: Literal["balance", "mini", "bat"] = "balance"
     mini_r: int = 1
 
@@ -45,7 +43,7 @@ class MiSS(WithDropout, WithRank):
     def check(self, site: Site) -> None:
         super().check(site)
         where = f"site {site.name!r} ({site.d_out} x {site.d_in})"
-        self._require(self.r <= site.d_in, f"r={self.r} is larger than the input of {where}; use r <= {site.d_in}")
+        self.require_rank_at_most(site.d_in, site)
         if self.mode == "mini":
             self._require(site.d_out % self.mini_r == 0, f"mini_r={self.mini_r} does not divide the output of {where}")
         elif self.mode == "bat":

@@ -10,16 +10,51 @@ import torch
 from torch import Tensor
 
 from ..adapters.frozen_linear import FrozenLinear
-from ..adapters.maths import cast, identity_like
+from ..adapters.maths import cast, identity_like, through
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..adapters.variant import Variant
 from ..sites.site import Site
 
 
+@dataclass(frozen=True, kw_only=True)
+class InBlocks(Variant):
+    """Base class of the variants that turn the input in blocks.
+
+    Args:
+        block_size: side of a block.
+        blocks: number of blocks, in place of `block_size`; 0 for as many as `block_size` makes.
+    """
+
+    block_size: int = 32
+    blocks: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.blocks >= 0, f"blocks={self.blocks} must be a number of blocks, or 0")
+        self._require(
+            self.blocks > 0 or self.block_size >= 2,
+            f"block_size={self.block_size} must be at least 2: there rotations begin",
+        )
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        name, divisor = ("blocks", self.blocks) if self.blocks else ("block_size", self.block_size)
+        self._require(
+            site.d_in % divisor == 0,
+            f"{name}={divisor} does not divide the {site.d_in} inputs of site {site.name!r}; use a divisor",
+        )
+        size = self.size_at(site)
+        self._require(size >= 2, f"{name}={divisor} leaves blocks of {size} input at site {site.name!r}; use fewer")
+
+    def size_at(self, site: Site) -> int:
+        """Return the side of a block at `site`."""
+        return site.d_in // self.blocks if self.blocks else self.block_size
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
-class OFT(Variant):
+class OFT(InBlocks):
     """`y = W R x + b`, R of orthogonal blocks on the diagonal; https://arxiv.org/abs/2306.07280.
 
     `x` is rotated, as in OFTv2 (https://arxiv.org/abs/2506.19847): no product with `W`. Identity at the start,
@@ -31,34 +66,44 @@ class OFT(Variant):
             `I - 2 Q + 2 Q^2 - 2 Q^3 + Q^4` if true: cheap, orthogonal only near the start. If false it is
             `(I - Q)^{-1} (I + Q)`, orthogonal always. As in PEFT the two turn in opposite directions, so values trained
             with one mean something else with the other.
+        block_share: whether all blocks of a site are the same one.
+        coft: whether each `Q` is kept within a distance from zero, `eps` divided by the root of the number of blocks
+            (constrained OFT). Beyond it, its length is cut, which gradients do not see.
+        eps: that distance.
     """
 
-    block_size: int = 32
     use_cayley_neumann: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.block_size >= 2, f"block_size={self.block_size} must be at least 2: there rotations begin")
-
-    def check(self, site: Site) -> None:
-        super().check(site)
-        self._require(
-            site.d_in % self.block_size == 0,
-            f"block_size={self.block_size} does not divide the {site.d_in} inputs of site {site.name!r}; use a divisor",
-        )
+    block_share: bool = False
+    coft: bool = False
+    eps: float = 6e-5
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
-        b = self.block_size
-        return {"lora_oft_R": ParamSpec((site.d_in // b, b * (b - 1) // 2))}
+        b = self.size_at(site)
+        return {"lora_oft_R": ParamSpec((1 if self.block_share else site.d_in // b, b * (b - 1) // 2))}
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        size = self.size_at(base.site)
         # In double precision autocast leaves the small products alone.
-        q = skew(p.lora_oft_R.double(), self.block_size)
-        turn = _cayley_neumann(q) if self.use_cayley_neumann else cayley(q)
-        turn = turn.to(p.lora_oft_R.dtype)
-        wide_x = cast(x, turn)
-        turned = times_blocks(wide_x.unflatten(-1, (-1, self.block_size)), turn)
-        return base((wide_x + turned.flatten(-2)).type_as(x))
+        q = skew(self._constrained(p.lora_oft_R.double()), size)
+        blocks = (_cayley_neumann(q) if self.use_cayley_neumann else cayley(q)).to(p.lora_oft_R.dtype)
+        if self.block_share:
+            blocks = blocks.expand(base.site.d_in // size, size, size)
+
+        def turn(x: Tensor) -> Tensor:
+            wide_x = cast(x, blocks)
+            turned = times_blocks(wide_x.unflatten(-1, (-1, size)), blocks)
+            return (wide_x + turned.flatten(-2)).type_as(x)
+
+        return through(turn, x, base)
+
+    def _constrained(self, upper: Tensor) -> Tensor:
+        """Return the upper triangles, cut to the length that `coft` allows; a matrix is the root of two as long."""
+        if not self.coft:
+            return upper
+        bound = self.eps / len(upper) ** 0.5
+        lengths = 2**0.5 * torch.linalg.vector_norm(upper.detach(), dim=1, keepdim=True)
+        cut: Tensor = upper.detach() * (bound / lengths.clamp_min(bound) - 1)
+        return upper + cut
 
 
 # Blocks act on rows, `x_i R_i^T`, and are given as what they add, `R_i^T - I`: near the start it is small, and in half

@@ -24,20 +24,23 @@ class FromWeight(LowRank):
     `A`, `B` start at `A0`, `B0`. The residual is not formed: the frozen factors are subtracted in activation space.
     The base weight stays shared and exact (tied weights, half precision, removal), loading needs no factorization,
     and at the start the two branches cancel to the last bit, where a residual rounded to the base's dtype would not.
+    A weight has as many parts as its smaller side; with a larger `r` the factors have all of them, scaled as `r` says.
     """
 
     ties_to_weight: ClassVar[bool] = True
 
     def start_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `A0 (r, d_in)` and `B0 (d_out, r)` of a weight `(d_out, d_in)`."""
+        """Return `A0 (r, d_in)` and `B0 (d_out, r)` of a weight `(d_out, d_in)`; all parts, if it has fewer than r."""
         raise NotImplementedError
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
-        factors = super().params(site)
+        r = min(self.r, site.d_in, site.d_out)
+        a, b = (r, site.d_in), (site.d_out, r)
         return {
-            **factors,
-            "lora_A0": ParamSpec(factors["lora_A"].shape, trainable=False),
-            "lora_B0": ParamSpec(factors["lora_B"].shape, trainable=False),
+            "lora_A": ParamSpec(a, trainable=self.train_A),
+            "lora_B": ParamSpec(b),
+            "lora_A0": ParamSpec(a, trainable=False),
+            "lora_B0": ParamSpec(b, trainable=False),
         }
 
     def init(self, site: Site, weight: Tensor, p: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -34,8 +34,6 @@ class SharedProjections(WithDropout, WithRank):
     shared_r: int = 0
     shared_d_in: int = 0
     shared_d_out: int = 0
-
-    bounded_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

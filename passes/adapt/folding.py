@@ -131,22 +131,36 @@ def _fold(
     refused = f"{type(variant).__name__} at {site.name!r} cannot be merged"
     if not variant.affine:
         raise AdapterError(f"{refused}, because it is not affine in its input (affine = False).{_WAY_OUT}")
-    # A product with a matrix is the same with ordinary inputs, whatever the kind of site.
-    base = dataclasses.replace(frozen, call=lambda x: nn.functional.linear(x, weight, bias))
-    adapted = compose(base, [(variant, p)])
+    calls: list[tuple[Any, Tensor, Tensor, Tensor | None]] = []
 
-    def rows(x: Any) -> Tensor:
+    def call(x: Any, **given: Tensor) -> Tensor:
+        used, added = given.get("weight", weight).to(weight), given.get("bias", bias)
+        # A product with a matrix is the same with ordinary inputs, whatever the kind of site.
+        calls.append((x, y := nn.functional.linear(x, used, added), used, added))
+        return y
+
+    adapted = compose(dataclasses.replace(frozen, call=call), [(variant, p)])
+
+    def output(x: Any) -> Tensor:
         try:
-            return adapted(x).reshape(-1, site.d_out)
+            return adapted(x)
         except Exception as error:
             raise AdapterError(
                 f"{refused}, because its forward fails on an input of shape {tuple(getattr(x, 'shape', ()))} in"
                 f" evaluation: {type(error).__name__}: {error}"
             ) from error
 
+    def rows(x: Any) -> Tensor:
+        return output(x).reshape(-1, site.d_out)
+
     ranks = _ranks(site)
     ones = (1,) * (ranks[0] - 1)
-    shift = rows(weight.new_zeros(*ones, site.d_in)).squeeze(0)
+    zeros = weight.new_zeros(*ones, site.d_in)
+    y = output(zeros)
+    for x, product, used, added in calls:
+        if x is zeros and product is y:  # the product itself, with other tensors: these are it, bit for bit
+            return used, weight.new_zeros(site.d_out) if added is None else added.to(weight)
+    shift = y.reshape(site.d_out)
     identity = site.kind.identity(site.d_in, weight.dtype, weight.device)
     if isinstance(identity, Tensor):
         identity = identity.reshape(*ones[1:], *identity.shape)

@@ -9,7 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from torch import Tensor, fx
 
@@ -84,6 +84,7 @@ class Fragment:
         base: the node that stands for the call of the frozen linear.
         base_input: the node that the frozen linear is called on.
         result: the node that `forward` returns.
+        replaced: the nodes that replace the frozen weight and bias in the call, by these names.
         reads: what `forward` read apart from its operands. Where these values differ, it may compute something else.
     """
 
@@ -92,6 +93,7 @@ class Fragment:
     base: fx.Node
     base_input: fx.Node
     result: fx.Node
+    replaced: Mapping[str, fx.Node]
     reads: Reads
 
 
@@ -175,10 +177,14 @@ def _require_same_for_other_ranks(gm: fx.GraphModule, site: Site, placement: Pla
 
 @dataclass(frozen=True)
 class _Trace:
-    """A trace of `forward` as it is written, the stand-ins that it ran on, and what it read apart from them."""
+    """A trace of `forward` as it is written, the stand-ins that it ran on, and what it read apart from them.
+
+    The graph returns the output, and the tensors that replace the frozen ones of the names `replaced`.
+    """
 
     graph: fx.Graph
     stand_ins: Operands[Tensor]
+    replaced: tuple[str, ...]
     reads: Reads
 
 
@@ -210,8 +216,9 @@ def trace_fragment(
     graph.eliminate_dead_code()
     keep_type_under_autocast(graph, calls[0], stand_ins.in_order())
     (base_input,) = [n for n in calls[0].all_input_nodes if n not in (inputs.factor, *inputs.routing)]
-    (result,) = graph.output_node().all_input_nodes
-    return Fragment(graph, inputs, calls[0], base_input, result, trace_of.reads)
+    result, *tensors = cast(list[fx.Node], graph.output_node().args[0])
+    replaced = dict(zip(trace_of.replaced, tensors, strict=True))
+    return Fragment(graph, inputs, calls[0], base_input, result, replaced, trace_of.reads)
 
 
 def _trace(
@@ -234,15 +241,18 @@ def _trace(
         factor=fake_like(site.kind.factor(weight).to(dtype), x),
     )
     reads = Reads()
+    replaced: dict[str, Tensor] = {}
 
-    def adapted(operands: Operands[Tensor], training: bool) -> Tensor:
+    def adapted(operands: Operands[Tensor], training: bool) -> list[Tensor]:
+        def base(value: Tensor, **given: Tensor) -> Tensor:
+            # The nodes of the frozen linear stay, and read the given tensors: so this product stands for both.
+            replaced.update(given)
+            return site.kind.multiply(value, operands.factor, *operands.routing)
+
         frozen = FrozenSite(site, operands.weight, operands.bias, training, reads)
-        return frozen.adapted(
-            lambda value: site.kind.multiply(value, operands.factor, *operands.routing),
-            [(placement.local, adapter_namespace(operands.tensors))],
-            operands.x,
-            *operands.routing,
-        )
+        around = [(placement.local, adapter_namespace(operands.tensors))]
+        y = frozen.adapted(base, around, operands.x, *operands.routing)
+        return [y, *replaced.values()]
 
     def trace_in(training: bool) -> fx.Graph:
         with naming(placement.local, "forward", site, {"x": x, **stand_ins.tensors}):
@@ -260,4 +270,4 @@ def _trace(
                 " `if base.training: x = x + noise`; or F.dropout(x, rate, base.training)."
             ) from error
     graph.eliminate_dead_code()  # views of the weight that were not needed
-    return _Trace(graph, stand_ins, reads)
+    return _Trace(graph, stand_ins, tuple(replaced), reads)

@@ -5,7 +5,7 @@
 1. Find the calls of the site, with the adapters that surround them already (`account_for`, `surrounding`).
 2. Trace the variant's own `forward` at such a call. The result is a `Fragment`: a graph of its own, see `fragment.py`.
 3. Splice a copy of the fragment into the graph. The nodes of the frozen linear stay. Only the readers of their output
-   change and, for a variant that changes the input, the node that they read.
+   change and, for a variant that changes the input or replaces the weight, the node that they read.
 4. Record on every inserted node which adapter it belongs to (`graph/provenance.py`). The record is all that removing,
    merging, saving and inspecting an adapter needs. The nodes have what torch.export gives its own too: `val`, the
    user's line as `stack_trace`, and the modules that they are in, among which the site's has the variant as its type.
@@ -24,18 +24,23 @@ from torch import Tensor, fx, nn
 
 from ...adapters.accounting import account_for
 from ...adapters.placement import Placement, site_weight
+from ...adapters.promotion import not_innermost
 from ...adapters.registry import to_config
 from ...adapters.variant import Variant
 from ...errors import ConfigError
 from ...graph.provenance import (
     INLET,
     OUTLET,
+    TENSOR,
     Provenance,
+    is_inserted,
+    leads_only_to,
     record,
     surrounding,
 )
-from ...graph.queries import operation_name
-from ...graph.tensors import register_tensor
+from ...graph.queries import operation_name, reads_tensor
+from ...graph.tensors import register_tensor, tensor_of
+from ...graph.walk import ancestors
 from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
 from .fragment import Fragment, Fragments
@@ -112,11 +117,23 @@ def _splice(
     parameters |= {node: placement.tensors[name] for name, node in inputs.tensors.items()}
     if inputs.bias is not None and site.bias is not None:
         parameters[inputs.bias] = call.computed_bias or site.bias
-    if fragment.base_input is inputs.x and fragment.result is fragment.base:
+    if fragment.base_input is inputs.x and fragment.result is fragment.base and not fragment.replaced:
         raise ConfigError(f"{type(placement.variant).__name__}.forward returns base(x) unchanged.")
-    copier = _Copier(graph, values, parameters, _module_stack(call.node, placement), provenance)
+    stack = _module_stack(call.node, placement)
+    if fragment.replaced and placement.position:
+        raise not_innermost(type(placement.variant).__name__, site.name)
+    for name, new in fragment.replaced.items():
+        frozen_tensor = inputs.weight if name == "weight" or inputs.bias is None else inputs.bias
+        for read, readers in _reads(gm, site, call, name).items():
+            stand_ins = {frozen_tensor: read}
+            with graph.inserting_before(min(readers)):
+                tensor = _Copier(graph, stand_ins, parameters, stack, provenance).copy(new, TENSOR)
+            for reader in readers:
+                reader.replace_input_with(read, tensor)
+    copier = _Copier(graph, values, parameters, stack, provenance)
     frozen = span(call.x, call.y)
-    body = [node for node in fragment.graph.nodes if node.op not in ("placeholder", "output")]
+    computed = set(ancestors([fragment.base_input, fragment.result]))
+    body = [node for node in fragment.graph.nodes if node in computed and node.op != "placeholder"]
     if fragment.base_input is not inputs.x:
         split = body.index(fragment.base)
         with graph.inserting_before(frozen[0]):
@@ -131,6 +148,34 @@ def _splice(
     if y is not call.y:
         call.y.replace_all_uses_with(y, delete_user_cb=lambda user: user not in copier.inserted)
     return y
+
+
+def _reads(gm: fx.GraphModule, site: Site, call: Call, name: str) -> dict[fx.Node, list[fx.Node]]:
+    """Return the nodes that are the frozen weight or bias `name` of `site`, each with its readers that are of `call`.
+
+    Raises:
+        ConfigError: something else reads the tensor through the same nodes.
+    """
+    path = site.weight if name == "weight" else site.bias
+    computed = call.computed_weight if name == "weight" else call.computed_bias
+    if computed is not None:
+        nodes = [computed]
+    else:
+        frozen = tensor_of(gm, str(path))
+        nodes = [node for node in gm.graph.find_nodes(op="get_attr") if _is(gm, node, frozen)]
+    ends = {call.node, call.y}
+    found = {node: [user for user in node.users if leads_only_to(user, ends)] for node in nodes}
+    found = {node: readers for node, readers in found.items() if readers}
+    if not found:
+        raise ConfigError(
+            f"The {name} of {site.name!r} cannot be replaced: its call {call.node.name} reads {path!r} through nodes"
+            " that something else reads too. The way out: a low-rank adapter there."
+        )
+    return found
+
+
+def _is(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> bool:
+    return not is_inserted(node) and reads_tensor(gm, node) and tensor_of(gm, str(node.target)) is tensor
 
 
 def _module_stack(node: fx.Node, placement: Placement) -> dict[str, Any] | None:

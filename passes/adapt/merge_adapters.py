@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import AdapterError
-from ...graph.provenance import is_size
+from ...graph.provenance import leads_only_to
 from ...graph.tensors import tensor_of
 from ...sites.computed import Computation, frozen_values
 from ...sites.dialects import match_site
 from ...sites.finding import find_sites
+from ...sites.kinds.convolution import Convolution
 from ...sites.site import Site, frozen_tensor, stored_bias, stored_weight
 from ..pipeline import GraphPass, eliminate_dead_code
 from .folding import MergedSite, merge_sites
@@ -100,7 +101,7 @@ def _set_computed(gm: fx.GraphModule, site: Site, name: str, merged: nn.Paramete
     calls = {node for call in site.calls for node in (call.node, call.y)}
     for node in nodes:
         assert node is not None
-        for user in [user for user in node.users if _leads_only_to(user, calls)]:
+        for user in [user for user in node.users if leads_only_to(user, calls)]:
             with gm.graph.inserting_before(user):
                 read = gm.graph.get_attr(path)
             read.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
@@ -131,7 +132,7 @@ def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
     for call in site.calls:
         with gm.graph.inserting_before(call.node):
             added = gm.graph.get_attr(path)
-        if call.node.target is aten.linear.default or site.kind.name == "conv":
+        if call.node.target is aten.linear.default or isinstance(site.kind, Convolution):
             call.node.args = (*call.node.args[:2], added, *call.node.args[3:])
             continue
         with gm.graph.inserting_after(call.y):
@@ -160,25 +161,17 @@ def _set(gm: fx.GraphModule, site: Site, sharing: list[Site], name: str, merged:
     readers = [node for node in gm.graph.nodes if node.op == "get_attr" and node.target in aliases]
     leaves = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]
     read_by_leaf = any(parameter is frozen for leaf in leaves for parameter in leaf.parameters())
-    if not read_by_leaf and all(_leads_only_to(user, calls) for node in readers for user in node.users):
+    if not read_by_leaf and all(leads_only_to(user, calls) for node in readers for user in node.users):
         for alias in aliases:
             path, _, attribute = alias.rpartition(".")
             setattr(gm.get_submodule(path), attribute, merged)
         return
     path = _register(gm, site, name.rpartition(".")[2], merged)
     for node in readers:
-        users_here = [user for user in node.users if _leads_only_to(user, calls)]
+        users_here = [user for user in node.users if leads_only_to(user, calls)]
         if users_here:
             with gm.graph.inserting_after(node):
                 read = gm.graph.get_attr(path)
                 read.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
             for user in users_here:
                 user.replace_input_with(node, read)
-
-
-def _leads_only_to(node: fx.Node, ends: set[fx.Node]) -> bool:
-    """Return whether `node` is one of `ends`, or a view or cast of a weight that only they read."""
-    if node in ends:
-        return True
-    read = [operand for operand in node.all_input_nodes if not is_size(operand)]
-    return len(read) == 1 and bool(node.users) and all(_leads_only_to(user, ends) for user in node.users)

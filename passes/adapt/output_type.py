@@ -34,7 +34,7 @@ def keep_type_under_autocast(graph: fx.Graph, base: fx.Node, operands: Sequence[
     with suppress(Exception), torch.autocast(device, half), torch.no_grad():
         run_on_fixed_sizes(_Types(fx.GraphModule({}, graph), types).run, operands)
     output = graph.output_node()
-    (result,) = output.all_input_nodes
+    result = output.all_input_nodes[0]
     if types.get(result.name) != types.get(base.name):
         with graph.inserting_before(output):
             cast = graph.create_node("call_function", torch.ops.aten.type_as.default, (result, base), name="type_as")

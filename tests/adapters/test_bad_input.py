@@ -135,8 +135,8 @@ def test_an_impossible_field_is_a_config_error(build: Callable[[], llfx.Variant]
 @pytest.mark.parametrize(
     ("cfg", "error", "parts"),
     [
-        (llfx.LoRA(r=9), llfx.ConfigError, ["LoRA: r=9 is larger than site 'fc1' allows (12 x 8)", "r <= 8"]),
-        ([llfx.IA3(), llfx.LoRA(r=9)], llfx.ConfigError, ["r=9", "fc1"]),
+        (llfx.MiSS(r=9), llfx.ConfigError, ["MiSS: r=9 is larger than site 'fc1' allows (12 x 8)", "r <= 8"]),
+        ([llfx.IA3(), llfx.MiSS(r=9)], llfx.ConfigError, ["r=9", "fc1"]),
         ([], llfx.ConfigError, ["cfg must be a variant such as LoRA(r=8)", "an empty list"]),
         (None, llfx.ConfigError, ["cfg must be a variant", "None"]),
         (llfx.LoRA, llfx.ConfigError, ["cfg must be a variant", "LoRA"]),

@@ -180,10 +180,10 @@ MISTAKES: list[Mistake] = [
         " in, 'peft'.",
     ),
     (
-        lambda: anything.load_peft(model(), "someone/adapter"),
+        lambda: anything.load_peft(model(), "not/here/adapter"),
         llfx.CheckpointError,
-        "someone/adapter is not a directory: nothing is there. If it is a name on the Hugging Face Hub, download it"
-        " first: huggingface_hub.snapshot_download('someone/adapter').",
+        "not/here/adapter is not a directory: nothing is there. A repository on the Hugging Face Hub is named"
+        " owner/name.",
     ),
 ]
 

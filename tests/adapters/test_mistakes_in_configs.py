@@ -114,8 +114,8 @@ FIELDS: list[tuple[Callable[[], Any], str]] = [
     (lambda: anything.LoRA(lora_dropout=0.1), "LoRA has no field 'lora_dropout': write dropout=0.1."),
     (
         lambda: anything.LoRA(modules_to_save=["lm_head"]),
-        "LoRA has no field 'modules_to_save': only adapters are trained and saved, not whole modules. Remove it, and"
-        " name those modules in target_names to adapt them too.",
+        "LoRA has no field 'modules_to_save': a config of its own trains whole modules. Write"
+        r""" [Full(target_names=(r"(^|\.)lm_head$",)), LoRA(...)].""",
     ),
 ]
 

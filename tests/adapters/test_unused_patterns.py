@@ -67,7 +67,9 @@ def test_patterns_that_match_are_not(cfg: llfx.Variant) -> None:
 
 def test_a_peft_config_with_layers_has_one_pattern_for_each_target() -> None:
     config = {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0]}
-    assert len(llfx.from_peft_config(config).target_names or ()) == 2
+    cfg = llfx.from_peft_config(config)
+    assert isinstance(cfg, llfx.Variant)
+    assert len(cfg.target_names or ()) == 2
 
 
 def test_a_file_is_loaded_without_a_word(tmp_path: object) -> None:

@@ -15,9 +15,9 @@ import lora_lite_fx as llfx
 
 RANKS = {"r", "rank_pattern"}
 SCALES = {"alpha", "alpha_pattern"}
-WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr", "RandLoRA"}
-WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO"}
-WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT"}
+WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr", "RandLoRA", "AdaLoRA"}
+WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO", "SHiRA", "VBLoRA"}
+WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT", "Full", "TrainableTokens"}
 
 v: Any = llfx
 """The variants without their types, because these tests pass arguments that a type checker refuses."""
@@ -125,8 +125,8 @@ STARTS = "or use PiSSA(...) or OLoRA(...) to start from the weight, or EVA(...) 
         ),
         (
             lambda: v.LoRA(modules_to_save=["head"]),
-            "LoRA has no field 'modules_to_save': only adapters are trained and saved, not whole modules. Remove it,"
-            " and name those modules in target_names to adapt them too.",
+            "LoRA has no field 'modules_to_save': a config of its own trains whole modules. Write"
+            r""" [Full(target_names=(r"(^|\.)head$",)), LoRA(...)].""",
         ),
         (lambda: v.LoRA(use_dora=True), "LoRA has no field 'use_dora': write DoRA(...) in place of LoRA(...)."),
         (lambda: v.LoRA(use_dora=False), "LoRA has no field 'use_dora': remove it."),
@@ -140,12 +140,12 @@ STARTS = "or use PiSSA(...) or OLoRA(...) to start from the weight, or EVA(...) 
         ),
         (
             lambda: v.LoRA(bias="none"),
-            "LoRA: bias='none' is PEFT's way to choose the model's biases to train, and those stay frozen here; leave"
-            " it out, or write bias=True for a trained bias of B.",
+            "LoRA: bias='none' is PEFT's way to choose the model's biases to train, which Full(weight=False, ...) does"
+            " here; leave it out, or write bias=True for a trained bias of B.",
         ),
         (
             lambda: v.DoRA(bias="none"),
-            "DoRA has no field 'bias': the biases of the model stay frozen. Remove bias='none'.",
+            "DoRA has no field 'bias': Full(weight=False, ...) trains biases of the model. Remove bias='none'.",
         ),
         (
             lambda: v.LoRA(fan_in_fan_out=True),

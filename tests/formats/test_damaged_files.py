@@ -210,7 +210,7 @@ def config_of(metadata: dict[str, Any]) -> dict[str, Any]:
         (lambda m: config_of(m).pop("variant"), ["Unknown variant None"]),
         (lambda m: config_of(m).update(rank=3), ["LoRA has no field 'rank'", "write r=3"]),
         (lambda m: config_of(m).update(r="2"), ["LoRA: r must be a positive integer", "'2'"]),
-        (lambda m: config_of(m).update(r=9), ["r=9 is larger than site 'fc1' allows"]),
+        (lambda m: config_of(m).update(r=9), ["lora_A", "(9, 8)"]),
         (lambda m: config_of(m).update(alpha=10**400), ["alpha must be a finite number"]),
         (lambda m: config_of(m).update(alpha=float("nan")), ["alpha must be a finite number"]),
         (lambda m: config_of(m).update(dtype="float7"), ["'float7' is not the name of a torch.dtype"]),

@@ -15,7 +15,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.reads import Reads
 from lora_lite_fx.passes.adapt import fragment
 from lora_lite_fx.sites.site import Site
-from tests.support.conformance import close, gradients, randomise, rewrite_and_wrap, small
+from tests.support.conformance import close, for_any_linear, gradients, randomise, rewrite_and_wrap, small
 from tests.support.own_variants import registered
 
 WIDTH = 8
@@ -256,6 +256,6 @@ def test_all_sites_of_a_graph_that_knows_its_dimensions_are_right_in_any() -> No
 
 def test_every_variant_of_ours_needs_no_example_inputs() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 12))
-    for cls in llfx.registry().values():
+    for cls in for_any_linear().values():
         if cls.__module__.startswith("lora_lite_fx.") and cls is not llfx.EVA:
             llfx.rewrite(model, small(cls, target_names=("0",)))

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.provenance import inner_name, insertions, is_inserted
 from lora_lite_fx.graph.tensors import tensor_of
-from tests.support.conformance import calibration, small
+from tests.support.conformance import calibration, for_any_linear, small
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMAND = "python -m tests.passes.test_goldens"
@@ -169,7 +169,7 @@ def _aligned(rows: list[tuple[str, str, str]]) -> str:
 
 def own_variants() -> list[str]:
     """Return the names of the variants that this package registers."""
-    return [name for name, cls in llfx.registry().items() if cls.__module__.startswith("lora_lite_fx.")]
+    return [name for name, cls in for_any_linear().items() if cls.__module__.startswith("lora_lite_fx.")]
 
 
 CASES = [*own_variants(), *KINDS]

@@ -159,8 +159,8 @@ def test_the_metadata_of_the_wheel_is_complete(wheel: Path) -> None:
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in required) == ["regex", "safetensors", "torch"]
     built_in = [cls for cls in registry().values() if cls.__module__.startswith(f"{NAME}.")]
-    assert len(built_in) == 21
-    assert "LoRA and twenty other methods" in metadata["Summary"]
+    assert len(built_in) > 21
+    assert "LoRA and over twenty other methods" in metadata["Summary"]
 
 
 def test_the_readme_names_every_lower_bound_as_a_version_that_was_run(wheel: Path) -> None:

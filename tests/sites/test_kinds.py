@@ -25,6 +25,7 @@ from tests.support.conformance import (
     check_merge,
     check_remove,
     close,
+    for_any_linear,
     gradients,
     output,
     randomise,
@@ -34,7 +35,7 @@ from tests.support.conformance import (
 from tests.support.own_variants import registered
 from tests.support.plain_variants import PlainLoRA
 
-VARIANTS = list(llfx.registry().values())
+VARIANTS = list(for_any_linear().values())
 E, WIDTH, INNER, NUMBER = 3, 8, 12, 20
 
 
@@ -151,7 +152,20 @@ REFUSED = {
     "embedding": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
     "conv": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
     # List variants that call tensor functions without a rule for experts.
-    "experts": {"AntiPaSTO", "BOFT", "C3A", "EVA", "FourierFT", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT", "RoAd"},
+    "experts": {
+        "AntiPaSTO",
+        "BOFT",
+        "C3A",
+        "EVA",
+        "FourierFT",
+        "Full",
+        "GraLoRA",
+        "HRA",
+        "LoKr",
+        "MiSS",
+        "OFT",
+        "RoAd",
+    },
 }
 
 
@@ -188,6 +202,7 @@ def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
             for name in llfx.adapter_state_dict(adapted):
                 shared = name.startswith("lora_shared")
                 value = state[name if shared else name.replace("0.", f"{site.name}.", 1)]
+                value = site.kind.matrix(value) if name.endswith(".lora_weight") else value
                 values[name] = value[expert] if site.experts and not shared else value
             llfx.load_adapter_state_dict(adapted, values)
             zero, eye = torch.zeros(1, site.d_in).double(), torch.eye(site.d_in).double()

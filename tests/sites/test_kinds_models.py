@@ -280,7 +280,7 @@ def test_peft_computes_the_same_of_experts(name: str) -> None:
         (llfx.LoRA(r=2, bias=True, target_kinds=("embedding",)), "PEFT has no bias at an embedding"),
         (
             llfx.PiSSA(r=2, target_kinds=("conv",)),
-            "files of PEFT hold it for linears only here; 'conv1' is a convolution",
+            "has it for linear only, and 'conv1' is a convolution",
         ),
     ],
 )
@@ -304,7 +304,7 @@ def test_saving_to_peft_refuses_dilated_convolutions(tmp_path: Path) -> None:
     gm = llfx.rewrite(
         nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2)), llfx.LoRA(r=2, target_kinds=("conv",)), (torch.randn(2, 4, 9),)
     )
-    with pytest.raises(llfx.ConfigError, match="PEFT's convolutions are not dilated, and '0' is"):
+    with pytest.raises(llfx.ConfigError, match="PEFT has no dilation there, and '0' is a convolution"):
         llfx.save_peft(gm, tmp_path)
 
 

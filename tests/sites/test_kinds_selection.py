@@ -114,9 +114,9 @@ def test_a_convolution_with_another_padding_mode_is_rewritten_but_not_wrapped() 
         ),
         (lambda: llfx.LoRA(r=2, target_kinds=("experts",)), llfx.SelectionError, "the model has no experts site"),
         (
-            lambda: llfx.HRA(r=2, target_kinds=("conv",)),
+            lambda: llfx.MiSS(r=2, target_kinds=("conv",)),
             llfx.ConfigError,
-            "HRA cannot adapt 'conv', which is a convolution",
+            "MiSS cannot adapt 'conv', which is a convolution",
         ),
     ],
 )

@@ -71,19 +71,13 @@ class Recurrent(Left):
         return y
 
 
-class Grouped(Left):
+class Transposed(Left):
     def make(self) -> nn.Module:
-        conv: nn.Module = parametrizations.weight_norm(nn.Conv1d(D, D, 3, padding=1, groups=2))
-        return conv
+        return nn.ConvTranspose1d(D, D, 1)
 
     def multiply(self, x: Tensor) -> Tensor:
         y: Tensor = self.mid(x.transpose(1, 2)).transpose(1, 2)
         return y
-
-
-class Transposed(Grouped):
-    def make(self) -> nn.Module:
-        return nn.ConvTranspose1d(D, D, 1)
 
 
 @fx.wrap
@@ -135,7 +129,6 @@ CASES: dict[str, tuple[type[Left], bool, set[str], str, str]] = {
     "a weight with dropout": (Dropped, True, {"mid"}, "linear", "depends on the mode|is random"),
     "a recurrent operator": (Recurrent, True, {"mid.sites.weight_ih_l0", "mid.sites.weight_hh_l0"}, "linear", "inside"),
     "a recurrent module": (Recurrent, False, {"mid.sites.weight_ih_l0", "mid.sites.weight_hh_l0"}, "linear", "GRU is"),
-    "a grouped convolution": (Grouped, True, {"mid"}, "conv", "in 2 groups"),
     "a transposed convolution": (Transposed, True, {"mid"}, "conv", "conv_transpose1d is not a kind of site"),
     "an opaque function": (Opaque, False, {"mid"}, "linear", "opaque_attention is opaque to the capture"),
     "an opaque parametrization": (Orthogonal, False, {"mid"}, "linear", "does not look into the module"),
@@ -178,7 +171,7 @@ def test_a_weight_that_is_not_a_site_is_listed_with_the_reason(name: str) -> Non
 
 
 def test_weights_of_other_kinds_are_listed_when_these_kinds_are() -> None:
-    assert not llfx.inspect(base_of("a grouped convolution")).left_out
+    assert not llfx.inspect(base_of("a transposed convolution")).left_out
 
 
 def test_what_is_opaque_may_have_any_role() -> None:

@@ -31,7 +31,7 @@ from tests.sites.test_roles_blocks import (
     split_heads,
 )
 from tests.sites.test_roles_of_models import check_table, parse, roles_of
-from tests.support.conformance import calibration
+from tests.support.conformance import calibration, for_any_linear
 
 # Blocks that look like attention or feed-forward, and are neither.
 
@@ -213,10 +213,10 @@ def config(cls: type[llfx.Variant], r: int = 4) -> llfx.Variant:
     sizes: dict[str, Any] = {name: 4 for name in names if name.endswith("_size")} | {
         name: r for name in names if name == "r"
     }
-    return cls(target_names=("layers",), **sizes)
+    return cls(target_names=("layers",), target_kinds=("linear",), **sizes)
 
 
-CONFIGS = [[config(cls)] for cls in llfx.registry().values()] + [[config(llfx.LoRA, 2), config(llfx.HRA, 2)]]
+CONFIGS = [[config(cls)] for cls in for_any_linear().values()] + [[config(llfx.LoRA, 2), config(llfx.HRA, 2)]]
 
 
 @functools.cache

@@ -30,6 +30,21 @@ IN_EACH_BLOCK = "(in|gate|fc|q|qkv|mix|one|head)$"
 """Matches a site of each block in models.py, and mostly not all of them: they get another rank than the others."""
 
 
+_OF_BLOCKS = ("_size", "_length")
+"""Endings of the names of fields that must divide the sides of a weight."""
+
+
+def for_any_linear() -> dict[str, type[llfx.Variant]]:
+    """Return the registered variants that can adapt every linear of a model, by name."""
+    return {name: cls for name, cls in llfx.registry().items() if cls is not llfx.TrainableTokens}
+
+
+def innermost_first(variants: Sequence[type[llfx.Variant]]) -> list[type[llfx.Variant]]:
+    """Return the variants in an order in which they can adapt one site: at most one replaces the weight, the first."""
+    others = [cls for cls in variants if cls is not llfx.Full]
+    return [llfx.Full, *others] if llfx.Full in variants else others
+
+
 def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Variant]:
     """Return random configs of a variant: rank, scale, and its own flags, choices, sizes and dropout."""
     drawn: dict[str, st.SearchStrategy[Any]] = {
@@ -44,8 +59,10 @@ def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Var
             drawn[field.name] = st.booleans()
         elif get_origin(kinds[field.name]) is Literal:
             drawn[field.name] = st.sampled_from(get_args(kinds[field.name]))
-        elif field.name.endswith("_size"):
+        elif field.name.endswith(_OF_BLOCKS):
             drawn[field.name] = st.sampled_from([2, 4])
+    if cls is llfx.Full:
+        drawn["weight"] = st.just(True)  # not every model has biases
     names = {field.name for field in dataclasses.fields(cls)}
     drawn = {name: strategy for name, strategy in drawn.items() if name in names}
     return st.builds(_built, st.just(cls), **{**drawn, **{name: st.just(value) for name, value in fixed.items()}})
@@ -67,7 +84,7 @@ def small(cls: type[llfx.Variant], size: int = 4, **fields: Any) -> llfx.Variant
     An `alpha` among `fields` is for the variants that have one.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    sizes = {name: size for name in names if name == "r" or name.endswith("_size")}
+    sizes = {name: size for name in names if name == "r" or name.endswith(_OF_BLOCKS)}
     return cls(**sizes | {name: value for name, value in fields.items() if name in names or name != "alpha"})
 
 

@@ -258,6 +258,34 @@ ORACLES = {
         )
         for basis in ("dense", "sparse", "very_sparse")
     },
+    "AdaLoRA": Oracle(
+        llfx.AdaLoRA,
+        functools.partial(peft.AdaLoraConfig, init_r=RANK, lora_alpha=ALPHA, total_step=1),
+        {"lora_A": "lora_A.default", "lora_E": "lora_E.default", "lora_B": "lora_B.default"},
+        SCALED,
+        ("lora_A", "lora_B"),
+        cases=("mlp",),
+    ),
+    "SHiRA": Oracle(
+        llfx.SHiRA,
+        functools.partial(peft.ShiraConfig, r=2, random_seed=SEED),
+        {"lora_S": "shira_weight.default"},
+        {"r": 2, "seed": SEED},
+        conv1d=False,
+        cases=("mlp",),
+    ),
+    "VB-LoRA": Oracle(
+        llfx.VBLoRA,
+        functools.partial(peft.VBLoRAConfig, r=RANK, vector_length=8, num_vectors=6),
+        {
+            "lora_logits_A": "vblora_logits_A.default",
+            "lora_logits_B": "vblora_logits_B.default",
+            "lora_shared_vblora_bank": "vblora_vector_bank.default",
+        },
+        {"r": RANK, "vector_length": 8, "num_vectors": 6},
+        ("lora_logits_A", "lora_logits_B", "lora_shared_vblora_bank"),
+        cases=("gpt2",),
+    ),
     "FourierFT": Oracle(
         llfx.FourierFT,
         functools.partial(peft.FourierFTConfig, n_frequency=50, scaling=8.0, random_loc_seed=SEED),

@@ -435,8 +435,8 @@ def test_without_a_model_both_kinds_of_capture_are_checked() -> None:
 
 def test_a_config_that_fits_no_layer_says_which_widths_there_are() -> None:
     with pytest.raises(AssertionError) as caught:
-        check(llfx.LoRA(r=4000))
-    assert "nothing else: on the exported model of widths 64 and 128: LoRA: r=4000 is larger than" in str(caught.value)
+        check(llfx.MiSS(r=4000))
+    assert "nothing else: on the exported model of widths 64 and 128: MiSS: r=4000 is larger than" in str(caught.value)
     assert "start       Starts as the identity: because rewrite failed before" in str(caught.value)
 
 

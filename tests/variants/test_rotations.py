@@ -183,7 +183,7 @@ def test_exported_and_compiled_graphs_take_other_shapes(name: str) -> None:
         (llfx.OFT(block_size=12), "block_size=12 does not divide the 16 inputs"),
         (llfx.C3A(), "block_size=256 does not divide both sides .* use 8 or a divisor"),
         (llfx.C3A(block_size=16), "block_size=16 does not divide both sides .* use 8 or a divisor"),
-        (llfx.BOFT(block_size=6), "is 6, which does not divide the 16 inputs"),
+        (llfx.BOFT(block_size=6), "block_size=6 does not divide the 16 inputs"),
         (llfx.BOFT(block_size=8, butterfly_factors=3), "is 32, which does not divide the 16 inputs"),
     ],
     ids=str,

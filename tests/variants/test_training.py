@@ -13,11 +13,14 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
-from tests.support.conformance import calibration
+from tests.support.conformance import calibration, for_any_linear
 from tests.variants.test_low_rank import grad_of
 
 D_IN, INNER, D_OUT = 8, 12, 4
-SMALL: dict[str, Any] = {"r": 4, "alpha": 4.0, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 20}
+SMALL: dict[str, Any] = {"r": 4, "alpha": 4.0, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 20} | {
+    "vector_length": 4,
+    "num_vectors": 6,
+}
 # What no flag or choice shows: forms that take other tensors.
 FORMS: dict[str, list[dict[str, Any]]] = {
     "BOFT": [{"block_size": 2, "butterfly_factors": 2}],
@@ -41,6 +44,7 @@ ZERO = {
         "lora_A1": "B1 = 0",
     },
     "VeRA": {"lora_ld": "lb = 0"},
+    "AdaLoRA": {"lora_A": "E = 0", "lora_B": "E = 0"},
     "RandLoRA": {"lora_gamma": "lambda = 0"},
 }
 
@@ -61,7 +65,7 @@ def configs(cls: type[llfx.Variant]) -> Iterator[llfx.Variant]:
         yield dataclasses.replace(plain, **fields)
 
 
-CONFIGS = [cfg for cls in llfx.registry().values() for cfg in configs(cls)]
+CONFIGS = [cfg for cls in for_any_linear().values() for cfg in configs(cls)]
 
 
 def named(cfg: llfx.Variant) -> str:

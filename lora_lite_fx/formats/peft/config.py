@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from ...adapters.variant import Variant
 from ...errors import ConfigError
-from ...graph.provenance import inner_name
-from ...sites.kinds.convolution import Convolution
-from ...sites.site import Site
 from ...variants import EVA, IA3
-from .variants import FORMATS, PeftFormat
+from .default_targets import depends_on_model, with_targets_of
+from .modules import PeftModule
+from .sites import check_site
+from .variants import FORMATS, PeftFormat, format_of
+from .whole import FIELDS, WholeFields
 
 # Fields that say where an adapter comes from, or how PEFT is to run it.
 _UNREAD = frozenset(
@@ -30,23 +34,44 @@ _UNREAD = frozenset(
     }
 )
 _TARGETS = frozenset(
-    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules"}
+    {
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "feedforward_modules",
+    }
 )
+_PLAIN_STARTS = ("gaussian", "orthogonal", "mica")
+"""Starts of a LoRA that leave the base as it is, so that the file is that of any LoRA."""
+_STARTS_ON_ANOTHER_BASE = ("lora_ga", "corda")
+"""Starts for which PEFT changes the base in memory. The file is that of a LoRA on the changed base."""
 _START = r"(^|\.)"
 _FLAGS = re.compile(r"(\(\?[aiLmsux]+\))+")
 
 
-def from_peft_config(config: Mapping[str, Any] | Any) -> Variant:
+def from_peft_config(config: Mapping[str, Any] | Any, model: nn.Module | None = None) -> Variant | list[Variant]:
     """Return the variant that a PEFT config describes, with its targets as patterns of names.
 
     Args:
         config: a `PeftConfig`, or the content of an `adapter_config.json`.
+        model: the model to adapt, whose modules `target_modules="all-linear"` and PEFT's default targets (None) name.
+
+    Returns:
+        The config of the adapter. If PEFT trains whole modules or biases beside it (`modules_to_save`, `bias`, the head
+        of a classifier), a list: those as `Full`, and the adapter last.
 
     Raises:
         ConfigError: it asks for something that cannot be represented here, or for a start that no new adapter has
             here; the message says what.
     """
-    return read_config(config, new=True)
+    fields = as_dict(config)
+    if model is not None:
+        fields = with_targets_of(fields, model)
+    variant = read_config(fields, new=True)
+    beside = WholeFields.of(fields, type(variant).__name__).configs(variant)
+    return [*beside, variant] if beside else variant
 
 
 def read_config(config: Mapping[str, Any] | Any, *, new: bool) -> Variant:
@@ -60,8 +85,20 @@ def read_config(config: Mapping[str, Any] | Any, *, new: bool) -> Variant:
         ConfigError: as for `from_peft_config`.
     """
     try:
-        return _read(dict(config if isinstance(config, Mapping) else config.to_dict()), new)
+        return _read(as_dict(config), new)
     except (AttributeError, RecursionError) as error:
+        raise ConfigError(f"It is not a config of PEFT: {error}.") from error
+
+
+def as_dict(config: Mapping[str, Any] | Any) -> dict[Any, Any]:
+    """Return the fields of a `PeftConfig`, or of the content of an `adapter_config.json`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    try:
+        return dict(config if isinstance(config, Mapping) else config.to_dict())
+    except AttributeError as error:
         raise ConfigError(f"It is not a config of PEFT: {error}.") from error
 
 
@@ -77,19 +114,28 @@ def _read(config: dict[Any, Any], new: bool) -> Variant:
             raise ConfigError(f"{name}: PEFT's {theirs.name}={value!r} is not a valid value.") from error
     known = {theirs.name for theirs in form.fields.values()} | form.unread | form.patterns
     known |= form.constants.keys() | form.written.keys() | {form.start}
-    for key in sorted(config.keys() - known - _UNREAD - _TARGETS, key=str):
+    known |= frozenset() if new else form.unread_in_files
+    whole = WholeFields.of(config, name)
+    for key in sorted(config.keys() - known - _UNREAD - _TARGETS - FIELDS, key=str):
         if config[key] not in (None, False, 0, "none", [], {}, ()):
             raise ConfigError(f"{name}: PEFT's {key}={config[key]!r} cannot be represented here.")
     for key in form.patterns:
         pairs = config.get(key) or {}
         if not isinstance(pairs, Mapping):
             raise ConfigError(f"{name}: PEFT's {key} must map patterns to values, got {pairs!r}.")
-        fields[key] = tuple((rf"^(.*\.)?({pattern})$", value) for pattern, value in pairs.items())
+        fields[key] = tuple((rf"^(.*\.)?({_with_flags_inside(pattern)})$", value) for pattern, value in pairs.items())
     if new:
         fields |= _start(config, form)
-    fields["target_names"] = _targets(config, name)
-    fields["target_kinds"] = form.kinds
-    fields["exclude_names"] = _patterns(config.get("exclude_modules") or (), "exclude_modules", name, _START)
+    else:
+        _warn_of_base(config.get(form.start), name)
+    parameters = _listed(config.get("target_parameters") or [], "target_parameters", name)
+    by_parameter = (rf"{_START}{re.escape(parameter.removesuffix('.weight'))}$" for parameter in parameters)
+    fields["target_names"] = (*_targets(config, name, new), *by_parameter)
+    fields["target_kinds"] = (*form.kinds, "experts") if parameters else form.kinds
+    fields["exclude_names"] = (
+        *_patterns(config.get("exclude_modules") or (), "exclude_modules", name, _START),
+        *whole.excluded,
+    )
     if form.variant is IA3:
         feedforward = config.get("feedforward_modules") or ()
         fields["feedforward_names"] = _patterns(feedforward, "feedforward_modules", name, "")
@@ -123,6 +169,23 @@ def _start(config: Mapping[str, Any], form: PeftFormat) -> dict[str, Any]:
     return fields
 
 
+def _warn_of_base(start: object, name: str) -> None:
+    """Warn of a file whose adapter was trained on a base that PEFT had changed, and of which the file does not tell."""
+    if start in _STARTS_ON_ANOTHER_BASE:
+        warnings.warn(
+            f"{name}: with init_lora_weights={start!r} PEFT changes the base in memory before training. On the base as"
+            " it was published the adapter computes something else than in training, here as in PEFT. Load it on the"
+            " base that was saved with it, or save it in PEFT with path_initial_model_for_weight_conversion.",
+            stacklevel=7,
+        )
+    elif isinstance(start, str) and start.startswith("pissa_niter"):
+        warnings.warn(
+            f"{name}: PEFT's init_lora_weights={start!r} factorizes the weight with random numbers, anew at each load."
+            " Here the exact factors are subtracted from the base, so outputs agree up to that approximation.",
+            stacklevel=7,
+        )
+
+
 def _eva(config: Mapping[str, Any] | Any) -> dict[str, Any]:
     """Return the fields of `EVA` for PEFT's `eva_config`. Its `tau` bounds an error that there is not here."""
     options = dict(config if isinstance(config, Mapping) else vars(config))
@@ -138,12 +201,20 @@ def _eva(config: Mapping[str, Any] | Any) -> dict[str, Any]:
     return {"rho": options.get("rho", 2.0), "center": True, "use_label_mask": masks}
 
 
-def _targets(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
+def _targets(config: Mapping[str, Any], name: str, new: bool) -> tuple[str, ...]:
+    """Return patterns for the modules that a config targets. Of a file that does not name any, its tensors do."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-    if not targets or targets == "all-linear":
-        raise ConfigError(
-            f"{name}: target_modules={targets!r} depends on PEFT's tables; give the names that PEFT made of it."
-        )
+    if depends_on_model(targets):
+        if new and not (targets is None and config.get("target_parameters")):
+            raise ConfigError(
+                f"{name}: target_modules={targets!r} depends on the model: write from_peft_config(config, model), or"
+                " give the names that PEFT makes of it."
+            )
+        return ()
+    if not targets:
+        if new and not config.get("target_parameters"):
+            raise ConfigError(f"{name}: target_modules={targets!r} names no module.")
+        return ()
     if layers in (None, []):
         return _patterns(targets, "target_modules", name, _START)
     layers = [layers] if isinstance(layers, int) else layers
@@ -203,8 +274,11 @@ def _format_for(config: Mapping[str, Any]) -> PeftFormat:
     kind = getattr(kind, "value", kind)
     plain = dict(config)
     for key in ("init_lora_weights", "init_weights"):
-        if config.get(key) in (True, False, None, "gaussian", "orthogonal"):
+        start = config.get(key)
+        if start in (True, False, None, *_PLAIN_STARTS) or start in _STARTS_ON_ANOTHER_BASE:
             plain[key] = True  # how it started does not matter any more
+        elif isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start):
+            plain[key] = "pissa"  # factorized by another algorithm
     mine = [form for form in FORMATS if form.peft_type == kind]
     for form in mine:
         if all(plain.get(key, value) == value for key, value in form.constants.items()):
@@ -216,21 +290,8 @@ def _format_for(config: Mapping[str, Any]) -> PeftFormat:
     raise ConfigError(f"PEFT's {kind} with {said} cannot be represented here.")
 
 
-def format_of(variant: Variant) -> PeftFormat:
-    """Return how PEFT writes `variant`.
-
-    Raises:
-        ConfigError: PEFT does not have it.
-    """
-    for form in FORMATS:
-        fixed = all(getattr(variant, name, None) == value for name, value in form.fixed.items())
-        if form.variant is type(variant) and fixed:
-            return form
-    raise ConfigError(f"PEFT has no method that computes {type(variant).__name__}.")
-
-
-def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> dict[str, Any]:
-    """Return the config, in PEFT's words, of `variant` at `sites` of a model whose modules have the names `modules`.
+def config_for(variant: Variant, modules: Sequence[PeftModule], names: Iterable[str]) -> dict[str, Any]:
+    """Return the config, in PEFT's words, of `variant` in these modules of a model whose modules have these names.
 
     It lacks the fields that name the base, see `base_fields`.
 
@@ -238,40 +299,37 @@ def config_for(variant: Variant, sites: list[Site], modules: Iterable[str]) -> d
         ConfigError: it cannot be represented.
     """
     form, name = format_of(variant), type(variant).__name__
-    for site in sites:
-        if not site.weight.startswith(f"{site.name}."):
-            raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is not a module of its own.")
-        if any(inner_name(call.node) not in (None, site.name) for call in site.calls):
-            raise ConfigError(
-                f"{name}: PEFT adapts the calls of modules, and the model reads the weight of {site.name!r} without"
-                " calling that module."
-            )
-        if site.kind.name not in form.kinds:
-            raise ConfigError(
-                f"{name}: files of PEFT hold it for linears only here; {site.name!r} is {site.kind.article}."
-            )
-        if isinstance(site.kind, Convolution) and set(site.kind.dilation) != {1}:
-            raise ConfigError(f"{name}: PEFT's convolutions are not dilated, and {site.name!r} is.")
-        if site.kind.name == "embedding" and getattr(variant, "bias", False):
-            raise ConfigError(f"{name}: PEFT has no bias at an embedding, and {site.name!r} is one.")
-        if site.transposed and not form.conv1d:
-            raise ConfigError(f"{name}: PEFT has it for ordinary linears only, and {site.name!r} is a Conv1D.")
+    sites = [site for module in modules for site in module.sites]
+    for module in modules:
+        for site in module.sites:
+            check_site(variant, site, as_module=not module.is_parameter)
     config: dict[str, Any] = {
         theirs.name: theirs.to_peft(getattr(variant, ours)) for ours, theirs in form.fields.items()
     }
     config |= {"peft_type": form.peft_type, "inference_mode": True}
     config |= {**form.constants, **form.written}
-    names = [site.name for site in sites]
-    config["target_modules"] = _covering(names, modules)
-    for field, key in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-        overrides = {site: variant.overrides(site) for site in names}
-        others = {f"^{re.escape(site)}": values[field] for site, values in overrides.items() if field in values}
+    targets = dict.fromkeys(module.name for module in modules if not module.is_parameter)
+    config["target_modules"] = _covering(list(targets), names) if targets else []
+    if parameters := sorted(module.name for module in modules if module.is_parameter):
+        config["target_parameters"] = parameters
+    for key in sorted(form.patterns | {"rank_pattern", "alpha_pattern"}):
+        field = {"rank_pattern": "r", "alpha_pattern": "alpha"}.get(key, key.removesuffix("_pattern"))
+        # PEFT puts a dot before the patterns of its own fields, and takes names that are there in full.
+        begins = "^" if key in ("rank_pattern", "alpha_pattern") else ""
+        others = {
+            f"{begins}{re.escape(m.name) if begins else m.name}": m.overrides[field]
+            for m in modules
+            if field in m.overrides
+        }
+        if not begins and any(m.name.endswith(f".{other}") for m in modules for other in others):
+            raise ConfigError(f"{name}: PEFT would take a {field} for all modules whose names end alike.")
         if others and key not in form.patterns:
             raise ConfigError(f"{name}: PEFT has one {field} for all sites, and this adapter has several.")
         if key in form.patterns:
             config[key] = others
     if form.conv1d:
-        layouts = {site.transposed for site in sites if site.kind.name == "linear"}
+        whole = [site for module in modules for site in module.sites if not module.is_parameter]
+        layouts = {site.transposed for site in whole if site.kind.name == "linear"}
         config["fan_in_fan_out"] = layouts == {True}
     if isinstance(variant, IA3):
         feedforward = [re.escape(site.name) for site in sites if variant.gates_input(site)]

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from ...adapters.state import warn_of_trained_base
 from ...adapters.variant import Variant
+from ...capture.capture import Inputs
 from ...errors import CheckpointError, ConfigError
 from ...graph.provenance import SHARED
 from ...sites.site import Site
@@ -23,15 +25,19 @@ from ..files import read_json, read_safetensors
 from ..finite import check_finite
 from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
-from ..single_adapter import insert_from_file, sites_of
+from ..single_adapter import insert_from_file, sites_in, sites_of
 from ..tensor_bytes import tensor_bytes
 from ..writing import write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
-from .config import config_for, format_of, read_config
-from .variants import PeftFormat
+from .config import config_for, read_config
+from .hub import CONFIG, TENSORS, directory_of
+from .modules import PeftModule, by_site, exactly, peft_modules
+from .sites import check_site
+from .variants import PeftFormat, format_of
+from .whole import WholeFields, insert_whole, is_whole
+from .whole_written import whole_placements, write_whole
 from .written import as_written
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _DIGEST = "lora_lite_fx.config"  # the key of the config's digest in the metadata of the tensors
 _ABOUT_THE_BASE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
@@ -62,34 +68,65 @@ def save_peft(
     placed, variant, state = as_written(model, as_lora)
     warn_of_trained_base(model, "save_peft")
     sites = sites_of(model)
-    config = _config(model, variant, [sites[placement.site] for placement in placed])
+    modules = peft_modules(model, variant, placed, sites, state)
+    config, whole = _config(model, variant, modules, sites)
     form = format_of(variant)
-    tensors = {}
-    for placement in placed:
-        for name, qualified in placement.tensors.items():
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in whole.items()}
+    for module in modules:
+        for name, tensor in module.tensors.items():
             if name in form.tensors:
-                value = form.tensor_to_peft(variant, sites[placement.site], name, state[qualified])
-                tensors[_key(form, sites[placement.site], name)] = value.contiguous().cpu()
+                value = form.tensor_to_peft(variant, module.sites[0], name, tensor)
+                tensors[_key(form, module, name)] = value.contiguous().cpu()
     if not allow_nonfinite:
         check_finite(tensors, folder / TENSORS, "nothing was written")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
-    prints = fingerprints(model, [placement.site for placement in placed])
+    prints = fingerprints(model, [placement.site for placement in (*placed, *whole_placements(model))])
     metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
     data = tensor_bytes(tensors, metadata)
     document = json.dumps(config, indent=2, sort_keys=True).encode()
     write_together([(folder / TENSORS, data), (folder / CONFIG, document)])
 
 
-@loader
-def load_peft(folder: Path) -> AdapterFile:
+def load_peft(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    stack: bool = False,
+    allow_nonfinite: bool = False,
+) -> fx.GraphModule:
     """Capture a model and insert the adapter of a PEFT directory, with its saved values.
 
     Other weights of the base than those that the adapter was made for are treated as by `load`. Directories that
-    `save_peft` did not write do not say them, and are compared by the name of the base.
+    `save_peft` did not write do not say them, and are compared by the name of the base. Only safetensors and JSON are
+    read.
+
+    Args:
+        model: the base, which is not changed.
+        path: of the directory; or "owner/name" of a repository on the Hugging Face Hub, which is downloaded once and
+            then found in the local cache, as by transformers. With `HF_HUB_OFFLINE=1` only the cache is asked.
+        example_inputs: as for `capture`.
+        revision: a branch, tag or commit of the repository.
+        subfolder: the folder in the directory or repository that holds the adapter.
+        stack, allow_nonfinite: as for `load`.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError, AdapterError, CaptureError: as for `load`; or the repository cannot be had.
     """
+    folder = directory_of(path, revision, subfolder)
+    return _load_directory(model, folder, example_inputs, stack=stack, allow_nonfinite=allow_nonfinite)
+
+
+def _read_directory(folder: Path) -> AdapterFile:
+    """Read and check a PEFT directory, without a model."""
     check_directory(folder)
     config = read_json(folder / CONFIG)
     state, metadata = read_safetensors(folder / TENSORS)
@@ -99,17 +136,38 @@ def load_peft(folder: Path) -> AdapterFile:
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     form = format_of(variant)
-    by_site = _by_site(form, state, folder / TENSORS)
+    whole_fields = WholeFields.of(config, type(variant).__name__)
+    modules, whole = _by_module(form, state, folder / TENSORS)
     if form.same_rank:
-        variant = _with_ranks_of(variant, form.same_rank, by_site)
+        modules = {name: has for name, has in modules.items() if not _is_pruned(has.get(form.same_rank))}
+        variant = _with_ranks_of(variant, form.same_rank, modules)
+    if form.from_file is not None:
+        field, tensor = form.from_file
+        sizes = {len(has[tensor]) for has in modules.values() if tensor in has and has[tensor].dim()}
+        if len(sizes) == 1 and min(sizes) > 0:
+            variant = dataclasses.replace(variant, **{field: min(sizes)})  # type: ignore[arg-type]
     prints = prints_in(metadata, folder)
 
     def insert(gm: fx.GraphModule) -> None:
         if prints is None:
             compare_names(gm, config, folder)
-        insert_from_file(gm, variant, by_site, form.rest, folder, prints)
+        insert_whole(gm, whole, whole_fields, folder, prints)
+        sites = sites_in(gm)
+        targets = config.get("target_parameters") or ()
+        found = by_site(gm, sites, modules, targets, folder / TENSORS)
+        if prints is not None:  # zeros may fill up an attention module, see `modules.py`
+            found = {name: module for name, module in found.items() if name in prints or not module.is_empty}
+
+        def check(variant: Variant, site: Site) -> None:
+            check_site(variant, site, as_module=not found[site.name].is_parameter)
+
+        tensors = {name: module.tensors for name, module in found.items()}
+        insert_from_file(gm, sites, _for_sites(variant, found), tensors, form.rest, folder, prints, check)
 
     return AdapterFile(state, insert)
+
+
+_load_directory = loader(_read_directory, "load_peft")
 
 
 def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str, Any]:
@@ -122,14 +180,44 @@ def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
-    placed, variant, _ = as_written(model, as_lora)
+    placed, variant, state = as_written(model, as_lora)
     sites = sites_of(model)
-    return _config(model, variant, [sites[placement.site] for placement in placed])
+    config, _ = _config(model, variant, peft_modules(model, variant, placed, sites, state), sites)
+    return config
 
 
-def _config(model: nn.Module, variant: Variant, sites: list[Site]) -> dict[str, Any]:
-    modules = [name for name, _ in model.named_modules() if not name.endswith(".base")]
-    return config_for(variant, sites, modules) | base_fields(model)
+def _config(
+    model: nn.Module, variant: Variant, modules: list[PeftModule], sites: Mapping[str, Site]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config, and the tensors of what trains beside the adapter by PEFT's keys."""
+    names = [name for name, _ in model.named_modules() if not name.endswith(".base")]
+    fields, whole = write_whole(model, sites, modules, names)
+    return config_for(variant, modules, names) | base_fields(model) | fields, whole
+
+
+def _for_sites(variant: Variant, found: Mapping[str, PeftModule]) -> Variant:
+    """Return the config with targets, ranks and alphas that name sites, where PEFT's name other things."""
+    sites = [site for module in found.values() for site in module.sites]
+    if not all(variant.selects(site) for site in sites):
+        kinds = tuple(dict.fromkeys(site.kind.name for site in sites))
+        variant = dataclasses.replace(variant, target_names=exactly(found), target_kinds=kinds)
+    for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+        theirs = {name: variant.overrides(module.name).get(field) for name, module in found.items()}
+        ours = {
+            name: value
+            for name, value in theirs.items()
+            if value is not None and variant.overrides(name).get(field) != value
+        }
+        if ours:
+            others = ((f"^{re.escape(name)}$", value) for name, value in ours.items())
+            change: dict[str, Any] = {pattern: (*others, *getattr(variant, pattern))}
+            variant = dataclasses.replace(variant, **change)
+    return variant
+
+
+def _is_pruned(tensor: Tensor | None) -> bool:
+    """Return whether a factor has no rank left, so that its site is not adapted any more."""
+    return tensor is not None and tensor.dim() > 0 and len(tensor) == 0
 
 
 def _with_ranks_of(variant: Variant, tensor: str, by_site: Mapping[str, Mapping[str, Tensor]]) -> Variant:
@@ -165,32 +253,48 @@ def _check_pair(config: Mapping[str, Any], metadata: Mapping[str, str], folder: 
 # Names in the model and in the files.
 
 
-def _key(form: PeftFormat, site: Site, name: str) -> str:
-    key = form.tensors[name].key_at(site.kind.name)
-    return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{site.name}.{key}"
+def _key(form: PeftFormat, module: PeftModule, name: str) -> str:
+    key = form.tensors[name].key_at(module.sites[0].kind.name)
+    return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{module.path}.{key}"
 
 
-def _by_site(form: PeftFormat, state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a file, by site and by our names; those that sites share are at each."""
-    by_site: dict[str, dict[str, Tensor]] = {}
+def _by_module(
+    form: PeftFormat, state: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the adapter's tensors in a file, by module and by our names, and the other tensors by key.
+
+    Those that modules share are at each.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name, site = _parsed(form, key, path)
+        if key.endswith(form.ignored):
+            continue
+        if (parsed := _parsed(form, key, path)) is None:
+            whole[key] = tensor
+            continue
+        name, module = parsed
         try:
-            (shared if site is None else by_site.setdefault(site, {}))[name] = form.tensors[name].to_ours(tensor)
+            (shared if module is None else modules.setdefault(module, {}))[name] = form.tensors[name].to_ours(tensor)
         except (RuntimeError, IndexError) as error:
             raise CheckpointError(f"{path}: {key} cannot have the shape {tuple(tensor.shape)}.") from error
-    return {site: {**tensors, **shared} for site, tensors in by_site.items()}
+    return {module: {**tensors, **shared} for module, tensors in modules.items()}, whole
 
 
-def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None]:
-    """Return our name of the tensor called `key`, and its site; None for a tensor that sites share."""
+def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None] | None:
+    """Return our name of the tensor called `key`, and its module; None for a tensor that modules share.
+
+    Return None for what is not the adapter's, but a weight or bias of the model.
+    """
     for name, theirs in form.tensors.items():
         if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
             return name, None
         for ending in (theirs.key, theirs.embedding):
             if ending and key.startswith(_PREFIX) and key.endswith(f".{ending}"):
                 return name, key.removeprefix(_PREFIX).removesuffix(f".{ending}")
+    if is_whole(key):
+        return None
     known = ", ".join(theirs.key for theirs in form.tensors.values())
     raise CheckpointError(
         f"{path}: {key} cannot be represented here; of {form.variant.__name__}, modules have {known}."

@@ -19,7 +19,8 @@ from ...errors import ConfigError
 from ...variants import LoRA
 from ...variants.pissa import FromWeight
 from ..single_adapter import only_adapter
-from .config import format_of
+from .variants import format_of
+from .whole import BESIDE
 
 
 def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placement], Variant, Mapping[str, Tensor]]:
@@ -33,7 +34,7 @@ def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placeme
         AdapterError: the model has no adapters.
         ConfigError: it has several, or they cannot be represented.
     """
-    variant, placed = only_adapter(model, "A PEFT directory")
+    variant, placed = only_adapter(model, "A PEFT directory", beside=BESIDE)
     state: Mapping[str, Tensor] = adapter_state_dict(model)
     form = format_of(variant)  # refuses a class of the user's own, which may compute something else than its parent
     if isinstance(variant, FromWeight):
@@ -78,11 +79,18 @@ def _as_lora(
 def _of_one_rank(
     variant: Any, placed: Sequence[Placement], state: Mapping[str, Tensor]
 ) -> tuple[Variant, dict[str, Tensor]]:
-    """Return the adapter with the largest of its ranks everywhere; products with the zeros that are added are zero."""
+    """Return the adapter with the largest of its ranks everywhere; products with the zeros that are added are zero.
+
+    The scale of AdaLoRA depends on the rank, so its `E` makes up for the difference.
+    """
     r = max(state[placement.tensors["lora_A"]].shape[0] for placement in placed)
     tensors = {}
     for placement in placed:
         for name, qualified in placement.tensors.items():
-            lacking = r - state[qualified].shape[0 if name == "lora_A" else 1]
-            tensors[qualified] = F.pad(state[qualified], (0, 0, 0, lacking) if name == "lora_A" else (0, lacking))
+            tensor = state[qualified]
+            lacking = r - tensor.shape[0 if name in ("lora_A", "lora_E") else 1]
+            if name == "lora_E":
+                before: Any = placement.local
+                tensor = tensor * ((r + 1e-5) / (before.r + 1e-5))
+            tensors[qualified] = F.pad(tensor, (0, 0, 0, lacking) if name == "lora_A" else (0, lacking))
     return dataclasses.replace(variant, r=r, rank_pattern=()), tensors

@@ -39,6 +39,10 @@ class Contraction(SiteKind):
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         return matrix.reshape(*self.outputs, *self.inputs).permute(back).contiguous()
 
+    def stored_shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        sizes = (*self.outputs, *self.inputs)
+        return tuple(sizes[self.order.index(dim)] for dim in range(len(self.order)))
+
     def bias(self, bias: Tensor) -> Tensor:
         return bias.reshape(self.outputs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,19 +17,21 @@ from .site_input import SiteInput
 
 @dataclass(frozen=True)
 class Convolution(SiteKind):
-    """A `Conv1d` or `Conv2d` with one group. `W` is stored as `(d_out, channels, *kernel)` and applied to patches.
+    """A `Conv1d`, `Conv2d` or `Conv3d` with one group. `W`, stored as `(d_out, channels, *kernel)`, multiplies patches.
 
     The patches are never formed, because a product with `M (m, d_in)` is a convolution to m channels.
 
     Args:
         kernel: the size of the kernel.
         stride, padding, dilation: as `F.conv2d` takes them.
+        groups: the number of groups; more than one is a `GroupedConvolution`.
     """
 
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
+    groups: int = 1
 
     name: ClassVar[str] = "conv"
     article: ClassVar[str] = "a convolution"
@@ -46,16 +49,19 @@ class Convolution(SiteKind):
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
         return matrix.reshape(like.shape)
 
+    def stored_shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        return d_out, d_in // math.prod(self.kernel), *self.kernel
+
     def factor(self, stored: Tensor) -> Tensor:
         return stored
 
     def multiply(self, x: Tensor, factor: Tensor, *routing: Tensor) -> Tensor:
-        convolve: Callable[..., Tensor] = F.conv1d if len(self.kernel) == 1 else F.conv2d
-        return convolve(x, factor, None, self.stride, self.padding, self.dilation)
+        convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        return convolve(x, factor, None, self.stride, self.padding, self.dilation, self.groups)
 
     def example(self, stored: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         sizes = [k * d + 7 for k, d in zip(self.kernel, self.dilation, strict=True)]
-        return stored.new_empty(2, stored.shape[1], *sizes), (1,)
+        return stored.new_empty(2, self.groups * stored.shape[1], *sizes), (1,)
 
     def enter(self, x: Tensor, dtype: torch.dtype, who: str, *routing: Tensor) -> SiteInput:
         return SiteInput(self, x, x.dtype, who)
@@ -78,3 +84,25 @@ class Convolution(SiteKind):
         """Return the convolution to as many channels as `matrix` has rows, with the channels last."""
         y = self.result(self.multiply(x.value, matrix.unflatten(1, (-1, *self.kernel))), x)
         return y if bias is None else y + bias
+
+
+@dataclass(frozen=True)
+class GroupedConvolution(Convolution):
+    """A convolution in groups: its outputs are as many groups, each of which sees its own channels only.
+
+    `W (d_out, d_in)` has the channels of one group. A row belongs to a group by its place, so a product is defined for
+    matrices of `d_out` rows only: for updates of `W`, and not for low-rank factors.
+
+    Args:
+        outputs: `d_out`.
+    """
+
+    outputs: int = 0
+
+    name: ClassVar[str] = "grouped_conv"
+    article: ClassVar[str] = "a grouped convolution"
+
+    def linear(self, x: SiteInput, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        if matrix.shape[0] != self.outputs:
+            x._refuse(f"a product with a matrix of {matrix.shape[0]} rows, which belong to no group")
+        return super().linear(x, matrix, bias)

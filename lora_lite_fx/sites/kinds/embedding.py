@@ -35,6 +35,9 @@ class Lookup(SiteKind):
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
         return matrix.t().contiguous()
 
+    def stored_shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        return d_in, d_out
+
     def factor(self, stored: Tensor) -> Tensor:
         return stored
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KINDS = ("linear", "embedding", "conv", "experts")
+KINDS = ("linear", "embedding", "conv", "grouped_conv", "experts", "norm")
 """The kinds of sites, as `Variant.target_kinds` names them."""
 
 
@@ -48,6 +48,10 @@ class SiteKind:
         """Return the weight to store for a matrix: the inverse of `matrix`. Rows of other sites come from `like`."""
         part = matrix.mT.contiguous() if self.transposed else matrix
         return part if self.rows is None else torch.cat([like[: self.rows[0]], part, like[self.rows[1] :]])
+
+    def stored_shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        """Return the shape in which a matrix `(d_out, d_in)` is stored, if it is a whole parameter."""
+        return (d_in, d_out) if self.transposed else (d_out, d_in)
 
     def bias(self, bias: Tensor) -> Tensor:
         """Return `bias (d_out,)` in the shape that meets the output of the operator."""

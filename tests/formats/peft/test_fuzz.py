@@ -34,7 +34,10 @@ fuzz = settings(
 )
 FORMS = {f"{form.variant.__name__} {' '.join(map(str, form.fixed.values()))}".strip(): form for form in FORMATS}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-SMALL = {"r": 4, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 6, "hybrid_r": 2}
+SMALL = {"r": 4, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 6, "hybrid_r": 2} | {
+    "vector_length": 4,
+    "num_vectors": 6,
+}
 D_IN, D_OUT = 16, 8
 ADAPTED = 1 << 18  # bytes; all tensors here together have less than a tenth of that
 IN_PYTHON = 1 << 20  # bytes

@@ -22,6 +22,7 @@ from lora_lite_fx.adapters.patterns import occurs
 
 def ours(config: Any, name: str) -> bool:
     variant = llfx.from_peft_config(config)
+    assert isinstance(variant, llfx.Variant)
     return occurs(variant.target_names or (), name) and not occurs(variant.exclude_names, name)
 
 

@@ -1,0 +1,102 @@
+"""Write what a model trains beside its adapter, `Full` and `TrainableTokens`, into a PEFT directory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...adapters.placement import Placement, adapter_tensor_names, by_adapter
+from ...adapters.state import adapter_state_dict
+from ...adapters.variant import as_tuple
+from ...errors import ConfigError
+from ...sites.site import Site
+from ...variants import TrainableTokens
+from .modules import PeftModule
+from .whole import BASE, BESIDE, PREFIX, TOKENS
+
+
+def whole_placements(model: nn.Module) -> list[Placement]:
+    """Return the places of what trains beside the adapter of a model."""
+    return [placement for variant, members in by_adapter(model) if isinstance(variant, BESIDE) for placement in members]
+
+
+def write_whole(
+    model: nn.Module, sites: Mapping[str, Site], modules: Sequence[PeftModule], names: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the fields of the config for the whole tensors of `model`, and the tensors by PEFT's keys.
+
+    Args:
+        model: an adapted model.
+        sites: its adapted sites by name.
+        modules: those that hold the adapter beside them.
+        names: of the model's modules.
+
+    Raises:
+        ConfigError: PEFT cannot hold them; the message says why.
+    """
+    state = adapter_state_dict(model)
+    adapted = {site.name for module in modules for site in module.sites}
+    tensors: dict[str, Tensor] = {}
+    saved: list[str] = []
+    biases: set[str] = set()
+    tokens: dict[str, list[int]] = {}
+    for placement in whole_placements(model):
+        site, name = sites[placement.site], placement.site
+        _check_module(site, modules, names)
+        if isinstance(placement.variant, TrainableTokens):
+            if site.kind.name == "embedding" or not site.tied:  # PEFT finds what is tied to it
+                _check_saved(site, adapted, names)
+                tokens[name] = list(as_tuple(placement.variant.token_indices))
+                tensors[f"{PREFIX}{name}{TOKENS}"] = state[placement.tensors["lora_shared_tokens"]]
+            continue
+        own = {leaf.removeprefix("lora_"): state[path] for leaf, path in placement.tensors.items()}
+        if "weight" in own:
+            if site.bias is not None and "bias" not in own:
+                raise ConfigError(f"Full: PEFT saves whole modules, and at {name!r} the weight alone is trained.")
+            _check_saved(site, adapted, names)
+            saved.append(name)
+        else:
+            biases.add(name)
+        between = BASE if name in adapted else "."
+        tensors |= {f"{PREFIX}{name}{between}{leaf}": tensor for leaf, tensor in own.items()}
+    fields: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
+    if tokens:
+        fields["trainable_token_indices"] = tokens
+    if biases:
+        fields["bias"] = _biases(model, biases, sites, adapted)
+    return fields, tensors
+
+
+def _check_module(site: Site, modules: Sequence[PeftModule], names: Collection[str]) -> None:
+    """Check that PEFT can train tensors of `site` by the name of its module."""
+    name = site.name
+    if name not in names:
+        raise ConfigError(f"PEFT trains whole modules or parts of them, and site {name!r} is not a module of its own.")
+    if around := [module.name for module in modules if name.startswith(f"{module.name}.")]:
+        raise ConfigError(f"PEFT adapts all of {around[0]!r}, and trains nothing in it beside that, such as {name!r}.")
+
+
+def _check_saved(site: Site, adapted: Collection[str], names: Collection[str]) -> None:
+    """Check that PEFT can train the module of `site` in part or whole, and no other by its name."""
+    name = site.name
+    if name in adapted:
+        raise ConfigError(f"PEFT trains {name!r} whole or adapts it, not both.")
+    if alike := [module for module in names if module.endswith(name) and module != name]:
+        raise ConfigError(f"PEFT cannot name {name!r} as a module to train without {alike[0]!r}.")
+
+
+def _biases(model: nn.Module, biases: set[str], sites: Mapping[str, Site], adapted: Collection[str]) -> str:
+    """Return PEFT's word for these biases, given by the names of their sites."""
+    own = {*adapter_tensor_names(model)}
+    names = {name.replace(".base.", ".") for name, _ in model.named_parameters() if name not in own}
+    every = {name.rpartition(".")[0] for name in names if name.endswith("bias")}
+    if every <= {placement.site for placement in whole_placements(model)}:
+        return "all"
+    if biases == {name for name in adapted if sites[name].bias is not None}:
+        return "lora_only"
+    raise ConfigError(
+        f"Full: PEFT trains all biases of a model or those of the adapted modules, and here it is {len(biases)} of"
+        f" {len(every)}."
+    )

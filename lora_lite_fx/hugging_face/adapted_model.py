@@ -20,7 +20,8 @@ from ..errors import AdapterError, ConfigError
 from ..execution.frozen import changed_inside, frozen
 from ..execution.layer import RunsParts, running_parts
 from ..formats.checkpoint import save
-from ..formats.peft.directory import CONFIG, TENSORS, save_peft
+from ..formats.peft.directory import save_peft
+from ..formats.peft.hub import CONFIG, TENSORS
 from ..log import logger
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into

@@ -72,9 +72,10 @@ def test_compiled_and_traced_calls_check_the_layout_of_images_too() -> None:
     gm = llfx.capture(model, inputs)
     other = {**inputs, "spatial_shapes": inputs["spatial_shapes"].flip(1)}
     expected = gm(**inputs).logits
-    compiled = torch.compile(gm, backend="aot_eager")
-    traced = make_fx(lambda inputs: gm(**inputs).logits, pre_dispatch=True)(inputs)
-    for logits in (lambda inputs: compiled(**inputs).logits, traced):
+    compiled: Any = torch.compile(gm, backend="aot_eager")
+    traced: Any = make_fx(lambda inputs: gm(**inputs).logits, pre_dispatch=True)(inputs)
+    either: list[Any] = [lambda inputs: compiled(**inputs).logits, traced]
+    for logits in either:
         torch.testing.assert_close(logits(inputs), expected)
         with pytest.raises(RuntimeError, match=r"spatial_shapes.*differs from"):
             logits(other)

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ...graph.copies import copy_graph
 from ...graph.direct_calls import OpOverload
-from ..pipeline import GraphPass
+from ..pipeline import GraphPass, eliminate_dead_code
 from .both_modes import take_both
 
 aten = torch.ops.aten
@@ -41,6 +41,9 @@ class FollowMode(GraphPass):
     eval_graph: fx.Graph
 
     def run(self, gm: fx.GraphModule) -> int:
+        for module in (gm, self.eval_graph.owning_module):
+            if module is not None:
+                eliminate_dead_code(module)  # such as a cast of what only the other mode reads
         before = copy_graph(gm.graph)
         try:
             return follow_mode(gm.graph, self.eval_graph)
@@ -54,8 +57,6 @@ class FollowMode(GraphPass):
 
 def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
     """Do the work of `FollowMode` on bare graphs; return the number of arguments changed."""
-    for graph in (train_graph, eval_graph):
-        graph.eliminate_dead_code()  # such as a cast of what only the other mode reads
     merge = _TwoModes(train_graph)
     # The graphs may read sizes at different places, so skip those here: their users are compared instead.
     evals = (node for node in eval_graph.nodes if not _is_size(node))

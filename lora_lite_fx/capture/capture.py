@@ -37,6 +37,7 @@ from .layouts import known_while_traced, layouts_in, pass_layouts
 from .mistakes import check_inputs, check_model
 from .optional import call_signature
 from .outputs import Call
+from .randomness import without_python_random
 from .share import share
 from .signature import CallSignature
 from .symbolic import symbolic_trace
@@ -107,7 +108,7 @@ def capture_model(
         refused: dict[Values, str] = {}
         for mode in progress((True, False), f"capturing {type(model).__name__}"):
             shadow.train(mode)
-            with known_while_traced(shadow) if layouts else nullcontext():
+            with without_python_random(model), known_while_traced(shadow) if layouts else nullcontext():
                 graphs.append(
                     symbolic_trace(shadow)
                     if inputs is None

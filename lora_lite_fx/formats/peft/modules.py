@@ -182,6 +182,11 @@ def peft_modules(
         modules += _attention(variant, name, members)
     places = _wrapped(model, [site.weight for site, _ in parameters])
     for site, tensors in parameters:
+        if site.tied:
+            raise ConfigError(
+                f"{type(variant).__name__}: {site.name!r} is not a module of its own. PEFT would adapt its parameter"
+                f" {site.weight}, and with it {', '.join(site.tied)}, where the adapter is not."
+            )
         _check_plain_lora(variant, site, "a parameter")
         factors = _as_parameter(site, tensors)
         overrides = variant.overrides(site.name)

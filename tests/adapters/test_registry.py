@@ -24,7 +24,7 @@ from lora_lite_fx.adapters import registry
 from lora_lite_fx.adapters.fingerprint import SOURCE, code_fingerprint, is_same_code
 from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.graph.provenance import insertions
-from tests.support.conformance import randomise
+from tests.support.conformance import randomise, small
 from tests.support.models import one_layer_llama
 
 HEADER = """
@@ -270,7 +270,7 @@ def test_variants_of_the_package_have_no_fingerprint_so_that_their_code_may_be_w
     for cls in llfx.registry().values():
         if cls.__module__.startswith("lora_lite_fx."):
             assert code_fingerprint(cls) is None
-            assert {"class", "forward"}.isdisjoint(registry.to_config(cls()))
+            assert {"class", "forward"}.isdisjoint(registry.to_config(small(cls)))
 
 
 def test_fingerprints_are_compared_across_versions_of_python_by_source_alone() -> None:

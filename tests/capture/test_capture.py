@@ -17,6 +17,7 @@ import lora_lite_fx as llfx
 from tests.support.conformance import (
     calibration,
     close,
+    for_any_linear,
     output,
     randomise,
     rewrite_and_wrap,
@@ -41,7 +42,7 @@ CAUSAL: dict[str, Any] = {
     "gpt_neox": hf.GPTNeoXConfig(**SMALL),
 }
 BERT = hf.BertConfig(**{**SMALL, "num_hidden_layers": 1})
-VARIANTS = list(llfx.registry().values())
+VARIANTS = list(for_any_linear().values())
 
 
 def causal(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> Any:

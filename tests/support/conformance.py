@@ -84,7 +84,9 @@ def small(cls: type[llfx.Variant], size: int = 4, **fields: Any) -> llfx.Variant
     An `alpha` among `fields` is for the variants that have one.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    sizes = {name: size for name in names if name == "r" or name.endswith(_OF_BLOCKS)}
+    sizes: dict[str, Any] = {name: size for name in names if name == "r" or name.endswith(_OF_BLOCKS)}
+    if cls is llfx.TrainableTokens:
+        sizes["token_indices"] = (1, 2)
     return cls(**sizes | {name: value for name, value in fields.items() if name in names or name != "alpha"})
 
 

@@ -120,12 +120,10 @@ def insert_from_file(
         variant = finalize(variant, targets, {})
         for site in targets:
             check_site(variant, site)
-            variant.for_site(site.name).check(site)
-        check_contract(variant, targets, gm)
-        for site in targets:
-            _check_tensors(
-                variant.for_site(site.name).tensor_specs(site), by_site[site.name], rest, f"{path}: {site.name}"
-            )
+            local = variant.for_site(site.name)
+            local.check(site)
+            _check_tensors(local.tensor_specs(site), by_site[site.name], rest, f"{path}: {site.name}")
+        check_contract(variant, targets, gm)  # after the sizes are known to be the file's, because it makes tensors
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if prints is not None:

@@ -150,7 +150,7 @@ CASES = {
 REFUSED = {
     # List variants that rotate, shift or sum parts of their input, because these need the input as a tensor.
     "embedding": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
-    "conv": {"BOFT", "C3A", "EVA", "GraLoRA", "HRA", "LoKr", "MiSS", "OFT"},
+    "conv": {"C3A", "EVA", "GraLoRA", "MiSS"},  # the others turn or sum the weight there
     # List variants that call tensor functions without a rule for experts.
     "experts": {
         "AntiPaSTO",
@@ -165,6 +165,8 @@ REFUSED = {
         "MiSS",
         "OFT",
         "RoAd",
+        "SHiRA",
+        "VBLoRA",
     },
 }
 

@@ -21,6 +21,7 @@ from ...errors import CheckpointError, ConfigError
 from ...graph.provenance import inner_name
 from ...sites.site import Site
 from ...variants import LoRA
+from .variants import format_of
 
 _WRAPPER = ".base_layer"  # stands in a path for each module that PEFT puts around another
 _PROJECTIONS = "in_proj_weight"
@@ -215,6 +216,8 @@ def _is_plain_parameter(site: Site) -> bool:
 
 def _check_module(variant: Variant, site: Site) -> None:
     name = type(variant).__name__
+    if site.transposed and not format_of(variant).conv1d:  # a file is read there: it is of an ordinary linear
+        raise ConfigError(f"{name}: PEFT has it for ordinary linears only, and {site.name!r} is a Conv1D.")
     if not site.weight.startswith(f"{site.name}."):
         raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is not a module of its own.")
     if any(inner_name(call.node) not in (None, site.name) for call in site.calls):

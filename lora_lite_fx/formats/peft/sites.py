@@ -40,8 +40,6 @@ def _reasons(variant: Variant, site: Site) -> Iterator[str]:
         yield f"has it for {', '.join(form.kinds)} only"
     if kind.name == "embedding" and getattr(variant, "bias", False):
         yield "has no bias at an embedding"
-    if site.transposed and not form.conv1d:
-        yield "has it for ordinary linears only, not for a Conv1D"
     if (
         isinstance(variant, SHiRA)
         and variant.for_site(site.name).params(site)["lora_S"].shape[0] == site.d_in * site.d_out

@@ -171,7 +171,7 @@ def test_projections_that_a_file_leaves_out_are_drawn_from_its_seed(tmp_path: Pa
 REFUSED: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": "lm_head"},
     "bias": {"bias": "some"},
-    "trainable_token_indices": {"trainable_token_indices": [1]},
+    "trainable_token_indices": {"trainable_token_indices": ["new"]},
     "use_qalora": {"use_qalora": True},
     "layer_replication": {"layer_replication": [[0, 2]]},
     "target_parameters": {"target_parameters": [1]},

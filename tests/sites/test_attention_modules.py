@@ -190,8 +190,9 @@ def test_the_fast_path_of_an_encoder_does_not_go_around_wrapped_linears() -> Non
         close(output(wrapped.eval(), (X,)), output(gm.eval(), (X,)), 1e-9, "without gradients")
 
 
-def test_peft_files_refuse_sites_that_are_not_modules() -> None:
+def test_peft_files_refuse_variants_that_peft_does_not_have_there() -> None:
     _, base = base_of("self")
-    gm = llfx.rewrite(base, llfx.LoRA(r=2, target_names=("in_proj",)))
-    with pytest.raises(llfx.ConfigError, match=r"site 'att\.in_proj' is not a module of its own"):
+    assert llfx.to_peft_config(llfx.rewrite(base, llfx.LoRA(r=2, target_names=("in_proj",))))["target_modules"]
+    gm = llfx.rewrite(base, llfx.DoRA(r=2, target_names=("in_proj",)))
+    with pytest.raises(llfx.ConfigError, match=r"DoRA: at an attention module"):
         llfx.to_peft_config(gm)

@@ -210,7 +210,7 @@ def test_a_layer_called_twice_has_the_roles_of_two_layers(exported: bool) -> Non
 def config(cls: type[llfx.Variant], r: int = 4) -> llfx.Variant:
     """Return a variant for every site of the layers, in blocks that fit the small widths."""
     names = [field.name for field in dataclasses.fields(cls)]
-    sizes: dict[str, Any] = {name: 4 for name in names if name.endswith("_size")} | {
+    sizes: dict[str, Any] = {name: 4 for name in names if name.endswith(("_size", "_length"))} | {
         name: r for name in names if name == "r"
     }
     return cls(target_names=("layers",), target_kinds=("linear",), **sizes)

@@ -113,7 +113,8 @@ def load_peft(
         example_inputs: as for `capture`.
         revision: a branch, tag or commit of the repository.
         subfolder: the folder in the directory or repository that holds the adapter.
-        stack, allow_nonfinite: as for `load`.
+        stack: as for `load`.
+        allow_nonfinite: as for `load`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -162,7 +163,11 @@ def _read_directory(folder: Path) -> AdapterFile:
             check_site(variant, site, as_module=not found[site.name].is_parameter)
 
         tensors = {name: module.tensors for name, module in found.items()}
-        insert_from_file(gm, sites, _for_sites(variant, found), tensors, form.rest, folder, prints, check)
+        try:
+            of_sites = _for_sites(variant, found)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+        insert_from_file(gm, sites, of_sites, tensors, form.rest, folder, prints, check)
 
     return AdapterFile(state, insert)
 
@@ -198,7 +203,7 @@ def _config(
 def _for_sites(variant: Variant, found: Mapping[str, PeftModule]) -> Variant:
     """Return the config with targets, ranks and alphas that name sites, where PEFT's name other things."""
     sites = [site for module in found.values() for site in module.sites]
-    if not all(variant.selects(site) for site in sites):
+    if not all(_selects(variant, site) for site in sites):
         kinds = tuple(dict.fromkeys(site.kind.name for site in sites))
         variant = dataclasses.replace(variant, target_names=exactly(found), target_kinds=kinds)
     for field, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
@@ -213,6 +218,13 @@ def _for_sites(variant: Variant, found: Mapping[str, PeftModule]) -> Variant:
             change: dict[str, Any] = {pattern: (*others, *getattr(variant, pattern))}
             variant = dataclasses.replace(variant, **change)
     return variant
+
+
+def _selects(variant: Variant, site: Site) -> bool:
+    try:
+        return variant.selects(site)
+    except ConfigError:  # a pattern takes too long, and the names of the tensors say the same
+        return False
 
 
 def _is_pruned(tensor: Tensor | None) -> bool:

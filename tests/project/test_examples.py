@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,14 @@ def test_a_sweep_compares_configs_and_draws_the_gradients(tmp_path: Path) -> Non
     assert [int(line[-5]) for line in lines] == [2, 2, 4, 4, 3, 3, 7, 7]
     assert len({line[-3] for line in lines}) == 1, "the start values change nothing, so the losses are equal"
     assert picture.stat().st_size > 10_000
+
+
+def test_a_classifier_trains_its_head_beside_an_adapter(tmp_path: Path) -> None:
+    text = run("examples/classify.py", "--model", "tiny", "--steps", "20", "--out", str(tmp_path))
+    (scores,) = re.findall(r"held-out accuracy (\d+)% before, (\d+)% after", text)
+    before, after = map(int, scores)
+    assert after > before
+    assert re.search(r"score +head, reader +32 +3 +Full +96\n", text)
+    assert "logits differ by 0.0e+00" in text
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json"}
+    assert (tmp_path / "confusion.png").stat().st_size > 5_000

@@ -375,7 +375,7 @@ def test_pissa_on_a_tied_head_does_not_reach_the_embedding(target: str, example_
         close(adapted(ids), expected)
 
 
-@pytest.mark.parametrize("cls", [llfx.DeLoRA, llfx.HRA, llfx.IA3])
+@pytest.mark.parametrize("cls", [llfx.HRA, llfx.IA3])
 def test_a_variant_without_dropout_refuses_it(cls: Any) -> None:
     with pytest.raises(llfx.ConfigError, match=f"{cls.__name__} has no dropout: remove dropout=0.1"):
         cls(dropout=0.1)

@@ -54,7 +54,9 @@ def test_adapted_sites_are_those_that_peft_adapts(pair: Pair) -> None:
 
 def test_trainable_parameters_have_the_count_of_peft(pair: Pair) -> None:
     ours = sum(parameter.numel() for parameter in llfx.adapter_parameters(pair.ours))
-    assert ours == pair.theirs.get_nb_trainable_parameters()[0]
+    # AdaLoRA's is a number of its allocator, which PEFT calls trainable because of the prefix of its name.
+    counters = sum("ranknum" in name for name, _ in pair.theirs.named_parameters())
+    assert ours == pair.theirs.get_nb_trainable_parameters()[0] - counters
 
 
 def test_deterministic_start_values_agree(pair: Pair) -> None:

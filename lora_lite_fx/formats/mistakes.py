@@ -29,11 +29,12 @@ def check_file(path: Path) -> None:
         if not path.exists():
             raise CheckpointError(f"{path} is not a file: nothing is there. load reads the file that save wrote.")
         return
-    if (path / "adapter_config.json").is_file():
+    is_peft, has_weights = (path / "adapter_config.json").is_file(), (path / "model.safetensors").is_file()
+    if is_peft and not has_weights:
         hint = f"It is a PEFT directory: llfx.load_peft(model, {str(path)!r})."
-    elif (path / "config.json").is_file():
+    elif not is_peft and (path / "config.json").is_file():
         hint = f"It holds a whole model: AutoModelForCausalLM.from_pretrained({str(path)!r})."
-    elif (path / "model.safetensors").is_file():
+    elif has_weights:
         hint = f"An adapted model was saved there: pass the file in it, {str(path / 'model.safetensors')!r}."
     else:
         hint = "load reads the file that save wrote."

@@ -41,6 +41,7 @@ from ...graph.provenance import (
 from ...graph.queries import operation_name, reads_tensor
 from ...graph.tensors import register_tensor, tensor_of
 from ...graph.walk import ancestors
+from ...graph.writes import written_roots
 from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
 from .fragment import Fragment, Fragments
@@ -122,6 +123,12 @@ def _splice(
     stack = _module_stack(call.node, placement)
     if fragment.replaced and placement.position:
         raise not_innermost(type(placement.variant).__name__, site.name)
+    replacing = set(ancestors(fragment.replaced.values()))
+    if any(replacing.intersection(written_roots(node)) for node in fragment.graph.nodes):
+        raise ConfigError(
+            f"{type(placement.variant).__name__}.forward at {site.name!r} writes in place to the weight or bias that it"
+            " gives to base(...). The way out: operations that return new tensors, such as torch.where."
+        )
     for name, new in fragment.replaced.items():
         frozen_tensor = inputs.weight if name == "weight" or inputs.bias is None else inputs.bias
         for read, readers in _reads(gm, site, call, name).items():
@@ -132,8 +139,9 @@ def _splice(
                 reader.replace_input_with(read, tensor)
     copier = _Copier(graph, values, parameters, stack, provenance)
     frozen = span(call.x, call.y)
-    computed = set(ancestors([fragment.base_input, fragment.result]))
-    body = [node for node in fragment.graph.nodes if node in computed and node.op != "placeholder"]
+    # All but what makes the tensors that replace frozen ones; writes in place have no readers, and belong to it.
+    done = replacing.difference(ancestors([fragment.base_input, fragment.result]))
+    body = [node for node in fragment.graph.nodes if node not in done and node.op not in ("placeholder", "output")]
     if fragment.base_input is not inputs.x:
         split = body.index(fragment.base)
         with graph.inserting_before(frozen[0]):

@@ -342,6 +342,21 @@ class WritesOwnResults(Mine):
         return y
 
 
+class WritesItsWeight(Mine):
+    def forward(self, x: Tensor, base: Any, p: Any) -> Any:
+        weight = base.weight + p.lora_B @ p.lora_A
+        weight[0] = 0
+        return base(x, weight=weight)
+
+
+def test_a_write_to_a_weight_that_base_is_given_is_refused_by_rewrite(register: Any) -> None:
+    register(WritesItsWeight)
+    with pytest.raises(
+        llfx.ConfigError, match=r"WritesItsWeight\.forward at 'fc' writes in place to the weight or bias"
+    ):
+        llfx.rewrite(Net(), WritesItsWeight(target_names="fc"), (X,))
+
+
 class Branches(Mine):
     def forward(self, x: Tensor, base: Any, p: Any) -> Any:
         y = base(x)

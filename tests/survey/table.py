@@ -32,7 +32,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         how = row.get("default") or row.get("built")
         if how != "yes":
             said = kind(how) if row.get("built") == "yes" else "not built"
-            reason = " ".join(str(how).partition(": ")[2].split())[:200].replace("|", "\\|")
+            reason = " ".join(str(how).partition(": ")[2].split())[:200].replace("|", "\\|").replace("](", "] (")
             lines.append(f"| {row['class']} | {said} | {reason} |")
     return "\n".join(lines)
 

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# Under fake tensors the state would have no data; nothing public leaves a mode for a while.
+from torch.utils._python_dispatch import _disable_current_modes
+
 from ..errors import COMPILE_INSTEAD, CaptureError
 
 
@@ -24,18 +27,19 @@ def without_python_random(model: nn.Module) -> Iterator[None]:
         CaptureError: it does.
     """
     numpy: Any = sys.modules.get("numpy")  # else the model does not use it
-    of_python, of_torch = random.getstate(), torch.get_rng_state()
+    of_python, of_torch = random.getstate(), _state_of_torch()
     of_numpy = None if numpy is None else numpy.random.get_state()
     try:
         yield
         drawn = ["random"] if random.getstate() != of_python else []
         if numpy is not None and not _is_same(numpy.random.get_state(), of_numpy):
             drawn.append("numpy.random")
-        if not torch.equal(torch.get_rng_state(), of_torch):
+        if _state_of_torch() != of_torch:
             drawn.append("torch")
     finally:
         random.setstate(of_python)
-        torch.set_rng_state(of_torch)
+        with _disable_current_modes():
+            torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8))
         if numpy is not None:
             numpy.random.set_state(of_numpy)
     if drawn:
@@ -50,3 +54,8 @@ def without_python_random(model: nn.Module) -> Iterator[None]:
 def _is_same(state: Any, other: Any) -> bool:
     """Compare two states of numpy's generator: a name, an array of keys, and numbers."""
     return bool(state[1].tobytes() == other[1].tobytes() and state[2:] == other[2:])
+
+
+def _state_of_torch() -> bytes:
+    with _disable_current_modes():
+        return torch.get_rng_state().numpy().tobytes()

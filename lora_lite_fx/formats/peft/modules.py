@@ -216,8 +216,6 @@ def _is_plain_parameter(site: Site) -> bool:
 
 def _check_module(variant: Variant, site: Site) -> None:
     name = type(variant).__name__
-    if site.transposed and not format_of(variant).conv1d:  # a file is read there: it is of an ordinary linear
-        raise ConfigError(f"{name}: PEFT has it for ordinary linears only, and {site.name!r} is a Conv1D.")
     if not site.weight.startswith(f"{site.name}."):
         raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is not a module of its own.")
     if any(inner_name(call.node) not in (None, site.name) for call in site.calls):
@@ -225,6 +223,8 @@ def _check_module(variant: Variant, site: Site) -> None:
             f"{name}: PEFT adapts the calls of modules, and the model reads the weight of {site.name!r} without"
             " calling that module."
         )
+    if site.transposed and not format_of(variant).conv1d:  # a file is read there: it is of an ordinary linear
+        raise ConfigError(f"{name}: PEFT has it for ordinary linears only, and {site.name!r} is a Conv1D.")
 
 
 def _check_plain_lora(variant: Variant, site: Site, what: str) -> None:

@@ -124,7 +124,7 @@ def probe(model: Any) -> Decoder | None:
     try:
         plain = run()
         if not isinstance(getattr(plain, "cache", None), DynamicCache):
-            return None  # BertLMHeadModel that is no decoder
+            return None  # BertLMHeadModel that is not a decoder
         layers = plain.cache.layers
         if not all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -93,10 +94,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _tensor(node: fx.Node) -> Any:
-    value: Any = node.graph.owning_module
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
-    return value
+    return attrgetter(str(node.target))(node.graph.owning_module)
 
 
 def _take_tensor(gm: fx.GraphModule, theirs: fx.Node, ours: fx.Node) -> bool:

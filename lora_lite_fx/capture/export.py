@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ def export(
     Args:
         model, args, kwargs: the call.
         dynamic_shapes: as for `capture`.
-        batch_only: names of arguments of which `"auto"` makes the batch alone dynamic.
+        batch_only: names of arguments of which `"auto"` makes the batch alone dynamic. Where the model cannot be
+            exported, this is tried with its images too.
     """
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
         return _export_as(model, args, kwargs, dynamic_shapes)
@@ -36,21 +37,34 @@ def export(
     def dynamic(leaf: Any, others: Any = Dim.AUTO) -> list[Any] | None:
         return [Dim.AUTO, *[others] * (leaf.dim() - 1)][: leaf.dim()] if isinstance(leaf, Tensor) else None
 
-    def shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        dimensions: dict[str, Any] = pytree.tree_map(dynamic, dict(bound.arguments))
-        fixed = {name: dynamic(bound.arguments[name], Dim.STATIC) for name in batch_only if name in bound.arguments}
-        return dimensions | fixed
+    def shapes(arguments: dict[str, Any], fixed: Collection[str]) -> dict[str, Any]:
+        dimensions: dict[str, Any] = pytree.tree_map(dynamic, arguments)
+        return dimensions | {name: dynamic(arguments[name], Dim.STATIC) for name in fixed if name in arguments}
 
     # Show a batch of one twice if the model takes that, because torch.export specializes a size of one without a word.
     doubled = double_batch_of_one((args, kwargs))
-    if doubled is not None:
-        twice_args, twice_kwargs = doubled
-        try:
-            return _export_as(model, twice_args, twice_kwargs, shapes(twice_args, twice_kwargs))
-        except CaptureError:
-            pass
-    return _export_as(model, args, kwargs, shapes(args, kwargs))
+    calls = [(args, kwargs)] if doubled is None else [doubled, (args, kwargs)]
+    bound = [inspect.signature(model.forward).bind(*args, **kwargs).arguments for args, kwargs in calls]
+    errors: list[CaptureError] = []
+    for fixed in dict.fromkeys((tuple(batch_only), (*batch_only, *images_in(bound[0])))):
+        for (args, kwargs), arguments in zip(calls, bound, strict=True):
+            try:
+                return _export_as(model, args, kwargs, shapes(arguments, fixed))
+            except CaptureError as error:
+                errors.append(error)
+    raise errors[len(calls) - 1]  # of the call as it is, with every dimension dynamic
+
+
+def images_in(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the arguments that look like images: numbers in four dimensions or more.
+
+    A model may decide by their height and width, as by whether a patch divides them, where a graph has to hold for all.
+    """
+    return tuple(
+        name
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.dim() >= 4 and value.is_floating_point()
+    )
 
 
 @tracing()

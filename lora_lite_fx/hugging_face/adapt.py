@@ -67,7 +67,8 @@ def adapt(
             `save_pretrained` of an adapted model or a `Trainer` wrote.
         example_inputs: as for `rewrite`: the first call to capture, which decides on the sites.
         calibration: as for `rewrite`.
-        max_graphs: the most graphs to keep; the one that was not used for longest is dropped for a new one.
+        max_graphs: the most graphs to keep, of the model and of each part that is called by itself; the one that was
+            not used for longest is dropped for a new one.
         verify: compare each graph with the model when it is captured, as `capture` does.
 
     Returns:
@@ -131,7 +132,7 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
 
 
 def _adopted(graphs: GraphCache) -> Any:
-    """Make the models in the copy run graphs, its layers parts of them, and its adapted modules refuse to run alone."""
+    """Make the models in the copy run graphs, its layers parts of them, and its adapted modules graphs of their own."""
     model = graphs.model
     sites = {placement.site for placement in graphs.placements}
     for name, module in model.named_modules():
@@ -141,7 +142,7 @@ def _adopted(graphs: GraphCache) -> Any:
             module._graphs, module._path = graphs, name
         elif name in sites:
             module.__class__ = running_parts(cls, AdaptedLayer)
-            module._path = name
+            module._graphs, module._path = graphs, name
         elif is_layer(name):
             module.__class__ = running_parts(cls)
     trained = adapter_state_dict(model)

@@ -64,14 +64,12 @@ def subclass(kind: Any, cls: Any) -> type:
 class AdaptedLayer(RunsParts):
     """A module with an adapted site, in a model that runs graphs."""
 
+    _graphs: GraphCache
     _path: str
 
     def run_alone(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise AdapterError, because the module would run without its adapter, unnoticed."""
-        raise AdapterError(
-            f"{self._path!r} was called by itself: that would run it without its adapter, which is in the graphs of the"
-            " model. The way out: call the model, or use wrap, where every module is adapted."
-        )
+        """Run a graph of the module alone, because its adapter is in graphs and its own code lacks it."""
+        return self._graphs.run(self, args, kwargs)
 
 
 class AdaptedPart:

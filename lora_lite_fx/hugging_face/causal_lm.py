@@ -60,8 +60,14 @@ class NormalizedCall:
 
 
 def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Return the arguments of a call that differ from their defaults, and whether it returns a `ModelOutput`."""
-    signature = inspect.signature(type(part).forward)
+    """Return the arguments of a call that differ from their defaults, and whether it returns a `ModelOutput`.
+
+    Args:
+        part: a model of transformers; or one of its modules, which has no config.
+        args, kwargs: of the call.
+    """
+    config = getattr(part, "config", None)
+    signature = inspect.signature(getattr(type(part), "base", type(part)).forward)
     if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
         kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
         del kwargs["past_key_values"]
@@ -78,13 +84,13 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
     if part.training and torch.is_grad_enabled() and _checkpoints_layers(part):
         arguments["use_cache"] = False  # as the model does: a cache would keep the activations that checkpointing drops
-    flash = "flash" in str(getattr(part.config, "_attn_implementation", ""))
+    flash = "flash" in str(getattr(config, "_attn_implementation", ""))
     for name in _OF_GENERATE if flash else (*_OF_GENERATE, *_OF_FLASH_ATTENTION):
         arguments.pop(name, None)
     if type(count := arguments.get("num_items_in_batch")) is int:
         arguments["num_items_in_batch"] = torch.tensor(count, device=part.device)  # as a Trainer counts
     return_dict = arguments.pop("return_dict", None)
-    return_dict = getattr(part.config, "return_dict", True) if return_dict is None else return_dict
+    return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
     return {name: value for name, value in arguments.items() if value is not None}, return_dict
 
 

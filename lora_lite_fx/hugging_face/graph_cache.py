@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,10 @@ from torch.export import Dim
 from ..adapters.placement import Placement, placements
 from ..capture.capture import Inputs
 from ..capture.example_inputs import decide_problem_type, example_inputs_of
-from ..capture.export import take_guards
+from ..capture.export import images_in, take_guards
 from ..capture.hooks import take_hooks_off
+from ..capture.hugging_face import batch_only_arguments, is_hugging_face
+from ..capture.layouts import layouts_in
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.module import AdaptedGraphModule
@@ -93,8 +95,9 @@ class CapturedGraph:
     Args:
         gm: takes the leaves of a call by name, and returns those of the result.
         call: the one that it was captured for.
-        shapes: of the leaves that it was captured with.
-        guards: raises for leaves that the graph does not hold for.
+        shapes: of the leaves that it was captured with, and which of them were fixed but for the batch.
+        layouts: those leaves of which the graph holds for these values alone.
+        guards: raises for other leaves that the graph does not hold for.
         result: the result without its leaves.
         given: the state of the caller's objects after the call, without its leaves.
     """
@@ -102,14 +105,19 @@ class CapturedGraph:
     gm: AdaptedGraphModule
     call: CapturedCall
     shapes: Any
+    layouts: dict[str, Tensor]
     guards: Callable[..., object]
     result: Structure
     given: dict[str, Structure]
 
     def refuses(self, leaves: Leaves) -> str:
         """Return the reason why the graph does not hold for `leaves`; empty if it does."""
+        if not torch.compiler.is_dynamo_compiling():  # the graph itself compares them there
+            for name, layout in self.layouts.items():
+                if not torch.equal(leaves[name], layout):
+                    return f"{name} is {leaves[name].tolist()}, and was {layout.tolist()}"
         try:
-            self.guards(*leaves.values())
+            self.guards(*(leaf for name, leaf in leaves.items() if name not in self.layouts))
         except AssertionError as error:
             return str(error)
         return ""
@@ -121,7 +129,7 @@ class GraphCache:
     Args:
         model: a copy of the user's model, to be adapted.
         example_inputs: of the first call to capture, or None to make them from the config.
-        limit: the most graphs to keep.
+        limit: the most graphs to keep of the model, and of each part of it that is called by itself.
         verify: as for `capture`.
     """
 
@@ -168,8 +176,8 @@ class GraphCache:
     # Calls.
 
     def run(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a part of the model as its own `forward` would be called."""
-        if part is not self.model and "forward" in vars(self.model):
+        """Call a part of the model, itself a model or a module with a site, as its own `forward` would be called."""
+        if part is not self.model and is_hugging_face(part) and "forward" in vars(self.model):
             check_is_whole(self.model, part, self.placements)
         arguments, return_dict = arguments_of(part, args, kwargs)
         # Several threads may call one model. torch.compile knows no locks.
@@ -188,7 +196,8 @@ class GraphCache:
         leaves: Leaves = {}
         names = sorted(normalized.arguments)
         parts = tuple(disassemble(normalized.arguments[name], name, leaves) for name in names)
-        switches = tuple((name, getattr(part.config, name, None)) for name in _SWITCHES)
+        config = getattr(part, "config", None)
+        switches = tuple((name, getattr(config, name, None)) for name in _SWITCHES)
         return CapturedCall(getattr(part, "_path", ""), normalized, Tree(dict, tuple(names), parts), switches, leaves)
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:
@@ -237,8 +246,10 @@ class GraphCache:
         ]
         reason = refusal or "; ".join(min(changes, key=len)[:3] if changes else ["the first call"])
         logger.info("%s: captured a graph in %.1f s (%s)", name, seconds, reason)
-        if len(self._kept) == self.limit:
-            dropped = self._kept.pop(0)
+        kept = [graph for graph in self._kept if graph.call.path == call.path]
+        if len(kept) == self.limit:
+            dropped = kept[0]
+            self._kept.remove(dropped)
             logger.warning(
                 "%s: dropped the graph that was not used for longest, of %d (max_graphs); a call like its own"
                 " (%s) will capture it again",
@@ -309,13 +320,13 @@ class GraphCache:
         """Capture the call with one example after the other, and return the first graph that holds for it."""
         seen = [graph.shapes for graph in self._kept if graph.call.signature == call.signature]
         errors = []
-        for example in examples(call.leaves):
-            shapes = _shapes(example)
+        for example, fixed in self._attempts(call.leaves):
+            shapes = _shapes(example), fixed
             if shapes in seen:
                 continue
             seen.append(shapes)
             try:
-                graph = self._capture(call, example)
+                graph = self._capture(call, example, fixed)
             except CaptureError as error:
                 errors.append(error)
                 continue
@@ -330,13 +341,22 @@ class GraphCache:
         names = ", ".join(call.normalized.arguments)
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
-    def _capture(self, call: CapturedCall, example: Leaves) -> CapturedGraph:
+    def _attempts(self, leaves: Leaves) -> Iterator[tuple[Leaves, tuple[str, ...]]]:
+        """Yield examples to capture a call with, and the leaves of which the batch alone is to be dynamic."""
+        windows = batch_only_arguments(self.model)
+        images = images_in({name: leaf for name, leaf in leaves.items() if not name.startswith("cache")})
+        for fixed in dict.fromkeys((windows, (*windows, *images))):
+            for example in examples(leaves):
+                yield example, fixed
+
+    def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
         outcome: dict[str, Any] = {}
         shadow = self._shadow()
         if "labels" in call.leaves:
             decide_problem_type(shadow.config, call.leaves["labels"])
         shadow.__class__ = _flat(type(shadow), call, outcome)
-        dynamic = {name: _dynamic(name, leaf) for name, leaf in example.items()}
+        layouts = layouts_in(example)
+        dynamic = {name: _dynamic(name, leaf, name in fixed) for name, leaf in example.items() if name not in layouts}
         with ExitStack() as stack:
             # Leave the modes that the call runs under out of the graph.
             stack.enter_context(torch.inference_mode(False))
@@ -350,7 +370,8 @@ class GraphCache:
         self.captures += 1
         self._bind(gm)
         gm.run_on(self.model)
-        return CapturedGraph(gm, call, _shapes(example), guards, outcome["result"], outcome["given"])
+        shapes = (_shapes(example), fixed)
+        return CapturedGraph(gm, call, shapes, layouts, guards, outcome["result"], outcome["given"])
 
     def _insert_again(self, base: fx.GraphModule) -> None:
         """Insert the adapters that the model has into a graph of it; the first graph is made before there are any."""
@@ -425,14 +446,18 @@ def _changed(before: tuple[tuple[str, Any], ...], now: tuple[tuple[str, Any], ..
 
 
 def _shapes(leaves: Leaves) -> list[Any]:
-    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves.values()]
+    """Return what a capture depends on: the shapes of tensors, and the values of numbers and layouts."""
+    layouts = {name: layout.tolist() for name, layout in layouts_in(leaves).items()}
+    return [layouts.get(name, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf for name, leaf in leaves.items()]
 
 
-def _dynamic(name: str, leaf: Any) -> Any:
+def _dynamic(name: str, leaf: Any, batch_only: bool) -> Any:
     """Return the shape of a leaf for torch.export: as dynamic as can be, but for the heads and widths of caches."""
     if not isinstance(leaf, Tensor):
         return Dim.AUTO
-    fixed = (1, 3) if name.startswith("cache") and leaf.dim() == 4 else ()
+    fixed: Collection[int] = (1, 3) if name.startswith("cache") and leaf.dim() == 4 else ()
+    if batch_only:
+        fixed = range(1, leaf.dim())
     # torch.export specializes sizes of 0 and 1 anyway.
     return [Dim.AUTO if size > 1 and dim not in fixed else Dim.STATIC for dim, size in enumerate(leaf.shape)]
 
@@ -454,7 +479,10 @@ def _flat(cls: type, call: CapturedCall, outcome: dict[str, Any]) -> type:
         }
         return found
 
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *call.leaves)]
+    # All are optional, because a capture passes layouts by itself.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("self", kind)]
+    parameters += [inspect.Parameter(name, kind, default=None) for name in call.leaves]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return type(
         cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

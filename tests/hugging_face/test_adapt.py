@@ -111,12 +111,14 @@ def test_a_cast_makes_new_graphs_and_a_move_to_the_same_place_does_not() -> None
     assert model._graphs.captures == graphs
 
 
-def test_the_inner_model_runs_a_graph_and_a_single_layer_is_refused() -> None:
-    model = adapted()
-    hidden = llfx.merge(model).model(IDS).last_hidden_state
+def test_the_inner_model_and_a_single_module_run_graphs_of_their_own() -> None:
+    model, merged = adapted(), llfx.merge(adapted())
+    hidden = merged.model(IDS).last_hidden_state
     close(model.model(IDS).last_hidden_state, hidden, 1e-4, "hidden states")
-    with pytest.raises(llfx.AdapterError, match=r"up_proj' was called by itself"):
-        model.model.layers[0].mlp.up_proj(torch.zeros(1, 32))
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    for rows in (x, x[0], x[:1]):
+        for module in ("model.layers.0.mlp.up_proj", "model.layers.0.mlp"):
+            close(model.get_submodule(module)(rows), merged.get_submodule(module)(rows), 1e-4, module)
 
 
 def test_outputs_that_only_one_mode_has_are_returned() -> None:

@@ -1,0 +1,70 @@
+"""Adapted models that take images equal the eager wrapper, also in `generate`, which calls some parts by itself."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_lite_fx as llfx
+from lora_lite_fx.capture.example_inputs import example_inputs_of
+from tests.support.conformance import close, randomise
+from tests.survey.cases import cases
+
+CASES = {case.name: case for case in cases()}
+CONFIGS = {
+    "qwen2_vl": llfx.LoRA(r=2, target_names=("q_proj", "qkv", "merger")),
+    "internvl": llfx.LoRA(r=2, target_names=("q_proj", "multi_modal_projector")),
+}
+
+
+@functools.cache
+def models(name: str) -> tuple[Any, Any]:
+    """Return an adapted model and the eager wrapper, with the same adapters."""
+    model = CASES[name].builder()().double()
+    adapted, wrapped = llfx.adapt(model, CONFIGS[name]), llfx.wrap(model, CONFIGS[name])
+    randomise(adapted, 0)
+    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    return adapted, wrapped
+
+
+def inputs_of(model: Any) -> dict[str, Tensor]:
+    inputs = example_inputs_of(model)
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def require_equal(name: str, inputs: dict[str, Tensor]) -> None:
+    actual, expected = (model(**inputs) for model in models(name))
+    close(actual.logits, expected.logits, 1e-9, "logits")
+    gradients = []
+    for model, output in zip(models(name), (actual, expected), strict=True):
+        total = (output.logits * torch.linspace(-1, 1, output.logits.numel()).view_as(output.logits)).sum()
+        gradients.append(torch.autograd.grad(total, [*llfx.adapter_parameters(model)]))
+    for ours, theirs in zip(*gradients, strict=True):
+        close(ours, theirs, 1e-9, "gradients")
+
+
+def test_the_grid_of_an_image_is_a_part_of_the_graph() -> None:
+    adapted, _ = models("qwen2_vl")
+    inputs = inputs_of(adapted)
+    require_equal("qwen2_vl", inputs)
+    before = adapted._graphs.captures
+    frames, height, width = inputs["image_grid_thw"][0].tolist()
+    other = torch.tensor([[frames, height // 2, width * 2]]).expand_as(inputs["image_grid_thw"])
+    for grid in (other, inputs["image_grid_thw"]):
+        require_equal("qwen2_vl", {**inputs, "image_grid_thw": grid})
+    assert adapted._graphs.captures == before + 1
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
+def test_generate_equals_the_eager_wrapper(name: str) -> None:
+    adapted, wrapped = models(name)
+    prompt = {name: value for name, value in inputs_of(adapted).items() if name != "labels"}
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    actual, expected = (model.eval().generate(**prompt, **options).logits for model in (adapted, wrapped))
+    for ours, theirs in zip(actual, expected, strict=True):
+        close(ours, theirs, 1e-9, "logits")

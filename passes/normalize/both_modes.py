@@ -62,7 +62,7 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
                 continue
             else:
                 twin[node] = graph.node_copy(node, twin.__getitem__)
-                if node.op == "get_attr" and not _take_tensor(gm, node, twin[node]):
+                if node.op == "get_attr" and not _take_what_is_read(gm, node, twin[node]):
                     return None
                 _revalue(twin[node])
                 added += 1
@@ -82,7 +82,7 @@ def _key(node: fx.Node, twin: dict[fx.Node, fx.Node]) -> str:
 
 def _reads_same(node: fx.Node, other: fx.Node) -> bool:
     """Check whether two nodes that read a tensor of their modules by the same name read the same."""
-    return node.op != "get_attr" or _tensor(node) is _tensor(other) or _equal(_tensor(node), _tensor(other))
+    return node.op != "get_attr" or _read(node) is _read(other) or _equal(_read(node), _read(other))
 
 
 def _equal(left: Any, right: Any) -> bool:
@@ -93,22 +93,26 @@ def _equal(left: Any, right: Any) -> bool:
     return left.dtype == right.dtype and torch.equal(left, right)
 
 
-def _tensor(node: fx.Node) -> Any:
+def _read(node: fx.Node) -> Any:
     return attrgetter(str(node.target))(node.graph.owning_module)
 
 
-def _take_tensor(gm: fx.GraphModule, theirs: fx.Node, ours: fx.Node) -> bool:
-    """Let the copy of a node that reads a tensor of the other module read it here; tell whether it can."""
-    value = _tensor(theirs)
+def _take_what_is_read(gm: fx.GraphModule, theirs: fx.Node, ours: fx.Node) -> bool:
+    """Let the copy of a node that reads an attribute of the other module read it here; tell whether it can."""
+    value = _read(theirs)
     try:
-        if _equal(_tensor(ours), value):
+        if _equal(_read(ours), value):
             return True
     except AttributeError:
         pass
-    if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+    name = f"{str(theirs.target).replace('.', '_')}_in_evaluation"
+    if isinstance(value, fx.GraphModule):  # a part of that trace that runs without gradients or in autocast
+        gm.add_submodule(name, value)
+    elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # a constant of that trace
+        gm.register_buffer(name, value, persistent=False)
+    else:
         return False
-    ours.target = f"{str(theirs.target).replace('.', '_')}_in_evaluation"  # a constant of that trace
-    gm.register_buffer(ours.target, value, persistent=False)
+    ours.target = name
     return True
 
 
@@ -139,7 +143,8 @@ def _revalue(node: fx.Node) -> None:
     if not modes:
         return
     try:
-        with modes[0]:
+        # A region that raises leaves its thread in its own mode.
+        with torch.set_grad_enabled(torch.is_grad_enabled()), modes[0]:
             node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
     except Exception:  # then the value of the other trace has to do: its sizes are the same in the example
         return

@@ -158,3 +158,35 @@ def test_what_a_mode_overwrites_is_its_own() -> None:
             torch.manual_seed(0)
             states.append((each(x), torch.rand(1)))
         torch.testing.assert_close(*states)
+
+
+class SampledThreshold(nn.Module):
+    """Routing with a threshold that no gradient passes, and noise that only training adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        if self.training:
+            scores = scores + torch.rand_like(scores)
+        with torch.no_grad():
+            threshold = scores.mean(-1, keepdim=True)
+        result: Tensor = self.head(scores * torch.sigmoid(scores - threshold))
+        return result
+
+
+def test_what_no_gradient_passes_is_of_each_mode() -> None:
+    model, x = SampledThreshold(), torch.randn(4, WIDTH)
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names="."), (x,))
+    randomise(gm, 0)
+    wrapped = wrap_again(gm, model)
+    for training in (True, False):
+        found = []
+        for each in (gm, wrapped):
+            each.train(training)
+            torch.manual_seed(0)
+            y = each(x)
+            found.append([y, *torch.autograd.grad(y.sin().sum(), [*llfx.adapter_parameters(each)])])
+        torch.testing.assert_close(*found)

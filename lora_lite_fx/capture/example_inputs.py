@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import (
 from ..errors import CaptureError
 
 # Give every dynamic dimension a size of its own, because torch.export specializes ones and may equate equal sizes.
-_BATCH, _SEQUENCE = 3, 7
+_BATCH, _SEQUENCE, _CHOICES = 3, 7, 4
 # Sizes for models whose config tells none: they are built of convolutions, and take every size.
 _PIXELS, _SAMPLES, _FRAMES = 224, 4000, 64
 _READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -120,6 +120,7 @@ class _Maker:
             yield {**text, **other}
         if text:
             yield text
+            yield {name: tokens[:, None].repeat(1, _CHOICES, 1) for name, tokens in text.items()}
 
     def takes_text(self) -> bool:
         if "input_ids" not in self.parameters:

@@ -39,6 +39,16 @@ def test_a_model_runs_on_inputs_of_its_config(name: str) -> None:
         model(**inputs)
 
 
+def test_a_model_of_choices_is_captured_for_any_number_of_them() -> None:
+    import transformers
+
+    model = tiny_model(transformers.BertForMultipleChoice, {})
+    gm = llfx.capture(model)
+    ids = torch.randint(3, 90, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([2, 0])}
+    torch.testing.assert_close(gm(**call).loss, model(**call).loss)
+
+
 def test_a_capture_for_text_alone_is_warned_of() -> None:
     import transformers
 

@@ -23,8 +23,9 @@ def prepare_for_capture(model: Any) -> None:
 
     Raises:
         CaptureError: the model drops whole layers at random, masks random spans by numpy (SpecAugment), or
-            changes its weights in evaluation (RWKV).
+            changes its weights in evaluation (RWKV) or in training (Gemma 3n).
     """
+    leave_out_clamps(model)
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "to_dict"):  # an encoder-decoder's stacks have configs of their own
@@ -52,6 +53,33 @@ def prepare_for_capture(model: Any) -> None:
             f" ({spans[0]}={getattr(model.config, spans[0])}), which a graph cannot. The way out: set"
             " model.config.apply_spec_augment = False."
         )
+
+
+def leave_out_clamps(model: nn.Module) -> None:
+    """Switch off, in place, that Gemma 3n clamps weights in training; call it on a copy.
+
+    It clamps one weight in place, and calls one linear by its weight alone, which would leave out an adapter. Safe
+    because the weights are frozen, and are within the limits.
+
+    Raises:
+        CaptureError: a weight is beyond its limit.
+    """
+    configs = {}
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        clip = getattr(config, "altup_coef_clip", None)
+        if clip is None or not hasattr(module, "prediction_coefs"):
+            continue
+        configs[id(config)] = config
+        for part in ("prediction_coefs", "correction_coefs"):
+            weight = module.get_submodule(part).weight
+            if isinstance(weight, Tensor) and not weight.is_meta and bool((weight.abs() > clip).any()):
+                raise CaptureError(
+                    f"{type(model).__name__} clamps {name}.{part}.weight in training to values up to {clip}"
+                    " (altup_coef_clip), which a graph cannot. The way out: clamp the weight before."
+                )
+    for config in configs.values():
+        vars(config)["altup_coef_clip"] = None  # past the check of the field, which takes numbers only
 
 
 def accepted_arguments(model: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..adapters.placement import Placement, adapter_tensor_names, placements
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
 from ..adapters.variant import adapter_namespace
 from ..capture.capture import Inputs
+from ..capture.hugging_face import leave_out_clamps
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule, execution_of
@@ -97,6 +98,7 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
 def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     """Return a copy of `model` over the same weights, with buffers of its own where its graph `gm` writes to them."""
     copied: nn.Module = share(model)
+    leave_out_clamps(copied)
     for name in written_buffers(gm):
         path, _, leaf = name.rpartition(".")
         setattr(copied.get_submodule(path), leaf, getattr(copied.get_submodule(path), leaf).clone())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_inputs import example_inputs_of
 from lora_lite_fx.capture.hugging_face import prepare_for_capture
+from lora_lite_fx.rewriting.eager import wrap_again
+from tests.support.conformance import randomise
 from tests.survey.cases import cases
 from tests.survey.tiny import tiny_model
 
@@ -100,3 +103,20 @@ def test_what_a_graph_cannot_draw_is_refused_with_the_way_out() -> None:
     model.config.apply_spec_augment, model.config.layerdrop = False, 0.1
     with pytest.raises(llfx.CaptureError, match=r"layerdrop = 0"):
         prepare_for_capture(model)
+
+
+def test_weights_that_training_clamps_are_captured_within_their_limits_alone() -> None:
+    model = CASES["gemma3n_text"].builder()()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    site = "model.layers.0.altup.correction_coefs"
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=re.escape(site)))
+    randomise(gm, 0)
+    wrapped = wrap_again(gm, model)  # the model calls this site by its weight alone in training
+    for training in (True, False):
+        logits = [each.train(training)(**inputs).logits for each in (gm, wrapped)]
+        torch.testing.assert_close(*logits)
+    assert model.config.altup_coef_clip is not None
+    with torch.no_grad():
+        model.get_submodule(site).weight.fill_(2 * model.config.altup_coef_clip)
+    with pytest.raises(llfx.CaptureError, match=rf"clamps {site}.weight in training.*The way out: clamp the weight"):
+        llfx.capture(model)

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
 
 from ..adapters.placement import Placement, placements
 from ..capture.capture import Inputs
-from ..capture.example_inputs import decide_problem_type, example_inputs_of
-from ..capture.export import images_in, take_guards
+from ..capture.example_inputs import example_inputs_of
 from ..capture.hooks import take_hooks_off
-from ..capture.hugging_face import batch_only_arguments, is_hugging_face
-from ..capture.layouts import layouts_in
+from ..capture.hugging_face import is_hugging_face
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.module import AdaptedGraphModule
@@ -31,96 +26,15 @@ from ..graph.turns import calling, tracing
 from ..graph.writes import written_buffers
 from ..log import logger
 from ..rewriting.calibration import Batches
-from ..rewriting.capture import capture
 from ..sites.finding import find_sites
-from .call_structure import (
-    Leaves,
-    Structure,
-    Tree,
-    assemble,
-    differences,
-    disassemble,
-    restore,
-)
-from .causal_lm import (
-    Decoder,
-    NormalizedCall,
-    arguments_of,
-    caches,
-    join_mask,
-    loss_of,
-    normalize_call,
-    probe,
-)
-from .example_calls import examples
+from .call_structure import Leaves
+from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, captured_with
+from .causal_lm import Decoder, arguments_of, probe
 from .insert_placements import insert_placements
 from .own_forward import check_is_whole, forget_replaced_forward
-from .sliding_window import cut_windows, uncut_windows
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
 """A function that inserts adapters into a base graph, with calibration data in the form that the graph takes."""
-
-# The fields of a config that a forward method reads and that may change between calls.
-_SWITCHES = ("_attn_implementation", "_experts_implementation", "output_attentions", "output_hidden_states")
-
-
-@dataclass(frozen=True)
-class CapturedCall:
-    """A call as a graph takes it.
-
-    Args:
-        path: qualified name of the part of the model that is called; empty for the model.
-        normalized: its arguments in normal form.
-        structure: the arguments without their leaves.
-        switches: what the config adds to the signature.
-        leaves: the tensors and integers of the arguments, by name.
-    """
-
-    path: str
-    normalized: NormalizedCall
-    structure: Structure
-    switches: tuple[tuple[str, Any], ...]
-    leaves: Leaves
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """The part of the call that all calls of one graph have in common."""
-        return self.path, self.structure, self.switches
-
-
-@dataclass
-class CapturedGraph:
-    """A rewritten graph.
-
-    Args:
-        gm: takes the leaves of a call by name, and returns those of the result.
-        call: the one that it was captured for.
-        shapes: of the leaves that it was captured with, and which of them were fixed but for the batch.
-        layouts: those leaves of which the graph holds for these values alone.
-        guards: raises for other leaves that the graph does not hold for.
-        result: the result without its leaves.
-        given: the state of the caller's objects after the call, without its leaves.
-    """
-
-    gm: AdaptedGraphModule
-    call: CapturedCall
-    shapes: Any
-    layouts: dict[str, Tensor]
-    guards: Callable[..., object]
-    result: Structure
-    given: dict[str, Structure]
-
-    def refuses(self, leaves: Leaves) -> str:
-        """Return the reason why the graph does not hold for `leaves`; empty if it does."""
-        if not torch.compiler.is_dynamo_compiling():  # the graph itself compares them there
-            for name, layout in self.layouts.items():
-                if not torch.equal(leaves[name], layout):
-                    return f"{name} is {leaves[name].tolist()}, and was {layout.tolist()}"
-        try:
-            self.guards(*(leaf for name, leaf in leaves.items() if name not in self.layouts))
-        except AssertionError as error:
-            return str(error)
-        return ""
 
 
 class GraphCache:
@@ -187,18 +101,10 @@ class GraphCache:
     def _run(self, part: Any, arguments: dict[str, Any], return_dict: bool) -> Any:
         call = self._call(part, arguments)
         graph = self._graph_for(call)
-        graph.gm.training = part.training
-        leaves = graph.gm(**call.leaves)
-        return _result(part, call.normalized, graph, leaves, return_dict)
+        return graph.run(part, call, return_dict)
 
     def _call(self, part: Any, arguments: dict[str, Any]) -> CapturedCall:
-        normalized = normalize_call(part, self.decoder if part is self.model else None, arguments)
-        leaves: Leaves = {}
-        names = sorted(normalized.arguments)
-        parts = tuple(disassemble(normalized.arguments[name], name, leaves) for name in names)
-        config = getattr(part, "config", None)
-        switches = tuple((name, getattr(config, name, None)) for name in _SWITCHES)
-        return CapturedCall(getattr(part, "_path", ""), normalized, Tree(dict, tuple(names), parts), switches, leaves)
+        return CapturedCall.of(part, self.decoder if part is self.model else None, arguments)
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:
         """Return the graph for this call; capture it if there is none."""
@@ -239,11 +145,7 @@ class GraphCache:
 
     def _log(self, call: CapturedCall, refusal: str, seconds: float) -> None:
         name = type(self.model).__name__ + (f".{call.path}" if call.path else "")
-        changes = [
-            [*differences(graph.call.structure, call.structure), *_changed(graph.call.switches, call.switches)]
-            for graph in self._kept
-            if graph.call.path == call.path
-        ]
+        changes = [call.differs_from(graph.call) for graph in self._kept if graph.call.path == call.path]
         reason = refusal or "; ".join(min(changes, key=len)[:3] if changes else ["the first call"])
         logger.info("%s: captured a graph in %.1f s (%s)", name, seconds, reason)
         kept = [graph for graph in self._kept if graph.call.path == call.path]
@@ -318,13 +220,12 @@ class GraphCache:
 
     def _capture_for(self, call: CapturedCall) -> CapturedGraph:
         """Capture the call with one example after the other, and return the first graph that holds for it."""
-        seen = [graph.shapes for graph in self._kept if graph.call.signature == call.signature]
+        seen = [graph.example for graph in self._kept if graph.call.signature == call.signature]
         errors = []
-        for example, fixed in self._attempts(call.leaves):
-            shapes = _shapes(example), fixed
-            if shapes in seen:
+        for example, fixed in attempts(self.model, call):
+            if (of_example := captured_with(example, fixed)) in seen:
                 continue
-            seen.append(shapes)
+            seen.append(of_example)
             try:
                 graph = self._capture(call, example, fixed)
             except CaptureError as error:
@@ -341,37 +242,13 @@ class GraphCache:
         names = ", ".join(call.normalized.arguments)
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
-    def _attempts(self, leaves: Leaves) -> Iterator[tuple[Leaves, tuple[str, ...]]]:
-        """Yield examples to capture a call with, and the leaves of which the batch alone is to be dynamic."""
-        windows = batch_only_arguments(self.model)
-        images = images_in({name: leaf for name, leaf in leaves.items() if not name.startswith("cache")})
-        for fixed in dict.fromkeys((windows, (*windows, *images))):
-            for example in examples(leaves):
-                yield example, fixed
-
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
-        outcome: dict[str, Any] = {}
-        shadow = self._shadow()
-        if "labels" in call.leaves:
-            decide_problem_type(shadow.config, call.leaves["labels"])
-        shadow.__class__ = _flat(type(shadow), call, outcome)
-        layouts = layouts_in(example)
-        dynamic = {name: _dynamic(name, leaf, name in fixed) for name, leaf in example.items() if name not in layouts}
-        with ExitStack() as stack:
-            # Leave the modes that the call runs under out of the graph.
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            gm = capture(shadow, example, dynamic_shapes=dynamic, verify=self.verify)
-        assert isinstance(gm, AdaptedGraphModule)
-        guards = take_guards(gm)
-        self._insert_again(gm)
+        graph = capture_call(self._shadow(), call, example, fixed, self.verify)
+        self._insert_again(graph.gm)
         self.captures += 1
-        self._bind(gm)
-        gm.run_on(self.model)
-        shapes = (_shapes(example), fixed)
-        return CapturedGraph(gm, call, shapes, layouts, guards, outcome["result"], outcome["given"])
+        self._bind(graph.gm)
+        graph.gm.run_on(self.model)
+        return graph
 
     def _insert_again(self, base: fx.GraphModule) -> None:
         """Insert the adapters that the model has into a graph of it; the first graph is made before there are any."""
@@ -418,72 +295,3 @@ def _find(model: nn.Module, name: str) -> Tensor | None:
         return tensor_of(model, name)
     except AttributeError:
         return None
-
-
-# Calls and results.
-
-
-def _result(part: Any, normalized: NormalizedCall, graph: CapturedGraph, leaves: Leaves, return_dict: bool) -> Any:
-    given: dict[str, Any] = {}
-    for name, structure in graph.given.items():
-        if name in normalized.given:
-            given[name] = restore(normalized.given[name], structure, leaves)
-        else:
-            given[name] = assemble(structure, leaves) if normalized.keeps_cache else None
-    cut_windows(given)
-    result = assemble(graph.result, leaves, given)
-    if normalized.loss is not None:
-        result = type(result)(**{**result, "loss": loss_of(part, result.logits, normalized.loss)})
-    return result if return_dict or not hasattr(result, "to_tuple") else result.to_tuple()
-
-
-def _changed(before: tuple[tuple[str, Any], ...], now: tuple[tuple[str, Any], ...]) -> list[str]:
-    return [
-        f"config.{name}: {old!r} before, {new!r} now"
-        for (name, old), (_, new) in zip(before, now, strict=True)
-        if old != new
-    ]
-
-
-def _shapes(leaves: Leaves) -> list[Any]:
-    """Return what a capture depends on: the shapes of tensors, and the values of numbers and layouts."""
-    layouts = {name: layout.tolist() for name, layout in layouts_in(leaves).items()}
-    return [layouts.get(name, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf for name, leaf in leaves.items()]
-
-
-def _dynamic(name: str, leaf: Any, batch_only: bool) -> Any:
-    """Return the shape of a leaf for torch.export: as dynamic as can be, but for the heads and widths of caches."""
-    if not isinstance(leaf, Tensor):
-        return Dim.AUTO
-    fixed: Collection[int] = (1, 3) if name.startswith("cache") and leaf.dim() == 4 else ()
-    if batch_only:
-        fixed = range(1, leaf.dim())
-    # torch.export specializes sizes of 0 and 1 anyway.
-    return [Dim.AUTO if size > 1 and dim not in fixed else Dim.STATIC for dim, size in enumerate(leaf.shape)]
-
-
-def _flat(cls: type, call: CapturedCall, outcome: dict[str, Any]) -> type:
-    """Return a subclass of `cls`, by the same name, that takes leaves of the call and returns leaves of the result."""
-
-    def forward(self: Any, **leaves: Any) -> Leaves:
-        arguments = assemble(call.structure, leaves)
-        join_mask(arguments)
-        part = self.get_submodule(call.path)
-        with uncut_windows(arguments):
-            result = cls.forward(self, **arguments) if part is self else part(**arguments)  # type: ignore[attr-defined]
-        found: Leaves = {}
-        names = {id(cache): name for name, cache in caches(arguments).items()}
-        outcome["result"] = disassemble(result, "result", found, names)
-        outcome["given"] = {
-            name: disassemble(cache, f"after_{name}", found) for name, cache in caches(arguments).items()
-        }
-        return found
-
-    # All are optional, because a capture passes layouts by itself.
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter("self", kind)]
-    parameters += [inspect.Parameter(name, kind, default=None) for name in call.leaves]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return type(
-        cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    )

@@ -1,0 +1,218 @@
+"""A call of a model as a graph takes it, and the graph that is captured of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from ..capture.example_inputs import decide_problem_type
+from ..capture.export import images_in, take_guards
+from ..capture.hugging_face import batch_only_arguments
+from ..capture.layouts import layouts_in
+from ..execution.module import AdaptedGraphModule
+from ..rewriting.capture import capture
+from .call_structure import Leaves, Structure, Tree, assemble, differences, disassemble, restore
+from .causal_lm import Decoder, NormalizedCall, caches, join_mask, loss_of, normalize_call
+from .example_calls import examples
+from .sliding_window import cut_windows, uncut_windows
+
+# The fields of a config that a forward method reads and that may change between calls.
+_SWITCHES = ("_attn_implementation", "_experts_implementation", "output_attentions", "output_hidden_states")
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """A call as a graph takes it.
+
+    Args:
+        path: qualified name of the part of the model that is called; empty for the model.
+        normalized: its arguments in normal form.
+        structure: the arguments without their leaves.
+        switches: what the config adds to the signature.
+        leaves: the tensors and integers of the arguments, by name.
+    """
+
+    path: str
+    normalized: NormalizedCall
+    structure: Structure
+    switches: tuple[tuple[str, Any], ...]
+    leaves: Leaves
+
+    @classmethod
+    def of(cls, part: Any, decoder: Decoder | None, arguments: dict[str, Any]) -> CapturedCall:
+        """Return a call of `part`, a model or one of its modules, with these arguments.
+
+        Args:
+            decoder: what a run of `part` has shown, if it is a causal language model.
+        """
+        normalized = normalize_call(part, decoder, arguments)
+        leaves: Leaves = {}
+        names = sorted(normalized.arguments)
+        parts = tuple(disassemble(normalized.arguments[name], name, leaves) for name in names)
+        config = getattr(part, "config", None)
+        switches = tuple((name, getattr(config, name, None)) for name in _SWITCHES)
+        return cls(getattr(part, "_path", ""), normalized, Tree(dict, tuple(names), parts), switches, leaves)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """The part of the call that all calls of one graph have in common."""
+        return self.path, self.structure, self.switches
+
+    def differs_from(self, other: CapturedCall) -> list[str]:
+        """Return in what the signature of a call of the same part differs from that of `other`."""
+        changed = [
+            f"config.{name}: {old!r} before, {new!r} now"
+            for (name, old), (_, new) in zip(other.switches, self.switches, strict=True)
+            if old != new
+        ]
+        return [*differences(other.structure, self.structure), *changed]
+
+
+@dataclass
+class CapturedGraph:
+    """A graph of the calls that are like one.
+
+    Args:
+        gm: takes the leaves of a call by name, and returns those of the result.
+        call: the one that it was captured for.
+        example: what of the leaves that it was captured with the capture depends on, see `captured_with`.
+        layouts: those leaves of which the graph holds for these values alone.
+        guards: raises for other leaves that the graph does not hold for.
+        result: the result without its leaves.
+        given: the state of the caller's objects after the call, without its leaves.
+    """
+
+    gm: AdaptedGraphModule
+    call: CapturedCall
+    example: Any
+    layouts: dict[str, Tensor]
+    guards: Callable[..., object]
+    result: Structure
+    given: dict[str, Structure]
+
+    def refuses(self, leaves: Leaves) -> str:
+        """Return the reason why the graph does not hold for `leaves`; empty if it does."""
+        if not torch.compiler.is_dynamo_compiling():  # the graph itself compares them there
+            for name, layout in self.layouts.items():
+                if not torch.equal(leaves[name], layout):
+                    return f"{name} is {leaves[name].tolist()}, and was {layout.tolist()}"
+        try:
+            self.guards(*(leaf for name, leaf in leaves.items() if name not in self.layouts))
+        except AssertionError as error:
+            return str(error)
+        return ""
+
+    def run(self, part: Any, call: CapturedCall, return_dict: bool) -> Any:
+        """Run the graph for a call that it holds for, and return what `part` would.
+
+        Args:
+            return_dict: whether a `ModelOutput` stays one, and is not made a tuple.
+        """
+        self.gm.training = part.training
+        leaves = self.gm(**call.leaves)
+        given: dict[str, Any] = {}
+        for name, structure in self.given.items():
+            if name in call.normalized.given:
+                given[name] = restore(call.normalized.given[name], structure, leaves)
+            else:
+                given[name] = assemble(structure, leaves) if call.normalized.keeps_cache else None
+        cut_windows(given)
+        result = assemble(self.result, leaves, given)
+        if call.normalized.loss is not None:
+            result = type(result)(**{**result, "loss": loss_of(part, result.logits, call.normalized.loss)})
+        return result if return_dict or not hasattr(result, "to_tuple") else result.to_tuple()
+
+
+def attempts(model: Any, call: CapturedCall) -> Iterator[tuple[Leaves, tuple[str, ...]]]:
+    """Yield examples to capture a call with, and the leaves of which the batch alone is to be dynamic."""
+    windows = batch_only_arguments(model)
+    images = images_in({name: leaf for name, leaf in call.leaves.items() if not name.startswith("cache")})
+    for fixed in dict.fromkeys((windows, (*windows, *images))):
+        for example in examples(call.leaves):
+            yield example, fixed
+
+
+def capture_call(
+    shadow: Any, call: CapturedCall, example: Leaves, fixed: Collection[str], verify: bool
+) -> CapturedGraph:
+    """Capture a call of a model.
+
+    Args:
+        shadow: a copy of the model without adapters; it is changed.
+        call: what is called, and with which structure of arguments.
+        example: the leaves to capture it with.
+        fixed: the names of those of which the batch alone is to be dynamic.
+        verify: as for `capture`.
+
+    Raises:
+        CaptureError: the call cannot be captured.
+    """
+    outcome: dict[str, Any] = {}
+    if "labels" in call.leaves:
+        decide_problem_type(shadow.config, call.leaves["labels"])
+    shadow.__class__ = _flat(type(shadow), call, outcome)
+    layouts = layouts_in(example)
+    dynamic = {name: _dynamic(name, leaf, name in fixed) for name, leaf in example.items() if name not in layouts}
+    with ExitStack() as stack:
+        # Leave the modes that the call runs under out of the graph.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        gm = capture(shadow, example, dynamic_shapes=dynamic, verify=verify)
+    assert isinstance(gm, AdaptedGraphModule)
+    guards = take_guards(gm)
+    return CapturedGraph(gm, call, captured_with(example, fixed), layouts, guards, outcome["result"], outcome["given"])
+
+
+def captured_with(example: Leaves, fixed: Collection[str]) -> Any:
+    """Return what a capture depends on: the shapes of tensors, and the values of numbers and layouts."""
+    layouts = {name: layout.tolist() for name, layout in layouts_in(example).items()}
+    return [
+        layouts.get(name, tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf for name, leaf in example.items()
+    ], tuple(fixed)
+
+
+def _dynamic(name: str, leaf: Any, batch_only: bool) -> Any:
+    """Return the shape of a leaf for torch.export: as dynamic as can be, but for the heads and widths of caches."""
+    if not isinstance(leaf, Tensor):
+        return Dim.AUTO
+    fixed: Collection[int] = (1, 3) if name.startswith("cache") and leaf.dim() == 4 else ()
+    if batch_only:
+        fixed = range(1, leaf.dim())
+    # torch.export specializes sizes of 0 and 1 anyway.
+    return [Dim.AUTO if size > 1 and dim not in fixed else Dim.STATIC for dim, size in enumerate(leaf.shape)]
+
+
+def _flat(cls: type, call: CapturedCall, outcome: dict[str, Any]) -> type:
+    """Return a subclass of `cls`, by the same name, that takes leaves of the call and returns leaves of the result."""
+
+    def forward(self: Any, **leaves: Any) -> Leaves:
+        arguments = assemble(call.structure, leaves)
+        join_mask(arguments)
+        part = self.get_submodule(call.path)
+        with uncut_windows(arguments):
+            result = cls.forward(self, **arguments) if part is self else part(**arguments)  # type: ignore[attr-defined]
+        found: Leaves = {}
+        names = {id(cache): name for name, cache in caches(arguments).items()}
+        outcome["result"] = disassemble(result, "result", found, names)
+        outcome["given"] = {
+            name: disassemble(cache, f"after_{name}", found) for name, cache in caches(arguments).items()
+        }
+        return found
+
+    # All are optional, because a capture passes layouts by itself.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("self", kind)]
+    parameters += [inspect.Parameter(name, kind, default=None) for name in call.leaves]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return type(
+        cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )

@@ -41,13 +41,6 @@ MUTANTS = (
     ),
     Mutant(
         "lora_lite_fx/ops/attention_mask.py",
-        "if not mask[..., -1, :].all():",
-        "if False:",
-        "a mask with padding is taken for one without",
-        "tests/ops/test_attention_mask.py",
-    ),
-    Mutant(
-        "lora_lite_fx/ops/attention_mask.py",
         "(None if mask.all() else mask), False",
         "None, False",
         "a mask that hides something from the queries in between is left out",

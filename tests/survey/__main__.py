@@ -39,7 +39,7 @@ def main() -> None:
     if arguments.types:
         found = [case for case in found if case.name in arguments.types]
     rows = [] if arguments.again else read(arguments.results)
-    done = {row["key"] for row in rows if not arguments.failed or all(row.get(s) == "yes" for s in arguments.steps)}
+    done = {row["key"] for row in rows if _is_done(row, arguments.steps, arguments.failed)}
     for case in found:
         if case.key not in done:
             row = run(case, arguments.steps, arguments.limit)
@@ -50,9 +50,20 @@ def main() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the results of a file, the last of each model."""
+    """Return the results of a file, of each model the last of each step."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return list({row["key"]: row for row in map(json.loads, lines)}.values())
+    rows: dict[str, dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        rows[row["key"]] = {**rows.get(row["key"], {}), **row}
+    return list(rows.values())
+
+
+def _is_done(row: dict[str, Any], steps: list[str], failed: bool) -> bool:
+    """Tell whether a model need not be tried again: all steps were tried, or went well if what failed is asked for."""
+    if row.get("built") != "yes":
+        return not failed
+    ends = [row.get(step) for step in steps]
+    return all(end is not None and (not failed or end.partition(":")[0] in ("yes", "none")) for end in ends)
 
 
 def run(case: Case, steps: list[str], limit: int) -> dict[str, Any]:

@@ -42,6 +42,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "olmo_hybrid": {"layer_types": _HYBRID},
     "qwen3_vl": _QWEN3 | {"vision_config.out_hidden_size": 256},
     "qwen3_vl_moe": _QWEN3 | {"vision_config.out_hidden_size": 128},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "longcat_flash": {"zero_expert_num": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma3": {"mm_tokens_per_image": 4},

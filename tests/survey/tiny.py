@@ -81,7 +81,10 @@ def tiny_model(model_class: Any, changes: Mapping[str, Any]) -> Any:
             error = caught
         else:
             if model.config.is_encoder_decoder and getattr(model.config, "decoder_start_token_id", None) is None:
-                model.config.decoder_start_token_id = 0  # which pretrained models have, and default configs may not
+                # Pretrained models have it, and default configs may not.
+                model.config.decoder_start_token_id = 0
+                if model.can_generate():
+                    model.generation_config.decoder_start_token_id = 0
             return _randomized(model)
     raise error
 

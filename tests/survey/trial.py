@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ Report = Callable[..., None]
 """Takes what is known so far, as keyword arguments."""
 
 
-STEPS = ("default", "inputs")
+STEPS = ("default", "inputs", "adapt", "generate", "compiled")
 
 
 def try_model(build: Callable[[], Any], steps: Collection[str], report: Report) -> None:
@@ -41,18 +42,75 @@ def try_model(build: Callable[[], Any], steps: Collection[str], report: Report) 
         build: makes the model.
         steps: those of `STEPS` to try.
         report: takes `built`, `default` (capture without inputs), `inputs` (capture with left padding and without
-            labels), the number of `sites` and `linears`, the names of linears `left_out`, and the `seconds` of each.
+            labels), `adapt` (the adapted model itself), `generate` (its tokens, where the class generates), `compiled`
+            (as one graph, by Dynamo and AOTAutograd), the number of `sites` and `linears`, the names of linears
+            `left_out`, and the `seconds` of each.
     """
     with _outcome(report, "built"):
         model = build()
-    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    report(linears=len(linears), main_input=getattr(model, "main_input_name", None))
+    tried = _Tried(model)
+    report(linears=len(tried.linears), main_input=getattr(model, "main_input_name", None))
     if "default" in steps:
         with _outcome(report, "default"):
-            _compare_with_wrapper(model, linears, report)
+            _unless_rounding(_compare_with_wrapper, tried, build, report)
     if "inputs" in steps:
         with _outcome(report, "inputs"):
             llfx.capture(model, _other_inputs(model))  # compares the graph with the model in both modes
+    if is_hugging_face(model) and {"adapt", "generate"} & set(steps):
+        _try_adapted(tried, steps, build, report)
+    if "compiled" in steps:
+        with _outcome(report, "compiled"):
+            _compare_with_compiled(tried)
+
+
+class _Tried:
+    """A model, and what several steps need of it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.linears = [name for name, module in self.modules.items() if isinstance(module, (nn.Linear, Conv1D))]
+
+    @cached_property
+    def base(self) -> Any:
+        """The graph that is captured without inputs."""
+        return llfx.capture(self.model)
+
+    @cached_property
+    def adapted(self) -> tuple[Any, Any]:
+        """The model as `adapt` makes it, and the eager wrapper, with the same adapters."""
+        adapted, wrapped = llfx.adapt(self.model, self.config), llfx.wrap(self.base, self.config)
+        randomise(adapted, 0)
+        llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+        return adapted, wrapped
+
+    @cached_property
+    def excluded(self) -> list[str]:
+        """The linear modules that the wrapper refuses to wrap."""
+        self.config  # finds them
+        return self._excluded
+
+    @cached_property
+    def config(self) -> llfx.LoRA:
+        """Adapters at all linear modules that are sites and that the wrapper can wrap."""
+        names = [row.name for row in llfx.inspect(self.base)]
+        names = [name for name in names if type(self.modules.get(name)) in (nn.Linear, Conv1D)]
+        if not names:
+            raise Unequal("no linear module of the model is a site")
+        pattern = "^(" + "|".join(map(re.escape, names)) + ")$"
+        self._excluded: list[str] = []
+        while True:
+            exclude = [f"^{re.escape(name)}$" for name in self._excluded]
+            cfg = llfx.LoRA(r=1, alpha=2, target_names=pattern, exclude_names=exclude)
+            try:
+                llfx.wrap(self.base, cfg)
+            except llfx.ConfigError as error:
+                found = [name for name in names if f"'{name}'" in str(error) and name not in self._excluded]
+                if not found or len(self._excluded) > _MOST_EXCLUDED:
+                    raise
+                self._excluded += found
+            else:
+                return cfg
 
 
 @contextmanager
@@ -65,6 +123,8 @@ def _outcome(report: Report, step: str) -> Iterator[None]:
         try:
             yield
             said = "yes"
+        except NotApplicable as error:
+            said = f"none: {error}"
         except Unequal as error:
             raised, said = error, f"wrong: {error}"
         except llfx.AdapterError as error:
@@ -77,6 +137,7 @@ def _outcome(report: Report, step: str) -> Iterator[None]:
         {str(w.message)[:300] for w in caught if "lora_lite_fx" in w.filename or "tests/survey" in w.filename}
     )
     extra = {f"{step}_warnings": ours} if ours else {}
+    said = re.sub(r"/\S*/site-packages/", "", said)  # where this machine keeps its packages
     report(**{step: said[:700], f"{step}_seconds": round(time.process_time() - start, 1)}, **extra)
     if raised is not None and step == "built":
         raise raised
@@ -86,6 +147,10 @@ class Unequal(Exception):
     """A graph computes something else than the wrapper."""
 
 
+class NotApplicable(Exception):
+    """A step makes no sense for a model."""
+
+
 def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "lora_lite_fx/" in frame.filename]
@@ -93,21 +158,30 @@ def _place(error: BaseException) -> str:
     return " < ".join(f"{frame.filename.split('site-packages/')[-1][-60:]}:{frame.lineno}" for frame in named)
 
 
-def _compare_with_wrapper(model: Any, linears: list[str], report: Report) -> None:
+def _unless_rounding(
+    compare: Callable[[_Tried, Report], None], tried: _Tried, build: Callable[[], Any], report: Report
+) -> None:
+    """Compare, and where results are apart, decide in double precision whether they are by more than rounding."""
+    try:
+        compare(tried, report)
+    except Unequal as error:
+        try:
+            compare(_Tried(build().double()), report)
+        except Exception as doubled:
+            raise Unequal(f"{error}; in double precision: {doubled}") from doubled
+        report(equal_in_double_precision=str(error))
+
+
+def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
     """Compare results and gradients of `rewrite` with those of `wrap` in both modes, at several sizes."""
-    base = llfx.capture(model)
+    model, table = tried.model, llfx.inspect(tried.base)
     report(captured=True)
-    table = llfx.inspect(base)
     names = {row.name for row in table}
-    missing = [name for name in linears if name not in names]
+    missing = [name for name in tried.linears if name not in names]
     report(sites=len(names), left_out=missing[:8], without_role=sum(1 for row in table if not row.roles))
-    modules = dict(model.named_modules())
-    plain = [name for name in names if type(modules.get(name)) in (nn.Linear, Conv1D)]
-    if not plain:
-        raise Unequal("no linear module of the model is a site")
-    gm, excluded = _rewrite(base, plain)
-    if excluded:
-        report(not_wrapped=excluded)
+    gm = llfx.rewrite(tried.base, tried.config)
+    if tried.excluded:
+        report(not_wrapped=tried.excluded)
     randomise(gm, 0)
     wrapped = wrap_again(gm, model)
     examples = _calls(model)
@@ -126,27 +200,59 @@ def _compare_with_wrapper(model: Any, linears: list[str], report: Report) -> Non
                     raise
                 report(fixed=f"{what}: {str(error).splitlines()[0][:160] if str(error) else type(error).__name__}")
                 continue
+            _require_equal(expected, actual, where, lambda: _run_nudged(wrapped, inputs, training))  # noqa: B023
+
+
+def _try_adapted(tried: _Tried, steps: Collection[str], build: Callable[[], Any], report: Report) -> None:
+    """Compare an adapted model with the wrapper: results, gradients, and what it generates."""
+    with _outcome(report, "adapt"):
+        _unless_rounding(_compare_adapted, tried, build, report)
+    if "generate" in steps:
+        with _outcome(report, "generate"):
+            if not tried.model.can_generate():
+                raise NotApplicable("the class does not generate")
+            _unless_rounding(_compare_generated, tried, build, report)
+
+
+def _compare_adapted(tried: _Tried, report: Report) -> None:
+    adapted, wrapped = tried.adapted
+    for what, inputs in _calls(tried.model):
+        for training in (True, False) if what == "example" else (False,):
+            where = f"{what}, {'training' if training else 'evaluation'}"
             try:
-                _require_equal(expected, actual, where)
-            except Unequal:  # unless rounding makes as much of a difference
-                _require_equal(expected, actual, where, _run_nudged(wrapped, inputs, training))
+                expected = _run(wrapped, inputs, training)
+            except Exception as error:  # the model itself does not take this
+                report(**{f"not_tried ({what})": f"{type(error).__name__}: {str(error)[:100]}"})
+                continue
+            actual = _run(adapted, inputs, training)
+            _require_equal(expected, actual, where, lambda: _run_nudged(wrapped, inputs, training))  # noqa: B023
 
 
-def _rewrite(base: Any, names: list[str]) -> tuple[Any, list[str]]:
-    """Return the graph with adapters at all of `names` that the wrapper can wrap, and the others."""
-    excluded: list[str] = []
-    pattern = "^(" + "|".join(map(re.escape, names)) + ")$"
-    while True:
-        cfg = llfx.LoRA(r=1, alpha=2, target_names=pattern, exclude_names=[f"^{re.escape(n)}$" for n in excluded])
-        try:
-            llfx.wrap(base, cfg)
-        except llfx.ConfigError as error:
-            found = [name for name in names if f"'{name}'" in str(error) and name not in excluded]
-            if not found or len(excluded) > _MOST_EXCLUDED:
-                raise
-            excluded += found
-        else:
-            return llfx.rewrite(base, cfg), excluded
+def _compare_generated(tried: _Tried, report: Report) -> None:
+    adapted, wrapped = tried.adapted
+    inputs = _other_inputs(tried.model).items()
+    prompt = {name: value for name, value in inputs if not name.startswith("decoder_")}
+    try:
+        expected = _generated(wrapped, prompt)
+    except Exception as error:
+        raise NotApplicable(f"the model itself raises {type(error).__name__}: {str(error)[:100]}") from None
+    _require_equal(expected, _generated(adapted, prompt), "generate")
+
+
+def _generated(model: Any, prompt: dict[str, Tensor]) -> Results:
+    """Return the logits of each token that a model generates."""
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    return {str(i): logits for i, logits in enumerate(model.eval().generate(**prompt, **options).logits)}, {}
+
+
+def _compare_with_compiled(tried: _Tried) -> None:
+    """Compare a rewritten graph with itself, compiled as a whole."""
+    gm, inputs = llfx.rewrite(tried.base, tried.config), _example(tried.model)
+    randomise(gm, 0)
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        expected = _run(gm, inputs, training)
+        _require_equal(expected, _run(gm, inputs, training, compiled), f"training={training}")
 
 
 def _calls(model: Any) -> list[tuple[str, Any]]:
@@ -168,7 +274,8 @@ def _calls(model: Any) -> list[tuple[str, Any]]:
 
 def _example(model: Any) -> dict[str, Tensor]:
     if is_hugging_face(model):
-        return example_inputs_of(model)
+        inputs = example_inputs_of(model)
+        return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     size = model.pretrained_cfg["input_size"]  # of timm
     return {"x": torch.randn(2, *size, generator=torch.Generator().manual_seed(0))}
 
@@ -186,15 +293,19 @@ def _padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _other_inputs(model: Any) -> dict[str, Tensor]:
-    inputs = {name: value for name, value in _example(model).items() if name != "labels"}
+    inputs = _example(model)
+    labels = inputs.pop("labels", None)
+    if is_hugging_face(model) and model.config.is_encoder_decoder and labels is not None:
+        inputs.setdefault("decoder_input_ids", labels)
     return _padded(inputs) if "attention_mask" in inputs else inputs
 
 
-def _run(model: nn.Module, inputs: dict[str, Any], training: bool) -> Results:
+def _run(model: nn.Module, inputs: dict[str, Any], training: bool, call: Any = None) -> Results:
+    """Return the results of a model, called as itself or by `call`."""
     model.train(training)
     model.zero_grad()
     torch.manual_seed(7)
-    paths, _ = pytree.tree_flatten_with_path(model(**inputs))
+    paths, _ = pytree.tree_flatten_with_path((model if call is None else call)(**inputs))
     outputs = {pytree.keystr(path): value for path, value in paths if isinstance(value, Tensor)}
     floats = [value for value in outputs.values() if value.is_floating_point() and value.requires_grad]
     if floats:
@@ -221,18 +332,23 @@ def _run_nudged(model: nn.Module, inputs: dict[str, Any], training: bool) -> Res
         llfx.load_adapter_state_dict(model, state)
 
 
-def _require_equal(expected: Results, actual: Results, where: str, nudged: Results | None = None) -> None:
-    """Raise `Unequal` if results are further apart than rounding; than ten times what changed bits make, if given."""
+def _require_equal(
+    expected: Results, actual: Results, where: str, nudged: Callable[[], Results] | None = None
+) -> None:
+    """Raise `Unequal` if results are further apart than rounding, and than ten times what changed last bits make."""
     if not actual[0]:
         raise Unequal(f"{where}: no outputs")
+    others: Results | None = None
     gradients = [float(value.abs().max()) for value in expected[1].values()]
     for index, what in enumerate(("", "gradient of ")):
         scale = max(gradients, default=0.0) if index else 0.0
         for name in actual[0] if index == 0 else expected[1]:
             theirs, ours = expected[index].get(name), actual[index].get(name)
             away = _distance(theirs, ours, scale)
-            allowed = _TOLERANCE if nudged is None else 10 * _distance(theirs, nudged[index].get(name), scale)
-            if away > max(_TOLERANCE, allowed):
+            if away > _TOLERANCE and nudged is not None:
+                others = others or nudged()
+                away /= max(1.0, 10 * _distance(theirs, others[index].get(name), scale) / _TOLERANCE)
+            if away > _TOLERANCE:
                 raise Unequal(f"{where}: {what}{name} is {away:.2g} away")
 
 

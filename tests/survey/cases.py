@@ -33,6 +33,15 @@ _HYBRID = ["linear_attention", "full_attention"]
 _MROPE = {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 _QWEN3 = {**_MROPE, "vision_config.num_heads": 6}
 _TILES = {"image_grid_pinpoints": [[64, 128], [128, 64]], "vision_config.image_size": 64}
+_MAMBA2 = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
 _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_next": {"layer_types": _HYBRID},
     "qwen3_5_text": {"layer_types": _HYBRID},
@@ -42,6 +51,12 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "olmo_hybrid": {"layer_types": _HYBRID},
     "qwen3_vl": _QWEN3 | {"vision_config.out_hidden_size": 256},
     "qwen3_vl_moe": _QWEN3 | {"vision_config.out_hidden_size": 128},
+    "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**_MAMBA2, "layer_types": _HYBRID, "shared_intermediate_size": 48},
+    "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 128},
+    "kimi_linear": {"layer_types": _HYBRID},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], "chunk_size": 8},
+    "mamba2": {"chunk_size": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "longcat_flash": {"zero_expert_num": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},

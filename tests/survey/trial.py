@@ -84,33 +84,36 @@ class _Tried:
         llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
         return adapted, wrapped
 
-    @cached_property
-    def excluded(self) -> list[str]:
-        """The linear modules that the wrapper refuses to wrap."""
-        self.config  # finds them
-        return self._excluded
-
-    @cached_property
+    @property
     def config(self) -> llfx.LoRA:
         """Adapters at all linear modules that are sites and that the wrapper can wrap."""
+        return self._configured[0]
+
+    @property
+    def excluded(self) -> list[str]:
+        """The linear modules that the wrapper refuses to wrap."""
+        return self._configured[1]
+
+    @cached_property
+    def _configured(self) -> tuple[llfx.LoRA, list[str]]:
         names = [row.name for row in llfx.inspect(self.base)]
         names = [name for name in names if type(self.modules.get(name)) in (nn.Linear, Conv1D)]
         if not names:
             raise Unequal("no linear module of the model is a site")
         pattern = "^(" + "|".join(map(re.escape, names)) + ")$"
-        self._excluded: list[str] = []
+        excluded: list[str] = []
         while True:
-            exclude = [f"^{re.escape(name)}$" for name in self._excluded]
+            exclude = [f"^{re.escape(name)}$" for name in excluded]
             cfg = llfx.LoRA(r=1, alpha=2, target_names=pattern, exclude_names=exclude)
             try:
                 llfx.wrap(self.base, cfg)
             except llfx.ConfigError as error:
-                found = [name for name in names if f"'{name}'" in str(error) and name not in self._excluded]
-                if not found or len(self._excluded) > _MOST_EXCLUDED:
+                found = [name for name in names if f"'{name}'" in str(error) and name not in excluded]
+                if not found or len(excluded) > _MOST_EXCLUDED:
                     raise
-                self._excluded += found
+                excluded += found
             else:
-                return cfg
+                return cfg, excluded
 
 
 @contextmanager
@@ -332,9 +335,7 @@ def _run_nudged(model: nn.Module, inputs: dict[str, Any], training: bool) -> Res
         llfx.load_adapter_state_dict(model, state)
 
 
-def _require_equal(
-    expected: Results, actual: Results, where: str, nudged: Callable[[], Results] | None = None
-) -> None:
+def _require_equal(expected: Results, actual: Results, where: str, nudged: Callable[[], Results] | None = None) -> None:
     """Raise `Unequal` if results are further apart than rounding, and than ten times what changed last bits make."""
     if not actual[0]:
         raise Unequal(f"{where}: no outputs")

@@ -16,36 +16,53 @@ _KINDS = {"yes": "equal", "refused": "refused", "differs": "refused", "wrong": "
 
 
 def kind(said: str | None) -> str:
-    """Return how a step ended, in one word: `equal`, `refused`, `wrong`, `over time`, `error`, or `` if not tried."""
-    return "" if said is None else _KINDS.get(said.partition(":")[0], "error")
+    """Return how a step ended, in one word: `equal`, `refused`, `wrong`, `over time`, `error`; or `` if not tried."""
+    return "" if said is None or said.startswith("none") else _KINDS.get(said.partition(":")[0], "error")
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table by family, the names of what is fixed or left out, and what is refused with its reason."""
-    head = ("family", "tried", "not built", "by default", "with inputs", "by either", "refused", "error", "wrong")
-    lines = [f"| {' | '.join((*head, 'over time', 'CPU-s, median'))} |", "|---" * (len(head) + 2) + "|"]
+    """Return how each step ended by family, and the models that do not end equal, with the reason."""
+    rows = sorted(rows, key=lambda row: (row["family"], row["type"]))
+    head = ["family", "tried", "not built", "by default", "with inputs", "by either", "refused", "error", "wrong"]
+    head += ["over time", "adapt", "generate", "compiled", "CPU-s, median"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     families = list(dict.fromkeys(row["family"] for row in rows))
     for family in (*families, "all"):
-        lines.append(_line(family, [row for row in rows if family in ("all", row["family"])]))
-    lines += ["", "What does not end equal:", "", "| model | how | reason |", "|---|---|---|"]
+        lines.append(_line([row for row in rows if family in ("all", row["family"])], family))
+    lines += ["", "What does not end equal:", "", "| model | step | how | reason |", "|---|---|---|---|"]
     for row in rows:
-        how = row.get("default") or row.get("built")
-        if how != "yes":
-            said = kind(how) if row.get("built") == "yes" else "not built"
-            reason = " ".join(str(how).partition(": ")[2].split())[:200].replace("|", "\\|").replace("](", "] (")
-            lines.append(f"| {row['class']} | {said} | {reason} |")
+        for step in ("built", *STEPS):
+            said = str(row.get(step, "yes"))
+            if said.partition(":")[0] not in ("yes", "none"):
+                how = kind(said) if step != "built" else "not built"
+                reason = " ".join(said.partition(": ")[2].split())[:200].replace("|", "\\|").replace("](", "] (")
+                lines.append(f"| {row['class']} | {step} | {how} | {reason} |")
+                break  # what comes after is mostly the same
     return "\n".join(lines)
 
 
-def _line(family: str, rows: Sequence[dict[str, Any]]) -> str:
+def _line(rows: Sequence[dict[str, Any]], family: str) -> str:
     built = [row for row in rows if row.get("built") == "yes"]
-    ends = [[kind(row.get(step)) for step in STEPS] for row in built]
-    either = sum("equal" in end for end in ends)
-    others = [sum(end[0] == word for end in ends) for word in ("refused", "error", "wrong", "over time")]
-    steps = [sum(end[index] == "equal" for end in ends) for index in range(2)]
+    ends = [{step: kind(row.get(step)) for step in STEPS} for row in built]
+    either = sum("equal" in (end["default"], end["inputs"]) for end in ends)
+    others = [sum(end["default"] == word for end in ends) for word in ("refused", "error", "wrong", "over time")]
+    equal = {step: sum(end[step] == "equal" for end in ends) for step in STEPS}
+    # Of the later steps, not all models were tried, and not all classes generate.
+    later = [f"{equal[step]} of {sum(bool(end[step]) for end in ends)}" for step in ("adapt", "generate", "compiled")]
     seconds = [row["default_seconds"] for row in built if row.get("default") == "yes"]
     median = f"{statistics.median(seconds):.0f}" if seconds else ""
-    return f"| {' | '.join(map(str, (family, len(rows), len(rows) - len(built), *steps, either, *others, median)))} |"
+    cells = (
+        family,
+        len(rows),
+        len(rows) - len(built),
+        equal["default"],
+        equal["inputs"],
+        either,
+        *others,
+        *later,
+        median,
+    )
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def write() -> None:

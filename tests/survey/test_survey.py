@@ -9,14 +9,14 @@ import pytest
 from tests.survey import table
 from tests.survey.__main__ import RESULTS, read
 from tests.survey.cases import FAMILIES, cases
-from tests.survey.trial import try_model
+from tests.survey.trial import STEPS, try_model
 
 CASES = {case.name: case for case in cases()}
 
 
-def outcome(name: str) -> dict[str, Any]:
+def outcome(name: str, *steps: str) -> dict[str, Any]:
     known: dict[str, Any] = {}
-    try_model(CASES[name].builder(), ("default",), known.update)
+    try_model(CASES[name].builder(), steps or ("default",), known.update)
     return known
 
 
@@ -28,6 +28,17 @@ def test_images_in_a_row_of_patches_are_captured_by_default() -> None:
 
 def test_casts_that_only_training_makes_are_followed() -> None:
     assert outcome("mamba")["default"] == "yes"
+
+
+def test_all_steps_are_equal() -> None:
+    known = outcome("phimoe", *STEPS)
+    assert {step: known[step] for step in STEPS} == dict.fromkeys(STEPS, "yes")
+
+
+def test_windows_of_images_are_adapted_as_they_are_captured() -> None:
+    known = outcome("swin", "adapt", "generate")
+    assert known["adapt"] == "yes"
+    assert known["generate"] == "none: the class does not generate"
 
 
 def test_every_type_is_tried_once_by_the_first_family_that_has_it() -> None:
@@ -50,6 +61,7 @@ def test_the_readme_has_the_table_of_the_results() -> None:
         ("differs: it", "refused"),
         ("error: TypeError", "error"),
         ("timeout: 9", "over time"),
+        ("none: it does not generate", ""),
         (None, ""),
     ],
 )

@@ -140,7 +140,7 @@ def _outcome(report: Report, step: str) -> Iterator[None]:
         {str(w.message)[:300] for w in caught if "lora_lite_fx" in w.filename or "tests/survey" in w.filename}
     )
     extra = {f"{step}_warnings": ours} if ours else {}
-    said = re.sub(r"/\S*/site-packages/", "", said)  # where this machine keeps its packages
+    said = re.sub(r"/\S*?/(site-packages/|(?=tests/))", "", said)  # where this machine keeps its files
     report(**{step: said[:700], f"{step}_seconds": round(time.process_time() - start, 1)}, **extra)
     if raised is not None and step == "built":
         raise raised
@@ -158,7 +158,7 @@ def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "lora_lite_fx/" in frame.filename]
     named = [*ours[-1:], *frames[-1:]]
-    return " < ".join(f"{frame.filename.split('site-packages/')[-1][-60:]}:{frame.lineno}" for frame in named)
+    return " < ".join(f"{frame.filename}:{frame.lineno}" for frame in named)
 
 
 def _unless_rounding(

@@ -255,7 +255,22 @@ def _compare_with_compiled(tried: _Tried) -> None:
     compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
     for training in (True, False):
         expected = _run(gm, inputs, training)
-        _require_equal(expected, _run(gm, inputs, training, compiled), f"training={training}")
+        try:
+            actual = _run(gm, inputs, training, compiled)
+        except llfx.AdapterError:
+            raise
+        except Exception as error:
+            _require_compiles(tried.model, inputs, training)
+            raise error
+        _require_equal(expected, actual, f"training={training}")
+
+
+def _require_compiles(model: nn.Module, inputs: dict[str, Any], training: bool) -> None:
+    """Raise NotApplicable if the model itself cannot be compiled."""
+    try:
+        _run(model, inputs, training, torch.compile(model, backend="aot_eager"))
+    except Exception as error:
+        raise NotApplicable(f"the model itself raises {type(error).__name__}: {str(error)[:100]}") from None
 
 
 def _calls(model: Any) -> list[tuple[str, Any]]:

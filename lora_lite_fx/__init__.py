@@ -19,6 +19,7 @@ from .errors import (
 from .execution.frozen import frozen
 from .execution.module import optimize
 from .formats.checkpoint import load, save
+from .formats.diffusers import load_diffusers, save_diffusers
 from .formats.lora_lite import load_lora_lite, save_lora_lite
 from .formats.peft.config import from_peft_config
 from .formats.peft.directory import load_peft, save_peft, to_peft_config
@@ -117,6 +118,7 @@ __all__ = [
     "inspect",
     "load",
     "load_adapter_state_dict",
+    "load_diffusers",
     "load_lora_lite",
     "load_peft",
     "merge",
@@ -128,6 +130,7 @@ __all__ = [
     "remove",
     "rewrite",
     "save",
+    "save_diffusers",
     "save_lora_lite",
     "save_peft",
     "to_peft_config",

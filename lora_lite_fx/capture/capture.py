@@ -28,7 +28,9 @@ from .foreign_graph import normalize
 from .hugging_face import (
     accepted_arguments,
     batch_only_arguments,
+    forget_checkpointing,
     input_hint,
+    is_diffusers,
     is_hugging_face,
     prepare_for_capture,
     with_other_mask,
@@ -41,6 +43,7 @@ from .randomness import without_python_random
 from .share import share
 from .signature import CallSignature
 from .symbolic import symbolic_trace
+from .timm import example_images_of, images_of_one_size
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -92,17 +95,23 @@ def capture_model(
     shadow = share(model)
     accepted: dict[str, Any] = {}
     signature = None
+    one_size = images_of_one_size(shadow)
     if is_hugging_face(shadow):
         prepare_for_capture(shadow)
         accepted = accepted_arguments(shadow)
         if example_inputs is None:
             example_inputs = example_inputs_of(shadow)
+    elif is_diffusers(shadow):
+        forget_checkpointing(shadow)
+    elif example_inputs is None and (images := example_images_of(shadow)) is not None:
+        example_inputs, one_size = images, tuple(images)
     inputs = None if example_inputs is None else split_inputs(shadow, example_inputs)
     calls = () if inputs is None else _calls(shadow, *inputs)
     layouts = layouts_in(inputs[1]) if inputs is not None and is_hugging_face(shadow) else {}
     if inputs is not None and layouts:
         pass_layouts(shadow, layouts)
         inputs = inputs[0], {name: value for name, value in inputs[1].items() if name not in layouts}
+    batch_only = (*batch_only_arguments(shadow), *one_size)
     with phase(f"captured {type(model).__name__}") as details:
         graphs = []
         refused: dict[Values, str] = {}
@@ -110,9 +119,7 @@ def capture_model(
             shadow.train(mode)
             with without_python_random(model), known_while_traced(shadow) if layouts else nullcontext():
                 graphs.append(
-                    symbolic_trace(shadow)
-                    if inputs is None
-                    else export(shadow, *inputs, dynamic_shapes, batch_only_arguments(shadow))
+                    symbolic_trace(shadow) if inputs is None else export(shadow, *inputs, dynamic_shapes, batch_only)
                 )
             if inputs is None:
                 refused |= refused_calls(shadow, graphs[-1])

@@ -18,6 +18,12 @@ def is_hugging_face(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
+def is_diffusers(model: object) -> bool:
+    """Tell whether `model` is a model of diffusers (a UNet, a transformer), without importing diffusers."""
+    models = sys.modules.get("diffusers.models.modeling_utils")
+    return models is not None and isinstance(model, models.ModelMixin)
+
+
 def prepare_for_capture(model: Any) -> None:
     """Switch caches and checkpointing off, in place; call it on a copy.
 
@@ -31,8 +37,7 @@ def prepare_for_capture(model: Any) -> None:
         if hasattr(config, "to_dict"):  # an encoder-decoder's stacks have configs of their own
             for switch in ("use_cache", "use_mems_eval", "use_mems_train"):  # the last two are XLNet's
                 setattr(config, switch, False)
-        if hasattr(module, "gradient_checkpointing"):  # capture loses it, and the graph does it itself
-            module.gradient_checkpointing = False
+    forget_checkpointing(model)
     model.config.return_dict = True
     config = model.config.get_text_config()
     for switch in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
@@ -80,6 +85,13 @@ def leave_out_clamps(model: nn.Module) -> None:
                 )
     for config in configs.values():
         vars(config)["altup_coef_clip"] = None  # past the check of the field, which takes numbers only
+
+
+def forget_checkpointing(model: nn.Module) -> None:
+    """Switch checkpointing off, in place, because capture loses it, and the graph does it itself."""
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def accepted_arguments(model: Any) -> dict[str, Any]:

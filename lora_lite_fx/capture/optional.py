@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .differences import agree
 from .hugging_face import with_other_mask, with_padding
-from .outputs import has_data
+from .outputs import has_data, leaves_by_path
 from .share import share
 from .signature import CallSignature, Fill, Omission
 
@@ -164,8 +164,7 @@ class _Comparison:
             except Exception as error:
                 first = next(iter(str(error).splitlines()), "")
                 raise _Differs(f"the model then raises {type(error).__name__}: {first}".rstrip(": .")) from error
-            results, spec = pytree.tree_flatten_with_path(result)
-            self.answers[key] = _Answer(dict(results), spec)
+            self.answers[key] = _Answer(*leaves_by_path(result))
         return self.answers[key]
 
 

@@ -154,8 +154,20 @@ def _call_name(module: str, index: int) -> str:
 
 def results_of(returned: Any) -> dict[str, Any]:
     """Return the leaves of what a model returns, by their path in it."""
-    leaves = pytree.tree_flatten_with_path(returned)[0]
-    return {pytree.keystr(path).strip("[].'") or "result": leaf for path, leaf in leaves}
+    return {pytree.keystr(path).strip("[].'") or "result": leaf for path, leaf in leaves_by_path(returned)[0].items()}
+
+
+def leaves_by_path(returned: Any) -> tuple[dict[Any, Any], pytree.TreeSpec]:
+    """Return the leaves of a result by their path in it, and its structure.
+
+    A leaf's path is its number where a class in the result has no names for its parts, as those of diffusers.
+    """
+    try:
+        leaves, spec = pytree.tree_flatten_with_path(returned)
+        return dict(leaves), spec
+    except ValueError:
+        numbered, spec = pytree.tree_flatten(returned)
+        return {(pytree.SequenceKey(index),): leaf for index, leaf in enumerate(numbered)}, spec
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:

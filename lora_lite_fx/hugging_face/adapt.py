@@ -18,12 +18,13 @@ from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_state_dict
 from ..capture.capture import Inputs
 from ..capture.hooks import refuse_offloading
-from ..capture.hugging_face import is_hugging_face
+from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import running_parts
 from ..formats.checkpoint import load
+from ..formats.diffusers import FILE, load_diffusers
 from ..formats.files import read_json
 from ..formats.peft.directory import load_peft
 from ..formats.peft.hub import CONFIG
@@ -38,6 +39,7 @@ from .adapted_model import (
     AdaptedPart,
     subclass,
 )
+from .diffusers import AdaptedDiffuser, require_example
 from .graph_cache import GraphCache
 from .insert_placements import model_of, share_adapters
 from .own_forward import forget_replaced_forward, warn_of_replaced_forward
@@ -55,7 +57,8 @@ def adapt(
 ) -> Any:
     """Return a copy of a Hugging Face model, of the same class and over the same weights, that runs rewritten graphs.
 
-    `generate`, `Trainer` and pipelines take it as they take the model. A graph is captured when a call differs from
+    The model is one of transformers, or one of diffusers: the UNet or transformer of a pipeline. `generate`, `Trainer`
+    and pipelines take the copy as they take the model. A graph is captured when a call differs from
     those before in which arguments are given or in their structure; that is logged with the reason, by the logger
     `lora_lite_fx`. The calls of a causal language model that train, prefill a dynamic cache and decode have one graph
     together.
@@ -63,9 +66,11 @@ def adapt(
     Args:
         model: the model, which is not changed. Or a rewritten graph of one, without `cfg`: the result runs the adapters
             of the graph, the same parameters, so that a step of training one of them trains both.
-        cfg: as for `rewrite`; or a path, of a file that `save` wrote, of a PEFT directory, or of a folder that
-            `save_pretrained` of an adapted model or a `Trainer` wrote.
-        example_inputs: as for `rewrite`: the first call to capture, which decides on the sites.
+        cfg: as for `rewrite`; or a path, of a file that `save` wrote, of a PEFT directory, of a folder that
+            `save_pretrained` of an adapted model or a `Trainer` wrote, or of diffusers' file
+            `pytorch_lora_weights.safetensors` or its folder.
+        example_inputs: as for `rewrite`: the first call to capture, which decides on the sites. A model of diffusers
+            needs them.
         calibration: as for `rewrite`.
         max_graphs: the most graphs to keep, of the model and of each part that is called by itself; the one that was
             not used for longest is dropped for a new one.
@@ -77,8 +82,9 @@ def adapt(
         `save_pretrained` writes the adapters alone; `gradient_checkpointing_enable` checkpoints the layers of graphs.
 
     Raises:
-        AdapterError: `model` is not a transformers model, or is adapted already; or it is a graph without adapters, or
-            one whose model does not exist any more.
+        AdapterError: `model` is not one of transformers or diffusers, or is adapted already; or it is a graph without
+            adapters, or one whose model does not exist any more.
+        CaptureError: a model of diffusers is given without example inputs.
         As `rewrite`, and, with a path, as `load` or `load_peft`.
 
     Warns:
@@ -95,9 +101,11 @@ def adapt(
         )
     if not isinstance(model, fx.GraphModule):
         check_model(model)
-    if not is_hugging_face(model):
+    if is_diffusers(model):
+        require_example(model, example_inputs)
+    elif not is_hugging_face(model):
         raise AdapterError(
-            f"adapt takes a model of transformers, not {shown(model)}; for other modules there is rewrite."
+            f"adapt takes a model of transformers or diffusers, not {shown(model)}; for other modules there is rewrite."
             f"{graph_hint(model)}"
         )
     check_calibration(calibration)
@@ -125,6 +133,8 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
     if calibration is not None:
         raise ConfigError("calibration is for adapters that start; those of a file have started.")
     path = Path(cfg)
+    if path.name == FILE or (path / FILE).is_file():
+        return load_diffusers(base, path)
     # save_pretrained writes both: PEFT's form of PiSSA is LoRA, the other file has the adapter as it was.
     if (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         return load_peft(base, path)
@@ -137,8 +147,9 @@ def _adopted(graphs: GraphCache) -> Any:
     sites = {placement.site for placement in graphs.placements}
     for name, module in model.named_modules():
         cls: Any = type(module)
-        if is_hugging_face(module):
-            module.__class__ = subclass(LoadableModel if module is model else AdaptedPart, cls)
+        if module is model or is_hugging_face(module):
+            kind = AdaptedPart if module is not model else LoadableModel if is_hugging_face(model) else LoadableDiffuser
+            module.__class__ = subclass(kind, cls)
             module._graphs, module._path = graphs, name
         elif name in sites:
             module.__class__ = running_parts(cls, AdaptedLayer)
@@ -178,3 +189,7 @@ class LoadableModel(Adapted):
         if not isinstance(name, str) or not name:
             raise CheckpointError(f"{config} does not name its base, which was not loaded from anywhere. {way_out}")
         return adapt(base.from_pretrained(name, *args, **{"revision": document.get("revision"), **kwargs}), directory)
+
+
+class LoadableDiffuser(AdaptedDiffuser, LoadableModel):
+    """An adapted model of diffusers, whose class reads what `save_pretrained` writes."""

@@ -87,6 +87,11 @@ class Adapted(AdaptedPart):
         """The adapters by site, as `adapters.placement.placements` asks for them."""
         return self._graphs.placements
 
+    @property
+    def is_quantized(self) -> bool:
+        """False, because a `Trainer` asks it to refuse quantized models without adapters; this one has adapters."""
+        return False
+
     def keep_values(self) -> None:
         """Keep the values that depend on parameters alone, see `frozen`."""
         self._graphs.keep_values(True)

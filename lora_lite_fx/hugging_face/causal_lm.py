@@ -112,11 +112,11 @@ def probe(model: Any) -> Decoder | None:
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     signature = inspect.signature(model.forward).parameters
-    text = model.config.get_text_config(decoder=True)
     takes_cache = {"input_ids", "attention_mask", "cache", "use_cache"} <= signature.keys()
     # Encoders and classifiers take a cache too, but theirs is another result than logits for each token.
     if not takes_cache or not model.can_generate() or model.config.is_encoder_decoder:
         return None
+    text = model.config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text.vocab_size, (BATCH, LENGTH), generator=generator).to(model.device)
     mask = torch.ones_like(ids)

@@ -17,7 +17,7 @@ from ..adapters.placement import Placement, placements
 from ..capture.capture import Inputs
 from ..capture.example_inputs import example_inputs_of
 from ..capture.hooks import take_hooks_off
-from ..capture.hugging_face import is_hugging_face
+from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.module import AdaptedGraphModule
@@ -30,6 +30,7 @@ from ..sites.finding import find_sites
 from .call_structure import Leaves
 from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, captured_with
 from .causal_lm import Decoder, arguments_of, probe
+from .diffusers import prepare_arguments
 from .insert_placements import insert_placements
 from .own_forward import check_is_whole, forget_replaced_forward
 
@@ -104,6 +105,8 @@ class GraphCache:
         return graph.run(part, call, return_dict)
 
     def _call(self, part: Any, arguments: dict[str, Any]) -> CapturedCall:
+        if is_diffusers(part):
+            arguments = prepare_arguments(part, arguments)
         return CapturedCall.of(part, self.decoder if part is self.model else None, arguments)
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:

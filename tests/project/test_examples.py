@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -54,3 +56,40 @@ def test_a_classifier_trains_its_head_beside_an_adapter(tmp_path: Path) -> None:
     assert "logits differ by 0.0e+00" in text
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json"}
     assert (tmp_path / "confusion.png").stat().st_size > 5_000
+
+
+def test_a_chat_model_is_fine_tuned_by_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    text = run("examples/sft.py", "--model", "tiny", "--steps", "10", "--out", str(tmp_path))
+    ((before, after),) = re.findall(r"held-out loss ([\d.]+) before, ([\d.]+) after", text)
+    assert float(after) < float(before)
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "sft.png").stat().st_size > 5_000
+
+
+def test_sentence_embeddings_train_with_the_trainer_of_sentence_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    text = run("examples/embed.py", "--model", "tiny", "--steps", "20", "--out", str(tmp_path))
+    ((before, after),) = re.findall(r"others by ([-\d.]+) before, ([-\d.]+) after", text)
+    assert float(after) != float(before), "a random model of bytes has little to learn, but it moves"
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "similarity.png").stat().st_size > 5_000
+
+
+def test_a_model_of_timm_learns_shapes(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    text = run("examples/vision.py", "--steps", "60", "--out", str(tmp_path))
+    ((before, after),) = re.findall(r"held-out accuracy (\d+)% before, (\d+)% after", text)
+    assert int(after) > int(before) + 15
+    assert "logits differ by 0.0e+00" in text
+    assert (tmp_path / "vision.png").stat().st_size > 20_000
+
+
+def test_a_pipeline_of_diffusers_runs_its_adapted_unet(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    text = run("examples/diffusion.py", "--steps", "30", "--out", str(tmp_path))
+    ((before, after),) = re.findall(r"loss ([\d.]+) before, ([\d.]+) after", text)
+    assert float(after) < float(before)
+    assert "images differ by 0.0e+00" in text
+    assert (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").exists()
+    assert (tmp_path / "diffusion.png").stat().st_size > 20_000

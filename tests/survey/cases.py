@@ -226,6 +226,11 @@ def timm_cases() -> list[Case]:
 
 
 def _timm(name: str) -> Any:
+    """Make a model of timm, with random weights, that names a small size of images if it takes several."""
     import timm
 
-    return timm.create_model(name).eval()
+    model = timm.create_model(name).eval()
+    if not model.pretrained_cfg.get("fixed_input_size"):
+        least = model.pretrained_cfg.get("min_input_size") or (3, 128, 128)
+        model.pretrained_cfg["input_size"] = (3, *(max(128, size) for size in least[1:]))
+    return model

@@ -86,7 +86,7 @@ class _Tried:
 
     @property
     def config(self) -> llfx.LoRA:
-        """Adapters at all linear modules that are sites and that the wrapper can wrap."""
+        """Adapters at all linear modules that the wrapper can wrap; at convolutions where there are no linears."""
         return self._configured[0]
 
     @property
@@ -98,13 +98,17 @@ class _Tried:
     def _configured(self) -> tuple[llfx.LoRA, list[str]]:
         names = [row.name for row in llfx.inspect(self.base)]
         names = [name for name in names if type(self.modules.get(name)) in (nn.Linear, Conv1D)]
+        names = names or [
+            name for name, module in self.modules.items() if type(module) is nn.Conv2d and module.groups == 1
+        ]
         if not names:
-            raise Unequal("no linear module of the model is a site")
+            raise Unequal("no linear module or convolution of the model is a site")
         pattern = "^(" + "|".join(map(re.escape, names)) + ")$"
         excluded: list[str] = []
         while True:
             exclude = [f"^{re.escape(name)}$" for name in excluded]
-            cfg = llfx.LoRA(r=1, alpha=2, target_names=pattern, exclude_names=exclude)
+            kinds = ("linear", "conv")
+            cfg = llfx.LoRA(r=1, alpha=2, target_names=pattern, exclude_names=exclude, target_kinds=kinds)
             try:
                 llfx.wrap(self.base, cfg)
             except llfx.ConfigError as error:

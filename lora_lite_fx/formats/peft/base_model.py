@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...capture.hugging_face import is_hugging_face
+from ...capture.hugging_face import is_diffusers, is_hugging_face
 from ...capture.source import Source
 from ...errors import CheckpointError, shown
 from ...execution.module import execution_of
@@ -33,7 +33,7 @@ FINGERPRINTS = "lora_lite_fx.base"
 
 def source_of(model: nn.Module) -> Source | None:
     """Return the source of an adapted model, or None if it is not known."""
-    if is_hugging_face(model):
+    if is_hugging_face(model) or is_diffusers(model):
         return Source.of(model)
     source = execution_of(model).source
     return source if isinstance(source, Source) else None

@@ -38,7 +38,7 @@ from .whole import WholeFields, insert_whole, is_whole
 from .whole_written import whole_placements, write_whole
 from .written import as_written
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _DIGEST = "lora_lite_fx.config"  # the key of the config's digest in the metadata of the tensors
 _ABOUT_THE_BASE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 """Fields that do not change what the adapter computes. They are often edited by hand, so the digest leaves them out."""
@@ -65,8 +65,28 @@ def save_peft(
         CheckpointError: the files cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_peft(model, path)")
-    placed, variant, state = as_written(model, as_lora)
+    config, tensors, sites = peft_form(model, as_lora)
     warn_of_trained_base(model, "save_peft")
+    if not allow_nonfinite:
+        check_finite(tensors, folder / TENSORS, "nothing was written")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
+    prints = json.dumps(fingerprints(model, sites))
+    metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: prints}
+    data = tensor_bytes(tensors, metadata)
+    document = json.dumps(config, indent=2, sort_keys=True).encode()
+    write_together([(folder / TENSORS, data), (folder / CONFIG, document)])
+
+
+def peft_form(model: nn.Module, as_lora: bool | None) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """Return the config and the tensors of the adapter of `model`, as PEFT writes them, and the names of its sites.
+
+    Raises:
+        AdapterError, ConfigError: as for `save_peft`.
+    """
+    placed, variant, state = as_written(model, as_lora)
     sites = sites_of(model)
     modules = peft_modules(model, variant, placed, sites, state)
     config, whole = _config(model, variant, modules, sites)
@@ -77,17 +97,7 @@ def save_peft(
             if name in form.tensors:
                 value = form.tensor_to_peft(variant, module.sites[0], name, tensor)
                 tensors[_key(form, module, name)] = value.contiguous().cpu()
-    if not allow_nonfinite:
-        check_finite(tensors, folder / TENSORS, "nothing was written")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
-    prints = fingerprints(model, [placement.site for placement in (*placed, *whole_placements(model))])
-    metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
-    data = tensor_bytes(tensors, metadata)
-    document = json.dumps(config, indent=2, sort_keys=True).encode()
-    write_together([(folder / TENSORS, data), (folder / CONFIG, document)])
+    return config, tensors, [placement.site for placement in (*placed, *whole_placements(model))]
 
 
 def load_peft(
@@ -132,13 +142,34 @@ def _read_directory(folder: Path) -> AdapterFile:
     config = read_json(folder / CONFIG)
     state, metadata = read_safetensors(folder / TENSORS)
     _check_pair(config, metadata, folder)
+    return adapter_of(config, state, folder / CONFIG, folder / TENSORS, prints_in(metadata, folder))
+
+
+def adapter_of(
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    config_path: Path,
+    path: Path,
+    prints: dict[str, str] | None = None,
+) -> AdapterFile:
+    """Check an adapter in the form in which PEFT writes it, without a model.
+
+    Args:
+        config: as of an `adapter_config.json`.
+        state: the tensors by PEFT's keys.
+        config_path, path: of the config and of the tensors, for messages.
+        prints: the fingerprints of the weights that the adapter was made for, by site, if they are known.
+
+    Raises:
+        CheckpointError: the adapter cannot be represented.
+    """
     try:
         variant = read_config(config, new=False)
     except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+        raise CheckpointError(f"{config_path}: {error}") from error
     form = format_of(variant)
     whole_fields = WholeFields.of(config, type(variant).__name__)
-    modules, whole = _by_module(form, state, folder / TENSORS)
+    modules, whole = _by_module(form, state, path)
     if form.same_rank:
         modules = {name: has for name, has in modules.items() if not _is_pruned(has.get(form.same_rank))}
         variant = _with_ranks_of(variant, form.same_rank, modules)
@@ -147,15 +178,14 @@ def _read_directory(folder: Path) -> AdapterFile:
         sizes = {len(has[tensor]) for has in modules.values() if tensor in has and has[tensor].dim()}
         if len(sizes) == 1 and min(sizes) > 0:
             variant = dataclasses.replace(variant, **{field: min(sizes)})  # type: ignore[arg-type]
-    prints = prints_in(metadata, folder)
 
     def insert(gm: fx.GraphModule) -> None:
         if prints is None:
-            compare_names(gm, config, folder)
-        insert_whole(gm, whole, whole_fields, folder, prints)
+            compare_names(gm, config, path)
+        insert_whole(gm, whole, whole_fields, path, prints)
         sites = sites_in(gm)
         targets = config.get("target_parameters") or ()
-        found = by_site(gm, sites, modules, targets, folder / TENSORS)
+        found = by_site(gm, sites, modules, targets, path)
         if prints is not None:  # zeros may fill up an attention module, see `modules.py`
             found = {name: module for name, module in found.items() if name in prints or not module.is_empty}
 
@@ -166,8 +196,8 @@ def _read_directory(folder: Path) -> AdapterFile:
         try:
             of_sites = _for_sites(variant, found)
         except ConfigError as error:
-            raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-        insert_from_file(gm, sites, of_sites, tensors, form.rest, folder, prints, check)
+            raise CheckpointError(f"{config_path}: {error}") from error
+        insert_from_file(gm, sites, of_sites, tensors, form.rest, path, prints, check)
 
     return AdapterFile(state, insert)
 
@@ -267,7 +297,7 @@ def _check_pair(config: Mapping[str, Any], metadata: Mapping[str, str], folder: 
 
 def _key(form: PeftFormat, module: PeftModule, name: str) -> str:
     key = form.tensors[name].key_at(module.sites[0].kind.name)
-    return f"base_model.{key}" if name.startswith(SHARED) else f"{_PREFIX}{module.path}.{key}"
+    return f"base_model.{key}" if name.startswith(SHARED) else f"{PREFIX}{module.path}.{key}"
 
 
 def _by_module(
@@ -303,8 +333,8 @@ def _parsed(form: PeftFormat, key: str, path: Path) -> tuple[str, str | None] | 
         if name.startswith(SHARED) and key == f"base_model.{theirs.key}":
             return name, None
         for ending in (theirs.key, theirs.embedding):
-            if ending and key.startswith(_PREFIX) and key.endswith(f".{ending}"):
-                return name, key.removeprefix(_PREFIX).removesuffix(f".{ending}")
+            if ending and key.startswith(PREFIX) and key.endswith(f".{ending}"):
+                return name, key.removeprefix(PREFIX).removesuffix(f".{ending}")
     if is_whole(key):
         return None
     known = ", ".join(theirs.key for theirs in form.tensors.values())

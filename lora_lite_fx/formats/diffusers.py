@@ -1,0 +1,199 @@
+"""diffusers' LoRA files: `pytorch_lora_weights.safetensors`, read and written.
+
+A file has the LoRA of a pipeline's components. The keys of each are those of PEFT behind the name of the component:
+`unet.mid_block.attentions.0.proj_in.lora_A.weight`. Older files say `lora.down` for `lora_A` and `lora.up` for
+`lora_B`. The config of each component is JSON in the file's metadata, its fields behind the same name. Files without it
+have the scale 1 where they have no `alpha`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ..adapters.state import warn_of_trained_base
+from ..capture.capture import Inputs
+from ..errors import CheckpointError, ConfigError
+from .files import read_safetensors
+from .finite import check_finite
+from .loading import AdapterFile, loader
+from .mistakes import as_path
+from .peft.base_model import source_of
+from .peft.directory import PREFIX, adapter_of, peft_form
+from .tensor_bytes import tensor_bytes
+from .writing import write_atomically
+
+FILE = "pytorch_lora_weights.safetensors"
+_CONFIG = "lora_adapter_metadata"
+_OLD_KEYS = (
+    (r"\.processor\.", "."),
+    (r"\.to_out_lora\.", ".to_out.0.lora."),
+    (r"\.(to_[qkv])_lora\.", r".\1.lora."),
+    (r"\.(lora|lora_linear_layer)\.down\.", ".lora_A."),
+    (r"\.(lora|lora_linear_layer)\.up\.", ".lora_B."),
+)
+_ALPHA = ".alpha"
+_ADAPTERS = re.compile(r"\.lora_(A|B|magnitude_vector)(\.|$)")
+_UNSAID = ("auto_mapping", "base_model_name_or_path", "peft_type", "revision", "task_type")
+
+
+def save_diffusers(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    component: str | None = None,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Write the adapter of `model` as a file that `load_lora_weights` of a diffusers pipeline loads.
+
+    Args:
+        model: a model with one adapter, from `rewrite`, `wrap`, `adapt` or `load`. Its variant must be one that PEFT
+            calls LoRA: LoRA, DoRA, or PiSSA and OLoRA, which are written as a LoRA of twice the rank.
+        path: of the directory, which is made if it is not there. The file in it is `pytorch_lora_weights.safetensors`.
+        component: name of the model in its pipeline. None: "unet" for a UNet, "transformer" for a transformer.
+        allow_nonfinite: write values that are NaN or infinite too, in place of an error.
+
+    Raises:
+        AdapterError: the model has no adapters.
+        ConfigError: the adapter cannot be represented, or the name of the component is not known; the message says why.
+        CheckpointError: the file cannot be written, or a value is not finite.
+    """
+    folder = as_path(path, "save_diffusers(model, path)")
+    config, tensors, _ = peft_form(model, None)
+    warn_of_trained_base(model, "save_diffusers")
+    if config["peft_type"] != "LORA":
+        raise ConfigError(f"diffusers reads LoRA, and this adapter is what PEFT calls {config['peft_type']}.")
+    if beside := [key.removeprefix(PREFIX) for key in tensors if not _ADAPTERS.search(key)]:
+        raise ConfigError(f"diffusers reads LoRA alone, and this adapter has {beside[0]} beside it.")
+    component = component or _component_of(model)
+    if component is None:
+        raise ConfigError(
+            "The pipeline's name for this model is not known. The way out: component='unet', or 'transformer',"
+            " 'text_encoder', ...: its attribute in the pipeline."
+        )
+    named = {f"{component}.{key.removeprefix(PREFIX)}": tensor for key, tensor in tensors.items()}
+    fields = {f"{component}.{name}": value for name, value in config.items() if name not in _UNSAID}
+    if not allow_nonfinite:
+        check_finite(named, folder / FILE, "nothing was written")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
+    metadata = {"format": "pt", _CONFIG: json.dumps(fields, indent=2, sort_keys=True)}
+    write_atomically(folder / FILE, tensor_bytes(named, metadata))
+
+
+def load_diffusers(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    component: str | None = None,
+    stack: bool = False,
+    allow_nonfinite: bool = False,
+) -> fx.GraphModule:
+    """Capture a model and insert its adapter of a diffusers LoRA file, with its saved values.
+
+    Args:
+        model: the UNet or transformer of a pipeline, which is not changed.
+        path: of the file, or of the directory with `pytorch_lora_weights.safetensors`.
+        example_inputs: as for `capture`.
+        component: name of the model in the pipeline. None: as for `save_diffusers`, or the only one in the file.
+        stack: as for `load`.
+        allow_nonfinite: as for `load`.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError, AdapterError, CaptureError: as for `load`; or the file has nothing for the component, or keys
+            of another library (kohya's `lora_unet_...`).
+    """
+    wanted = component or (_component_of(model) if isinstance(model, nn.Module) else None)
+
+    def read(file: Path) -> AdapterFile:
+        return _read(file / FILE if file.is_dir() else file, wanted)
+
+    load = loader(read, "load_diffusers")
+    return load(model, path, example_inputs, stack=stack, allow_nonfinite=allow_nonfinite)
+
+
+def _read(file: Path, component: str | None) -> AdapterFile:
+    state, metadata = read_safetensors(file)
+    if foreign := [key for key in state if key.startswith(("lora_unet_", "lora_te", "lora_transformer_"))]:
+        raise CheckpointError(
+            f"{file}: {foreign[0]} is a key of kohya's scripts, not of diffusers. The way out: let a pipeline of"
+            " diffusers convert it, by load_lora_weights(file) and save_lora_weights(folder, ...)."
+        )
+    present = sorted({key.partition(".")[0] for key in state})
+    if component not in present:
+        if component is not None or len(present) != 1:
+            said = f"nothing for {component!r}" if component else "several components"
+            raise CheckpointError(
+                f"{file} has {said}; it has adapters of {', '.join(present)}. The way out: component={present[0]!r}."
+            )
+        (component,) = present
+    start = f"{component}."
+    tensors = {_new_key(key.removeprefix(start)): value for key, value in state.items() if key.startswith(start)}
+    alphas = {key.removesuffix(_ALPHA): tensors.pop(key) for key in list(tensors) if key.endswith(_ALPHA)}
+    config = _config_in(metadata, start, file) or _config_of(tensors, alphas, file)
+    return adapter_of(config, {PREFIX + key: value for key, value in tensors.items()}, file, file)
+
+
+def _new_key(key: str) -> str:
+    """Return the key in today's form."""
+    for old, new in _OLD_KEYS:
+        key = re.sub(old, new, f".{key}").removeprefix(".")
+    return key
+
+
+def _config_in(metadata: Mapping[str, str], start: str, file: Path) -> dict[str, Any] | None:
+    """Return the component's config in PEFT's words; None if the file does not say it."""
+    try:
+        fields = json.loads(metadata.get(_CONFIG, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its config, {_CONFIG}, is damaged: {error}.") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file}: its config, {_CONFIG}, is not an object.")
+    own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
+    return {**own, "peft_type": "LORA"} if own else None
+
+
+def _config_of(tensors: Mapping[str, Tensor], alphas: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
+    """Return a config that says of the tensors what diffusers takes them for: a scale of 1 without an alpha."""
+    ranks = {
+        key.partition(".lora_A.")[0]: tensor.shape[0]
+        for key, tensor in tensors.items()
+        if ".lora_A." in key and tensor.dim()
+    }
+    if not ranks:
+        raise CheckpointError(f"{file}: no key of it ends in lora_A.weight or lora.down.weight.")
+    if unknown := sorted(alphas.keys() - ranks.keys()):
+        raise CheckpointError(f"{file} has {unknown[0]}{_ALPHA}, and no factors there.")
+    scale = {name: float(alphas[name]) if name in alphas else float(rank) for name, rank in ranks.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, scale))
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in scale.items() if value != alpha},
+        "target_modules": sorted(ranks),
+        "use_dora": any(".lora_magnitude_vector" in key for key in tensors),
+        "lora_bias": any(key.endswith(".lora_B.bias") for key in tensors),
+    }
+
+
+def _component_of(model: nn.Module) -> str | None:
+    """Return the name that pipelines have for a model of this class; None if the class does not say."""
+    source = source_of(model) if isinstance(model, fx.GraphModule) else None
+    name = type(model).__name__ if source is None else source.class_name
+    return "unet" if name.startswith("UNet") else "transformer" if "Transformer" in name else None

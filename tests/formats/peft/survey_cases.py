@@ -67,7 +67,10 @@ def cases_of(source: Path) -> tuple[list[tuple[str, str, type, dict[str, Any]]],
 def run(case: tuple[str, str, type, dict[str, Any]], names: dict[str, Any]) -> Result:
     """Return the result of one case."""
     name, model_id, config_class, fields = case
-    config = config_class(**fields)
+    try:
+        config = config_class(**fields)
+    except ImportError as error:
+        return Result(name, config_class.__name__, Outcome("PEFT fails", "", str(error)))
     model = names["MockTransformerWrapper"].from_pretrained(model_id).eval()
     x = torch.arange(90).view(9, 10)
     if "Emb" not in model_id:

@@ -30,12 +30,14 @@ from ..tensor_bytes import tensor_bytes
 from ..writing import write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
 from .config import config_for, read_config
+from .format import PeftFormat
 from .hub import CONFIG, TENSORS, directory_of
 from .modules import PeftModule, by_site, exactly, peft_modules
 from .sites import check_site
-from .variants import PeftFormat, format_of
+from .variants import format_of
 from .whole import WholeFields, insert_whole, is_whole
-from .whole_written import whole_placements, write_whole
+from .whole_only import WHOLE_ONLY, as_beside, as_own, method_of
+from .whole_written import trains_whole_only, whole_placements, write_whole
 from .written import as_written
 
 _PREFIX = "base_model.model."
@@ -65,25 +67,16 @@ def save_peft(
         CheckpointError: the files cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_peft(model, path)")
-    placed, variant, state = as_written(model, as_lora)
+    config, written, sites = _written(model, as_lora)
     warn_of_trained_base(model, "save_peft")
-    sites = sites_of(model)
-    modules = peft_modules(model, variant, placed, sites, state)
-    config, whole = _config(model, variant, modules, sites)
-    form = format_of(variant)
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in whole.items()}
-    for module in modules:
-        for name, tensor in module.tensors.items():
-            if name in form.tensors:
-                value = form.tensor_to_peft(variant, module.sites[0], name, tensor)
-                tensors[_key(form, module, name)] = value.contiguous().cpu()
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in written.items()}
     if not allow_nonfinite:
         check_finite(tensors, folder / TENSORS, "nothing was written")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
-    prints = fingerprints(model, [placement.site for placement in (*placed, *whole_placements(model))])
+    prints = fingerprints(model, sites)
     metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
     data = tensor_bytes(tensors, metadata)
     document = json.dumps(config, indent=2, sort_keys=True).encode()
@@ -136,6 +129,16 @@ def _read_directory(folder: Path) -> AdapterFile:
         variant = read_config(config, new=False)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    prints = prints_in(metadata, folder)
+    if method_of(config) in WHOLE_ONLY:
+        fields, beside = as_beside(config, state, folder / TENSORS)
+
+        def insert_beside(gm: fx.GraphModule) -> None:
+            if prints is None:
+                compare_names(gm, config, folder)
+            insert_whole(gm, beside, fields, folder, prints)
+
+        return AdapterFile(state, insert_beside)
     form = format_of(variant)
     whole_fields = WholeFields.of(config, type(variant).__name__)
     modules, whole = _by_module(form, state, folder / TENSORS)
@@ -147,7 +150,6 @@ def _read_directory(folder: Path) -> AdapterFile:
         sizes = {len(has[tensor]) for has in modules.values() if tensor in has and has[tensor].dim()}
         if len(sizes) == 1 and min(sizes) > 0:
             variant = dataclasses.replace(variant, **{field: min(sizes)})  # type: ignore[arg-type]
-    prints = prints_in(metadata, folder)
 
     def insert(gm: fx.GraphModule) -> None:
         if prints is None:
@@ -185,19 +187,27 @@ def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
+    return _written(model, as_lora)[0]
+
+
+def _written(model: nn.Module, as_lora: bool | None) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """Return what is written of a model: the config, the tensors by PEFT's keys, and the names of their sites."""
+    names = [name for name, _ in model.named_modules() if not name.endswith(".base")]
+    beside = [placement.site for placement in whole_placements(model)]
+    if trains_whole_only(model):
+        config, tensors = as_own(*write_whole(model, sites_of(model), (), names), names)
+        return config | base_fields(model), tensors, beside
     placed, variant, state = as_written(model, as_lora)
     sites = sites_of(model)
-    config, _ = _config(model, variant, peft_modules(model, variant, placed, sites, state), sites)
-    return config
-
-
-def _config(
-    model: nn.Module, variant: Variant, modules: list[PeftModule], sites: Mapping[str, Site]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config, and the tensors of what trains beside the adapter by PEFT's keys."""
-    names = [name for name, _ in model.named_modules() if not name.endswith(".base")]
-    fields, whole = write_whole(model, sites, modules, names)
-    return config_for(variant, modules, names) | base_fields(model) | fields, whole
+    modules = peft_modules(model, variant, placed, sites, state)
+    fields, tensors = write_whole(model, sites, modules, names)
+    form = format_of(variant)
+    for module in modules:
+        for name, tensor in module.tensors.items():
+            if name in form.tensors:
+                tensors[_key(form, module, name)] = form.tensor_to_peft(variant, module.sites[0], name, tensor)
+    config = config_for(variant, modules, names) | base_fields(model) | fields
+    return config, tensors, [*(placement.site for placement in placed), *beside]
 
 
 def _for_sites(variant: Variant, found: Mapping[str, PeftModule]) -> Variant:

@@ -13,7 +13,8 @@ from ...sites.dataflow import op_name
 from ...sites.kinds.convolution import Convolution
 from ...sites.site import Call, Site
 from ...variants import IA3, OFT, SHiRA
-from .variants import PeftFormat, format_of
+from .format import PeftFormat
+from .variants import format_of
 
 
 def check_site(variant: Variant, site: Site, as_module: bool = True) -> None:

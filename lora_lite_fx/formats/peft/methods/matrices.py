@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ....variants import C3A, FourierFT, LoHa, LoKr, SHiRA
-from ..format import BOTH_PATTERNS, R_ALPHA, PeftField, PeftFormat, PeftTensor, as_rows
+from ....variants import C3A, FourierFT, GLoRA, LoHa, LoKr, SHiRA, WaveFT
+from ..format import BOTH_PATTERNS, R_ALPHA, PeftField, PeftFormat, PeftTensor, R, as_rows
 
 _UPDATE_DROPOUT = {
     "rank_dropout": PeftField("rank_dropout", 0.0),
@@ -97,6 +97,37 @@ MATRICES = (
         patterns=frozenset({"n_frequency_pattern"}),
         conv1d=True,
         rest=("lora_index",),
+    ),
+    PeftFormat(
+        WaveFT,
+        "WAVEFT",
+        {
+            "n_frequency": PeftField("n_frequency", 2592),
+            "scaling": PeftField("scaling", 25.0, to_ours=float),
+            "wavelet": PeftField("wavelet_family", "db1"),
+            "use_idwt": PeftField("use_idwt", True),
+            "seed": PeftField("random_loc_seed", 777),
+        },
+        {"lora_spectrum": PeftTensor("waveft_spectrum")},
+        patterns=frozenset({"n_frequency_pattern"}),
+        conv1d=True,
+        rest=("lora_index", "lora_filter"),
+    ),
+    PeftFormat(
+        GLoRA,
+        "GLORA",
+        {
+            **R,
+            "weight_form": PeftField("config_A_B", "lora"),
+            "coupling_form": PeftField("config_C", "lora"),
+            "bias_form": PeftField("config_D_E", "constant"),
+        },
+        {
+            f"lora_{name}{factor}": PeftTensor(f"glora_{name}.X{factor}")
+            for name in "ABCDE"
+            for factor in ("", "d", "u")
+        },
+        ignored=(".zeros",),  # of the forms that are "none"
     ),
     PeftFormat(
         SHiRA,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ....variants import BOFT, HRA, IA3, OFT, RoAd
+from ....variants import BOFT, HRA, IA3, OFT, PSOFT, RoAd
 from ..format import PeftField, PeftFormat, PeftTensor, R
 
 
@@ -24,6 +24,7 @@ def _hra(orthogonal: bool) -> PeftFormat:
     )
 
 
+_PSOFT_STARTS = {"psoft_init": False, "pissa_init": True}
 ROTATIONS = (
     PeftFormat(
         IA3,
@@ -76,5 +77,32 @@ ROTATIONS = (
         kinds=("linear", "conv"),
         kernels=(2,),
         own_conv=True,
+    ),
+    PeftFormat(
+        PSOFT,
+        "PSOFT",
+        {
+            "r": PeftField("r", 32),
+            "dropout": PeftField("psoft_dropout", 0.0),
+            "orthogonal": PeftField("psoft_orth", True),
+            "use_cayley_neumann": PeftField("use_cayley_neumann", False),
+            "scale_in": PeftField("psoft_mag_a", True),
+            "scale_out": PeftField("psoft_mag_b", True),
+            "symmetric": PeftField(
+                "ab_svd_init",
+                "psoft_init",
+                to_ours=lambda start: _PSOFT_STARTS.get(start, start),
+                to_peft=lambda symmetric: "pissa_init" if symmetric else "psoft_init",
+            ),
+        },
+        {
+            "lora_R": PeftTensor("psoft_R.weight"),
+            "lora_in": PeftTensor("psoft_R.vector_a"),
+            "lora_out": PeftTensor("psoft_R.vector_b"),
+        },
+        constants={"psoft_svd": "full", "num_cayley_neumann_terms": 5},
+        # The factors have the scale in them, so that it has no effect.
+        unread=frozenset({"psoft_alpha", "psoft_svd_lowrank_niter", "random_seed"}),
+        rest=("lora_A", "lora_B"),
     ),
 )

@@ -87,6 +87,12 @@ LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"
 LORA = functools.partial(peft.LoraConfig, r=RANK, lora_alpha=ALPHA)
 SCALED = {"r": RANK, "alpha": ALPHA}
 EVEN = ("llama", "gpt2", "bert")  # whose widths blocks and groups divide
+GLORA = {"config_A_B": "weight_form", "config_C": "coupling_form", "config_D_E": "bias_form"}
+GLORA_FORMS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    ({"config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"}, ("mlp", "llama")),
+    ({"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}, ("mlp",)),
+    ({"config_A_B": "constant", "config_C": "none", "config_D_E": "none"}, ("mlp",)),
+)
 LOKR = {
     "lora_W1": "lokr_w1.default",
     "lora_A1": "lokr_w1_b.default",
@@ -311,25 +317,21 @@ ORACLES = {
         for wavelet, cases in (("db1", ("mlp", "llama", "gpt2")), ("db4", ("mlp",)), ("sym2", ("mlp",)))
     },
     **{
-        f"GLoRA {weight} {coupling} {bias}": Oracle(
+        "GLoRA " + " ".join(theirs.values()): Oracle(
             llfx.GLoRA,
-            functools.partial(peft.GloraConfig, r=RANK, config_A_B=weight, config_C=coupling, config_D_E=bias),
+            functools.partial(peft.GloraConfig, r=RANK, **theirs),
             {
                 f"lora_{name}{factor}": f"glora_{name}.default.X{factor}"
                 for name in "ABCDE"
                 for factor in ("", "d", "u")
             },
-            {"r": RANK, "weight_form": weight, "coupling_form": coupling, "bias_form": bias},
+            {"r": RANK, **{GLORA[name]: form for name, form in theirs.items()}},
             ("lora_Au", "lora_Bu", "lora_Cu"),
             conv1d=False,
             as_ours=lambda tensor: tensor,
             cases=cases,
         )
-        for weight, coupling, bias, cases in (
-            ("lora", "lora", "constant", ("mlp", "llama")),
-            ("vector", "vector", "vector", ("mlp",)),
-            ("constant", "none", "none", ("mlp",)),
-        )
+        for theirs, cases in GLORA_FORMS
     },
     **{
         name: Oracle(

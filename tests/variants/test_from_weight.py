@@ -164,7 +164,7 @@ def test_gains_scale_the_directions_of_their_basis_and_are_steered_between_calls
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8)).double()
     data = torch.randn(200, 6).double() * torch.tensor([3.0, 1, 1, 0.3, 0.1, 1]) @ torch.randn(6, 6).double()
-    x, weight = torch.randn(4, 6).double(), net[0].weight.detach()
+    x, weight, bias = torch.randn(4, 6).double(), *(tensor.detach() for tensor in net.parameters())
     cfg: Any = {"r": 4, "basis": basis, "suppress_only": suppress, "target_names": "0"}
     gm = llfx.rewrite(net, llfx.AntiPaSTOGain(**cfg), calibration=[(data[:90],), (data[90:],)])
     assert torch.equal(gm(x), net(x)), "the start"
@@ -185,7 +185,7 @@ def test_gains_scale_the_directions_of_their_basis_and_are_steered_between_calls
         llfx.load_adapter_state_dict(gm, {**p, **values})
         gains = 1 + torch.nn.functional.elu(coefficient * (g.clamp(max=0) if suppress else g))
         rest = weight - u * s @ rows
-        expected = x @ (rest + u * (s * gains) @ rows).t() + net[0].bias
+        expected = x @ (rest + u * (s * gains) @ rows).t() + bias
         close(gm(x), expected, 1e-9, f"steered by {coefficient}")
 
 

@@ -106,9 +106,9 @@ def as_dict(config: Mapping[str, Any] | Any) -> dict[Any, Any]:
 
 def _read(config: dict[Any, Any], new: bool) -> Variant:
     if method_of(config) in WHOLE_ONLY:
-        variant = whole_config(config, new)
-        _check_fields(config, own_fields(config), type(variant).__name__)
-        return variant
+        whole_only = whole_config(config, new)
+        _check_fields(config, own_fields(config), type(whole_only).__name__)
+        return whole_only
     form = _format_for(config)
     name = form.variant.__name__
     fields: dict[str, Any] = dict(form.fixed)

@@ -102,7 +102,7 @@ def as_own(
         ConfigError: PEFT has no method that trains these alone.
     """
     config: dict[str, Any] = {"inference_mode": True}
-    saved, tokens = fields.get("modules_to_save"), fields.get("trainable_token_indices")
+    saved, tokens = fields.get("modules_to_save"), fields.get("trainable_token_indices", {})
     if len(fields) > 1 or not (saved or tokens):
         raise ConfigError(
             "PEFT trains whole modules (LN_TUNING) or tokens (TRAINABLE_TOKENS) without an adapter, and not"

@@ -37,7 +37,7 @@ def model(kind: str) -> nn.Module:
 def kept(adapted: nn.Module, x: Tensor, base: Tensor, update: Tensor) -> Tensor:
     """Return by how much each output of the update is multiplied in one call, which is the same in all rows."""
     with torch.no_grad():
-        by_row = ((adapted(x) - base) / update).movedim(1, -1).flatten(0, -2)
+        by_row: Tensor = ((adapted(x) - base) / update).movedim(1, -1).flatten(0, -2)
     assert (by_row - by_row[0]).nan_to_num().abs().max() < 1e-6
     return by_row[0]
 
@@ -96,7 +96,7 @@ def test_the_graph_drops_what_the_wrapper_drops_under_the_same_seed(cls: Any) ->
         llfx.load_adapter_state_dict(adapted, values)
         torch.manual_seed(2)
         outputs = [adapted.train()(X["linear"]) for _ in range(8)]
-        sum(y.square().sum() for y in outputs).backward()  # type: ignore[union-attr]
+        sum(y.square().sum() for y in outputs).backward()
         grads = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
         results.append((torch.stack(outputs), grads))
     (y, grads), (expected_y, expected) = results

@@ -183,11 +183,12 @@ def test_saved_embeddings_must_be_those_of_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["an adapted embedding", "an adapted embedding by pattern", "a trained embedding"])
 def test_an_adapter_that_is_tied_is_read_as_two_with_a_warning_and_is_not_made(what: str, tmp_path: Path) -> None:
     model, graph = captured("tied")
-    fields: dict[str, Any] = {
+    cases: dict[str, dict[str, Any]] = {
         "an adapted embedding": {"target_modules": ["q_proj", "embed_tokens"]},
         "an adapted embedding by pattern": {"target_modules": r".*q_proj|.*embed_tokens"},
         "a trained embedding": {"target_modules": Q, "modules_to_save": ["embed_tokens"]},
-    }[what]
+    }
+    fields = cases[what]
     config = peft.LoraConfig(**fields, ensure_weight_tying=True)
     with pytest.raises(llfx.ConfigError, match="ensure_weight_tying=True with embed_tokens"):
         llfx.from_peft_config(config)
@@ -207,7 +208,8 @@ def test_another_base_of_whole_tensors_is_a_warning_at_the_users_line(tmp_path: 
     other = copy.deepcopy(model)
     other.lm_head.weight.data.mul_(1.5)
     other_graph = llfx.capture(other, INPUTS)
-    for number, cfg in enumerate((llfx.Full(), [llfx.Full(), llfx.LoRA(r=2, target_names="q_proj")])):
+    configs: list[Any] = [llfx.Full(), [llfx.Full(), llfx.LoRA(r=2, target_names="q_proj")]]
+    for number, cfg in enumerate(configs):
         llfx.save_peft(llfx.rewrite(graph, cfg), tmp_path / str(number))
         with pytest.warns(UserWarning, match=r"the Full adapter was made for other weights.*lm_head") as caught:
             llfx.load_peft(other_graph, tmp_path / str(number))
@@ -292,7 +294,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.attention(x, x, x, need_weights=False)[0] @ self.weight
-        return self.wide_fc(self.fc(y))
+        out: Tensor = self.wide_fc(self.fc(y))
+        return out
 
 
 @pytest.mark.parametrize(

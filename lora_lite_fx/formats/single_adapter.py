@@ -91,6 +91,7 @@ def insert_from_file(
     path: Path,
     prints: Mapping[str, str] | None = None,
     check_site: Callable[[Variant, Site], None] = lambda variant, site: None,
+    stacklevel: int = 5,
 ) -> None:
     """Insert `variant` at the sites of a file, with its values.
 
@@ -103,6 +104,7 @@ def insert_from_file(
         path: of the file, for messages.
         prints: the fingerprints of the weights that the adapter was made for, by site, if the file has them.
         check_site: raises `ConfigError` if the other library computes something else at a site.
+        stacklevel: of a warning that the base is another, as for `warnings.warn`, seen from here.
 
     Raises:
         CheckpointError: the file's sites or tensors do not fit the model or the config, or the adapter means nothing
@@ -127,7 +129,7 @@ def insert_from_file(
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if prints is not None:
-        check_base(gm, [(variant, targets)], prints, path, stacklevel=6)  # only `load_peft` has prints
+        check_base(gm, [(variant, targets)], prints, path, stacklevel=stacklevel + 1)
     first = insert_adapters(gm, [(variant, targets)])
     current = adapter_state_dict(gm)
     values = dict(current)

@@ -2,6 +2,7 @@
 
 from .adalora import AdaLoRA
 from .antipasto import AntiPaSTO
+from .antipasto_gain import AntiPaSTOGain
 from .boft import BOFT
 from .c3a import C3A
 from .delora import DeLoRA
@@ -9,6 +10,7 @@ from .dora import DoRA
 from .eva import EVA
 from .fourierft import FourierFT
 from .full import Full
+from .glora import GLoRA
 from .gralora import GraLoRA
 from .hira import HiRA
 from .hra import HRA
@@ -20,12 +22,14 @@ from .miss import MiSS
 from .oft import OFT
 from .olora import OLoRA
 from .pissa import PiSSA
+from .psoft import PSOFT
 from .randlora import RandLoRA
 from .road import RoAd
 from .shira import SHiRA
 from .trainable_tokens import TrainableTokens
 from .vblora import VBLoRA
 from .vera import VeRA
+from .waveft import WaveFT
 
 __all__ = [
     "BOFT",
@@ -34,12 +38,15 @@ __all__ = [
     "HRA",
     "IA3",
     "OFT",
+    "PSOFT",
     "AdaLoRA",
     "AntiPaSTO",
+    "AntiPaSTOGain",
     "DeLoRA",
     "DoRA",
     "FourierFT",
     "Full",
+    "GLoRA",
     "GraLoRA",
     "HiRA",
     "LoHa",
@@ -54,4 +61,5 @@ __all__ = [
     "TrainableTokens",
     "VBLoRA",
     "VeRA",
+    "WaveFT",
 ]

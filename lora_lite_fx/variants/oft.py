@@ -85,7 +85,7 @@ class OFT(InBlocks):
         size = self.size_at(base.site)
         # In double precision autocast leaves the small products alone.
         q = skew(self._constrained(p.lora_oft_R.double()), size)
-        blocks = (_cayley_neumann(q) if self.use_cayley_neumann else cayley(q)).to(p.lora_oft_R.dtype)
+        blocks = (cayley_neumann(q) if self.use_cayley_neumann else cayley(q)).to(p.lora_oft_R.dtype)
         if self.block_share:
             blocks = blocks.expand(base.site.d_in // size, size, size)
 
@@ -121,7 +121,7 @@ def cayley(q: Tensor) -> Tensor:
     return -2 * solution
 
 
-def _cayley_neumann(q: Tensor) -> Tensor:
+def cayley_neumann(q: Tensor) -> Tensor:
     """Return `2 Q + 2 Q^2 + 2 Q^3 + Q^4`."""
     result = q
     for _ in range(3):

@@ -16,8 +16,11 @@ import lora_lite_fx as llfx
 RANKS = {"r", "rank_pattern"}
 SCALES = {"alpha", "alpha_pattern"}
 WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr", "RandLoRA", "AdaLoRA"}
-WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO", "SHiRA", "VBLoRA"}
-WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT", "Full", "TrainableTokens"}
+WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO", "AntiPaSTOGain", "SHiRA", "VBLoRA"} | {
+    "GLoRA",
+    "PSOFT",
+}
+WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT", "WaveFT", "Full", "TrainableTokens"}
 
 v: Any = llfx
 """The variants without their types, because these tests pass arguments that a type checker refuses."""

@@ -152,6 +152,28 @@ def test_accumulated_gradients_train_as_those_of_the_eager_wrapper_do(tmp_path: 
         close(tensor, states[1][name], 1e-5, name)
 
 
+def test_whole_weights_and_tokens_train_as_in_the_eager_wrapper_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    tokens = llfx.TrainableTokens(token_indices=(3, 7, 50), target_names="embed_tokens")
+    cfg = [llfx.Full(target_names="(q_proj|norm)$"), llfx.LoRA(r=2), tokens]
+    models = [llfx.adapt(base(), cfg), llfx.wrap(base(), cfg), llfx.adapt(base(), cfg)]
+    randomise(models[0], 0)
+    start = state(models[0])
+    assert {"lm_head.lora_weight", "model.norm.lora_weight"} & start.keys() == {"model.norm.lora_weight"}
+    for model in models[1:]:
+        llfx.load_adapter_state_dict(model, start)
+    for number, model in enumerate(models[:2]):
+        trainer(model, tmp_path / str(number), save_strategy="steps", save_steps=2, max_steps=4).train()
+    whole = state(models[0])
+    moved = {name for name in whole if not torch.equal(whole[name], start[name])}
+    assert moved == {name for name in whole if whole[name].is_floating_point()}
+    for name, tensor in state(models[1]).items():
+        close(whole[name], tensor, 1e-5, name)
+    checkpoint = tmp_path / "0" / "checkpoint-2"
+    assert safetensors.torch.load_file(checkpoint / "model.safetensors").keys() == whole.keys()
+    trainer(models[2], tmp_path / "resumed", max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+    assert_same(state(models[2]), whole)
+
+
 def test_training_evaluating_and_generating_share_one_graph(tmp_path: Path) -> None:
     model = fresh()
     trainer(model, tmp_path, max_steps=1).train()

@@ -154,6 +154,7 @@ REFUSED = {
     # List variants that call tensor functions without a rule for experts.
     "experts": {
         "AntiPaSTO",
+        "AntiPaSTOGain",
         "BOFT",
         "C3A",
         "EVA",
@@ -164,9 +165,11 @@ REFUSED = {
         "LoKr",
         "MiSS",
         "OFT",
+        "PSOFT",
         "RoAd",
         "SHiRA",
         "VBLoRA",
+        "WaveFT",
     },
 }
 

@@ -63,6 +63,8 @@ def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Var
             drawn[field.name] = st.sampled_from([2, 4])
     if cls is llfx.Full:
         drawn["weight"] = st.just(True)  # not every model has biases
+    if cls is llfx.GLoRA:
+        drawn["weight_form"] = st.sampled_from(["lora", "vector", "constant"])  # for the same reason
     names = {field.name for field in dataclasses.fields(cls)}
     drawn = {name: strategy for name, strategy in drawn.items() if name in names}
     return st.builds(_built, st.just(cls), **{**drawn, **{name: st.just(value) for name, value in fixed.items()}})

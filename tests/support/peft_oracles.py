@@ -50,6 +50,11 @@ class Oracle:
         """Return whether the factors start as a part of the frozen weight, which PEFT replaces by the rest."""
         return issubclass(self.cls, FromWeight)
 
+    @property
+    def in_single(self) -> bool:
+        """Return whether PEFT makes it of weights in single precision only."""
+        return self.from_weight or self.cls is llfx.PSOFT
+
 
 class BlockDiagonal:
     """Stands in for PEFT's CUDA kernel, without which its BOFT has one factor only."""
@@ -82,6 +87,12 @@ LOW_RANK = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"
 LORA = functools.partial(peft.LoraConfig, r=RANK, lora_alpha=ALPHA)
 SCALED = {"r": RANK, "alpha": ALPHA}
 EVEN = ("llama", "gpt2", "bert")  # whose widths blocks and groups divide
+GLORA = {"config_A_B": "weight_form", "config_C": "coupling_form", "config_D_E": "bias_form"}
+GLORA_FORMS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    ({"config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"}, ("mlp", "llama")),
+    ({"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}, ("mlp",)),
+    ({"config_A_B": "constant", "config_C": "none", "config_D_E": "none"}, ("mlp",)),
+)
 LOKR = {
     "lora_W1": "lokr_w1.default",
     "lora_A1": "lokr_w1_b.default",
@@ -293,6 +304,66 @@ ORACLES = {
         {"n_frequency": 50, "scaling": 8.0, "seed": SEED},
         ("lora_spectrum",),
     ),
+    **{
+        f"WaveFT {wavelet}": Oracle(
+            llfx.WaveFT,
+            functools.partial(
+                peft.WaveFTConfig, n_frequency=50, scaling=8.0, random_loc_seed=SEED, wavelet_family=wavelet
+            ),
+            {"lora_spectrum": "waveft_spectrum.default"},
+            {"n_frequency": 50, "scaling": 8.0, "seed": SEED, "wavelet": wavelet},
+            cases=cases,
+        )
+        for wavelet, cases in (("db1", ("mlp", "llama", "gpt2")), ("db4", ("mlp",)), ("sym2", ("mlp",)))
+    },
+    **{
+        "GLoRA " + " ".join(theirs.values()): Oracle(
+            llfx.GLoRA,
+            functools.partial(peft.GloraConfig, r=RANK, **theirs),
+            {
+                f"lora_{name}{factor}": f"glora_{name}.default.X{factor}"
+                for name in "ABCDE"
+                for factor in ("", "d", "u")
+            },
+            {"r": RANK, **{GLORA[name]: form for name, form in theirs.items()}},
+            ("lora_Au", "lora_Bu", "lora_Cu"),
+            conv1d=False,
+            as_ours=lambda tensor: tensor,
+            cases=cases,
+        )
+        for theirs, cases in GLORA_FORMS
+    },
+    **{
+        name: Oracle(
+            llfx.PSOFT,
+            functools.partial(peft.PsoftConfig, r=RANK, **theirs),
+            {
+                "lora_A": "_psoft_A_cache.default",
+                "lora_B": "_psoft_B_cache.default",
+                "lora_R": "psoft_R.default.weight",
+                "lora_in": "psoft_R.default.vector_a",
+                "lora_out": "psoft_R.default.vector_b",
+            },
+            {"r": RANK, **ours},
+            conv1d=False,
+            cases=cases,
+        )
+        for name, theirs, ours, cases in (
+            ("PSOFT", {"psoft_alpha": RANK}, {}, ("mlp", "llama", "gpt2")),
+            (
+                "PSOFT by Neumann series, symmetric",
+                {"psoft_alpha": RANK, "use_cayley_neumann": True, "ab_svd_init": "pissa_init", "psoft_mag_a": False},
+                {"use_cayley_neumann": True, "symmetric": True, "scale_in": False},
+                ("mlp",),
+            ),
+            (
+                "PSOFT free",
+                {"psoft_alpha": RANK, "psoft_orth": False, "psoft_mag_b": False},
+                {"orthogonal": False, "scale_out": False},
+                ("mlp",),
+            ),
+        )
+    },
     "MiSS": Oracle(
         llfx.MiSS,
         functools.partial(peft.MissConfig, r=RANK),
@@ -415,7 +486,7 @@ def make_pair(name: str, oracle: Oracle) -> Pair:
     reference = copy.deepcopy(model)
     if not oracle.conv1d:
         use_ordinary_linears(reference)
-    reference = reference.float() if oracle.from_weight else reference
+    reference = reference.float() if oracle.in_single else reference
     theirs = peft.get_peft_model(reference, oracle.config(**targets))
     return Pair(oracle, case, model, gm, theirs.double().eval(), case.size)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from tests.support.conformance import randomise
+from tests.support.conformance import close, randomise
 
 D_IN, D_OUT, R, F64 = 12, 8, 4, torch.float64
 
@@ -153,3 +153,42 @@ def test_a_weight_start_on_another_base_is_refused(tmp_path: Path) -> None:
         llfx.save(gm, tmp_path / "adapter")
         with pytest.raises(llfx.CheckpointError, match="other weights"):
             llfx.load(other, tmp_path / "adapter")
+
+
+# AntiPaSTO by gains.
+
+
+@pytest.mark.parametrize("suppress", [False, True])
+@pytest.mark.parametrize("basis", ["svd", "corda", "asvd"])
+def test_gains_scale_the_directions_of_their_basis_and_are_steered_between_calls(basis: str, suppress: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8)).double()
+    data = torch.randn(200, 6).double() * torch.tensor([3.0, 1, 1, 0.3, 0.1, 1]) @ torch.randn(6, 6).double()
+    x, weight, bias = torch.randn(4, 6).double(), *(tensor.detach() for tensor in net.parameters())
+    cfg: Any = {"r": 4, "basis": basis, "suppress_only": suppress, "target_names": "0"}
+    gm = llfx.rewrite(net, llfx.AntiPaSTOGain(**cfg), calibration=[(data[:90],), (data[90:],)])
+    assert torch.equal(gm(x), net(x)), "the start"
+    p = llfx.adapter_state_dict(gm)
+    u, s, rows = p["0.lora_U"], p["0.lora_S"], p["0.lora_P"]
+    moment = {"svd": torch.eye(6), "corda": data.t() @ data / 200, "asvd": (data.t() @ data / 200).diagonal().diag()}
+    metric = moment[basis].double() + (0 if basis == "svd" else 1e-3) * torch.eye(6)
+    close(rows @ metric @ rows.t(), torch.eye(4).double(), 1e-9, "the rows are orthonormal for inputs of this moment")
+    close(u.t() @ u, torch.eye(4).double(), 1e-9, "U")
+    close(u.t() @ weight, s[:, None] * rows, 1e-9, "a part of W")
+    if basis == "svd":
+        _, s_all, vh = torch.linalg.svd(weight)
+        scores = s_all * (data @ vh.t()).square().mean(0).sqrt()
+        close(s, s_all[scores.topk(4).indices.sort().values], 1e-9, "the directions of the largest outputs")
+    g = torch.tensor([0.7, -2.0, -0.3, 1.5]).double()
+    for coefficient in (1.0, 0.0, -0.5):
+        values = {"0.lora_g": g, "lora_shared_coefficient": torch.tensor(coefficient).double()}
+        llfx.load_adapter_state_dict(gm, {**p, **values})
+        gains = 1 + torch.nn.functional.elu(coefficient * (g.clamp(max=0) if suppress else g))
+        rest = weight - u * s @ rows
+        expected = x @ (rest + u * (s * gains) @ rows).t() + bias
+        close(gm(x), expected, 1e-9, f"steered by {coefficient}")
+
+
+def test_a_basis_from_data_needs_data() -> None:
+    with pytest.raises(llfx.ConfigError, match="comes from data: give calibration"):
+        llfx.rewrite(nn.Sequential(nn.Linear(6, 8)), llfx.AntiPaSTOGain(basis="corda", target_names="0"))

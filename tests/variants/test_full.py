@@ -173,6 +173,39 @@ def test_a_half_base_trains_in_float32_and_computes_in_its_own_type() -> None:
     assert torch.equal(gm(x), llfx.merge(gm)(x))
 
 
+class Experts(nn.Module):
+    """A weight for each of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.up)
+
+
+def test_a_grouped_convolution_is_trained_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv1d(6, 6, 1, groups=3, bias=False)).double()
+    model.insert(1, nn.Flatten(2))
+    x, y = torch.randn(2, 4, 5, 5).double(), torch.randn(3, 4, 6, 4).double()
+    base = llfx.capture(model, (x,))
+    cfg = [cls(target_names=".", target_kinds="grouped_conv") for cls in (llfx.Full, llfx.IA3)]
+    with unchanged(model):
+        gm, wrapped = llfx.rewrite(base, cfg), llfx.wrap(base, cfg)
+        assert torch.equal(gm(x), model(x)), "the start"
+        state = moved(gm, wrapped)
+        assert {name for name in state if "weight" in name} == {"0.lora_weight", "2.lora_weight"}
+        for inputs in (x, y):
+            close(gm(inputs), wrapped(inputs), 1e-12, "output")
+        own = llfx.rewrite(base, cfg[0])
+        values = moved(own)
+        merged = llfx.merge(own)
+        for name, tensor in values.items():
+            assert torch.equal(merged.get_parameter(name.replace("lora_", "")), tensor), name
+        assert torch.equal(llfx.remove(gm)(x), model(x))
+
+
 def test_it_must_be_the_innermost_adapter() -> None:
     model, base = captured("llama")
     cfg = [LORA, llfx.Full(target_names="q_proj")]
@@ -193,6 +226,10 @@ def test_what_cannot_be_trained_whole_is_refused_by_name() -> None:
     x = torch.randn(2, 3, 8)
     with pytest.raises(llfx.ConfigError, match="a part of 'in_proj_weight'"):
         llfx.rewrite(attention, llfx.Full(target_names="rows_0_"), (x, x, x))
+    with pytest.raises(llfx.ConfigError, match="a part of 'in_proj_weight'"):
+        llfx.rewrite(attention, llfx.Full(weight=False, target_names="rows_0_"), (x, x, x))
+    with pytest.raises(llfx.ConfigError, match=r"'sites\.up' is a stack of experts, which cannot be trained whole"):
+        llfx.rewrite(Experts(), llfx.Full(target_names=".", target_kinds="experts"), (torch.randn(2, 3, 4),))
     with pytest.raises(llfx.ConfigError, match="leave nothing to train"):
         llfx.Full(weight=False, bias=False)
     _, base = captured("bert")

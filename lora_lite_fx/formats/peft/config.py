@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from ...adapters.patterns import occurs
 from ...adapters.variant import Variant
 from ...errors import ConfigError
 from ...variants import EVA, IA3
-from .default_targets import depends_on_model, with_targets_of
+from .default_targets import with_targets_of
+from .format import PeftFormat
 from .modules import PeftModule
 from .sites import check_site
-from .variants import FORMATS, PeftFormat, format_of
-from .whole import FIELDS, WholeFields
+from .targets import START, covering, listed, name_patterns, target_patterns, with_flags_inside
+from .variants import FORMATS, format_of
+from .whole import FIELDS, TIED, WholeFields
+from .whole_only import WHOLE_ONLY, method_of, own_fields, whole_config
 
 # Fields that say where an adapter comes from, or how PEFT is to run it.
 _UNREAD = frozenset(
@@ -47,8 +51,6 @@ _PLAIN_STARTS = ("gaussian", "orthogonal", "mica")
 """Starts of a LoRA that leave the base as it is, so that the file is that of any LoRA."""
 _STARTS_ON_ANOTHER_BASE = ("lora_ga", "corda")
 """Starts for which PEFT changes the base in memory. The file is that of a LoRA on the changed base."""
-_START = r"(^|\.)"
-_FLAGS = re.compile(r"(\(\?[aiLmsux]+\))+")
 
 
 def from_peft_config(config: Mapping[str, Any] | Any, model: nn.Module | None = None) -> Variant | list[Variant]:
@@ -103,6 +105,10 @@ def as_dict(config: Mapping[str, Any] | Any) -> dict[Any, Any]:
 
 
 def _read(config: dict[Any, Any], new: bool) -> Variant:
+    if method_of(config) in WHOLE_ONLY:
+        whole_only = whole_config(config, new)
+        _check_fields(config, own_fields(config), type(whole_only).__name__)
+        return whole_only
     form = _format_for(config)
     name = form.variant.__name__
     fields: dict[str, Any] = dict(form.fixed)
@@ -116,33 +122,65 @@ def _read(config: dict[Any, Any], new: bool) -> Variant:
     known |= form.constants.keys() | form.written.keys() | {form.start}
     known |= frozenset() if new else form.unread_in_files
     whole = WholeFields.of(config, name)
-    for key in sorted(config.keys() - known - _UNREAD - _TARGETS - FIELDS, key=str):
-        if config[key] not in (None, False, 0, "none", [], {}, ()):
-            raise ConfigError(f"{name}: PEFT's {key}={config[key]!r} cannot be represented here.")
+    _check_fields(config, known | {"ensure_weight_tying"}, name)
     for key in form.patterns:
         pairs = config.get(key) or {}
         if not isinstance(pairs, Mapping):
             raise ConfigError(f"{name}: PEFT's {key} must map patterns to values, got {pairs!r}.")
-        fields[key] = tuple((rf"^(.*\.)?({_with_flags_inside(pattern)})$", value) for pattern, value in pairs.items())
+        fields[key] = tuple((rf"^(.*\.)?({with_flags_inside(pattern)})$", value) for pattern, value in pairs.items())
     if new:
         fields |= _start(config, form)
     else:
         _warn_of_base(config.get(form.start), name)
-    parameters = _listed(config.get("target_parameters") or [], "target_parameters", name)
-    by_parameter = (rf"{_START}{re.escape(parameter.removesuffix('.weight'))}$" for parameter in parameters)
-    fields["target_names"] = (*_targets(config, name, new), *by_parameter)
+    parameters = listed(config.get("target_parameters") or [], "target_parameters", name)
+    by_parameter = (rf"{START}{re.escape(parameter.removesuffix('.weight'))}$" for parameter in parameters)
+    fields["target_names"] = (*target_patterns(config, name, new), *by_parameter)
     fields["target_kinds"] = (*form.kinds, "experts") if parameters else form.kinds
     fields["exclude_names"] = (
-        *_patterns(config.get("exclude_modules") or (), "exclude_modules", name, _START),
+        *name_patterns(config.get("exclude_modules") or (), "exclude_modules", name, START),
         *whole.excluded,
     )
     if form.variant is IA3:
         feedforward = config.get("feedforward_modules") or ()
-        fields["feedforward_names"] = _patterns(feedforward, "feedforward_modules", name, "")
+        fields["feedforward_names"] = name_patterns(feedforward, "feedforward_modules", name, "")
     try:
-        return form.variant(**fields)
+        variant = form.variant(**fields)
     except TypeError as error:
         raise ConfigError(f"{name}: {error}.") from error
+    if config.get("ensure_weight_tying"):
+        _check_ties(config, whole, new, name)
+    return variant
+
+
+def _check_fields(config: Mapping[Any, Any], known: Collection[str], name: str) -> None:
+    """Raise `ConfigError` if a field that is not known says something."""
+    for key in sorted(config.keys() - known - _UNREAD - _TARGETS - FIELDS, key=str):
+        if config[key] not in (None, False, 0, "none", [], {}, ()):
+            raise ConfigError(f"{name}: PEFT's {key}={config[key]!r} cannot be represented here.")
+
+
+def _check_ties(config: Mapping[Any, Any], whole: WholeFields, new: bool, name: str) -> None:
+    """Refuse one adapter for an embedding and the head that is tied to it; of a file, say that here they are two.
+
+    Trained tokens are tied here without being asked.
+    """
+    targets = config.get("target_modules") or ()
+    if isinstance(targets, str):
+        pattern = name_patterns(targets, "target_modules", name, START)
+        targets = [embedding for embedding in TIED if occurs(pattern, embedding)]
+    if not any(str(end).rpartition(".")[2] in TIED for end in (*targets, *whole.modules)):
+        return
+    if new:
+        raise ConfigError(
+            f"{name}: PEFT's ensure_weight_tying=True with {' or '.join(TIED)} cannot be represented here: adapters of"
+            " an embedding and of the head that is tied to it are two. Leave it out to train them apart; for a few"
+            " tokens, trainable_token_indices ties them."
+        )
+    warnings.warn(
+        f"{name}: PEFT trained one adapter for the embedding and the head (ensure_weight_tying). Here they are two,"
+        " with the same values as long as they are not trained on.",
+        stacklevel=7,
+    )
 
 
 def _start(config: Mapping[str, Any], form: PeftFormat) -> dict[str, Any]:
@@ -201,77 +239,8 @@ def _eva(config: Mapping[str, Any] | Any) -> dict[str, Any]:
     return {"rho": options.get("rho", 2.0), "center": True, "use_label_mask": masks}
 
 
-def _targets(config: Mapping[str, Any], name: str, new: bool) -> tuple[str, ...]:
-    """Return patterns for the modules that a config targets. Of a file that does not name any, its tensors do."""
-    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-    if depends_on_model(targets):
-        if new and not (targets is None and config.get("target_parameters")):
-            raise ConfigError(
-                f"{name}: target_modules={targets!r} depends on the model: write from_peft_config(config, model), or"
-                " give the names that PEFT makes of it."
-            )
-        return ()
-    if not targets:
-        if new and not config.get("target_parameters"):
-            raise ConfigError(f"{name}: target_modules={targets!r} names no module.")
-        return ()
-    if layers in (None, []):
-        return _patterns(targets, "target_modules", name, _START)
-    layers = [layers] if isinstance(layers, int) else layers
-    stacks = config.get("layers_pattern") or None
-    stacks = [stacks] if isinstance(stacks, str) else stacks
-    if isinstance(targets, str) or not (stacks is None or _are(stacks, str)):
-        raise ConfigError(f"{name}: layers_to_transform needs target_modules and layers_pattern to be lists of names.")
-    if not _are(layers, int):
-        raise ConfigError(f"{name}: layers_to_transform must be a list of integers, got {layers!r}.")
-    inside = rf"(?=(?>{_before_the_layer(stacks)})0*(?:{'|'.join(map(str, layers))})\.).*\."
-    # A module that a list names in full is meant whatever its layer is.
-    return tuple(f"^(?:{inside})?{re.escape(target)}$" for target in _listed(targets, "target_modules", name))
-
-
-def _before_the_layer(stacks: Iterable[str] | None) -> str:
-    """Return an expression for the part of a name before the number that PEFT takes for the layer's.
-
-    That is the first number after a part that is called like one of `stacks`, of which an earlier one goes before a
-    later one; without `stacks`, the first number that is neither the first nor the second part of the name.
-    """
-    if not stacks:
-        return r".*?\.[^.]*\.(?=\d+\.)"
-    return "|".join(rf"(?:(?:^|.*?\.){stack}\.(?=\d+\.))" for stack in stacks)
-
-
-def _are(values: Any, kind: type) -> bool:
-    return isinstance(values, Iterable) and all(type(value) is kind for value in values)
-
-
-def _patterns(value: Any, what: str, name: str, start: str) -> tuple[str, ...]:
-    """Return regular expressions for the modules that PEFT names by `value`.
-
-    A string is one expression for the whole name. A list holds endings, and `start` is what may precede them.
-    """
-    if isinstance(value, str):
-        return (rf"^(?:{_with_flags_inside(value)})$",)
-    return tuple(f"{start}{re.escape(item)}$" for item in _listed(value, what, name))
-
-
-def _listed(value: Any, what: str, name: str) -> list[str]:
-    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"{name}: PEFT's {what} must be a string or a list of strings, got {value!r}.")
-    return sorted(value)
-
-
-def _with_flags_inside(pattern: str) -> str:
-    """Return an expression that may stand inside another: flags such as `(?i)` at its start hold for it alone."""
-    if (flags := _FLAGS.match(pattern)) is None:
-        return pattern
-    letters = "".join(dict.fromkeys(letter for letter in flags.group() if letter.isalpha()))
-    rest = pattern[flags.end() :]
-    return f"(?{letters}:{rest}\n)" if "x" in letters else f"(?{letters}:{rest})"  # a comment ends with the line
-
-
 def _format_for(config: Mapping[str, Any]) -> PeftFormat:
-    kind = config.get("peft_type")
-    kind = getattr(kind, "value", kind)
+    kind = method_of(config)
     plain = dict(config)
     for key in ("init_lora_weights", "init_weights"):
         start = config.get(key)
@@ -284,7 +253,7 @@ def _format_for(config: Mapping[str, Any]) -> PeftFormat:
         if all(plain.get(key, value) == value for key, value in form.constants.items()):
             return form
     if not mine:
-        known = ", ".join(dict.fromkeys(form.peft_type for form in FORMATS))
+        known = ", ".join(dict.fromkeys((*(form.peft_type for form in FORMATS), *WHOLE_ONLY)))
         raise ConfigError(f"PEFT's method {kind!r} is not known here; known are {known}.")
     said = {key: plain[key] for form in mine for key in form.constants if key in plain}
     raise ConfigError(f"PEFT's {kind} with {said} cannot be represented here.")
@@ -309,7 +278,7 @@ def config_for(variant: Variant, modules: Sequence[PeftModule], names: Iterable[
     config |= {"peft_type": form.peft_type, "inference_mode": True}
     config |= {**form.constants, **form.written}
     targets = dict.fromkeys(module.name for module in modules if not module.is_parameter)
-    config["target_modules"] = _covering(list(targets), names) if targets else []
+    config["target_modules"] = covering(list(targets), names) if targets else []
     if parameters := sorted(module.name for module in modules if module.is_parameter):
         config["target_parameters"] = parameters
     for key in sorted(form.patterns | {"rank_pattern", "alpha_pattern"}):
@@ -335,11 +304,3 @@ def config_for(variant: Variant, modules: Sequence[PeftModule], names: Iterable[
         feedforward = [re.escape(site.name) for site in sites if variant.gates_input(site)]
         config["feedforward_modules"] = "|".join(feedforward) or []
     return config
-
-
-def _covering(names: list[str], modules: Iterable[str]) -> list[str] | str:
-    """Return PEFT's shortest name for these modules and no others: their last names, or one regular expression."""
-    tails = sorted({name.rpartition(".")[2] for name in names})
-    if {module for module in modules if module.rpartition(".")[2] in tails} == set(names):
-        return tails
-    return "|".join(re.escape(name) for name in names)

@@ -32,7 +32,8 @@ def with_targets_of(config: Mapping[str, Any], model: nn.Module) -> dict[str, An
     elif targets is None and not config.get("target_parameters"):
         kind = config.get("peft_type")
         method = str(getattr(kind, "value", kind))
-        resolved["target_modules"] = _default(method, "TARGET", model)
+        if method != "TRAINABLE_TOKENS":  # whose default is the embedding, here too
+            resolved["target_modules"] = _default(method.replace("LN_", "LN"), "TARGET", model)
         if method == "IA3" and config.get("feedforward_modules") is None:
             resolved["feedforward_modules"] = _default(method, "FEEDFORWARD", model)
     return resolved

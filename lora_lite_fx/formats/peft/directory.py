@@ -30,12 +30,14 @@ from ..tensor_bytes import tensor_bytes
 from ..writing import write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
 from .config import config_for, read_config
+from .format import PeftFormat
 from .hub import CONFIG, TENSORS, directory_of
 from .modules import PeftModule, by_site, exactly, peft_modules
 from .sites import check_site
-from .variants import PeftFormat, format_of
+from .variants import format_of
 from .whole import WholeFields, insert_whole, is_whole
-from .whole_written import whole_placements, write_whole
+from .whole_only import WHOLE_ONLY, as_beside, as_own, method_of
+from .whole_written import trains_whole_only, whole_placements, write_whole
 from .written import as_written
 
 PREFIX = "base_model.model."
@@ -73,31 +75,11 @@ def save_peft(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
-    prints = json.dumps(fingerprints(model, sites))
-    metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: prints}
+    prints = fingerprints(model, sites)
+    metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
     data = tensor_bytes(tensors, metadata)
     document = json.dumps(config, indent=2, sort_keys=True).encode()
     write_together([(folder / TENSORS, data), (folder / CONFIG, document)])
-
-
-def peft_form(model: nn.Module, as_lora: bool | None) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    """Return the config and the tensors of the adapter of `model`, as PEFT writes them, and the names of its sites.
-
-    Raises:
-        AdapterError, ConfigError: as for `save_peft`.
-    """
-    placed, variant, state = as_written(model, as_lora)
-    sites = sites_of(model)
-    modules = peft_modules(model, variant, placed, sites, state)
-    config, whole = _config(model, variant, modules, sites)
-    form = format_of(variant)
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in whole.items()}
-    for module in modules:
-        for name, tensor in module.tensors.items():
-            if name in form.tensors:
-                value = form.tensor_to_peft(variant, module.sites[0], name, tensor)
-                tensors[_key(form, module, name)] = value.contiguous().cpu()
-    return config, tensors, [placement.site for placement in (*placed, *whole_placements(model))]
 
 
 def load_peft(
@@ -167,6 +149,15 @@ def adapter_of(
         variant = read_config(config, new=False)
     except ConfigError as error:
         raise CheckpointError(f"{config_path}: {error}") from error
+    if method_of(config) in WHOLE_ONLY:
+        fields, beside = as_beside(config, state, path)
+
+        def insert_beside(gm: fx.GraphModule) -> None:
+            if prints is None:
+                compare_names(gm, config, path)
+            insert_whole(gm, beside, fields, path, prints)
+
+        return AdapterFile(state, insert_beside)
     form = format_of(variant)
     whole_fields = WholeFields.of(config, type(variant).__name__)
     modules, whole = _by_module(form, state, path)
@@ -215,19 +206,35 @@ def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
+    return peft_form(model, as_lora)[0]
+
+
+def peft_form(model: nn.Module, as_lora: bool | None) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """Return the config and the tensors of the adapter of `model`, as PEFT writes them, and the names of its sites.
+
+    Raises:
+        AdapterError, ConfigError: as for `save_peft`.
+    """
+    names = [name for name, _ in model.named_modules() if not name.endswith(".base")]
+    beside = [placement.site for placement in whole_placements(model)]
+    if trains_whole_only(model):
+        config, tensors = as_own(*write_whole(model, sites_of(model), (), names), names)
+        return config | base_fields(model), _to_write(tensors), beside
     placed, variant, state = as_written(model, as_lora)
     sites = sites_of(model)
-    config, _ = _config(model, variant, peft_modules(model, variant, placed, sites, state), sites)
-    return config
+    modules = peft_modules(model, variant, placed, sites, state)
+    fields, tensors = write_whole(model, sites, modules, names)
+    form = format_of(variant)
+    for module in modules:
+        for name, tensor in module.tensors.items():
+            if name in form.tensors:
+                tensors[_key(form, module, name)] = form.tensor_to_peft(variant, module.sites[0], name, tensor)
+    config = config_for(variant, modules, names) | base_fields(model) | fields
+    return config, _to_write(tensors), [*(placement.site for placement in placed), *beside]
 
 
-def _config(
-    model: nn.Module, variant: Variant, modules: list[PeftModule], sites: Mapping[str, Site]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config, and the tensors of what trains beside the adapter by PEFT's keys."""
-    names = [name for name, _ in model.named_modules() if not name.endswith(".base")]
-    fields, whole = write_whole(model, sites, modules, names)
-    return config_for(variant, modules, names) | base_fields(model) | fields, whole
+def _to_write(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
 
 
 def _for_sites(variant: Variant, found: Mapping[str, PeftModule]) -> Variant:

@@ -12,8 +12,9 @@ from ...graph.provenance import inner_name
 from ...sites.dataflow import op_name
 from ...sites.kinds.convolution import Convolution
 from ...sites.site import Call, Site
-from ...variants import IA3, OFT, SHiRA
-from .variants import PeftFormat, format_of
+from ...variants import IA3, OFT, FourierFT, SHiRA, WaveFT
+from .format import PeftFormat
+from .variants import format_of
 
 
 def check_site(variant: Variant, site: Site, as_module: bool = True) -> None:
@@ -45,6 +46,8 @@ def _reasons(variant: Variant, site: Site) -> Iterator[str]:
         and variant.for_site(site.name).params(site)["lora_S"].shape[0] == site.d_in * site.d_out
     ):
         yield "wants fewer entries of SHiRA than the weight has"
+    if isinstance(variant, (FourierFT, WaveFT)) and variant.for_site(site.name).n_frequency > site.d_in * site.d_out:
+        yield "wants no more coefficients than the weight has entries"
     if isinstance(kind, Convolution):
         yield from _reasons_of_convolution(variant, form, site, kind)
 

@@ -32,6 +32,8 @@ _BIASES = ("none", "all", "lora_only")
 PREFIX = "base_model.model."
 BASE = ".base_layer."
 TOKENS = ".token_adapter.trainable_tokens_delta"
+TIED = ("embed_tokens", "lm_head")
+"""The names by which PEFT knows embeddings, and the heads that are tied to them."""
 _DOUBLE = re.compile(r"\.(original_module|modules_to_save)\.(default\.)?")
 """Matches in the keys by which PEFT writes biases of whole modules once more, if it trains all biases."""
 _HEADS = {
@@ -70,6 +72,8 @@ class WholeFields:
             raise ConfigError(f"{variant}: PEFT's bias must be one of {', '.join(_BIASES)}, got {bias!r}.")
         task = getattr(config.get("task_type"), "value", config.get("task_type"))
         heads = _HEADS.get(str(task), ())
+        if config.get("ensure_weight_tying") and any(module.rpartition(".")[2] in TIED for module in modules):
+            heads = (*heads, *TIED)  # which PEFT trains and saves as one
         return cls(tuple(sorted({*modules, *heads})), bias, _tokens(config, variant))
 
     @property
@@ -165,23 +169,27 @@ def insert_whole(
         chosen = {name: own for name, own in by_site.items() if ("lora_weight" in own) == weight}
         if chosen:
             full = Full(weight=weight, target_names=exactly(chosen))
-            insert_from_file(gm, sites_in(gm), full, chosen, (), path, prints)
+            insert_from_file(gm, sites_in(gm), full, chosen, (), path, prints, stacklevel=6)
 
 
 def _insert_tokens(gm: fx.GraphModule, tensors: Mapping[str, Tensor], fields: WholeFields, path: Path) -> None:
     """Insert the trained tokens of a file, at embeddings and the heads that are tied to them."""
-    taken: set[str] = set()
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX).removesuffix(TOKENS)
+    taken: dict[str, Tensor] = {}
+    named = {key: key.removeprefix(PREFIX).removesuffix(TOKENS) for key in tensors}
+    embeddings = {site.name for site in sites_in(gm).values() if site.kind.name == "embedding"}
+    for key in sorted(tensors, key=lambda key: named[key] not in embeddings):  # a tied head comes after its embedding
+        name, tensor = named[key], tensors[key]
         ids = next((ids for end, ids in fields.tokens.items() if name.endswith(end)), None)
         if ids is None:
             raise CheckpointError(f"{path} has {key}, and its config names no tokens for it.")
         variant = TrainableTokens(token_indices=ids, target_names=exactly([name]), target_kinds=("embedding", "linear"))
         sites = sites_in(gm)
         chosen = [site.name for site in sites.values() if variant.selects(site)]
-        if twice := taken.intersection(chosen):
+        if twice := taken.keys() & chosen:
+            if all(site in taken and torch.equal(taken[site], tensor) for site in chosen):
+                continue
             raise CheckpointError(f"{path} trains tokens of {', '.join(twice)} twice, because its weight is tied.")
-        taken.update(chosen)
+        taken |= dict.fromkeys(chosen, tensor)
         by_site = {site: {"lora_shared_tokens": tensor} for site in chosen or [name]}
         insert_from_file(gm, sites, variant, by_site, ("lora_shared_ids",), path)
 

@@ -18,8 +18,14 @@ from .whole import BASE, BESIDE, PREFIX, TOKENS
 
 
 def whole_placements(model: nn.Module) -> list[Placement]:
-    """Return the places of what trains beside the adapter of a model."""
+    """Return the places of the whole tensors that a model trains."""
     return [placement for variant, members in by_adapter(model) if isinstance(variant, BESIDE) for placement in members]
+
+
+def trains_whole_only(model: nn.Module) -> bool:
+    """Return whether a model trains whole tensors and has no other adapter."""
+    held = list(by_adapter(model))
+    return bool(held) and all(isinstance(variant, BESIDE) for variant, _ in held)
 
 
 def write_whole(
@@ -30,13 +36,14 @@ def write_whole(
     Args:
         model: an adapted model.
         sites: its adapted sites by name.
-        modules: those that hold the adapter beside them.
+        modules: those that hold the adapter beside them; none if there is not one.
         names: of the model's modules.
 
     Raises:
         ConfigError: PEFT cannot hold them; the message says why.
     """
     state = adapter_state_dict(model)
+    known_by_end = names if modules else ()  # without an adapter, a module is named in full
     adapted = {site.name for module in modules for site in module.sites}
     tensors: dict[str, Tensor] = {}
     saved: list[str] = []
@@ -47,7 +54,7 @@ def write_whole(
         _check_module(site, modules, names)
         if isinstance(placement.variant, TrainableTokens):
             if site.kind.name == "embedding" or not site.tied:  # PEFT finds what is tied to it
-                _check_saved(site, adapted, names)
+                _check_saved(site, adapted, known_by_end)
                 tokens[name] = list(as_tuple(placement.variant.token_indices))
                 tensors[f"{PREFIX}{name}{TOKENS}"] = state[placement.tensors["lora_shared_tokens"]]
             continue
@@ -55,7 +62,7 @@ def write_whole(
         if "weight" in own:
             if site.bias is not None and "bias" not in own:
                 raise ConfigError(f"Full: PEFT saves whole modules, and at {name!r} the weight alone is trained.")
-            _check_saved(site, adapted, names)
+            _check_saved(site, adapted, known_by_end)
             saved.append(name)
         else:
             biases.add(name)
@@ -72,7 +79,7 @@ def write_whole(
 def _check_module(site: Site, modules: Sequence[PeftModule], names: Collection[str]) -> None:
     """Check that PEFT can train tensors of `site` by the name of its module."""
     name = site.name
-    if name not in names:
+    if name not in names or not site.weight.startswith(f"{name}."):
         raise ConfigError(f"PEFT trains whole modules or parts of them, and site {name!r} is not a module of its own.")
     if around := [module.name for module in modules if name.startswith(f"{module.name}.")]:
         raise ConfigError(f"PEFT adapts all of {around[0]!r}, and trains nothing in it beside that, such as {name!r}.")

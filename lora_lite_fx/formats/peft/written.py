@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from ...adapters.placement import Placement
 from ...adapters.state import adapter_state_dict
-from ...adapters.variant import Variant
+from ...adapters.variant import Variant, adapter_namespace
 from ...errors import ConfigError
-from ...variants import LoRA
+from ...variants import PSOFT, LoRA
 from ...variants.pissa import FromWeight
-from ..single_adapter import only_adapter
+from ..single_adapter import only_adapter, sites_of, weight_of
 from .variants import format_of
 from .whole import BESIDE
 
@@ -44,7 +44,27 @@ def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placeme
         raise ConfigError(f"as_lora is for PiSSA and OLoRA, which are differences of two LoRAs, not {variant!r}.")
     if form.same_rank:
         return placed, *_of_one_rank(variant, placed, state)
+    if isinstance(variant, PSOFT):
+        _check_factors(model, placed, state)
     return placed, variant, state
+
+
+def _check_factors(model: nn.Module, placed: Sequence[Placement], state: Mapping[str, Tensor]) -> None:
+    """Check that PEFT gets the frozen factors of `PSOFT` from the base, which its files lack.
+
+    Singular vectors have the signs that the algorithm gives them, which another device or library may choose otherwise.
+    """
+    sites = sites_of(model)
+    for placement in placed:
+        weight = weight_of(model, sites[placement.site]).detach()
+        ours = {name: state[placement.tensors[name]] for name in ("lora_A", "lora_B")}
+        theirs = {name: torch.empty_like(tensor) for name, tensor in ours.items()}
+        placement.local.init(sites[placement.site], weight.float(), adapter_namespace(theirs))
+        if not all(torch.allclose(ours[name], theirs[name].to(ours[name]), atol=1e-3) for name in ours):
+            raise ConfigError(
+                f"PSOFT: PEFT computes the frozen factors anew from the base, and at {placement.site!r} they are others"
+                " here than those of this adapter: it was made on another device, or for another base."
+            )
 
 
 def _as_lora(

@@ -43,7 +43,7 @@ def base_for_peft(pair: Pair) -> nn.Module:
     model = copy.deepcopy(pair.model)
     if not pair.oracle.conv1d:
         use_ordinary_linears(model)
-    return model.float() if pair.oracle.from_weight else model
+    return model.float() if pair.oracle.in_single else model
 
 
 def test_what_peft_saved_computes_the_same_here(pair: Pair, tmp_path: Path) -> None:

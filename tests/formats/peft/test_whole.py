@@ -84,6 +84,17 @@ CASES: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
         "llama",
         lambda: peft.LoraConfig(target_modules=Q, trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [2]}),
     ),
+    "trained tokens, tied as always": (
+        "tied",
+        lambda: peft.LoraConfig(target_modules=Q, trainable_token_indices=[3], ensure_weight_tying=True),
+    ),
+    "LN-tuning": ("llama", lambda: peft.LNTuningConfig(target_modules=["norm", "input_layernorm", "k_proj"])),
+    "LN-tuning of a block, and a head": (
+        "llama",
+        lambda: peft.LNTuningConfig(target_modules=r".*mlp|.*norm", modules_to_save=["lm_head"]),
+    ),
+    "tokens alone": ("llama", lambda: peft.TrainableTokensConfig(token_indices=[3, 7, 39])),
+    "tokens alone, of a tied embedding": ("tied", lambda: peft.TrainableTokensConfig(token_indices=[3, 7])),
     "an adapted head": ("llama", lambda: peft.LoraConfig(target_modules=["q_proj", "lm_head"])),
     "an adapted tied head": ("tied", lambda: peft.LoraConfig(target_modules=["q_proj", "lm_head"])),
     "an adapted embedding": ("llama", lambda: peft.LoraConfig(target_modules=["q_proj", "embed_tokens"])),
@@ -168,6 +179,43 @@ def test_saved_embeddings_must_be_those_of_the_base(tmp_path: Path) -> None:
         llfx.load_peft(graph, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*tie")  # PEFT's own
+@pytest.mark.parametrize("what", ["an adapted embedding", "an adapted embedding by pattern", "a trained embedding"])
+def test_an_adapter_that_is_tied_is_read_as_two_with_a_warning_and_is_not_made(what: str, tmp_path: Path) -> None:
+    model, graph = captured("tied")
+    cases: dict[str, dict[str, Any]] = {
+        "an adapted embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+        "an adapted embedding by pattern": {"target_modules": r".*q_proj|.*embed_tokens"},
+        "a trained embedding": {"target_modules": Q, "modules_to_save": ["embed_tokens"]},
+    }
+    fields = cases[what]
+    config = peft.LoraConfig(**fields, ensure_weight_tying=True)
+    with pytest.raises(llfx.ConfigError, match="ensure_weight_tying=True with embed_tokens"):
+        llfx.from_peft_config(config)
+    theirs = trained(model, config)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    with pytest.warns(UserWarning, match="one adapter for the embedding and the head") as caught:
+        loaded = llfx.load_peft(graph, tmp_path / "theirs")
+    assert caught[0].filename == __file__
+    torch.testing.assert_close(logits(loaded), logits(theirs), rtol=1e-5, atol=1e-6)
+    llfx.save_peft(loaded, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(logits(back), logits(theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_another_base_of_whole_tensors_is_a_warning_at_the_users_line(tmp_path: Path) -> None:
+    model, graph = captured("llama")
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data.mul_(1.5)
+    other_graph = llfx.capture(other, INPUTS)
+    configs: list[Any] = [llfx.Full(), [llfx.Full(), llfx.LoRA(r=2, target_names="q_proj")]]
+    for number, cfg in enumerate(configs):
+        llfx.save_peft(llfx.rewrite(graph, cfg), tmp_path / str(number))
+        with pytest.warns(UserWarning, match=r"the Full adapter was made for other weights.*lm_head") as caught:
+            llfx.load_peft(other_graph, tmp_path / str(number))
+        assert [warning.filename for warning in caught] == [__file__]
+
+
 DAMAGED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "a weight that nothing asks for": ({}, {"model.norm.weight": torch.ones(16)}, "other values"),
     "a module that is not there": (
@@ -219,4 +267,51 @@ def test_what_peft_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Path)
     ):
         with pytest.raises(llfx.ConfigError, match=message):
             llfx.save_peft(llfx.rewrite(graph, cfg), tmp_path / "adapter")
+    tokens = llfx.TrainableTokens(token_indices=3, target_names="embed_tokens")
+    for whole, message in (
+        (llfx.Full(weight=False, target_names="."), "and not bias"),
+        ([llfx.Full(), tokens], "and not modules_to_save and trainable_token_indices"),
+        (
+            [tokens, llfx.TrainableTokens(token_indices=4, target_names="lm_head", target_kinds="linear")],
+            "here they differ",
+        ),
+    ):
+        with pytest.raises(llfx.ConfigError, match=message):
+            llfx.save_peft(llfx.rewrite(graph, whole), tmp_path / "adapter")
+    with pytest.raises(llfx.ConfigError, match="rows start as copies"):
+        llfx.from_peft_config(peft.TrainableTokensConfig(token_indices=[1], init_weights=False))
+    assert not list(tmp_path.iterdir())
+
+
+class Attention(nn.Module):
+    """Has modules whose names end alike, an attention module, and a weight that it reads without its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc, self.wide_fc = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.eye(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0] @ self.weight
+        out: Tensor = self.wide_fc(self.fc(y))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("adapted", "trained", "message"),
+    [
+        ("wide_fc", "^fc$", "cannot name 'fc' as a module to train without 'wide_fc'"),
+        ("in_proj", r"out_proj$", "adapts all of 'attention', and trains nothing in it beside"),
+        ("wide_fc", r"\.weight$", "is not a module of its own"),
+    ],
+)
+def test_modules_that_peft_cannot_train_beside_an_adapter_are_refused(
+    adapted: str, trained: str, message: str, tmp_path: Path
+) -> None:
+    model = Attention()
+    configs = [llfx.Full(target_names=trained), llfx.LoRA(r=2, target_names=adapted)]
+    gm = llfx.rewrite(model, configs, (torch.randn(2, 3, 8),))
+    with pytest.raises(llfx.ConfigError, match=message):
+        llfx.save_peft(gm, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())

@@ -5,8 +5,7 @@
     python examples/sft.py --model tiny      # a random model of one layer, in seconds: shows that it runs
 
 The answers are the first paragraphs of topics of the Python reference (`pydoc_data.topics`), and the questions name the
-topic. Every fifth topic is held out, of which
-every second is scored. The loss counts the tokens of answers alone.
+topic. Every fifth topic is held out, and every second of these is scored. The loss counts the tokens of answers alone.
 
 `adapt` returns a model of the model's own class, so SFTTrainer takes it as it takes any other. A graph is captured for
 each kind of call that the trainer makes, and all run the same adapters.

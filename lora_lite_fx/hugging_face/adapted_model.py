@@ -122,6 +122,9 @@ class Adapted(AdaptedPart):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[attr-defined]
+        for module in twin.modules():  # type: ignore[attr-defined]
+            if "_graphs" in vars(module):  # a part that was copied before may have kept those of this model
+                module._graphs = twin._graphs
         forget_replaced_forward(twin)  # type: ignore[arg-type]
         return twin
 

@@ -62,7 +62,12 @@ class GraphCache:
         self.drop()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
-        """Return the cache of a copy of the model: the same adapters, and no graph yet."""
+        """Return the cache of a copy of the model: the same adapters, and no graph yet.
+
+        A copy of a part alone, as one that is put in the place of that part, keeps the cache of its model.
+        """
+        if id(self.model) not in memo:
+            return self
         twin = memo[id(self)] = object.__new__(GraphCache)
         twin.__dict__.update(self.__dict__, keeps_values=False, _lock=threading.Lock())
         twin.drop()

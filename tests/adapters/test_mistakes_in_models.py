@@ -198,15 +198,15 @@ MISTAKES: list[Mistake] = [
     (
         lambda: anything.adapt(graph(), CFG),
         llfx.AdapterError,
-        "adapt takes a model of transformers, not a GraphModule; for other modules there is rewrite. It is a graph, as"
-        " rewrite returns it. adapt(graph), without a config, runs its adapters in a model. Or adapt the model itself,"
-        " chat = adapt(model, cfg), and move the adapters:"
+        "adapt takes a model of transformers or diffusers, not a GraphModule; for other modules there is rewrite."
+        " It is a graph, as rewrite returns it. adapt(graph), without a config, runs its adapters in a model."
+        " Or adapt the model itself, chat = adapt(model, cfg), and move the adapters:"
         " load_adapter_state_dict(chat, adapter_state_dict(graph)).",
     ),
     (
         lambda: anything.adapt(plain(), CFG),
         llfx.AdapterError,
-        "adapt takes a model of transformers, not a Net; for other modules there is rewrite.",
+        "adapt takes a model of transformers or diffusers, not a Net; for other modules there is rewrite.",
     ),
     (
         lambda: anything.adapt(chat(), CFG),

@@ -102,6 +102,17 @@ def test_a_copy_has_adapters_of_its_own() -> None:
     assert not torch.equal(twin(IDS).logits, expected)
 
 
+def test_a_copy_of_a_module_alone_is_a_module_of_the_same_model() -> None:
+    model = copy.deepcopy(adapted())
+    expected = model(IDS).logits
+    path = "model.layers.0.mlp.up_proj"
+    model.set_submodule(path, copy.deepcopy(model.get_submodule(path)))
+    assert torch.equal(model(IDS).logits, expected)
+    holder = torch.nn.ModuleList([model.get_submodule(path), model])
+    twin: Any = copy.deepcopy(holder)
+    assert twin[0]._graphs is twin[1]._graphs is not model._graphs
+
+
 def test_a_cast_makes_new_graphs_and_a_move_to_the_same_place_does_not() -> None:
     model = copy.deepcopy(adapted())
     model.to(torch.float64)

@@ -52,6 +52,7 @@ def configs(cls: type[llfx.Variant], **fixed: Any) -> st.SearchStrategy[llfx.Var
         "alpha": st.sampled_from([1.0, 2.0, 6.0]),
         "rank_pattern": st.sampled_from([(), {".": 2}, {IN_EACH_BLOCK: 4}]),
         "dropout": st.sampled_from([0.0, 0.3]),
+        "scaling": st.sampled_from([0.5, 2.0]),  # of a weight in place of its start, which is zero or small
     }
     kinds = get_type_hints(cls)
     for field in dataclasses.fields(cls):

@@ -43,14 +43,14 @@ def check_on(case: Case, cfg: llfx.Variant | list[llfx.Variant], shape: tuple[in
 
 
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_every_variant_conforms_on_random_models(cls: type[llfx.Variant], data: st.DataObject) -> None:
     cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
     check_on(data.draw(cases), cfg, data.draw(shapes))
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_stacks_of_variants_conform_on_random_models(data: st.DataObject) -> None:
     drawn = data.draw(st.lists(st.sampled_from(VARIANTS), min_size=2, max_size=3))

@@ -179,7 +179,7 @@ def _check_ties(config: Mapping[Any, Any], whole: WholeFields, new: bool, name: 
     warnings.warn(
         f"{name}: PEFT trained one adapter for the embedding and the head (ensure_weight_tying). Here they are two,"
         " with the same values as long as they are not trained on.",
-        stacklevel=7,
+        stacklevel=8,
     )
 
 
@@ -214,13 +214,13 @@ def _warn_of_base(start: object, name: str) -> None:
             f"{name}: with init_lora_weights={start!r} PEFT changes the base in memory before training. On the base as"
             " it was published the adapter computes something else than in training, here as in PEFT. Load it on the"
             " base that was saved with it, or save it in PEFT with path_initial_model_for_weight_conversion.",
-            stacklevel=7,
+            stacklevel=8,
         )
     elif isinstance(start, str) and start.startswith("pissa_niter"):
         warnings.warn(
             f"{name}: PEFT's init_lora_weights={start!r} factorizes the weight with random numbers, anew at each load."
             " Here the exact factors are subtracted from the base, so outputs agree up to that approximation.",
-            stacklevel=7,
+            stacklevel=8,
         )
 
 

@@ -122,7 +122,9 @@ def test_expressions_with_flags_mean_what_they_mean_in_peft(expression: str) -> 
 
 
 def test_adapters_that_are_to_be_tied_are_refused() -> None:
-    with pytest.raises(llfx.ConfigError, match="ensure_weight_tying=True cannot be represented"):
+    with pytest.raises(
+        llfx.ConfigError, match="ensure_weight_tying=True with embed_tokens or lm_head cannot be represented"
+    ):
         llfx.from_peft_config(peft.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
     llfx.from_peft_config(peft.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=False))
 

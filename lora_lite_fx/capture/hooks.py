@@ -18,10 +18,11 @@ BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
 def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:
     """Return the hooks of these kinds that the user put on `module`.
 
-    Those by which `torch.nn.utils` computes weights (pruning, spectral norm) are left out: capture traces them, and so
-    they are part of the graph.
+    Those that belong to the model are left out: those by which `torch.nn.utils` computes weights (pruning, spectral
+    norm), and those by which transformers collects hidden states, which a first call installs for good. Capture traces
+    them, and so they are part of the graph.
     """
-    return [hook for kind in kinds for hook in getattr(module, kind).values() if not _computes_weights(hook)]
+    return [hook for kind in kinds for hook in getattr(module, kind).values() if not _belongs_to_model(hook)]
 
 
 def take_hooks_off(model: nn.Module) -> None:
@@ -29,7 +30,7 @@ def take_hooks_off(model: nn.Module) -> None:
     for module in model.modules():
         for kind in (*FORWARD, *BACKWARD):
             registry = getattr(module, kind)
-            for key in [key for key, hook in registry.items() if not _computes_weights(hook)]:
+            for key in [key for key, hook in registry.items() if not _belongs_to_model(hook)]:
                 del registry[key]
 
 
@@ -82,5 +83,5 @@ def _place(name: str, model: nn.Module) -> str:
     return repr(name) if name else f"the model, a {type(model).__name__}"
 
 
-def _computes_weights(hook: Any) -> bool:
-    return type(hook).__module__.startswith("torch.nn.utils")
+def _belongs_to_model(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(("torch.nn.utils", "transformers.utils.output_capturing"))

@@ -18,6 +18,7 @@ CASES = {case.name: case for case in cases()}
 CONFIGS = {
     "qwen2_vl": llfx.LoRA(r=2, target_names=("q_proj", "qkv", "merger")),
     "internvl": llfx.LoRA(r=2, target_names=("q_proj", "multi_modal_projector")),
+    "llava": llfx.LoRA(r=2, target_names=("q_proj", "multi_modal_projector")),
 }
 
 
@@ -25,6 +26,7 @@ CONFIGS = {
 def models(name: str) -> tuple[Any, Any]:
     """Return an adapted model and the eager wrapper, with the same adapters."""
     model = CASES[name].builder()().double()
+    model(**inputs_of(model))  # installs transformers' own hooks, which collect the hidden states of images for LLaVA
     adapted, wrapped = llfx.adapt(model, CONFIGS[name]), llfx.wrap(model, CONFIGS[name])
     randomise(adapted, 0)
     llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
@@ -59,7 +61,8 @@ def test_the_grid_of_an_image_is_a_part_of_the_graph() -> None:
     assert adapted._graphs.captures == before + 1
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "llava"])
+@pytest.mark.filterwarnings("error:A hook on")
 def test_generate_equals_the_eager_wrapper(name: str) -> None:
     adapted, wrapped = models(name)
     prompt = {name: value for name, value in inputs_of(adapted).items() if name != "labels"}

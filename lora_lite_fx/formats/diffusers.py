@@ -29,7 +29,7 @@ from .mistakes import as_path
 from .peft.base_model import source_of
 from .peft.directory import PREFIX, adapter_of, peft_form
 from .tensor_bytes import tensor_bytes
-from .writing import write_atomically
+from .writing import make_folder, write_atomically
 
 FILE = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_adapter_metadata"
@@ -83,10 +83,7 @@ def save_diffusers(
     fields = {f"{component}.{name}": value for name, value in config.items() if name not in _UNSAID}
     if not allow_nonfinite:
         check_finite(named, folder / FILE, "nothing was written")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
+    make_folder(folder)
     metadata = {"format": "pt", _CONFIG: json.dumps(fields, indent=2, sort_keys=True)}
     write_atomically(folder / FILE, tensor_bytes(named, metadata))
 

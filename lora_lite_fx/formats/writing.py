@@ -26,6 +26,18 @@ _IS_TEMPORARY = re.compile(r"\.lora_lite_fx-[0-9a-f]{16}\.(?:new|part)")
 _LOCKED_AFTER = 60.0  # seconds; by then the writer of a file that was named early has locked it
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is in, if it is not there.
+
+    Raises:
+        CheckpointError: it cannot be made, or is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old bytes or the new, never a part, also after a crash.
 

@@ -27,7 +27,7 @@ from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, sites_in, sites_of
 from ..tensor_bytes import tensor_bytes
-from ..writing import write_together
+from ..writing import make_folder, write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
 from .config import config_for, read_config
 from .format import PeftFormat
@@ -71,10 +71,7 @@ def save_peft(
     warn_of_trained_base(model, "save_peft")
     if not allow_nonfinite:
         check_finite(tensors, folder / TENSORS, "nothing was written")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
+    make_folder(folder)
     prints = fingerprints(model, sites)
     metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
     data = tensor_bytes(tensors, metadata)

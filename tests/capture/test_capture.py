@@ -25,6 +25,7 @@ from tests.support.conformance import (
     unchanged,
 )
 from tests.support.models import GatedMLP, Normed, ResidualMLP, ids, net, tiny_t5
+from tests.support.selection import slow_unless
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -70,7 +71,7 @@ def tokens(batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
 # Hugging Face models.
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", slow_unless(("llama", "gpt2").__contains__, CAUSAL))
 def test_a_causal_model_is_captured_in_its_training_signature_and_equals_eager_at_other_shapes(
     name: str,
 ) -> None:

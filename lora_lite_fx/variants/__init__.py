@@ -18,6 +18,7 @@ from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
+from .lora_xs import LoRAXS
 from .miss import MiSS
 from .oft import OFT
 from .olora import OLoRA
@@ -52,6 +53,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAXS",
     "MiSS",
     "OLoRA",
     "PiSSA",

@@ -15,7 +15,7 @@ import lora_lite_fx as llfx
 
 RANKS = {"r", "rank_pattern"}
 SCALES = {"alpha", "alpha_pattern"}
-WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr", "RandLoRA", "AdaLoRA"}
+WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr", "RandLoRA", "AdaLoRA", "LoRAXS"}
 WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO", "AntiPaSTOGain", "SHiRA", "VBLoRA"} | {
     "GLoRA",
     "PSOFT",

@@ -275,7 +275,18 @@ def test_a_file_with_an_old_header_loads(name: str, tmp_path: Path) -> None:
 
 def test_every_variant_has_an_old_header() -> None:
     own = {name for name, cls in llfx.registry().items() if cls.__module__.startswith("lora_lite_fx.")}
-    later = {"AdaLoRA", "AntiPaSTOGain", "Full", "GLoRA", "PSOFT", "SHiRA", "TrainableTokens", "VBLoRA", "WaveFT"}
+    later = {
+        "AdaLoRA",
+        "AntiPaSTOGain",
+        "Full",
+        "GLoRA",
+        "LoRAXS",
+        "PSOFT",
+        "SHiRA",
+        "TrainableTokens",
+        "VBLoRA",
+        "WaveFT",
+    }
     assert own == OLD.keys() | later, "those that came later need none"
 
 

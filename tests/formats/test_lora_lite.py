@@ -36,6 +36,10 @@ def lora(x: Tensor, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Tensor:
     return F.linear(x, w + ALPHA / R * p["lora_B"] @ p["lora_A"], b)
 
 
+def lora_xs(x: Tensor, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Tensor:
+    return F.linear(x, w + ALPHA / R * p["lora_B"] @ p["lora_R"] @ p["lora_A"], b)
+
+
 def pissa(x: Tensor, w: Tensor, b: Tensor, p: dict[str, Tensor]) -> Tensor:
     u, s, vh = torch.linalg.svd(w)
     residual = w - u[:, :R] @ s[:R].diag() @ vh[:R]
@@ -101,6 +105,7 @@ Formula = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
 FILES: dict[str, tuple[Formula, dict[str, Tensor], dict[str, Any], type[llfx.Variant]]] = {
     "lora": (lora, FACTORS, {}, llfx.LoRA),
     "eva": (lora, FACTORS, {}, llfx.EVA),
+    "lora_xs": (lora_xs, FACTORS | drawn(R=(R, R)), {}, llfx.LoRAXS),
     "pissa": (pissa, FACTORS, {}, llfx.PiSSA),
     "dora": (dora, FACTORS | drawn(m=(D_OUT,)), {}, llfx.DoRA),
     "delora": (delora, FACTORS | drawn(**{"lambda": (), "wnorm": (D_IN,)}), {"lambda0": 15.0}, llfx.DeLoRA),

@@ -155,6 +155,25 @@ def test_a_weight_start_on_another_base_is_refused(tmp_path: Path) -> None:
             llfx.load(other, tmp_path / "adapter")
 
 
+# LoRA-XS.
+
+
+def test_the_frozen_factors_of_lora_xs_are_the_largest_part_of_the_weight() -> None:
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Linear(D_IN, D_OUT)).double()
+    gm = llfx.rewrite(net, llfx.LoRAXS(r=R, alpha=6.0, target_names="0"))
+    p = llfx.adapter_state_dict(gm)
+    u, s, vh = torch.linalg.svd(net[0].weight.detach())
+    close(p["0.lora_B"] @ p["0.lora_A"], u[:, :R] * s[:R] @ vh[:R], 1e-9, "B A")
+    close(p["0.lora_B"].t() @ p["0.lora_B"], torch.eye(R).double(), 1e-9, "the columns of B")
+    assert 0.5e-5 < p["0.lora_R"].std() < 2e-5
+    core = torch.randn(R, R).double()
+    llfx.load_adapter_state_dict(gm, {**p, "0.lora_R": core})
+    x = torch.randn(3, D_IN).double()
+    weight = net[0].weight + 6 / R * p["0.lora_B"] @ core @ p["0.lora_A"]
+    close(gm(x), x @ weight.t() + net[0].bias, 1e-9, "the formula")
+
+
 # AntiPaSTO by gains.
 
 

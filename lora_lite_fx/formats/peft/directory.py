@@ -59,6 +59,7 @@ def save_peft(
         as_lora: for `PiSSA` and `OLoRA`, whether to write an ordinary LoRA of twice the rank, the start and the end
             side by side. None does: it runs on the unchanged base in whatever reads r, alpha, A and B. False writes
             PEFT's own form, whose base PEFT factorizes and changes at each load, and which is wrong elsewhere.
+            `LoRAXS`, which PEFT has not, is always written as a LoRA of its rank.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:

@@ -16,7 +16,7 @@ from ...adapters.placement import Placement
 from ...adapters.state import adapter_state_dict
 from ...adapters.variant import Variant, adapter_namespace
 from ...errors import ConfigError
-from ...variants import PSOFT, LoRA
+from ...variants import PSOFT, LoRA, LoRAXS
 from ...variants.pissa import FromWeight
 from ..single_adapter import only_adapter, sites_of, weight_of
 from .variants import format_of
@@ -36,12 +36,16 @@ def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placeme
     """
     variant, placed = only_adapter(model, "A PEFT directory", beside=BESIDE)
     state: Mapping[str, Tensor] = adapter_state_dict(model)
+    if type(variant) is LoRAXS:
+        if as_lora is False:
+            raise ConfigError("PEFT has no LoRAXS. It is written as a LoRA; leave as_lora out.")
+        return placed, *_as_lora(variant, placed, state)
     form = format_of(variant)  # refuses a class of the user's own, which may compute something else than its parent
     if isinstance(variant, FromWeight):
         if as_lora is not False:
             return placed, *_as_lora(variant, placed, state)
     elif as_lora:
-        raise ConfigError(f"as_lora is for PiSSA and OLoRA, which are differences of two LoRAs, not {variant!r}.")
+        raise ConfigError(f"as_lora is for PiSSA, OLoRA and LoRAXS, whose update is that of a LoRA, not {variant!r}.")
     if form.same_rank:
         return placed, *_of_one_rank(variant, placed, state)
     if isinstance(variant, PSOFT):
@@ -68,27 +72,34 @@ def _check_factors(model: nn.Module, placed: Sequence[Placement], state: Mapping
 
 
 def _as_lora(
-    variant: FromWeight, placed: Sequence[Placement], state: Mapping[str, Tensor]
+    variant: FromWeight | LoRAXS, placed: Sequence[Placement], state: Mapping[str, Tensor]
 ) -> tuple[Variant, dict[str, Tensor]]:
-    """Return a `LoRA` of twice the rank, and its tensors: `s (B A - B0 A0) = s [B, -B0] [A; A0]`."""
+    """Return the same update as a `LoRA`, and its tensors.
+
+    Of PiSSA and OLoRA it has twice the rank, `s (B A - B0 A0) = s [B, -B0] [A; A0]`; of LoRA-XS, `B R` is its `B`.
+    """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    stabilized = not isinstance(variant, LoRAXS) and variant.rank_stabilized
     for placement in placed:
         local: Any = placement.local
-        a, b, a0, b0 = (state[placement.tensors[name]] for name in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
-        a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
-        if (width := min(a.shape[1], b.shape[0])) < len(a):  # no site has a rank above its smaller side
-            eye = torch.eye(width, dtype=a.dtype, device=a.device)
-            a, b = (eye, b @ a) if width == a.shape[1] else (b @ a, eye)
+        a, b, *others = (state[name] for name in placement.tensors.values())
+        if isinstance(variant, LoRAXS):
+            b = b @ others[0]
+        else:
+            a, b = torch.cat([a, others[0]], dim=-2), torch.cat([b, -others[1]], dim=-1)
+        if (width := min(a.shape[-1], b.shape[-2])) < a.shape[-2]:  # no site has a rank above its smaller side
+            eye = torch.eye(width, dtype=a.dtype, device=a.device).expand(*a.shape[:-2], -1, -1)
+            a, b = (eye, b @ a) if width == a.shape[-1] else (b @ a, eye)
         tensors |= {placement.tensors["lora_A"]: a, placement.tensors["lora_B"]: b}
-        ranks[placement.site] = len(a)
-        alphas[placement.site] = local.scale * (len(a) ** 0.5 if variant.rank_stabilized else len(a))
+        ranks[placement.site] = rank = a.shape[-2]
+        alphas[placement.site] = local.scale * (rank**0.5 if stabilized else rank)
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     plain = LoRA(
         r=int(r),
         alpha=alpha,
-        rank_stabilized=variant.rank_stabilized,
+        rank_stabilized=stabilized,
         rank_pattern={f"^{re.escape(site)}$": rank for site, rank in ranks.items() if rank != r},
         alpha_pattern={f"^{re.escape(site)}$": other for site, other in alphas.items() if other != alpha},
         target_names=(".",),

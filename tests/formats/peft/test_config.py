@@ -146,9 +146,24 @@ def test_pissa_and_olora_as_a_lora_of_twice_the_rank_run_on_the_unchanged_base(
     assert torch.allclose(output(loaded), output(gm), atol=1e-9)
 
 
+def test_lora_xs_is_written_as_the_lora_that_it_is(tmp_path: Path) -> None:
+    model, graph = captured("llama")
+    cfg = llfx.LoRAXS(r=30, alpha=3.0, target_names=NAMES, rank_pattern={"q_proj": 3})  # 30 is above all sides
+    gm = llfx.rewrite(graph, cfg)
+    with torch.no_grad():
+        for parameter in llfx.adapter_parameters(gm):
+            parameter.copy_(torch.randn_like(parameter))
+    llfx.save_peft(gm, tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).double().eval()
+    assert torch.allclose(output(theirs), output(gm), atol=1e-9)
+    assert not torch.allclose(output(gm), output(graph), atol=1e-2)
+    with pytest.raises(llfx.ConfigError, match="PEFT has no LoRAXS"):
+        llfx.save_peft(gm, tmp_path, as_lora=False)
+
+
 def test_as_lora_is_refused_for_other_variants(tmp_path: Path) -> None:
     _, graph = captured("llama")
-    with pytest.raises(llfx.ConfigError, match="PiSSA and OLoRA"):
+    with pytest.raises(llfx.ConfigError, match="PiSSA, OLoRA and LoRAXS"):
         llfx.save_peft(llfx.rewrite(graph, llfx.LoRA(r=2)), tmp_path, as_lora=True)
     assert not list(tmp_path.iterdir())
 

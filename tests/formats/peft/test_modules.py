@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lora_lite_fx as llfx
+from tests.support.conformance import randomise
 from tests.support.peft_round_trip import Outcome, round_trip
 
 WIDTH = 8
@@ -123,8 +125,7 @@ class Logits(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("stored", ["outputs first", "inputs first"])
-def test_experts_go_both_ways(stored: str) -> None:
+def with_experts(stored: str) -> nn.Module:
     torch.manual_seed(0)
     if stored == "outputs first":
         config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=12, num_experts=4, decoder_sparse_step=1)
@@ -132,8 +133,26 @@ def test_experts_go_both_ways(stored: str) -> None:
     else:
         model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4))
     model.set_experts_implementation("grouped_mm")
+    return Logits(model.eval())
+
+
+@pytest.mark.parametrize("stored", ["outputs first", "inputs first"])
+def test_experts_go_both_ways(stored: str) -> None:
     lora = peft.LoraConfig(
         r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     )
     ids = torch.arange(12).view(2, 6)
-    assert round_trip(Logits(model.eval()), lora, ids) == Outcome("equal", "equal")
+    assert round_trip(with_experts(stored), lora, ids) == Outcome("equal", "equal")
+
+
+@pytest.mark.parametrize("cls", [llfx.PiSSA, llfx.LoRAXS])
+def test_a_start_from_the_weights_of_experts_is_written_as_a_lora(cls: Any, tmp_path: Path) -> None:
+    model, ids = with_experts("outputs first"), torch.arange(12).view(2, 6)
+    cfg = cls(r=7, target_names=r"experts\.", target_kinds="experts")  # more than half of a side
+    gm = llfx.rewrite(model, cfg, (ids,)).eval()
+    randomise(gm, 0)
+    llfx.save_peft(gm, tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert torch.allclose(theirs(ids), gm(ids), atol=1e-4)
+    assert not torch.allclose(gm(ids), model(ids), atol=1e-2)
+    assert torch.allclose(llfx.load_peft(model, tmp_path, (ids,)).eval()(ids), gm(ids), atol=1e-4)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.turns import tracing
+from .autograd_functions import keeping_functions
 from .refusal import refusal
 
 
@@ -69,11 +70,14 @@ def images_in(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 @tracing()
 def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
-    try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:
-        raise refusal(model, error, "torch.export") from error
-    return program.module()
+    with keeping_functions() as kept:
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as error:
+            raise refusal(model, error, "torch.export") from error
+        gm = program.module()
+        kept.put_calls(gm)
+    return gm
 
 
 def double_batch_of_one(inputs: Any) -> Any:

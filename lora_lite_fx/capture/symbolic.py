@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..graph.turns import tracing
 from .attention_module import attend, attend_in_function, is_attention
+from .autograd_functions import keeping_functions
 from .refusal import refusal
 
 aten = torch.ops.aten
@@ -112,13 +113,14 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
         CaptureError: the model cannot be traced.
     """
     attributes = set(vars(model))
-    try:
-        graph = _Tracer(values, inline=True).trace(model)
-    except Exception:
-        try:  # what has to look at shapes or values is a leaf, and its weights are listed as left out
-            graph = _Tracer(values, inline=False).trace(model)
-        except Exception as error:
-            raise refusal(model, error, "symbolic tracing (no example_inputs were given)") from error
+    with keeping_functions():
+        try:
+            graph = _Tracer(values, inline=True).trace(model)
+        except Exception:
+            try:  # what has to look at shapes or values is a leaf, and its weights are listed as left out
+                graph = _Tracer(values, inline=False).trace(model)
+            except Exception as error:
+                raise refusal(model, error, "symbolic tracing (no example_inputs were given)") from error
     use_aten(graph)
     gm = fx.GraphModule(model, graph)
     # Remove the constant tensors that the tracer stored on the model, under a new name at each trace.
@@ -131,7 +133,8 @@ def trace_into_linears(model: nn.Module) -> fx.Graph:
     """Return the graph of `model` in which linears, embeddings and convolutions are functions."""
     tracer = _Tracer({}, inline=False)
     tracer.record_stack_traces = False  # `model` is a graph, and no code of the user's
-    return tracer.trace(model)
+    with keeping_functions():
+        return tracer.trace(model)
 
 
 def use_aten(graph: fx.Graph) -> None:

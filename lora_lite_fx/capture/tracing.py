@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from ..graph.turns import tracing
+from .autograd_functions import keeping_functions
 
 T = TypeVar("T")
 
@@ -87,8 +88,9 @@ def trace(function: Callable[..., Tensor | Sequence[Tensor]], tensors: Sequence[
     # Those who call for this trace are no part of it, such as an adapted model in its own `forward`.
     outer = {f'File "{frame.f_code.co_filename}", line {line}' for frame, line in traceback.walk_stack(None)}
     # make_fx is the tracer of torch.export. Nothing public records `aten.linear` and keeps `detach`.
-    with _mode_of(tensors[0]):
+    with _mode_of(tensors[0]), keeping_functions() as kept:
         gm = make_fx(function, pre_dispatch=True, record_stack_traces=True)(*tensors)
+        kept.put_calls(gm)
     _inline_numbers(gm)
     for node in gm.graph.nodes:
         frames = re.findall(r'(File "[^"]*", line \d+), in forward(\n.*)', node.stack_trace or "")

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import HasGraphs, placements
 from ..adapters.state import trainable_parameters
+from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
 from ..capture.signature import CallSignature, return_as
 from ..errors import AdapterError, ConfigError, shown
@@ -236,6 +237,8 @@ class AdaptedGraphModule(fx.GraphModule):
         Returns:
             The name of the method.
         """
+        if program == "exported":
+            warn_of_trace(self.graph)
         mode = "_evaluating" if self.modes and not training else ""
         method = "_without_".join((f"{_DERIVED}{program}{mode}", *left_out))
         if hooked:

@@ -12,9 +12,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, fx, nn
+
+# The operator of Dynamo's graphs for an autograd function, which has no public name.
+from torch._functorch.autograd_function import autograd_function_apply
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..capture.autograd_functions import Kept, keeping_functions
 from ..capture.tracing import fake_like
 from ..graph.subgraph import segment
 from ..graph.tensors import register_tensor
@@ -36,13 +40,27 @@ def to_aten(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str])
     """
     # These stand-ins have the symbols of dynamic shapes, which Dynamo's example inputs do not have.
     values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
-    with _fake_mode(values), fx.traceback.preserve_node_meta():
-        aten = make_fx(fx.Interpreter(_without_transforms(gm)).run, pre_dispatch=True)(*values)
+    with _fake_mode(values), fx.traceback.preserve_node_meta(), keeping_functions() as kept:
+        aten = make_fx(_Interpreter(_without_transforms(gm), kept).run, pre_dispatch=True)(*values)
+        kept.put_calls(aten)
     gm = fx.GraphModule(aten, aten.graph)
     for i, (node, tensor) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         if isinstance(tensor, nn.Parameter) or id(tensor) in names:
             _read_as_attribute(gm, node, names.get(id(tensor), f"input_{i}"), tensor)
     return gm
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph to trace it, and keeps each autograd function in it, which Dynamo captured with its backward."""
+
+    def __init__(self, gm: fx.GraphModule, kept: Kept) -> None:
+        super().__init__(gm)
+        self.kept = kept
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is autograd_function_apply:
+            return self.kept.record(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
 
 
 def _without_transforms(gm: fx.GraphModule) -> fx.GraphModule:

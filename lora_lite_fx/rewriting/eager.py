@@ -171,6 +171,16 @@ class AdaptedLinear(nn.Module):
         """The frozen bias `(d_out,)`, or None."""
         return getattr(self.base, "bias", None)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the wrapped module, because models read some (`in_features`) from outside."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = vars(self).get("_modules", {})  # without the base while the wrapper is made, copied or read
+            if "base" not in modules or name.startswith("__"):
+                raise
+            return getattr(modules["base"], name)
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Compute the adapted module. Its one argument may have any name, as for the module that it wraps."""
         (x,) = (*args, *kwargs.values())

@@ -141,3 +141,36 @@ def test_a_shared_parameter_trains_in_a_model_that_carries_its_adapters() -> Non
         for y, adapted in zip(outputs, (marked, graph), strict=True)
     ]
     torch.testing.assert_close(*gradients)
+
+
+class ScaledLinear(nn.Linear):
+    """A linear with a factor of its own, which the model reads."""
+
+    factor = 0.5
+
+    def grown(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class ReadsItsLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = ScaledLinear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(self.a.grown(x.to(self.a.weight.dtype).view(-1, self.a.in_features)))
+        return y
+
+
+def test_a_model_may_read_attributes_of_a_wrapped_layer() -> None:
+    cfg = llfx.LoRA(r=2, target_names=("a",))
+    model = ReadsItsLayer()
+    wrapped, gm = start(llfx.wrap(model, cfg, (X,))), start(llfx.rewrite(model, cfg, (X,)))
+    torch.testing.assert_close(wrapped(X), gm(X))
+    layer: Any = wrapped.a
+    assert (layer.in_features, layer.factor) == (6, 0.5)
+    assert not hasattr(layer, "nothing")
+    copied: Any = copy.deepcopy(layer)
+    assert copied.factor == 0.5
+    assert copied.base is not layer.base

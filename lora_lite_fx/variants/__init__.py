@@ -27,6 +27,7 @@ from .psoft import PSOFT
 from .randlora import RandLoRA
 from .road import RoAd
 from .shira import SHiRA
+from .tinylora import TinyLoRA
 from .trainable_tokens import TrainableTokens
 from .vblora import VBLoRA
 from .vera import VeRA
@@ -60,6 +61,7 @@ __all__ = [
     "RandLoRA",
     "RoAd",
     "SHiRA",
+    "TinyLoRA",
     "TrainableTokens",
     "VBLoRA",
     "VeRA",

@@ -19,6 +19,7 @@ WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr",
 WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO", "AntiPaSTOGain", "SHiRA", "VBLoRA"} | {
     "GLoRA",
     "PSOFT",
+    "TinyLoRA",
 }
 WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT", "WaveFT", "Full", "TrainableTokens"}
 

@@ -283,6 +283,7 @@ def test_every_variant_has_an_old_header() -> None:
         "LoRAXS",
         "PSOFT",
         "SHiRA",
+        "TinyLoRA",
         "TrainableTokens",
         "VBLoRA",
         "WaveFT",

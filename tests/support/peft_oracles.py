@@ -37,7 +37,7 @@ class Oracle:
     tensors: dict[str, str]
     fields: dict[str, Any] = field(default_factory=dict)
     drawn: tuple[str, ...] = ()
-    """Tensors with a random start."""
+    """Tensors with a random start. Frozen ones get PEFT's values."""
     conv1d: bool = True
     """Whether PEFT has it for `Conv1D`; if not, the reference gets ordinary linears of the same weights."""
     as_ours: Callable[[Tensor], Tensor] = torch.squeeze
@@ -297,6 +297,20 @@ ORACLES = {
         ("lora_logits_A", "lora_logits_B", "lora_shared_vblora_bank"),
         cases=("gpt2",),
     ),
+    "TinyLoRA": Oracle(
+        llfx.TinyLoRA,
+        functools.partial(peft.TinyLoraConfig, r=2, u=5, weight_tying=1.0),
+        {
+            "lora_A": "tinylora_A.default",
+            "lora_B": "tinylora_B.default",
+            "lora_P": "tinylora_P.default",
+            "lora_shared_tinylora_v": "tinylora_v.default.0",
+        },
+        {"r": 2, "u": 5, "tied": True},
+        ("lora_A", "lora_B", "lora_P"),  # singular vectors have the signs of the algorithm
+        as_ours=lambda tensor: tensor,
+        cases=("mlp", "llama", "gpt2"),
+    ),
     "FourierFT": Oracle(
         llfx.FourierFT,
         functools.partial(peft.FourierFTConfig, n_frequency=50, scaling=8.0, random_loc_seed=SEED),
@@ -460,6 +474,8 @@ class Pair:
                         value *= torch.randn(ours.shape, generator=generator).sign()
                     ours.copy_(self.size * value if value.dim() > 1 else value)
                     self.oracle.as_ours(theirs).copy_(ours)
+                elif name in self.oracle.drawn:
+                    ours.copy_(theirs)
 
 
 def targets_of(name: str, oracle: Oracle) -> tuple[dict[str, Any], dict[str, Any]]:

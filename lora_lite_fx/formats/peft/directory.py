@@ -20,6 +20,7 @@ from ...capture.capture import Inputs
 from ...errors import CheckpointError, ConfigError
 from ...graph.provenance import SHARED
 from ...sites.site import Site
+from ...variants import TinyLoRA
 from ..checkpoint import fingerprints
 from ..files import read_json, read_safetensors
 from ..finite import check_finite
@@ -34,6 +35,7 @@ from .format import PeftFormat
 from .hub import CONFIG, TENSORS, directory_of
 from .modules import PeftModule, by_site, exactly, peft_modules
 from .sites import check_site
+from .tinylora import with_vectors_at_modules
 from .variants import format_of
 from .whole import WholeFields, insert_whole, is_whole
 from .whole_only import WHOLE_ONLY, as_beside, as_own, method_of
@@ -157,6 +159,8 @@ def adapter_of(
 
         return AdapterFile(state, insert_beside)
     form = format_of(variant)
+    if isinstance(variant, TinyLoRA):
+        state = with_vectors_at_modules(config, state, path)
     whole_fields = WholeFields.of(config, type(variant).__name__)
     modules, whole = _by_module(form, state, path)
     if form.same_rank:

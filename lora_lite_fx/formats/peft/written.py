@@ -16,7 +16,7 @@ from ...adapters.placement import Placement
 from ...adapters.state import adapter_state_dict
 from ...adapters.variant import Variant, adapter_namespace
 from ...errors import ConfigError
-from ...variants import PSOFT, LoRA, LoRAXS
+from ...variants import PSOFT, LoRA, LoRAXS, TinyLoRA
 from ...variants.pissa import FromWeight
 from ..single_adapter import only_adapter, sites_of, weight_of
 from .variants import format_of
@@ -48,6 +48,11 @@ def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placeme
         raise ConfigError(f"as_lora is for PiSSA, OLoRA and LoRAXS, whose update is that of a LoRA, not {variant!r}.")
     if form.same_rank:
         return placed, *_of_one_rank(variant, placed, state)
+    if isinstance(variant, TinyLoRA) and not variant.tied:
+        raise ConfigError(
+            "TinyLoRA: PEFT's files number the vectors by the order of the modules in the model, which a graph does not"
+            " keep. They hold TinyLoRA(tied=True), which has one vector for all."
+        )
     if isinstance(variant, PSOFT):
         _check_factors(model, placed, state)
     return placed, variant, state

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -49,10 +50,14 @@ class Files(dict[str, Any]):
     __repr__ = object.__repr__
 
 
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Tanh(), nn.Linear(D_OUT, 4))
+
+
 @pytest.fixture(scope="module")
 def graph() -> fx.GraphModule:
-    torch.manual_seed(0)
-    return llfx.capture(nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Tanh(), nn.Linear(D_OUT, 4)))
+    return llfx.capture(model())
 
 
 def adapted(graph: fx.GraphModule, cls: type[llfx.Variant], fixed: Mapping[str, Any]) -> fx.GraphModule:
@@ -67,7 +72,11 @@ def good(graph: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Fil
     files = Files()
     for name, form in FORMS.items():
         folder = tmp_path_factory.mktemp("good")
-        llfx.save_peft(adapted(graph, form.variant, form.fixed), folder)
+        if form.fixed == {"tied": False}:  # which only PEFT writes
+            config = peft.TinyLoraConfig(r=4, u=6, target_modules=["0"])
+            peft.get_peft_model(model(), config).save_pretrained(str(folder))
+        else:
+            llfx.save_peft(adapted(graph, form.variant, form.fixed), folder)
         files[name] = ((folder / CONFIG).read_bytes(), (folder / TENSORS).read_bytes())
     return files
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....variants import RandLoRA, VBLoRA, VeRA
+from ....variants import RandLoRA, TinyLoRA, VBLoRA, VeRA
 from ..format import PeftField, PeftFormat, PeftTensor
 
 
@@ -32,6 +32,32 @@ def _randlora(basis: str) -> PeftFormat:
     )
 
 
+def _tinylora(tied: bool) -> PeftFormat:
+    # Of a file whose modules have vectors of their own, `tinylora.py` finds out which are whose.
+    vector = {"lora_shared_tinylora_v": PeftTensor("tinylora_v.0")} if tied else {"lora_v": PeftTensor("tinylora_v")}
+    return PeftFormat(
+        TinyLoRA,
+        "TINYLORA",
+        {
+            "r": PeftField("r", 2),
+            "u": PeftField("u", 64),
+            "dropout": PeftField("tinylora_dropout", 0.0),
+            "projection_seed": PeftField("projection_seed", 42),
+        },
+        {
+            "lora_A": PeftTensor("tinylora_A"),
+            "lora_B": PeftTensor("tinylora_B"),
+            "lora_P": PeftTensor("tinylora_P"),
+            **vector,
+        },
+        fixed={"tied": tied},
+        constants={"weight_tying": float(tied)},
+        written={"save_projection": True},
+        unread=frozenset({"init_v_bound"}),
+        conv1d=True,
+    )
+
+
 SHARED_BASES = (
     PeftFormat(
         VeRA,
@@ -53,6 +79,7 @@ SHARED_BASES = (
         rest=("lora_shared_vera_A", "lora_shared_vera_B"),
     ),
     *(_randlora(basis) for basis in ("dense", "sparse", "very_sparse")),
+    *(_tinylora(tied) for tied in (False, True)),
     PeftFormat(
         VBLoRA,
         "VBLORA",

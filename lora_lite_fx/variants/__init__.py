@@ -2,6 +2,9 @@
 
 from .adalora import AdaLoRA
 from .antipasto import AntiPaSTO
+from .antipasto_ablate import AntiPaSTOAblate
+from .antipasto_arrow import AntiPaSTOArrow
+from .antipasto_dplr import AntiPaSTODPLR
 from .antipasto_gain import AntiPaSTOGain
 from .boft import BOFT
 from .c3a import C3A
@@ -43,6 +46,9 @@ __all__ = [
     "PSOFT",
     "AdaLoRA",
     "AntiPaSTO",
+    "AntiPaSTOAblate",
+    "AntiPaSTOArrow",
+    "AntiPaSTODPLR",
     "AntiPaSTOGain",
     "DeLoRA",
     "DoRA",

@@ -19,32 +19,28 @@ from ..adapters.variant import Statistic
 from ..sites.site import Site
 
 
-@register
 @dataclass(frozen=True, kw_only=True)
-class AntiPaSTOGain(WithRank):
-    """`y = W x + b + U diag(S ELU(c g)) P x`; https://arxiv.org/abs/2601.07473, with gains in place of `S + d`.
+class OfDirections(WithRank):
+    """Base class of the variants that train what `W` does in some of its directions: `y = W x + b + U C diag(S) P x`.
 
-    `U diag(S) P` is a part of `W` of rank r, or of all its directions if it has fewer, and frozen. Each direction has a
-    gain `1 + ELU(c g)`, which grows in proportion to the trained `g (r,)` and falls to zero at most. The coefficient
-    `c` steers, also after training: 1 is as trained, 0 the frozen model, a negative number the other way. It is the
-    frozen tensor `lora_shared_coefficient`, which `load_adapter_state_dict` sets between calls. Identity at the start,
-    exactly: `g = 0`.
+    `U diag(S) P` is a part of `W` of rank r, or of all its directions if it has fewer, and frozen. `C` is the trained
+    core, less the identity. The coefficient `c`, which scales it or what it is made of, steers, also after training: 1
+    is as trained, 0 the frozen model, a negative number the other way. It is the frozen tensor
+    `lora_shared_coefficient`, which `load_adapter_state_dict` sets between calls.
 
     Args:
         basis: which part of `W` that is, and `P (r, d_in)`. `"svd"`: the largest singular triplets, or with calibration
-            data those of the largest `S_i rms(v_i . x)`. `"corda"` needs data: with the second moment `C` of the inputs
-            the largest triplets of `W C^(1/2)`, and `P = V^T C^(-1/2)` (https://arxiv.org/abs/2406.05223). `"asvd"`:
-            the same with the diagonal of `C` (https://arxiv.org/abs/2312.05821).
-        damping: is added to the eigenvalues of `C`.
+            data those of the largest `S_i rms(v_i . x)`. `"corda"` needs data: with the second moment `M` of the inputs
+            the largest triplets of `W M^(1/2)`, and `P = V^T M^(-1/2)` (https://arxiv.org/abs/2406.05223). `"asvd"`:
+            the same with the diagonal of `M` (https://arxiv.org/abs/2312.05821).
+        damping: is added to the eigenvalues of `M`.
         coefficient: `c` at the start.
-        suppress_only: whether positive `g` count as zero, so that with `c >= 0` no direction is amplified.
     """
 
     r: int = 256
     basis: Literal["svd", "corda", "asvd"] = "svd"
     damping: float = 1e-3
     coefficient: float = 1.0
-    suppress_only: bool = False
 
     ties_to_weight: ClassVar[bool] = True
 
@@ -52,13 +48,16 @@ class AntiPaSTOGain(WithRank):
         super().__post_init__()
         self._require(self.damping > 0, f"damping must be positive, got {self.damping!r}")
 
+    def directions_at(self, site: Site) -> int:
+        """Return the number of directions at `site`."""
+        return min(self.r, site.d_in, site.d_out)
+
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
-        r = min(self.r, site.d_in, site.d_out)
+        r = self.directions_at(site)
         return {
             "lora_U": ParamSpec((site.d_out, r), trainable=False),
             "lora_S": ParamSpec((r,), trainable=False),
             "lora_P": ParamSpec((r, site.d_in), trainable=False),
-            "lora_g": ParamSpec((r,)),
             "lora_shared_coefficient": ParamSpec((), init=self.coefficient, trainable=False),
         }
 
@@ -91,12 +90,10 @@ class AntiPaSTOGain(WithRank):
         u, s, vh = torch.linalg.svd(weight @ (vectors * root) @ vectors.t(), full_matrices=False)
         _keep(p, u, s, vh @ (vectors / root) @ vectors.t(), s)
 
-    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
-        y = base(x)
-        g = p.lora_g.clamp(max=0) if self.suppress_only else p.lora_g
-        gains = F.elu(p.lora_shared_coefficient * g)
-        # The gains scale the small factor, so that nothing of the size of x is computed twice.
-        return y + low_rank(x, (p.lora_S * gains)[:, None] * p.lora_P, p.lora_U)
+
+def gains(g: Tensor, coefficient: Tensor, suppress_only: bool) -> Tensor:
+    """Return `ELU(c g)`, by which directions grow; with `suppress_only` none does as long as `c >= 0`."""
+    return F.elu(coefficient * (g.clamp(max=0) if suppress_only else g))
 
 
 def _keep(p: Any, u: Tensor, s: Tensor, rows: Tensor, scores: Tensor) -> None:
@@ -104,3 +101,27 @@ def _keep(p: Any, u: Tensor, s: Tensor, rows: Tensor, scores: Tensor) -> None:
     which = scores.topk(len(p.lora_S)).indices.sort().values
     for tensor, value in ((p.lora_U, u[:, which]), (p.lora_S, s[which]), (p.lora_P, rows[which])):
         tensor.copy_(value)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class AntiPaSTOGain(OfDirections):
+    """`y = W x + b + U diag(S ELU(c g)) P x`; https://arxiv.org/abs/2601.07473, with gains in place of `S + d`.
+
+    Each direction of `W` has a gain `1 + ELU(c g)`, which grows in proportion to the trained `g (r,)` and falls to zero
+    at most. Identity at the start, exactly: `g = 0`.
+
+    Args:
+        suppress_only: whether positive `g` count as zero, so that with `c >= 0` no direction is amplified.
+    """
+
+    suppress_only: bool = False
+
+    def params(self, site: Site) -> Mapping[str, ParamSpec]:
+        return {**super().params(site), "lora_g": ParamSpec((self.directions_at(site),))}
+
+    def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        y = base(x)
+        added = gains(p.lora_g, p.lora_shared_coefficient, self.suppress_only)
+        # The gains scale the small factor, so that nothing of the size of x is computed twice.
+        return y + low_rank(x, (p.lora_S * added)[:, None] * p.lora_P, p.lora_U)

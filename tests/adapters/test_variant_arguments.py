@@ -19,6 +19,9 @@ WITH_RANK = {"LoRA", "PiSSA", "OLoRA", "DoRA", "EVA", "GraLoRA", "LoHa", "LoKr",
 WITH_RANK_ONLY = {"DeLoRA", "HRA", "HiRA", "VeRA", "MiSS", "AntiPaSTO", "AntiPaSTOGain", "SHiRA", "VBLoRA"} | {
     "GLoRA",
     "PSOFT",
+    "AntiPaSTOAblate",
+    "AntiPaSTOArrow",
+    "AntiPaSTODPLR",
     "TinyLoRA",
 }
 WITH_NEITHER = {"IA3", "RoAd", "OFT", "BOFT", "C3A", "FourierFT", "WaveFT", "Full", "TrainableTokens"}

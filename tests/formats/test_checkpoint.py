@@ -277,6 +277,9 @@ def test_every_variant_has_an_old_header() -> None:
     own = {name for name, cls in llfx.registry().items() if cls.__module__.startswith("lora_lite_fx.")}
     later = {
         "AdaLoRA",
+        "AntiPaSTOAblate",
+        "AntiPaSTOArrow",
+        "AntiPaSTODPLR",
         "AntiPaSTOGain",
         "Full",
         "GLoRA",

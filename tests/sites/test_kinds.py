@@ -154,6 +154,8 @@ REFUSED = {
     # List variants that call tensor functions without a rule for experts.
     "experts": {
         "AntiPaSTO",
+        "AntiPaSTOAblate",
+        "AntiPaSTODPLR",
         "AntiPaSTOGain",
         "BOFT",
         "C3A",

@@ -44,6 +44,7 @@ ZERO = {
         "lora_A1": "B1 = 0",
     },
     "GLoRA": {f"lora_{name}u": f"lora_{name}d = 0" for name in "ABC"},
+    "AntiPaSTODPLR": {"lora_A": "B = 0"},
     "VeRA": {"lora_ld": "lb = 0"},
     "AdaLoRA": {"lora_A": "E = 0", "lora_B": "E = 0"},
     "RandLoRA": {"lora_gamma": "lambda = 0"},

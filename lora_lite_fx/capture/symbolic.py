@@ -150,6 +150,7 @@ def use_aten(graph: fx.Graph) -> None:
             packet = _CONVOLUTIONS[node.target]
             by_name = any(value in ("same", "valid") for value in (*node.args, *node.kwargs.values()))
             node.target = packet.padding if by_name else packet.default
+            _make_lists(node)
         elif node.target is nn.functional.embedding and node.kwargs.get("max_norm") is None and len(node.args) == 2:
             ids, weight = node.args
             padding = node.kwargs.get("padding_idx")
@@ -166,12 +167,24 @@ def use_aten(graph: fx.Graph) -> None:
             _pass_by_position(node)
 
 
+def _make_lists(node: fx.Node) -> None:
+    """Pass the one number that is for all dimensions of a convolution as a list, which the operator takes."""
+    sizes = {argument.name: argument.N for argument in node.target._schema.arguments}  # type: ignore[union-attr]
+
+    def as_list(name: str, value: Any) -> Any:
+        return [value] * sizes[name] if sizes[name] and isinstance(value, int) else value
+
+    node.args = tuple(map(as_list, sizes, node.args))
+    node.kwargs = {name: as_list(name, value) for name, value in node.kwargs.items()}
+
+
 def _pass_by_position(node: fx.Node) -> None:
     """Pass the arguments of an operator by position, as far as its schema lets them."""
     names = [argument.name for argument in node.target._schema.arguments if not argument.kwarg_only]  # type: ignore
     kwargs = {names[0] if name == "input" else name: value for name, value in node.kwargs.items()}
     args = list(node.args)
     for name in names[len(args) :]:
-        if name in kwargs:
-            args.append(kwargs.pop(name))
+        if name not in kwargs:
+            break
+        args.append(kwargs.pop(name))
     node.args, node.kwargs = tuple(args), kwargs

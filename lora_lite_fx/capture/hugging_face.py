@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
-from .example_inputs import attends_by_type
+from .example_images import attends_by_type
 
 
 def is_hugging_face(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from typing import Any
@@ -31,6 +32,42 @@ ARGUMENTS = {
         *("pixel_values", "image_grid_thw"),
     },
 }
+
+
+# One type of each form in which models take images.
+_GRID = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw"}
+IMAGES = {
+    "fuyu": {"input_ids", "attention_mask", "pixel_values"},
+    "kimi_k25": _GRID,
+    "inkling2": _GRID,
+    "video_llama_3": _GRID | {"image_merge_sizes"},
+    "paddleocr_vl": _GRID | {"position_ids", "mm_token_type_ids"},
+    "nemotron_h_omni": {"input_ids", "attention_mask", "pixel_values", "image_grid_hw"},
+    "minicpmv4_6": {"input_ids", "attention_mask", "pixel_values", "target_sizes"},
+    "granite_docling": {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "tile_fine_mask"},
+    "deepseek_vl_hybrid": {"input_ids", "attention_mask", "pixel_values", "high_res_pixel_values"},
+    "kosmos-2": {"input_ids", "attention_mask", "pixel_values", "image_embeds_position_mask", "labels"},
+    "modernvbert": {"input_ids", "attention_mask", "pixel_values"},
+    "pix2struct": {"flattened_patches", "labels"},
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_model_computes_something_of_its_example_images(name: str) -> None:
+    model = CASES[name].builder()()
+    inputs = example_inputs_of(model)
+    assert inputs.keys() == IMAGES[name]
+    images = [value.requires_grad_() for value in inputs.values() if value.is_floating_point()]
+    gradients = torch.autograd.grad(model(**inputs).logits.sum(), images, allow_unused=True)
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
+
+
+def test_a_table_that_grows_in_a_run_without_data_keeps_its_values() -> None:
+    model = CASES["kosmos-2"].builder()()
+    model.config.latent_query_num = 80  # more tokens than the table of positions has
+    with contextlib.suppress(llfx.CaptureError):
+        example_inputs_of(model)
+    assert all(type(buffer) is torch.Tensor for buffer in model.buffers())
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

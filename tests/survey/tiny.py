@@ -28,7 +28,7 @@ _WIDTH = re.compile(
 _NOT_WIDTH = re.compile(
     r"(patch|image|kernel|vocab|chunk|window|stride|batch|block|group|max|pool|crop|tile|grid|sample|input|merge|type|"
     r"num_channels|in_channels|in_chans|conv_kernel|codebook_size|dilation|num_labels|context|buffer|spatial|temporal|"
-    r"segment|memory|shift|sliding|mel|stft|fft|hop|rate|input_feat|n_codes|cardinality|distance|bucket|step|char)"
+    r"segment|memory|pos_emb|shift|sliding|mel|stft|fft|hop|rate|input_feat|n_codes|cardinality|distance|bucket|step|char)"
 )
 _LAYERS = re.compile(
     r"^(n_layers?|num_(hidden_)?layers|num_(encoder|decoder)_layers|(encoder|decoder)_layers|depth)$"
@@ -51,6 +51,9 @@ def tiny_config(config_class: type[PreTrainedConfig], divisor: int, changes: Map
         changes: fields to set, by path: `{"text_config.layer_types": [...]}`.
     """
     fields = _shrunk(config_class(), divisor)
+    text, vision = fields.get("text_config"), fields.get("vision_config")
+    if text and vision and "out_hidden_size" in vision and "hidden_size" in text:  # what the images become are tokens
+        vision["out_hidden_size"] = text["hidden_size"]
     for path, value in changes.items():
         *parents, name = path.split(".")
         inner = fields
@@ -121,7 +124,23 @@ def _shrunk(config: PreTrainedConfig, divisor: int) -> dict[str, Any]:
     fields |= {name: off for name, off in (("apply_spec_augment", False), ("rescale_every", 0)) if name in names}
     if "vocab_size" in names and config.vocab_size is None:
         fields["vocab_size"] = VOCABULARY
-    return _with_patches(config, fields)
+    return _with_patches(config, _with_heads(config, fields))
+
+
+def _with_heads(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    """Make heads as many as a small width can have, whose own width is a multiple of four for rotary positions."""
+    width = fields.get("hidden_size")
+    name = "num_heads" if hasattr(config, "num_heads") else "num_attention_heads"
+    heads, keys = getattr(config, name, None), getattr(config, "num_key_value_heads", None)
+    if not isinstance(width, int) or not isinstance(heads, int) or "head_dim" in fields or width % (4 * heads) == 0:
+        return fields
+    grouped = keys if isinstance(keys, int) and keys != heads else 1
+    few = [count for count in range(1, heads) if width % (4 * count) == 0 and count % grouped == 0]
+    if few:
+        fields[name] = few[-1]
+        if isinstance(keys, int) and keys == heads:
+            fields["num_key_value_heads"] = few[-1]
+    return fields
 
 
 def _has_numbers(value: Any) -> bool:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
+from lora_lite_fx.capture.example_images import IMAGES
 from lora_lite_fx.capture.example_inputs import example_inputs_of
 from lora_lite_fx.capture.hugging_face import is_hugging_face
 from lora_lite_fx.rewriting.eager import wrap_again
@@ -192,6 +193,7 @@ def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
     randomise(gm, 0)
     wrapped = wrap_again(gm, model)
     examples = _calls(model)
+    _require_images(model, examples[0][1])
     for what, inputs in examples:
         for training in (True, False) if what == "example" else (what != "left padding",):
             where = f"{what}, {'training' if training else 'evaluation'}"
@@ -208,6 +210,18 @@ def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
                 report(fixed=f"{what}: {str(error).splitlines()[0][:160] if str(error) else type(error).__name__}")
                 continue
             _require_equal(expected, actual, where, lambda: _run_nudged(wrapped, inputs, training))  # noqa: B023
+
+
+def _require_images(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Raise `Unequal` if nothing is computed of the images of an example."""
+    images = {name: inputs[name].clone().requires_grad_() for name in IMAGES if name in inputs}
+    if images:
+        leaves = pytree.tree_leaves(tuple(model(**{**inputs, **images}).values()))
+        total = sum(leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
+        if not isinstance(total, Tensor) or any(
+            gradient is None for gradient in torch.autograd.grad(total, [*images.values()], allow_unused=True)
+        ):
+            raise Unequal(f"nothing is computed of {', '.join(images)}")
 
 
 def _try_adapted(tried: _Tried, steps: Collection[str], build: Callable[[], Any], report: Report) -> None:

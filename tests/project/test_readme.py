@@ -92,3 +92,11 @@ def test_every_variant_is_in_the_table() -> None:
         if cls.__module__.startswith("lora_lite_fx."):
             # arXiv, or for HiRA, which is not there, OpenReview.
             assert f"[`{name}`](https://" in README.read_text(encoding="utf-8")
+
+
+def test_the_table_of_costs_has_every_variant_for_linears() -> None:
+    text = (ROOT / "lora_lite_fx/variants/README.md").read_text(encoding="utf-8")
+    rows = text.partition("| variant | trains |")[2].partition("\n\n")[0]
+    known = {name for name, cls in registry().items() if cls.__module__.startswith("lora_lite_fx.")}
+    # Full trains what it adapts; vectors of VBLoRA do not divide the widths of the model; TrainableTokens needs tokens.
+    assert set(re.findall(r"^\| `(\w+)`", rows, re.MULTILINE)) == known - {"Full", "VBLoRA", "TrainableTokens"}

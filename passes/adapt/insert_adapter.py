@@ -153,6 +153,8 @@ def _splice(
     with graph.inserting_before(call.y.next):
         copier.copy_all(body, OUTLET)
         y = copier.copy(fragment.result, OUTLET)
+    if not isinstance(call.x.meta.get("val"), Tensor):
+        y.meta.pop("val", None)  # of the made-up input that was traced; what reads `y` would take its shape for known
     if y is not call.y:
         call.y.replace_all_uses_with(y, delete_user_cb=lambda user: user not in copier.inserted)
     return y

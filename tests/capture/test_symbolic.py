@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.testing.compare import close
-from tests.support.conformance import randomise
+from tests.support.conformance import randomise, small
 
 SETTINGS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "numbers by position": ((None, 2, 1), {}),
@@ -46,3 +46,17 @@ def test_a_convolution_takes_one_number_for_all_dimensions(dims: int, what: str)
     randomise(gm, 0)
     assert (gm(x) - model(x)).abs().max() > 0.1
     close(llfx.merge(gm)(x), gm(x), 1e-9, "merged")
+
+
+@pytest.mark.parametrize("cls", [llfx.LoRA, llfx.LoHa, llfx.RoAd, llfx.IA3])
+def test_a_convolution_reads_an_adapted_linear_whose_shape_is_not_known(cls: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(4, 4, 3)).double()
+    x = torch.randn(2, 4, 8).double()
+    cfg = small(cls, 2, target_names=("0", "1"), target_kinds=("linear", "conv"))
+    gm = llfx.rewrite(model, cfg)
+    randomise(gm, 0)
+    wrapped = llfx.wrap(model, cfg)
+    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(gm))
+    close(gm(x), wrapped(x), 1e-9, "the wrapper")
+    assert (gm(x) - model(x)).abs().max() > 0.01

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...graph.direct_calls import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
+from ...graph.direct_calls import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED, OpOverload
 from ...graph.regions import AUTOCAST_REGION, GRAD_REGION
 from ..pipeline import GraphPass
 
@@ -26,9 +26,10 @@ class InlineRegions(GraphPass):
     the same nodes then run between a call that enters the mode and a call that goes back to the mode of the caller; a
     re-export makes regions of them again.
 
-    Regions that read no parameter and draw no random numbers, such as those of rotary embeddings, stay as they are,
-    because they contain nothing to adapt. So do the bodies of `cond`, `scan` and `while_loop`, because they do not run
-    exactly once. An exception inside an open region leaves its thread in the region's mode.
+    Regions that read no parameter, draw no random numbers and write to nothing, such as those of rotary embeddings,
+    stay as they are, because they contain nothing to adapt. One that writes would be taken for dead code if it returns
+    nothing. The bodies of `cond`, `scan` and `while_loop` stay too, because they do not run exactly once. An exception
+    inside an open region leaves its thread in the region's mode.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -52,16 +53,14 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
 
 
 def _holds_work(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Check whether a region reads parameters, or draws random numbers, as dropout does."""
+    """Check whether a region reads parameters, draws random numbers, as dropout does, or writes in place."""
     parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
     graphs = [module.graph for module in _body(gm, node).modules() if isinstance(module, fx.GraphModule)]
-    draws = (
-        torch.Tag.nondeterministic_seeded in getattr(inner.target, "tags", ())
-        for graph in graphs
-        for inner in graph.nodes
-    )
-    return any(operand.op == "get_attr" and operand.target in parameters for operand in node.all_input_nodes) or any(
-        draws
+    if any(operand.op == "get_attr" and operand.target in parameters for operand in node.all_input_nodes):
+        return True
+    operators = [inner.target for graph in graphs for inner in graph.nodes if isinstance(inner.target, OpOverload)]
+    return any(
+        torch.Tag.nondeterministic_seeded in operator.tags or operator._schema.is_mutable for operator in operators
     )
 
 

@@ -119,12 +119,25 @@ def _shrunk(config: PreTrainedConfig, divisor: int) -> dict[str, Any]:
         small = _small(name, value, divisor)
         if small != default:
             fields[name] = small
+    if layer_types := _with_attention(getattr(config, "layer_types", None)):
+        fields["layer_types"] = layer_types
     # What a graph cannot follow, and the error says how to switch off.
     fields |= {name: 0.0 for name in names if name.endswith("layerdrop")}
     fields |= {name: off for name, off in (("apply_spec_augment", False), ("rescale_every", 0)) if name in names}
     if "vocab_size" in names and config.vocab_size is None:
         fields["vocab_size"] = VOCABULARY
     return _with_patches(config, _with_heads(config, fields))
+
+
+def _with_attention(types: Any) -> list[str]:
+    """Return types of few layers, one of them attention, where the first few of `types` are all others; else nothing.
+
+    A cache counts tokens in layers of attention.
+    """
+    if not isinstance(types, (list, tuple)) or not all(isinstance(kind, str) for kind in types):
+        return []
+    attention = [kind for kind in types if kind.endswith("attention") and kind != "linear_attention"]
+    return [] if not attention or {*attention} & {*types[:LAYERS]} else [*types[: LAYERS - 1], attention[0]]
 
 
 def _with_heads(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:

@@ -99,9 +99,8 @@ class _Tried:
     def _configured(self) -> tuple[llfx.LoRA, list[str]]:
         names = [row.name for row in llfx.inspect(self.base)]
         names = [name for name in names if type(self.modules.get(name)) in (nn.Linear, Conv1D)]
-        names = names or [
-            name for name, module in self.modules.items() if type(module) is nn.Conv2d and module.groups == 1
-        ]
+        convolutions = [(n, m) for n, m in self.modules.items() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
+        names = names or [name for name, module in convolutions if module.groups == 1]
         if not names:
             raise Unequal("no linear module or convolution of the model is a site")
         pattern = "^(" + "|".join(map(re.escape, names)) + ")$"

@@ -61,6 +61,17 @@ def filled_in(x: Tensor) -> Tensor:
     return y
 
 
+TABLE = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
+
+
+def of_a_table(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        places = TABLE.index_select(0, torch.arange(x.shape[-1])).view(1, 1, -1)
+    places = places.expand(x.shape[0], -1, -1).contiguous()
+    places += 1
+    return x * places
+
+
 def of_detached(x: Tensor) -> Tensor:
     y = x.detach()
     y += 1  # writes to x, too
@@ -84,7 +95,15 @@ def test_channels_that_must_lie_beside_each_other(cls: type[llfx.Variant]) -> No
 
 @pytest.mark.parametrize(
     "between",
-    [blocks_of_transposed, hidden_from_autograd, partly_overwritten, without_gradient, filled_in, of_detached],
+    [
+        blocks_of_transposed,
+        hidden_from_autograd,
+        partly_overwritten,
+        without_gradient,
+        filled_in,
+        of_a_table,
+        of_detached,
+    ],
 )
 @pytest.mark.parametrize("cls", [llfx.LoRA, llfx.DoRA, llfx.IA3])
 def test_values_that_are_written_to(cls: type[llfx.Variant], between: Callable[[Tensor], Tensor]) -> None:

@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells a t
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module is not public
 
-from ..graph.direct_calls import OpOverload, is_wrapped
+from ..graph.direct_calls import is_wrapped
 from ..graph.tensors import tensor_of
-from ..graph.writes import may_return_a_view, written
+from ..graph.writes import written_attributes
 from .share import share
 from .signature import values_of_call
 
@@ -197,25 +197,10 @@ def _nudged(output: Any, sign: int) -> Any:
 
 def written_tensors(gm: fx.GraphModule) -> list[str]:
     """Return the qualified names of the tensors that running `gm` changes, also through views of them."""
-    names: list[str] = []
-    for node in gm.graph.nodes:
-        operands = list(written(gm, node))
-        for operand in operands:
-            if operand.op == "get_attr":
-                names.append(str(operand.target))
-            elif may_return_a_view(operand):
-                # Without a schema, as of a region, the value may be a view of any of the operands.
-                count = 1 if isinstance(operand.target, OpOverload) else None
-                operands += [value for value in operand.all_input_nodes[:count] if value not in operands]
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            names += [f"{node.target}.{name}" for name, _ in module.named_buffers()]
-    return [name for name in dict.fromkeys(names) if not isinstance(_attribute(gm, name), nn.Module)]
-
-
-def _attribute(gm: nn.Module, name: str) -> Any:
-    path, _, leaf = name.rpartition(".")
-    return getattr(gm.get_submodule(path), leaf)
+    names = written_attributes(gm)
+    for node in gm.graph.find_nodes(op="call_module"):
+        names += [f"{node.target}.{name}" for name, _ in gm.get_submodule(str(node.target)).named_buffers()]
+    return list(dict.fromkeys(names))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .direct_calls import OpOverload
 from .tensors import tensor_of
@@ -23,14 +23,32 @@ def own_written_buffers(gm: fx.GraphModule) -> None:
 def written_buffers(gm: fx.GraphModule) -> list[str]:
     """Return the qualified names of the buffers that running `gm` changes."""
     buffers = {name for name, _ in gm.named_buffers()}
+    names = [name for name in written_attributes(gm) if name in buffers]
+    for node in gm.graph.find_nodes(op="call_module"):
+        module = gm.get_submodule(str(node.target))
+        if getattr(module, "track_running_stats", False):
+            names += [f"{node.target}.{name}" for name, _ in module.named_buffers()]
+    return list(dict.fromkeys(names))
+
+
+def written_attributes(gm: fx.GraphModule) -> list[str]:
+    """Return the qualified names of the tensors that the nodes of `gm` change, also through views of them."""
     names: list[str] = []
     for node in gm.graph.nodes:
-        if node.op == "call_module" and getattr(gm.get_submodule(node.target), "track_running_stats", False):
-            names += [f"{node.target}.{name}" for name, _ in gm.get_submodule(node.target).named_buffers()]
-        for operand in written(gm, node):
-            if operand.op == "get_attr" and operand.target in buffers:
+        operands = list(written(gm, node))
+        for operand in operands:
+            if operand.op == "get_attr":
                 names.append(str(operand.target))
-    return list(dict.fromkeys(names))
+            elif may_return_a_view(operand):
+                # Without a schema, as of a region, the value may be a view of any of the operands.
+                count = 1 if isinstance(operand.target, OpOverload) else None
+                operands += [value for value in operand.all_input_nodes[:count] if value not in operands]
+    return [name for name in dict.fromkeys(names) if not isinstance(_attribute(gm, name), nn.Module)]
+
+
+def _attribute(gm: nn.Module, name: str) -> Any:
+    path, _, leaf = name.rpartition(".")
+    return getattr(gm.get_submodule(path), leaf)
 
 
 def written_operands(node: fx.Node) -> list[fx.Node]:

@@ -99,7 +99,8 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     """Return a copy of `model` over the same weights, with buffers of its own where its graph `gm` writes to them."""
     copied: nn.Module = share(model)
     leave_out_clamps(copied)
-    for name in written_buffers(gm):
+    own = dict(copied.named_buffers(remove_duplicate=False))  # a constant that was lifted into the graph is none
+    for name in filter(own.__contains__, written_buffers(gm)):
         path, _, leaf = name.rpartition(".")
         setattr(copied.get_submodule(path), leaf, getattr(copied.get_submodule(path), leaf).clone())
     return copied

@@ -77,6 +77,38 @@ class Writes(nn.Module):
         return y
 
 
+class Counts(nn.Module):
+    """A module that writes to a part of a buffer."""
+
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("counts", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        self.counts[:2] += 1
+        with torch.no_grad():
+            self.counts[2:].view(2, 2)[0].add_(y.detach().mean())
+        return y + self.counts.sum()
+
+
+def test_a_part_of_a_buffer_is_written_to_in_the_graph_alone() -> None:
+    torch.manual_seed(0)
+    model, cfg = Counts(), llfx.LoRA(r=2, target_names=("linear",))
+    gm, wrapped = llfx.rewrite(model, cfg, (X,)), llfx.wrap(model, cfg, (X,))
+    for adapted in (gm, wrapped):
+        randomise(adapted, 0)
+        adapted(X)
+    close(gm(X), wrapped(X), 1e-5, "second call")
+    (ours, theirs) = (dict(adapted.named_buffers())["counts"] for adapted in (gm, wrapped))
+    close(ours, theirs, 1e-5, "buffer")
+    assert ours[0] == 2
+    assert not model.counts.any()
+
+
 @pytest.mark.parametrize("exported", [True, False])
 @pytest.mark.parametrize("cls", [Twice, Normed, Writes], ids=lambda cls: cls.__name__)
 def test_writes_are_kept_and_follow_the_mode(cls: type[nn.Module], exported: bool) -> None:

@@ -6,6 +6,7 @@ from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
 from .adapters.param_spec import ParamSpec
 from .adapters.registry import register, registry
 from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
+from .adapters.switches import active, scaled
 from .adapters.variant import Batch, Statistic, Variant
 from .capture.differences import Difference, DifferenceTable
 from .errors import (
@@ -28,8 +29,10 @@ from .inspection.program import program
 from .inspection.table import inspect
 from .rewriting.capture import capture
 from .rewriting.eager import wrap
+from .rewriting.named import add, delete
 from .rewriting.reconfigure import reconfigure
 from .rewriting.rewrite import merge, remove, rewrite
+from .rewriting.sums import combine, to_lora
 from .rewriting.verify import verify
 from .torch_compile.backend import backend
 from .variants import (
@@ -125,12 +128,16 @@ __all__ = [
     "WithDropout",
     "WithRank",
     "WithScale",
+    "active",
     "adapt",
     "adapter_parameters",
     "adapter_state_dict",
     "adapters",
+    "add",
     "backend",
     "capture",
+    "combine",
+    "delete",
     "from_peft_config",
     "frozen",
     "inspect",
@@ -151,6 +158,8 @@ __all__ = [
     "save_diffusers",
     "save_lora_lite",
     "save_peft",
+    "scaled",
+    "to_lora",
     "to_peft_config",
     "verify",
     "wrap",

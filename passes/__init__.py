@@ -5,11 +5,13 @@ every pass needs around each.
 """
 
 from ..graph.regions import without_gradient
-from .adapt.folding import MergedSite, merge_sites
+from .adapt.folding import MergedSite, merge_sites, weight_change
 from .adapt.insert_adapter import InsertAdapter
+from .adapt.leave_out_adapters import LeaveOutAdapters
 from .adapt.merge_adapters import MergeAdapters
 from .adapt.observe_inputs import ObserveInputs, Observer
 from .adapt.remove_adapters import RemoveAdapters
+from .adapt.scale_adapters import ScaleAdapters, input_name
 from .normalize.drop_metadata_asserts import DropMetadataAsserts
 from .normalize.follow_mode import FollowMode
 from .normalize.inline_regions import InlineRegions
@@ -66,6 +68,7 @@ __all__ = [
     "HoistParameterWork",
     "InlineRegions",
     "InsertAdapter",
+    "LeaveOutAdapters",
     "LeaveOutDropout",
     "LeaveOutInputs",
     "LeaveOutMask",
@@ -81,7 +84,10 @@ __all__ = [
     "Program",
     "RecomputeInputs",
     "RemoveAdapters",
+    "ScaleAdapters",
     "ShareSiblings",
+    "input_name",
     "merge_sites",
+    "weight_change",
     "without_gradient",
 ]

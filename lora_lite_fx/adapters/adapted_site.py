@@ -5,14 +5,16 @@ The eager wrapper runs this code, and `passes/adapt/fragment.py` traces it, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..capture.rehearsal import Refused
+from ..errors import AdapterError
 from ..graph.provenance import SHARED
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
@@ -40,7 +42,12 @@ class FrozenSite:
     reads: Reads | None = None
 
     def adapted(
-        self, call: Callable[..., Tensor], around: Iterable[tuple[Variant, Any]], x: Tensor, *routing: Tensor
+        self,
+        call: Callable[..., Tensor],
+        around: Iterable[tuple[Variant, Any]],
+        x: Tensor,
+        *routing: Tensor,
+        scales: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """Return the output of the site with its adapters, in the model's layout.
 
@@ -50,6 +57,7 @@ class FrozenSite:
             around: the variants with their tensors, the innermost first.
             x: the input that the model passes, in its layout.
             routing: the other inputs of the product, see `Call.routing`.
+            scales: the coefficients of the variants, `()` or `(batch,)`; empty, or None for one that is not scaled.
 
         Raises:
             ConfigError: a variant does with its input what this kind of site cannot.
@@ -71,7 +79,7 @@ class FrozenSite:
         linear = FrozenLinear(base, weight, self.site.own_bias(self.bias), self.site, self.training)
         if self.reads is not None:
             linear = self.reads.watch(linear)
-        adapted = compose(linear, [(variant, operands(p)) for variant, p in around])
+        adapted = compose(linear, [(variant, operands(p)) for variant, p in around], scales)
         return kind.leave(adapted(kind.enter(x, self.weight.dtype, who, *routing)))
 
     def _stored(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -100,15 +108,35 @@ def _check_shape(name: str, given: Tensor, frozen: Tensor | None) -> None:
         raise Refused(f"calls base with a {name} {tuple(given.shape)}, and base.{name} is {sizes}")
 
 
-def compose(base: FrozenLinear, around: Iterable[tuple[Variant, Any]]) -> Callable[[Tensor], Tensor]:
+def compose(
+    base: FrozenLinear, around: Sequence[tuple[Variant, Any]], scales: Sequence[Tensor | None] = ()
+) -> Callable[[Tensor], Tensor]:
     """Return the frozen linear with adapters around it, as a function of `x (..., d_in)`.
 
     Args:
         base: the frozen linear.
         around: the variants with their tensors, the innermost first. Each adapts the function that the ones before it
             make up. `base.weight` and `base.bias` are the frozen ones for all.
+        scales: the coefficient of each, or None; empty if none is scaled.
     """
     adapted: Callable[..., Tensor] = base.call
-    for variant, p in around:
-        adapted = partial(adapt, variant, adapted, base, p)
+    for (variant, p), scale in zip(around, scales or [None] * len(around), strict=True):
+        inside, adapted = adapted, partial(adapt, variant, adapted, base, p)
+        if scale is not None:
+            adapted = partial(_between, inside, adapted, scale)
     return adapted
+
+
+def _between(
+    inside: Callable[..., Tensor], adapted: Callable[..., Tensor], scale: Tensor, x: Any, **given: Tensor
+) -> Tensor:
+    """Return `y + c (adapted - y)`, where `y` is the output inside an adapter."""
+    y, full = inside(x), adapted(x, **given)
+    if scale.dim():
+        if len(scale) != full.shape[0]:
+            raise AdapterError(
+                f"There are {len(scale)} coefficients, one for each row of the batch, and {full.shape[0]} rows of an"
+                " output."
+            )
+        scale = scale.view(-1, *[1] * (full.dim() - 1))
+    return torch.lerp(y, full, scale.to(full.dtype))

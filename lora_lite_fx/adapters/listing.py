@@ -9,12 +9,13 @@ from typing import Any, overload
 
 from torch import fx, nn
 
-from ..graph.provenance import insertions
+from ..graph.provenance import DEFAULT, insertions
 from ..graph.tensors import tensor_of
 from ..text_table import text_table
 from .placement import placements
 from .registry import recorded_variant, to_config
 from .state import adapter_tensors
+from .switches import HasSwitches
 from .variant import Variant
 
 
@@ -38,14 +39,16 @@ class AdaptedSite:
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One adapter of a model.
+    """One config of an adapter of a model; an adapter that was given several configs has a row for each.
 
     Args:
-        index: its place in the order in which adapters were added.
+        index: its place in the order in which they were added.
         fields: its config as JSON-ready data: the name of the variant under `"variant"`, then its fields.
         sites: the sites that it adapts.
         trainable: number of its parameters that train now. A tensor that its sites share counts once.
         parameters: number of elements of all its tensors, frozen ones included.
+        name: the name of the adapter.
+        acts: whether it acts now, see `active`.
     """
 
     index: int
@@ -53,6 +56,8 @@ class AdapterRow:
     sites: tuple[AdaptedSite, ...] = field(repr=False)
     trainable: int
     parameters: int
+    name: str = DEFAULT
+    acts: bool = True
 
     @property
     def variant(self) -> str:
@@ -76,7 +81,9 @@ class AdapterRow:
 
     def __str__(self) -> str:
         plural = "s" if len(self.sites) > 1 else ""
-        return f"{self.label} at {len(self.sites)} site{plural}, {self.trainable:,} parameters"
+        named = "" if self.name == DEFAULT else f"{self.name}: "
+        off = "" if self.acts else ", does not act"
+        return f"{named}{self.label} at {len(self.sites)} site{plural}, {self.trainable:,} parameters{off}"
 
 
 @dataclass(frozen=True)
@@ -100,16 +107,25 @@ class AdapterTable(Sequence[AdapterRow]):
         return len(self.rows)
 
     def __str__(self) -> str:
-        head = ("", "adapter", "sites", "trainable", "parameters")
+        named = any(row.name != DEFAULT or not row.acts for row in self)
+        head = ("", *(("name", "acts") if named else ()), "adapter", "sites", "trainable", "parameters")
         body = (
-            (str(row.index), row.label, str(len(row.sites)), f"{row.trainable:,}", f"{row.parameters:,}")
+            (
+                str(row.index),
+                *((row.name, "yes" if row.acts else "no") if named else ()),
+                row.label,
+                str(len(row.sites)),
+                f"{row.trainable:,}",
+                f"{row.parameters:,}",
+            )
             for row in self
         )
-        return "\n".join(text_table(head, body, right=(0, 2, 3, 4)))
+        numbers = range(len(head) - 3, len(head))
+        return "\n".join(text_table(head, body, right=(0, *numbers)))
 
 
 def adapters(model: nn.Module) -> AdapterTable:
-    """Return the adapters of a model, with their configs, their sites, and the numbers of their parameters.
+    """Return the adapters of a model: their names, configs and sites, the numbers of their parameters, and which act.
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`, or the `model` of a `backend`.
@@ -138,17 +154,19 @@ def describe_adapters(model: nn.Module) -> list[str]:
 def _rows(model: nn.Module) -> list[AdapterRow]:
     # A graph knows its configs also where the variant's class is not known to this process.
     if isinstance(model, fx.GraphModule):
-        records = [(i.adapter, i.config, i.site, i.tensors) for i in insertions(model.graph)]
+        records = [(i.adapter, i.adapter_name, i.config, i.site, i.tensors) for i in insertions(model.graph)]
     else:
-        records = [(p.adapter, to_config(p.variant), p.site, p.tensors) for p in placements(model)]
-    by_index: dict[int, tuple[dict[str, Any], dict[str, dict[str, str]]]] = {}
-    for index, fields, site, tensors in records:
-        by_index.setdefault(index, (fields, {}))[1][site] = tensors
+        records = [(p.adapter, p.adapter_name, to_config(p.variant), p.site, p.tensors) for p in placements(model)]
+    by_index: dict[int, tuple[str, dict[str, Any], dict[str, dict[str, str]]]] = {}
+    for index, adapter_name, fields, site, tensors in records:
+        by_index.setdefault(index, (adapter_name, fields, {}))[2][site] = tensors
+    acts = model.switches.acts if isinstance(model, HasSwitches) else lambda name: True
     rows = []
-    for index, (fields, sites) in sorted(by_index.items()):
+    for index, (adapter_name, fields, sites) in sorted(by_index.items()):
         names = [name for tensors in sites.values() for name in tensors.values()]
         at_sites = (AdaptedSite(site, tensors, *_sizes(model, tensors.values())) for site, tensors in sites.items())
-        rows.append(AdapterRow(index, fields, tuple(at_sites), *_sizes(model, names)))
+        sizes = _sizes(model, names)
+        rows.append(AdapterRow(index, fields, tuple(at_sites), *sizes, adapter_name, acts(adapter_name)))
     return rows
 
 

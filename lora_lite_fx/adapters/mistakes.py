@@ -16,8 +16,10 @@ from .variant import Variant
 
 def not_a_variant(cfg: object) -> ConfigError:
     """Return the error for `cfg`, which is not a variant."""
-    what = "an empty list" if cfg == [] else shown(cfg)
-    return ConfigError(f"cfg must be a variant such as LoRA(r=8), or a list of them, not {what}.{_hint(cfg)}")
+    what = {"[]": "an empty list", "{}": "an empty dict"}.get(repr(cfg)) or shown(cfg)
+    return ConfigError(
+        f"cfg must be a variant such as LoRA(r=8), a list of them, or a dict of such by names, not {what}.{_hint(cfg)}"
+    )
 
 
 def _hint(cfg: object) -> str:
@@ -30,8 +32,6 @@ def _hint(cfg: object) -> str:
     if is_instance_of(cfg, "peft", "PeftConfigMixin"):
         return " It is a config of PEFT: pass llfx.from_peft_config(cfg)."
     if isinstance(cfg, Mapping):
-        if cfg and all(isinstance(value, Variant) for value in cfg.values()):
-            return " Adapters with names are not supported yet: pass a list, [*cfg.values()]."
         if "peft_type" in cfg:
             return " It is a config of PEFT: pass llfx.from_peft_config(cfg)."
         return " Make a config of these fields: LoRA(**cfg)." if cfg else ""

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ConfigError
 from ..graph.provenance import (
+    DEFAULT,
     SHARED,
     Insertion,
     insertions,
@@ -38,8 +39,10 @@ class Placement:
         variant: the adapter's config.
         adapter: its index in the order in which adapters were added to the model.
         site: qualified name of the site.
-        position: its index among the adapters of the site, the innermost first.
+        position: its index among the adapters of its name at the site, the innermost first.
         names: names of its tensors, as the variant calls them.
+        adapter_name: the name that the user gave it.
+        scale: a coefficient of it that is a part of the graph.
     """
 
     variant: Variant
@@ -47,16 +50,29 @@ class Placement:
     site: str
     position: int
     names: tuple[str, ...]
+    adapter_name: str = DEFAULT
+    scale: float = 1.0
 
     @classmethod
-    def of(cls, variant: Variant, adapter: int, site: Site, position: int) -> Placement:
-        """Return the placement of `variant` at `site`, with the tensors that the variant asks for there."""
-        return cls(variant, adapter, site.name, position, tuple(variant.for_site(site.name).tensor_specs(site)))
+    def of(
+        cls, variant: Variant, adapter: int, site: Site, inner: Iterable[str] = (), adapter_name: str = DEFAULT
+    ) -> Placement:
+        """Return the placement of `variant` at `site`, with the tensors that the variant asks for there.
+
+        Args:
+            variant: the config.
+            adapter: its index in the order of the model's adapters.
+            site: the site.
+            inner: the names of the adapters that are at the site already, each as often as it is there.
+            adapter_name: the name of this one.
+        """
+        names = tuple(variant.for_site(site.name).tensor_specs(site))
+        return cls(variant, adapter, site.name, list(inner).count(adapter_name), names, adapter_name)
 
     @property
     def tensors(self) -> dict[str, str]:
         """The qualified name of each tensor, by the variant's own name."""
-        return qualified_names(self.site, self.adapter, self.position, self.names)
+        return qualified_names(self.site, self.adapter, self.position, self.names, self.adapter_name)
 
     @cached_property
     def local(self) -> Variant:
@@ -171,7 +187,9 @@ def placements(model: nn.Module) -> list[Placement]:
             place = (insertion.adapter, insertion.site)
             if place not in by_place:
                 variant = recorded_variant(insertion.config)
-                by_place[place] = Placement(variant, *place, insertion.position, insertion.names)
+                by_place[place] = Placement(
+                    variant, *place, insertion.position, insertion.names, insertion.adapter_name, insertion.scale
+                )
     else:
         for module in model.modules():
             for placement in getattr(module, "placements", ()):
@@ -179,19 +197,30 @@ def placements(model: nn.Module) -> list[Placement]:
     return sorted(by_place.values(), key=lambda placement: placement.adapter)
 
 
-def by_adapter(model: nn.Module) -> Iterator[tuple[Variant, list[Placement]]]:
-    """Yield each adapter of a model: its config and its placements."""
+def by_config(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[Variant, list[Placement]]]:
+    """Yield each config of a model with its placements; of the adapter of one name alone if that is given."""
     members_of: dict[int, list[Placement]] = {}
     for placement in placements(model):
-        members_of.setdefault(placement.adapter, []).append(placement)
+        if adapter in (None, placement.adapter_name):
+            members_of.setdefault(placement.adapter, []).append(placement)
     for members in members_of.values():
         yield members[0].variant, members
 
 
-def adapter_tensor_names(model: nn.Module) -> list[str]:
-    """Return the qualified names of the tensors of all adapters, including frozen ones."""
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of the adapters of a model, in the order in which they were added."""
+    first: dict[str, int] = {}
+    for adapted in _adapted(model):
+        first[adapted.adapter_name] = min(adapted.adapter, first.get(adapted.adapter_name, adapted.adapter))
+    return sorted(first, key=first.__getitem__)
+
+
+def adapter_tensor_names(model: nn.Module, adapter: str | None = None) -> list[str]:
+    """Return the qualified names of the tensors of all adapters, including frozen ones; or of that of one name."""
+    adapted = (each for each in _adapted(model) if adapter in (None, each.adapter_name))
+    return list(dict.fromkeys(name for each in adapted for name in each.tensors.values()))
+
+
+def _adapted(model: nn.Module) -> Iterable[Insertion | Placement]:
     # A graph has the names themselves, so they are known even if the variant's class is not registered here.
-    adapted: Iterable[Insertion | Placement] = (
-        insertions(model.graph) if isinstance(model, fx.GraphModule) else placements(model)
-    )
-    return list(dict.fromkeys(name for adapter in adapted for name in adapter.tensors.values()))
+    return insertions(model.graph) if isinstance(model, fx.GraphModule) else placements(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..capture.mistakes import model_hint, wrapper_hint
 from ..errors import AdapterError, CheckpointError, shown
 from ..graph.tensors import tensor_of
-from .placement import adapter_tensor_names
+from .placement import adapter_tensor_names, placements
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -63,6 +63,17 @@ def warn_of_trained_base(model: nn.Module, call: str, stacklevel: int = 2) -> No
             " p.requires_grad}, or freeze them.",
             stacklevel=stacklevel + 1,
         )
+
+
+def check_unscaled(model: nn.Module) -> None:
+    """Raise AdapterError if a coefficient is a part of the graph, because files have no place for it."""
+    for placement in placements(model):
+        if placement.scale != 1:
+            raise AdapterError(
+                f"The graph was exported inside a scope of scaled, and has the coefficient {placement.scale} of"
+                f" {placement.adapter_name!r} in it, which a file of adapters does not hold. The way out: save the"
+                " model that was exported."
+            )
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -285,6 +285,13 @@ class Variant:
     def calibrate(self, site: Site, weight: Tensor, p: Any, statistic: Statistic) -> None:
         """Overwrite, in place, the tensors that start from data. Called instead of `init` with calibration data."""
 
+    def low_rank_change(self, p: Any) -> tuple[Tensor, Tensor] | None:
+        """Return `A (..., k, d_in)` and `B (..., d_out, k)` of the change `B A` of the weight, for exact sums.
+
+        None if the change is of another form. Then sums compute it from what `merge` folds.
+        """
+        return None
+
     # The base class provides these.
 
     def overrides(self, name: str) -> dict[str, Any]:

@@ -72,6 +72,38 @@ def return_as(graph: fx.Graph, out_spec: pytree.TreeSpec | None) -> None:
         graph.set_codegen(_PyTreeCodeGen(codegen.pytree_info._replace(out_spec=out_spec)))
 
 
+def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
+    """Let `graph` take a further input, the last one, by keyword.
+
+    Args:
+        graph: changed in place.
+        name: of the input.
+        value: a tensor like it, without data, if that is known.
+    """
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    if value is not None:
+        node.meta["val"] = value
+    codegen: Any = graph._codegen  # where torch.export keeps the names of inputs; nothing public changes it
+    if isinstance(codegen, _PyTreeCodeGen):
+        graph.set_codegen(_WithFurtherInputs(codegen, name))
+    return node
+
+
+class _WithFurtherInputs(_PyTreeCodeGen):
+    """Writes a function that has inputs beside those which the structure of the module's inputs tells."""
+
+    def __init__(self, codegen: _PyTreeCodeGen, name: str) -> None:
+        info = codegen.pytree_info
+        super().__init__(info._replace(orig_args=[*info.orig_args, name]))
+        self.further = (*getattr(codegen, "further", ()), name)
+
+    def gen_var_bindings(self, fn_args: list[str], free_vars: list[str], expanded_def: bool) -> str:
+        nested = [name for name in free_vars if name.split(":")[0].strip() not in self.further]
+        return super().gen_var_bindings(fn_args[: -len(self.further)], nested, expanded_def)
+
+
 class _CalledLikeTheModel(_PyTreeCodeGen):
     """Lets `torch.fx.Interpreter`, and so `torch.export`, call a graph as its model is called.
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.listing import describe_adapters
-from ..adapters.placement import HasGraphs, placements
+from ..adapters.placement import HasGraphs, adapter_names, adapter_tensor_names, placements
 from ..adapters.state import trainable_parameters
+from ..adapters.switches import HasSwitches, Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
 from ..capture.signature import CallSignature, return_as
@@ -29,10 +30,20 @@ from ..graph.direct_calls import outside_symbolic_trace, trace_is_active, transf
 from ..graph.layers import is_layer, layer_of
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
-from ..graph.tensors import keep_registration
+from ..graph.tensors import keep_registration, register_tensor, tensor_of
 from ..graph.turns import calling
 from ..log import phase
-from ..passes import OPTIMIZATIONS, LeaveOutInputs, PassReport, Pipeline, Program
+from ..passes import (
+    OPTIMIZATIONS,
+    GraphPass,
+    LeaveOutAdapters,
+    LeaveOutInputs,
+    PassReport,
+    Pipeline,
+    Program,
+    ScaleAdapters,
+    input_name,
+)
 from .casting import follow_cast
 from .cutting import cut
 from .derived import Derived, part_of, piece_method, values_method
@@ -73,6 +84,17 @@ class Execution:
         return "checkpointed" if self.checkpoint_layers else "training", "inference"
 
 
+Switched = tuple[tuple[str, ...] | None, tuple[tuple[str, str | float], ...]]
+"""What a program depends on of the switches: the adapters that act, None for all; and those that are scaled.
+
+Each of these stands with `NUMBER` or `ROWS`, for a coefficient that is an input; or with the coefficient, a float that
+is a part of the program.
+"""
+
+NUMBER, ROWS = "number", "rows"
+
+ALL: Switched = (None, ())
+
 _ADAPT = "llfx.adapt(model, cfg) returns a model of the same class, which has it."
 _ELSEWHERE = {
     "generate": _ADAPT,
@@ -80,7 +102,12 @@ _ELSEWHERE = {
     "save_pretrained": "llfx.save(graph, path) and llfx.save_peft(graph, folder) write its adapters.",
     "merge_and_unload": "llfx.merge(graph) returns the model with its adapters folded in.",
     "unload": "llfx.remove(graph) returns the model without its adapters.",
-    "disable_adapter": "llfx.remove(graph) returns the model without its adapters, over the same weights.",
+    "disable_adapter": "`with llfx.active(graph, []):` is a scope without adapters.",
+    "set_adapter": "llfx.active(graph, name) lets one adapter act.",
+    "add_adapter": "llfx.add(graph, {name: cfg}) adds one.",
+    "delete_adapter": "llfx.delete(graph, name) deletes one.",
+    "load_adapter": "llfx.load_peft(graph, path, name=name) returns the graph with it.",
+    "add_weighted_adapter": "llfx.combine(graph, {name: weight, ...}, name) adds a sum of adapters.",
 }
 """The functions to use in place of attributes that transformers and PEFT give their models and a graph lacks."""
 
@@ -104,13 +131,17 @@ class AdaptedGraphModule(fx.GraphModule):
     A program is derived at the first call that needs it after a recompile, so that passes can change the graph. Its
     layers are called as modules at their own paths: `graph.model.layers[0]`. They read their tensors when they are
     called, so whatever replaces a tensor or stands on a layer acts. `torch.fx.Interpreter`, and so `torch.export`, run
-    the graph itself.
+    the graph itself. It has all adapters; calls and exports leave out those that do not act, see `switches`.
     """
 
     execution: Execution | None = None  # None while the module is being made
     kept: KeptValues | None = None  # inside a scope of `frozen`
+    own_switches = Switches()
     derived: dict[str, Derived]  # by the method that runs the program
+    _names: tuple[str, ...] = ()  # of the adapters
     modes = False  # whether the graph runs other operations in each mode
+    _numbers: dict[Switched, int]  # of the switches that programs were derived for, as a part of names
+    _switched: dict[Switched, fx.Graph]  # for torch.export
     _host = Host()
     _watch: Watch | None = None
 
@@ -126,7 +157,7 @@ class AdaptedGraphModule(fx.GraphModule):
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, AdaptedGraphModule)
         keep_registration(self, twin)
-        twin.execution = self.execution
+        twin.execution, twin.own_switches = self.execution, self.switches
         twin._run_programs()
         return twin
 
@@ -142,6 +173,16 @@ class AdaptedGraphModule(fx.GraphModule):
     def host(self) -> nn.Module:
         """The module whose tensors the programs read, and whose layers they call."""
         return self._host.module or self
+
+    @property
+    def switches(self) -> Switches:
+        """The switches of the adapters: those of the host, if it has any."""
+        host: Any = self._host.module  # without switches as long as it is being adapted
+        return self.own_switches if host is None else getattr(host, "switches", self.own_switches)
+
+    @switches.setter
+    def switches(self, switches: Switches) -> None:
+        self.own_switches = switches
 
     def run_on(self, host: nn.Module) -> None:
         """Let the programs read the tensors of `host`, and call its layers, wherever it has those of the graph."""
@@ -161,6 +202,62 @@ class AdaptedGraphModule(fx.GraphModule):
         cls: Any = type(self)
         cls.forward = _forward_of_programs(cls.forward, self.execution)
 
+    @property
+    def flat_graph(self) -> fx.Graph:
+        """The flat graph with all adapters, from which programs are derived."""
+        return super().graph
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The flat graph with all adapters; while torch.export runs, the one that the switches of now make of it."""
+        flat = self.flat_graph
+        if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling() or self.execution is None:
+            return flat
+        switched = self._switched_now("torch.export")
+        if switched == ALL:
+            return flat
+        if switched not in self._switched:
+            derived = fx.GraphModule(self, copy_graph(flat))
+            Pipeline(_switch_passes(switched)).run(derived)
+            type(self)._switched[switched] = derived.graph
+        return self._switched[switched]
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        set_graph: Any = fx.GraphModule.graph
+        set_graph.fset(self, graph)
+
+    def take_over(self, draft: fx.GraphModule) -> None:
+        """Take the graph and the adapters of a draft, which has other adapters over the same frozen tensors."""
+        old, new = adapter_tensor_names(self), adapter_tensor_names(draft)
+        for name in [name for name in old if name not in new]:
+            path, _, attribute = name.rpartition(".")
+            delattr(self.get_submodule(path), attribute)
+        for name in [name for name in new if name not in old]:
+            register_tensor(self, name, tensor_of(draft, name))
+        self.graph = draft.graph
+        _make_layers(self)
+        self.recompile()
+
+    def _switched_now(self, constants_for: str = "") -> Switched:
+        """Return what a program depends on of the switches.
+
+        Args:
+            constants_for: says who needs the coefficients as numbers in the program; without it they are inputs.
+        """
+        switches = self.switches
+        acting = tuple(name for name in self._names if switches.acts(name))
+        kept = None if acting == self._names else acting
+        if constants_for:
+            return kept, self._constants(constants_for)
+        scales = switches.scales_of(self._names)
+        return kept, tuple((name, ROWS if scale.dim() else NUMBER) for name, scale in scales.items())
+
+    @_constant_when_compiled
+    def _constants(self, purpose: str) -> tuple[tuple[str, float], ...]:
+        given = self.switches.constants(purpose)
+        return tuple((name, given[name]) for name in self._names if name in given)
+
     def program_graph(self, program: Program, left_out: tuple[str, ...] = ()) -> tuple[ProgramGraph, list[PassReport]]:
         """Return a program before it is cut into layers, as a graph of its own, and what each pass did.
 
@@ -171,7 +268,7 @@ class AdaptedGraphModule(fx.GraphModule):
         assert self.execution is not None
         signature = self.execution.signature
         training = self.training if program in ("plain", "exported") else program != "inference"
-        graph, reports = self._optimized(program, left_out, training)
+        graph, reports = self._optimized(program, left_out, training, self._switched_now("llfx.program"))
         if signature is not None and left_out:
             return_as(graph, signature.omission(left_out).out_spec)
         return ProgramGraph.over(self, self.host, graph, signature, left_out), reports
@@ -194,8 +291,9 @@ class AdaptedGraphModule(fx.GraphModule):
         cls: Any = type(self)
         for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
             delattr(cls, method)
-        cls.derived = {}
-        cls.modes = has_modes(self.graph)
+        cls.derived, cls._numbers, cls._switched = {}, {}, {}
+        cls._names = tuple(adapter_names(self))
+        cls.modes = has_modes(self.flat_graph)
         cls._watch = None
         if self.kept is not None:
             self.kept = KeptValues()
@@ -208,24 +306,31 @@ class AdaptedGraphModule(fx.GraphModule):
         assert self.execution is not None
         training = self.training
         if torch.compiler.is_exporting():
-            return self._derive("exported", left_out, (), training)
+            return self._derive("exported", left_out, (), training, self._switched_now("torch.export"))
         if not torch.compiler.is_compiling():
             if trace_is_active():
                 with outside_symbolic_trace():
-                    return self._derive("exported", left_out, (), training)
+                    return self._derive("exported", left_out, (), training, self._switched_now("A trace of torch.fx"))
             if transform_is_active():
-                return self._derive("plain", left_out, self._hooked(), training)
-        hooked = self._hooked()
+                return self._derive("plain", left_out, self._hooked(), training, self._switched_now())
+        hooked, switched = self._hooked(), self._switched_now()
         if self.kept is not None and not training and not torch.is_grad_enabled():
-            method = self._derive("inference", left_out, hooked, training)
+            method = self._derive("inference", left_out, hooked, training, switched)
             if self.kept.fit(method):
                 return method
         checkpoints = self.execution.checkpoint_layers and training
-        return self._derive("checkpointed" if checkpoints else "training", left_out, hooked, training)
+        return self._derive("checkpointed" if checkpoints else "training", left_out, hooked, training, switched)
 
     # Otherwise torch.compile would trace it.
     @_constant_when_compiled
-    def _derive(self, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...], training: bool) -> str:
+    def _derive(
+        self,
+        program: Program,
+        left_out: tuple[str, ...],
+        hooked: tuple[str, ...],
+        training: bool,
+        switched: Switched = ALL,
+    ) -> str:
         """Make the method that runs this program, unless the class has it.
 
         Args:
@@ -233,32 +338,42 @@ class AdaptedGraphModule(fx.GraphModule):
             left_out: the arguments that the call leaves out.
             hooked: qualified names of modules outside layers that are to be called, because hooks stand on them.
             training: the mode of the call. A graph with other operations in each mode has a program for each.
+            switched: which adapters act and are scaled.
 
         Returns:
             The name of the method.
         """
         if program == "exported":
-            warn_of_trace(self.graph)
+            warn_of_trace(self.flat_graph)
         mode = "_evaluating" if self.modes and not training else ""
         method = "_without_".join((f"{_DERIVED}{program}{mode}", *left_out))
         if hooked:
             method = "_calling_".join((method, *(name.replace(".", "_") for name in hooked)))
+        if switched != ALL:
+            cls: Any = type(self)
+            method = f"{method}_switched_{cls._numbers.setdefault(switched, len(cls._numbers))}"
         if method not in self.derived:
             with _deriving:
                 if method not in self.derived:
-                    self._make(method, program, left_out, hooked, training)
+                    self._make(method, program, left_out, hooked, training, switched)
         if program == "inference":
             with _deriving:
                 self._keep(method)
         return method
 
     def _make(
-        self, method: str, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...], training: bool
+        self,
+        method: str,
+        program: Program,
+        left_out: tuple[str, ...],
+        hooked: tuple[str, ...],
+        training: bool,
+        switched: Switched,
     ) -> None:
         cls: Any = type(self)
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
-            graph, _ = self._optimized(program, left_out, training)
+            graph, _ = self._optimized(program, left_out, training, switched)
             if program == "exported":
                 setattr(cls, method, traceable_forward(self, graph))
                 cls.derived[method] = Derived()
@@ -290,6 +405,12 @@ class AdaptedGraphModule(fx.GraphModule):
             with torch.inference_mode(False), torch.no_grad():
                 self.derived[method].keep(self.host, self.kept, method)
 
+    def _coefficients(self) -> dict[str, Tensor]:
+        """Return the coefficients of adapters that the program of a call takes as inputs."""
+        if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and trace_is_active()):
+            return {}  # numbers in the program
+        return {input_name(name): scale for name, scale in self.switches.scales_of(self._names).items()}
+
     # As above. The hooks and ties of a compiled call are those that it was compiled with.
     @_constant_when_compiled
     def _hooked(self) -> tuple[str, ...]:
@@ -302,16 +423,20 @@ class AdaptedGraphModule(fx.GraphModule):
         return watch.hooked()
 
     def _optimized(
-        self, program: Program, left_out: tuple[str, ...], training: bool
+        self, program: Program, left_out: tuple[str, ...], training: bool, switched: Switched
     ) -> tuple[fx.Graph, list[PassReport]]:
         """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
         assert self.execution is not None
-        derived = fx.GraphModule(self, copy_graph(self.graph))
+        derived = fx.GraphModule(self, copy_graph(self.flat_graph))
         keep_mode(derived.graph, training)
         if left_out:
             assert self.execution.signature is not None
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived, program)
-        reports = self._passes_for(program, left_out).run(derived, program)
+        Pipeline(_switch_passes(switched)).run(derived, program)
+        passes = self._passes_for(program, left_out)
+        if switched[1]:  # the inputs of a check lack the coefficients
+            passes = replace(passes, check=None)
+        reports = passes.run(derived, program)
         derived.graph.owning_module = None  # torch.fx would ask it for modules, but the calls stand for methods
         return derived.graph, reports
 
@@ -343,7 +468,7 @@ class AdaptedGraphModule(fx.GraphModule):
         if self.execution.signature is not None:
             _, left_out = self.execution.signature.bind(*call_of(self.execution.passes.check))
         for program in self.execution.programs:
-            self._derive(program, left_out, self._hooked(), training=program != "inference")
+            self._derive(program, left_out, self._hooked(), program != "inference", self._switched_now())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedGraphModule:
         # to(), half(), cuda() and the like all come here. Programs depend on the device.
@@ -353,6 +478,8 @@ class AdaptedGraphModule(fx.GraphModule):
         self._drop_derived()
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)
+        if self.own_switches.scales:
+            self.own_switches = self.own_switches.moved_to(tensor_of(self, adapter_tensor_names(self)[0]).device)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -370,6 +497,16 @@ class AdaptedGraphModule(fx.GraphModule):
     def print_trainable_parameters(self) -> None:
         """Print one line: how many parameters train now, of how many, as PEFT prints it."""
         print(trainable_parameters(self))
+
+
+def _switch_passes(switched: Switched) -> tuple[GraphPass, ...]:
+    """Return the passes that make a program for these switches of a flat graph."""
+    acting, scales = switched
+    passes: list[GraphPass] = [] if acting is None else [LeaveOutAdapters(acting)]
+    if scales:
+        inputs = {NUMBER: torch.empty((), device="meta"), ROWS: torch.empty(1, device="meta")}
+        passes.append(ScaleAdapters({name: inputs[c] if isinstance(c, str) else c for name, c in scales}))
+    return tuple(passes)
 
 
 def _make_layers(gm: fx.GraphModule) -> None:
@@ -392,9 +529,9 @@ def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Cal
 
     def run(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
         if signature is None or not signature.has_defaults:
-            return getattr(self, self._method_for(()))(*args, **kwargs)
+            return getattr(self, self._method_for(()))(*args, **kwargs, **self._coefficients())
         values, left_out = signature.bind(args, kwargs)
-        results = getattr(self, self._method_for(left_out))(*values)
+        results = getattr(self, self._method_for(left_out))(*values, **self._coefficients())
         return signature.omission(left_out).returned(results) if left_out else results
 
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -456,7 +593,17 @@ def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:
     """Return the same graph over the same tensors, not copies of them, in the same mode, run as `execution` says."""
     result = AdaptedGraphModule(model, model.graph, execution)
     keep_registration(model, result)
+    if isinstance(model, HasSwitches):
+        result.switches = model.switches
     return result.train(model.training)
+
+
+def draft_of(gm: AdaptedGraphModule) -> AdaptedGraphModule:
+    """Return a copy of a graph over the same tensors, to be changed and then taken over, see `take_over`."""
+    assert gm.execution is not None
+    draft = AdaptedGraphModule(gm, copy_graph(gm.graph), gm.execution)
+    keep_registration(gm, draft)
+    return draft.train(gm.training)
 
 
 def execution_of(model: object) -> Execution:

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,24 @@ from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
 from ..adapters.contract import check_contract
-from ..adapters.placement import Placement, by_adapter, graph_of, placements
+from ..adapters.placement import Placement, by_config, graph_of, placements
 from ..adapters.registry import check_saving, from_config, to_config
-from ..adapters.state import adapter_state_dict, check_fit, load_adapter_state_dict, warn_of_trained_base
+from ..adapters.state import (
+    adapter_state_dict,
+    check_fit,
+    check_unscaled,
+    load_adapter_state_dict,
+    warn_of_trained_base,
+)
+from ..adapters.switches import known_names
 from ..adapters.variant import Variant
 from ..errors import CheckpointError, ConfigError
+from ..graph.provenance import DEFAULT
 from ..graph.tensors import tensor_of
 from ..log import phase
+from ..rewriting.config import check_name
 from ..rewriting.eager import AdaptedLinear
+from ..rewriting.plan import Plan
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site, stored_weight
@@ -41,34 +53,61 @@ FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of 
 VERSION = 1
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None, allow_nonfinite: bool = False
+) -> None:
     """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
 
     Args:
         model: a model with adapters, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
+        adapter: the name of the adapter to write; None for all, whether they act or not.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
         AdapterError: the model has no adapters, or records one at a site that its graph does not show any more.
-        ConfigError: a variant is not registered, so that the file could not be loaded.
+        ConfigError: a variant is not registered, so that the file could not be loaded; or there is no adapter of the
+            name.
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save(model, path)")
     warn_of_trained_base(model, "save")
-    state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    values = adapter_state_dict(model)
+    if adapter is not None:
+        known_names(model, adapter)
+    configs = list(by_config(model, adapter))
+    check_unscaled(model)
+    state = {
+        written: values[own].contiguous().cpu()
+        for (_, members), in_file in zip(configs, _as_written(configs), strict=True)
+        for placement, filed in zip(members, in_file, strict=True)
+        for own, written in zip(placement.tensors.values(), filed.tensors.values(), strict=True)
+    }
     if not allow_nonfinite:
         check_finite(state, file, "nothing was written")
-    for variant, _ in by_adapter(model):
+    for variant, _ in configs:
         check_saving(variant)
-    records = [
-        {"config": to_config(variant), "sites": [placement.site for placement in members]}
-        for variant, members in by_adapter(model)
-    ]
+    records = [_record(variant, members) for variant, members in configs]
     prints = fingerprints(model, [name for record in records for name in record["sites"]])
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
     document["checksum"] = _checksum(document, state)
     write_atomically(file, safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
+
+
+def _record(variant: Variant, members: Sequence[Placement]) -> dict[str, Any]:
+    name = members[0].adapter_name
+    named = {} if name == DEFAULT else {"name": name}  # earlier versions read files without names
+    return {"config": to_config(variant), "sites": [placement.site for placement in members], **named}
+
+
+def _as_written(configs: Sequence[tuple[Variant, Sequence[Placement]]]) -> list[list[Placement]]:
+    """Return the placements as they are in a model that has these adapters alone, whose names a file has."""
+    written: list[list[Placement]] = []
+    seen: Counter[tuple[str, str]] = Counter()
+    for index, (_, members) in enumerate(configs):
+        written.append([replace(each, adapter=index, position=seen[each.site, each.adapter_name]) for each in members])
+        seen.update((each.site, each.adapter_name) for each in members)
+    return written
 
 
 @loader
@@ -81,12 +120,13 @@ def load(file: Path) -> AdapterFile:
     check_file(file)
     state, metadata = read_safetensors(file)
     chosen, document = _parse(metadata, file)
-    return AdapterFile(state, lambda gm: _insert(gm, chosen, document, state, file))
+    names = tuple(dict.fromkeys(name for name, _, _ in chosen))
+    return AdapterFile(state, lambda gm: _insert(gm, chosen, document, state, file), names)
 
 
 def _insert(
     gm: fx.GraphModule,
-    chosen: list[tuple[Variant, list[str]]],
+    chosen: Sequence[tuple[str, Variant, list[str]]],
     document: Mapping[str, Any],
     state: Mapping[str, Tensor],
     path: Path,
@@ -95,16 +135,16 @@ def _insert(
     with phase("found the sites") as details:
         sites = {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")
-    placed = [(variant, _existing(sites, names, path)) for variant, names in chosen]
+    placed = [Plan(variant, _existing(sites, names, path), {}, name) for name, variant, names in chosen]
     try:
-        for variant, targets in placed:
-            for site in targets:
-                variant.for_site(site.name).check(site)
-            check_contract(variant, targets, gm)
+        for plan in placed:
+            for site in plan.sites:
+                plan.variant.for_site(site.name).check(site)
+            check_contract(plan.variant, plan.sites, gm)
         expected = _expected(gm, placed)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    check_base(gm, placed, document["fingerprint"], path)
+    check_base(gm, [(plan.variant, list(plan.sites)) for plan in placed], document["fingerprint"], path)
     try:
         # Before any tensor is made: a damaged config may ask for more of them than there is memory.
         check_fit(expected, state)
@@ -147,8 +187,8 @@ def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
 # Reading.
 
 
-def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant, list[str]]], dict[str, Any]]:
-    """Return the variants with the names of their sites, and the whole document."""
+def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[str, Variant, list[str]]], dict[str, Any]]:
+    """Return the configs with the names of their adapters and of their sites, and the whole document."""
     if FORMAT not in metadata:
         raise CheckpointError(
             f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}."
@@ -168,7 +208,7 @@ def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[Variant,
             config, names = record["config"], record["sites"]
             if not isinstance(config, dict) or not all(isinstance(name, str) for name in [*names, *config]):
                 raise TypeError("config must be an object, sites a list of names")
-            chosen.append((from_config(config), list(dict.fromkeys(names))))
+            chosen.append((check_name(record.get("name", DEFAULT)), from_config(config), list(dict.fromkeys(names))))
         return chosen, document
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -221,23 +261,23 @@ def check_base(
         warnings.warn(f"{message}.", stacklevel=stacklevel)
 
 
-def _expected(gm: fx.GraphModule, placed: list[tuple[Variant, list[Site]]]) -> dict[str, Tensor]:
+def _expected(gm: fx.GraphModule, placed: Sequence[Plan]) -> dict[str, Tensor]:
     """Return the tensors that a file with these adapters holds, without data."""
     expected: dict[str, Tensor] = {}
-    for adapter, (variant, targets) in enumerate(placed):
-        for site in targets:
+    for adapter, plan in enumerate(placed):
+        for site in plan.sites:
             placement = _in_file(placed, adapter, site)
             specs = placement.local.tensor_specs(site)
-            dtype = variant.param_dtype(stored_weight(gm, site).dtype)
+            dtype = plan.variant.param_dtype(stored_weight(gm, site).dtype)
             for name, qualified in placement.tensors.items():
                 expected[qualified] = specs[name].empty(dtype, torch.device("meta"))
     return expected
 
 
-def _in_file(placed: list[tuple[Variant, list[Site]]], adapter: int, site: Site) -> Placement:
+def _in_file(placed: Sequence[Plan], adapter: int, site: Site) -> Placement:
     """Return the placement as the file has it: a model that has adapters already may give its tensors other names."""
-    position = sum(site.name in {target.name for target in targets} for _, targets in placed[:adapter])
-    return Placement.of(placed[adapter][0], adapter, site, position)
+    inner = [plan.adapter_name for plan in placed[:adapter] if site.name in {target.name for target in plan.sites}]
+    return Placement.of(placed[adapter].variant, adapter, site, inner, placed[adapter].adapter_name)
 
 
 # Writing.
@@ -246,7 +286,8 @@ def _in_file(placed: list[tuple[Variant, list[Site]]], adapter: int, site: Site)
 def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
     """Return the frozen weight of each site, as the model stores it."""
     if isinstance(model, fx.GraphModule):
-        return {site.name: stored_weight(model, site) for site in account_for(model).adapted("save")}
+        adapted = account_for(model).adapted("save")
+        return {site.name: stored_weight(model, site) for site in adapted if site.name in names}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
     return {
         name: module.frozen_weight() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight")

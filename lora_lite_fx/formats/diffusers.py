@@ -49,6 +49,7 @@ def save_diffusers(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    adapter: str | None = None,
     component: str | None = None,
     allow_nonfinite: bool = False,
 ) -> None:
@@ -58,6 +59,7 @@ def save_diffusers(
         model: a model with one adapter, from `rewrite`, `wrap`, `adapt` or `load`. Its variant must be one that PEFT
             calls LoRA: LoRA, DoRA, or PiSSA and OLoRA, which are written as a LoRA of twice the rank.
         path: of the directory, which is made if it is not there. The file in it is `pytorch_lora_weights.safetensors`.
+        adapter: the name of the adapter to write; may be left out if there is one.
         component: name of the model in its pipeline. None: "unet" for a UNet, "transformer" for a transformer.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
@@ -67,7 +69,7 @@ def save_diffusers(
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_diffusers(model, path)")
-    config, tensors, _ = peft_form(model, None)
+    config, tensors, _ = peft_form(model, None, adapter)
     warn_of_trained_base(model, "save_diffusers")
     if config["peft_type"] != "LORA":
         raise ConfigError(f"diffusers reads LoRA, and this adapter is what PEFT calls {config['peft_type']}.")
@@ -94,6 +96,7 @@ def load_diffusers(
     example_inputs: Inputs | None = None,
     *,
     component: str | None = None,
+    name: str | None = None,
     stack: bool = False,
     allow_nonfinite: bool = False,
 ) -> fx.GraphModule:
@@ -104,7 +107,7 @@ def load_diffusers(
         path: of the file, or of the directory with `pytorch_lora_weights.safetensors`.
         example_inputs: as for `capture`.
         component: name of the model in the pipeline. None: as for `save_diffusers`, or the only one in the file.
-        stack: as for `load`.
+        name, stack: as for `load`.
         allow_nonfinite: as for `load`.
 
     Returns:
@@ -120,7 +123,7 @@ def load_diffusers(
         return _read(file / FILE if file.is_dir() else file, wanted)
 
     load = loader(read, "load_diffusers")
-    return load(model, path, example_inputs, stack=stack, allow_nonfinite=allow_nonfinite)
+    return load(model, path, example_inputs, name=name, stack=stack, allow_nonfinite=allow_nonfinite)
 
 
 def _read(file: Path, component: str | None) -> AdapterFile:

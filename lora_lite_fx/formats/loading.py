@@ -13,11 +13,16 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.listing import describe_adapters
-from ..adapters.placement import adapter_tensor_names
+from ..adapters.placement import adapter_names, adapter_tensor_names
 from ..capture.capture import Inputs
 from ..errors import AdapterError
+from ..execution.module import AdaptedGraphModule, draft_of
+from ..graph.provenance import DEFAULT
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.capture import capture
+from ..rewriting.config import check_free, check_name
+from ..rewriting.named import act_as_before, acting_now, insert_as
+from ..rewriting.rewrite import remove
 from .finite import check_finite
 from .mistakes import as_path
 
@@ -29,10 +34,12 @@ class AdapterFile:
     Args:
         tensors: those of the file.
         insert: checks that the adapters of the file fit a captured model, and inserts them.
+        names: of its adapters.
     """
 
     tensors: Mapping[str, Tensor]
     insert: Callable[[fx.GraphModule], None]
+    names: tuple[str, ...] = (DEFAULT,)
 
 
 class Load(Protocol):
@@ -44,6 +51,7 @@ class Load(Protocol):
         path: str | os.PathLike[str],
         example_inputs: Inputs | None = None,
         *,
+        name: str | None = None,
         stack: bool = False,
         allow_nonfinite: bool = False,
     ) -> fx.GraphModule: ...
@@ -56,8 +64,10 @@ _DOC = """
         model: the base, which is not changed.
         path: of the file or directory.
         example_inputs: as for `capture`.
-        stack: whether a model that has adapters gets those of the file too, around the present ones; else that is an
-            error. `load(remove(model), path)` loads them in their place, and `load_adapter_state_dict` copies values
+        name: the name that the adapter gets, in place of the one that it has in the file. Beside the adapters of the
+            model it does not act until `active` names it.
+        stack: whether an adapter without a name goes around those that the model has, so that both act; else that is an
+            error. `load(remove(model), path)` loads it in their place, and `load_adapter_state_dict` copies values
             into the present ones.
         allow_nonfinite: load values that are NaN or infinite too, in place of an error.
 
@@ -68,7 +78,8 @@ _DOC = """
         CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, config or sites do not fit the
             model; or a value is not finite; or the adapter does something that cannot be represented here. The message
             says what.
-        AdapterError: the model has adapters, and `stack` is not given.
+        AdapterError: the model has adapters, and neither `name` nor `stack` is given.
+        ConfigError: the name is taken; or the file has adapters of several names, and `name` is given.
         CaptureError: the model cannot be captured.
     """
 
@@ -81,7 +92,7 @@ def loader(read: Callable[[Path], AdapterFile], called: str = "") -> Load:
             documentation of the common arguments is put after the docstring.
         called: what the function is called in messages, if not like `read`.
     """
-    name = called or read.__name__
+    called = called or read.__name__
 
     @functools.wraps(read)
     def load(
@@ -89,16 +100,29 @@ def loader(read: Callable[[Path], AdapterFile], called: str = "") -> Load:
         path: str | os.PathLike[str],
         example_inputs: Inputs | None = None,
         *,
+        name: str | None = None,
         stack: bool = False,
         allow_nonfinite: bool = False,
     ) -> fx.GraphModule:
-        file = as_path(path, f"{name}(model, path)")
+        file = as_path(path, f"{called}(model, path)")
         found = read(file)
         with outside_inference_mode():
             gm = capture(model, example_inputs)
-            if not stack:
-                _check_plain(gm, name, file)
-            found.insert(gm)
+            assert isinstance(gm, AdaptedGraphModule)
+            present, acting = adapter_names(gm), acting_now(gm)
+            if name is not None:
+                check_free([check_name(name)], present)
+                loaded = remove(gm) if present else draft_of(gm)
+                found.insert(loaded)
+                insert_as(gm, loaded, name)
+            else:
+                if found.names == (DEFAULT,) and not stack:
+                    _check_plain(gm, called, file)
+                check_free((each for each in found.names if each != DEFAULT), present)
+                found.insert(gm)
+            if stack and acting is not None:
+                acting = (*acting, *found.names)
+            act_as_before(gm, acting)
         if not allow_nonfinite:
             check_finite(found.tensors, file, "it is not loaded")
         return gm
@@ -116,7 +140,8 @@ def _check_plain(gm: fx.GraphModule, name: str, path: Path) -> None:
     call = f"llfx.{name}({{}}, {str(path)!r}{{}})"
     raise AdapterError(
         f"The model has adapters already: {'; '.join(describe_adapters(gm))}. To put those of {path} around them, so"
-        f" that both act: {call.format('model', ', stack=True')}. To load them in place of the present ones:"
+        f" that both act: {call.format('model', ', stack=True')}. To load them beside the present ones, and let"
+        f" llfx.active choose: {call.format('model', ', name=...')}. To load them in place of the present ones:"
         f" {call.format('llfx.remove(model)', '')}, or copy their values into those:"
         f" llfx.load_adapter_state_dict(model, llfx.adapter_state_dict({call.format('llfx.remove(model)', '')}))."
     )

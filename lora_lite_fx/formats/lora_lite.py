@@ -91,12 +91,15 @@ _COMMON = frozenset({"variant", "r", "alpha", "dtype", "target_roles", "target_n
 _UNREAD = frozenset({"rho", "center", "train_A", "init_weights", "rank_pattern", "alpha_pattern", "target_kinds"})
 
 
-def save_lora_lite(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
+def save_lora_lite(
+    model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None, allow_nonfinite: bool = False
+) -> None:
     """Write the adapter of `model` as a lora-lite file; a failure leaves what was at `path` as it was.
 
     Args:
         model: a model with one adapter, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
+        adapter: the name of the adapter to write; may be left out if there is one.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
     Raises:
@@ -105,7 +108,7 @@ def save_lora_lite(model: nn.Module, path: str | os.PathLike[str], *, allow_nonf
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save_lora_lite(model, path)")
-    variant, placed = only_adapter(model, "A lora-lite file")
+    variant, placed = only_adapter(model, "A lora-lite file", adapter=adapter)
     warn_of_trained_base(model, "save_lora_lite")
     sites = sites_of(model)
     form = _format_of(variant, [sites[placement.site] for placement in placed])

@@ -12,17 +12,20 @@ from ..adapters.contract import check_contract, finalize
 from ..adapters.param_spec import ParamSpec
 from ..adapters.placement import (
     Placement,
-    by_adapter,
+    adapter_names,
+    by_config,
     graph_of,
     placements,
     site_bias,
     site_weight,
 )
-from ..adapters.state import adapter_state_dict, load_adapter_state_dict
+from ..adapters.state import adapter_state_dict, check_unscaled, load_adapter_state_dict
+from ..adapters.switches import known_names
 from ..adapters.variant import Variant
 from ..errors import CheckpointError, ConfigError
 from ..log import phase
 from ..rewriting.eager import AdaptedLinear
+from ..rewriting.plan import Plan
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
@@ -30,7 +33,7 @@ from .checkpoint import check_base
 
 
 def only_adapter(
-    model: nn.Module, where: str, beside: tuple[type[Variant], ...] = ()
+    model: nn.Module, where: str, beside: tuple[type[Variant], ...] = (), adapter: str | None = None
 ) -> tuple[Variant, list[Placement]]:
     """Return the adapter of a model that has one, for a file (`where`) that holds one.
 
@@ -38,13 +41,21 @@ def only_adapter(
         model: an adapted model.
         where: the words for the file.
         beside: the variants that the file can hold beside it, if there are others.
+        adapter: the name of the adapter; None if the model has adapters of one name.
 
     Raises:
         AdapterError: it has none.
-        ConfigError: it has several.
+        ConfigError: it has several, or none of this name.
     """
     adapter_state_dict(model)  # refuses a model without adapters
-    held = list(by_adapter(model))
+    check_unscaled(model)
+    present = known_names(model, adapter_names(model) if adapter is None else adapter)
+    if len(present) > 1:
+        raise ConfigError(
+            f"{where} holds one adapter; the model has {', '.join(map(repr, present))}. The way out:"
+            f" adapter={present[0]!r} writes one of them."
+        )
+    held = list(by_config(model, adapter))
     held = [adapter for adapter in held if not isinstance(adapter[0], beside)] or held
     if len(held) > 1:
         names = ", ".join(type(variant).__name__ for variant, _ in held)
@@ -130,7 +141,7 @@ def insert_from_file(
         raise CheckpointError(f"{path}: {error}") from error
     if prints is not None:
         check_base(gm, [(variant, targets)], prints, path, stacklevel=stacklevel + 1)
-    first = insert_adapters(gm, [(variant, targets)])
+    first = insert_adapters(gm, [Plan(variant, targets)])
     current = adapter_state_dict(gm)
     values = dict(current)
     for placement in placements(gm):

@@ -18,6 +18,9 @@ from .walk import ancestors
 
 _KEY = "lora_lite_fx"
 
+DEFAULT = "default"
+"""The name of adapters that are not given one."""
+
 SHARED = "lora_shared_"
 """The names of tensors that all sites of an adapter share begin with this."""
 
@@ -36,12 +39,14 @@ class Provenance:
     Args:
         site: qualified name of the adapted site.
         adapter: index of the adapter in the order in which they were added to the model.
-        position: index of the adapter among those of its site; its tensors carry it as a suffix.
+        position: index of the adapter among those of its name at the site; its tensors carry it as a suffix.
         call: number of the insertion; one adapter of a site that runs twice has two.
         names: of the adapter's tensors, as its variant calls them.
         part: `INLET`, `OUTLET` or `TENSOR`.
         by: the pass that inserted it.
         config: the adapter's config as JSON, on every node, because another pass may replace any of them.
+        adapter_name: the name that the user gave the adapter.
+        scale: a coefficient of the adapter that is a part of the graph.
     """
 
     site: str
@@ -52,6 +57,8 @@ class Provenance:
     part: str = ""
     by: str = ""
     config: str = ""
+    adapter_name: str = DEFAULT
+    scale: float = 1.0
 
 
 def record(node: fx.Node, provenance: Provenance) -> None:
@@ -106,7 +113,7 @@ class Insertion:
     the nodes at which values enter and leave are not recorded; they follow from who reads whom.
 
     Args:
-        site, adapter, position, call, names: as in `Provenance`.
+        site, adapter, position, call, names, adapter_name, scale: as in `Provenance`.
         config: the adapter's config, as `variant.to_config` writes it.
         nodes: its nodes in graph order.
     """
@@ -118,6 +125,8 @@ class Insertion:
     names: tuple[str, ...]
     config: dict[str, Any]
     nodes: tuple[fx.Node, ...]
+    adapter_name: str = DEFAULT
+    scale: float = 1.0
 
     @property
     def variant(self) -> str:
@@ -127,7 +136,7 @@ class Insertion:
     @property
     def tensors(self) -> dict[str, str]:
         """The qualified name of each of the adapter's tensors."""
-        return qualified_names(self.site, self.adapter, self.position, self.names)
+        return qualified_names(self.site, self.adapter, self.position, self.names, self.adapter_name)
 
     @property
     def inlet(self) -> fx.Node | None:
@@ -176,14 +185,18 @@ class Insertion:
         return max(entered, default=None)  # the output of the frozen linear comes after its input
 
 
-def qualified_names(site: str, adapter: int, position: int, names: Iterable[str]) -> dict[str, str]:
+def qualified_names(
+    site: str, adapter: int, position: int, names: Iterable[str], adapter_name: str = DEFAULT
+) -> dict[str, str]:
     """Return the qualified names of an adapter's tensors at a site.
 
-    The names at a site's second adapter end in `_2`, and so on. Tensors that all sites of an adapter share are at the
-    root of the model, and their suffix counts the adapters of the model.
+    The names at the second adapter of a site end in `_2`, and so on, and those of a named adapter in its name:
+    `lora_A_fr`, `lora_A_2_fr`. Tensors that all sites of an adapter share are at the root of the model, and their
+    suffix counts the adapters of the model.
     """
+    own = "" if adapter_name == DEFAULT else f"_{adapter_name}"
     return {
-        name: f"{name}{_suffix(adapter)}" if name.startswith(SHARED) else f"{site}.{name}{_suffix(position)}"
+        name: f"{name}{_suffix(adapter)}{own}" if name.startswith(SHARED) else f"{site}.{name}{_suffix(position)}{own}"
         for name in names
     }
 
@@ -221,6 +234,9 @@ def _insertion(members: list[tuple[fx.Node, Provenance]]) -> Insertion:
         tuple(first.names),
         json.loads(first.config),
         tuple(node for node, _ in members),
+        first.adapter_name,
+        # torch.export writes on the reads of parameters what the graph had that it was given, without scales.
+        next((provenance.scale for node, provenance in members if node.op == "call_function"), first.scale),
     )
 
 

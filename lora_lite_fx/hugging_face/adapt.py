@@ -16,6 +16,7 @@ from torch import fx
 from ..adapters.placement import placements
 from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_state_dict
+from ..adapters.switches import HasSwitches, Switches
 from ..capture.capture import Inputs
 from ..capture.hooks import refuse_offloading
 from ..capture.hugging_face import is_diffusers, is_hugging_face
@@ -23,26 +24,23 @@ from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import running_parts
-from ..formats.checkpoint import load
-from ..formats.diffusers import FILE, load_diffusers
+from ..formats.any_file import load_any
 from ..formats.files import read_json
-from ..formats.peft.directory import load_peft
 from ..formats.peft.hub import CONFIG
 from ..graph.layers import is_layer
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration
-from ..rewriting.rewrite import Config, as_variants, rewrite
+from ..rewriting.config import Config, as_adapters
+from ..rewriting.rewrite import rewrite
 from .adapted_model import (
-    WEIGHTS,
     Adapted,
-    AdaptedLayer,
     AdaptedPart,
     subclass,
 )
 from .diffusers import AdaptedDiffuser, require_example
 from .graph_cache import GraphCache
-from .insert_placements import model_of, share_adapters
 from .own_forward import forget_replaced_forward, warn_of_replaced_forward
+from .shared_adapters import model_of, share_adapters
 
 
 @outside_inference_mode()
@@ -94,7 +92,7 @@ def adapt(
     if isinstance(model, fx.GraphModule) and cfg is None:
         graph, model = model, model_of(model)
     elif not isinstance(cfg, (str, os.PathLike)):
-        as_variants(cfg)  # type: ignore[arg-type]  # None is an error there
+        as_adapters(cfg)  # type: ignore[arg-type]  # None is an error there
     elif not os.path.exists(cfg):
         raise CheckpointError(
             f"There is no file {os.fspath(cfg)!r} to load adapters from. For new ones pass a config: LoRA(r=8)."
@@ -124,6 +122,7 @@ def adapt(
         graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
     else:
         graphs.start(lambda base, _: share_adapters(graph, base), None)
+        graphs.switches = graph.switches if isinstance(graph, HasSwitches) else Switches()
     return _adopted(graphs).train(graph.training if graph is not None else model.training)
 
 
@@ -132,30 +131,21 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
         return rewrite(base, cfg, calibration=calibration)
     if calibration is not None:
         raise ConfigError("calibration is for adapters that start; those of a file have started.")
-    path = Path(cfg)
-    if path.name == FILE or (path / FILE).is_file():
-        return load_diffusers(base, path)
-    # save_pretrained writes both: PEFT's form of PiSSA is LoRA, the other file has the adapter as it was.
-    if (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
-        return load_peft(base, path)
-    return load(base, path / WEIGHTS if path.is_dir() else path)
+    return load_any(base, cfg)
 
 
 def _adopted(graphs: GraphCache) -> Any:
     """Make the models in the copy run graphs, its layers parts of them, and its adapted modules graphs of their own."""
     model = graphs.model
-    sites = {placement.site for placement in graphs.placements}
     for name, module in model.named_modules():
         cls: Any = type(module)
         if module is model or is_hugging_face(module):
             kind = AdaptedPart if module is not model else LoadableModel if is_hugging_face(model) else LoadableDiffuser
             module.__class__ = subclass(kind, cls)
             module._graphs, module._path = graphs, name
-        elif name in sites:
-            module.__class__ = running_parts(cls, AdaptedLayer)
-            module._graphs, module._path = graphs, name
         elif is_layer(name):
             module.__class__ = running_parts(cls)
+    model.let_sites_run_alone()
     trained = adapter_state_dict(model)
     # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
     model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]

@@ -16,20 +16,22 @@ from torch import fx
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, copy_over_tensors
 from ..adapters.state import trainable_parameters
+from ..adapters.switches import Switches, coefficients
+from ..adapters.variant import Variant
 from ..errors import AdapterError, ConfigError
 from ..execution.frozen import changed_inside, frozen
 from ..execution.layer import RunsParts, running_parts
+from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
 from ..formats.peft.directory import save_peft
 from ..formats.peft.hub import CONFIG, TENSORS
 from ..log import logger
+from ..rewriting.calibration import Batches
+from ..rewriting.named import as_named
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
+from .named_adapters import NamedAdapters
 from .own_forward import forget_replaced_forward
-
-WEIGHTS = "model.safetensors"
-"""The name under which a Trainer looks for weights in a checkpoint."""
-
 
 _PEFT = (
     "PEFT has changed the modules of this adapted model, which do not run: its graphs do. PEFT's adapters would have no"
@@ -79,13 +81,22 @@ class AdaptedPart:
     _path: str
 
 
-class Adapted(AdaptedPart):
+class Adapted(NamedAdapters, AdaptedPart):
     """The adapted model itself."""
 
     @property
     def placements(self) -> list[Placement]:
         """The adapters by site, as `adapters.placement.placements` asks for them."""
         return self._graphs.placements
+
+    @property
+    def switches(self) -> Switches:
+        """The adapters that act, and their coefficients."""
+        return self._graphs.switches
+
+    @switches.setter
+    def switches(self, switches: Switches) -> None:
+        self._graphs.switches = switches
 
     @property
     def is_quantized(self) -> bool:
@@ -100,6 +111,30 @@ class Adapted(AdaptedPart):
         """Drop the kept values, and keep none from now on."""
         self._graphs.keep_values(False)
 
+    def let_sites_run_alone(self) -> None:
+        """Let the modules of adapted sites run graphs of their own when they are called by themselves."""
+        modules: dict[str, Any] = dict(self.named_modules())  # type: ignore[attr-defined]
+        for name in {placement.site for placement in self.placements} & modules.keys():
+            module = modules[name]
+            if "_graphs" not in vars(module):
+                plain: Any = type(module)
+                module.__class__ = running_parts(getattr(plain, "base", plain), AdaptedLayer)
+                module._graphs, module._path = self._graphs, name
+
+    def add_to_graphs(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
+        """Add new adapters to all graphs, as `add` asks for."""
+        self._graphs.add(adapters, calibration)
+        self.let_sites_run_alone()
+
+    def insert_from(self, loaded: fx.GraphModule, name: str) -> None:
+        """Insert the one adapter of another graph of the model into all graphs, as `combine` asks for."""
+        self._graphs.insert(*as_named(loaded, name, 1 + max(each.adapter for each in self.placements)))
+        self.let_sites_run_alone()
+
+    def delete_from_graphs(self, names: Sequence[str]) -> None:
+        """Delete adapters from all graphs, as `delete` asks for."""
+        self._graphs.delete(names)
+
     def adapted_graph(self) -> fx.GraphModule:
         """Return the graph that has all sites, over the tensors of the model."""
         return self._graphs.first_graph()
@@ -108,7 +143,7 @@ class Adapted(AdaptedPart):
         """Return the model in its own class, its adapters folded into copies of the adapted weights, or left out."""
         plain = self._graphs.plain()
         if fold:
-            fold_into(plain, self.adapted_graph())
+            fold_into(plain, self.adapted_graph(), coefficients(self, "merge"))  # type: ignore[arg-type]
         return plain
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -222,6 +257,7 @@ class Adapted(AdaptedPart):
         applied = super()._apply(fn, recurse)  # type: ignore[misc]
         if self._tensors() != before:
             self._graphs.drop()
+            self.switches = self.switches.moved_to(self.device)  # type: ignore[attr-defined]
         return applied
 
     def _tensors(self) -> list[Any]:

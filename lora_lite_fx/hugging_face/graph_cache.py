@@ -6,7 +6,7 @@ import copy
 import functools
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,24 +14,28 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.placement import Placement, placements
+from ..adapters.switches import Switches
+from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..capture.example_inputs import example_inputs_of
 from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
-from ..execution.module import AdaptedGraphModule
+from ..execution.module import AdaptedGraphModule, draft_of
 from ..graph.tensors import register_tensor, tensor_of
 from ..graph.turns import calling, tracing
 from ..graph.writes import written_buffers
 from ..log import logger
+from ..passes import Pipeline, RemoveAdapters
 from ..rewriting.calibration import Batches
+from ..rewriting.plan import make_plans
+from ..rewriting.rewrite import insert_new, insert_placed
 from ..sites.finding import find_sites
 from .call_structure import Leaves
 from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, captured_with
 from .causal_lm import Decoder, arguments_of, probe
 from .diffusers import prepare_arguments
-from .insert_placements import insert_placements
 from .own_forward import check_is_whole, forget_replaced_forward
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
@@ -54,6 +58,7 @@ class GraphCache:
         self.limit = limit
         self.verify = verify
         self.placements: list[Placement] = []
+        self.switches = Switches()
         self.sites: dict[str, tuple[frozenset[str], str]] = {}  # roles and weight, as the first graph has them
         self.captures = 0
         self.keeps_values = False
@@ -184,6 +189,50 @@ class GraphCache:
         self.sites = {site.name: (site.roles, site.weight) for site in find_sites(graph.gm)}
         self._kept.append(graph)
 
+    def add(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
+        """Add new adapters to all graphs and to the model."""
+        with tracing():
+            first = self._graph_for(self._first_call(self.model)).gm
+            draft = draft_of(first)
+            batches = None if calibration is None else (self._batch(batch) for batch in calibration)
+            insert_new(draft, make_plans(draft, adapters, batches))
+            names = {name for name, _ in adapters}
+            placed = [placement for placement in placements(draft) if placement.adapter_name in names]
+            tensors = {path: tensor_of(draft, path) for each in placed for path in each.tensors.values()}
+            self.insert(placed, tensors)
+
+    def insert(self, placed: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
+        """Insert adapters that have tensors already into all graphs, and register the tensors in the model."""
+        roles = {name: of_site for name, (of_site, _) in self.sites.items()}
+        with tracing():
+            drafts = [draft_of(graph.gm) for graph in self._kept]
+            for draft in drafts:
+                insert_placed(draft, placed, roles, tensors)
+            for name, tensor in tensors.items():
+                register_tensor(self.model, name, tensor)
+                self._owned.add(name)
+            self.placements = [*self.placements, *placed]
+            self._take_over(drafts)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete adapters from all graphs and from the model."""
+        with tracing():
+            drafts = [draft_of(graph.gm) for graph in self._kept]
+            for draft in drafts:
+                Pipeline((RemoveAdapters(tuple(names)),)).run(draft)
+            gone = [path for each in self.placements if each.adapter_name in names for path in each.tensors.values()]
+            for path in dict.fromkeys(gone):  # some are shared by several sites
+                owner, _, attribute = path.rpartition(".")
+                delattr(self.model.get_submodule(owner), attribute)
+                self._owned.discard(path)
+            self.placements = [each for each in self.placements if each.adapter_name not in names]
+            self._take_over(drafts)
+
+    def _take_over(self, drafts: Sequence[AdaptedGraphModule]) -> None:
+        for graph, draft in zip(self._kept, drafts, strict=True):
+            graph.gm.take_over(draft)
+            self._bind(graph.gm)
+
     def first_graph(self) -> fx.GraphModule:
         """Return the graph that has all sites, captured again if it was dropped, over the tensors of the model."""
         with tracing():
@@ -264,7 +313,7 @@ class GraphCache:
             return
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
-        insert_placements(base, self.placements, sites, {name: roles for name, (roles, _) in self.sites.items()})
+        insert_placed(base, self.placements, {name: roles for name, (roles, _) in self.sites.items()})
 
     def _check(self, base: fx.GraphModule, found: Collection[str]) -> None:
         """Raise CaptureError unless all adapted sites that the graph runs were found in it."""

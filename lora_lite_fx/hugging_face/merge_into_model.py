@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..sites.finding import find_sites
 from ..sites.site import Site
 
 
-def fold_into(model: Any, gm: fx.GraphModule) -> None:
+def fold_into(model: Any, gm: fx.GraphModule, coefficients: Mapping[str, float] | None) -> None:
     """Give the modules of `model` the weights and biases that compute what the adapters of `gm` do.
 
     A module reads its parameters by its own names. A tied weight is therefore untied here, where `MergeAdapters` asks
@@ -24,13 +25,14 @@ def fold_into(model: Any, gm: fx.GraphModule) -> None:
     Args:
         model: the Hugging Face model of the graph, without adapters. It is changed.
         gm: the graph with adapters.
+        coefficients: as for `merge_sites`.
 
     Raises:
         ConfigError: an adapter adds a bias to a module that has no place for one, or changes a weight or bias that the
             model computes.
     """
     modules = dict(model.named_modules())
-    for merged in merge_sites(gm, find_sites(gm)):
+    for merged in merge_sites(gm, find_sites(gm), coefficients):
         owner, name = _place_of_weight(modules, merged)
         module, site = modules[owner], merged.site
         change_weight = site.computed_weight is None or not torch.equal(merged.weight, site_weight(gm, site))

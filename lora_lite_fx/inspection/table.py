@@ -16,7 +16,7 @@ from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture import Inputs
 from ..execution.module import AdaptedGraphModule
 from ..formats.writing import write_atomically
-from ..graph.provenance import Insertion, surrounding
+from ..graph.provenance import DEFAULT, Insertion, surrounding
 from ..graph.queries import model_name
 from ..graph.tensors import tensor_of
 from ..rewriting.capture import base_graph
@@ -212,9 +212,15 @@ def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]
     once = {insertion.adapter: insertion for insertion in around}.values()  # a site may be called several times
     tensors = [tensor_of(gm, name) for insertion in once for name in insertion.tensors.values()]
     return {
-        "adapters": tuple(insertion.variant for insertion in once),
+        "adapters": tuple(_label(insertion) for insertion in once),
         "parameters": sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
     }
+
+
+def _label(insertion: Insertion) -> str:
+    """Return the variant of an adapter, after its name if it was given one."""
+    named = "" if insertion.adapter_name == DEFAULT else f"{insertion.adapter_name}: "
+    return f"{named}{insertion.variant}"
 
 
 def _lost_row(gm: fx.GraphModule, name: str, around: Sequence[Insertion], why: str) -> SiteRow:

@@ -136,6 +136,8 @@ def base_graph(
     gm = AdaptedGraphModule(captured.gm, captured.gm.graph, execution)
     keep_registration(captured.gm, gm)
     own_written_buffers(gm)
+    if isinstance(model, AdaptedGraphModule):
+        gm.switches = model.switches
     if verify and captured.source is not None and captured.calls:
         require_equal(gm, captured.source, captured.calls, captured.hint)
     return gm.train(captured.training)

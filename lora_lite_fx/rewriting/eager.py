@@ -11,6 +11,7 @@ from torch.func import functional_call
 from ..adapters.adapted_site import FrozenSite
 from ..adapters.placement import Placement, adapter_tensor_names, placements
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
+from ..adapters.switches import Switches
 from ..adapters.variant import adapter_namespace
 from ..capture.capture import Inputs
 from ..capture.hugging_face import leave_out_clamps
@@ -26,8 +27,8 @@ from ..sites.finding import find_sites
 from ..sites.site import Site, is_called, span
 from .calibration import Batches, check_calibration
 from .capture import base_graph
+from .config import Config, as_adapters
 from .plan import make_plans
-from .rewrite import Config, as_variants
 
 
 @outside_inference_mode()
@@ -54,17 +55,18 @@ def wrap(
         As `rewrite`. ConfigError also for a site that is not a module of its own, such as a weight used functionally
         or experts, and for a module that does more than multiply.
     """
-    variants = as_variants(cfg)
+    adapters = as_adapters(cfg)
     check_calibration(calibration)
     gm = base_graph(model, example_inputs)
     if isinstance(model, fx.GraphModule):
         model = _source_of(model)
-    plans = make_plans(gm, variants, calibration)
+    plans = make_plans(gm, adapters, calibration)
     wrapped = _copy(model, gm)
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _adapted(wrapped, site)
-            placement = Placement.of(plan.variant, adapter, site, len(module.placements))
+            inner = [each.adapter_name for each in module.placements]
+            placement = Placement.of(plan.variant, adapter, site, inner, plan.adapter_name)
             weight = _add(module, placement, wrapped)
             bias = site.own_bias(module.frozen_bias())
             placement.initialize(wrapped, site, weight, bias, plan.statistics.get(site.name))
@@ -92,6 +94,8 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
             raise AdapterError(f"{missing} The way out: pass the model that the graph was made of.")
         _add(_adapted(wrapped, site), placement, wrapped)
     load_adapter_state_dict(wrapped, adapter_state_dict(gm))
+    if isinstance(gm, AdaptedGraphModule):
+        vars(wrapped)["switches"] = gm.switches
     return wrapped
 
 
@@ -103,6 +107,7 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     for name in filter(own.__contains__, written_buffers(gm)):
         path, _, leaf = name.rpartition(".")
         setattr(copied.get_submodule(path), leaf, getattr(copied.get_submodule(path), leaf).clone())
+    vars(copied)["switches"] = Switches()
     return copied
 
 
@@ -185,9 +190,12 @@ class AdaptedLinear(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Compute the adapted module. Its one argument may have any name, as for the module that it wraps."""
         (x,) = (*args, *kwargs.values())
-        around = [(placement.local, self._tensors(placement)) for placement in self.placements]
+        switches: Switches = vars(self)["adapted_model"].switches
+        acting = [placement for placement in self.placements if switches.acts(placement.adapter_name)]
+        around = [(placement.local, self._tensors(placement)) for placement in acting]
+        scales = [switches.scales.get(placement.adapter_name) for placement in acting]
         frozen = FrozenSite(self.site, self.frozen_weight(), self.frozen_bias(), self.training)
-        return frozen.adapted(self._call, around, x)
+        return frozen.adapted(self._call, around, x, scales=scales)
 
     def _call(self, x: Tensor, **given: Tensor) -> Tensor:
         """Call the wrapped module, with a weight or bias in place of its own if they are given."""

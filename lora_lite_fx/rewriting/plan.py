@@ -14,6 +14,7 @@ from ..adapters.selection import select, warn_of_unused_patterns
 from ..adapters.start_values import observer_of
 from ..adapters.variant import Statistic, Variant
 from ..errors import ConfigError, SelectionError
+from ..graph.provenance import DEFAULT
 from ..log import phase
 from ..passes import Observer
 from ..sites.finding import find_sites
@@ -31,19 +32,21 @@ class Plan:
         variant: its config, finalized.
         sites: the sites to insert it at.
         statistics: the variant's observations of the sites, by qualified name; empty without calibration data.
+        adapter_name: the name of the adapter.
     """
 
     variant: Variant
     sites: Sequence[Site]
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    adapter_name: str = DEFAULT
 
 
-def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Batches | None) -> list[Plan]:
+def make_plans(gm: fx.GraphModule, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> list[Plan]:
     """Select the sites of each variant, run the calibration data, and finalize the configs.
 
     Args:
         gm: the graph to be adapted; it is not changed.
-        variants: the configs, in the order of insertion.
+        adapters: the configs in the order of insertion, each with the name of its adapter, see `as_adapters`.
         calibration: batches for the variants that start from data: each a tuple of positional or a dict of keyword
             arguments, or one tensor. They are read once, one after the other.
 
@@ -58,6 +61,7 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
         sites = find_sites(gm)
         left_out = find_left_out(gm, sites)
         details.append(f"{len(sites)} in the model")
+    variants = [variant for _, variant in adapters]
     chosen = [(variant, _select(variant, sites, left_out)) for variant in variants]
     warn_of_left_out(variants, sites, left_out)
     for variant in variants:
@@ -67,11 +71,11 @@ def make_plans(gm: fx.GraphModule, variants: Sequence[Variant], calibration: Bat
         with phase("ran the calibration data"):
             statistics = _observe(gm, chosen, calibration)
     plans: list[Plan] = []
-    for (variant, targets), observed in zip(chosen, statistics, strict=True):
+    for (name, _), (variant, targets), observed in zip(adapters, chosen, statistics, strict=True):
         finalized = finalize(variant, targets, observed)
         kept = [site for site in targets if finalized.selects(site)]
         check_contract(finalized, kept, gm, {site.name for plan in plans for site in plan.sites})
-        plans.append(Plan(finalized, kept, observed))
+        plans.append(Plan(finalized, kept, observed, name))
     return plans
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,21 +11,21 @@ from torch import fx, nn
 
 from ..adapters.placement import HasGraphs, Placement, copy_over_tensors, graph_of, placements
 from ..adapters.state import adapter_tensors
+from ..adapters.switches import HasSwitches, known_names
 from ..adapters.variant import Variant
 from ..errors import ConfigError
 from ..graph.tensors import outside_inference_mode, tensor_of
-from ..passes import InsertAdapter, Pipeline
 from ..sites.finding import find_sites
 from ..sites.site import Site
 from .eager import AdaptedLinear
-from .rewrite import remove
+from .rewrite import insert_placed, remove
 
 _PLACE = frozenset(field.name for field in dataclasses.fields(Variant))
 """The fields that say where adapters are and of which type their tensors are."""
 
 
 @outside_inference_mode()
-def reconfigure(model: nn.Module, adapter: int | None = None, **changes: Any) -> Any:
+def reconfigure(model: nn.Module, adapter: int | str | None = None, **changes: Any) -> Any:
     """Return the model with other values of fields in the config of an adapter: `reconfigure(gm, alpha=32)`.
 
     The tensors stay what they are, the same objects, so that an optimizer goes on. A field that would change a shape or
@@ -34,7 +33,8 @@ def reconfigure(model: nn.Module, adapter: int | None = None, **changes: Any) ->
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`; it is not changed, and shares all its tensors.
-        adapter: the index of the adapter, as in `adapters(model)`; may be left out if there is one.
+        adapter: the name of the adapter; or the index of a config, as in `adapters(model)`. It may be left out if there
+            is one.
         changes: the fields with their new values. Patterns still count: `alpha=32` leaves the sites alone that
             `alpha_pattern` gives one.
 
@@ -49,12 +49,15 @@ def reconfigure(model: nn.Module, adapter: int | None = None, **changes: Any) ->
     adapter_tensors(model)
     placed = placements(model)
     indices = sorted({placement.adapter for placement in placed})
-    index = indices[0] if adapter is None and len(indices) == 1 else adapter
+    if isinstance(adapter, str):
+        (name,) = known_names(model, adapter)
+        indices = sorted({placement.adapter for placement in placed if placement.adapter_name == name})
+    index = indices[0] if not isinstance(adapter, int) and len(indices) == 1 else adapter
     if index not in indices:
         known = ", ".join(map(str, indices))
+        whose = f"Adapter {adapter!r}" if isinstance(adapter, str) else "The model"
         raise ConfigError(
-            f"The model has the adapters {known}; choose one of them:"
-            f" reconfigure(model, {indices[-1]}, {_list(changes)})."
+            f"{whose} has the configs {known}; choose one of them: reconfigure(model, {indices[-1]}, {_list(changes)})."
         )
     members = [placement for placement in placed if placement.adapter == index]
     old = members[0].variant
@@ -78,11 +81,9 @@ def _inserted(
     """Insert adapters into `base`, over the tensors of `model`."""
     tensors = {name: tensor_of(model, name) for placement in placed for name in placement.tensors.values()}
     roles = {name: site.roles for name, site in sites.items()}
-    passes = []
-    for index, members in itertools.groupby(placed, key=lambda placement: placement.adapter):
-        at = list(members)
-        passes.append(InsertAdapter(at[0].variant, index, tuple(member.site for member in at), roles, tensors))
-    Pipeline(tuple(passes)).run(base)
+    insert_placed(base, placed, roles, tensors)
+    if isinstance(base, HasSwitches) and isinstance(model, HasSwitches):
+        base.switches = model.switches
     return base
 
 

@@ -14,40 +14,39 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.listing import describe_adapters
-from ..adapters.mistakes import not_a_variant
 from ..adapters.placement import (
     HasGraphs,
+    Placement,
+    adapter_names,
     placements,
     site_bias,
     site_weight,
 )
 from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_tensors
-from ..adapters.variant import Variant
+from ..adapters.switches import HasSwitches, Switches, coefficients
 from ..capture.capture import Inputs
 from ..errors import AdapterError
 from ..graph.tensors import outside_inference_mode
 from ..log import phase, progress
 from ..passes import (
-    GraphPass,
     InsertAdapter,
     MergeAdapters,
     Pipeline,
     RemoveAdapters,
     without_gradient,
 )
-from ..sites.site import Site
 from .calibration import Batches, check_calibration
 from .capture import capture
+from .config import Config, as_adapters, check_free
 from .plan import Plan, make_plans
-
-Config = Variant | Sequence[Variant]
 
 
 @outside_inference_mode()
@@ -66,7 +65,9 @@ def rewrite(
     Args:
         model: any module, which is not changed. A graph that has adapters already gets further ones, around the
             first at sites they share. The first adapters stay trainable, and the new graph has copies of them.
-        cfg: a variant, or several to insert in this order.
+        cfg: a variant; several to insert in this order; or a dict that names adapters,
+            `{"fr": LoRA(r=8), "de": [LoRA(r=8), IA3()]}`. Without a name an adapter is `"default"`. All act, until
+            `active` says which.
         example_inputs: a tuple of positional or a dict of keyword arguments to capture with. Without them, a Hugging
             Face model is captured on inputs made from its config (`input_ids`, `attention_mask`, `labels`; no cache),
             and any other module by symbolic tracing.
@@ -92,16 +93,32 @@ def rewrite(
         SelectionError: a config's targets match no site.
         ConfigError: `cfg` is not a variant, or does not fit a site.
     """
-    variants = as_variants(cfg)
+    adapters = as_adapters(cfg)
     check_calibration(calibration)
     gm = capture(
         model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers, verify=verify
     )
-    plans = make_plans(gm, variants, calibration)
-    _warn_of_no_gradient(gm, plans)
-    first = insert_adapters(gm, [(plan.variant, plan.sites) for plan in plans])
-    _initialize(gm, plans, first)
+    if isinstance(cfg, Mapping):
+        check_free(cfg, adapter_names(gm))
+    insert_new(gm, make_plans(gm, adapters, calibration), stacklevel=3)
+    if isinstance(gm, HasSwitches) and gm.switches.acting is not None:
+        gm.switches = replace(gm.switches, acting=(*gm.switches.acting, *(name for name, _ in adapters)))
     return gm
+
+
+def insert_new(gm: fx.GraphModule, plans: Sequence[Plan], stacklevel: int = 2) -> None:
+    """Insert the adapters that `plans` ask for, with their start values.
+
+    Args:
+        gm: the graph, which is changed.
+        plans: as `make_plans` returns them.
+        stacklevel: of a warning, as for `warnings.warn`, seen from here.
+
+    Raises:
+        ConfigError: as `insert_adapters`.
+    """
+    _warn_of_no_gradient(gm, plans, stacklevel + 1)
+    _initialize(gm, plans, insert_adapters(gm, plans))
 
 
 def _initialize(gm: fx.GraphModule, plans: Sequence[Plan], first: int) -> None:
@@ -115,7 +132,7 @@ def _initialize(gm: fx.GraphModule, plans: Sequence[Plan], first: int) -> None:
             placement.initialize(gm, site, weight, bias, plan.statistics.get(site.name))
 
 
-def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan]) -> None:
+def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan], stacklevel: int) -> None:
     """Warn of sites that the model runs without gradient at all their calls, because adapters there cannot train."""
     frozen = without_gradient(gm.graph)
     sites = (site.name for plan in plans for site in plan.sites if all(call.node in frozen for call in site.calls))
@@ -123,12 +140,14 @@ def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan]) -> None:
         warnings.warn(
             f"The model runs {len(names)} of the sites ({', '.join(names[:3])}, ...) under torch.no_grad():"
             " adapters there compute, but get no gradient. exclude_names leaves them out.",
-            stacklevel=4,
+            stacklevel=stacklevel + 1,
         )
 
 
 def merge(model: nn.Module) -> Any:
     """Return the model with its adapters folded into the weights: the base graph node for node, without adapters.
+
+    Those that act are folded, by their coefficients if they are scaled; the others are left out.
 
     Args:
         model: a result of `rewrite`, `adapt` or `load`; it is not changed. For an adapted Hugging Face model the
@@ -138,7 +157,7 @@ def merge(model: nn.Module) -> Any:
         AdapterError: the model has no adapters; or a variant is not affine in its input, which random inputs show; or a
             merged value is NaN, infinite or too large for the dtype of the base. The message names the site.
     """
-    return _without_adapters(model, MergeAdapters())
+    return _without_adapters(model, fold=True)
 
 
 def remove(model: nn.Module) -> Any:
@@ -151,35 +170,33 @@ def remove(model: nn.Module) -> Any:
     Raises:
         AdapterError: the model has no adapters.
     """
-    return _without_adapters(model, RemoveAdapters())
+    return _without_adapters(model, fold=False)
 
 
 @outside_inference_mode()
-def _without_adapters(model: nn.Module, removal: GraphPass) -> Any:
+def _without_adapters(model: nn.Module, fold: bool) -> Any:
     if isinstance(model, HasGraphs):
-        return model.without_adapters(fold=isinstance(removal, MergeAdapters))
+        return model.without_adapters(fold=fold)
     adapter_tensors(model)
     if not isinstance(model, fx.GraphModule):
         raise AdapterError(
             f"{type(model).__name__} has no adapters in its graph: wrap put them into its modules. The way out: rewrite"
             " in place of wrap."
         )
+    removal = MergeAdapters(coefficients(model, "merge")) if fold else RemoveAdapters()
     gm = capture(model)
     Pipeline((removal,)).run(gm)
+    if isinstance(gm, HasSwitches):
+        gm.switches = Switches()
     return gm
 
 
-def insert_adapters(
-    gm: fx.GraphModule,
-    chosen: Iterable[tuple[Variant, Iterable[Site]]],
-    roles: Mapping[str, frozenset[str]] | None = None,
-) -> int:
-    """Insert each variant at its sites, in order. The tensors of the adapters are not filled yet.
+def insert_adapters(gm: fx.GraphModule, plans: Iterable[Plan]) -> int:
+    """Insert the adapters that `plans` ask for, in order. Their tensors are not filled yet.
 
     Args:
         gm: the graph, which is changed.
-        chosen: variants, finalized, with their sites.
-        roles: roles of sites by name, if another graph of the model shows more of them than this one.
+        plans: finalized configs with their sites.
 
     Returns:
         The index of the first of these adapters; the others follow.
@@ -190,8 +207,8 @@ def insert_adapters(
     check_gradients(gm)
     first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
     passes = (
-        InsertAdapter(variant, first + i, tuple(site.name for site in sites), roles or {})
-        for i, (variant, sites) in enumerate(chosen)
+        InsertAdapter(plan.variant, first + i, tuple(site.name for site in plan.sites), adapter_name=plan.adapter_name)
+        for i, plan in enumerate(plans)
     )
     with phase("inserted the adapters") as details:
         Pipeline(tuple(passes)).run(gm)
@@ -199,14 +216,26 @@ def insert_adapters(
     return first
 
 
-def as_variants(cfg: Config) -> list[Variant]:
-    """Return `cfg` as a list.
+def insert_placed(
+    gm: fx.GraphModule,
+    placed: Iterable[Placement],
+    roles: Mapping[str, frozenset[str]],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Insert adapters that are placed already, in the order of their indices and with the names of their tensors.
 
-    Raises:
-        ConfigError: `cfg` is empty, or an element is not a variant.
+    Args:
+        gm: the graph, which is changed.
+        placed: where the adapters are. Those at sites that the graph lacks are left out.
+        roles: of the sites by name, if another graph of the model shows more of them than this one.
+        tensors: theirs, by qualified name. Without them new ones are made, which are not filled.
     """
-    variants = list(cfg) if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [cfg]
-    wrong = [item for item in variants if not isinstance(item, Variant)]
-    if wrong or not variants:
-        raise not_a_variant(wrong[0] if wrong else cfg)
-    return variants
+    check_gradients(gm)
+    passes: dict[int, InsertAdapter] = {}
+    for placement in sorted(placed, key=lambda placement: placement.adapter):
+        index, name = placement.adapter, placement.adapter_name
+        known = passes.get(index) or InsertAdapter(placement.variant, index, (), roles, tensors or {}, name)
+        passes[index] = replace(known, names=(*known.names, placement.site))
+    with phase("inserted the adapters") as details:
+        Pipeline(tuple(passes.values())).run(gm)
+        details += describe_adapters(gm)

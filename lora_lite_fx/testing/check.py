@@ -16,7 +16,7 @@ from torch import nn
 from .. import passes
 from ..adapters.variant import Variant
 from ..errors import AdapterError
-from ..rewriting.rewrite import as_variants
+from ..rewriting.config import as_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
 from .models import Attention, GatedMLP, Net, ResidualMLP, SharedLinear, ids
@@ -71,7 +71,7 @@ def check(
         ConfigError: `variant` is not one.
         ValueError: `skip` names no property, or there are inputs without a model.
     """
-    variants = as_variants(variant)
+    variants = [each for _, each in as_adapters(variant)]
     names = [has.__name__ for has in PROPERTIES]
     if unknown := sorted(set(skip) - set(names)):
         raise ValueError(f"No property is named {unknown[0]}; the properties are {', '.join(names)}.")

@@ -19,7 +19,7 @@ from ..adapters.variant import Variant
 from ..capture.capture import Inputs
 from ..errors import AdapterError, ConfigError, shown
 from ..log import phase
-from ..rewriting.rewrite import Config, as_variants
+from ..rewriting.config import Config, as_adapters
 from .compiled_model import CompiledModel
 from .dynamo_call import on_compilation, running_call
 from .dynamo_graph import Compiled, Compiler
@@ -54,7 +54,7 @@ def backend(
     Parameters of `model` that are used between its graphs get gradients if they require them: freeze the model.
 
     Args:
-        cfg: a variant, or several to insert in this order. None for a model that carries its adapters; the name
+        cfg: a variant, or several, as for `rewrite`. None for a model that carries its adapters; the name
             `backend="lora_lite_fx"` stands for that.
         inner: the backend that compiles the rewritten graphs, or its name.
         mode, options: settings of `inner`, as `torch.compile` takes them. They may also be given to `torch.compile`
@@ -70,7 +70,7 @@ def backend(
         )
     if inner == NAME or isinstance(inner, Backend):
         raise ConfigError(f"inner compiles graphs that have their adapters, and {NAME!r} inserts them: leave it out.")
-    return Backend(() if cfg is None else tuple(as_variants(cfg)), Inner(inner, mode, options))
+    return Backend(() if cfg is None else tuple(as_adapters(cfg)), Inner(inner, mode, options))
 
 
 class Backend:
@@ -83,15 +83,15 @@ class Backend:
       call.
 
     Args:
-        variants: to be inserted, in this order; empty for models that carry their adapters.
+        adapters: to be inserted, by name and in this order; empty for models that carry their adapters.
         inner: the backend that compiles the rewritten graphs, with its settings.
     """
 
-    def __init__(self, variants: tuple[Variant, ...], inner: Inner) -> None:
-        self.variants = variants
+    def __init__(self, adapters: tuple[tuple[str, Variant], ...], inner: Inner) -> None:
+        self.adapters = adapters
         self.inner = inner
         self._compiled: CompiledModel | None = None
-        if variants:
+        if adapters:
             on_compilation(self._begin)
 
     @property
@@ -116,7 +116,7 @@ class Backend:
                 through the frozen weights.
         """
         check_gradients(model)
-        self._compiled = CompiledModel(model, self.variants, args, kwargs)
+        self._compiled = CompiledModel(model, self.adapters, args, kwargs)
         return self._compiled.marked
 
     def __eq__(self, other: object) -> bool:
@@ -145,7 +145,7 @@ class Backend:
         """
         try:
             inner = self.inner.given(mode, options).compiler()
-            is_marked = not self.variants or has_marks(gm)
+            is_marked = not self.adapters or has_marks(gm)
             if not is_marked:
                 self._start()
             with phase("derived the program of a graph") as details:
@@ -197,7 +197,7 @@ def adapt_compiled(
 
     Args:
         model: any module; it is not changed.
-        cfg: a variant, or several to insert in this order.
+        cfg: a variant, or several, as for `rewrite`.
         example_inputs: a tuple of positional or a dict of keyword arguments. The model runs on them once, and the
             linears that run can be adapted.
         inner: the backend that compiles the rewritten graphs, or its name.
@@ -211,7 +211,7 @@ def adapt_compiled(
     """
     args, kwargs = (example_inputs, {}) if isinstance(example_inputs, tuple) else ((), example_inputs)
     check_gradients(model)
-    marked = CompiledModel(model, as_variants(cfg), args, kwargs).marked
+    marked = CompiledModel(model, as_adapters(cfg), args, kwargs).marked
     marked.forward = torch.compile(marked.forward, backend=backend(inner=inner))
     return marked
 

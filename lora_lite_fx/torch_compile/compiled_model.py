@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..adapters.contract import rehearse
 from ..adapters.placement import Placement, placements
+from ..adapters.switches import Switches
 from ..adapters.variant import Variant
 from ..capture.record_run import record_run
 from ..errors import AdapterError
@@ -72,7 +73,7 @@ class CompiledModel:
 
     Args:
         model: it is not changed.
-        variants: to be inserted.
+        adapters: to be inserted, see `as_adapters`.
         args, kwargs: inputs of its first call, on which the model runs once to decide on the sites.
 
     Raises:
@@ -81,20 +82,24 @@ class CompiledModel:
     """
 
     def __init__(
-        self, model: nn.Module, variants: Sequence[Variant], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: nn.Module,
+        adapters: Sequence[tuple[str, Variant]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         # A compiled call may run in inference mode, in which parameters that can be trained cannot be made.
         with torch.inference_mode(False), torch.enable_grad():
             run = record_run(model, args, kwargs)
-            self.marked = mark_sites(model, make_plans(run, variants, None))
+            self.marked = mark_sites(model, make_plans(run, adapters, None))
         self.model = model
-        self.variants = variants
+        self.adapters = adapters
         self.names = tensor_names(model)
-        adapters: dict[str, list[Placement]] = defaultdict(list)
+        around: dict[str, list[Placement]] = defaultdict(list)
         for placement in placements(self.marked):
-            adapters[placement.site].append(placement)
+            around[placement.site].append(placement)
         self.sites = {
-            site.name: KnownSite(site, tensor_of(model, site.weight), tuple(adapters[site.name]))
+            site.name: KnownSite(site, tensor_of(model, site.weight), tuple(around[site.name]))
             for site in find_sites(run)
         }
         self.watch = SiteWatch(model, self.marked, [name for name, known in self.sites.items() if known.placements])
@@ -143,7 +148,7 @@ class CompiledModel:
         """Return the site of the model that is `site` in a graph, which may show other roles than the whole model."""
         if site.name not in self.sites:
             with_roles = [replace(site, roles=frozenset({role})) for role in ROLES]
-            if any(variant.selects(candidate) for variant in self.variants for candidate in with_roles):
+            if any(variant.selects(candidate) for _, variant in self.adapters for candidate in with_roles):
                 raise AdapterError(
                     f"Site {site.name!r} did not run in the first call, when the sites were decided on, or on constants"
                     " alone. The way out: leave it out of the targets (exclude_names), or call"
@@ -209,6 +214,11 @@ class SharedGraph:
 
     def run(self, *inputs: Any) -> Any:
         """Run the graph in the model's mode, with the adapters of the sites whose weights are among the inputs."""
+        if vars(self.model.marked)["switches"] != Switches():
+            raise AdapterError(
+                "active and scaled do not reach a model that was compiled as it is. The way out: compile the backend's"
+                ' model, which carries its adapters, with backend="lora_lite_fx"; or leave the scope.'
+            )
         weights = [inputs[i] for i in self.weights]
         key = tuple(map(id, weights))
         if key not in self._by_weights:

@@ -50,13 +50,13 @@ def insert_marked(gm: fx.GraphModule, sites: Sequence[MarkedSite]) -> None:
     for path, tensor in (item for site in sites for item in site.tensors.items()):
         if tensors.setdefault(path, tensor) is not tensor:
             raise AdapterError(f"Two models have adapters that share a tensor {path!r}, and run in one graph.")
-    chosen: dict[tuple[int, Variant], list[str]] = defaultdict(list)
+    chosen: dict[tuple[int, str, Variant], list[str]] = defaultdict(list)
     for site in sites:
         for placement in site.placements:
-            chosen[placement.adapter, placement.variant].append(site.name)
+            chosen[placement.adapter, placement.adapter_name, placement.variant].append(site.name)
     inserted = (
-        InsertAdapter(variant, adapter, tuple(names), roles, tensors)
-        for (adapter, variant), names in sorted(chosen.items(), key=lambda item: item[0][0])
+        InsertAdapter(variant, adapter, tuple(names), roles, tensors, adapter_name)
+        for (adapter, adapter_name, variant), names in sorted(chosen.items(), key=lambda item: item[0][0])
     )
     with phase("inserted the adapters into a graph") as details:
         Pipeline(tuple(inserted)).run(gm)

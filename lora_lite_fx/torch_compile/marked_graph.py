@@ -61,14 +61,14 @@ def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Mar
     sites: dict[tuple[str, str], MarkedSite] = {}
     training: dict[str, bool] = {}
     for site, call, mark in marked:
-        nodes, is_training, text = cast(tuple[list[fx.Node], bool, str], mark.args[1:])
+        nodes, is_training, text, acting = cast(tuple[list[fx.Node], bool, str, str], mark.args[1:])
         key = (site_in_mark(text), site.weight)
         if key not in sites:
             tensors = [values[node] if node in values else tensor_of(gm, str(node.target)) for node in nodes]
             # Several models with a site of that name may run in one graph.
             taken = sum(name == key[0] for name, _ in sites)
             name = f"{key[0]}_{taken + 1}" if taken else key[0]
-            sites[key] = read_mark(text, tensors, name)
+            sites[key] = read_mark(text, acting, tensors, name)
             training[name] = is_training
         call.node.meta["nn_module_stack"] = {"": (sites[key].name, nn.Module)}
     at_sites = {mark for _, _, mark in marked}

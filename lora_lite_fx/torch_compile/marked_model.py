@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, site_bias, site_weight
 from ..adapters.registry import recorded_variant, to_config
+from ..adapters.switches import Switches
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
 from ..log import phase
@@ -48,12 +49,14 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
             if buffer is not None:
                 module._buffers[name] = buffer.clone()
     vars(copy)["not_pickled"] = NotPickled()
+    vars(copy)["switches"] = Switches()
     with phase("inserted the adapters") as details:
         for adapter, plan in enumerate(plans):
             for site in plan.sites:
                 module = _marking(copy, site)
                 weight = site_weight(copy, site)
-                placement = Placement.of(plan.variant, adapter, site, len(module.placements))
+                inner = [each.adapter_name for each in module.placements]
+                placement = Placement.of(plan.variant, adapter, site, inner, plan.adapter_name)
                 placement.register(copy, site, weight)
                 placement.initialize(copy, site, weight, site_bias(copy, site), plan.statistics.get(site.name))
                 module.placements.append(placement)
@@ -108,10 +111,18 @@ def _marking_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         getattr(module if "." in path else module.adapted_model, path.rpartition(".")[2])
         for path in module.marked_paths
     ]
-    return module.unmarked_forward(MARK(x, tensors, module.training, module.mark_text))
+    switches = module.adapted_model.switches
+    acting = SCALED if switches.scales else ALL if switches.acting is None else ",".join(switches.acting)
+    return module.unmarked_forward(MARK(x, tensors, module.training, module.mark_text, acting))
 
 
 # What a mark says, written and read.
+
+ALL = "*"
+"""Says in a mark that all adapters act; otherwise their names stand there."""
+
+SCALED = "!"
+"""Says in a mark that adapters are scaled, which the backend refuses."""
 
 
 def _describe(copy: nn.Module, module: Any) -> None:
@@ -121,7 +132,14 @@ def _describe(copy: nn.Module, module: Any) -> None:
             "site": module.site.name,
             "roles": sorted(module.site.roles),
             "adapters": [
-                {"adapter": p.adapter, "names": p.names, "config": to_config(p.variant)} for p in module.placements
+                {
+                    "adapter": p.adapter,
+                    "position": p.position,
+                    "names": p.names,
+                    "config": to_config(p.variant),
+                    "adapter_name": p.adapter_name,
+                }
+                for p in module.placements
             ],
         }
     )
@@ -134,34 +152,53 @@ def site_in_mark(text: str) -> str:
     return str(json.loads(text)["site"])
 
 
-def read_mark(text: str, tensors: Iterable[Tensor], name: str) -> MarkedSite:
-    """Return the site that a mark describes.
+def read_mark(text: str, acting: str, tensors: Iterable[Tensor], name: str) -> MarkedSite:
+    """Return the site that a mark describes, with the adapters that act.
 
     Args:
         text: the mark's text.
+        acting: the names of the adapters that act, see `ALL`.
         tensors: the tensors of the adapters, as the mark has them.
         name: the name that the site has in the graph.
+
+    Raises:
+        AdapterError: adapters are scaled.
     """
+    if acting == SCALED:
+        raise AdapterError(
+            "A model that carries its adapters for torch.compile does not scale them. The way out: leave the scope of"
+            " scaled; rewrite or adapt make models that do."
+        )
     described = json.loads(text)
-    placements = tuple(
-        Placement(recorded_variant(adapter["config"]), adapter["adapter"], name, position, tuple(adapter["names"]))
-        for position, adapter in enumerate(described["adapters"])
-    )
-    paths = (path for placement in placements for path in placement.tensors.values())
-    return MarkedSite(name, frozenset(described["roles"]), placements, dict(zip(paths, tensors, strict=True)))
+    placements = [
+        Placement(
+            recorded_variant(adapter["config"]),
+            adapter["adapter"],
+            name,
+            adapter["position"],
+            tuple(adapter["names"]),
+            adapter["adapter_name"],
+        )
+        for adapter in described["adapters"]
+    ]
+    paths = [path for placement in placements for path in placement.tensors.values()]
+    by_path = dict(zip(paths, tensors, strict=True))
+    chosen = tuple(each for each in placements if acting == ALL or each.adapter_name in acting.split(","))
+    read = {path: by_path[path] for placement in chosen for path in placement.tensors.values()}
+    return MarkedSite(name, frozenset(described["roles"]), chosen, read)
 
 
 # The operator.
 
 
 @torch.library.custom_op("lora_lite_fx::mark", mutates_args=())
-def mark(x: Tensor, tensors: Sequence[Tensor], training: bool, text: str) -> Tensor:
+def mark(x: Tensor, tensors: Sequence[Tensor], training: bool, text: str, acting: str) -> Tensor:
     """Stand for the input `x` of an adapted site in a graph that has not been rewritten. It cannot run."""
     raise runs_outside(site_in_mark(text))
 
 
 @mark.register_fake
-def _(x: Tensor, tensors: Sequence[Tensor], training: bool, text: str) -> Tensor:
+def _(x: Tensor, tensors: Sequence[Tensor], training: bool, text: str, acting: str) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -170,7 +207,7 @@ def _count(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return grad, [None] * ctx.count, None, None
+    return grad, [None] * ctx.count, None, None, None
 
 
 # It never runs, because the forward does not; but a backend asks for it when it compiles.

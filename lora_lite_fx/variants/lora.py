@@ -93,6 +93,9 @@ class LoRA(FromNothing):
         bias = {"lora_bias": ParamSpec((site.d_out,))} if self.bias else {}
         return {**super().params(site), **bias}
 
+    def low_rank_change(self, p: Any) -> tuple[Tensor, Tensor] | None:
+        return None if self.bias else (p.lora_A, self.scale * p.lora_B)
+
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
         bias = p.lora_bias if self.bias else None

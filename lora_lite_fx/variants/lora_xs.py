@@ -50,6 +50,9 @@ class LoRAXS(WithDropout, WithScale, WithRank):
         p.lora_A.copy_(s[:r, None] * vh[:r])
         p.lora_B.copy_(u[:, :r])
 
+    def low_rank_change(self, p: Any) -> tuple[Tensor, Tensor]:
+        return p.lora_A, self.scale * p.lora_B @ p.lora_R
+
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
         inside = F.linear(cast(self.drop(x, base), p.lora_A), p.lora_A)  # (..., r)

@@ -48,6 +48,10 @@ class FromWeight(LowRank):
         for tensor, value in ((p.lora_A, a), (p.lora_B, b), (p.lora_A0, a), (p.lora_B0, b)):
             tensor.copy_(value)
 
+    def low_rank_change(self, p: Any) -> tuple[Tensor, Tensor]:
+        b = torch.cat([p.lora_B, -p.lora_B0], dim=-1)
+        return torch.cat([p.lora_A, p.lora_A0], dim=-2), self.scale * b
+
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
         start = self.scale * low_rank(x, p.lora_A0, p.lora_B0)

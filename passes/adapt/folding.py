@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -53,7 +52,9 @@ class MergedSite:
 
 
 @torch.no_grad()
-def merge_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[MergedSite]:
+def merge_sites(
+    gm: fx.GraphModule, sites: Sequence[Site], coefficients: Mapping[str, float] | None = None
+) -> list[MergedSite]:
     """Fold the adapters of `gm` into weights and biases; neither the graph nor its tensors change.
 
     Where the results go is for the caller to say: `MergeAdapters` puts them into the graph, `fold_into` into a model's
@@ -62,6 +63,7 @@ def merge_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[MergedSite]:
     Args:
         gm: a graph with adapters.
         sites: its sites; those without adapters are left out of the result.
+        coefficients: by name of an adapter, the number by which it acts; the others do not act. None for all, fully.
 
     Raises:
         AdapterError: the graph records an adapter at a site that is not found; or a variant is not affine, see `_fold`;
@@ -70,17 +72,41 @@ def merge_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[MergedSite]:
     adapted = account_for(gm, sites).adapted("merge")
     by_site: dict[str, list[Placement]] = defaultdict(list)
     for placement in placements(gm):
-        by_site[placement.site].append(placement)
-    return [_merge_site(gm, site, by_site[site.name]) for site in adapted]
+        scale = placement.scale * (1.0 if coefficients is None else coefficients.get(placement.adapter_name, 0.0))
+        if scale:
+            by_site[placement.site].append(replace(placement, scale=scale))
+    return [_merge_site(gm, site, by_site[site.name]) for site in adapted if by_site[site.name]]
+
+
+@torch.no_grad()
+def weight_change(gm: fx.GraphModule, site: Site, placed: Sequence[Placement]) -> tuple[Tensor, Tensor]:
+    """Return by how much adapters change the weight and the bias of a site, in float64.
+
+    Args:
+        gm: the graph.
+        site: the site; not experts.
+        placed: the adapters there, the innermost first, as if they were alone.
+
+    Returns:
+        `(d_out, d_in)` and `(d_out,)`.
+
+    Raises:
+        AdapterError: a variant is not affine, see `_fold`.
+    """
+    weight, bias = site_weight(gm, site).double(), site_bias(gm, site)
+    bias = None if bias is None else bias.double()
+    adapters = [(placement.local, _in_float64(placement.namespace(gm)), placement.scale) for placement in placed]
+    matrix, shift = _folded(site, weight, bias, adapters)
+    return matrix - weight, shift if bias is None else shift - bias
 
 
 def _merge_site(gm: fx.GraphModule, site: Site, around: list[Placement]) -> MergedSite:
     weight, bias = site_weight(gm, site), site_bias(gm, site)
-    adapters = [(placement.local, placement.namespace(gm)) for placement in around]
+    adapters = [(placement.local, placement.namespace(gm), placement.scale) for placement in around]
     if not site.experts:
         return MergedSite(site, *_merge_matrix(site, weight, bias, adapters))
     merged = [
-        _merge_matrix(site, matrix, None, [(variant, of_expert(p, expert)) for variant, p in adapters])
+        _merge_matrix(site, matrix, None, [(variant, of_expert(p, expert), c) for variant, p, c in adapters])
         for expert, matrix in enumerate(weight)
     ]
     has_bias = any(bias is not None for _, bias in merged)
@@ -89,21 +115,34 @@ def _merge_site(gm: fx.GraphModule, site: Site, around: list[Placement]) -> Merg
 
 
 def _merge_matrix(
-    site: Site, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Variant, Any]]
+    site: Site, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Variant, Any, float]]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return `W'` and `b'` of one matrix `weight (d_out, d_in)` with the `adapters`, the innermost first."""
+    """Return `W'` and `b'` of one matrix `weight (d_out, d_in)` with the `adapters`, the innermost first.
+
+    Each is there with its tensors and its coefficient.
+    """
     # In float32 at least, so that folding into a half-precision weight rounds once.
     exact = torch.promote_types(weight.dtype, torch.float32)
-    matrix, shift = weight.to(exact), None if bias is None else bias.to(exact)
-    frozen = FrozenLinear(lambda x: x, matrix, shift, site, training=False)
-    tolerance = _ROUNDINGS * torch.finfo(exact).eps
-    with torch.autocast(weight.device.type, enabled=False):
-        for variant, p in adapters:
-            matrix, shift = _fold(variant, p, frozen, matrix, shift, tolerance)
-    assert shift is not None
+    matrix, shift = _folded(site, weight.to(exact), None if bias is None else bias.to(exact), adapters)
     needs_bias = bias is not None or bool(shift.any())
     merged = _rounded(site, "weight", matrix, weight)
     return merged, _rounded(site, "bias", shift, weight if bias is None else bias) if needs_bias else None
+
+
+def _folded(
+    site: Site, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Variant, Any, float]]
+) -> tuple[Tensor, Tensor]:
+    """Return `W'` and `b'` in the type of `weight`."""
+    matrix, shift = weight, bias
+    frozen = FrozenLinear(lambda x: x, matrix, shift, site, training=False)
+    tolerance = _ROUNDINGS * torch.finfo(weight.dtype).eps
+    with torch.autocast(weight.device.type, enabled=False):
+        for variant, p, scale in adapters:
+            folded, added = _fold(variant, p, frozen, matrix, shift, tolerance)
+            before = added.new_zeros(()) if shift is None else shift
+            matrix, shift = torch.lerp(matrix, folded, scale), torch.lerp(before.expand_as(added), added, scale)
+    assert shift is not None
+    return matrix, shift
 
 
 def _fold(
@@ -139,7 +178,7 @@ def _fold(
         calls.append((x, y := nn.functional.linear(x, used, added), used, added))
         return y
 
-    adapted = compose(dataclasses.replace(frozen, call=call), [(variant, p)])
+    adapted = compose(replace(frozen, call=call), [(variant, p)])
 
     def output(x: Any) -> Tensor:
         try:
@@ -191,7 +230,7 @@ def _fold(
 def _in_float64(value: Any) -> Any:
     """Return a tensor, the tensors of an adapter or a frozen linear in float64."""
     if isinstance(value, FrozenLinear):
-        return dataclasses.replace(value, weight=_in_float64(value.weight), bias=_in_float64(value.bias))
+        return replace(value, weight=_in_float64(value.weight), bias=_in_float64(value.bias))
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return value if value is None else adapter_namespace({name: _in_float64(t) for name, t in vars(value).items()})

@@ -29,6 +29,7 @@ from ...adapters.registry import to_config
 from ...adapters.variant import Variant
 from ...errors import ConfigError
 from ...graph.provenance import (
+    DEFAULT,
     INLET,
     OUTLET,
     TENSOR,
@@ -60,6 +61,7 @@ class InsertAdapter(GraphPass):
         names: qualified names of sites.
         roles: the roles of sites, by name; for a graph that is a piece of the model and does not show them.
         tensors: the tensors of an adapter that exists, by qualified name. Without them, new ones are made.
+        adapter_name: the name that the user gives the adapter.
     """
 
     variant: Variant
@@ -67,6 +69,7 @@ class InsertAdapter(GraphPass):
     names: tuple[str, ...]
     roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    adapter_name: str = DEFAULT
 
     def run(self, gm: fx.GraphModule) -> int:
         account = account_for(gm)
@@ -78,18 +81,22 @@ class InsertAdapter(GraphPass):
         for site in account.sites:
             if site.name not in self.names:
                 continue
-            inner = {insertion.adapter for insertion in account.around(site)}
+            inner = {insertion.adapter: insertion.adapter_name for insertion in account.around(site)}
             if self.adapter in inner:
                 continue
             site = replace(site, roles=self.roles.get(site.name, site.roles))
-            placement = Placement.of(self.variant, self.adapter, site, len(inner))
+            placement = Placement.of(self.variant, self.adapter, site, inner.values(), self.adapter_name)
             self._register(gm, site, placement)
             for call in site.calls:
                 _, x, y = surrounding(account.around(site), moved.get(call.x, call.x), call.y)
                 around = replace(call, x=x, y=y)
                 fragment = fragments.at(gm, site, placement, around)
+                if fragment.replaced and inner:
+                    raise not_innermost(type(self.variant).__name__, site.name)
                 place = (site.name, self.adapter, placement.position)
-                provenance = Provenance(*place, number, placement.names, by=self.name, config=config)
+                provenance = Provenance(
+                    *place, number, placement.names, by=self.name, config=config, adapter_name=self.adapter_name
+                )
                 moved[y] = _splice(gm, site, around, placement, fragment, provenance)
                 number += 1
         return number - first_number
@@ -121,8 +128,6 @@ def _splice(
     if fragment.base_input is inputs.x and fragment.result is fragment.base and not fragment.replaced:
         raise ConfigError(f"{type(placement.variant).__name__}.forward returns base(x) unchanged.")
     stack = _module_stack(call.node, placement)
-    if fragment.replaced and placement.position:
-        raise not_innermost(type(placement.variant).__name__, site.name)
     replacing = set(ancestors(fragment.replaced.values()))
     if any(replacing.intersection(written_roots(node)) for node in fragment.graph.nodes):
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,11 +32,16 @@ class MergeAdapters(GraphPass):
     Safe because a variant that is not affine in `x` is refused (`merge_sites`), and because the frozen tensors, which
     the user's model shares, are not written to. A merged site gets tensors of its own, and the other readers of a tied
     weight keep theirs. A site without a bias gets one if its adapters add one.
+
+    Args:
+        coefficients: by name of an adapter, the number by which it acts; the others do not act. None for all, fully.
     """
+
+    coefficients: Mapping[str, float] | None = None
 
     def run(self, gm: fx.GraphModule) -> int:
         sites = find_sites(gm)
-        merged = merge_sites(gm, sites)
+        merged = merge_sites(gm, sites, self.coefficients)
         RemoveAdapters().run(gm)  # the nodes of the sites themselves stay
         for merged_site in merged:
             _replace(gm, merged_site, sites)

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from ...adapters.placement import adapter_tensor_names
 from ...errors import AdapterError
-from ...graph.provenance import forget, insertions, is_size, take_out
+from ...graph.provenance import Insertion, forget, insertions, is_size, take_out
 from ..pipeline import GraphPass, eliminate_dead_code
 
 
 @dataclass(frozen=True)
 class RemoveAdapters(GraphPass):
-    """Remove all adapters, leaving the base graph node for node.
+    """Remove adapters, leaving the base graph node for node.
 
     Safe because insertion changes the nodes of the frozen linear only in the input that they read. To undo it, they
     read the adapter's input again, and the readers of the adapter's output read theirs. The provenance of the inserted
     nodes says which these are, so the pass works on a graph loaded from a `.pt2` file too.
+
+    Args:
+        names: of the adapters to remove; None for all.
     """
 
+    names: tuple[str, ...] | None = None
+
     def run(self, gm: fx.GraphModule) -> int:
-        inserted = insertions(gm.graph)
-        tensors = adapter_tensor_names(gm)
-        take_out(inserted)
-        eliminate_dead_code(gm)
-        _require_removed(gm)
+        inserted = [each for each in insertions(gm.graph) if self.names is None or each.adapter_name in self.names]
+        tensors = list(dict.fromkeys(name for insertion in inserted for name in insertion.tensors.values()))
+        bypass(gm, inserted)
         for name in tensors:
             path, _, attribute = name.rpartition(".")
             delattr(gm.get_submodule(path), attribute)
@@ -34,13 +37,18 @@ class RemoveAdapters(GraphPass):
         return len(inserted)
 
 
-def _require_removed(gm: fx.GraphModule) -> None:
-    """Check that no adapter is left. Sizes that the base reads too stay, as nodes of the base.
+def bypass(gm: fx.GraphModule, inserted: Sequence[Insertion]) -> None:
+    """Take adapters out of the graph of `gm`, which keeps their tensors. Sizes that others read stay, as of the base.
 
     Raises:
-        AdapterError: an adapter is left; the message names its site.
+        AdapterError: one of them is left; the message names its site.
     """
+    take_out(inserted)
+    eliminate_dead_code(gm)
+    calls = {insertion.call for insertion in inserted}
     for insertion in insertions(gm.graph):
+        if insertion.call not in calls:
+            continue
         left = [node for node in insertion.nodes if not is_size(node)]
         for node in insertion.nodes:
             if node not in left:

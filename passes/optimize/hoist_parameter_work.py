@@ -45,7 +45,7 @@ class HoistParameterWork(GraphPass):
 def _adapter_tensors(graph: fx.Graph) -> set[str]:
     """Return the qualified names of all adapter tensors; every node of an adapter names them, so one is enough."""
     records = (provenance for node in graph.nodes if (provenance := recorded(node)) is not None)
-    adapters = {(by.site, by.adapter, by.position, tuple(by.names)) for by in records}
+    adapters = {(by.site, by.adapter, by.position, tuple(by.names), by.adapter_name) for by in records}
     return {name for adapter in adapters for name in qualified_names(*adapter).values()}
 
 

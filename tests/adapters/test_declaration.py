@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.placement import by_adapter
+from lora_lite_fx.adapters.placement import by_config
 from lora_lite_fx.adapters.registry import _REGISTRY
 from tests.support.refusals import WAYS, Mine, Net, X
 from tests.support.untouched import untouched
@@ -140,5 +140,5 @@ def test_what_fields_hold_comes_back_from_a_file(
     cfg = Holds(target_names="fc", value=value)
     assert hash(cfg) == hash(dataclasses.replace(cfg))  # a list has become a tuple
     llfx.save(llfx.rewrite(Net(), cfg, (X,)), tmp_path / "file")
-    ((loaded, _),) = by_adapter(llfx.load(Net(), tmp_path / "file", (X,)))
+    ((loaded, _),) = by_config(llfx.load(Net(), tmp_path / "file", (X,)))
     assert loaded == cfg

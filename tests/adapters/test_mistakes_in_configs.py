@@ -59,9 +59,20 @@ MISTAKES: list[Mistake] = [
         A_VARIANT + "{'r': 8}. Make a config of these fields: LoRA(**cfg).",
     ),
     (
-        lambda: anything.rewrite(plain(), {"chat": CFG}),
+        lambda: anything.rewrite(plain(), {"chat.fr": CFG}),
         llfx.ConfigError,
-        A_VARIANT + "{'chat': <LoRA>}. Adapters with names are not supported yet: pass a list, [*cfg.values()].",
+        "The name of an adapter is of letters, digits and underscores and does not begin with a digit, because the"
+        " names of its tensors end in it; not 'chat.fr'.",
+    ),
+    (
+        lambda: anything.rewrite(plain(), {1: CFG}),
+        llfx.ConfigError,
+        "The name of an adapter is a string, as in rewrite(model, {'fr': LoRA(r=8)}), not 1.",
+    ),
+    (
+        lambda: anything.rewrite(plain(), {"chat": []}),
+        llfx.ConfigError,
+        A_VARIANT + "an empty list.",
     ),
     (
         lambda: anything.rewrite(plain(), {CFG}),

@@ -251,8 +251,12 @@ MISTAKES: list[Mistake] = [
     (
         lambda: graph().disable_adapter(),
         AttributeError,
-        "A rewritten graph has no disable_adapter. llfx.remove(graph) returns the model without its adapters, over the"
-        " same weights.",
+        "A rewritten graph has no disable_adapter. `with llfx.active(graph, []):` is a scope without adapters.",
+    ),
+    (
+        lambda: graph().set_adapter("fr"),
+        AttributeError,
+        "A rewritten graph has no set_adapter. llfx.active(graph, name) lets one adapter act.",
     ),
     (lambda: graph().nonsense, AttributeError, "'GraphModule' object has no attribute 'nonsense'"),
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.placement import by_adapter
+from lora_lite_fx.adapters.placement import by_config
 from lora_lite_fx.sites.site import Site
 from tests.support.conformance import unchanged
 from tests.support.models import tiny_t5
@@ -127,7 +127,7 @@ def test_loading_needs_no_calibration_data(tmp_path: Any) -> None:
 
 def ranks_of(gm: fx.GraphModule) -> dict[str, int]:
     """Return the rank of each adapted site."""
-    configs: dict[str, Any] = {placement.site: placement.local for _, placed in by_adapter(gm) for placement in placed}
+    configs: dict[str, Any] = {placement.site: placement.local for _, placed in by_config(gm) for placement in placed}
     return {site: cfg.r for site, cfg in configs.items()}
 
 
@@ -142,7 +142,7 @@ def test_redistributed_ranks_follow_the_largest_shares_of_variance() -> None:
     winners = [name for _, name in sorted(competing, reverse=True)[:9]]
     ranks = {name: winners.count(name) for name in dict.fromkeys(winners)}
     assert len(set(ranks.values())) > 1, "the case must redistribute"
-    ((variant, _),) = by_adapter(gm)
+    ((variant, _),) = by_config(gm)
     assert ranks_of(gm) == ranks
     for name, rank in ranks.items():
         assert gm.get_parameter(f"{name}.lora_A").shape[0] == rank

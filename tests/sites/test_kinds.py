@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.placement import by_adapter, site_weight
+from lora_lite_fx.adapters.placement import by_config, site_weight
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.sites.kinds.expert_values import PerExpert
 from tests.support.conformance import (
@@ -191,8 +191,8 @@ def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
     """Return a copy of the model with merged weights, each computed by the variant on a plain linear."""
     copied = copy.deepcopy(model)
     as_linear: dict[str, Any] = {"target_kinds": ("linear",), "target_names": (".",)}
-    cfgs = [dataclasses.replace(variant, **as_linear) for variant, _ in by_adapter(gm)]
-    adapted_sites = {placement.site for _, placed in by_adapter(gm) for placement in placed}
+    cfgs = [dataclasses.replace(variant, **as_linear) for variant, _ in by_config(gm)]
+    adapted_sites = {placement.site for _, placed in by_config(gm) for placement in placed}
     for site in find_sites(gm):
         if site.name not in adapted_sites:
             continue

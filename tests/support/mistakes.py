@@ -109,7 +109,7 @@ def check_mistake(mistake: Mistake, folder: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(folder.rglob("*")) == files
 
 
-A_VARIANT = "cfg must be a variant such as LoRA(r=8), or a list of them, not "
+A_VARIANT = "cfg must be a variant such as LoRA(r=8), a list of them, or a dict of such by names, not "
 A_MODEL = "The model must be a torch.nn.Module or an ExportedProgram, not "
 RETURNED = "it is not what rewrite, wrap, adapt or load returned"
 USE_RESULT = f"{RETURNED}: they leave their argument as it is, so use their result."

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ...adapters.placement import adapter_names
 from ...adapters.state import warn_of_trained_base
 from ...adapters.variant import Variant
 from ...capture.capture import Inputs
 from ...errors import CheckpointError, ConfigError
-from ...graph.provenance import SHARED
+from ...graph.provenance import DEFAULT, SHARED
 from ...sites.site import Site
 from ...variants import TinyLoRA
 from ..checkpoint import fingerprints
@@ -49,18 +50,28 @@ _ABOUT_THE_BASE = {"auto_mapping", "base_model_name_or_path", "inference_mode", 
 
 
 def save_peft(
-    model: nn.Module, path: str | os.PathLike[str], *, as_lora: bool | None = None, allow_nonfinite: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter: str | None = None,
+    as_lora: bool | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write the adapter of `model` as a PEFT directory, which `PeftModel.from_pretrained` loads on the same base.
 
+    Several adapters are written as PEFT does: "default" into the directory, and each other one into a folder of its
+    name in it, which `load_peft(..., subfolder=name, name=name)` and PEFT's `load_adapter` read.
+
     Args:
-        model: a model from `rewrite`, `wrap`, `adapt` or `load`, with one adapter.
+        model: a model from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the directory; made if it is not there. Its two files are written whole or not at all, and after a
             crash they are the old two, the new two, or there is no config. A digest of the config in the metadata of
             the tensors lets `load_peft` refuse two files that do not belong together.
-        as_lora: for `PiSSA` and `OLoRA`, whether to write an ordinary LoRA of twice the rank, the start and the end
-            side by side. None does: it runs on the unchanged base in whatever reads r, alpha, A and B. False writes
-            PEFT's own form, whose base PEFT factorizes and changes at each load, and which is wrong elsewhere.
+        adapter: the name of the adapter to write, into the directory itself; None for all.
+        as_lora: whether to write an ordinary LoRA, which runs on the unchanged base in whatever reads r, alpha, A and
+            B. True does, as `to_lora`, for every adapter whose change of the weights has a low rank. None does for
+            `PiSSA` and `OLoRA`: of twice the rank, the start and the end side by side. False writes PEFT's own form of
+            those, whose base PEFT factorizes and changes at each load, and which is wrong elsewhere.
             `LoRAXS`, which PEFT has not, is always written as a LoRA of its rank.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
 
@@ -70,8 +81,18 @@ def save_peft(
         CheckpointError: the files cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_peft(model, path)")
-    config, tensors, sites = peft_form(model, as_lora)
-    warn_of_trained_base(model, "save_peft")
+    warn_of_trained_base(model, "save_peft")  # refuses a model without adapters
+    names = adapter_names(model)
+    if adapter is not None or len(names) == 1:
+        _save(model, folder, adapter, as_lora, allow_nonfinite)
+        return
+    forms = {name: peft_form(model, as_lora, name) for name in names}  # refuses before anything is written
+    for name in forms:
+        _save(model, folder if name == DEFAULT else folder / name, name, as_lora, allow_nonfinite)
+
+
+def _save(model: nn.Module, folder: Path, adapter: str | None, as_lora: bool | None, allow_nonfinite: bool) -> None:
+    config, tensors, sites = peft_form(model, as_lora, adapter)
     if not allow_nonfinite:
         check_finite(tensors, folder / TENSORS, "nothing was written")
     make_folder(folder)
@@ -89,6 +110,7 @@ def load_peft(
     *,
     revision: str | None = None,
     subfolder: str = "",
+    name: str | None = None,
     stack: bool = False,
     allow_nonfinite: bool = False,
 ) -> fx.GraphModule:
@@ -105,7 +127,7 @@ def load_peft(
         example_inputs: as for `capture`.
         revision: a branch, tag or commit of the repository.
         subfolder: the folder in the directory or repository that holds the adapter.
-        stack: as for `load`.
+        name, stack: as for `load`.
         allow_nonfinite: as for `load`.
 
     Returns:
@@ -115,7 +137,7 @@ def load_peft(
         CheckpointError, AdapterError, CaptureError: as for `load`; or the repository cannot be had.
     """
     folder = directory_of(path, revision, subfolder)
-    return _load_directory(model, folder, example_inputs, stack=stack, allow_nonfinite=allow_nonfinite)
+    return _load_directory(model, folder, example_inputs, name=name, stack=stack, allow_nonfinite=allow_nonfinite)
 
 
 def _read_directory(folder: Path) -> AdapterFile:
@@ -198,34 +220,37 @@ def adapter_of(
 _load_directory = loader(_read_directory, "load_peft")
 
 
-def to_peft_config(model: nn.Module, *, as_lora: bool | None = None) -> dict[str, Any]:
-    """Return the config of the model's one adapter as PEFT writes it, JSON-ready; `peft.get_peft_config` takes it.
+def to_peft_config(model: nn.Module, *, adapter: str | None = None, as_lora: bool | None = None) -> dict[str, Any]:
+    """Return the config of an adapter as PEFT writes it, JSON-ready; `peft.get_peft_config` takes it.
 
     Args:
         model: a model from `rewrite`, `wrap`, `adapt` or `load`.
+        adapter: the name of the adapter; may be left out if there is one.
         as_lora: as for `save_peft`.
 
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
-    return peft_form(model, as_lora)[0]
+    return peft_form(model, as_lora, adapter)[0]
 
 
-def peft_form(model: nn.Module, as_lora: bool | None) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    """Return the config and the tensors of the adapter of `model`, as PEFT writes them, and the names of its sites.
+def peft_form(
+    model: nn.Module, as_lora: bool | None, adapter: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """Return the config and the tensors of an adapter of `model`, as PEFT writes them, and the names of its sites.
 
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
     names = [name for name, _ in model.named_modules() if not name.endswith(".base")]
-    beside = [placement.site for placement in whole_placements(model)]
-    if trains_whole_only(model):
-        config, tensors = as_own(*write_whole(model, sites_of(model), (), names), names)
+    beside = [placement.site for placement in whole_placements(model, adapter)]
+    if trains_whole_only(model, adapter):
+        config, tensors = as_own(*write_whole(model, sites_of(model), (), names, adapter), names)
         return config | base_fields(model), _to_write(tensors), beside
-    placed, variant, state = as_written(model, as_lora)
+    placed, variant, state = as_written(model, as_lora, adapter)
     sites = sites_of(model)
     modules = peft_modules(model, variant, placed, sites, state)
-    fields, tensors = write_whole(model, sites, modules, names)
+    fields, tensors = write_whole(model, sites, modules, names, adapter)
     form = format_of(variant)
     for module in modules:
         for name, tensor in module.tensors.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...adapters.placement import Placement, adapter_tensor_names, by_adapter
+from ...adapters.placement import Placement, adapter_tensor_names, by_config
 from ...adapters.state import adapter_state_dict
 from ...adapters.variant import as_tuple
 from ...errors import ConfigError
@@ -17,19 +17,24 @@ from .modules import PeftModule
 from .whole import BASE, BESIDE, PREFIX, TOKENS
 
 
-def whole_placements(model: nn.Module) -> list[Placement]:
-    """Return the places of the whole tensors that a model trains."""
-    return [placement for variant, members in by_adapter(model) if isinstance(variant, BESIDE) for placement in members]
+def whole_placements(model: nn.Module, adapter: str | None = None) -> list[Placement]:
+    """Return the places of the whole tensors that a model trains; of the adapter of one name if that is given."""
+    configs = by_config(model, adapter)
+    return [placement for variant, members in configs if isinstance(variant, BESIDE) for placement in members]
 
 
-def trains_whole_only(model: nn.Module) -> bool:
-    """Return whether a model trains whole tensors and has no other adapter."""
-    held = list(by_adapter(model))
+def trains_whole_only(model: nn.Module, adapter: str | None = None) -> bool:
+    """Return whether a model, or its adapter of this name, trains whole tensors and nothing else."""
+    held = list(by_config(model, adapter))
     return bool(held) and all(isinstance(variant, BESIDE) for variant, _ in held)
 
 
 def write_whole(
-    model: nn.Module, sites: Mapping[str, Site], modules: Sequence[PeftModule], names: Collection[str]
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    modules: Sequence[PeftModule],
+    names: Collection[str],
+    adapter: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the fields of the config for the whole tensors of `model`, and the tensors by PEFT's keys.
 
@@ -38,6 +43,7 @@ def write_whole(
         sites: its adapted sites by name.
         modules: those that hold the adapter beside them; none if there is not one.
         names: of the model's modules.
+        adapter: the name of the adapter; None if there is one.
 
     Raises:
         ConfigError: PEFT cannot hold them; the message says why.
@@ -49,7 +55,7 @@ def write_whole(
     saved: list[str] = []
     biases: set[str] = set()
     tokens: dict[str, list[int]] = {}
-    for placement in whole_placements(model):
+    for placement in whole_placements(model, adapter):
         site, name = sites[placement.site], placement.site
         _check_module(site, modules, names)
         if isinstance(placement.variant, TrainableTokens):
@@ -72,7 +78,7 @@ def write_whole(
     if tokens:
         fields["trainable_token_indices"] = tokens
     if biases:
-        fields["bias"] = _biases(model, biases, sites, adapted)
+        fields["bias"] = _biases(model, biases, sites, adapted, adapter)
     return fields, tensors
 
 
@@ -94,12 +100,14 @@ def _check_saved(site: Site, adapted: Collection[str], names: Collection[str]) -
         raise ConfigError(f"PEFT cannot name {name!r} as a module to train without {alike[0]!r}.")
 
 
-def _biases(model: nn.Module, biases: set[str], sites: Mapping[str, Site], adapted: Collection[str]) -> str:
+def _biases(
+    model: nn.Module, biases: set[str], sites: Mapping[str, Site], adapted: Collection[str], adapter: str | None
+) -> str:
     """Return PEFT's word for these biases, given by the names of their sites."""
     own = {*adapter_tensor_names(model)}
     names = {name.replace(".base.", ".") for name, _ in model.named_parameters() if name not in own}
     every = {name.rpartition(".")[0] for name in names if name.endswith("bias")}
-    if every <= {placement.site for placement in whole_placements(model)}:
+    if every <= {placement.site for placement in whole_placements(model, adapter)}:
         return "all"
     if biases == {name for name in adapted if sites[name].bias is not None}:
         return "lora_only"

@@ -12,29 +12,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...adapters.placement import Placement
+from ...adapters.placement import Placement, adapter_names, placements
 from ...adapters.state import adapter_state_dict
 from ...adapters.variant import Variant, adapter_namespace
 from ...errors import ConfigError
+from ...rewriting.sums import to_lora
 from ...variants import PSOFT, LoRA, LoRAXS, TinyLoRA
 from ...variants.pissa import FromWeight
 from ..single_adapter import only_adapter, sites_of, weight_of
 from .variants import format_of
 from .whole import BESIDE
+from .whole_written import whole_placements
 
 
-def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placement], Variant, Mapping[str, Tensor]]:
+def as_written(
+    model: nn.Module, as_lora: bool | None, adapter: str | None
+) -> tuple[Sequence[Placement], Variant, Mapping[str, Tensor]]:
     """Return the placements of the model's one adapter, and its config and tensors as they are written.
 
     Args:
         model: an adapted model.
-        as_lora: as for `save_peft`.
+        as_lora, adapter: as for `save_peft`.
 
     Raises:
         AdapterError: the model has no adapters.
         ConfigError: it has several, or they cannot be represented.
     """
-    variant, placed = only_adapter(model, "A PEFT directory", beside=BESIDE)
+    variant, placed = only_adapter(model, "A PEFT directory", beside=BESIDE, adapter=adapter)
     state: Mapping[str, Tensor] = adapter_state_dict(model)
     if type(variant) is LoRAXS:
         if as_lora is False:
@@ -44,8 +48,8 @@ def as_written(model: nn.Module, as_lora: bool | None) -> tuple[Sequence[Placeme
     if isinstance(variant, FromWeight):
         if as_lora is not False:
             return placed, *_as_lora(variant, placed, state)
-    elif as_lora:
-        raise ConfigError(f"as_lora is for PiSSA, OLoRA and LoRAXS, whose update is that of a LoRA, not {variant!r}.")
+    elif as_lora and type(variant) is not LoRA:
+        return _converted(model, variant, adapter)
     if form.same_rank:
         return placed, *_of_one_rank(variant, placed, state)
     if isinstance(variant, TinyLoRA) and not variant.tied:
@@ -74,6 +78,30 @@ def _check_factors(model: nn.Module, placed: Sequence[Placement], state: Mapping
                 f"PSOFT: PEFT computes the frozen factors anew from the base, and at {placement.site!r} they are others"
                 " here than those of this adapter: it was made on another device, or for another base."
             )
+
+
+def _converted(
+    model: nn.Module, variant: Variant, adapter: str | None
+) -> tuple[Sequence[Placement], Variant, Mapping[str, Tensor]]:
+    """Return an adapter of any variant as `LoRA`, exactly."""
+    if beside := whole_placements(model, adapter):
+        raise ConfigError(
+            f"as_lora: the adapter trains {beside[0].site!r} whole beside {type(variant).__name__}. The way out: write"
+            " it without as_lora, or give the two names of their own."
+        )
+    lora, _ = to_lora(model, adapter=adapter or adapter_names(model)[0])
+    placed = placements(lora)
+    state = adapter_state_dict(lora)
+    sites = sites_of(lora)
+    for placement in placed:
+        rank, site = len(state[placement.tensors["lora_A"]]), sites[placement.site]
+        if 2 * rank > min(site.d_in, site.d_out):
+            raise ConfigError(
+                f"as_lora: {type(variant).__name__} changes {placement.site!r} by a matrix of rank {rank}, which is no"
+                " smaller than half the weight. The way out: an approximation,"
+                " lora, errors = llfx.to_lora(model, r=16), and save_peft(lora, path)."
+            )
+    return placed, placed[0].variant, state
 
 
 def _as_lora(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.placement import by_adapter
+from lora_lite_fx.adapters.placement import by_config
 from tests.support.conformance import randomise
 from tests.support.peft_models import CASES, captured
 from tests.support.untouched import untouched
@@ -31,7 +31,7 @@ def output(model: Any) -> Tensor:
 
 
 def ranks(model: Any) -> dict[str, tuple[int, float]]:
-    local: dict[str, Any] = {p.site: p.local for _, placed in by_adapter(model) for p in placed}
+    local: dict[str, Any] = {p.site: p.local for _, placed in by_config(model) for p in placed}
     return {site: (config.r, config.alpha) for site, config in local.items()}
 
 
@@ -142,7 +142,7 @@ def test_pissa_and_olora_as_a_lora_of_twice_the_rank_run_on_the_unchanged_base(
     assert torch.allclose(output(theirs), output(gm), atol=1e-4)
     assert not torch.allclose(output(gm), output(graph), atol=1e-2)
     loaded = llfx.load_peft(graph, tmp_path)
-    assert {type(variant) for variant, _ in by_adapter(loaded)} == {llfx.LoRA}
+    assert {type(variant) for variant, _ in by_config(loaded)} == {llfx.LoRA}
     assert torch.allclose(output(loaded), output(gm), atol=1e-9)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.placement import by_adapter
+from lora_lite_fx.adapters.placement import by_config
 from tests.support.peft_models import CASES, Case
 from tests.support.peft_oracles import ORACLES, TOLERANCE, Pair, make_pair, use_ordinary_linears
 from tests.support.selection import slow_unless
@@ -55,7 +55,7 @@ def test_what_peft_saved_computes_the_same_here(pair: Pair, tmp_path: Path) -> N
     graph = llfx.remove(pair.ours)
     loaded = llfx.load_peft(graph, tmp_path).eval()
     close(output(loaded, pair.case), output(pair.theirs, pair.case))
-    ours = {type(variant) for variant, _ in by_adapter(loaded)}
+    ours = {type(variant) for variant, _ in by_config(loaded)}
     assert ours == {pair.oracle.cls}
 
 

@@ -1,42 +1,16 @@
-"""Insert adapters that exist into a further graph of their model."""
+"""Share the adapters of a rewritten graph with the Hugging Face model that it was captured from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from torch import fx, nn
 
-from ..adapters.placement import Placement, placements
+from ..adapters.placement import placements
 from ..capture.mistakes import graph_hint
 from ..errors import AdapterError
 from ..execution.module import execution_of
 from ..graph.tensors import register_tensor, tensor_of
-from ..rewriting.rewrite import insert_adapters
+from ..rewriting.rewrite import insert_placed
 from ..sites.finding import find_sites
-from ..sites.site import Site
-
-
-def insert_placements(
-    base: fx.GraphModule,
-    placed: Sequence[Placement],
-    sites: Mapping[str, Site],
-    roles: Mapping[str, frozenset[str]],
-) -> None:
-    """Insert adapters at those of their sites that a graph has. Their tensors are not filled.
-
-    Args:
-        base: the graph, which is changed.
-        placed: the adapters by site.
-        sites: of the graph, by name.
-        roles: of the sites, as the first graph of the model shows them.
-    """
-    chosen: dict[int, tuple[Any, list[Site]]] = {}
-    for placement in placed:
-        _, targets = chosen.setdefault(placement.adapter, (placement.variant, []))
-        if placement.site in sites:
-            targets.append(sites[placement.site])
-    insert_adapters(base, chosen.values(), roles)
 
 
 def share_adapters(gm: fx.GraphModule, base: fx.GraphModule) -> fx.GraphModule:
@@ -64,7 +38,7 @@ def share_adapters(gm: fx.GraphModule, base: fx.GraphModule) -> fx.GraphModule:
                 f"The graph does not share the weight of {name!r} with its model any more: one of them was moved or"
                 f" cast.{graph_hint(gm)}"
             )
-    insert_placements(base, placements(gm), sites, {name: site.roles for name, site in theirs.items()})
+    insert_placed(base, placements(gm), {name: site.roles for name, site in theirs.items()})
     for old, new in zip(placements(gm), placements(base), strict=True):
         if (old.site, old.names) != (new.site, new.names):
             raise AdapterError(f"The adapter at {old.site!r} has other tensors in the graph than in its model.")

@@ -1,0 +1,323 @@
+"""`combine` and `to_lora`: sums of adapters, and any adapter as a plain `LoRA`.
+
+Both ask by how much adapters change each weight. A sum of low-rank changes is one of the sum of their ranks: the
+factors are put side by side, and nothing is rounded. Any other change is a matrix, whose singular values say which rank
+it has, and what a smaller one leaves out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..adapters.accounting import account_for
+from ..adapters.placement import Placement, adapter_names, graph_of, placements
+from ..adapters.state import adapter_tensors
+from ..adapters.switches import coefficients, known_names
+from ..errors import AdapterError, ConfigError, shown
+from ..execution.module import AdaptedGraphModule, draft_of
+from ..graph.tensors import outside_inference_mode, tensor_of
+from ..passes import weight_change
+from ..sites.site import Site
+from ..variants import LoRA
+from .config import check_free, check_name
+from .named import ChangesGraphs, act_as_before, acting_now, insert_as
+from .plan import Plan
+from .rewrite import insert_adapters, remove
+
+Method = Literal["linear", "ties", "dare", "dare_ties"]
+"""How changes of a weight are summed:
+
+- `linear`: `sum of w_i D_i`.
+- `ties`: the entries of each change that are largest, of the sign that most of the sum has (arXiv 2306.01708).
+- `dare`: a random part of the entries of each change, divided by the density (arXiv 2311.03099).
+- `dare_ties`: a random part of the entries, of the sign that most of the sum has.
+"""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A change of a weight, `B A`.
+
+    Args:
+        a: `A (..., k, d_in)`.
+        b: `B (..., d_out, k)`.
+        error: the norm of what it lacks of the change, in norms of the change.
+    """
+
+    a: Tensor
+    b: Tensor
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `B`."""
+        return self.a.shape[-2]
+
+
+@outside_inference_mode()
+@torch.no_grad()
+def combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str,
+    *,
+    method: Method = "linear",
+    r: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Add a sum of adapters as an adapter of its own, in place: `combine(gm, {"fr": 0.7, "it": 0.3}, "mix")`.
+
+    It is a `LoRA`, and acts when `active` names it.
+
+    Args:
+        model: a result of `rewrite`, `adapt` or `load`.
+        weights: the coefficient of each adapter, by name.
+        name: of the new adapter.
+        method: how the changes are summed, see `Method`.
+        r: the rank of the sum. None for the smallest one that is exact, which `linear` has.
+        density: the part of the entries that methods other than `linear` keep.
+        seed: of the random part that `dare` keeps.
+
+    Returns:
+        For each site, the norm of what the sum lacks of the exact one, in norms of that: 0 without `r`.
+
+    Raises:
+        ConfigError: an adapter does not exist, the name is taken, or an argument is impossible.
+        AdapterError: an adapter changes a site in a way that is not a change of its weight alone.
+    """
+    check_free([check_name(name)], adapter_names(model) if isinstance(model, nn.Module) else [])
+    _check_method(method, r, density)
+    graph = _graph(model)
+    factors = {each: _finite(weights[each]) for each in known_names(model, list(weights))}
+    summed: dict[str, Factors] = {}
+    for site, by_name in _by_site(graph, factors):
+        terms = [(factors[each], placed) for each, placed in by_name.items()]
+        if method == "linear":
+            summed[site.name] = _linear(graph, site, terms, r)
+        else:
+            changes = [_change(graph, site, placed) for _, placed in terms]
+            generator = torch.Generator().manual_seed(seed)
+            merged = _merge(method, changes, [factor for factor, _ in terms], density, generator)
+            summed[site.name] = _truncated(merged, r)
+    acting = acting_now(model)
+    loaded = _as_lora(graph, summed)
+    if isinstance(model, ChangesGraphs):
+        model.insert_from(loaded, name)
+    else:
+        assert isinstance(model, AdaptedGraphModule)
+        draft = draft_of(model)
+        insert_as(draft, loaded, name)
+        model.take_over(draft)
+    act_as_before(model, acting)
+    return {site: factor.error for site, factor in summed.items()}
+
+
+@outside_inference_mode()
+@torch.no_grad()
+def to_lora(
+    model: nn.Module, r: int | None = None, *, adapter: str | None = None
+) -> tuple[fx.GraphModule, dict[str, float]]:
+    """Return a graph whose one adapter is a plain `LoRA` that computes what the adapters of `model` do.
+
+    It is what vLLM, llama.cpp and everything else reads that knows LoRA only: `save_peft(to_lora(gm)[0], path)`.
+
+    Args:
+        model: a result of `rewrite`, `adapt` or `load`; it is not changed.
+        r: the rank at every site. None for the smallest one that is exact: exact to the bit for variants that are two
+            factors, and to rounding for all others, for which it may be the smaller side of the weight.
+        adapter: the name of the adapter to convert; None for all that act, by their coefficients.
+
+    Returns:
+        The graph; and for each site the norm of what it lacks of the change of the weight, in norms of that.
+
+    Raises:
+        ConfigError: there is no adapter of the name, or `r` is not a positive integer.
+        AdapterError: `model` has no adapters, or was made by `wrap` or `backend`; or an adapter changes a site in a way
+            that is not a change of its weight alone.
+    """
+    graph = _graph(model)
+    if r is not None:
+        _check_rank(r)
+    if adapter is None:
+        acting = coefficients(model, "to_lora") or dict.fromkeys(adapter_names(model), 1.0)
+    else:
+        acting = dict.fromkeys(known_names(model, adapter), 1.0)
+    found = {site.name: _linear(graph, site, _in_turn(by_name, acting), r) for site, by_name in _by_site(graph, acting)}
+    return _as_lora(graph, found), {site: factor.error for site, factor in found.items()}
+
+
+def _in_turn(
+    by_name: Mapping[str, Sequence[Placement]], acting: Mapping[str, float]
+) -> list[tuple[float, Sequence[Placement]]]:
+    """Return adapters that act around one another as one term, because what the outer one does may depend on the inner.
+
+    Adapters whose changes are factors simply add up.
+    """
+    placed = [
+        replace(placement, scale=placement.scale * acting[name]) for name, at in by_name.items() for placement in at
+    ]
+    return [(1.0, sorted(placed, key=lambda placement: placement.adapter))]
+
+
+def _graph(model: Any) -> fx.GraphModule:
+    """Return the graph of an adapted model that has one."""
+    adapter_tensors(model)  # refuses a model without adapters
+    graph = graph_of(model)
+    if isinstance(graph, AdaptedGraphModule):
+        return graph
+    raise AdapterError(
+        f"{shown(model)} has no graph of this library's, which sums of adapters need. The way out: rewrite or adapt in"
+        " place of wrap and backend, or optimize(model) for a graph from a file."
+    )
+
+
+def _by_site(graph: fx.GraphModule, names: Mapping[str, float]) -> list[tuple[Site, dict[str, list[Placement]]]]:
+    """Return the adapters of these names at each of their sites, by name and the innermost first."""
+    at_site: dict[str, dict[str, list[Placement]]] = defaultdict(lambda: defaultdict(list))
+    for placement in placements(graph):
+        if names.get(placement.adapter_name):
+            at_site[placement.site][placement.adapter_name].append(placement)
+    adapted = account_for(graph).adapted("a sum of adapters")
+    return [(site, at_site[site.name]) for site in adapted if site.name in at_site]
+
+
+# The change of one weight.
+
+
+def _linear(
+    graph: fx.GraphModule, site: Site, terms: Sequence[tuple[float, Sequence[Placement]]], r: int | None
+) -> Factors:
+    """Return the sum of the changes of a weight, each with its coefficient."""
+    known = [_factors(graph, placement, factor) for factor, placed in terms for placement in placed]
+    factors = [each for each in known if each is not None]
+    if len(factors) == len(known):
+        a, b = torch.cat([a for a, _ in factors], dim=-2), torch.cat([b for _, b in factors], dim=-1)
+        if a.shape[-2] <= (r or min(a.shape[-1], b.shape[-2])):
+            return Factors(a, b)
+        if a.dim() == 2:
+            return _truncated(b.double() @ a.double(), r)
+    return _truncated(sum(factor * _change(graph, site, placed) for factor, placed in terms), r)
+
+
+def _factors(graph: fx.GraphModule, placement: Placement, factor: float) -> tuple[Tensor, Tensor] | None:
+    found = placement.local.low_rank_change(placement.namespace(graph))
+    return None if found is None else (found[0], factor * placement.scale * found[1])
+
+
+def _change(graph: fx.GraphModule, site: Site, placed: Sequence[Placement]) -> Tensor:
+    """Return by how much the adapters `placed` at a site change its weight, `(d_out, d_in)` in float64."""
+    if site.experts:
+        raise AdapterError(
+            f"{site.name!r} is a stack of experts, whose change is known for variants that are two factors alone (LoRA,"
+            " PiSSA, OLoRA, EVA), and without a smaller rank."
+        )
+    matrix, shift = weight_change(graph, site, placed)
+    if shift.abs().max() > 1e-12 * (1 + matrix.abs().max()):
+        names = " and ".join(dict.fromkeys(type(placement.variant).__name__ for placement in placed))
+        raise AdapterError(f"{names} at {site.name!r} changes the bias too, which a LoRA does not.")
+    return matrix
+
+
+def _truncated(change: Any, r: int | None) -> Factors:
+    """Return factors of a matrix `(d_out, d_in)`: of rank `r`, or of the rank that it has."""
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    kept = int((s > s[:1] * max(change.shape) * 1e-14).sum()) if r is None else min(r, len(s))
+    kept = max(kept, 1)
+    root = s[:kept].sqrt()
+    total = float(torch.linalg.vector_norm(s))
+    error = float(torch.linalg.vector_norm(s[kept:])) / total if total and r is not None else 0.0
+    return Factors(root[:, None] * vh[:kept], u[:, :kept] * root, error)
+
+
+def _merge(
+    method: str, changes: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator
+) -> Tensor:
+    """Return the sum of changes by a method other than `linear`."""
+    prune: Callable[[Tensor], Tensor]
+    if method == "ties":
+        prune = lambda change: change * (change.abs() >= _smallest_kept(change, density))  # noqa: E731
+    else:
+        prune = lambda change: change * _drawn(change, density, generator) / density  # noqa: E731
+    pruned = torch.stack([prune(change) for change in changes])
+    weighted = pruned * pruned.new_tensor(weights)[:, None, None]
+    if method == "dare":
+        return weighted.sum(0)
+    # The sign that the sum has, and the mean of what is of that sign, as in PEFT.
+    agrees = pruned.sign() == torch.where(pruned.sum(0) >= 0, 1, -1)
+    return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def _smallest_kept(change: Tensor, density: float) -> Tensor:
+    kept = max(int(density * change.numel()), 1)
+    return change.abs().flatten().topk(kept).values[-1]
+
+
+def _drawn(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    drawn = torch.rand(change.shape, generator=generator, dtype=torch.float64) < density
+    return drawn.to(change.device)
+
+
+# The adapter that has the changes.
+
+
+def _as_lora(graph: fx.GraphModule, found: Mapping[str, Factors]) -> fx.GraphModule:
+    """Return a copy of a graph whose one adapter is a `LoRA` with these factors."""
+    if not found:
+        raise AdapterError("No adapter acts, so that there is none to convert. The way out: active(model, names).")
+    base: fx.GraphModule = remove(graph)
+    sites = {site.name: site for site in account_for(base).sites if site.name in found}
+    ranks = {name: factors.rank for name, factors in found.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != r}
+    plain = LoRA(
+        r=r,
+        alpha=float(r),
+        rank_pattern=others,
+        alpha_pattern={pattern: float(rank) for pattern, rank in others.items()},
+        target_names=tuple(f"^{re.escape(name)}$" for name in found),
+        target_kinds=tuple(dict.fromkeys(site.kind.name for site in sites.values())),
+    )
+    for name, site in sites.items():
+        specs = plain.for_site(name).tensor_specs(site)
+        if (specs["lora_A"].shape, specs["lora_B"].shape) != (found[name].a.shape, found[name].b.shape):
+            raise AdapterError(f"{name!r} has no LoRA of this form, because it is of the kind {site.kind.name!r}.")
+        plain.for_site(name).check(site)
+    insert_adapters(base, [Plan(plain, tuple(sites.values()))])
+    for placement in placements(base):
+        factors = found[placement.site]
+        for own, value in (("lora_A", factors.a), ("lora_B", factors.b)):
+            tensor_of(base, placement.tensors[own]).copy_(value)
+    return base
+
+
+# Arguments.
+
+
+def _check_method(method: object, r: int | None, density: float) -> None:
+    if method not in get_args(Method):
+        raise ConfigError(f"There is no method {method!r}; the methods are {', '.join(get_args(Method))}.")
+    if r is not None:
+        _check_rank(r)
+    elif method != "linear":
+        raise ConfigError(f"The sum by {method} is of full rank, and takes the rank to keep: r=16.")
+    if not 0 < density <= 1:
+        raise ConfigError(f"density is the part of the entries to keep, above 0 and at most 1, not {density}.")
+
+
+def _check_rank(r: object) -> None:
+    if type(r) is not int or r < 1:
+        raise ConfigError(f"r must be a positive integer, not {r!r}.")
+
+
+def _finite(factor: Any) -> float:
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not torch.tensor(float(factor)).isfinite():
+        raise ConfigError(f"The coefficient of an adapter is a finite number, not {factor!r}.")
+    return float(factor)

@@ -1,0 +1,114 @@
+"""The names by which transformers, PEFT, diffusers and trainers ask an adapted model for its adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import lora_lite_fx as llfx
+from tests.adapters.test_switches import fill
+from tests.support.models import tiny_llama
+
+PROMPT = torch.randint(1, 20, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_llama()).eval()
+
+
+def adapted_by(spec: Any) -> Any:
+    model = llfx.adapt(base(), spec)
+    fill(model)
+    return model
+
+
+def test_adapters_are_set_disabled_and_enabled_as_in_peft() -> None:
+    peft = pytest.importorskip("peft")
+    model = adapted_by(
+        {
+            "fr": llfx.LoRA(r=2, alpha=4, target_names=("q_proj",)),
+            "de": llfx.LoRA(r=3, alpha=3, target_names=("v_proj",)),
+        }
+    )
+    theirs = peft.get_peft_model(
+        base(), peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]), adapter_name="fr"
+    )
+    theirs.add_adapter("de", peft.LoraConfig(r=3, lora_alpha=3, target_modules=["v_proj"]))
+    values = llfx.adapter_state_dict(model)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            path, _, end = name.removeprefix("base_model.model.").partition(".lora_")
+            factor, adapter = end.removesuffix(".weight").split(".")
+            parameter.data = values[f"{path}.lora_{factor}_{adapter}"].clone()
+    for names in ("fr", "de"):
+        model.set_adapter(names)
+        theirs.set_adapter(names)
+        assert model.active_adapters() == theirs.active_adapters == [names]
+        torch.testing.assert_close(model(PROMPT).logits, theirs(PROMPT).logits)
+    with model.disable_adapter(), theirs.disable_adapter():
+        torch.testing.assert_close(model(PROMPT).logits, theirs(PROMPT).logits)
+    assert model.active_adapter == "de"
+    model.disable_adapters()
+    assert torch.equal(model(PROMPT).logits, base()(PROMPT).logits)
+    model.enable_adapters()
+    assert model.active_adapters() == ["de"]
+    model.set_adapters(["fr", "de"], [0.5, 2.0])
+    with llfx.active(model, ["fr", "de"]), llfx.scaled(model, {"fr": 0.5, "de": 2.0}):
+        expected = model(PROMPT).logits
+    torch.testing.assert_close(model(PROMPT).logits, expected)
+
+
+def test_adapters_are_added_loaded_and_deleted(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = adapted_by({"fr": llfx.LoRA(r=2)})
+    before = model(PROMPT).logits
+    model.generate(PROMPT, max_new_tokens=2, attention_mask=torch.ones_like(PROMPT), pad_token_id=0)
+    kept = len(model.graphs)
+    llfx.save_peft(model, tmp_path / "peft")
+    llfx.save(model, tmp_path / "file")
+    for index, path in enumerate(("peft", "file")):
+        model.load_adapter(tmp_path / path, f"it{index}")
+        assert torch.equal(model(PROMPT).logits, before)  # it does not act yet
+        model.set_adapter(f"it{index}")
+        torch.testing.assert_close(model(PROMPT).logits, before)
+        model.set_adapter("fr")
+    model.add_adapter(peft.LoraConfig(r=3, target_modules=["o_proj"]), "new")
+    assert model.active_adapters() == ["new"]
+    torch.testing.assert_close(model(PROMPT).logits, base()(PROMPT).logits)
+    fill(model, seed=1)
+    assert not torch.equal(model(PROMPT).logits, base()(PROMPT).logits)
+    assert len(model.graphs) == kept  # nothing was captured again
+    model.set_adapter("it0")
+    model.delete_adapter(["fr", "new"])
+    assert {name.rpartition("_")[2] for name in llfx.adapter_state_dict(model)} == {"it0", "it1"}
+    assert not any(name.endswith(("_fr", "_new")) for name in model.state_dict())
+    torch.testing.assert_close(llfx.merge(model)(PROMPT).logits, model(PROMPT).logits)
+    with pytest.raises(llfx.ConfigError, match="an adapter 'it0' already"):
+        model.load_adapter(tmp_path / "peft", "it0")
+    with pytest.raises(llfx.ConfigError, match="2 adapters and 1 weights"):
+        model.set_adapters(["it0", "it1"], [1.0])
+
+
+def test_a_later_capture_has_the_adapters_of_then() -> None:
+    model = adapted_by({"fr": llfx.LoRA(r=2), "de": llfx.IA3()})
+    llfx.add(model, {"it": llfx.VeRA(r=2)})
+    fill(model, seed=2)
+    llfx.delete(model, "de")
+    llfx.active(model, "it")
+    expected = model(PROMPT).logits
+    model._graphs.drop()
+    torch.testing.assert_close(model(PROMPT).logits, expected)
+
+
+def test_the_model_of_a_graph_follows_its_switches() -> None:
+    model = base()
+    gm = llfx.rewrite(model, {"fr": llfx.LoRA(r=2), "de": llfx.IA3()})
+    fill(gm)
+    llfx.active(gm, "de")
+    adapted = llfx.adapt(gm)
+    torch.testing.assert_close(adapted(PROMPT).logits, gm(input_ids=PROMPT).logits)

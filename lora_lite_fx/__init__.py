@@ -6,7 +6,7 @@ from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
 from .adapters.param_spec import ParamSpec
 from .adapters.registry import register, registry
 from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
-from .adapters.switches import active, scaled
+from .adapters.switches import active, by_row, scaled
 from .adapters.variant import Batch, Statistic, Variant
 from .capture.differences import Difference, DifferenceTable
 from .errors import (
@@ -32,7 +32,7 @@ from .rewriting.eager import wrap
 from .rewriting.named import add, delete
 from .rewriting.reconfigure import reconfigure
 from .rewriting.rewrite import merge, remove, rewrite
-from .rewriting.sums import combine, to_lora
+from .rewriting.sums import combine, swap, to_lora
 from .rewriting.verify import verify
 from .torch_compile.backend import backend
 from .variants import (
@@ -135,6 +135,7 @@ __all__ = [
     "adapters",
     "add",
     "backend",
+    "by_row",
     "capture",
     "combine",
     "delete",
@@ -159,6 +160,7 @@ __all__ = [
     "save_lora_lite",
     "save_peft",
     "scaled",
+    "swap",
     "to_lora",
     "to_peft_config",
     "verify",

@@ -168,6 +168,40 @@ def scaled(
     return Scope(model, undo)
 
 
+def by_row(model: Model, names: Sequence[str | None]) -> Scope[Model]:
+    """Let each row of a batch have an adapter of its own: as a call, or as `with by_row(model, ["fr", None, "de"]):`.
+
+    Every adapter that is named computes all rows, and is scaled by 1 or 0 in each. That is exact, and made for a few
+    adapters; it costs as many branches as there are different names.
+
+    Args:
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`.
+        names: for each row of the batch the name of its adapter, or None for the frozen model.
+
+    Returns:
+        A scope; leaving it takes back what `active` and `scaled` were.
+
+    Raises:
+        AdapterError: as `active` and `scaled`. At a call: the batch has another number of rows, or they cannot be told
+            at a site.
+        ConfigError: the model has no adapter of such a name, or `names` is empty.
+    """
+    if isinstance(names, str) or not len(names):
+        raise ConfigError(f"by_row takes a name, or None, for each row of the batch: ['fr', None], not {names!r}.")
+    used = known_names(model, list(dict.fromkeys(name for name in names if name is not None)))
+    chosen = active(model, used)
+    rows = {name: torch.tensor([float(each == name) for each in names], dtype=torch.float64) for name in used}
+    present = _holder(model).switches.scales
+    rows = {name: row if name not in present else row.to(present[name]) * present[name] for name, row in rows.items()}
+    weighted = scaled(model, rows)
+
+    def undo() -> None:
+        weighted.__exit__(None, None, None)
+        chosen.__exit__(None, None, None)
+
+    return Scope(model, undo)
+
+
 def coefficients(model: nn.Module, purpose: str) -> dict[str, float] | None:
     """Return the number by which each adapter acts that does; None for a model whose calls do not follow switches.
 

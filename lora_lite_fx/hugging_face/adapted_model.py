@@ -16,7 +16,7 @@ from torch import fx
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, copy_over_tensors
 from ..adapters.state import trainable_parameters
-from ..adapters.switches import Switches, coefficients
+from ..adapters.switches import Switches, by_row, coefficients
 from ..adapters.variant import Variant
 from ..errors import AdapterError, ConfigError
 from ..execution.frozen import changed_inside, frozen
@@ -47,6 +47,9 @@ def subclass(kind: Any, cls: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "peft_config" in vars(self):
             raise AdapterError(_PEFT)
+        if (names := kwargs.pop("adapter_names", None)) is not None:
+            with by_row(self, _rows(names)):
+                return self._graphs.run(self, args, kwargs)
         return self._graphs.run(self, args, kwargs)
 
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call
@@ -55,12 +58,27 @@ def subclass(kind: Any, cls: Any) -> type:
     if issubclass(kind, Adapted) and hasattr(cls, "generate"):
 
         @functools.wraps(cls.generate)
-        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def generate(self: Any, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
             with frozen(self):
-                return cls.generate(self, *args, **kwargs)
+                if adapter_names is None:
+                    return cls.generate(self, *args, **kwargs)
+                with by_row(self, _rows(adapter_names, _copies_of_a_row(self, kwargs))):
+                    return cls.generate(self, *args, **kwargs)
 
         adapted.generate = generate
     return adapted  # type: ignore[no-any-return]
+
+
+def _rows(names: Sequence[str | None], copies: int = 1) -> list[str | None]:
+    """Return the adapter of each row, as `by_row` takes it; PEFT's name for the frozen model is `__base__`."""
+    return [None if name == "__base__" else name for name in names for _ in range(copies)]
+
+
+def _copies_of_a_row(model: Any, kwargs: dict[str, Any]) -> int:
+    """Return how many rows `generate` makes of one: a beam each, or a sequence each to sample."""
+    config = kwargs.get("generation_config") or model.generation_config
+    asked = (kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
+    return int(max(asked))
 
 
 class AdaptedLayer(RunsParts):

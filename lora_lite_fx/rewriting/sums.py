@@ -1,6 +1,6 @@
-"""`combine` and `to_lora`: sums of adapters, and any adapter as a plain `LoRA`.
+"""`combine`, `to_lora` and `swap`: sums of adapters, and any adapter as a plain `LoRA`.
 
-Both ask by how much adapters change each weight. A sum of low-rank changes is one of the sum of their ranks: the
+All ask by how much adapters change each weight. A sum of low-rank changes is one of the sum of their ranks: the
 factors are put side by side, and nothing is rounded. Any other change is a matrix, whose singular values say which rank
 it has, and what a smaller one leaves out.
 """
@@ -22,6 +22,7 @@ from ..adapters.state import adapter_tensors
 from ..adapters.switches import coefficients, known_names
 from ..errors import AdapterError, ConfigError, shown
 from ..execution.module import AdaptedGraphModule, draft_of
+from ..graph.provenance import DEFAULT
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..passes import weight_change
 from ..sites.site import Site
@@ -152,6 +153,63 @@ def to_lora(
         acting = dict.fromkeys(known_names(model, adapter), 1.0)
     found = {site.name: _linear(graph, site, _in_turn(by_name, acting), r) for site, by_name in _by_site(graph, acting)}
     return _as_lora(graph, found), {site: factor.error for site, factor in found.items()}
+
+
+@outside_inference_mode()
+@torch.no_grad()
+def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
+    """Write an adapter into the room of another, in place: `swap(gm, load(model, "it.safetensors"), "slot")`.
+
+    The room is a `LoRA`, with the largest rank and all the sites that an adapter will need. What is not used of it is
+    zero. Only values change, so that nothing is compiled again, also in a compiled graph and in the module of an
+    exported program.
+
+    Args:
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`; the module of an exported program; or the `model` of a
+            `backend`.
+        source: a graph or adapted model over the same base, whose acting adapters are written; it is not changed.
+        name: the name of the adapter that is the room.
+
+    Raises:
+        ConfigError: the room is not a plain `LoRA`; or the source has a site, or a rank, that the room has not.
+            Nothing is written then.
+        AdapterError: as `to_lora`.
+    """
+    adapter_tensors(model)
+    (name,) = known_names(model, name)
+    room = [placement for placement in placements(model) if placement.adapter_name == name]
+    if wrong := [each for each in room if type(each.variant) is not LoRA or each.variant.bias or each.scale != 1]:
+        raise ConfigError(
+            f"The room of swap is a LoRA without bias, and {name!r} is {type(wrong[0].variant).__name__}."
+        )
+    if len({each.site for each in room}) != len(room):
+        raise ConfigError(f"The room of swap is one LoRA, and {name!r} has several at a site.")
+    graph = _graph(source)
+    acting = coefficients(source, "swap") or dict.fromkeys(adapter_names(source), 1.0)
+    found = {
+        site.name: _linear(graph, site, _in_turn(by_name, acting), None) for site, by_name in _by_site(graph, acting)
+    }
+    if missing := sorted(found.keys() - {each.site for each in room}):
+        raise ConfigError(
+            f"The source adapts {missing[0]!r}, at which {name!r} has no room; {len(missing)} such sites."
+        )
+    written: list[tuple[Tensor, Tensor]] = []
+    for each in room:
+        local: Any = each.local
+        a, b = (torch.zeros_like(tensor_of(model, each.tensors[own])) for own in ("lora_A", "lora_B"))
+        if each.site in found:
+            factors = found[each.site]
+            rank = factors.rank
+            if rank > a.shape[-2]:
+                raise ConfigError(
+                    f"The source has the rank {rank} at {each.site!r}, and {name!r} has room for {a.shape[-2]}. The way"
+                    f" out: a room of that rank; or an approximation, llfx.to_lora(source, r={a.shape[-2]})[0]."
+                )
+            a[..., :rank, :].copy_(factors.a)
+            b[..., :rank].copy_(factors.b / local.scale)
+        written += [(tensor_of(model, each.tensors["lora_A"]), a), (tensor_of(model, each.tensors["lora_B"]), b)]
+    for tensor, value in written:
+        tensor.copy_(value)
 
 
 def _in_turn(

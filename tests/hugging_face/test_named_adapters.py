@@ -63,6 +63,35 @@ def test_adapters_are_set_disabled_and_enabled_as_in_peft() -> None:
     torch.testing.assert_close(model(PROMPT).logits, expected)
 
 
+def test_each_row_of_a_batch_has_its_own_adapter_as_in_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = adapted_by({"fr": llfx.LoRA(r=2), "de": llfx.LoRA(r=3, alpha=3, target_names=("v_proj",))})
+    llfx.save_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "fr", "fr").eval()
+    theirs.load_adapter(tmp_path / "de", "de")
+    prompt = torch.randint(1, 20, (4, 5))
+    names = ["de", "__base__", "fr", "de"]
+    expected = theirs(prompt, adapter_names=names).logits
+    torch.testing.assert_close(model(prompt, adapter_names=names).logits, expected)
+    with llfx.by_row(model, ["de", None, "fr", "de"]):
+        torch.testing.assert_close(model(prompt).logits, expected)
+    settings: Any = {"max_new_tokens": 4, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+    torch.manual_seed(0)
+    assert model.active_adapters() == ["fr", "de"]
+    for beams in (1, 2):
+        together = model.generate(prompt, num_beams=beams, adapter_names=names, do_sample=False, **settings)
+        for row, name in enumerate(names):
+            own = dict(settings, attention_mask=settings["attention_mask"][:1], num_beams=beams, do_sample=False)
+            with llfx.active(model, [] if name == "__base__" else name):
+                alone = model.generate(prompt[row : row + 1], **own)[0]
+            assert torch.equal(together[row][: len(alone)], alone)
+    assert model.generate(prompt, num_return_sequences=2, do_sample=True, adapter_names=names, **settings).shape[0] == 8
+    with pytest.raises(RuntimeError, match="invalid for input of size 3"):
+        model(prompt, adapter_names=["fr", "de", "fr"])
+    with pytest.raises(llfx.ConfigError, match="no adapter 'it'"):
+        model(prompt, adapter_names=["fr", "de", "fr", "it"])
+
+
 def test_adapters_are_added_loaded_and_deleted(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = adapted_by({"fr": llfx.LoRA(r=2)})

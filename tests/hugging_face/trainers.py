@@ -158,8 +158,15 @@ def with_accelerate(make: Callable[[], Any], folder: Path) -> tuple[list[float],
 # TRL.
 
 
-def with_trl(kind: str, data: dict[str, Any], **arguments: Any) -> Train:
-    """Return a case of a trainer of TRL, by the beginning of its name."""
+def with_trl(kind: str, data: dict[str, Any], shares_base: bool = False, **arguments: Any) -> Train:
+    """Return a case of a trainer of TRL, by the beginning of its name.
+
+    Args:
+        kind: the beginning of the trainer's name.
+        data: the columns of the data.
+        shares_base: whether the reference of an adapted model is its own base, over the same weights.
+        arguments: for the config of the trainer.
+    """
 
     def train(make: Callable[[], Any], folder: Path) -> tuple[list[float], Any]:
         import datasets
@@ -167,7 +174,8 @@ def with_trl(kind: str, data: dict[str, Any], **arguments: Any) -> Train:
 
         model, more = make(), {}
         if kind in ("DPO", "KTO"):
-            more["ref_model"] = llama()
+            own = shares_base and hasattr(model, "graphs")
+            more["ref_model"] = llfx.remove(model) if own else llama()
         if kind == "GRPO":
             more["reward_funcs"] = lambda completions, **_: [float(sum(map(ord, text)) % 7) for text in completions]
         args = getattr(trl, f"{kind}Config")(**_arguments(folder, bf16=False, **arguments))
@@ -237,6 +245,7 @@ CASES: dict[str, Case] = {
     "TRL SFT, chunked loss": Case(with_trl("SFT", _TEXTS, loss_type="chunked_nll")),
     "TRL SFT, loss of all logits": Case(with_trl("SFT", _TEXTS, loss_type="nll")),
     "TRL DPO, with a reference": Case(with_trl("DPO", _PREFERRED)),
+    "TRL DPO, with its own base as reference": Case(with_trl("DPO", _PREFERRED, shares_base=True)),
     "TRL GRPO": Case(with_trl("GRPO", {"prompt": PROMPTS}, **_GRPO)),
     "TRL GRPO, with a reference": Case(with_trl("GRPO", {"prompt": PROMPTS}, **_GRPO, beta=0.1), _named_base),
     "TRL KTO, with a reference": Case(with_trl("KTO", _RATED)),

@@ -130,7 +130,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "reconfigure takes the fields to change: reconfigure(model, alpha=32)."),
     "an index": (
         {"adapter": 3, "alpha": 2.0},
-        "The model has the adapters 0; choose one of them: reconfigure(model, 0, alpha=2.0).",
+        "The model has the configs 0; choose one of them: reconfigure(model, 0, alpha=2.0).",
     ),
 }
 
@@ -148,7 +148,7 @@ def test_an_alpha_that_patterns_hide_everywhere_and_a_choice_that_is_open_are_re
     model = made(llfx.rewrite, replace(LORA, alpha_pattern={".": 2.0}))
     with pytest.raises(llfx.ConfigError, match=r"^LoRA: alpha=32 changes nothing at any site of adapter 0\.$"):
         llfx.reconfigure(model, alpha=32)
-    with pytest.raises(llfx.ConfigError, match=r"^The model has the adapters 0, 1; choose one of them: "):
+    with pytest.raises(llfx.ConfigError, match=r"^The model has the configs 0, 1; choose one of them: "):
         llfx.reconfigure(made(llfx.rewrite, [LORA, LORA]), alpha=2.0)
     with pytest.raises(llfx.AdapterError, match="Net has no adapters"):
         llfx.reconfigure(Net(), alpha=2.0)

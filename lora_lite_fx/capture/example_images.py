@@ -157,7 +157,7 @@ def with_parts(values: Values, inputs: Inputs) -> Inputs:
     inputs = {**inputs, **_masks(values, ids), "input_ids": ids}
     if "mm_token_type_ids" in values.parameters:
         inputs["mm_token_type_ids"] = shows.long()
-        inputs |= _positions(values, inputs)
+    inputs |= _positions(values, inputs)
     if attends_by_type(values.model):
         inputs["token_type_ids"] = (~shows).long()
     return inputs
@@ -197,6 +197,9 @@ def _positions(values: Values, inputs: Inputs) -> Inputs:
     if index is None or "position_ids" not in values.parameters:
         return {}
     takes = inspect.signature(index).parameters
+    required = (p.name for p in takes.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
+    if any(name not in inputs for name in required):
+        return {}
     positions, _ = index(**{name: value for name, value in inputs.items() if name in takes})
     return {"position_ids": positions}
 

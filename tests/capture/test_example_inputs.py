@@ -42,6 +42,7 @@ IMAGES = {
     "inkling2": _GRID,
     "video_llama_3": _GRID | {"image_merge_sizes"},
     "paddleocr_vl": _GRID | {"position_ids", "mm_token_type_ids"},
+    "qwen2_5_omni_thinker": _GRID | {"position_ids"},
     "nemotron_h_omni": {"input_ids", "attention_mask", "pixel_values", "image_grid_hw"},
     "minicpmv4_6": {"input_ids", "attention_mask", "pixel_values", "target_sizes"},
     "granite_docling": {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "tile_fine_mask"},

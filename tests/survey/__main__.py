@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from .cases import Case, cases, timm_cases
+from .cases import Case, cases, diffusers_cases, timm_cases
 from .trial import STEPS, try_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,9 +33,13 @@ def main() -> None:
     parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=STEPS, help="what to try; all without")
     parser.add_argument("--every-class", action="store_true", help="all classes of each model type")
     parser.add_argument("--timm", action="store_true", help="the models of timm instead")
+    parser.add_argument("--diffusers", action="store_true", help="the models of diffusers instead")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    found = timm_cases() if arguments.timm else cases(arguments.every_class)
+    if arguments.timm:
+        found = timm_cases()
+    else:
+        found = diffusers_cases() if arguments.diffusers else cases(arguments.every_class)
     if arguments.types:
         found = [case for case in found if case.name in arguments.types]
     rows = [] if arguments.again else read(arguments.results)

@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from transformers.models.auto import modeling_auto
 
+from .diffusers_cases import DIFFUSERS, diffuser
 from .tiny import tiny_model
 
 # The auto classes, those first whose classes hold most of a model.
@@ -26,7 +27,7 @@ _AUTO = {
     "token-classification": "TOKEN_CLASSIFICATION",
     "base": "",
 }
-FAMILIES = (*_AUTO, "timm")
+FAMILIES = (*_AUTO, "timm", "diffusers")
 
 _WINDOWS = {"window_size": 2, "image_size": 64}  # windows that fit into the smallest image of the four stages
 _HYBRID = ["linear_attention", "full_attention"]
@@ -218,6 +219,8 @@ class Case:
     def builder(self) -> Callable[[], Any]:
         if self.family == "timm":
             return lambda: _timm(self.model)
+        if self.family == "diffusers":
+            return lambda: diffuser(self.model)
         return lambda: tiny_model(getattr(transformers, self.model), _CHANGES.get(self.name, {}))
 
 
@@ -249,6 +252,11 @@ def timm_cases() -> list[Case]:
     modules = sorted(timm.list_modules())
     names = [(module, sorted(timm.list_models(module=module), key=size)) for module in modules]
     return [Case("timm", module, models[0]) for module, models in names if models]
+
+
+def diffusers_cases() -> list[Case]:
+    """Return the models of diffusers."""
+    return [Case("diffusers", name, name) for name in DIFFUSERS]
 
 
 def _timm(name: str) -> Any:

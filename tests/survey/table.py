@@ -45,7 +45,8 @@ def _line(rows: Sequence[dict[str, Any]], family: str) -> str:
     built = [row for row in rows if row.get("built") == "yes"]
     ends = [{step: kind(row.get(step)) for step in STEPS} for row in built]
     either = sum("equal" in (end["default"], end["inputs"]) for end in ends)
-    others = [sum(end["default"] == word for end in ends) for word in ("refused", "error", "wrong", "over time")]
+    first = [end["default"] or end["inputs"] for end in ends]  # diffusers are tried with inputs only
+    others = [first.count(word) for word in ("refused", "error", "wrong", "over time")]
     equal = {step: sum(end[step] == "equal" for end in ends) for step in STEPS}
     # Of the later steps, not all models were tried, and not all classes generate.
     later = [f"{equal[step]} of {sum(bool(end[step]) for end in ends)}" for step in ("adapt", "generate", "compiled")]

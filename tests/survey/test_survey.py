@@ -8,7 +8,7 @@ import pytest
 
 from tests.survey import table
 from tests.survey.__main__ import RESULTS, read
-from tests.survey.cases import FAMILIES, cases
+from tests.survey.cases import FAMILIES, cases, diffusers_cases
 from tests.survey.trial import STEPS, try_model
 
 CASES = {case.name: case for case in cases()}
@@ -39,6 +39,16 @@ def test_windows_of_images_are_adapted_as_they_are_captured() -> None:
     known = outcome("swin", "adapt", "generate")
     assert known["adapt"] == "yes"
     assert known["generate"] == "none: the class does not generate"
+
+
+def test_a_model_of_diffusers_is_captured_and_adapted_with_the_inputs_of_a_call() -> None:
+    pytest.importorskip("diffusers")
+    known: dict[str, Any] = {}
+    (case,) = (case for case in diffusers_cases() if case.name == "DiTTransformer2DModel")
+    try_model(case.builder(), ("default", "inputs", "adapt", "generate"), known.update)
+    assert (known.get("default"), known["inputs"], known["adapt"]) == (None, "yes", "yes")
+    assert known["generate"] == "none: the class does not generate"
+    assert known["sites"] == known["linears"] == 11
 
 
 def test_every_type_is_tried_once_by_the_first_family_that_has_it() -> None:

@@ -88,11 +88,11 @@ def tiny_model(model_class: Any, changes: Mapping[str, Any]) -> Any:
                 model.config.decoder_start_token_id = 0
                 if model.can_generate():
                     model.generation_config.decoder_start_token_id = 0
-            return _randomized(model)
+            return randomized(model)
     raise error
 
 
-def _randomized(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Give parameters that start as zeros small random values: what is multiplied by zero hides every mistake."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -18,10 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_images import IMAGES
-from lora_lite_fx.capture.example_inputs import example_inputs_of
-from lora_lite_fx.capture.hugging_face import is_hugging_face
+from lora_lite_fx.capture.hugging_face import is_diffusers, is_hugging_face
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
+
+from .calls import calls_of, example_of, other_inputs
 
 _TOLERANCE = 2e-4
 _MOST_EXCLUDED = 12
@@ -51,13 +52,16 @@ def try_model(build: Callable[[], Any], steps: Collection[str], report: Report) 
         model = build()
     tried = _Tried(model)
     report(linears=len(tried.linears), main_input=getattr(model, "main_input_name", None))
-    if "default" in steps:
+    if "default" in steps and not is_diffusers(model):  # whose config does not say how a pipeline calls it
         with _outcome(report, "default"):
             _unless_rounding(_compare_with_wrapper, tried, build, report)
     if "inputs" in steps:
         with _outcome(report, "inputs"):
-            llfx.capture(model, _other_inputs(model))  # compares the graph with the model in both modes
-    if is_hugging_face(model) and {"adapt", "generate"} & set(steps):
+            if is_diffusers(model):
+                _unless_rounding(_compare_with_wrapper, tried, build, report)
+            else:
+                llfx.capture(model, other_inputs(model))  # compares the graph with the model in both modes
+    if (is_hugging_face(model) or is_diffusers(model)) and {"adapt", "generate"} & set(steps):
         _try_adapted(tried, steps, build, report)
     if "compiled" in steps:
         with _outcome(report, "compiled"):
@@ -74,13 +78,19 @@ class _Tried:
 
     @cached_property
     def base(self) -> Any:
-        """The graph that is captured without inputs."""
-        return llfx.capture(self.model)
+        """The graph that is captured without inputs, if the class can be."""
+        return llfx.capture(self.model, self.required)
+
+    @property
+    def required(self) -> Any:
+        """The inputs without which the class cannot be captured; None if it can."""
+        return example_of(self.model) if is_diffusers(self.model) else None
 
     @cached_property
     def adapted(self) -> tuple[Any, Any]:
         """The model as `adapt` makes it, and the eager wrapper, with the same adapters."""
-        adapted, wrapped = llfx.adapt(self.model, self.config), llfx.wrap(self.base, self.config)
+        adapted = llfx.adapt(self.model, self.config, example_inputs=self.required)
+        wrapped = llfx.wrap(self.base, self.config)
         randomise(adapted, 0)
         llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
         return adapted, wrapped
@@ -191,7 +201,7 @@ def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
         report(not_wrapped=tried.excluded)
     randomise(gm, 0)
     wrapped = wrap_again(gm, model)
-    examples = _calls(model)
+    examples = calls_of(model)
     _require_images(model, examples[0][1])
     for what, inputs in examples:
         for training in (True, False) if what == "example" else (what != "left padding",):
@@ -229,14 +239,14 @@ def _try_adapted(tried: _Tried, steps: Collection[str], build: Callable[[], Any]
         _unless_rounding(_compare_adapted, tried, build, report)
     if "generate" in steps:
         with _outcome(report, "generate"):
-            if not tried.model.can_generate():
+            if is_diffusers(tried.model) or not tried.model.can_generate():
                 raise NotApplicable("the class does not generate")
             _unless_rounding(_compare_generated, tried, build, report)
 
 
 def _compare_adapted(tried: _Tried, report: Report) -> None:
     adapted, wrapped = tried.adapted
-    for what, inputs in _calls(tried.model):
+    for what, inputs in calls_of(tried.model):
         for training in (True, False) if what == "example" else (False,):
             where = f"{what}, {'training' if training else 'evaluation'}"
             try:
@@ -250,7 +260,7 @@ def _compare_adapted(tried: _Tried, report: Report) -> None:
 
 def _compare_generated(tried: _Tried, report: Report) -> None:
     adapted, wrapped = tried.adapted
-    inputs = _other_inputs(tried.model).items()
+    inputs = other_inputs(tried.model).items()
     prompt = {name: value for name, value in inputs if not name.startswith("decoder_")}
     try:
         expected = _generated(wrapped, prompt)
@@ -267,7 +277,7 @@ def _generated(model: Any, prompt: dict[str, Tensor]) -> Results:
 
 def _compare_with_compiled(tried: _Tried) -> None:
     """Compare a rewritten graph with itself, compiled as a whole."""
-    gm, inputs = llfx.rewrite(tried.base, tried.config), _example(tried.model)
+    gm, inputs = llfx.rewrite(tried.base, tried.config), example_of(tried.model)
     randomise(gm, 0)
     compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
     for training in (True, False):
@@ -290,57 +300,15 @@ def _require_compiles(model: nn.Module, inputs: dict[str, Any], training: bool) 
         raise NotApplicable(f"the model itself raises {type(error).__name__}: {str(error)[:100]}") from None
 
 
-def _calls(model: Any) -> list[tuple[str, Any]]:
-    """The example's inputs, and others: a smaller batch that is longer, with padding on the left."""
-    calls = [("example", _example(model))]
-    tokens = calls[0][1].get("input_ids")
-    if is_hugging_face(model) and isinstance(tokens, Tensor):
-        only_text = all(value.shape[:2] == tokens.shape for value in calls[0][1].values() if value.dim() >= 2)
-        if only_text:
-            calls.append(("other sizes", _longer(calls[0][1])))
-            if "attention_mask" in calls[0][1]:
-                calls.append(("left padding", _padded(calls[0][1])))
-            return calls
-    batch = next(iter(calls[0][1].values())).shape[0]
-    if batch > 1 and all(value.shape[:1] == (batch,) for value in calls[0][1].values()):
-        calls.append(("other batch", {name: value[1:] for name, value in calls[0][1].items()}))
-    return calls
-
-
-def _example(model: Any) -> dict[str, Tensor]:
-    if is_hugging_face(model):
-        inputs = example_inputs_of(model)
-        return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-    size = model.pretrained_cfg["input_size"]  # of timm
-    return {"x": torch.randn(2, *size, generator=torch.Generator().manual_seed(0))}
-
-
-def _longer(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    size = {name: value for name, value in inputs.items() if value.dim() >= 2}
-    longer = {name: torch.cat([value[1:], value[1:].flip(1)], 1) for name, value in size.items()}
-    return {**{name: value[1:] for name, value in inputs.items()}, **longer}
-
-
-def _padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    mask = inputs["attention_mask"].clone()
-    mask[0, :2] = 0
-    return {**inputs, "attention_mask": mask}
-
-
-def _other_inputs(model: Any) -> dict[str, Tensor]:
-    inputs = _example(model)
-    labels = inputs.pop("labels", None)
-    if is_hugging_face(model) and model.config.is_encoder_decoder and labels is not None:
-        inputs.setdefault("decoder_input_ids", labels)
-    return _padded(inputs) if "attention_mask" in inputs else inputs
-
-
 def _run(model: nn.Module, inputs: dict[str, Any], training: bool, call: Any = None) -> Results:
     """Return the results of a model, called as itself or by `call`."""
     model.train(training)
     model.zero_grad()
     torch.manual_seed(7)
-    paths, _ = pytree.tree_flatten_with_path((model if call is None else call)(**inputs))
+    result = (model if call is None else call)(**inputs)
+    if type(result).__module__.startswith("diffusers."):  # whose outputs have no paths
+        result = result.to_tuple()
+    paths, _ = pytree.tree_flatten_with_path(result)
     outputs = {pytree.keystr(path): value for path, value in paths if isinstance(value, Tensor)}
     floats = [value for value in outputs.values() if value.is_floating_point() and value.requires_grad]
     if floats:

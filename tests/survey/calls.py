@@ -1,0 +1,71 @@
+"""The calls of a model that are tried: its example inputs, and others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lora_lite_fx.capture.example_inputs import example_inputs_of
+from lora_lite_fx.capture.hugging_face import is_diffusers, is_hugging_face
+
+
+def calls_of(model: Any) -> list[tuple[str, Any]]:
+    """The example's inputs, and others: a smaller batch that is longer, with padding on the left."""
+    if is_diffusers(model):
+        return [(what, _in_dtype_of(model, inputs)) for what, inputs in model.survey_calls.items()]
+    calls = [("example", example_of(model))]
+    tokens = calls[0][1].get("input_ids")
+    if is_hugging_face(model) and isinstance(tokens, Tensor):
+        only_text = all(value.shape[:2] == tokens.shape for value in calls[0][1].values() if value.dim() >= 2)
+        if only_text:
+            calls.append(("other sizes", _longer(calls[0][1])))
+            if "attention_mask" in calls[0][1]:
+                calls.append(("left padding", _padded(calls[0][1])))
+            return calls
+    batch = next(iter(calls[0][1].values())).shape[0]
+    if batch > 1 and all(value.shape[:1] == (batch,) for value in calls[0][1].values()):
+        calls.append(("other batch", {name: value[1:] for name, value in calls[0][1].items()}))
+    return calls
+
+
+def example_of(model: Any) -> dict[str, Tensor]:
+    """Return the inputs of a call: as the config of the model says, or of diffusers as `diffusers_cases.py` says."""
+    if is_hugging_face(model):
+        inputs = example_inputs_of(model)
+        return _in_dtype_of(model, inputs)
+    if is_diffusers(model):
+        return _in_dtype_of(model, model.survey_calls["example"])
+    size = model.pretrained_cfg["input_size"]  # of timm
+    return {"x": torch.randn(2, *size, generator=torch.Generator().manual_seed(0))}
+
+
+def _in_dtype_of(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    def cast(value: Any) -> Any:
+        return value.to(model.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    cast_inputs: dict[str, Any] = pytree.tree_map(cast, inputs)
+    return cast_inputs
+
+
+def _longer(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    size = {name: value for name, value in inputs.items() if value.dim() >= 2}
+    longer = {name: torch.cat([value[1:], value[1:].flip(1)], 1) for name, value in size.items()}
+    return {**{name: value[1:] for name, value in inputs.items()}, **longer}
+
+
+def _padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    mask = inputs["attention_mask"].clone()
+    mask[0, :2] = 0
+    return {**inputs, "attention_mask": mask}
+
+
+def other_inputs(model: Any) -> dict[str, Tensor]:
+    """Return inputs of another kind: with padding on the left, and without labels."""
+    inputs = example_of(model)
+    labels = inputs.pop("labels", None)
+    if is_hugging_face(model) and model.config.is_encoder_decoder and labels is not None:
+        inputs.setdefault("decoder_input_ids", labels)
+    return _padded(inputs) if "attention_mask" in inputs else inputs

@@ -18,7 +18,7 @@ from .errors import (
     SelectionError,
 )
 from .execution.frozen import frozen
-from .execution.module import optimize
+from .execution.optimize import optimize
 from .formats.checkpoint import load, save
 from .formats.diffusers import load_diffusers, save_diffusers
 from .formats.lora_lite import load_lora_lite, save_lora_lite

@@ -9,21 +9,20 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from ..adapters.listing import describe_adapters
-from ..adapters.placement import HasGraphs, adapter_names, adapter_tensor_names, placements
+from ..adapters.placement import adapter_names, adapter_tensor_names
 from ..adapters.state import trainable_parameters
-from ..adapters.switches import HasSwitches, Switches
+from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
-from ..capture.signature import CallSignature, return_as
-from ..errors import AdapterError, ConfigError, shown
+from ..capture.signature import return_as
+from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.direct_calls import outside_symbolic_trace, trace_is_active, transform_is_active
@@ -34,22 +33,20 @@ from ..graph.tensors import keep_registration, register_tensor, tensor_of
 from ..graph.turns import calling
 from ..log import phase
 from ..passes import (
-    OPTIMIZATIONS,
-    GraphPass,
-    LeaveOutAdapters,
     LeaveOutInputs,
     PassReport,
     Pipeline,
     Program,
-    ScaleAdapters,
     input_name,
 )
 from .casting import follow_cast
 from .cutting import cut
 from .derived import Derived, part_of, piece_method, values_method
+from .execution import ELSEWHERE, Execution, Host
 from .frozen import KeptValues, can_be_kept, changed_inside
 from .layer import GraphLayer, RunsParts, running_parts, submodule
 from .program_graph import ProgramGraph
+from .switched import ALL, Switched, acting_of, switch_passes, switched_by
 from .watch import Watch
 
 _DERIVED = "_run_"
@@ -60,69 +57,6 @@ _deriving = threading.RLock()
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
-
-
-@dataclass(frozen=True)
-class Execution:
-    """The way in which a graph is run.
-
-    Args:
-        passes: the passes that optimize the programs.
-        checkpoint_layers: whether the layers keep only their inputs for the backward pass, and run again in it.
-        signature: how the graph is called; None for a graph that takes its inputs and nothing else.
-        source: a weak reference to the model that it was captured from; calling it returns the model, or None.
-    """
-
-    passes: Pipeline = OPTIMIZATIONS
-    checkpoint_layers: bool = False
-    signature: CallSignature | None = None
-    source: Callable[[], nn.Module | None] = lambda: None
-
-    @property
-    def programs(self) -> tuple[Program, Program]:
-        """The program for training mode, and the one for inference."""
-        return "checkpointed" if self.checkpoint_layers else "training", "inference"
-
-
-Switched = tuple[tuple[str, ...] | None, tuple[tuple[str, str | float], ...]]
-"""What a program depends on of the switches: the adapters that act, None for all; and those that are scaled.
-
-Each of these stands with `NUMBER` or `ROWS`, for a coefficient that is an input; or with the coefficient, a float that
-is a part of the program.
-"""
-
-NUMBER, ROWS = "number", "rows"
-
-ALL: Switched = (None, ())
-
-_ADAPT = "llfx.adapt(model, cfg) returns a model of the same class, which has it."
-_ELSEWHERE = {
-    "generate": _ADAPT,
-    "config": _ADAPT,
-    "save_pretrained": "llfx.save(graph, path) and llfx.save_peft(graph, folder) write its adapters.",
-    "merge_and_unload": "llfx.merge(graph) returns the model with its adapters folded in.",
-    "unload": "llfx.remove(graph) returns the model without its adapters.",
-    "disable_adapter": "`with llfx.active(graph, []):` is a scope without adapters.",
-    "set_adapter": "llfx.active(graph, name) lets one adapter act.",
-    "add_adapter": "llfx.add(graph, {name: cfg}) adds one.",
-    "delete_adapter": "llfx.delete(graph, name) deletes one.",
-    "load_adapter": "llfx.load_peft(graph, path, name=name) returns the graph with it.",
-    "add_weighted_adapter": "llfx.combine(graph, {name: weight, ...}, name) adds a sum of adapters.",
-}
-"""The functions to use in place of attributes that transformers and PEFT give their models and a graph lacks."""
-
-
-@dataclass(frozen=True)
-class Host:
-    """The module whose tensors a graph reads and whose layers it calls, if that is not the graph's own module.
-
-    A copy of a graph has no host.
-    """
-
-    module: nn.Module | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
-        return Host()
 
 
 class AdaptedGraphModule(fx.GraphModule):
@@ -218,7 +152,7 @@ class AdaptedGraphModule(fx.GraphModule):
             return flat
         if switched not in self._switched:
             derived = fx.GraphModule(self, copy_graph(flat))
-            Pipeline(_switch_passes(switched)).run(derived)
+            Pipeline(switch_passes(switched)).run(derived)
             type(self)._switched[switched] = derived.graph
         return self._switched[switched]
 
@@ -245,13 +179,9 @@ class AdaptedGraphModule(fx.GraphModule):
         Args:
             constants_for: says who needs the coefficients as numbers in the program; without it they are inputs.
         """
-        switches = self.switches
-        acting = tuple(name for name in self._names if switches.acts(name))
-        kept = None if acting == self._names else acting
         if constants_for:
-            return kept, self._constants(constants_for)
-        scales = switches.scales_of(self._names)
-        return kept, tuple((name, ROWS if scale.dim() else NUMBER) for name, scale in scales.items())
+            return acting_of(self.switches, self._names), self._constants(constants_for)
+        return switched_by(self.switches, self._names)
 
     @_constant_when_compiled
     def _constants(self, purpose: str) -> tuple[tuple[str, float], ...]:
@@ -432,7 +362,7 @@ class AdaptedGraphModule(fx.GraphModule):
         if left_out:
             assert self.execution.signature is not None
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived, program)
-        Pipeline(_switch_passes(switched)).run(derived, program)
+        Pipeline(switch_passes(switched)).run(derived, program)
         passes = self._passes_for(program, left_out)
         if switched[1]:  # the inputs of a check lack the coefficients
             passes = replace(passes, check=None)
@@ -486,8 +416,8 @@ class AdaptedGraphModule(fx.GraphModule):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            if name in _ELSEWHERE:
-                raise AttributeError(f"A rewritten graph has no {name}. {_ELSEWHERE[name]}") from error
+            if name in ELSEWHERE:
+                raise AttributeError(f"A rewritten graph has no {name}. {ELSEWHERE[name]}") from error
             raise
 
     def extra_repr(self) -> str:
@@ -497,16 +427,6 @@ class AdaptedGraphModule(fx.GraphModule):
     def print_trainable_parameters(self) -> None:
         """Print one line: how many parameters train now, of how many, as PEFT prints it."""
         print(trainable_parameters(self))
-
-
-def _switch_passes(switched: Switched) -> tuple[GraphPass, ...]:
-    """Return the passes that make a program for these switches of a flat graph."""
-    acting, scales = switched
-    passes: list[GraphPass] = [] if acting is None else [LeaveOutAdapters(acting)]
-    if scales:
-        inputs = {NUMBER: torch.empty((), device="meta"), ROWS: torch.empty(1, device="meta")}
-        passes.append(ScaleAdapters({name: inputs[c] if isinstance(c, str) else c for name, c in scales}))
-    return tuple(passes)
 
 
 def _make_layers(gm: fx.GraphModule) -> None:
@@ -546,74 +466,3 @@ def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Cal
     if signature is not None:
         forward.__signature__ = signature.of_method  # type: ignore[attr-defined]
     return forward
-
-
-def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZATIONS) -> fx.GraphModule:
-    """Return the same adapted model over the same tensors, optimized by `passes`.
-
-    All passes optimize the models that `rewrite` and `load` return. This function leaves out some of them,
-    `optimize(gm, OPTIMIZATIONS.without("share_siblings"))`, or all, `optimize(gm, Pipeline(()))`. It also optimizes a
-    graph from a `.pt2` file again, because such a file holds only the plain graph.
-
-    Args:
-        model: the result of `rewrite` or `load`, or an exported program of it. It is not changed. The result has its
-            parameters, not copies of them, so that an optimizer of the one serves the other.
-        passes: from `lora_lite_fx.passes`; they change only how the graph is run, not `model.graph`. With inputs to
-            check, the passes run and are checked now, and again when a program is derived anew. Programs of calls that
-            leave out other arguments than the inputs do are not checked.
-
-    Raises:
-        AdapterError: `model` is not a graph.
-        PassError: a check found a pass that changes what the graph computes.
-    """
-    if isinstance(model, ExportedProgram):
-        model = model.module()
-    if not isinstance(passes, Pipeline):
-        raise ConfigError(f"optimize takes a Pipeline of passes, not {shown(passes)}.")
-    if not isinstance(model, fx.GraphModule):
-        raise AdapterError(
-            f"optimize takes a graph that rewrite, load or torch.export returned, not {shown(model)}."
-            f"{_optimize_hint(model)}"
-        )
-    execution = replace(execution_of(model), passes=passes, checkpoint_layers=checkpoints_layers(model))
-    result = run_as(model, execution)
-    result.derive_checked()
-    return result
-
-
-def _optimize_hint(model: object) -> str:
-    if isinstance(model, HasGraphs):
-        return " The graphs of an adapted model are optimized already."
-    if isinstance(model, nn.Module) and not placements(model):
-        return " Only adapters are optimized: optimize(rewrite(model, LoRA(r=8)))."
-    return ""
-
-
-def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:
-    """Return the same graph over the same tensors, not copies of them, in the same mode, run as `execution` says."""
-    result = AdaptedGraphModule(model, model.graph, execution)
-    keep_registration(model, result)
-    if isinstance(model, HasSwitches):
-        result.switches = model.switches
-    return result.train(model.training)
-
-
-def draft_of(gm: AdaptedGraphModule) -> AdaptedGraphModule:
-    """Return a copy of a graph over the same tensors, to be changed and then taken over, see `take_over`."""
-    assert gm.execution is not None
-    draft = AdaptedGraphModule(gm, copy_graph(gm.graph), gm.execution)
-    keep_registration(gm, draft)
-    return draft.train(gm.training)
-
-
-def execution_of(model: object) -> Execution:
-    """Return the execution of `model`, or the default one if `model` is not an `AdaptedGraphModule`."""
-    return (isinstance(model, AdaptedGraphModule) and model.execution) or Execution()
-
-
-def checkpoints_layers(model: nn.Module | ExportedProgram) -> bool:
-    """Check whether `model`, a graph or a Hugging Face model, checkpoints its layers."""
-    return execution_of(model).checkpoint_layers or (
-        isinstance(model, nn.Module)
-        and any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
-    )

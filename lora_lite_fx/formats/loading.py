@@ -16,7 +16,8 @@ from ..adapters.listing import describe_adapters
 from ..adapters.placement import adapter_names, adapter_tensor_names
 from ..capture.capture import Inputs
 from ..errors import AdapterError
-from ..execution.module import AdaptedGraphModule, draft_of
+from ..execution.module import AdaptedGraphModule
+from ..execution.optimize import draft_of
 from ..graph.provenance import DEFAULT
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.capture import capture

@@ -22,7 +22,8 @@ from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
-from ..execution.module import AdaptedGraphModule, draft_of
+from ..execution.module import AdaptedGraphModule
+from ..execution.optimize import draft_of
 from ..graph.tensors import register_tensor, tensor_of
 from ..graph.turns import calling, tracing
 from ..graph.writes import written_buffers

@@ -7,7 +7,7 @@ from torch import fx, nn
 from ..adapters.placement import placements
 from ..capture.mistakes import graph_hint
 from ..errors import AdapterError
-from ..execution.module import execution_of
+from ..execution.optimize import execution_of
 from ..graph.tensors import register_tensor, tensor_of
 from ..rewriting.rewrite import insert_placed
 from ..sites.finding import find_sites

@@ -16,7 +16,8 @@ from ..capture.hooks import check_hooks
 from ..capture.signature import call_like_the_model
 from ..capture.source import Source
 from ..errors import CaptureError
-from ..execution.module import AdaptedGraphModule, checkpoints_layers, execution_of
+from ..execution.module import AdaptedGraphModule
+from ..execution.optimize import checkpoints_layers, execution_of
 from ..execution.pieces import require_layers
 from ..graph.tensors import keep_registration, outside_inference_mode
 from ..graph.writes import own_written_buffers

@@ -17,7 +17,8 @@ from ..capture.capture import Inputs
 from ..capture.hugging_face import leave_out_clamps
 from ..capture.share import share
 from ..errors import AdapterError, ConfigError
-from ..execution.module import AdaptedGraphModule, execution_of
+from ..execution.module import AdaptedGraphModule
+from ..execution.optimize import execution_of
 from ..graph.provenance import inner_name, is_inserted
 from ..graph.tensors import outside_inference_mode
 from ..graph.writes import written_buffers

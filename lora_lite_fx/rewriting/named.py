@@ -18,7 +18,8 @@ from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, known_names
 from ..adapters.variant import Variant
 from ..errors import AdapterError, ConfigError, shown
-from ..execution.module import AdaptedGraphModule, draft_of
+from ..execution.module import AdaptedGraphModule
+from ..execution.optimize import draft_of
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..passes import Pipeline, RemoveAdapters
 from .calibration import Batches, check_calibration

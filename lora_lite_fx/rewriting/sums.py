@@ -21,7 +21,8 @@ from ..adapters.placement import Placement, adapter_names, graph_of, placements
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import coefficients, known_names
 from ..errors import AdapterError, ConfigError, shown
-from ..execution.module import AdaptedGraphModule, draft_of
+from ..execution.module import AdaptedGraphModule
+from ..execution.optimize import draft_of
 from ..graph.provenance import DEFAULT
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..passes import weight_change

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
 from ..adapters.variant import Variant
-from ..execution.module import optimize
+from ..execution.optimize import optimize
 from ..passes import Pipeline
 from ..rewriting.capture import capture
 from ..rewriting.eager import AdaptedLinear, wrap

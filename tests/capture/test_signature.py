@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.execution.module import checkpoints_layers
+from lora_lite_fx.execution.optimize import checkpoints_layers
 from tests.support.conformance import randomise
 from tests.support.models import ids, tiny_llama, tiny_t5
 

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.execution.module import checkpoints_layers, execution_of, run_as
+from lora_lite_fx.execution.optimize import checkpoints_layers, execution_of, run_as
 from lora_lite_fx.passes import Pipeline
 from tests.support.conformance import check_merge, check_remove, close, output, randomise, small
 from tests.support.models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids, tiny_llama

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor
 
 import lora_lite_fx as llfx
-from lora_lite_fx.execution.module import checkpoints_layers
+from lora_lite_fx.execution.optimize import checkpoints_layers
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_llama
 from tests.support.untouched import untouched

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.execution.module import Execution, run_as
+from lora_lite_fx.execution.execution import Execution
+from lora_lite_fx.execution.optimize import run_as
 from lora_lite_fx.passes import OPTIMIZATIONS, Program
 from tests.passes.test_leave_out_inputs import INPUTS, Masked
 from tests.support.conformance import close, gradients, output, randomise

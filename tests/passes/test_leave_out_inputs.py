@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.signature import CallSignature
-from lora_lite_fx.execution.module import execution_of
+from lora_lite_fx.execution.optimize import execution_of
 from lora_lite_fx.graph.copies import copy_graph
 from lora_lite_fx.passes import LeaveOutInputs, Pipeline
 

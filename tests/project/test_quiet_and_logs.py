@@ -23,7 +23,8 @@ from torch._dynamo.utils import counters
 import lora_lite_fx as llfx
 from lora_lite_fx import log
 from lora_lite_fx.adapters.listing import describe_adapters
-from lora_lite_fx.execution.module import AdaptedGraphModule, Execution
+from lora_lite_fx.execution.execution import Execution
+from lora_lite_fx.execution.module import AdaptedGraphModule
 from tests.support.models import GatedMLP, Net, tiny_llama
 from tests.support.models import ids as net_ids
 from tests.support.selection import slow_unless

@@ -13,7 +13,7 @@ from torch import nn
 from ...capture.hugging_face import is_diffusers, is_hugging_face
 from ...capture.source import Source
 from ...errors import CheckpointError, shown
-from ...execution.module import execution_of
+from ...execution.optimize import execution_of
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",

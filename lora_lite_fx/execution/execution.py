@@ -1,0 +1,64 @@
+"""How a graph is run, on which module, and what to use in place of what a graph lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..capture.signature import CallSignature
+from ..passes import OPTIMIZATIONS, Pipeline, Program
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The way in which a graph is run.
+
+    Args:
+        passes: the passes that optimize the programs.
+        checkpoint_layers: whether the layers keep only their inputs for the backward pass, and run again in it.
+        signature: how the graph is called; None for a graph that takes its inputs and nothing else.
+        source: a weak reference to the model that it was captured from; calling it returns the model, or None.
+    """
+
+    passes: Pipeline = OPTIMIZATIONS
+    checkpoint_layers: bool = False
+    signature: CallSignature | None = None
+    source: Callable[[], nn.Module | None] = lambda: None
+
+    @property
+    def programs(self) -> tuple[Program, Program]:
+        """The program for training mode, and the one for inference."""
+        return "checkpointed" if self.checkpoint_layers else "training", "inference"
+
+
+@dataclass(frozen=True)
+class Host:
+    """The module whose tensors a graph reads and whose layers it calls, if that is not the graph's own module.
+
+    A copy of a graph has no host.
+    """
+
+    module: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
+        return Host()
+
+
+_ADAPT = "llfx.adapt(model, cfg) returns a model of the same class, which has it."
+ELSEWHERE = {
+    "generate": _ADAPT,
+    "config": _ADAPT,
+    "save_pretrained": "llfx.save(graph, path) and llfx.save_peft(graph, folder) write its adapters.",
+    "merge_and_unload": "llfx.merge(graph) returns the model with its adapters folded in.",
+    "unload": "llfx.remove(graph) returns the model without its adapters.",
+    "disable_adapter": "`with llfx.active(graph, []):` is a scope without adapters.",
+    "set_adapter": "llfx.active(graph, name) lets one adapter act.",
+    "add_adapter": "llfx.add(graph, {name: cfg}) adds one.",
+    "delete_adapter": "llfx.delete(graph, name) deletes one.",
+    "load_adapter": "llfx.load_peft(graph, path, name=name) returns the graph with it.",
+    "add_weighted_adapter": "llfx.combine(graph, {name: weight, ...}, name) adds a sum of adapters.",
+}
+"""The functions to use in place of attributes that transformers and PEFT give their models and a graph lacks."""

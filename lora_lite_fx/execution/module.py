@@ -337,6 +337,8 @@ class AdaptedGraphModule(fx.GraphModule):
 
     def _coefficients(self) -> dict[str, Tensor]:
         """Return the coefficients of adapters that the program of a call takes as inputs."""
+        if not self.switches.scales:
+            return {}
         if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and trace_is_active()):
             return {}  # numbers in the program
         return {input_name(name): scale for name, scale in self.switches.scales_of(self._names).items()}

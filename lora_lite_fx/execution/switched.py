@@ -28,6 +28,8 @@ def switched_by(switches: Switches, names: Sequence[str]) -> Switched:
         switches: of the model.
         names: of the adapters in its graph.
     """
+    if switches.acting is None and not switches.scales:
+        return ALL
     scales = switches.scales_of(names)
     return acting_of(switches, names), tuple((name, ROWS if scale.dim() else NUMBER) for name, scale in scales.items())
 

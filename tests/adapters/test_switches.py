@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -175,6 +176,33 @@ def test_rows_that_are_joined_or_of_a_fixed_batch_are_refused() -> None:
     ):
         with llfx.scaled(gm, torch.ones(2)), pytest.raises(llfx.AdapterError, match=why):
             gm(x)
+
+
+def test_switches_hold_at_tied_weights_and_with_checkpointed_layers() -> None:
+    model = net(GatedMLP, ResidualMLP, tied=True).double()
+    gm: Any = llfx.rewrite(model, SPEC, (ids(2, 5),), checkpoint_layers=True)
+    wrapped = llfx.wrap(model, SPEC, (ids(2, 5),))
+    fill(gm)
+    same(gm, wrapped)
+    for names in ("fr", "de"):
+        for each in (gm, wrapped):
+            llfx.active(each, names)
+            llfx.scaled(each, torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
+        assert_equal(gm, wrapped, ids(3, 4))
+    llfx.scaled(gm, 0.5)
+    torch.testing.assert_close(llfx.merge(gm)(ids(3, 4)), gm(ids(3, 4)))
+    assert torch.equal(llfx.remove(gm)(ids(3, 4)), model(ids(3, 4)))
+
+
+def test_a_copy_has_the_switches_of_then_and_follows_its_own() -> None:
+    gm, _, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))
+    llfx.active(gm, "fr")
+    expected = gm(ids(3, 4))
+    copies = [copy.deepcopy(gm), llfx.optimize(gm), llfx.capture(gm)]
+    llfx.active(gm, "de")
+    for each in copies:
+        torch.testing.assert_close(each(ids(3, 4)), expected)
+    assert llfx.verify(gm, net(GatedMLP).double(), (ids(2, 5),)).ok
 
 
 def test_a_coefficient_gets_a_gradient() -> None:

@@ -98,7 +98,11 @@ def load(name: str | None) -> st.SentenceTransformer:
 def mean_of_tokens(path: str, **more: Any) -> st.SentenceTransformer:
     """Return the encoder that takes the mean over the tokens of the model at `path`."""
     body = modules.Transformer(
-        path, max_seq_length=LENGTH, model_kwargs={"dtype": torch.float32, **more}, processor_kwargs=more
+        path,
+        max_seq_length=LENGTH,
+        model_kwargs={"dtype": torch.float32, **more},
+        processor_kwargs=more,
+        config_kwargs=more,
     )
     if body.tokenizer.pad_token is None:
         body.tokenizer.pad_token = body.tokenizer.eos_token

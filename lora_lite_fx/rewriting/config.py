@@ -10,7 +10,7 @@ from ..adapters.variant import Variant
 from ..errors import ConfigError, shown
 from ..graph.provenance import DEFAULT
 
-Config = Variant | Sequence[Variant] | Mapping[str, "Variant | Sequence[Variant]"]
+Config = Variant | Sequence[Variant] | Mapping[str, Variant | Sequence[Variant]]
 """A variant, several to insert in this order, or a dict that names adapters: `{"fr": LoRA(r=8), "de": [IA3()]}`."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)

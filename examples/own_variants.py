@@ -30,7 +30,7 @@ from lora_lite_fx import ParamSpec
 
 @llfx.register
 @dataclass(frozen=True, kw_only=True)
-class LoRAXS(llfx.WithRank):
+class OwnLoRAXS(llfx.WithRank):
     """y = W x + A R B x, with A and B from the SVD of W and frozen: r^2 parameters (arXiv:2405.17604)."""
 
     def params(self, site: Any) -> Mapping[str, ParamSpec]:
@@ -124,7 +124,7 @@ class ParallelAdapter(llfx.WithRank):
         return base(x) + F.gelu(x @ p.lora_A.T) @ p.lora_B.T
 
 
-METHODS = {cls.__name__: cls for cls in (LoRAXS, MoRA, SVF, LoReFT, ParallelAdapter)}
+METHODS = {cls.__name__: cls for cls in (OwnLoRAXS, MoRA, SVF, LoReFT, ParallelAdapter)}
 
 
 def main() -> None:

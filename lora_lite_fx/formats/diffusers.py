@@ -107,7 +107,8 @@ def load_diffusers(
         path: of the file, or of the directory with `pytorch_lora_weights.safetensors`.
         example_inputs: as for `capture`.
         component: name of the model in the pipeline. None: as for `save_diffusers`, or the only one in the file.
-        name, stack: as for `load`.
+        name: as for `load`.
+        stack: as for `load`.
         allow_nonfinite: as for `load`.
 
     Returns:

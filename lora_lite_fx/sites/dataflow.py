@@ -44,7 +44,7 @@ CARRY = SPLITS | SHAPES | CASTS | NORMS | POOLS | ARITHMETIC
 """Operations that carry a value on: their result holds it, in whatever shape, scale, mask, mean or norm."""
 ACTIVATIONS = frozenset({
     "relu", "relu_", "relu6", "gelu", "silu", "silu_", "tanh", "sigmoid", "elu", "leaky_relu", "hardswish", "mish",
-    "softplus", "hardtanh", "glu",
+    "softplus", "hardtanh", "glu", "function",
 })
 # fmt: on
 SOFTMAXES = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax"})
@@ -55,7 +55,12 @@ SIZES = frozenset({"size", "sym_size", "dim", "getattr"})
 
 
 def op_name(node: fx.Node) -> str:
-    """Return the plain lower-case name of the operation of `node`, whatever the dialect of its graph."""
+    """Return the plain lower-case name of the operation of `node`, whatever the dialect of its graph.
+
+    A call of an autograd function of one tensor, such as Bloom's GELU, is a "function".
+    """
+    if hasattr(node.target, "autograd_function") and len(node.all_input_nodes) == 1:
+        return "function"
     if node.op == "call_function":
         name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
     elif node.op == "call_module":

@@ -138,8 +138,8 @@ MUTANTS = (
     ),
     _mutant(
         "writes",
-        'gm.get_submodule(node.target), "track_running_stats", False)',
-        'gm, "", False)',
+        'getattr(module, "track_running_stats", False)',
+        'getattr(gm, "", False)',
         "the statistics of a batch norm module are the user's own",
     ),
     _mutant(

@@ -25,7 +25,7 @@ def run(*command: str) -> str:
 
 def test_methods_of_papers_train_and_equal_the_wrapper_and_merge_or_are_refused() -> None:
     _, *lines = run("examples/own_variants.py", "--rank", "4").splitlines()
-    assert [line.split()[0] for line in lines] == ["LoRAXS", "MoRA", "SVF", "LoReFT", "ParallelAdapter"]
+    assert [line.split()[0] for line in lines] == ["OwnLoRAXS", "MoRA", "SVF", "LoReFT", "ParallelAdapter"]
     for line in lines:
         name, _, before, after, to_wrap, *merged = line.split()
         assert float(after) < float(before), line

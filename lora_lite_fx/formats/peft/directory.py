@@ -127,7 +127,8 @@ def load_peft(
         example_inputs: as for `capture`.
         revision: a branch, tag or commit of the repository.
         subfolder: the folder in the directory or repository that holds the adapter.
-        name, stack: as for `load`.
+        name: as for `load`.
+        stack: as for `load`.
         allow_nonfinite: as for `load`.
 
     Returns:

@@ -161,10 +161,12 @@ def test_lora_xs_is_written_as_the_lora_that_it_is(tmp_path: Path) -> None:
         llfx.save_peft(gm, tmp_path, as_lora=False)
 
 
-def test_as_lora_is_refused_for_other_variants(tmp_path: Path) -> None:
+def test_as_lora_is_refused_where_the_change_is_not_of_low_rank(tmp_path: Path) -> None:
     _, graph = captured("llama")
-    with pytest.raises(llfx.ConfigError, match="PiSSA, OLoRA and LoRAXS"):
-        llfx.save_peft(llfx.rewrite(graph, llfx.LoRA(r=2)), tmp_path, as_lora=True)
+    gm = llfx.rewrite(graph, llfx.IA3(target_names=("v_proj",)))
+    randomise(gm, 1)
+    with pytest.raises(llfx.ConfigError, match=r"an approximation, lora, errors = llfx\.to_lora"):
+        llfx.save_peft(gm, tmp_path, as_lora=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -134,8 +134,9 @@ def scaled(
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`.
-        c: a number, a tensor `()`, or a tensor `(batch,)` with one coefficient for each row of the batch. Or a dict of
-            such by names of adapters. A tensor that requires grad gets one.
+        c: a number, a tensor `()`, or a tensor `(batch,)` with one coefficient for each row of the batch, which is the
+            first dimension of the model's inputs. Or a dict of such by names of adapters. A tensor that requires grad
+            gets one.
         names: the adapters to scale, where `c` is not a dict; None for all.
 
     Returns:

@@ -21,7 +21,8 @@ TARGETS: tuple[dict[str, Any], ...] = (
     {"target_roles": ("reader", "writer", "inner", "head")},
 )
 VARIANTS = list(for_any_linear().values())
-SIMILAR = (llfx.AntiPaSTOArrow, llfx.AntiPaSTODPLR)  # to AntiPaSTOGain
+# To AntiPaSTOGain, to LoRAXS, to FourierFT and to PiSSA.
+SIMILAR = (llfx.AntiPaSTOArrow, llfx.AntiPaSTODPLR, llfx.TinyLoRA, llfx.WaveFT, llfx.OLoRA)
 
 settings.register_profile(
     "conformance",

@@ -30,9 +30,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> Non
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.fixture(
-    scope="module", params=slow_unless(lambda it: it[0] in ("mlp", "llama") or it[1] in FEW, PAIRS), ids=" ".join
-)
+@pytest.fixture(scope="module", params=slow_unless(lambda it: it[0] == "mlp" or it[1] in FEW, PAIRS), ids=" ".join)
 def pair(request: pytest.FixtureRequest) -> Pair:
     """Each variant on each model, with random values. No test changes it."""
     case, oracle = request.param

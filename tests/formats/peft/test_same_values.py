@@ -21,9 +21,7 @@ PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if c
 FEW = ("LoRA", "DoRA", "IA3", "OFT")  # of those of the other models
 
 
-@pytest.fixture(
-    scope="module", params=slow_unless(lambda it: it[0] in ("mlp", "llama") or it[1] in FEW, PAIRS), ids=" ".join
-)
+@pytest.fixture(scope="module", params=slow_unless(lambda it: it[0] == "mlp" or it[1] in FEW, PAIRS), ids=" ".join)
 def pair(request: pytest.FixtureRequest) -> Pair:
     """Each variant on each model, at its start values."""
     case, oracle = request.param

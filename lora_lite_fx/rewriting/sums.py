@@ -148,11 +148,8 @@ def to_lora(
     graph = _graph(model)
     if r is not None:
         _check_rank(r)
-    if adapter is None:
-        acting = coefficients(model, "to_lora") or dict.fromkeys(adapter_names(model), 1.0)
-    else:
-        acting = dict.fromkeys(known_names(model, adapter), 1.0)
-    found = {site.name: _linear(graph, site, _in_turn(by_name, acting), r) for site, by_name in _by_site(graph, acting)}
+    acting = None if adapter is None else dict.fromkeys(known_names(model, adapter), 1.0)
+    found = _acting_changes(model, graph, acting, r)
     return _as_lora(graph, found), {site: factor.error for site, factor in found.items()}
 
 
@@ -186,10 +183,7 @@ def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
     if len({each.site for each in room}) != len(room):
         raise ConfigError(f"The room of swap is one LoRA, and {name!r} has several at a site.")
     graph = _graph(source)
-    acting = coefficients(source, "swap") or dict.fromkeys(adapter_names(source), 1.0)
-    found = {
-        site.name: _linear(graph, site, _in_turn(by_name, acting), None) for site, by_name in _by_site(graph, acting)
-    }
+    found = _acting_changes(source, graph)
     if missing := sorted(found.keys() - {each.site for each in room}):
         raise ConfigError(
             f"The source adapts {missing[0]!r}, at which {name!r} has no room; {len(missing)} such sites."
@@ -211,6 +205,16 @@ def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
         written += [(tensor_of(model, each.tensors["lora_A"]), a), (tensor_of(model, each.tensors["lora_B"]), b)]
     for tensor, value in written:
         tensor.copy_(value)
+
+
+def _acting_changes(
+    model: nn.Module, graph: fx.GraphModule, acting: Mapping[str, float] | None = None, r: int | None = None
+) -> dict[str, Factors]:
+    """Return the change of each weight by the adapters that act, or by those of `acting` with their coefficients."""
+    if acting is None:
+        acting = coefficients(model, "A change of the weights")
+        assert acting is not None  # the graph is one of this library's, which follows switches
+    return {site.name: _linear(graph, site, _in_turn(by_name, acting), r) for site, by_name in _by_site(graph, acting)}
 
 
 def _in_turn(

@@ -190,6 +190,17 @@ def test_bad_sums_are_refused_and_change_nothing(call: Callable[[Any], Any], mes
     assert (str(llfx.adapters(gm)), str(gm.graph)) == before
 
 
+def test_adapters_that_are_all_off_are_no_lora_and_leave_a_room_empty() -> None:
+    gm, base = two(llfx.LoRA(r=2, **EVERYWHERE), llfx.LoRA(r=3, **EVERYWHERE))
+    room = llfx.rewrite(base, llfx.LoRA(r=8, **EVERYWHERE), (ids(2, 5),))
+    fill(room)
+    with llfx.active(gm, []):
+        with pytest.raises(llfx.AdapterError, match="No adapter acts"):
+            llfx.to_lora(gm)
+        llfx.swap(room, gm)
+    torch.testing.assert_close(room(ids(3, 4)), base(ids(3, 4)))
+
+
 def test_changes_that_are_not_of_the_weight_are_refused() -> None:
     gm, _ = two(llfx.LoRA(r=2, bias=True, **EVERYWHERE), llfx.LoRA(r=3, **EVERYWHERE))
     with pytest.raises(llfx.AdapterError, match="changes the bias too"):

@@ -197,6 +197,11 @@ def placements(model: nn.Module) -> list[Placement]:
     return sorted(by_place.values(), key=lambda placement: placement.adapter)
 
 
+def next_index(model: nn.Module) -> int:
+    """Return the index of the next config that a model gets."""
+    return 1 + max((placement.adapter for placement in placements(model)), default=-1)
+
+
 def by_config(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[Variant, list[Placement]]]:
     """Yield each config of a model with its placements; of the adapter of one name alone if that is given."""
     members_of: dict[int, list[Placement]] = {}

@@ -190,11 +190,10 @@ def by_row(model: Model, names: Sequence[str | None]) -> Scope[Model]:
     if isinstance(names, str) or not len(names):
         raise ConfigError(f"by_row takes a name, or None, for each row of the batch: ['fr', None], not {names!r}.")
     used = known_names(model, list(dict.fromkeys(name for name in names if name is not None)))
-    chosen = active(model, used)
     rows = {name: torch.tensor([float(each == name) for each in names], dtype=torch.float64) for name in used}
     present = _holder(model).switches.scales
     rows = {name: row if name not in present else row.to(present[name]) * present[name] for name, row in rows.items()}
-    weighted = scaled(model, rows)
+    chosen, weighted = active(model, used), scaled(model, rows)
 
     def undo() -> None:
         weighted.__exit__(None, None, None)

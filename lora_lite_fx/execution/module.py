@@ -29,7 +29,7 @@ from ..graph.direct_calls import outside_symbolic_trace, trace_is_active, transf
 from ..graph.layers import is_layer, layer_of
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
-from ..graph.tensors import keep_registration, register_tensor, tensor_of
+from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of
 from ..graph.turns import calling
 from ..log import phase
 from ..passes import (
@@ -165,8 +165,7 @@ class AdaptedGraphModule(fx.GraphModule):
         """Take the graph and the adapters of a draft, which has other adapters over the same frozen tensors."""
         old, new = adapter_tensor_names(self), adapter_tensor_names(draft)
         for name in [name for name in old if name not in new]:
-            path, _, attribute = name.rpartition(".")
-            delattr(self.get_submodule(path), attribute)
+            delete_tensor(self, name)
         for name in [name for name in new if name not in old]:
             register_tensor(self, name, tensor_of(draft, name))
         self.graph = draft.graph
@@ -364,7 +363,8 @@ class AdaptedGraphModule(fx.GraphModule):
         if left_out:
             assert self.execution.signature is not None
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived, program)
-        Pipeline(switch_passes(switched)).run(derived, program)
+        if switched != ALL:
+            Pipeline(switch_passes(switched)).run(derived, program)
         passes = self._passes_for(program, left_out)
         if switched[1]:  # the inputs of a check lack the coefficients
             passes = replace(passes, check=None)

@@ -79,6 +79,12 @@ def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_buffer(leaf, tensor)
 
 
+def delete_tensor(gm: nn.Module, name: str) -> None:
+    """Take the tensor of that qualified name off its module."""
+    path, _, leaf = name.rpartition(".")
+    delattr(gm.get_submodule(path), leaf)
+
+
 def keep_registration(source: nn.Module, gm: fx.GraphModule) -> None:
     """Register the tensors of `gm` as those of `source` are, because torch.fx registers only what the graph reads.
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..adapters.listing import describe_adapters
-from ..adapters.placement import Placement, copy_over_tensors
+from ..adapters.placement import Placement, copy_over_tensors, next_index
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches, by_row, coefficients
 from ..adapters.variant import Variant
@@ -146,7 +146,7 @@ class Adapted(NamedAdapters, AdaptedPart):
 
     def insert_from(self, loaded: fx.GraphModule, name: str) -> None:
         """Insert the one adapter of another graph of the model into all graphs, as `combine` asks for."""
-        self._graphs.insert(*as_named(loaded, name, 1 + max(each.adapter for each in self.placements)))
+        self._graphs.insert(*as_named(loaded, name, next_index(self)))  # type: ignore[arg-type]
         self.let_sites_run_alone()
 
     def delete_from_graphs(self, names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import draft_of
-from ..graph.tensors import register_tensor, tensor_of
+from ..graph.tensors import delete_tensor, register_tensor, tensor_of
 from ..graph.turns import calling, tracing
 from ..graph.writes import written_buffers
 from ..log import logger
@@ -223,8 +223,7 @@ class GraphCache:
                 Pipeline((RemoveAdapters(tuple(names)),)).run(draft)
             gone = [path for each in self.placements if each.adapter_name in names for path in each.tensors.values()]
             for path in dict.fromkeys(gone):  # some are shared by several sites
-                owner, _, attribute = path.rpartition(".")
-                delattr(self.model.get_submodule(owner), attribute)
+                delete_tensor(self.model, path)
                 self._owned.discard(path)
             self.placements = [each for each in self.placements if each.adapter_name not in names]
             self._take_over(drafts)
@@ -258,11 +257,9 @@ class GraphCache:
     def plain(self) -> Any:
         """Return a copy of the model without adapters, of its own class, over the same weights."""
         copied = share(self.model)
-        for placement in self.placements:
-            for name in placement.tensors.values():
-                path, _, attribute = name.rpartition(".")
-                if hasattr(copied.get_submodule(path), attribute):  # some are shared by several
-                    delattr(copied.get_submodule(path), attribute)
+        names = (name for placement in self.placements for name in placement.tensors.values())
+        for name in dict.fromkeys(names):  # some are shared by several sites
+            delete_tensor(copied, name)
         for module in copied.modules():
             module.__class__ = getattr(type(module), "base", type(module))
             for attribute in ("_graphs", "_path", "_keys_to_ignore_on_save"):

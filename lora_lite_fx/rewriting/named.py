@@ -13,14 +13,14 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, fx, nn
 
-from ..adapters.placement import Placement, adapter_names, adapter_tensor_names, placements
+from ..adapters.placement import Placement, adapter_names, adapter_tensor_names, next_index, placements
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, known_names
 from ..adapters.variant import Variant
 from ..errors import AdapterError, ConfigError, shown
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import draft_of
-from ..graph.tensors import outside_inference_mode, tensor_of
+from ..graph.tensors import delete_tensor, outside_inference_mode, tensor_of
 from ..passes import Pipeline, RemoveAdapters
 from .calibration import Batches, check_calibration
 from .config import as_adapters, check_free
@@ -67,20 +67,18 @@ def add(
     chosen = as_adapters(adapters)
     check_calibration(calibration)
     check_free(adapters, adapter_names(model) if isinstance(model, nn.Module) else [])
-    if isinstance(model, ChangesGraphs):
-        acting = acting_now(model)
-        model.add_to_graphs(chosen, calibration)
-        act_as_before(model, acting)
-        return
-    if not isinstance(model, AdaptedGraphModule):
+    if not isinstance(model, (ChangesGraphs, AdaptedGraphModule)):
         raise AdapterError(
             f"add takes a graph or a model that rewrite, load, capture or adapt returned, not {shown(model)}. The way"
             " out: give wrap or backend all adapters at once, by name."
         )
     acting = acting_now(model)
-    draft = draft_of(model)
-    insert_new(draft, make_plans(draft, chosen, calibration))
-    model.take_over(draft)
+    if isinstance(model, ChangesGraphs):
+        model.add_to_graphs(chosen, calibration)
+    else:
+        draft = draft_of(model)
+        insert_new(draft, make_plans(draft, chosen, calibration))
+        model.take_over(draft)
     act_as_before(model, acting)
 
 
@@ -132,8 +130,7 @@ def _delete_from_modules(model: nn.Module, names: Sequence[str]) -> None:
             " switches them off; or make the model anew with the other adapters."
         )
     for name in [name for gone in names for name in adapter_tensor_names(model, gone)]:
-        path, _, attribute = name.rpartition(".")
-        delattr(model.get_submodule(path), attribute)
+        delete_tensor(model, name)
     for module in wrapped:
         module.placements = [placement for placement in module.placements if placement.adapter_name not in names]
 
@@ -173,11 +170,6 @@ def as_named(loaded: fx.GraphModule, name: str, first: int) -> tuple[list[Placem
         placed.append(new)
         tensors |= {new.tensors[own]: tensor_of(loaded, path) for own, path in old.tensors.items()}
     return placed, tensors
-
-
-def next_index(model: nn.Module) -> int:
-    """Return the index of the next config that the model gets."""
-    return 1 + max((placement.adapter for placement in placements(model)), default=-1)
 
 
 def insert_as(gm: fx.GraphModule, loaded: fx.GraphModule, name: str) -> None:

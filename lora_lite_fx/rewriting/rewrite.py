@@ -25,6 +25,7 @@ from ..adapters.placement import (
     HasGraphs,
     Placement,
     adapter_names,
+    next_index,
     placements,
     site_bias,
     site_weight,
@@ -205,7 +206,7 @@ def insert_adapters(gm: fx.GraphModule, plans: Iterable[Plan]) -> int:
         ConfigError: gradients do not pass through the frozen weights.
     """
     check_gradients(gm)
-    first = 1 + max((placement.adapter for placement in placements(gm)), default=-1)
+    first = next_index(gm)
     passes = (
         InsertAdapter(plan.variant, first + i, tuple(site.name for site in plan.sites), adapter_name=plan.adapter_name)
         for i, plan in enumerate(plans)

@@ -9,6 +9,7 @@ from torch import fx
 
 from ...errors import AdapterError
 from ...graph.provenance import Insertion, forget, insertions, is_size, take_out
+from ...graph.tensors import delete_tensor
 from ..pipeline import GraphPass, eliminate_dead_code
 
 
@@ -31,8 +32,7 @@ class RemoveAdapters(GraphPass):
         tensors = list(dict.fromkeys(name for insertion in inserted for name in insertion.tensors.values()))
         bypass(gm, inserted)
         for name in tensors:
-            path, _, attribute = name.rpartition(".")
-            delattr(gm.get_submodule(path), attribute)
+            delete_tensor(gm, name)
         _drop_empty_modules(gm, {name.rpartition(".")[0] for name in tensors})
         return len(inserted)
 

@@ -1,5 +1,6 @@
 """Adapters by rewriting the graph of a frozen PyTorch model. See the README for a tour."""
 
+from .adapters.bank import Bank
 from .adapters.frozen_linear import FrozenLinear
 from .adapters.hyperparameters import WithDropout, WithRank, WithScale
 from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
@@ -24,6 +25,7 @@ from .formats.diffusers import load_diffusers, save_diffusers
 from .formats.lora_lite import load_lora_lite, save_lora_lite
 from .formats.peft.config import from_peft_config
 from .formats.peft.directory import load_peft, save_peft, to_peft_config
+from .formats.slots import load_slot, save_slot
 from .hugging_face.adapt import adapt
 from .inspection.program import program
 from .inspection.table import inspect
@@ -32,6 +34,7 @@ from .rewriting.eager import wrap
 from .rewriting.named import add, delete
 from .rewriting.reconfigure import reconfigure
 from .rewriting.rewrite import merge, remove, rewrite
+from .rewriting.slots import put_slot, reset_slot, take_slot
 from .rewriting.sums import combine, swap, to_lora
 from .rewriting.verify import verify
 from .torch_compile.backend import backend
@@ -91,6 +94,7 @@ __all__ = [
     "AntiPaSTOArrow",
     "AntiPaSTODPLR",
     "AntiPaSTOGain",
+    "Bank",
     "Batch",
     "CallError",
     "CaptureError",
@@ -147,20 +151,25 @@ __all__ = [
     "load_diffusers",
     "load_lora_lite",
     "load_peft",
+    "load_slot",
     "merge",
     "optimize",
     "program",
+    "put_slot",
     "reconfigure",
     "register",
     "registry",
     "remove",
+    "reset_slot",
     "rewrite",
     "save",
     "save_diffusers",
     "save_lora_lite",
     "save_peft",
+    "save_slot",
     "scaled",
     "swap",
+    "take_slot",
     "to_lora",
     "to_peft_config",
     "verify",

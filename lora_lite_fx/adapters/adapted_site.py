@@ -1,13 +1,12 @@
-"""Compute an adapted site: call the `forward` of its variants on what its kind of site offers as input and weight.
+"""Compute an adapted site: call the `forward` of a variant on what its kind of site offers as input and weight.
 
 The eager wrapper runs this code, and `passes/adapt/fragment.py` traces it, so that both compute the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..errors import AdapterError
 from ..graph.provenance import SHARED
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
-from .promotion import adapt
+from .promotion import adapt, not_innermost
 from .reads import Reads
 from .variant import Variant, adapter_namespace
 
@@ -44,43 +43,47 @@ class FrozenSite:
     def adapted(
         self,
         call: Callable[..., Tensor],
-        around: Iterable[tuple[Variant, Any]],
+        variant: Variant,
+        p: Any,
         x: Tensor,
         *routing: Tensor,
-        scales: Sequence[Tensor | None] = (),
+        scale: Tensor | None = None,
+        **given: Tensor,
     ) -> Tensor:
-        """Return the output of the site with its adapters, in the model's layout.
+        """Return the output of the site with an adapter around it, in the model's layout.
 
         Args:
-            call: computes the frozen output from an input, both in the model's layout. It takes `weight` and `bias`, as
-                the model stores them, in place of the frozen ones.
-            around: the variants with their tensors, the innermost first.
+            call: computes the output from an input, both in the model's layout: the frozen one, or one with adapters.
+                It takes `weight` and `bias`, as the model stores them, in place of the frozen ones.
+            variant: the config of the adapter.
+            p: its tensors as attributes.
             x: the input that the model passes, in its layout.
             routing: the other inputs of the product, see `Call.routing`.
-            scales: the coefficients of the variants, `()` or `(batch,)`; empty, or None for one that is not scaled.
+            scale: the coefficient of the adapter, `()` or `(batch,)`; None for one that is not scaled.
+            given: a weight or bias in place of the frozen ones, from an adapter around this one.
 
         Raises:
-            ConfigError: a variant does with its input what this kind of site cannot.
+            ConfigError: a variant does with its input what this kind of site cannot; or an adapter around this one
+                replaces the weight or bias.
         """
-        around = list(around)
+        if given:
+            raise not_innermost("An adapter", self.site.name)
         kind = self.site.kind
-        who = f"{' and '.join(type(variant).__name__ for variant, _ in around)} cannot adapt {self.site.name!r}"
+        who = f"{type(variant).__name__} cannot adapt {self.site.name!r}"
 
         def base(entered: Any, **given: Tensor) -> Any:
             return kind.result(call(kind.as_in_model(entered), **self._stored(**given)), entered)
 
-        def operands(p: Any) -> Any:
-            tensors: dict[str, Tensor] = vars(p)
-            return adapter_namespace(
-                {name: t if name.startswith(SHARED) else kind.operand(t, who) for name, t in tensors.items()}
-            )
-
-        weight = kind.operand(kind.matrix(self.weight), who)
+        tensors: dict[str, Tensor] = vars(p)
+        operands = adapter_namespace(
+            {name: t if name.startswith(SHARED) else kind.operand(t, who) for name, t in tensors.items()}
+        )
+        weight = kind.frozen_operand(kind.matrix(self.weight), who)
         linear = FrozenLinear(base, weight, self.site.own_bias(self.bias), self.site, self.training)
         if self.reads is not None:
             linear = self.reads.watch(linear)
-        adapted = compose(linear, [(variant, operands(p)) for variant, p in around], scales)
-        return kind.leave(adapted(kind.enter(x, self.weight.dtype, who, *routing)))
+        y = kind.leave(adapt(variant, base, linear, operands, kind.enter(x, self.weight.dtype, who, *routing)))
+        return y if scale is None else _between(call(x), y, scale)
 
     def _stored(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
         """Return the tensors that replace the frozen ones, as the model would store them.
@@ -108,35 +111,13 @@ def _check_shape(name: str, given: Tensor, frozen: Tensor | None) -> None:
         raise Refused(f"calls base with a {name} {tuple(given.shape)}, and base.{name} is {sizes}")
 
 
-def compose(
-    base: FrozenLinear, around: Sequence[tuple[Variant, Any]], scales: Sequence[Tensor | None] = ()
-) -> Callable[[Tensor], Tensor]:
-    """Return the frozen linear with adapters around it, as a function of `x (..., d_in)`.
-
-    Args:
-        base: the frozen linear.
-        around: the variants with their tensors, the innermost first. Each adapts the function that the ones before it
-            make up. `base.weight` and `base.bias` are the frozen ones for all.
-        scales: the coefficient of each, or None; empty if none is scaled.
-    """
-    adapted: Callable[..., Tensor] = base.call
-    for (variant, p), scale in zip(around, scales or [None] * len(around), strict=True):
-        inside, adapted = adapted, partial(adapt, variant, adapted, base, p)
-        if scale is not None:
-            adapted = partial(_between, inside, adapted, scale)
-    return adapted
-
-
-def _between(
-    inside: Callable[..., Tensor], adapted: Callable[..., Tensor], scale: Tensor, x: Any, **given: Tensor
-) -> Tensor:
+def _between(y: Tensor, adapted: Tensor, scale: Tensor) -> Tensor:
     """Return `y + c (adapted - y)`, where `y` is the output inside an adapter."""
-    y, full = inside(x), adapted(x, **given)
     if scale.dim():
-        if len(scale) != full.shape[0]:
+        if len(scale) != adapted.shape[0]:
             raise AdapterError(
-                f"There are {len(scale)} coefficients, one for each row of the batch, and {full.shape[0]} rows of an"
+                f"There are {len(scale)} coefficients, one for each row of the batch, and {adapted.shape[0]} rows of an"
                 " output."
             )
-        scale = scale.view(-1, *[1] * (full.dim() - 1))
-    return torch.lerp(y, full, scale.to(full.dtype))
+        scale = scale.view(-1, *[1] * (adapted.dim() - 1))
+    return torch.lerp(y, adapted, scale.to(adapted.dtype))

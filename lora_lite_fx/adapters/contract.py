@@ -20,7 +20,6 @@ from ..capture.rehearsal import Refused, Stage, first_difference
 from ..errors import ConfigError, shown
 from ..graph.direct_calls import version_of
 from ..graph.provenance import SHARED
-from ..sites.kinds.expert_values import Routed
 from ..sites.kinds.norm import Norm
 from ..sites.site import Site, stored_bias, stored_weight
 from .adapted_site import FrozenSite
@@ -66,6 +65,8 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module, in
                 f"{type(variant).__name__} cannot adapt {site.name!r}, which is {site.kind.article}: its factors have"
                 " no rows that belong to a group. Variants whose update has the shape of the weight can, as LoHa."
             )
+        if local.slots:
+            site = site.with_bank(local.slots)
         specs = _specs(local, site)
         # Names of adapters that the site has already are no obstacle: further ones are numbered.
         module = modules.get(site.name)
@@ -152,6 +153,11 @@ def _check_shared(
     for name, spec in specs.items():
         if not name.startswith(SHARED):
             continue
+        if variant.slots and spec.trainable:
+            raise ConfigError(
+                f"{type(variant).__name__} cannot be a bank, because all its sites share a trained tensor, {name!r},"
+                " of which the slots would have one together."
+            )
         first, earlier = shared.setdefault(name, (site, spec))
         if _comparable(spec) != _comparable(earlier):
             raise ConfigError(
@@ -219,8 +225,7 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
     shape = site.kind.factor(stored).shape
     # The gradient tells whether the result depends on the product.
     factor = stage.make(lambda: torch.empty(shape, dtype=dtype, device=stored.device, requires_grad=True))
-    ends = stage.make(lambda: torch.empty(site.experts, dtype=torch.int32, device=stored.device))
-    routing = [ends] if site.kind.routed else []
+    routing = stage.make(lambda: site.kind.example_routing(x, site.experts))
     with naming(variant, "params", site):
         specs, of_adapter = variant.tensor_specs(site).items(), variant.param_dtype(stored.dtype)
         tensors = stage.make(lambda: {name: spec.empty(of_adapter, stored.device).detach() for name, spec in specs})
@@ -233,6 +238,8 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
         calls: list[_BaseCall] = []
 
         def base(value: Tensor, **given: Tensor) -> Tensor:
+            if given and variant.slots:
+                raise Refused("calls base with a weight or bias, and a bank has one frozen weight for all slots")
             if value.shape != x.shape:
                 raise Refused(f"calls base on an input {tuple(value.shape)}, and x is {tuple(x.shape)}")
             y = site.kind.multiply(value, factor, *routing)
@@ -240,8 +247,8 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
             calls.append(_BaseCall(value, y, y.shape, y.dtype, version_of(y)))
             return y
 
-        adapter = [(_returning_values(variant, Routed if site.experts else Tensor), adapter_namespace(tensors))]
-        y = replace(frozen, training=training).adapted(base, adapter, x, *routing)
+        checked = _returning_values(variant, site.kind.value_type)
+        y = replace(frozen, training=training).adapted(base, checked, adapter_namespace(tensors), x, *routing)
         if len(calls) != 1:
             raise Refused(f"must call base(...) exactly once; it called it {len(calls)} times")
         _check_result(y, calls[0])

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, fx, nn
 
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
 from ..graph.provenance import (
     DEFAULT,
     SHARED,
@@ -218,6 +218,30 @@ def adapter_names(model: nn.Module) -> list[str]:
     for adapted in _adapted(model):
         first[adapted.adapter_name] = min(adapted.adapter, first.get(adapted.adapter_name, adapted.adapter))
     return sorted(first, key=first.__getitem__)
+
+
+def bank_slots(model: nn.Module) -> dict[str, int]:
+    """Return the number of slots of each adapter that is a bank, by its name."""
+    if isinstance(model, fx.GraphModule):
+        found = ((each.adapter_name, each.config.get("slots")) for each in insertions(model.graph))
+    else:
+        found = ((each.adapter_name, each.variant.slots) for each in placements(model))
+    return {name: slots for name, slots in found if slots}
+
+
+def refuse_banks(placed: Iterable[Placement], purpose: str) -> None:
+    """Raise AdapterError if a placement is of a bank.
+
+    Args:
+        placed: the placements.
+        purpose: names in the error what takes one adapter.
+    """
+    for placement in placed:
+        if placement.variant.slots:
+            raise AdapterError(
+                f"{purpose} takes one adapter, and {placement.adapter_name!r} is a bank of {placement.variant.slots}."
+                " The way out: take_slot(model, slot) returns a graph with the adapter of one slot."
+            )
 
 
 def adapter_tensor_names(model: nn.Module, adapter: str | None = None) -> list[str]:

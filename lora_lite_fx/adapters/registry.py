@@ -94,6 +94,8 @@ def to_config(variant: Variant) -> dict[str, Any]:
         _MADE_WITH[_key(cls.__name__, code)] = cls
     config |= {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
     config["dtype"] = None if variant.dtype is None else str(variant.dtype).removeprefix("torch.")
+    if variant.slots is None:
+        del config["slots"]  # which earlier versions do not know
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from ..sites.site import Site
 from .maths import wide
 from .naming import described, naming
 from .param_spec import ParamSpec
-from .variant import Statistic, Variant, of_expert
+from .variant import Statistic, Variant, one_of
 
 
 @torch.no_grad()
@@ -45,7 +46,12 @@ def initialize(
     """
     if weight.dim() == 3:
         for expert, matrix in enumerate(weight):
-            initialize(variant, site, matrix, of_expert(p, expert), statistic)
+            initialize(variant, site, matrix, one_of(p, expert), statistic)
+        return
+    if variant.slots:
+        one = dataclasses.replace(variant, slots=None)
+        for slot in range(variant.slots):
+            initialize(one, site, weight, one_of(p, slot), statistic, bias)
         return
     tensors: dict[str, Tensor] = vars(p)
     for name, spec in variant.params(site).items():

@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from ..errors import AdapterError, ConfigError, shown
 from ..graph.direct_calls import can_read_values
 from ..graph.tensors import tensor_of
-from .placement import adapter_names, adapter_tensor_names
+from .bank import check_ids, check_slots
+from .placement import adapter_names, adapter_tensor_names, bank_slots
 from .state import adapter_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,10 +33,12 @@ class Switches:
         acting: the names of the adapters that act, in the order of the model; None for all.
         scales: by name, the coefficient of an adapter that is scaled: a tensor `()`, or `(batch,)` with one for each
             row of the batch.
+        ids: for banks, the slot of each row of the batch; None if calls say it.
     """
 
     acting: tuple[str, ...] | None = None
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    ids: Tensor | None = None
 
     def acts(self, name: str) -> bool:
         """Return whether the adapter of this name acts."""
@@ -46,8 +49,9 @@ class Switches:
         return {name: self.scales[name] for name in names if name in self.scales and self.acts(name)}
 
     def moved_to(self, device: torch.device) -> Switches:
-        """Return the switches with coefficients on another device."""
-        return replace(self, scales={name: scale.to(device) for name, scale in self.scales.items()})
+        """Return the switches with their tensors on another device."""
+        scales = {name: scale.to(device) for name, scale in self.scales.items()}
+        return replace(self, scales=scales, ids=None if self.ids is None else self.ids.to(device))
 
     def constants(self, purpose: str) -> dict[str, float]:
         """Return the coefficients as numbers.
@@ -169,15 +173,17 @@ def scaled(
     return Scope(model, undo)
 
 
-def by_row(model: Model, names: Sequence[str | None]) -> Scope[Model]:
+def by_row(model: Model, names: Sequence[str | None] | Tensor) -> Scope[Model]:
     """Let each row of a batch have an adapter of its own: as a call, or as `with by_row(model, ["fr", None, "de"]):`.
 
     Every adapter that is named computes all rows, and is scaled by 1 or 0 in each. That is exact, and made for a few
-    adapters; it costs as many branches as there are different names.
+    adapters; it costs as many branches as there are different names. For many adapters of one config there is `Bank`,
+    whose slots a tensor of ids says: `with by_row(model, torch.tensor([3, -1, 0])):`.
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`.
-        names: for each row of the batch the name of its adapter, or None for the frozen model.
+        names: for each row of the batch the name of its adapter, or None for the frozen model; or, of a model with a
+            bank, a tensor `(batch,)` of its slots, and -1 for the frozen model.
 
     Returns:
         A scope; leaving it takes back what `active` and `scaled` were.
@@ -185,8 +191,11 @@ def by_row(model: Model, names: Sequence[str | None]) -> Scope[Model]:
     Raises:
         AdapterError: as `active` and `scaled`. At a call: the batch has another number of rows, or they cannot be told
             at a site.
-        ConfigError: the model has no adapter of such a name, or `names` is empty.
+        ConfigError: the model has no adapter of such a name, or `names` is empty; or they are ids, and the model has no
+            bank.
     """
+    if isinstance(names, Tensor):
+        return _slots_by_row(model, names)
     if isinstance(names, str) or not len(names):
         raise ConfigError(f"by_row takes a name, or None, for each row of the batch: ['fr', None], not {names!r}.")
     used = known_names(model, list(dict.fromkeys(name for name in names if name is not None)))
@@ -198,6 +207,21 @@ def by_row(model: Model, names: Sequence[str | None]) -> Scope[Model]:
     def undo() -> None:
         weighted.__exit__(None, None, None)
         chosen.__exit__(None, None, None)
+
+    return Scope(model, undo)
+
+
+def _slots_by_row(model: Model, ids: Tensor) -> Scope[Model]:
+    holder = _holder(model)
+    banks = bank_slots(model)
+    if not banks:
+        raise ConfigError("by_row takes a tensor of slots for a model with a bank, and this one has none.")
+    check_slots(check_ids(ids), min(banks.values()))
+    before = holder.switches.ids
+    holder.switches = replace(holder.switches, ids=ids)
+
+    def undo() -> None:
+        holder.switches = replace(holder.switches, ids=before)
 
     return Scope(model, undo)
 

@@ -98,6 +98,7 @@ class Variant:
         target_names: regular expressions, searched in the qualified name.
         exclude_names: regular expressions; a site whose name matches one is left alone.
         layers: indices of layers (the first number in the qualified name) to adapt.
+        slots: the number of adapters of a bank, see `Bank`; None for one adapter.
         target_kinds: kinds of sites to adapt: `linear`, `embedding`, `conv`, `grouped_conv`, `experts`, `norm`. Only
             linears have roles; sites of the other kinds are chosen by kind, name and layer.
 
@@ -111,6 +112,7 @@ class Variant:
     exclude_names: str | Sequence[str] = ()
     layers: int | Sequence[int] | None = None
     target_kinds: str | Sequence[str] = ("linear",)
+    slots: int | None = None
 
     default_roles: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     """The roles adapted when the config names no targets."""
@@ -152,6 +154,10 @@ class Variant:
             self._require(kind in KINDS, f"unknown kind of site {kind!r}; the kinds are {', '.join(KINDS)}")
         for layer in as_tuple(self.layers):
             self._require(isinstance(layer, int) and layer >= 0, f"layers are indices from 0, got {layer!r}")
+        self._require(
+            self.slots is None or (type(self.slots) is int and self.slots > 0),
+            f"slots is the number of adapters of a bank, a positive integer, got {self.slots!r}",
+        )
 
     def _make_tuple(self, name: str) -> None:
         """Turn the field into a tuple. It may be one value, a list as JSON has it, or None where that is allowed."""
@@ -307,9 +313,10 @@ class Variant:
         """Raise `ConfigError` if the variant cannot be applied to `site`."""
 
     def tensor_specs(self, site: Site) -> Mapping[str, ParamSpec]:
-        """Return the tensors that `site` gets: those of `params`; of a stack of experts, for each expert one."""
+        """Return the tensors that `site` gets: those of `params`; of experts and of a bank, one for each of these."""
+        count = site.experts or self.slots
         return {
-            name: spec.repeated(site.experts) if site.experts and not name.startswith(SHARED) else spec
+            name: spec.repeated(count) if count and not name.startswith(SHARED) else spec
             for name, spec in self.params(site).items()
         }
 
@@ -362,10 +369,10 @@ def pairs(patterns: Mapping[str, T] | Iterable[tuple[str, T]]) -> Iterable[tuple
     return patterns.items() if isinstance(patterns, Mapping) else patterns
 
 
-def of_expert(p: Any, expert: int) -> Any:
-    """Return the tensors of one expert, from those of all; shared ones as they are."""
+def one_of(p: Any, index: int) -> Any:
+    """Return the tensors of one expert, or of one slot of a bank, from those of all; shared ones as they are."""
     return adapter_namespace(
-        {name: tensor if name.startswith(SHARED) else tensor[expert] for name, tensor in vars(p).items()}
+        {name: tensor if name.startswith(SHARED) else tensor[index] for name, tensor in vars(p).items()}
     )
 
 

@@ -69,7 +69,8 @@ def return_as(graph: fx.Graph, out_spec: pytree.TreeSpec | None) -> None:
     """
     codegen: Any = graph._codegen  # where torch.export keeps the structure; nothing public changes it
     if isinstance(codegen, _PyTreeCodeGen):
-        graph.set_codegen(_PyTreeCodeGen(codegen.pytree_info._replace(out_spec=out_spec)))
+        info, further = codegen.pytree_info._replace(out_spec=out_spec), further_inputs(graph)
+        graph.set_codegen(_WithFurtherInputs(info, further) if further else _PyTreeCodeGen(info))
 
 
 def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
@@ -87,40 +88,72 @@ def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
         node.meta["val"] = value
     codegen: Any = graph._codegen  # where torch.export keeps the names of inputs; nothing public changes it
     if isinstance(codegen, _PyTreeCodeGen):
-        graph.set_codegen(_WithFurtherInputs(codegen, name))
+        _set_further(graph, (*further_inputs(graph), name))
     return node
+
+
+def drop_input(graph: fx.Graph, node: fx.Node) -> None:
+    """Undo `add_input`: take an input, which nothing reads any more, out of `graph`."""
+    graph.erase_node(node)
+    if isinstance(graph._codegen, _PyTreeCodeGen):
+        _set_further(graph, tuple(name for name in further_inputs(graph) if name != node.target))
+
+
+def further_inputs(graph: fx.Graph) -> tuple[str, ...]:
+    """Return the names of the inputs that `add_input` has given a graph which has a structure of inputs."""
+    codegen: Any = graph._codegen
+    return codegen.further if isinstance(codegen, _WithFurtherInputs) else ()
+
+
+def _set_further(graph: fx.Graph, further: tuple[str, ...]) -> None:
+    codegen: Any = graph._codegen
+    info, before = codegen.pytree_info, further_inputs(graph)
+    info = info._replace(orig_args=[*(name for name in info.orig_args if name not in before), *further])
+    if isinstance(codegen, _CalledLikeTheModel):
+        graph.set_codegen(_CalledLikeTheModel(info, codegen.signature, further))
+    else:
+        graph.set_codegen(_WithFurtherInputs(info, further) if further else _PyTreeCodeGen(info))
 
 
 class _WithFurtherInputs(_PyTreeCodeGen):
     """Writes a function that has inputs beside those which the structure of the module's inputs tells."""
 
-    def __init__(self, codegen: _PyTreeCodeGen, name: str) -> None:
-        info = codegen.pytree_info
-        super().__init__(info._replace(orig_args=[*info.orig_args, name]))
-        self.further = (*getattr(codegen, "further", ()), name)
+    def __init__(self, pytree_info: Any, further: tuple[str, ...]) -> None:
+        super().__init__(pytree_info)
+        self.further = further
 
     def gen_var_bindings(self, fn_args: list[str], free_vars: list[str], expanded_def: bool) -> str:
+        if not self.further:
+            return super().gen_var_bindings(fn_args, free_vars, expanded_def)
         nested = [name for name in free_vars if name.split(":")[0].strip() not in self.further]
         return super().gen_var_bindings(fn_args[: -len(self.further)], nested, expanded_def)
 
 
-class _CalledLikeTheModel(_PyTreeCodeGen):
+class _CalledLikeTheModel(_WithFurtherInputs):
     """Lets `torch.fx.Interpreter`, and so `torch.export`, call a graph as its model is called.
 
     Both hand a graph the values of the arguments. Arguments that are left out become constants before the graph runs,
     and the results that the model does not return without them are neither computed nor returned.
     """
 
-    def __init__(self, pytree_info: Any, signature: CallSignature) -> None:
-        super().__init__(pytree_info)
+    def __init__(self, pytree_info: Any, signature: CallSignature, further: tuple[str, ...] = ()) -> None:
+        super().__init__(pytree_info, further)
         self.signature = signature
         self.omission: Omission | None = None
 
     def process_inputs(self, *inputs: Any) -> Any:
         interpreter, call = _interpretation()
-        args, kwargs = call or ((), self.signature.by_position(inputs))
-        values, left_out = self.signature.bind(args, kwargs)
-        flat = super().process_inputs(*values)
+        if call is None:
+            own, more = inputs[: len(self.signature.captured)], inputs[len(self.signature.captured) :]
+            if len(more) > len(self.further):
+                own, more = inputs, ()  # too many, which the signature says
+            call = (), self.signature.by_position(own) | dict(zip(self.further, more, strict=False))
+        args, kwargs = call
+        further = [kwargs.get(name) for name in self.further]
+        values, left_out = self.signature.bind(
+            args, {name: kwargs[name] for name in kwargs if name not in self.further}
+        )
+        flat = [*super().process_inputs(*values), *further]
         self.omission = self.signature.omission(left_out) if left_out else None
         if self.omission is not None:
             for place, fill in self.omission.fills.items():
@@ -226,6 +259,11 @@ class CallSignature:
         """The signature of a `forward` method: that of the model's, less `**kwargs`."""
         itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return inspect.Signature([itself, *self.parameters.values()])
+
+    def of_method_with(self, further: Sequence[str]) -> inspect.Signature:
+        """Return the signature of a `forward` method that takes further arguments, by keyword."""
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in further]
+        return inspect.Signature([*self.of_method.parameters.values(), *more])
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
         """Return the graph's arguments in its order, and the names of those that the call leaves out.

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
+from ..adapters.bank import IDS, check_ids, check_rows, check_slots, ids_of
 from ..adapters.listing import describe_adapters
-from ..adapters.placement import adapter_names, adapter_tensor_names
+from ..adapters.placement import adapter_names, adapter_tensor_names, bank_slots
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
@@ -39,6 +42,7 @@ from ..passes import (
     Program,
     input_name,
 )
+from ..sites.rows import inputs_with_rows
 from .casting import follow_cast
 from .cutting import cut
 from .derived import Derived, part_of, piece_method, values_method
@@ -73,6 +77,8 @@ class AdaptedGraphModule(fx.GraphModule):
     own_switches = Switches()
     derived: dict[str, Derived]  # by the method that runs the program
     _names: tuple[str, ...] = ()  # of the adapters
+    _banks: Mapping[str, int] = MappingProxyType({})  # the slots of those that are banks, by name
+    _with_rows: tuple[int, ...] = ()  # with banks, the indices of the inputs whose first dimension is the batch
     modes = False  # whether the graph runs other operations in each mode
     _numbers: dict[Switched, int]  # of the switches that programs were derived for, as a part of names
     _switched: dict[Switched, fx.Graph]  # for torch.export
@@ -134,7 +140,7 @@ class AdaptedGraphModule(fx.GraphModule):
         assert self.execution is not None
         self._drop_derived()
         cls: Any = type(self)
-        cls.forward = _forward_of_programs(cls.forward, self.execution)
+        cls.forward = _forward_of_programs(cls.forward, self.execution, (IDS,) if self._banks else ())
 
     @property
     def flat_graph(self) -> fx.Graph:
@@ -221,7 +227,8 @@ class AdaptedGraphModule(fx.GraphModule):
         for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
             delattr(cls, method)
         cls.derived, cls._numbers, cls._switched = {}, {}, {}
-        cls._names = tuple(adapter_names(self))
+        cls._names, cls._banks = tuple(adapter_names(self)), bank_slots(self)
+        cls._with_rows = inputs_with_rows(self.flat_graph) if cls._banks else ()
         cls.modes = has_modes(self.flat_graph)
         cls._watch = None
         if self.kept is not None:
@@ -334,6 +341,26 @@ class AdaptedGraphModule(fx.GraphModule):
             with torch.inference_mode(False), torch.no_grad():
                 self.derived[method].keep(self.host, self.kept, method)
 
+    def _further_inputs(self, values: Any, ids: Any) -> dict[str, Any]:
+        """Return the inputs that the program of a call takes beside those of the model, by name.
+
+        Args:
+            values: those of the model.
+            ids: the slot of each row, as the call has it; None for those of the switches.
+        """
+        if not self._banks:
+            return self._coefficients()
+        slots = [count for name, count in self._banks.items() if self.switches.acts(name)]
+        if not slots:
+            return {IDS: None, **self._coefficients()}
+        ids = check_ids(ids_of(self.switches.ids if ids is None else ids))
+        leaves = pytree.tree_leaves(values)
+        for index in self._with_rows:
+            if isinstance(leaves[index], Tensor):
+                check_rows(ids, leaves[index].shape[0])
+        check_slots(ids, min(slots))
+        return {IDS: ids, **self._coefficients()}
+
     def _coefficients(self) -> dict[str, Tensor]:
         """Return the coefficients of adapters that the program of a call takes as inputs."""
         if not self.switches.scales:
@@ -410,7 +437,7 @@ class AdaptedGraphModule(fx.GraphModule):
         self._drop_derived()
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)
-        if self.own_switches.scales:
+        if self.own_switches.scales or self.own_switches.ids is not None:
             self.own_switches = self.own_switches.moved_to(tensor_of(self, adapter_tensor_names(self)[0]).device)
         return self
 
@@ -446,14 +473,19 @@ def _make_layers(gm: fx.GraphModule) -> None:
             module.__class__ = nn.ModuleList if is_list and not is_layer(name) else GraphLayer
 
 
-def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
+def _forward_of_programs(
+    plain: Callable[..., Any], execution: Execution, further: tuple[str, ...]
+) -> Callable[..., Any]:
     signature = execution.signature
 
     def run(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.pop(IDS, None) if self._banks else None
         if signature is None or not signature.has_defaults:
-            return getattr(self, self._method_for(()))(*args, **kwargs, **self._coefficients())
+            further = self._further_inputs((args, kwargs), ids)
+            return getattr(self, self._method_for(()))(*args, **kwargs, **further)
         values, left_out = signature.bind(args, kwargs)
-        results = getattr(self, self._method_for(left_out))(*values, **self._coefficients())
+        further = self._further_inputs(values, ids)
+        results = getattr(self, self._method_for(left_out))(*values, **further)
         return signature.omission(left_out).returned(results) if left_out else results
 
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -466,5 +498,5 @@ def _forward_of_programs(plain: Callable[..., Any], execution: Execution) -> Cal
     forward.__code__ = forward.__code__.replace()
     forward = functools.update_wrapper(forward, plain)  # the signature of `plain` shows
     if signature is not None:
-        forward.__signature__ = signature.of_method  # type: ignore[attr-defined]
+        forward.__signature__ = signature.of_method_with(further)  # type: ignore[attr-defined]
     return forward

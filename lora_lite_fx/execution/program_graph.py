@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.signature import CallSignature
+from ..capture.signature import CallSignature, further_inputs
 from ..errors import CallError
 from ..graph.copies import share_signatures
 from ..graph.queries import reads_tensor
@@ -69,6 +69,7 @@ def _called_like_the_model(plain: Callable[..., Any]) -> Callable[..., Any]:
         signature = self.meta.get("signature")
         if signature is None:
             return plain(self, *args, **kwargs)
+        further = {name: kwargs.pop(name, None) for name in further_inputs(self.graph)}
         values, left_out = signature.bind(args, kwargs)
         if set(left_out) != set(self.meta["without"]):
             without = ", ".join(self.meta["without"])
@@ -77,6 +78,6 @@ def _called_like_the_model(plain: Callable[..., Any]) -> Callable[..., Any]:
                 f" call leaves out {', '.join(left_out) or 'none'}. The way out: llfx.program(graph, ...,"
                 f" without={left_out})."
             )
-        return plain(self, *values)
+        return plain(self, *values, **further)
 
     return forward

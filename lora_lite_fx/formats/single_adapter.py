@@ -16,6 +16,7 @@ from ..adapters.placement import (
     by_config,
     graph_of,
     placements,
+    refuse_banks,
     site_bias,
     site_weight,
 )
@@ -60,6 +61,7 @@ def only_adapter(
     if len(held) > 1:
         names = ", ".join(type(variant).__name__ for variant, _ in held)
         raise ConfigError(f"{where} holds one adapter; the model has {len(held)} ({names}).")
+    refuse_banks(held[0][1], where)
     return held[0]
 
 

@@ -8,11 +8,13 @@ import inspect
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
+from ..adapters.bank import IDS, check_ids
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, copy_over_tensors, next_index
 from ..adapters.state import trainable_parameters
@@ -47,10 +49,8 @@ def subclass(kind: Any, cls: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "peft_config" in vars(self):
             raise AdapterError(_PEFT)
-        if (names := kwargs.pop("adapter_names", None)) is not None:
-            with by_row(self, _rows(names)):
-                return self._graphs.run(self, args, kwargs)
-        return self._graphs.run(self, args, kwargs)
+        with _of_rows(self, kwargs):
+            return self._graphs.run(self, args, kwargs)
 
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call
     adapted: Any = running_parts(cls, kind)
@@ -58,20 +58,28 @@ def subclass(kind: Any, cls: Any) -> type:
     if issubclass(kind, Adapted) and hasattr(cls, "generate"):
 
         @functools.wraps(cls.generate)
-        def generate(self: Any, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-            with frozen(self):
-                if adapter_names is None:
-                    return cls.generate(self, *args, **kwargs)
-                with by_row(self, _rows(adapter_names, _copies_of_a_row(self, kwargs))):
-                    return cls.generate(self, *args, **kwargs)
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with _of_rows(self, kwargs, _copies_of_a_row(self, kwargs)), frozen(self):
+                return cls.generate(self, *args, **kwargs)
 
         adapted.generate = generate
     return adapted  # type: ignore[no-any-return]
 
 
-def _rows(names: Sequence[str | None], copies: int = 1) -> list[str | None]:
-    """Return the adapter of each row, as `by_row` takes it; PEFT's name for the frozen model is `__base__`."""
-    return [None if name == "__base__" else name for name in names for _ in range(copies)]
+def _of_rows(model: Any, kwargs: dict[str, Any], copies: int = 1) -> AbstractContextManager[Any]:
+    """Return a scope in which each row of the batch has the adapter that `adapter_names` or `adapter_ids` say.
+
+    Args:
+        model: the adapted model.
+        kwargs: the arguments of a call, from which these are taken out. PEFT's name for the frozen model is `__base__`.
+        copies: how many rows there will be of each.
+    """
+    names, ids = kwargs.pop("adapter_names", None), kwargs.pop(IDS, None)
+    if ids is not None:
+        return by_row(model, check_ids(ids).repeat_interleave(copies) if copies > 1 else check_ids(ids))
+    if names is not None:
+        return by_row(model, [None if name == "__base__" else name for name in names for _ in range(copies)])
+    return nullcontext()
 
 
 def _copies_of_a_row(model: Any, kwargs: dict[str, Any]) -> int:

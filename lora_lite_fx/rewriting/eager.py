@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from ..adapters.adapted_site import FrozenSite
+from ..adapters.bank import check_slots, ids_of
 from ..adapters.placement import Placement, adapter_tensor_names, placements
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
 from ..adapters.switches import Switches
@@ -25,6 +27,7 @@ from ..graph.writes import written_buffers
 from ..sites.computed import Computation, frozen_values
 from ..sites.dataflow import SIZES, op_name
 from ..sites.finding import find_sites
+from ..sites.rows import batch_dim
 from ..sites.site import Site, is_called, span
 from .calibration import Batches, check_calibration
 from .capture import base_graph
@@ -68,7 +71,7 @@ def wrap(
             module = _adapted(wrapped, site)
             inner = [each.adapter_name for each in module.placements]
             placement = Placement.of(plan.variant, adapter, site, inner, plan.adapter_name)
-            weight = _add(module, placement, wrapped)
+            weight = _add(module, placement, wrapped, site)
             bias = site.own_bias(module.frozen_bias())
             placement.initialize(wrapped, site, weight, bias, plan.statistics.get(site.name))
     return wrapped
@@ -93,7 +96,7 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
         if site is None or placement.site.partition(".sites.")[0] not in modules:
             missing = f"{type(model).__name__} has no site {placement.site!r}, at which the graph has an adapter."
             raise AdapterError(f"{missing} The way out: pass the model that the graph was made of.")
-        _add(_adapted(wrapped, site), placement, wrapped)
+        _add(_adapted(wrapped, site), placement, wrapped, site)
     load_adapter_state_dict(wrapped, adapter_state_dict(gm))
     if isinstance(gm, AdaptedGraphModule):
         vars(wrapped)["switches"] = gm.switches
@@ -112,8 +115,16 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     return copied
 
 
-def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module) -> Tensor:
+def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: Site) -> Tensor:
     """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there."""
+    if placement.local.slots:
+        dims = {batch_dim(call.y, site.name) for call in site.calls}
+        if len(dims) > 1:
+            raise ConfigError(
+                f"{site.name!r} has the rows of the batch in several dimensions of its calls, so a bank there cannot be"
+                " wrapped eagerly; rewrite can adapt it."
+            )
+        module.batch = dims.pop()
     weight = module.site.kind.matrix(module.frozen_weight())
     placement.register(wrapped, module.site, weight)
     module.add(placement, wrapped)
@@ -148,6 +159,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.site = replace(site, calls=())  # nodes of a graph, which a copy of this module would copy
         self.placements: list[Placement] = []
+        self.batch = 0  # the dimension of the input that counts the rows of the batch; for banks
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
         self.train(base.training)
@@ -192,11 +204,26 @@ class AdaptedLinear(nn.Module):
         """Compute the adapted module. Its one argument may have any name, as for the module that it wraps."""
         (x,) = (*args, *kwargs.values())
         switches: Switches = vars(self)["adapted_model"].switches
-        acting = [placement for placement in self.placements if switches.acts(placement.adapter_name)]
-        around = [(placement.local, self._tensors(placement)) for placement in acting]
-        scales = [switches.scales.get(placement.adapter_name) for placement in acting]
         frozen = FrozenSite(self.site, self.frozen_weight(), self.frozen_bias(), self.training)
-        return frozen.adapted(self._call, around, x, scales=scales)
+        call: Callable[..., Tensor] = self._call
+        for placement in self.placements:
+            if switches.acts(placement.adapter_name):
+                call = self._adapted(call, frozen, placement, switches)
+        return call(x)
+
+    def _adapted(
+        self, call: Callable[..., Tensor], frozen: FrozenSite, placement: Placement, switches: Switches
+    ) -> Callable[..., Tensor]:
+        """Return the function `call` of the input with an adapter around it."""
+        p, scale = self._tensors(placement), switches.scales.get(placement.adapter_name)
+        if placement.local.slots is None:
+            return lambda x, **given: frozen.adapted(call, placement.local, p, x, scale=scale, **given)
+        site = frozen.site.with_bank(placement.local.slots, self.batch)
+        ids = ids_of(switches.ids)
+        check_slots(ids, placement.local.slots)
+        return lambda x, **given: replace(frozen, site=site).adapted(
+            call, placement.local, p, x, ids, scale=scale, **given
+        )
 
     def _call(self, x: Tensor, **given: Tensor) -> Tensor:
         """Call the wrapped module, with a weight or bias in place of its own if they are given."""

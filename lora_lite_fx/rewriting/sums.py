@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
-from ..adapters.placement import Placement, adapter_names, graph_of, placements
+from ..adapters.placement import Placement, adapter_names, graph_of, placements, refuse_banks
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import coefficients, known_names
 from ..errors import AdapterError, ConfigError, shown
@@ -97,7 +97,7 @@ def combine(
     """
     check_free([check_name(name)], adapter_names(model) if isinstance(model, nn.Module) else [])
     _check_method(method, r, density)
-    graph = _graph(model)
+    graph = graph_with_adapters(model)
     factors = {each: _finite(weights[each]) for each in known_names(model, list(weights))}
     summed: dict[str, Factors] = {}
     for site, by_name in _by_site(graph, factors):
@@ -145,7 +145,7 @@ def to_lora(
         AdapterError: `model` has no adapters, or was made by `wrap` or `backend`; or an adapter changes a site in a way
             that is not a change of its weight alone.
     """
-    graph = _graph(model)
+    graph = graph_with_adapters(model)
     if r is not None:
         _check_rank(r)
     acting = None if adapter is None else dict.fromkeys(known_names(model, adapter), 1.0)
@@ -175,15 +175,30 @@ def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
     """
     adapter_tensors(model)
     (name,) = known_names(model, name)
+    write_into_room(model, name, change_of(source))
+
+
+def write_into_room(model: nn.Module, name: str, found: Mapping[str, Factors], slot: int | None = None) -> None:
+    """Write changes of weights into a plain `LoRA` of a model, or into a slot of a bank of them, in place.
+
+    Args:
+        model: the model.
+        name: the name of its adapter.
+        found: the change of each site; at the others the adapter changes nothing afterwards.
+        slot: of the bank.
+
+    Raises:
+        ConfigError: as `swap`.
+    """
     room = [placement for placement in placements(model) if placement.adapter_name == name]
+    if slot is None and any(each.variant.slots for each in room):
+        raise ConfigError(f"{name!r} is a bank. The way out: load_slot writes into one of its slots.")
     if wrong := [each for each in room if type(each.variant) is not LoRA or each.variant.bias or each.scale != 1]:
         raise ConfigError(
             f"The room of swap is a LoRA without bias, and {name!r} is {type(wrong[0].variant).__name__}."
         )
     if len({each.site for each in room}) != len(room):
         raise ConfigError(f"The room of swap is one LoRA, and {name!r} has several at a site.")
-    graph = _graph(source)
-    found = _acting_changes(source, graph)
     if missing := sorted(found.keys() - {each.site for each in room}):
         raise ConfigError(
             f"The source adapts {missing[0]!r}, at which {name!r} has no room; {len(missing)} such sites."
@@ -191,7 +206,9 @@ def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
     written: list[tuple[Tensor, Tensor]] = []
     for each in room:
         local: Any = each.local
-        a, b = (torch.zeros_like(tensor_of(model, each.tensors[own])) for own in ("lora_A", "lora_B"))
+        stored = [tensor_of(model, each.tensors[own]) for own in ("lora_A", "lora_B")]
+        places = stored if slot is None else [tensor[slot] for tensor in stored]
+        a, b = map(torch.zeros_like, places)
         if each.site in found:
             factors = found[each.site]
             rank = factors.rank
@@ -202,9 +219,18 @@ def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
                 )
             a[..., :rank, :].copy_(factors.a)
             b[..., :rank].copy_(factors.b / local.scale)
-        written += [(tensor_of(model, each.tensors["lora_A"]), a), (tensor_of(model, each.tensors["lora_B"]), b)]
+        written += zip(places, (a, b), strict=True)
     for tensor, value in written:
         tensor.copy_(value)
+
+
+def change_of(source: nn.Module) -> dict[str, Factors]:
+    """Return the change of each weight by the adapters of a model that act.
+
+    Raises:
+        AdapterError: as `to_lora`.
+    """
+    return _acting_changes(source, graph_with_adapters(source))
 
 
 def _acting_changes(
@@ -230,8 +256,12 @@ def _in_turn(
     return [(1.0, sorted(placed, key=lambda placement: placement.adapter))]
 
 
-def _graph(model: Any) -> fx.GraphModule:
-    """Return the graph of an adapted model that has one."""
+def graph_with_adapters(model: Any) -> fx.GraphModule:
+    """Return the graph of an adapted model that has one.
+
+    Raises:
+        AdapterError: it has no adapters, or no graph.
+    """
     adapter_tensors(model)  # refuses a model without adapters
     graph = graph_of(model)
     if isinstance(graph, AdaptedGraphModule):
@@ -247,6 +277,7 @@ def _by_site(graph: fx.GraphModule, names: Mapping[str, float]) -> list[tuple[Si
     at_site: dict[str, dict[str, list[Placement]]] = defaultdict(lambda: defaultdict(list))
     for placement in placements(graph):
         if names.get(placement.adapter_name):
+            refuse_banks([placement], "A sum of adapters")
             at_site[placement.site][placement.adapter_name].append(placement)
     adapted = account_for(graph).adapted("a sum of adapters")
     return [(site, at_site[site.name]) for site in adapted if site.name in at_site]

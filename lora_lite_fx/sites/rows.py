@@ -39,6 +39,21 @@ def batch_sizes(graph: fx.Graph) -> dict[str, torch.SymInt]:
     )
 
 
+def inputs_with_rows(graph: fx.Graph) -> tuple[int, ...]:
+    """Return the indices of the inputs whose first dimension is the batch.
+
+    Raises:
+        AdapterError: as `batch_sizes`.
+    """
+    sizes = batch_sizes(graph)
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    return tuple(
+        index
+        for index, value in enumerate(values)
+        if isinstance(value, Tensor) and value.dim() > 1 and str(value.shape[0]) in sizes
+    )
+
+
 def batch_dim(node: fx.Node, site: str) -> int:
     """Return the dimension of a value that counts the rows of the batch.
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import ConfigError
 from ..graph.provenance import inner_name
 from ..graph.tensors import tensor_of
 from ..graph.walk import walk
 from .computed import Computation
+from .kinds.bank import Banked
 from .kinds.convolution import Convolution
 from .kinds.linear import SiteKind
 
@@ -99,6 +101,23 @@ class Site:
             return bias
         start, end = self.bias_rows
         return torch.cat([like[:start], bias, like[end:]])
+
+    def with_bank(self, slots: int, batch: int = 0) -> Site:
+        """Return the site as one whose adapter is a bank.
+
+        Args:
+            slots: the number of adapters.
+            batch: the dimension of its input and output that counts the rows of the batch.
+
+        Raises:
+            ConfigError: it is not a plain linear.
+        """
+        if type(self.kind) is not SiteKind:
+            raise ConfigError(
+                f"{self.name!r} is {self.kind.article}, and a bank has its adapters at plain linears. The way out:"
+                " leave the site out by exclude_names, or one adapter for all rows."
+            )
+        return replace(self, kind=Banked(self.kind.transposed, self.kind.rows, slots, batch))
 
     @property
     def kernel(self) -> tuple[int, ...]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ...adapters.accounting import account_for
-from ...adapters.adapted_site import compose
 from ...adapters.frozen_linear import FrozenLinear
-from ...adapters.placement import Placement, placements, site_bias, site_weight
-from ...adapters.variant import Variant, adapter_namespace, of_expert
+from ...adapters.placement import Placement, placements, refuse_banks, site_bias, site_weight
+from ...adapters.promotion import adapt
+from ...adapters.variant import Variant, adapter_namespace, one_of
 from ...errors import AdapterError
 from ...sites.kinds.contraction import Contraction
 from ...sites.site import Site
@@ -74,6 +74,7 @@ def merge_sites(
     for placement in placements(gm):
         scale = placement.scale * (1.0 if coefficients is None else coefficients.get(placement.adapter_name, 0.0))
         if scale:
+            refuse_banks([placement], "merge")
             by_site[placement.site].append(replace(placement, scale=scale))
     return [_merge_site(gm, site, by_site[site.name]) for site in adapted if by_site[site.name]]
 
@@ -106,7 +107,7 @@ def _merge_site(gm: fx.GraphModule, site: Site, around: list[Placement]) -> Merg
     if not site.experts:
         return MergedSite(site, *_merge_matrix(site, weight, bias, adapters))
     merged = [
-        _merge_matrix(site, matrix, None, [(variant, of_expert(p, expert), c) for variant, p, c in adapters])
+        _merge_matrix(site, matrix, None, [(variant, one_of(p, expert), c) for variant, p, c in adapters])
         for expert, matrix in enumerate(weight)
     ]
     has_bias = any(bias is not None for _, bias in merged)
@@ -178,7 +179,7 @@ def _fold(
         calls.append((x, y := nn.functional.linear(x, used, added), used, added))
         return y
 
-    adapted = compose(replace(frozen, call=call), [(variant, p)])
+    adapted: Callable[[Any], Tensor] = partial(adapt, variant, call, frozen, p)
 
     def output(x: Any) -> Tensor:
         try:

@@ -250,8 +250,8 @@ def _trace(
             return site.kind.multiply(value, operands.factor, *operands.routing)
 
         frozen = FrozenSite(site, operands.weight, operands.bias, training, reads)
-        around = [(placement.local, adapter_namespace(operands.tensors))]
-        y = frozen.adapted(base, around, operands.x, *operands.routing)
+        p = adapter_namespace(operands.tensors)
+        y = frozen.adapted(base, placement.local, p, operands.x, *operands.routing)
         return [y, *replaced.values()]
 
     def trace_in(training: bool) -> fx.Graph:

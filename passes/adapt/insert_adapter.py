@@ -43,8 +43,10 @@ from ...graph.queries import operation_name, reads_tensor
 from ...graph.tensors import register_tensor, tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import written_roots
+from ...sites.rows import batch_dim
 from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
+from .bank_ids import ids_input
 from .fragment import Fragment, Fragments
 
 
@@ -87,17 +89,21 @@ class InsertAdapter(GraphPass):
             site = replace(site, roles=self.roles.get(site.name, site.roles))
             placement = Placement.of(self.variant, self.adapter, site, inner.values(), self.adapter_name)
             self._register(gm, site, placement)
+            slots = placement.local.slots
             for call in site.calls:
                 _, x, y = surrounding(account.around(site), moved.get(call.x, call.x), call.y)
-                around = replace(call, x=x, y=y)
-                fragment = fragments.at(gm, site, placement, around)
+                around, at_call = replace(call, x=x, y=y), site
+                if slots:
+                    at_call = site.with_bank(slots, batch_dim(call.y, site.name))
+                    around = replace(around, routing=(ids_input(gm.graph),))
+                fragment = fragments.at(gm, at_call, placement, around)
                 if fragment.replaced and inner:
                     raise not_innermost(type(self.variant).__name__, site.name)
                 place = (site.name, self.adapter, placement.position)
                 provenance = Provenance(
                     *place, number, placement.names, by=self.name, config=config, adapter_name=self.adapter_name
                 )
-                moved[y] = _splice(gm, site, around, placement, fragment, provenance)
+                moved[y] = _splice(gm, at_call, around, placement, fragment, provenance)
                 number += 1
         return number - first_number
 

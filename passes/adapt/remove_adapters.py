@@ -11,6 +11,7 @@ from ...errors import AdapterError
 from ...graph.provenance import Insertion, forget, insertions, is_size, take_out
 from ...graph.tensors import delete_tensor
 from ..pipeline import GraphPass, eliminate_dead_code
+from .bank_ids import drop_ids
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class RemoveAdapters(GraphPass):
         for name in tensors:
             delete_tensor(gm, name)
         _drop_empty_modules(gm, {name.rpartition(".")[0] for name in tensors})
+        drop_ids(gm.graph)
         return len(inserted)
 
 

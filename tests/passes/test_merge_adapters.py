@@ -86,7 +86,7 @@ def test_a_variant_that_says_so_is_refused_without_a_try(
     linear: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gm = llfx.rewrite(linear[1], Bottleneck(target_names="0"))
-    monkeypatch.setattr("lora_lite_fx.passes.adapt.folding.compose", None)  # which a try would call
+    monkeypatch.setattr("lora_lite_fx.passes.adapt.folding.adapt", None)  # which a try would call
     with pytest.raises(llfx.AdapterError) as caught:
         llfx.merge(gm)
     assert str(caught.value) == (

@@ -6,7 +6,7 @@ import copy
 import functools
 import importlib.metadata
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.adapted_site import compose
 from lora_lite_fx.adapters.frozen_linear import FrozenLinear
+from lora_lite_fx.adapters.promotion import adapt
 from lora_lite_fx.capture.record_run import record_run
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.sites.site import Site
@@ -84,10 +84,11 @@ def eager_of(carrier: nn.Module) -> Any:
     reference: Any = copy.deepcopy(carrier)
 
     def adapted(module: Any, x: Tensor) -> Tensor:
-        base = FrozenLinear(
-            module.unmarked_forward, weight_of(module), getattr(module, "bias", None), module.site, module.training
-        )
-        return compose(base, [(p.local, p.namespace(reference)) for p in module.placements])(x)
+        call: Callable[[Tensor], Tensor] = module.unmarked_forward
+        base = FrozenLinear(call, weight_of(module), getattr(module, "bias", None), module.site, module.training)
+        for placement in module.placements:
+            call = functools.partial(adapt, placement.local, call, base, placement.namespace(reference))
+        return call(x)
 
     for module in reference.modules():
         if hasattr(module, "placements"):

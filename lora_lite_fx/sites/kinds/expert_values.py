@@ -64,9 +64,7 @@ class _Value:
 
     def _refuse(self, name: str) -> NoReturn:
         """Raise the error for a function without a rule."""
-        raise ConfigError(
-            f"{self.who}, which is a stack of experts: {name} is not known of values that belong to several experts."
-        )
+        raise ConfigError(f"{self.who}: {name} is not known of values that belong to several experts or adapters.")
 
     def __getitem__(self, index: Any) -> Any:
         return _apply(operator.getitem, (self, index), {})
@@ -99,7 +97,10 @@ _operators()
 
 
 class PerExpert(_Value):
-    """A tensor for each expert, `value (experts, ...)`. `who` names the variant and the site in errors."""
+    """A tensor for each expert, `value (experts, ...)`. `who` names the variant and the site in errors.
+
+    A value that is the same for all experts may have 1 as its first dimension.
+    """
 
     def __init__(self, value: Tensor, who: str) -> None:
         self.value, self.who = value, who

@@ -27,6 +27,7 @@ class Experts(SiteKind):
     name: ClassVar[str] = "experts"
     article: ClassVar[str] = "a stack of experts"
     other_ranks: ClassVar[tuple[int, ...]] = ()
+    value_type: ClassVar[type] = Routed
 
     @property
     def routed(self) -> bool:
@@ -39,6 +40,9 @@ class Experts(SiteKind):
     def example(self, stored: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         d_in = self.matrix(stored).shape[-1]
         return (stored.new_empty(5, d_in), (1,)) if self.routed else (stored.new_empty(len(stored), 3, d_in), (0, 2))
+
+    def example_routing(self, x: Tensor, experts: int) -> tuple[Tensor, ...]:
+        return (torch.empty(experts, dtype=torch.int32, device=x.device),) if self.routed else ()
 
     def multiply(self, x: Tensor, factor: Tensor, *routing: Tensor) -> Tensor:
         product: Tensor = self.operator(x, factor, *routing)
@@ -56,10 +60,10 @@ class Experts(SiteKind):
         return y[..., :m].to(x.dtype)
 
     def enter(self, x: Tensor, dtype: torch.dtype, who: str, *routing: Tensor) -> Routed:
-        return Routed(x, self, routing, who)
+        return Routed(x, self, routing, f"{who}, which is a stack of experts")
 
     def operand(self, tensor: Tensor, who: str) -> PerExpert:
-        return PerExpert(tensor, who)
+        return PerExpert(tensor, f"{who}, which is a stack of experts")
 
     def result(self, y: Tensor, x: Any) -> Routed:
         replaced: Routed = x.replaced(y)

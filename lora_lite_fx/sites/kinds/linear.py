@@ -36,6 +36,8 @@ class SiteKind:
     article: ClassVar[str] = "a linear"
     other_ranks: ClassVar[tuple[int, ...]] = (-1, 1)
     """How many dimensions more than `example` an input may have, besides none."""
+    value_type: ClassVar[type] = Tensor
+    """The type of the object that a variant gets for the output."""
 
     # The weight as a matrix.
 
@@ -72,6 +74,10 @@ class SiteKind:
         """Tell whether `multiply` takes more than two tensors."""
         return False
 
+    def example_routing(self, x: Tensor, experts: int) -> tuple[Tensor, ...]:
+        """Return examples of the other inputs of the product, beside an input `x`, for so many experts."""
+        return ()
+
     def example(self, stored: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return an example input, for graphs without shapes, and which of its dimensions are fixed."""
         return stored.new_empty(2, 3, self.matrix(stored).shape[-1]), (2,)
@@ -95,8 +101,12 @@ class SiteKind:
         return x
 
     def operand(self, tensor: Tensor, who: str) -> Any:
-        """Return the object that a variant gets for the site's matrix or for a tensor of its own."""
+        """Return the object that a variant gets for a tensor of its own."""
         return tensor
+
+    def frozen_operand(self, matrix: Tensor, who: str) -> Any:
+        """Return the object that a variant gets for the site's matrix."""
+        return self.operand(matrix, who)
 
     def result(self, y: Tensor, x: Any) -> Any:
         """Return the object that a variant gets from `base(x)`, for a product `y` in the model's layout."""

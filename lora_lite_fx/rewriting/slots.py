@@ -1,0 +1,195 @@
+"""The slots of a bank: take one out as an adapter of its own, put an adapter into one, or start one anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..adapters.accounting import account_for
+from ..adapters.placement import (
+    Placement,
+    adapter_names,
+    bank_slots,
+    placements,
+    site_bias,
+    site_weight,
+)
+from ..adapters.start_values import initialize
+from ..adapters.switches import known_names
+from ..adapters.variant import Variant, one_of
+from ..errors import ConfigError
+from ..graph.provenance import DEFAULT, SHARED
+from ..graph.tensors import outside_inference_mode, tensor_of
+from ..variants import LoRA
+from .rewrite import insert_placed, remove
+from .sums import change_of, graph_with_adapters, write_into_room
+
+
+@outside_inference_mode()
+@torch.no_grad()
+def take_slot(model: nn.Module, slot: int, *, adapter: str | None = None) -> fx.GraphModule:
+    """Return a graph whose one adapter is that of a slot of a bank, with copies of its values.
+
+    All that takes an adapter takes it: `save_peft(take_slot(gm, 3), path)`, `merge`, `to_lora`.
+
+    Args:
+        model: a result of `rewrite`, `adapt` or `load` that has a bank; it is not changed.
+        slot: the slot, from 0.
+        adapter: the name of the bank; None if there is one alone.
+
+    Raises:
+        ConfigError: the model has no such bank or slot.
+        AdapterError: it has no adapters, or was made by `wrap` or `backend`.
+    """
+    graph = graph_with_adapters(model)
+    bank = bank_placements(graph, slot, adapter)
+    placed: list[Placement] = []
+    tensors: dict[str, Tensor] = {}
+    for index, config in enumerate(dict.fromkeys(each.adapter for each in bank)):
+        for old in (each for each in bank if each.adapter == config):
+            one = replace(old.variant, slots=None)
+            new = replace(old, variant=one, adapter=index, adapter_name=DEFAULT)
+            placed.append(new)
+            for own, path in old.tensors.items():
+                tensors.setdefault(new.tensors[own], _copy_of(tensor_of(graph, path), own, slot))
+    base: fx.GraphModule = remove(graph)
+    insert_placed(base, placed, {}, tensors)
+    return base
+
+
+@outside_inference_mode()
+@torch.no_grad()
+def put_slot(model: nn.Module, slot: int, source: nn.Module, *, adapter: str | None = None) -> None:
+    """Write the adapter of another model over the same base into a slot of a bank, in place. Nothing is compiled again.
+
+    An adapter of the bank's own config is copied to the bit. A bank of plain `LoRA` takes any adapter of a rank up to
+    its own, at some of its sites: what is not used of the slot is zero.
+
+    Args:
+        model: a result of `rewrite`, `adapt` or `load` that has a bank.
+        slot: the slot, from 0.
+        source: a graph or an adapted model with one adapter; it is not changed.
+        adapter: the name of the bank; None if there is one alone.
+
+    Raises:
+        ConfigError: the model has no such bank or slot, or the adapter does not fit it. Nothing is written then.
+        AdapterError: as `take_slot`; or as `to_lora`, for an adapter of another config.
+    """
+    graph = graph_with_adapters(model)
+    bank = bank_placements(graph, slot, adapter)
+    given = graph_with_adapters(source)
+    own = placements(given)
+    if values := _same_adapter(bank, own, graph, given, slot):
+        for place, value in values:
+            place.copy_(value)
+        return
+    if {type(each.variant) for each in bank} != {LoRA}:
+        kinds = " and ".join(dict.fromkeys(type(each.variant).__name__ for each in own))
+        raise ConfigError(
+            f"The adapter is {kinds} at {len(own)} sites, and the bank has slots of"
+            f" {type(bank[0].variant).__name__} at {len(bank)} sites. The way out: an adapter of the bank's config, or"
+            " a bank of LoRA, which takes others too."
+        )
+    write_into_room(graph, bank[0].adapter_name, change_of(source), slot)
+
+
+@outside_inference_mode()
+@torch.no_grad()
+def reset_slot(model: nn.Module, slot: int, *, adapter: str | None = None) -> None:
+    """Start a slot of a bank anew, in place, with start values drawn again.
+
+    Args:
+        model: a result of `rewrite`, `adapt` or `load` that has a bank.
+        slot: the slot, from 0.
+        adapter: the name of the bank; None if there is one alone.
+
+    Raises:
+        ConfigError: the model has no such bank or slot, or its adapters start from data.
+        AdapterError: as `take_slot`.
+    """
+    graph = graph_with_adapters(model)
+    bank = bank_placements(graph, slot, adapter)
+    for each in bank:
+        if type(each.variant).observer is not Variant.observer:
+            raise ConfigError(
+                f"{type(each.variant).__name__} starts from data, which reset_slot has not. The way out: load_slot of"
+                " an adapter that was made with calibration data."
+            )
+    sites = {site.name: site for site in account_for(graph).sites}
+    for each in bank:
+        site = sites[each.site]
+        one = replace(each.local, slots=None)
+        initialize(
+            one, site, site_weight(graph, site), one_of(each.namespace(graph), slot), None, site_bias(graph, site)
+        )
+
+
+def bank_placements(graph: nn.Module, slot: object, adapter: str | None) -> list[Placement]:
+    """Return the placements of a bank.
+
+    Args:
+        graph: has the bank.
+        slot: is checked to be one of its slots.
+        adapter: the name of the bank; None if there is one alone.
+
+    Raises:
+        ConfigError: there is no such bank or slot.
+    """
+    banks = bank_slots(graph)
+    if adapter is not None:
+        known_names(graph, adapter)
+    name = adapter if adapter is not None else next(iter(banks), DEFAULT)
+    if name not in banks:
+        raise ConfigError(
+            f"{name!r} is not a bank; the model has {', '.join(adapter_names(graph))}. The way out: rewrite(model,"
+            " Bank(LoRA(r=8), slots=4))."
+        )
+    if adapter is None and len(banks) > 1:
+        raise ConfigError(f"The model has the banks {', '.join(banks)}. The way out: adapter={name!r} names one.")
+    if type(slot) is not int or not 0 <= slot < banks[name]:
+        raise ConfigError(f"{slot!r} is not a slot of {name!r}, which has {banks[name]}: 0 to {banks[name] - 1}.")
+    return [placement for placement in placements(graph) if placement.adapter_name == name]
+
+
+def _copy_of(tensor: Tensor, own: str, slot: int) -> Tensor:
+    value = (tensor if own.startswith(SHARED) else tensor[slot]).detach().clone()
+    return nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+
+
+def _same_adapter(
+    bank: list[Placement], own: list[Placement], graph: nn.Module, given: nn.Module, slot: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the places in a slot with their new values, for an adapter of the bank's config; none for another one."""
+    at = {(each.site, each.position): each for each in own}
+    if at.keys() != {(each.site, each.position) for each in bank}:
+        return []
+    written: list[tuple[Tensor, Tensor]] = []
+    for each in bank:
+        other = at[each.site, each.position]
+        if _maths(each.local) != _maths(other.local) or each.names != other.names:
+            return []
+        for name in each.names:
+            place, value = tensor_of(graph, each.tensors[name]), tensor_of(given, other.tensors[name])
+            if name.startswith(SHARED):
+                if not torch.equal(place, value):
+                    return []
+                continue
+            if place[slot].shape != value.shape:
+                return []
+            written.append((place[slot], value))
+    return written
+
+
+_WHERE = {"dtype", "target_roles", "target_names", "exclude_names", "layers", "target_kinds", "slots"}
+"""The fields of a config that say where adapters are and how they are stored, and not what they compute."""
+
+
+def _maths(variant: Variant) -> tuple[type, Mapping[str, Any]]:
+    fields = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
+    skipped = {*_WHERE, *(name for name in fields if name.endswith("_pattern"))}
+    return type(variant), {name: value for name, value in fields.items() if name not in skipped}

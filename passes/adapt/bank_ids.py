@@ -1,0 +1,45 @@
+"""The input of a graph with a bank that has the slot of each row of the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from ...adapters.bank import IDS
+from ...capture.signature import add_input, drop_input
+from ...errors import ConfigError
+from ...graph.provenance import insertions
+from ...sites.rows import batch_sizes
+
+
+def ids_input(graph: fx.Graph) -> fx.Node:
+    """Return the input of a graph for the ids of its banks, `adapter_ids (batch,)`; make it if there is none.
+
+    Raises:
+        ConfigError: the model has an input of that name.
+        AdapterError: the rows of the batch cannot be told.
+    """
+    present = find_ids(graph)
+    if present is not None:
+        if not any(insertion.config.get("slots") for insertion in insertions(graph)) and not present.meta.get(IDS):
+            raise ConfigError(f"The model has an input {IDS!r}, and a bank needs that name for its own.")
+        return present
+    beside = next(
+        value for node in graph.find_nodes(op="placeholder") if isinstance(value := node.meta.get("val"), Tensor)
+    )
+    size = next(iter(batch_sizes(graph).values()))
+    node = add_input(graph, IDS, beside.new_empty((size,), dtype=torch.int64))
+    node.meta[IDS] = True  # for the sites before the first of which a record says that it is of a bank
+    return node
+
+
+def find_ids(graph: fx.Graph) -> fx.Node | None:
+    """Return the input that is called as that of the ids."""
+    return next((node for node in graph.find_nodes(op="placeholder") if node.target == IDS), None)
+
+
+def drop_ids(graph: fx.Graph) -> None:
+    """Take the input for the ids out of a graph without banks."""
+    node = find_ids(graph)
+    if node is not None and not node.users and node.meta.get(IDS):
+        drop_input(graph, node)

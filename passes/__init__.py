@@ -5,6 +5,7 @@ every pass needs around each.
 """
 
 from ..graph.regions import without_gradient
+from .adapt.bank_ids import read_ids
 from .adapt.folding import MergedSite, merge_sites, weight_change
 from .adapt.insert_adapter import InsertAdapter
 from .adapt.leave_out_adapters import LeaveOutAdapters
@@ -19,6 +20,7 @@ from .normalize.leave_out_inputs import LeaveOutInputs
 from .optimize.associate_products import AssociateProducts
 from .optimize.convert_mask_once import ConvertMaskOnce
 from .optimize.fold_scale_into_addition import FoldScaleIntoAddition
+from .optimize.gather_bank_products import GatherBankProducts
 from .optimize.gather_products import GatherProducts
 from .optimize.group_heads import GroupHeads
 from .optimize.hoist_parameter_work import HoistParameterWork
@@ -49,6 +51,7 @@ OPTIMIZATIONS = Pipeline(
         FoldScaleIntoAddition(),
         HoistParameterWork(),
         GatherProducts(),
+        GatherBankProducts(),
         RecomputeInputs(),
     )
 )
@@ -62,6 +65,7 @@ __all__ = [
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",
+    "GatherBankProducts",
     "GatherProducts",
     "GraphPass",
     "GroupHeads",
@@ -88,6 +92,7 @@ __all__ = [
     "ShareSiblings",
     "input_name",
     "merge_sites",
+    "read_ids",
     "weight_change",
     "without_gradient",
 ]

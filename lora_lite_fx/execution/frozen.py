@@ -27,10 +27,12 @@ class KeptValues:
     Args:
         by_program: for each program that has run, what it needs of each module.
         autocast: for each of them, the mode of autocast that its values were computed in.
+        ids: of banks, the slots of the rows that the values are for.
     """
 
     by_program: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     autocast: dict[str, Any] = field(default_factory=dict)
+    ids: Tensor | None = None
     _tensors: list[Tensor] = field(default_factory=list)
     _versions: list[int] = field(default_factory=list)
 

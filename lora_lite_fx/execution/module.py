@@ -41,6 +41,7 @@ from ..passes import (
     Pipeline,
     Program,
     input_name,
+    read_ids,
 )
 from ..sites.rows import inputs_with_rows
 from .casting import follow_cast
@@ -237,8 +238,29 @@ class AdaptedGraphModule(fx.GraphModule):
             if isinstance(module, GraphLayer):
                 module.own_part = None
 
-    def _method_for(self, left_out: tuple[str, ...]) -> str:
-        """Return the name of the method that runs the program for a call in the modes of now."""
+    def _keeps_for(self, ids: object) -> bool:
+        """Return whether a call may use kept values.
+
+        With a bank they are those for the ids of the scope of `by_row`; other ids begin anew.
+
+        Args:
+            ids: those that the call itself has, for which nothing is kept.
+        """
+        if self.kept is None or not self._acting_banks():
+            return self.kept is not None
+        if ids is not None or self.switches.ids is None or torch.compiler.is_compiling():
+            return False
+        if self.kept.ids is not self.switches.ids:
+            self.kept = KeptValues(ids=self.switches.ids)
+        return True
+
+    def _method_for(self, left_out: tuple[str, ...], ids: object = None) -> str:
+        """Return the name of the method that runs the program for a call in the modes of now.
+
+        Args:
+            left_out: the arguments that the call leaves out.
+            ids: for banks, those that the call itself has.
+        """
         assert self.execution is not None
         training = self.training
         if torch.compiler.is_exporting():
@@ -250,7 +272,8 @@ class AdaptedGraphModule(fx.GraphModule):
             if transform_is_active():
                 return self._derive("plain", left_out, self._hooked(), training, self._switched_now())
         hooked, switched = self._hooked(), self._switched_now()
-        if self.kept is not None and not training and not torch.is_grad_enabled():
+        if self._keeps_for(ids) and not training and not torch.is_grad_enabled():
+            assert self.kept is not None
             method = self._derive("inference", left_out, hooked, training, switched)
             if self.kept.fit(method):
                 return method
@@ -341,6 +364,15 @@ class AdaptedGraphModule(fx.GraphModule):
             with torch.inference_mode(False), torch.no_grad():
                 self.derived[method].keep(self.host, self.kept, method)
 
+    @property
+    def adapter_ids(self) -> Tensor | None:
+        """For banks, the slot of each row of the batch, as `by_row` says; programs read it that keep values."""
+        return self.switches.ids
+
+    def _acting_banks(self) -> list[int]:
+        """Return the numbers of slots of the banks that act."""
+        return [slots for name, slots in self._banks.items() if self.switches.acts(name)]
+
     def _further_inputs(self, values: Any, ids: Any) -> dict[str, Any]:
         """Return the inputs that the program of a call takes beside those of the model, by name.
 
@@ -350,7 +382,7 @@ class AdaptedGraphModule(fx.GraphModule):
         """
         if not self._banks:
             return self._coefficients()
-        slots = [count for name, count in self._banks.items() if self.switches.acts(name)]
+        slots = self._acting_banks()
         if not slots:
             return {IDS: None, **self._coefficients()}
         ids = check_ids(ids_of(self.switches.ids if ids is None else ids))
@@ -392,6 +424,8 @@ class AdaptedGraphModule(fx.GraphModule):
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived, program)
         if switched != ALL:
             Pipeline(switch_passes(switched)).run(derived, program)
+        if program == "inference" and self._acting_banks() and self.adapter_ids is not None:
+            read_ids(derived, self.adapter_ids)
         passes = self._passes_for(program, left_out)
         if switched[1]:  # the inputs of a check lack the coefficients
             passes = replace(passes, check=None)
@@ -482,10 +516,10 @@ def _forward_of_programs(
         ids = kwargs.pop(IDS, None) if self._banks else None
         if signature is None or not signature.has_defaults:
             further = self._further_inputs((args, kwargs), ids)
-            return getattr(self, self._method_for(()))(*args, **kwargs, **further)
+            return getattr(self, self._method_for((), ids))(*args, **kwargs, **further)
         values, left_out = signature.bind(args, kwargs)
         further = self._further_inputs(values, ids)
-        results = getattr(self, self._method_for(left_out))(*values, **further)
+        results = getattr(self, self._method_for(left_out, ids))(*values, **further)
         return signature.omission(left_out).returned(results) if left_out else results
 
     def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..adapters.bank import IDS, check_ids
 from ..adapters.listing import describe_adapters
@@ -123,6 +123,11 @@ class Adapted(NamedAdapters, AdaptedPart):
     @switches.setter
     def switches(self, switches: Switches) -> None:
         self._graphs.switches = switches
+
+    @property
+    def adapter_ids(self) -> Tensor | None:
+        """For banks, the slot of each row of the batch, as `by_row` says; the graphs read it that keep values."""
+        return self.switches.ids
 
     @property
     def is_quantized(self) -> bool:

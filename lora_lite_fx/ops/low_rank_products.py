@@ -36,7 +36,7 @@ class Branch(NamedTuple, Generic[T]):
     Args:
         weight: the frozen `W (d_out, d_in)`.
         bias: the frozen `b (d_out,)`, or None.
-        b: the adapter's `B (d_out, r)`.
+        b: the adapter's `B (d_out, r)`; or one for each row of the batch, `(batch, d_out, r)`.
         scale: the adapter's `c (d_out,)`, or None.
     """
 
@@ -89,7 +89,8 @@ class LowRankProducts:
 
         Args:
             x: `(..., d_in)`.
-            a: `(r, d_in)`, where r is the sum of the ranks.
+            a: `(r, d_in)`, where r is the sum of the ranks; or one for each row of the batch, `(batch, r, d_in)`, for
+                an `x (batch, tokens, d_in)`.
             rest: the sources, and the branches as `flatten` returns them.
         """
         _, branches = self.split(rest)
@@ -98,8 +99,8 @@ class LowRankProducts:
         if torch.is_grad_enabled():
             return _apply(self, x, a, *rest)
         # As matrices, which take less time where there are few tokens.
-        shape = x.shape[:-1]
-        return tuple(result.view(*shape, result.shape[-1]) for result in self.accumulated(_rows(x), a, branches))
+        shape, x = x.shape[:-1], _as_matrix(x, a)
+        return tuple(result.view(*shape, result.shape[-1]) for result in self.accumulated(x, a, branches))
 
     def split(self, rest: Sequence[Any]) -> tuple[Sequence[Any], list[Branch[Any]]]:
         """Return the sources and the branches, of what follows `x` and `a` among the arguments."""
@@ -112,20 +113,20 @@ class LowRankProducts:
         return zip(branches, t.split(self.ranks, -1) if self.ranks else (), self.alphas, strict=True)
 
     def _plain(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> tuple[Tensor, ...]:
-        t = F.linear(x, a)
+        t = _product(x, a)
         results = [t]
         for branch, columns, alpha in self.with_columns(branches, t):
-            y = torch.add(F.linear(x, branch.weight, branch.bias), F.linear(columns, branch.b), alpha=alpha)
+            y = torch.add(F.linear(x, branch.weight, branch.bias), _product(columns, branch.b), alpha=alpha)
             results.append(y if branch.scale is None else (y * branch.scale).type_as(y))
         return tuple(results)
 
     def accumulated(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> tuple[Tensor, ...]:
         """Return the results, added and scaled in place. None of them is a view, so that they may be overwritten."""
-        t = F.linear(x, a)
+        t = _product(x, a)
         results = [t]
-        for branch, columns, alpha in self.with_columns(branches, _rows(t)):
+        for branch, columns, alpha in self.with_columns(branches, _as_matrix(t, a)):
             y = _linear(x, branch.weight, branch.bias)
-            _add_product(_rows(y), columns, branch.b.t(), alpha)
+            _add_product(_as_matrix(y, a), columns, branch.b.mT, alpha)
             results.append(y if branch.scale is None else y.mul_(branch.scale))
         return tuple(results)
 
@@ -215,12 +216,12 @@ class _Function(torch.autograd.Function):
             if products.recipe and (a_needed or torch.is_grad_enabled()):
                 (x,) = products.recipe(None, *sources)
             if branches and torch.is_grad_enabled():  # for gradients of gradients, which go through t
-                t = F.linear(x, a)
+                t = _product(x, a)
             in_place = torch.compiler.is_compiling() or not is_wrapped(*(g for g in (of_t, *of_ys) if g is not None))
             given: Any = t if branches else of_t
-            shape = (*given.shape[:-1], a.shape[1])
-            t = _rows(given)
-            of_t = torch.zeros_like(t) if of_t is None else _rows(of_t).clone() if branches else t
+            shape = (*given.shape[:-1], a.shape[-1])
+            t = _as_matrix(given, a)
+            of_t = torch.zeros_like(t) if of_t is None else _as_matrix(of_t, a).clone() if branches else t
             gradients: list[Branch[Tensor | None]] = []
             reached: list[tuple[Tensor, Tensor]] = []
             of_columns: list[Tensor] = []
@@ -231,18 +232,18 @@ class _Function(torch.autograd.Function):
                     of_columns.append(narrow)
                     gradients.append(Branch(None, None, None, None))
                     continue
-                of_sum, of_branch = _gradients(branch, columns, alpha, need, y, _rows(of_y))
+                of_sum, of_branch = _gradients(branch, columns, alpha, need, y, _as_matrix(of_y, a))
                 of_columns.append(_add_product(narrow, of_sum, branch.b, alpha, in_place))
                 gradients.append(of_branch)
                 reached.append((of_sum, branch.weight))
             if branches and not in_place:
-                of_t = torch.cat(of_columns, 1)
-            of_a = of_t.t() @ _rows(x) if a_needed else None
+                of_t = torch.cat(of_columns, -1)
+            of_a = of_t.mT @ _as_matrix(x, a) if a_needed else None
             of_x = None
             if x_needed:
-                of_x = of_t @ a
+                of_x = _rows(of_t @ a)
                 for of_sum, weight in reached:
-                    of_x = _add_product(of_x, of_sum, weight, in_place=in_place)
+                    of_x = _add_product(of_x, _rows(of_sum), weight, in_place=in_place)
                 of_x = of_x.view(shape)
             of_rest = [*[None] * products.sources, *flatten(gradients)]
             if not isinstance(ctx, BackwardCFunction):  # of compiled autograd, which takes no None where one is needed
@@ -257,7 +258,7 @@ _apply: Callable[..., tuple[Tensor, ...]] = _Function.apply
 def _gradients(
     branch: Branch[Tensor], columns: Tensor, alpha: float, need: Branch[bool], y: Any, of_y: Tensor
 ) -> tuple[Tensor, Branch[Tensor | None]]:
-    """Return the gradient of the sum that `c` scales, and those of the branch's tensors, all as matrices.
+    """Return the gradient of the sum that `c` scales, and those of the branch's tensors.
 
     Args:
         branch, columns, alpha: of `y = c (x W^T + b + alpha t B^T)`, with the columns of `t`.
@@ -271,18 +272,28 @@ def _gradients(
         of_scale = (of_y * _rows(y)).sum(0) / scale if need.scale else None
         of_y = of_y * scale
     # The narrow matrix first: the other way round it takes up to twice the time.
-    of_b = alpha * (columns.t() @ of_y).t() if need.b else None
+    of_b = alpha * (columns.mT @ of_y).mT if need.b else None
     return of_y, Branch(None, None, of_b, of_scale)
 
 
 def _narrowed(tensor: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
     """Yield views of these widths of the columns of `tensor`, each to be written to."""
     for start, width in zip(itertools.accumulate(widths, initial=0), widths, strict=False):
-        yield tensor.narrow(1, start, width)
+        yield tensor.narrow(-1, start, width)
 
 
 def _invertible(scale: Any) -> Tensor:
     return torch.where(scale == 0, _SMALLEST_SCALE, scale)
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return `x M^T`, with one matrix or with one for each row of the batch."""
+    return F.linear(x, matrix) if matrix.dim() == 2 else torch.bmm(x, matrix.mT)
+
+
+def _as_matrix(tensor: Tensor, a: Tensor) -> Tensor:
+    """Return `tensor` as a matrix; as it is if there is an `a` for each row of the batch."""
+    return _rows(tensor) if a.dim() == 2 else tensor
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -296,11 +307,18 @@ def _flops_of_addition(total: Any, left: Any, right: Any, *_: Any, **__: Any) ->
     return int(2 * left[0] * left[1] * right[1])
 
 
+@register_flop_formula(torch.ops.aten.baddbmm_)
+def _flops_of_additions(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of in-place products of the rows of a batch."""
+    return int(2 * left[0] * left[1] * left[2] * right[2])
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, in_place: bool = True) -> Tensor:
     """Return `total + alpha left right`, formed in `total` unless a transform forbids that."""
+    of_rows = right.dim() == 3  # a matrix for each row of the batch
     if not in_place:
-        return torch.addmm(total, left, right, alpha=alpha)
+        return (torch.baddbmm if of_rows else torch.addmm)(total, left, right, alpha=alpha)
     if total.dtype in HALF and total.device.type == "cpu":
         # There addmm would round the sum more than once.
         return total.add_(left @ right, alpha=alpha)
-    return total.addmm_(left, right, alpha=alpha)
+    return total.baddbmm_(left, right, alpha=alpha) if of_rows else total.addmm_(left, right, alpha=alpha)

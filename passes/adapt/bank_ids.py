@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from ...adapters.bank import IDS
 from ...capture.signature import add_input, drop_input
 from ...errors import ConfigError
+from ...graph.parameter_work import first_input
 from ...graph.provenance import insertions
 from ...sites.rows import batch_sizes
 
@@ -31,6 +32,20 @@ def ids_input(graph: fx.Graph) -> fx.Node:
     node = add_input(graph, IDS, beside.new_empty((size,), dtype=torch.int64))
     node.meta[IDS] = True  # for the sites before the first of which a record says that it is of a bank
     return node
+
+
+def read_ids(gm: fx.GraphModule, ids: Tensor) -> None:
+    """Let the graph of `gm` read the ids of its banks as a buffer, and not from the input, which stays.
+
+    So what depends on parameters and ids alone is parameter work.
+    """
+    graph, node = gm.graph, find_ids(gm.graph)
+    assert node is not None
+    gm.register_buffer(IDS, ids, persistent=False)
+    with graph.inserting_before(first_input(graph)):
+        read = graph.get_attr(IDS)
+    read.meta = dict(node.meta)
+    node.replace_all_uses_with(read)
 
 
 def find_ids(graph: fx.Graph) -> fx.Node | None:

@@ -57,6 +57,8 @@ def _why_not_cached(node: fx.Node, sizes: dict[str, int]) -> str:
     if not isinstance(value, Tensor):
         return "the size of a value is not known"
     tensors = sum(sizes.get(name, 0) for name in {str(read.target) for read in ancestors([node])})
+    if not all(isinstance(size, int) for size in value.shape):
+        return ""  # the factors of the rows of a batch, selected from those of a bank
     if math.prod(value.shape) <= _LARGEST * tensors:
         return ""
     return f"a value {tuple(value.shape)} is more than {_LARGEST} times as large as the adapter's tensors"

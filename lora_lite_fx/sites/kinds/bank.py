@@ -80,14 +80,12 @@ class _Rows:
         """Return the products `x M^T` of the rows of `x`, each with the matrix of its slot in `(slots, m, d_in)`."""
         if len(matrix) == 1:  # the frozen weight, or the only slot
             return F.linear(x, matrix[0])
-        rows = x.movedim(self.kind.batch, 0)
-        sizes = rows.shape[1:-1]
-        if len(sizes) != 1:
-            rows = rows.reshape(rows.shape[0], -1, rows.shape[-1])
-        y = torch.bmm(rows, self._of_rows(matrix).mT)
-        if len(sizes) != 1:
-            y = y.reshape(y.shape[0], *sizes, y.shape[-1])
-        return y.movedim(0, self.kind.batch)
+        batch = self.kind.batch
+        if x.dim() == 3 and batch == 0:
+            return torch.bmm(x, self._of_rows(matrix).mT)
+        rows = x.movedim(batch, 0)
+        y = torch.bmm(rows.reshape(rows.shape[0], -1, rows.shape[-1]), self._of_rows(matrix).mT)
+        return y.reshape(*rows.shape[:-1], y.shape[-1]).movedim(0, batch)
 
     def spread(self, tensor: Tensor, x: Tensor, routing: tuple[Tensor, ...]) -> Tensor:
         """Return `tensor (slots,)` or `(slots, d)` for each row, in the shape that meets `x` elementwise."""
@@ -101,7 +99,7 @@ class _Rows:
         return torch.where((self.ids >= 0).view(self._beside(adapted)), adapted, frozen)
 
     def _of_rows(self, tensor: Tensor) -> Tensor:
-        return tensor[self.ids.clamp_min(0)]
+        return tensor.index_select(0, self.ids.clamp_min(0))
 
     def _beside(self, x: Tensor, *last: int) -> list[int]:
         """Return the shape of one value for each row, or one for each row and entry, that meets `x`."""

@@ -1,0 +1,184 @@
+"""Gather the products of banks that read one input, with those of their sites, into one operation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ...graph.parameter_work import first_input
+from ...graph.provenance import is_inserted
+from ...graph.queries import obstacle_between, reads_tensor, value_of
+from ...ops.low_rank_products import Branch, LowRankProducts, flatten
+from ..pipeline import Declined, GraphPass, Outcome
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class GatherBankProducts(GraphPass):
+    """Make one operation of the low-rank products of a bank and the sums that they go into, as `GatherProducts` does.
+
+    The factors of the rows of the batch are selected, those of sites with one input side by side; both factors of a row
+    without an adapter are zero. Safe because it computes the same sums: zero times a finite input is zero, which leaves
+    every number that it is added to as it is; it overwrites only outputs of sites that nothing else reads; and it moves
+    nothing across a write in place or a change of the mode of autograd or autocast.
+    """
+
+    def run(self, gm: fx.GraphModule) -> Outcome:
+        declined = []
+        sums: list[_Sum] = []
+        for node in gm.graph.find_nodes(op="call_function", target=aten.where.self):
+            if is_inserted(node) and (found := _sum(gm, node)) is not None:
+                if isinstance(found, str):
+                    declined.append(Declined.at([node], found))
+                else:
+                    sums.append(found)
+        groups: list[list[_Sum]] = []
+        for term in sorted(sums, key=lambda term: term.node):
+            last = groups[-1] if groups else []
+            if last and not _why_not_together(gm, [*last, term]):
+                last.append(term)
+            elif why := _why_not_together(gm, [term]):
+                declined.append(Declined.at([term.node], why))
+            else:
+                groups.append([term])
+        for group in groups:
+            _gather(gm, group)
+        return Outcome(len(groups), tuple(declined))
+
+
+class _Sum(NamedTuple):
+    """The sum `where(acts, add(y, bmm(bmm(x, a^T), b^T), alpha), y)` of a site `y` of `x`, with factors for each row.
+
+    Args:
+        node: the node of the result.
+        y, a, b, alpha: the terms.
+        acts: whether a row has an adapter, `(batch, 1, 1)`.
+    """
+
+    node: fx.Node
+    y: fx.Node
+    a: fx.Node
+    b: fx.Node
+    alpha: float
+    acts: fx.Node
+
+    @property
+    def x(self) -> fx.Node:
+        """The input of the site."""
+        return self.y.all_input_nodes[0]
+
+    @property
+    def operands(self) -> list[fx.Node]:
+        """The nodes that are read, but for the input."""
+        return [self.a, self.b, self.acts, *self.y.all_input_nodes[1:]]
+
+
+def _sum(gm: fx.GraphModule, where: fx.Node) -> _Sum | str | None:
+    """Return the sum that is the choice of `where`; the reason why it is not one; None if it is no choice of rows."""
+    acts, total, y = where.args
+    if not (isinstance(acts, fx.Node) and isinstance(total, fx.Node) and isinstance(y, fx.Node) and is_inserted(acts)):
+        return None
+    if total.target is not aten.add.Tensor or total.args[0] is not y:
+        return "the adapter does more than add a branch to the output of its site"
+    if y.target is not aten.linear.default or is_inserted(y):
+        return "the branch is not added to the output of a linear"
+    if y.users.keys() != {total, where} or total.users.keys() != {where}:
+        return "the output of the site is read elsewhere too"
+    second = _product_of_rows(total.args[1], total)
+    first = _product_of_rows(second.args[0], second) if second is not None else None
+    if first is None or second is None or first.args[0] is not y.args[0]:
+        return "other operations stand between the site's input and its sum"
+    a, b = first.all_input_nodes[1].all_input_nodes[0], second.all_input_nodes[1].all_input_nodes[0]
+    dtypes = {value.dtype for node in (y.all_input_nodes[1], a, b) if (value := value_of(gm, node)) is not None}
+    if len(dtypes) > 1:
+        return "the sum has another type than the factors"
+    alpha: Any = total.kwargs.get("alpha", 1.0)
+    return _Sum(where, y, a, b, alpha, acts)
+
+
+def _product_of_rows(node: Any, reader: fx.Node) -> fx.Node | None:
+    """Return `node` if it is `bmm(x, m^T)`, and `reader` alone reads it."""
+    if not isinstance(node, fx.Node) or node.target is not aten.bmm.default or node.users.keys() != {reader}:
+        return None
+    turned = node.args[1]
+    return node if isinstance(turned, fx.Node) and turned.target is aten.mT.default else None
+
+
+def _why_not_together(gm: fx.GraphModule, sums: Sequence[_Sum]) -> str:
+    """Return why sums cannot be computed where the first of them stands; empty if they can."""
+    if len({term.x for term in sums}) > 1:
+        return "they read different inputs"
+    place = min(term.node for term in sums)
+    moved = sorted(term.y for term in sums)
+    if why := obstacle_between(gm, moved[0], max(moved[-1], place)):
+        return why
+    known = (reads_tensor(gm, read) or read < place for term in sums for read in _needed(term))
+    return "" if all(known) else "a term is computed only after the first sum"
+
+
+def _needed(term: _Sum) -> list[fx.Node]:
+    """Return what must be there before a sum: its operands, or what rows are selected from."""
+    needed: list[fx.Node] = []
+    for read in term.operands:
+        needed += read.all_input_nodes if read.target in _SELECTIONS else [read]
+    return needed
+
+
+_SELECTIONS = frozenset({aten.index_select.default, aten.view.default})
+
+
+def _gather(gm: fx.GraphModule, sums: Sequence[_Sum]) -> None:
+    graph = gm.graph
+    place = min(term.node for term in sums)
+    for term in sums:
+        for read in term.operands:
+            if place < read:  # a tensor of the module, or a selection of its rows
+                for operand in read.all_input_nodes:
+                    if place < operand:
+                        place.prepend(operand)
+                place.prepend(read)
+    first = sums[0]
+    a = _inserted(first.a, aten.cat.default, ([term.a for term in sums], 1), place) if len(sums) > 1 else first.a
+    a = _or_zero(first.acts, a, place)
+    branches: list[Branch[Any]] = []
+    for term in sums:
+        _, weight, bias = (*term.y.args, None)[:3]
+        branches.append(Branch(weight, bias, _or_zero(term.acts, term.b, place), None))
+    values = [term.a.meta["val"].shape[1] for term in sums]
+    products = LowRankProducts(tuple(map(int, values)), tuple(term.alpha for term in sums))
+    with graph.inserting_before(place):
+        args = (first.x, a, *flatten(branches))
+        call = graph.create_node("call_function", products, args, name=f"{first.node.name}_and_sums")
+        results = [
+            graph.create_node("call_function", operator.getitem, (call, index), name=f"{term.node.name}_sum")
+            for index, term in enumerate(sums, 1)
+        ]
+    call.meta = {**first.node.meta, "val": (None, *(term.node.meta.get("val") for term in sums))}
+    call.meta.pop("tensor_meta", None)
+    for term, result in zip(sums, results, strict=True):
+        result.meta = dict(term.node.meta)
+        term.node.replace_all_uses_with(result)
+
+
+def _or_zero(acts: fx.Node, factors: fx.Node, place: fx.Node) -> fx.Node:
+    """Insert the factors of the rows that have an adapter, and zeros for the others."""
+    return _inserted(factors, aten.where.ScalarOther, (acts, factors, 0.0), place)
+
+
+def _inserted(like: fx.Node, target: Any, args: tuple[Any, ...], place: fx.Node) -> fx.Node:
+    """Insert a node of the adapter of `like`; before the inputs, as parameter work, if all that it reads is there."""
+    graph = place.graph
+    front = first_input(graph)
+    node = graph.call_function(target, args)
+    (front if all(read < front for read in node.all_input_nodes) else place).prepend(node)
+    node.meta = dict(like.meta)
+    if isinstance(value := like.meta.get("val"), Tensor) and target is aten.cat.default:
+        total = sum(each.meta["val"].shape[1] for each in args[0])
+        node.meta["val"] = value.new_empty(value.shape[0], total, value.shape[2])
+    return node

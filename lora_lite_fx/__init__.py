@@ -6,6 +6,7 @@ from .adapters.hyperparameters import WithDropout, WithRank, WithScale
 from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
 from .adapters.param_spec import ParamSpec
 from .adapters.registry import register, registry
+from .adapters.slots import SlotOptimizer
 from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
 from .adapters.switches import active, by_row, scaled
 from .adapters.variant import Batch, Statistic, Variant
@@ -122,6 +123,7 @@ __all__ = [
     "RoAd",
     "SHiRA",
     "SelectionError",
+    "SlotOptimizer",
     "Statistic",
     "TinyLoRA",
     "TrainableTokens",

@@ -11,16 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
-from ..adapters.placement import (
-    Placement,
-    adapter_names,
-    bank_slots,
-    placements,
-    site_bias,
-    site_weight,
-)
+from ..adapters.placement import Placement, placements, site_bias, site_weight
+from ..adapters.slots import bank_placements
 from ..adapters.start_values import initialize
-from ..adapters.switches import known_names
 from ..adapters.variant import Variant, one_of
 from ..errors import ConfigError
 from ..graph.provenance import DEFAULT, SHARED
@@ -127,33 +120,6 @@ def reset_slot(model: nn.Module, slot: int, *, adapter: str | None = None) -> No
         initialize(
             one, site, site_weight(graph, site), one_of(each.namespace(graph), slot), None, site_bias(graph, site)
         )
-
-
-def bank_placements(graph: nn.Module, slot: object, adapter: str | None) -> list[Placement]:
-    """Return the placements of a bank.
-
-    Args:
-        graph: has the bank.
-        slot: is checked to be one of its slots.
-        adapter: the name of the bank; None if there is one alone.
-
-    Raises:
-        ConfigError: there is no such bank or slot.
-    """
-    banks = bank_slots(graph)
-    if adapter is not None:
-        known_names(graph, adapter)
-    name = adapter if adapter is not None else next(iter(banks), DEFAULT)
-    if name not in banks:
-        raise ConfigError(
-            f"{name!r} is not a bank; the model has {', '.join(adapter_names(graph))}. The way out: rewrite(model,"
-            " Bank(LoRA(r=8), slots=4))."
-        )
-    if adapter is None and len(banks) > 1:
-        raise ConfigError(f"The model has the banks {', '.join(banks)}. The way out: adapter={name!r} names one.")
-    if type(slot) is not int or not 0 <= slot < banks[name]:
-        raise ConfigError(f"{slot!r} is not a slot of {name!r}, which has {banks[name]}: 0 to {banks[name] - 1}.")
-    return [placement for placement in placements(graph) if placement.adapter_name == name]
 
 
 def _copy_of(tensor: Tensor, own: str, slot: int) -> Tensor:

@@ -47,6 +47,29 @@ def test_a_sweep_compares_configs_and_draws_the_gradients(tmp_path: Path) -> Non
     assert picture.stat().st_size > 10_000
 
 
+def test_many_adapters_train_at_once(tmp_path: Path) -> None:
+    text = run(
+        "examples/many.py",
+        "--model",
+        "tiny",
+        "--adapters",
+        "3",
+        "--steps",
+        "12",
+        "--lr",
+        "0.02",
+        "--out",
+        str(tmp_path),
+    )
+    assert "a step of 3 adapters at once:" in text
+    assert len(re.findall(r"text \d: held-out loss", text)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"{slot}.safetensors" for slot in range(3)),
+        "many.png",
+    ]
+    assert (tmp_path / "many.png").stat().st_size > 10_000
+
+
 def test_a_classifier_trains_its_head_beside_an_adapter(tmp_path: Path) -> None:
     text = run("examples/classify.py", "--model", "tiny", "--steps", "20", "--out", str(tmp_path))
     (scores,) = re.findall(r"held-out accuracy (\d+)% before, (\d+)% after", text)

@@ -68,7 +68,9 @@ def losses_of_rows(gm: fx.GraphModule, ids: Tensor, slots: Tensor | None) -> Ten
 def train(gm: fx.GraphModule, texts: list[Tensor], args: argparse.Namespace) -> tuple[Tensor, float]:
     """Train all slots in place; return the losses `(steps, slots)` and the seconds of a step."""
     gm.train()
-    optimizer = llfx.SlotOptimizer(gm, lambda parameters: torch.optim.AdamW(parameters, lr=args.lr), max_norm=1.0)
+    optimizer = llfx.SlotOptimizer(
+        gm, lambda parameters: torch.optim.AdamW(parameters, lr=args.lr, fused=True), max_norm=1.0
+    )
     slots = torch.arange(len(texts))
     losses: list[Tensor] = []
     seconds: list[float] = []

@@ -6,7 +6,7 @@ dimension, and its graph has one more input, `adapter_ids (batch,)`: the slot of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar, overload
 
@@ -53,6 +53,21 @@ def Bank(cfg: Variant | Sequence[Variant], slots: int) -> Variant | list[Variant
     if type(slots) is not int or slots < 1:
         raise ConfigError(f"Bank takes the number of its adapters, slots=8, not {shown(slots)}.")
     return replace(cfg, slots=slots)
+
+
+def check_no_bank(variants: Iterable[Variant], function: str, way_out: str) -> None:
+    """Raise ConfigError if a config is that of a bank, which a function does not take.
+
+    Args:
+        variants: the configs.
+        function: the name of the function.
+        way_out: what to do instead.
+    """
+    for variant in variants:
+        if variant.slots:
+            raise ConfigError(
+                f"{function} takes no bank ({type(variant).__name__} with slots={variant.slots}). {way_out}"
+            )
 
 
 def check_ids(ids: object) -> Tensor:

@@ -76,7 +76,9 @@ class AdapterRow:
     @property
     def label(self) -> str:
         """Its variant with rank, alpha and slots, such as `LoRA(r=8, alpha=16)`."""
-        shown = [f"{name}={self.fields[name]:g}" for name in ("r", "alpha", "slots") if self.fields.get(name) is not None]
+        shown = [
+            f"{name}={self.fields[name]:g}" for name in ("r", "alpha", "slots") if self.fields.get(name) is not None
+        ]
         return f"{self.variant}({', '.join(shown)})"
 
     def __str__(self) -> str:

@@ -105,6 +105,14 @@ def further_inputs(graph: fx.Graph) -> tuple[str, ...]:
     return codegen.further if isinstance(codegen, _WithFurtherInputs) else ()
 
 
+def count_arguments(graph: fx.Graph) -> int:
+    """Return how many arguments `graph` takes, however they are nested."""
+    codegen: Any = graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        return len(codegen.pytree_info.orig_args)
+    return len(graph.find_nodes(op="placeholder"))
+
+
 def _set_further(graph: fx.Graph, further: tuple[str, ...]) -> None:
     codegen: Any = graph._codegen
     info, before = codegen.pytree_info, further_inputs(graph)
@@ -149,7 +157,7 @@ class _CalledLikeTheModel(_WithFurtherInputs):
                 own, more = inputs, ()  # too many, which the signature says
             call = (), self.signature.by_position(own) | dict(zip(self.further, more, strict=False))
         args, kwargs = call
-        further = [kwargs.get(name) for name in self.further]
+        further = [self._further_input(name, kwargs, interpreter) for name in self.further]
         values, left_out = self.signature.bind(
             args, {name: kwargs[name] for name in kwargs if name not in self.further}
         )
@@ -162,6 +170,17 @@ class _CalledLikeTheModel(_WithFurtherInputs):
                 # An interpreter does not compute nodes whose value it has.
                 interpreter.env.update(dict.fromkeys(_unneeded(interpreter.graph, self.omission)))
         return flat
+
+    def _further_input(self, name: str, kwargs: Mapping[str, Any], interpreter: fx.Interpreter | None) -> Any:
+        """Return an input that the call has, or the module: an export must not keep that of the module."""
+        value = kwargs.get(name)
+        if value is None and interpreter is not None:
+            value = None if torch.compiler.is_exporting() else getattr(interpreter.module, name, None)
+            if value is None and any(
+                n.target == name and n.users for n in interpreter.graph.find_nodes(op="placeholder")
+            ):
+                raise CallError(f"{name} is missing, which is an input of this graph.")
+        return value
 
     def process_outputs(self, out: Any) -> Any:
         if self.omission is None:

@@ -6,20 +6,17 @@ graph, in which parameter work is computed apart, and whose layers are checkpoin
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from ..adapters.bank import IDS, check_ids, check_rows, check_slots, ids_of
+from ..adapters.bank import IDS
 from ..adapters.listing import describe_adapters
-from ..adapters.placement import adapter_names, adapter_tensor_names, bank_slots
+from ..adapters.placement import adapter_names, adapter_tensor_names
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
@@ -33,7 +30,6 @@ from ..graph.layers import is_layer, layer_of
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
 from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of
-from ..graph.turns import calling
 from ..log import phase
 from ..passes import (
     LeaveOutInputs,
@@ -43,11 +39,12 @@ from ..passes import (
     input_name,
     read_ids,
 )
-from ..sites.rows import inputs_with_rows
+from .bank_inputs import BankInputs
 from .casting import follow_cast
 from .cutting import cut
 from .derived import Derived, part_of, piece_method, values_method
 from .execution import ELSEWHERE, Execution, Host
+from .forward import forward_of_programs
 from .frozen import KeptValues, can_be_kept, changed_inside
 from .layer import GraphLayer, RunsParts, running_parts, submodule
 from .program_graph import ProgramGraph
@@ -78,8 +75,7 @@ class AdaptedGraphModule(fx.GraphModule):
     own_switches = Switches()
     derived: dict[str, Derived]  # by the method that runs the program
     _names: tuple[str, ...] = ()  # of the adapters
-    _banks: Mapping[str, int] = MappingProxyType({})  # the slots of those that are banks, by name
-    _with_rows: tuple[int, ...] = ()  # with banks, the indices of the inputs whose first dimension is the batch
+    _banks: BankInputs | None = None
     modes = False  # whether the graph runs other operations in each mode
     _numbers: dict[Switched, int]  # of the switches that programs were derived for, as a part of names
     _switched: dict[Switched, fx.Graph]  # for torch.export
@@ -141,7 +137,7 @@ class AdaptedGraphModule(fx.GraphModule):
         assert self.execution is not None
         self._drop_derived()
         cls: Any = type(self)
-        cls.forward = _forward_of_programs(cls.forward, self.execution, (IDS,) if self._banks else ())
+        cls.forward = forward_of_programs(cls.forward, self.execution, (IDS,) if self._banks else ())
 
     @property
     def flat_graph(self) -> fx.Graph:
@@ -228,8 +224,7 @@ class AdaptedGraphModule(fx.GraphModule):
         for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
             delattr(cls, method)
         cls.derived, cls._numbers, cls._switched = {}, {}, {}
-        cls._names, cls._banks = tuple(adapter_names(self)), bank_slots(self)
-        cls._with_rows = inputs_with_rows(self.flat_graph) if cls._banks else ()
+        cls._names, cls._banks = tuple(adapter_names(self)), BankInputs.of(self, self.flat_graph)
         cls.modes = has_modes(self.flat_graph)
         cls._watch = None
         if self.kept is not None:
@@ -246,7 +241,7 @@ class AdaptedGraphModule(fx.GraphModule):
         Args:
             ids: those that the call itself has, for which nothing is kept.
         """
-        if self.kept is None or not self._acting_banks():
+        if self.kept is None or self._banks is None or not self._banks.acting(self.switches):
             return self.kept is not None
         if ids is not None or self.switches.ids is None or torch.compiler.is_compiling():
             return False
@@ -369,30 +364,6 @@ class AdaptedGraphModule(fx.GraphModule):
         """For banks, the slot of each row of the batch, as `by_row` says; programs read it that keep values."""
         return self.switches.ids
 
-    def _acting_banks(self) -> list[int]:
-        """Return the numbers of slots of the banks that act."""
-        return [slots for name, slots in self._banks.items() if self.switches.acts(name)]
-
-    def _further_inputs(self, values: Any, ids: Any) -> dict[str, Any]:
-        """Return the inputs that the program of a call takes beside those of the model, by name.
-
-        Args:
-            values: those of the model.
-            ids: the slot of each row, as the call has it; None for those of the switches.
-        """
-        if not self._banks:
-            return self._coefficients()
-        slots = self._acting_banks()
-        if not slots:
-            return {IDS: None, **self._coefficients()}
-        ids = check_ids(ids_of(self.switches.ids if ids is None else ids))
-        leaves = pytree.tree_leaves(values)
-        for index in self._with_rows:
-            if isinstance(leaves[index], Tensor):
-                check_rows(ids, leaves[index].shape[0])
-        check_slots(ids, min(slots))
-        return {IDS: ids, **self._coefficients()}
-
     def _coefficients(self) -> dict[str, Tensor]:
         """Return the coefficients of adapters that the program of a call takes as inputs."""
         if not self.switches.scales:
@@ -424,8 +395,9 @@ class AdaptedGraphModule(fx.GraphModule):
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived, program)
         if switched != ALL:
             Pipeline(switch_passes(switched)).run(derived, program)
-        if program == "inference" and self._acting_banks() and self.adapter_ids is not None:
-            read_ids(derived, self.adapter_ids)
+        ids = self.adapter_ids
+        if program == "inference" and ids is not None and self._banks is not None and self._banks.acting(self.switches):
+            read_ids(derived, ids)
         passes = self._passes_for(program, left_out)
         if switched[1]:  # the inputs of a check lack the coefficients
             passes = replace(passes, check=None)
@@ -505,32 +477,3 @@ def _make_layers(gm: fx.GraphModule) -> None:
         if type(module) is nn.Module:
             is_list = set(module._modules) == set(map(str, range(len(module._modules)))) != set()
             module.__class__ = nn.ModuleList if is_list and not is_layer(name) else GraphLayer
-
-
-def _forward_of_programs(
-    plain: Callable[..., Any], execution: Execution, further: tuple[str, ...]
-) -> Callable[..., Any]:
-    signature = execution.signature
-
-    def run(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
-        ids = kwargs.pop(IDS, None) if self._banks else None
-        if signature is None or not signature.has_defaults:
-            further = self._further_inputs((args, kwargs), ids)
-            return getattr(self, self._method_for((), ids))(*args, **kwargs, **further)
-        values, left_out = signature.bind(args, kwargs)
-        further = self._further_inputs(values, ids)
-        results = getattr(self, self._method_for(left_out, ids))(*values, **further)
-        return signature.omission(left_out).returned(results) if left_out else results
-
-    def forward(self: AdaptedGraphModule, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return run(self, *args, **kwargs)
-        with calling():
-            return run(self, *args, **kwargs)
-
-    # torch.compile counts recompilations by code object, so each module needs one of its own.
-    forward.__code__ = forward.__code__.replace()
-    forward = functools.update_wrapper(forward, plain)  # the signature of `plain` shows
-    if signature is not None:
-        forward.__signature__ = signature.of_method_with(further)  # type: ignore[attr-defined]
-    return forward

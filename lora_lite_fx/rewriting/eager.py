@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from ..adapters.adapted_site import FrozenSite
-from ..adapters.bank import check_slots, ids_of
+from ..adapters.bank import check_rows, check_slots, ids_of
 from ..adapters.placement import Placement, adapter_tensor_names, placements
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
 from ..adapters.switches import Switches
@@ -218,12 +218,15 @@ class AdaptedLinear(nn.Module):
         p, scale = self._tensors(placement), switches.scales.get(placement.adapter_name)
         if placement.local.slots is None:
             return lambda x, **given: frozen.adapted(call, placement.local, p, x, scale=scale, **given)
-        site = frozen.site.with_bank(placement.local.slots, self.batch)
+        banked = replace(frozen, site=frozen.site.with_bank(placement.local.slots, self.batch))
         ids = ids_of(switches.ids)
         check_slots(ids, placement.local.slots)
-        return lambda x, **given: replace(frozen, site=site).adapted(
-            call, placement.local, p, x, ids, scale=scale, **given
-        )
+
+        def adapted(x: Tensor, **given: Tensor) -> Tensor:
+            check_rows(ids, x.shape[self.batch])
+            return banked.adapted(call, placement.local, p, x, ids, scale=scale, **given)
+
+        return adapted
 
     def _call(self, x: Tensor, **given: Tensor) -> Tensor:
         """Call the wrapped module, with a weight or bias in place of its own if they are given."""

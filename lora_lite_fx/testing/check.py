@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import passes
+from ..adapters.bank import check_no_bank
 from ..adapters.variant import Variant
 from ..errors import AdapterError
 from ..rewriting.config import as_adapters
@@ -72,6 +73,9 @@ def check(
         ValueError: `skip` names no property, or there are inputs without a model.
     """
     variants = [each for _, each in as_adapters(variant)]
+    check_no_bank(
+        variants, "check", "The way out: the config of one adapter; banks are checked when they are inserted."
+    )
     names = [has.__name__ for has in PROPERTIES]
     if unknown := sorted(set(skip) - set(names)):
         raise ValueError(f"No property is named {unknown[0]}; the properties are {', '.join(names)}.")

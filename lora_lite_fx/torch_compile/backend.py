@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..adapters.bank import check_no_bank
 from ..adapters.quantized_base import check_gradients
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
@@ -70,7 +71,9 @@ def backend(
         )
     if inner == NAME or isinstance(inner, Backend):
         raise ConfigError(f"inner compiles graphs that have their adapters, and {NAME!r} inserts them: leave it out.")
-    return Backend(() if cfg is None else tuple(as_adapters(cfg)), Inner(inner, mode, options))
+    adapters = () if cfg is None else tuple(as_adapters(cfg))
+    check_no_bank((variant for _, variant in adapters), "backend", "The way out: rewrite or adapt, which compile too.")
+    return Backend(adapters, Inner(inner, mode, options))
 
 
 class Backend:
@@ -211,7 +214,11 @@ def adapt_compiled(
     """
     args, kwargs = (example_inputs, {}) if isinstance(example_inputs, tuple) else ((), example_inputs)
     check_gradients(model)
-    marked = CompiledModel(model, as_adapters(cfg), args, kwargs).marked
+    adapters = as_adapters(cfg)
+    check_no_bank(
+        (variant for _, variant in adapters), "adapt_compiled", "The way out: rewrite or adapt, which compile too."
+    )
+    marked = CompiledModel(model, adapters, args, kwargs).marked
     marked.forward = torch.compile(marked.forward, backend=backend(inner=inner))
     return marked
 

@@ -1,0 +1,52 @@
+"""The `forward` method of a graph module that runs programs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..graph.turns import calling
+from .execution import Execution
+
+
+def forward_of_programs(
+    plain: Callable[..., Any], execution: Execution, further: tuple[str, ...]
+) -> Callable[..., Any]:
+    """Return the `forward` of a graph module: it runs the program for each call, and is called like the model.
+
+    Args:
+        plain: the function that torch.fx made of the graph, whose signature shows.
+        execution: how the graph is run.
+        further: the names of inputs that it takes by keyword beside those of the model.
+    """
+    signature = execution.signature
+    optional = signature if signature is not None and signature.has_defaults else None
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        banks, ids, more = self._banks, None, self._coefficients()
+        if banks is not None:
+            args, ids = banks.taken_out(args, kwargs, by_position=optional is None)
+        values, left_out = ((args, kwargs), ()) if optional is None else optional.bind(args, kwargs)
+        if banks is not None:
+            more |= banks.further(self.switches, values, ids)
+        program = getattr(self, self._method_for(left_out, ids))
+        if optional is None:
+            return program(*args, **kwargs, **more)
+        results = program(*values, **more)
+        return optional.omission(left_out).returned(results) if left_out else results
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return run(self, *args, **kwargs)
+        with calling():
+            return run(self, *args, **kwargs)
+
+    # torch.compile counts recompilations by code object, so each module needs one of its own.
+    forward.__code__ = forward.__code__.replace()
+    forward = functools.update_wrapper(forward, plain)  # the signature of `plain` shows
+    if signature is not None:
+        forward.__signature__ = signature.of_method_with(further)  # type: ignore[attr-defined]
+    return forward

@@ -19,6 +19,7 @@ from .normalize.leave_out_inputs import LeaveOutInputs
 from .optimize.associate_products import AssociateProducts
 from .optimize.convert_mask_once import ConvertMaskOnce
 from .optimize.fold_scale_into_addition import FoldScaleIntoAddition
+from .optimize.fuse_loss import FuseLoss
 from .optimize.gather_products import GatherProducts
 from .optimize.group_heads import GroupHeads
 from .optimize.hoist_parameter_work import HoistParameterWork
@@ -39,6 +40,7 @@ from .pipeline import (
 
 OPTIMIZATIONS = Pipeline(
     (
+        FuseLoss(),
         LeaveOutMask(),
         ConvertMaskOnce(),
         GroupHeads(),
@@ -52,7 +54,10 @@ OPTIMIZATIONS = Pipeline(
         RecomputeInputs(),
     )
 )
-"""The passes that make an adapted graph run faster or in less memory, and leave its results as they are."""
+"""The passes that make an adapted graph run faster or in less memory, and leave its results as they are.
+
+`fuse_loss` alone leaves out a result, the logits, and runs only where `fuse_loss=True` asked for it.
+"""
 
 __all__ = [
     "OPTIMIZATIONS",
@@ -62,6 +67,7 @@ __all__ = [
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",
+    "FuseLoss",
     "GatherProducts",
     "GraphPass",
     "GroupHeads",

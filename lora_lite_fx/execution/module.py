@@ -73,7 +73,7 @@ class AdaptedGraphModule(fx.GraphModule):
     own_switches = Switches()
     derived: dict[str, Derived]  # by the method that runs the program
     _names: tuple[str, ...] = ()  # of the adapters
-    modes = False  # whether the graph runs other operations in each mode
+    modes = False  # whether programs run other operations in each mode
     _numbers: dict[Switched, int]  # of the switches that programs were derived for, as a part of names
     _switched: dict[Switched, fx.Graph]  # for torch.export
     _host = Host()
@@ -197,7 +197,8 @@ class AdaptedGraphModule(fx.GraphModule):
         assert self.execution is not None
         signature = self.execution.signature
         training = self.training if program in ("plain", "exported") else program != "inference"
-        graph, reports = self._optimized(program, left_out, training, self._switched_now("llfx.program"))
+        switched = self._switched_now("llfx.program")
+        graph, reports = self._optimized(program, left_out, self._hooked(), training, switched)
         if signature is not None and left_out:
             return_as(graph, signature.omission(left_out).out_spec)
         return ProgramGraph.over(self, self.host, graph, signature, left_out), reports
@@ -222,7 +223,7 @@ class AdaptedGraphModule(fx.GraphModule):
             delattr(cls, method)
         cls.derived, cls._numbers, cls._switched = {}, {}, {}
         cls._names = tuple(adapter_names(self))
-        cls.modes = has_modes(self.flat_graph)
+        cls.modes = has_modes(self.flat_graph) or (self.execution is not None and self.execution.fuse_loss)
         cls._watch = None
         if self.kept is not None:
             self.kept = KeptValues()
@@ -302,7 +303,7 @@ class AdaptedGraphModule(fx.GraphModule):
         cls: Any = type(self)
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
-            graph, _ = self._optimized(program, left_out, training, switched)
+            graph, _ = self._optimized(program, left_out, hooked, training, switched)
             if program == "exported":
                 setattr(cls, method, traceable_forward(self, graph))
                 cls.derived[method] = Derived()
@@ -354,7 +355,7 @@ class AdaptedGraphModule(fx.GraphModule):
         return watch.hooked()
 
     def _optimized(
-        self, program: Program, left_out: tuple[str, ...], training: bool, switched: Switched
+        self, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...], training: bool, switched: Switched
     ) -> tuple[fx.Graph, list[PassReport]]:
         """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
         assert self.execution is not None
@@ -365,10 +366,14 @@ class AdaptedGraphModule(fx.GraphModule):
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived, program)
         if switched != ALL:
             Pipeline(switch_passes(switched)).run(derived, program)
+        reports: list[PassReport] = []
+        if self.execution.fuse_loss and training:  # before a check, because it leaves out a result
+            derived.meta["called"] = hooked
+            reports += self.execution.passes.of(program, "fuse_loss").run(derived, program)
         passes = self._passes_for(program, left_out)
         if switched[1]:  # the inputs of a check lack the coefficients
             passes = replace(passes, check=None)
-        reports = passes.run(derived, program)
+        reports += passes.run(derived, program)
         derived.graph.owning_module = None  # torch.fx would ask it for modules, but the calls stand for methods
         return derived.graph, reports
 

@@ -50,14 +50,22 @@ class GraphCache:
         model: a copy of the user's model, to be adapted.
         example_inputs: of the first call to capture, or None to make them from the config.
         limit: the most graphs to keep of the model, and of each part of it that is called by itself.
-        verify: as for `capture`.
+        verify, fuse_loss: as for `capture`.
     """
 
-    def __init__(self, model: Any, example_inputs: Inputs | None, limit: int, verify: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        example_inputs: Inputs | None,
+        limit: int,
+        verify: bool = True,
+        fuse_loss: bool = False,
+    ) -> None:
         self.model = model
         self.example_inputs = example_inputs
         self.limit = limit
         self.verify = verify
+        self.fuse_loss = fuse_loss
         self.placements: list[Placement] = []
         self.switches = Switches()
         self.sites: dict[str, tuple[frozenset[str], str]] = {}  # roles and weight, as the first graph has them
@@ -118,7 +126,8 @@ class GraphCache:
     def _call(self, part: Any, arguments: dict[str, Any]) -> CapturedCall:
         if is_diffusers(part):
             arguments = prepare_arguments(part, arguments)
-        return CapturedCall.of(part, self.decoder if part is self.model else None, arguments)
+        fuses_loss = self.fuse_loss and self.model.training
+        return CapturedCall.of(part, self.decoder if part is self.model else None, arguments, fuses_loss)
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:
         """Return the graph for this call; capture it if there is none."""
@@ -298,7 +307,7 @@ class GraphCache:
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
-        graph = capture_call(self._shadow(), call, example, fixed, self.verify)
+        graph = capture_call(self._shadow(), call, example, fixed, self.verify, self.fuse_loss)
         self._insert_again(graph.gm)
         self.captures += 1
         self._bind(graph.gm)

@@ -367,9 +367,10 @@ class AdaptedGraphModule(fx.GraphModule):
         if switched != ALL:
             Pipeline(switch_passes(switched)).run(derived, program)
         reports: list[PassReport] = []
-        if self.execution.fuse_loss and training:  # before a check, because it leaves out a result
+        if self.execution.fuse_loss and training:
             derived.meta["called"] = hooked
-            reports += self.execution.passes.of(program, "fuse_loss").run(derived, program)
+            fusing = replace(self.execution.passes.of(program, "fuse_loss"), check=None)  # it leaves out a result
+            reports += fusing.run(derived, program)
         passes = self._passes_for(program, left_out)
         if switched[1]:  # the inputs of a check lack the coefficients
             passes = replace(passes, check=None)

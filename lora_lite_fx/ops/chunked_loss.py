@@ -145,10 +145,9 @@ class ChunkedLoss:
         for index in reversed(range(count, len(values))):
             step, gradient = self.steps[index - count], found[index]
             found[index] = None
-            for place, operand in enumerate(step.operands):
+            for operand, rule in zip(step.operands, _BACKWARD[step.name], strict=False):
                 if gradient is None or not isinstance(operand, int) or not needs[operand]:
                     continue
-                rule = _BACKWARD[step.name][place]
                 part = rule(gradient, values[index], step.option, *_operands(step, values))
                 part = part.sum_to_size(values[operand].shape).to(values[operand].dtype)
                 known = found[operand]

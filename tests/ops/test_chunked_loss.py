@@ -159,10 +159,15 @@ def test_only_rows_with_a_label_are_multiplied() -> None:
 
 
 def test_gradients_alone_are_saved() -> None:
-    operands, saved = operands_of(PLAIN, torch.float32), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+    operands, saved = operands_of(PLAIN, torch.float32), list[Tensor]()
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = PLAIN(labels_of("half"), *operands)
-    assert sum(saved) == N * WIDTH + 1
+    assert sum(tensor.numel() for tensor in saved) == N * WIDTH + 1
     assert loss.requires_grad
 
 

@@ -87,7 +87,7 @@ def main() -> int:
     calibration = None
     if isinstance(args.config, llfx.EVA):
         calibration = [inputs(part) for part in blocks[:CALIBRATION_BLOCKS].split(args.batch)]
-    gm = llfx.rewrite(load_base(args), args.config, calibration=calibration)
+    gm = llfx.rewrite(load_base(args), args.config, calibration=calibration, fuse_loss=True)  # in training, no logits
     print(llfx.inspect(gm))
     before, sample_before = perplexity(gm, held, args.batch), continuation(gm, tokenizer, args.prompt)
     print(f"held-out perplexity before: {before:.2f}")

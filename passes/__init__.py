@@ -20,6 +20,7 @@ from .normalize.leave_out_inputs import LeaveOutInputs
 from .optimize.associate_products import AssociateProducts
 from .optimize.convert_mask_once import ConvertMaskOnce
 from .optimize.fold_scale_into_addition import FoldScaleIntoAddition
+from .optimize.fuse_loss import FuseLoss
 from .optimize.gather_bank_products import GatherBankProducts
 from .optimize.gather_products import GatherProducts
 from .optimize.group_heads import GroupHeads
@@ -41,6 +42,7 @@ from .pipeline import (
 
 OPTIMIZATIONS = Pipeline(
     (
+        FuseLoss(),
         LeaveOutMask(),
         ConvertMaskOnce(),
         GroupHeads(),
@@ -55,7 +57,10 @@ OPTIMIZATIONS = Pipeline(
         RecomputeInputs(),
     )
 )
-"""The passes that make an adapted graph run faster or in less memory, and leave its results as they are."""
+"""The passes that make an adapted graph run faster or in less memory, and leave its results as they are.
+
+`fuse_loss` alone leaves out a result, the logits, and runs only where `fuse_loss=True` asked for it.
+"""
 
 __all__ = [
     "OPTIMIZATIONS",
@@ -65,6 +70,7 @@ __all__ = [
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",
+    "FuseLoss",
     "GatherBankProducts",
     "GatherProducts",
     "GraphPass",

@@ -76,6 +76,9 @@ class GraphPass(ABC):
     programs: ClassVar[frozenset[Program]] = OPTIMIZED
     """The programs that the pass optimizes."""
 
+    option: ClassVar[str] = ""
+    """The option of `rewrite` that asks for the pass, which else does not run: it changes what a call returns."""
+
     @property
     def name(self) -> str:
         """The class name in snake case."""
@@ -175,9 +178,9 @@ class Pipeline:
         place = self._places([name])[-1] + 1
         return self._of([*self.passes[:place], *passes, *self.passes[place:]])
 
-    def of(self, program: Program) -> Pipeline:
-        """Return the passes that optimize this program."""
-        return self._of(graph_pass for graph_pass in self.passes if program in graph_pass.programs)
+    def of(self, program: Program, option: str = "") -> Pipeline:
+        """Return the passes that optimize this program: those that an option asks for, or those that none asks for."""
+        return self._of(each for each in self.passes if program in each.programs and each.option == option)
 
     def _of(self, passes: Iterable[GraphPass]) -> Pipeline:
         return Pipeline(tuple(passes), self.check)

@@ -19,12 +19,14 @@ class Execution:
     Args:
         passes: the passes that optimize the programs.
         checkpoint_layers: whether the layers keep only their inputs for the backward pass, and run again in it.
+        fuse_loss: whether head and loss are one operation in training mode, so that with labels logits are None.
         signature: how the graph is called; None for a graph that takes its inputs and nothing else.
         source: a weak reference to the model that it was captured from; calling it returns the model, or None.
     """
 
     passes: Pipeline = OPTIMIZATIONS
     checkpoint_layers: bool = False
+    fuse_loss: bool = False
     signature: CallSignature | None = None
     source: Callable[[], nn.Module | None] = lambda: None
 

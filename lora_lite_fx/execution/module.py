@@ -76,7 +76,7 @@ class AdaptedGraphModule(fx.GraphModule):
     derived: dict[str, Derived]  # by the method that runs the program
     _names: tuple[str, ...] = ()  # of the adapters
     _banks: BankInputs | None = None
-    modes = False  # whether the graph runs other operations in each mode
+    modes = False  # whether programs run other operations in each mode
     _numbers: dict[Switched, int]  # of the switches that programs were derived for, as a part of names
     _switched: dict[Switched, fx.Graph]  # for torch.export
     _host = Host()
@@ -200,7 +200,8 @@ class AdaptedGraphModule(fx.GraphModule):
         assert self.execution is not None
         signature = self.execution.signature
         training = self.training if program in ("plain", "exported") else program != "inference"
-        graph, reports = self._optimized(program, left_out, training, self._switched_now("llfx.program"))
+        switched = self._switched_now("llfx.program")
+        graph, reports = self._optimized(program, left_out, self._hooked(), training, switched)
         if signature is not None and left_out:
             return_as(graph, signature.omission(left_out).out_spec)
         return ProgramGraph.over(self, self.host, graph, signature, left_out), reports
@@ -225,7 +226,7 @@ class AdaptedGraphModule(fx.GraphModule):
             delattr(cls, method)
         cls.derived, cls._numbers, cls._switched = {}, {}, {}
         cls._names, cls._banks = tuple(adapter_names(self)), BankInputs.of(self, self.flat_graph)
-        cls.modes = has_modes(self.flat_graph)
+        cls.modes = has_modes(self.flat_graph) or (self.execution is not None and self.execution.fuse_loss)
         cls._watch = None
         if self.kept is not None:
             self.kept = KeptValues()
@@ -327,7 +328,7 @@ class AdaptedGraphModule(fx.GraphModule):
         cls: Any = type(self)
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
-            graph, _ = self._optimized(program, left_out, training, switched)
+            graph, _ = self._optimized(program, left_out, hooked, training, switched)
             if program == "exported":
                 setattr(cls, method, traceable_forward(self, graph))
                 cls.derived[method] = Derived()
@@ -384,7 +385,7 @@ class AdaptedGraphModule(fx.GraphModule):
         return watch.hooked()
 
     def _optimized(
-        self, program: Program, left_out: tuple[str, ...], training: bool, switched: Switched
+        self, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...], training: bool, switched: Switched
     ) -> tuple[fx.Graph, list[PassReport]]:
         """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
         assert self.execution is not None
@@ -398,10 +399,15 @@ class AdaptedGraphModule(fx.GraphModule):
         ids = self.adapter_ids
         if program == "inference" and ids is not None and self._banks is not None and self._banks.acting(self.switches):
             read_ids(derived, ids)
+        reports: list[PassReport] = []
+        if self.execution.fuse_loss and training:
+            derived.meta["called"] = hooked
+            fusing = replace(self.execution.passes.of(program, "fuse_loss"), check=None)  # it leaves out a result
+            reports += fusing.run(derived, program)
         passes = self._passes_for(program, left_out)
         if switched[1]:  # the inputs of a check lack the coefficients
             passes = replace(passes, check=None)
-        reports = passes.run(derived, program)
+        reports += passes.run(derived, program)
         derived.graph.owning_module = None  # torch.fx would ask it for modules, but the calls stand for methods
         return derived.graph, reports
 

@@ -99,6 +99,7 @@ def load_diffusers(
     name: str | None = None,
     stack: bool = False,
     allow_nonfinite: bool = False,
+    fuse_loss: bool | None = None,
 ) -> fx.GraphModule:
     """Capture a model and insert its adapter of a diffusers LoRA file, with its saved values.
 
@@ -110,6 +111,7 @@ def load_diffusers(
         name: as for `load`.
         stack: as for `load`.
         allow_nonfinite: as for `load`.
+        fuse_loss: as for `rewrite`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -124,7 +126,8 @@ def load_diffusers(
         return _read(file / FILE if file.is_dir() else file, wanted)
 
     load = loader(read, "load_diffusers")
-    return load(model, path, example_inputs, name=name, stack=stack, allow_nonfinite=allow_nonfinite)
+    options: Any = {"name": name, "stack": stack, "allow_nonfinite": allow_nonfinite, "fuse_loss": fuse_loss}
+    return load(model, path, example_inputs, **options)
 
 
 def _read(file: Path, component: str | None) -> AdapterFile:

@@ -55,6 +55,7 @@ class Load(Protocol):
         name: str | None = None,
         stack: bool = False,
         allow_nonfinite: bool = False,
+        fuse_loss: bool | None = None,
     ) -> fx.GraphModule: ...
 
 
@@ -71,6 +72,7 @@ _DOC = """
             error. `load(remove(model), path)` loads it in their place, and `load_adapter_state_dict` copies values
             into the present ones.
         allow_nonfinite: load values that are NaN or infinite too, in place of an error.
+        fuse_loss: as for `rewrite`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -104,11 +106,12 @@ def loader(read: Callable[[Path], AdapterFile], called: str = "") -> Load:
         name: str | None = None,
         stack: bool = False,
         allow_nonfinite: bool = False,
+        fuse_loss: bool | None = None,
     ) -> fx.GraphModule:
         file = as_path(path, f"{called}(model, path)")
         found = read(file)
         with outside_inference_mode():
-            gm = capture(model, example_inputs)
+            gm = capture(model, example_inputs, fuse_loss=fuse_loss)
             assert isinstance(gm, AdaptedGraphModule)
             present, acting = adapter_names(gm), acting_now(gm)
             if name is not None:

@@ -24,6 +24,7 @@ from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import running_parts
+from ..execution.optimize import execution_of
 from ..formats.any_file import load_any
 from ..formats.files import read_json
 from ..formats.peft.hub import CONFIG
@@ -51,6 +52,7 @@ def adapt(
     *,
     calibration: Batches | None = None,
     max_graphs: int = 16,
+    fuse_loss: bool | None = None,
     verify: bool = True,
 ) -> Any:
     """Return a copy of a Hugging Face model, of the same class and over the same weights, that runs rewritten graphs.
@@ -72,6 +74,7 @@ def adapt(
         calibration: as for `rewrite`.
         max_graphs: the most graphs to keep, of the model and of each part that is called by itself; the one that was
             not used for longest is dropped for a new one.
+        fuse_loss: as for `rewrite`. None follows `model`, if that is a graph.
         verify: compare each graph with the model when it is captured, as `capture` does.
 
     Returns:
@@ -117,7 +120,9 @@ def adapt(
     refuse_offloading(model)
     copied = share(model)
     warn_of_replaced_forward(model, forget_replaced_forward(copied))
-    graphs = GraphCache(copied, example_inputs, max_graphs, verify)
+    if fuse_loss is None:
+        fuse_loss = graph is not None and execution_of(graph).fuse_loss
+    graphs = GraphCache(copied, example_inputs, max_graphs, verify, fuse_loss)
     if graph is None:
         graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
     else:

@@ -46,13 +46,16 @@ class CapturedCall:
     leaves: Leaves
 
     @classmethod
-    def of(cls, part: Any, decoder: Decoder | None, arguments: dict[str, Any]) -> CapturedCall:
+    def of(
+        cls, part: Any, decoder: Decoder | None, arguments: dict[str, Any], fuses_loss: bool = False
+    ) -> CapturedCall:
         """Return a call of `part`, a model or one of its modules, with these arguments.
 
         Args:
             decoder: what a run of `part` has shown, if it is a causal language model.
+            fuses_loss: whether the graph is to compute the loss, as one operation with the head.
         """
-        normalized = normalize_call(part, decoder, arguments)
+        normalized = normalize_call(part, decoder, arguments, fuses_loss)
         leaves: Leaves = {}
         names = sorted(normalized.arguments)
         parts = tuple(disassemble(normalized.arguments[name], name, leaves) for name in names)
@@ -140,7 +143,7 @@ def attempts(model: Any, call: CapturedCall) -> Iterator[tuple[Leaves, tuple[str
 
 
 def capture_call(
-    shadow: Any, call: CapturedCall, example: Leaves, fixed: Collection[str], verify: bool
+    shadow: Any, call: CapturedCall, example: Leaves, fixed: Collection[str], verify: bool, fuse_loss: bool
 ) -> CapturedGraph:
     """Capture a call of a model.
 
@@ -149,7 +152,7 @@ def capture_call(
         call: what is called, and with which structure of arguments.
         example: the leaves to capture it with.
         fixed: the names of those of which the batch alone is to be dynamic.
-        verify: as for `capture`.
+        verify, fuse_loss: as for `capture`.
 
     Raises:
         CaptureError: the call cannot be captured.
@@ -166,7 +169,7 @@ def capture_call(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        gm = capture(shadow, example, dynamic_shapes=dynamic, verify=verify)
+        gm = capture(shadow, example, dynamic_shapes=dynamic, fuse_loss=fuse_loss, verify=verify)
     assert isinstance(gm, AdaptedGraphModule)
     guards = take_guards(gm)
     return CapturedGraph(gm, call, captured_with(example, fixed), layouts, guards, outcome["result"], outcome["given"])

@@ -170,13 +170,16 @@ def loss_of(model: Any, logits: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     return loss
 
 
-def normalize_call(model: Any, decoder: Decoder | None, arguments: dict[str, Any]) -> NormalizedCall:
+def normalize_call(
+    model: Any, decoder: Decoder | None, arguments: dict[str, Any], fuses_loss: bool = False
+) -> NormalizedCall:
     """Return the call in its normal form; as it is where that form would mean something else.
 
     Args:
         model: the model that is called.
         decoder: what a run of it has shown.
         arguments: by name; none is None.
+        fuses_loss: whether the graph is to compute the loss, if there are labels, and not we from its logits.
     """
     as_it_is = NormalizedCall(arguments, caches(arguments))
     tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
@@ -202,6 +205,8 @@ def normalize_call(model: Any, decoder: Decoder | None, arguments: dict[str, Any
             arguments["cached_mask"], arguments["attention_mask"] = mask[:, :-length], mask[:, -length:]
         if decoder.counts_positions and "position_ids" not in arguments:
             arguments["position_ids"] = torch.arange(past, past + length, device=tokens.device).expand(batch, -1)
+    if fuses_loss and "labels" in arguments:
+        return NormalizedCall(arguments, callers_caches, None, keeps_cache)
     keep = arguments.get("logits_to_keep", 0)
     if "logits_to_keep" in decoder.parameters and isinstance(keep, int):
         arguments["logits_to_keep"] = torch.arange(length, device=tokens.device)[-keep:]

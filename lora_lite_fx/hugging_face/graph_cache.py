@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,6 +39,9 @@ from .causal_lm import Decoder, arguments_of, probe
 from .diffusers import prepare_arguments
 from .own_forward import check_is_whole, forget_replaced_forward
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_not_compiled: Callable[[_Function], _Function] = torch.compiler.disable
+
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
 """A function that inserts adapters into a base graph, with calibration data in the form that the graph takes."""
 
@@ -50,14 +53,22 @@ class GraphCache:
         model: a copy of the user's model, to be adapted.
         example_inputs: of the first call to capture, or None to make them from the config.
         limit: the most graphs to keep of the model, and of each part of it that is called by itself.
-        verify: as for `capture`.
+        verify, fuse_loss: as for `capture`.
     """
 
-    def __init__(self, model: Any, example_inputs: Inputs | None, limit: int, verify: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        example_inputs: Inputs | None,
+        limit: int,
+        verify: bool = True,
+        fuse_loss: bool = False,
+    ) -> None:
         self.model = model
         self.example_inputs = example_inputs
         self.limit = limit
         self.verify = verify
+        self.fuse_loss = fuse_loss
         self.placements: list[Placement] = []
         self.switches = Switches()
         self.sites: dict[str, tuple[frozenset[str], str]] = {}  # roles and weight, as the first graph has them
@@ -115,16 +126,20 @@ class GraphCache:
         graph = self._graph_for(call)
         return graph.run(part, call, return_dict)
 
-    def _call(self, part: Any, arguments: dict[str, Any]) -> CapturedCall:
+    def _call(self, part: Any, arguments: dict[str, Any], is_first: bool = False) -> CapturedCall:
         if is_diffusers(part):
             arguments = prepare_arguments(part, arguments)
-        return CapturedCall.of(part, self.decoder if part is self.model else None, arguments)
+        # The first graph is for training if the loss is to be fused, in whichever mode the model is adapted.
+        fuses_loss = self.fuse_loss and (self.model.training or is_first)
+        return CapturedCall.of(part, self.decoder if part is self.model else None, arguments, fuses_loss)
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:
         """Return the graph for this call; capture it if there is none."""
         graph, _ = self._find(call)
-        if graph is not None:
-            return graph
+        return self._captured_now(call) if graph is None else graph
+
+    @_not_compiled
+    def _captured_now(self, call: CapturedCall) -> CapturedGraph:
         with tracing():
             graph, reason = self._find(call)  # another thread may have captured it
             if graph is not None:
@@ -247,12 +262,12 @@ class GraphCache:
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
         args = tuple(_to(value, model.device) for value in args)
         kwargs = {name: _to(value, model.device) for name, value in kwargs.items()}
-        return self._call(model, arguments_of(model, args, kwargs)[0])
+        return self._call(model, arguments_of(model, args, kwargs)[0], is_first=True)
 
     def _batch(self, batch: Any) -> Leaves:
         """Return a batch of calibration data as the first graph takes it."""
         args, kwargs = ((), batch) if isinstance(batch, dict) else (batch if isinstance(batch, tuple) else (batch,), {})
-        return self._call(self.model, arguments_of(self.model, args, kwargs)[0]).leaves
+        return self._call(self.model, arguments_of(self.model, args, kwargs)[0], is_first=True).leaves
 
     def plain(self) -> Any:
         """Return a copy of the model without adapters, of its own class, over the same weights."""
@@ -298,7 +313,7 @@ class GraphCache:
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
-        graph = capture_call(self._shadow(), call, example, fixed, self.verify)
+        graph = capture_call(self._shadow(), call, example, fixed, self.verify, self.fuse_loss)
         self._insert_again(graph.gm)
         self.captures += 1
         self._bind(graph.gm)

@@ -36,6 +36,7 @@ def capture(
     *,
     dynamic_shapes: Any = "auto",
     checkpoint_layers: bool | None = None,
+    fuse_loss: bool | None = None,
     verify: bool = True,
 ) -> fx.GraphModule:
     """Capture `model` as a graph, without adapters.
@@ -56,6 +57,8 @@ def capture(
             memory, about a third more time, the same gradients. A layer is a member of what `layers` of a config
             counts. None to do as `model` does: a Hugging Face model after `gradient_checkpointing_enable()`, or a graph
             that was captured so.
+        fuse_loss: compute head and loss as one operation in training mode, as `rewrite` does. None to do as `model`
+            does, if that is a graph.
         verify: compare the graph with the model on the example inputs, in training and in evaluation mode. That takes
             a forward pass each of model and graph, and finds models that compute something else while they are traced.
             It is left out without example inputs, and for models without data (on the meta device).
@@ -76,7 +79,12 @@ def capture(
     if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
         check_hooks(model)
     return base_graph(
-        model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers, verify=verify
+        model,
+        example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        checkpoint_layers=checkpoint_layers,
+        fuse_loss=fuse_loss,
+        verify=verify,
     )
 
 
@@ -103,6 +111,7 @@ def base_graph(
     *,
     dynamic_shapes: Any = "auto",
     checkpoint_layers: bool | None = None,
+    fuse_loss: bool | None = None,
     verify: bool = True,
 ) -> fx.GraphModule:
     """Do the work of `capture`, without a warning of hooks: for those who read the graph and do not run it."""
@@ -129,6 +138,8 @@ def base_graph(
         require_layers(captured.gm)
     # What torch.export builds refuses train() and eval(); a module of our own over the same graph does not.
     execution = replace(execution_of(model), checkpoint_layers=checkpoint_layers)
+    if fuse_loss is not None:
+        execution = replace(execution, fuse_loss=fuse_loss)
     if not isinstance(model, fx.GraphModule):
         execution = replace(execution, source=Source.of(model))
     if captured.signature is not None:

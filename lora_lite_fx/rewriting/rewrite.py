@@ -59,6 +59,7 @@ def rewrite(
     dynamic_shapes: Any = "auto",
     calibration: Batches | None = None,
     checkpoint_layers: bool | None = None,
+    fuse_loss: bool | None = None,
     verify: bool = True,
 ) -> fx.GraphModule:
     """Capture `model` as a graph and insert adapters into it.
@@ -81,6 +82,11 @@ def rewrite(
             That takes less memory and about a third more time, and gives the same gradients. The layers are those
             that `layers` of a config counts. None follows `model`: a Hugging Face model after
             `gradient_checkpointing_enable()` and a graph made with this option checkpoint their layers.
+        fuse_loss: compute head and loss as one operation in training mode, in calls with labels: a few rows of logits
+            at a time, and none for tokens without a label. That takes less time and memory; the result has the loss,
+            and `logits` is None. In evaluation mode and in calls without labels all is as ever. Losses other than the
+            cross-entropy of a head's logits stay as they are, `llfx.program(gm, "training").meta["report"]` says why.
+            None follows `model`, if that is a graph.
         verify: compare the captured graph with the model on the example inputs before adapters are inserted, as
             `capture` does.
 
@@ -97,7 +103,12 @@ def rewrite(
     adapters = as_adapters(cfg)
     check_calibration(calibration)
     gm = capture(
-        model, example_inputs, dynamic_shapes=dynamic_shapes, checkpoint_layers=checkpoint_layers, verify=verify
+        model,
+        example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        checkpoint_layers=checkpoint_layers,
+        fuse_loss=fuse_loss,
+        verify=verify,
     )
     if isinstance(cfg, Mapping):
         check_free(cfg, adapter_names(gm))

@@ -8,7 +8,16 @@ from tests.hugging_face.trainers import CASES, compare
 
 
 @pytest.mark.parametrize(
-    "name", ["Trainer, NEFTune", "Trainer, best model", "accelerate", "TRL SFT, packed", "TRL Reward"]
+    "name",
+    [
+        "Trainer, NEFTune",
+        "Trainer, best model",
+        "Trainer, fused loss, torch_compile",
+        "accelerate",
+        "TRL SFT, packed",
+        "TRL SFT, fused loss",
+        "TRL Reward",
+    ],
 )
 def test_losses_and_adapters_equal_those_of_the_eager_wrapper(name: str) -> None:
     if name.startswith("TRL"):

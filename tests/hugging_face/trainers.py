@@ -197,11 +197,13 @@ class Case:
         base: makes the frozen model.
         tolerance: how far losses and adapters may be apart. In bfloat16 the eager wrapper is 0.2 from its own run in
             float32.
+        fuse_loss: of the adapted model; transformers computes the loss in float32.
     """
 
     train: Train
     base: Callable[[], Any] = llama
     tolerance: float = 1e-9
+    fuse_loss: bool = False
 
 
 @functools.cache
@@ -235,6 +237,21 @@ CASES: dict[str, Case] = {
         )
     ),
     "Trainer, resumed": Case(with_trainer(resumes=True)),
+    "Trainer, fused loss": Case(with_trainer(gradient_accumulation_steps=2), tolerance=1e-5, fuse_loss=True),
+    "Trainer, fused loss, checkpointing": Case(
+        with_trainer(gradient_checkpointing=True), tolerance=1e-5, fuse_loss=True
+    ),
+    "Trainer, fused loss, torch_compile": Case(
+        with_trainer(torch_compile=True, torch_compile_backend="aot_eager"), tolerance=1e-5, fuse_loss=True
+    ),
+    "Trainer, fused loss, label smoothing": Case(with_trainer(label_smoothing_factor=0.1), fuse_loss=True),
+    "Trainer, fused loss, best model": Case(
+        with_trainer(
+            eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True
+        ),
+        tolerance=1e-5,
+        fuse_loss=True,
+    ),
     "Seq2SeqTrainer": Case(with_trainer(predict_with_generate=True), t5),
     "accelerate": Case(with_accelerate),
     "TRL SFT": Case(with_trl("SFT", _TEXTS)),
@@ -244,6 +261,10 @@ CASES: dict[str, Case] = {
     "TRL SFT, completion only": Case(with_trl("SFT", _ANSWERED)),
     "TRL SFT, chunked loss": Case(with_trl("SFT", _TEXTS, loss_type="chunked_nll")),
     "TRL SFT, loss of all logits": Case(with_trl("SFT", _TEXTS, loss_type="nll")),
+    "TRL SFT, fused loss": Case(with_trl("SFT", _ANSWERED), fuse_loss=True),
+    "TRL SFT, fused loss, loss of all logits": Case(with_trl("SFT", _TEXTS, loss_type="nll"), fuse_loss=True),
+    "TRL DPO, fused loss": Case(with_trl("DPO", _PREFERRED), fuse_loss=True),
+    "TRL GRPO, fused loss": Case(with_trl("GRPO", {"prompt": PROMPTS}, **_GRPO), fuse_loss=True),
     "TRL DPO, with a reference": Case(with_trl("DPO", _PREFERRED)),
     "TRL DPO, with its own base as reference": Case(with_trl("DPO", _PREFERRED, shares_base=True)),
     "TRL GRPO": Case(with_trl("GRPO", {"prompt": PROMPTS}, **_GRPO)),
@@ -286,7 +307,7 @@ def compare(case: Case) -> Outcome:
         return make
 
     results = []
-    for adapt in (llfx.wrap, llfx.adapt):
+    for adapt in (llfx.wrap, functools.partial(llfx.adapt, fuse_loss=case.fuse_loss)):
         with tempfile.TemporaryDirectory() as folder:
             results.append(case.train(maker(adapt), Path(folder)))
     (expected, wrapped), (actual, adapted) = results

@@ -113,6 +113,7 @@ def load_peft(
     name: str | None = None,
     stack: bool = False,
     allow_nonfinite: bool = False,
+    fuse_loss: bool | None = None,
 ) -> fx.GraphModule:
     """Capture a model and insert the adapter of a PEFT directory, with its saved values.
 
@@ -130,6 +131,7 @@ def load_peft(
         name: as for `load`.
         stack: as for `load`.
         allow_nonfinite: as for `load`.
+        fuse_loss: as for `rewrite`.
 
     Returns:
         A graph module as `rewrite` returns it.
@@ -138,7 +140,8 @@ def load_peft(
         CheckpointError, AdapterError, CaptureError: as for `load`; or the repository cannot be had.
     """
     folder = directory_of(path, revision, subfolder)
-    return _load_directory(model, folder, example_inputs, name=name, stack=stack, allow_nonfinite=allow_nonfinite)
+    options: Any = {"name": name, "stack": stack, "allow_nonfinite": allow_nonfinite, "fuse_loss": fuse_loss}
+    return _load_directory(model, folder, example_inputs, **options)
 
 
 def _read_directory(folder: Path) -> AdapterFile:

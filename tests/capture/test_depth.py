@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
@@ -29,10 +30,11 @@ _OF_EACH_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "attent
 def deep(architecture: Architecture, layers: int = DEPTH) -> Any:
     """The model of an architecture, with as many layers."""
     config = {name: value for name, value in architecture.config.items() if name not in _OF_EACH_LAYER}
-    fresh = Architecture(architecture.model, config, "", dtype=architecture.dtype)
-    model = fresh.build()
-    depths = {name: layers for name in _DEPTHS if getattr(model.config, name, None) is not None}
-    return Architecture(architecture.model, {**config, **depths}, "", dtype=architecture.dtype).build()
+    default = getattr(transformers, architecture.model).config_class()
+    config |= {name: layers for name in _DEPTHS if getattr(default, name, None) is not None}
+    if hasattr(default, "attention_types"):  # GPT-Neo's, which are counted
+        config["attention_types"] = [[["global"], layers]]
+    return Architecture(architecture.model, config, "", dtype=architecture.dtype).build()
 
 
 @pytest.fixture

@@ -386,3 +386,10 @@ def test_the_model_is_as_before_when_its_capture_fails() -> None:
     with pytest.raises(llfx.CaptureError, match="test_depth"):
         llfx.capture(model, (torch.randn(3, 4),))
     assert len(model.layers) == LAYERS
+
+
+def test_a_model_without_data_is_captured_like_one_with_data(log: Callable[[], str]) -> None:
+    model = deep(ARCHITECTURES["llama"])
+    sites = [row.name for row in llfx.inspect(model)]
+    assert [row.name for row in llfx.inspect(model.to("meta"))] == sites
+    assert log().count("stamped 2") == 2

@@ -17,13 +17,13 @@ times differ by more than 3 %, the run is void. A CPU is timed by the processor 
 Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`, `peft`,
 `peft-compiled`, `hooks` (ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`,
 `ours-frozen` and `ours-frozen-compiled` (inside `llfx.frozen`, as `generate` runs; not in training), `ours-plain`
-(without optimizing passes), `ours-adapt` (made by `adapt`), `merged`.
+(without optimizing passes), `ours-adapt` (made by `adapt`), `ours-fused` (by `fuse_loss=True`), `merged`.
 
 Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train` (forward and backward, 256 tokens),
-`train-2048` (2048 tokens), `saved` (bytes kept for the backward pass, without parameters), `flops`, `recompiles`
-(graphs compiled for further shapes; `graphs` are those for the first). Two belong to a training step in a process of
-its own: `memory` (its peak, above the memory in use before) and `compile` (seconds until the first step is done:
-capture, insertion, compilation).
+`train-2048` (2048 tokens), `train-masked` (labels for half of the 256 tokens), `saved` (bytes kept for the backward
+pass, without parameters), `flops`, `recompiles` (graphs compiled for further shapes; `graphs` are those for the first).
+Two belong to a training step in a process of its own: `memory` (its peak, above the memory in use before) and `compile`
+(seconds until the first step is done: capture, insertion, compilation).
 
 The benchmark writes OUT.json and OUT.png. Its exit code is 1 if an arm disagreed.
 """
@@ -59,10 +59,12 @@ from variants import flop_counter
 
 import lora_lite_fx as llfx
 
-TIMED, ALONE = ("forward", "decode", "train", "train-2048"), ("memory", "compile")
+TIMED, ALONE = ("forward", "decode", "train", "train-masked", "train-2048"), ("memory", "compile")
 USUAL = ("forward", "decode", "train")
 MEASURES = (*TIMED, "saved", "flops", "recompiles", *ALONE)
-DEFAULT_ARMS = [arm for arm in (*cases.BASE, *cases.ADAPTED) if arm not in ("base-compiled", "ours-adapt")]
+DEFAULT_ARMS = [
+    arm for arm in (*cases.BASE, *cases.ADAPTED) if arm not in ("base-compiled", "ours-adapt", "ours-fused")
+]
 SHAPES = ((2, 16), (3, 24), (5, 40), (8, 3), (1, 32))
 """The batches and lengths for which recompilations are counted."""
 SLOW, SELDOM = 4, 4

@@ -134,7 +134,8 @@ class Case:
 
     Args:
         build: builds the module, with random weights unless it has pretrained ones.
-        calls: the calls that can be measured: "forward", "decode", "train"; "train-2048" is with 2048 tokens.
+        calls: the calls that can be measured: "forward", "decode", "train"; "train-2048" is with 2048 tokens, and
+            "train-masked" without the labels of the first half.
         tokens: the number of tokens in a layer's input; None for a model.
     """
 
@@ -185,10 +186,13 @@ def _of_a_model(model: Any, call: str) -> Step:
         )
         of_cache = [({0: AUTO, 2: AUTO}, {0: AUTO, 2: AUTO})] * model.config.num_hidden_layers
         return Step(Decode(model), inputs, example, {"input_ids": {0: AUTO, 1: AUTO}, "cache": of_cache}, False)
-    trained = int(call.partition("-")[2] or TRAINED)
+    length = call.partition("-")[2]
+    trained = int(length) if length.isdecimal() else TRAINED
     inputs, example = (
         {"inputs_embeds": _embedded(model, tokens(size)), "labels": tokens(size)} for size in ((1, trained), (3, 7))
     )
+    if length == "masked":
+        inputs["labels"][:, : trained // 2] = -100
     return Step(Train(model), inputs, example, {name: {0: AUTO, 1: AUTO} for name in inputs}, True)
 
 
@@ -242,7 +246,7 @@ def _bert() -> nn.Module:
     return transformers.BertForMaskedLM(config)
 
 
-CAUSAL, LAYER = ("forward", "decode", "train", "train-2048"), ("forward", "train")
+CAUSAL, LAYER = ("forward", "decode", "train", "train-masked", "train-2048"), ("forward", "train")
 CASES = {
     "smollm2": Case(_smollm2, CAUSAL),
     "smollm2-6": Case(_llama, CAUSAL),
@@ -350,6 +354,7 @@ ADAPTED = (
     "ours-frozen",
     "ours-frozen-compiled",
     "ours-adapt",
+    "ours-fused",
     "merged",
 )
 
@@ -406,6 +411,10 @@ class Arms:
             gm = llfx.optimize(self.ours)
             self._scopes.enter_context(llfx.frozen(gm))  # as inside generate
             return gm
+        if name == "ours-fused":
+            if not step.trains or "labels" not in step.inputs:
+                raise llfx.ConfigError("only a training step with labels has a loss to fuse")
+            return self._filled(llfx.rewrite(self.graph, self.cfg, fuse_loss=True))
         if name == "ours-plain":
             return llfx.optimize(self.ours, Pipeline(()))
         if name == "merged":

@@ -8,6 +8,7 @@ may leave out.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from ..errors import CaptureError
 from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
+from .depth import ByDepth
 from .example_inputs import example_inputs_of
 from .export import export
 from .foreign_graph import normalize
@@ -115,12 +117,19 @@ def capture_model(
     with phase(f"captured {type(model).__name__}") as details:
         graphs = []
         refused: dict[Values, str] = {}
+        done: dict[str, None] = {}
+        if inputs is not None:
+            exported = functools.partial(export, shadow, *inputs, dynamic_shapes, batch_only)
+            by_depth = ByDepth(shadow, *inputs, exported)
         for mode in progress((True, False), f"capturing {type(model).__name__}"):
             shadow.train(mode)
             with without_python_random(model), known_while_traced(shadow) if layouts else nullcontext():
-                graphs.append(
-                    symbolic_trace(shadow) if inputs is None else export(shadow, *inputs, dynamic_shapes, batch_only)
-                )
+                if inputs is None:
+                    graphs.append(symbolic_trace(shadow))
+                else:
+                    graph, said = by_depth.capture()
+                    graphs.append(graph)
+                    done.update(dict.fromkeys(said))
             if inputs is None:
                 refused |= refused_calls(shadow, graphs[-1])
         for graph in graphs:
@@ -132,7 +141,7 @@ def capture_model(
             signature = call_signature(shadow, args, kwargs, gm.graph, accepted, is_static)
             if signature is not None and layouts:
                 signature = replace(signature, layouts=layouts)
-        details.append(f"{len(gm.graph.nodes)} nodes")
+        details += [f"{len(gm.graph.nodes)} nodes", *done]
     keep_registration(shadow, gm)
     _name_modules_once(shadow, gm.graph)
     hint = input_hint(shadow, inputs[1]) if inputs is not None else ""

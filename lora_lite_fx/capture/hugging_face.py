@@ -130,11 +130,13 @@ def with_padding(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 def with_other_mask(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Return `inputs` with a mask of the other kind: with padding if it is all ones, and else all ones.
 
-    Models may leave out masks of ones, and then compute without a mask. None without a mask, or for other models than
-    those of transformers.
+    Models may leave out masks of ones, and then compute without a mask. None without a mask or its values, or for other
+    models than those of transformers.
     """
     mask = inputs.get("attention_mask")
-    if not is_hugging_face(model) or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
+    if not is_hugging_face(model) or not isinstance(mask, Tensor) or mask.is_meta:
+        return None
+    if mask.dim() != 2 or mask.shape[1] < 2:
         return None
     other = torch.ones_like(mask)
     if bool((mask == 1).all()):

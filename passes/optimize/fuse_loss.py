@@ -241,18 +241,16 @@ def _width(node: Any) -> int | None:
 
 
 def _moves_rows(node: fx.Node, classes: int) -> bool:
-    """Check whether `node` only chooses and orders rows, which have `classes` elements before and after."""
+    """Check whether `node`, a value of rows of `classes` elements, only chooses and orders such rows."""
     args: Any = node.args
     if not args or _width(args[0]) != classes:
         return False
     dims = args[0].meta["val"].dim()
-    if node.target in _VIEWS:
-        return bool(args[1][-1] == classes)
     if node.target in _CHOICES_BY_DIM:
         return bool((args[1] if len(args) > 1 else 0) not in (-1, dims - 1))
     if node.target is aten.index.Tensor:
         return bool(len(args[1]) < dims)
-    return node.target in _COPIES
+    return node.target in _VIEWS or node.target in _COPIES
 
 
 def _moved(node: fx.Node, moves: _Moves) -> fx.Node:

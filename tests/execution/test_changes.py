@@ -518,7 +518,13 @@ IN_SUITE = [
 """The others are left to `python -m tests.execution.test_changes`, because they take a minute each."""
 
 
-@pytest.mark.parametrize(("front_end", "variant"), IN_SUITE)
+@pytest.mark.parametrize(
+    ("front_end", "variant"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow) if case[1] == "VeRA" and case[0] != "rewrite" else case
+        for case in IN_SUITE
+    ],
+)
 def test_every_change_is_seen_by_the_next_call(front_end: str, variant: str) -> None:
     to = FRONT_ENDS[front_end](VARIANTS[variant])
     restore = snapshot(to.adapters, *([to.base] if to.base is not to.adapters else []))

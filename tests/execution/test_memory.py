@@ -80,7 +80,9 @@ def growth(cycle: Callable[[], Any], cycles: int) -> dict[str, int]:
     return {name: count - before[name] for name, count in live().items() if count > before[name]}
 
 
-@pytest.mark.parametrize("cycle", [rewriting, adapting], ids=lambda cycle: cycle.__name__)
+@pytest.mark.parametrize(
+    "cycle", [rewriting, pytest.param(adapting, marks=pytest.mark.slow)], ids=lambda cycle: cycle.__name__
+)
 def test_models_that_are_dropped_leave_nothing_behind(cycle: Callable[[], Any]) -> None:
     assert growth(cycle, CYCLES if cycle is rewriting else 2) == {}
 

@@ -36,6 +36,7 @@ from tests.support.conformance import (
 )
 from tests.support.models import Attention, GatedMLP, ids
 from tests.support.programs import MIXED, PAIR, PLAIN, X, adapted, base, counted, derived, edits, in_calls, pair
+from tests.support.selection import is_distinct, slow_unless
 
 aten = torch.ops.aten
 NAMES = [graph_pass.name for graph_pass in OPTIMIZATIONS]
@@ -71,7 +72,7 @@ def assert_computes_the_same(gm: fx.GraphModule, plain: fx.GraphModule, toleranc
 # The same outputs and gradients.
 
 
-@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", slow_unless(is_distinct, VARIANTS), ids=lambda cls: cls.__name__)
 @settings(QUICKLY, max_examples=1)
 @given(data=st.data())
 def test_every_variant_computes_the_same(cls: type[llfx.Variant], data: st.DataObject) -> None:

@@ -23,6 +23,7 @@ from lora_lite_fx.adapters.registry import from_config
 from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.passes import Pipeline
 from tests.support.conformance import calibration, for_any_linear, small
+from tests.support.selection import is_distinct, slow_unless
 from tests.support.untouched import untouched
 
 ALL: dict[str, Any] = {"target_names": ("fc",)}
@@ -105,7 +106,7 @@ def refuses(model: nn.Module, path: Path, *parts: str, error: type[Exception] = 
     [(llfx.rewrite, None), (llfx.wrap, None), (llfx.rewrite, (inputs(2, 3),))],
     ids=["traced", "wrapped", "exported"],
 )
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "stack" or is_distinct(name), CONFIGS))
 def test_a_file_brings_back_tensors_and_outputs_bit_for_bit(
     name: str, adapt: Callable[..., nn.Module], example: Any, tmp_path: Path
 ) -> None:
@@ -202,7 +203,7 @@ def test_loading_pissa_factorizes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 # Another base.
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_unless(is_distinct, VARIANTS))
 def test_on_other_weights_a_variant_that_needs_its_own_is_refused_and_others_warn(name: str, tmp_path: Path) -> None:
     path, other = saved(tmp_path, VARIANTS[name]), Net(seed=1)
     expected = f"the {name} adapter was made for other weights than the model's, at 2 of 2 sites (fc1, ...)"
@@ -254,7 +255,7 @@ def old_variant(name: str) -> llfx.Variant:
     return small(cls, 4, **{field: value for field, value in values.items() if field in has}, **ALL)
 
 
-@pytest.mark.parametrize("name", OLD)
+@pytest.mark.parametrize("name", slow_unless(is_distinct, OLD))
 def test_a_file_with_an_old_header_loads(name: str, tmp_path: Path) -> None:
     variant = old_variant(name)
     assert from_config(OLD[name]) == variant

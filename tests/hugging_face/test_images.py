@@ -12,6 +12,7 @@ from torch import Tensor
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_inputs import example_inputs_of
 from tests.support.conformance import close, randomise
+from tests.support.selection import slow_unless
 from tests.survey.cases import cases
 
 CASES = {case.name: case for case in cases()}
@@ -49,6 +50,7 @@ def require_equal(name: str, inputs: dict[str, Tensor]) -> None:
         close(ours, theirs, 1e-9, "gradients")
 
 
+@pytest.mark.slow
 def test_the_grid_of_an_image_is_a_part_of_the_graph() -> None:
     adapted, _ = models("qwen2_vl")
     inputs = inputs_of(adapted)
@@ -61,7 +63,7 @@ def test_the_grid_of_an_image_is_a_part_of_the_graph() -> None:
     assert adapted._graphs.captures == before + 1
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "llava"])
+@pytest.mark.parametrize("name", slow_unless("qwen2_vl".__eq__, ["qwen2_vl", "internvl", "llava"]))
 @pytest.mark.filterwarnings("error:A hook on")
 def test_generate_equals_the_eager_wrapper(name: str) -> None:
     adapted, wrapped = models(name)

@@ -152,6 +152,7 @@ def test_accumulated_gradients_train_as_those_of_the_eager_wrapper_do(tmp_path: 
         close(tensor, states[1][name], 1e-5, name)
 
 
+@pytest.mark.slow
 def test_whole_weights_and_tokens_train_as_in_the_eager_wrapper_and_resume_bit_for_bit(tmp_path: Path) -> None:
     tokens = llfx.TrainableTokens(token_indices=(3, 7, 50), target_names="embed_tokens")
     cfg = [llfx.Full(target_names="(q_proj|norm)$"), llfx.LoRA(r=2), tokens]
@@ -182,6 +183,7 @@ def test_training_evaluating_and_generating_share_one_graph(tmp_path: Path) -> N
     assert len(model._graphs) == 1
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_trains_the_same_adapters(tmp_path: Path) -> None:
     trainer(fresh(), tmp_path, max_steps=3).train()
     model = adapted()

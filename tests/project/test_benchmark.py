@@ -112,12 +112,23 @@ def test_several_result_files_become_one(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The cayley-neumann")
 @pytest.mark.parametrize("variant", cases.VARIANTS)
 def test_all_arms_agree(variant: str) -> None:
-    left_out = ("ours-adapt", "ours-frozen")
+    left_out = ("ours-adapt", "ours-frozen", "ours-fused")
     names = [name for name in (*cases.BASE, *cases.ADAPTED) if "compiled" not in name and name not in left_out]
     ready, notes = benchmark.ready_arms(arms(variant), names, compiled=False)
     assert not notes
     assert [arm.name for arm in ready] == names
     assert len(next(arm for arm in ready if arm.name == "peft").results()) == 4 + len(ready[-2].parameters)
+
+
+@pytest.mark.parametrize("call", ["train", "train-masked"])
+def test_an_arm_with_its_loss_fused_agrees(call: str) -> None:
+    build: Any = cases.CASES["tiny"].build
+    case = cases.Case(functools.partial(build, vocabulary=256), cases.CAUSAL)
+    step = case.step(case.module("cpu", torch.float32), call, "cpu", torch.float32)
+    of_model = cases.Arms(step, cases.capture(step)[0], cases.config("LoRA", RANK, case))
+    ready, notes = benchmark.ready_arms(of_model, ["base", "ours", "ours-fused"], compiled=False)
+    assert not notes
+    assert [arm.name for arm in ready] == ["base", "ours", "ours-fused"]
 
 
 def test_a_compiled_arm_agrees() -> None:

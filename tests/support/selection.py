@@ -7,6 +7,18 @@ from typing import Any
 
 import pytest
 
+DISTINCT = frozenset(
+    ("LoRA", "DoRA", "PiSSA", "HRA", "OFT", "IA3", "RoAd", "VeRA", "LoKr", "FourierFT", "Full", "AntiPaSTO", "AdaLoRA")
+)
+"""Variants of which each has another form: a branch, a scale of rows, a start from the weight, a turned input, blocks,
+gates, gates in pairs, shared tensors, an update of full rank, a replaced weight, a decomposed weight, a mask of ranks.
+What is checked of every variant in the everyday run is its conformance; the other checks are made of these there."""
+
+
+def is_distinct(variant: Any) -> bool:
+    """Return whether a variant, by its name or its class, is one of `DISTINCT`."""
+    return (variant if isinstance(variant, str) else variant.__name__) in DISTINCT
+
 
 def slow_unless(everyday: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
     """Return `values` as the parameters of a test, in which those that are not `everyday` are marked `slow`.

@@ -46,9 +46,18 @@ def check_on(case: Case, cfg: llfx.Variant | list[llfx.Variant], shape: tuple[in
 
 
 @pytest.mark.parametrize("cls", slow_unless(lambda cls: cls not in SIMILAR, VARIANTS), ids=lambda cls: cls.__name__)
-@settings(max_examples=2)
+@settings(max_examples=1)
 @given(data=st.data())
 def test_every_variant_conforms_on_random_models(cls: type[llfx.Variant], data: st.DataObject) -> None:
+    cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
+    check_on(data.draw(cases), cfg, data.draw(shapes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+@settings(max_examples=4)
+@given(data=st.data())
+def test_every_variant_conforms_on_more_random_models(cls: type[llfx.Variant], data: st.DataObject) -> None:
     cfg = data.draw(configs(cls, **data.draw(st.sampled_from(TARGETS))))
     check_on(data.draw(cases), cfg, data.draw(shapes))
 

@@ -1,0 +1,202 @@
+"""Run a model on stand-ins without data, and record the operators that it calls, as a program of `repeats.py`.
+
+A run of all layers costs some milliseconds a layer, where `torch.export` takes some hundred. The record has all that a
+graph depends on: each operator, its literals, what it reads and what it returns, also the values of constants. It has
+the comparisons of sizes too, because a graph holds for those sizes alone for which they come out the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What torch.export sets while it traces, and models ask for by torch.compiler.is_exporting.
+from torch._export.utils import _compiling_state_context
+
+# Stand-ins, as torch.export makes them; nothing public makes any.
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+# A dispatch mode alone sees the operators of any function, whatever calls them; nothing public does.
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from ..graph.copies import share_signatures
+from ..graph.turns import tracing
+from .repeats import NotRepeated, Step
+from .watched_functions import WatchedFunctions, literal
+
+_MOST_VALUES = 1 << 20
+"""A constant of more values than this is not compared by value."""
+
+
+class StandIn:
+    """A copy of a model over tensors without data, which can be run to record its operators.
+
+    Args:
+        model: left as it is.
+        stacks: names of the containers whose members are marked in the record.
+    """
+
+    def __init__(self, model: nn.Module, stacks: Mapping[str, int]) -> None:
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        memo: dict[int, Any] = {}
+        share_signatures(model, memo)
+        for module in model.modules():
+            for tensor in module.__dict__.values():
+                if isinstance(tensor, Tensor):
+                    memo[id(tensor)] = tensor
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self._names: dict[int, str] = {}
+        for name, tensor in named:
+            if id(tensor) not in memo:
+                memo[id(tensor)] = fake = self._mode.from_tensor(tensor, static_shapes=True)
+                self._names[id(fake)] = name
+        self.model = copy.deepcopy(model, memo)
+        self._inside: list[tuple[str, int]] = []
+        for stack in stacks:
+            for member, layer in enumerate(self.model.get_submodule(stack).children()):
+                self._mark(layer, (stack, member))
+
+    def _mark(self, layer: nn.Module, name: tuple[str, int]) -> None:
+        def enter(*_: Any) -> None:
+            self._inside.append(name)
+
+        def leave(*_: Any) -> None:
+            self._inside.pop()
+
+        layer.register_forward_pre_hook(enter)
+        layer.register_forward_hook(leave)
+
+    @tracing()  # modules ask whether something traces, which is said for all threads
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        sizes: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    ) -> list[Step]:
+        """Call the model, and return the record.
+
+        Args:
+            args, kwargs: the call.
+            sizes: other sizes for tensors of it, by their number among its leaves.
+        """
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        self._inside.clear()
+        record = _Record(self._names, self._inside)
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                leaves[number] = self._like(leaf, sizes.get(number))
+                record.name(leaves[number], f"<input {number}>")
+        inputs = pytree.tree_unflatten(leaves, spec)
+        with (
+            torch.enable_grad(),
+            _compiling_state_context(),
+            self._mode,
+            _Operators(record),
+            WatchedFunctions(record.event),
+        ):
+            returned = self.model(*inputs[0], **inputs[1])
+        leaves, spec = pytree.tree_flatten(returned)
+        record.add(("return", str(spec)), leaves, ())
+        return record.steps
+
+    def _like(self, tensor: Tensor, size: Sequence[int] | None) -> Tensor:
+        """Return a tensor without data that is like this one but for its size."""
+        if size is None or list(size) == list(tensor.shape):
+            return self._mode.from_tensor(tensor, static_shapes=True)
+        with self._mode:
+            return torch.empty(size, dtype=tensor.dtype, device=tensor.device)
+
+
+class _Record:
+    """The steps of a run, and where each tensor comes from."""
+
+    def __init__(self, names: Mapping[int, str], inside: list[tuple[str, int]]) -> None:
+        self.steps: list[Step] = []
+        self._inside = inside
+        self._origins: dict[int, tuple[int | str, int]] = {key: (name, 0) for key, name in names.items()}
+        self._kept: list[Tensor] = []  # so that no two have one id
+
+    def name(self, tensor: Tensor, name: str) -> None:
+        self._origins[id(tensor)] = (name, 0)
+        self._kept.append(tensor)
+
+    def add(self, what: Hashable, values: Any, results: Any) -> None:
+        """Add a step.
+
+        Args:
+            what: it does.
+            values: of its arguments, tensors among them.
+            results: what it returns.
+        """
+        reads: list[tuple[int | str, int]] = []
+        arguments = self._described(values, reads)
+        outcome: list[Hashable] = []
+        for index, result in enumerate(pytree.tree_leaves(results)):
+            if not isinstance(result, Tensor):
+                outcome.append(literal(result))
+            elif (origin := self._origins.get(id(result))) is not None:
+                outcome.append("an argument")
+                reads.append(origin)
+            else:
+                outcome.append(_like(result))
+                self._origins[id(result)] = (len(self.steps), index)
+                self._kept.append(result)
+        self.steps.append(Step((what, arguments, tuple(outcome)), tuple(reads), tuple(self._inside)))
+
+    def event(self, what: Hashable) -> None:
+        """Add a step that is about sizes."""
+        self.steps.append(Step(what, (), tuple(self._inside), about_sizes=True))
+
+    def _described(self, value: Any, reads: list[tuple[int | str, int]]) -> Hashable:
+        if isinstance(value, Tensor):
+            if (origin := self._origins.get(id(value))) is None:
+                return _constant(value)
+            reads.append(origin)
+            return _like(value)
+        if isinstance(value, (tuple, list)):
+            return tuple(self._described(item, reads) for item in value)
+        if isinstance(value, dict):
+            return tuple((key, self._described(item, reads)) for key, item in value.items())
+        return literal(value)
+
+
+def _like(tensor: Tensor) -> Hashable:
+    return tensor.dtype, str(tensor.shape), str(tensor.stride()), tensor.device
+
+
+def _constant(tensor: Tensor) -> Hashable:
+    """Return a key for the value of a tensor that the model has beside its parameters and buffers, or makes itself."""
+    if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.numel() > _MOST_VALUES:
+        raise NotRepeated(f"it reads a tensor of shape {tuple(tensor.shape)} whose values are not known")
+    return value_key(tensor)
+
+
+def value_key(tensor: Tensor) -> Hashable:
+    """Return a key that tensors of equal type and values have in common."""
+    with _disable_current_modes():
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return "constant", tensor.dtype, tuple(tensor.shape), tensor.device, hashlib.sha256(data).hexdigest()
+
+
+class _Operators(TorchDispatchMode):
+    """Records operators."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, record: _Record) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.record = record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.record.add(str(func), (args, kwargs, torch.is_grad_enabled()), result)
+        return result

@@ -105,6 +105,11 @@ def further_inputs(graph: fx.Graph) -> tuple[str, ...]:
     return codegen.further if isinstance(codegen, _WithFurtherInputs) else ()
 
 
+def leaves_of(values: Any) -> list[Any]:
+    """Return the leaves of nested inputs in the order of the inputs of a graph. None is one."""
+    return pytree.tree_leaves(values)
+
+
 def count_arguments(graph: fx.Graph) -> int:
     """Return how many arguments `graph` takes, however they are nested."""
     codegen: Any = graph._codegen

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from ..adapters.bank import IDS, check_ids, check_rows, check_slots, ids_of
 from ..adapters.placement import bank_slots
 from ..adapters.switches import Switches
-from ..capture.signature import count_arguments
+from ..capture.signature import count_arguments, leaves_of
 from ..graph.direct_calls import trace_is_active
 from ..sites.rows import inputs_with_rows
 
@@ -74,7 +73,7 @@ class BankInputs:
         # An export or a trace would keep the ids of the switches as a constant.
         of_switches = None if torch.compiler.is_exporting() or trace_is_active() else switches.ids
         checked = check_ids(ids_of(of_switches if ids is None else ids))
-        leaves = pytree.tree_leaves(values)
+        leaves = leaves_of(values)
         for index in self.with_rows:
             if isinstance(leaves[index], Tensor):
                 check_rows(checked, leaves[index].shape[0])

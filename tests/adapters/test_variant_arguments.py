@@ -86,7 +86,7 @@ STARTS = "or use PiSSA(...) or OLoRA(...) to start from the weight, or EVA(...) 
         (
             lambda: MINE(2.0),
             "Mine takes its fields by name: it has dtype, target_roles, target_names, exclude_names, layers,"
-            " target_kinds, strength, and got 1 without a name (float).",
+            " target_kinds, slots, strength, and got 1 without a name (float).",
         ),
         (lambda: v.LoRA(lora_alpha=32), "LoRA has no field 'lora_alpha': write alpha=32."),
         (lambda: v.LoRA(rank=4), "LoRA has no field 'rank': write r=4."),
@@ -166,12 +166,12 @@ STARTS = "or use PiSSA(...) or OLoRA(...) to start from the weight, or EVA(...) 
         (
             lambda: MINE(strenght=2.0),
             "Mine has no field 'strenght', did you mean 'strength'? Its fields are dtype, target_roles, target_names,"
-            " exclude_names, layers, target_kinds, strength.",
+            " exclude_names, layers, target_kinds, slots, strength.",
         ),
         (
             lambda: MINE(zzz=2.0),
             "Mine has no field 'zzz'. Its fields are dtype, target_roles, target_names, exclude_names, layers,"
-            " target_kinds, strength.",
+            " target_kinds, slots, strength.",
         ),
         (
             lambda: v.LoRA(lora_alpha=32, lora_dropout=0.1),

@@ -354,7 +354,7 @@ def test_functions_without_a_rule_for_experts_are_refused(function: Callable[[An
     with pytest.raises(
         llfx.ConfigError, match=r"which is a stack of experts: .* is not known of values that belong to"
     ):
-        function(PerExpert(_noise(E, 3, 3), "LoRA cannot adapt 'up'"))
+        function(PerExpert(_noise(E, 3, 3), "LoRA cannot adapt 'up', which is a stack of experts"))
 
 
 def test_an_expert_trains_on_its_own_tokens_only() -> None:

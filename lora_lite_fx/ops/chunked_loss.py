@@ -8,6 +8,7 @@ time, and computes the gradients of what the logits are computed of at once. So 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,18 +86,20 @@ class ChunkedLoss:
     Args:
         steps: the last one's result is the logits `(n, classes)`.
         rows: how many of the operands, the first ones, have a row for each label; the others are shared by all rows.
+        classes: the number of columns of the logits.
         ignore_index: the label of rows that do not count.
         is_mean: whether the loss is the mean over the rows that count, and not the sum.
     """
 
     steps: tuple[Step, ...]
     rows: int
+    classes: int
     ignore_index: int = -100
     is_mean: bool = True
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        fields = ([tuple(step) for step in self.steps], self.rows, self.ignore_index, self.is_mean)
+        fields = ([tuple(step) for step in self.steps], self.rows, self.classes, self.ignore_index, self.is_mean)
         object.__setattr__(self, "text", repr(fields))  # an operator of torch can take a text, and no object
 
     @property
@@ -166,49 +169,52 @@ class ChunkedLoss:
             low: the type that products are computed in, inside autocast.
             needed: for each operand, whether it needs a gradient.
         """
-        with torch.autocast(labels.device.type, enabled=False):
+        with contextlib.nullcontext() if low is None else torch.autocast(labels.device.type, enabled=False):
             used = self._cast(operands, low)
-            like = self._logits_like(used)
-            wide = torch.promote_types(like.dtype, torch.float32)
-            kept = (labels != self.ignore_index).nonzero().squeeze(1)
             rows, shared = used[: self.rows], used[self.rows :]
             totals = [
-                operand.new_zeros(operand.shape, dtype=None if index < self.rows else wide) if need else None
+                operand.new_zeros(operand.shape, dtype=operand.dtype if index < self.rows else _wide(operand))
+                if need
+                else None
                 for index, (operand, need) in enumerate(zip(used, needed, strict=True))
             ]
-            losses = [like.new_zeros(0, dtype=wide)]
-            for places in kept.chunk(_chunks(kept, rows, like)):
+            kept = (labels != self.ignore_index).nonzero().squeeze(1)
+            losses = []
+            for places in kept.chunk(self._chunks(kept, rows)):
                 values = self.values([*(operand[places] for operand in rows), *shared])
-                label = labels[places].unsqueeze(1)
-                log_probabilities = F.log_softmax(values[-1], -1, dtype=wide)
-                losses.append(-log_probabilities.gather(1, label).squeeze(1))
+                logits, targets = values[-1], labels[places]
+                log_probabilities = F.log_softmax(logits, -1, dtype=_wide(logits))
+                losses.append(F.nll_loss(log_probabilities, targets, reduction="sum"))
                 if not any(needed):
                     continue
                 of_logits = log_probabilities.exp_()  # in place: the probabilities, less one at the label
-                of_logits.scatter_add_(1, label, of_logits.new_full(label.shape, -1.0))
-                found = self.gradients(values, of_logits.to(like.dtype), needed)
+                at_labels = targets.unsqueeze(1)
+                of_logits.scatter_(1, at_labels, of_logits.gather(1, at_labels) - 1)
+                found = self.gradients(values, of_logits.to(logits.dtype), needed)
                 for index, (total, gradient) in enumerate(zip(totals, found, strict=True)):
                     if total is not None and gradient is not None:
                         total.index_copy_(0, places, gradient) if index < self.rows else total.add_(gradient)
-            loss = torch.cat(losses).sum()
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             share = loss.new_tensor(1 / max(len(kept), 1) if self.is_mean else 1.0)
             if self.is_mean:
                 loss = loss / len(kept) if len(kept) else loss.new_tensor(torch.nan)
             gradients = [t.to(operand.dtype) for t, operand in zip(totals, operands, strict=True) if t is not None]
-            return [loss.to(wide if low is not None else like.dtype), share, *gradients]
+            return [loss.to(_wide(logits) if low is not None else logits.dtype), share, *gradients]
 
     def empty(
         self, labels: Tensor, operands: Sequence[Tensor], low: torch.dtype | None, needed: Sequence[bool]
     ) -> list[Tensor]:
         """Return tensors without data like those that `compute` returns."""
-        like = self._logits_like(self._cast(operands, low))
-        wide = torch.promote_types(like.dtype, torch.float32)
-        loss, share = (like.new_empty((), dtype=dtype) for dtype in (wide if low is not None else like.dtype, wide))
+        used = self._cast(operands, low)
+        logits = self.values([*(operand[:0] for operand in used[: self.rows]), *used[self.rows :]])[-1]
+        loss = logits.new_empty((), dtype=_wide(logits) if low is not None else logits.dtype)
+        share = logits.new_empty((), dtype=_wide(logits))
         return [loss, share, *(t.new_empty(t.shape) for t, need in zip(operands, needed, strict=True) if need)]
 
-    def _logits_like(self, operands: Sequence[Tensor]) -> Tensor:
-        """Return logits of no row."""
-        return self.values([*(operand[:0] for operand in operands[: self.rows]), *operands[self.rows :]])[-1]
+    def _chunks(self, kept: Tensor, rows: Sequence[Tensor]) -> int:
+        """Return in how many chunks to multiply: such that the logits of one are about as large as all rows."""
+        size = sum(operand.numel() for operand in rows) // self.classes
+        return max(1, len(kept) // max(size, _FEWEST_ROWS))
 
     def _cast(self, operands: Sequence[Tensor], low: torch.dtype | None) -> list[Tensor]:
         """Return the operands as products take them, inside autocast; once, and not for each chunk."""
@@ -223,10 +229,9 @@ def _operands(step: Step, values: Sequence[Any]) -> list[Any]:
     return [values[operand] if isinstance(operand, int) else operand for operand in step.operands]
 
 
-def _chunks(kept: Tensor, rows: Sequence[Tensor], logits: Tensor) -> int:
-    """Return in how many chunks to multiply: such that the logits of one are about as large as all rows."""
-    size = sum(operand.numel() for operand in rows) // max(logits.shape[1], 1)
-    return max(1, len(kept) // max(size, _FEWEST_ROWS))
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of sums of such values."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @functools.cache

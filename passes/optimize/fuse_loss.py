@@ -88,7 +88,7 @@ def _fuse(gm: fx.GraphModule, loss: fx.Node) -> None:
     graph = gm.graph
     with graph.inserting_before(loss):
         rows = [_moved(node, moves) for node, moves in head.rows]
-        operation = ChunkedLoss(head.steps, len(rows), ignore_index, is_mean)
+        operation = ChunkedLoss(head.steps, len(rows), head.classes, ignore_index, is_mean)
         fused = graph.call_function(operation, (labels, *rows, *head.shared))
     fused.meta = dict(loss.meta)
     loss.replace_all_uses_with(fused)

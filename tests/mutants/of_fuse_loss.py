@@ -39,7 +39,8 @@ MUTANTS = (
         "if not args:",
         "rows that a view joins are taken for rows of logits",
     ),
-    _pass("not in (-1, dims - 1)", "not in ()", "classes that a slice leaves out are taken for rows"),
+    _pass("not in (-1, dims - 1)", "not in ()", "one class of each token is taken for a row"),
+    _pass("len(args[1]) < dims", "len(args[1]) <= dims", "classes in another order are taken for rows"),
     _pass(
         'str(value.shape) == str(node.meta["val"].shape)',
         "True",

@@ -17,7 +17,7 @@ from lora_lite_fx.ops import chunked_loss
 from lora_lite_fx.ops.chunked_loss import ChunkedLoss, Step
 
 N, WIDTH, CLASSES, RANK = 23, 6, 17, 2
-PLAIN = ChunkedLoss((Step("linear", (0, 1, None)), Step("to", (2,), "float32")), 1)
+PLAIN = ChunkedLoss((Step("linear", (0, 1, None)), Step("to", (2,), "float32")), 1, CLASSES)
 # Operands: h, t; W, bias, B, factor. A head with an adapter, a factor for each class, soft-capping and scaling.
 FULL = ChunkedLoss(
     (
@@ -33,8 +33,9 @@ FULL = ChunkedLoss(
         Step("to", (14,), "float32"),
     ),
     2,
+    CLASSES,
 )
-OTHERS = ChunkedLoss((Step("matmul", (0, 1)), Step("mul", (3, 3)), Step("div", (4, 2))), 1, ignore_index=-1)
+OTHERS = ChunkedLoss((Step("matmul", (0, 1)), Step("mul", (3, 3)), Step("div", (4, 2))), 1, CLASSES, ignore_index=-1)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
     kind: ChunkedLoss, is_mean: bool, pattern: str, dtype: torch.dtype
 ) -> None:
     steps = tuple(step for step in kind.steps if step.name != "to") if dtype is torch.float64 else kind.steps
-    loss = ChunkedLoss(steps, kind.rows, kind.ignore_index, is_mean)
+    loss = ChunkedLoss(steps, kind.rows, CLASSES, kind.ignore_index, is_mean)
     operands, labels = operands_of(kind, dtype), labels_of(pattern, kind.ignore_index)
     ours, theirs = loss(labels, *operands), of_all_logits(loss, labels, operands)
     assert ours.dtype == theirs.dtype
@@ -113,8 +114,11 @@ def test_under_autocast_types_are_those_of_plain_operations(kind: ChunkedLoss, c
     function: Any = torch.compile(kind, backend="aot_eager", fullgraph=True) if compiled else kind
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = function(labels, *operands), of_all_logits(kind, labels, operands)
+        eager = kind(labels, *operands)
     assert ours.dtype == theirs.dtype
-    assert_close(results(ours, operands), results(theirs, operands), torch.bfloat16)
+    found = results(ours, operands)
+    torch.testing.assert_close(found, results(eager, operands), rtol=0, atol=0)
+    assert_close(found, results(theirs, operands), torch.bfloat16)
 
 
 def test_small_gradients_do_not_vanish_in_half_precision() -> None:
@@ -201,7 +205,7 @@ def test_other_numbers_of_labels_than_of_rows_are_refused() -> None:
 def test_a_label_that_is_not_a_class_is_refused(label: int) -> None:
     labels = labels_of("half")
     labels[1] = label
-    with pytest.raises(RuntimeError, match=f"index {label} is out of bounds"):
+    with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
         PLAIN(labels, *operands_of(PLAIN, torch.float32))
 
 

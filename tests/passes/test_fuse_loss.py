@@ -123,6 +123,14 @@ LEFT: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, h, y: entropy(m.head(h)[..., :19], y.clamp(-100, 18)),
         "slice on the way to the logits is not known to work row by row",
     ),
+    "one class": (
+        lambda m, h, y: F.cross_entropy(m.head(h.repeat(1, 7, 1)[:, :20])[..., 0], y[:, 0]),
+        "select on the way to the logits is not known to work row by row",
+    ),
+    "classes in another order": (
+        lambda m, h, y: entropy(m.head(h)[:, :, torch.arange(19, -1, -1)], y),
+        "index on the way to the logits is not known to work row by row",
+    ),
     "reversed classes": (
         lambda m, h, y: entropy(m.head(h).flip(-1), y),
         "flip on the way to the logits is not known to work row by row",

@@ -139,7 +139,8 @@ class _Record:
         reads: list[tuple[int | str, int]] = []
         arguments = self._described(values, reads)
         outcome: list[Hashable] = []
-        for index, result in enumerate(pytree.tree_leaves(results)):
+        leaves = [results] if isinstance(results, Tensor) else pytree.tree_leaves(results)
+        for index, result in enumerate(leaves):
             if not isinstance(result, Tensor):
                 outcome.append(literal(result))
             elif (origin := self._origins.get(id(result))) is not None:

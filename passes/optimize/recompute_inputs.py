@@ -16,6 +16,7 @@ from ...graph.subgraph import extract, function_of
 from ...graph.tensors import tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import overwrites
+from ...ops.dropped_product import DroppedProduct
 from ...ops.low_rank_products import LowRankProducts
 from ..pipeline import Declined, GraphPass, Outcome, Program
 
@@ -89,8 +90,11 @@ class RecomputeInputs(GraphPass):
     operands, because the gradients of norms and gates need them. A low-rank adapter then saves its narrow products
     alone. The pass stands after `GatherProducts`.
 
-    Safe because the same operations compute `x` again from the same tensors, to the same bits. Random and expensive
-    operations are not repeated, and a graph that overwrites anything but its own buffers is left alone, because it
+    An input that an adapter drops elements of is saved before that, as one tensor for q, k and v, or not at all; of the
+    mask a bit is saved for each element (`DroppedProduct`).
+
+    Safe because the same operations compute `x` again from the same tensors, to the same bits. Other random operations,
+    and expensive ones, are not repeated. A graph that overwrites anything but its own buffers is left alone, because it
     might overwrite the saved values too.
     """
 
@@ -103,6 +107,10 @@ class RecomputeInputs(GraphPass):
         edits = 0
         declined = []
         for node in reversed([node for node in gm.graph.nodes if node not in once]):
+            if (dropout := _dropout_before(node)) is not None and not overwritten and node.args[1] in needing:
+                _gather_dropout(gm, node, dropout, saved | once)
+                edits += 1
+                continue
             alone = is_product(node)
             products = LowRankProducts() if alone else node.target
             if not isinstance(products, LowRankProducts) or products.recipe or node.args[1] not in needing:
@@ -127,6 +135,31 @@ class RecomputeInputs(GraphPass):
             gm.graph.erase_node(node)
             edits += 1
         return Outcome(edits, tuple(reversed(declined)))
+
+
+def _dropout_before(node: fx.Node) -> fx.Node | None:
+    """Return the dropout of an adapter whose result goes into the product `node` alone; None if there is none."""
+    x = node.args[0] if is_product(node) and len(node.args) == 2 else None
+    if not isinstance(x, fx.Node) or x.target is not aten.dropout.default or not is_inserted(x):
+        return None
+    return x if x.users.keys() == {node} else None
+
+
+def _gather_dropout(gm: fx.GraphModule, product: fx.Node, dropout: fx.Node, saved: set[fx.Node]) -> None:
+    """Let a product and the dropout before it be one operation."""
+    x: Any = dropout.args[0]
+    probability, training = dropout.args[1:]
+    sources = _sources(gm, x, saved)
+    recipe = None if isinstance(sources, str) else function_of(extract(sources, [x]))
+    assert isinstance(probability, float)
+    with gm.graph.inserting_before(product):
+        args = (x, product.args[1], training, *(() if isinstance(sources, str) else sources))
+        operation = DroppedProduct(probability, recipe)
+        call = gm.graph.create_node("call_function", operation, args, name=f"{product.name}_with_dropout")
+    call.meta = dict(product.meta)
+    product.replace_all_uses_with(call)
+    gm.graph.erase_node(product)
+    gm.graph.erase_node(dropout)
 
 
 def _results(node: fx.Node) -> list[fx.Node]:

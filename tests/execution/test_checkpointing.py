@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.execution.optimize import checkpoints_layers, execution_of, run_as
-from lora_lite_fx.passes import Pipeline
+from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
 from tests.support.conformance import check_merge, check_remove, close, output, randomise, small
 from tests.support.models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids, tiny_llama
 from tests.support.models import Attention as AttentionBlock
@@ -134,8 +134,10 @@ def test_outputs_and_gradients_are_those_of_the_plain_graph(build: Callable[[], 
     assert_same(step(ours, inputs), expected)
     other = step(plain, inputs, seed=1)
     assert not torch.equal(other[""], expected[""]), "nothing was dropped"
+    # Of a weight that layers share, `DroppedProduct` sums the gradients in float32, and autocast in bfloat16.
+    without = llfx.optimize(plain, OPTIMIZATIONS.without("recompute_inputs"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same(step(ours, inputs), step(plain, inputs))
+        assert_same(step(ours, inputs), step(without, inputs))
     assert_same(step(ours.eval(), inputs), step(plain.eval(), inputs))
     assert_same(step(ours.train(), inputs), step(plain.train(), inputs))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from torch import nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.passes import (
-    RecomputeInputs,
-)
+from lora_lite_fx.ops.dropped_product import DroppedProduct
+from lora_lite_fx.passes import OPTIMIZATIONS, RecomputeInputs
 from tests.passes.test_share_siblings import Overwrites
-from tests.support.low_rank_llama import TRAINING, adapted_llama, gathered, llama, run, tokens
+from tests.support.conformance import close, randomise
+from tests.support.low_rank_llama import LOW_RANK, TRAINING, adapted_llama, gathered, llama, run, tokens
 from tests.support.models import WIDTH
 from tests.support.programs import (
     PLAIN,
@@ -56,6 +57,34 @@ def test_the_reason_is_a_write_or_dropout() -> None:
     assert reasons(after(gm, RecomputeInputs())[1]) == [
         f"{name}: the graph overwrites tensors" for name in ("one", "two")
     ]
-    gm = llfx.rewrite(nn.Sequential(nn.Linear(6, 5)), llfx.LoRA(r=2, dropout=0.5, **everywhere), (torch.ones(2, 6),))
-    expected = ["0: the input depends on dropout, which is neither saved nor repeated"]
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 5))
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=("2",)), (torch.ones(2, 6),))
+    expected = ["2: the input depends on dropout, which is neither saved nor repeated"]
     assert reasons(after(gm, RecomputeInputs())[1]) == expected
+
+
+@pytest.mark.parametrize(("name", "most"), [("LoRA", 1.1), ("DeLoRA", 1.1), ("DoRA", 1.4)])
+def test_dropout_takes_hardly_more_memory_and_gives_the_same_numbers(name: str, most: float) -> None:
+    known: Any = LOW_RANK[name]
+    cfg = dataclasses.replace(known, dropout=0.25)
+    gm = llfx.rewrite(llama(dtype=torch.float32)[1], cfg).train()
+    randomise(gm, 1)
+    without = saved_bytes(adapted_llama(name, dtype=torch.float32), tokens(64, 8))
+    assert saved_bytes(gm, tokens(64, 8)) <= most * without
+    assert any(isinstance(node.target, DroppedProduct) for node in llfx.program(gm, "training").graph.nodes)
+    plain = llfx.optimize(gm, OPTIMIZATIONS.without("recompute_inputs"))
+    assert saved_bytes(plain, tokens(64, 8)) > 1.5 * without
+    results = []
+    for graph in (plain, gm):
+        for parameter in gm.parameters():
+            parameter.grad = None
+        torch.manual_seed(3)
+        logits = graph(**tokens(4, 8)).logits
+        logits.square().sum().backward()
+        results.append([logits, torch.rand(1), *(parameter.grad for parameter in llfx.adapter_parameters(gm))])
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1]), "as many random numbers were drawn"
+    for one, other in zip(results[0][2:], results[1][2:], strict=True):
+        close(one, other, 1e-5, "gradient")
+    gm.eval()
+    assert torch.equal(gm(**tokens(4, 8)).logits, llfx.optimize(gm, PLAIN).eval()(**tokens(4, 8)).logits)

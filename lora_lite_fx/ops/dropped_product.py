@@ -1,0 +1,111 @@
+"""The product of a dropped input with a narrow matrix, which saves the mask as bits and not the dropped input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from ..graph.direct_calls import is_wrapped
+
+
+@dataclass(frozen=True)
+class DroppedProduct:
+    """`x, a, training, *sources -> t`: `t = dropout(x) a^T`.
+
+    For the backward pass it saves `a`, a bit of the mask for each element, and the sources of `x` if there are any, or
+    `x`. The mask is drawn as the plain operations draw it, so that the numbers are theirs for every seed. To draw it
+    again from the state of the generator would save the bits, and takes ten times as long on a CPU. It computes the
+    plain operations under `torch.compile`, which chooses what to save itself, and in transforms.
+
+    Args:
+        probability: of dropping an element.
+        recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with; None where `x` is saved.
+    """
+
+    probability: float
+    recipe: Callable[..., tuple[Tensor]] | None = None
+
+    @property
+    def __name__(self) -> str:
+        """Return the name that torch.fx gives to calls."""
+        return "dropped_product"
+
+    def __call__(self, x: Tensor, a: Tensor, training: bool, *sources: Any) -> Tensor:
+        """Return `t (..., r)`.
+
+        Args:
+            x: `(..., d_in)`.
+            a: `(r, d_in)`.
+            training: whether elements are dropped.
+            sources: of `x`: tensors, or sizes.
+        """
+        if not training or not torch.is_grad_enabled() or not _is_usual(x, a):
+            return F.linear(F.dropout(x, self.probability, training), a)
+        return _apply(self, x, a, *sources)
+
+
+def _is_usual(x: Tensor, a: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_wrapped(x, a):
+        return False
+    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in (x, a))
+
+
+class _Function(torch.autograd.Function):
+    """The operation. Its backward pass is made of differentiable operations."""
+
+    @staticmethod
+    def forward(ctx: Any, product: DroppedProduct, x: Tensor, a: Tensor, *sources: Any) -> Tensor:
+        factors = F.dropout(torch.ones_like(x), product.probability)
+        kept = sources if product.recipe is not None else (x,)
+        ctx.save_for_backward(a, _packed(factors), *(value if isinstance(value, Tensor) else None for value in kept))
+        ctx.sizes = [None if isinstance(value, Tensor) else value for value in kept]
+        ctx.product, ctx.count = product, len(sources)
+        device = x.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
+        return F.linear(x * factors, a)
+
+    @staticmethod
+    def backward(ctx: Any, of_t: Tensor) -> tuple[Tensor | None, ...]:
+        product: DroppedProduct = ctx.product
+        a, bits, *tensors = ctx.saved_tensors
+        kept = [tensor if size is None else size for tensor, size in zip(tensors, ctx.sizes, strict=True)]
+        _, x_needed, a_needed, *_ = ctx.needs_input_grad
+        with torch.autocast(**ctx.autocast):
+            x = kept[0] if product.recipe is None else product.recipe(None, *kept)[0]
+            factors = _unpacked(bits, x) / (1 - product.probability)
+            of_x = (of_t @ a.to(of_t.dtype)).type_as(x) * factors if x_needed else None
+            of_a = None
+            if a_needed:
+                dropped = (x * factors).to(of_t.dtype)
+                of_a = (of_t.flatten(0, -2).mT @ dropped.flatten(0, -2)).type_as(a)
+        return None, of_x, of_a, *[None] * ctx.count
+
+
+_apply: Callable[..., Tensor] = _Function.apply
+
+
+def _packed(factors: Tensor) -> Tensor:
+    """Return which factors are not zero, eight to a byte."""
+    kept = (factors != 0).flatten().view(torch.uint8)
+    kept = F.pad(kept, (0, -len(kept) % 8)).view(8, -1)
+    return (kept << _places(kept)).sum(0, dtype=torch.uint8)
+
+
+def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
+    """Return ones and zeros in the shape and type of `like`, of what `_packed` returned."""
+    kept = (bits >> _places(bits)) & 1
+    return kept.flatten()[: like.numel()].view(like.shape).to(like.dtype)
+
+
+def _places(bits: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]

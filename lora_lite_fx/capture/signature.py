@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from ..errors import CallError
+from ..errors import AdapterError, CallError
 from ..graph.direct_calls import can_read_values
 from ..graph.walk import ancestors
 
@@ -80,9 +80,17 @@ def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
         graph: changed in place.
         name: of the input.
         value: a tensor like it, without data, if that is known.
+
+    Raises:
+        AdapterError: the graph has an input of that name.
     """
-    last = graph.find_nodes(op="placeholder")[-1]
-    with graph.inserting_after(last):
+    present = graph.find_nodes(op="placeholder")
+    if any(node.target == name for node in present):
+        raise AdapterError(
+            f"The model has an input {name!r}, and this library would add one of that name. The way out: another name"
+            " for the adapter, or a module around the model that calls its argument otherwise."
+        )
+    with graph.inserting_after(present[-1]):
         node = graph.placeholder(name)
     if value is not None:
         node.meta["val"] = value

@@ -211,6 +211,8 @@ class AdaptedGraphModule(fx.GraphModule):
         if not can_be_kept(self.host):
             return
         self.kept = KeptValues()
+        if self._banks is not None:
+            return  # the rows are known at the first call
         for method in self.derived:
             if method.startswith(f"{_DERIVED}inference"):
                 self._keep(method)

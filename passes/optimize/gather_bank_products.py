@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ...graph.parameter_work import first_input
 from ...graph.provenance import is_inserted
 from ...graph.queries import obstacle_between, reads_tensor, value_of
+from ...ops.bank_products import BankProducts, rows_or_slots
 from ...ops.low_rank_products import Branch, LowRankProducts, flatten
 from ..pipeline import Declined, GraphPass, Outcome
 
@@ -24,9 +25,10 @@ class GatherBankProducts(GraphPass):
     """Make one operation of the low-rank products of a bank and the sums that they go into, as `GatherProducts` does.
 
     The factors of the rows of the batch are selected, those of sites with one input side by side; both factors of a row
-    without an adapter are zero. Safe because it computes the same sums: zero times a finite input is zero, which leaves
-    every number that it is added to as it is; it overwrites only outputs of sites that nothing else reads; and it moves
-    nothing across a write in place or a change of the mode of autograd or autocast.
+    without an adapter are zero. Where they are kept, `BankProducts` may sort the rows by slot in place of that. Safe
+    because it computes the same sums: zero times a finite input is zero, which leaves every number that it is added to
+    as it is; it overwrites only outputs of sites that nothing else reads; and it moves nothing across a write in place
+    or a change of the mode of autograd or autocast.
     """
 
     def run(self, gm: fx.GraphModule) -> Outcome:
@@ -144,16 +146,24 @@ def _gather(gm: fx.GraphModule, sums: Sequence[_Sum]) -> None:
                         place.prepend(operand)
                 place.prepend(read)
     first = sums[0]
-    a = _inserted(first.a, aten.cat.default, ([term.a for term in sums], 1), place) if len(sums) > 1 else first.a
-    a = _or_zero(first.acts, a, place)
+    ranks = tuple(int(term.a.meta["val"].shape[1]) for term in sums)
+    products: Any = LowRankProducts(ranks, tuple(term.alpha for term in sums))
+    a, bs = [term.a for term in sums], [term.b for term in sums]
+    more: tuple[fx.Node, ...] = ()
+    if (ids := _kept_ids(sums)) is not None:
+        products, more = BankProducts(products), (ids,)
+        joined = _side_by_side([_stack(node) for node in a], place)
+        factor_a = _inserted(first.a, rows_or_slots, (joined, ids), place)
+        factors_b = [_inserted(node, rows_or_slots, (_stack(node), ids), place) for node in bs]
+    else:
+        factor_a = _or_zero(first.acts, _side_by_side(a, place), place)
+        factors_b = [_or_zero(term.acts, term.b, place) for term in sums]
     branches: list[Branch[Any]] = []
-    for term in sums:
+    for term, b in zip(sums, factors_b, strict=True):
         _, weight, bias = (*term.y.args, None)[:3]
-        branches.append(Branch(weight, bias, _or_zero(term.acts, term.b, place), None))
-    values = [term.a.meta["val"].shape[1] for term in sums]
-    products = LowRankProducts(tuple(map(int, values)), tuple(term.alpha for term in sums))
+        branches.append(Branch(weight, bias, b, None))
     with graph.inserting_before(place):
-        args = (first.x, a, *flatten(branches))
+        args = (first.x, factor_a, *more, *flatten(branches))
         call = graph.create_node("call_function", products, args, name=f"{first.node.name}_and_sums")
         results = [
             graph.create_node("call_function", operator.getitem, (call, index), name=f"{term.node.name}_sum")
@@ -166,18 +176,34 @@ def _gather(gm: fx.GraphModule, sums: Sequence[_Sum]) -> None:
         term.node.replace_all_uses_with(result)
 
 
-def _or_zero(acts: fx.Node, factors: fx.Node, place: fx.Node) -> fx.Node:
-    """Insert the factors of the rows that have an adapter, and zeros for the others.
+def _kept_ids(sums: Sequence[_Sum]) -> fx.Node | None:
+    """Return the ids if the program keeps what depends on them and on parameters alone, see `read_ids`."""
+    selected = [node for term in sums for node in (term.a, term.b)]
+    if any(node.target is not aten.index_select.default for node in selected):
+        return None
+    known = {id(node.args[2]): node.args[2] for node in selected}
+    clamped = next(iter(known.values()))
+    ids = clamped.all_input_nodes[0] if isinstance(clamped, fx.Node) else None
+    is_kept = (
+        ids is not None and ids.op == "get_attr" and all(_stack(node) < first_input(node.graph) for node in selected)
+    )
+    return ids if is_kept else None
 
-    Those that are computed once are laid out as the products read them, which for few tokens takes a third of the time.
-    """
-    chosen = _inserted(factors, aten.where.ScalarOther, (acts, factors, 0.0), place)
-    if first_input(place.graph) < chosen:
-        return chosen
-    turned = _inserted(chosen, aten.mT.default, (chosen,), place)
-    laid_out = _inserted(chosen, aten.clone.default, (turned,), place)
-    laid_out.kwargs = {"memory_format": torch.contiguous_format}
-    return _inserted(chosen, aten.mT.default, (laid_out,), place)
+
+def _stack(selection: fx.Node) -> fx.Node:
+    """Return the factors of all slots, of which a node selects those of the rows."""
+    return selection.all_input_nodes[0]
+
+
+def _side_by_side(factors: list[fx.Node], place: fx.Node) -> fx.Node:
+    if len(factors) == 1:
+        return factors[0]
+    return _inserted(factors[0], aten.cat.default, (factors, 1), place)
+
+
+def _or_zero(acts: fx.Node, factors: fx.Node, place: fx.Node) -> fx.Node:
+    """Insert the factors of the rows that have an adapter, and zeros for the others."""
+    return _inserted(factors, aten.where.ScalarOther, (acts, factors, 0.0), place)
 
 
 def _inserted(like: fx.Node, target: Any, args: tuple[Any, ...], place: fx.Node) -> fx.Node:
@@ -186,8 +212,5 @@ def _inserted(like: fx.Node, target: Any, args: tuple[Any, ...], place: fx.Node)
     front = first_input(graph)
     node = graph.call_function(target, args)
     (front if all(read < front for read in node.all_input_nodes) else place).prepend(node)
-    node.meta = dict(like.meta)
-    if isinstance(value := like.meta.get("val"), Tensor) and target is aten.cat.default:
-        total = sum(each.meta["val"].shape[1] for each in args[0])
-        node.meta["val"] = value.new_empty(value.shape[0], total, value.shape[2])
+    node.meta = {key: value for key, value in like.meta.items() if key not in ("val", "tensor_meta")}
     return node

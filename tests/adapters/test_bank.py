@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import lora_lite_fx as llfx
+from lora_lite_fx.ops.bank_products import BankProducts
 from lora_lite_fx.passes import Pipeline
 from tests.adapters.test_switches import fill
 from tests.support.conformance import close, small
@@ -168,6 +169,31 @@ def test_kept_factors_are_those_of_the_rows_of_now() -> None:
             mutable.fill_(1)
             with pytest.raises(llfx.AdapterError, match="was written to inside"):
                 gm(x)
+
+
+@pytest.mark.parametrize(("rows", "tokens", "is_sorted"), [(5, 4, False), (13, 2, True), (40, 1, True), (40, 9, False)])
+def test_many_rows_of_few_tokens_are_sorted_by_slot(
+    rows: int, tokens: int, is_sorted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    by_slot = BankProducts._sorted
+
+    def counted(self: BankProducts, x: Tensor, a: Tensor, ids: Tensor, *fields: Any) -> Any:
+        calls.append(len(ids))
+        return by_slot(self, x, a, ids, *fields)
+
+    monkeypatch.setattr(BankProducts, "_sorted", counted)
+    gm, model = banked(llfx.LoRA(r=4, **EVERYWHERE), dtype=torch.float32)
+    gm.eval()
+    for seed in range(2):
+        ids = torch.randint(-1, SLOTS, (rows,), generator=torch.Generator().manual_seed(seed))
+        x = inputs(rows, tokens, seed=seed).float()
+        expected = gm(x, adapter_ids=ids)
+        with llfx.frozen(gm), llfx.by_row(gm, ids), torch.no_grad():
+            y = gm(x)
+        close(y, expected, 1e-5, "kept")
+        assert torch.equal(y[ids < 0], model(x)[ids < 0])
+    assert bool(calls) == is_sorted
 
 
 def test_changing_ids_compiles_nothing() -> None:

@@ -328,6 +328,22 @@ def test_a_marked_model_follows_active_and_refuses_coefficients() -> None:
         compiled(x)
 
 
+def test_an_input_that_is_called_like_a_coefficient_is_refused() -> None:
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, scale_fr: Tensor) -> Tensor:
+            y: Tensor = self.lin(x) * scale_fr
+            return y
+
+    inputs = (torch.ones(2, 3, 4), torch.ones(()))
+    gm = llfx.rewrite(Takes(), {"fr": llfx.LoRA(r=2, target_names=("lin",))}, inputs)
+    with llfx.scaled(gm, 0.5), pytest.raises(llfx.AdapterError, match="The model has an input 'scale_fr', and this"):
+        gm(*inputs)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

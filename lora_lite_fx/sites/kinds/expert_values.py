@@ -1,6 +1,7 @@
-"""Values of several experts: the objects that a variant gets instead of tensors at a stack of experts.
+"""Values of several experts: the objects that a variant gets instead of tensors at a stack of experts, or in a bank.
 
-A variant is written for one linear. With these objects it computes as if there were one expert:
+A variant is written for one linear. With these objects it computes as if there were one expert; or one slot of a bank,
+where the rows of the batch take the place of tokens:
 
 - `PerExpert`: a tensor for each expert, as are the frozen weight and the adapter's tensors. The variant does not see
   the first dimension, which counts the experts.

@@ -8,7 +8,7 @@ two kinds of layers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class Step(NamedTuple):
             because what all layers need is computed in the first one.
     """
 
-    what: Hashable
+    what: object
     reads: tuple[tuple[int | str, int], ...]
     inside: tuple[tuple[str, int], ...] = ()
     about_sizes: bool = False
@@ -46,14 +46,15 @@ class Place(NamedTuple):
 
     stack: str
     member: int
-    within: Hashable
+    within: object
     result: int
 
 
-class Located(NamedTuple):
+@dataclass(frozen=True)
+class Located:
     """A step whose reads are places."""
 
-    what: Hashable
+    what: object
     reads: tuple[Place, ...]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -212,21 +212,53 @@ def by_config(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[Va
         yield members[0].variant, members
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """The names that a model has of adapters. A graph has them in its nodes, where it takes milliseconds to read them.
+
+    Args:
+        names: of the adapters, in the order in which they were added.
+        tensors: the qualified name of each tensor, with that of its adapter before it.
+        slots: the number of slots of each adapter that is a bank, by its name.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[tuple[str, str], ...]
+    slots: Mapping[str, int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Recorded:
+        """Return those of a graph, or of a model with wrapped modules, as they are now."""
+        first: dict[str, int] = {}
+        tensors: dict[tuple[str, str], None] = {}
+        slots: dict[str, int] = {}
+        # A graph has the names itself, so they are known even if the variant's class is not registered here.
+        found: Iterable[Insertion | Placement] = (
+            insertions(model.graph) if isinstance(model, fx.GraphModule) else placements(model)
+        )
+        for each in found:
+            name = each.adapter_name
+            first[name] = min(each.adapter, first.get(name, each.adapter))
+            tensors |= dict.fromkeys((name, path) for path in each.tensors.values())
+            count = each.config.get("slots") if isinstance(each, Insertion) else each.variant.slots
+            slots |= {name: count} if count else {}
+        return cls(tuple(sorted(first, key=first.__getitem__)), tuple(tensors), slots)
+
+
+def recorded_in(model: nn.Module) -> Recorded:
+    """Return the names that a model has of adapters: those that it has at hand, or read anew."""
+    at_hand = getattr(model, "recorded", None)
+    return at_hand if isinstance(at_hand, Recorded) else Recorded.of(model)
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters of a model, in the order in which they were added."""
-    first: dict[str, int] = {}
-    for adapted in _adapted(model):
-        first[adapted.adapter_name] = min(adapted.adapter, first.get(adapted.adapter_name, adapted.adapter))
-    return sorted(first, key=first.__getitem__)
+    return list(recorded_in(model).names)
 
 
-def bank_slots(model: nn.Module) -> dict[str, int]:
+def bank_slots(model: nn.Module) -> Mapping[str, int]:
     """Return the number of slots of each adapter that is a bank, by its name."""
-    if isinstance(model, fx.GraphModule):
-        found = ((each.adapter_name, each.config.get("slots")) for each in insertions(model.graph))
-    else:
-        found = ((each.adapter_name, each.variant.slots) for each in placements(model))
-    return {name: slots for name, slots in found if slots}
+    return recorded_in(model).slots
 
 
 def refuse_banks(placed: Iterable[Placement], purpose: str) -> None:
@@ -246,10 +278,5 @@ def refuse_banks(placed: Iterable[Placement], purpose: str) -> None:
 
 def adapter_tensor_names(model: nn.Module, adapter: str | None = None) -> list[str]:
     """Return the qualified names of the tensors of all adapters, including frozen ones; or of that of one name."""
-    adapted = (each for each in _adapted(model) if adapter in (None, each.adapter_name))
-    return list(dict.fromkeys(name for each in adapted for name in each.tensors.values()))
-
-
-def _adapted(model: nn.Module) -> Iterable[Insertion | Placement]:
-    # A graph has the names themselves, so they are known even if the variant's class is not registered here.
-    return insertions(model.graph) if isinstance(model, fx.GraphModule) else placements(model)
+    pairs = recorded_in(model).tensors
+    return list(dict.fromkeys(path for name, path in pairs if adapter in (None, name)))

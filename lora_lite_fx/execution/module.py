@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..adapters.bank import IDS
 from ..adapters.listing import describe_adapters
-from ..adapters.placement import adapter_names, adapter_tensor_names
+from ..adapters.placement import Recorded, adapter_tensor_names
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
@@ -74,6 +74,7 @@ class AdaptedGraphModule(fx.GraphModule):
     kept: KeptValues | None = None  # inside a scope of `frozen`
     own_switches = Switches()
     derived: dict[str, Derived]  # by the method that runs the program
+    recorded: Recorded | None = None  # the names that the graph has of adapters, as of the last recompile
     _names: tuple[str, ...] = ()  # of the adapters
     _banks: BankInputs | None = None
     modes = False  # whether programs run other operations in each mode
@@ -227,7 +228,8 @@ class AdaptedGraphModule(fx.GraphModule):
         for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
             delattr(cls, method)
         cls.derived, cls._numbers, cls._switched = {}, {}, {}
-        cls._names, cls._banks = tuple(adapter_names(self)), BankInputs.of(self, self.flat_graph)
+        cls.recorded = Recorded.of(self)
+        cls._names, cls._banks = cls.recorded.names, BankInputs.of(self, self.flat_graph)
         cls.modes = has_modes(self.flat_graph) or (self.execution is not None and self.execution.fuse_loss)
         cls._watch = None
         if self.kept is not None:

@@ -14,9 +14,12 @@ from torch.export import Dim
 import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise, small
 from tests.support.models import Attention, SharedLinear, ids, net
+from tests.support.selection import slow_unless
 
 aten = torch.ops.aten
-VARIANTS = (llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA)
+VARIANTS = slow_unless(
+    {llfx.LoRA, llfx.DoRA, llfx.HRA}.__contains__, (llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA)
+)
 
 
 class Transposing(nn.Module):

@@ -87,7 +87,7 @@ def coefficient(kind: Any, batch: int) -> Any:
     return torch.linspace(-1, 1, batch, dtype=torch.float64) if kind == "rows" else kind
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     blocks=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=2),
     acting=st.sampled_from([None, [], ["fr"], ["de"], ["de", "fr"]]),
@@ -306,6 +306,7 @@ def test_an_adapted_model_follows_switches_in_calls_and_in_generate() -> None:
     torch.testing.assert_close(merged(prompt).logits, alone(prompt).logits)
 
 
+@pytest.mark.slow
 def test_a_marked_model_follows_active_and_refuses_coefficients() -> None:
     torch.compiler.reset()
     model = net(GatedMLP).eval()

@@ -91,7 +91,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     return lambda: " ".join(record.getMessage() for record in caplog.records)
 
 
-EVERY_DAY = {"llama", "gpt2", "bert", "vit", "t5", "mixtral", "falcon", "gemma2"}
+EVERY_DAY = {"llama", "gpt2", "vit", "gemma2"}
 
 
 @pytest.mark.parametrize("name", slow_unless(lambda name: name in EVERY_DAY, ARCHITECTURES))

@@ -70,7 +70,7 @@ CAUSAL: dict[str, Any] = {
         block_auto_adjust_ff_dim=False,
     ),
 }
-EVERYDAY = ("llama", "gemma3", "gpt2", "gpt_oss", "t5")
+EVERYDAY = ("llama", "gpt2", "gpt_oss", "t5")
 # List the number of graphs that training, prefill and decoding take, for models that need more than one.
 GRAPHS = {
     "mistral": 2,  # One more once the window is full.

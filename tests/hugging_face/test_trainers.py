@@ -11,7 +11,7 @@ from tests.support.selection import slow_unless
 @pytest.mark.parametrize(
     "name",
     slow_unless(
-        ("Trainer, fused loss, torch_compile", "accelerate", "TRL SFT, fused loss").__contains__,
+        ("accelerate", "TRL SFT, fused loss").__contains__,
         [
             "Trainer, NEFTune",
             "Trainer, best model",

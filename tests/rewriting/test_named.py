@@ -55,7 +55,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(operations=OPERATIONS)
 def test_any_sequence_of_operations_equals_separate_wrappers(
     operations: list[tuple[str, int]], tmp_path_factory: Any

@@ -51,7 +51,7 @@ def two(first: Variant, second: Variant) -> tuple[Any, nn.Module]:
     return gm, model
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     first=st.sampled_from(ANY),
     second=st.sampled_from(ANY),

@@ -20,6 +20,7 @@ def outcome(name: str, *steps: str) -> dict[str, Any]:
     return known
 
 
+@pytest.mark.slow
 def test_images_in_a_row_of_patches_are_captured_by_default() -> None:
     known = outcome("qwen2_vl")
     assert known["default"] == "yes"
@@ -30,11 +31,13 @@ def test_casts_that_only_training_makes_are_followed() -> None:
     assert outcome("mamba")["default"] == "yes"
 
 
+@pytest.mark.slow
 def test_all_steps_are_equal() -> None:
     known = outcome("phimoe", *STEPS)
     assert {step: known[step] for step in STEPS} == dict.fromkeys(STEPS, "yes")
 
 
+@pytest.mark.slow
 def test_windows_of_images_are_adapted_as_they_are_captured() -> None:
     known = outcome("swin", "adapt", "generate")
     assert known["adapt"] == "yes"

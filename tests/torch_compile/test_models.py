@@ -15,6 +15,7 @@ from lora_lite_fx.capture.example_inputs import example_inputs_of
 from lora_lite_fx.torch_compile.backend import adapt_compiled, backend
 from tests.sites.test_architectures import ARCHITECTURES, outputs_and_gradients, target_roles
 from tests.support.conformance import close, output, randomise
+from tests.support.selection import slow_unless
 from tests.support.untouched import untouched
 from tests.torch_compile.test_backend import _fresh, eager_of  # noqa: F401
 
@@ -112,7 +113,7 @@ def test_the_error_of_adapt_points_to_the_backend() -> None:
 # One architecture draws random decisions in training, and the code of another is another under torch.compile.
 
 
-@pytest.mark.parametrize("name", ["swin", "mamba"])
+@pytest.mark.parametrize("name", slow_unless("swin".__eq__, ["swin", "mamba"]))
 def test_an_architecture_computes_what_the_eager_wrapper_does(name: str) -> None:
     """Compare outputs and gradients, in both modes and at other shapes."""
     architecture = ARCHITECTURES[name]

@@ -62,7 +62,7 @@ def test_every_variant_conforms_on_more_random_models(cls: type[llfx.Variant], d
     check_on(data.draw(cases), cfg, data.draw(shapes))
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_stacks_of_variants_conform_on_random_models(data: st.DataObject) -> None:
     drawn = data.draw(st.lists(st.sampled_from(VARIANTS), min_size=2, max_size=3))

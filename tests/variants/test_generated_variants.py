@@ -178,13 +178,13 @@ profile = settings(
 )
 
 
-@settings(profile, max_examples=8)
+@settings(profile, max_examples=4)
 @given(cfg=generated, case=cases, shape=shapes)
 def test_a_generated_variant_is_right_or_refused(cfg: Generated, case: Case, shape: tuple[int, int]) -> None:
     _check([cfg], case, (ids(*shape, seed=case.seed),))
 
 
-@settings(profile, max_examples=3)
+@settings(profile, max_examples=2)
 @given(cfgs=st.lists(generated, min_size=2, max_size=2), case=cases, shape=shapes)
 def test_generated_variants_around_each_other_are_right_or_refused(
     cfgs: list[Generated], case: Case, shape: tuple[int, int]

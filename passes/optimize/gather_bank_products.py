@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from ...graph.queries import obstacle_between, reads_tensor, value_of
 from ...ops.bank_products import BankProducts, rows_or_slots
 from ...ops.low_rank_products import Branch, LowRankProducts, flatten
 from ..pipeline import Declined, GraphPass, Outcome
+from .gather_products import insert_gathered
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ class GatherBankProducts(GraphPass):
             else:
                 groups.append([term])
         for group in groups:
-            _gather(gm, group)
+            _gather(group)
         return Outcome(len(groups), tuple(declined))
 
 
@@ -135,8 +135,7 @@ def _needed(term: _Sum) -> list[fx.Node]:
 _SELECTIONS = frozenset({aten.index_select.default, aten.view.default})
 
 
-def _gather(gm: fx.GraphModule, sums: Sequence[_Sum]) -> None:
-    graph = gm.graph
+def _gather(sums: Sequence[_Sum]) -> None:
     place = min(term.node for term in sums)
     for term in sums:
         for read in term.operands:
@@ -162,18 +161,8 @@ def _gather(gm: fx.GraphModule, sums: Sequence[_Sum]) -> None:
     for term, b in zip(sums, factors_b, strict=True):
         _, weight, bias = (*term.y.args, None)[:3]
         branches.append(Branch(weight, bias, b, None))
-    with graph.inserting_before(place):
-        args = (first.x, factor_a, *more, *flatten(branches))
-        call = graph.create_node("call_function", products, args, name=f"{first.node.name}_and_sums")
-        results = [
-            graph.create_node("call_function", operator.getitem, (call, index), name=f"{term.node.name}_sum")
-            for index, term in enumerate(sums, 1)
-        ]
-    call.meta = {**first.node.meta, "val": (None, *(term.node.meta.get("val") for term in sums))}
-    call.meta.pop("tensor_meta", None)
-    for term, result in zip(sums, results, strict=True):
-        result.meta = dict(term.node.meta)
-        term.node.replace_all_uses_with(result)
+    args = (first.x, factor_a, *more, *flatten(branches))
+    insert_gathered(place, products, args, first.node, [term.node for term in sums], None)
 
 
 def _kept_ids(sums: Sequence[_Sum]) -> fx.Node | None:
@@ -181,8 +170,7 @@ def _kept_ids(sums: Sequence[_Sum]) -> fx.Node | None:
     selected = [node for term in sums for node in (term.a, term.b)]
     if any(node.target is not aten.index_select.default for node in selected):
         return None
-    known = {id(node.args[2]): node.args[2] for node in selected}
-    clamped = next(iter(known.values()))
+    clamped = selected[0].args[2]
     ids = clamped.all_input_nodes[0] if isinstance(clamped, fx.Node) else None
     is_kept = (
         ids is not None and ids.op == "get_attr" and all(_stack(node) < first_input(node.graph) for node in selected)

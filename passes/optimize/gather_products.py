@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class GatherProducts(GraphPass):
                 continue
             sums = _sums(gm, product, rows)
             if not isinstance(sums, str):
-                _gather(gm.graph, product, sums)
+                _gather(product, sums)
                 edits += 1
             elif product not in known and not is_narrow(source_of(product, known)):
                 readers = [reader for part, _ in _parts(gm, product) for reader in part.users]
@@ -199,7 +199,7 @@ def _operands(term: Sum) -> list[fx.Node]:
     return [term.b, *([term.scale] if term.scale else []), *term.y.all_input_nodes]
 
 
-def _gather(graph: fx.Graph, product: fx.Node, sums: list[Sum]) -> None:
+def _gather(product: fx.Node, sums: list[Sum]) -> None:
     place = min(term.node for term in sums)
     for term in sums:
         for read in _operands(term):
@@ -211,18 +211,38 @@ def _gather(graph: fx.Graph, product: fx.Node, sums: list[Sum]) -> None:
     for term in sums:
         _, weight, bias = (*term.y.args, None)[:3]
         branches.append(Branch(weight, bias, term.b, term.scale))
-    with graph.inserting_before(place):
-        args = (*product.args, *flatten(branches))
-        call = graph.create_node("call_function", products, args, name=f"{product.name}_and_sums")
-        results = [
-            graph.create_node("call_function", operator.getitem, (call, index), name=f"{term.node.name}_sum")
-            for index, term in enumerate(sums, 1)
-        ]
-    values = [node.meta.get("val") for node in (product, *(term.node for term in sums))]
-    call.meta = {**product.meta, "val": tuple(values)}
-    call.meta.pop("tensor_meta", None)  # of the product alone
+    args = (*product.args, *flatten(branches))
+    results = insert_gathered(place, products, args, product, [term.node for term in sums], product.meta.get("val"))
     for term, result in zip(sums, results, strict=True):
-        result.meta = dict(term.node.meta)
-        term.node.replace_all_uses_with(result)
         for cast in term.casts:
             cast.replace_input_with(term.y, result)
+
+
+def insert_gathered(
+    place: fx.Node, operation: Any, args: tuple[Any, ...], first: fx.Node, sums: Sequence[fx.Node], product: Any
+) -> list[fx.Node]:
+    """Insert an operation that returns a product and sums, and let the readers of the sums read its results.
+
+    Args:
+        place: the node before which it is inserted.
+        operation, args: the call.
+        first: the node whose name and records it gets.
+        sums: the nodes that its further results replace, in order.
+        product: the value of the product without data, or None.
+
+    Returns:
+        The nodes of these results.
+    """
+    graph = place.graph
+    with graph.inserting_before(place):
+        call = graph.create_node("call_function", operation, args, name=f"{first.name}_and_sums")
+        results = [
+            graph.create_node("call_function", operator.getitem, (call, index), name=f"{node.name}_sum")
+            for index, node in enumerate(sums, 1)
+        ]
+    call.meta = {**first.meta, "val": (product, *(node.meta.get("val") for node in sums))}
+    call.meta.pop("tensor_meta", None)  # of `first` alone
+    for node, result in zip(sums, results, strict=True):
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+    return results

@@ -1,4 +1,4 @@
-"""Adapters by name: added, deleted, saved, loaded and swapped, in any order, against eager wrappers of their own."""
+"""Adapters by name: added, deleted, saved and loaded, in any order, against eager wrappers of their own."""
 
 from __future__ import annotations
 

@@ -247,7 +247,8 @@ class Recorded:
 
 def recorded_in(model: nn.Module) -> Recorded:
     """Return the names that a model has of adapters: those that it has at hand, or read anew."""
-    at_hand = getattr(model, "recorded", None)
+    # Only of a graph: what torch.compile returns passes on the attributes of the graph inside, and is not one.
+    at_hand = getattr(model, "recorded", None) if isinstance(model, fx.GraphModule) else None
     return at_hand if isinstance(at_hand, Recorded) else Recorded.of(model)
 
 

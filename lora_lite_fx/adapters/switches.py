@@ -216,7 +216,8 @@ def _slots_by_row(model: Model, ids: Tensor) -> Scope[Model]:
     banks = bank_slots(model)
     if not banks:
         raise ConfigError("by_row takes a tensor of slots for a model with a bank, and this one has none.")
-    check_slots(check_ids(ids), min(banks.values()))
+    acting = [slots for name, slots in banks.items() if holder.switches.acts(name)]
+    check_slots(check_ids(ids), min(acting or banks.values()))
     before = holder.switches.ids
     holder.switches = replace(holder.switches, ids=ids)
 

@@ -121,6 +121,27 @@ def test_any_ids_and_several_configs(data: st.DataObject) -> None:
         check_against_wrappers(gm, gm, cfg, ids, inputs(len(ids), data.draw(st.integers(2, 5))), blocks)
 
 
+def test_slots_that_start_from_data_start_as_one_adapter_does() -> None:
+    cfg = llfx.EVA(r=2, **EVERYWHERE)
+    model, graph = stack(ResidualMLP)
+    data = [(inputs(4, 5, seed=1),)]
+    gm: Any = llfx.rewrite(graph, llfx.Bank(cfg, slots=SLOTS), calibration=data)
+    alone = llfx.adapter_state_dict(llfx.rewrite(graph, cfg, calibration=data))
+    own = llfx.adapter_state_dict(gm)
+    for name, value in alone.items():
+        assert all(torch.equal(own[name][slot], value) for slot in range(SLOTS)), name
+    fill(gm)
+    before = {name: value.clone() for name, value in own.items()}
+    ids, x = torch.tensor([2, -1, 0]), inputs(3, 4)
+    y = gm(x, adapter_ids=ids)
+    for row, slot in enumerate(ids.tolist()):
+        of_slot = model if slot < 0 else llfx.take_slot(gm, slot)
+        close(y[row], of_slot(x[[row, row]])[0], 1e-12, f"row {row}")
+    with pytest.raises(llfx.ConfigError, match="EVA starts from data, which reset_slot has not"):
+        llfx.reset_slot(gm, 0)
+    assert all(torch.equal(own[name], value) for name, value in before.items())
+
+
 def test_other_dimensions_before_the_last() -> None:
     for shape, example in (((5,), (3,)), ((5, 2, 3), (3, 2, 4))):
         gm, model = banked(llfx.LoRA(r=2, **EVERYWHERE), shape=example)
@@ -265,6 +286,25 @@ def test_checkpointed_layers_and_half_precision() -> None:
     assert half(x.bfloat16(), adapter_ids=ids).dtype == torch.bfloat16
     one_slot = llfx.take_slot(half, 2)
     close(half(x.bfloat16(), adapter_ids=ids)[0], one_slot(x.bfloat16())[0], 1e-2, "in half precision")
+
+
+def test_ids_are_checked_against_the_banks_that_act() -> None:
+    _, graph = stack(ResidualMLP)
+    cfg = llfx.LoRA(r=2, **EVERYWHERE)
+    gm: Any = llfx.rewrite(graph, {"small": llfx.Bank(cfg, slots=2), "large": llfx.Bank(cfg, slots=4)})
+    fill(gm)
+    ids, x = torch.tensor([3, -1, 0]), inputs(3, 4)
+    message = "adapter_ids has 3, and the bank has 2 slots"
+    with pytest.raises(llfx.AdapterError, match=message):
+        gm(x, adapter_ids=ids)
+    with pytest.raises(llfx.AdapterError, match=message):
+        llfx.by_row(gm, ids)
+    with llfx.active(gm, "large"):
+        y = gm(x, adapter_ids=ids)
+        with llfx.by_row(gm, ids):
+            assert torch.equal(gm(x), y)
+            with llfx.active(gm, "small"), pytest.raises(llfx.AdapterError, match=message):
+                gm(x)
 
 
 MISTAKES: dict[str, tuple[Any, Any, str]] = {

@@ -24,6 +24,13 @@ CONFIGS: list[Variant | list[Variant]] = [
     [llfx.DoRA(r=2, **EVERYWHERE), llfx.HRA(r=2, target_names=("up|two|head",))],
     llfx.VeRA(r=2, **EVERYWHERE),
 ]
+SWAPPED: list[Variant] = [
+    llfx.LoRA(r=1, alpha=5, **EVERYWHERE),
+    llfx.LoRA(r=2, target_names=("gate|head",)),
+    llfx.PiSSA(r=1, target_names=("up|two",)),
+    llfx.LoRA(r=2, rank_pattern={"one": 1}, target_names=("one|two|down",)),
+]
+"""What is swapped into an adapter of the first config."""
 X = ids(3, 4)
 EXAMPLE = (ids(2, 5),)
 
@@ -48,7 +55,8 @@ class Twin:
 
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["add", "delete", "active", "scale", "train", "save", "load", "copy"]), st.integers(0, 3)
+        st.sampled_from(["add", "delete", "active", "scale", "train", "save", "load", "copy", "swap"]),
+        st.integers(0, 3),
     ),
     min_size=3,
     max_size=8,
@@ -66,7 +74,8 @@ def test_any_sequence_of_operations_equals_separate_wrappers(
     fill(gm)
     twin = Twin(base)
     twin.add("a0", CONFIGS[0], gm)
-    acting, scale, made, saved = "a0", 1.0, 1, ""
+    acting, scale, made, saved, saved_is_room = "a0", 1.0, 1, "", False
+    rooms = {"a0"}  # the adapters into which others can be swapped
     for operation, which in operations:
         names = list(twin.by_name)
         name = names[which % len(names)]
@@ -74,6 +83,7 @@ def test_any_sequence_of_operations_equals_separate_wrappers(
             new, made = f"a{made}", made + 1
             llfx.add(gm, {new: CONFIGS[which]})
             twin.add(new, CONFIGS[which], gm)
+            rooms |= {new} if which == 0 else set()
         elif operation == "delete" and len(names) > 1 and name != acting:
             llfx.delete(gm, name)
             del twin.by_name[name]
@@ -92,7 +102,7 @@ def test_any_sequence_of_operations_equals_separate_wrappers(
                 optimizer.step()
                 optimizer.zero_grad()
         elif operation == "save":
-            saved = name
+            saved, saved_is_room = name, name in rooms
             llfx.save(gm, folder / "file", adapter=name)
             (folder / "twin").unlink(missing_ok=True)
             llfx.save(twin.by_name[name], folder / "twin")
@@ -101,8 +111,16 @@ def test_any_sequence_of_operations_equals_separate_wrappers(
             gm = llfx.load(gm, folder / "file", name=new)
             alone = llfx.load(base, folder / "twin", EXAMPLE)
             twin.by_name[new] = alone
+            rooms |= {new} if saved_is_room else set()
         elif operation == "copy":
             gm = llfx.capture(gm)
+        elif operation == "swap" and name in rooms:
+            source = llfx.rewrite(base, SWAPPED[which], EXAMPLE)
+            fill(source, seed=which)
+            llfx.swap(gm, source, name)
+            with llfx.active(gm, name), llfx.scaled(gm, 1.0):
+                torch.testing.assert_close(gm(X), source(X))
+            twin.copy_from(gm, name)
         wrapped = twin.by_name[acting]
         with llfx.scaled(wrapped, scale):
             torch.testing.assert_close(gm(X), wrapped(X))

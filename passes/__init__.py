@@ -29,6 +29,7 @@ from .optimize.leave_out_dropout import LeaveOutDropout
 from .optimize.leave_out_mask import LeaveOutMask
 from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
 from .optimize.recompute_inputs import RecomputeInputs
+from .optimize.recompute_weights import RecomputeWeights
 from .optimize.share_siblings import ShareSiblings
 from .pipeline import (
     Declined,
@@ -52,6 +53,7 @@ OPTIMIZATIONS = Pipeline(
         ShareSiblings(),
         FoldScaleIntoAddition(),
         HoistParameterWork(),
+        RecomputeWeights(),
         GatherProducts(),
         GatherBankProducts(),
         RecomputeInputs(),
@@ -93,6 +95,7 @@ __all__ = [
     "Pipeline",
     "Program",
     "RecomputeInputs",
+    "RecomputeWeights",
     "RemoveAdapters",
     "ScaleAdapters",
     "ShareSiblings",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError, is_instance_of
-
-_QUANTIZED_INPUTS = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
-"""Attributes of torchao's tensors that are not None if the product quantizes its input too."""
+from ..storage.torchao import quantizes_input
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -20,7 +18,7 @@ def check_gradients(model: nn.Module) -> None:
         ConfigError: they do not; the message names a weight.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    names = [name for name, tensor in tensors if _quantizes_input(tensor)]
+    names = [name for name, tensor in tensors if quantizes_input(tensor)]
     names += [name for name, module in model.named_modules() if is_instance_of(module, "torchao", *_MODULES)]
     if names:
         raise ConfigError(
@@ -32,15 +30,3 @@ def check_gradients(model: nn.Module) -> None:
 
 
 _MODULES = ("Int8DynActInt4WeightLinear", "Int8DynActInt8WeightLinear")
-
-
-def _quantizes_input(tensor: Tensor) -> bool:
-    # By its names, because torchao need not be installed.
-    if not is_instance_of(tensor, "torchao"):
-        return False
-    inner = getattr(tensor, "original_weight_tensor", None)
-    return (
-        is_instance_of(tensor, "torchao", "LinearActivationQuantizedTensor")
-        or any(getattr(tensor, name, None) is not None for name in _QUANTIZED_INPUTS)
-        or (isinstance(inner, Tensor) and _quantizes_input(inner))
-    )

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from ..errors import CaptureError
 from ..graph.copies import share_signatures
 from ..graph.tensors import tensor_of
+from ..storage.dequantized import share_dequantized
 
 
 def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
     """Return a copy of `model` whose frozen parameters and buffers are new objects over the same storage.
+
+    In the place of each quantized linear the copy has a `DequantizedLinear` over its tensors, whose weight is a value
+    that every capture can follow.
 
     Args:
         model: left as it is; ties between its tensors are kept in the copy.
@@ -23,6 +27,7 @@ def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
     owned = {id(tensor_of(model, name)) for name in own}
     memo: dict[int, Any] = {}
     share_signatures(model, memo)
+    share_dequantized(model, memo)
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if not isinstance(tensor, Tensor) or id(tensor) in memo:

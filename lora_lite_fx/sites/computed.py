@@ -151,7 +151,8 @@ def obstacle(gm: fx.GraphModule, node: fx.Node, product: fx.Node) -> str:
             return "it depends on the mode of the model"
         if behind.op == "get_attr" and behind.target in buffers:
             return f"it is computed from the buffer {behind.target}, which the model changes"
-        if "quantize" in op_name(behind):  # a quantization by others, perhaps of a weight that has adapters already
+        if "quantize" in op_name(behind) and not _reads_storage(behind):
+            # a quantization by others, perhaps of a weight that has adapters already
             return "it is quantized"
         if behind.op == "call_module":
             return f"symbolic tracing does not look into the module {behind.target} that computes it"
@@ -160,6 +161,12 @@ def obstacle(gm: fx.GraphModule, node: fx.Node, product: fx.Node) -> str:
     if not _in_one_region([behind for behind in nodes if behind.op != "get_attr"], product):
         return "it is computed in another mode of autograd or autocast"
     return ""
+
+
+def _reads_storage(node: fx.Node) -> bool:
+    """Return whether `node` is an operator that reads a quantized weight, see `storage`."""
+    namespace = node.target.namespace if isinstance(node.target, OpOverload) else ""
+    return namespace in ("bitsandbytes", "torchao") and op_name(node).startswith("dequantize")
 
 
 def _in_one_region(nodes: list[fx.Node], last: fx.Node) -> bool:

@@ -18,7 +18,9 @@ NAME = "lora_lite_fx"
 ROWS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "log", "text_table"}),
     frozenset({"graph"}),
-    frozenset({"sites", "capture", "ops"}),
+    frozenset({"ops"}),
+    frozenset({"storage"}),
+    frozenset({"sites", "capture"}),
     frozenset({"adapters"}),
     frozenset({"passes", "variants"}),
     frozenset({"execution"}),

@@ -33,7 +33,7 @@ def test_a_readme_names_files_that_exist_and_fits_a_page(readme: Path) -> None:
         assert len(readme.read_text(encoding="utf-8").splitlines()) <= 50
 
 
-WINGS = ["torch_compile", "ops", "capture", "sites", "adapters", "rewriting", "hugging_face"]
+WINGS = ["torch_compile", "ops", "storage", "capture", "sites", "adapters", "rewriting", "hugging_face"]
 WINGS += ["graph", "passes", "execution", "inspection", "testing"]
 
 

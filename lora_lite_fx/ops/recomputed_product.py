@@ -1,0 +1,76 @@
+"""The product with a frozen weight that is computed again in the backward pass, and not saved for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from ..graph.direct_calls import is_wrapped
+
+
+@dataclass(frozen=True)
+class RecomputedProduct:
+    """`x, bias, *sources -> x W^T + b`, with a frozen `W` that `recipe` makes of the sources.
+
+    For the backward pass it saves the sources, and neither `W` nor `x`. A quantized weight is so kept as it is stored.
+    It computes the plain operations under `torch.compile`, which chooses what to save itself, and in transforms.
+
+    Args:
+        recipe: `None, *sources -> (W,)`.
+    """
+
+    recipe: Callable[..., tuple[Tensor]]
+
+    @property
+    def __name__(self) -> str:
+        """Return the name that torch.fx gives to calls."""
+        return "recomputed_product"
+
+    def __call__(self, x: Tensor, bias: Tensor | None, *sources: Any) -> Tensor:
+        """Return `(..., d_out)`.
+
+        Args:
+            x: `(..., d_in)`.
+            bias: the frozen `b (d_out,)`, or None.
+            sources: tensors, or sizes.
+        """
+        if _is_usual(x, bias, sources):
+            return _apply(self, x, bias, *sources)
+        return F.linear(x, self.recipe(None, *sources)[0], bias)
+
+
+def _is_usual(x: Tensor, bias: Tensor | None, sources: tuple[Any, ...]) -> bool:
+    """Return whether `x` alone needs a gradient, and by hand."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.requires_grad or is_wrapped(x):
+        return False
+    frozen = [tensor for tensor in (bias, *sources) if isinstance(tensor, Tensor)]
+    return not any(tensor.requires_grad for tensor in frozen) and forward_ad.unpack_dual(x).tangent is None
+
+
+class _Function(torch.autograd.Function):
+    """The operation. Its backward pass is made of differentiable operations."""
+
+    @staticmethod
+    def forward(ctx: Any, product: RecomputedProduct, x: Tensor, bias: Tensor | None, *sources: Any) -> Tensor:
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in sources))
+        ctx.sizes = [None if isinstance(value, Tensor) else value for value in sources]
+        ctx.product, ctx.dtype = product, x.dtype
+        return F.linear(x, product.recipe(None, *sources)[0], bias)
+
+    @staticmethod
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.sizes, strict=True)
+        sources = [tensor if size is None else size for tensor, size in pairs]
+        (weight,) = ctx.product.recipe(None, *sources)
+        with torch.autocast(of_y.device.type, enabled=False):  # the product had the type of its result
+            of_x = (of_y @ weight.to(of_y.dtype)).to(ctx.dtype)
+        return None, of_x, None, *[None] * len(sources)
+
+
+_apply: Callable[..., Tensor] = _Function.apply

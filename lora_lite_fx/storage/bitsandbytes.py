@@ -1,0 +1,154 @@
+"""Weights of bitsandbytes: `Linear4bit` (NF4 and FP4, with doubly quantized scales too) and `Linear8bitLt`.
+
+bitsandbytes is imported by whoever makes these modules. The graph calls its operators, so it has to be imported before
+a graph with 4-bit weights comes back from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import is_instance_of
+from .stored_weight import StoredWeight, detached, not_supported
+
+
+def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
+    """Return the weight of a linear of bitsandbytes; None for other modules.
+
+    Args:
+        module: any module.
+        dtype: the type of the weight, for an 8-bit one, which does not know it.
+
+    Raises:
+        ConfigError: it quantizes a dense weight in each call, or is not quantized yet.
+    """
+    if is_instance_of(module, "bitsandbytes", "Linear4bit"):
+        return _four_bit(module)
+    return _eight_bit(module, dtype) if is_instance_of(module, "bitsandbytes", "Linear8bitLt") else None
+
+
+def _four_bit(module: Any) -> StoredWeight:
+    packed, state = module.weight.data, getattr(module.weight, "quant_state", None) or module.quant_state
+    if state is None:
+        raise _not_quantized("Linear4bit")
+    if getattr(state, "packing_format_for_cpu", False):
+        packed, state = _unpacked_for_cpu(packed, state)
+    tensors = {"weight": packed, "weight_absmax": state.absmax}
+    nested = state.state2 if state.nested else None
+    if nested is not None:
+        tensors |= {"weight_code": nested.code.to(packed.device), "weight_absmax_of_absmax": nested.absmax}
+        tensors |= {"weight_offset": state.offset}
+    dequantize = FourBit(
+        tuple(state.shape), state.dtype, state.blocksize, state.quant_type, nested.blocksize if nested else 0
+    )
+    compute = module.compute_dtype
+    return StoredWeight(state.quant_type, detached(tensors), dequantize, FourBitAgain(dequantize).quantize, compute)
+
+
+def _unpacked_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Return weight and state in the usual order, of those that a call in evaluation on a CPU reordered for good."""
+    import copy
+
+    # The one function that knows the order; it changes the state that it gets.
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    unpacked: tuple[Tensor, Any] = _convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
+    return unpacked
+
+
+def _eight_bit(module: Any, dtype: torch.dtype) -> StoredWeight:
+    if module.state.has_fp16_weights:
+        raise not_supported(
+            "Linear8bitLt",
+            "it has_fp16_weights, which it quantizes in each call",
+            "has_fp16_weights=False, or a model that is not quantized.",
+        )
+    scale = module.weight.SCB if getattr(module.weight, "SCB", None) is not None else module.state.SCB
+    if scale is None or module.weight.dtype is not torch.int8:
+        raise _not_quantized("Linear8bitLt")
+    tensors = {"weight": module.weight.data, "weight_scale": scale}
+    return StoredWeight("int8", detached(tensors), EightBit(dtype), _eight_bit_again)
+
+
+def _not_quantized(name: str) -> Exception:
+    return not_supported(name, "it is not quantized yet", 'model.to("cpu") or model.to("cuda") quantizes it.')
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """`W` of values of 4 bits, with a scale for each block, which may be of 8 bits itself.
+
+    Args:
+        shape, dtype: of `W`.
+        block: how many values have one scale.
+        quant_type: `nf4` or `fp4`.
+        nested: how many scales have one scale; 0 for scales that are not quantized.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block: int
+    quant_type: str
+    nested: int = 0
+
+    def __call__(self, packed: Tensor, absmax: Tensor, *of_absmax: Tensor) -> Tensor:
+        """Return `W`."""
+        operators = torch.ops.bitsandbytes
+        if of_absmax:
+            code, scale, offset = of_absmax
+            absmax = operators.dequantize_blockwise.default(absmax, scale, code, self.nested, torch.float32) + offset
+        weight: Tensor = operators.dequantize_4bit.default(
+            packed, absmax, self.block, self.quant_type, list(self.shape), self.dtype
+        )
+        return weight
+
+
+@dataclass(frozen=True)
+class FourBitAgain:
+    """Quantizes other values as a weight of 4 bits was."""
+
+    like: FourBit
+
+    def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """Return the tensors that hold `weight`."""
+        from bitsandbytes.functional import quantize_4bit
+
+        like = self.like
+        packed, state = quantize_4bit(
+            weight.to(like.dtype),
+            blocksize=like.block,
+            compress_statistics=bool(like.nested),
+            quant_type=like.quant_type,
+        )
+        tensors = {"weight": packed, "weight_absmax": state.absmax}
+        if like.nested:
+            tensors |= {"weight_code": state.state2.code, "weight_absmax_of_absmax": state.state2.absmax}
+            tensors |= {"weight_offset": state.offset}
+        return tensors
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """`W` of values of 8 bits, with a scale for each row: the largest magnitude there, which is stored as 127.
+
+    Args:
+        dtype: of `W`.
+    """
+
+    dtype: torch.dtype
+
+    def __call__(self, quantized: Tensor, scale: Tensor) -> Tensor:
+        """Return `W`."""
+        return (quantized.to(torch.float32) * (scale.unsqueeze(1) * (1.0 / 127.0))).to(self.dtype)
+
+
+def _eight_bit_again(weight: Tensor) -> Mapping[str, Tensor]:
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    quantized, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    return {"weight": quantized, "weight_scale": scale}

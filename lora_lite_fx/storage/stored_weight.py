@@ -1,0 +1,48 @@
+"""A stored weight: the tensors that hold it, and the function that makes the weight of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A quantized weight `W (d_out, d_in)` of a module.
+
+    Args:
+        kind: what people call the storage, such as `nf4`.
+        tensors: those that hold it, by names that a module may give them. The first one is called `weight`.
+        dequantize: makes `W` of these tensors, passed by position. It is a frozen object that compares by value, holds
+            no tensors, and runs operations that every capture can record.
+        quantize: makes tensors like `tensors` of a `W`; None where the storage cannot do that again.
+        compute_dtype: the type in which the module multiplies; None for that of its input.
+    """
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    dequantize: Callable[..., Tensor]
+    quantize: Callable[[Tensor], Mapping[str, Tensor]] | None = None
+    compute_dtype: torch.dtype | None = None
+
+
+def not_supported(name: str, why: str, way_out: str) -> ConfigError:
+    """Return the error for a module whose weight cannot be read as one matrix.
+
+    Args:
+        name: the class of the module.
+        why: what it does, as a sentence that goes on after "because".
+        way_out: what to do, as a sentence.
+    """
+    return ConfigError(f"A {name} of the base cannot be adapted, because {why}. The way out: {way_out}")
+
+
+def detached(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return new objects over the same memory."""
+    return {name: tensor.detach() for name, tensor in tensors.items()}

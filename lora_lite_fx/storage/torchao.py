@@ -1,0 +1,159 @@
+"""Weights that torchao's `quantize_` made: tensor subclasses in the place of a parameter.
+
+torchao need not be installed: its classes are known by their names and read by their attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import is_instance_of
+from .stored_weight import StoredWeight, detached
+
+_QUANTIZED_INPUTS = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
+"""Attributes of torchao's tensors that are not None if the product quantizes its input too."""
+
+_AFFINE = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+
+
+def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
+    """Return the weight of a linear of which torchao quantized the weight and nothing else; None for other modules."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or not is_instance_of(weight, "torchao"):
+        return None
+    assert isinstance(weight, Tensor)
+    if quantizes_input(weight) or not hasattr(weight, "__tensor_flatten__"):
+        return None
+    names, context = weight.__tensor_flatten__()
+    tensors = {_name(index, name): getattr(weight, name) for index, name in enumerate(names)}
+    if is_instance_of(weight, "torchao", *_AFFINE):
+        blocks, groups = _blocks(weight.block_size, weight.shape)  # type: ignore[attr-defined]
+        exact = torch.float32 if is_instance_of(weight, "torchao", "Float8Tensor") else weight.dtype
+        dequantize: Any = Affine(tuple(weight.shape), blocks, groups, exact, weight.dtype)
+    else:
+        dequantize = Rebuilt(type(weight), tuple(names), _Context(context), tuple(weight.shape), weight.stride())
+    return StoredWeight(_kind(weight), detached(tensors), dequantize, Again(weight).quantize)
+
+
+def quantizes_input(tensor: Tensor) -> bool:
+    """Return whether a product with `tensor` rounds its input too, through which no gradient passes."""
+    if not is_instance_of(tensor, "torchao"):
+        return False
+    inner = getattr(tensor, "original_weight_tensor", None)
+    return (
+        is_instance_of(tensor, "torchao", "LinearActivationQuantizedTensor")
+        or any(getattr(tensor, name, None) is not None for name in _QUANTIZED_INPUTS)
+        or (isinstance(inner, Tensor) and quantizes_input(inner))
+    )
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`W = (q - z) s` with a scale `s` and a zero point `z` for each block of `q`, to the bits of torchao.
+
+    Args:
+        shape: of `W`.
+        blocks: that of `q` with each dimension that has several blocks split into their number and their size.
+        groups: that of `s` and `z`, which has ones in the places of sizes.
+        exact: the type in which it is computed.
+        dtype: the type of `W`.
+    """
+
+    shape: tuple[int, ...]
+    blocks: tuple[int, ...]
+    groups: tuple[int, ...]
+    exact: torch.dtype
+    dtype: torch.dtype
+
+    def __call__(self, quantized: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Return `W`."""
+        values = quantized.reshape(self.blocks).to(self.exact)
+        if zero_point is not None:
+            values = values - zero_point.reshape(self.groups).to(self.exact)
+        return (values * scale.reshape(self.groups)).reshape(self.shape).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """`W` by the code of torchao, for the classes that are not affine: it rebuilds the tensor, and dequantizes it."""
+
+    kind: Any
+    names: tuple[str, ...]
+    context: _Context
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """Return `W`."""
+        parts = dict(zip(self.names, tensors, strict=True))
+        rebuilt = self.kind.__tensor_unflatten__(parts, self.context.value, self.shape, self.stride)
+        read = getattr(rebuilt, "get_original_weight", None) or rebuilt.dequantize
+        weight: Tensor = read()
+        return weight
+
+
+@dataclass(frozen=True, eq=False)
+class _Context:
+    """What a class of torchao keeps beside tensors. Two of them are equal if they are written alike."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and repr(self.value) == repr(other.value)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.value))
+
+
+@dataclass(frozen=True, eq=False)
+class Again:
+    """Quantizes other values as a tensor was."""
+
+    like: Any
+
+    def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """Return the tensors that hold `weight`.
+
+        Raises:
+            NotImplementedError: of the classes that cannot say how they were made.
+        """
+        like, kind = self.like, type(self.like)
+        if is_instance_of(like, "torchao", "IntxUnpackedToInt8Tensor"):
+            made = kind.from_hp(weight.to(like.dtype), tuple(like.block_size), like.target_dtype)
+        elif is_instance_of(like, "torchao", "Int8Tensor", "Float8Tensor"):
+            from torchao.quantization import PerRow, PerTensor
+
+            by_row = list(like.block_size) == [1, like.shape[1]]
+            if not by_row and tuple(like.block_size) != tuple(like.shape):
+                raise NotImplementedError
+            options = {"float8_dtype": like.qdata.dtype} if is_instance_of(like, "torchao", "Float8Tensor") else {}
+            made = kind.from_hp(weight.to(like.dtype), granularity=PerRow() if by_row else PerTensor(), **options)
+        else:
+            raise NotImplementedError
+        names, _ = made.__tensor_flatten__()
+        return {_name(index, name): getattr(made, name) for index, name in enumerate(names)}
+
+
+def _name(index: int, name: str) -> str:
+    return "weight" if index == 0 else f"weight_{name}"
+
+
+def _kind(weight: Any) -> str:
+    kind = getattr(weight, "target_dtype", None) or getattr(getattr(weight, "qdata", None), "dtype", None)
+    return type(weight).__name__ if kind is None else f"torchao {str(kind).removeprefix('torch.')}"
+
+
+def _blocks(sizes: Sequence[int], shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes `blocks` and `groups` of `Affine` for blocks of these sizes."""
+    blocks: list[int] = []
+    groups: list[int] = []
+    for size, total in zip(sizes, shape, strict=True):
+        split = size not in (1, total)
+        blocks += [total // size, size] if split else [total]
+        groups += [total // size, 1] if split else [total // size]
+    return tuple(blocks), tuple(groups)

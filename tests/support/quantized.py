@@ -1,0 +1,87 @@
+"""Quantize the linears of small models in every way that is supported, and read them back independently."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torchao = pytest.importorskip("torchao.quantization")
+    bnb = pytest.importorskip("bitsandbytes")
+
+
+def _torchao(config: Callable[[], Any], model: nn.Module) -> nn.Module:
+    torchao.quantize_(model, config())
+    return model
+
+
+def _bitsandbytes(make: Callable[..., nn.Module], model: nn.Module) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if type(child) is nn.Linear:
+                quantized = make(child.in_features, child.out_features, child.bias is not None)
+                quantized.load_state_dict(child.state_dict())
+                parent._modules[name] = quantized.to("cpu").train(child.training)
+    return model
+
+
+def _four_bit(quant_type: str, nested: bool) -> Callable[..., nn.Module]:
+    return partial(bnb.nn.Linear4bit, quant_type=quant_type, compress_statistics=nested)
+
+
+def _grouped() -> Any:
+    return torchao.IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, "int4"),  # noqa: B009  # which its stubs lack
+        granularity=torchao.PerGroup(32),
+    )
+
+
+STORAGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torchao int8": partial(_torchao, torchao.Int8WeightOnlyConfig),
+    "torchao int4": partial(_torchao, _grouped),
+    "torchao float8": partial(_torchao, torchao.Float8WeightOnlyConfig),
+    "nf4": partial(_bitsandbytes, _four_bit("nf4", nested=False)),
+    "nf4 twice": partial(_bitsandbytes, _four_bit("nf4", nested=True)),
+    "fp4": partial(_bitsandbytes, _four_bit("fp4", nested=False)),
+    "int8": partial(_bitsandbytes, partial(bnb.nn.Linear8bitLt, has_fp16_weights=False)),
+}
+
+
+def quantized(storage: str, model: nn.Module) -> nn.Module:
+    """Return a copy of `model` whose linears are quantized."""
+    return STORAGES[storage](copy.deepcopy(model)).requires_grad_(False)
+
+
+def effective_weight(module: Any) -> Tensor:
+    """Return the weight of a quantized linear, as the library that made it reads it."""
+    if isinstance(module, bnb.nn.Linear4bit):
+        weight: Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    elif isinstance(module, bnb.nn.Linear8bitLt):
+        scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+        weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, scale)
+    else:
+        weight = module.weight.dequantize()
+    return weight.detach()
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """Return the dense model that a quantized one stands for."""
+    twin = copy.deepcopy(model)
+    for parent in list(twin.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, nn.Linear):
+                weight = effective_weight(child)
+                dense = nn.Linear(weight.shape[1], weight.shape[0], child.bias is not None, dtype=weight.dtype)
+                dense.weight.data = weight
+                if child.bias is not None:
+                    dense.bias.data = child.bias.detach()
+                parent._modules[name] = dense.train(child.training)
+    return twin.requires_grad_(False)

@@ -19,6 +19,7 @@ from .errors import (
     ConfigError,
     SelectionError,
 )
+from .execution.compiling import compile_layers
 from .execution.frozen import frozen
 from .execution.optimize import optimize
 from .formats.checkpoint import load, save
@@ -144,6 +145,7 @@ __all__ = [
     "by_row",
     "capture",
     "combine",
+    "compile_layers",
     "delete",
     "from_peft_config",
     "frozen",

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import AdapterError
+from .compiling import LayerCompiler
 from .cutting import Piece, Values
 from .frozen import KeptValues
 from .layer import Part, submodule
@@ -49,9 +50,16 @@ class Derived:
         kept.keep(method, found if self.values is not None else [(), *found], tensors)
 
 
-def part_of(piece: Piece, is_kept: bool, checkpoints: bool) -> Part:
-    """Return what the module of a piece runs. Pieces of equal code have one function, as long as it is in use."""
-    key = (piece.values, piece.rest, is_kept, checkpoints)
+def part_of(piece: Piece, is_kept: bool, checkpoints: bool, compiler: LayerCompiler | None) -> Part:
+    """Return what the module of a piece runs. Pieces of equal code have one function, as long as it is in use.
+
+    Args:
+        piece: the piece.
+        is_kept: whether what it needs of its module is kept in a scope of `frozen`, and given with its inputs.
+        checkpoints: whether it keeps only its inputs for the backward pass.
+        compiler: compiles the function; None for a function that runs as it is.
+    """
+    key = (piece.values, piece.rest, is_kept, checkpoints, compiler)
     part = _parts.get(key)
     if part is None:
         part = _parts[key] = _make_part(*key)
@@ -61,12 +69,20 @@ def part_of(piece: Piece, is_kept: bool, checkpoints: bool) -> Part:
 _parts: weakref.WeakValueDictionary[Any, Part] = weakref.WeakValueDictionary()
 
 
-def _make_part(values: Values, rest: Callable[..., Any], is_kept: bool, checkpoints: bool) -> Part:
-    if is_kept:
-        return lambda module, *inputs: rest(None, *inputs)
+def _make_part(
+    values: Values, rest: Callable[..., Any], is_kept: bool, checkpoints: bool, compiler: LayerCompiler | None
+) -> Part:
+    def run(tensors: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
+        return rest(None, *values.work(None, *tensors), *inputs)
+
+    def run_kept(inputs: tuple[Any, ...]) -> Any:
+        return rest(None, *inputs)
+
+    if compiler is not None:  # tensors are arguments, so that the code of one layer is that of all
+        run, run_kept = compiler(run), compiler(run_kept)
 
     def part(module: nn.Module, *inputs: Any) -> Any:
-        return rest(None, *values.of(module), *inputs)
+        return run_kept(inputs) if is_kept else run((*values.read(module), *values.constants), inputs)
 
     def checkpointed(module: nn.Module, *inputs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import fx, nn
 
 from ..errors import AdapterError
+from ..graph.layers import is_layer, layer_of
 
 Part = Callable[..., Any]
 """`module, *inputs -> results`: what a layer computes in a program, of the tensors that `module` has now.
@@ -93,3 +94,18 @@ def submodule(module: Any, path: str) -> Any:
         modules = module._modules
         module = modules[name] if name in modules else getattr(module, name)
     return module
+
+
+def make_layers(gm: fx.GraphModule) -> None:
+    """Make layers callable, see `GraphLayer`, and stacks of them lists; add the layers that have no tensors."""
+    for node in gm.graph.nodes:
+        path = (layer_of(node) or "").rpartition("@")[0]
+        module: nn.Module = gm
+        for name in path.split(".") if path else ():
+            if name not in module._modules:
+                module.add_module(name, nn.Module())
+            module = cast(nn.Module, module._modules[name])
+    for name, module in gm.named_modules():
+        if type(module) is nn.Module:
+            is_list = set(module._modules) == set(map(str, range(len(module._modules)))) != set()
+            module.__class__ = nn.ModuleList if is_list and not is_layer(name) else GraphLayer

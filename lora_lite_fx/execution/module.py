@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +26,6 @@ from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
 from ..graph.copies import copy_graph, share_signatures
 from ..graph.direct_calls import outside_symbolic_trace, trace_is_active, transform_is_active
-from ..graph.layers import is_layer, layer_of
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
 from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of
@@ -41,12 +40,14 @@ from ..passes import (
 )
 from .bank_inputs import BankInputs
 from .casting import follow_cast
+from .compiling import LayerCompiler
 from .cutting import cut
 from .derived import Derived, part_of, piece_method, values_method
 from .execution import ELSEWHERE, Execution, Host
 from .forward import forward_of_programs
 from .frozen import KeptValues, can_be_kept, changed_inside
-from .layer import GraphLayer, RunsParts, running_parts, submodule
+from .layer import GraphLayer, RunsParts, make_layers, running_parts, submodule
+from .pieces import A_LAYER, pieces_of
 from .program_graph import ProgramGraph
 from .switched import ALL, Switched, acting_of, switch_passes, switched_by
 from .watch import Watch
@@ -86,7 +87,7 @@ class AdaptedGraphModule(fx.GraphModule):
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
         self.execution = execution
-        _make_layers(self)
+        make_layers(self)
         self._run_programs()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedGraphModule:
@@ -173,7 +174,7 @@ class AdaptedGraphModule(fx.GraphModule):
         for name in [name for name in new if name not in old]:
             register_tensor(self, name, tensor_of(draft, name))
         self.graph = draft.graph
-        _make_layers(self)
+        make_layers(self)
         self.recompile()
 
     def _switched_now(self, constants_for: str = "") -> Switched:
@@ -221,6 +222,22 @@ class AdaptedGraphModule(fx.GraphModule):
     def drop_values(self) -> None:
         """Drop the kept values, and keep none from now on."""
         self.kept = None
+
+    def compile_layers_by(self, compiler: LayerCompiler | None) -> None:
+        """Compile what the layers run from now on; or no longer, for None.
+
+        Raises:
+            AdapterError: the graph has no layers.
+        """
+        assert self.execution is not None
+        if compiler is not None and not pieces_of(self, self.graph):
+            raise AdapterError(
+                f"compile_layers: the model has no layers. {A_LAYER} The way out: torch.compile(model), which compiles"
+                " the whole model."
+            )
+        with _deriving:
+            self.execution = replace(self.execution, compiler=compiler)
+            self._drop_derived()
 
     def _drop_derived(self) -> None:
         # torch.fx makes a class for each module, so the methods of the programs can be attributes of the class.
@@ -346,9 +363,10 @@ class AdaptedGraphModule(fx.GraphModule):
             graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
             derived = Derived(pieces, values)
             is_kept, checkpoints = program == "inference", program == "checkpointed"
+            compiler = None if self.execution is None or program == "plain" else self.execution.compiler
             setattr(cls, f"{method}_values", values_method(method, derived, is_kept))
             for index, piece in enumerate(pieces):
-                part = part_of(piece, is_kept, checkpoints)
+                part = part_of(piece, is_kept, checkpoints, compiler)
                 setattr(cls, piece.method, piece_method(method, index, piece, part, is_kept))
                 layer = submodule(self.host, piece.path)
                 if isinstance(layer, GraphLayer) and not is_kept and program != "plain":
@@ -472,18 +490,3 @@ class AdaptedGraphModule(fx.GraphModule):
     def print_trainable_parameters(self) -> None:
         """Print one line: how many parameters train now, of how many, as PEFT prints it."""
         print(trainable_parameters(self))
-
-
-def _make_layers(gm: fx.GraphModule) -> None:
-    """Make layers callable, see `GraphLayer`, and stacks of them lists; add the layers that have no tensors."""
-    for node in gm.graph.nodes:
-        path = (layer_of(node) or "").rpartition("@")[0]
-        module: nn.Module = gm
-        for name in path.split(".") if path else ():
-            if name not in module._modules:
-                module.add_module(name, nn.Module())
-            module = cast(nn.Module, module._modules[name])
-    for name, module in gm.named_modules():
-        if type(module) is nn.Module:
-            is_list = set(module._modules) == set(map(str, range(len(module._modules)))) != set()
-            module.__class__ = nn.ModuleList if is_list and not is_layer(name) else GraphLayer

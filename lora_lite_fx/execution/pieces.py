@@ -16,14 +16,16 @@ from ..graph.direct_calls import OpOverload
 from ..graph.layers import layer_of, module_call_of
 from ..graph.writes import may_return_a_view, written
 
+A_LAYER = (
+    "A layer is an element of a ModuleList or Sequential, with a number in its qualified name as in model.layers.0."
+)
+
 
 def require_layers(gm: fx.GraphModule) -> None:
     """Raise `CaptureError` if the graph has no layers to checkpoint."""
     if not pieces_of(gm, gm.graph):
         raise CaptureError(
-            "checkpoint_layers: the model has no layers to checkpoint. A layer is an element of a ModuleList or"
-            " Sequential, with a number in its qualified name as in model.layers.0."
-            " The way out: checkpoint_layers=False."
+            f"checkpoint_layers: the model has no layers to checkpoint. {A_LAYER} The way out: checkpoint_layers=False."
         )
 
 

@@ -21,6 +21,7 @@ from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches, by_row, coefficients
 from ..adapters.variant import Variant
 from ..errors import AdapterError, ConfigError
+from ..execution.compiling import LayerCompiler
 from ..execution.frozen import changed_inside, frozen
 from ..execution.layer import RunsParts, running_parts
 from ..formats.any_file import WEIGHTS
@@ -151,6 +152,10 @@ class Adapted(NamedAdapters, AdaptedPart):
                 plain: Any = type(module)
                 module.__class__ = running_parts(getattr(plain, "base", plain), AdaptedLayer)
                 module._graphs, module._path = self._graphs, name
+
+    def compile_layers_by(self, compiler: LayerCompiler | None) -> None:
+        """Compile what the layers run from now on, see `compile_layers`; or no longer, for None."""
+        self._graphs.compile_layers_by(compiler)
 
     def add_to_graphs(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
         """Add new adapters to all graphs, as `add` asks for."""

@@ -22,6 +22,7 @@ from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
+from ..execution.compiling import LayerCompiler
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import draft_of
 from ..graph.tensors import delete_tensor, register_tensor, tensor_of
@@ -74,6 +75,7 @@ class GraphCache:
         self.sites: dict[str, tuple[frozenset[str], str]] = {}  # roles and weight, as the first graph has them
         self.captures = 0
         self.keeps_values = False
+        self.compiler: LayerCompiler | None = None
         self._lock = threading.Lock()  # for the order of the graphs, which calls change
         self._owned: set[str] = set()
         self.drop()
@@ -171,6 +173,13 @@ class GraphCache:
             self.keeps_values = keeps
             for graph in self._kept:
                 graph.gm.keep_values() if keeps else graph.gm.drop_values()
+
+    def compile_layers_by(self, compiler: LayerCompiler | None) -> None:
+        """Compile what the layers of all graphs run from now on; or no longer, for None."""
+        with tracing():
+            for graph in self._kept:
+                graph.gm.compile_layers_by(compiler)
+            self.compiler = compiler
 
     def _log(self, call: CapturedCall, refusal: str, seconds: float) -> None:
         name = type(self.model).__name__ + (f".{call.path}" if call.path else "")
@@ -315,6 +324,8 @@ class GraphCache:
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
         graph = capture_call(self._shadow(), call, example, fixed, self.verify, self.fuse_loss)
         self._insert_again(graph.gm)
+        if self.compiler is not None:
+            graph.gm.compile_layers_by(self.compiler)
         self.captures += 1
         self._bind(graph.gm)
         graph.gm.run_on(self.model)

@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.turns import tracing
 from .autograd_functions import keeping_functions
+from .conversions import needless_conversions_left_out
+from .decisions import Decisions
+from .outputs import has_data
 from .refusal import refusal
+
+_READS_VALUES = (GuardOnDataDependentSymNode,)
 
 
 def export(
@@ -68,9 +74,25 @@ def images_in(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-@tracing()
 def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
-    with keeping_functions() as kept:
+    try:
+        return _trace(model, args, kwargs, dynamic_shapes)
+    except CaptureError as error:
+        if not (isinstance(error.__cause__, _READS_VALUES) and has_data(model, (args, kwargs))):
+            raise
+        try:
+            decisions = Decisions(model, (args, kwargs))
+            with decisions.followed():
+                gm = _trace(model, args, kwargs, dynamic_shapes)
+        except Exception as other:
+            raise error from other
+        decisions.check(gm)
+        return gm
+
+
+@tracing()
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+    with keeping_functions() as kept, needless_conversions_left_out():
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,13 @@ def has_data(model: nn.Module, call: Call) -> bool:
 
 
 def outputs_of_model(
-    model: nn.Module, call: Call, training: bool, writes: Sequence[str], by_module: bool, nudge: int = 0
+    model: nn.Module,
+    call: Call,
+    training: bool,
+    writes: Sequence[str],
+    by_module: bool,
+    nudge: int = 0,
+    watch: AbstractContextManager[Any] | None = None,
 ) -> Outputs:
     """Run a copy of a model.
 
@@ -65,6 +71,7 @@ def outputs_of_model(
         by_module: whether to keep what modules return.
         nudge: 1 or -1 to change the last bit of what each module returns, some up and some down, which shows what
             rounding does; 0 to leave it.
+        watch: is entered around the call alone.
     """
     loose = [
         f"{path}.{name}" if path else name
@@ -90,7 +97,7 @@ def outputs_of_model(
         if by_module and name:
             module.register_forward_hook(keep(name))
     args, kwargs = copied(call)
-    with comparable(model):
+    with comparable(model), watch or nullcontext():
         returned = twin(*args, **kwargs)
     return Outputs(results_of(returned), buffers_of(twin), modules)
 

@@ -87,8 +87,11 @@ def trace(function: Callable[..., Tensor | Sequence[Tensor]], tensors: Sequence[
     """
     # Those who call for this trace are no part of it, such as an adapted model in its own `forward`.
     outer = {f'File "{frame.f_code.co_filename}", line {line}' for frame, line in traceback.walk_stack(None)}
+    mode = _mode_of(tensors[0])
+    if mode.shape_env is not None:  # sizes of other operations that depend on values, which make_fx would miss here
+        mode.shape_env.pending_fresh_unbacked_symbols.clear()
     # make_fx is the tracer of torch.export. Nothing public records `aten.linear` and keeps `detach`.
-    with _mode_of(tensors[0]), keeping_functions() as kept:
+    with mode, keeping_functions() as kept:
         gm = make_fx(function, pre_dispatch=True, record_stack_traces=True)(*tensors)
         kept.put_calls(gm)
     _inline_numbers(gm)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..capture.decisions import is_other_decision
+from ..errors import CallError
 from ..graph.turns import calling
 from .execution import Execution
 
@@ -42,7 +44,12 @@ def forward_of_programs(
         if torch.compiler.is_dynamo_compiling():
             return run(self, *args, **kwargs)
         with calling():
-            return run(self, *args, **kwargs)
+            try:
+                return run(self, *args, **kwargs)
+            except RuntimeError as error:
+                if is_other_decision(error):
+                    raise CallError(str(error)) from None
+                raise
 
     # torch.compile counts recompilations by code object, so each module needs one of its own.
     forward.__code__ = forward.__code__.replace()

@@ -1,0 +1,266 @@
+"""Export a model that decides by values, where a graph follows one way only.
+
+Three constructs are followed, each so that no call gets a wrong value:
+
+- `if mask.any():` goes the way of the example. The graph asserts in each call that it comes out the same.
+- `for index in hit.nonzero():` over a vector of fixed size, as mixtures of experts run the experts that a token chose,
+  becomes a loop over all indices. That is the same where the body does nothing for an index without entries. The graph
+  is compared with the model to see it, on inputs that leave indices out.
+- `torch.div` of sizes is a number, as `//` is.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+# Values of a constant under the stand-ins of a trace; nothing public leaves a mode for a while.
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..errors import COMPILE_INSTEAD, CaptureError
+from .differences import TOLERANCES, distance, largest
+from .outputs import Call, Outputs, outputs_of_graph, outputs_of_model
+
+_DECIDED = "This graph was captured where"
+_MOST_INDICES = 1024
+_TO_TRUTH: dict[Any, Callable[..., Tensor]] = {
+    Tensor.__bool__: lambda value: value,
+    Tensor.__contains__: lambda values, item: (values == item).any(),
+    Tensor.equal: lambda one, other: (one == other).all(),
+    torch.equal: lambda one, other: (one == other).all(),
+}
+"""Functions that return a truth value to Python, and the tensor that it is the value of."""
+_NONZERO = (Tensor.nonzero, torch.nonzero)
+_RESHAPE = (Tensor.squeeze, torch.squeeze, Tensor.flatten, torch.flatten, Tensor.view, Tensor.reshape)
+
+
+def is_other_decision(error: Exception) -> bool:
+    """Tell whether a graph raised `error` because the model decides otherwise for a call than for the example."""
+    return _DECIDED in str(error)
+
+
+class Decisions:
+    """What a model decides on the inputs of a call, for an export that follows it.
+
+    Args:
+        model: is run in its mode; it is not changed.
+        call: the arguments.
+    """
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        self._model, self._call = model, call
+        self._watch = _Watch(unrolled=True)
+        self._run(call, self._watch)
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Let a trace in the body decide as the model did."""
+        with _Follow(self._watch.taken), _entries_assumed(self._watch.functions):
+            yield
+
+    def check(self, gm: fx.GraphModule) -> None:
+        """Check that loops of a traced graph over all indices do nothing for those that do not occur.
+
+        Raises:
+            CaptureError: one does something, or all indices occur in each of the calls that are tried.
+        """
+        if not self._watch.loops:
+            return
+        name, way_out = type(self._model).__name__, f"or {COMPILE_INSTEAD}"
+        plain = fx.GraphModule(gm, gm.graph)  # what torch.export makes refuses train()
+        left_out = dict.fromkeys(self._watch.loops, False)
+        for call in (self._call, _of_one_kind(self._call)):
+            watch = _Watch(unrolled=False)
+            try:
+                expected = self._run(call, watch).results
+                actual = outputs_of_graph(plain, self._model, call, self._model.training, by_module=False).results
+            except Exception:  # the model does not take tokens of one kind, or decides otherwise for them
+                continue
+            if not all(_is_equal(value, actual.get(path)) for path, value in expected.items()):
+                raise CaptureError(
+                    f"{name} loops over the indices that occur at {next(iter(left_out))}, and a loop over all, as a"
+                    " graph has it, computes something else. The way out: let the body do nothing for an index without"
+                    f" entries, {way_out}."
+                )
+            left_out |= {where: True for where, some in watch.loops.items() if some}
+        if unseen := [where for where, some in left_out.items() if not some]:
+            raise CaptureError(
+                f"{name} loops over the indices that occur at {unseen[0]}, and all of them do on the example inputs, so"
+                " that nothing shows whether a graph may loop over all. The way out: pass example_inputs that leave"
+                f" some out, such as fewer tokens, {way_out}."
+            )
+
+    def _run(self, call: Call, watch: _Watch) -> Outputs:
+        return outputs_of_model(self._model, call, self._model.training, (), by_module=False, watch=watch)
+
+
+def _is_equal(expected: Any, actual: Any) -> bool:
+    if not isinstance(expected, Tensor):
+        return True
+    return distance(expected, actual) <= TOLERANCES.get(expected.dtype, 0.0) * largest(expected)
+
+
+def _of_one_kind(call: Call) -> Call:
+    """Return the call with all tokens the same: few experts are chosen then."""
+
+    def same(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.is_floating_point() or not leaf.numel():
+            return leaf
+        return leaf.flatten()[0].expand_as(leaf).clone()
+
+    inputs: Call = pytree.tree_map(same, call)
+    return inputs
+
+
+class _Watch(TorchFunctionMode):
+    """Records what a run decides.
+
+    Args:
+        unrolled: whether loops over the indices that occur go over all.
+    """
+
+    def __init__(self, unrolled: bool) -> None:
+        super().__init__()
+        self.unrolled = unrolled
+        self.taken: list[tuple[str, bool]] = []
+        self.loops: dict[str, bool] = {}
+        """The lines of loops over indices, and whether one of their runs leaves out some index."""
+        self.functions: set[CodeType] = set()
+        """The functions that such loops are in."""
+        self._indices: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (func in _TO_TRUTH or _is_truth(func, args)) and (where := _line()) is not None:
+            return self.decide(func, args, where)
+        if func is torch.div and not any(isinstance(arg, Tensor) for arg in args) and kwargs.get("rounding_mode"):
+            return args[0] // args[1]  # of sizes, which are positive
+        if func is Tensor.__format__ and isinstance(index := args[0].item(), int):  # of a constant
+            return format(index, *args[1:])
+        if func is Tensor.unbind and id(args[0]) in self._indices and args[1:] in ((), (0,)):
+            return self.loop(*self._indices[id(args[0])])
+        result = func(*args, **kwargs)
+        if func in _NONZERO and isinstance(result, Tensor) and args[0].dim() == 1 and type(len(args[0])) is int:
+            if len(args[0]) <= _MOST_INDICES:
+                with _disable_current_modes():
+                    self._indices[id(result)] = result, torch.arange(len(args[0]))[:, None]
+        elif func in _RESHAPE and id(args[0]) in self._indices:
+            with _disable_current_modes():
+                every = func(self._indices[id(args[0])][1], *args[1:], **kwargs)
+            self._indices[id(result)] = result, every
+        return result
+
+    def decide(self, func: Any, args: tuple[Any, ...], where: str) -> bool:
+        value = bool(func(*args))
+        self.taken.append((where, value))
+        return value
+
+    def loop(self, found: Tensor, every: Tensor) -> tuple[Tensor, ...]:
+        where = str(_line())
+        if (frame := _frame()) is not None:
+            self.functions.add(frame.f_code)
+        self.loops[where] = self.loops.get(where, False) or len(found) < len(every)
+        return self.all_of(every, found) if self.unrolled else found.unbind()
+
+    def all_of(self, every: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        # A literal, because a trace knows the values of these.
+        return tuple(torch.tensor(value, device=like.device) for value in every.tolist())
+
+
+def _is_truth(func: Any, args: tuple[Any, ...]) -> bool:
+    return func is Tensor.item and args[0].dtype == torch.bool
+
+
+class _Follow(_Watch):
+    """Lets a trace decide as a run did, and asserts in the graph that each call does.
+
+    Args:
+        taken: the decisions.
+    """
+
+    def __init__(self, taken: list[tuple[str, bool]]) -> None:
+        super().__init__(unrolled=True)
+        self._next = iter(taken)
+
+    def decide(self, func: Any, args: tuple[Any, ...], where: str) -> bool:
+        before, expected = next(self._next, ("no line", False))
+        if where != before:
+            raise CaptureError(f"The model decides at {where} while it is traced, and at {before} before.")
+        truth = _TO_TRUTH[func](*args) if func in _TO_TRUTH else args[0]
+        truth = truth if truth.dtype == torch.bool else truth != 0
+        message = f"{_DECIDED} {where} goes by {expected}, and is {not expected} in this call. The way out: pass"
+        message += " example_inputs of this kind, and capture a graph for them."
+        # Nothing public asserts values that a trace does not have.
+        torch._assert_async(truth if expected else truth.logical_not(), message)
+        return expected
+
+    def loop(self, found: Tensor, every: Tensor) -> tuple[Tensor, ...]:
+        return self.all_of(every, found)
+
+
+def _frame() -> FrameType | None:
+    """Return the frame that called the function of torch which is watched."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (frame.f_code.co_filename in _BETWEEN or frame.f_code.co_name == "__torch_function__"):
+        frame = frame.f_back
+    return frame
+
+
+def _line() -> str | None:
+    """Return the line of the model that is running; None if a function of torch decides within itself."""
+    frame = _frame()
+    if frame is None or _is_of_torch(frame):
+        return None
+    file, number = frame.f_code.co_filename, frame.f_lineno
+    return f"`{linecache.getline(file, number).strip()}` ({file}:{number})"
+
+
+def _is_of_torch(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(f"{_TORCH}{os.sep}")
+
+
+_TORCH = os.path.dirname(torch.__file__)
+_BETWEEN = (__file__, os.path.join(_TORCH, "_tensor.py"), os.path.join(_TORCH, "overrides.py"))
+
+
+@contextmanager
+def _entries_assumed(functions: set[CodeType]) -> Iterator[None]:
+    """Let a trace go on where Python asks in one of these functions whether a tensor has any entries.
+
+    A loop over indices may skip those without entries. `Decisions.check` sees that it may as well not.
+    """
+    # Nothing public answers what a trace cannot know.
+    original = ShapeEnv.evaluate_sym_node
+
+    def evaluate(self: Any, sym_node: Any, size_oblivious: bool = False, fallback_value: Any = None) -> Any:
+        if fallback_value is None and _asks_for_empty(self, sym_node.expr):
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and _is_of_torch(frame):
+                frame = frame.f_back
+            if frame is not None and frame.f_code in functions:
+                fallback_value = False
+        return original(self, sym_node, size_oblivious, fallback_value)
+
+    ShapeEnv.evaluate_sym_node = evaluate  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ShapeEnv.evaluate_sym_node = original  # type: ignore[method-assign]
+
+
+def _asks_for_empty(shapes: ShapeEnv, expression: Any) -> bool:
+    """Tell whether this compares with zero a number of entries that depends on values."""
+    free: set[Any] = getattr(expression, "free_symbols", set())
+    is_equality = type(expression).__name__ == "Equality" and 0 in expression.args
+    return is_equality and bool(free) and free <= shapes.size_like

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_lite_fx.capture.example_inputs import example_inputs_of
-from lora_lite_fx.capture.hugging_face import is_diffusers, is_hugging_face
+from lora_lite_fx.capture.hugging_face import is_diffusers, is_hugging_face, prepare_for_capture
+from lora_lite_fx.capture.share import share
 
 
 def calls_of(model: Any) -> list[tuple[str, Any]]:
@@ -34,7 +35,9 @@ def calls_of(model: Any) -> list[tuple[str, Any]]:
 def example_of(model: Any) -> dict[str, Tensor]:
     """Return the inputs of a call: as the config of the model says, or of diffusers as `diffusers_cases.py` says."""
     if is_hugging_face(model):
-        inputs = example_inputs_of(model)
+        prepared = share(model)
+        prepare_for_capture(prepared)
+        inputs = example_inputs_of(prepared)
         return _in_dtype_of(model, inputs)
     if is_diffusers(model):
         return _in_dtype_of(model, model.survey_calls["example"])

@@ -1,0 +1,121 @@
+"""What the configs of some model types need beside small numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_WINDOWS = {"window_size": 2, "image_size": 64}  # windows that fit into the smallest image of the four stages
+_HYBRID = ["linear_attention", "full_attention"]
+_MROPE = {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+_QWEN3 = {**_MROPE, "vision_config.num_heads": 6}
+_INDEXER = {
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+}
+_TILES = {"image_grid_pinpoints": [[64, 128], [128, 64]], "vision_config.image_size": 64}
+_MAMBA2 = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_next": {"layer_types": _HYBRID},
+    "qwen3_5_text": {"layer_types": _HYBRID},
+    "qwen3_5_moe_text": {"layer_types": _HYBRID},
+    "qwen3_5": {**_QWEN3, "vision_config.out_hidden_size": 256, "text_config.layer_types": _HYBRID},
+    "qwen3_5_moe": {**_QWEN3, "vision_config.out_hidden_size": 128, "text_config.layer_types": _HYBRID},
+    "olmo_hybrid": {"layer_types": _HYBRID},
+    "qwen3_vl": _QWEN3 | {"vision_config.out_hidden_size": 256},
+    "qwen3_vl_moe": _QWEN3 | {"vision_config.out_hidden_size": 128},
+    "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**_MAMBA2, "layer_types": _HYBRID, "shared_intermediate_size": 48},
+    "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 128},
+    "kimi_linear": {"layer_types": _HYBRID},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], "chunk_size": 8},
+    "mamba2": {"chunk_size": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "longcat_flash": {"zero_expert_num": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glm4v": _MROPE,
+    "glm46v": _MROPE,
+    "glm4v_moe": {**_MROPE, "text_config.head_dim": 16},
+    "glmga": _MROPE,
+    "glm_ocr": {**_MROPE, "text_config.head_dim": 8},
+    "paddleocr_vl": _MROPE,
+    "minicpm_ocr": {"text_config.layer_types": _HYBRID, "image_token_id": 95},
+    "minicpmv4_6": {"text_config.layer_types": _HYBRID, "image_token_id": 95},
+    "minicpmv4_7": {"text_config.layer_types": _HYBRID, "image_token_id": 95},
+    "lfm3_vl": {"text_config.layer_types": ["conv", "full_attention"]},
+    "janus": {"vq_config.base_channels": 32, "vision_config.projection_dim": 256},
+    "instructblipvideo": {"video_token_index": 95},
+    "ernie4_5_vl_moe": {
+        "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "text_config.moe_k": 2,
+    },
+    "qwen2_5_omni_thinker": {**_MROPE, "vision_start_token_id": 90, "vision_config.window_size": 56},
+    "qwen3_omni_moe_thinker": {**_MROPE, "vision_start_token_id": 90},
+    "step3p7": {"text_config.sliding_window": 4},
+    "llama4": {
+        "vision_config.intermediate_size": 192,
+        "vision_config.projector_input_dim": 256,
+        "vision_config.projector_output_dim": 256,
+        "vision_config.vision_output_dim": 256,
+    },
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "nemotron_h_omni": {"image_token_id": 95},
+    "ovis2": {"hidden_size": 256},
+    "kosmos-2": {"latent_query_num": 4},
+    "kosmos-2.5": {"latent_query_num": 4},
+    "xlnet": {"d_model": 64, "n_head": 2, "d_head": 32},
+    "aya_vision": {"vision_config.hidden_size": 64, "vision_config.num_attention_heads": 4},
+    "emu3": {"vocabulary_map": {"<image>": 95}},
+    "qwen2_vl": {**_MROPE, "vision_config.num_heads": 4, "vision_config.hidden_size": 512},
+    "qwen2_5_vl": {**_MROPE, "vision_config.num_heads": 4, "vision_config.out_hidden_size": 512},
+    "blip-2": {"image_token_index": 95},
+    "instructblip": {"image_token_index": 95},
+    "mllama": {
+        "vision_config.intermediate_layers_indices": [0],
+        "vision_config.vision_output_dim": 160,
+        "text_config.cross_attention_layers": [1],
+    },
+    "llava_next": _TILES,
+    "llava_onevision": _TILES,
+    "swin": _WINDOWS,
+    "swinv2": _WINDOWS,
+    "donut-swin": _WINDOWS,
+    "maskformer-swin": _WINDOWS,
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl": {"text_config.head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_hidden_layers": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "ernie4_5_moe": {"moe_k": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
+    "qwen4_exp_text": _INDEXER,
+    "qwen4_exp": {
+        **_QWEN3,
+        "vision_config.out_hidden_size": 256,
+        **{f"text_config.{name}": value for name, value in _INDEXER.items()},
+    },
+    "esm": {"pad_token_id": 1, "mask_token_id": 4, "vocab_size": 33},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "chameleon": {"vocabulary_map": {"<image>": 95}, "vq_config.base_channels": 32},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "1/2"},
+    "perceiver": {"d_model": 64, "d_latents": 64, "num_latents": 16},
+    "pp_formulanet": {"post_conv_in_channels": 16},
+}
+"""Fields of configs by model type, where small values of others would leave out a part of the model."""

@@ -29,6 +29,7 @@ from ..sites.dataflow import SIZES, op_name
 from ..sites.finding import find_sites
 from ..sites.rows import batch_dim
 from ..sites.site import Site, is_called, span
+from ..storage.dequantized import DequantizedLinear
 from .calibration import Batches, check_calibration
 from .capture import base_graph
 from .config import Config, as_adapters
@@ -230,6 +231,8 @@ class AdaptedLinear(nn.Module):
 
     def _call(self, x: Tensor, **given: Tensor) -> Tensor:
         """Call the wrapped module, with a weight or bias in place of its own if they are given."""
+        if given and isinstance(self.base, DequantizedLinear):  # which has no dense parameter to replace
+            return self.base.product(x, **given)
         output: Tensor = functional_call(self.base, given, (x,)) if given else self.base(x)
         return output
 

@@ -6,7 +6,6 @@ a graph with 4-bit weights comes back from a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import is_instance_of
-from .stored_weight import StoredWeight, detached, not_supported
+from .stored_weight import StoredWeight, copy_over_tensors, detached, not_supported
 
 
 def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
@@ -47,7 +46,7 @@ def _four_bit(module: Any) -> StoredWeight:
         tuple(state.shape), state.dtype, state.blocksize, state.quant_type, nested.blocksize if nested else 0
     )
     compute = module.compute_dtype
-    return StoredWeight(state.quant_type, detached(tensors), dequantize, FourBitAgain(dequantize).quantize, compute)
+    return StoredWeight(state.quant_type, detached(tensors), dequantize, FourBitAgain(module, dequantize), compute)
 
 
 def _unpacked_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -72,7 +71,7 @@ def _eight_bit(module: Any, dtype: torch.dtype) -> StoredWeight:
     if scale is None or module.weight.dtype is not torch.int8:
         raise _not_quantized("Linear8bitLt")
     tensors = {"weight": module.weight.data, "weight_scale": scale}
-    return StoredWeight("int8", detached(tensors), EightBit(dtype), _eight_bit_again)
+    return StoredWeight("int8", detached(tensors), EightBit(dtype), EightBitAgain(module))
 
 
 def _not_quantized(name: str) -> Exception:
@@ -108,28 +107,28 @@ class FourBit:
         return weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FourBitAgain:
-    """Quantizes other values as a weight of 4 bits was."""
+    """Makes modules like one, with other values."""
 
-    like: FourBit
+    like: Any
+    form: FourBit
 
-    def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """Return the tensors that hold `weight`."""
-        from bitsandbytes.functional import quantize_4bit
+    def __call__(self, weight: Tensor) -> nn.Module:
+        """Return a module that holds `weight`, quantized as that of the module is."""
+        from bitsandbytes.nn import Params4bit
 
-        like = self.like
-        packed, state = quantize_4bit(
-            weight.to(like.dtype),
-            blocksize=like.block,
-            compress_statistics=bool(like.nested),
-            quant_type=like.quant_type,
-        )
-        tensors = {"weight": packed, "weight_absmax": state.absmax}
-        if like.nested:
-            tensors |= {"weight_code": state.state2.code, "weight_absmax_of_absmax": state.state2.absmax}
-            tensors |= {"weight_offset": state.offset}
-        return tensors
+        module, form = copy_over_tensors(self.like), self.form
+        module.weight = Params4bit(
+            weight.to(form.dtype),
+            requires_grad=False,
+            blocksize=form.block,
+            compress_statistics=bool(form.nested),
+            quant_type=form.quant_type,
+            quant_storage=self.like.quant_storage,
+            module=module,
+        ).to(weight.device)
+        return module  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,17 @@ class EightBit:
         return (quantized.to(torch.float32) * (scale.unsqueeze(1) * (1.0 / 127.0))).to(self.dtype)
 
 
-def _eight_bit_again(weight: Tensor) -> Mapping[str, Tensor]:
-    from bitsandbytes.functional import int8_vectorwise_quant
+@dataclass(frozen=True, eq=False)
+class EightBitAgain:
+    """Makes modules like one, with other values."""
 
-    quantized, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
-    return {"weight": quantized, "weight_scale": scale}
+    like: Any
+
+    def __call__(self, weight: Tensor) -> nn.Module:
+        """Return a module that holds `weight`, quantized as that of the module is."""
+        from bitsandbytes.nn import Int8Params
+
+        module = copy_over_tensors(self.like)
+        module.state.reset_grads()
+        module.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+        return module  # type: ignore[no-any-return]

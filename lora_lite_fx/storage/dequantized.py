@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from ..ops.recomputed_product import RecomputedProduct
 from . import bitsandbytes, torchao
-from .stored_weight import StoredWeight
+from .stored_weight import StoredWeight, copy_over_tensors
 
 STORAGES: tuple[Callable[[nn.Module, torch.dtype], StoredWeight | None], ...] = (
     torchao.stored_weight,
@@ -55,26 +54,32 @@ class DequantizedLinear(nn.Module):
             self.out_features, self.in_features = self.effective_weight().shape
         for name in _HOOKS:
             vars(self)[name].update(getattr(module, name))
-        vars(self)["original"] = Original(module, stored.quantize)
+        self.original = Original(module, stored.again)
         self.train(module.training)
 
     def effective_weight(self) -> Tensor:
         """Return `W (d_out, d_in)`."""
         return self.dequantize(*(getattr(self, name) for name in self.names))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x W^T + b`, in the type of `x`."""
-        compute = self.compute_dtype
-        if compute is None or not isinstance(x, Tensor) or x.dtype is compute:
-            return self._product(x)
-        return self._product(x.to(compute)).to(x.dtype)
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return `x W^T + b`, in the type of `x`. The one argument may have any name, as for the module."""
+        (x,) = (*args, *kwargs.values())
+        return self.product(x)
 
-    def _product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Return `x W^T + b`, with a dense `weight` or a `bias` in place of the frozen ones if they are given."""
+        bias = self.bias if bias is None else bias
         tensors = [getattr(self, name) for name in self.names]
         if not isinstance(x, Tensor):  # symbolic tracing knows no types
-            return F.linear(x, self.dequantize(*tensors), self.bias)
-        bias = self.bias if self.bias is None or self.bias.dtype is x.dtype else self.bias.to(x.dtype)
-        return RecomputedProduct(Weight(self.dequantize, x.dtype))(x, bias, *tensors)
+            return F.linear(x, self.dequantize(*tensors), bias)
+        compute = self.compute_dtype or x.dtype
+        inside = x if x.dtype is compute else x.to(compute)
+        bias = bias if bias is None or bias.dtype is compute else bias.to(compute)
+        if weight is None:
+            y = RecomputedProduct(Weight(self.dequantize, compute))(inside, bias, *tensors)
+        else:
+            y = F.linear(inside, weight.to(compute), bias)
+        return y if y.dtype is x.dtype or x.dtype is compute else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Return the line that `repr` shows."""
@@ -97,9 +102,9 @@ class Weight:
 class Original:
     """The module that a `DequantizedLinear` stands for, and its way to quantize. Copies of the stand-in share it."""
 
-    def __init__(self, module: nn.Module, quantize: Any) -> None:
+    def __init__(self, module: nn.Module, again: Callable[[Tensor], nn.Module]) -> None:
         self.module = module
-        self.quantize = quantize
+        self.again = again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Original:
         return self
@@ -114,26 +119,21 @@ def share_dequantized(model: nn.Module, memo: dict[int, Any]) -> None:
     plain = (parameter.dtype for parameter in model.parameters() if type(parameter) is nn.Parameter)
     dtype = next((dtype for dtype in plain if dtype.is_floating_point), torch.get_default_dtype())
     for module in model.modules():
-        for stored_weight in STORAGES:
-            if (stored := stored_weight(module, dtype)) is not None:
-                memo[id(module)] = DequantizedLinear(module, stored)
+        if (stored := stored_weight_of(module, dtype)) is not None:
+            memo[id(module)] = DequantizedLinear(module, stored)
+
+
+def stored_weight_of(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
+    """Return the weight of a quantized linear; None for other modules."""
+    return next((stored for storage in STORAGES if (stored := storage(module, dtype)) is not None), None)
 
 
 def restore_quantized(model: nn.Module) -> None:
     """Put the quantized modules back into `model`, a copy that has stand-ins: new modules over the same tensors."""
-    memo: dict[int, Any] = {}
+    restored: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, DequantizedLinear):
-                parent._modules[name] = _copy_over_tensors(vars(child)["original"].module, memo).train(child.training)
-
-
-def _copy_over_tensors(module: nn.Module, memo: dict[int, Any]) -> Any:
-    """Return a copy of a module over the same tensors, also those that stand in attributes of tensors and objects."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        memo[id(tensor)] = tensor
-    for value in vars(module).values():
-        for inner in vars(value).values() if hasattr(value, "__dict__") else ():
-            if isinstance(inner, Tensor):
-                memo[id(inner)] = inner
-    return copy.deepcopy(module, memo)
+                if id(child) not in restored:
+                    restored[id(child)] = copy_over_tensors(child.original.module).train(child.training)
+                parent._modules[name] = restored[id(child)]

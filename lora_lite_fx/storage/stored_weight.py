@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 
@@ -21,14 +22,14 @@ class StoredWeight:
         tensors: those that hold it, by names that a module may give them. The first one is called `weight`.
         dequantize: makes `W` of these tensors, passed by position. It is a frozen object that compares by value, holds
             no tensors, and runs operations that every capture can record.
-        quantize: makes tensors like `tensors` of a `W`; None where the storage cannot do that again.
+        again: makes a module like this one that holds another `W (d_out, d_in)`, quantized in the same way.
         compute_dtype: the type in which the module multiplies; None for that of its input.
     """
 
     kind: str
     tensors: Mapping[str, Tensor]
     dequantize: Callable[..., Tensor]
-    quantize: Callable[[Tensor], Mapping[str, Tensor]] | None = None
+    again: Callable[[Tensor], nn.Module]
     compute_dtype: torch.dtype | None = None
 
 
@@ -46,3 +47,15 @@ def not_supported(name: str, why: str, way_out: str) -> ConfigError:
 def detached(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return new objects over the same memory."""
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def copy_over_tensors(module: nn.Module) -> Any:
+    """Return a copy of a module over the same tensors, also those in attributes of its weights and other objects."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        memo[id(tensor)] = tensor
+    for value in vars(module).values():
+        for inner in vars(value).values() if hasattr(value, "__dict__") else ():
+            if isinstance(inner, Tensor):
+                memo[id(inner)] = inner
+    return copy.deepcopy(module, memo)

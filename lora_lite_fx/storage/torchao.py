@@ -5,7 +5,7 @@ torchao need not be installed: its classes are known by their names and read by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import is_instance_of
-from .stored_weight import StoredWeight, detached
+from .stored_weight import StoredWeight, copy_over_tensors, detached
 
 _QUANTIZED_INPUTS = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
 """Attributes of torchao's tensors that are not None if the product quantizes its input too."""
@@ -37,7 +37,7 @@ def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
         dequantize: Any = Affine(tuple(weight.shape), blocks, groups, exact, weight.dtype)
     else:
         dequantize = Rebuilt(type(weight), tuple(names), _Context(context), tuple(weight.shape), weight.stride())
-    return StoredWeight(_kind(weight), detached(tensors), dequantize, Again(weight).quantize)
+    return StoredWeight(_kind(weight), detached(tensors), dequantize, Again(module))
 
 
 def quantizes_input(tensor: Tensor) -> bool:
@@ -112,31 +112,35 @@ class _Context:
 
 @dataclass(frozen=True, eq=False)
 class Again:
-    """Quantizes other values as a tensor was."""
+    """Makes modules like one, with other values."""
 
     like: Any
 
-    def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """Return the tensors that hold `weight`.
+    def __call__(self, weight: Tensor) -> nn.Module:
+        """Return a module that holds `weight`, quantized as that of the module is.
 
         Raises:
-            NotImplementedError: of the classes that cannot say how they were made.
+            NotImplementedError: the class of the weight does not say how it was quantized.
         """
-        like, kind = self.like, type(self.like)
-        if is_instance_of(like, "torchao", "IntxUnpackedToInt8Tensor"):
-            made = kind.from_hp(weight.to(like.dtype), tuple(like.block_size), like.target_dtype)
-        elif is_instance_of(like, "torchao", "Int8Tensor", "Float8Tensor"):
+        old = self.like.weight
+        kind, dense, sizes = type(old), weight.to(old.dtype), tuple(old.block_size)
+        if is_instance_of(old, "torchao", "IntxUnpackedToInt8Tensor"):
+            made = kind.from_hp(dense, sizes, old.target_dtype)
+        elif is_instance_of(old, "torchao", "Int8Tensor", "Float8Tensor") and sizes in (_row(old), tuple(old.shape)):
             from torchao.quantization import PerRow, PerTensor
 
-            by_row = list(like.block_size) == [1, like.shape[1]]
-            if not by_row and tuple(like.block_size) != tuple(like.shape):
-                raise NotImplementedError
-            options = {"float8_dtype": like.qdata.dtype} if is_instance_of(like, "torchao", "Float8Tensor") else {}
-            made = kind.from_hp(weight.to(like.dtype), granularity=PerRow() if by_row else PerTensor(), **options)
+            granularity: Any = PerRow() if sizes == _row(old) else PerTensor()
+            options = {"float8_dtype": old.qdata.dtype} if is_instance_of(old, "torchao", "Float8Tensor") else {}
+            made = kind.from_hp(dense, granularity=granularity, **options)
         else:
-            raise NotImplementedError
-        names, _ = made.__tensor_flatten__()
-        return {_name(index, name): getattr(made, name) for index, name in enumerate(names)}
+            raise NotImplementedError(f"{kind.__name__} with blocks of {sizes} cannot be quantized again")
+        module = copy_over_tensors(self.like)
+        module.weight = nn.Parameter(made, requires_grad=False)
+        return module  # type: ignore[no-any-return]
+
+
+def _row(weight: Tensor) -> tuple[int, ...]:
+    return (1, weight.shape[1])
 
 
 def _name(index: int, name: str) -> str:

@@ -103,6 +103,14 @@ def observe(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """Return the ordinary tensors that a tensor consists of: itself, or those that a quantized one wraps."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in parts_of(getattr(tensor, name))]
+
+
 def snapshot(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what `observe` sees of a model, and copies of its tensors."""
     return observe(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -116,9 +124,14 @@ def difference(
     for what in {**seen, **seen_now}:
         if seen.get(what) != seen_now.get(what):
             return f"{what} has other modes, hooks, flags, storage or gradients than before"
-    for name, tensor in tensors.items():
-        if not torch.equal(tensor, tensors_now[name]):
-            off = (tensor - tensors_now[name]).abs().max().item()
+    pairs = [
+        (name, *pair)
+        for name, tensor in tensors.items()
+        for pair in zip(parts_of(tensor), parts_of(tensors_now[name]), strict=True)
+    ]
+    for name, tensor, now in pairs:
+        if not torch.equal(tensor, now):
+            off = (tensor.double() - now.double()).abs().max().item()
             return f"{name} {tuple(tensor.shape)} has other values than before, by up to {off:.2e}"
     return ""
 

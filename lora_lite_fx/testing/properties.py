@@ -15,10 +15,12 @@ from torch import Tensor, fx
 
 from ..adapters.registry import registry
 from ..adapters.state import adapter_parameters, adapter_state_dict
+from ..capture.share import share
 from ..errors import AdapterError
 from ..execution.frozen import frozen
 from ..rewriting.eager import AdaptedLinear
 from ..rewriting.verify import verify
+from ..storage.dequantized import DequantizedLinear
 from ..variants.lora import LoRA
 from .compare import TOLERANCES, close, distance, gradients, output
 from .graphs import check_export, check_file, check_merge, check_mode, check_remove
@@ -156,6 +158,8 @@ def bfloat16(trial: Trial) -> str:
     """Works on a bfloat16 model, where its tensors are float32, and is as exact as that dtype."""
     if any(variant.dtype is not None for variant in trial.variants):
         raise Skip("its config sets dtype")
+    if any(isinstance(module, DequantizedLinear) for module in share(trial.model).modules()):
+        raise Skip("the base is quantized, and not of another dtype for being cast")
     half, exact = trial.in_dtype(torch.bfloat16), trial.in_dtype(torch.float64)
     values = adapter_state_dict(half.adapted)
     wide = [name for name, tensor in values.items() if tensor.is_floating_point() and tensor.dtype != torch.float32]

@@ -159,8 +159,11 @@ class HasGraphs(Protocol):
         """Return the graph with all sites, over the module's tensors."""
         ...
 
-    def without_adapters(self, fold: bool) -> nn.Module:
-        """Return the module without adapters, with these folded into copies of the adapted weights or left out."""
+    def without_adapters(self, fold: bool, requantise: bool = False) -> nn.Module:
+        """Return the module without adapters, with these folded into copies of the adapted weights or left out.
+
+        With `requantise`, weights of a quantized base are quantized again after folding.
+        """
         ...
 
     def with_placements(self, placed: Sequence[Placement]) -> nn.Module:

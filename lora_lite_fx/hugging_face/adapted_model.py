@@ -31,6 +31,7 @@ from ..formats.peft.hub import CONFIG, TENSORS
 from ..log import logger
 from ..rewriting.calibration import Batches
 from ..rewriting.named import as_named
+from ..storage.dequantized import restore_quantized
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
 from .named_adapters import NamedAdapters
@@ -175,11 +176,13 @@ class Adapted(NamedAdapters, AdaptedPart):
         """Return the graph that has all sites, over the tensors of the model."""
         return self._graphs.first_graph()
 
-    def without_adapters(self, fold: bool) -> Any:
+    def without_adapters(self, fold: bool, requantise: bool = False) -> Any:
         """Return the model in its own class, its adapters folded into copies of the adapted weights, or left out."""
         plain = self._graphs.plain()
         if fold:
-            fold_into(plain, self.adapted_graph(), coefficients(self, "merge"))  # type: ignore[arg-type]
+            acting = coefficients(self, "merge")  # type: ignore[arg-type]
+            fold_into(plain, self.adapted_graph(), acting, requantise)
+        restore_quantized(plain)
         return plain
 
     def __reduce_ex__(self, protocol: Any) -> Any:

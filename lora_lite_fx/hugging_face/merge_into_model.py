@@ -10,13 +10,16 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.placement import site_bias, site_weight
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
 from ..passes import MergedSite, merge_sites
 from ..sites.finding import find_sites
 from ..sites.site import Site
+from ..storage.dequantized import DequantizedLinear, error_of, stand_ins
 
 
-def fold_into(model: Any, gm: fx.GraphModule, coefficients: Mapping[str, float] | None) -> None:
+def fold_into(
+    model: Any, gm: fx.GraphModule, coefficients: Mapping[str, float] | None, requantise: bool = False
+) -> None:
     """Give the modules of `model` the weights and biases that compute what the adapters of `gm` do.
 
     A module reads its parameters by its own names. A tied weight is therefore untied here, where `MergeAdapters` asks
@@ -26,22 +29,38 @@ def fold_into(model: Any, gm: fx.GraphModule, coefficients: Mapping[str, float] 
         model: the Hugging Face model of the graph, without adapters. It is changed.
         gm: the graph with adapters.
         coefficients: as for `merge_sites`.
+        requantise: quantize the weights of quantized modules again, as `merge` does.
 
     Raises:
+        AdapterError: the weights are to be quantized again, and no module is quantized.
         ConfigError: an adapter adds a bias to a module that has no place for one, or changes a weight or bias that the
             model computes.
     """
     modules = dict(model.named_modules())
+    errors: dict[str, float] = {}
+    if requantise:
+        vars(model)["requantised"] = errors
+    if requantise and not stand_ins(model):
+        raise AdapterError("merge(requantise=True): no module of the base is quantized. The way out: merge(model).")
+    dense: list[str] = []
     for merged in merge_sites(gm, find_sites(gm), coefficients):
         owner, name = _place_of_weight(modules, merged)
         module, site = modules[owner], merged.site
         change_weight = site.computed_weight is None or not torch.equal(merged.weight, site_weight(gm, site))
         change_bias = merged.bias is not None and not _is_kept(gm, merged)
-        if change_bias and site.bias is None and not isinstance(module, nn.Linear):
+        if change_bias and site.bias is None and not isinstance(module, (nn.Linear, DequantizedLinear)):
             raise ConfigError(
                 f"The adapter of {site.name} adds a bias, for which a {type(module).__name__} has no place."
             )
-        if change_weight:
+        if change_weight and isinstance(module, DequantizedLinear):
+            stored = module.requantized(merged.weight) if requantise else None
+            if stored is not None:
+                errors[site.name] = error_of(merged.weight, stored)
+            else:
+                dense.append(owner)
+            module = stored or _dense(module, merged.weight)
+            _put(model, modules, owner, module)
+        elif change_weight:
             if site.computed_weight is not None:
                 _drop_parametrization(module, name, site)
             current = getattr(module, name)
@@ -52,6 +71,46 @@ def fold_into(model: Any, gm: fx.GraphModule, coefficients: Mapping[str, float] 
         if change_bias:
             bias_name = site.bias.rpartition(".")[2] if site.bias else "bias"
             module.register_parameter(bias_name, merged.new_bias(getattr(module, bias_name)))
+    if dense:
+        _tell_config(model, dense)
+
+
+def _tell_config(model: Any, dense: list[str]) -> None:
+    """Note in the config which modules are quantized no more, so that the model is loaded as it is saved."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return
+    if not stand_ins(model):
+        del model.config.quantization_config
+        vars(model).pop("hf_quantizer", None)
+        model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        return
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(config, name):
+            others = getattr(config, name)
+            setattr(config, name, [*(others or _left_dense(model)), *dense])
+
+
+def _left_dense(model: Any) -> list[str]:
+    """Return what transformers leaves dense unless it is told: the head."""
+    return [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+
+
+def _dense(module: DequantizedLinear, weight: Tensor) -> nn.Module:
+    """Return a plain linear in place of a quantized one, with a dense weight."""
+    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = module.bias  # type: ignore[assignment]
+    return linear.train(module.training)
+
+
+def _put(model: nn.Module, modules: dict[str, nn.Module], name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that has this name, wherever the model has that."""
+    old, modules[name] = modules[name], module
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = module
 
 
 def _is_kept(gm: fx.GraphModule, merged: MergedSite) -> bool:

@@ -48,6 +48,7 @@ from .calibration import Batches, check_calibration
 from .capture import capture
 from .config import Config, as_adapters, check_free
 from .plan import Plan, make_plans
+from .requantise import Requantised
 
 
 @outside_inference_mode()
@@ -156,20 +157,25 @@ def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan], stacklevel: 
         )
 
 
-def merge(model: nn.Module) -> Any:
+def merge(model: nn.Module, *, requantise: bool = False) -> Any:
     """Return the model with its adapters folded into the weights: the base graph node for node, without adapters.
 
-    Those that act are folded, by their coefficients if they are scaled; the others are left out.
+    Those that act are folded, by their coefficients if they are scaled; the others are left out. On a quantized base
+    the sites with adapters get dense weights, because a merged weight does not fit the grid of the frozen one.
 
     Args:
         model: a result of `rewrite`, `adapt` or `load`; it is not changed. For an adapted Hugging Face model the
             result is a model of its class.
+        requantise: quantize the merged weights of quantized sites again, in the way of the base. That rounds them,
+            often by more than a small adapter changes them. The result has the attribute `requantised`: by site, how
+            far the stored weight is from the merged one, as a multiple of its norm.
 
     Raises:
         AdapterError: the model has no adapters; or a variant is not affine in its input, which random inputs show; or a
-            merged value is NaN, infinite or too large for the dtype of the base. The message names the site.
+            merged value is NaN, infinite or too large for the dtype of the base. The message names the site. Or the
+            weights are to be quantized again, and no site is quantized, or a storage cannot do that.
     """
-    return _without_adapters(model, fold=True)
+    return _without_adapters(model, fold=True, requantise=requantise)
 
 
 def remove(model: nn.Module) -> Any:
@@ -186,18 +192,21 @@ def remove(model: nn.Module) -> Any:
 
 
 @outside_inference_mode()
-def _without_adapters(model: nn.Module, fold: bool) -> Any:
+def _without_adapters(model: nn.Module, fold: bool, requantise: bool = False) -> Any:
     if isinstance(model, HasGraphs):
-        return model.without_adapters(fold=fold)
+        return model.without_adapters(fold=fold, requantise=requantise)
     adapter_tensors(model)
     if not isinstance(model, fx.GraphModule):
         raise AdapterError(
             f"{type(model).__name__} has no adapters in its graph: wrap put them into its modules. The way out: rewrite"
             " in place of wrap."
         )
-    removal = MergeAdapters(coefficients(model, "merge")) if fold else RemoveAdapters()
+    store = Requantised(model) if requantise else None
+    removal = MergeAdapters(coefficients(model, "merge"), store.by_site if store else {}) if fold else RemoveAdapters()
     gm = capture(model)
     Pipeline((removal,)).run(gm)
+    if store is not None:
+        vars(gm)["requantised"] = store.errors
     if isinstance(gm, HasSwitches):
         gm.switches = Switches()
     return gm

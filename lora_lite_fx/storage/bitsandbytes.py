@@ -6,6 +6,8 @@ a graph with 4-bit weights comes back from a file.
 
 from __future__ import annotations
 
+import copy
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +53,9 @@ def _four_bit(module: Any) -> StoredWeight:
 
 def _unpacked_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Return weight and state in the usual order, of those that a call in evaluation on a CPU reordered for good."""
-    import copy
-
     # The one function that knows the order; it changes the state that it gets.
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-    unpacked: tuple[Tensor, Any] = _convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    unpacked: tuple[Tensor, Any] = functional._convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
     return unpacked
 
 
@@ -116,10 +115,9 @@ class FourBitAgain:
 
     def __call__(self, weight: Tensor) -> nn.Module:
         """Return a module that holds `weight`, quantized as that of the module is."""
-        from bitsandbytes.nn import Params4bit
-
+        library: Any = importlib.import_module("bitsandbytes")
         module, form = copy_over_tensors(self.like), self.form
-        module.weight = Params4bit(
+        module.weight = library.nn.Params4bit(
             weight.to(form.dtype),
             requires_grad=False,
             blocksize=form.block,
@@ -154,9 +152,10 @@ class EightBitAgain:
 
     def __call__(self, weight: Tensor) -> nn.Module:
         """Return a module that holds `weight`, quantized as that of the module is."""
-        from bitsandbytes.nn import Int8Params
-
+        library: Any = importlib.import_module("bitsandbytes")
         module = copy_over_tensors(self.like)
         module.state.reset_grads()
-        module.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+        module.weight = library.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(
+            weight.device
+        )
         return module  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import AdapterError
 from ..ops.recomputed_product import RecomputedProduct
 from . import bitsandbytes, torchao
 from .stored_weight import StoredWeight, copy_over_tensors
@@ -50,8 +51,7 @@ class DequantizedLinear(nn.Module):
                 self.register_buffer(name, tensor, persistent=False)
         bias: Any = module.bias
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        with torch.no_grad():
-            self.out_features, self.in_features = self.effective_weight().shape
+        self.out_features, self.in_features = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
         for name in _HOOKS:
             vars(self)[name].update(getattr(module, name))
         self.original = Original(module, stored.again)
@@ -60,6 +60,28 @@ class DequantizedLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """Return `W (d_out, d_in)`."""
         return self.dequantize(*(getattr(self, name) for name in self.names))
+
+    def requantized(self, weight: Tensor) -> DequantizedLinear:
+        """Return the stand-in of a module that holds another `W (d_out, d_in)`, quantized in the same way.
+
+        Raises:
+            AdapterError: the storage cannot do that.
+        """
+        try:
+            module = self.original.again(weight)
+        except NotImplementedError as error:
+            raise AdapterError(
+                f"A weight cannot be quantized as the frozen one is, because {error}. The way out: merge without"
+                " requantise, and quantize the merged model."
+            ) from error
+        stored = stored_weight_of(module, weight.dtype)
+        assert stored is not None
+        return DequantizedLinear(module, stored)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that hold the weight, by their names here."""
+        return {name: getattr(self, name) for name in self.names}
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Return `x W^T + b`, in the type of `x`. The one argument may have any name, as for the module."""
@@ -135,5 +157,17 @@ def restore_quantized(model: nn.Module) -> None:
         for name, child in parent._modules.items():
             if isinstance(child, DequantizedLinear):
                 if id(child) not in restored:
-                    restored[id(child)] = copy_over_tensors(child.original.module).train(child.training)
+                    module = restored[id(child)] = copy_over_tensors(child.original.module).train(child.training)
+                    module.bias = child.bias  # which an adapter may have changed
                 parent._modules[name] = restored[id(child)]
+
+
+def stand_ins(model: nn.Module) -> dict[str, DequantizedLinear]:
+    """Return the stand-ins of a copy of a quantized model, by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DequantizedLinear)}
+
+
+def error_of(weight: Tensor, stored: DequantizedLinear) -> float:
+    """Return how far a stored weight is from the exact one, as a multiple of the exact one's norm."""
+    exact = weight.double()
+    return float((stored.effective_weight().double() - exact).norm() / exact.norm().clamp_min(1e-300))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ...errors import AdapterError
 from ...graph.provenance import leads_only_to
-from ...graph.tensors import tensor_of
+from ...graph.tensors import register_tensor, tensor_of
 from ...sites.computed import Computation, frozen_values
 from ...sites.dialects import match_site
 from ...sites.finding import find_sites
@@ -35,18 +35,22 @@ class MergeAdapters(GraphPass):
 
     Args:
         coefficients: by name of an adapter, the number by which it acts; the others do not act. None for all, fully.
+        store: by name of a site with a computed weight, a function that makes of `W'` the tensors to compute it from,
+            by name in the module of the weight. Without one the site gets an ordinary weight.
     """
 
     coefficients: Mapping[str, float] | None = None
+    store: Mapping[str, Callable[[Tensor], Mapping[str, Tensor]]] = field(default_factory=dict)
 
     def run(self, gm: fx.GraphModule) -> int:
         sites = find_sites(gm)
         merged = merge_sites(gm, sites, self.coefficients)
         RemoveAdapters().run(gm)  # the nodes of the sites themselves stay
         for merged_site in merged:
-            _replace(gm, merged_site, sites)
+            _replace(gm, merged_site, sites, self.store.get(merged_site.site.name))
         for merged_site in merged:
-            _require_read(gm, merged_site)
+            if merged_site.site.name not in self.store:
+                _require_read(gm, merged_site)
         return len(merged)
 
 
@@ -73,12 +77,21 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-def _replace(gm: fx.GraphModule, merged: MergedSite, sites: list[Site]) -> None:
+def _replace(
+    gm: fx.GraphModule,
+    merged: MergedSite,
+    sites: list[Site],
+    store: Callable[[Tensor], Mapping[str, Tensor]] | None,
+) -> None:
     """Let the calls of a site read its merged tensors."""
     site = merged.site
     # Parts of one tensor are read through one node, so the sites of all parts read the new tensor.
     sharing = [s for s in sites if s is site or (site.kind.rows and s.weight == site.weight)]
-    if site.computed_weight is not None:
+    if store is not None:
+        owner = site.weight.rpartition(".")[0]
+        for name, tensor in store(merged.weight).items():
+            register_tensor(gm, f"{owner}.{name}", tensor)
+    elif site.computed_weight is not None:
         _set_computed(gm, site, "weight", merged.new_weight(stored_weight(gm, site)))
     else:
         _set(gm, site, sharing, site.weight, merged.new_weight(tensor_of(gm, site.weight)))

@@ -122,17 +122,6 @@ def test_training_leaves_the_base_as_it_is_and_remove_gives_it_back(storage: str
     close(removed(*X), dequantized(model)(*X), 1e-5, "the base")
 
 
-@pytest.mark.parametrize("storage", ["torchao int4", "nf4 twice", "int8"])
-def test_merge_makes_dense_weights_of_the_adapted_sites_alone(storage: str) -> None:
-    gm = adapted("exported", base(storage), llfx.LoRA(r=4, target_names="out"))
-    merged = llfx.merge(gm)
-    close(merged(*X), gm(*X), 1e-5, "merged")
-    types = {name: parameter.dtype for name, parameter in merged.named_parameters() if name.endswith("weight")}
-    assert types["out.weight"] == torch.float32
-    assert types["layers.0.0.weight"] in (torch.uint8, torch.int8)
-    assert not [name for name, _ in merged.named_buffers() if name.startswith("out.")]
-
-
 @pytest.mark.parametrize("storage", STORAGES)
 def test_the_weight_is_read_to_the_bits_of_its_library(storage: str) -> None:
     model = base(storage)

@@ -1,0 +1,52 @@
+"""Quantize merged weights again, as those of the base are, and tell by how much that changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from ..capture.share import share
+from ..errors import AdapterError
+from ..execution.optimize import execution_of
+from ..sites.finding import find_sites
+from ..storage.dequantized import DequantizedLinear, error_of, stand_ins
+
+
+class Requantised:
+    """The quantized sites of a graph, and the errors of those that have been quantized again.
+
+    Args:
+        gm: a graph, as long as the quantized model exists that it was captured from.
+
+    Attributes:
+        by_site: for each quantized site a function that makes the tensors to store a weight in.
+        errors: how far the stored weights are from the exact ones, by site, see `error_of`.
+
+    Raises:
+        AdapterError: the model is not known any more, or no site is quantized.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        source = execution_of(gm).source()
+        if source is None:
+            raise AdapterError(
+                "merge(requantise=True) asks the modules of the quantized model how to quantize, and the model that the"
+                " graph was captured from does not exist any more. The way out: keep it, or merge without requantise."
+            )
+        modules = stand_ins(share(source))
+        owners = {site.name: site.weight.rpartition(".")[0] for site in find_sites(gm)}
+        self.errors: dict[str, float] = {}
+        self.by_site: dict[str, Callable[[Tensor], Mapping[str, Tensor]]] = {
+            name: partial(self._store, name, modules[owner]) for name, owner in owners.items() if owner in modules
+        }
+        if not self.by_site:
+            raise AdapterError("merge(requantise=True): no site of the base is quantized. The way out: merge(model).")
+
+    @torch.no_grad()
+    def _store(self, name: str, module: DequantizedLinear, weight: Tensor) -> Mapping[str, Tensor]:
+        stored = module.requantized(weight)
+        self.errors[name] = error_of(weight, stored)
+        return stored.tensors

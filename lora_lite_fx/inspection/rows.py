@@ -24,6 +24,8 @@ class SiteRow:
         reads: name of the value in the graph that it reads; sites with the same name read the same value.
         kind: `linear`, `embedding`, `conv`, `experts` or `norm`.
         experts: number of experts in its weight, each with an adapter of its own; 0 if it is not a stack of experts.
+        bytes: the memory of the tensors that hold the weight: the parameter, or what a quantized one is computed from.
+        bits: the same in bits for each entry of the weight.
     """
 
     name: str
@@ -40,6 +42,8 @@ class SiteRow:
     reads: str
     kind: str = "linear"
     experts: int = 0
+    bytes: int = 0
+    bits: float = 0.0
 
     @property
     def reason(self) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..adapters.accounting import account_for
@@ -20,9 +21,10 @@ from ..graph.provenance import DEFAULT, Insertion, surrounding
 from ..graph.queries import model_name
 from ..graph.tensors import tensor_of
 from ..rewriting.capture import base_graph
+from ..sites.computed import Computation
 from ..sites.left_out import find_left_out
 from ..sites.roles import ROLES
-from ..sites.site import stored_weight
+from ..sites.site import Site, stored_weight
 from ..text_table import text_table
 from .page import render
 from .passes import ProgramReport
@@ -58,6 +60,11 @@ class SiteTable(Sequence[SiteRow]):
     def trainable(self) -> int:
         """The number of parameters that train. Those that sites share count once."""
         return sum(row.parameters for row in self.rows) - self.repeated + self.unfrozen
+
+    @property
+    def is_quantized(self) -> bool:
+        """Tell whether a weight takes less memory than its dtype says."""
+        return any(0 < row.bits < 8 * getattr(torch, row.dtype).itemsize for row in self.rows if row.dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON-ready data.
@@ -105,7 +112,8 @@ class SiteTable(Sequence[SiteRow]):
         return len(self.rows)
 
     def __str__(self) -> str:
-        head = ("site", "roles", "d_in", "d_out", "adapters", "parameters")
+        head = ["site", "roles", "d_in", "d_out", "adapters", "parameters"]
+        head += ["bits"] if self.is_quantized else []
         body = [
             (
                 row.name,
@@ -114,15 +122,22 @@ class SiteTable(Sequence[SiteRow]):
                 str(row.d_out),
                 " + ".join(row.adapters) or "-",
                 f"{row.parameters:,}",
+                *([f"{row.bits:.2f}"] if self.is_quantized else []),
             )
             for row in self.rows
         ]
-        lines = text_table(head, body, right=(2, 3, 5))
+        lines = text_table(head, body, right=(2, 3, 5, 6))
         share = 100 * self.trainable / self.total if self.total else 0.0
         outside = f", {self.unfrozen:,} of them outside the adapters" if self.unfrozen else ""
         lines.append(
             f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%){outside}"
         )
+        held, entries = (
+            sum(row.bytes for row in self.rows),
+            sum(row.bytes * 8 / row.bits for row in self.rows if row.bits),
+        )
+        if self.is_quantized:
+            lines.append(f"the weights of the sites take {held:,} bytes, {8 * held / entries:.2f} bits each")
         lines += ["", "not sites, though they multiply data:"] if self.left_out else []
         lines += [f"  {row.name}: {row.reason}" for row in self.left_out]
         text = "\n".join(line.rstrip() for line in lines)
@@ -159,6 +174,7 @@ def inspect(
         if site.kind.name not in kinds and not around:
             continue
         _, x, _ = surrounding(around, site.calls[0].x, site.calls[0].y)
+        dtype, entries, held = _weight(gm, site)
         rows.append(
             SiteRow(
                 name=site.name,
@@ -167,19 +183,23 @@ def inspect(
                 d_out=site.d_out,
                 reasons={role: site.reasons[role] for role in ROLES if role in site.reasons},
                 weight=site.weight,
-                dtype=str(stored_weight(gm, site).dtype).removeprefix("torch."),
+                dtype=str(dtype).removeprefix("torch."),
                 bias=site.bias is not None,
                 calls=len(site.calls),
                 reads=x.name,
                 kind=site.kind.name,
                 experts=site.experts,
+                bytes=held,
+                bits=8 * held / entries,
                 **_adapters(gm, around),
             )
         )
     rows += [_lost_row(gm, name, account.insertions[name], why) for name, why in account.lost.items()]
-    total = sum(parameter.numel() for parameter in gm.parameters())
+    entries_of = _entries(gm, account.sites)
     adapters = set(adapter_tensor_names(gm))
-    sizes = {name: parameter.numel() for name, parameter in gm.named_parameters() if name not in adapters}
+    counts = {name: entries_of.get(name, parameter.numel()) for name, parameter in gm.named_parameters()}
+    total = sum(counts.values())
+    sizes = {name: count for name, count in counts.items() if name not in adapters}
     trained = sum(tensor.numel() for name in adapters if (tensor := tensor_of(gm, name)).requires_grad)
     repeated = sum(row.parameters for row in rows) - trained
     unfrozen = 0
@@ -205,6 +225,28 @@ def inspect(
         if weight.kind.name in kinds
     )
     return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, unfrozen, programs, left_out, repeated)
+
+
+def _weight(gm: fx.GraphModule, site: Site) -> tuple[torch.dtype, int, int]:
+    """Return the dtype of the weight of a site, the number of its entries, and the bytes of what holds it."""
+    if site.computed_weight is None:
+        weight = tensor_of(gm, site.weight)
+        tensors = [weight]
+    else:
+        value = site.computed_weight.meta.get("val")
+        weight = value if isinstance(value, Tensor) else stored_weight(gm, site)
+        tensors = [tensor_of(gm, name) for name in Computation.of(site.computed_weight).tensors]
+    return weight.dtype, weight.numel(), sum(tensor.nbytes for tensor in tensors)
+
+
+def _entries(gm: fx.GraphModule, sites: Iterable[Site]) -> dict[str, int]:
+    """Return how many entries of weights the tensors of quantized sites count for: the scales for none."""
+    counts: dict[str, int] = {}
+    for site in sites:
+        tensors = () if site.computed_weight is None else Computation.of(site.computed_weight).tensors
+        if any(tensor_of(gm, name).dtype.itemsize == 1 for name in tensors):
+            counts |= {**dict.fromkeys(tensors, 0), site.weight: site.d_in * site.d_out}
+    return counts
 
 
 def _adapters(gm: fx.GraphModule, around: Sequence[Insertion]) -> dict[str, Any]:

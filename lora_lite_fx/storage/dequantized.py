@@ -45,10 +45,8 @@ class DequantizedLinear(nn.Module):
         self.compute_dtype = stored.compute_dtype
         self.names = tuple(stored.tensors)
         for name, tensor in stored.tensors.items():
-            if name == "weight":  # a parameter, because that is what a weight is for those who look for weights
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-            else:
-                self.register_buffer(name, tensor, persistent=False)
+            # Parameters, because those of Dynamo's inputs that are none are taken for data.
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         bias: Any = module.bias
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.out_features, self.in_features = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]

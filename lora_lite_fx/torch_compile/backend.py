@@ -21,6 +21,7 @@ from ..capture.capture import Inputs
 from ..errors import AdapterError, ConfigError, shown
 from ..log import phase
 from ..rewriting.config import Config, as_adapters
+from ..storage.dequantized import stand_ins
 from .compiled_model import CompiledModel
 from .dynamo_call import on_compilation, running_call
 from .dynamo_graph import Compiled, Compiler
@@ -180,6 +181,12 @@ class Backend:
                 )
             self.adapt(call.model, *call.args, **call.kwargs)
         assert self._compiled is not None
+        if quantized := stand_ins(self._compiled.marked):
+            raise AdapterError(
+                f"torch.compile captures how a library multiplies with its weights ({next(iter(quantized))}, ...), and"
+                " an adapter has no place there. The way out: compile the backend's model, which multiplies with the"
+                ' weights in plain sight, torch.compile(backend.adapt(model, *inputs), backend="lora_lite_fx").'
+            )
         if call.started is not None and not self._compiled.watch.active:
             raise AdapterError(
                 f"torch.compile captures nothing up to {call.started}, which may have run sites without their adapters"

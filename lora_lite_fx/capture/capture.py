@@ -24,7 +24,7 @@ from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
 from .depth import ByDepth
-from .example_inputs import example_inputs_of
+from .example_inputs import example_inputs_of, takes_text_and_images, warn_of_text_alone
 from .export import export
 from .foreign_graph import normalize
 from .hugging_face import (
@@ -85,9 +85,28 @@ def capture_model(
 
     Args:
         own: qualified names of tensors that the graph gets as copies of its own, trainable as they are.
+
+    Warns:
+        UserWarning: a model of text and images is captured for text alone, because images cannot be captured.
     """
     check_model(model)
     assert isinstance(model, nn.Module)
+    try:
+        return _capture_model(model, example_inputs, dynamic_shapes, own)
+    except CaptureError as error:
+        if example_inputs is not None or not is_hugging_face(model) or not takes_text_and_images(model):
+            raise
+        try:
+            captured = _capture_model(model, None, dynamic_shapes, own, text_alone=True)
+        except CaptureError:
+            raise error from error.__cause__
+        warn_of_text_alone(model, f"images cannot be captured, because {str(error).partition(chr(10))[0].rstrip('.')}")
+        return captured
+
+
+def _capture_model(
+    model: nn.Module, example_inputs: Inputs | None, dynamic_shapes: Any, own: Sequence[str], text_alone: bool = False
+) -> Capture:
     if isinstance(model, fx.GraphModule):
         graph = share(model, own)
         normalize(graph)
@@ -102,7 +121,7 @@ def capture_model(
         prepare_for_capture(shadow)
         accepted = accepted_arguments(shadow)
         if example_inputs is None:
-            example_inputs = example_inputs_of(shadow)
+            example_inputs = example_inputs_of(shadow, text_alone)
     elif is_diffusers(shadow):
         forget_checkpointing(shadow)
     elif example_inputs is None and (images := example_images_of(shadow)) is not None:

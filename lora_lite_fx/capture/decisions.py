@@ -42,6 +42,7 @@ _TO_TRUTH: dict[Any, Callable[..., Tensor]] = {
 }
 """Functions that return a truth value to Python, and the tensor that it is the value of."""
 _NONZERO = (Tensor.nonzero, torch.nonzero)
+_DRAWS = (torch.rand, torch.randn, torch.randint, torch.bernoulli, Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_)
 _RESHAPE = (Tensor.squeeze, torch.squeeze, Tensor.flatten, torch.flatten, Tensor.view, Tensor.reshape)
 
 
@@ -139,10 +140,14 @@ class _Watch(TorchFunctionMode):
         self.functions: set[CodeType] = set()
         """The functions that such loops are in."""
         self._indices: dict[int, tuple[Tensor, Tensor]] = {}
+        self._drawn: dict[int, tuple[Any, Tensor]] = {}
+        """Random numbers, and numbers made of them, with the function that made them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if (func in _TO_TRUTH or _is_truth(func, args)) and (where := _line()) is not None:
+            if id(args[0]) in self._drawn:
+                raise CaptureError(f"The model decides at random at {where}, as a graph cannot.")
             return self.decide(func, args, where)
         if func is torch.div and not any(isinstance(arg, Tensor) for arg in args) and kwargs.get("rounding_mode"):
             return args[0] // args[1]  # of sizes, which are positive
@@ -151,6 +156,9 @@ class _Watch(TorchFunctionMode):
         if func is Tensor.unbind and id(args[0]) in self._indices and args[1:] in ((), (0,)):
             return self.loop(*self._indices[id(args[0])])
         result = func(*args, **kwargs)
+        is_number = isinstance(result, Tensor) and not result.dim()
+        if is_number and (func in _DRAWS or self.is_drawn(func, args)):
+            self._drawn[id(result)] = func, result
         if func in _NONZERO and isinstance(result, Tensor) and args[0].dim() == 1 and type(len(args[0])) is int:
             if len(args[0]) <= _MOST_INDICES:
                 with _disable_current_modes():
@@ -160,6 +168,12 @@ class _Watch(TorchFunctionMode):
                 every = func(self._indices[id(args[0])][1], *args[1:], **kwargs)
             self._indices[id(result)] = result, every
         return result
+
+    def is_drawn(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Tell whether a number depends on random numbers; `torch.rand([]) < 0.0` is false, whatever is drawn."""
+        if func in (Tensor.__lt__, Tensor.lt) and args[1] == 0.0:
+            return self._drawn.get(id(args[0]), (None,))[0] not in (None, torch.rand)
+        return any(id(arg) in self._drawn for arg in args)
 
     def decide(self, func: Any, args: tuple[Any, ...], where: str) -> bool:
         value = bool(func(*args))

@@ -22,11 +22,15 @@ from .example_values import BATCH, CHOICES, READS_VALUES, SEQUENCE, Inputs, Valu
 _SAMPLES, _FRAMES = 4000, 64
 
 
-def example_inputs_of(model: Any) -> Inputs:
+def example_inputs_of(model: Any, text_alone: bool = False) -> Inputs:
     """Make keyword arguments for a training call of a transformers model.
 
     `input_ids`, `attention_mask` and `labels`, as far as the model takes them; images or sound as the model takes them,
     with the tokens that stand for parts of the images. Random, but not from the global generator.
+
+    Args:
+        model: a transformers model.
+        text_alone: leave out images and sound, also where the model takes them.
 
     Raises:
         CaptureError: no inputs can be made; the message says which are missing, or what the model raised.
@@ -34,7 +38,7 @@ def example_inputs_of(model: Any) -> Inputs:
     maker = _Maker(model)
     problems: list[str] = []
     try:
-        for form in maker.forms():
+        for form in maker.of_text() if text_alone else maker.forms():
             try:
                 inputs = with_parts(maker, form)
                 inputs = maker.completed(inputs)
@@ -42,7 +46,7 @@ def example_inputs_of(model: Any) -> Inputs:
                 problems.append(f"it raises {_first_line(error)}")
             else:
                 if problems and takes_images(maker) and not any(name in inputs for name in IMAGES):
-                    _warn_of_text_alone(model, problems[0])
+                    warn_of_text_alone(model, f"no example images can be made from its config, because {problems[0]}")
                 return inputs
     except Exception as error:  # the config lacks what the inputs would be made of
         problems.append(_first_line(error))
@@ -69,11 +73,17 @@ def decide_problem_type(config: Any, labels: Tensor) -> None:
         config.problem_type = "multi_label_classification" if multiple else "single_label_classification"
 
 
-def _warn_of_text_alone(model: Any, problem: str) -> None:
+def takes_text_and_images(model: Any) -> bool:
+    """Tell whether example inputs with images can be followed by some without, for a model of transformers."""
+    maker = _Maker(model)
+    return maker.takes_text() and takes_images(maker)
+
+
+def warn_of_text_alone(model: Any, problem: str) -> None:
+    """Warn that a graph has nothing of images, and why."""
     warnings.warn(
-        f"{type(model).__name__} is captured for text alone, and what it computes of images is not in the graph: no"
-        f" example images can be made from its config, because {problem}. Calls with images need a graph that"
-        " example_inputs={...} with images are passed for.",
+        f"{type(model).__name__} is captured for text alone, and what it computes of images is not in the graph:"
+        f" {problem}. Calls with images need a graph that example_inputs={{...}} with images are passed for.",
         stacklevel=4,
     )
 
@@ -91,9 +101,19 @@ class _Maker(Values):
         text = self.text() if self.takes_text() else {}
         for other in self.others():
             yield {**text, **other}
-        if text:
-            yield text
-            yield {name: tokens[:, None].repeat(1, CHOICES, 1) for name, tokens in text.items()}
+        yield from self.of_text()
+
+    def of_text(self) -> Iterator[Inputs]:
+        """Yield the forms of text alone: a sequence, one for each choice, or several codebooks for each sample."""
+        if not self.takes_text():
+            return
+        text = self.text()
+        yield text
+        yield {name: tokens[:, None].repeat(1, CHOICES, 1) for name, tokens in text.items()}
+        if (books := self.field("num_codebooks")) is not None:
+            yield {**text, "input_ids": text["input_ids"].repeat(books, 1)}
+        if (channels := getattr(self.field("decoder_config"), "num_channels", None)) is not None:
+            yield {**text, "decoder_input_ids": self.tokens(SEQUENCE)[..., None].repeat(1, 1, channels)}
 
     def takes_text(self) -> bool:
         if "input_ids" not in self.parameters:
@@ -149,7 +169,7 @@ class _Maker(Values):
     def logits(self, inputs: Inputs) -> Tensor | None:
         """Return the model's logits for these inputs, without data; None if it has none."""
         if self.config.is_encoder_decoder and "labels" in self.parameters:
-            inputs = {**inputs, "decoder_input_ids": torch.zeros_like(self.tokens(SEQUENCE))}
+            inputs = {"decoder_input_ids": torch.zeros_like(self.tokens(SEQUENCE)), **inputs}
         with self.without_data(inputs) as fakes:
             logits = getattr(self.model(**fakes), "logits", None)
         return logits if isinstance(logits, Tensor) else None

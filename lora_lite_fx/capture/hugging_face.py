@@ -33,10 +33,12 @@ def prepare_for_capture(model: Any) -> None:
     """
     leave_out_clamps(model)
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "to_dict"):  # an encoder-decoder's stacks have configs of their own
             for switch in ("use_cache", "use_mems_eval", "use_mems_train"):  # the last two are XLNet's
                 setattr(config, switch, False)
+            if getattr(config, "_experts_implementation", "") in (None, "eager"):  # a loop over those that tokens chose
+                config._experts_implementation = "grouped_mm"
     forget_checkpointing(model)
     model.config.return_dict = True
     config = model.config.get_text_config()
@@ -46,13 +48,19 @@ def prepare_for_capture(model: Any) -> None:
                 f"{type(model).__name__} drops whole layers at random in training ({switch}={getattr(config, switch)}),"
                 f" which a graph cannot. The way out: set model.config.{switch} = 0."
             )
+    for name, module in model.named_modules():
+        if isinstance(chance := getattr(module, "layerdrop", 0.0), (int, float)) and chance > 0:
+            raise CaptureError(
+                f"{type(model).__name__} drops whole layers of {name} at random in training (layerdrop={chance}), which"
+                f" a graph cannot. The way out: set model.get_submodule({name!r}).layerdrop = 0."
+            )
     if every := getattr(model.config, "rescale_every", 0):
         raise CaptureError(
             f"{type(model).__name__} divides its own weights in evaluation (rescale_every={every}),"
             " which a graph cannot. The way out: set model.config.rescale_every = 0."
         )
     spans = [name for name in ("mask_time_prob", "mask_feature_prob") if getattr(model.config, name, 0.0)]
-    if spans and getattr(model.config, "apply_spec_augment", False):
+    if spans and getattr(model.config, "apply_spec_augment", True):
         raise CaptureError(
             f"{type(model).__name__} masks random spans of its input by numpy in training"
             f" ({spans[0]}={getattr(model.config, spans[0])}), which a graph cannot. The way out: set"

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
+from tests.survey.cases import cases
 
+CASES = {case.name: case for case in cases()}
 CFG = llfx.LoRA(r=2, target_names=".*")
 
 
@@ -134,6 +136,31 @@ def test_a_branch_on_values_is_that_of_the_example_and_refuses_the_other(masked:
         torch.testing.assert_close(gm.train(training)(x, mask), model(x, mask))
         with pytest.raises(llfx.CallError, match=rf"captured where `if mask.any\(\).item\(\):`.*goes by {masked}"):
             gm(x[:4], torch.cat([masks[1], masks[1]]))
+
+
+def test_a_branch_on_a_random_number_is_refused() -> None:
+    class Dropping(nn.Linear):
+        chance = 0.1
+
+        def forward(self, input: Tensor) -> Tensor:
+            drawn = torch.rand([])
+            return input if drawn < self.chance else super().forward(input)
+
+    model, inputs = Dropping(4, 4), (torch.randn(3, 4),)
+    with pytest.raises(llfx.CaptureError, match=r"if drawn < self.chance"):
+        llfx.capture(model, inputs)
+    model.chance = 0.0
+    torch.testing.assert_close(llfx.capture(model, inputs)(*inputs), model(*inputs))
+
+
+def test_experts_of_transformers_are_one_operation_where_the_config_asks_for_a_loop() -> None:
+    model = CASES["mixtral"].builder()()
+    model.set_experts_implementation("eager")
+    gm = llfx.capture(model)
+    assert any("grouped_mm" in str(node.target) for node in gm.graph.nodes)
+    assert model.config._experts_implementation == "eager"
+    ids = torch.arange(10).view(2, 5)
+    torch.testing.assert_close(gm(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_model_without_data_is_refused_with_the_line() -> None:

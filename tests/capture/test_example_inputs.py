@@ -25,6 +25,7 @@ ARGUMENTS = {
     "clip": {"pixel_values", "labels"},
     "siglip2": {"pixel_values", "pixel_attention_mask", "spatial_shapes"},
     "wav2vec2-bert": {"input_features"},
+    "dia": {"input_ids", "attention_mask", "decoder_input_ids", "labels"},
     "blip-2": {"input_ids", "attention_mask", "pixel_values", "labels"},
     "llava_next": {"input_ids", "attention_mask", "pixel_values", "image_sizes"},
     "glm4v": {
@@ -96,6 +97,30 @@ def test_a_capture_for_text_alone_is_warned_of() -> None:
     model = tiny_model(transformers.Gemma3ForConditionalGeneration, {})  # its images have fewer patches than tokens
     with pytest.warns(UserWarning, match="captured for text alone"):
         assert "pixel_values" not in example_inputs_of(model)
+
+
+class Reads(torch.nn.Module):
+    """Decides by a value of what the images became."""
+
+    def __init__(self, project: torch.nn.Module) -> None:
+        super().__init__()
+        self.project = project
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x if x.sum().item() > 1e9 else self.project(x)
+
+
+def test_a_model_whose_images_cannot_be_captured_is_captured_for_text_alone() -> None:
+    model = CASES["llava"].builder()()
+    model.model.multi_modal_projector = Reads(model.model.multi_modal_projector)
+    with pytest.warns(UserWarning, match=r"captured for text alone.*images cannot be captured, because .*x.sum\(\)"):
+        gm = llfx.capture(model)
+    inputs = example_inputs_of(model, text_alone=True)
+    torch.testing.assert_close(gm(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(llfx.CallError, match="pixel_values was not captured"):
+        gm(**example_inputs_of(model))
+    with pytest.raises(llfx.CaptureError, match=r"x.sum\(\)"):
+        llfx.capture(model, example_inputs_of(model))
 
 
 def test_a_config_without_what_is_needed_is_named() -> None:

@@ -117,5 +117,18 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "1/2"},
     "perceiver": {"d_model": 64, "d_latents": 64, "num_latents": 16},
     "pp_formulanet": {"post_conv_in_channels": 16},
+    "cvt": {"depth": [1, 2, 3]},
+    "efficientnet": {
+        "width_coefficient": 1.0,
+        "depth_coefficient": 1.0,
+        "hidden_dim": 1280,
+        "in_channels": [32, 16, 24, 40, 80, 112, 192],
+        "out_channels": [16, 24, 40, 80, 112, 192, 320],
+        "num_block_repeats": [1] * 7,
+        "image_size": 64,
+    },
+    "levit": {"key_dim": [16, 16, 16], "hidden_sizes": [64, 96, 128], "image_size": 128},
+    "data2vec-audio": {"mask_time_prob": 0.0},
+    "granite_speech5_ctc": {"encoder_config.context_size": 32},
 }
 """Fields of configs by model type, where small values of others would leave out a part of the model."""

@@ -73,13 +73,20 @@ class _Tried:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.text_alone = False
         self.modules = dict(model.named_modules())
         self.linears = [name for name, module in self.modules.items() if isinstance(module, (nn.Linear, Conv1D))]
 
     @cached_property
     def base(self) -> Any:
         """The graph that is captured without inputs, if the class can be."""
-        return llfx.capture(self.model, self.required)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            gm = llfx.capture(self.model, self.required)
+        for warning in caught:
+            self.text_alone = self.text_alone or "is captured for text alone" in str(warning.message)
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return gm
 
     @property
     def required(self) -> Any:
@@ -201,7 +208,7 @@ def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
         report(not_wrapped=tried.excluded)
     randomise(gm, 0)
     wrapped = wrap_again(gm, model)
-    examples = calls_of(model)
+    examples = calls_of(model, tried.text_alone)
     _require_images(model, examples[0][1])
     for what, inputs in examples:
         for training in (True, False) if what == "example" else (what != "left padding",):
@@ -246,7 +253,7 @@ def _try_adapted(tried: _Tried, steps: Collection[str], build: Callable[[], Any]
 
 def _compare_adapted(tried: _Tried, report: Report) -> None:
     adapted, wrapped = tried.adapted
-    for what, inputs in calls_of(tried.model):
+    for what, inputs in calls_of(tried.model, tried.text_alone):
         for training in (True, False) if what == "example" else (False,):
             where = f"{what}, {'training' if training else 'evaluation'}"
             try:
@@ -277,7 +284,7 @@ def _generated(model: Any, prompt: dict[str, Tensor]) -> Results:
 
 def _compare_with_compiled(tried: _Tried) -> None:
     """Compare a rewritten graph with itself, compiled as a whole."""
-    gm, inputs = llfx.rewrite(tried.base, tried.config), example_of(tried.model)
+    gm, inputs = llfx.rewrite(tried.base, tried.config), example_of(tried.model, tried.text_alone)
     randomise(gm, 0)
     compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
     for training in (True, False):

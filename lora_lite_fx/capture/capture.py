@@ -35,6 +35,7 @@ from .hugging_face import (
     is_diffusers,
     is_hugging_face,
     prepare_for_capture,
+    require_same_without_caches,
     with_other_mask,
 )
 from .layouts import known_while_traced, layouts_in, pass_layouts
@@ -127,6 +128,8 @@ def _capture_model(
     elif example_inputs is None and (images := example_images_of(shadow)) is not None:
         example_inputs, one_size = images, tuple(images)
     inputs = None if example_inputs is None else split_inputs(shadow, example_inputs)
+    if inputs is not None and is_hugging_face(shadow):
+        require_same_without_caches(model, shadow, inputs)
     calls = () if inputs is None else _calls(shadow, *inputs)
     layouts = layouts_in(inputs[1]) if inputs is not None and is_hugging_face(shadow) else {}
     if inputs is not None and layouts:

@@ -110,6 +110,8 @@ class _Maker(Values):
         text = self.text()
         yield text
         yield {name: tokens[:, None].repeat(1, CHOICES, 1) for name, tokens in text.items()}
+        if "bbox" in self.parameters:
+            yield {**text, "bbox": self.boxes()}
         if (books := self.field("num_codebooks")) is not None:
             yield {**text, "input_ids": text["input_ids"].repeat(books, 1)}
         if (channels := getattr(self.field("decoder_config"), "num_channels", None)) is not None:
@@ -127,10 +129,14 @@ class _Maker(Values):
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if self.config.is_encoder_decoder and "labels" not in self.parameters:
             inputs["decoder_input_ids"] = self.tokens(SEQUENCE)
-        if "visual_bbox" in self.parameters:  # boxes around words, from their upper left to their lower right corner
-            inputs["bbox"] = torch.rand(BATCH, SEQUENCE, 4, generator=self.generator).sort(dim=2).values
-            inputs["bbox"] = inputs["bbox"].to(self.model.device, self.model.dtype)
+        if "visual_bbox" in self.parameters:
+            inputs["bbox"] = self.boxes()
         return inputs
+
+    def boxes(self) -> Tensor:
+        """Return a box around each word, from its upper left to its lower right corner."""
+        corners = torch.rand(BATCH, SEQUENCE, 4, generator=self.generator).sort(dim=2).values
+        return corners.to(self.model.device, self.model.dtype)
 
     def others(self) -> Iterator[Inputs]:
         """Yield images or sound in each form that the arguments allow."""

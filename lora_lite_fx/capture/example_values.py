@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import (
 BATCH, SEQUENCE, CHOICES = 3, 7, 4
 # The size of images for models whose config tells none: they are built of convolutions, and take every size.
 _PIXELS = 224
+# For models of characters, whose config counts none.
+_CHARACTERS = 128
 READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """What a run without data raises where the model reads values. Nothing is known of the results then."""
 
@@ -76,7 +78,7 @@ class Values:
 
     def tokens(self, length: int) -> Tensor:
         """Return a batch of random tokens of this length."""
-        vocabulary = self.config.get_text_config().vocab_size
+        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None) or _CHARACTERS
         return torch.randint(vocabulary, (BATCH, length), generator=self.generator).to(self.model.device)
 
     def classes(self, count: int, *shape: int) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
+from .differences import TOLERANCES, distance, largest
 from .example_images import attends_by_type
+from .outputs import Call, has_data, outputs_of_model
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -66,6 +68,32 @@ def prepare_for_capture(model: Any) -> None:
             f" ({spans[0]}={getattr(model.config, spans[0])}), which a graph cannot. The way out: set"
             " model.config.apply_spec_augment = False."
         )
+
+
+def require_same_without_caches(model: Any, prepared: Any, call: Call) -> None:
+    """Check that an encoder with a decoder computes the same in evaluation without the caches that it is set to use.
+
+    FSMT takes a call with caches for one token of a decoder, and leaves out its causal mask.
+
+    Raises:
+        CaptureError: it does not.
+    """
+    if not (model.config.is_encoder_decoder and getattr(model.config, "use_cache", False) and has_data(model, call)):
+        return
+    try:
+        expected = outputs_of_model(model, call, False, (), by_module=False).results
+        actual = outputs_of_model(prepared, call, False, (), by_module=False).results
+    except Exception:  # of one of the two
+        return
+    for path, value in actual.items():
+        if isinstance(value, Tensor) and path in expected:
+            allowed = TOLERANCES.get(value.dtype, 0.0) * largest(value)
+            if distance(value, expected[path]) > allowed:
+                raise CaptureError(
+                    f"{type(model).__name__} computes another {path} with caches than without, and graphs are captured"
+                    " without. The way out: set model.config.use_cache = False, or pass example_inputs with labels, if"
+                    " those are the calls of which it is meant."
+                )
 
 
 def leave_out_clamps(model: nn.Module) -> None:

@@ -25,6 +25,8 @@ ARGUMENTS = {
     "clip": {"pixel_values", "labels"},
     "siglip2": {"pixel_values", "pixel_attention_mask", "spatial_shapes"},
     "wav2vec2-bert": {"input_features"},
+    "bros": {"input_ids", "attention_mask", "bbox", "labels"},
+    "canine": {"input_ids", "attention_mask", "labels"},
     "dia": {"input_ids", "attention_mask", "decoder_input_ids", "labels"},
     "blip-2": {"input_ids", "attention_mask", "pixel_values", "labels"},
     "llava_next": {"input_ids", "attention_mask", "pixel_values", "image_sizes"},
@@ -121,6 +123,13 @@ def test_a_model_whose_images_cannot_be_captured_is_captured_for_text_alone() ->
         gm(**example_inputs_of(model))
     with pytest.raises(llfx.CaptureError, match=r"x.sum\(\)"):
         llfx.capture(model, example_inputs_of(model))
+
+
+def test_a_model_that_computes_something_else_with_caches_is_refused() -> None:
+    model = CASES["fsmt"].builder()()
+    model.config.use_cache = True
+    with pytest.raises(llfx.CaptureError, match=r"another logits with caches.*use_cache = False"):
+        llfx.capture(model)
 
 
 def test_a_config_without_what_is_needed_is_named() -> None:

@@ -130,5 +130,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "levit": {"key_dim": [16, 16, 16], "hidden_sizes": [64, 96, 128], "image_size": 128},
     "data2vec-audio": {"mask_time_prob": 0.0},
     "granite_speech5_ctc": {"encoder_config.context_size": 32},
+    "fsmt": {"use_cache": False},  # with caches it leaves out its causal mask
+    "bros": {"hidden_size": 128, "num_attention_heads": 4},
 }
 """Fields of configs by model type, where small values of others would leave out a part of the model."""

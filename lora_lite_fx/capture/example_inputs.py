@@ -102,6 +102,8 @@ class _Maker(Values):
         for other in self.others():
             yield {**text, **other}
         yield from self.of_text()
+        if text and "input_features" in self.parameters:
+            yield from ({**text, **sound} for sound in self.sounds())
 
     def of_text(self) -> Iterator[Inputs]:
         """Yield the forms of text alone: a sequence, one for each choice, or several codebooks for each sample."""
@@ -150,14 +152,24 @@ class _Maker(Values):
             yield from ({"input_values": spectrogram} for spectrogram in self.spectrograms())
             yield {"input_values": self.noise(BATCH, self.field("audio_channels") or 1, _SAMPLES)}
         elif main == "input_features":
-            yield from ({"input_features": spectrogram} for spectrogram in self.spectrograms())
+            yield from self.sounds()
+
+    def sounds(self) -> Iterator[Inputs]:
+        """Yield spectrograms, with a mask of their frames where the model takes one, or with a channel."""
+        masks = [name for name in ("input_features_mask", "feature_attention_mask") if name in self.parameters]
+        for spectrogram in self.spectrograms():
+            yield {"input_features": spectrogram}
+            for name in masks:
+                yield {"input_features": spectrogram, name: self.ones(BATCH, spectrogram.shape[2])}
+        yield from ({"input_features": spectrogram[:, None]} for spectrogram in self.spectrograms())
 
     def spectrograms(self) -> Iterator[Tensor]:
         features = (self.field(name) for name in _SPECTRUM)
         bins = next((size for size in features if isinstance(size, int)), 80)
         positions = self.field("max_source_positions") or self.field("max_length")
         frames = self.field("max_length") if self.field("max_source_positions") is None else 2 * positions
-        for length in dict.fromkeys((frames or _FRAMES, _FRAMES)):
+        # At last a length that gives a frame for each token of text, eight of a spectrogram in one.
+        for length in dict.fromkeys((frames or _FRAMES, _FRAMES, 8 * SEQUENCE)):
             yield self.noise(BATCH, bins, length)
             yield self.noise(BATCH, length, bins)
 

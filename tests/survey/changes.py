@@ -16,6 +16,15 @@ _INDEXER = {
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
 }
+_EFFICIENT = {
+    "width_coefficient": 1.0,
+    "depth_coefficient": 1.0,
+    "hidden_dim": 1280,
+    "in_channels": [32, 16, 24, 40, 80, 112, 192],
+    "out_channels": [16, 24, 40, 80, 112, 192, 320],
+    "num_block_repeats": [1] * 7,
+    "image_size": 64,
+}
 _TILES = {"image_grid_pinpoints": [[64, 128], [128, 64]], "vision_config.image_size": 64}
 _MAMBA2 = {
     "hidden_size": 64,
@@ -118,19 +127,25 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "perceiver": {"d_model": 64, "d_latents": 64, "num_latents": 16},
     "pp_formulanet": {"post_conv_in_channels": 16},
     "cvt": {"depth": [1, 2, 3]},
-    "efficientnet": {
-        "width_coefficient": 1.0,
-        "depth_coefficient": 1.0,
-        "hidden_dim": 1280,
-        "in_channels": [32, 16, 24, 40, 80, 112, 192],
-        "out_channels": [16, 24, 40, 80, 112, 192, 320],
-        "num_block_repeats": [1] * 7,
-        "image_size": 64,
-    },
+    "efficientnet": _EFFICIENT,
+    "align": {**{f"vision_config.{name}": value for name, value in _EFFICIENT.items()}, "projection_dim": 320},
     "levit": {"key_dim": [16, 16, 16], "hidden_sizes": [64, 96, 128], "image_size": 128},
     "data2vec-audio": {"mask_time_prob": 0.0},
     "granite_speech5_ctc": {"encoder_config.context_size": 32},
     "fsmt": {"use_cache": False},  # with caches it leaves out its causal mask
     "bros": {"hidden_size": 128, "num_attention_heads": 4},
+    "mobilevitv2": {"image_size": 128},
+    "poolformer": {"num_encoder_blocks": 4},
+    "pvt": {"num_encoder_blocks": 4, "image_size": 64},
+    "regnet": {"hidden_sizes": [64, 64, 128, 128], "embedding_size": 16, "groups_width": 8},
+    "hgnet_v2": {
+        "stem_channels": [3, 16, 16],
+        "stage_in_channels": [16, 32, 64, 128],
+        "stage_mid_channels": [8, 16, 16, 32],
+        "stage_out_channels": [32, 64, 128, 256],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "hidden_sizes": [32, 64, 128, 256],
+    },
+    "autoformer": {"prediction_length": 4},
 }
 """Fields of configs by model type, where small values of others would leave out a part of the model."""

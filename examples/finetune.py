@@ -4,14 +4,15 @@
     python examples/finetune.py                           # SmolLM2-135M-Instruct, LoRA: 4 to 5 minutes, 2 cores
     python examples/finetune.py --variant ia3 --steps 3   # any registered variant; three steps show that it runs
     python examples/finetune.py --roles query,value --rank 16 --dtype bfloat16 --compile
+    python examples/finetune.py --quantise nf4            # QLoRA: a base of 4 bits; needs pip install bitsandbytes
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-360M --text notes.txt --out notes
 
 The text is the Python reference of the standard library (`pydoc_data.topics`) or a file of your own. A fifth of it is
 held out. The training text has none of the held-out paragraphs, not even where the reference repeats them.
 
 The script prints the table of sites with the trainable share, a progress bar with loss and tokens per second, and the
-held-out perplexity and a greedy continuation before and after. Last it prints how far the logits of the reloaded, the
-merged and the exported model are from those of the trained model.
+held-out perplexity and a greedy continuation before and after, with the peak memory of the training in between. Last
+it prints how far the logits of the reloaded, the merged and the exported model are from those of the trained model.
 
 It writes OUT/adapter.safetensors, OUT/model.pt2 (for `torch.export.load`) and OUT/loss.png. Ctrl-C while training
 ends the run after the current step: the adapter and the curve so far are saved, and the exit code is 130.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import math
 import os
@@ -30,7 +32,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,7 +94,10 @@ def main() -> int:
     before, sample_before = perplexity(gm, held, args.batch), continuation(gm, tokenizer, args.prompt)
     print(f"held-out perplexity before: {before:.2f}")
 
+    forget_peak_memory()
     losses, interrupted = train(gm, blocks, args)
+    if (memory := peak_memory()) is not None:
+        print(f"peak memory of the process while training: {memory:,} MB")
     llfx.save(gm, adapter)
     if interrupted:
         draw(losses, args, f"held-out perplexity {before:.2f} before; interrupted", curve)
@@ -130,6 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate (default: the variant's, see LEARNING_RATES)")
     add("--seed", type=int, default=0, help="of the adapter's start and the order of the text (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (default: float32)")
+    add("--quantise", choices=("nf4", "int8"), help="keep the linears of the base in 4 or 8 bits, by bitsandbytes")
     compile_help = "train through torch.compile. On a CPU, compiling takes longer than it saves in a default run;"
     compile_help += " it pays from some hundred steps on (default: --no-compile)"
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help=compile_help)
@@ -177,7 +183,28 @@ def location(model: str | None) -> dict[str, str]:
 def load_base(args: argparse.Namespace) -> transformers.PreTrainedModel:
     """Load the pretrained model."""
     dtype = getattr(torch, args.dtype)
-    return transformers.AutoModelForCausalLM.from_pretrained(**location(args.model), dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**location(args.model), dtype=dtype)
+    return model if args.quantise is None else quantised(model, args.quantise)
+
+
+def quantised(model: transformers.PreTrainedModel, kind: str) -> transformers.PreTrainedModel:
+    """Return the model with all linears but the head quantized, one after the other.
+
+    A model of the hub is loaded so by `from_pretrained(..., quantization_config=BitsAndBytesConfig(...))`.
+    """
+    library: Any = importlib.import_module("bitsandbytes")
+    for parent in list(model.modules()):
+        for name, dense in list(parent.named_children()):
+            if not isinstance(dense, torch.nn.Linear) or dense is model.get_output_embeddings():
+                continue
+            sizes = (dense.in_features, dense.out_features, dense.bias is not None)
+            if kind == "nf4":
+                linear = library.nn.Linear4bit(*sizes, quant_type="nf4").to(dense.weight.dtype)
+            else:
+                linear = library.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+            linear.load_state_dict(dense.state_dict())
+            setattr(parent, name, linear.to("cpu"))
+    return model.requires_grad_(False)
 
 
 def read_text(file: Path | None) -> tuple[str, str]:
@@ -234,6 +261,20 @@ def train(gm: fx.GraphModule, blocks: Tensor, args: argparse.Namespace) -> tuple
             bar.set_postfix({"loss": f"{losses[-1]:.3f}", "tokens/s": f"{speed:.0f}"}, refresh=False)
             bar.update()
     return losses, bool(interrupts)
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from now on. Only Linux can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int | None:
+    """Return the most memory that the process has had, in MB; None where that is not known."""
+    with suppress(OSError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) // 1024
+    return None
 
 
 def warmup_cosine(step: int, steps: int) -> float:

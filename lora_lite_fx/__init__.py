@@ -33,6 +33,7 @@ from .inspection.program import program
 from .inspection.table import inspect
 from .rewriting.capture import capture
 from .rewriting.eager import wrap
+from .rewriting.loftq import loftq
 from .rewriting.named import add, delete
 from .rewriting.reconfigure import reconfigure
 from .rewriting.rewrite import merge, remove, rewrite
@@ -156,6 +157,7 @@ __all__ = [
     "load_lora_lite",
     "load_peft",
     "load_slot",
+    "loftq",
     "merge",
     "optimize",
     "program",

@@ -19,11 +19,14 @@ from .example_values import BATCH, READS_VALUES, SEQUENCE, Inputs, Values
 
 IMAGES = ("pixel_values", "flattened_patches")
 """The arguments that images come in."""
+_GRIDS = ("image_grid_thw", "image_grid_hw", "grid_thw")
 
 
 def takes_images(values: Values) -> bool:
     """Tell whether the model computes something of images."""
     names = [name for name in IMAGES if name in values.parameters]
+    if "grid_thw" in values.required():  # a tower for images alone
+        return True
     is_main = any(name == values.model.main_input_name or name in values.required() for name in names)
     return bool(names) and (is_main or values.field("vision_config", "patch_size", "image_size") is not None)
 
@@ -33,7 +36,7 @@ def images(values: Values) -> Iterator[Inputs]:
     arguments = values.parameters
     if "flattened_patches" in arguments:
         yield from _flattened(values)
-    elif "image_grid_thw" in arguments or "image_grid_hw" in arguments:
+    elif any(name in arguments for name in _GRIDS):
         yield from _patches_with_grid(values)
     elif "spatial_shapes" in arguments:
         shapes, patches = values.rows([2, 4]), values.noise(BATCH, 8, _numbers(values))
@@ -69,13 +72,16 @@ def _patches_with_grid(values: Values) -> Iterator[Inputs]:
     merge = values.side("spatial_merge_size", "merge_size", "merge_kernel_size") or 1
     side = 2 * merge
     count = BATCH * 2 * side * side
-    if "image_grid_thw" in values.parameters:
-        layout = {"image_grid_thw": values.rows([1, side, 2 * side])}
-    else:
-        layout = {"image_grid_hw": values.rows([2 * side, 4 * side])}
+    grid = next(name for name in _GRIDS if name in values.parameters)
+    if grid == "image_grid_hw":
+        layout = {grid: values.rows([2 * side, 4 * side])}
         count *= 4
-    if "image_merge_sizes" in values.parameters:
-        layout["image_merge_sizes"] = torch.full((BATCH,), merge, device=values.model.device)
+    else:
+        layout = {grid: values.rows([1, side, 2 * side])}
+    for name in ("image_merge_sizes", "merge_sizes"):
+        if name in values.parameters:
+            layout[name] = torch.full((BATCH,), merge, device=values.model.device)
+    patches = "hidden_states" if "hidden_states" in values.required() else "pixel_values"
     frames = values.field("temporal_patch_size", "patch_temporal") or 1
     shapes = (
         (count, _numbers(values) * frames),
@@ -85,7 +91,7 @@ def _patches_with_grid(values: Values) -> Iterator[Inputs]:
         (count, patch * merge, patch * merge, channels),
     )
     for shape in dict.fromkeys(shapes):
-        yield {"pixel_values": values.noise(*shape), **layout}
+        yield {patches: values.noise(*shape), **layout}
 
 
 def _flattened(values: Values) -> Iterator[Inputs]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import CaptureError
 from .example_images import IMAGES, images, takes_images, with_parts
+from .example_series import series, takes_series
 from .example_values import BATCH, CHOICES, READS_VALUES, SEQUENCE, Inputs, Values
 
 # Sizes for models whose config tells none: they are built of convolutions, and take every size.
@@ -145,6 +146,8 @@ class _Maker(Values):
         main = self.model.main_input_name
         if takes_images(self):
             yield from images(self)
+        elif takes_series(self):
+            yield from series(self)
         elif main == "pixel_values_videos":
             yield {"pixel_values_videos": self.noise(BATCH, self.field("num_frames") or 4, *self.pixels())}
         elif main == "input_values":

@@ -8,6 +8,7 @@ while the graph is made, and so is all that is computed of them alone. A call pa
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,28 @@ def pass_layouts(model: nn.Module, layouts: Mapping[str, Tensor]) -> None:
         return args, {**{name: value.clone() for name, value in layouts.items()}, **kwargs}
 
     model.register_forward_pre_hook(add, with_kwargs=True)
+    _leave_optional(model, layouts)
+
+
+def _leave_optional(model: nn.Module, layouts: Mapping[str, Tensor]) -> None:
+    """Give `model` a class like its own whose forward may be called without these arguments, if it requires any."""
+    kind: Any = type(model)
+    parameters = inspect.signature(kind.forward).parameters.values()
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    if not layouts.keys() & required:
+        return
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, **kwargs)
+
+    def optional(parameter: inspect.Parameter) -> inspect.Parameter:
+        is_layout = parameter.name in layouts
+        return parameter.replace(kind=parameter.KEYWORD_ONLY, default=None) if is_layout else parameter
+
+    # torch.export asks the signature which arguments a call has to have.
+    ordered = sorted(map(optional, parameters), key=lambda parameter: parameter.kind)
+    vars(forward)["__signature__"] = inspect.Signature(ordered)
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 @contextmanager

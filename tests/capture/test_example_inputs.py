@@ -27,6 +27,13 @@ ARGUMENTS = {
     "wav2vec2-bert": {"input_features"},
     "bros": {"input_ids", "attention_mask", "bbox", "labels"},
     "canine": {"input_ids", "attention_mask", "labels"},
+    "patchtst": {"past_values"},
+    "time_series_transformer": {
+        *("past_values", "past_time_features", "past_observed_mask", "future_values", "future_time_features"),
+    },
+    "cohere_compass_vision": {"hidden_states", "grid_thw"},
+    "audioflamingo3_encoder": {"input_features", "input_features_mask"},
+    "voxtral_realtime": {"input_ids", "attention_mask", "input_features", "labels"},
     "dia": {"input_ids", "attention_mask", "decoder_input_ids", "labels"},
     "blip-2": {"input_ids", "attention_mask", "pixel_values", "labels"},
     "llava_next": {"input_ids", "attention_mask", "pixel_values", "image_sizes"},

@@ -147,5 +147,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "hidden_sizes": [32, 64, 128, 256],
     },
     "autoformer": {"prediction_length": 4},
+    "informer": {"prediction_length": 4},
+    "time_series_transformer": {"prediction_length": 4},
 }
 """Fields of configs by model type, where small values of others would leave out a part of the model."""

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from .memories import forgetting
+
 # Give every dynamic dimension a size of its own, because torch.export specializes ones and may equate equal sizes.
 BATCH, SEQUENCE, CHOICES = 3, 7, 4
 # The size of images for models whose config tells none: they are built of convolutions, and take every size.
@@ -109,7 +111,7 @@ class Values:
         logger.disabled, before = True, logger.disabled
         buffers = [(module._buffers, dict(module._buffers)) for module in self.model.modules()]
         try:
-            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            with torch.no_grad(), forgetting(self.model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 yield {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
         finally:
             logger.disabled = before

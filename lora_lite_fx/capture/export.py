@@ -17,6 +17,7 @@ from ..graph.turns import tracing
 from .autograd_functions import keeping_functions
 from .conversions import needless_conversions_left_out
 from .decisions import Decisions
+from .memories import forgetting
 from .outputs import has_data
 from .refusal import refusal
 
@@ -92,7 +93,7 @@ def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 @tracing()
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
-    with keeping_functions() as kept, needless_conversions_left_out():
+    with keeping_functions() as kept, needless_conversions_left_out(), forgetting(model):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:

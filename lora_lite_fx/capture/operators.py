@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ..graph.copies import share_signatures
 from ..graph.turns import tracing
+from .memories import forgetting
 from .repeats import NotRepeated, Step
 from .watched_functions import WatchedFunctions, literal
 
@@ -97,6 +98,7 @@ class StandIn:
         inputs = pytree.tree_unflatten(leaves, spec)
         with (
             torch.enable_grad(),
+            forgetting(self.model),
             _compiling_state_context(),
             self._mode,
             _Operators(record),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import re
 from typing import Any
 
@@ -79,6 +80,28 @@ def test_a_table_that_grows_in_a_run_without_data_keeps_its_values() -> None:
     with contextlib.suppress(llfx.CaptureError):
         example_inputs_of(model)
     assert all(type(buffer) is torch.Tensor for buffer in model.buffers())
+
+
+def test_functions_forget_what_they_computed_without_data() -> None:
+    model = CASES["dinov3_vit"].builder()()  # the coordinates of patches are remembered by their number
+    inputs = example_inputs_of(model)
+    with torch.no_grad():
+        assert all(type(value) is torch.Tensor for value in model(**inputs).values())
+
+
+@functools.lru_cache
+def positions(length: int) -> torch.Tensor:
+    return torch.arange(length) / length
+
+
+def test_functions_forget_what_they_computed_while_they_were_traced() -> None:
+    class Places(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input + positions(4))
+
+    model, inputs = Places(4, 4), (torch.randn(3, 4),)
+    gm = llfx.capture(model, inputs)
+    torch.testing.assert_close(gm(*inputs), model(*inputs))
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

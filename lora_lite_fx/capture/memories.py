@@ -30,6 +30,7 @@ def _forget(module: Any) -> None:
     values = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
     classes = [value for value in values if isinstance(value, type)]
     for function in (*values, *(value for kind in classes for value in vars(kind).values())):
+        function = getattr(function, "__func__", function)  # of a static or class method
         # A decorator may hold the function that remembers.
         cells = getattr(function, "__closure__", None) or ()
         for value in (function, *(cell.cell_contents for cell in cells if _has_contents(cell))):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_inputs import example_inputs_of
@@ -82,11 +83,12 @@ def test_a_table_that_grows_in_a_run_without_data_keeps_its_values() -> None:
     assert all(type(buffer) is torch.Tensor for buffer in model.buffers())
 
 
-def test_functions_forget_what_they_computed_without_data() -> None:
-    model = CASES["dinov3_vit"].builder()()  # the coordinates of patches are remembered by their number
+@pytest.mark.parametrize("name", ["dinov3_vit", "sam3_vision_model"])  # by a function, and by a static method
+def test_functions_forget_what_they_computed_without_data(name: str) -> None:
+    model = CASES[name].builder()()
     inputs = example_inputs_of(model)
     with torch.no_grad():
-        assert all(type(value) is torch.Tensor for value in model(**inputs).values())
+        assert {type(value) for value in pytree.tree_leaves(dict(model(**inputs)))} == {torch.Tensor}
 
 
 @functools.lru_cache

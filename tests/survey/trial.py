@@ -161,10 +161,14 @@ def _outcome(report: Report, step: str) -> Iterator[None]:
         {str(w.message)[:300] for w in caught if "lora_lite_fx" in w.filename or "tests/survey" in w.filename}
     )
     extra = {f"{step}_warnings": ours} if ours else {}
-    said = re.sub(r"/\S*?/(site-packages/|(?=tests/))", "", said)  # where this machine keeps its files
-    report(**{step: said[:700], f"{step}_seconds": round(time.process_time() - start, 1)}, **extra)
+    report(**{step: _without_folders(said)[:700], f"{step}_seconds": round(time.process_time() - start, 1)}, **extra)
     if raised is not None and step == "built":
         raise raised
+
+
+def _without_folders(text: str) -> str:
+    """Return a message without where this machine keeps its files."""
+    return re.sub(r"/\S*?/(site-packages/|(?=tests/))", "", text)
 
 
 class Unequal(Exception):
@@ -223,7 +227,8 @@ def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
             except (AssertionError, RuntimeError, llfx.AdapterError) as error:
                 if what == "example":
                     raise
-                report(fixed=f"{what}: {str(error).splitlines()[0][:160] if str(error) else type(error).__name__}")
+                first = next(iter(_without_folders(str(error)).splitlines()), type(error).__name__)
+                report(fixed=f"{what}: {first[:160]}")
                 continue
             _require_equal(expected, actual, where, lambda: _run_nudged(wrapped, inputs, training))  # noqa: B023
 

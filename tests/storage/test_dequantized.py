@@ -13,7 +13,8 @@ import lora_lite_fx as llfx
 from lora_lite_fx.capture.share import share
 from lora_lite_fx.storage.dequantized import DequantizedLinear
 from lora_lite_fx.testing.compare import close
-from tests.support.quantized import STORAGES, bnb, dequantized, effective_weight, quantized, torchao
+from tests.support.quantized import STORAGES, bnb, dequantized, effective_weight, quantized, storages, torchao
+from tests.support.selection import slow_unless
 
 
 class Net(nn.Module):
@@ -34,6 +35,7 @@ class Net(nn.Module):
 X = (torch.randn(5, 32, generator=torch.Generator().manual_seed(0)),)
 CFG = llfx.LoRA(r=4, target_names=(".",))
 
+DYNAMIC = ("Int8DynamicActivationIntxWeightConfig", "Int8DynamicActivationInt8WeightConfig")
 PATHS: dict[str, Callable[..., nn.Module]] = {
     "exported": lambda model, cfg: llfx.rewrite(model, cfg, X),
     "traced": lambda model, cfg: llfx.rewrite(model, cfg),
@@ -67,7 +69,7 @@ def adapted(path: str, model: nn.Module, cfg: Any = CFG) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", storages("torchao int4", "nf4 twice"))
 def test_results_and_gradients_are_those_of_the_dense_weights(storage: str) -> None:
     model = base(storage)
     expected = result(adapted("wrap", dequantized(model)))
@@ -94,7 +96,7 @@ def kept(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("storage", ["torchao int8", "torchao int4", "nf4 twice", "int8"])
+@pytest.mark.parametrize("storage", storages("int8"))
 def test_neither_dense_weights_nor_inputs_are_kept_for_the_backward_pass(storage: str) -> None:
     model = base(storage)
     dense = dequantized(model)
@@ -106,7 +108,7 @@ def stored(model: nn.Module) -> list[Tensor]:
     return [tensor.clone() for _, tensor in sorted((*model.named_parameters(), *model.named_buffers()))]
 
 
-@pytest.mark.parametrize("storage", ["torchao int8", "nf4 twice", "int8"])
+@pytest.mark.parametrize("storage", storages("nf4 twice"))
 def test_training_leaves_the_base_as_it_is_and_remove_gives_it_back(storage: str) -> None:
     model = base(storage)
     gm = adapted("exported", model)
@@ -117,7 +119,7 @@ def test_training_leaves_the_base_as_it_is_and_remove_gives_it_back(storage: str
         optimizer.step()
     removed = llfx.remove(gm)
     assert all(map(torch.equal, stored(removed), plain))
-    if storage != "torchao int8":  # whose tensor has no memory of its own
+    if not storage.startswith("torchao"):  # whose tensors have no memory of their own
         assert removed.get_parameter("out.weight").data_ptr() == model.get_parameter("out.weight").data_ptr()
     close(removed(*X), dequantized(model)(*X), 1e-5, "the base")
 
@@ -131,7 +133,7 @@ def test_the_weight_is_read_to_the_bits_of_its_library(storage: str) -> None:
             close(stand_in.effective_weight(), exact, 1e-7 if storage == "int8" else 0, name)
 
 
-@pytest.mark.parametrize("name", ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"])
+@pytest.mark.parametrize("name", slow_unless(lambda name: "Intx" in name, DYNAMIC))
 def test_bases_that_quantize_inputs_are_refused(name: str) -> None:
     model = Net()
     torchao.quantize_(model, getattr(torchao, name)())
@@ -151,7 +153,7 @@ def test_bases_that_quantize_inputs_are_refused(name: str) -> None:
     ],
 )
 def test_modules_that_are_not_quantized_yet_are_refused(module: nn.Module, message: str) -> None:
-    for path in PATHS:
+    for path in ("traced", "wrap"):
         with pytest.raises(llfx.ConfigError, match=message):
             PATHS[path](nn.Sequential(module), llfx.LoRA(r=2))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.testing.compare import close
 from tests.storage.test_dequantized import Net, X, adapted
-from tests.support.quantized import STORAGES, dequantized, effective_weight, quantized
+from tests.support.quantized import STORAGES, dequantized, effective_weight, quantized, storages
 
 
 def dense_net() -> Net:
@@ -21,7 +21,7 @@ def residual(exact: Tensor, weight: Tensor) -> float:
     return float((exact - weight).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("storage", ["torchao int4", "nf4 twice", "fp4"])
+@pytest.mark.parametrize("storage", storages("nf4 twice"))
 def test_the_start_is_the_nearest_matrix_of_its_rank(storage: str) -> None:
     dense = dense_net()
     model = quantized(storage, dense)

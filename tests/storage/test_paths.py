@@ -15,11 +15,11 @@ import lora_lite_fx as llfx
 from lora_lite_fx.testing.compare import close
 from tests.storage.test_dequantized import CFG, Net, X, adapted, base, result
 from tests.storage.test_merge import IDS, logits, moved, quantized_llama
-from tests.support.quantized import STORAGES, bnb, dequantized, quantized
+from tests.support.quantized import bnb, dequantized, quantized, storages
 from tests.support.selection import slow_unless
 
 
-@pytest.mark.parametrize("storage", ["torchao int4", "nf4 twice", "int8"])
+@pytest.mark.parametrize("storage", storages("nf4 twice"))
 def test_an_exported_program_comes_back_from_its_file(storage: str) -> None:
     gm = adapted("exported", base(storage)).eval()
     program = torch.export.export(gm, X, dynamic_shapes=((torch.export.Dim.AUTO,) * 2,))
@@ -31,7 +31,7 @@ def test_an_exported_program_comes_back_from_its_file(storage: str) -> None:
     close(llfx.remove(loaded)(*X), llfx.remove(gm)(*X), 1e-6, "without adapters")
 
 
-@pytest.mark.parametrize("storage", ["torchao int8", "nf4 twice", "int8"])
+@pytest.mark.parametrize("storage", storages("torchao int4"))
 def test_the_compiled_graph_has_the_same_results_and_gradients(storage: str) -> None:
     torch._dynamo.reset()
     gm = adapted("exported", base(storage))
@@ -54,7 +54,7 @@ def test_ahead_of_time_compilation_computes_the_same(storage: str, tmp_path: Pat
     close(torch._inductor.aoti_load_package(package)(*X), gm(*X).detach(), 1e-5, "compiled")
 
 
-@pytest.mark.parametrize("storage", slow_unless(lambda storage: storage == "nf4 twice", ["torchao int8", "nf4 twice"]))
+@pytest.mark.parametrize("storage", storages("int8"))
 def test_the_backends_model_computes_what_the_graph_does(storage: str) -> None:
     torch._dynamo.reset()
     model = base(storage)
@@ -85,7 +85,7 @@ def test_a_file_tells_another_base_by_its_dequantized_weights(tmp_path: Path) ->
         llfx.load(quantized("nf4 twice", Net()), tmp_path / "file")
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", storages("nf4", "torchao int4"))
 def test_inspect_tells_the_memory_that_the_weights_take(storage: str) -> None:
     model = base(storage)
     table = llfx.inspect(model)
@@ -133,7 +133,7 @@ def test_a_trainer_trains_an_adapted_quantized_model(tmp_path: Path) -> None:
     chat = llfx.adapt(model, llfx.LoRA(r=2, target_roles=("up",)))
     before = {name: tensor.clone() for name, tensor in llfx.adapter_state_dict(chat).items()}
     frozen = {name: p.clone() for name, p in chat.named_parameters() if not p.requires_grad}
-    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], save_strategy="no", use_cpu=True)
     rows = [{"input_ids": row, "labels": row} for row in IDS]
     Trainer(model=chat, args=arguments, train_dataset=rows).train()
     assert any(not torch.equal(before[name], tensor) for name, tensor in llfx.adapter_state_dict(chat).items())

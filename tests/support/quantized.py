@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.selection import slow_unless
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torchao = pytest.importorskip("torchao.quantization")
@@ -53,6 +55,11 @@ STORAGES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fp4": partial(_bitsandbytes, _four_bit("fp4", nested=False)),
     "int8": partial(_bitsandbytes, partial(bnb.nn.Linear8bitLt, has_fp16_weights=False)),
 }
+
+
+def storages(*everyday: str) -> list[Any]:
+    """Return all storages as the parameters of a test, of which these are a part of the everyday run."""
+    return slow_unless(everyday.__contains__, STORAGES)
 
 
 def quantized(storage: str, model: nn.Module) -> nn.Module:

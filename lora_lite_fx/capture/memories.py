@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -27,15 +29,20 @@ def forgetting(model: nn.Module) -> Iterator[None]:
 
 
 def _forget(module: Any) -> None:
-    values = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
-    classes = [value for value in values if isinstance(value, type)]
-    for function in (*values, *(value for kind in classes for value in vars(kind).values())):
-        function = getattr(function, "__func__", function)  # of a static or class method
+    if module is None:  # of classes that were made without one
+        return
+    values = list(vars(module).values())
+    classes = [value for value in values if isinstance(value, type) and value.__module__ == module.__name__]
+    for value in (*values, *(value for kind in classes for value in vars(kind).values())):
+        function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
         # A decorator may hold the function that remembers.
-        cells = getattr(function, "__closure__", None) or ()
-        for value in (function, *(cell.cell_contents for cell in cells if _has_contents(cell))):
-            if callable(clear := getattr(value, "cache_clear", None)):
-                clear()
+        cells = (function.__closure__ or ()) if isinstance(function, FunctionType) else ()
+        for held in (function, *(cell.cell_contents for cell in cells if _has_contents(cell))):
+            if isinstance(held, _REMEMBERS):
+                held.cache_clear()
+
+
+_REMEMBERS = type(functools.lru_cache(lambda: None))
 
 
 def _has_contents(cell: Any) -> bool:

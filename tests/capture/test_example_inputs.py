@@ -103,6 +103,8 @@ def test_functions_forget_what_they_computed_while_they_were_traced() -> None:
 
     model, inputs = Places(4, 4), (torch.randn(3, 4),)
     gm = llfx.capture(model, inputs)
+    made = type("Made", (torch.nn.Linear,), {"__module__": "nowhere"})(4, 4)  # no module of this name
+    torch.testing.assert_close(llfx.capture(made, inputs)(*inputs), made(*inputs))
     torch.testing.assert_close(gm(*inputs), model(*inputs))
 
 

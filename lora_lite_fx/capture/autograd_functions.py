@@ -99,6 +99,26 @@ class Kept:
 
 
 @contextmanager
+def telling_functions(tell: Callable[[Any, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Tell of each autograd function that this thread calls in the body, with its arguments; all run as they are."""
+    listener = threading.get_ident(), tell
+    with _changing:
+        _listening.append(listener)
+        _parent.apply = classmethod(_apply)
+    try:
+        yield
+    finally:
+        with _changing:
+            _listening.remove(listener)
+            _leave_apply()
+
+
+def _leave_apply() -> None:
+    if not _keeping and not _listening:
+        del _parent.apply
+
+
+@contextmanager
 def keeping_functions() -> Iterator[Kept]:
     """Let traces in the body record each call of an autograd function as one; `Kept.put_calls` finishes the graphs."""
     kept = Kept()
@@ -110,8 +130,7 @@ def keeping_functions() -> Iterator[Kept]:
     finally:
         with _changing:
             _keeping.remove(kept)
-            if not _keeping:
-                del _parent.apply
+            _leave_apply()
         for number in kept.numbers:
             del _calls[number]
 
@@ -120,10 +139,15 @@ _parent: Any = _SingleLevelFunction
 _changing = threading.Lock()
 _keeping: list[Kept] = []
 """The traces that run, of all threads."""
+_listening: list[tuple[int, Callable[[Any, tuple[Any, ...]], None]]] = []
+"""The threads that are to be told of calls, and whom to tell."""
 
 
 def _apply(function: Any, *args: Any) -> Any:
     """Record a call of an autograd function in the trace of this thread; run it if there is none."""
+    for thread, tell in _listening:
+        if thread == threading.get_ident():
+            tell(function, args)
     run = functools.partial(super(_parent, function).apply, *args)
     kept = next((kept for kept in reversed(_keeping) if kept.thread == threading.get_ident()), None)
     leaves = pytree.tree_leaves(args)

@@ -1,7 +1,8 @@
 """Capture a model as a `torch.fx.GraphModule` that shares its weights.
 
 A model with example inputs is exported (`export.py`), any other is traced symbolically (`symbolic.py`). Both ways
-capture it twice, in training and in evaluation mode; the pass `FollowMode` makes one graph of the two.
+capture it twice, in training and in evaluation mode, unless a run shows that it computes the same in both; the pass
+`FollowMode` makes one graph of the two.
 `hugging_face.py` makes inputs from the config of a transformers model. `optional.py` finds the arguments that a call
 may leave out.
 """
@@ -62,7 +63,7 @@ class Capture:
 
     Args:
         gm: the graph module; of the training mode, where there are two.
-        eval_gm: the same model captured in evaluation mode, or None where the mode was fixed before.
+        eval_gm: the same model captured in evaluation mode; None if it is that graph, or the mode was fixed before.
         training: the mode the model was in.
         signature: how the graph is called; None for one that takes its inputs and nothing else.
         source: what was captured, a copy of the user's model over the same weights; None if that is a graph already.
@@ -148,7 +149,7 @@ def _capture_model(
             with without_python_random(model), known_while_traced(shadow) if layouts else nullcontext():
                 if inputs is None:
                     graphs.append(symbolic_trace(shadow))
-                else:
+                elif not graphs or not by_depth.is_as_before():
                     graph, said = by_depth.capture()
                     graphs.append(graph)
                     done.update(dict.fromkeys(said))
@@ -156,7 +157,7 @@ def _capture_model(
                 refused |= refused_calls(shadow, graphs[-1])
         for graph in graphs:
             refuse_in_graph(shadow, graph, refused)
-        gm, eval_gm = graphs
+        gm, eval_gm = graphs[0], graphs[1] if len(graphs) > 1 else None
         if inputs is not None:
             args, kwargs = inputs
             is_static = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input

@@ -8,25 +8,24 @@ checked of the graph of the captured layers (`repeats.py`), whose last ones are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from .operators import StandIn
+from .operators import Run, StandIn
 from .other_sizes import Sizes, guessed_sizes, sizes_taken
 from .repeats import Blocks, NotRepeated, Repetition, repetition_of, require_stamped
-from .stamp import number_nodes, stamp
-
-_FEWEST = 4
-"""The number of layers from which on some can be left out: one before the repetition, and two that show it."""
+from .stacks import shortened, stacks_of
+from .stamp import Layers, number_nodes, stamp
+from .stamped_results import stamped_results
 
 
 class ByDepth:
-    """Captures a model with stacks of layers, in one mode after the other.
+    """Captures a model, with few of its layers if it has stacks of them, in one mode after the other.
 
     Args:
         model: is shortened while it is captured, and is as before afterwards.
@@ -39,11 +38,14 @@ class ByDepth:
     ) -> None:
         self._model = model
         self._call = args, dict(kwargs)
+        self._leaves = pytree.tree_leaves(self._call)
         self._export = export
-        self._stacks = _stacks(model)
+        self._stacks = stacks_of(model)
+        self._shown: list[tuple[Sizes, Run]] = []
 
     def capture(self) -> tuple[fx.GraphModule, list[str]]:
         """Return the graph of the model in its mode, and what was done with its layers, for the log."""
+        self._shown = []
         if not self._stacks:
             return self._in_full(), []
         try:
@@ -55,31 +57,52 @@ class ByDepth:
             return self._in_full(), [f"all layers captured, because {why}"]
         return gm, [_said(repetition) for repetition in repetitions]
 
+    def is_as_before(self) -> bool:
+        """Tell whether the model computes in its mode of now what it computed when it was captured.
+
+        Its operators with their numbers, its functions and its comparisons of sizes are the same then.
+        """
+        if not self._shown:
+            return False
+        try:
+            stand_in = StandIn(self._model, self._stacks)
+            return all(stand_in.run(*self._call, sizes) == run for sizes, run in self._shown)
+        except Exception:  # it does not run without data in this mode
+            return False
+
     def _in_full(self) -> fx.GraphModule:
         gm = self._export()
         number_nodes(gm)
+        if not any(isinstance(module, nn.Dropout) and module.p for module in self._model.modules()):  # differs by mode
+            with suppress(Exception):  # the model does not run without data, or not at sizes that were found
+                sizes = sizes_taken(gm, self._leaves, guessed_sizes(self._leaves), {})
+                self._shown = [(sizes, StandIn(self._model, self._stacks).run(*self._call, sizes))]
         return gm
 
     def _in_part(self) -> tuple[fx.GraphModule, list[Repetition]]:
         stand_in = StandIn(self._model, self._stacks)
-        leaves = pytree.tree_leaves(self._call)
         # Sizes of the example could be equal to a number of the model, so check others that the graph takes.
-        sizes = guessed_sizes(leaves)
+        sizes = guessed_sizes(self._leaves)
         try:
-            repetitions = self._repetitions(stand_in, sizes)
+            layers, whole = self._layers(stand_in, sizes)
         except Exception:  # the model may refuse them
             sizes = {}
-            repetitions = self._repetitions(stand_in, sizes)
-        with _shortened(self._model, repetitions):
+            layers, whole = self._layers(stand_in, sizes)
+        with _shortened(self._model, layers.repetitions):
             gm = self._export()
-        taken = sizes_taken(gm, leaves, sizes)
-        if taken != sizes and self._repetitions(stand_in, taken) != repetitions:
-            raise NotRepeated("layers repeat otherwise at other sizes")
-        stamp(gm, self._model, repetitions)
-        return gm, repetitions
+        taken = sizes_taken(gm, self._leaves, sizes, layers.templates())
+        shown = [(sizes, whole)]
+        if taken != sizes:
+            others, whole = self._layers(stand_in, taken)
+            if others != layers:
+                raise NotRepeated("layers repeat otherwise at other sizes")
+            shown.append((taken, whole))
+        stamp(gm, self._model, layers)
+        self._shown = shown
+        return gm, list(layers.repetitions)
 
-    def _repetitions(self, stand_in: StandIn, sizes: Sizes) -> list[Repetition]:
-        """Return how stacks repeat, proved by a run of the whole and one of the shortened model.
+    def _layers(self, stand_in: StandIn, sizes: Sizes) -> tuple[Layers, Run]:
+        """Return how stacks repeat, proved by a run of the whole and one of the shortened model; and the former run.
 
         Raises:
             NotRepeated: none does.
@@ -91,19 +114,20 @@ class ByDepth:
             if any(name.startswith(f"{outer.stack}.") for outer in found):
                 continue
             try:
-                found.append(repetition_of(Blocks(whole, {name: size}), name))
+                found.append(repetition_of(Blocks(whole.steps, {name: size}), name))
             except NotRepeated as other:
                 reason = other
         if not found:
             raise reason
         with _shortened(stand_in.model, found):
             part = stand_in.run(*self._call, sizes)
-        full = Blocks(whole, {each.stack: each.members for each in found})
-        short = Blocks(part, {each.stack: each.captured for each in found})
+        full = Blocks(whole.steps, {each.stack: each.members for each in found})
+        short = Blocks(part.steps, {each.stack: each.captured for each in found}, full.inputs)
         require_stamped(full, short, found)
+        results = stamped_results(full, short, (whole.results, part.results), found)
         for each in found:
             _require_same_modules(self._model.get_submodule(each.stack), each)
-        return found
+        return Layers(tuple(found), full.inputs, results, whole.returned), whole
 
 
 def _require_same_modules(stack: nn.Module, repetition: Repetition) -> None:
@@ -122,30 +146,6 @@ def _said(repetition: Repetition) -> str:
     )
 
 
-def _stacks(model: nn.Module) -> dict[str, int]:
-    """Return the containers of modules that may be layers, with their sizes; the outermost first."""
-    found: dict[str, int] = {}
-    owners: dict[int, int] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        owners[id(module)] = owners.get(id(module), 0) + 1
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and name and len(module) >= _FEWEST:
-            found[name] = len(module)
-
-    def is_once(name: str) -> bool:
-        return all(owners[id(layer)] == 1 for layer in model.get_submodule(name).children())
-
-    return {name: size for name, size in found.items() if is_once(name)}
-
-
-@contextmanager
-def _shortened(model: nn.Module, repetitions: list[Repetition]) -> Iterator[None]:
+def _shortened(model: nn.Module, repetitions: Sequence[Repetition]) -> AbstractContextManager[None]:
     """Leave the layers that are to be stamped out of `model`."""
-    stacks = [(model.get_submodule(each.stack), each.captured) for each in repetitions]
-    all_layers = [stack._modules for stack, _ in stacks]
-    try:
-        for stack, captured in stacks:
-            stack._modules = dict(list(stack._modules.items())[:captured])
-        yield
-    finally:
-        for (stack, _), layers in zip(stacks, all_layers, strict=True):
-            stack._modules = layers
+    return shortened(model, {each.stack: each.captured for each in repetitions})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..errors import CaptureError
 from .example_images import IMAGES, images, takes_images, with_parts
 from .example_series import series, takes_series
 from .example_values import BATCH, CHOICES, READS_VALUES, SEQUENCE, Inputs, Values
+from .stacks import built_alike, shortened
 
 # Sizes for models whose config tells none: they are built of convolutions, and take every size.
 _SAMPLES, _FRAMES = 4000, 64
@@ -191,9 +193,17 @@ class _Maker(Values):
         """Return the model's logits for these inputs, without data; None if it has none."""
         if self.config.is_encoder_decoder and "labels" in self.parameters:
             inputs = {"decoder_input_ids": torch.zeros_like(self.tokens(SEQUENCE)), **inputs}
-        with self.without_data(inputs) as fakes:
-            logits = getattr(self.model(**fakes), "logits", None)
+        logits = getattr(self.called_without_data(inputs), "logits", None)
         return logits if isinstance(logits, Tensor) else None
+
+    def called_without_data(self, inputs: Inputs) -> Any:
+        """Return what the model returns. Layers that are built alike are run once, because they change no sizes."""
+        once = dict.fromkeys(built_alike(self.model), 1)
+        if once:
+            with suppress(Exception), shortened(self.model, once), self.without_data(inputs) as fakes:
+                return self.model(**fakes)
+        with self.without_data(inputs) as fakes:
+            return self.model(**fakes)
 
     def with_labels(self, inputs: Inputs, logits: Tensor | None) -> Inputs:
         """Return `inputs` with labels that fit the logits, if the model computes a loss from them and from sizes."""
@@ -202,8 +212,7 @@ class _Maker(Values):
             return self.with_decoder(inputs)
         labels = self.labels(tuple(int(size) for size in logits.shape))
         try:
-            with self.without_data({**inputs, "labels": labels}) as fakes:
-                self.model(**fakes)
+            self.called_without_data({**inputs, "labels": labels})
         except Exception:  # the labels are of another form, or the loss reads their values
             return self.with_decoder(inputs)
         return {**inputs, "labels": labels}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,15 +112,48 @@ def double_batch_of_one(inputs: Any) -> Any:
     return pytree.tree_map(twice, inputs)
 
 
+GUARDS = "_guards_fn"
+"""The name of the module that torch.export puts its guards into; there is no other way to ask whether a graph holds."""
+
+
+class _GuardsOfSizes(nn.Module):
+    """Guards of a graph, and further ones: that inputs have the sizes of others."""
+
+    def __init__(self, first: nn.Module, same: Mapping[int, int], names: Sequence[str]) -> None:
+        super().__init__()
+        self.first = first
+        self.pairs = [
+            (one, other, f"Guard failed: {names[one]} has not the size of {names[other]}")
+            for one, other in same.items()
+        ]
+        self._is_impure = True  # torch.fx would remove the call, whose result nobody reads
+
+    def forward(self, *inputs: Any) -> None:
+        """Raise AssertionError for inputs that the graph does not hold for."""
+        self.first(*inputs)
+        for one, other, message in self.pairs:
+            torch._assert(inputs[one].shape == inputs[other].shape, message)
+
+
+def guard_sizes(gm: fx.GraphModule, same: Mapping[int, int]) -> None:
+    """Let the guards of a graph check that some inputs have the sizes of others.
+
+    Args:
+        gm: as torch.export made it.
+        same: the numbers of inputs, with those of the inputs whose sizes they have.
+    """
+    names = [node.name for node in gm.graph.find_nodes(op="placeholder", sort=True)]
+    gm.add_module(GUARDS, _GuardsOfSizes(gm.get_submodule(GUARDS), same, names))
+
+
 def take_guards(gm: fx.GraphModule) -> Callable[..., object]:
     """Remove the guards of `gm` on its inputs; return them as a function of the inputs that raises AssertionError."""
-    # torch.export puts its guards into a module of this name, and has no other way to ask whether a graph holds.
-    calls = [node for node in gm.graph.find_nodes(op="call_module") if node.target == "_guards_fn"]
+    calls = [node for node in gm.graph.find_nodes(op="call_module") if node.target == GUARDS]
     if not calls:
         return lambda *inputs: None
-    guards = gm.get_submodule("_guards_fn")
+    guards = gm.get_submodule(GUARDS)
     for node in calls:
         gm.graph.erase_node(node)
-    gm.delete_submodule("_guards_fn")
+    gm.delete_submodule(GUARDS)
     gm.recompile()
     return guards

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -29,12 +30,28 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ..graph.copies import share_signatures
 from ..graph.turns import tracing
+from .autograd_functions import telling_functions
 from .memories import forgetting
-from .repeats import NotRepeated, Step
-from .watched_functions import WatchedFunctions, literal
+from .repeats import NotRepeated, Result, Step, input_name
+from .watched_functions import WatchedFunctions, literal, literals
 
 _MOST_VALUES = 1 << 20
 """A constant of more values than this is not compared by value."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The record of a run.
+
+    Args:
+        steps: the operators that were called, and comparisons of sizes.
+        results: the leaves of what the model returned.
+        returned: what these are leaves of.
+    """
+
+    steps: list[Step]
+    results: list[Result]
+    returned: pytree.TreeSpec
 
 
 class StandIn:
@@ -81,7 +98,7 @@ class StandIn:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         sizes: Mapping[int, Sequence[int]] = MappingProxyType({}),
-    ) -> list[Step]:
+    ) -> Run:
         """Call the model, and return the record.
 
         Args:
@@ -94,7 +111,7 @@ class StandIn:
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 leaves[number] = self._like(leaf, sizes.get(number))
-                record.name(leaves[number], f"<input {number}>")
+                record.name(leaves[number], input_name(number))
         inputs = pytree.tree_unflatten(leaves, spec)
         with (
             torch.enable_grad(),
@@ -103,11 +120,11 @@ class StandIn:
             self._mode,
             _Operators(record),
             WatchedFunctions(record.event),
+            telling_functions(record.function),
         ):
             returned = self.model(*inputs[0], **inputs[1])
         leaves, spec = pytree.tree_flatten(returned)
-        record.add(("return", str(spec)), leaves, ())
-        return record.steps
+        return Run(record.steps, [record.result(leaf) for leaf in leaves], spec)
 
     def _like(self, tensor: Tensor, size: Sequence[int] | None) -> Tensor:
         """Return a tensor without data that is like this one but for its size."""
@@ -154,9 +171,19 @@ class _Record:
                 self._kept.append(result)
         self.steps.append(Step((what, arguments, tuple(outcome)), tuple(reads), tuple(self._inside)))
 
+    def result(self, leaf: Any) -> Result:
+        """Return a leaf of what the model returns, as a record."""
+        reads: list[tuple[int | str, int]] = []
+        what = self._described(leaf, reads)
+        return Result(what, reads[0] if reads else None)
+
     def event(self, what: Hashable) -> None:
         """Add a step that is about sizes."""
         self.steps.append(Step(what, (), tuple(self._inside), about_sizes=True))
+
+    def function(self, function: Any, args: Any) -> None:
+        """Add a step for a call of an autograd function, whose operators do not tell its backward pass."""
+        self.event((f"{function.__module__}.{function.__qualname__}", id(function), literals(args)))
 
     def _described(self, value: Any, reads: list[tuple[int | str, int]]) -> Hashable:
         if isinstance(value, Tensor):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .export import GUARDS
 from .repeats import NotRepeated
 
 Sizes = Mapping[int, Sequence[int]]
@@ -43,18 +44,20 @@ def guessed_sizes(leaves: Sequence[Any]) -> Sizes:
     }
 
 
-def sizes_taken(gm: fx.GraphModule, leaves: Sequence[Any], guessed: Sizes) -> Sizes:
+def sizes_taken(gm: fx.GraphModule, leaves: Sequence[Any], guessed: Sizes, same: Mapping[int, int]) -> Sizes:
     """Return other sizes than those of the example that a graph takes, and none if they are a part of it.
 
     Args:
         gm: as torch.export makes it.
         leaves: of the arguments that it was made with.
         guessed: sizes to try first.
+        same: inputs that the graph does not read, by number, with those whose sizes they have.
 
     Raises:
         NotRepeated: there are other sizes, and none was found.
     """
     inputs = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder", sort=True)]
+    inputs = [inputs[same.get(number, number)] for number in range(len(inputs))]
     values = {
         number: value
         for number, (leaf, value) in enumerate(zip(leaves, inputs, strict=True))
@@ -91,7 +94,7 @@ def _takes(gm: fx.GraphModule, leaves: Sequence[Any], values: Mapping[int, Tenso
         torch.empty(sizes[number], dtype=leaf.dtype, device="meta") if number in sizes else leaf
         for number, leaf in enumerate(leaves)
     ]
-    guards = gm._modules.get("_guards_fn")  # where torch.export puts the guards
+    guards = gm._modules.get(GUARDS)
     if guards is None:
         return False
     try:

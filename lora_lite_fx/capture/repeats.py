@@ -37,6 +37,31 @@ class Step(NamedTuple):
     about_sizes: bool = False
 
 
+class Result(NamedTuple):
+    """A leaf of what a model returns.
+
+    Args:
+        what: its value, or for a tensor what it looks like.
+        read: of a tensor, where it comes from, as in `Step.reads`.
+    """
+
+    what: object
+    read: tuple[int | str, int] | None
+
+
+def input_name(number: int) -> str:
+    """Return the name of a leaf of the arguments, by its number, as steps read it."""
+    return f"{_INPUT}{number}>"
+
+
+def number_of_input(name: str) -> int:
+    """Return the number of the leaf of the arguments that `input_name` has given this name."""
+    return int(name.removeprefix(_INPUT).removesuffix(">"))
+
+
+_INPUT = "<input "
+
+
 Block = tuple[str, int]
 """A stack and the number of its member; or no stack, and how many stacks have run before."""
 
@@ -105,14 +130,18 @@ class Blocks:
     Args:
         steps: in the order in which they run.
         stacks: the stacks whose members are blocks, by name, with their sizes. No one is inside another.
+        inputs: names for the inputs that single members read, of a run of all members; None to find them.
 
     Raises:
         NotRepeated: the members of a stack do not run one after the other.
     """
 
-    def __init__(self, steps: Sequence[Step], stacks: Mapping[str, int]) -> None:
+    def __init__(
+        self, steps: Sequence[Step], stacks: Mapping[str, int], inputs: Mapping[str, str] | None = None
+    ) -> None:
         self.stacks = dict(stacks)
         self.block_of = _blocks(steps, stacks)
+        self.inputs = _inputs_of_blocks(steps, self.block_of) if inputs is None else inputs
         self.members: dict[Block, list[int]] = {}
         self.within: list[tuple[bool, int]] = []
         self._counts: dict[tuple[Block, bool], int] = {}
@@ -122,17 +151,22 @@ class Blocks:
             self._counts[key] = self._counts.get(key, 0) + 1
             self.within.append((step.about_sizes, self._counts[key]))
 
-        def located(number: int, step: Step) -> Located:
-            block = self.block_of[number]
-            places = (
-                place_of_tensor(source, stacks)
-                if isinstance(source, str)
-                else self.place(source, result, from_end=self.block_of[source] != block)
-                for source, result in step.reads
-            )
-            return Located(step.what, tuple(places))
+        self.steps = [
+            Located(step.what, tuple(self.place_read(read, self.block_of[number]) for read in step.reads))
+            for number, step in enumerate(steps)
+        ]
 
-        self.steps = [located(number, step) for number, step in enumerate(steps)]
+    def place_read(self, read: tuple[int | str, int], block: Block | None = None) -> Place:
+        """Return the place of what is read.
+
+        Args:
+            read: as in `Step.reads`.
+            block: that reads it; None for what the model returns.
+        """
+        source, result = read
+        if isinstance(source, str):
+            return place_of_tensor(self.inputs.get(source, source), self.stacks)
+        return self.place(source, result, from_end=self.block_of[source] != block)
 
     def place(self, number: int, result: int = 0, from_end: bool = False) -> Place:
         """Return the place of a result of a step.
@@ -192,6 +226,23 @@ def _blocks(steps: Sequence[Step], stacks: Mapping[str, int]) -> list[Block]:
         if stack not in done or (stack, size - 1) not in blocks:
             raise NotRepeated(f"not all layers of {stack} run")
     return blocks
+
+
+def _inputs_of_blocks(steps: Sequence[Step], block_of: Sequence[Block]) -> dict[str, str]:
+    """Return names for the inputs that one layer alone reads: as a tensor of that layer would be called."""
+    readers: dict[str, dict[Block, None]] = {}
+    for step, block in zip(steps, block_of, strict=True):
+        for source, _ in step.reads:
+            if isinstance(source, str) and source.startswith(_INPUT):
+                readers.setdefault(source, {})[block] = None
+    counts: dict[Block, int] = {}
+    names = {}
+    for name, blocks in readers.items():
+        (block, *others) = blocks
+        if block[0] and not others:
+            counts[block] = number = counts.get(block, -1) + 1
+            names[name] = f"{block[0]}.{block[1]}.{_INPUT}{number}>"
+    return names
 
 
 def _following(layers: Sequence[Block | None]) -> list[Block | None]:

@@ -73,6 +73,12 @@ def return_as(graph: fx.Graph, out_spec: pytree.TreeSpec | None) -> None:
         graph.set_codegen(_WithFurtherInputs(info, further) if further else _PyTreeCodeGen(info))
 
 
+def names_of_results(graph: fx.Graph) -> tuple[str, ...]:
+    """Return the keys of the dict that `graph` returns."""
+    codegen: Any = graph._codegen
+    return tuple(codegen.pytree_info.out_spec.context)
+
+
 def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
     """Let `graph` take a further input, the last one, by keyword.
 

@@ -2,34 +2,78 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..graph.tensors import register_tensor
-from .operators import value_key
-from .repeats import Block, Blocks, NotRepeated, Place, Relations, Repetition, Step, place_of_tensor, relations_of
+from .export import GUARDS, guard_sizes
+from .graph_steps import CONSTANT, constant_of, names_of_tensors, steps_of
+from .repeats import (
+    Blocks,
+    NotRepeated,
+    Place,
+    Relations,
+    Repetition,
+    input_name,
+    number_of_input,
+    place_of_tensor,
+    relations_of,
+)
+from .signature import return_as
+from .stamped_results import StampedResult
 
 _NUMBER = re.compile(r"_\d+$")
-_CONSTANT = re.compile(r"(.*\.)?lifted_tensor_\d+$")
-"""How torch.export calls the constants that it finds. It numbers them."""
+_SYMBOL = re.compile(r"\bs\d+\b")
+"""How torch.export calls the sizes that it leaves open."""
 
 
-def stamp(gm: fx.GraphModule, model: nn.Module, repetitions: Sequence[Repetition]) -> None:
+@dataclass(frozen=True)
+class Layers:
+    """How the layers of a model repeat in a call, as a run of all of them has shown.
+
+    Args:
+        repetitions: of the stacks that are shortened.
+        inputs: names for the inputs of single layers, see `Blocks`.
+        results: where each result of the model comes from; None for the results of the graph as they are.
+        returned: what these are leaves of.
+    """
+
+    repetitions: tuple[Repetition, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    results: tuple[StampedResult, ...] | None = None
+    returned: Any = None
+
+    def templates(self) -> dict[int, int]:
+        """Return the numbers of the inputs of layers that are left out, with those of their templates."""
+        stacks = {repetition.stack: repetition for repetition in self.repetitions}
+        sizes = {name: repetition.members for name, repetition in stacks.items()}
+        places = {number_of_input(name): place_of_tensor(path, sizes) for name, path in self.inputs.items()}
+        numbers = {place: number for number, place in places.items()}
+        return {
+            number: numbers[place._replace(member=stacks[place.stack].template(place.member))]
+            for number, place in places.items()
+            if place.member >= stacks[place.stack].captured
+        }
+
+
+def stamp(gm: fx.GraphModule, model: nn.Module, layers: Layers) -> None:
     """Let `gm` compute all layers of `model`, in place.
 
     Args:
         gm: the graph of the model with shortened stacks.
         model: has all layers; the graph gets their tensors.
-        repetitions: of all shortened stacks.
+        layers: how they repeat.
 
     Raises:
         NotRepeated: a captured layer is not the one before it again. `gm` is unchanged.
     """
-    _Stamping(gm, model, repetitions).run()
+    _Stamping(gm, model, layers).run()
 
 
 def number_nodes(gm: fx.GraphModule) -> None:
@@ -37,23 +81,35 @@ def number_nodes(gm: fx.GraphModule) -> None:
 
     `torch.export` counts nodes too that it removes, of which there are more in a deeper model.
     """
-    _Stamping(gm, gm, ()).run()
+    _Stamping(gm, gm, Layers()).run()
 
 
 class _Stamping:
     """The graph of all layers, while it is made."""
 
-    def __init__(self, gm: fx.GraphModule, model: nn.Module, repetitions: Sequence[Repetition]) -> None:
+    def __init__(self, gm: fx.GraphModule, model: nn.Module, layers: Layers) -> None:
         self.gm = gm
-        self.repetitions = {repetition.stack: repetition for repetition in repetitions}
+        self.layers = layers
+        self.templates = layers.templates()
+        self.repetitions = {repetition.stack: repetition for repetition in layers.repetitions}
         self.tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self.tensors |= model.named_buffers(remove_duplicate=False)
+        self.inputs = gm.graph.find_nodes(op="placeholder", sort=True)
         self.reads = gm.graph.find_nodes(op="get_attr", sort=True)
-        self.nodes = [node for node in gm.graph.nodes if node.op != "get_attr"]
+        self.output = gm.graph.output_node()
         stacks = {name: repetition.captured for name, repetition in self.repetitions.items()}
-        names = _names_of_tensors(gm, self.reads, stacks)
+        names = names_of_tensors(gm, self.reads, stacks)
+        names |= {node: layers.inputs.get(name, name) for node, name in self._numbered_inputs()}
         self.places = {node: place_of_tensor(name, stacks) for node, name in names.items()}
-        self.program = Blocks(_steps(self.nodes, names, stacks), stacks)
+        computed = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+        self.sizes = [node for node in computed if self._is_size_of_own_input(node)]
+        for node in self.sizes:
+            names[node] = f"{names[node.all_input_nodes[0]]} {node.args[1:]}"
+            self.places[node] = place_of_tensor(names[node], stacks)
+            _write_first(node)
+        self.nodes = [node for node in computed if node not in self.places]
+        self.number = {node: number for number, node in enumerate(self.nodes)}
+        self.program = Blocks(steps_of(self.nodes, names, stacks, self._own_sizes()), stacks, inputs={})
         self.relations: dict[str, Relations] = {}
         for name, repetition in self.repetitions.items():
             relations = relations_of(self.program, repetition)
@@ -65,9 +121,39 @@ class _Stamping:
         self.registered: dict[str, Tensor] = {}
         self.constants: list[tuple[str, Tensor]] = []
 
+    def _own_sizes(self) -> dict[str, Place]:
+        """Return the symbols of sizes that inputs of single layers alone have, each with its place in the layer."""
+        owners: dict[str, set[Place]] = {}
+        for node in self.inputs:
+            value = node.meta.get("val")
+            for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                for symbol in _SYMBOL.findall(str(size)):
+                    owners.setdefault(symbol, set()).add(self.places[node]._replace(result=dim))
+        return {
+            symbol: min(places)
+            for symbol, places in owners.items()
+            if len({place[:2] for place in places}) == 1 and min(places).stack
+        }
+
+    def _is_size_of_own_input(self, node: fx.Node) -> bool:
+        """Tell whether a node reads a size of an input of one layer. These nodes stand before all layers."""
+        if node.target is not torch.ops.aten.sym_size.int:
+            return False
+        place = self.places.get(node.all_input_nodes[0])
+        return place is not None and bool(place.stack) and node.all_input_nodes[0].op == "placeholder"
+
+    def _numbered_inputs(self) -> list[tuple[fx.Node, str]]:
+        return [(node, input_name(number)) for number, node in enumerate(self.inputs)]
+
     def run(self) -> None:
+        self._take_inputs()
         self._read_tensors()
-        for number, node in enumerate(self.nodes):
+        for node in self.gm.graph.nodes:
+            if node in self.sizes:
+                self._read_size(node)
+            if node not in self.number:
+                continue
+            number = self.number[node]
             block = self.program.block_of[number]
             self._copy(node, number, block[1])
             repetition = self.repetitions.get(block[0])
@@ -76,12 +162,69 @@ class _Stamping:
             if number == self.program.members[block][-1]:
                 for member in range(repetition.captured, repetition.members):
                     self._stamp(repetition, member)
+        self._return()
         self.graph.set_codegen(self.gm.graph._codegen)
+        if self.layers.returned is not None:
+            return_as(self.graph, self.layers.returned)
         for name, tensor in self.registered.items():
             register_tensor(self.gm, name, tensor)
         for name, tensor in self.constants:
             _set_constant(self.gm, name, tensor)
+        if self.templates:
+            guard_sizes(self.gm, self.templates)
         self.gm.graph = self.graph
+
+    # What goes in and out.
+
+    def _take_inputs(self) -> None:
+        """Make the inputs. The shortened model does not read those of layers that it lacks, so it knows no sizes."""
+        for number, node in enumerate(self.inputs):
+            template = self.templates.get(number)
+            of_graph = {self.output, *node.graph.find_nodes(op="call_module", target=GUARDS)}
+            if template is not None and not of_graph.issuperset(node.users):
+                raise NotRepeated(f"the input {node.name} is not one of a layer that was left out")
+            self.made[self.places[node]] = new = self._create(node, node.target, node.args, node.kwargs, node.name)
+            if template is not None:
+                new.meta["val"] = self.inputs[template].meta["val"]
+
+    def _read_size(self, node: fx.Node) -> None:
+        """Make the node that reads a size of an input of a layer; after the last one, those of the others."""
+        self._copy_size(node, self.places[node].member)
+        for repetition in self.repetitions.values():
+            templates = [each for each in self.sizes if repetition.in_last_period(self.places[each])]
+            if templates[-1:] != [node]:
+                continue
+            for member in range(repetition.captured, repetition.members):
+                for template in templates:
+                    if self.places[template].member == repetition.template(member):
+                        self._copy_size(template, member)
+
+    def _copy_size(self, node: fx.Node, member: int) -> None:
+        of_input = self.made[self.places[node.all_input_nodes[0]]._replace(member=member)]
+        new = self._create(node, node.target, (of_input, *node.args[1:]), {}, _NUMBER.sub("", node.name))
+        self.made[self.places[node]._replace(member=member)] = new
+
+    def _return(self) -> None:
+        leaves: Any = self.output.args[0]
+        if self.layers.results is None:
+            leaves = fx.map_arg(leaves, lambda node: self.made[self._place(node)])
+        elif any(each.number >= len(leaves) for each in self.layers.results):
+            raise NotRepeated("the graph returns something else than the model")
+        else:
+            leaves = tuple(self._result(leaves[each.number], each) for each in self.layers.results)
+        self._create(self.output, self.output.target, (leaves,), {}, self.output.name)
+
+    def _result(self, leaf: Any, stamped: StampedResult) -> Any:
+        if not isinstance(leaf, fx.Node):
+            return leaf
+        place = self._place(leaf)
+        if place.stack != stamped.stack and (place.stack in self.repetitions or stamped.stack):
+            raise NotRepeated(f"{leaf.name} is not computed in the layer that the model returns it from")
+        return self.made[place._replace(member=stamped.member) if stamped.stack else place]
+
+    def _place(self, node: fx.Node) -> Place:
+        """Return the place of what a node returns, as seen from the end of the graph."""
+        return self.places[node] if node in self.places else self.program.place(self.number[node], from_end=True)
 
     # Tensors.
 
@@ -127,11 +270,11 @@ class _Stamping:
         self._read_tensor(node, name, after + node.name.removeprefix(before), new_place)
 
     def _read_tensor(self, node: fx.Node, target: str, name: str, place: Place) -> None:
-        if _CONSTANT.match(target):
+        if CONSTANT.match(target):
             path = target.rpartition("_")[0]
             target = f"{path}_{len(self.constants)}"
             name = target.replace(".", "_")
-            self.constants.append((target, _value(self.gm, str(node.target)).clone()))
+            self.constants.append((target, constant_of(self.gm, str(node.target)).clone()))
         self.made[place] = self._create(node, target, (), {}, name)
 
     # What is computed.
@@ -168,8 +311,8 @@ class _Stamping:
             index, read = next(reads)
             if by and moves[index]:
                 read = read._replace(member=read.member + by)
-            elif read.stack != stack and read.stack in self.repetitions:
-                read = read._replace(member=self.repetitions[read.stack].seen_from_outside(read.member))
+            elif read.stack != stack and read.stack in self.repetitions and node.target != GUARDS:
+                read = self._from_outside(read)
             return self.made[read]
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
@@ -180,15 +323,30 @@ class _Stamping:
             self.made[place._replace(member=member)] = new
         return new
 
+    def _from_outside(self, read: Place) -> Place:
+        """Return the place that is read from outside of its stack, in the graph of all layers."""
+        repetition = self.repetitions[read.stack]
+        member = repetition.seen_from_outside(read.member)
+        if member != read.member and repetition.template(member) != read.member and not _is_end(read):
+            raise NotRepeated(f"the last layers of {read.stack} are read, which are of other kinds than the captured")
+        return read._replace(member=member)
+
     def _create(self, node: fx.Node, target: Any, args: Any, kwargs: Any, name: str) -> fx.Node:
         new = self.graph.create_node(node.op, target, args, kwargs, name, node.type)
         new.meta = dict(node.meta)
         return new
 
 
-def _value(gm: fx.GraphModule, target: str) -> Any:
-    path, _, leaf = target.rpartition(".")
-    return getattr(gm.get_submodule(path), leaf)
+def _write_first(size: fx.Node) -> None:
+    """Let sums and products of sizes name this one first: torch.export orders them by names, which no layer shares."""
+    for user in list(size.users):
+        if user.target in (operator.add, operator.mul) and user.args[-1] is size:
+            user.args = (size, *user.args[:-1])
+
+
+def _is_end(place: Place) -> bool:
+    """Tell whether a place is the last step of its layer, which layers of all kinds have."""
+    return isinstance(place.within, tuple) and place.within[1] == -1
 
 
 def _set_constant(gm: fx.GraphModule, target: str, value: Tensor) -> None:
@@ -204,68 +362,3 @@ def _set_constant(gm: fx.GraphModule, target: str, value: Tensor) -> None:
 
 def _like(tensor: Tensor) -> tuple[Any, ...]:
     return type(tensor), tensor.shape, tensor.dtype, tensor.stride(), tensor.device, tensor.requires_grad
-
-
-def _names_of_tensors(gm: fx.GraphModule, reads: Sequence[fx.Node], stacks: Mapping[str, int]) -> dict[fx.Node, str]:
-    """Return the name of what each of these nodes reads.
-
-    A constant of a layer is named by the layer, its number among the constants of the layer and its value, because
-    torch.export numbers the constants of all layers.
-    """
-    names: dict[fx.Node, str] = {}
-    counts: dict[Block, int] = {}
-    for node in reads:
-        target = names[node] = str(node.target)
-        layers = {layer for user in node.users for layer in _layers(user, stacks)[0]}
-        if not _CONSTANT.match(target) or len(layers) != 1 or not stacks:
-            continue
-        (layer,) = layers
-        counts[layer] = counts.get(layer, -1) + 1
-        names[node] = f"{layer[0]}.{layer[1]}.constant {counts[layer]} {value_key(_value(gm, target))}"
-    return names
-
-
-def _steps(nodes: Sequence[fx.Node], tensors: Mapping[fx.Node, str], stacks: Mapping[str, int]) -> list[Step]:
-    """Return nodes as the steps of a program.
-
-    Args:
-        tensors: the nodes that read tensors, and how these are called.
-    """
-    number = {node: index for index, node in enumerate(nodes)}
-    steps = []
-    for node in nodes:
-        reads: list[tuple[int | str, int]] = []
-
-        def read(operand: fx.Node, reads: list[tuple[int | str, int]] = reads) -> str:
-            reads.append((tensors[operand] if operand in tensors else number[operand], 0))
-            return "%"
-
-        arguments = fx.map_arg((node.args, node.kwargs), read)
-        inside, modules = _layers(node, stacks)
-        if inside and node.op != "call_function":
-            raise NotRepeated(f"a layer of {inside[0][0]} calls a module")
-        what = (str(node.target), repr(arguments), modules, _described(node.meta.get("val"))) if stacks else ()
-        is_size = isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
-        steps.append(Step(what, tuple(reads), inside, is_size))
-    return steps
-
-
-def _layers(node: fx.Node, stacks: Mapping[str, int]) -> tuple[tuple[Block, ...], tuple[Any, ...]]:
-    """Return the layer that a node was called in, and its modules; those in the layer by their name in it."""
-    inside: tuple[Block, ...] = ()
-    modules = []
-    for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
-        place = place_of_tensor(f"{path}.", stacks)
-        if place.stack and not inside:
-            inside = ((place.stack, place.member),)
-        modules.append(("in the layer", place.within) if (place.stack, place.member) in inside else ("", path))
-    return inside, tuple(modules)
-
-
-def _described(value: Any) -> Any:
-    """Return what is known of the value of a node, for comparisons."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device}"
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_described, value))
-    return str(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,7 +25,7 @@ from ..capture.signature import return_as
 from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
 from ..graph.copies import copy_graph, share_signatures
-from ..graph.direct_calls import outside_symbolic_trace, trace_is_active, transform_is_active
+from ..graph.direct_calls import constant_when_compiled, outside_symbolic_trace, trace_is_active, transform_is_active
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
 from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of
@@ -57,9 +57,6 @@ _DERIVED = "_run_"
 
 _deriving = threading.RLock()
 """Held while a program is derived, because several threads may run one graph."""
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
 
 
 class AdaptedGraphModule(fx.GraphModule):
@@ -187,7 +184,7 @@ class AdaptedGraphModule(fx.GraphModule):
             return acting_of(self.switches, self._names), self._constants(constants_for)
         return switched_by(self.switches, self._names)
 
-    @_constant_when_compiled
+    @constant_when_compiled
     def _constants(self, purpose: str) -> tuple[tuple[str, float], ...]:
         given = self.switches.constants(purpose)
         return tuple((name, given[name]) for name in self._names if name in given)
@@ -298,7 +295,7 @@ class AdaptedGraphModule(fx.GraphModule):
         return self._derive("checkpointed" if checkpoints else "training", left_out, hooked, training, switched)
 
     # Otherwise torch.compile would trace it.
-    @_constant_when_compiled
+    @constant_when_compiled
     def _derive(
         self,
         program: Program,
@@ -396,7 +393,7 @@ class AdaptedGraphModule(fx.GraphModule):
         return {input_name(name): scale for name, scale in self.switches.scales_of(self._names).items()}
 
     # As above. The hooks and ties of a compiled call are those that it was compiled with.
-    @_constant_when_compiled
+    @constant_when_compiled
     def _hooked(self) -> tuple[str, ...]:
         """Return the names of the modules that are to be called because hooks stand on them; check the ties."""
         watch = self._watch

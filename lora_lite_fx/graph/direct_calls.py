@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,10 @@ aten = torch.ops.aten
 
 # The class of `torch.ops.aten.add.Tensor` has no public name; schemas and tags are read from its instances.
 OpOverload = torch._ops.OpOverload
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
+"""A decorator: torch.compile calls the function once, while it compiles, and takes the result for a constant."""
 
 # The functions that torch.export traces at the borders of a no_grad or autocast region, before it makes the region an
 # operator. It traces them again when it captures a graph whose regions are opened. The public forms are context

@@ -16,6 +16,7 @@ from ..capture.example_inputs import decide_problem_type
 from ..capture.export import images_in, take_guards
 from ..capture.hugging_face import batch_only_arguments
 from ..capture.layouts import layouts_in
+from ..capture.signature import names_of_results
 from ..execution.module import AdaptedGraphModule
 from ..rewriting.capture import capture
 from .call_structure import Leaves, Structure, Tree, assemble, differences, disassemble, restore
@@ -157,10 +158,10 @@ def capture_call(
     Raises:
         CaptureError: the call cannot be captured.
     """
-    outcome: dict[str, Any] = {}
+    outcomes: Outcomes = {}
     if "labels" in call.leaves:
         decide_problem_type(shadow.config, call.leaves["labels"])
-    shadow.__class__ = _flat(type(shadow), call, outcome)
+    shadow.__class__ = _flat(type(shadow), call, outcomes)
     layouts = layouts_in(example)
     dynamic = {name: _dynamic(name, leaf, name in fixed) for name, leaf in example.items() if name not in layouts}
     with ExitStack() as stack:
@@ -172,7 +173,9 @@ def capture_call(
         gm = capture(shadow, example, dynamic_shapes=dynamic, fuse_loss=fuse_loss, verify=verify)
     assert isinstance(gm, AdaptedGraphModule)
     guards = take_guards(gm)
-    return CapturedGraph(gm, call, captured_with(example, fixed), layouts, guards, outcome["result"], outcome["given"])
+    # A capture may run the model with fewer layers too, which returns fewer caches.
+    result, given = outcomes[frozenset(names_of_results(gm.graph))]
+    return CapturedGraph(gm, call, captured_with(example, fixed), layouts, guards, result, given)
 
 
 def captured_with(example: Leaves, fixed: Collection[str]) -> Any:
@@ -194,8 +197,18 @@ def _dynamic(name: str, leaf: Any, batch_only: bool) -> Any:
     return [Dim.AUTO if size > 1 and dim not in fixed else Dim.STATIC for dim, size in enumerate(leaf.shape)]
 
 
-def _flat(cls: type, call: CapturedCall, outcome: dict[str, Any]) -> type:
-    """Return a subclass of `cls`, by the same name, that takes leaves of the call and returns leaves of the result."""
+Outcomes = dict[frozenset[str], tuple[Structure, dict[str, Structure]]]
+"""The result of runs and the state of the caller's objects after them, without leaves; by the names of the leaves."""
+
+
+def _flat(cls: type, call: CapturedCall, outcomes: Outcomes) -> type:
+    """Return a subclass of `cls`, by the same name, that takes leaves of the call and returns leaves of the result.
+
+    Args:
+        cls: the class of the model.
+        call: what is called.
+        outcomes: each run adds its own.
+    """
 
     def forward(self: Any, **leaves: Any) -> Leaves:
         arguments = assemble(call.structure, leaves)
@@ -205,10 +218,9 @@ def _flat(cls: type, call: CapturedCall, outcome: dict[str, Any]) -> type:
             result = cls.forward(self, **arguments) if part is self else part(**arguments)  # type: ignore[attr-defined]
         found: Leaves = {}
         names = {id(cache): name for name, cache in caches(arguments).items()}
-        outcome["result"] = disassemble(result, "result", found, names)
-        outcome["given"] = {
-            name: disassemble(cache, f"after_{name}", found) for name, cache in caches(arguments).items()
-        }
+        structure = disassemble(result, "result", found, names)
+        given = {name: disassemble(cache, f"after_{name}", found) for name, cache in caches(arguments).items()}
+        outcomes[frozenset(found)] = structure, given
         return found
 
     # All are optional, because a capture passes layouts by itself.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from ..graph.direct_calls import is_wrapped
+from ..graph.direct_calls import constant_when_compiled, is_wrapped
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,12 @@ class DroppedProduct:
             sources: of `x`: tensors, or sizes.
         """
         if not training or not torch.is_grad_enabled() or not _is_usual(x, a):
-            return F.linear(F.dropout(x, self.probability, training), a)
+            return F.linear(F.dropout(x, self._probability(), training), a)
         return _apply(self, x, a, *sources)
+
+    @constant_when_compiled  # else torch.compile, asked for dynamic sizes, takes it for an input first
+    def _probability(self) -> float:
+        return self.probability
 
 
 def _is_usual(x: Tensor, a: Tensor) -> bool:

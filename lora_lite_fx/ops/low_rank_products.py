@@ -21,7 +21,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ..graph.direct_calls import is_wrapped
+from ..graph.direct_calls import constant_when_compiled, is_wrapped
 from ..graph.tensors import HALF
 
 _SMALLEST_SCALE = 1e-30
@@ -110,7 +110,14 @@ class LowRankProducts:
         self, branches: Sequence[Branch[Tensor]], t: Tensor
     ) -> Iterator[tuple[Branch[Tensor], Tensor, float]]:
         """Yield each branch with its columns of `t` and its alpha."""
-        return zip(branches, t.split(self.ranks, -1) if self.ranks else (), self.alphas, strict=True)
+        ranks, alphas = self._numbers()
+        return zip(branches, t.split(ranks, -1) if ranks else (), alphas, strict=True)
+
+    # Else torch.compile, asked for dynamic sizes, takes each number for an input and compiles anew to learn that it is
+    # a constant: 44 s in place of 9 s for a layer with 21 of them.
+    @constant_when_compiled
+    def _numbers(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        return self.ranks, self.alphas
 
     def _plain(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> tuple[Tensor, ...]:
         t = _product(x, a)

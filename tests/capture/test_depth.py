@@ -44,7 +44,7 @@ def in_full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fx.GraphModule]:
 
     def capture(*args: Any, **kwargs: Any) -> fx.GraphModule:
         with monkeypatch.context() as patch:
-            patch.setattr(importlib.import_module("lora_lite_fx.capture.depth"), "_stacks", lambda model: {})
+            patch.setattr(importlib.import_module("lora_lite_fx.capture.depth"), "stacks_of", lambda model: {})
             return llfx.capture(*args, **kwargs)
 
     return capture
@@ -285,14 +285,34 @@ class ReadsMiddle(Stack):
         return x + seen[4]
 
 
-class ReturnsAll(Stack):
+class ReturnsOneChanged(Stack):
     def forward(self, x: Tensor) -> list[Tensor]:
         first = x
         seen = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             x = layer(x, first)
-            seen.append(x)
+            seen.append(x + 1 if index == ODD else x)
         return seen
+
+
+class Straight(torch.autograd.Function):
+    """A function with the operators of a layer, and with another gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 5.0
+
+
+class Differentiates(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        first = x
+        for index, layer in enumerate(self.layers):
+            x = layer(Straight.apply(x) if index == ODD else x * 2.0, first)  # type: ignore[no-untyped-call]
+        return x
 
 
 class Backwards(Stack):
@@ -343,10 +363,120 @@ PLANTED: dict[str, Callable[[], nn.Module]] = {
     },
     **{
         cls.__name__: cls
-        for cls in (Counts, CountsFromEnd, DividesByNumber, ReadsMiddle, ReturnsAll, Backwards, Twice)
+        for cls in (
+            Counts, CountsFromEnd, DividesByNumber, ReadsMiddle, ReturnsOneChanged, Differentiates, Backwards, Twice
+        )
     },
     "tied": _tied, "shared": _shared, "hooked": _hooked, "other table": _other_table,
 }  # fmt: skip
+
+
+class ReturnsAll(Stack):
+    """A model that returns what each layer computes, the last layer first."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first = x
+        seen = []
+        for layer in self.layers:
+            x = layer(x, first)
+            seen.append(x)
+        return seen[::-1]
+
+
+class ReturnsSome(Stack):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first = x
+        seen = []
+        for layer in self.layers:
+            x = layer(x, first)
+            seen.append(x)
+        return [*seen[::3], x]
+
+
+class CachingLayer(Layer):
+    def forward(self, x: Tensor, cache: Tensor) -> Any:
+        joined = torch.cat([cache, x], 1)
+        return super().forward(x, x) + joined.mean(1, keepdim=True), joined
+
+
+class WithCache(Stack):
+    """A model whose layers each have an input and a result of their own, as caches are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CachingLayer(index) for index in range(LAYERS))
+
+    def number_of_cache(self, index: int) -> int:
+        return index
+
+    def forward(self, x: Tensor, caches: list[Tensor]) -> Any:  # type: ignore[override]
+        caches = [*caches]
+        x = x * caches[0].shape[1]
+        for index, layer in enumerate(self.layers):
+            number = self.number_of_cache(index)
+            x, caches[number] = layer(x, caches[number])
+        return x, caches
+
+
+class ReadsNeighbour(WithCache):
+    def number_of_cache(self, index: int) -> int:
+        return index - 1 if index == ODD else index
+
+
+class ReadsBackwards(WithCache):
+    def number_of_cache(self, index: int) -> int:
+        return len(self.layers) - 1 - index
+
+
+def caches(rows: int, length: int, odd: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    return [torch.randn(rows, length + (odd if i == ODD else 0), 4, generator=generator) for i in range(LAYERS)]
+
+
+@pytest.mark.parametrize("cls", [ReturnsAll, ReturnsSome])
+def test_results_of_layers_are_stamped_too(
+    cls: Any, in_full: Callable[..., fx.GraphModule], log: Callable[[], str]
+) -> None:
+    model = cls()
+    stamped = llfx.capture(model, (torch.randn(3, 4),))
+    assert "captured 3, stamped 5" in log()
+    require_same(stamped, in_full(model, (torch.randn(3, 4),)))
+
+
+@pytest.mark.parametrize("cls", [WithCache, ReadsNeighbour, ReadsBackwards])
+def test_inputs_of_layers_are_stamped_too(
+    cls: Any, in_full: Callable[..., fx.GraphModule], log: Callable[[], str]
+) -> None:
+    model = cls().eval()
+    example = torch.randn(3, 2, 4), caches(3, 5)
+    stamped = llfx.capture(model, example)
+    assert ("captured 3, stamped 5" if cls is WithCache else "all layers captured, because") in log()
+    full = in_full(model, example)
+    # Which of several inputs a size of all of them is read from is another one.
+    assert [(node.op, node.target, node.name) for node in stamped.graph.nodes] == [
+        (node.op, node.target, node.name) for node in full.graph.nodes
+    ]
+    for rows, length in ((3, 5), (2, 7)):
+        values = torch.randn(rows, 2, 4), caches(rows, length)
+        for ours, expected in zip(stamped(*values), model(*values), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_an_input_of_a_stamped_layer_of_another_size_is_refused() -> None:
+    """The graph of all layers takes it; the stamped one says that it does not, and does not compute something else."""
+    model = WithCache().eval()
+    gm: Any = llfx.capture(model, (torch.randn(3, 2, 4), caches(3, 5)))
+    values = torch.randn(3, 2, 4), caches(3, 5, odd=2)
+    with pytest.raises(AssertionError, match="has not the size of"):
+        gm(*values)
+
+
+def test_a_layer_whose_input_has_another_size_is_captured_in_full(log: Callable[[], str]) -> None:
+    model = WithCache().eval()
+    values = torch.randn(3, 2, 4), caches(3, 5, odd=2)
+    gm: Any = llfx.capture(model, values)
+    assert "all layers captured, because" in log()
+    torch.testing.assert_close(gm(*values), model(*values), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:A hook on")
@@ -394,3 +524,61 @@ def test_a_model_without_data_is_captured_like_one_with_data(log: Callable[[], s
     sites = [row.name for row in llfx.inspect(model)]
     assert [row.name for row in llfx.inspect(model.to("meta"))] == sites
     assert log().count("stamped 2") == 2
+
+
+# The modes: a model that computes the same in both is captured once.
+
+
+class ByMode(nn.Module):
+    """A layer that may compute something else in training mode."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(4, 4)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.up(x)
+        return self.change(x) if self.training else x * 2.0
+
+
+MODES: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "the same": (lambda x: x * 2.0, 1),
+    "another number": (lambda x: x * 3.0, 2),
+    "another backward pass": (Straight.apply, 2),
+    "a dropout": (lambda x: torch.nn.functional.dropout(x * 2.0, 0.5), 2),
+    "a branch on sizes": (lambda x: x * 2.0 if x.shape[0] > 2 else x * 4.0, 2),
+    "a further result": (lambda x: (x * 2.0, x), 2),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_model_is_captured_once_if_both_modes_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, expected = MODES[name]
+    capturing: Any = importlib.import_module("lora_lite_fx.capture.capture")
+    calls: list[int] = []
+    original = capturing.export
+
+    def export(*args: Any) -> fx.GraphModule:
+        calls.append(1)
+        captured: fx.GraphModule = original(*args)
+        return captured
+
+    monkeypatch.setattr(capturing, "export", export)
+    model: Any = ByMode(change)
+    x = torch.randn(3, 4, requires_grad=True)
+    if name == "a further result":
+        with pytest.raises(llfx.CaptureError):
+            llfx.capture(model, (x.detach(),), verify=False)
+        assert len(calls) == expected
+        return
+    gm: Any = llfx.capture(model, (x.detach(),), verify=False)
+    assert len(calls) == expected
+    for mode in (True, False):
+        results = []
+        for run in (gm.train(mode), model.train(mode)):
+            torch.manual_seed(0)
+            y = run(x)
+            results.append((y, torch.autograd.grad(y.sum(), x)[0]))
+        torch.testing.assert_close(*results, rtol=0, atol=0)

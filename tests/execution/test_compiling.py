@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
@@ -120,6 +120,25 @@ def test_switches_and_hooks_act_and_no_set_is_compiled_twice() -> None:
     gm(**call())
     assert len(seen) == 1
     hook.remove()
+
+
+@pytest.mark.parametrize(
+    "cfg", [llfx.LoRA(r=2, alpha=3.0, dropout=0.5), llfx.DoRA(r=2, alpha=3.0)], ids=["LoRA", "DoRA"]
+)
+def test_numbers_of_operations_are_constants_and_no_inputs(cfg: Any) -> None:
+    """With dynamic sizes torch.compile takes a number for an input, and compiles anew to learn that it is none."""
+    gm: Any = llfx.rewrite(llama(1), cfg).train()
+    numbers = []
+
+    def backend(graph: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
+        for node in graph.graph.find_nodes(op="placeholder"):
+            value = node.meta["example_value"]
+            if isinstance(value, torch.SymFloat) or (isinstance(value, Tensor) and not value.dim()):
+                numbers.append(node.name)
+        return graph
+
+    step(torch.compile(gm, backend=backend, dynamic=True, fullgraph=True), call())
+    assert numbers == []
 
 
 def test_adapted_models_generate_and_train_and_go_back() -> None:

@@ -73,7 +73,10 @@ class ByDepth:
     def _in_full(self) -> fx.GraphModule:
         gm = self._export()
         number_nodes(gm)
-        if not any(isinstance(module, nn.Dropout) and module.p for module in self._model.modules()):  # differs by mode
+        differs = any(isinstance(module, nn.Dropout) and module.p for module in self._model.modules())
+        # A run of torch.cond without data leaves marks in Dynamo, with which a later capture fails.
+        has_regions = any(isinstance(module, fx.GraphModule) for module in gm.children())
+        if not differs and not has_regions:
             with suppress(Exception):  # the model does not run without data, or not at sizes that were found
                 sizes = sizes_taken(gm, self._leaves, guessed_sizes(self._leaves), {})
                 self._shown = [(sizes, StandIn(self._model, self._stacks).run(*self._call, sizes))]

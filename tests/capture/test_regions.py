@@ -181,6 +181,7 @@ def test_linears_in_branches_are_not_sites() -> None:
             return y
 
     assert [row.name for row in llfx.inspect(Branch(), TRACED)] == ["lin"]
+    torch.compiler.reset()  # a torch.cond that was traced symbolically keeps Dynamo from tracing the next one
 
 
 def test_adapting_a_site_that_runs_without_gradient_warns() -> None:

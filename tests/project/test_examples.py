@@ -47,6 +47,19 @@ def test_a_sweep_compares_configs_and_draws_the_gradients(tmp_path: Path) -> Non
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_compile_times_are_told_and_a_saved_cache_is_loaded() -> None:
+    text = run("examples/compile_time.py", "--quick", "--width", "64", "--tokens", "8")
+    names = [line.split(" layers:")[0].split() for line in text.splitlines()]
+    assert names == [
+        ["whole", "2"], ["by", "layer", "2"], ["whole", "4"], ["by", "layer", "4"],
+        ["by", "layer,", "saved", "2"], ["by", "layer,", "loaded", "2"],
+    ]  # fmt: skip
+    losses = [line.split()[-1] for line in text.splitlines()]
+    assert losses[0] == losses[1] == losses[4] == losses[5]
+    assert losses[2] == losses[3]
+
+
 def test_many_adapters_train_at_once(tmp_path: Path) -> None:
     text = run(
         "examples/many.py",

@@ -146,8 +146,8 @@ class _Stamping:
         return [(node, input_name(number)) for number, node in enumerate(self.inputs)]
 
     def run(self) -> None:
+        self._read_tensors()  # before the inputs, as torch.export: parameter work stands between
         self._take_inputs()
-        self._read_tensors()
         for node in self.gm.graph.nodes:
             if node in self.sizes:
                 self._read_size(node)

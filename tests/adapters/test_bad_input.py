@@ -218,7 +218,6 @@ def test_a_model_that_is_not_a_module_is_refused() -> None:
             None,
             ["symbolic tracing", "`if x.sum() > 0:`", f"{HERE}:", "pass example_inputs"],
         ),
-        (Branch, (X,), ["torch.export", "`if x.sum() > 0:`", f"{HERE}:", "torch.cond"]),
         (Counts, None, ["symbolic tracing", "int(x.argmax())", "pass example_inputs"]),
         (Counts, (X,), ["torch.export", "int(x.argm", "The way out"]),
         (Noisy, None, ["other operations in training", "randn_like", "The way out"]),

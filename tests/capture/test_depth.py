@@ -99,6 +99,8 @@ def test_stamped_graph_is_the_full_graph(name: str, in_full: Callable[..., fx.Gr
     model = ARCHITECTURES[name].build() if name in STAGED else deep(ARCHITECTURES[name])
     stamped, full = llfx.capture(model, verify=False), in_full(model, verify=False)
     require_same(stamped, full)
+    kinds = [node.op for node in stamped.graph.nodes if node.op in ("get_attr", "placeholder")]
+    assert kinds == sorted(kinds), "parameters are read before the inputs, because parameter work stands between"
 
 
 def test_adapters_in_a_stamped_graph_are_those_of_the_wrapper(log: Callable[[], str]) -> None:

@@ -84,6 +84,8 @@ class _Rehearsal(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # asks what is known, and is asked once or more by what torch keeps
+            return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             raise _reads_values()
         values = pytree.tree_leaves((args, kwargs))
@@ -149,6 +151,8 @@ class Stage:
             Refused: `function` writes to these, uses other tensors, or depends on values.
         """
         disabled, _LOGGER.disabled = _LOGGER.disabled, True  # torch logs the traceback of each operator that fails
+        caches = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # else a second run lacks the casts of the first one
         try:
             with torch.enable_grad(), self._mode, _Rehearsal(read_only) as watch:
                 return function(), watch.record
@@ -160,6 +164,7 @@ class Stage:
             raise
         finally:
             _LOGGER.disabled = disabled
+            torch.set_autocast_cache_enabled(caches)
 
 
 def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[str, str] | None:

@@ -105,7 +105,11 @@ def test_generation_is_that_of_the_eager_wrapper() -> None:
 
 
 def test_the_error_of_adapt_points_to_the_backend() -> None:
-    model, _ = dynamic_rope()
+    class ReadsValues(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, **arguments: Any) -> Any:
+            return super().forward(input_ids, **arguments) if len(input_ids.unique().tolist()) else None
+
+    model = ReadsValues(transformers.LlamaConfig(**SIZES, num_key_value_heads=1))
     with untouched(model), pytest.raises(llfx.CaptureError, match=r"(?s)In a call with .*The way out.*backend\(cfg\)"):
         llfx.adapt(model, llfx.LoRA(r=2))
 

@@ -53,7 +53,6 @@ def steps_of(
         stacks: the stacks of layers, with their sizes.
         sizes: symbols of sizes of a layer's own inputs, which are others in each layer.
     """
-
     number = {node: index for index, node in enumerate(nodes)}
     steps = []
     for node in nodes:

@@ -99,7 +99,8 @@ class _Stamping:
         self.output = gm.graph.output_node()
         stacks = {name: repetition.captured for name, repetition in self.repetitions.items()}
         names = names_of_tensors(gm, self.reads, stacks)
-        names |= {node: layers.inputs.get(name, name) for node, name in self._numbered_inputs()}
+        for number, node in enumerate(self.inputs):
+            names[node] = layers.inputs.get(input_name(number), input_name(number))
         self.places = {node: place_of_tensor(name, stacks) for node, name in names.items()}
         computed = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
         self.sizes = [node for node in computed if self._is_size_of_own_input(node)]
@@ -142,9 +143,6 @@ class _Stamping:
         place = self.places.get(node.all_input_nodes[0])
         return place is not None and bool(place.stack) and node.all_input_nodes[0].op == "placeholder"
 
-    def _numbered_inputs(self) -> list[tuple[fx.Node, str]]:
-        return [(node, input_name(number)) for number, node in enumerate(self.inputs)]
-
     def run(self) -> None:
         self._read_tensors()  # before the inputs, as torch.export: parameter work stands between
         self._take_inputs()
@@ -178,9 +176,9 @@ class _Stamping:
 
     def _take_inputs(self) -> None:
         """Make the inputs. The shortened model does not read those of layers that it lacks, so it knows no sizes."""
+        of_graph = {self.output, *self.gm.graph.find_nodes(op="call_module", target=GUARDS)}
         for number, node in enumerate(self.inputs):
             template = self.templates.get(number)
-            of_graph = {self.output, *node.graph.find_nodes(op="call_module", target=GUARDS)}
             if template is not None and not of_graph.issuperset(node.users):
                 raise NotRepeated(f"the input {node.name} is not one of a layer that was left out")
             self.made[self.places[node]] = new = self._create(node, node.target, node.args, node.kwargs, node.name)

@@ -46,15 +46,14 @@ def stamped_results(
     by_place = {(what, place): number for number, (what, place) in reversed([*enumerate(captured)])}
 
     def found(number: int, what: object, place: Place | None) -> StampedResult | None:
-        repetition = by_stack.get(place.stack) if place is not None else None
         if place is None:
             return StampedResult(number) if captured[number : number + 1] == [(what, None)] else None
-        if repetition is None:
-            other = by_place.get((what, place))
-            return None if other is None else StampedResult(other)
-        template = what, place._replace(member=repetition.template(place.member))
-        other = by_place.get(template)
-        return None if other is None else StampedResult(other, place.stack, place.member)
+        repetition = by_stack.get(place.stack)
+        template = place if repetition is None else place._replace(member=repetition.template(place.member))
+        other = by_place.get((what, template))
+        if other is None:
+            return None
+        return StampedResult(other) if repetition is None else StampedResult(other, place.stack, place.member)
 
     stamped: list[StampedResult] = []
     for number, result in enumerate(results[0]):

@@ -360,7 +360,8 @@ class AdaptedGraphModule(fx.GraphModule):
             graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
             derived = Derived(pieces, values)
             is_kept, checkpoints = program == "inference", program == "checkpointed"
-            compiler = None if self.execution is None or program == "plain" else self.execution.compiler
+            assert self.execution is not None
+            compiler = None if program == "plain" else self.execution.compiler
             setattr(cls, f"{method}_values", values_method(method, derived, is_kept))
             for index, piece in enumerate(pieces):
                 part = part_of(piece, is_kept, checkpoints, compiler)

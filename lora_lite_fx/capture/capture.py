@@ -25,7 +25,7 @@ from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
 from .depth import ByDepth
-from .example_inputs import example_inputs_of, takes_text_and_images, warn_of_text_alone
+from .example_inputs import example_inputs_of, warn_of, what_may_be_left_out
 from .export import export
 from .foreign_graph import normalize
 from .hugging_face import (
@@ -89,25 +89,32 @@ def capture_model(
         own: qualified names of tensors that the graph gets as copies of its own, trainable as they are.
 
     Warns:
-        UserWarning: a model of text and images is captured for text alone, because images cannot be captured.
+        UserWarning: a model of text and images or sound is captured without these, because they cannot be captured.
     """
     check_model(model)
     assert isinstance(model, nn.Module)
     try:
         return _capture_model(model, example_inputs, dynamic_shapes, own)
     except CaptureError as error:
-        if example_inputs is not None or not is_hugging_face(model) or not takes_text_and_images(model):
+        if example_inputs is not None or not is_hugging_face(model):
             raise
-        try:
-            captured = _capture_model(model, None, dynamic_shapes, own, text_alone=True)
-        except CaptureError:
-            raise error from error.__cause__
-        warn_of_text_alone(model, f"images cannot be captured, because {str(error).partition(chr(10))[0].rstrip('.')}")
-        return captured
+        for without in what_may_be_left_out(model):
+            try:
+                captured = _capture_model(model, None, dynamic_shapes, own, without)
+            except CaptureError:
+                continue
+            reason = str(error).partition("\n")[0].rstrip(".")
+            warn_of(" and ".join(without), model, f"{' and '.join(without)} cannot be captured, because {reason}")
+            return captured
+        raise error from error.__cause__
 
 
 def _capture_model(
-    model: nn.Module, example_inputs: Inputs | None, dynamic_shapes: Any, own: Sequence[str], text_alone: bool = False
+    model: nn.Module,
+    example_inputs: Inputs | None,
+    dynamic_shapes: Any,
+    own: Sequence[str],
+    without: Sequence[str] = (),
 ) -> Capture:
     if isinstance(model, fx.GraphModule):
         graph = share(model, own)
@@ -123,7 +130,7 @@ def _capture_model(
         prepare_for_capture(shadow)
         accepted = accepted_arguments(shadow)
         if example_inputs is None:
-            example_inputs = example_inputs_of(shadow, text_alone)
+            example_inputs = example_inputs_of(shadow, without)
     elif is_diffusers(shadow):
         forget_checkpointing(shadow)
     elif example_inputs is None and (images := example_images_of(shadow)) is not None:

@@ -1,21 +1,16 @@
 """Make example images for a transformers model, in the forms in which models take them.
 
-Its arguments tell which form it takes: whole images, tiles, or patches in a row with their grid. Text that shows images
-has a token for each part of one.
+Its arguments tell which form it takes: whole images, tiles, or patches in a row with their grid.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from .example_values import BATCH, READS_VALUES, SEQUENCE, Inputs, Values
+from .example_values import BATCH, SEQUENCE, Inputs, Values
 
 IMAGES = ("pixel_values", "flattened_patches")
 """The arguments that images come in."""
@@ -140,79 +135,3 @@ def _whole_and_tiles(values: Values) -> Iterator[Inputs]:
     if frames := values.field("num_frames"):
         yield {"pixel_values": pixels.unsqueeze(1).repeat(1, frames, 1, 1, 1)}
     yield {"pixel_values": values.noise(BATCH, 8, _numbers(values))}
-
-
-# Text that shows images.
-
-_TEXT = {"input_ids", "attention_mask", "decoder_input_ids"}
-
-
-def with_parts(values: Values, inputs: Inputs) -> Inputs:
-    """Put the token that stands for a part of an image into `input_ids`, as often as an image has parts."""
-    if "input_ids" not in inputs or not any(name in inputs for name in IMAGES):
-        return inputs
-    if "image_embeds_position_mask" in values.parameters:
-        ids, shows = _with_tokens(inputs["input_ids"], 1, values.field("latent_query_num"))
-        return {**inputs, **_masks(values, ids), "input_ids": ids, "image_embeds_position_mask": shows.long()}
-    names = ("image_token_id", "image_token_index", "img_context_token_id", "video_token_id", "video_token_index")
-    token = next((value for name in names if (value := getattr(values.config, name, None)) is not None), None)
-    features_of = values.method("get_image_features") or values.method("get_video_features")
-    if token is None or features_of is None:
-        return inputs
-    ids, shows = _with_tokens(inputs["input_ids"], token, _parts(values, features_of, inputs))
-    inputs = {**inputs, **_masks(values, ids), "input_ids": ids}
-    if "mm_token_type_ids" in values.parameters:
-        inputs["mm_token_type_ids"] = shows.long()
-    inputs |= _positions(values, inputs)
-    if attends_by_type(values.model):
-        inputs["token_type_ids"] = (~shows).long()
-    return inputs
-
-
-def _parts(values: Values, features_of: Any, inputs: Inputs) -> int:
-    """Return how many parts each image has for the model."""
-    takes = inspect.signature(features_of).parameters
-    given = {name: value for name, value in inputs.items() if name in takes and name not in _TEXT}
-    try:
-        with values.without_data(given) as fakes:
-            features = features_of(**fakes)
-    except READS_VALUES:  # of the grid
-        features = values.run(features_of, given)
-    for name in ("pooler_output", "last_hidden_state"):
-        if getattr(features, name, None) is not None:
-            features = getattr(features, name)
-    features = features if isinstance(features, (list, tuple)) else [features]
-    parts: int = sum(math.prod(image.shape[:-1]) for image in features)
-    return parts // BATCH
-
-
-def _with_tokens(ids: Tensor, token: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return tokens with `count` of those for images after the first; and where these are."""
-    text = ids.where(ids != token, 0 if token else 1)
-    ids = torch.cat([text[:, :1], torch.full_like(ids[:, :1], token).expand(-1, count), text[:, 1:]], dim=1)
-    return ids, ids == token
-
-
-def _masks(values: Values, ids: Tensor) -> Inputs:
-    return {"attention_mask": torch.ones_like(ids)} if "attention_mask" in values.parameters else {}
-
-
-def _positions(values: Values, inputs: Inputs) -> Inputs:
-    """Return positions along the sides of images, which a model otherwise computes in a loop over all tokens."""
-    index = values.method("get_rope_index")
-    if index is None or "position_ids" not in values.parameters:
-        return {}
-    takes = inspect.signature(index).parameters
-    required = (p.name for p in takes.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
-    if any(name not in inputs for name in required):
-        return {}
-    positions, _ = index(**{name: value for name, value in inputs.items() if name in takes})
-    return {"position_ids": positions}
-
-
-def attends_by_type(model: Any) -> bool:
-    """Tell whether tokens see all others unless their types say otherwise, as in PaliGemma."""
-    config = getattr(model, "config", None)
-    if "token_type_ids" not in inspect.signature(model.forward).parameters or config is None:
-        return False
-    return bool(getattr(config.get_text_config(), "use_bidirectional_attention", False))

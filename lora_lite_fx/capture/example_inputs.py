@@ -8,7 +8,7 @@ on, without data, is taken.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -16,41 +16,38 @@ import torch
 from torch import Tensor
 
 from ..errors import CaptureError
-from .example_images import IMAGES, images, takes_images, with_parts
+from .example_images import IMAGES, images, takes_images
+from .example_parts import with_parts
 from .example_series import series, takes_series
+from .example_sounds import SOUNDS, sounds, takes_sound
 from .example_values import BATCH, CHOICES, READS_VALUES, SEQUENCE, Inputs, Values
 from .stacks import built_alike, shortened
 
-# Sizes for models whose config tells none: they are built of convolutions, and take every size.
-_SAMPLES, _FRAMES = 4000, 64
 
-
-def example_inputs_of(model: Any, text_alone: bool = False) -> Inputs:
+def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
     """Make keyword arguments for a training call of a transformers model.
 
-    `input_ids`, `attention_mask` and `labels`, as far as the model takes them; images or sound as the model takes them,
-    with the tokens that stand for parts of the images. Random, but not from the global generator.
+    `input_ids`, `attention_mask` and `labels`, as far as the model takes them; images and sound as the model takes
+    them, with the tokens that stand for their parts. Random, but not from the global generator.
 
     Args:
         model: a transformers model.
-        text_alone: leave out images and sound, also where the model takes them.
+        without: `"images"` or `"sound"` to leave them out, also where the model takes them.
 
     Raises:
         CaptureError: no inputs can be made; the message says which are missing, or what the model raised.
+
+    Warns:
+        UserWarning: the model takes images or sound beside text, and none could be made.
     """
     maker = _Maker(model)
     problems: list[str] = []
     try:
-        for form in maker.of_text() if text_alone else maker.forms():
-            try:
-                inputs = with_parts(maker, form)
-                inputs = maker.completed(inputs)
-            except Exception as error:  # the model does not take inputs of this form
-                problems.append(f"it raises {_first_line(error)}")
-            else:
+        for form in maker.of_text() if "images" in without else maker.forms():
+            if (inputs := _tried(maker, form, problems)) is not None:
                 if problems and takes_images(maker) and not any(name in inputs for name in IMAGES):
-                    warn_of_text_alone(model, f"no example images can be made from its config, because {problems[0]}")
-                return inputs
+                    warn_of("images", model, f"no example images can be made from its config, because {problems[0]}")
+                return inputs if "sound" in without else _with_sound(maker, form, inputs)
     except Exception as error:  # the config lacks what the inputs would be made of
         problems.append(_first_line(error))
     problem = problems[0] if problems else f"its main input is {model.main_input_name!r}"
@@ -60,6 +57,33 @@ def example_inputs_of(model: Any, text_alone: bool = False) -> Inputs:
         + (f" It requires {', '.join(missing)}." if missing else "")
         + " The way out: pass example_inputs={...}."
     )
+
+
+def _tried(maker: _Maker, form: Inputs, problems: list[str]) -> Inputs | None:
+    """Return this form of inputs with all that belongs to it; None, and its problem, if the model does not take it."""
+    try:
+        return maker.completed(with_parts(maker, form))
+    except Exception as error:
+        problems.append(f"it raises {_first_line(error)}")
+        return None
+
+
+def _with_sound(maker: _Maker, form: Inputs, inputs: Inputs) -> Inputs:
+    """Return inputs with sound too, if the model takes it beside what `form` has; `inputs` and a warning if none runs.
+
+    Args:
+        maker: of the model.
+        form: text, which may show images.
+        inputs: all that belongs to it.
+    """
+    if "input_ids" not in form or not takes_sound(maker) or any(name in form for name in SOUNDS):
+        return inputs
+    problems: list[str] = []
+    for sound in sounds(maker):
+        if (heard := _tried(maker, {**form, **sound}, problems)) is not None:
+            return heard
+    warn_of("sound", maker.model, f"no example sound can be made from its config, because {problems[0]}")
+    return inputs
 
 
 def decide_problem_type(config: Any, labels: Tensor) -> None:
@@ -76,17 +100,22 @@ def decide_problem_type(config: Any, labels: Tensor) -> None:
         config.problem_type = "multi_label_classification" if multiple else "single_label_classification"
 
 
-def takes_text_and_images(model: Any) -> bool:
-    """Tell whether example inputs with images can be followed by some without, for a model of transformers."""
+def what_may_be_left_out(model: Any) -> tuple[tuple[str, ...], ...]:
+    """Return which of images and sound example inputs of text may go without, the least first; for transformers."""
     maker = _Maker(model)
-    return maker.takes_text() and takes_images(maker)
+    if not maker.takes_text():
+        return ()
+    if not takes_sound(maker):
+        return (("images",),) if takes_images(maker) else ()
+    return (("sound",), ("images", "sound")) if takes_images(maker) else (("sound",),)
 
 
-def warn_of_text_alone(model: Any, problem: str) -> None:
-    """Warn that a graph has nothing of images, and why."""
+def warn_of(left_out: str, model: Any, problem: str) -> None:
+    """Warn that a graph has nothing of images or sound, and why."""
     warnings.warn(
-        f"{type(model).__name__} is captured for text alone, and what it computes of images is not in the graph:"
-        f" {problem}. Calls with images need a graph that example_inputs={{...}} with images are passed for.",
+        f"{type(model).__name__} is captured without {left_out}, and what it computes of {left_out} is not in the"
+        f" graph: {problem}. Calls with {left_out} need a graph that is captured with them: pass example_inputs={{...}}"
+        f" with {left_out}.",
         stacklevel=4,
     )
 
@@ -95,18 +124,42 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}"
 
 
-_KNOWN = {*IMAGES, "input_ids", "pixel_values_videos", "input_values", "input_features", "attention_mask"}
+_KNOWN = {*IMAGES, *SOUNDS, "input_ids", "pixel_values_videos", "attention_mask"}
 
 
 class _Maker(Values):
     def forms(self) -> Iterator[Inputs]:
         """Yield inputs in forms that the model may take, those first that hold most of what it takes."""
+        required = self.by_name()
+        for form in self.main_forms():
+            yield {**required, **form}
+        if "input_ids" in self.parameters:  # text that is not the main input, or is not enough
+            text = self.text()
+            yield from ({**required, **text, **sound} for sound in sounds(self))
+            if any(name in self.parameters for name in IMAGES):
+                yield from ({**required, **text, **image} for image in images(self))
+        if required:
+            yield required
+            if "encoder_hidden_states" in self.parameters:
+                width = self.field("encoder_hidden_size", "hidden_size") or 1
+                yield {**required, "encoder_hidden_states": self.noise(BATCH, SEQUENCE, width)}
+
+    def main_forms(self) -> Iterator[Inputs]:
+        """Yield the main input in each form, with what may be beside it."""
         text = self.text() if self.takes_text() else {}
         for other in self.others():
             yield {**text, **other}
         yield from self.of_text()
-        if text and "input_features" in self.parameters:
-            yield from ({**text, **sound} for sound in self.sounds())
+
+    def by_name(self) -> Inputs:
+        """Return what the model requires beside text, images and sound, as far as the names tell what it is."""
+        made: Inputs = {}
+        for name in self.required():
+            if name.endswith(("_embeds", "hidden_states")):
+                made[name] = self.noise(BATCH, SEQUENCE, self.field("hidden_size") or 1)
+            elif name.endswith("_inputs"):  # tokens, such as those of a task
+                made[name] = self.tokens(self.field(name.replace("_inputs", "_seq_len")) or SEQUENCE)
+        return made
 
     def of_text(self) -> Iterator[Inputs]:
         """Yield the forms of text alone: a sequence, one for each choice, or several codebooks for each sample."""
@@ -125,14 +178,20 @@ class _Maker(Values):
     def takes_text(self) -> bool:
         if "input_ids" not in self.parameters:
             return False
-        return self.model.main_input_name == "input_ids" or "input_ids" in self.required() or self.model.can_generate()
+        main = self.model.main_input_name
+        is_main = main == "input_ids" or not {main} & {"inputs", *self.parameters}  # some classes inherit another's
+        return is_main or "input_ids" in self.required() or self.model.can_generate()
 
     def text(self) -> Inputs:
         names = ["input_ids", *(name for name in self.required() if name.endswith("_input_ids"))]
         inputs = {name: self.tokens(SEQUENCE) for name in names}
         if "attention_mask" in self.parameters:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if self.config.is_encoder_decoder and "labels" not in self.parameters:
+        if (
+            self.config.is_encoder_decoder
+            and "labels" not in self.parameters
+            and "decoder_input_ids" in self.parameters
+        ):
             inputs["decoder_input_ids"] = self.tokens(SEQUENCE)
         if "visual_bbox" in self.parameters:
             inputs["bbox"] = self.boxes()
@@ -152,31 +211,10 @@ class _Maker(Values):
             yield from series(self)
         elif main == "pixel_values_videos":
             yield {"pixel_values_videos": self.noise(BATCH, self.field("num_frames") or 4, *self.pixels())}
-        elif main == "input_values":
-            yield {"input_values": self.noise(BATCH, self.field("channels") or 1, _SAMPLES)[:, 0]}
-            yield from ({"input_values": spectrogram} for spectrogram in self.spectrograms())
-            yield {"input_values": self.noise(BATCH, self.field("audio_channels") or 1, _SAMPLES)}
-        elif main == "input_features":
-            yield from self.sounds()
-
-    def sounds(self) -> Iterator[Inputs]:
-        """Yield spectrograms, with a mask of their frames where the model takes one, or with a channel."""
-        masks = [name for name in ("input_features_mask", "feature_attention_mask") if name in self.parameters]
-        for spectrogram in self.spectrograms():
-            yield {"input_features": spectrogram}
-            for name in masks:
-                yield {"input_features": spectrogram, name: self.ones(BATCH, spectrogram.shape[2])}
-        yield from ({"input_features": spectrogram[:, None]} for spectrogram in self.spectrograms())
-
-    def spectrograms(self) -> Iterator[Tensor]:
-        features = (self.field(name) for name in _SPECTRUM)
-        bins = next((size for size in features if isinstance(size, int)), 80)
-        positions = self.field("max_source_positions") or self.field("max_length")
-        frames = self.field("max_length") if self.field("max_source_positions") is None else 2 * positions
-        # At last a length that gives a frame for each token of text, eight of a spectrogram in one.
-        for length in dict.fromkeys((frames or _FRAMES, _FRAMES, 8 * SEQUENCE)):
-            yield self.noise(BATCH, bins, length)
-            yield self.noise(BATCH, length, bins)
+        elif main in SOUNDS or (main == "inputs" and takes_sound(self)):
+            yield from sounds(self)
+        elif main == "inputs" and main in self.parameters:
+            yield {"inputs": self.tokens(SEQUENCE)}
 
     def completed(self, inputs: Inputs) -> Inputs:
         """Return `inputs` with labels or a decoder's tokens, or raise what the model raises of them."""
@@ -234,6 +272,3 @@ class _Maker(Values):
             if self.config.problem_type == "multi_label_classification":
                 return torch.zeros(batch, classes, device=self.model.device)
         return self.classes(classes, batch, *sequence)
-
-
-_SPECTRUM = ("num_mel_bins", "feature_projection_input_dim", "feature_size", "input_feat_per_channel", "n_mels")

@@ -32,6 +32,13 @@ Inputs = dict[str, Any]
 _PARTS = ("vision_config", "audio_config", "backbone_config", "encoder", "encoder_config")
 
 
+def required(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments of a function that have no default."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(function).parameters.values()
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in kinds]
+
+
 class Values:
     """Makes values for a model of transformers.
 
@@ -47,9 +54,7 @@ class Values:
 
     def required(self) -> list[str]:
         """Return the names of the arguments that have no default."""
-        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        needed = (p for p in self.parameters.values() if p.default is inspect.Parameter.empty and p.kind not in kinds)
-        return [parameter.name for parameter in needed]
+        return required(self.model.forward)
 
     def field(self, *names: str) -> Any:
         """Return the first of the fields that the config has, or the config of a part; None if none has."""
@@ -60,6 +65,15 @@ class Values:
                     return getattr(config, name)
             parts = (getattr(config, name, None) for name in _PARTS)
             configs += [part for part in parts if hasattr(part, "to_dict")]
+        return None
+
+    def anywhere(self, name: str) -> Any:
+        """Return this field of the config, or of the first of its parts that has it at any depth; None if none has."""
+        configs = [self.config]
+        for config in configs:
+            if getattr(config, name, None) is not None:
+                return getattr(config, name)
+            configs += [part for part in vars(config).values() if hasattr(part, "to_dict")]
         return None
 
     def side(self, *names: str) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError
 from .differences import TOLERANCES, distance, largest
-from .example_images import attends_by_type
+from .example_parts import attends_by_type
 from .outputs import Call, has_data, outputs_of_model
 
 

@@ -37,6 +37,12 @@ ARGUMENTS = {
     "audioflamingo3_encoder": {"input_features", "input_features_mask"},
     "voxtral_realtime": {"input_ids", "attention_mask", "input_features", "labels"},
     "dia": {"input_ids", "attention_mask", "decoder_input_ids", "labels"},
+    "blip_2_qformer": {"query_embeds", "encoder_hidden_states"},
+    "sam3": {"input_ids", "attention_mask", "pixel_values"},
+    "oneformer": {"pixel_values", "task_inputs"},
+    "perceiver": {"inputs", "labels"},
+    "speech-encoder-decoder": {"input_values", "decoder_input_ids"},
+    "xcodec2": {"input_values", "input_features"},
     "blip-2": {"input_ids", "attention_mask", "pixel_values", "labels"},
     "llava_next": {"input_ids", "attention_mask", "pixel_values", "image_sizes"},
     "glm4v": {
@@ -54,7 +60,7 @@ IMAGES = {
     "inkling2": _GRID,
     "video_llama_3": _GRID | {"image_merge_sizes"},
     "paddleocr_vl": _GRID | {"position_ids", "mm_token_type_ids"},
-    "qwen2_5_omni_thinker": _GRID | {"position_ids"},
+    "qwen2_5_omni_thinker": _GRID | {"position_ids", "input_features", "feature_attention_mask"},
     "nemotron_h_omni": {"input_ids", "attention_mask", "pixel_values", "image_grid_hw"},
     "minicpmv4_6": {"input_ids", "attention_mask", "pixel_values", "target_sizes"},
     "granite_docling": {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "tile_fine_mask"},
@@ -64,12 +70,20 @@ IMAGES = {
     "pix2struct": {"flattened_patches", "labels"},
 }
 
+# One type of each form in which models take sound beside text.
+SOUNDS = {
+    "voxtral": {"input_ids", "attention_mask", "input_features"},
+    "glmasr": {"input_ids", "attention_mask", "input_features", "input_features_mask"},
+    "qwen2_audio": {"input_ids", "attention_mask", "input_features", "feature_attention_mask"},
+    "omniasr": {"input_ids", "attention_mask", "input_values"},
+}
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_a_model_computes_something_of_its_example_images(name: str) -> None:
+
+@pytest.mark.parametrize("name", [*IMAGES, *SOUNDS])
+def test_a_model_computes_something_of_its_example_images_and_sounds(name: str) -> None:
     model = CASES[name].builder()()
     inputs = example_inputs_of(model)
-    assert inputs.keys() == IMAGES[name]
+    assert inputs.keys() == (IMAGES | SOUNDS)[name]
     images = [value.requires_grad_() for value in inputs.values() if value.is_floating_point()]
     gradients = torch.autograd.grad(model(**inputs).logits.sum(), images, allow_unused=True)
     assert all(gradient is not None and gradient.any() for gradient in gradients)
@@ -131,8 +145,15 @@ def test_a_capture_for_text_alone_is_warned_of() -> None:
     import transformers
 
     model = tiny_model(transformers.Gemma3ForConditionalGeneration, {})  # its images have fewer patches than tokens
-    with pytest.warns(UserWarning, match="captured for text alone"):
+    with pytest.warns(UserWarning, match="captured without images"):
         assert "pixel_values" not in example_inputs_of(model)
+
+
+def test_a_capture_without_sound_is_warned_of() -> None:
+    model = CASES["voxtral"].builder()()
+    model.config.audio_token_id = None
+    with pytest.warns(UserWarning, match="captured without sound.*audio_token_id of the config names no token"):
+        assert example_inputs_of(model).keys() == {"input_ids", "attention_mask", "labels"}
 
 
 class Reads(torch.nn.Module):
@@ -149,14 +170,26 @@ class Reads(torch.nn.Module):
 def test_a_model_whose_images_cannot_be_captured_is_captured_for_text_alone() -> None:
     model = CASES["llava"].builder()()
     model.model.multi_modal_projector = Reads(model.model.multi_modal_projector)
-    with pytest.warns(UserWarning, match=r"captured for text alone.*images cannot be captured, because .*x.sum\(\)"):
+    with pytest.warns(UserWarning, match=r"captured without images.*images cannot be captured, because .*x.sum\(\)"):
         gm = llfx.capture(model)
-    inputs = example_inputs_of(model, text_alone=True)
+    inputs = example_inputs_of(model, without=("images",))
     torch.testing.assert_close(gm(**inputs).logits, model(**inputs).logits)
     with pytest.raises(llfx.CallError, match="pixel_values was not captured"):
         gm(**example_inputs_of(model))
     with pytest.raises(llfx.CaptureError, match=r"x.sum\(\)"):
         llfx.capture(model, example_inputs_of(model))
+
+
+@pytest.mark.slow
+def test_a_model_whose_sound_cannot_be_captured_is_captured_without() -> None:
+    model = CASES["voxtral"].builder()()
+    model.model.multi_modal_projector = Reads(model.model.multi_modal_projector)
+    with pytest.warns(UserWarning, match=r"captured without sound.*sound cannot be captured, because .*x.sum\(\)"):
+        gm = llfx.capture(model)
+    inputs = example_inputs_of(model, without=("sound",))
+    torch.testing.assert_close(gm(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(llfx.CallError, match="input_features was not captured"):
+        gm(**example_inputs_of(model))
 
 
 def test_a_model_that_computes_something_else_with_caches_is_refused() -> None:
@@ -167,9 +200,8 @@ def test_a_model_that_computes_something_else_with_caches_is_refused() -> None:
 
 
 def test_a_config_without_what_is_needed_is_named() -> None:
-    model = CASES["bert"].builder()()
-    model.main_input_name = "strokes"
-    with pytest.raises(llfx.CaptureError, match=r"BertForMaskedLM.*its main input is 'strokes'.*pass example_inputs"):
+    model = CASES["decision_transformer"].builder()()
+    with pytest.raises(llfx.CaptureError, match=r"DecisionTransformerModel.*its main input is 'states'.*pass example_"):
         example_inputs_of(copy.deepcopy(model))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,16 +14,16 @@ from lora_lite_fx.capture.hugging_face import is_diffusers, is_hugging_face, pre
 from lora_lite_fx.capture.share import share
 
 
-def calls_of(model: Any, text_alone: bool = False) -> list[tuple[str, Any]]:
+def calls_of(model: Any, without: Collection[str] = ()) -> list[tuple[str, Any]]:
     """The example's inputs, and others: a smaller batch that is longer, with padding on the left.
 
     Args:
         model: to call.
-        text_alone: leave out images, because the model was captured without.
+        without: images or sound, if the model was captured without.
     """
     if is_diffusers(model):
         return [(what, _in_dtype_of(model, inputs)) for what, inputs in model.survey_calls.items()]
-    calls = [("example", example_of(model, text_alone))]
+    calls = [("example", example_of(model, without))]
     tokens = calls[0][1].get("input_ids")
     if is_hugging_face(model) and isinstance(tokens, Tensor):
         only_text = all(value.shape[:2] == tokens.shape for value in calls[0][1].values() if value.dim() >= 2)
@@ -37,12 +38,12 @@ def calls_of(model: Any, text_alone: bool = False) -> list[tuple[str, Any]]:
     return calls
 
 
-def example_of(model: Any, text_alone: bool = False) -> dict[str, Tensor]:
+def example_of(model: Any, without: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the inputs of a call: as the config of the model says, or of diffusers as `diffusers_cases.py` says."""
     if is_hugging_face(model):
         prepared = share(model)
         prepare_for_capture(prepared)
-        inputs = example_inputs_of(prepared, text_alone)
+        inputs = example_inputs_of(prepared, without)
         return _in_dtype_of(model, inputs)
     if is_diffusers(model):
         return _in_dtype_of(model, model.survey_calls["example"])

@@ -35,6 +35,19 @@ _MAMBA2 = {
     "mamba_d_state": 8,
     "mamba_chunk_size": 8,
 }
+_AUDIO_QFORMER = {"projector_config.encoder_hidden_size": 64}
+_SAM = {"vision_config.output_channels": 16, "vision_config.num_pos_feats": 8}
+_HGNET = {
+    "stem_channels": [3, 16, 16],
+    "stage_in_channels": [16, 32, 64, 128],
+    "stage_mid_channels": [8, 16, 16, 32],
+    "stage_out_channels": [32, 64, 128, 256],
+    "stage_num_blocks": [1, 1, 1, 1],
+    "hidden_sizes": [32, 64, 128, 256],
+}
+_ON_HGNET = {f"backbone_config.{name}": value for name, value in _HGNET.items()}
+_DETECTS = {"num_queries": 8, "decoder_in_channels": [16, 16, 16]}
+_TEXT_MROPE = {"rope_parameters": _MROPE["text_config.rope_parameters"]}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_next": {"layer_types": _HYBRID},
     "qwen3_5_text": {"layer_types": _HYBRID},
@@ -80,7 +93,6 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "vision_config.vision_output_dim": 256,
     },
     "aria": {"projector_patch_to_query_dict": {16: 4}},
-    "nemotron_h_omni": {"image_token_id": 95},
     "ovis2": {"hidden_size": 256},
     "kosmos-2": {"latent_query_num": 4},
     "kosmos-2.5": {"latent_query_num": 4},
@@ -125,7 +137,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 95}, "vq_config.base_channels": 32},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "1/2"},
     "perceiver": {"d_model": 64, "d_latents": 64, "num_latents": 16},
-    "pp_formulanet": {"post_conv_in_channels": 16},
+    "pp_formulanet": {"vision_config.post_conv_in_channels": 16},
     "cvt": {"depth": [1, 2, 3]},
     "efficientnet": _EFFICIENT,
     "align": {**{f"vision_config.{name}": value for name, value in _EFFICIENT.items()}, "projection_dim": 320},
@@ -138,14 +150,38 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "poolformer": {"num_encoder_blocks": 4},
     "pvt": {"num_encoder_blocks": 4, "image_size": 64},
     "regnet": {"hidden_sizes": [64, 64, 128, 128], "embedding_size": 16, "groups_width": 8},
-    "hgnet_v2": {
-        "stem_channels": [3, 16, 16],
-        "stage_in_channels": [16, 32, 64, 128],
-        "stage_mid_channels": [8, 16, 16, 32],
-        "stage_out_channels": [32, 64, 128, 256],
-        "stage_num_blocks": [1, 1, 1, 1],
-        "hidden_sizes": [32, 64, 128, 256],
+    "hgnet_v2": _HGNET,
+    "granite_speech": _AUDIO_QFORMER,
+    "granite_speech_plus": _AUDIO_QFORMER,
+    "sam": _SAM,
+    "sam_hq": _SAM,
+    "sam3_tracker": {
+        "vision_config.backbone_config.image_size": 56,
+        "vision_config.backbone_config.pretrain_image_size": 56,
+        "vision_config.backbone_config.window_size": 2,
+        "vision_config.backbone_config.global_attn_indexes": [1],
+        "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
+    "deimv2": {**_ON_HGNET, **_DETECTS, "encoder_in_channels": [64, 128, 256]},
+    "clap": {"audio_config.spec_size": 128},
+    "uvdoc": {"backbone_config.out_features": [f"stage{i}" for i in range(1, 7)]},
+    "pp_ocrv6_small_det": {
+        "backbone_config.out_features": ["stage1", "stage2", "stage3", "stage4"],
+        "layer_list_out_channels": [96, 96, 192, 384],
+    },
+    "voxtral": {"audio_token_id": 95},
+    "nemotron_h_omni": {"image_token_id": 95, "audio_token_id": 94},
+    "pp_doclayout_v3": {"x4_feat_dim": 32, **_ON_HGNET, **_DETECTS, "encoder_in_channels": [64, 128, 256]},
+    "pp_doclayout_v4": {**_ON_HGNET, **_DETECTS, "encoder_in_channels": [64, 128, 256]},
+    "pp_ocrv5_server_rec": _ON_HGNET,
+    "rt_detr": {**_DETECTS, "encoder_in_channels": [32, 64, 128]},
+    "rt_detr_v2": {**_DETECTS, "encoder_in_channels": [32, 64, 128]},
+    "rf_detr": {"num_queries": 8},
+    "mm-grounding-dino": {"num_queries": 8},
+    "grounding-dino": {"num_queries": 8},
+    "qwen2_vl_text": _TEXT_MROPE,
+    "qwen2_5_vl_text": _TEXT_MROPE,
+    "vision-text-dual-encoder": {"vision_config.pooler_output_size": 48},
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},

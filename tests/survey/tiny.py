@@ -121,6 +121,8 @@ def _shrunk(config: PreTrainedConfig, divisor: int) -> dict[str, Any]:
             fields[name] = small
     if layer_types := _with_attention(getattr(config, "layer_types", None)):
         fields["layer_types"] = layer_types
+    if getattr(config, "out_features", None) and isinstance(fields.get("depths"), (list, tuple)):
+        fields["out_features"] = list(config.out_features)  # of a backbone with all of its stages
     # What a graph cannot follow, and the error says how to switch off.
     fields |= {name: 0.0 for name in names if name.endswith("layerdrop")}
     fields |= {name: off for name, off in (("apply_spec_augment", False), ("rescale_every", 0)) if name in names}

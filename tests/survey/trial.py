@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_images import IMAGES
+from lora_lite_fx.capture.example_sounds import SOUNDS
 from lora_lite_fx.capture.hugging_face import is_diffusers, is_hugging_face
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
@@ -73,7 +74,7 @@ class _Tried:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.text_alone = False
+        self.without: set[str] = set()
         self.modules = dict(model.named_modules())
         self.linears = [name for name, module in self.modules.items() if isinstance(module, (nn.Linear, Conv1D))]
 
@@ -84,7 +85,8 @@ class _Tried:
             warnings.simplefilter("always")
             gm = llfx.capture(self.model, self.required)
         for warning in caught:
-            self.text_alone = self.text_alone or "is captured for text alone" in str(warning.message)
+            left_out = re.search(r"is captured without (.*?), and what", str(warning.message))
+            self.without |= set(left_out.group(1).split(" and ") if left_out else ())
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return gm
 
@@ -212,8 +214,8 @@ def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
         report(not_wrapped=tried.excluded)
     randomise(gm, 0)
     wrapped = wrap_again(gm, model)
-    examples = calls_of(model, tried.text_alone)
-    _require_images(model, examples[0][1])
+    examples = calls_of(model, tried.without)
+    _require_images_and_sounds(model, examples[0][1])
     for what, inputs in examples:
         for training in (True, False) if what == "example" else (what != "left padding",):
             where = f"{what}, {'training' if training else 'evaluation'}"
@@ -233,9 +235,9 @@ def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
             _require_equal(expected, actual, where, lambda: _run_nudged(wrapped, inputs, training))  # noqa: B023
 
 
-def _require_images(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Raise `Unequal` if nothing is computed of the images of an example."""
-    images = {name: inputs[name].clone().requires_grad_() for name in IMAGES if name in inputs}
+def _require_images_and_sounds(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Raise `Unequal` if nothing is computed of the images and sounds of an example."""
+    images = {name: inputs[name].clone().requires_grad_() for name in (*IMAGES, *SOUNDS) if name in inputs}
     if images:
         leaves = pytree.tree_leaves(tuple(model(**{**inputs, **images}).values()))
         total = sum(leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
@@ -258,7 +260,7 @@ def _try_adapted(tried: _Tried, steps: Collection[str], build: Callable[[], Any]
 
 def _compare_adapted(tried: _Tried, report: Report) -> None:
     adapted, wrapped = tried.adapted
-    for what, inputs in calls_of(tried.model, tried.text_alone):
+    for what, inputs in calls_of(tried.model, tried.without):
         for training in (True, False) if what == "example" else (False,):
             where = f"{what}, {'training' if training else 'evaluation'}"
             try:
@@ -289,7 +291,7 @@ def _generated(model: Any, prompt: dict[str, Tensor]) -> Results:
 
 def _compare_with_compiled(tried: _Tried) -> None:
     """Compare a rewritten graph with itself, compiled as a whole."""
-    gm, inputs = llfx.rewrite(tried.base, tried.config), example_of(tried.model, tried.text_alone)
+    gm, inputs = llfx.rewrite(tried.base, tried.config), example_of(tried.model, tried.without)
     randomise(gm, 0)
     compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
     for training in (True, False):

@@ -1,0 +1,76 @@
+"""Make example sounds for a transformers model, in the forms in which models take them: waveforms and spectrograms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from .example_values import BATCH, SEQUENCE, Inputs, Values, required
+
+SOUNDS = ("input_values", "input_features")
+"""The arguments that sounds come in."""
+
+# Sizes for models whose config tells none: they are built of convolutions, and take every size.
+_SAMPLES, _FRAMES = 4000, 64
+_SPECTRUM = (
+    "num_mel_bins",
+    "feature_projection_input_dim",
+    "feature_size",
+    "input_feat_per_channel",
+    "n_mels",
+    "input_size",
+)
+_MASKS = ("input_features_mask", "feature_attention_mask")
+
+
+def takes_sound(values: Values) -> bool:
+    """Tell whether the model computes something of sound."""
+    if getattr(values.config, "audio_config", values) is None:  # it was built without that part
+        return False
+    return any(name in values.parameters for name in SOUNDS)
+
+
+def sounds(values: Values) -> Iterator[Inputs]:
+    """Yield sounds in each form that the arguments allow."""
+    if {*SOUNDS} <= {*values.required()}:  # one encoder for each
+        for spectrogram in _spectrograms(values):
+            yield {"input_values": _waves(values, "audio_channels"), "input_features": spectrogram}
+    elif "input_values" in values.parameters:
+        yield {"input_values": _waves(values, "channels")[:, 0]}
+        yield from ({"input_values": spectrogram} for spectrogram in _spectrograms(values))
+        yield {"input_values": _waves(values, "audio_channels")}
+    elif "input_features" in values.parameters:
+        yield from _features(values)
+
+
+def _waves(values: Values, channels: str) -> Tensor:
+    return values.noise(BATCH, values.field(channels) or 1, _SAMPLES)
+
+
+def _features(values: Values) -> Iterator[Inputs]:
+    """Yield spectrograms, with a mask of their frames where the model takes one, or with a channel."""
+    masks = [name for name in _MASKS if name in values.parameters]
+    features_of = values.method("get_audio_features")
+    needed = [*values.required(), *(required(features_of) if features_of is not None else ())]
+    for spectrogram in _spectrograms(values):
+        if not {*masks} & {*needed}:
+            yield {"input_features": spectrogram}
+        for name in masks:
+            yield from (
+                {"input_features": spectrogram, name: values.ones(BATCH, length)} for length in spectrogram.shape[:0:-1]
+            )
+    yield from ({"input_features": spectrogram[:, None]} for spectrogram in _spectrograms(values))
+
+
+def _spectrograms(values: Values) -> Iterator[Tensor]:
+    bins = next((size for name in _SPECTRUM if isinstance(size := values.anywhere(name), int)), 80)
+    positions = values.field("max_source_positions") or values.field("max_length")
+    frames = values.field("max_length") if values.field("max_source_positions") is None else 2 * positions
+    # At last a length that gives a frame for each token of text, eight of a spectrogram in one.
+    windows = 2 * (values.field("n_window") or 0)  # of models that take whole windows
+    beside_waves = _SAMPLES // (values.field("hop_length") or _SAMPLES + 1)
+    for length in dict.fromkeys((frames or _FRAMES, _FRAMES, 8 * SEQUENCE, windows, beside_waves)):
+        if length:
+            yield values.noise(BATCH, bins, length)
+            yield values.noise(BATCH, length, bins)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -50,6 +50,7 @@ from .symbolic import symbolic_trace
 from .timm import example_images_of, images_of_one_size
 
 Inputs = tuple[Any, ...] | dict[str, Any]
+Result = TypeVar("Result")
 
 
 def call_of(inputs: Inputs) -> Call:
@@ -80,42 +81,50 @@ class Capture:
     hint: str = ""
 
 
+def without_what_cannot_be(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs | None, attempt: Callable[[Sequence[str]], Result]
+) -> Result:
+    """Capture a model with all that it takes, and without its images and sound if it cannot be captured with these.
+
+    Args:
+        model: to capture.
+        example_inputs: of the user. None for those of the config, which alone may be other ones.
+        attempt: captures it without images or sound, or raises CaptureError.
+
+    Warns:
+        UserWarning: a model of text and images or sound is captured without these.
+    """
+    try:
+        return attempt(())
+    except CaptureError as error:
+        if example_inputs is not None or not isinstance(model, nn.Module) or not is_hugging_face(model):
+            raise
+        for without in what_may_be_left_out(model):
+            try:
+                result = attempt(without)
+            except CaptureError:
+                continue
+            reason = str(error).partition("\n")[0].rstrip(".")
+            warn_of(" and ".join(without), model, f"{' and '.join(without)} cannot be captured, because {reason}")
+            return result
+        raise error from error.__cause__
+
+
 def capture_model(
-    model: nn.Module | ExportedProgram, example_inputs: Inputs | None, dynamic_shapes: Any, own: Sequence[str] = ()
+    model: nn.Module | ExportedProgram,
+    example_inputs: Inputs | None,
+    dynamic_shapes: Any,
+    own: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> Capture:
     """Capture `model` and leave it as it is. Arguments and errors are those of `rewriting.capture.capture`.
 
     Args:
         own: qualified names of tensors that the graph gets as copies of its own, trainable as they are.
-
-    Warns:
-        UserWarning: a model of text and images or sound is captured without these, because they cannot be captured.
+        without: `"images"` or `"sound"` to leave them out of the inputs that are made from a config.
     """
     check_model(model)
     assert isinstance(model, nn.Module)
-    try:
-        return _capture_model(model, example_inputs, dynamic_shapes, own)
-    except CaptureError as error:
-        if example_inputs is not None or not is_hugging_face(model):
-            raise
-        for without in what_may_be_left_out(model):
-            try:
-                captured = _capture_model(model, None, dynamic_shapes, own, without)
-            except CaptureError:
-                continue
-            reason = str(error).partition("\n")[0].rstrip(".")
-            warn_of(" and ".join(without), model, f"{' and '.join(without)} cannot be captured, because {reason}")
-            return captured
-        raise error from error.__cause__
-
-
-def _capture_model(
-    model: nn.Module,
-    example_inputs: Inputs | None,
-    dynamic_shapes: Any,
-    own: Sequence[str],
-    without: Sequence[str] = (),
-) -> Capture:
     if isinstance(model, fx.GraphModule):
         graph = share(model, own)
         normalize(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.export import ExportedProgram
 
 from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import adapter_tensors
-from ..capture.capture import Inputs, capture_model
+from ..capture.capture import Capture, Inputs, capture_model, without_what_cannot_be
 from ..capture.compare import require_equal
 from ..capture.hooks import check_hooks
 from ..capture.signature import call_like_the_model
@@ -126,7 +127,18 @@ def base_graph(
     if adapter_names:
         adapter_tensors(model)  # refuses a graph around the adapted one, as torch.export makes it
     _require_free_names(model)
-    captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names)
+
+    def attempt(without: Sequence[str]) -> fx.GraphModule:
+        captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names, without)
+        return _graph_of(model, captured, checkpoint_layers, fuse_loss, verify)
+
+    return without_what_cannot_be(model, example_inputs, attempt)
+
+
+def _graph_of(
+    model: nn.Module, captured: Capture, checkpoint_layers: bool | None, fuse_loss: bool | None, verify: bool
+) -> fx.GraphModule:
+    """Return a captured model as one graph for both modes, with what it runs by; compared with the model."""
     plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
     plain.run(captured.gm)
     if captured.eval_gm is not None:

@@ -168,3 +168,21 @@ def test_a_model_without_data_is_refused_with_the_line() -> None:
         model, inputs = Branching(), {"x": torch.randn(4, 4), "mask": torch.zeros(4, dtype=torch.bool)}
     with pytest.raises(llfx.CaptureError, match=r"if mask\.any"):
         llfx.capture(model, inputs)
+
+
+class AsksMoreUntraced(Branching):
+    """Asks where it is not traced what it can do without, as transformers asks of masks."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting() and (x > 1e9).any().item():
+            return x
+        return super().forward(x, mask)
+
+
+def test_what_is_asked_in_no_trace_is_no_decision_of_the_graph() -> None:
+    model, x = AsksMoreUntraced(), torch.randn(6, 4)
+    mask = torch.tensor([True, False, True, False, False, True])
+    gm = llfx.capture(model, (x, mask))
+    torch.testing.assert_close(gm(x[:4], mask[:4]), model(x[:4], mask[:4]))
+    with pytest.raises(llfx.CallError, match=r"mask.any\(\).item\(\).*goes by True, and is False in this call"):
+        gm(x, mask & False)

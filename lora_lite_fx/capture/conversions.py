@@ -1,6 +1,7 @@
-"""Let models convert modules in their forward, as long as that changes nothing.
+"""Let models do in their forward what changes nothing and raises in a trace.
 
-`self.classifier.to(torch.float32)` sets each parameter anew also where it is float32 already, which raises in a trace.
+`self.classifier.to(torch.float32)` sets each parameter anew also where it is float32 already, and
+`torch.randn(x.shape, generator=None)` is another operator than without the argument, which takes no sizes of a trace.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -35,3 +37,13 @@ def needless_conversions_left_out() -> Iterator[None]:
         yield
     finally:
         nn.Module.to = convert  # type: ignore[method-assign]
+
+
+class WithoutGeneratorOfNone(TorchFunctionMode):
+    """Leaves out `generator=None`, which asks for the generator that is taken anyway."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("generator", self) is None:
+            del kwargs["generator"]
+        return func(*args, **kwargs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -30,7 +32,8 @@ def without_python_random(model: nn.Module) -> Iterator[None]:
     of_python, of_torch = random.getstate(), _state_of_torch()
     of_numpy = None if numpy is None else numpy.random.get_state()
     try:
-        yield
+        with mock.patch.object(random, "uniform", _uniform_unless_idle(random.uniform)):
+            yield
         drawn = ["random"] if random.getstate() != of_python else []
         if numpy is not None and not _is_same(numpy.random.get_state(), of_numpy):
             drawn.append("numpy.random")
@@ -49,6 +52,38 @@ def without_python_random(model: nn.Module) -> Iterator[None]:
             " switch off what decides at random in training (layerdrop, jitter, SpecAugment), in a config or by a test"
             f" of self.training; or {COMPILE_INSTEAD}."
         )
+
+
+def _uniform_unless_idle(uniform: Callable[[float, float], float]) -> Callable[[float, float], Any]:
+    """Return `random.uniform` that draws nothing yet for a module which drops its layers with a probability of zero.
+
+    MusicGen draws a number for each layer before it looks at that.
+    """
+
+    def drawn(a: float, b: float) -> Any:
+        owner = sys._getframe(1).f_locals.get("self")
+        return _Undrawn(a, b, uniform) if getattr(owner, "layerdrop", None) == 0 else uniform(a, b)
+
+    return drawn
+
+
+class _Undrawn:
+    """A random number that is drawn where it matters: it is not below its least value. There is no other use of it.
+
+    Args:
+        a, b: it is between them.
+        uniform: draws it.
+    """
+
+    def __init__(self, a: float, b: float, uniform: Callable[[float, float], float]) -> None:
+        self._least = min(a, b)
+        self._draw: Callable[[], float] = functools.partial(uniform, a, b)
+
+    def __lt__(self, limit: float) -> bool:
+        return limit > self._least and self._draw() < limit
+
+    def __bool__(self) -> bool:
+        return bool(self._draw())
 
 
 def _is_same(state: Any, other: Any) -> bool:

@@ -6,6 +6,7 @@
     python examples/finetune.py --roles query,value --rank 16 --dtype bfloat16 --compile
     python examples/finetune.py --quantise nf4            # QLoRA: a base of 4 bits; needs pip install bitsandbytes
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-360M --text notes.txt --out notes
+    torchrun --nproc-per-node 2 examples/finetune.py --shard   # two processes, half of the parameters in each
 
 The text is the Python reference of the standard library (`pydoc_data.topics`) or a file of your own. A fifth of it is
 held out. The training text has none of the held-out paragraphs, not even where the reference repeats them.
@@ -17,6 +18,10 @@ it prints how far the logits of the reloaded, the merged and the exported model 
 It writes OUT/adapter.safetensors, OUT/model.pt2 (for `torch.export.load`) and OUT/loss.png. Ctrl-C while training
 ends the run after the current step: the adapter and the curve so far are saved, and the exit code is 130.
 A second Ctrl-C kills the process.
+
+With --shard the processes that torchrun starts divide the parameters among them, and each takes its part of the
+sequences of a step, so that the losses are those of one process. Process 0 prints and writes. On CUDA devices, one for
+each process, add --device cuda.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import matplotlib
 import torch
+import torch.distributed as dist
 import transformers
 from matplotlib import pyplot
 from torch import Tensor, fx
@@ -77,13 +83,15 @@ OTHER_FIELDS: dict[str, dict[str, Any]] = {
 def main() -> int:
     """Run the command and return its exit code."""
     args = parse_arguments()
+    if args.shard:
+        join_processes(args)
     args.out.mkdir(parents=True, exist_ok=True)
     adapter, pt2, curve = (args.out / name for name in ("adapter.safetensors", "model.pt2", "loss.png"))
     torch.manual_seed(args.seed)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(**location(args.model))
     blocks, held = (to_blocks(tokenizer, text, args.length) for text in read_text(args.text))
-    held = held[:: math.ceil(held.numel() / HELD_OUT_TOKENS)]
+    blocks, held = blocks.to(args.device), held[:: math.ceil(held.numel() / HELD_OUT_TOKENS)].to(args.device)
     print(f"text: {blocks.numel():,} tokens to train on, {held.numel():,} held out to score")
 
     calibration = None
@@ -91,6 +99,8 @@ def main() -> int:
         calibration = [inputs(part) for part in blocks[:CALIBRATION_BLOCKS].split(args.batch)]
     gm = llfx.rewrite(load_base(args), args.config, calibration=calibration, fuse_loss=True)  # in training, no logits
     print(llfx.inspect(gm))
+    if args.shard:
+        llfx.shard(gm)
     before, sample_before = perplexity(gm, held, args.batch), continuation(gm, tokenizer, args.prompt)
     print(f"held-out perplexity before: {before:.2f}")
 
@@ -99,18 +109,26 @@ def main() -> int:
     if (memory := peak_memory()) is not None:
         print(f"peak memory of the process while training: {memory:,} MB")
     llfx.save(gm, adapter)
+    is_first = not args.shard or dist.get_rank() == 0
     if interrupted:
+        if not is_first:
+            return 130
         draw(losses, args, f"held-out perplexity {before:.2f} before; interrupted", curve)
         print(f"interrupted after {len(losses)} of {args.steps} steps; saved {adapter} and {curve}")
         return 130
     after, sample_after = perplexity(gm, held, args.batch), continuation(gm, tokenizer, args.prompt)
     change = f"held-out perplexity {before:.2f} before, {after:.2f} after ({after / before - 1:+.0%})"
+    expected = logits(gm.eval(), held[:3])  # in all processes, because each has a part of the model
+    if not is_first:
+        return 0
     draw(losses, args, change, curve)
     print(f"{change}\nprompt:   {args.prompt!r}\n  before: {sample_before!r}\n  after:  {sample_after!r}")
 
     reloaded = llfx.load(load_base(args), adapter)
+    if args.shard:
+        gm = reloaded  # which is whole
     others = {"reloaded": reloaded, "merged": llfx.merge(gm), "exported": export(gm, held, pt2)}
-    print_differences(gm, others, held[:3])
+    print_differences(expected, others, held[:3])
     print(f"wrote {adapter}, {pt2} and {curve}")
     return 0
 
@@ -139,7 +157,19 @@ def parse_arguments() -> argparse.Namespace:
     compile_help = "train through torch.compile. On a CPU, compiling takes longer than it saves in a default run;"
     compile_help += " it pays from some hundred steps on (default: --no-compile)"
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help=compile_help)
+    shard_help = "divide the model among the processes of torchrun, which it must be started by"
+    add("--shard", action="store_true", help=shard_help)
+    add("--device", default="cpu", help="with --shard, cuda for one device for each process (default: cpu)")
     args = parser.parse_args()
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.shard and "WORLD_SIZE" not in os.environ:
+        parser.error("--shard needs processes: torchrun --nproc-per-node 2 examples/finetune.py --shard")
+    if args.shard != ("WORLD_SIZE" in os.environ) and processes > 1:
+        parser.error(f"{processes} processes would all do the same; add --shard")
+    if args.shard and args.batch % processes:
+        parser.error(f"--batch {args.batch} cannot be divided among {processes} processes")
+    if args.device != "cpu" and not args.shard:
+        parser.error(f"--device {args.device} is for --shard")
     if args.variant.lower() not in variants:
         parser.error(f"unknown variant {args.variant!r}; the variants are {names}")
     if args.length < 8:
@@ -153,6 +183,16 @@ def parse_arguments() -> argparse.Namespace:
     if args.lr is None:
         args.lr = LEARNING_RATES.get(variant.__name__, OTHER_LEARNING_RATE)
     return args
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Join the processes that torchrun started, each on a device of its own; let the first one alone print."""
+    if args.device != "cpu":
+        args.device = f"{args.device}:{os.environ['LOCAL_RANK']}"
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
 
 
 def config(variant: type[llfx.Variant], rank: int, alpha: float | None = None, **targets: Any) -> llfx.Variant:
@@ -183,8 +223,11 @@ def location(model: str | None) -> dict[str, str]:
 def load_base(args: argparse.Namespace) -> transformers.PreTrainedModel:
     """Load the pretrained model."""
     dtype = getattr(torch, args.dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(**location(args.model), dtype=dtype)
-    return model if args.quantise is None else quantised(model, args.quantise)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(**location(args.model), dtype=dtype)
+    if args.quantise is not None:
+        model = quantised(model, args.quantise)
+    model.to(args.device)
+    return model  # type: ignore[no-any-return]
 
 
 def quantised(model: transformers.PreTrainedModel, kind: str) -> transformers.PreTrainedModel:
@@ -241,26 +284,34 @@ def inputs(ids: Tensor) -> dict[str, Tensor]:
 def train(gm: fx.GraphModule, blocks: Tensor, args: argparse.Namespace) -> tuple[list[float], bool]:
     """Train the adapters of `gm` in place; return the loss of each step and whether Ctrl-C ended the training."""
     gm.train()
-    # The compiled module shares its parameters with `gm`, so everything else keeps using `gm`.
-    forward = torch.compile(gm, fullgraph=True) if args.compile else gm
+    # What is compiled shares its parameters with `gm`, so everything else keeps using `gm`.
+    forward = (llfx.compile_layers(gm) if args.shard else torch.compile(gm, fullgraph=True)) if args.compile else gm
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if args.shard else (0, 1)
     parameters = llfx.adapter_parameters(gm)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, args.steps))
     losses: list[float] = []
     order, start = shuffled(len(blocks), args.seed), time.perf_counter()
-    with interruptible() as interrupts, tqdm(total=args.steps, unit="step", desc="training") as bar:
-        while len(losses) < args.steps and not interrupts:
-            loss = forward(**inputs(blocks[[next(order) for _ in range(args.batch)]])).loss
+    interrupted = False
+    with interruptible() as interrupts, tqdm(total=args.steps, unit="step", desc="training", disable=rank > 0) as bar:
+        while len(losses) < args.steps and not interrupted:
+            chosen = [next(order) for _ in range(args.batch)]
+            loss = forward(**inputs(blocks[chosen[rank::processes]])).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            # The mean over processes; and whether one was interrupted, because all must stop after the same step.
+            found = torch.stack([loss.detach().float(), loss.new_tensor(bool(interrupts)).float()]) / processes
+            if args.shard:
+                dist.all_reduce(found)
+            losses.append(found[0].item())
+            interrupted = found[1].item() > 0
             speed = len(losses) * args.batch * args.length / (time.perf_counter() - start)
             bar.set_postfix({"loss": f"{losses[-1]:.3f}", "tokens/s": f"{speed:.0f}"}, refresh=False)
             bar.update()
-    return losses, bool(interrupts)
+    return losses, interrupted
 
 
 def forget_peak_memory() -> None:
@@ -319,7 +370,7 @@ def perplexity(gm: fx.GraphModule, blocks: Tensor, batch: int) -> float:
 def continuation(gm: fx.GraphModule, tokenizer: transformers.PreTrainedTokenizerBase, prompt: str) -> str:
     """Return the text that the model writes after `prompt`, taking the likeliest token each time."""
     gm.eval()
-    prompt_ids = ids = tokenizer(prompt, return_tensors="pt").input_ids
+    prompt_ids = ids = tokenizer(prompt, return_tensors="pt").input_ids.to(next(gm.parameters()).device)
     for _ in range(SAMPLE_TOKENS):
         ids = torch.cat([ids, gm(**inputs(ids)).logits[:, -1:].argmax(-1)], dim=1)
     (text,) = tokenizer.batch_decode(ids[:, prompt_ids.shape[1] :])
@@ -336,12 +387,17 @@ def export(gm: fx.GraphModule, blocks: Tensor, path: Path) -> fx.GraphModule:
 
 
 @torch.no_grad()
-def print_differences(gm: fx.GraphModule, others: dict[str, fx.GraphModule], ids: Tensor) -> None:
-    """Print how far the logits of each of `others` are from those of `gm` for `ids (batch, length)`."""
-    expected = gm.eval()(**inputs(ids)).logits.float()
+def logits(gm: fx.GraphModule, ids: Tensor) -> Tensor:
+    """Return the logits of `gm` for `ids (batch, length)`, in float32."""
+    result: Tensor = gm(**inputs(ids)).logits.float()
+    return result
+
+
+def print_differences(expected: Tensor, others: dict[str, fx.GraphModule], ids: Tensor) -> None:
+    """Print how far the logits of each of `others` for `ids (batch, length)` are from those expected."""
     print(f"largest difference from the trained model, in logits of up to {expected.abs().max():.1f}:")
     for name, other in others.items():
-        print(f"  {name:<8}  {(other(**inputs(ids)).logits.float() - expected).abs().max():.1e}")
+        print(f"  {name:<8}  {(logits(other, ids) - expected).abs().max():.1e}")
 
 
 def draw(losses: list[float], args: argparse.Namespace, title: str, path: Path) -> None:

@@ -11,6 +11,7 @@ from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter
 from .adapters.switches import active, by_row, scaled
 from .adapters.variant import Batch, Statistic, Variant
 from .capture.differences import Difference, DifferenceTable
+from .distributed.shard import shard
 from .errors import (
     AdapterError,
     CallError,
@@ -174,6 +175,7 @@ __all__ = [
     "save_peft",
     "save_slot",
     "scaled",
+    "shard",
     "swap",
     "take_slot",
     "to_lora",

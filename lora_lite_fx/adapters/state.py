@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..capture.mistakes import model_hint, wrapper_hint
 from ..errors import AdapterError, CheckpointError, shown
+from ..graph.sharded import copy_values, reshard
 from ..graph.tensors import tensor_of
 from .placement import adapter_tensor_names, placements
 
@@ -27,14 +28,17 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         AdapterError: the model has no adapters.
     """
-    tensors = (tensor_of(model, name) for name in adapter_tensors(model))
+    names = adapter_tensors(model)
+    reshard(model)
+    tensors = (tensor_of(model, name) for name in names)
     return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapters' tensors by qualified name, `"<module path>.<param>"`.
 
-    The tensors are detached and share the model's storage.
+    The tensors are detached and share the model's storage. Those of a sharded model are DTensors, as
+    `torch.distributed.checkpoint` takes them.
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`.
@@ -42,7 +46,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         AdapterError: the model has no adapters.
     """
-    return {name: tensor_of(model, name).detach() for name in adapter_tensors(model)}
+    names = adapter_tensors(model)
+    reshard(model)
+    return {name: tensor_of(model, name).detach() for name in names}
 
 
 def warn_of_trained_base(model: nn.Module, call: str, stacklevel: int = 2) -> None:
@@ -81,7 +87,8 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`.
-        state_dict: tensors by qualified name, with the keys, shapes and dtypes that `adapter_state_dict` returns.
+        state_dict: tensors by qualified name, with the keys, shapes and dtypes that `adapter_state_dict` returns. Each
+            may be whole or sharded, whatever the model is. A sharded model takes whole values of process 0.
 
     Raises:
         CheckpointError: keys, shapes or dtypes differ, or `state_dict` is not a mapping. The model is unchanged then.
@@ -96,7 +103,7 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     check_fit(tensors, state_dict)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(state_dict[name])
+            copy_values(tensor, state_dict[name])
 
 
 def check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:

@@ -39,7 +39,10 @@ def wrapper_hint(model: nn.Module) -> str:
     if is_instance_of(model, "torch", *_PARALLEL):
         return f"it wraps a model. Pass the model inside, model.module, and wrap the result: {name}(...)."
     if is_instance_of(model, "torch", "FSDPModule"):
-        return "its parameters are sharded. Adapt the model first, then call fully_shard."
+        return (
+            "its parameters are sharded. The way out: do this before fully_shard; or, to go on with trained adapters,"
+            " save(model, path) in all processes, and load(base, path) in one that has the whole base."
+        )
     for path, module in model.named_modules():
         if is_instance_of(module, "peft"):
             where = f"PEFT's {type(module).__name__}" + (f" at {path!r}" if path else "")

@@ -9,12 +9,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..adapters.placement import placements
 from ..errors import AdapterError, shown
 from ..graph.direct_calls import version_of
+from ..graph.sharded import is_sharded, reshard
 from ..graph.turns import tracing
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -105,6 +105,7 @@ def frozen(model: Model) -> Iterator[Model]:
         raise AdapterError(
             f"frozen takes a model with adapters, which rewrite, load, wrap or adapt returned, not {shown(model)}."
         )
+    reshard(model)
     before = dict(model.named_parameters())
     versions = {name: version_of(tensor) for name, tensor in before.items() if not tensor.is_inference()}
     watched = set(map(id, before.values()))
@@ -122,6 +123,7 @@ def frozen(model: Model) -> Iterator[Model]:
         _leave(model)
         step.remove()
         load.remove()
+    reshard(model)
     after = dict(model.named_parameters())
     for name, tensor in before.items():
         if after.get(name) is not tensor:
@@ -164,4 +166,4 @@ def _leave(model: nn.Module) -> None:
 
 def can_be_kept(model: nn.Module) -> bool:
     """Check whether values of the model's parameters may be kept: not those of sharded ones, which are freed."""
-    return not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return not is_sharded(model)

@@ -47,7 +47,7 @@ from .execution import ELSEWHERE, Execution, Host
 from .forward import forward_of_programs
 from .frozen import KeptValues, can_be_kept, changed_inside
 from .layer import GraphLayer, RunsParts, make_layers, running_parts, submodule
-from .pieces import A_LAYER, pieces_of
+from .pieces import A_LAYER, pieces_of, require_layers
 from .program_graph import ProgramGraph
 from .switched import ALL, Switched, acting_of, switch_passes, switched_by
 from .watch import Watch
@@ -205,6 +205,15 @@ class AdaptedGraphModule(fx.GraphModule):
             return_as(graph, signature.omission(left_out).out_spec)
         return ProgramGraph.over(self, self.host, graph, signature, left_out), reports
 
+    def tensors_read_outside_layers(self) -> list[str]:
+        """Return the names of the tensors that training reads outside of the layers that it calls as modules."""
+        graph, _ = self._optimized("training", (), (), True, ALL)
+        called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+        _, values = cut(self, self.host, graph, "unused", ())
+        outside = called & {str(node.target) for node in graph.find_nodes(op="call_module")}
+        names = [name for name, _ in self.named_parameters() if name.rpartition(".")[0] in outside]
+        return names if values is None else [*names, *(".".join(path) for path in values.read.paths)]
+
     def keep_values(self) -> None:
         """Keep the values that depend on parameters alone, see `frozen`."""
         if not can_be_kept(self.host):
@@ -234,6 +243,19 @@ class AdaptedGraphModule(fx.GraphModule):
             )
         with _deriving:
             self.execution = replace(self.execution, compiler=compiler)
+            self._drop_derived()
+
+    def checkpoint_layers_if(self, checkpoints: bool) -> None:
+        """Let the layers keep only their inputs for the backward pass from now on, or all activations again.
+
+        Raises:
+            CaptureError: the graph has no layers to checkpoint.
+        """
+        assert self.execution is not None
+        if checkpoints:
+            require_layers(self)
+        with _deriving:
+            self.execution = replace(self.execution, checkpoint_layers=checkpoints)
             self._drop_derived()
 
     def _drop_derived(self) -> None:

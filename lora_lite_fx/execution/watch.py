@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..capture.hooks import BACKWARD, FORWARD, hook_name, hooks_on
-from ..errors import AdapterError
+from ..errors import AdapterError, is_instance_of
 from .pieces import pieces_of
 from .reading import Reader, reader_of
 
@@ -56,7 +56,14 @@ class Watch:
         hooks = hooks_on(module, (*FORWARD, *BACKWARD))
         if hooks and name not in self._acting:
             pieces = [path for path, _ in pieces_of(self.gm, self.gm.graph, (name,))]
-            self._acting[name] = pieces.count(name) == 1
+            calls, is_sharded = pieces.count(name), is_instance_of(module, "torch", "FSDPModule")
+            if is_sharded and not calls:
+                raise AdapterError(
+                    f"fully_shard was called on {name!r}, which the graph does not run as a module of its own, so that"
+                    " its parameters would not be gathered. The way out: call it on whole layers and on the model, as"
+                    " llfx.shard(model) does."
+                )
+            self._acting[name] = calls == 1 or is_sharded  # to gather twice is as good as once
             if not self._acting[name]:
                 warnings.warn(
                     f"A hook on {name!r} does not act: {', '.join(map(hook_name, hooks))}. The graph does not run that"

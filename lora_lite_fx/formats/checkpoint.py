@@ -35,6 +35,7 @@ from ..adapters.switches import known_names
 from ..adapters.variant import Variant
 from ..errors import CheckpointError, ConfigError
 from ..graph.provenance import DEFAULT
+from ..graph.sharded import whole
 from ..graph.tensors import tensor_of
 from ..log import phase
 from ..rewriting.config import check_name
@@ -45,6 +46,7 @@ from ..sites.finding import find_sites
 from ..sites.site import Site, stored_weight
 from .files import read_safetensors
 from .finite import check_finite
+from .gathered import gathered, write_once
 from .loading import AdapterFile, loader
 from .mistakes import as_path, check_file, foreign_file_hint
 from .writing import write_atomically
@@ -54,15 +56,24 @@ VERSION = 1
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None, allow_nonfinite: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter: str | None = None,
+    allow_nonfinite: bool = False,
+    whole_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
+
+    If the model is sharded, all processes call this, and process 0 writes.
 
     Args:
         model: a model with adapters, from `rewrite`, `wrap`, `adapt` or `load`.
         path: of the file; its folder must exist.
         adapter: the name of the adapter to write; None for all, whether they act or not.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
+        whole_tensors: of a sharded model, its parameters by name if they are gathered already, as
+            `accelerator.get_state_dict` does. Then the process that has them calls this alone.
 
     Raises:
         AdapterError: the model has no adapters, or records one at a site that its graph does not show any more.
@@ -72,6 +83,12 @@ def save(
     """
     file = as_path(path, "save(model, path)")
     warn_of_trained_base(model, "save")
+    with gathered(model, whole_tensors):
+        data = _file_of(model, file, adapter, allow_nonfinite)
+    write_once(model, lambda: write_atomically(file, data), alone=whole_tensors is not None)
+
+
+def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite: bool) -> bytes:
     values = adapter_state_dict(model)
     if adapter is not None:
         known_names(model, adapter)
@@ -91,7 +108,7 @@ def save(
     prints = fingerprints(model, [name for record in records for name in record["sites"]])
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
     document["checksum"] = _checksum(document, state)
-    write_atomically(file, safetensors.torch.save(state, {FORMAT: json.dumps(document)}))
+    return safetensors.torch.save(state, {FORMAT: json.dumps(document)})
 
 
 def _record(variant: Variant, members: Sequence[Placement]) -> dict[str, Any]:
@@ -290,6 +307,6 @@ def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Te
         return {site.name: stored_weight(model, site) for site in adapted if site.name in names}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
     return {
-        name: module.frozen_weight() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight")
+        name: whole(module.frozen_weight() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight"))
         for name, module in modules.items()
     }

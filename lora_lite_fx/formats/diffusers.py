@@ -24,6 +24,7 @@ from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
 from .files import read_safetensors
 from .finite import check_finite
+from .gathered import gathered, write_once
 from .loading import AdapterFile, loader
 from .mistakes import as_path
 from .peft.base_model import source_of
@@ -69,7 +70,8 @@ def save_diffusers(
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_diffusers(model, path)")
-    config, tensors, _ = peft_form(model, None, adapter)
+    with gathered(model):
+        config, tensors, _ = peft_form(model, None, adapter)
     warn_of_trained_base(model, "save_diffusers")
     if config["peft_type"] != "LORA":
         raise ConfigError(f"diffusers reads LoRA, and this adapter is what PEFT calls {config['peft_type']}.")
@@ -85,9 +87,13 @@ def save_diffusers(
     fields = {f"{component}.{name}": value for name, value in config.items() if name not in _UNSAID}
     if not allow_nonfinite:
         check_finite(named, folder / FILE, "nothing was written")
-    make_folder(folder)
     metadata = {"format": "pt", _CONFIG: json.dumps(fields, indent=2, sort_keys=True)}
-    write_atomically(folder / FILE, tensor_bytes(named, metadata))
+
+    def write() -> None:
+        make_folder(folder)
+        write_atomically(folder / FILE, tensor_bytes(named, metadata))
+
+    write_once(model, write)
 
 
 def load_diffusers(

@@ -36,6 +36,7 @@ from ..variants import (
 )
 from .files import read_safetensors
 from .finite import check_finite
+from .gathered import gathered, write_once
 from .loading import AdapterFile, loader
 from .mistakes import as_path
 from .single_adapter import (
@@ -108,6 +109,12 @@ def save_lora_lite(
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save_lora_lite(model, path)")
+    with gathered(model):
+        data = _file_of(model, file, adapter, allow_nonfinite)
+    write_once(model, lambda: write_atomically(file, data))
+
+
+def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite: bool) -> bytes:
     variant, placed = only_adapter(model, "A lora-lite file", adapter=adapter)
     warn_of_trained_base(model, "save_lora_lite")
     sites = sites_of(model)
@@ -132,7 +139,7 @@ def save_lora_lite(
     }
     if not allow_nonfinite:
         check_finite(tensors, file, "nothing was written")
-    write_atomically(file, safetensors.torch.save(tensors, {"cfg": json.dumps(config)}))
+    return safetensors.torch.save(tensors, {"cfg": json.dumps(config)})
 
 
 @loader

@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
 from ..formats.peft.directory import save_peft
 from ..formats.peft.hub import CONFIG, TENSORS
+from ..graph.sharded import is_sharded
 from ..log import logger
 from ..rewriting.calibration import Batches
 from ..rewriting.named import as_named
@@ -221,7 +222,13 @@ class Adapted(NamedAdapters, AdaptedPart):
         """Print one line: how many parameters train now, of how many, as PEFT prints it."""
         print(trainable_parameters(self))  # type: ignore[arg-type]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
         """Write the adapters, and not the model: as a PEFT directory, and for a `Trainer` that resumes.
 
         `adapt`, `from_pretrained` of an adapted class and PEFT read the directory. Adapters that PEFT has no form for
@@ -230,14 +237,18 @@ class Adapted(NamedAdapters, AdaptedPart):
         Args:
             save_directory: made if it is not there.
             is_main_process: whether to write at all.
+            state_dict: of a sharded model, its whole tensors by name, as `accelerator.get_state_dict` gathers them; the
+                process that has them calls this alone. Without it all processes call this.
         """
         if not is_main_process:
             return
+        model: Any = self
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save(self, folder / WEIGHTS)  # type: ignore[arg-type]
+        whole_tensors = state_dict if is_sharded(model) else None
+        save(model, folder / WEIGHTS, whole_tensors=whole_tensors)
         try:
-            save_peft(self, folder)  # type: ignore[arg-type]
+            save_peft(model, folder, whole_tensors=whole_tensors)
         except ConfigError as error:
             for name in (CONFIG, TENSORS):  # those of adapters that were saved here before
                 (folder / name).unlink(missing_ok=True)
@@ -273,17 +284,18 @@ class Adapted(NamedAdapters, AdaptedPart):
         """
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ConfigError("The layers of a graph are checkpointed with use_reentrant=False; the other kind is not.")
+        self._graphs.checkpoint_layers(True)
         self._switch_checkpointing("enable", gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Let the graphs save all activations again."""
+        self._graphs.checkpoint_layers(False)
         self._switch_checkpointing("disable")
 
     def _switch_checkpointing(self, how: str, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the new name calls the old one if that is overridden
             getattr(super(), f"gradient_checkpointing_{how}")(*args, **kwargs)
-        self._graphs.drop()
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
         """Raise AdapterError, because the graphs are captured for the embeddings that the model has."""

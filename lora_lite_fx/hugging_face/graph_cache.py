@@ -25,6 +25,7 @@ from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.compiling import LayerCompiler
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import draft_of
+from ..graph.sharded import refuse_sharded
 from ..graph.tensors import delete_tensor, register_tensor, tensor_of
 from ..graph.turns import calling, tracing
 from ..graph.writes import written_buffers
@@ -98,6 +99,7 @@ class GraphCache:
         """Forget all graphs, because devices and dtypes are part of them."""
         self._kept: list[CapturedGraph] = []  # the one that was not used for longest first
         self.__dict__.pop("decoder", None)
+        self.__dict__.pop("_first_call", None)
 
     @functools.cached_property
     def decoder(self) -> Decoder | None:
@@ -181,6 +183,12 @@ class GraphCache:
                 graph.gm.compile_layers_by(compiler)
             self.compiler = compiler
 
+    def checkpoint_layers(self, checkpoints: bool) -> None:
+        """Let the layers of all graphs keep only their inputs for the backward pass, or all activations again."""
+        with tracing():
+            for graph in self._kept:
+                graph.gm.checkpoint_layers_if(checkpoints)
+
     def _log(self, call: CapturedCall, refusal: str, seconds: float) -> None:
         name = type(self.model).__name__ + (f".{call.path}" if call.path else "")
         changes = [call.differs_from(graph.call) for graph in self._kept if graph.call.path == call.path]
@@ -202,7 +210,7 @@ class GraphCache:
 
     def start(self, insert: Insert, calibration: Batches | None) -> None:
         """Capture the first graph, insert adapters into it, and register their tensors in the model."""
-        call = self._first_call(self.model)
+        call = self._first_call
         batches = None if calibration is None else (self._batch(batch) for batch in calibration)
         graph = self._capture_for(call)
         adapted = insert(graph.gm, batches)
@@ -217,7 +225,7 @@ class GraphCache:
     def add(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
         """Add new adapters to all graphs and to the model."""
         with tracing():
-            first = self._graph_for(self._first_call(self.model)).gm
+            first = self._graph_for(self._first_call).gm
             draft = draft_of(first)
             batches = None if calibration is None else (self._batch(batch) for batch in calibration)
             insert_new(draft, make_plans(draft, adapters, batches))
@@ -260,12 +268,14 @@ class GraphCache:
     def first_graph(self) -> fx.GraphModule:
         """Return the graph that has all sites, captured again if it was dropped, over the tensors of the model."""
         with tracing():
-            gm = self._graph_for(self._first_call(self.model)).gm
+            gm = self._graph_for(self._first_call).gm
             self._bind(gm)
         return gm
 
-    def _first_call(self, model: Any) -> CapturedCall:
-        inputs = self.example_inputs
+    @functools.cached_property
+    def _first_call(self) -> CapturedCall:
+        """The call that the first graph is captured for. Kept, because that of a sharded model cannot be made anew."""
+        model, inputs = self.model, self.example_inputs
         if inputs is None:
             inputs = example_inputs_of(self._shadow())
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
@@ -299,6 +309,12 @@ class GraphCache:
 
     def _capture_for(self, call: CapturedCall) -> CapturedGraph:
         """Capture the call with one example after the other, and return the first graph that holds for it."""
+        names = ", ".join(call.normalized.arguments)
+        refuse_sharded(
+            self.model,
+            f"A call with {names} has no graph yet, and none can be captured of a model",
+            "call the model once like this before fully_shard, which then has its graph",
+        )
         seen = [graph.example for graph in self._kept if graph.call.signature == call.signature]
         errors = []
         for example, fixed in attempts(self.model, call):
@@ -318,7 +334,6 @@ class GraphCache:
                     f"A graph was captured that does not take its own call: {refusal}\nThe way out: {COMPILE_INSTEAD}."
                 )
             )
-        names = ", ".join(call.normalized.arguments)
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:

@@ -20,6 +20,7 @@ from ..adapters.variant import Variant
 from ..errors import AdapterError, ConfigError, shown
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import draft_of
+from ..graph.sharded import refuse_sharded
 from ..graph.tensors import delete_tensor, outside_inference_mode, tensor_of
 from ..passes import Pipeline, RemoveAdapters
 from .calibration import Batches, check_calibration
@@ -72,6 +73,7 @@ def add(
             f"add takes a graph or a model that rewrite, load, capture or adapt returned, not {shown(model)}. The way"
             " out: give wrap or backend all adapters at once, by name."
         )
+    refuse_sharded(model, "add cannot change a model", "add all adapters before fully_shard")
     acting = acting_now(model)
     if isinstance(model, ChangesGraphs):
         model.add_to_graphs(chosen, calibration)
@@ -97,6 +99,7 @@ def delete(model: nn.Module, names: str | Sequence[str]) -> None:
         UserWarning: no adapter acts any more.
     """
     adapter_tensors(model)  # refuses a model without adapters, and says what to pass instead
+    refuse_sharded(model, "delete cannot change a model", "active(model, others) lets an adapter not act")
     gone = known_names(model, names)
     left = [name for name in adapter_names(model) if name not in gone]
     if not left:

@@ -24,6 +24,7 @@ from ..errors import AdapterError, ConfigError, shown
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import draft_of
 from ..graph.provenance import DEFAULT
+from ..graph.sharded import refuse_sharded
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..passes import weight_change
 from ..sites.site import Site
@@ -97,6 +98,7 @@ def combine(
     """
     check_free([check_name(name)], adapter_names(model) if isinstance(model, nn.Module) else [])
     _check_method(method, r, density)
+    refuse_sharded(model, "combine cannot change a model", "combine the adapters before fully_shard")
     graph = graph_with_adapters(model)
     factors = {each: _finite(weights[each]) for each in known_names(model, list(weights))}
     summed: dict[str, Factors] = {}

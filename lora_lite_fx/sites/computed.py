@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +18,7 @@ from ..graph.direct_calls import OpOverload
 from ..graph.provenance import is_inserted
 from ..graph.queries import is_deterministic, reads_tensor
 from ..graph.regions import closes_region, opens_region
+from ..graph.sharded import whole
 from ..graph.subgraph import extract
 from ..graph.tensors import tensor_of
 from ..graph.walk import ancestors
@@ -58,8 +60,8 @@ class Computation:
 
     @torch.no_grad()
     def run(self, module: nn.Module) -> Tensor:
-        """Return the tensor, computed from the tensors of these names that `module` has now."""
-        (value,) = fx.Interpreter(module, garbage_collect_values=False, graph=self.graph).run()
+        """Return the tensor, computed from the tensors of these names that `module` has now, gathered if need be."""
+        (value,) = _OfWholeTensors(module, garbage_collect_values=False, graph=self.graph).run()
         assert isinstance(value, Tensor)
         return value.detach()
 
@@ -70,6 +72,14 @@ class Computation:
         return "\n".join(
             f"{node.target}{fx.map_arg((node.args, node.kwargs), numbers.__getitem__)}" for node in self.graph.nodes
         )
+
+
+class _OfWholeTensors(fx.Interpreter):
+    """Gathers tensors of which each process has a part, because operations of other libraries take whole ones."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return whole(value) if isinstance(value, Tensor) else value
 
 
 def frozen_values(graph: fx.Graph) -> set[fx.Node]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ConfigError
 from ..graph.provenance import inner_name
+from ..graph.sharded import whole
 from ..graph.tensors import tensor_of
 from ..graph.walk import walk
 from .computed import Computation
@@ -164,5 +165,8 @@ def stored_bias(model: nn.Module, site: Site) -> Tensor | None:
 
 
 def frozen_tensor(model: nn.Module, name: str, computed: fx.Node | None) -> Tensor:
-    """Return the tensor of `model` that has this name; or the one that `computed` is, if that is given."""
-    return tensor_of(model, name).detach() if computed is None else Computation.of(computed).run(model)
+    """Return the tensor of `model` that has this name; or the one that `computed` is, if that is given.
+
+    All processes gather it if they have parts of it.
+    """
+    return whole(tensor_of(model, name).detach()) if computed is None else Computation.of(computed).run(model)

@@ -24,7 +24,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"adapters"}),
     frozenset({"passes", "variants"}),
     frozenset({"execution"}),
-    frozenset({"rewriting"}),
+    frozenset({"rewriting", "distributed"}),
     frozenset({"formats"}),
     frozenset({"hugging_face", "torch_compile", "inspection"}),
     frozenset({"testing"}),

@@ -25,6 +25,7 @@ from ...variants import TinyLoRA
 from ..checkpoint import fingerprints
 from ..files import read_json, read_safetensors
 from ..finite import check_finite
+from ..gathered import gathered, write_once
 from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, sites_in, sites_of
@@ -56,8 +57,11 @@ def save_peft(
     adapter: str | None = None,
     as_lora: bool | None = None,
     allow_nonfinite: bool = False,
+    whole_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter of `model` as a PEFT directory, which `PeftModel.from_pretrained` loads on the same base.
+
+    If the model is sharded, all processes call this, and process 0 writes.
 
     Several adapters are written as PEFT does: "default" into the directory, and each other one into a folder of its
     name in it, which `load_peft(..., subfolder=name, name=name)` and PEFT's `load_adapter` read.
@@ -74,6 +78,7 @@ def save_peft(
             those, whose base PEFT factorizes and changes at each load, and which is wrong elsewhere.
             `LoRAXS`, which PEFT has not, is always written as a LoRA of its rank.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
+        whole_tensors: as for `save`.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -83,24 +88,33 @@ def save_peft(
     folder = as_path(path, "save_peft(model, path)")
     warn_of_trained_base(model, "save_peft")  # refuses a model without adapters
     names = adapter_names(model)
-    if adapter is not None or len(names) == 1:
-        _save(model, folder, adapter, as_lora, allow_nonfinite)
-        return
-    forms = {name: peft_form(model, as_lora, name) for name in names}  # refuses before anything is written
-    for name in forms:
-        _save(model, folder if name == DEFAULT else folder / name, name, as_lora, allow_nonfinite)
+    with gathered(model, whole_tensors):
+        if adapter is not None or len(names) == 1:
+            files = [_files(model, folder, adapter, as_lora, allow_nonfinite)]
+        else:
+            folders = {name: folder if name == DEFAULT else folder / name for name in names}
+            files = [_files(model, folders[name], name, as_lora, allow_nonfinite) for name in names]
+
+    def write() -> None:
+        for contents in files:
+            make_folder(contents[0][0].parent)
+            write_together(contents)
+
+    write_once(model, write, alone=whole_tensors is not None)
 
 
-def _save(model: nn.Module, folder: Path, adapter: str | None, as_lora: bool | None, allow_nonfinite: bool) -> None:
+def _files(
+    model: nn.Module, folder: Path, adapter: str | None, as_lora: bool | None, allow_nonfinite: bool
+) -> list[tuple[Path, bytes]]:
+    """Return the paths of the two files of a directory, with their contents."""
     config, tensors, sites = peft_form(model, as_lora, adapter)
     if not allow_nonfinite:
         check_finite(tensors, folder / TENSORS, "nothing was written")
-    make_folder(folder)
     prints = fingerprints(model, sites)
     metadata = {"format": "pt", _DIGEST: _digest(config), FINGERPRINTS: json.dumps(prints)}
     data = tensor_bytes(tensors, metadata)
     document = json.dumps(config, indent=2, sort_keys=True).encode()
-    write_together([(folder / TENSORS, data), (folder / CONFIG, document)])
+    return [(folder / TENSORS, data), (folder / CONFIG, document)]
 
 
 def load_peft(

@@ -1,0 +1,1 @@
+"""Adapted models in several processes; see README.md."""

@@ -1,0 +1,65 @@
+"""Parameters that `fully_shard` has divided among processes: each process has a part, and calls gather the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..errors import AdapterError, is_instance_of
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Check whether processes have parts of the model's parameters: by `fully_shard`, or by tensor parallelism."""
+    return any(_shards(module) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
+
+
+def _shards(module: nn.Module) -> bool:
+    return is_instance_of(module, "torch", "FSDPModule")
+
+
+def reshard(model: nn.Module) -> None:
+    """Let each parameter of a sharded model be this process's part of it again.
+
+    The outermost parameters stay whole from a forward pass to its backward pass. They are other objects then, which are
+    read right, but what is written to them is lost, and an optimizer that gets them trains nothing.
+    """
+    modules: list[Any] = [module for module in model.modules() if _shards(module)]
+    for module in modules:
+        module.reshard()
+
+
+def refuse_sharded(model: object, what: str, way_out: str) -> None:
+    """Raise AdapterError if processes have parts of the parameters of `model`.
+
+    Args:
+        model: anything.
+        what: was asked for, as in "add cannot change a model".
+        way_out: an imperative.
+    """
+    if isinstance(model, nn.Module) and is_sharded(model):
+        raise AdapterError(f"{what} whose parameters are sharded. The way out: {way_out}.")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor of which each process has a part, gathered by all of them; another as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_values(target: Tensor, source: Tensor) -> None:
+    """Copy values in place between tensors of which processes may have parts.
+
+    Args:
+        target: of any layout. If processes have parts of it and `source` is whole, they get those of process 0.
+        source: of the same shape.
+    """
+    if not isinstance(target, DTensor):
+        target.copy_(whole(source))
+    elif isinstance(source, DTensor):
+        target.copy_(source)
+    else:
+        local = source.detach().to(target.device)
+        target.copy_(distribute_tensor(local, target.device_mesh, target.placements))

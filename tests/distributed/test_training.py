@@ -1,0 +1,59 @@
+"""Training in two processes is training in one: losses, gradients, and adapters after some steps of an optimizer."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.training import BASES, CASES, EVERYDAY, in_one_process, train_all
+from tests.support.conformance import close
+from tests.support.ranks import RankFailed, on_ranks
+from tests.support.selection import slow_unless
+
+# What is float64 is equal but for rounding; fused losses are computed in float32. Elsewhere the wrapper rounds in
+# another order, which the optimizer makes larger, and a gradient that is not averaged would be off by more than half.
+TOLERANCES = {
+    "llama": 1e-9,
+    "albert": 1e-9,
+    "tied": 1e-5,
+    "torchao int8": 1e-4,
+    "nf4": 5e-3,
+    "int8": 5e-3,
+    "bfloat16": 0.1,
+}
+
+
+@functools.cache
+def trained(is_everyday: bool) -> list[dict[str, Any]] | str:
+    """Return what each process found in all cases of one kind, or why they failed.
+
+    All cases share two processes, because to start processes costs more than a case.
+    """
+    names = [name for name in CASES if (name in EVERYDAY) == is_everyday]
+    try:
+        return on_ranks(train_all, 2, names, seconds=900.0)
+    except RankFailed as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, CASES))
+def test_two_processes_train_like_one(name: str) -> None:
+    case = CASES[name]
+    expected = in_one_process(case, 2)
+    tolerance = TOLERANCES[case.base]
+    results = trained(name in EVERYDAY)
+    assert not isinstance(results, str), results
+    for rank, found in enumerate(results):
+        losses = torch.tensor([found[name]["losses"], expected["losses"][rank]])
+        close(losses[0], losses[1], max(tolerance, 1e-6), "losses")
+        for what in ("gradients", "after"):
+            assert found[name][what].keys() == expected[what].keys()
+            for tensor, value in found[name][what].items():
+                close(value, expected[what][tensor], tolerance, f"{what}: {tensor}")
+
+
+def test_every_base_has_a_case() -> None:
+    assert {case.base for case in CASES.values()} == BASES.keys()

@@ -22,7 +22,9 @@ from .errors import (
 )
 from .execution.compiling import compile_layers
 from .execution.frozen import frozen
+from .execution.memory import MemoryPlan
 from .execution.optimize import optimize
+from .execution.planning import memory_plan, plan_memory
 from .formats.checkpoint import load, save
 from .formats.diffusers import load_diffusers, save_diffusers
 from .formats.lora_lite import load_lora_lite, save_lora_lite
@@ -118,6 +120,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAXS",
+    "MemoryPlan",
     "MiSS",
     "OLoRA",
     "ParamSpec",
@@ -159,8 +162,10 @@ __all__ = [
     "load_peft",
     "load_slot",
     "loftq",
+    "memory_plan",
     "merge",
     "optimize",
+    "plan_memory",
     "program",
     "put_slot",
     "reconfigure",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -45,13 +45,15 @@ class Piece:
         path: qualified name of the module.
         method: the name of the method by which the rest of the program calls it, with the inputs alone.
         values: what it needs of the module.
-        rest: `None, *values, *inputs -> results`.
+        graph: computes the results from these values and the inputs.
+        rest: `None, *values, *inputs -> results`, the graph as a function.
         has_more_results: whether there are several.
     """
 
     path: str
     method: str
     values: Values
+    graph: fx.Graph = field(compare=False)
     rest: Callable[..., Any]
     has_more_results: bool
 
@@ -106,7 +108,7 @@ def _cut_piece(module: nn.Module, outer: fx.Graph, members: Sequence[fx.Node], p
     names = [str(node.target).removeprefix(f"{path}.") for node in tensors]
     values = Values(reader_of(module, names), function_of(extract(tensors, own)))
     replace_by_call(outer, method, inputs, members, results)
-    return Piece(path, method, values, function_of(graph), len(results) > 1)
+    return Piece(path, method, values, graph, function_of(graph), len(results) > 1)
 
 
 def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

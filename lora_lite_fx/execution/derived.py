@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,8 @@ from .compiling import LayerCompiler
 from .cutting import Piece, Values
 from .frozen import KeptValues
 from .layer import Part, submodule
+from .memory import Memory, MemoryPlan
+from .planned import PlannedPart
 
 
 class RunsPrograms(Protocol):
@@ -36,10 +38,32 @@ class Derived:
     Args:
         pieces: what modules run of it.
         values: what the rest needs of the model, or None.
+        parts: what the module of each piece runs.
+        unplanned: why their memory is not planned though that was asked for.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     values: Values | None = None
+    parts: list[Part] = field(default_factory=list)
+    unplanned: str = ""
+    _planned: dict[Any, PlannedPart] = field(default_factory=dict)
+
+    def planned_part(self, piece: Piece, memory: Memory) -> PlannedPart:
+        """Return what the module of a piece runs where memory is planned. Pieces of equal code share it, and a plan."""
+        key = (piece.values, piece.rest)
+        if key not in self._planned:
+            self._planned[key] = PlannedPart(piece.values, piece.graph, memory)
+        return self._planned[key]
+
+    def memory_plans(self) -> list[MemoryPlan]:
+        """Return the memory plans of its layers, one for each kind of layer that was called."""
+        if self.unplanned:
+            return [MemoryPlan(reason=self.unplanned, layers=tuple(dict.fromkeys(piece.path for piece in self.pieces)))]
+        layers: dict[PlannedPart, list[str]] = {}
+        for piece, part in zip(self.pieces, self.parts, strict=True):
+            if isinstance(part, PlannedPart):
+                layers.setdefault(part, []).append(piece.path)
+        return [replace(run.plan, layers=tuple(paths)) for part, paths in layers.items() for run in part.runs.values()]
 
     def keep(self, host: nn.Module, kept: KeptValues, method: str) -> None:
         """Compute what the program needs of the modules of `host`, and let `kept` keep it."""

@@ -11,6 +11,7 @@ from torch import nn
 from ..capture.signature import CallSignature
 from ..passes import OPTIMIZATIONS, Pipeline, Program
 from .compiling import LayerCompiler
+from .memory import Memory
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Execution:
     Args:
         passes: the passes that optimize the programs.
         checkpoint_layers: whether the layers keep only their inputs for the backward pass, and run again in it.
+        memory: how much the layers keep for the backward pass in training.
         fuse_loss: whether head and loss are one operation in training mode, so that with labels logits are None.
         compiler: compiles what the layers run; None if they run as they are.
         signature: how the graph is called; None for a graph that takes its inputs and nothing else.
@@ -28,6 +30,7 @@ class Execution:
 
     passes: Pipeline = OPTIMIZATIONS
     checkpoint_layers: bool = False
+    memory: Memory = "fast"
     fuse_loss: bool = False
     compiler: LayerCompiler | None = None
     signature: CallSignature | None = None

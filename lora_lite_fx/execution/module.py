@@ -29,6 +29,7 @@ from ..graph.direct_calls import constant_when_compiled, outside_symbolic_trace,
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
 from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of
+from ..graph.writes import overwrites
 from ..log import phase
 from ..passes import (
     LeaveOutInputs,
@@ -40,14 +41,13 @@ from ..passes import (
 )
 from .bank_inputs import BankInputs
 from .casting import follow_cast
-from .compiling import LayerCompiler
 from .cutting import cut
 from .derived import Derived, part_of, piece_method, values_method
 from .execution import ELSEWHERE, Execution, Host
 from .forward import forward_of_programs
 from .frozen import KeptValues, can_be_kept, changed_inside
-from .layer import GraphLayer, RunsParts, make_layers, running_parts, submodule
-from .pieces import A_LAYER, pieces_of, require_layers
+from .layer import GraphLayer, Part, RunsParts, make_layers, running_parts, submodule
+from .layer_settings import LayerSettings
 from .program_graph import ProgramGraph
 from .switched import ALL, Switched, acting_of, switch_passes, switched_by
 from .watch import Watch
@@ -59,7 +59,7 @@ _deriving = threading.RLock()
 """Held while a program is derived, because several threads may run one graph."""
 
 
-class AdaptedGraphModule(fx.GraphModule):
+class AdaptedGraphModule(LayerSettings):
     """A graph module that computes what its graph says, and runs it as its `execution` says.
 
     A program is derived at the first call that needs it after a recompile, so that passes can change the graph. Its
@@ -68,10 +68,8 @@ class AdaptedGraphModule(fx.GraphModule):
     the graph itself. It has all adapters; calls and exports leave out those that do not act, see `switches`.
     """
 
-    execution: Execution | None = None  # None while the module is being made
     kept: KeptValues | None = None  # inside a scope of `frozen`
     own_switches = Switches()
-    derived: dict[str, Derived]  # by the method that runs the program
     recorded: Recorded | None = None  # the names that the graph has of adapters, as of the last recompile
     _names: tuple[str, ...] = ()  # of the adapters
     _banks: BankInputs | None = None
@@ -123,7 +121,7 @@ class AdaptedGraphModule(fx.GraphModule):
     def run_on(self, host: nn.Module) -> None:
         """Let the programs read the tensors of `host`, and call its layers, wherever it has those of the graph."""
         self._host = Host(host)
-        self._drop_derived()
+        self.drop_derived()
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -134,7 +132,7 @@ class AdaptedGraphModule(fx.GraphModule):
     def _run_programs(self) -> None:
         """Let `forward` run programs that are derived anew, in place of the graph that torch.fx has just compiled."""
         assert self.execution is not None
-        self._drop_derived()
+        self.drop_derived()
         cls: Any = type(self)
         cls.forward = forward_of_programs(cls.forward, self.execution, (IDS,) if self._banks else ())
 
@@ -229,50 +227,23 @@ class AdaptedGraphModule(fx.GraphModule):
         """Drop the kept values, and keep none from now on."""
         self.kept = None
 
-    def compile_layers_by(self, compiler: LayerCompiler | None) -> None:
-        """Compile what the layers run from now on; or no longer, for None.
-
-        Raises:
-            AdapterError: the graph has no layers.
-        """
-        assert self.execution is not None
-        if compiler is not None and not pieces_of(self, self.graph):
-            raise AdapterError(
-                f"compile_layers: the model has no layers. {A_LAYER} The way out: torch.compile(model), which compiles"
-                " the whole model."
-            )
+    def drop_derived(self) -> None:
+        """Drop the programs, which are derived again at the next calls."""
         with _deriving:
-            self.execution = replace(self.execution, compiler=compiler)
-            self._drop_derived()
-
-    def checkpoint_layers_if(self, checkpoints: bool) -> None:
-        """Let the layers keep only their inputs for the backward pass from now on, or all activations again.
-
-        Raises:
-            CaptureError: the graph has no layers to checkpoint.
-        """
-        assert self.execution is not None
-        if checkpoints:
-            require_layers(self)
-        with _deriving:
-            self.execution = replace(self.execution, checkpoint_layers=checkpoints)
-            self._drop_derived()
-
-    def _drop_derived(self) -> None:
-        # torch.fx makes a class for each module, so the methods of the programs can be attributes of the class.
-        cls: Any = type(self)
-        for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
-            delattr(cls, method)
-        cls.derived, cls._numbers, cls._switched = {}, {}, {}
-        cls.recorded = Recorded.of(self)
-        cls._names, cls._banks = cls.recorded.names, BankInputs.of(self, self.flat_graph)
-        cls.modes = has_modes(self.flat_graph) or (self.execution is not None and self.execution.fuse_loss)
-        cls._watch = None
-        if self.kept is not None:
-            self.kept = KeptValues()
-        for module in self.modules():
-            if isinstance(module, GraphLayer):
-                module.own_part = None
+            # torch.fx makes a class for each module, so the methods of the programs can be attributes of the class.
+            cls: Any = type(self)
+            for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
+                delattr(cls, method)
+            cls.derived, cls._numbers, cls._switched = {}, {}, {}
+            cls.recorded = Recorded.of(self)
+            cls._names, cls._banks = cls.recorded.names, BankInputs.of(self, self.flat_graph)
+            cls.modes = has_modes(self.flat_graph) or (self.execution is not None and self.execution.fuse_loss)
+            cls._watch = None
+            if self.kept is not None:
+                self.kept = KeptValues()
+            for module in self.modules():
+                if isinstance(module, GraphLayer):
+                    module.own_part = None
 
     def _keeps_for(self, ids: object) -> bool:
         """Return whether a call may use kept values.
@@ -378,6 +349,7 @@ class AdaptedGraphModule(fx.GraphModule):
                 if not isinstance(module, RunsParts):
                     kind: Any = type(module)
                     module.__class__ = running_parts(kind)
+            overwritten = overwrites(self, graph)
             pieces, values = cut(self, self.host, graph, method, hooked)
             graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
             derived = Derived(pieces, values)
@@ -385,8 +357,15 @@ class AdaptedGraphModule(fx.GraphModule):
             assert self.execution is not None
             compiler = None if program == "plain" else self.execution.compiler
             setattr(cls, f"{method}_values", values_method(method, derived, is_kept))
+            memory = self.execution.memory if program == "training" and compiler is None else "fast"
+            if memory != "fast" and overwritten:
+                memory, derived.unplanned = "fast", "the graph overwrites tensors"
             for index, piece in enumerate(pieces):
-                part = part_of(piece, is_kept, checkpoints, compiler)
+                if memory != "fast":
+                    part: Part = derived.planned_part(piece, memory)
+                else:
+                    part = part_of(piece, is_kept, checkpoints, compiler)
+                derived.parts.append(part)
                 setattr(cls, piece.method, piece_method(method, index, piece, part, is_kept))
                 layer = submodule(self.host, piece.path)
                 if isinstance(layer, GraphLayer) and not is_kept and program != "plain":
@@ -488,7 +467,7 @@ class AdaptedGraphModule(fx.GraphModule):
         if self.kept is not None:
             raise changed_inside("The model was moved or cast")
         follow_cast(self, fn)
-        self._drop_derived()
+        self.drop_derived()
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)
         if self.own_switches.scales or self.own_switches.ids is not None:

@@ -110,6 +110,12 @@ def written_roots(node: fx.Node) -> list[fx.Node]:
     return roots
 
 
-def overwrites(gm: fx.GraphModule) -> bool:
-    """Check whether `gm` changes tensors in place other than its own buffers and its inputs."""
-    return any(read.op not in ("get_attr", "placeholder") for node in gm.graph.nodes for read in written(gm, node))
+def overwrites(gm: fx.GraphModule, graph: fx.Graph | None = None) -> bool:
+    """Check whether `gm` changes tensors in place other than its own buffers and its inputs.
+
+    Args:
+        gm: the module.
+        graph: one that is run on its tensors, if that is not its own.
+    """
+    nodes = (graph or gm.graph).nodes
+    return any(read.op not in ("get_attr", "placeholder") for node in nodes for read in written(gm, node))

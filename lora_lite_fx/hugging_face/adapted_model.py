@@ -24,6 +24,7 @@ from ..errors import AdapterError, ConfigError
 from ..execution.compiling import LayerCompiler
 from ..execution.frozen import changed_inside, frozen
 from ..execution.layer import RunsParts, running_parts
+from ..execution.memory import Memory, MemoryPlan
 from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
 from ..formats.peft.directory import save_peft
@@ -158,6 +159,14 @@ class Adapted(NamedAdapters, AdaptedPart):
     def compile_layers_by(self, compiler: LayerCompiler | None) -> None:
         """Compile what the layers run from now on, see `compile_layers`; or no longer, for None."""
         self._graphs.compile_layers_by(compiler)
+
+    def plan_memory_by(self, memory: Memory) -> None:
+        """Let the layers keep that much for the backward pass from now on, see `plan_memory`."""
+        self._graphs.plan_memory_by(memory)
+
+    def memory_plans(self) -> list[MemoryPlan]:
+        """Return the plans of all graphs that were called in training."""
+        return self._graphs.memory_plans()
 
     def add_to_graphs(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
         """Add new adapters to all graphs, as `add` asks for."""

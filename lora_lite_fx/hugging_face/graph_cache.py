@@ -23,8 +23,9 @@ from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.compiling import LayerCompiler
+from ..execution.memory import Memory, MemoryPlan, check_memory
 from ..execution.module import AdaptedGraphModule
-from ..execution.optimize import draft_of
+from ..execution.optimize import checkpoints_layers, draft_of
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import delete_tensor, register_tensor, tensor_of
 from ..graph.turns import calling, tracing
@@ -77,6 +78,7 @@ class GraphCache:
         self.captures = 0
         self.keeps_values = False
         self.compiler: LayerCompiler | None = None
+        self.memory: Memory = "fast"
         self._lock = threading.Lock()  # for the order of the graphs, which calls change
         self._owned: set[str] = set()
         self.drop()
@@ -188,6 +190,18 @@ class GraphCache:
         with tracing():
             for graph in self._kept:
                 graph.gm.checkpoint_layers_if(checkpoints)
+
+    def plan_memory_by(self, memory: Memory) -> None:
+        """Let the layers of all graphs keep that much for the backward pass from now on."""
+        check_memory(memory, checkpoints_layers(self.model))
+        with tracing():
+            for graph in self._kept:
+                graph.gm.plan_memory_by(memory)
+            self.memory = memory
+
+    def memory_plans(self) -> list[MemoryPlan]:
+        """Return the plans of all graphs that were called in training."""
+        return [plan for graph in self._kept for plan in graph.gm.memory_plans()]
 
     def _log(self, call: CapturedCall, refusal: str, seconds: float) -> None:
         name = type(self.model).__name__ + (f".{call.path}" if call.path else "")
@@ -341,6 +355,8 @@ class GraphCache:
         self._insert_again(graph.gm)
         if self.compiler is not None:
             graph.gm.compile_layers_by(self.compiler)
+        if self.memory != "fast":
+            graph.gm.run_with(memory=self.memory)
         self.captures += 1
         self._bind(graph.gm)
         graph.gm.run_on(self.model)

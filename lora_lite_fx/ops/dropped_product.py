@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..graph.direct_calls import constant_when_compiled, is_wrapped
+from .autocast import autocast_of
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,7 @@ class _Function(torch.autograd.Function):
         ctx.save_for_backward(a, _packed(factors), *(value if isinstance(value, Tensor) else None for value in kept))
         ctx.sizes = [None if isinstance(value, Tensor) else value for value in kept]
         ctx.product, ctx.count = product, len(sources)
-        device = x.device.type
-        ctx.autocast = {
-            "device_type": device,
-            "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device),
-        }
+        ctx.autocast = autocast_of(x.device.type)
         return F.linear(x * factors, a)
 
     @staticmethod

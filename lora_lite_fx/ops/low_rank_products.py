@@ -10,7 +10,7 @@ tensors one by one: `flatten` and `unflatten` are the only places that know in w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..graph.direct_calls import constant_when_compiled, is_wrapped
 from ..graph.tensors import HALF
+from .autocast import autocast_of
 
 _SMALLEST_SCALE = 1e-30
 """Replaces a scale of zero where the result is divided by the scale again."""
@@ -91,7 +92,8 @@ class LowRankProducts:
             x: `(..., d_in)`.
             a: `(r, d_in)`, where r is the sum of the ranks; or one for each row of the batch, `(batch, r, d_in)`, for
                 an `x (batch, tokens, d_in)`.
-            rest: the sources, and the branches as `flatten` returns them.
+            rest: the sources, and the branches as `flatten` returns them. Without gradients a branch may have no
+                tensors: its result is None.
         """
         _, branches = self.split(rest)
         if not self._is_usual(x, a, branches):
@@ -100,7 +102,8 @@ class LowRankProducts:
             return _apply(self, x, a, *rest)
         # As matrices, which take less time where there are few tokens.
         shape, x = x.shape[:-1], _as_matrix(x, a)
-        return tuple(result.view(*shape, result.shape[-1]) for result in self.accumulated(x, a, branches))
+        results = self.accumulated(x, a, branches)
+        return tuple(result if result is None else result.view(*shape, result.shape[-1]) for result in results)
 
     def split(self, rest: Sequence[Any]) -> tuple[Sequence[Any], list[Branch[Any]]]:
         """Return the sources and the branches, of what follows `x` and `a` among the arguments."""
@@ -119,10 +122,25 @@ class LowRankProducts:
     def _numbers(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         return self.ranks, self.alphas
 
+    def without_unread(self, args: Sequence[Any], read: Container[int]) -> tuple[Any, ...]:
+        """Return the arguments of a call whose branches have no tensors if nothing reads their results.
+
+        Args:
+            args: the arguments of a call that computes no gradients.
+            read: the places of the results that are read.
+        """
+        x, a, *rest = args
+        sources, branches = self.split(rest)
+        kept = [branch if i in read else Branch(None, None, None, None) for i, branch in enumerate(branches, 1)]
+        return x, a, *sources, *flatten(kept)
+
     def _plain(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> tuple[Tensor, ...]:
         t = _product(x, a)
-        results = [t]
+        results: list[Any] = [t]
         for branch, columns, alpha in self.with_columns(branches, t):
+            if branch.weight is None:
+                results.append(None)
+                continue
             y = torch.add(F.linear(x, branch.weight, branch.bias), _product(columns, branch.b), alpha=alpha)
             results.append(y if branch.scale is None else (y * branch.scale).type_as(y))
         return tuple(results)
@@ -130,8 +148,11 @@ class LowRankProducts:
     def accumulated(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> tuple[Tensor, ...]:
         """Return the results, added and scaled in place. None of them is a view, so that they may be overwritten."""
         t = _product(x, a)
-        results = [t]
+        results: list[Any] = [t]
         for branch, columns, alpha in self.with_columns(branches, _as_matrix(t, a)):
+            if branch.weight is None:
+                results.append(None)
+                continue
             y = _linear(x, branch.weight, branch.bias)
             _add_product(_as_matrix(y, a), columns, branch.b.mT, alpha)
             results.append(y if branch.scale is None else y.mul_(branch.scale))
@@ -201,12 +222,7 @@ class _Function(torch.autograd.Function):
         )
         ctx.sizes = [None if isinstance(value, Tensor) else value for value in rest]
         ctx.products = products
-        device = x.device.type
-        ctx.autocast = {
-            "device_type": device,
-            "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device),
-        }
+        ctx.autocast = autocast_of(x.device.type)
         ctx.set_materialize_grads(False)
         return results
 

@@ -35,6 +35,8 @@ from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, Switches, coefficients
 from ..capture.capture import Inputs
 from ..errors import AdapterError
+from ..execution.memory import Memory, check_memory
+from ..execution.planning import plan_memory
 from ..graph.tensors import outside_inference_mode
 from ..log import phase, progress
 from ..passes import (
@@ -60,6 +62,7 @@ def rewrite(
     dynamic_shapes: Any = "auto",
     calibration: Batches | None = None,
     checkpoint_layers: bool | None = None,
+    memory: Memory | None = None,
     fuse_loss: bool | None = None,
     verify: bool = True,
 ) -> fx.GraphModule:
@@ -83,6 +86,8 @@ def rewrite(
             That takes less memory and about a third more time, and gives the same gradients. The layers are those
             that `layers` of a config counts. None follows `model`: a Hugging Face model after
             `gradient_checkpointing_enable()` and a graph made with this option checkpoint their layers.
+        memory: how much the layers keep for the backward pass, as `plan_memory` says it: `"fast"`, `"balanced"`, a
+            part of what autograd keeps, or a number of bytes for each token. None follows `model`, if that is a graph.
         fuse_loss: compute head and loss as one operation in training mode, in calls with labels: a few rows of logits
             at a time, and none for tokens without a label. That takes less time and memory; the result has the loss,
             and `logits` is None. In evaluation mode and in calls without labels all is as ever. Losses other than the
@@ -99,10 +104,12 @@ def rewrite(
         CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or
             its graph computes something else than it.
         SelectionError: a config's targets match no site.
-        ConfigError: `cfg` is not a variant, or does not fit a site.
+        ConfigError: `cfg` is not a variant, or does not fit a site; or `memory` is not one of its values.
     """
     adapters = as_adapters(cfg)
     check_calibration(calibration)
+    if memory is not None:
+        check_memory(memory, bool(checkpoint_layers))
     gm = capture(
         model,
         example_inputs,
@@ -111,6 +118,8 @@ def rewrite(
         fuse_loss=fuse_loss,
         verify=verify,
     )
+    if memory is not None:
+        plan_memory(gm, memory)
     if isinstance(cfg, Mapping):
         check_free(cfg, adapter_names(gm))
     insert_new(gm, make_plans(gm, adapters, calibration), stacklevel=3)

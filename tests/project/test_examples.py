@@ -47,6 +47,19 @@ def test_a_sweep_compares_configs_and_draws_the_gradients(tmp_path: Path) -> Non
     assert picture.stat().st_size > 10_000
 
 
+def test_memory_is_told_beside_time(tmp_path: Path) -> None:
+    run("examples/memory_plans.py", "--quick", "--layers", "2", "--out", str(tmp_path / "memory.txt"))
+    _, _, *lines = (tmp_path / "memory.txt").read_text().splitlines()
+    rows = {name: values for name, *values in (line.split() for line in lines[:6])}
+    assert list(rows) == ["fast", "0.8", "balanced", "0.5", "0.35", "checkpoint_layers"]
+    parts = {name: float(values[1]) for name, values in rows.items()}
+    assert parts["fast"] == 1.0
+    assert parts["0.8"] <= 0.81
+    assert parts["0.5"] <= 0.51
+    assert parts["0.35"] <= 0.36
+    assert parts["checkpoint_layers"] < 0.2
+
+
 @pytest.mark.slow
 def test_compile_times_are_told_and_a_saved_cache_is_loaded() -> None:
     text = run("examples/compile_time.py", "--quick", "--width", "64", "--tokens", "8")

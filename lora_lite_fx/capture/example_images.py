@@ -15,6 +15,7 @@ from .example_values import BATCH, SEQUENCE, Inputs, Values
 IMAGES = ("pixel_values", "flattened_patches")
 """The arguments that images come in."""
 _GRIDS = ("image_grid_thw", "image_grid_hw", "grid_thw")
+_PLACES = ("image_position_ids", "pixel_position_ids")
 
 
 def takes_images(values: Values) -> bool:
@@ -40,7 +41,7 @@ def images(values: Values) -> Iterator[Inputs]:
         channels, patch = values.pixels()[0], values.side("patch_size") or 1
         strip = values.noise(1, channels, patch, BATCH * 32 * patch)  # of patches beside each other
         yield {"pixel_values": strip, "target_sizes": values.rows([4, 8])}
-    elif "image_position_ids" in arguments:
+    elif any(name in arguments for name in _PLACES):
         yield from _placed_patches(values)
     elif "aspect_ratio_ids" in arguments and (tiles := values.field("max_num_tiles")):
         yield {
@@ -102,7 +103,8 @@ def _placed_patches(values: Values) -> Iterator[Inputs]:
     places = torch.cartesian_prod(torch.arange(side), torch.arange(2 * side)).flip(1).to(values.model.device)
     patches = torch.rand(BATCH, len(places), _numbers(values), generator=values.generator)
     patches = patches.to(values.model.device, values.model.dtype)
-    yield {"pixel_values": patches, "image_position_ids": places.expand(BATCH, -1, -1).contiguous()}
+    name = next(name for name in _PLACES if name in values.parameters)
+    yield {"pixel_values": patches, name: places.expand(BATCH, -1, -1).contiguous()}
 
 
 def _whole_and_tiles(values: Values) -> Iterator[Inputs]:

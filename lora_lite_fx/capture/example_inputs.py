@@ -170,6 +170,9 @@ class _Maker(Values):
         yield {name: tokens[:, None].repeat(1, CHOICES, 1) for name, tokens in text.items()}
         if "bbox" in self.parameters:
             yield {**text, "bbox": self.boxes()}
+        if "visual_feats" in self.parameters:  # of regions of an image, with their boxes
+            regions = self.noise(BATCH, SEQUENCE, self.field("visual_feat_dim") or 1)
+            yield {**text, "visual_feats": regions, "visual_pos": self.boxes()}
         if (books := self.field("num_codebooks")) is not None:
             yield {**text, "input_ids": text["input_ids"].repeat(books, 1)}
         if (channels := getattr(self.field("decoder_config"), "num_channels", None)) is not None:

@@ -64,13 +64,14 @@ def _features(values: Values) -> Iterator[Inputs]:
 
 
 def _spectrograms(values: Values) -> Iterator[Tensor]:
-    bins = next((size for name in _SPECTRUM if isinstance(size := values.anywhere(name), int)), 80)
+    named = [size for name in _SPECTRUM if isinstance(size := values.anywhere(name), int)]
     positions = values.field("max_source_positions") or values.field("max_length")
     frames = values.field("max_length") if values.field("max_source_positions") is None else 2 * positions
     # At last a length that gives a frame for each token of text, eight of a spectrogram in one.
     windows = 2 * (values.field("n_window") or 0)  # of models that take whole windows
     beside_waves = _SAMPLES // (values.field("hop_length") or _SAMPLES + 1)
-    for length in dict.fromkeys((frames or _FRAMES, _FRAMES, 8 * SEQUENCE, windows, beside_waves)):
-        if length:
-            yield values.noise(BATCH, bins, length)
-            yield values.noise(BATCH, length, bins)
+    for bins in dict.fromkeys(named or [80]):
+        for length in dict.fromkeys((frames or _FRAMES, _FRAMES, 8 * SEQUENCE, windows, beside_waves)):
+            if length:
+                yield values.noise(BATCH, bins, length)
+                yield values.noise(BATCH, length, bins)

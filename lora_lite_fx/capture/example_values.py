@@ -111,7 +111,7 @@ class Values:
 
     def pixels(self) -> tuple[int, int, int]:
         """Return the channels, the height and the width of an image."""
-        size = self.field("image_size") or _PIXELS
+        size = self.field("image_size", "max_img_size") or _PIXELS
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return self.field("num_channels", "in_channels", "in_chans") or 3, height, width
 

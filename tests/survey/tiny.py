@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 _DIVISORS = (16, 8, 4, 2)
-_MOST_PARAMETERS = 12_000_000
+_MOST_PARAMETERS = 34_000_000
 LAYERS, VOCABULARY, LENGTH = 2, 96, 64
 
 _WIDTH = re.compile(

@@ -236,8 +236,9 @@ def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
 
 
 def _require_images_and_sounds(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Raise `Unequal` if nothing is computed of the images and sounds of an example."""
-    images = {name: inputs[name].clone().requires_grad_() for name in (*IMAGES, *SOUNDS) if name in inputs}
+    """Raise `Unequal` if nothing is computed of the images of an example, or of sounds beside text."""
+    arguments = (*IMAGES, *SOUNDS) if "input_ids" in inputs else IMAGES  # codecs alone have no gradients
+    images = {name: inputs[name].clone().requires_grad_() for name in arguments if name in inputs}
     if images:
         leaves = pytree.tree_leaves(tuple(model(**{**inputs, **images}).values()))
         total = sum(leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.placement import site_bias, site_weight
 from ..errors import AdapterError, ConfigError
+from ..graph.replacing import replace_module
 from ..passes import MergedSite, merge_sites
 from ..sites.finding import find_sites
 from ..sites.site import Site
@@ -107,10 +108,7 @@ def _dense(module: DequantizedLinear, weight: Tensor) -> nn.Module:
 def _put(model: nn.Module, modules: dict[str, nn.Module], name: str, module: nn.Module) -> None:
     """Put a module in the place of the one that has this name, wherever the model has that."""
     old, modules[name] = modules[name], module
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = module
+    replace_module(model, old, module)
 
 
 def _is_kept(gm: fx.GraphModule, merged: MergedSite) -> bool:

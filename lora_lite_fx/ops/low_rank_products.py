@@ -95,15 +95,13 @@ class LowRankProducts:
             rest: the sources, and the branches as `flatten` returns them. Without gradients a branch may have no
                 tensors: its result is None.
         """
-        _, branches = self.split(rest)
-        if not self._is_usual(x, a, branches):
-            return self._plain(x, a, branches)
+        if not self._is_usual(x, a, rest):
+            return self._plain(x, a, self.split(rest)[1])
         if torch.is_grad_enabled():
             return _apply(self, x, a, *rest)
-        # As matrices, which take less time where there are few tokens.
-        shape, x = x.shape[:-1], _as_matrix(x, a)
-        results = self.accumulated(x, a, branches)
-        return tuple(result if result is None else result.view(*shape, result.shape[-1]) for result in results)
+        if a.dim() == 2 and not (x.dtype in HALF and x.device.type == "cpu"):
+            return self._of_rows(x, a, rest)
+        return self.accumulated(x, a, self.split(rest)[1])
 
     def split(self, rest: Sequence[Any]) -> tuple[Sequence[Any], list[Branch[Any]]]:
         """Return the sources and the branches, of what follows `x` and `a` among the arguments."""
@@ -121,6 +119,29 @@ class LowRankProducts:
     @constant_when_compiled
     def _numbers(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         return self.ranks, self.alphas
+
+    def _of_rows(self, x: Tensor, a: Tensor, rest: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Return the results without gradients, to the bits of `accumulated`.
+
+        A token of `generate` waits for the calls and not for the products, so this makes as few as it can, by matrices.
+        """
+        shape = x.shape[:-1]
+        x = _rows(x)
+        t = F.linear(x, a)
+        results: list[Any] = [t.view(*shape, t.shape[-1])]
+        parts = torch.split_with_sizes(t, self.ranks, 1) if len(self.ranks) > 1 else (t,)
+        place = self.sources
+        for columns, alpha in zip(parts, self.alphas, strict=False):  # without branches there is t alone
+            weight, bias, b, scale = rest[place : place + 4]
+            place += 4
+            if weight is None:
+                results.append(None)
+                continue
+            y = F.linear(x, weight, bias).addmm_(columns, b.t(), alpha=alpha)
+            if scale is not None:
+                y.mul_(scale)
+            results.append(y.view(*shape, y.shape[-1]))
+        return tuple(results)
 
     def without_unread(self, args: Sequence[Any], read: Container[int]) -> tuple[Any, ...]:
         """Return the arguments of a call whose branches have no tensors if nothing reads their results.
@@ -158,12 +179,12 @@ class LowRankProducts:
             results.append(y if branch.scale is None else y.mul_(branch.scale))
         return tuple(results)
 
-    def _is_usual(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> bool:
+    def _is_usual(self, x: Tensor, a: Tensor, rest: Sequence[Any]) -> bool:
         """Return whether the sums can be formed in place, and the gradients by hand."""
-        if torch.compiler.is_compiling() or (branches and torch.is_autocast_enabled(x.device.type)):
+        if torch.compiler.is_compiling() or (self.ranks and torch.is_autocast_enabled(x.device.type)):
             return False
-        tensors = [x, a, *(tensor for tensor in flatten(branches) if tensor is not None)]
-        dtype = x.dtype if branches else None
+        tensors = [x, a, *(tensor for tensor in rest[self.sources :] if tensor is not None)]
+        dtype = x.dtype if self.ranks else None
         try:
             for tensor in tensors:
                 if dtype is not None and (tensor.dtype is not dtype or type(tensor) not in _ORDINARY):
@@ -173,6 +194,7 @@ class LowRankProducts:
             return False
         if not torch.is_grad_enabled():
             return True
+        _, branches = self.split(rest)
         frozen = (tensor for branch in branches for tensor in (branch.weight, branch.bias) if tensor is not None)
         return not (
             any(tensor.requires_grad for tensor in frozen)

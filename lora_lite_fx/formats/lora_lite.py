@@ -109,6 +109,7 @@ def save_lora_lite(
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save_lora_lite(model, path)")
+    warn_of_trained_base(model, "save_lora_lite")
     with gathered(model):
         data = _file_of(model, file, adapter, allow_nonfinite)
     write_once(model, lambda: write_atomically(file, data))
@@ -116,7 +117,6 @@ def save_lora_lite(
 
 def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite: bool) -> bytes:
     variant, placed = only_adapter(model, "A lora-lite file", adapter=adapter)
-    warn_of_trained_base(model, "save_lora_lite")
     sites = sites_of(model)
     form = _format_of(variant, [sites[placement.site] for placement in placed])
     state = adapter_state_dict(model)

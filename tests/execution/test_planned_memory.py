@@ -21,6 +21,7 @@ from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.execution.test_checkpointing import VOCABULARY, InPlace, assert_same, llama, models, step, t5, tokens
 from tests.support.conformance import randomise, small
 from tests.support.models import WIDTH, ResidualMLP, tiny_llama
+from tests.support.quantized import quantized, storages
 
 LORA = llfx.LoRA(r=3, dropout=0.2)
 
@@ -95,6 +96,55 @@ def test_an_adapted_model_computes_the_same() -> None:
     assert [plan.layers for plan in llfx.memory_plan(ours)] == [("model.layers.0",), ("model.layers.1",)]
     ours.gradient_checkpointing_enable()
     assert_same(step(ours, tokens()), step(plain, tokens()))
+
+
+@pytest.mark.parametrize("storage", storages("nf4"))
+def test_quantized_bases_compute_the_same(storage: str) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64}
+    model = transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=2, vocab_size=VOCABULARY, **shape))
+    plain = llfx.rewrite(quantized(storage, model), llfx.LoRA(r=2)).train()
+    randomise(plain, 1)
+    ours = planned(plain, 0.7)
+    for _ in range(2):
+        assert_same(step(ours, tokens()), step(plain, tokens()))
+    assert all(plan.dropped for plan in llfx.memory_plan(ours))
+
+
+def test_banks_compute_the_same() -> None:
+    plain = llfx.rewrite(plain_llama(), llfx.Bank(llfx.LoRA(r=3), slots=3)).train()
+    randomise(plain, 1)
+    ours = planned(plain, 0.7)
+    for ids in ([0, 2, -1, 1], [1, 1, 0, -1]):
+        inputs = {**tokens(), "adapter_ids": torch.tensor(ids)}
+        assert_same(step(ours, inputs), step(plain, inputs))
+    with llfx.by_row(ours, inputs["adapter_ids"]):
+        assert_same(step(ours, tokens()), step(plain, inputs))
+
+
+def test_each_set_of_adapters_has_plans() -> None:
+    plain = llfx.rewrite(plain_llama(), {"a": llfx.LoRA(r=3), "b": llfx.DoRA(r=2)}).train()
+    randomise(plain, 1)
+    ours = planned(plain, "balanced")
+    for names in (["a"], ["b"], ["a", "b"]):
+        with llfx.active(ours, names), llfx.active(plain, names):
+            assert_same(step(ours, tokens()), step(plain, tokens()))
+    with llfx.scaled(ours, {"a": 0.3}), llfx.scaled(plain, {"a": 0.3}):
+        assert_same(step(ours, tokens()), step(plain, tokens()))
+
+
+def test_a_fused_loss_is_the_same() -> None:
+    plain = llfx.rewrite(plain_llama(), llfx.LoRA(r=3), fuse_loss=True).train()
+    randomise(plain, 1)
+    ours = planned(plain, 0.6)
+    for _ in range(2):
+        found = []
+        for gm in (plain, ours):
+            gm.zero_grad()
+            gm(**tokens()).loss.backward()
+            found.append([p.grad.clone() for p in gm.parameters() if p.grad is not None])
+        for expected, actual in zip(*found, strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_gradients_of_gradients_are_the_same() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import CaptureError
 from .example_images import IMAGES, images, takes_images
 from .example_parts import with_parts
-from .example_series import series, takes_series
+from .example_series import episode, series, takes_episodes, takes_series
 from .example_sounds import SOUNDS, sounds, takes_sound
 from .example_values import BATCH, CHOICES, READS_VALUES, SEQUENCE, Inputs, Values
 from .stacks import built_alike, shortened
@@ -212,6 +212,8 @@ class _Maker(Values):
             yield from images(self)
         elif takes_series(self):
             yield from series(self)
+        elif takes_episodes(self):
+            yield episode(self)
         elif main == "pixel_values_videos":
             yield {"pixel_values_videos": self.noise(BATCH, self.field("num_frames") or 4, *self.pixels())}
         elif main in SOUNDS or (main == "inputs" and takes_sound(self)):

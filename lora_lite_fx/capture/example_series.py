@@ -1,4 +1,4 @@
-"""Make example series of numbers over time for a transformers model that forecasts."""
+"""Make example series over time for a transformers model: of numbers to forecast, or of states and actions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .example_values import BATCH, Inputs, Values
+from .example_values import BATCH, SEQUENCE, Inputs, Values
 
 
 def takes_series(values: Values) -> bool:
@@ -38,3 +38,15 @@ def series(values: Values) -> Iterator[Inputs]:
             made["future_time_features"] = values.noise(BATCH, future, features)
         needed = {*values.required(), "past_values", "future_values", "future_time_features"}
         yield {name: value for name, value in made.items() if name in needed & values.parameters.keys()}
+
+
+def takes_episodes(values: Values) -> bool:
+    """Tell whether the model computes something of states and actions."""
+    return {"states", "actions", "returns_to_go", "timesteps"} <= values.parameters.keys()
+
+
+def episode(values: Values) -> Inputs:
+    """Return the states, actions and rewards of an episode."""
+    sizes = {"states": values.field("state_dim"), "actions": values.field("act_dim"), "rewards": 1, "returns_to_go": 1}
+    made = {name: values.noise(BATCH, SEQUENCE, size or 1) for name, size in sizes.items()}
+    return made | {"timesteps": torch.arange(SEQUENCE, device=values.model.device).expand(BATCH, -1).contiguous()}

@@ -70,7 +70,8 @@ def _spectrograms(values: Values) -> Iterator[Tensor]:
     # At last a length that gives a frame for each token of text, eight of a spectrogram in one.
     windows = 2 * (values.field("n_window") or 0)  # of models that take whole windows
     beside_waves = _SAMPLES // (values.field("hop_length") or _SAMPLES + 1)
-    for bins in dict.fromkeys(named or [80]):
+    stacked = [4 * size for size in named]  # frames and their differences, in pairs
+    for bins in dict.fromkeys([*(named or [80]), *stacked]):
         for length in dict.fromkeys((frames or _FRAMES, _FRAMES, 8 * SEQUENCE, windows, beside_waves)):
             if length:
                 yield values.noise(BATCH, bins, length)

@@ -38,6 +38,8 @@ ARGUMENTS = {
     "voxtral_realtime": {"input_ids", "attention_mask", "input_features", "labels"},
     "dia": {"input_ids", "attention_mask", "decoder_input_ids", "labels"},
     "blip_2_qformer": {"query_embeds", "encoder_hidden_states"},
+    "decision_transformer": {"states", "actions", "rewards", "returns_to_go", "timesteps"},
+    "granite_speech5_ctc": {"input_features"},
     "gemma4_vision": {"pixel_values", "pixel_position_ids"},
     "lxmert": {"input_ids", "attention_mask", "visual_feats", "visual_pos"},
     "fun_asr_nano_encoder": {"input_features", "input_features_mask"},
@@ -203,8 +205,8 @@ def test_a_model_that_computes_something_else_with_caches_is_refused() -> None:
 
 
 def test_a_config_without_what_is_needed_is_named() -> None:
-    model = CASES["decision_transformer"].builder()()
-    with pytest.raises(llfx.CaptureError, match=r"DecisionTransformerModel.*its main input is 'states'.*pass example_"):
+    model = CASES["pi0"].builder()()
+    with pytest.raises(llfx.CaptureError, match=r"PI0For.*It requires state.*pass example_inputs"):
         example_inputs_of(copy.deepcopy(model))
 
 

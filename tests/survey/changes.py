@@ -47,6 +47,7 @@ _HGNET = {
 }
 _ON_HGNET = {f"backbone_config.{name}": value for name, value in _HGNET.items()}
 _DETECTS = {"num_queries": 8, "decoder_in_channels": [16, 16, 16]}
+_FOUR_AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}
 _TEXT_MROPE = {"rope_parameters": _MROPE["text_config.rope_parameters"]}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_next": {"layer_types": _HYBRID},
@@ -116,7 +117,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "maskformer-swin": _WINDOWS,
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "hunyuan_vl": {"text_config.head_dim": 16},
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": _FOUR_AXES},
+    "reformer": {"axial_pos_embds": False},  # in training they fit one length alone
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -187,14 +189,14 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "glm_image_text": {**_TEXT_MROPE, "head_dim": 8},
     "glm_ocr_text": {**_TEXT_MROPE, "head_dim": 8},
     "granite_speech5_encoder": {"context_size": 32},
-    "hunyuan_vl_text": {"head_dim": 16},
+    "hunyuan_vl_text": {"head_dim": 16, "rope_parameters": _FOUR_AXES},
     "tvp": {"max_img_size": 64},
     "clvp": {"text_config.num_attention_heads": 1, "speech_config.num_attention_heads": 1},
     "xcodec": {"codebook_dim": 304},
     "mimi": {"upsample_groups": 32, "codebook_dim": 256},
     "mimi_decoder": {"upsample_groups": 32},
     "vision-text-dual-encoder": {"vision_config.pooler_output_size": 48},
-    "autoformer": {"prediction_length": 4},
+    "autoformer": {"prediction_length": 4, "label_length": 4, "context_length": 8},
     "informer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},
 }

@@ -123,13 +123,18 @@ def _require_unchanged(tensor: Tensor, version: int) -> None:
         )
 
 
+def _version(value: Any) -> int | None:
+    """Return how often a tensor was overwritten; None for sizes, and for tensors of inference mode, which cannot be."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
 class _Again:
     """Computes the dropped values of one call of a layer again, once for all that read them."""
 
     def __init__(self, recipe: Callable[..., tuple[Tensor, ...]], sources: Sequence[Any], device: str) -> None:
         self.recipe = recipe
         self.sources = [value.detach() if isinstance(value, Tensor) else value for value in sources]
-        self.versions = [value._version if isinstance(value, Tensor) else 0 for value in sources]
+        self.versions = [_version(value) for value in sources]
         self.autocast = autocast_of(device)
         self.readers = self.waiting = 0
         self.values: tuple[Tensor, ...] | None = None
@@ -138,7 +143,7 @@ class _Again:
         """Return a dropped value. When all readers have asked, it is dropped again."""
         if self.values is None:
             for source, version in zip(self.sources, self.versions, strict=True):
-                if isinstance(source, Tensor):
+                if version is not None:
                     _require_unchanged(source, version)
             with torch.no_grad(), torch.autocast(**self.autocast):
                 self.values = self.recipe(None, *self.sources)

@@ -244,7 +244,8 @@ def _entries(gm: fx.GraphModule, sites: Iterable[Site]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for site in sites:
         tensors = () if site.computed_weight is None else Computation.of(site.computed_weight).tensors
-        if any(tensor_of(gm, name).dtype.itemsize == 1 for name in tensors):
+        dtypes = [tensor_of(gm, name).dtype for name in tensors]
+        if any(dtype.itemsize == 1 or not dtype.is_floating_point for dtype in dtypes):
             counts |= {**dict.fromkeys(tensors, 0), site.weight: site.d_in * site.d_out}
     return counts
 

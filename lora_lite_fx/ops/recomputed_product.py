@@ -53,20 +53,25 @@ def _is_usual(x: Tensor, bias: Tensor | None, sources: tuple[Any, ...]) -> bool:
     return not any(tensor.requires_grad for tensor in frozen) and forward_ad.unpack_dual(x).tangent is None
 
 
+def _can_be_saved(value: Any) -> bool:
+    """Return whether autograd saves a source: sizes it does not, nor tensors of inference mode, as HQQ makes them."""
+    return isinstance(value, Tensor) and not value.is_inference()
+
+
 class _Function(torch.autograd.Function):
     """The operation. Its backward pass is made of differentiable operations."""
 
     @staticmethod
     def forward(ctx: Any, product: RecomputedProduct, x: Tensor, bias: Tensor | None, *sources: Any) -> Tensor:
-        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in sources))
-        ctx.sizes = [None if isinstance(value, Tensor) else value for value in sources]
+        ctx.save_for_backward(*(value if _can_be_saved(value) else None for value in sources))
+        ctx.others = [None if _can_be_saved(value) else value for value in sources]
         ctx.product, ctx.dtype = product, x.dtype
         return F.linear(x, product.recipe(None, *sources)[0], bias)
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.sizes, strict=True)
-        sources = [tensor if size is None else size for tensor, size in pairs]
+        pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+        sources = [tensor if other is None else other for tensor, other in pairs]
         (weight,) = ctx.product.recipe(None, *sources)
         with torch.autocast(of_y.device.type, enabled=False):  # the product had the type of its result
             of_x = (of_y @ weight.to(of_y.dtype)).to(ctx.dtype)

@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from ..errors import AdapterError
 from ..ops.recomputed_product import RecomputedProduct
-from . import bitsandbytes, torchao
+from . import bitsandbytes, hqq, torchao
 from .stored_weight import StoredWeight, copy_over_tensors
 
 STORAGES: tuple[Callable[[nn.Module, torch.dtype], StoredWeight | None], ...] = (
     torchao.stored_weight,
     bitsandbytes.stored_weight,
+    hqq.stored_weight,
 )
 """The storages. Each takes a module, and the type that weights have where a storage does not know; see `StoredWeight`.
 """

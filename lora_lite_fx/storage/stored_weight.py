@@ -55,7 +55,8 @@ def copy_over_tensors(module: nn.Module) -> Any:
     for tensor in (*module.parameters(), *module.buffers()):
         memo[id(tensor)] = tensor
     for value in vars(module).values():
-        for inner in vars(value).values() if hasattr(value, "__dict__") else ():
+        inside = value if isinstance(value, dict) else vars(value) if hasattr(value, "__dict__") else {}
+        for inner in inside.values():
             if isinstance(inner, Tensor):
                 memo[id(inner)] = inner
     return copy.deepcopy(module, memo)

@@ -22,7 +22,7 @@ from ..capture.record_run import record_run
 from ..errors import AdapterError
 from ..execution.reading import Reader, reader_of
 from ..graph.provenance import inner_name
-from ..graph.tensors import tensor_names, tensor_of
+from ..graph.tensors import has_attribute, tensor_names, tensor_of
 from ..rewriting.plan import make_plans
 from ..sites.finding import find_sites
 from ..sites.roles import ROLES
@@ -99,8 +99,7 @@ class CompiledModel:
         for placement in placements(self.marked):
             around[placement.site].append(placement)
         self.sites = {
-            site.name: KnownSite(site, tensor_of(model, site.weight), tuple(around[site.name]))
-            for site in find_sites(run)
+            site.name: KnownSite(site, _weight_of(model, site), tuple(around[site.name])) for site in find_sites(run)
         }
         self.watch = SiteWatch(model, self.marked, [name for name, known in self.sites.items() if known.placements])
 
@@ -253,6 +252,16 @@ class SitesOfGraph:
     names: list[str]
     read: Reader
     weights: list[Tensor]
+
+
+def _weight_of(model: nn.Module, site: Site) -> Tensor:
+    if not has_attribute(model, site.weight):
+        kind = type(model.get_submodule(site.weight.rpartition(".")[0])).__name__
+        raise AdapterError(
+            f"The backend knows a site by the parameter `weight` of its module, and the {kind} {site.name!r} has none."
+            " The way out: rewrite or adapt in place of backend."
+        )
+    return tensor_of(model, site.weight)
 
 
 def _paths(sites: Sequence[KnownSite]) -> list[str]:

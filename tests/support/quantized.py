@@ -18,6 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torchao = pytest.importorskip("torchao.quantization")
     bnb = pytest.importorskip("bitsandbytes")
+    hqq = pytest.importorskip("hqq.core.quantize")
 
 
 def _torchao(config: Callable[[], Any], model: nn.Module) -> nn.Module:
@@ -25,13 +26,31 @@ def _torchao(config: Callable[[], Any], model: nn.Module) -> nn.Module:
     return model
 
 
-def _bitsandbytes(make: Callable[..., nn.Module], model: nn.Module) -> nn.Module:
+def _hqq(bits: int, model: nn.Module, axis: int = 1, group: int | None = 16) -> nn.Module:
+    config = hqq.BaseQuantizeConfig(nbits=bits, group_size=group, axis=axis)
+
+    def make(child: nn.Linear) -> nn.Module:
+        linear = copy.deepcopy(child).requires_grad_(False)  # whose weight is let go
+        module: nn.Module = hqq.HQQLinear(linear, config, compute_dtype=child.weight.dtype, device="cpu")
+        return module.train(child.training)
+
+    return _replaced(make, model)
+
+
+def _bitsandbytes(kind: Callable[..., nn.Module], model: nn.Module) -> nn.Module:
+    def make(child: nn.Linear) -> nn.Module:
+        module = kind(child.in_features, child.out_features, child.bias is not None)
+        module.load_state_dict(child.state_dict())
+        return module.to("cpu").train(child.training)
+
+    return _replaced(make, model)
+
+
+def _replaced(make: Callable[[nn.Linear], nn.Module], model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if type(child) is nn.Linear:
-                quantized = make(child.in_features, child.out_features, child.bias is not None)
-                quantized.load_state_dict(child.state_dict())
-                parent._modules[name] = quantized.to("cpu").train(child.training)
+                parent._modules[name] = make(child)
     return model
 
 
@@ -54,17 +73,33 @@ STORAGES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "nf4 twice": partial(_bitsandbytes, _four_bit("nf4", nested=True)),
     "fp4": partial(_bitsandbytes, _four_bit("fp4", nested=False)),
     "int8": partial(_bitsandbytes, partial(bnb.nn.Linear8bitLt, has_fp16_weights=False)),
+    "hqq 8": partial(_hqq, 8),
+    "hqq 4": partial(_hqq, 4),
+    "hqq 3": partial(_hqq, 3),
+    "hqq 2, by columns": partial(_hqq, 2, axis=0),
+    "hqq 1": partial(_hqq, 1),
 }
 
 
-def storages(*everyday: str) -> list[Any]:
-    """Return all storages as the parameters of a test, of which these are a part of the everyday run."""
-    return slow_unless(everyday.__contains__, STORAGES)
+def storages(*everyday: str, without: str = "none") -> list[Any]:
+    """Return all storages as the parameters of a test, of which these are a part of the everyday run.
+
+    Args:
+        everyday: their names.
+        without: those whose names begin so are left out.
+    """
+    return slow_unless(everyday.__contains__, [name for name in STORAGES if not name.startswith(without)])
 
 
 def quantized(storage: str, model: nn.Module) -> nn.Module:
     """Return a copy of `model` whose linears are quantized."""
     return STORAGES[storage](copy.deepcopy(model)).requires_grad_(False)
+
+
+def held(module: Any) -> Tensor:
+    """Return the tensor in which a quantized linear holds its values."""
+    tensor: Tensor = module.W_q if isinstance(module, hqq.HQQLinear) else module.weight
+    return tensor
 
 
 def effective_weight(module: Any) -> Tensor:
@@ -74,6 +109,8 @@ def effective_weight(module: Any) -> Tensor:
     elif isinstance(module, bnb.nn.Linear8bitLt):
         scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
         weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, scale)
+    elif isinstance(module, hqq.HQQLinear):
+        weight = module.dequantize()
     else:
         weight = module.weight.dequantize()
     return weight.detach()
@@ -84,7 +121,7 @@ def dequantized(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     for parent in list(twin.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, (nn.Linear, hqq.HQQLinear)):
                 weight = effective_weight(child)
                 dense = nn.Linear(weight.shape[1], weight.shape[0], child.bias is not None, dtype=weight.dtype)
                 dense.weight.data = weight

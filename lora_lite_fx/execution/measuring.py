@@ -35,16 +35,20 @@ def obstacle(graph: fx.Graph) -> str:
             return f"it calls the module {node.args[0]}, which may change its own state"
         if written_operands(node):
             return f"{operation_name(node)} overwrites a tensor"
-        if node.op == "call_function" and not _is_known(node):
+        if node.op.startswith("call_") and not _is_without_effects(node):
             return f"{operation_name(node)} may have effects that nothing tells of"
     return ""
 
 
-def _is_known(node: fx.Node) -> bool:
+def _is_without_effects(node: fx.Node) -> bool:
+    """Return whether a call is known to write to no tensor. An operator of torch says so itself."""
     target = node.target
-    return isinstance(target, (OpOverload, *_PURE)) or getattr(target, "__module__", "").startswith(
-        ("_operator", "lora_lite_fx", "math", "torch")
-    )
+    if isinstance(target, (OpOverload, *_PURE)):
+        return True
+    module, name = getattr(target, "__module__", ""), operation_name(node)
+    if module == "_operator":
+        return name not in ("setitem", "delitem") and not (name[0] == "i" and hasattr(operator, name[1:]))  # iadd
+    return module == "math" or module.startswith("lora_lite_fx.ops") or (module == "torch" and name.startswith("sym_"))
 
 
 def _is_repeatable(node: fx.Node) -> bool:

@@ -164,8 +164,13 @@ def _drop(
     for cell in cells:
         assert cell.tensor is not None
         index = by_address.get(address(cell.tensor))
-        if index is not None and cell.tensor.dtype is dropped[index].dtype:
+        if index is not None and _is_plain_view(cell.tensor, dropped[index]):
             cell.drop(again, index, dropped[index])
+
+
+def _is_plain_view(tensor: Tensor, base: Tensor) -> bool:
+    """Return whether sizes and strides say all of a view. A view of another type, or a lazy conjugate, says more."""
+    return tensor.dtype is base.dtype and tensor.is_conj() == base.is_conj() and tensor.is_neg() == base.is_neg()
 
 
 def _first_call(graph: fx.Graph, operands: Sequence[Any], own: int, memory: Memory) -> tuple[Any, _Planned]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.testing.compare import close
@@ -157,3 +157,19 @@ def test_adapters_in_float32_on_a_half_precision_base() -> None:
         assert {tensor.dtype for tensor in llfx.adapter_state_dict(gm).values()} == {torch.float32}
         outputs.append(gm(*half))
     close(outputs[0], outputs[1], 1e-2, "output")
+
+
+@pytest.mark.parametrize("storage", storages("nf4"))
+def test_planned_memory_computes_the_same(storage: str) -> None:
+    gm = adapted("exported", base(storage))
+    names = [name for name, parameter in gm.named_parameters() if parameter.requires_grad]
+    planned: Any = llfx.plan_memory(llfx.optimize(cast(fx.GraphModule, gm)), "balanced")
+    for _ in range(2):  # the first call makes the plan
+        found = []
+        for model in (gm, planned):
+            model.zero_grad()
+            y = model(*X)
+            y.square().sum().backward()
+            found.append([y, *(model.get_parameter(name).grad for name in names)])
+        assert all(map(torch.equal, *found))
+    assert llfx.memory_plan(planned)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from ..adapters.state import adapter_tensors
 from ..errors import AdapterError
 from .agreement import agree, broadcast_adapters
-from .units import Unit, problem_of, units_of
+from .units import RunsGraphs, Unit, problem_of, units_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,6 +25,8 @@ def shard(model: Model, mesh: DeviceMesh | None = None, **options: Any) -> Model
     layers. The frozen base is gathered only. The gradients of adapters are averaged over the processes and divided like
     the adapters. That is `fully_shard` on each layer and on the model, after checks that all processes have the same
     model, and that a graph gathers all that it reads. Adapters start with the values that process 0 has.
+
+    Memory is freed when nothing else has the whole tensors, as the model that was captured has: `del model` there.
 
     Make the optimizer afterwards, of `adapter_parameters(model)`. `save` and `save_peft` are called in all processes,
     and process 0 writes whole tensors. What changes graphs comes before: `add`, `delete`, `merge`, and the first call
@@ -57,6 +59,8 @@ def shard(model: Model, mesh: DeviceMesh | None = None, **options: Any) -> Model
     agree(model, mesh, problem_of(model, units, options))
     broadcast_adapters(model, mesh)
     _fully_shard(units, mesh, options)
+    if isinstance(model, RunsGraphs):
+        model.bind_graphs()  # which keep the whole tensors otherwise
     return model
 
 

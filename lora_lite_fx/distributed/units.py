@@ -37,6 +37,9 @@ class RunsGraphs(Protocol):
     def graphs(self) -> tuple[fx.GraphModule, ...]:
         """The graphs that there are now."""
 
+    def bind_graphs(self) -> None:
+        """Let the graphs have the tensors that the model has now, and no others."""
+
 
 def graphs_of(model: nn.Module) -> list[AdaptedGraphModule]:
     """Return the graphs that a model runs: itself, or those of an adapted model, of which there is one at least."""

@@ -47,6 +47,22 @@ def follow_cast(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
             node.meta["val"] = map_aggregate(node.meta["val"], lambda value: _cast(value, casts))
 
 
+def describe_cast(gm: fx.GraphModule, host: nn.Module) -> str:
+    """Return in which types `host` has tensors, where the graph has others; empty if it has the same.
+
+    Args:
+        gm: a graph with the types of its capture.
+        host: the module whose tensors it reads, as they are inside a call that failed.
+    """
+    tensors = dict(chain(host.named_parameters(remove_duplicate=False), host.named_buffers(remove_duplicate=False)))
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor, value = tensors.get(str(node.target)), node.meta.get("val")
+        if tensor is not None and isinstance(value, Tensor) and tensor.dtype != value.dtype:
+            now, captured = _name(tensor.dtype), _name(value.dtype)
+            return f"{node.target} is {now} in this call, and the graph was captured for {captured}"
+    return ""
+
+
 def _casts(gm: nn.Module, fn: Callable[[Tensor], Tensor]) -> dict[torch.dtype, torch.dtype]:
     """Return the floating-point dtypes of the tensors that `fn` changes, and what it makes of them."""
     tensors: Iterable[Tensor] = chain(gm.parameters(), gm.buffers())

@@ -10,7 +10,9 @@ import torch
 
 from ..capture.decisions import is_other_decision
 from ..errors import CallError
+from ..graph.sharded import is_sharded
 from ..graph.turns import calling
+from .casting import describe_cast
 from .execution import Execution
 
 
@@ -49,6 +51,12 @@ def forward_of_programs(
             except RuntimeError as error:
                 if is_other_decision(error):
                     raise CallError(str(error)) from None
+                if is_sharded(self.host) and (cast := describe_cast(self, self.host)):
+                    raise CallError(
+                        f"{cast}: mp_policy of fully_shard casts parameters, as bf16=True of a Trainer asks it to. The"
+                        " way out: cast the model before it is adapted, model.to(torch.bfloat16), and shard it without"
+                        " param_dtype; its adapters are float32 then."
+                    ) from error
                 raise
 
     # torch.compile counts recompilations by code object, so each module needs one of its own.

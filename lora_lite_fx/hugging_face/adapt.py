@@ -154,6 +154,7 @@ def _adopted(graphs: GraphCache) -> Any:
     trained = adapter_state_dict(model)
     # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
     model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]
+    graphs.bind()
     return model
 
 

@@ -156,6 +156,10 @@ class Adapted(NamedAdapters, AdaptedPart):
                 module.__class__ = running_parts(getattr(plain, "base", plain), AdaptedLayer)
                 module._graphs, module._path = self._graphs, name
 
+    def bind_graphs(self) -> None:
+        """Let the graphs have the tensors that the model has now, and no others."""
+        self._graphs.bind()
+
     def compile_layers_by(self, compiler: LayerCompiler | None) -> None:
         """Compile what the layers run from now on, see `compile_layers`; or no longer, for None."""
         self._graphs.compile_layers_by(compiler)
@@ -315,7 +319,8 @@ class Adapted(NamedAdapters, AdaptedPart):
             raise changed_inside("The model was moved or cast")
         before = self._tensors()
         applied = super()._apply(fn, recurse)  # type: ignore[misc]
-        if self._tensors() != before:
+        # What goes to "meta" comes back by other ways, as accelerate loads a sharded model.
+        if self._tensors() != before and not any(tensor.is_meta for tensor in self.parameters()):  # type: ignore
             self._graphs.drop()
             self.switches = self.switches.moved_to(self.device)  # type: ignore[attr-defined]
         return applied

@@ -81,6 +81,7 @@ class GraphCache:
         self.memory: Memory = "fast"
         self._lock = threading.Lock()  # for the order of the graphs, which calls change
         self._owned: set[str] = set()
+        self._bound_for: type | None = None
         self.drop()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
@@ -128,6 +129,8 @@ class GraphCache:
             return self._run(part, arguments, return_dict)
 
     def _run(self, part: Any, arguments: dict[str, Any], return_dict: bool) -> Any:
+        if self._bound_for is not type(self.model):  # as fully_shard changes it
+            self.bind()
         call = self._call(part, arguments)
         graph = self._graph_for(call)
         return graph.run(part, call, return_dict)
@@ -184,6 +187,14 @@ class GraphCache:
             for graph in self._kept:
                 graph.gm.compile_layers_by(compiler)
             self.compiler = compiler
+
+    @_not_compiled
+    def bind(self) -> None:
+        """Let all graphs have the tensors that the model has now; else those of a sharded model keep whole ones."""
+        with tracing():
+            self._bound_for = type(self.model)
+            for graph in self._kept:
+                self._bind(graph.gm)
 
     def checkpoint_layers(self, checkpoints: bool) -> None:
         """Let the layers of all graphs keep only their inputs for the backward pass, or all activations again."""

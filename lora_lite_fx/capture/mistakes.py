@@ -43,6 +43,12 @@ def wrapper_hint(model: nn.Module) -> str:
             "its parameters are sharded. The way out: do this before fully_shard; or, to go on with trained adapters,"
             " save(model, path) in all processes, and load(base, path) in one that has the whole base."
         )
+    if divided := [path for path, tensor in model.named_parameters() if is_instance_of(tensor, "torch", "DTensor")]:
+        return (
+            f"its parameters are DTensors ({divided[0]}, ...), as tensor parallelism makes them, which torch.export"
+            " does not take. The way out: adapt the model without tp_plan or parallelize_module, and divide the"
+            " result by llfx.shard(model)."
+        )
     for path, module in model.named_modules():
         if is_instance_of(module, "peft"):
             where = f"PEFT's {type(module).__name__}" + (f" at {path!r}" if path else "")

@@ -22,6 +22,7 @@ from ..capture.record_run import record_run
 from ..errors import AdapterError
 from ..execution.reading import Reader, reader_of
 from ..graph.provenance import inner_name
+from ..graph.sharded import refuse_sharded
 from ..graph.tensors import has_attribute, tensor_names, tensor_of
 from ..rewriting.plan import make_plans
 from ..sites.finding import find_sites
@@ -88,6 +89,9 @@ class CompiledModel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
+        refuse_sharded(
+            model, "backend cannot adapt a model", "rewrite or adapt the whole model, and then llfx.shard(model)"
+        )
         # A compiled call may run in inference mode, in which parameters that can be trained cannot be made.
         with torch.inference_mode(False), torch.enable_grad():
             run = record_run(model, args, kwargs)

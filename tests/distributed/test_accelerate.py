@@ -71,9 +71,10 @@ def gradients_by_config(rank: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_model_that_accelerate_shards_has_the_gradients_of_one_process() -> None:
     expected = in_one_process(ADAPTED, 2)["gradients"]
-    for found in on_ranks(gradients_by_config, 2, seconds=300.0):
+    for found in on_ranks(gradients_by_config, 2):
         for name in CONFIGS:
             assert found[f"{name}, sharded"]
             assert found[name].keys() == expected.keys()
@@ -117,9 +118,9 @@ def train(rank: int, folder: Path, processes: int, resume: bool) -> list[float]:
 
 @pytest.mark.slow
 def test_a_trainer_in_two_processes_has_the_losses_of_one_and_resumes_in_another_number(tmp_path: Path) -> None:
-    (alone,) = on_ranks(train, 1, tmp_path / "one", 1, False, seconds=300.0)
-    for losses in on_ranks(train, 2, tmp_path / "two", 2, False, seconds=300.0):
+    (alone,) = on_ranks(train, 1, tmp_path / "one", 1, False)
+    for losses in on_ranks(train, 2, tmp_path / "two", 2, False):
         if losses:
             assert losses == pytest.approx(alone, abs=2e-4)
-    (resumed,) = on_ranks(train, 1, tmp_path / "two", 1, True, seconds=300.0)
+    (resumed,) = on_ranks(train, 1, tmp_path / "two", 1, True)
     assert resumed == pytest.approx(alone, abs=2e-4)

@@ -9,64 +9,30 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import lora_lite_fx as llfx
 from tests.distributed.training import Case as TrainingCase
-from tests.distributed.training import base_of, batch, graph_of, make
+from tests.distributed.training import batch, make
 from tests.support.ranks import on_ranks
 
-LORA = llfx.LoRA(r=2)
-PLAIN = TrainingCase(LORA)
+LORA = llfx.LoRA(r=2, target_names=r"layers\.0")
+HUGGING_FACE = TrainingCase(llfx.LoRA(r=2), "adapt")
+X = torch.ones(2, 8)
 
 
-def _lora() -> Any:
-    return llfx.rewrite(graph_of("llama"), LORA)
-
-
-def _other_ranks(rank: int) -> None:
-    llfx.shard(llfx.rewrite(graph_of("llama"), llfx.LoRA(r=2 + rank)))
-
-
-def _other_base(rank: int) -> None:
-    gm = _lora()
-    gm.get_submodule("model.norm").weight.data = torch.full((32,), 1.0 + rank).double()
-    llfx.shard(gm)
-
-
-def _a_problem_of_one_process(rank: int) -> None:
-    gm = _lora()
-    if rank == 1:
-        weight = gm.get_submodule("lm_head").weight
-        weight.data = weight.data.t().contiguous().t()
-    llfx.shard(gm)
-
-
-def _cast(rank: int) -> None:
-    llfx.shard(_lora(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-
-
-def _two_types(rank: int) -> None:
-    configs = [llfx.LoRA(r=2, dtype=torch.float32), llfx.LoRA(r=2)]
-    llfx.shard(llfx.rewrite(graph_of("llama"), configs))
-
-
-def _ignored_that_trains(rank: int) -> None:
-    gm = _lora()
-    llfx.shard(gm, ignored_params={llfx.adapter_parameters(gm)[0]})
-
-
-class _Tied(nn.Module):
-    """Layers of which the second one's weight is the head too."""
+class _Layers(nn.Module):
+    """Two layers and a head, which are captured in no time."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
-        self.head = nn.Linear(8, 8)
-        second: Any = self.layers[1]
-        self.head.weight = second[0].weight
+        self.head = nn.Linear(8, 6)
 
     def forward(self, x: torch.Tensor) -> Any:
         for layer in self.layers:
@@ -74,70 +40,119 @@ class _Tied(nn.Module):
         return self.head(x)
 
 
-class _ReadElsewhere(_Tied):
-    """Layers of which another module reads a weight."""
+def _adapted(model: nn.Module | None = None, cfg: Any = LORA) -> Any:
+    return llfx.rewrite(_Layers() if model is None else model, cfg, (X,))
+
+
+def _other_ranks(rank: int) -> None:
+    llfx.shard(_adapted(cfg=llfx.LoRA(r=2 + rank, target_names=r"layers\.0")))
+
+
+def _other_base(rank: int) -> None:
+    gm = _adapted()
+    gm.get_submodule("head").bias.data = torch.full((6,), 1.0 + rank)
+    llfx.shard(gm)
+
+
+def _a_problem_of_one_process(rank: int) -> None:
+    gm = _adapted()
+    if rank == 1:
+        weight = gm.get_submodule("head").weight
+        weight.data = weight.data.t().contiguous().t()
+    llfx.shard(gm)
+
+
+def _cast(rank: int) -> None:
+    llfx.shard(_adapted(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+def _two_types(rank: int) -> None:
+    configs = [LORA, llfx.LoRA(r=2, dtype=torch.float64, target_names=r"layers\.0")]
+    llfx.shard(_adapted(cfg=configs))
+
+
+def _ignored_that_trains(rank: int) -> None:
+    gm = _adapted()
+    llfx.shard(gm, ignored_params={llfx.adapter_parameters(gm)[0]})
+
+
+class _Tied(_Layers):
+    """Layers of which the second one's weight is the head too."""
 
     def __init__(self) -> None:
         super().__init__()
+        second: Any = self.layers[1]
         self.head = nn.Linear(8, 8)
+        self.head.weight = second[0].weight
+
+
+class _ReadElsewhere(_Layers):
+    """Layers of which another module reads a bias."""
 
     def forward(self, x: torch.Tensor) -> Any:
-        first: Any = self.layers[0]
-        return super().forward(x) + first[0].bias.exp()
+        second: Any = self.layers[1]
+        return super().forward(x) + second[0].bias.sum().exp()
 
 
 def _tied(rank: int) -> None:
-    llfx.shard(llfx.rewrite(_Tied(), llfx.LoRA(r=2, target_names=r"layers\.0"), (torch.ones(2, 8),)))
+    llfx.shard(_adapted(_Tied()))
 
 
 def _read_elsewhere(rank: int) -> None:
-    llfx.shard(llfx.rewrite(_ReadElsewhere(), llfx.LoRA(r=2, target_names=r"layers\.1"), (torch.ones(2, 8),)))
+    llfx.shard(_adapted(_ReadElsewhere()))
+
+
+def _parallel() -> nn.Module:
+    """Return a model whose first layer is divided by columns."""
+    model = _Layers()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(model, mesh, {"layers.0.0": ColwiseParallel()})
 
 
 def _wrapped(rank: int) -> None:
-    llfx.shard(llfx.wrap(graph_of("llama"), LORA))
+    llfx.shard(llfx.wrap(_Layers(), LORA, (X,)))
 
 
 @functools.cache
 def _sharded() -> Any:
-    gm = llfx.shard(_lora())
-    gm(**batch(PLAIN, 0, 0))
+    gm = llfx.shard(_adapted())
+    gm(X)
     return gm
 
 
-@functools.cache
-def _sharded_adapted() -> Any:
-    return llfx.shard(llfx.adapt(base_of("llama"), LORA))
-
-
 def _a_module_in_a_layer(rank: int) -> None:
-    gm = _lora()
-    fully_shard(gm.model.layers[0].mlp)
+    gm = _adapted()
+    fully_shard(gm.get_submodule("layers.0.0"))
     fully_shard(gm)
-    gm(**batch(PLAIN, 0, 0))
+    gm(X)
 
 
 REFUSED: dict[str, tuple[Callable[[int], object], str]] = {
-    "other ranks": (_other_ranks, r"different models: \S*lora_A is torch.float64 \(2, 32\)"),
-    "other weights": (_other_base, "different models: model.norm.weight"),
-    "a problem of one process": (_a_problem_of_one_process, "lm_head.weight is not contiguous"),
+    "other ranks": (_other_ranks, r"different models: \S*lora_A is torch.float32 \(2, 8\)"),
+    "other weights": (_other_base, "different models: head.bias"),
+    "a problem of one process": (_a_problem_of_one_process, "head.weight is not contiguous"),
     "types that are cast": (_cast, "mp_policy casts parameters to torch.bfloat16, and .* a graph has the types"),
     "two types to train": (_two_types, "fully_shard takes parameters of one type to train"),
     "ignored and trained": (_ignored_that_trains, "ignored_params has a parameter that trains"),
-    "one parameter in two units": (_tied, "layers.1.0.weight and head.weight are one parameter"),
-    "read outside of its layer": (_read_elsewhere, "the graph reads layers.0.0.bias outside of the layer 'layers.0'"),
+    "one parameter in two units": (
+        _tied,
+        "layers.1.0.weight and head.weight are one parameter",
+    ),
+    "read outside of its layer": (_read_elsewhere, "the graph reads layers.1.0.bias outside of the layer 'layers.1'"),
     "wrapped": (_wrapped, "runs no graph. The way out, for a result of wrap: call fully_shard"),
+    "tensor parallel, rewrite": (lambda rank: _adapted(_parallel()), "its parameters are DTensors"),
+    "tensor parallel, wrap": (lambda rank: llfx.wrap(_parallel(), LORA, (X,)), "its parameters are DTensors"),
+    "tensor parallel, backend": (
+        lambda rank: llfx.backend(LORA).adapt(_parallel(), X),
+        "backend cannot adapt a model whose parameters are sharded",
+    ),
     "sharded already": (lambda rank: llfx.shard(_sharded()), "its parameters are sharded already"),
-    "a module in a layer": (_a_module_in_a_layer, "fully_shard was called on 'model.layers.0.mlp', which the graph"),
+    "a module in a layer": (_a_module_in_a_layer, "fully_shard was called on 'layers.0.0', which the graph"),
     "add": (lambda rank: llfx.add(_sharded(), {"b": LORA}), "add cannot change a model whose parameters are sharded"),
     "delete": (lambda rank: llfx.delete(_sharded(), "default"), "delete cannot change a model whose parameters"),
     "combine": (lambda rank: llfx.combine(_sharded(), {"default": 1.0}, "b"), "combine cannot change a model"),
     "merge": (lambda rank: llfx.merge(_sharded()), "its parameters are sharded. The way out: do this before"),
     "remove": (lambda rank: llfx.remove(_sharded()), "its parameters are sharded. The way out: do this before"),
-    "a call of a new kind": (
-        lambda rank: _sharded_adapted()(batch(PLAIN, 0, 0)["input_ids"], output_hidden_states=True),
-        "has no graph yet, and none can be captured of a model whose parameters are sharded",
-    ),
 }
 
 
@@ -148,17 +163,17 @@ def refuse_all(rank: int) -> dict[str, Any]:
             call(rank)
         except llfx.AdapterError as error:
             errors[name] = str(error)
-    gm = _lora()  # what was refused above has changed nothing: the same model can be sharded still
+    gm = _adapted()  # what was refused above has changed nothing: the same model can be sharded still
     try:
         llfx.shard(gm, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     except llfx.AdapterError:
-        llfx.shard(gm)(**batch(PLAIN, 0, 0)).loss.backward()
+        llfx.shard(gm)(X).sum().backward()
     return errors
 
 
 @functools.cache
 def refusals() -> list[dict[str, Any]]:
-    return on_ranks(refuse_all, 2, seconds=300.0)
+    return on_ranks(refuse_all, 2)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -170,4 +185,17 @@ def test_refusal_in_all_processes(name: str) -> None:
 
 def test_without_processes_shard_says_how_to_start_them() -> None:
     with pytest.raises(llfx.AdapterError, match="torchrun --nproc-per-node N"):
-        llfx.shard(make(PLAIN))
+        llfx.shard(_adapted())
+
+
+def call_in_a_new_way(rank: int) -> str:
+    model = llfx.shard(make(HUGGING_FACE))
+    with pytest.raises(llfx.AdapterError) as caught:
+        model(batch(HUGGING_FACE, 0, 0)["input_ids"], output_hidden_states=True)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_call_of_a_sharded_model_that_has_no_graph_is_refused() -> None:
+    (message,) = on_ranks(call_in_a_new_way, 1)
+    assert "has no graph yet, and none can be captured of a model whose parameters are sharded" in message

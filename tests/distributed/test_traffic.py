@@ -93,9 +93,10 @@ def measure(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def measured() -> list[dict[str, Any]]:
-    return on_ranks(measure, 2, seconds=300.0)
+    return on_ranks(measure, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_gathers_layers_twice_and_reduces_adapters_alone(name: str, measured: list[dict[str, Any]]) -> None:
     for found in measured:
@@ -106,6 +107,7 @@ def test_a_step_gathers_layers_twice_and_reduces_adapters_alone(name: str, measu
         assert sent["_reduce_scatter_base_"] == sum(size["trained"] for size in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_process_has_its_part_and_one_layer(name: str, measured: list[dict[str, Any]]) -> None:
     for found in measured:

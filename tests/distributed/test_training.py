@@ -34,7 +34,7 @@ def trained(is_everyday: bool) -> list[dict[str, Any]] | str:
     """
     names = [name for name in CASES if (name in EVERYDAY) == is_everyday]
     try:
-        return on_ranks(train_all, 2, names, seconds=900.0)
+        return on_ranks(train_all, 2, names)
     except RankFailed as error:
         return str(error)
 

@@ -235,13 +235,9 @@ CASES: dict[str, Case] = {
     ),
 }
 EVERYDAY = (
-    "ddp, LoRA, rewrite",
     "ddp, static graph, DoRA, rewrite",
-    "ddp, accumulation, LoRA, adapt",
     "ddp, bank, rewrite",
-    "shard, LoRA, rewrite",
     "shard, checkpointed, DoRA, rewrite",
-    "shard, LoRA, adapt",
     "shard, bank, rewrite",
 )
-"""The cases of the everyday run."""
+"""The cases of the everyday run. `tests/execution/test_layers.py` shards an adapted model in one process."""

@@ -34,7 +34,7 @@ class RankFailed(Exception):
     """A rank raised, died, or did not end in time."""
 
 
-def on_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds: float = 120.0) -> list[Any]:
+def on_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds: float = 600.0) -> list[Any]:
     """Run `function(rank, *args)` on each rank of a gloo group of processes.
 
     Args:

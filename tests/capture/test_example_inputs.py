@@ -110,6 +110,15 @@ def test_functions_forget_what_they_computed_without_data(name: str) -> None:
         assert {type(value) for value in pytree.tree_leaves(dict(model(**inputs)))} == {torch.Tensor}
 
 
+def test_a_module_forgets_what_it_computed_without_data() -> None:
+    model = CASES["clvp"].builder()()
+    inputs = example_inputs_of(model)
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    assert {type(value) for value in attributes if isinstance(value, torch.Tensor)} <= {torch.Tensor}
+    with torch.no_grad():
+        assert {type(value) for value in pytree.tree_leaves(dict(model(**inputs)))} <= {torch.Tensor, type(None)}
+
+
 @functools.lru_cache
 def positions(length: int) -> torch.Tensor:
     return torch.arange(length) / length

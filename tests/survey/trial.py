@@ -238,23 +238,26 @@ def _compare_with_wrapper(tried: _Tried, report: Report) -> None:
 def _require_images_and_sounds(model: nn.Module, inputs: dict[str, Any]) -> None:
     """Raise `Unequal` if nothing is computed of the images of an example, or of sounds beside text.
 
-    A codec alone may find the same codes for all sounds, as long as its weights are random.
+    Either a gradient reaches them, however small, or others make a difference: some encoders compute no gradients. A
+    codec alone may find the same codes for all sounds, as long as its weights are random.
     """
-    arguments = (*IMAGES, *SOUNDS) if "input_ids" in inputs else IMAGES
+    names = [name for name in ((*IMAGES, *SOUNDS) if "input_ids" in inputs else IMAGES) if name in inputs]
+    leaves = {name: inputs[name].clone().requires_grad_() for name in names}
 
-    def outputs(**other: Tensor) -> list[Any]:
+    def outputs(**other: Tensor) -> list[Tensor]:
         torch.manual_seed(7)
-        with torch.no_grad():
-            return pytree.tree_leaves(dict(model(**inputs | other)))
+        return [leaf for leaf in pytree.tree_leaves(dict(model(**inputs | other))) if isinstance(leaf, Tensor)]
 
     model.eval()
-    expected = outputs()
-    for name in arguments:
-        if name in inputs and all(
-            not isinstance(value, Tensor) or torch.equal(value, before)
-            for value, before in zip(outputs(**{name: inputs[name].flip(0) + 1}), expected, strict=True)
-        ):
-            raise Unequal(f"nothing is computed of {name}")
+    before = outputs(**leaves)
+    differentiable = [leaf.float().sum() for leaf in before if leaf.requires_grad]
+    for name in names:
+        total = torch.stack(differentiable).sum() if differentiable else torch.zeros((), requires_grad=True)
+        (gradient,) = torch.autograd.grad(total, [leaves[name]], allow_unused=True, retain_graph=True)
+        if gradient is None:
+            after = outputs(**{name: inputs[name].flip(0) + 1})
+            if all(torch.equal(one, other) for one, other in zip(after, before, strict=True)):
+                raise Unequal(f"nothing is computed of {name}")
 
 
 def _try_adapted(tried: _Tried, steps: Collection[str], build: Callable[[], Any], report: Report) -> None:

@@ -22,6 +22,7 @@ from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
 from tests.support.conformance import check_merge, check_remove, close, output, randomise, small
 from tests.support.models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids, tiny_llama
 from tests.support.models import Attention as AttentionBlock
+from tests.support.selection import slow_unless
 from tests.support.untouched import saved_bytes, untouched
 
 VOCABULARY = 40
@@ -265,7 +266,7 @@ def test_the_blocks_of_a_sequential_are_checkpointed() -> None:
 # Memory.
 
 
-@pytest.mark.parametrize("build", [llama, gpt2, bert, t5], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", slow_unless(llama.__eq__, [llama, gpt2, bert, t5]), ids=lambda build: build.__name__)
 def test_a_graph_saves_no_more_tensors_than_hugging_face(build: Callable[[], Any]) -> None:
     """Train the weights in Hugging Face's model that the graph adapts, on the same inputs. Neither trains embeddings.
 

@@ -21,6 +21,7 @@ from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.execution.test_checkpointing import VOCABULARY, InPlace, assert_same, llama, models, step, t5, tokens
 from tests.support.conformance import randomise, small
 from tests.support.models import WIDTH, ResidualMLP, tiny_llama
+from tests.support.selection import slow_unless
 
 LORA = llfx.LoRA(r=3, dropout=0.2)
 
@@ -56,7 +57,7 @@ def kept(gm: nn.Module, inputs: dict[str, Tensor]) -> int:
 
 
 @models
-@pytest.mark.parametrize("memory", ["balanced", 0.92])
+@pytest.mark.parametrize("memory", slow_unless("balanced".__eq__, ["balanced", 0.92]))
 def test_outputs_and_gradients_are_those_of_the_plain_graph(build: Callable[[], Any], memory: Any) -> None:
     plain = trained(build)
     ours = planned(plain, memory)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.formats.kill_writers import WRITERS, at_each_call
+from tests.support.selection import slow_unless
 
 
-@pytest.mark.parametrize("over_old", [True, False], ids=["over an old one", "a new one"])
+@pytest.mark.parametrize("over_old", slow_unless(bool, [True, False]), ids=["over an old one", "a new one"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_killed_writer_leaves_the_old_or_the_new(writer: str, over_old: bool, tmp_path: Path) -> None:
     outcomes = list(at_each_call(writer, tmp_path, over_old=over_old))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
+from tests.support.selection import slow_unless
 
 CONFIG = llfx.LoRA(r=2, alpha=4.0, target_names=("q_proj", "lm_head"))
 IDS = torch.randint(99, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -100,7 +101,7 @@ def test_a_model_follows_its_graph() -> None:
     assert llfx.adapt(graph, fuse_loss=False).train()(**CALLS["labels"]).logits is not None
 
 
-@pytest.mark.parametrize("fuse_loss", [False, True])
+@pytest.mark.parametrize("fuse_loss", slow_unless(bool, [False, True]))
 def test_a_compiled_call_may_be_the_first_of_its_kind(fuse_loss: bool) -> None:
     model = llfx.adapt(base(), CONFIG, fuse_loss=fuse_loss).train()
     compiled: Any = torch.compile(model, backend="aot_eager")

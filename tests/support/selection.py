@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-DISTINCT = frozenset(
-    ("LoRA", "DoRA", "PiSSA", "HRA", "OFT", "IA3", "RoAd", "VeRA", "LoKr", "FourierFT", "Full", "AntiPaSTO", "AdaLoRA")
-)
+DISTINCT = frozenset(("LoRA", "DoRA", "PiSSA", "HRA", "OFT", "IA3", "VeRA", "LoKr", "Full", "AntiPaSTO"))
 """Variants of which each has another form: a branch, a scale of rows, a start from the weight, a turned input, blocks,
-gates, gates in pairs, shared tensors, an update of full rank, a replaced weight, a decomposed weight, a mask of ranks.
+gates, shared tensors, an update of full rank, a replaced weight, a decomposed weight.
 What is checked of every variant in the everyday run is its conformance; the other checks are made of these there."""
 
 

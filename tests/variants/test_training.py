@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import calibration, for_any_linear
+from tests.support.selection import slow_unless
 from tests.variants.test_low_rank import grad_of
 
 D_IN, INNER, D_OUT = 8, 12, 4
@@ -118,7 +119,11 @@ class Run:
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    slow_unless(lambda cls: cls is torch.optim.SGD, [torch.optim.SGD, torch.optim.Adam]),
+    ids=["SGD", "Adam"],
+)
 def test_every_parameter_is_trained_from_the_start_or_from_the_second_step(
     adapted: tuple[llfx.Variant, fx.GraphModule], optimizer: Any
 ) -> None:

@@ -26,9 +26,16 @@ def slow_unless(everyday: Callable[[Any], bool], values: Iterable[Any]) -> list[
         values: the values of one parameter.
 
     Raises:
+        TypeError: `everyday` answers something else than True or False.
         ValueError: no value is a part of the everyday run, so the test would not run at all.
     """
     values = list(values)
-    if not any(map(everyday, values)):
+    answers = [everyday(value) for value in values]
+    if not all(isinstance(answer, bool) for answer in answers):
+        raise TypeError(
+            "everyday answers True or False. A bound __eq__ may answer NotImplemented, which counts as true."
+        )
+    if not any(answers):
         raise ValueError("no parameter is left for the everyday run")
-    return [value if everyday(value) else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    pairs = zip(values, answers, strict=True)
+    return [value if answer else pytest.param(value, marks=pytest.mark.slow) for value, answer in pairs]

@@ -47,6 +47,8 @@ def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
             if (inputs := _tried(maker, form, problems)) is not None:
                 if problems and takes_images(maker) and not any(name in inputs for name in IMAGES):
                     warn_of("images", model, f"no example images can be made from its config, because {problems[0]}")
+                if "input_ids" in inputs:
+                    _warn_of_other_names(maker)
                 return inputs if "sound" in without else _with_sound(maker, form, inputs)
     except Exception as error:  # the config lacks what the inputs would be made of
         problems.append(_first_line(error))
@@ -57,6 +59,14 @@ def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
         + (f" It requires {', '.join(missing)}." if missing else "")
         + " The way out: pass example_inputs={...}."
     )
+
+
+def _warn_of_other_names(maker: _Maker) -> None:
+    """Warn if a model of text takes images or sound by names that none are made for, as `image_pixel_values`."""
+    for what, names in (("images", IMAGES), ("sound", SOUNDS)):
+        others = [name for name in maker.parameters if name.endswith(tuple(f"_{known}" for known in names))]
+        if others and not any(name in maker.parameters for name in names):
+            warn_of(what, maker.model, f"no example {what} can be made from its config, because they are {others[0]!r}")
 
 
 def _tried(maker: _Maker, form: Inputs, problems: list[str]) -> Inputs | None:

@@ -18,6 +18,7 @@ from lora_lite_fx.capture.example_inputs import example_inputs_of
 from lora_lite_fx.capture.hugging_face import prepare_for_capture
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
+from tests.support.models import tiny_llama
 from tests.survey.cases import cases
 from tests.survey.tiny import tiny_model
 
@@ -168,6 +169,29 @@ def test_a_capture_without_sound_is_warned_of() -> None:
     model.config.audio_token_id = None
     with pytest.warns(UserWarning, match="captured without sound.*audio_token_id of the config names no token"):
         assert example_inputs_of(model).keys() == {"input_ids", "attention_mask", "labels"}
+
+
+def test_images_and_sound_by_other_names_are_warned_of() -> None:
+    import transformers
+
+    class OtherNames(transformers.LlamaForCausalLM):
+        """Takes images and sound by names of its own, as Phi-4 does."""
+
+        def forward(
+            self,
+            input_ids: Any = None,
+            attention_mask: Any = None,
+            labels: Any = None,
+            image_pixel_values: Any = None,
+            audio_input_features: Any = None,
+        ) -> Any:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    with pytest.warns(UserWarning, match="captured without") as warned:
+        assert example_inputs_of(OtherNames(tiny_llama())).keys() == {"input_ids", "attention_mask", "labels"}
+    told = [str(warning.message) for warning in warned]
+    assert any("without images" in text and "'image_pixel_values'" in text for text in told), told
+    assert any("without sound" in text and "'audio_input_features'" in text for text in told), told
 
 
 class Reads(torch.nn.Module):

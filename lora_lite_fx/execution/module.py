@@ -349,19 +349,17 @@ class AdaptedGraphModule(LayerSettings):
                 if not isinstance(module, RunsParts):
                     kind: Any = type(module)
                     module.__class__ = running_parts(kind)
-            overwritten = overwrites(self, graph)
-            pieces, values = cut(self, self.host, graph, method, hooked)
-            graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
-            derived = Derived(pieces, values)
-            is_kept, checkpoints = program == "inference", program == "checkpointed"
             assert self.execution is not None
             compiler = None if program == "plain" else self.execution.compiler
-            setattr(cls, f"{method}_values", values_method(method, derived, is_kept))
             memory = self.execution.memory if program == "training" and compiler is None else "fast"
-            if memory != "fast" and overwritten:
-                memory, derived.unplanned = "fast", "the graph overwrites tensors"
+            unplanned = "the graph overwrites tensors" if memory != "fast" and overwrites(self, graph) else ""
+            pieces, values = cut(self, self.host, graph, method, hooked)
+            graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
+            derived = Derived(pieces, values, unplanned=unplanned)
+            is_kept, checkpoints = program == "inference", program == "checkpointed"
+            setattr(cls, f"{method}_values", values_method(method, derived, is_kept))
             for index, piece in enumerate(pieces):
-                if memory != "fast":
+                if memory != "fast" and not unplanned:
                     part: Part = derived.planned_part(piece, memory)
                 else:
                     part = part_of(piece, is_kept, checkpoints, compiler)

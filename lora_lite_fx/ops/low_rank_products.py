@@ -99,9 +99,14 @@ class LowRankProducts:
             return self._plain(x, a, self.split(rest)[1])
         if torch.is_grad_enabled():
             return _apply(self, x, a, *rest)
+        # As matrices, which take less time where there are few tokens.
+        shape, x = x.shape[:-1], _as_matrix(x, a)
         if a.dim() == 2 and not (x.dtype in HALF and x.device.type == "cpu"):
-            return self._of_rows(x, a, rest)
-        return self.accumulated(x, a, self.split(rest)[1])
+            results = self._of_matrix(x, a, rest)
+        else:
+            results = [*self.accumulated(x, a, self.split(rest)[1])]
+        shaped: list[Any] = [y if y is None else y.view(*shape, y.shape[-1]) for y in results]
+        return tuple(shaped)
 
     def split(self, rest: Sequence[Any]) -> tuple[Sequence[Any], list[Branch[Any]]]:
         """Return the sources and the branches, of what follows `x` and `a` among the arguments."""
@@ -120,15 +125,13 @@ class LowRankProducts:
     def _numbers(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         return self.ranks, self.alphas
 
-    def _of_rows(self, x: Tensor, a: Tensor, rest: Sequence[Any]) -> tuple[Tensor, ...]:
-        """Return the results without gradients, to the bits of `accumulated`.
+    def _of_matrix(self, x: Tensor, a: Tensor, rest: Sequence[Any]) -> list[Any]:
+        """Return the results for a matrix `x`, without gradients, to the bits of `accumulated`.
 
-        A token of `generate` waits for the calls and not for the products, so this makes as few as it can, by matrices.
+        A token of `generate` waits for the calls and not for the products, so this makes as few as it can.
         """
-        shape = x.shape[:-1]
-        x = _rows(x)
         t = F.linear(x, a)
-        results: list[Any] = [t.view(*shape, t.shape[-1])]
+        results: list[Any] = [t]
         parts = torch.split_with_sizes(t, self.ranks, 1) if len(self.ranks) > 1 else (t,)
         place = self.sources
         for columns, alpha in zip(parts, self.alphas, strict=False):  # without branches there is t alone
@@ -140,8 +143,8 @@ class LowRankProducts:
             y = F.linear(x, weight, bias).addmm_(columns, b.t(), alpha=alpha)
             if scale is not None:
                 y.mul_(scale)
-            results.append(y.view(*shape, y.shape[-1]))
-        return tuple(results)
+            results.append(y)
+        return results
 
     def without_unread(self, args: Sequence[Any], read: Container[int]) -> tuple[Any, ...]:
         """Return the arguments of a call whose branches have no tensors if nothing reads their results.

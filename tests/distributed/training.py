@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.sharded import whole
 from tests.support.conformance import randomise
-from tests.support.models import tiny_llama
+from tests.support.models import tiny_albert, tiny_llama
 
 VOCABULARY = 40
 STEPS = 3
@@ -69,17 +69,7 @@ def _quantized(name: str) -> nn.Module:
 def _albert() -> nn.Module:
     """Return a model whose one layer runs three times."""
     torch.manual_seed(0)
-    config = transformers.AlbertConfig(
-        hidden_size=32,
-        embedding_size=16,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        classifier_dropout_prob=0.0,
-    )
+    config = tiny_albert(0.0, vocab_size=VOCABULARY, classifier_dropout_prob=0.0)
     return transformers.AlbertForMaskedLM(config).double()
 
 

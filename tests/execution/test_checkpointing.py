@@ -20,7 +20,17 @@ import lora_lite_fx as llfx
 from lora_lite_fx.execution.optimize import checkpoints_layers, execution_of, run_as
 from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
 from tests.support.conformance import check_merge, check_remove, close, output, randomise, small
-from tests.support.models import WIDTH, Case, GatedMLP, Normed, ResidualMLP, SharedLinear, ids, tiny_llama
+from tests.support.models import (
+    WIDTH,
+    Case,
+    GatedMLP,
+    Normed,
+    ResidualMLP,
+    SharedLinear,
+    ids,
+    tiny_albert,
+    tiny_llama,
+)
 from tests.support.models import Attention as AttentionBlock
 from tests.support.selection import slow_unless
 from tests.support.untouched import saved_bytes, untouched
@@ -56,17 +66,7 @@ def t5() -> Any:
 
 
 def albert() -> Any:
-    config = transformers.AlbertConfig(
-        hidden_size=32,
-        embedding_size=16,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-    )
-    return transformers.AlbertForMaskedLM(config)
+    return transformers.AlbertForMaskedLM(tiny_albert(0.1, vocab_size=VOCABULARY))
 
 
 MODELS: tuple[Callable[[], Any], ...] = (llama, gpt2, bert, t5, albert)

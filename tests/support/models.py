@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import AlbertConfig, LlamaConfig, LlamaForCausalLM, T5Config
 from transformers.pytorch_utils import Conv1D
 
 from lora_lite_fx.testing.models import VOCABULARY as VOCABULARY
@@ -107,6 +107,13 @@ def tiny_t5(**changes: Any) -> T5Config:
     """Return the config of a T5 of one layer, with `changes`."""
     fields: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
     return T5Config(**{**fields, "decoder_start_token_id": 0, **changes})
+
+
+def tiny_albert(dropout: float, **changes: Any) -> AlbertConfig:
+    """Return the config of an ALBERT whose one layer runs three times, with `changes`."""
+    fields: dict[str, Any] = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_hidden_layers": 3}
+    dropped = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return AlbertConfig(**{**fields, "num_attention_heads": 4, **dropped, **changes})
 
 
 cases = st.builds(

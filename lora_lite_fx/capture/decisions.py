@@ -6,7 +6,7 @@ Three constructs are followed, each so that no call gets a wrong value:
 - `for index in hit.nonzero():` over a vector of fixed size, as mixtures of experts run the experts that a token chose,
   becomes a loop over all indices. That is the same where the body does nothing for an index without entries. The graph
   is compared with the model to see it, on inputs that leave indices out.
-- `torch.div` of sizes is a number, as `//` is.
+- `torch.div` of sizes is a number, as `//` is; and so is a tensor of one number that is computed of sizes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import COMPILE_INSTEAD, CaptureError
 from .differences import TOLERANCES, distance, largest
 from .outputs import Call, Outputs, outputs_of_graph, outputs_of_model
+from .sizes_in_tensors import SizesInTensors
 
 _DECIDED = "This graph was captured where"
 _MOST_INDICES = 1024
@@ -67,7 +68,7 @@ class Decisions:
     @contextmanager
     def followed(self) -> Iterator[None]:
         """Let a trace in the body decide as the model did."""
-        with _Follow(self._watch.taken), _entries_assumed(self._watch.functions):
+        with _Follow(self._watch.taken, SizesInTensors(self._model)), _entries_assumed(self._watch.functions):
             yield
 
     def check(self, gm: fx.GraphModule) -> None:
@@ -201,11 +202,21 @@ class _Follow(_Watch):
 
     Args:
         taken: the decisions.
+        sizes: of the model.
     """
 
-    def __init__(self, taken: list[tuple[str, bool]]) -> None:
+    def __init__(self, taken: list[tuple[str, bool]], sizes: SizesInTensors) -> None:
         super().__init__(unrolled=True)
         self._next = iter(taken)
+        self._sizes = sizes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (truth := self._sizes.truth(func, args)) is not None:
+            return truth
+        args = self._sizes.put(func, args)
+        result = super().__torch_function__(func, types, args, kwargs)
+        self._sizes.follow(func, args, kwargs or {}, result)
+        return result
 
     def decide(self, func: Any, args: tuple[Any, ...], where: str) -> bool:
         # A model may ask more where it is not traced: transformers asks there whether it can do without a mask.

@@ -1,0 +1,145 @@
+"""Follow sizes that a model computes in tensors of one number, as the codecs of sound compute how much they pad.
+
+A trace knows no values of tensors, and `F.pad(x, (0, extra))` needs them. `extra` is known all the same where it is
+made of sizes of inputs and of numbers that the model keeps: non-persistent buffers, and tensors that are no buffers.
+It is computed a second time here, of sizes and whole numbers, and exactly.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells a tensor without data
+from torch._subclasses.functional_tensor import FunctionalTensor  # of which torch.export makes those of a trace
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+# Values of a constant under the stand-ins of a trace; nothing public leaves a mode for a while.
+from torch.utils._python_dispatch import _disable_current_modes
+
+Quotient = tuple[Any, int]
+"""A size or a whole number, and the positive number that it is divided by."""
+
+_LARGEST_WHOLE, _LARGEST_DIVIDED = 2**24, 2**22
+"""Up to where a model that divides in float32 finds the same numbers."""
+
+
+def _plus(one: Quotient, other: Quotient) -> Quotient:
+    if one[1] == other[1]:
+        return one[0] + other[0], one[1]
+    return one[0] * other[1] + other[0] * one[1], one[1] * other[1]
+
+
+def _minus(one: Quotient, other: Quotient) -> Quotient:
+    return _plus(one, (-other[0], other[1]))
+
+
+def _divided(one: Quotient, other: Quotient) -> Quotient | None:
+    by, denominator = other
+    if type(by) is not int or by <= 0 or denominator != 1:
+        return None
+    divisor = one[1] * by
+    # The graph refuses longer inputs.
+    torch._check(one[0] < (_LARGEST_WHOLE if divisor == 1 else _LARGEST_DIVIDED))
+    return one[0], divisor
+
+
+def _rounded_down(one: Quotient, other: Quotient) -> Quotient | None:
+    if type(other[0]) is not int or other[0] <= 0 or (one[1], other[1]) != (1, 1):
+        return None
+    return one[0] // other[0], 1
+
+
+_OF_TWO: dict[Any, Callable[[Quotient, Quotient], Quotient | None]] = {
+    Tensor.add: _plus,
+    Tensor.sub: _minus,
+    Tensor.__rsub__: lambda one, other: _minus(other, one),
+    Tensor.mul: lambda one, other: (one[0] * other[0], one[1] * other[1]),
+    Tensor.div: _divided,
+    Tensor.__floordiv__: _rounded_down,
+}
+_CEIL = (torch.ceil, Tensor.ceil)
+_COMPARE: dict[Any, Callable[[Any, Any], Any]] = {
+    getattr(Tensor, name): getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")
+}
+_TAKES_SIZES = (functional.pad, Tensor.__getitem__)
+
+
+class SizesInTensors:
+    """What is known of the tensors of one number in a trace.
+
+    Args:
+        model: which is to be traced, with its data.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (module, name, int(buffer))
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            # Persistent ones change, as the number of batches that a normalization counts. Nothing public tells.
+            if name in module._non_persistent_buffers_set and _is_whole(buffer)
+        ]
+        self._sizes: dict[int, tuple[Tensor, Quotient]] = {}
+        self._truths: dict[int, tuple[Tensor, Any]] = {}
+
+    def truth(self, func: Any, args: tuple[Any, ...]) -> bool | None:
+        """Return the value of a comparison of sizes, of which `func` asks; None if it is not known."""
+        if func is not Tensor.__bool__ or id(args[0]) not in self._truths:
+            return None
+        return bool(self._truths[id(args[0])][1])
+
+    def put(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of `func` with sizes in the place of tensors, where it takes sizes."""
+        if func not in _TAKES_SIZES:
+            return args
+
+        def size(value: Any) -> Any:
+            if isinstance(value, slice):
+                return slice(size(value.start), size(value.stop), size(value.step))
+            known = self._of(value) if isinstance(value, Tensor) else None
+            return value if known is None or known[1] != 1 else known[0]
+
+        return (args[0], *pytree.tree_map(size, args[1:]))
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Note what `result` of `func` is, if it is made of what is known."""
+        if not isinstance(result, Tensor) or result.dim() or kwargs:
+            return
+        if func in _OF_TWO or func in _COMPARE:
+            one, other = (self._of(arg) for arg in args[:2])
+            if one is None or other is None:
+                return
+            if func in _COMPARE:
+                self._truths[id(result)] = result, _COMPARE[func](one[0] * other[1], other[0] * one[1])
+            elif (size := _OF_TWO[func](one, other)) is not None:
+                self._sizes[id(result)] = result, size
+        elif (func in _CEIL or func is Tensor.to) and (known := self._of(args[0])) is not None:
+            numerator, divisor = known
+            if func in _CEIL:
+                self._sizes[id(result)] = result, (-(-numerator // divisor), 1)
+            elif divisor == 1 and not result.is_floating_point():
+                self._sizes[id(result)] = result, known
+
+    def _of(self, value: Any) -> Quotient | None:
+        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+            return value, 1
+        if not isinstance(value, Tensor) or value.dim():
+            return None
+        if id(value) in self._sizes:
+            return self._sizes[id(value)][1]
+        for module, name, number in self._kept:
+            if module._buffers.get(name) is value:
+                return number, 1
+        if not isinstance(value, (FakeTensor, FunctionalTensor)) and _is_whole(value):
+            with _disable_current_modes():
+                return int(value), 1
+        return None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.dim() and not tensor.is_floating_point() and tensor.dtype != torch.bool and not tensor.is_meta

@@ -12,6 +12,7 @@ from .adapters.switches import active, by_row, scaled
 from .adapters.variant import Batch, Statistic, Variant
 from .capture.differences import Difference, DifferenceTable
 from .distributed.shard import shard
+from .distributed.split import split
 from .errors import (
     AdapterError,
     CallError,
@@ -181,6 +182,7 @@ __all__ = [
     "save_slot",
     "scaled",
     "shard",
+    "split",
     "swap",
     "take_slot",
     "to_lora",

@@ -207,8 +207,13 @@ def next_index(model: nn.Module) -> int:
 
 def by_config(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[Variant, list[Placement]]]:
     """Yield each config of a model with its placements; of the adapter of one name alone if that is given."""
+    return configs_of(placements(model), adapter)
+
+
+def configs_of(placed: Iterable[Placement], adapter: str | None) -> Iterator[tuple[Variant, list[Placement]]]:
+    """Yield each config of these placements with those of it, as `by_config`."""
     members_of: dict[int, list[Placement]] = {}
-    for placement in placements(model):
+    for placement in placed:
         if adapter in (None, placement.adapter_name):
             members_of.setdefault(placement.adapter, []).append(placement)
     for members in members_of.values():

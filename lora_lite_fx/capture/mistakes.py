@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..errors import CaptureError, is_instance_of, shown
+from ..graph.sharded import is_stage
 
 _PREPARES_INPUTS = ("PreTrainedTokenizerBase", "ProcessorMixin", "FeatureExtractionMixin", "ImageProcessingMixin")
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
@@ -43,6 +44,8 @@ def wrapper_hint(model: nn.Module) -> str:
             "its parameters are sharded. The way out: do this before fully_shard; or, to go on with trained adapters,"
             " save(model, path) in all processes, and load(base, path) in one that has the whole base."
         )
+    if is_stage(model):
+        return "it is a stage of a pipeline. The way out: do this before split."
     if divided := [path for path, tensor in model.named_parameters() if is_instance_of(tensor, "torch", "DTensor")]:
         return (
             f"its parameters are DTensors ({divided[0]}, ...), as tensor parallelism makes them, which torch.export"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 from torch import fx
 
 from ..errors import CaptureError
 from ..graph.direct_calls import OpOverload
 from ..graph.layers import layer_of, module_call_of
-from ..graph.writes import may_return_a_view, written
+from ..graph.writes import overwritten_tensors
 
 A_LAYER = (
     "A layer is an element of a ModuleList or Sequential, with a number in its qualified name as in model.layers.0."
@@ -44,7 +43,7 @@ def pieces_of(gm: fx.GraphModule, graph: fx.Graph, also: Collection[str] = ()) -
     def place(node: fx.Node) -> str | None:
         return layer_of(node) or (module_call_of(node, also) if also else None)
 
-    overwritten = _overwritten(gm, graph)
+    overwritten = overwritten_tensors(gm, graph)
     outside: set[fx.Node] = set()
     while True:
         pieces = list(_pieces(graph, outside, place))
@@ -85,25 +84,3 @@ def _is_impure(node: fx.Node) -> bool:
     if isinstance(node.target, OpOverload):
         return node.is_impure()
     return node.op.startswith("call_") and getattr(node.target, "__module__", "") != operator.mul.__module__
-
-
-def _overwritten(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | None, list[fx.Node]]]:
-    """Return the node that makes each tensor that is written in place, and those that read it up to the last write."""
-    made_by: dict[Any, fx.Node] = {}
-    seen_by: dict[fx.Node, set[Any]] = {}  # the tensors that a node's value may share memory with
-    readers: dict[Any, list[fx.Node]] = {}
-    overwritten: dict[Any, list[fx.Node]] = {}
-    for node in graph.nodes:
-        own = node.target if node.op == "get_attr" else node
-        made_by.setdefault(own, node)
-        seen_by[node] = {own}
-        for read in node.all_input_nodes:
-            for tensor in seen_by[read]:
-                readers.setdefault(tensor, []).append(node)
-            if may_return_a_view(node):
-                seen_by[node] |= seen_by[read]
-        for operand in written(gm, node):
-            overwritten |= {tensor: list(readers[tensor]) for tensor in seen_by[operand]}
-        if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "track_running_stats", False):
-            overwritten.setdefault(node.target, []).append(node)  # the module's own statistics, which no node makes
-    return [(made_by.get(tensor), reading) for tensor, reading in overwritten.items()]

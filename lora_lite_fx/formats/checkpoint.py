@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
 from ..adapters.contract import check_contract
-from ..adapters.placement import Placement, by_config, graph_of, placements
+from ..adapters.placement import Placement, configs_of, graph_of, placements
 from ..adapters.registry import check_saving, from_config, to_config
 from ..adapters.state import (
     adapter_state_dict,
@@ -49,6 +49,7 @@ from .finite import check_finite
 from .gathered import gathered, write_once
 from .loading import AdapterFile, loader
 from .mistakes import as_path, check_file, foreign_file_hint
+from .stages import held_by
 from .writing import write_atomically
 
 FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
@@ -65,10 +66,10 @@ def save(
 ) -> None:
     """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
 
-    If the model is sharded, all processes call this, and process 0 writes.
+    If the model is sharded, or a stage of a pipeline, all processes call this, and process 0 writes.
 
     Args:
-        model: a model with adapters, from `rewrite`, `wrap`, `adapt` or `load`.
+        model: a model with adapters, from `rewrite`, `wrap`, `adapt`, `load` or `split`.
         path: of the file; its folder must exist.
         adapter: the name of the adapter to write; None for all, whether they act or not.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
@@ -79,7 +80,7 @@ def save(
         AdapterError: the model has no adapters, or records one at a site that its graph does not show any more.
         ConfigError: a variant is not registered, so that the file could not be loaded; or there is no adapter of the
             name.
-        CheckpointError: the file cannot be written, or a value is not finite.
+        CheckpointError: the file cannot be written, or a value is not finite; or a stage of a pipeline is missing.
     """
     file = as_path(path, "save(model, path)")
     warn_of_trained_base(model, "save")
@@ -89,10 +90,11 @@ def save(
 
 
 def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite: bool) -> bytes:
-    values = adapter_state_dict(model)
-    if adapter is not None:
-        known_names(model, adapter)
-    configs = list(by_config(model, adapter))
+    held = held_by(model, adapter, fingerprints)
+    values = held.values
+    if adapter is not None and all(placement.adapter_name != adapter for placement in held.placed):
+        known_names(model, adapter)  # says which names there are
+    configs = list(configs_of(held.placed, adapter))
     check_unscaled(model)
     state = {
         written: values[own].contiguous().cpu()
@@ -105,7 +107,7 @@ def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite:
     for variant, _ in configs:
         check_saving(variant)
     records = [_record(variant, members) for variant, members in configs]
-    prints = fingerprints(model, [name for record in records for name in record["sites"]])
+    prints = {name: held.prints[name] for record in records for name in record["sites"]}
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
     document["checksum"] = _checksum(document, state)
     return safetensors.torch.save(state, {FORMAT: json.dumps(document)})

@@ -29,6 +29,7 @@ from .loading import AdapterFile, loader
 from .mistakes import as_path
 from .peft.base_model import source_of
 from .peft.directory import PREFIX, adapter_of, peft_form
+from .stages import refuse_stage
 from .tensor_bytes import tensor_bytes
 from .writing import make_folder, write_atomically
 
@@ -70,6 +71,7 @@ def save_diffusers(
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_diffusers(model, path)")
+    refuse_stage(model, "A file of diffusers")
     with gathered(model):
         config, tensors, _ = peft_form(model, None, adapter)
     warn_of_trained_base(model, "save_diffusers")

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ..adapters.placement import adapter_tensor_names
 from ..errors import CheckpointError
-from ..graph.sharded import is_sharded, reshard, whole
+from ..graph.sharded import is_sharded, is_stage, reshard, whole
 from ..graph.tensors import register_tensor
 
 
@@ -49,7 +49,7 @@ def gathered(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> It
 
 
 def write_once(model: nn.Module, write: Callable[[], None], *, alone: bool = False) -> None:
-    """Call `write`; if the model is sharded, on process 0 alone, and return on all processes when it is done.
+    """Call `write`; of a sharded model or a stage on process 0 alone, and return on all processes when it is done.
 
     Args:
         model: the model whose adapters are written.
@@ -59,7 +59,7 @@ def write_once(model: nn.Module, write: Callable[[], None], *, alone: bool = Fal
     Raises:
         CheckpointError: it could not be written; on all processes.
     """
-    if alone or not is_sharded(model):
+    if alone or not (is_sharded(model) or is_stage(model)):
         write()
         return
     failure: list[str | None] = [None]

@@ -46,6 +46,7 @@ from .single_adapter import (
     sites_of,
     weight_of,
 )
+from .stages import refuse_stage
 from .writing import write_atomically
 
 
@@ -109,6 +110,7 @@ def save_lora_lite(
         CheckpointError: the file cannot be written, or a value is not finite.
     """
     file = as_path(path, "save_lora_lite(model, path)")
+    refuse_stage(model, "A lora-lite file")
     warn_of_trained_base(model, "save_lora_lite")
     with gathered(model):
         data = _file_of(model, file, adapter, allow_nonfinite)

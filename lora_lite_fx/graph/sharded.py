@@ -17,6 +17,11 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
+def is_stage(model: object) -> bool:
+    """Check whether `model` is a stage of a pipeline, see `llfx.split`."""
+    return getattr(model, "stage_of", None) is not None
+
+
 def _shards(module: nn.Module) -> bool:
     return is_instance_of(module, "torch", "FSDPModule")
 
@@ -33,7 +38,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def refuse_sharded(model: object, what: str, way_out: str) -> None:
-    """Raise AdapterError if processes have parts of the parameters of `model`.
+    """Raise AdapterError if processes have parts of the parameters of `model`, or of its layers.
 
     Args:
         model: anything.
@@ -42,6 +47,8 @@ def refuse_sharded(model: object, what: str, way_out: str) -> None:
     """
     if isinstance(model, nn.Module) and is_sharded(model):
         raise AdapterError(f"{what} whose parameters are sharded. The way out: {way_out}.")
+    if is_stage(model):
+        raise AdapterError(f"{what} which is a stage of a pipeline. The way out: do this before split.")
 
 
 def whole(tensor: Tensor) -> Tensor:

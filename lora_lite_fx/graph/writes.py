@@ -119,3 +119,25 @@ def overwrites(gm: fx.GraphModule, graph: fx.Graph | None = None) -> bool:
     """
     nodes = (graph or gm.graph).nodes
     return any(read.op not in ("get_attr", "placeholder") for node in nodes for read in written(gm, node))
+
+
+def overwritten_tensors(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.Node | None, list[fx.Node]]]:
+    """Return the node that makes each tensor that is written in place, and those that read it up to the last write."""
+    made_by: dict[Any, fx.Node] = {}
+    seen_by: dict[fx.Node, set[Any]] = {}  # the tensors that a node's value may share memory with
+    readers: dict[Any, list[fx.Node]] = {}
+    overwritten: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        own = node.target if node.op == "get_attr" else node
+        made_by.setdefault(own, node)
+        seen_by[node] = {own}
+        for read in node.all_input_nodes:
+            for tensor in seen_by[read]:
+                readers.setdefault(tensor, []).append(node)
+            if may_return_a_view(node):
+                seen_by[node] |= seen_by[read]
+        for operand in written(gm, node):
+            overwritten |= {tensor: list(readers[tensor]) for tensor in seen_by[operand]}
+        if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "track_running_stats", False):
+            overwritten.setdefault(node.target, []).append(node)  # the module's own statistics, which no node makes
+    return [(made_by.get(tensor), reading) for tensor, reading in overwritten.items()]

@@ -1,4 +1,4 @@
-"""What a step of a sharded model sends, counted, is what the README's formulas say; and memory falls as they say."""
+"""What a step of a sharded model sends, counted, is what TRAFFIC.md says by formulas; and memory falls as it says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import lora_lite_fx as llfx
 from tests.distributed.training import Case, base_of, batch, graph_of, make
 from tests.support.ranks import on_ranks
 
-README = Path(llfx.__file__).parent / "distributed/README.md"
+TRAFFIC = Path(llfx.__file__).parent / "distributed/TRAFFIC.md"
 LORA = Case(llfx.LoRA(r=2))
 CASES = {"rewrite": LORA, "adapt": Case(llfx.LoRA(r=2), "adapt"), "nf4": Case(llfx.LoRA(r=2), base="nf4")}
 
@@ -131,7 +131,7 @@ def test_the_figures_at_70b_follow_from_the_formulas() -> None:
         gradients = adapters * (processes - 1) / processes
         figures = [kept / 1e9, (kept + 2 * layer + root) / 1e9, 4 * adapters / processes / 1e9, received / 1e9]
         figures += [received / bandwidth, received / bandwidth * 400e12 / per_token, gradients / 1e9]
-        rows = [line.split("|")[1:-1] for line in README.read_text().splitlines() if line.count("|") == 5]
+        rows = [line.split("|")[1:-1] for line in TRAFFIC.read_text().splitlines() if line.count("|") == 5]
         written = [row[column].split()[0].strip(",").replace(",", "") for row in rows[2:]]
         assert len(written) == len(figures)
         for text, figure in zip(written, figures, strict=True):

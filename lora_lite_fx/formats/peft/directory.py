@@ -29,6 +29,7 @@ from ..gathered import gathered, write_once
 from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, sites_in, sites_of
+from ..stages import refuse_stage
 from ..tensor_bytes import tensor_bytes
 from ..writing import make_folder, write_together
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
@@ -86,6 +87,7 @@ def save_peft(
         CheckpointError: the files cannot be written, or a value is not finite.
     """
     folder = as_path(path, "save_peft(model, path)")
+    refuse_stage(model, "A PEFT directory")
     warn_of_trained_base(model, "save_peft")  # refuses a model without adapters
     names = adapter_names(model)
     with gathered(model, whole_tensors):

@@ -1,17 +1,20 @@
-"""Let models do in their forward what changes nothing and raises in a trace.
+"""Let models do in their forward what changes nothing and raises in a trace, or is left out otherwise than in one.
 
 `self.classifier.to(torch.float32)` sets each parameter anew also where it is float32 already, and
 `torch.randn(x.shape, generator=None)` is another operator than without the argument, which takes no sizes of a trace.
+transformers makes a mask that shows everything where it is exported, and none in other calls.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
 
@@ -37,6 +40,46 @@ def needless_conversions_left_out() -> Iterator[None]:
         yield
     finally:
         nn.Module.to = convert  # type: ignore[method-assign]
+
+
+@contextmanager
+def needless_masks_left_out() -> Iterator[None]:
+    """Let transformers make no mask in the body where it is given none and each token sees all, as in other calls.
+
+    Informer shortens its sequence between layers, which a mask of the first length does not fit. Safe for other
+    threads, because their calls make none either. A mask that is given is made, because calls may have other values.
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    decide = getattr(masks, "_ignore_bidirectional_mask_sdpa", None)  # nothing public; made where it is missing
+
+    def is_needless(padding_mask: Any, kv_length: Any, local_attention_size: Any = None) -> Any:
+        if padding_mask is None and local_attention_size is None:
+            return True
+        assert decide is not None
+        return decide(padding_mask, kv_length, local_attention_size)
+
+    if decide is not None:
+        vars(masks)[decide.__name__] = is_needless
+    try:
+        yield
+    finally:
+        if decide is not None:
+            vars(masks)[decide.__name__] = decide
+
+
+@contextmanager
+def needless_checks_left_out() -> Iterator[None]:
+    """Let distributions in the body not check the values of their parameters, which a trace does not have.
+
+    torch.compile leaves them out for good. Safe because they change nothing: the model, with which a graph is compared,
+    makes them.
+    """
+    before = Distribution._validate_args  # there is no public way to ask
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 class WithoutGeneratorOfNone(TorchFunctionMode):

@@ -137,3 +137,4 @@ def _whole_and_tiles(values: Values) -> Iterator[Inputs]:
     if frames := values.field("num_frames"):
         yield {"pixel_values": pixels.unsqueeze(1).repeat(1, frames, 1, 1, 1)}
     yield {"pixel_values": values.noise(BATCH, 8, _numbers(values))}
+    yield {"pixel_values": values.noise(BATCH, 2, channels, height, width)}  # pairs, in which points are matched

@@ -13,6 +13,7 @@ SOUNDS = ("input_values", "input_features")
 
 # Sizes for models whose config tells none: they are built of convolutions, and take every size.
 _SAMPLES, _FRAMES = 4000, 64
+_BINS = [80, 128]
 _SPECTRUM = (
     "num_mel_bins",
     "feature_projection_input_dim",
@@ -71,7 +72,7 @@ def _spectrograms(values: Values) -> Iterator[Tensor]:
     windows = 2 * (values.field("n_window") or 0)  # of models that take whole windows
     beside_waves = _SAMPLES // (values.field("hop_length") or _SAMPLES + 1)
     stacked = [4 * size for size in named]  # frames and their differences, in pairs
-    for bins in dict.fromkeys([*(named or [80]), *stacked]):
+    for bins in dict.fromkeys([*(named or _BINS), *stacked]):
         for length in dict.fromkeys((frames or _FRAMES, _FRAMES, 8 * SEQUENCE, windows, beside_waves)):
             if length:
                 yield values.noise(BATCH, bins, length)

@@ -95,7 +95,8 @@ class Values:
 
     def tokens(self, length: int) -> Tensor:
         """Return a batch of random tokens of this length."""
-        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None) or _CHARACTERS
+        words = getattr(self.config.get_text_config(), "vocab_size", None)
+        vocabulary = words or self.anywhere("vocab_size") or _CHARACTERS
         return torch.randint(vocabulary, (BATCH, length), generator=self.generator).to(self.model.device)
 
     def classes(self, count: int, *shape: int) -> Tensor:

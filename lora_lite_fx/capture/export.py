@@ -15,7 +15,12 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from ..graph.turns import tracing
 from .autograd_functions import keeping_functions
-from .conversions import WithoutGeneratorOfNone, needless_conversions_left_out
+from .conversions import (
+    WithoutGeneratorOfNone,
+    needless_checks_left_out,
+    needless_conversions_left_out,
+    needless_masks_left_out,
+)
 from .decisions import Decisions
 from .memories import forgetting
 from .outputs import has_data
@@ -93,7 +98,14 @@ def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 @tracing()
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
-    with keeping_functions() as kept, needless_conversions_left_out(), forgetting(model), WithoutGeneratorOfNone():
+    with (
+        keeping_functions() as kept,
+        needless_conversions_left_out(),
+        needless_masks_left_out(),
+        needless_checks_left_out(),
+        forgetting(model),
+        WithoutGeneratorOfNone(),
+    ):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:

@@ -23,6 +23,14 @@ def check_model(model: object) -> None:
         )
     if reason := wrapper_hint(model):
         raise CaptureError(f"{type(model).__name__} cannot be captured: {reason}")
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        parts = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
+        way_out = (
+            f"adapt the part that is meant, such as model.{parts[0]}" if parts else "adapt the module that has one"
+        )
+        raise CaptureError(
+            f"{type(model).__name__} has no forward(): other methods call its parts. The way out: {way_out}."
+        )
 
 
 def model_hint(model: object) -> str:

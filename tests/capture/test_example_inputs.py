@@ -44,6 +44,8 @@ ARGUMENTS = {
     "gemma4_vision": {"pixel_values", "pixel_position_ids"},
     "lxmert": {"input_ids", "attention_mask", "visual_feats", "visual_pos"},
     "fun_asr_nano_encoder": {"input_features", "input_features_mask"},
+    "gemma4_audio": {"input_features"},
+    "lightglue": {"pixel_values"},
     "sam3": {"input_ids", "attention_mask", "pixel_values"},
     "oneformer": {"pixel_values", "task_inputs"},
     "perceiver": {"inputs", "labels"},

@@ -1,0 +1,61 @@
+"""What models do otherwise, or cannot do, in a trace, and what changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.distributions.gumbel import Gumbel
+
+import lora_lite_fx as llfx
+from tests.survey.cases import cases
+
+CASES = {case.name: case for case in cases()}
+
+
+def test_a_mask_that_shows_everything_is_made_in_a_trace_no_more_than_otherwise() -> None:
+    gm = llfx.capture(CASES["vit"].builder()())
+    attention = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    assert attention
+    assert all(len(node.args) < 4 or node.args[3] is None for node in attention)
+
+
+@pytest.mark.slow
+def test_a_sequence_that_a_model_shortens_between_layers_needs_no_mask() -> None:
+    llfx.capture(CASES["informer"].builder()())  # which compares it with the model
+
+
+class Choosing(nn.Linear):
+    """Chooses in training as GroupViT does, by numbers of a distribution that checks its parameters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        logits = super().forward(input)
+        if self.training:
+            logits = logits + Gumbel(torch.full((), 0.0), torch.full((), 1.0)).sample(logits.shape)
+        return logits.softmax(-1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_distribution_is_drawn_from_in_a_graph(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+    monkeypatch.setattr(Distribution, "_validate_args", True)  # as before torch.compile switched it off
+    model, x = Choosing(4, 3).train(training), torch.randn(5, 4)
+    gm = llfx.capture(model, (torch.randn(2, 4),))
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(gm(x), expected)
+
+
+class Parts(nn.Module):
+    """Has parts, and no forward of its own, as Bark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = nn.ModuleList()
+        self.semantic = nn.Linear(4, 4)
+
+
+def test_a_model_that_has_only_parts_is_refused_with_one_of_them() -> None:
+    with pytest.raises(llfx.CaptureError, match=r"Parts has no forward\(\).*such as model\.semantic"):
+        llfx.capture(Parts(), (torch.randn(2, 4),))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .changes_of_parts import MROPE, PARTS
+
 _WINDOWS = {"window_size": 2, "image_size": 64}  # windows that fit into the smallest image of the four stages
 _HYBRID = ["linear_attention", "full_attention"]
-_MROPE = {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+_MROPE = {"text_config.rope_parameters": MROPE}
 _QWEN3 = {**_MROPE, "vision_config.num_heads": 6}
 _INDEXER = {
     "indexer_budget": 4,
@@ -48,7 +50,7 @@ _HGNET = {
 _ON_HGNET = {f"backbone_config.{name}": value for name, value in _HGNET.items()}
 _DETECTS = {"num_queries": 8, "decoder_in_channels": [16, 16, 16]}
 _FOUR_AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}
-_TEXT_MROPE = {"rope_parameters": _MROPE["text_config.rope_parameters"]}
+_TEXT_MROPE = {"rope_parameters": MROPE}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_next": {"layer_types": _HYBRID},
     "qwen3_5_text": {"layer_types": _HYBRID},
@@ -123,7 +125,6 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "nemotron": {"num_key_value_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_hidden_layers": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "ernie4_5_moe": {"moe_k": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -165,6 +166,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "vision_config.backbone_config.global_attn_indexes": [1],
         "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
+    "d_fine": {**_ON_HGNET, **_DETECTS, "encoder_in_channels": [64, 128, 256]},
     "deimv2": {**_ON_HGNET, **_DETECTS, "encoder_in_channels": [64, 128, 256]},
     "clap": {"audio_config.spec_size": 128, "audio_config.window_size": 4, "audio_config.hidden_size": 768},
     "uvdoc": {"backbone_config.out_features": [f"stage{i}" for i in range(1, 7)]},
@@ -199,5 +201,6 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "autoformer": {"prediction_length": 4, "label_length": 4, "context_length": 8},
     "informer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},
+    **PARTS,
 }
 """Fields of configs by model type, where small values of others would leave out a part of the model."""

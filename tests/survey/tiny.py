@@ -48,13 +48,16 @@ def tiny_config(config_class: type[PreTrainedConfig], divisor: int, changes: Map
     Args:
         config_class: of transformers.
         divisor: of all widths.
-        changes: fields to set, by path: `{"text_config.layer_types": [...]}`.
+        changes: fields to set, by path: `{"text_config.layer_types": [...]}`; and by an empty path what the default
+            config is made with, if it is not valid without.
     """
-    fields = _shrunk(config_class(), divisor)
+    fields = _shrunk(config_class(**changes.get("", {})), divisor)
     text, vision = fields.get("text_config"), fields.get("vision_config")
     if text and vision and "out_hidden_size" in vision and "hidden_size" in text:  # what the images become are tokens
         vision["out_hidden_size"] = text["hidden_size"]
     for path, value in changes.items():
+        if not path:
+            continue
         *parents, name = path.split(".")
         inner = fields
         for parent in parents:
@@ -119,7 +122,10 @@ def _shrunk(config: PreTrainedConfig, divisor: int) -> dict[str, Any]:
         small = _small(name, value, divisor)
         if small != default:
             fields[name] = small
-    if layer_types := _with_attention(getattr(config, "layer_types", None)):
+    is_derived = isinstance(
+        getattr(type(config), config.attribute_map.get("layer_types", "layer_types"), None), property
+    )
+    if (layer_types := _with_attention(getattr(config, "layer_types", None))) and not is_derived:
         fields["layer_types"] = layer_types
     if getattr(config, "out_features", None) and isinstance(fields.get("depths"), (list, tuple)):
         fields["out_features"] = list(config.out_features)  # of a backbone with all of its stages

@@ -58,7 +58,7 @@ def wrapper_hint(model: nn.Module) -> str:
         return (
             f"its parameters are DTensors ({divided[0]}, ...), as tensor parallelism makes them, which torch.export"
             " does not take. The way out: adapt the model without tp_plan or parallelize_module, and divide the"
-            " result by llfx.shard(model)."
+            " result by llfx.parallelize(model) or llfx.shard(model). What changes a graph comes before that."
         )
     for path, module in model.named_modules():
         if is_instance_of(module, "peft"):

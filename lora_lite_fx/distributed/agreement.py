@@ -19,13 +19,14 @@ from ..graph.tensors import tensor_of
 _COMPARED = 64  # values of a tensor that are compared one by one
 
 
-def agree(model: nn.Module, mesh: DeviceMesh, problem: str) -> None:
+def agree(model: nn.Module, mesh: DeviceMesh, problem: str, call: str) -> None:
     """Check that all processes of the mesh have the same model, and no problem; in all of them or in none.
 
     Args:
         model: has the same tensors everywhere, by name, type and shape. Frozen ones have the same values.
         mesh: of the processes.
         problem: what this process has found against sharding; empty if nothing.
+        call: the function that asks, for the message.
 
     Raises:
         AdapterError: a process has found something, or has another model.
@@ -37,7 +38,7 @@ def agree(model: nn.Module, mesh: DeviceMesh, problem: str) -> None:
         dist.all_gather_object(said, (problem, descriptions), group=group)
         problem = next((found for found, _ in said if found), "") or _disagreement([found for _, found in said])
     if problem:
-        raise AdapterError(f"shard: {problem}")
+        raise AdapterError(f"{call}: {problem}")
 
 
 def _disagreement(descriptions: list[dict[str, str]]) -> str:

@@ -56,7 +56,7 @@ def shard(model: Model, mesh: DeviceMesh | None = None, **options: Any) -> Model
         device = next(model.parameters()).device.type
         mesh = init_device_mesh(device, (dist.get_world_size(),))
     units = units_of(model, options.get("ignored_params") or ())
-    agree(model, mesh, problem_of(model, units, options))
+    agree(model, mesh, problem_of(model, units, options), "shard")
     broadcast_adapters(model, mesh)
     _fully_shard(units, mesh, options)
     if isinstance(model, RunsGraphs):

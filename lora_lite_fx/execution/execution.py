@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from ..capture.signature import CallSignature
 from ..passes import OPTIMIZATIONS, Pipeline, Program
@@ -25,6 +25,7 @@ class Execution:
         fuse_loss: whether head and loss are one operation in training mode, so that with labels logits are None.
         compiler: compiles what the layers run; None if they run as they are.
         signature: how the graph is called; None for a graph that takes its inputs and nothing else.
+        finish: changes a program, `finish(module, graph)`, after all passes; None if nothing does.
         source: a weak reference to the model that it was captured from; calling it returns the model, or None.
     """
 
@@ -34,6 +35,7 @@ class Execution:
     fuse_loss: bool = False
     compiler: LayerCompiler | None = None
     signature: CallSignature | None = None
+    finish: Callable[[nn.Module, fx.Graph], None] | None = None
     source: Callable[[], nn.Module | None] = lambda: None
 
     @property

@@ -147,6 +147,11 @@ class AdaptedGraphModule(LayerSettings):
         flat = self.flat_graph
         if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling() or self.execution is None:
             return flat
+        if self.execution.finish is not None:
+            raise AdapterError(
+                "torch.export does not take DTensors, which the parameters of this graph are. The way out: export"
+                " before parallelize; or save the adapters, and load them onto the whole model."
+            )
         switched = self._switched_now("torch.export")
         if switched == ALL:
             return flat
@@ -427,6 +432,8 @@ class AdaptedGraphModule(LayerSettings):
         if switched[1]:  # the inputs of a check lack the coefficients
             passes = replace(passes, check=None)
         reports += passes.run(derived, program)
+        if self.execution.finish is not None:
+            self.execution.finish(self, derived.graph)
         derived.graph.owning_module = None  # torch.fx would ask it for modules, but the calls stand for methods
         return derived.graph, reports
 

@@ -18,6 +18,7 @@ from tests.support.selection import slow_unless
 TOLERANCES = {
     "llama": 1e-9,
     "albert": 1e-9,
+    "gpt2": 1e-9,
     "tied": 1e-5,
     "torchao int8": 1e-5,
     "nf4": 1e-5,
@@ -42,12 +43,14 @@ def trained(is_everyday: bool) -> list[dict[str, Any]] | str:
 @pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, CASES))
 def test_two_processes_train_like_one(name: str) -> None:
     case = CASES[name]
-    expected = in_one_process(case, 2)
-    tolerance = TOLERANCES[case.base]
+    is_parallel = case.engine == "parallel"
+    expected = in_one_process(case, 1 if is_parallel else 2)
+    # Norms of Llama are in float32, and the products before them are summed in another order if they are divided.
+    tolerance = max(TOLERANCES[case.base], 1e-4 if is_parallel and case.base in ("llama", "tied") else 0)
     results = trained(name in EVERYDAY)
     assert not isinstance(results, str), results
     for rank, found in enumerate(results):
-        losses = torch.tensor([found[name]["losses"], expected["losses"][rank]])
+        losses = torch.tensor([found[name]["losses"], expected["losses"][0 if is_parallel else rank]])
         close(losses[0], losses[1], max(tolerance, 1e-6), "losses")
         for what in ("gradients", "after"):
             assert found[name][what].keys() == expected[what].keys()

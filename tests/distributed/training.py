@@ -32,7 +32,8 @@ class Case:
         cfg: of its adapters.
         front_end: makes it.
         base: the name of one of `BASES`.
-        engine: divides the parameters, or copies them all.
+        engine: divides the parameters, or copies them all. "parallel" is tensor parallelism: all processes get the
+            batches of the first one.
         options: of the engine.
         settings: of `llfx.capture`, or of `adapt`.
         micro: the batches of a step in each process; all but the last are not synchronized.
@@ -42,7 +43,7 @@ class Case:
     cfg: llfx.Variant
     front_end: Literal["rewrite", "adapt"] = "rewrite"
     base: str = "llama"
-    engine: Literal["ddp", "shard"] = "shard"
+    engine: Literal["ddp", "shard", "parallel"] = "shard"
     options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     micro: int = 1
@@ -73,11 +74,20 @@ def _albert() -> nn.Module:
     return transformers.AlbertForMaskedLM(config).double()
 
 
+def gpt2(dropout: float = 0.0) -> nn.Module:
+    """Return a model whose weights are transposed, whose q, k and v are one, and whose norms are not in float32."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=16)
+    config.resid_pdrop, config.embd_pdrop, config.attn_pdrop = dropout, 0.0, 0.0
+    return transformers.GPT2LMHeadModel(config).double()
+
+
 BASES: dict[str, Callable[[], nn.Module]] = {
     "llama": _llama,
     "tied": functools.partial(_llama, tie_word_embeddings=True),
     "bfloat16": functools.partial(_llama, torch.bfloat16),
     "albert": _albert,
+    "gpt2": gpt2,
     "nf4": functools.partial(_quantized, "nf4 twice"),
     "int8": functools.partial(_quantized, "int8"),
     "torchao int8": functools.partial(_quantized, "torchao int8"),
@@ -124,9 +134,8 @@ def _optimizer(model: Any) -> torch.optim.Optimizer:
 def on_rank(rank: int, case: Case) -> dict[str, Any]:
     """Train in this process and the others; return losses, the first gradients and the last adapters, all whole."""
     model = make(case)
-    engine = (
-        llfx.shard(model, **case.options) if case.engine == "shard" else DistributedDataParallel(model, **case.options)
-    )
+    engines: dict[str, Any] = {"ddp": DistributedDataParallel, "shard": llfx.shard, "parallel": llfx.parallelize}
+    engine = engines[case.engine](model, **case.options)
     optimizer = _optimizer(model)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
@@ -134,7 +143,8 @@ def on_rank(rank: int, case: Case) -> dict[str, Any]:
         for micro in range(case.micro):
             waits = case.engine == "ddp" and micro < case.micro - 1
             with engine.no_sync() if waits else contextlib.nullcontext():
-                loss = engine(**batch(case, step, rank, micro)).loss / case.micro
+                process = 0 if case.engine == "parallel" else rank
+                loss = engine(**batch(case, step, process, micro)).loss / case.micro
                 loss.backward()
             losses.append(loss.item())
         gradients = gradients or {
@@ -236,7 +246,30 @@ CASES: dict[str, Case] = {
         llfx.DoRA(r=2), prepare=lambda model: llfx.compile_layers(model, backend="aot_eager")
     ),
 }
+CASES |= {
+    # Tensor parallelism.
+    "parallel, LoRA, transposed": Case(llfx.LoRA(r=2), base="gpt2", engine="parallel"),
+    "parallel, LoRA": Case(llfx.LoRA(r=2), engine="parallel"),
+    "parallel, accumulation, DoRA, checkpointed": Case(
+        llfx.DoRA(r=2), base="gpt2", engine="parallel", micro=2, settings={"checkpoint_layers": True}
+    ),
+    "parallel, fused loss": Case(llfx.LoRA(r=2), engine="parallel", settings={"fuse_loss": True}),
+    "parallel, PiSSA": Case(llfx.PiSSA(r=2), base="gpt2", engine="parallel"),
+    "parallel, HRA": Case(llfx.HRA(r=2), base="gpt2", engine="parallel"),
+    "parallel, VeRA": Case(llfx.VeRA(r=4), base="gpt2", engine="parallel"),
+    "parallel, IA3": Case(llfx.IA3(), base="gpt2", engine="parallel"),
+    "parallel, DeLoRA": Case(llfx.DeLoRA(r=2), base="gpt2", engine="parallel"),
+    "parallel, bank": Case(BANK, base="gpt2", engine="parallel"),
+    "parallel, Full": Case(llfx.Full(target_roles=("query", "head")), engine="parallel"),
+    "parallel, other roles": Case(
+        llfx.LoRA(r=2), engine="parallel", options={"columns": ("down", "head"), "rows": ("gate", "query")}
+    ),
+    "parallel, tied": Case(llfx.LoRA(r=2), base="tied", engine="parallel", options={"columns": ("head", "up")}),
+    "parallel, bfloat16 base": Case(llfx.LoRA(r=2), base="bfloat16", engine="parallel"),
+    "parallel, a layer that runs three times": Case(llfx.LoRA(r=2), base="albert", engine="parallel"),
+}
 EVERYDAY = (
+    "parallel, LoRA, transposed",
     "ddp, static graph, DoRA, rewrite",
     "ddp, bank, rewrite",
     "shard, checkpointed, DoRA, rewrite",

@@ -144,12 +144,16 @@ def batch_only_arguments(model: nn.Module) -> tuple[str, ...]:
     Such a model pads and rolls by remainders of height and width. With those left open a capture takes minutes.
     """
     config = getattr(model, "config", None) if is_hugging_face(model) else None
-    configs = (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None))
+    vision, backbone = getattr(config, "vision_config", None), getattr(config, "backbone_config", None)
+    configs = (config, vision, backbone, getattr(vision, "backbone_config", None))
     cuts = any(getattr(each, name, None) is not None for each in configs for name in _WINDOWS)
     return ("pixel_values",) if cuts else ()
 
 
-_WINDOWS = ("window_size", "sr_ratios", "sequence_reduction_ratios", "focal_windows", "masked_unit_size")
+_WINDOWS = (
+    *("window_size", "window_size_per_stage", "sr_ratios", "sequence_reduction_ratios", "focal_windows"),
+    "masked_unit_size",
+)
 
 
 def with_padding(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

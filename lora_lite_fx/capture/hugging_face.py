@@ -151,7 +151,11 @@ def batch_only_arguments(model: nn.Module) -> tuple[str, ...]:
 
 
 _WINDOWS = (
-    *("window_size", "window_size_per_stage", "sr_ratios", "sequence_reduction_ratios", "focal_windows"),
+    "window_size",
+    "window_size_per_stage",
+    "sr_ratios",
+    "sequence_reduction_ratios",
+    "focal_windows",
     "masked_unit_size",
 )
 

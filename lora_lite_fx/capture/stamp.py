@@ -97,6 +97,7 @@ class _Stamping:
         self.inputs = gm.graph.find_nodes(op="placeholder", sort=True)
         self.reads = gm.graph.find_nodes(op="get_attr", sort=True)
         self.output = gm.graph.output_node()
+        _read_sizes_of_first(self.inputs)
         stacks = {name: repetition.captured for name, repetition in self.repetitions.items()}
         names = names_of_tensors(gm, self.reads, stacks)
         for number, node in enumerate(self.inputs):
@@ -216,7 +217,8 @@ class _Stamping:
         if not isinstance(leaf, fx.Node):
             return leaf
         place = self._place(leaf)
-        if place.stack != stamped.stack and (place.stack in self.repetitions or stamped.stack):
+        is_size = isinstance(leaf.meta.get("val"), torch.SymInt)  # one number in runs of few layers and of all
+        if not is_size and place.stack != stamped.stack and (place.stack in self.repetitions or stamped.stack):
             raise NotRepeated(f"{leaf.name} is not computed in the layer that the model returns it from")
         return self.made[place._replace(member=stamped.member) if stamped.stack else place]
 
@@ -333,6 +335,18 @@ class _Stamping:
         new = self.graph.create_node(node.op, target, args, kwargs, name, node.type)
         new.meta = dict(node.meta)
         return new
+
+
+def _read_sizes_of_first(inputs: Sequence[fx.Node]) -> None:
+    """Read each size of the first input that has it, in place, because torch.export reads one that may be left out."""
+    first: dict[str, tuple[fx.Node, int]] = {}
+    for node in inputs:
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            first.setdefault(str(size), (node, dim))
+    for node in inputs:
+        for user in [user for user in node.users if user.target is torch.ops.aten.sym_size.int]:
+            user.args = first[str(node.meta["val"].shape[user.args[1]])]
 
 
 def _write_first(size: fx.Node) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import CaptureError
 
@@ -73,7 +74,15 @@ def disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str] 
     Raises:
         CaptureError: it holds what cannot be compared between calls.
     """
-    if given and id(value) in given:
+    return _disassemble(value, name, leaves, given or {}, {})
+
+
+_Counters = dict[tuple[type, str], list[Leaf]]
+"""The counters that were found in a value, by the class that has them and their name in it."""
+
+
+def _disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str], counters: _Counters) -> Structure:
+    if id(value) in given:
         return Given(given[id(value)])
     if isinstance(value, Tensor):
         leaves[name] = value
@@ -92,12 +101,23 @@ def disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str] 
         return Constant(type(value), value)
     found: list[Structure] = []
     for key, part in zip(keys, parts, strict=True):
-        if key in _COUNTERS and type(part) is int:
-            leaves[f"{name}_{key}"] = part
-            found.append(Leaf(f"{name}_{key}", ()))
+        if key in _COUNTERS and isinstance(part, (int, torch.SymInt)):
+            count = int(part) if isinstance(part, int) else part  # a run that watches sizes has a class of numbers
+            equals = counters.setdefault((type(value), key), [])
+            found.append(_counter(count, f"{name}_{key}", leaves, equals))
         else:
-            found.append(disassemble(part, re.sub(r"\W", "_", f"{name}_{key}"), leaves, given))
+            found.append(_disassemble(part, re.sub(r"\W", "_", f"{name}_{key}"), leaves, given, counters))
     return Tree(type(value), tuple(keys), tuple(found))
+
+
+def _counter(count: int | torch.SymInt, name: str, leaves: Leaves, others: list[Leaf]) -> Leaf:
+    """Return the leaf of a counter: that of an equal one, because the layers of a cache count alike."""
+    for other in others:
+        if statically_known_true(leaves[other.name] == count):
+            return other
+    leaves[name] = count
+    others.append(Leaf(name, ()))
+    return others[-1]
 
 
 def _parts(value: Any) -> tuple[Any, Any]:
@@ -162,6 +182,18 @@ def differences(old: Structure | None, new: Structure | None, name: str = "") ->
             yield from differences(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
         return
     yield f"{name}: {_in_words(old)} before, {_in_words(new)} now"
+
+
+def cached_layers(structure: Structure) -> Iterator[tuple[type, dict[str, str]]]:
+    """Yield the class of each layer of the caches in a structure, and the names of its leaves by attribute."""
+    if not isinstance(structure, Tree):
+        return
+    own = {key: part.name for key, part in zip(structure.keys, structure.parts, strict=True) if isinstance(part, Leaf)}
+    if {"keys", "values"} <= own.keys():
+        yield structure.kind, own
+        return
+    for part in structure.parts:
+        yield from cached_layers(part)
 
 
 def _in_words(structure: Structure | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from ..capture.layouts import layouts_in
 from ..capture.signature import names_of_results
 from ..execution.module import AdaptedGraphModule
 from ..rewriting.capture import capture
-from .call_structure import Leaves, Structure, Tree, assemble, differences, disassemble, restore
+from .call_structure import Leaves, Structure, Tree, assemble, cached_layers, differences, disassemble, restore
 from .causal_lm import Decoder, NormalizedCall, caches, join_mask, loss_of, normalize_call
 from .example_calls import examples
 from .sliding_window import cut_windows, uncut_windows
@@ -139,7 +139,7 @@ def attempts(model: Any, call: CapturedCall) -> Iterator[tuple[Leaves, tuple[str
     windows = batch_only_arguments(model)
     images = images_in({name: leaf for name, leaf in call.leaves.items() if not name.startswith("cache")})
     for fixed in dict.fromkeys((windows, (*windows, *images))):
-        for example in examples(call.leaves):
+        for example in examples(call.structure, call.leaves):
             yield example, fixed
 
 
@@ -161,7 +161,7 @@ def capture_call(
     outcomes: Outcomes = {}
     if "labels" in call.leaves:
         decide_problem_type(shadow.config, call.leaves["labels"])
-    shadow.__class__ = _flat(type(shadow), call, outcomes)
+    shadow.__class__ = _flat(type(shadow), call, outcomes, _as_long(call.structure, example))
     layouts = layouts_in(example)
     dynamic = {name: _dynamic(name, leaf, name in fixed) for name, leaf in example.items() if name not in layouts}
     with ExitStack() as stack:
@@ -201,16 +201,41 @@ Outcomes = dict[frozenset[str], tuple[Structure, dict[str, Structure]]]
 """The result of runs and the state of the caller's objects after them, without leaves; by the names of the leaves."""
 
 
-def _flat(cls: type, call: CapturedCall, outcomes: Outcomes) -> type:
+def _as_long(structure: Structure, example: Leaves) -> list[tuple[str, str]]:
+    """Return pairs of cached keys or values that are equally long in the example, of layers of one class.
+
+    Args:
+        structure: of the call.
+        example: its leaves.
+    """
+    first: dict[type, str] = {}
+    pairs: list[tuple[str, str]] = []
+    for kind, names in cached_layers(structure):
+        for name in (names["keys"], names["values"]):
+            other = first.setdefault(kind, name)
+            if other != name and _length(example[name]) == _length(example[other]) is not None:
+                pairs.append((name, other))
+    return pairs
+
+
+def _length(cached: Tensor) -> int | None:
+    return cached.shape[2] if cached.dim() == 4 else None
+
+
+def _flat(cls: type, call: CapturedCall, outcomes: Outcomes, as_long: Sequence[tuple[str, str]]) -> type:
     """Return a subclass of `cls`, by the same name, that takes leaves of the call and returns leaves of the result.
 
     Args:
         cls: the class of the model.
         call: what is called.
         outcomes: each run adds its own.
+        as_long: pairs of names of cached keys or values that have one length in the calls of the graph.
     """
 
     def forward(self: Any, **leaves: Any) -> Leaves:
+        # With one symbol for each length, layers do not differ by which of them computes what all need.
+        for name, other in as_long:
+            torch._check(leaves[name].shape[2] == leaves[other].shape[2])
         arguments = assemble(call.structure, leaves)
         join_mask(arguments)
         part = self.get_submodule(call.path)

@@ -8,33 +8,41 @@ import torch
 from torch import Tensor
 
 from ..capture.export import double_batch_of_one
-from .call_structure import Leaves
+from .call_structure import Leaves, Structure, cached_layers
 from .causal_lm import BATCH, LENGTH, PAST
 
 
-def examples(leaves: Leaves) -> Iterator[Leaves]:
-    """Yield leaves to capture a call with, those first with which the graph takes most other lengths and batches."""
-    if (normal := _normal_example(leaves)) is not None:
+def examples(structure: Structure, leaves: Leaves) -> Iterator[Leaves]:
+    """Yield leaves to capture a call with, those first with which the graph takes most other lengths and batches.
+
+    Args:
+        structure, leaves: of the call.
+    """
+    if (normal := _normal_example(structure, leaves)) is not None:
         yield normal
     yield _grown(leaves)
     yield leaves
 
 
-def _normal_example(leaves: Leaves) -> Leaves | None:
+def _normal_example(structure: Structure, leaves: Leaves) -> Leaves | None:
     """Return some tokens after some cached ones; None if the call has leaves that the normal form does not have."""
+    counters = {
+        names[part]: names.get("cumulative_length", "")
+        for _, names in cached_layers(structure)
+        for part in ("keys", "values")
+    }
     tokens = {"input_ids": 2, "inputs_embeds": 3, "position_ids": 2, "labels": 2}
     example: Leaves = {}
     for name, leaf in leaves.items():
         dim = leaf.dim() if isinstance(leaf, Tensor) else None
-        head, _, part = name.rpartition("_")
         if tokens.get(name) == dim and dim is not None:
             example[name] = leaf.new_zeros((BATCH, LENGTH, *leaf.shape[2:]))
         elif dim == 2 and name in ("attention_mask", "cached_mask"):
             example[name] = leaf.new_ones((BATCH, LENGTH if name == "attention_mask" else PAST))
         elif (name, dim) == ("logits_to_keep", 1):
             example[name] = torch.arange(2, device=leaf.device)
-        elif head.startswith("cache_layers_") and part in ("keys", "values") and dim == 4:
-            seen = leaves.get(f"{head}_cumulative_length", leaf.shape[2])
+        elif name in counters and name.startswith("cache_layers_") and dim == 4:
+            seen = leaves.get(counters[name], leaf.shape[2])
             # A layer that has dropped tokens is shown as one that has dropped one.
             held = PAST - (seen > leaf.shape[2]) if isinstance(seen, int) else 0
             if not held:

@@ -213,7 +213,7 @@ class Pipeline:
             start = time.perf_counter()
             try:
                 outcome = _outcome(graph_pass.run(gm))
-                _clean(gm)
+                eliminate_dead_code(gm)
                 seconds = time.perf_counter() - start
                 if check is not None and (complaint := check.complaint(gm)):
                     raise PassError(f"Pass {graph_pass.name} {complaint}")
@@ -258,22 +258,19 @@ def _outcome(result: object) -> Outcome:
     return outcome
 
 
-def _clean(gm: fx.GraphModule) -> None:
-    eliminate_dead_code(gm)
-    with warnings.catch_warnings():
-        # The linter expects a get_attr to name a tensor, but the mode flag `training` is read in the same way.
-        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
-        gm.graph.lint()
-
-
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
-    """Remove the nodes that nothing reads and that have no effect.
+    """Check the graph, and remove the nodes that nothing reads and that have no effect.
 
     Calls of modules stay, and so does every node that writes in place or that begins or ends a level of a transform:
     torch.fx by itself would remove some.
     """
 
-    def has_effect(node: fx.Node) -> bool:
-        return node.is_impure() or node.op == "call_module" or is_transform(node) or bool(written(gm, node))
+    def stays(node: fx.Node) -> bool:
+        if node.users or node.is_impure():  # most nodes have users, and the rest takes longer to tell
+            return True
+        return node.op == "call_module" or is_transform(node) or bool(written(gm, node))
 
-    gm.graph.eliminate_dead_code(has_effect)
+    with warnings.catch_warnings():
+        # The linter expects a get_attr to name a tensor, but the mode flag `training` is read in the same way.
+        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
+        gm.graph.eliminate_dead_code(stays)  # which lints first

@@ -74,6 +74,8 @@ def refused_calls(model: nn.Module, traced: fx.GraphModule) -> dict[Values, str]
 
 def refuse_in_graph(model: nn.Module, gm: fx.GraphModule, refused: Mapping[Values, str]) -> None:
     """Insert a node for each of these calls into `gm`, which raises the error of such a call."""
+    if not refused:
+        return
     placeholders = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
     for values, reason in refused.items():
         arguments = tuple(placeholders[name] for name, _ in values)

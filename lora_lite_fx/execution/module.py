@@ -24,7 +24,7 @@ from ..capture.capture import call_of
 from ..capture.signature import return_as
 from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
-from ..graph.copies import copy_graph, share_signatures
+from ..graph.copies import Draft, copy_graph, share_signatures
 from ..graph.direct_calls import constant_when_compiled, outside_symbolic_trace, trace_is_active, transform_is_active
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
@@ -156,7 +156,7 @@ class AdaptedGraphModule(LayerSettings):
         if switched == ALL:
             return flat
         if switched not in self._switched:
-            derived = fx.GraphModule(self, copy_graph(flat))
+            derived = Draft(self, copy_graph(flat))
             Pipeline(switch_passes(switched)).run(derived)
             type(self)._switched[switched] = derived.graph
         return self._switched[switched]
@@ -413,7 +413,8 @@ class AdaptedGraphModule(LayerSettings):
     ) -> tuple[fx.Graph, list[PassReport]]:
         """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
         assert self.execution is not None
-        derived = fx.GraphModule(self, copy_graph(self.flat_graph))
+        checked = self.execution.passes.check is not None  # a check calls it
+        derived = (fx.GraphModule if checked else Draft)(self, copy_graph(self.flat_graph))
         keep_mode(derived.graph, training)
         if left_out:
             assert self.execution.signature is not None

@@ -8,6 +8,13 @@ from typing import Any
 from torch import fx, nn
 
 
+class Draft(fx.GraphModule):
+    """A graph module for passes to change. It cannot be called, because compiling its code takes much of the time."""
+
+    def recompile(self) -> Any:
+        """Do nothing."""
+
+
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Return a copy of `graph`: nodes of its own, and the same signature (how inputs and outputs are nested).
 

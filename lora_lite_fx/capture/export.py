@@ -124,6 +124,11 @@ def double_batch_of_one(inputs: Any) -> Any:
     return pytree.tree_map(twice, inputs)
 
 
+def take_for_one(size: int | torch.SymInt, other: int | torch.SymInt) -> None:
+    """Let an export take two sizes for one, in the forward of what it exports. The graph's guards compare them."""
+    torch._check(size == other)  # a part of torch's public documentation, but for its name
+
+
 GUARDS = "_guards_fn"
 """The name of the module that torch.export puts its guards into; there is no other way to ask whether a graph holds."""
 

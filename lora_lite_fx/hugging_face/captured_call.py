@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from ..capture.example_inputs import decide_problem_type
-from ..capture.export import images_in, take_guards
+from ..capture.export import images_in, take_for_one, take_guards
 from ..capture.hugging_face import batch_only_arguments
 from ..capture.layouts import layouts_in
 from ..capture.signature import names_of_results
@@ -235,7 +235,7 @@ def _flat(cls: type, call: CapturedCall, outcomes: Outcomes, as_long: Sequence[t
     def forward(self: Any, **leaves: Any) -> Leaves:
         # With one symbol for each length, layers do not differ by which of them computes what all need.
         for name, other in as_long:
-            torch._check(leaves[name].shape[2] == leaves[other].shape[2])
+            take_for_one(leaves[name].shape[2], leaves[other].shape[2])
         arguments = assemble(call.structure, leaves)
         join_mask(arguments)
         part = self.get_submodule(call.path)

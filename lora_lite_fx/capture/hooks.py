@@ -20,7 +20,7 @@ def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:
 
     Those that belong to the model are left out: those by which `torch.nn.utils` computes weights (pruning, spectral
     norm), and those by which transformers collects hidden states, which a first call installs for good. Capture traces
-    them, and so they are part of the graph.
+    them, and so they are part of the graph. The hook of compressed-tensors is left out, too, see `storage`.
     """
     return [hook for kind in kinds for hook in getattr(module, kind).values() if not _belongs_to_model(hook)]
 
@@ -84,4 +84,7 @@ def _place(name: str, model: nn.Module) -> str:
 
 
 def _belongs_to_model(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(("torch.nn.utils", "transformers.utils.output_capturing"))
+    return str(getattr(hook, "__module__", "")).startswith(_OF_MODELS)
+
+
+_OF_MODELS = ("torch.nn.utils", "transformers.utils.output_capturing", "compressed_tensors")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import CaptureError
 from ..graph.copies import share_signatures
 from ..graph.tensors import tensor_of
+from ..storage.compressed_tensors import put_decompression_aside
 from ..storage.dequantized import share_dequantized
 
 
@@ -39,9 +40,11 @@ def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
             else:
                 memo[id(tensor)] = tensor.detach()
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied with its weights shared, {error}."
             " Remove attributes that cannot be copied (locks, open files, generators) before rewriting."
         ) from error
+    put_decompression_aside(copied)
+    return copied

@@ -32,6 +32,12 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def is_quantized(tensor: Tensor) -> bool:
+    """Return whether a tensor is of a type in which quantized weights are held: integers, or floats of one byte."""
+    kind = tensor.dtype
+    return kind is not torch.bool and (kind.itemsize == 1 or not (kind.is_floating_point or kind.is_complex))
+
+
 def has_attribute(model: nn.Module, name: str) -> bool:
     """Check whether `model` has a tensor or a module of that qualified name."""
     value: Any = model

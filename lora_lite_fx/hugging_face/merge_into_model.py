@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.placement import site_bias, site_weight
 from ..errors import AdapterError, ConfigError
-from ..graph.replacing import replace_module
+from ..graph.replacing import replace_modules
 from ..passes import MergedSite, merge_sites
 from ..sites.finding import find_sites
 from ..sites.site import Site
@@ -90,6 +90,8 @@ def _tell_config(model: Any, dense: list[str]) -> None:
         if hasattr(config, name):
             others = getattr(config, name)
             setattr(config, name, [*(others or _left_dense(model)), *dense])
+    if (inner := getattr(config, "quantization_config", None)) is not None:  # compressed-tensors
+        inner.ignore = [*(inner.ignore or ()), *dense]
 
 
 def _left_dense(model: Any) -> list[str]:
@@ -108,7 +110,7 @@ def _dense(module: DequantizedLinear, weight: Tensor) -> nn.Module:
 def _put(model: nn.Module, modules: dict[str, nn.Module], name: str, module: nn.Module) -> None:
     """Put a module in the place of the one that has this name, wherever the model has that."""
     old, modules[name] = modules[name], module
-    replace_module(model, old, module)
+    replace_modules(model, {old: module})
 
 
 def _is_kept(gm: fx.GraphModule, merged: MergedSite) -> bool:

@@ -22,7 +22,7 @@ from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import execution_of
 from ..graph.provenance import inner_name, is_inserted
-from ..graph.replacing import replace_module
+from ..graph.replacing import replace_modules
 from ..graph.tensors import outside_inference_mode
 from ..graph.writes import written_buffers
 from ..sites.computed import Computation, frozen_values
@@ -315,5 +315,5 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
             " rewrite can adapt it."
         )
     wrapper = AdaptedLinear(module, site)
-    replace_module(model, module, wrapper)
+    replace_modules(model, {module: wrapper})
     return wrapper

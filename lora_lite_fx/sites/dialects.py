@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ..graph.direct_calls import OpOverload
 from ..graph.provenance import is_inserted, replaced_tensor
 from ..graph.queries import value_of
+from ..graph.tensors import is_quantized
 from .computed import Computation, name_and_shape
 from .dataflow import op_name
 from .kinds.contraction import contraction
@@ -136,6 +137,8 @@ def _match_other_kind(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.No
     kind: SiteKind
     if node.target is aten.embedding.default:
         if (source := _parameter(gm, args["weight"], dim=2)) is None or source.flipped or source.rows:
+            return None
+        if is_quantized(gm.get_parameter(source.name)):
             return None
         kind = Lookup(padding=args["padding_idx"])
         return Match(Call(args["indices"], node, node), source, kind, None)

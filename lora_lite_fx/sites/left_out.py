@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..graph.direct_calls import OpOverload
 from ..graph.provenance import is_inserted
+from ..graph.tensors import is_quantized
 from .computed import frozen_values, is_table, largest, obstacle, parameters_behind
 from .dataflow import NORMS, PRODUCTS, LinearNode, op_name
 from .finding import name_of_weight
@@ -152,7 +153,9 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         computed = next((why for operand in operands if (why := obstacle(gm, operand, node))), "")
         return _Use(node, weights, computed or f"{name} is not a kind of site", Convolution())
     if name in _LOOKUPS:
-        return _Use(node, weights, f"{name} with a weight that is computed, split or summed over", Lookup())
+        quantized = any(map(is_quantized, weights.values()))
+        why = "whose rows are stored quantized" if quantized else "with a weight that is computed, split or summed over"
+        return _Use(node, weights, f"{name} {why}", Lookup())
     if name in _GROUPED:
         return _Use(node, weights, "a product of experts with a weight that is not a parameter", Experts())
     if name in _RECURRENT:

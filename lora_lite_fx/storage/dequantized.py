@@ -11,22 +11,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import AdapterError
+from ..graph.replacing import replace_modules
 from ..ops.recomputed_product import RecomputedProduct
-from . import bitsandbytes, hqq, torchao
-from .stored_weight import StoredWeight, copy_over_tensors
+from . import bitsandbytes, compressed_tensors, fp8, hqq, quanto, torchao, unreadable
+from .embedding import DequantizedEmbedding, stored_rows
+from .stand_in import StandIn
+from .stored_weight import StoredWeight
 
 STORAGES: tuple[Callable[[nn.Module, torch.dtype], StoredWeight | None], ...] = (
     torchao.stored_weight,
     bitsandbytes.stored_weight,
     hqq.stored_weight,
+    quanto.stored_weight,
+    compressed_tensors.stored_weight,
+    fp8.stored_weight,
+    unreadable.stored_weight,
 )
 """The storages. Each takes a module, and the type that weights have where a storage does not know; see `StoredWeight`.
 """
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
-
-class DequantizedLinear(nn.Module):
+class DequantizedLinear(StandIn):
     """`y = x W^T + b` with a `W` that is computed in each call, of the tensors in which a module stores it.
 
     The backward pass computes `W` again. It saves neither `W` nor `x`.
@@ -40,21 +45,13 @@ class DequantizedLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, module: nn.Module, stored: StoredWeight) -> None:
-        super().__init__()
+        super().__init__(module, stored.tensors, stored.again)
         self.kind = stored.kind
         self.dequantize = stored.dequantize
         self.compute_dtype = stored.compute_dtype
-        self.names = tuple(stored.tensors)
-        for name, tensor in stored.tensors.items():
-            # Parameters, because those of Dynamo's inputs that are none are taken for data.
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         bias: Any = module.bias
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.out_features, self.in_features = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-        for name in _HOOKS:
-            vars(self)[name].update(getattr(module, name))
-        self.original = Original(module, stored.again)
-        self.train(module.training)
 
     def effective_weight(self) -> Tensor:
         """Return `W (d_out, d_in)`."""
@@ -66,6 +63,7 @@ class DequantizedLinear(nn.Module):
         Raises:
             AdapterError: the storage cannot do that.
         """
+        assert self.original.again is not None
         try:
             module = self.original.again(weight)
         except NotImplementedError as error:
@@ -76,11 +74,6 @@ class DequantizedLinear(nn.Module):
         stored = stored_weight_of(module, weight.dtype)
         assert stored is not None
         return DequantizedLinear(module, stored)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that hold the weight, by their names here."""
-        return {name: getattr(self, name) for name in self.names}
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Return `x W^T + b`, in the type of `x`. The one argument may have any name, as for the module."""
@@ -120,28 +113,21 @@ class Weight:
         return (weight if weight.dtype is self.dtype else weight.to(self.dtype),)
 
 
-class Original:
-    """The module that a `DequantizedLinear` stands for, and its way to quantize. Copies of the stand-in share it."""
-
-    def __init__(self, module: nn.Module, again: Callable[[Tensor], nn.Module]) -> None:
-        self.module = module
-        self.again = again
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Original:
-        return self
-
-
 def share_dequantized(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Prepare `memo` such that `copy.deepcopy(model, memo)` has a stand-in for each quantized linear of `model`.
+    """Prepare `memo` such that `copy.deepcopy(model, memo)` has a stand-in for each quantized linear and
+    embedding of `model`.
 
     Raises:
         ConfigError: such a module has no weight that can be read.
     """
-    plain = (parameter.dtype for parameter in model.parameters() if type(parameter) is nn.Parameter)
-    dtype = next((dtype for dtype in plain if dtype.is_floating_point), torch.get_default_dtype())
+    types = (parameter.dtype for parameter in model.parameters() if type(parameter) is nn.Parameter)
+    plain = (dtype for dtype in types if dtype.is_floating_point and dtype.itemsize > 1)
+    dtype = next(plain, torch.get_default_dtype())
     for module in model.modules():
         if (stored := stored_weight_of(module, dtype)) is not None:
             memo[id(module)] = DequantizedLinear(module, stored)
+        elif (rows := stored_rows(module)) is not None:
+            memo[id(module)] = DequantizedEmbedding(module, rows)
 
 
 def stored_weight_of(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
@@ -151,18 +137,19 @@ def stored_weight_of(module: nn.Module, dtype: torch.dtype) -> StoredWeight | No
 
 def restore_quantized(model: nn.Module) -> None:
     """Put the quantized modules back into `model`, a copy that has stand-ins: new modules over the same tensors."""
-    restored: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, DequantizedLinear):
-                if id(child) not in restored:
-                    module = restored[id(child)] = copy_over_tensors(child.original.module).train(child.training)
-                    module.bias = child.bias  # which an adapter may have changed
-                parent._modules[name] = restored[id(child)]
+    restored: dict[nn.Module, nn.Module] = {}
+    for stand_in in model.modules():
+        if isinstance(stand_in, StandIn):
+            module: Any = stand_in.restored()
+            restored[stand_in] = module
+            if isinstance(stand_in, DequantizedLinear):
+                module.bias = stand_in.bias  # which an adapter may have changed
+    replace_modules(model, restored)
+    compressed_tensors.put_decompression_back(model)
 
 
 def stand_ins(model: nn.Module) -> dict[str, DequantizedLinear]:
-    """Return the stand-ins of a copy of a quantized model, by qualified name."""
+    """Return the stand-ins of the linears of a copy of a quantized model, by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DequantizedLinear)}
 
 

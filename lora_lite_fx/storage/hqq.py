@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import is_instance_of
-from .stored_weight import StoredWeight, copy_over_tensors, detached, not_supported
+from .stored_weight import StoredWeight, copy_over_tensors, detached, fields, not_supported
 
 _PACKED = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 """The bits of a value, and how many values an element holds, by the name that HQQ gives to the packing."""
@@ -63,9 +63,7 @@ class Unpacked:
     def __call__(self, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return `W`."""
         shifts = [self.bits * place for place in reversed(range(self.values))]
-        mask = (1 << self.bits) - 1
-        parts = [torch.bitwise_and(torch.bitwise_right_shift(packed, shift), mask) for shift in shifts]
-        q = torch.cat(parts)[: self.rows] if self.values > 1 else packed
+        q = torch.cat(fields(packed, self.bits, shifts))[: self.rows] if self.values > 1 else packed
         return ((q.to(self.dtype) - zero) * scale).reshape(self.shape)
 
 

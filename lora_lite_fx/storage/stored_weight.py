@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,24 @@ def detached(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
+def fields(packed: Tensor, bits: int, shifts: Iterable[int]) -> list[Tensor]:
+    """Return the values that lie in the bits of the elements of `packed`, one tensor for each place.
+
+    Args:
+        packed: integers.
+        bits: of a value.
+        shifts: the places: the number of the lowest bit.
+    """
+    mask = (1 << bits) - 1
+    return [torch.bitwise_and(torch.bitwise_right_shift(packed, shift), mask) for shift in shifts]
+
+
 def copy_over_tensors(module: nn.Module) -> Any:
-    """Return a copy of a module over the same tensors, also those in attributes of its weights and other objects."""
+    """Return a copy of a module over the same memory, also that of tensors in attributes of its weights and others."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        memo[id(tensor)] = tensor
+        is_plain = type(tensor) is nn.Parameter  # of which libraries may set the data
+        memo[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad) if is_plain else tensor
     for value in vars(module).values():
         inside = value if isinstance(value, dict) else vars(value) if hasattr(value, "__dict__") else {}
         for inner in inside.values():

@@ -5,7 +5,6 @@ torchao need not be installed: its classes are known by their names and read by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import is_instance_of
+from .affine import Affine
 from .stored_weight import StoredWeight, copy_over_tensors, detached
 
 _QUANTIZED_INPUTS = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
@@ -32,9 +32,9 @@ def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
     names, context = weight.__tensor_flatten__()
     tensors = {_name(index, name): getattr(weight, name) for index, name in enumerate(names)}
     if is_instance_of(weight, "torchao", *_AFFINE):
-        blocks, groups = _blocks(weight.block_size, weight.shape)  # type: ignore[attr-defined]
+        sizes = tuple(weight.block_size)  # type: ignore[attr-defined]
         exact = torch.float32 if is_instance_of(weight, "torchao", "Float8Tensor") else weight.dtype
-        dequantize: Any = Affine(tuple(weight.shape), blocks, groups, exact, weight.dtype)
+        dequantize: Any = Affine(tuple(weight.shape), sizes, exact, weight.dtype)
     else:
         dequantize = Rebuilt(type(weight), tuple(names), _Context(context), tuple(weight.shape), weight.stride())
     return StoredWeight(_kind(weight), detached(tensors), dequantize, Again(module))
@@ -50,32 +50,6 @@ def quantizes_input(tensor: Tensor) -> bool:
         or any(getattr(tensor, name, None) is not None for name in _QUANTIZED_INPUTS)
         or (isinstance(inner, Tensor) and quantizes_input(inner))
     )
-
-
-@dataclass(frozen=True)
-class Affine:
-    """`W = (q - z) s` with a scale `s` and a zero point `z` for each block of `q`, to the bits of torchao.
-
-    Args:
-        shape: of `W`.
-        blocks: that of `q` with each dimension that has several blocks split into their number and their size.
-        groups: that of `s` and `z`, which has ones in the places of sizes.
-        exact: the type in which it is computed.
-        dtype: the type of `W`.
-    """
-
-    shape: tuple[int, ...]
-    blocks: tuple[int, ...]
-    groups: tuple[int, ...]
-    exact: torch.dtype
-    dtype: torch.dtype
-
-    def __call__(self, quantized: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-        """Return `W`."""
-        values = quantized.reshape(self.blocks).to(self.exact)
-        if zero_point is not None:
-            values = values - zero_point.reshape(self.groups).to(self.exact)
-        return (values * scale.reshape(self.groups)).reshape(self.shape).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -150,14 +124,3 @@ def _name(index: int, name: str) -> str:
 def _kind(weight: Any) -> str:
     kind = getattr(weight, "target_dtype", None) or getattr(getattr(weight, "qdata", None), "dtype", None)
     return type(weight).__name__ if kind is None else f"torchao {str(kind).removeprefix('torch.')}"
-
-
-def _blocks(sizes: Sequence[int], shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes `blocks` and `groups` of `Affine` for blocks of these sizes."""
-    blocks: list[int] = []
-    groups: list[int] = []
-    for size, total in zip(sizes, shape, strict=True):
-        split = size not in (1, total)
-        blocks += [total // size, size] if split else [total]
-        groups += [total // size, 1] if split else [total // size]
-    return tuple(blocks), tuple(groups)

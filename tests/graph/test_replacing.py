@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.graph.replacing import replace_module
+from lora_lite_fx.graph.replacing import replace_modules
 from tests.support.conformance import randomise
 
 
@@ -45,7 +45,7 @@ def test_a_module_is_replaced_wherever_a_model_has_it() -> None:
     model.by_name, model.pair = {"first": old}, (old, [old])
     vars(model)["hidden"] = old
     of_all = model._parameters, model._forward_hooks
-    replace_module(model, old, new)
+    replace_modules(model, {old: new})
     assert all(module is not old for module in model.modules())
     assert model[0][0] is model[1] is model.by_name["first"] is model.pair[0] is model.pair[1][0] is model.hidden is new
     assert of_all == (model._parameters, model._forward_hooks)
@@ -54,6 +54,13 @@ def test_a_module_is_replaced_wherever_a_model_has_it() -> None:
 def test_the_new_module_may_hold_the_old_one() -> None:
     old = nn.Linear(4, 4)
     model, new = nn.Sequential(old), nn.Sequential(old)
-    replace_module(model, old, new)
+    replace_modules(model, {old: new})
     assert model[0] is new
     assert new[0] is old
+
+
+def test_modules_that_a_list_holds_trade_places() -> None:
+    model: Any = Head()
+    first, second = model.layers
+    replace_modules(model, {first: second, second: first})
+    assert model.layers == [second, first] == [model.get_submodule("0"), model.get_submodule("1")]

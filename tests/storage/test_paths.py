@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +15,8 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.testing.compare import close
 from tests.storage.test_dequantized import CFG, Net, X, adapted, base, result
-from tests.storage.test_merge import IDS, logits, moved, quantized_llama
-from tests.support.quantized import bnb, dequantized, quantized, storages
+from tests.storage.test_merge import IDS, KINDS, logits, moved, quantized_llama
+from tests.support.quantized import dequantized, quantized, storages
 from tests.support.selection import slow_unless
 
 
@@ -61,7 +62,7 @@ def test_the_backend_refuses_modules_that_hold_their_weight_under_another_name()
         llfx.backend(CFG, inner="eager").adapt(base("hqq 4"), *X)
 
 
-@pytest.mark.parametrize("storage", storages("int8", without="hqq"))
+@pytest.mark.parametrize("storage", storages("int8", without=("hqq", "compressed 4", "compressed 8")))
 def test_the_backends_model_computes_what_the_graph_does(storage: str) -> None:
     torch._dynamo.reset()
     model = base(storage)
@@ -105,7 +106,12 @@ def test_inspect_tells_the_memory_that_the_weights_take(storage: str) -> None:
     assert "bits" not in str(llfx.inspect(dequantized(model)))
 
 
-@pytest.mark.parametrize("kind", slow_unless(lambda kind: kind == "nf4", ["nf4", "int8"]))
+NOT_IN_PEFT = "compressed 4"  # PEFT asks its linears for a weight
+
+
+@pytest.mark.parametrize(
+    "kind", slow_unless(lambda kind: kind == "nf4", [kind for kind in KINDS if kind != NOT_IN_PEFT])
+)
 def test_peft_on_the_same_base_computes_and_trains_the_same(kind: str, tmp_path: Path) -> None:
     import peft
 
@@ -129,6 +135,9 @@ def test_peft_on_the_same_base_computes_and_trains_the_same(kind: str, tmp_path:
     for name, expected in gradients.items():
         close(cast(Tensor, gm.get_parameter(name).grad), expected, 1e-5, name)
     llfx.save_peft(gm, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert set(written["target_modules"]) == {"q_proj", "up_proj"}
+    assert not written.get("target_parameters")
     again: Any = peft.PeftModel.from_pretrained(quantized_llama(kind, tmp_path / "base").train(), tmp_path / "ours")
     close(logits(again.train()), logits(gm), 1e-5, "PEFT with our file")
 
@@ -145,7 +154,7 @@ def test_a_trainer_trains_an_adapted_quantized_model(tmp_path: Path) -> None:
     Trainer(model=chat, args=arguments, train_dataset=rows).train()
     assert any(not torch.equal(before[name], tensor) for name, tensor in llfx.adapter_state_dict(chat).items())
     assert all(torch.equal(frozen[name], p) for name, p in chat.named_parameters() if name in frozen)
-    assert isinstance(llfx.remove(chat).model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
+    assert type(llfx.remove(chat).model.layers[0].mlp.up_proj) is type(model.model.layers[0].mlp.up_proj)
 
 
 def test_adapters_in_float32_on_a_half_precision_base() -> None:

@@ -13,7 +13,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.testing import check
 from tests.support.conformance import configs, for_any_linear
 from tests.support.models import Attention, GatedMLP, Net, ids
-from tests.support.quantized import STORAGES, quantized
+from tests.support.quantized import installed, quantized
 
 VARIANTS = list(for_any_linear().values())
 
@@ -28,7 +28,7 @@ def check_on(storage: str, cls: type[llfx.Variant], data: st.DataObject) -> None
 
 
 @settings(max_examples=1, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
-@given(st.sampled_from(list(STORAGES)), st.sampled_from(VARIANTS), st.data())
+@given(st.sampled_from(installed()), st.sampled_from(VARIANTS), st.data())
 def test_a_variant_conforms_on_a_quantized_base(storage: str, cls: type[llfx.Variant], data: st.DataObject) -> None:
     check_on(storage, cls, data)
 
@@ -36,7 +36,7 @@ def test_a_variant_conforms_on_a_quantized_base(storage: str, cls: type[llfx.Var
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 @settings(max_examples=2, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
-@given(st.sampled_from(list(STORAGES)), st.data())
+@given(st.sampled_from(installed()), st.data())
 def test_every_variant_conforms_on_quantized_bases(cls: type[llfx.Variant], storage: str, data: st.DataObject) -> None:
     check_on(storage, cls, data)
 

@@ -1,0 +1,87 @@
+"""Weights of optimum-quanto: `QLinear` with `qint8`, `qint4`, `qint2` or `qfloat8`, weights only.
+
+quanto need not be installed: its classes are known by their names and read by their attributes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import is_instance_of
+from .stored_weight import StoredWeight, copy_over_tensors, detached, fields, not_supported
+
+
+def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
+    """Return the weight of a `QLinear`; None for other modules.
+
+    Raises:
+        ConfigError: it rounds its inputs and outputs too, or its weight in each call.
+    """
+    if not is_instance_of(module, "optimum", "QLinear"):
+        return None
+    layer: Any = module
+    if layer.activation_qtype is not None:
+        why = f"it rounds its input and output to {layer.activation_qtype}, and no right gradient passes through that"
+        raise not_supported("QLinear", why, "Quantize weights alone, without activations.")
+    if layer.weight_qtype is None:
+        raise not_supported("QLinear", "it does not quantize its weight", "Use nn.Linear.")
+    if not layer.frozen:
+        raise not_supported("QLinear", "it quantizes its weight in each call", "optimum.quanto.freeze(model).")
+    weight = layer.weight
+    # A kernel of 4 bits in bfloat16 keeps its own order, which only its own code can read.
+    weight = weight.weight_qbits_tensor() if hasattr(weight, "_scale_shift") else weight
+    packed = getattr(weight._data, "_data", weight._data)
+    tensors = {"weight": packed, "weight_scale": weight._scale}
+    bits, zero_point = weight.qtype.bits, False
+    if bits < 8:
+        tensors |= {"weight_shift": weight._shift}
+        zero_point = not weight._shift.dtype.is_floating_point
+    dequantize = Grouped(tuple(weight.shape), weight._data.shape[0], bits, weight.dtype, zero_point)
+    return StoredWeight(f"quanto {weight.qtype.name}", detached(tensors), dequantize, Again(layer))
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """`W = q s - z` with a scale `s` and a shift `z` for each row or group of `q`, to the bits of quanto.
+
+    Args:
+        shape: of `W`.
+        rows: of `q`: those of `W`, or groups. Packing may add some.
+        bits: of a value. The rows of `q` stand one below the other in the bits of an element, from the lowest.
+        dtype: of `W`.
+        zero_point: whether `z` is an integer that is subtracted from `q`, and not from `q s`.
+    """
+
+    shape: tuple[int, ...]
+    rows: int
+    bits: int
+    dtype: torch.dtype
+    zero_point: bool = False
+
+    def __call__(self, packed: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Return `W`."""
+        if shift is None:
+            return scale * packed.to(self.dtype)
+        q = torch.cat(fields(packed, self.bits, range(0, 8, self.bits)))[: self.rows]
+        if self.zero_point:
+            return (scale * (q.to(torch.int8) - shift.to(torch.int8))).reshape(self.shape)
+        return (scale * q - shift).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Again:
+    """Makes modules like one, with other values."""
+
+    like: Any
+
+    def __call__(self, weight: Tensor) -> nn.Module:
+        """Return a module that holds `weight`, quantized as that of the module is."""
+        module = copy_over_tensors(self.like)
+        module.weight = nn.Parameter(weight.to(self.like.weight.dtype), requires_grad=False)
+        module.freeze()
+        module.weight.requires_grad_(False)
+        return module  # type: ignore[no-any-return]

@@ -1,0 +1,46 @@
+"""Refuse modules whose weights cannot be read here, so that no linear stays without an adapter in silence."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import is_instance_of
+from ..graph.tensors import is_quantized
+from .stored_weight import not_supported
+
+_PACKAGES = {
+    "aqlm": "AQLM",
+    "auto_gptq": "GPTQ",
+    "auto_round": "AutoRound",
+    "awq": "AWQ",
+    "eetq": "EETQ",
+    "fp_quant": "FP-Quant",
+    "gptqmodel": "GPTQ or AWQ",
+    "quark": "Quark",
+    "sinq": "SINQ",
+    "spqr_quant": "SpQR",
+    "vptq": "VPTQ",
+}
+_IN_TRANSFORMERS = "transformers.integrations"
+_WAY_OUT = (
+    "Load the model with dense weights (some configs have dequantize=True), or quantized by bitsandbytes, torchao, HQQ,"
+    " quanto or compressed-tensors."
+)
+
+
+def stored_weight(module: nn.Module, dtype: torch.dtype) -> None:
+    """Raise ConfigError for a module that holds quantized weights in a form that is not known here; return None.
+
+    To be asked after all other storages.
+    """
+    package = next((package for package in _PACKAGES if is_instance_of(module, package)), None)
+    is_integration = any(cls.__module__.startswith(_IN_TRANSFORMERS) for cls in type(module).__mro__)
+    if (package is None and not is_integration) or isinstance(module, nn.Embedding):
+        return
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    if any(tensor is not None and tensor.dim() > 1 and is_quantized(tensor) for tensor in tensors):
+        form = f"the form of {_PACKAGES[package]}" if package else "a form"
+        raise not_supported(
+            type(module).__name__, f"it keeps its weight in {form} that this library cannot read", _WAY_OUT
+        )

@@ -195,7 +195,18 @@ def peft_modules(
     return modules
 
 
-_ADAPTED = frozenset({"Linear", "NonDynamicallyQuantizableLinear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"})
+_ADAPTED = frozenset(
+    {
+        "Conv1D",
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "DequantizedLinear",  # stands for a quantized linear, which PEFT wraps
+        "Embedding",
+        "Linear",
+        "NonDynamicallyQuantizableLinear",
+    }
+)
 
 
 def _class_at(site: Site) -> str:

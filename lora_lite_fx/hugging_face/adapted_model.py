@@ -138,6 +138,16 @@ class Adapted(NamedAdapters, AdaptedPart):
         """False, because a `Trainer` asks it to refuse quantized models without adapters; this one has adapters."""
         return False
 
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        """False, because TRL would set the data of the adapters of such a model to bfloat16, behind the graphs."""
+        return False
+
+    @property
+    def is_loaded_in_8bit(self) -> bool:
+        """False, for the same reason. What holds the weights here are tensors like any others."""
+        return False
+
     def keep_values(self) -> None:
         """Keep the values that depend on parameters alone, see `frozen`."""
         self._graphs.keep_values(True)

@@ -217,6 +217,14 @@ def _named_base() -> Any:
     return hf.LlamaForCausalLM.from_pretrained(_folder().name, dtype=torch.float64)
 
 
+def nf4() -> Any:
+    """Return a Llama whose linears but the head are held in 4 bits by bitsandbytes."""
+    config = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    with tempfile.TemporaryDirectory() as folder:
+        llama(dtype=torch.float32).save_pretrained(folder)
+        return hf.LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
 _TEXTS = {"text": [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]}
 _ANSWERED = {"prompt": PROMPTS, "completion": ANSWERS}
 _PREFERRED = {"prompt": PROMPTS, "chosen": ANSWERS, "rejected": OTHERS}
@@ -263,6 +271,7 @@ CASES: dict[str, Case] = {
     "TRL SFT, loss of all logits": Case(with_trl("SFT", _TEXTS, loss_type="nll")),
     "TRL SFT, fused loss": Case(with_trl("SFT", _ANSWERED), fuse_loss=True),
     "TRL SFT, fused loss, loss of all logits": Case(with_trl("SFT", _TEXTS, loss_type="nll"), fuse_loss=True),
+    "TRL SFT, base of 4 bits": Case(with_trl("SFT", _TEXTS), nf4, 1e-5),
     "TRL DPO, fused loss": Case(with_trl("DPO", _PREFERRED), fuse_loss=True),
     "TRL GRPO, fused loss": Case(with_trl("GRPO", {"prompt": PROMPTS}, **_GRPO), fuse_loss=True),
     "TRL DPO, with a reference": Case(with_trl("DPO", _PREFERRED)),
@@ -307,7 +316,7 @@ def compare(case: Case) -> Outcome:
         return make
 
     results = []
-    for adapt in (llfx.wrap, functools.partial(llfx.adapt, fuse_loss=case.fuse_loss)):
+    for adapt in (_wrap, functools.partial(llfx.adapt, fuse_loss=case.fuse_loss)):
         with tempfile.TemporaryDirectory() as folder:
             results.append(case.train(maker(adapt), Path(folder)))
     (expected, wrapped), (actual, adapted) = results
@@ -321,6 +330,15 @@ def compare(case: Case) -> Outcome:
         adapted._graphs.captures,
         time.perf_counter() - start,
     )
+
+
+def _wrap(model: Any, config: llfx.Variant) -> Any:
+    """Return the eager wrapper. transformers would refuse a quantized one, and TRL would round its adapters."""
+    wrapped = llfx.wrap(model, config)
+    for name in ("is_quantized", "is_loaded_in_4bit"):
+        if getattr(wrapped, name, False):
+            setattr(wrapped, name, False)
+    return wrapped
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ The script prints the table of sites with the trainable share, a progress bar wi
 held-out perplexity and a greedy continuation before and after, with the peak memory of the training in between. Last
 it prints how far the logits of the reloaded, the merged and the exported model are from those of the trained model.
 
-It writes OUT/adapter.safetensors, OUT/model.pt2 (for `torch.export.load`) and OUT/loss.png. Ctrl-C while training
-ends the run after the current step: the adapter and the curve so far are saved, and the exit code is 130.
-A second Ctrl-C kills the process.
+It writes OUT/adapter.safetensors, OUT/model.pt2 (for `torch.export.load`), OUT/loss.png and OUT/loss.txt. Ctrl-C while
+training ends the run after the current step: the adapter and the curve so far are saved, and the exit code is 130.
+A second Ctrl-C kills the process. The adapter is saved while training too (--save-every), so that a run that is killed
+leaves the last one whole.
 
 With --shard the processes that torchrun starts divide the parameters among them, and each takes its part of the
 sequences of a step, so that the losses are those of one process. Process 0 prints and writes. On CUDA devices, one for
@@ -105,7 +106,7 @@ def main() -> int:
     print(f"held-out perplexity before: {before:.2f}")
 
     forget_peak_memory()
-    losses, interrupted = train(gm, blocks, args)
+    losses, interrupted = train(gm, blocks, args, adapter)
     if (memory := peak_memory()) is not None:
         print(f"peak memory of the process while training: {memory:,} MB")
     llfx.save(gm, adapter)
@@ -148,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rank", type=positive, default=8, help="for variants that have a rank (default: %(default)s)")
     add("--alpha", type=float, help="scale numerator, for variants that have one (default: twice the rank)")
     add("--steps", type=positive, default=60, help="optimizer steps (default: %(default)s)")
+    add("--save-every", type=positive, default=20, metavar="STEPS", help="steps between saves (default: %(default)s)")
     add("--batch", type=positive, default=4, help="sequences per step (default: %(default)s)")
     add("--length", type=positive, default=128, help="tokens per sequence (default: %(default)s)")
     add("--lr", type=float, help="peak learning rate (default: the variant's, see LEARNING_RATES)")
@@ -281,8 +283,12 @@ def inputs(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def train(gm: fx.GraphModule, blocks: Tensor, args: argparse.Namespace) -> tuple[list[float], bool]:
-    """Train the adapters of `gm` in place; return the loss of each step and whether Ctrl-C ended the training."""
+def train(gm: fx.GraphModule, blocks: Tensor, args: argparse.Namespace, adapter: Path) -> tuple[list[float], bool]:
+    """Train the adapters of `gm` in place, and save them to the file `adapter` every `save_every` steps.
+
+    Returns:
+        The loss of each step, and whether Ctrl-C ended the training.
+    """
     gm.train()
     # What is compiled shares its parameters with `gm`, so everything else keeps using `gm`.
     forward = (llfx.compile_layers(gm) if args.shard else torch.compile(gm, fullgraph=True)) if args.compile else gm
@@ -308,6 +314,8 @@ def train(gm: fx.GraphModule, blocks: Tensor, args: argparse.Namespace) -> tuple
                 dist.all_reduce(found)
             losses.append(found[0].item())
             interrupted = found[1].item() > 0
+            if len(losses) % args.save_every == 0:
+                llfx.save(gm, adapter)
             speed = len(losses) * args.batch * args.length / (time.perf_counter() - start)
             bar.set_postfix({"loss": f"{losses[-1]:.3f}", "tokens/s": f"{speed:.0f}"}, refresh=False)
             bar.update()
@@ -401,7 +409,8 @@ def print_differences(expected: Tensor, others: dict[str, fx.GraphModule], ids: 
 
 
 def draw(losses: list[float], args: argparse.Namespace, title: str, path: Path) -> None:
-    """Write the loss curve."""
+    """Write the loss curve, as a picture and as lines of text."""
+    path.with_suffix(".txt").write_text("".join(f"{loss:.6f}\n" for loss in losses))
     matplotlib.use("Agg")  # Needs no display.
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     steps = range(1, len(losses) + 1)

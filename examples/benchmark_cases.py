@@ -134,8 +134,8 @@ class Case:
 
     Args:
         build: builds the module, with random weights unless it has pretrained ones.
-        calls: the calls that can be measured: "forward", "decode", "train"; "train-2048" is with 2048 tokens, and
-            "train-masked" without the labels of the first half.
+        calls: the calls that can be measured: "forward", "decode", "train"; "train-2048" and "train-8192" are with as
+            many tokens, and "train-masked" is without the labels of the first half.
         tokens: the number of tokens in a layer's input; None for a model.
     """
 
@@ -236,24 +236,29 @@ def _llama(
     return model
 
 
-def _gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_layer=6, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+def _gpt2(layers: int) -> nn.Module:
+    config = transformers.GPT2Config(n_layer=layers, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
     return transformers.GPT2LMHeadModel(config)
 
 
-def _bert() -> nn.Module:
-    config = transformers.BertConfig(num_hidden_layers=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+def _bert(layers: int) -> nn.Module:
+    config = transformers.BertConfig(
+        num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     return transformers.BertForMaskedLM(config)
 
 
-CAUSAL, LAYER = ("forward", "decode", "train", "train-masked", "train-2048"), ("forward", "train")
+CAUSAL = ("forward", "decode", "train", "train-masked", "train-2048", "train-8192")
+LAYER = ("forward", "train")
 CASES = {
     "smollm2": Case(_smollm2, CAUSAL),
     "smollm2-6": Case(_llama, CAUSAL),
     # Leave out the head, because it takes half of a small model's time.
     "smollm2-6-body": Case(functools.partial(_llama, cls=transformers.LlamaModel), CAUSAL),
-    "gpt2-6": Case(_gpt2, CAUSAL),
-    "bert-6": Case(_bert, LAYER),
+    "gpt2": Case(functools.partial(_gpt2, 12), CAUSAL[:4]),  # its texts have at most 1024 tokens
+    "gpt2-6": Case(functools.partial(_gpt2, 6), CAUSAL[:4]),
+    "bert": Case(functools.partial(_bert, 12), LAYER),
+    "bert-6": Case(functools.partial(_bert, 6), LAYER),
     **{
         f"{kind}-{width}-T{tokens}": Case(functools.partial(Linears, width, names), LAYER, tokens)
         for kind, names in {"linear": ("linear",), "qkv": ("q", "k", "v")}.items()
@@ -355,6 +360,7 @@ ADAPTED = (
     "ours-frozen-compiled",
     "ours-adapt",
     "ours-fused",
+    "ours-balanced",
     "merged",
 )
 
@@ -415,6 +421,10 @@ class Arms:
             if not step.trains or "labels" not in step.inputs:
                 raise llfx.ConfigError("only a training step with labels has a loss to fuse")
             return self._filled(llfx.rewrite(self.graph, self.cfg, fuse_loss=True))
+        if name == "ours-balanced":
+            if not step.trains:
+                raise llfx.ConfigError("memory is planned for training steps")
+            return self._filled(llfx.rewrite(self.graph, self.cfg, memory="balanced"))
         if name == "ours-plain":
             return llfx.optimize(self.ours, Pipeline(()))
         if name == "merged":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,8 @@ class LiveBytes(TorchDispatchMode):
                 self._seen[storage._cdata] = weakref.ref(storage)
         return result
 
-    def count(self) -> int:
-        """Return the bytes of what is alive now."""
+    def count(self, besides: Iterable[Tensor] = ()) -> int:
+        """Return the bytes of what is alive now, without the memory of some tensors, as of the parameters."""
+        known = {tensor.untyped_storage().data_ptr() for tensor in besides}
         storages = [reference() for reference in self._seen.values()]
-        return sum(storage.nbytes() for storage in storages if storage is not None)
+        return sum(storage.nbytes() for storage in storages if storage is not None and storage.data_ptr() not in known)

@@ -34,8 +34,8 @@ def shard(model: Model, mesh: DeviceMesh | None = None, **options: Any) -> Model
 
     Args:
         model: a result of `rewrite`, `load` or `adapt`.
-        mesh: of the processes, with one dimension, or with two to keep copies (the first) of what is divided (the
-            second). None for one dimension of all processes, on the device of the model.
+        mesh: of the processes, with one dimension, or with two that have names, to keep copies (the first) of what is
+            divided (the second). None for one dimension of all processes, on the device of the model.
         options: of `fully_shard`: `reshard_after_forward`, `mp_policy`, `offload_policy`, `ignored_params` and so on.
 
     Returns:
@@ -56,12 +56,22 @@ def shard(model: Model, mesh: DeviceMesh | None = None, **options: Any) -> Model
         device = next(model.parameters()).device.type
         mesh = init_device_mesh(device, (dist.get_world_size(),))
     units = units_of(model, options.get("ignored_params") or ())
-    agree(model, mesh, problem_of(model, units, options), "shard")
+    agree(model, mesh, _problem_of_mesh(mesh) or problem_of(model, units, options), "shard")
     broadcast_adapters(model, mesh)
     _fully_shard(units, mesh, options)
     if isinstance(model, RunsGraphs):
         model.bind_graphs()  # which keep the whole tensors otherwise
     return model
+
+
+def _problem_of_mesh(mesh: DeviceMesh) -> str:
+    if mesh.ndim > 2 or (mesh.ndim == 2 and mesh.mesh_dim_names is None):
+        return (
+            f"fully_shard takes a mesh of one dimension, or of two with names, not of {mesh.ndim} with"
+            f" {mesh.mesh_dim_names or 'none'}. The way out: init_device_mesh(device, (copies, parts),"
+            ' mesh_dim_names=("copy", "part")).'
+        )
+    return ""
 
 
 def _fully_shard(units: list[Unit], mesh: DeviceMesh, options: dict[str, Any]) -> None:

@@ -146,6 +146,10 @@ REFUSED: dict[str, tuple[Callable[[int], object], str]] = {
         lambda rank: llfx.backend(LORA).adapt(_parallel(), X),
         "backend cannot adapt a model whose parameters are sharded",
     ),
+    "a mesh without names": (
+        lambda rank: llfx.shard(_adapted(), init_device_mesh("cpu", (1, 2))),
+        r"or of two with names, not of 2 with none",
+    ),
     "sharded already": (lambda rank: llfx.shard(_sharded()), "its parameters are sharded already"),
     "a module in a layer": (_a_module_in_a_layer, "fully_shard was called on 'layers.0.0', which the graph"),
     "add": (lambda rank: llfx.add(_sharded(), {"b": LORA}), "add cannot change a model whose parameters are sharded"),

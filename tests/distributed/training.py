@@ -126,7 +126,7 @@ def batch(case: Case, step: int, process: int, micro: int = 0) -> dict[str, Any]
     return inputs | ({"adapter_ids": torch.tensor([process % 2, 2])} if case.cfg.slots else {})
 
 
-def _optimizer(model: Any) -> torch.optim.Optimizer:
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
     # With a large eps, because gradients that are zero but for rounding would be divided by themselves.
     return torch.optim.AdamW(llfx.adapter_parameters(model), lr=0.01, eps=1e-3)
 
@@ -136,7 +136,7 @@ def on_rank(rank: int, case: Case) -> dict[str, Any]:
     model = make(case)
     engines: dict[str, Any] = {"ddp": DistributedDataParallel, "shard": llfx.shard, "parallel": llfx.parallelize}
     engine = engines[case.engine](model, **case.options)
-    optimizer = _optimizer(model)
+    optimizer = optimizer_of(model)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(STEPS):
@@ -167,7 +167,7 @@ def in_one_process(case: Case, processes: int) -> dict[str, Any]:
     wrapper = make(case) if case.base in QUANTIZED else llfx.wrap(graph_of(case.base), case.cfg)
     randomise(wrapper, 1)
     wrapper.train()
-    optimizer = _optimizer(wrapper)
+    optimizer = optimizer_of(wrapper)
     losses: list[list[float]] = [[] for _ in range(processes)]
     gradients: dict[str, Tensor] = {}
     for step in range(STEPS):

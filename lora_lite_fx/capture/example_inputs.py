@@ -48,7 +48,7 @@ def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
                 if problems and takes_images(maker) and not any(name in inputs for name in IMAGES):
                     warn_of("images", model, f"no example images can be made from its config, because {problems[0]}")
                 if "input_ids" in inputs:
-                    _warn_of_other_names(maker)
+                    _warn_of_other_names(maker, inputs)
                 return inputs if "sound" in without else _with_sound(maker, form, inputs)
     except Exception as error:  # the config lacks what the inputs would be made of
         problems.append(_first_line(error))
@@ -61,10 +61,11 @@ def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
     )
 
 
-def _warn_of_other_names(maker: _Maker) -> None:
+def _warn_of_other_names(maker: _Maker, inputs: Inputs) -> None:
     """Warn if a model of text takes images or sound by names that none are made for, as `image_pixel_values`."""
     for what, names in (("images", IMAGES), ("sound", SOUNDS)):
-        others = [name for name in maker.parameters if name.endswith(tuple(f"_{known}" for known in names))]
+        endings = (*(f"_{known}" for known in names), *(("audio_input_ids",) if names is SOUNDS else ()))
+        others = [name for name in maker.parameters if name.endswith(endings) and name not in inputs]
         if others and not any(name in maker.parameters for name in names):
             warn_of(what, maker.model, f"no example {what} can be made from its config, because they are {others[0]!r}")
 
@@ -167,6 +168,10 @@ class _Maker(Values):
         for name in self.required():
             if name.endswith(("_embeds", "hidden_states")):
                 made[name] = self.noise(BATCH, SEQUENCE, self.field("hidden_size") or 1)
+            elif name == "latents":  # of sound, which a codec decodes
+                made[name] = self.noise(BATCH, self.field("hidden_size") or 1, SEQUENCE)
+            elif name == "pixel_values_videos":
+                made[name] = self.videos()
             elif name.endswith("_inputs"):  # tokens, such as those of a task
                 made[name] = self.tokens(self.field(name.replace("_inputs", "_seq_len")) or SEQUENCE)
         return made
@@ -185,6 +190,7 @@ class _Maker(Values):
             yield {**text, "visual_feats": regions, "visual_pos": self.boxes()}
         if (books := self.field("num_codebooks")) is not None:
             yield {**text, "input_ids": text["input_ids"].repeat(books, 1)}
+            yield {**text, "input_ids": text["input_ids"][..., None].repeat(1, 1, books + 1)}  # beside a word
         if (channels := getattr(self.field("decoder_config"), "num_channels", None)) is not None:
             yield {**text, "decoder_input_ids": self.tokens(SEQUENCE)[..., None].repeat(1, 1, channels)}
 
@@ -225,11 +231,14 @@ class _Maker(Values):
         elif takes_episodes(self):
             yield episode(self)
         elif main == "pixel_values_videos":
-            yield {"pixel_values_videos": self.noise(BATCH, self.field("num_frames") or 4, *self.pixels())}
+            yield {"pixel_values_videos": self.videos()}
         elif main in SOUNDS or (main == "inputs" and takes_sound(self)):
             yield from sounds(self)
         elif main == "inputs" and main in self.parameters:
             yield {"inputs": self.tokens(SEQUENCE)}
+
+    def videos(self) -> Tensor:
+        return self.noise(BATCH, self.field("num_frames") or 4, *self.pixels())
 
     def completed(self, inputs: Inputs) -> Inputs:
         """Return `inputs` with labels or a decoder's tokens, or raise what the model raises of them."""

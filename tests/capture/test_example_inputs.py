@@ -46,6 +46,9 @@ ARGUMENTS = {
     "fun_asr_nano_encoder": {"input_features", "input_features_mask"},
     "gemma4_audio": {"input_features"},
     "lightglue": {"pixel_values"},
+    "mimi_decoder": {"latents"},
+    "pocket_tts_audio_tokenizer_decoder": {"latents"},
+    "kyutai_speech_to_text": {"input_ids", "attention_mask", "labels"},
     "sam3": {"input_ids", "attention_mask", "pixel_values"},
     "oneformer": {"pixel_values", "task_inputs"},
     "perceiver": {"inputs", "labels"},
@@ -194,6 +197,17 @@ def test_images_and_sound_by_other_names_are_warned_of() -> None:
     told = [str(warning.message) for warning in warned]
     assert any("without images" in text and "'image_pixel_values'" in text for text in told), told
     assert any("without sound" in text and "'audio_input_features'" in text for text in told), told
+
+
+def test_sound_that_comes_in_tokens_of_its_own_is_warned_of() -> None:
+    import transformers
+
+    class OwnTokens(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, audio_input_ids: Any = None, labels: Any = None) -> Any:
+            return super().forward(input_ids=input_ids, labels=labels)
+
+    with pytest.warns(UserWarning, match=r"captured without sound.*'audio_input_ids'"):
+        assert example_inputs_of(OwnTokens(tiny_llama())).keys() == {"input_ids", "labels"}
 
 
 class Reads(torch.nn.Module):

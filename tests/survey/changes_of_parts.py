@@ -9,7 +9,7 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _CODEC = {"codec_config.upsample_groups": 32, "codec_config.codebook_dim": 256}
 _LAYERED_ROPE = {"full_attention": MROPE}
 _TIMM_PE = {"model_type": "timm_wrapper", "architecture": "vit_pe_core_tiny_patch16_384"}
-_TIMM_PE_POOLED = {**_TIMM_PE, "num_labels": 64, "model_args": {"depth": 2, "img_size": 64}}
+_TIMM_PE_POOLED = {**_TIMM_PE, "num_labels": 64, "model_args": {"depth": 2, "img_size": 224}}
 _TIMM_STAGES = {
     "model_type": "timm_wrapper",
     "architecture": "repvit_m1",
@@ -52,7 +52,11 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     },
     "cohere_compass": {"text_config.rope_parameters": _LAYERED_ROPE, "text_config.head_dim": 8},
     "cohere_compass_text": {"rope_parameters": _LAYERED_ROPE, "head_dim": 8},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.num_experts_per_tok": 2,
+        "text_config.moe_intermediate_size": 32,
+    },
     "gemma3n": {"text_config.num_kv_shared_layers": 0},
     "diffusion_gemma": {
         "text_config.num_experts": 4,
@@ -69,7 +73,12 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "pocket_tts_audio_tokenizer": {"upsample_groups": 32},
     "pocket_tts_audio_tokenizer_encoder": {"upsample_groups": 32},
     "pocket_tts_audio_tokenizer_decoder": {"upsample_groups": 32},
-    "depth_pro": {"scaled_images_feature_dims": [32, 32, 16], "intermediate_feature_dims": [8, 8]},
+    "depth_pro": {
+        "intermediate_hook_ids": [1, 0],
+        "patch_size": 32,
+        "scaled_images_feature_dims": [32, 32, 16],
+        "intermediate_feature_dims": [8, 8],
+    },
     "dab-detr": {"query_dim": 4, **_TIMM_BACKBONE},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -121,7 +130,10 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     },
     "blt": {
         "encoder_hash_byte_group_vocab": 500,
+        "num_hidden_layers": 2,
         "vocab_size": 260,
+        "encoder_config.hidden_size_global": 128,
+        "decoder_config.hidden_size_global": 128,
         **{f"{part}_config.vocab_size": 260 for part in ("patcher", "encoder", "decoder")},
     },
     "vibevoice_acoustic_tokenizer": _FEW_FILTERS,
@@ -137,13 +149,15 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
         for part in ("audio_config", "semantic_model_config")
         for name, value in _FEW_FILTERS.items()
     },
-    "dbrx": {"attn_config.rope_theta": 1e4},
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "lightglue": {"keypoint_detector_config.keypoint_decoder_dim": 65},
     "efficientloftr": {"hidden_size": 16, "out_features": [4, 4, 8, 16], "stage_num_blocks": [1, 1, 1, 1]},
     "edgetam_vision_model": {"backbone_config": _TIMM_STAGES, "backbone_channel_list": [384, 192, 96, 48]},
     "edgetam": {
         "vision_config.backbone_config": _TIMM_STAGES,
         "vision_config.backbone_channel_list": [384, 192, 96, 48],
+        "vision_config.backbone_feature_sizes": [[56, 56], [28, 28], [14, 14]],
+        "prompt_encoder_config.image_size": 224,
     },
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "pp_ocrv6_medium_det": {

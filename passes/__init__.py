@@ -30,6 +30,7 @@ from .optimize.leave_out_mask import LeaveOutMask
 from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
 from .optimize.recompute_inputs import RecomputeInputs
 from .optimize.recompute_weights import RecomputeWeights
+from .optimize.rotate_pairs import RotatePairs
 from .optimize.share_siblings import ShareSiblings
 from .pipeline import (
     Declined,
@@ -53,6 +54,7 @@ OPTIMIZATIONS = Pipeline(
         ShareSiblings(),
         FoldScaleIntoAddition(),
         HoistParameterWork(),
+        RotatePairs(),
         RecomputeWeights(),
         GatherProducts(),
         GatherBankProducts(),
@@ -97,6 +99,7 @@ __all__ = [
     "RecomputeInputs",
     "RecomputeWeights",
     "RemoveAdapters",
+    "RotatePairs",
     "ScaleAdapters",
     "ShareSiblings",
     "input_name",

@@ -111,6 +111,8 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         except Exception as error:
             raise refusal(model, error, "torch.export") from error
         gm = program.module()
+        for guards in gm.graph.find_nodes(op="call_module", target=GUARDS):
+            guards.meta.pop("nn_module_stack", None)  # that of the first operator, whose layer would check them
         kept.put_calls(gm)
     return gm
 

@@ -100,12 +100,16 @@ _CANDIDATES = 10
 def choose(measured: Measured, memory: Memory) -> list[fx.Node]:
     """Return the values to drop, in graph order: the best of all sets of the layer's largest values.
 
+    A layer that keeps nothing but its inputs, as a lone linear, has none to drop, whatever `memory` allows.
+
     Raises:
         ConfigError: so few bytes as `memory` allows cannot be reached.
     """
     if memory == "fast":
         return []
     made = [node for node in measured.saved if node.op != "placeholder"]
+    if not made:
+        return []
     candidates = sorted(made, key=lambda node: measured.saved[node], reverse=True)[:_CANDIDATES]
     sets = (subset for size in range(len(candidates) + 1) for subset in itertools.combinations(candidates, size))
     outcomes = [(subset, outcome) for subset in sets if (outcome := measured.outcome(subset)) is not None]

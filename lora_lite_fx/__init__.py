@@ -11,6 +11,7 @@ from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter
 from .adapters.switches import active, by_row, scaled
 from .adapters.variant import Batch, Statistic, Variant
 from .capture.differences import Difference, DifferenceTable
+from .distributed.materialize import materialize
 from .distributed.parallelize import parallelize
 from .distributed.shard import shard
 from .distributed.split import split
@@ -164,6 +165,7 @@ __all__ = [
     "load_peft",
     "load_slot",
     "loftq",
+    "materialize",
     "memory_plan",
     "merge",
     "optimize",

@@ -80,6 +80,8 @@ def _description(tensor: Tensor, with_values: bool) -> str:
 def broadcast_adapters(model: nn.Module, mesh: DeviceMesh) -> None:
     """Give the adapters of all processes the values that the first process of the mesh has, in place."""
     for name in adapter_tensor_names(model):
+        if tensor_of(model, name).is_meta:
+            continue  # without values, which `materialize` gives them
         # As bytes, because not every backend has every type.
         values = tensor_of(model, name).detach().reshape(-1).view(torch.uint8)
         for dim in range(mesh.ndim):

@@ -17,6 +17,8 @@ from torch.fx.node import map_aggregate
 
 from ..errors import AdapterError
 
+_META = torch.device("meta")
+
 
 def follow_cast(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
     """Let the graph follow a cast of its tensors, before it happens.
@@ -45,6 +47,28 @@ def follow_cast(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
     for node in gm.graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = map_aggregate(node.meta["val"], lambda value: _cast(value, casts))
+
+
+def follow_data(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
+    """Let a graph that was captured on the device "meta" be one of the device where its tensors get memory.
+
+    Args:
+        gm: the graph; the devices that it holds change.
+        fn: what is to be applied to each tensor, as `nn.Module._apply` gets it.
+    """
+    if not any(parameter.is_meta for parameter in gm.parameters()):
+        return
+    device = _META
+    with suppress(Exception), torch.no_grad():
+        device = fn(torch.empty(0, device=_META)).device
+    if device == _META:
+        return
+    for graph in [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+        for node in graph.nodes:
+            node.args = map_aggregate(node.args, lambda item: device if item == _META else item)
+            node.kwargs = map_aggregate(node.kwargs, lambda item: device if item == _META else item)
+            if "val" in node.meta:
+                node.meta["val"] = map_aggregate(node.meta["val"], lambda value: _moved(value, device))
 
 
 def describe_cast(gm: fx.GraphModule, host: nn.Module) -> str:
@@ -77,6 +101,10 @@ def _casts(gm: nn.Module, fn: Callable[[Tensor], Tensor]) -> dict[torch.dtype, t
 
 def _cast(value: Any, casts: dict[torch.dtype, torch.dtype]) -> Any:
     return value.to(casts[value.dtype]) if isinstance(value, Tensor) and value.dtype in casts else value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) and value.device == _META else value
 
 
 def _name(dtype: torch.dtype) -> str:

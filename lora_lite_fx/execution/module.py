@@ -40,7 +40,7 @@ from ..passes import (
     read_ids,
 )
 from .bank_inputs import BankInputs
-from .casting import follow_cast
+from .casting import follow_cast, follow_data
 from .cutting import cut
 from .derived import Derived, part_of, piece_method, values_method
 from .execution import ELSEWHERE, Execution, Host
@@ -473,6 +473,7 @@ class AdaptedGraphModule(LayerSettings):
         if self.kept is not None:
             raise changed_inside("The model was moved or cast")
         follow_cast(self, fn)
+        follow_data(self, fn)
         self.drop_derived()
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)

@@ -2,6 +2,7 @@
 
 A trace knows no values of tensors, and `F.pad(x, (0, extra))` needs them. `extra` is known all the same where it is
 made of sizes of inputs and of numbers that the model keeps: non-persistent buffers, and tensors that are no buffers.
+So are the elements of `torch.tensor(sizes)`, as detectors keep the heights and widths of their features.
 It is computed a second time here, of sizes and whole numbers, and exactly.
 """
 
@@ -67,6 +68,8 @@ _COMPARE: dict[Any, Callable[[Any, Any], Any]] = {
     getattr(Tensor, name): getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")
 }
 _TAKES_SIZES = (functional.pad, Tensor.__getitem__)
+_OF_SIZES = (torch.arange,)
+"""Functions that take sizes after a tensor, and those that take nothing else."""
 
 
 class SizesInTensors:
@@ -86,6 +89,7 @@ class SizesInTensors:
         ]
         self._sizes: dict[int, tuple[Tensor, Quotient]] = {}
         self._truths: dict[int, tuple[Tensor, Any]] = {}
+        self._tables: dict[int, tuple[Tensor, Any]] = {}
 
     def truth(self, func: Any, args: tuple[Any, ...]) -> bool | None:
         """Return the value of a comparison of sizes, of which `func` asks; None if it is not known."""
@@ -95,7 +99,7 @@ class SizesInTensors:
 
     def put(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of `func` with sizes in the place of tensors, where it takes sizes."""
-        if func not in _TAKES_SIZES:
+        if func not in (*_TAKES_SIZES, *_OF_SIZES):
             return args
 
         def size(value: Any) -> Any:
@@ -104,10 +108,15 @@ class SizesInTensors:
             known = self._of(value) if isinstance(value, Tensor) else None
             return value if known is None or known[1] != 1 else known[0]
 
-        return (args[0], *pytree.tree_map(size, args[1:]))
+        first = 0 if func in _OF_SIZES else 1
+        return (*args[:first], *pytree.tree_map(size, args[first:]))
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Note what `result` of `func` is, if it is made of what is known."""
+        if func is torch.tensor and isinstance(args[0], (list, tuple)) and not result.is_floating_point():
+            self._tables[id(result)] = result, args[0]
+        elif func is Tensor.__getitem__ and id(args[0]) in self._tables:
+            self._take(self._tables[id(args[0])][1], args[1], result)
         if not isinstance(result, Tensor) or result.dim() or kwargs:
             return
         if func in _OF_TWO or func in _COMPARE:
@@ -124,6 +133,17 @@ class SizesInTensors:
                 self._sizes[id(result)] = result, (-(-numerator // divisor), 1)
             elif divisor == 1 and not result.is_floating_point():
                 self._sizes[id(result)] = result, known
+
+    def _take(self, table: Any, index: Any, result: Tensor) -> None:
+        """Note what is at an index of a table of sizes."""
+        for each in index if isinstance(index, tuple) else (index,):
+            if type(each) is not int or not isinstance(table, (list, tuple)):
+                return
+            table = table[each]
+        if isinstance(table, (list, tuple)):
+            self._tables[id(result)] = result, table
+        elif (size := self._of(table)) is not None:
+            self._sizes[id(result)] = result, size
 
     def _of(self, value: Any) -> Quotient | None:
         if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):

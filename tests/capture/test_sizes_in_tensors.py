@@ -83,3 +83,27 @@ def test_numbers_in_buffers_that_may_change_are_not_taken_for_constants() -> Non
     for _ in range(2):
         torch.testing.assert_close(gm(x), model(x))
         model.total += 1
+
+
+class Gridded(nn.Module):
+    """Keeps the height and width of its features in a tensor, as detectors do, and makes coordinates of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x)
+        shapes = torch.tensor([tuple(features.shape[-2:])], dtype=torch.long, device=x.device)
+        height: Any = shapes[0, 0]
+        width: Any = shapes[0][1]
+        grid = torch.arange(0, height)[:, None] / height + torch.arange(0, width) / width
+        result: Tensor = features.flatten(2) + grid.flatten()
+        return result
+
+
+def test_heights_and_widths_that_are_kept_in_a_tensor_are_sizes() -> None:
+    model = Gridded()
+    gm = llfx.capture(model, (torch.randn(2, 3, 8, 12),))
+    x = torch.randn(3, 3, 6, 14)
+    torch.testing.assert_close(gm(x), model(x))

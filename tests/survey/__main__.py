@@ -58,8 +58,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines() if path.exists() else []
     rows: dict[str, dict[str, Any]] = {}
     for row in map(json.loads, lines):
-        rows[row["key"]] = {**rows.get(row["key"], {}), **row}
+        before = rows.get(row["key"], {})
+        rows[row["key"]] = {name: value for name, value in before.items() if not _is_stale(name, row)} | row
     return list(rows.values())
+
+
+def _is_stale(name: str, row: dict[str, Any]) -> bool:
+    """Tell whether what an earlier run found is of a step that `row` holds anew, such as its warnings."""
+    of_default = name in ("fixed", "equal_in_double_precision", "not_wrapped") or name.startswith("not_tried")
+    return any(name.startswith(f"{step}_") for step in STEPS if step in row) or (of_default and "default" in row)
 
 
 def _is_done(row: dict[str, Any], steps: list[str], failed: bool) -> bool:

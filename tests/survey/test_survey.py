@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +82,10 @@ def test_the_readme_has_the_table_of_the_results() -> None:
 )
 def test_a_step_ends_in_one_word(said: str, kind: str) -> None:
     assert table.kind(said) == kind
+
+
+def test_a_later_run_of_a_step_forgets_the_warnings_of_an_earlier_one(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    first = {"key": "a", "default": "yes", "default_warnings": ["old"], "fixed": "old", "adapt_warnings": ["kept"]}
+    file.write_text("".join(json.dumps(row) + "\n" for row in (first, {"key": "a", "default": "yes"})))
+    assert read(file) == [{"key": "a", "default": "yes", "adapt_warnings": ["kept"]}]

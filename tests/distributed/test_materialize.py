@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -68,6 +69,26 @@ def build(rank: int, folder: Path) -> dict[str, Any]:
         llfx.save(gm, folder / f"{name}.adapter")
         found[name] = {"start": start, "loss": loss.item(), "gradients": gradients}
     return found
+
+
+def build_others(rank: int, folder: Path) -> dict[str, float]:
+    """Fill a tensor parallel graph, and a stage of a pipeline; return their losses at the start."""
+    cfg = CONFIGS["DoRA"]
+    gm = llfx.materialize(llfx.parallelize(without_data(cfg), init_device_mesh("cpu", (2,))), fill_from(folder))
+    found = {"parallel": gm(**INPUTS).loss.item()}
+    stage = llfx.materialize(llfx.split(without_data(cfg), 2)[rank], fill_from(folder))
+    sent = stage(**INPUTS).detach() if rank == 0 else torch.empty(2, 7, 32, dtype=torch.float64)
+    dist.broadcast(sent, 0)
+    return found if rank == 0 else {**found, "stages": stage(sent, **INPUTS)[0].item()}
+
+
+@pytest.mark.slow
+def test_tensor_parallel_graphs_and_stages_are_filled(tmp_path: Path) -> None:
+    model = base()
+    model.save_pretrained(tmp_path)
+    first, last = on_ranks(build_others, 2, tmp_path)
+    assert {**first, **last} == pytest.approx({"parallel": (loss := model(**INPUTS).loss.item()), "stages": loss})
+    assert first["parallel"] == pytest.approx(loss)
 
 
 def randomise_whole(gm: Any, start: dict[str, Tensor]) -> None:

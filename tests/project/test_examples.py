@@ -142,3 +142,13 @@ def test_a_pipeline_of_diffusers_runs_its_adapted_unet(tmp_path: Path) -> None:
     assert "images differ by 0.0e+00" in text
     assert (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").exists()
     assert (tmp_path / "diffusion.png").stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_the_comparison_on_quantized_bases_runs(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    text = run("examples/quantised.py", "--quick", "--out", str(tmp_path / "quantised.txt"))
+    *_, dense, four_bit = text.splitlines()
+    assert [float(line.split()[-5]) < 1e-5 for line in (dense, four_bit)] == [True, True]
+    assert [float(line.split()[-4]) <= float(line.split()[-3]) for line in (dense, four_bit)] == [True, True]
+    assert (tmp_path / "quantised.txt").read_text() == text

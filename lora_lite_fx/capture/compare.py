@@ -50,6 +50,8 @@ def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], h
                 rows = _compare(gm, model, call, training, by_module=False)
                 if not all(row.ok for row in rows):
                     rows = _compare(gm, model, call, training, by_module=True)
+            except CaptureError:
+                raise
             except _ModelRaises as reason:
                 details.append(f"not in {mode}, where the model raises {reason}")
                 continue
@@ -104,6 +106,12 @@ def _compare(
         nudged = [outputs_of_model(model, call, training, writes, True, sign) for sign in (1, -1) if by_module]
     except Exception as error:
         raise _ModelRaises(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
+    if expected.remembered is not None:
+        raise CaptureError(
+            f"{type(model).__name__} keeps {expected.remembered} from one call for the next, outside of the cache that"
+            " it returns, which a graph does not. The way out: call it without a cache (use_cache=False), or"
+            f" {COMPILE_INSTEAD}."
+        )
     actual = outputs_of_graph(gm, model, call, training, by_module)
     if as_called:
         called = outputs_of_program(gm, call, training)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
 
@@ -126,7 +125,6 @@ class Values:
         logger = logging.getLogger("torch._subclasses.fake_tensor")  # which logs errors that are raised, too
         logger.disabled, before = True, logger.disabled
         buffers = [(module._buffers, dict(module._buffers)) for module in self.model.modules()]
-        attributes = [(vars(module), dict(vars(module))) for module in self.model.modules()]
         try:
             with torch.no_grad(), forgetting(self.model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 yield {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
@@ -134,10 +132,6 @@ class Values:
             logger.disabled = before
             for now, then in buffers:  # a table that grew has no data
                 now.update(then)
-            for now, then in attributes:  # nor what a module remembers, as Clvp does its rotations
-                for name in [name for name, value in now.items() if isinstance(value, FakeTensor)]:
-                    del now[name]
-                    now.update({name: then[name]} if name in then else {})
             if experts is not None:
                 self.model.set_experts_implementation(experts)
 

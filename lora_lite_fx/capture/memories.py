@@ -1,4 +1,4 @@
-"""Let functions forget what they remember of a run without data, because a later call would get that instead of values.
+"""Let functions and modules forget what they remember of a run without data, which a later call would get as values.
 
 `functools.lru_cache` keeps results by arguments such as sizes, for all models of a class.
 """
@@ -13,17 +13,24 @@ from types import FunctionType
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells a tensor without data
+from torch._subclasses.functional_tensor import FunctionalTensor  # of which torch.export makes those of a trace
 
 
 @contextmanager
 def forgetting(model: nn.Module) -> Iterator[None]:
-    """Let the functions in the modules of `model`'s classes forget their results after the body.
+    """Let the functions in the modules of `model`'s classes forget their results after the body; and modules theirs.
 
-    Safe because what they remember saves time and nothing else.
+    Safe because what functions remember saves time and nothing else, and modules get back what they had before.
     """
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
+        for now, then in attributes:  # as Clvp keeps its rotations, and RecurrentGemma its states
+            for name in [name for name, value in now.items() if isinstance(value, (FakeTensor, FunctionalTensor))]:
+                del now[name]
+                now.update({name: then[name]} if name in then else {})
         for name in {type(module).__module__ for module in model.modules()}:
             _forget(sys.modules.get(name))
 

@@ -37,11 +37,13 @@ class Outputs:
         buffers: their values afterwards, by qualified name.
         modules: for each call of a module, by its name, the tensors that it returned; of a graph, all that it could
             have returned. The second call of a module has `@1` after its name.
+        remembered: the name of a tensor that the run left in a module, if the same call has other results after it.
     """
 
     results: dict[str, Any]
     buffers: dict[str, Tensor]
     modules: dict[str, list[Tensor]] = field(default_factory=dict)
+    remembered: str | None = None
 
 
 def has_data(model: nn.Module, call: Call) -> bool:
@@ -96,10 +98,35 @@ def outputs_of_model(
             module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
         if by_module and name:
             module.register_forward_hook(keep(name))
+    before = _loose_tensors(twin)
     args, kwargs = copied(call)
     with comparable(model), watch or nullcontext():
         returned = twin(*args, **kwargs)
-    return Outputs(results_of(returned), buffers_of(twin), modules)
+    outputs = Outputs(results_of(returned), buffers_of(twin), modules)
+    left = [name for name, value in _loose_tensors(twin).items() if before.get(name) is not value]
+    if left and not (training or by_module or nudge or watch):
+        args, kwargs = copied(call)
+        with comparable(model):
+            again = results_of(twin(*args, **kwargs))
+        if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
+            outputs.remembered = left[0]
+    return outputs
+
+
+def _loose_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that modules hold as plain attributes, by qualified name."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, equal_nan=True)
 
 
 def outputs_of_graph(gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool) -> Outputs:

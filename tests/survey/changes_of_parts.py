@@ -110,7 +110,7 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
             "model_args": {
                 "embed_dim": 192,
                 "depth": 2,
-                "img_size": 64,
+                "img_size": 224,
                 "global_pool": "",
                 "use_post_transformer_norm": False,
             },
@@ -159,7 +159,8 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
         "vision_config.backbone_feature_sizes": [[56, 56], [28, 28], [14, 14]],
         "prompt_encoder_config.image_size": 224,
     },
-    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0, "mm_tokens_per_image": 4},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
     "pp_ocrv6_medium_det": {
         "backbone_config.out_features": ["stage1", "stage2", "stage3", "stage4"],
         "intraclass_block_config": _INTRACLASS,

@@ -1,0 +1,53 @@
+"""Tensors that a call leaves in modules for the next one, outside of caches, which a graph does not have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_lite_fx as llfx
+from tests.survey.cases import cases
+
+
+class Remembering(nn.Linear):
+    """Adds what the call before returned, as RecurrentGemma keeps its states."""
+
+    state: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        result = super().forward(input)
+        if self.state is not None:
+            result = result + self.state
+        self.state = result
+        return result
+
+
+class Tabulating(nn.Linear):
+    """Keeps a table, which is the same in each call."""
+
+    table: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.table = torch.arange(float(input.shape[1]))
+        return super().forward(input) + self.table[:3]
+
+
+def test_what_one_call_keeps_for_the_next_is_refused() -> None:
+    with pytest.raises(llfx.CaptureError, match=r"keeps 1\.state from one call for the next"):
+        llfx.capture(nn.Sequential(nn.Linear(4, 4), Remembering(4, 3)), (torch.randn(2, 4),))
+
+
+def test_what_is_the_same_in_each_call_is_captured() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Tabulating(4, 3)), torch.randn(5, 4)
+    torch.testing.assert_close(llfx.capture(model, (torch.randn(2, 4),))(x), model(x))
+
+
+@pytest.mark.slow
+def test_a_token_after_others_is_refused_where_states_are_kept_in_modules() -> None:
+    (case,) = (case for case in cases() if case.name == "recurrent_gemma")
+    adapted = llfx.adapt(case.builder()(), llfx.LoRA(r=1, target_names="linear_x")).eval()
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with pytest.raises(llfx.CaptureError, match="conv1d_state from one call for the next"):
+        adapted.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    assert adapted.generate(input_ids=ids, max_new_tokens=3, do_sample=False, use_cache=False).shape == (1, 8)

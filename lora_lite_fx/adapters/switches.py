@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -98,7 +98,7 @@ class Scope(Generic[Model]):
         self._undo()
 
 
-def active(model: Model, names: str | Sequence[str] | None = None) -> Scope[Model]:
+def active(model: Model, names: str | Sequence[str] | EllipsisType | None = ...) -> Scope[Model]:
     """Let these adapters act, and no others: as a call `active(model, "fr")`, or as a scope `with active(...):`.
 
     The tensors of the others stay as they are; they cost no time, and get no gradient. What a program of the model
@@ -106,7 +106,8 @@ def active(model: Model, names: str | Sequence[str] | None = None) -> Scope[Mode
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`.
-        names: the name of one adapter, or several; `[]` for the frozen model, and None for all adapters.
+        names: the name of one adapter, or several; None or `[]` for the frozen model, bit for bit. All adapters act if
+            it is left out.
 
     Returns:
         A scope; leaving it lets those act that acted before.
@@ -116,10 +117,10 @@ def active(model: Model, names: str | Sequence[str] | None = None) -> Scope[Mode
         ConfigError: it has no adapter of such a name.
     """
     holder = _holder(model)
-    chosen = None if names is None else known_names(model, names)
     before = holder.switches.acting
     present = adapter_names(model)
-    acting = None if chosen is None or set(chosen) == set(present) else tuple(n for n in present if n in chosen)
+    chosen = present if isinstance(names, EllipsisType) else known_names(model, names or [])
+    acting = None if set(chosen) == set(present) else tuple(name for name in present if name in chosen)
     holder.switches = replace(holder.switches, acting=acting)
 
     def undo() -> None:

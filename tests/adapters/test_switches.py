@@ -105,6 +105,21 @@ def test_a_switched_graph_equals_the_switched_wrapper(
     assert_equal(gm, wrapped, ids(3, 4, seed=1))
 
 
+@pytest.mark.parametrize("base", [None, []])
+def test_none_is_the_frozen_model_and_no_names_are_all_adapters(base: Any) -> None:
+    gm, wrapped, model = pair(SPEC, ResidualMLP, example=(ids(2, 5),))
+    x = ids(3, 4)
+    for each in (gm, wrapped):
+        both = each(x)
+        assert not torch.equal(both, model(x))
+        with llfx.active(each, base):
+            assert torch.equal(each(x), model(x))
+            with llfx.active(each):
+                assert torch.equal(each(x), both)
+            assert torch.equal(each(x), model(x))
+        assert torch.equal(each(x), both)
+
+
 @pytest.mark.parametrize("name", [None, "fr", "de"])
 def test_named_adapters_act_like_wrappers_of_their_own(name: str | None) -> None:
     gm, _, model = pair(SPEC, ResidualMLP, GatedMLP, example=(ids(2, 5),))

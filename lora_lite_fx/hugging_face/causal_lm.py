@@ -128,7 +128,10 @@ def probe(model: Any) -> Decoder | None:
     training = model.training
     model.eval()
     try:
-        plain = run()
+        try:
+            plain = run()
+        except Exception:  # it takes tokens in another form, as Kyutai's speech models with a column for each code
+            return None
         if not isinstance(getattr(plain, "cache", None), DynamicCache):
             return None  # BertLMHeadModel that is not a decoder
         layers = plain.cache.layers

@@ -97,3 +97,27 @@ def test_a_model_whose_cache_has_no_attention_generates() -> None:
     for beams in (1, 2):
         texts = [model.generate(ids, **options, num_beams=beams) for model in (adapted, wrapped)]
         assert torch.equal(*texts)
+
+
+class Codes(hf.LlamaForCausalLM):
+    """A decoder of two codes for each token, as speech models are: it raises for tokens of another form."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, cache: Any = None, use_cache: Any = None, **kwargs: Any
+    ) -> Any:
+        embedded = self.get_input_embeddings()(input_ids + torch.tensor([0, 7])).sum(-2)
+        return super().forward(
+            inputs_embeds=embedded, attention_mask=attention_mask, cache=cache, use_cache=use_cache, **kwargs
+        )
+
+
+def test_a_decoder_of_several_codes_for_each_token_is_adapted() -> None:
+    torch.manual_seed(0)
+    model: Any = Codes(DECODER).train(False)
+    ids = torch.randint(1, 9, (3, 5, 2))
+    adapted = llfx.adapt(model, CONFIG, {"input_ids": ids})
+    randomise(adapted, 0)
+    wrapped = llfx.wrap(model, CONFIG, {"input_ids": ids})
+    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    other = torch.randint(1, 9, (2, 4, 2))
+    close(adapted(other).logits, wrapped(other).logits, 1e-5, "logits")

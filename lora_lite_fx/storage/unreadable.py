@@ -35,7 +35,9 @@ def stored_weight(module: nn.Module, dtype: torch.dtype) -> None:
     To be asked after all other storages.
     """
     package = next((package for package in _PACKAGES if is_instance_of(module, package)), None)
-    is_integration = any(cls.__module__.startswith(_IN_TRANSFORMERS) for cls in type(module).__mro__)
+    # Every model of transformers inherits from a mixin of PEFT's integration, which is not a module.
+    modules = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module)]
+    is_integration = any(cls.__module__.startswith(_IN_TRANSFORMERS) for cls in modules)
     if (package is None and not is_integration) or isinstance(module, nn.Embedding):
         return
     tensors = (*module._parameters.values(), *module._buffers.values())

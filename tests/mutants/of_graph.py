@@ -154,6 +154,20 @@ MUTANTS = (
         "",
         "dropout, which returns its input in evaluation, is taken for a copy",
     ),
+    _mutant(
+        "writes",
+        "            if may_return_a_view(node):\n",
+        "            if False:\n",
+        "a write to a view is not seen",
+        "tests/execution/test_pieces.py::test_what_is_overwritten_through_a_view_is_not_read_again",
+    ),
+    _mutant(
+        "writes",
+        'gm.get_submodule(str(node.target)), "track_running_stats", False)',
+        'gm, "", False)',
+        "a batch norm that runs again updates its statistics twice",
+        "tests/execution/test_checkpointing.py::test_two_adapters_with_dropout_and_batch_norm_compute_the_same",
+    ),
     # pieces: the layers that run apart, and run again under checkpointing
     _piece(
         "        if piece and layer != current and waits:\n",
@@ -172,17 +186,5 @@ MUTANTS = (
         "            if False:\n",
         "a layer that runs again reads what was overwritten since",
         "checkpointing.py::test_layers_that_overwrite_tensors_in_place_compute_the_same",
-    ),
-    _piece(
-        "            if may_return_a_view(node):\n",
-        "            if False:\n",
-        "a write to a view is not seen",
-        "pieces.py::test_what_is_overwritten_through_a_view_is_not_read_again",
-    ),
-    _piece(
-        'gm.get_submodule(str(node.target)), "track_running_stats", False)',
-        'gm, "", False)',
-        "a batch norm that runs again updates its statistics twice",
-        "checkpointing.py::test_two_adapters_with_dropout_and_batch_norm_compute_the_same",
     ),
 )

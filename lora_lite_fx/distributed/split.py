@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..adapters.placement import Placement, graph_of, placements
 from ..adapters.state import adapter_tensors
@@ -16,6 +16,7 @@ from ..execution.module import AdaptedGraphModule
 from ..execution.pieces import A_LAYER, pieces_of
 from ..graph.copies import copy_graph
 from ..graph.cut import Part, cut_at, spans_of, value_is_tensor
+from ..graph.queries import reads_tensor
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import keep_registration, tensor_of
 from ..graph.writes import overwritten_tensors
@@ -162,8 +163,7 @@ def _check(gm: fx.GraphModule, parts: Sequence[Part]) -> None:
     trained_in: dict[str, set[int]] = {}
     for node in gm.graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        value = _tensor(gm, name)
-        if value is not None and value.requires_grad:
+        if reads_tensor(gm, node) and tensor_of(gm, name).requires_grad:
             trained_in.setdefault(name, set()).update(computed_in.get(node, ()))
     for index in range(len(parts)):
         if all(index not in places for places in trained_in.values()):
@@ -184,10 +184,3 @@ def _require_one(computed_in: dict[fx.Node, set[int]], nodes: Sequence[fx.Node],
     places = [frozenset(computed_in[node]) for node in nodes if node in computed_in]
     if len(set(places)) > 1 or (places and len(places[0]) > 1 and not anew):
         raise AdapterError(f"split would cut {what}, around {nodes[0].name}. The way out: cut before another layer.")
-
-
-def _tensor(gm: nn.Module, name: str) -> Tensor | None:
-    try:
-        return tensor_of(gm, name)
-    except AssertionError:
-        return None

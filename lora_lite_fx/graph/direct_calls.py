@@ -96,6 +96,16 @@ def is_wrapped(*tensors: Tensor) -> bool:
     return any(functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
+def is_plain_call(*tensors: Tensor) -> bool:
+    """Check whether a function with gradients of its own may take these tensors.
+
+    It may not under `torch.compile`, which chooses itself what to save, nor in transforms and forward-mode AD.
+    """
+    if torch.compiler.is_compiling() or is_wrapped(*tensors):
+        return False
+    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
+
+
 # The functions behind public ones that cost several times as much, because each call of a graph asks them.
 _is_jit_tracing, _functorch_level = torch._C._is_tracing, torch._C._functorch.maybe_current_level
 

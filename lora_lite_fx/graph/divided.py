@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .queries import reads_tensor
 from .sharded import whole
 from .tensors import tensor_of
 
@@ -34,7 +35,7 @@ def put_borders(gm: nn.Module, graph: fx.Graph, mesh: DeviceMesh) -> None:
     """
     divided: set[fx.Node] = set()
     for node in graph.nodes:
-        reads_part = _is_divided(gm, node) if node.op == "get_attr" else not divided.isdisjoint(node.all_input_nodes)
+        reads_part = _is_divided(gm, node) or not divided.isdisjoint(node.all_input_nodes)
         if reads_part and node.op != "output" and not _is_number(node):
             divided.add(node)
     replicated = replicated_on(mesh)
@@ -96,10 +97,7 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _is_divided(gm: nn.Module, node: fx.Node) -> bool:
-    try:
-        return isinstance(tensor_of(gm, str(node.target)), DTensor)
-    except (AssertionError, AttributeError):
-        return False
+    return reads_tensor(gm, node) and isinstance(tensor_of(gm, str(node.target)), DTensor)
 
 
 def replicated_on(mesh: DeviceMesh) -> Callable[[Any], Any]:

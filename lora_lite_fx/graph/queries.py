@@ -7,7 +7,7 @@ from collections.abc import Container
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .direct_calls import OpOverload, is_transform
 from .provenance import is_inserted
@@ -16,7 +16,7 @@ from .tensors import tensor_of
 from .writes import written
 
 
-def reads_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
+def reads_tensor(gm: nn.Module, node: fx.Node) -> bool:
     """Check whether `node` reads a parameter or buffer of the module, and not its mode flag."""
     if node.op != "get_attr":
         return False

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from ..graph.direct_calls import constant_when_compiled, is_wrapped
+from ..graph.direct_calls import constant_when_compiled, is_plain_call
 from .autocast import autocast_of
 
 
@@ -46,19 +45,13 @@ class DroppedProduct:
             training: whether elements are dropped.
             sources: of `x`: tensors, or sizes.
         """
-        if not training or not torch.is_grad_enabled() or not _is_usual(x, a):
+        if not training or not torch.is_grad_enabled() or not is_plain_call(x, a):
             return F.linear(F.dropout(x, self._probability(), training), a)
         return _apply(self, x, a, *sources)
 
     @constant_when_compiled  # else torch.compile, asked for dynamic sizes, takes it for an input first
     def _probability(self) -> float:
         return self.probability
-
-
-def _is_usual(x: Tensor, a: Tensor) -> bool:
-    if torch.compiler.is_compiling() or is_wrapped(x, a):
-        return False
-    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in (x, a))
 
 
 class _Function(torch.autograd.Function):

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from ..graph.direct_calls import is_wrapped
+from ..graph.direct_calls import is_plain_call
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,9 @@ class RecomputedProduct:
 
 def _is_usual(x: Tensor, bias: Tensor | None, sources: tuple[Any, ...]) -> bool:
     """Return whether `x` alone needs a gradient, and by hand."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.requires_grad or is_wrapped(x):
+    if not torch.is_grad_enabled() or not x.requires_grad or not is_plain_call(x):
         return False
-    frozen = [tensor for tensor in (bias, *sources) if isinstance(tensor, Tensor)]
-    return not any(tensor.requires_grad for tensor in frozen) and forward_ad.unpack_dual(x).tangent is None
+    return not any(value.requires_grad for value in (bias, *sources) if isinstance(value, Tensor))
 
 
 def _can_be_saved(value: Any) -> bool:

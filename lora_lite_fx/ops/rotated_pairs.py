@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..graph.direct_calls import is_wrapped
+from ..graph.direct_calls import is_plain_call
 
 
 def rotated_pairs(pairs: Tensor, straight: Tensor, crossed: Tensor) -> Tensor:
@@ -29,9 +28,7 @@ def rotated_pairs(pairs: Tensor, straight: Tensor, crossed: Tensor) -> Tensor:
 
 
 def _is_usual(*tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling() or is_wrapped(*tensors) or len({tensor.dtype for tensor in tensors}) > 1:
-        return False
-    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
+    return is_plain_call(*tensors) and len({tensor.dtype for tensor in tensors}) == 1
 
 
 def _rotated(pairs: Tensor, straight: Tensor, crossed: Tensor) -> Tensor:

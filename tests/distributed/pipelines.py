@@ -24,6 +24,7 @@ from torch.distributed.pipelining.schedules import (
 
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.sharded import whole
+from tests.distributed.training import of_each
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama, tiny_t5
 
@@ -203,14 +204,7 @@ def in_one_process(pipe: Pipe) -> dict[str, Any]:
 
 
 def train_all(rank: int, names: list[str]) -> dict[str, Any]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = on_rank(rank, PIPES[name])
-        except Exception as error:
-            error.add_note(f"in the case {name!r}")
-            raise
-    return found
+    return of_each(names, lambda name: on_rank(rank, PIPES[name]))
 
 
 PIPES = {

@@ -188,10 +188,15 @@ def in_one_process(case: Case, processes: int) -> dict[str, Any]:
 
 
 def train_all(rank: int, names: list[str]) -> dict[str, Any]:
+    return of_each(names, lambda name: on_rank(rank, CASES[name]))
+
+
+def of_each(names: list[str], run: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Return the results of cases by name, and name the case in an error, because other processes see that alone."""
     found = {}
     for name in names:
         try:
-            found[name] = on_rank(rank, CASES[name])
+            found[name] = run(name)
         except Exception as error:
             error.add_note(f"in the case {name!r}")
             raise

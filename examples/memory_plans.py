@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512, help="tokens in each of two rows")
+    parser.add_argument("--length", type=int, default=512, help="tokens in each row")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="write the lines here too")
     args = parser.parse_args()

@@ -33,19 +33,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2, help="of a step")
     parser.add_argument("--length", type=int, default=512, help="tokens in each row")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="write the lines here too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     width, length, rounds = (64, 32, 2) if args.quick else (576, args.length, args.rounds)
-    lines = list(measure(width, args.layers, length, rounds))
+    lines = list(measure(width, args.layers, (args.rows, length), rounds))
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
 
 
-def measure(width: int, layers: int, length: int, rounds: int) -> Any:
-    """Yield the lines, and print them."""
+def measure(width: int, layers: int, shape: tuple[int, int], rounds: int) -> Any:
+    """Yield the lines, and print them. `shape` is the rows of a step, and the tokens in each."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=width,
@@ -59,7 +60,7 @@ def measure(width: int, layers: int, length: int, rounds: int) -> Any:
     plain = llfx.rewrite(model, llfx.LoRA(r=16)).train()
     arms = {name: llfx.plan_memory(llfx.optimize(plain), memory) for name, memory in SETTINGS.items()}
     arms["checkpoint_layers"] = llfx.rewrite(plain, llfx.IA3(target_names=("lm_head",)), checkpoint_layers=True).train()
-    ids = torch.randint(0, 256, (2, length))
+    ids = torch.randint(0, 256, shape)
     for gm in arms.values():
         step(gm, ids)
     around = alive(arms["fast"], ids) - layers_keep(llfx.plan_memory(llfx.optimize(plain), 1.0), ids)
@@ -70,7 +71,8 @@ def measure(width: int, layers: int, length: int, rounds: int) -> Any:
             start = time.process_time()
             step(gm, ids)
             seconds[name].append(time.process_time() - start)
-    yield show(f"torch {torch.__version__}, 1 thread, d={width}, {layers} layers, {ids.numel()} tokens, LoRA r=16")
+    rows, length = shape
+    yield show(f"torch {torch.__version__}, 1 thread, d={width}, {layers} layers, {rows} x {length} tokens, LoRA r=16")
     yield show(f"{'memory':18} {'MiB kept':>9} {'part':>6} {'planned':>8} {'time':>6}")
     for name, gm in arms.items():
         said = f"{layers_keep(gm, ids) / 2**20:8.1f}" if name not in ("fast", "checkpoint_layers") else " " * 8

@@ -30,6 +30,7 @@ from .optimize.leave_out_mask import LeaveOutMask
 from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
 from .optimize.recompute_inputs import RecomputeInputs
 from .optimize.recompute_weights import RecomputeWeights
+from .optimize.rotate_blocks import RotateBlocks
 from .optimize.rotate_pairs import RotatePairs
 from .optimize.share_siblings import ShareSiblings
 from .pipeline import (
@@ -55,6 +56,7 @@ OPTIMIZATIONS = Pipeline(
         FoldScaleIntoAddition(),
         HoistParameterWork(),
         RotatePairs(),
+        RotateBlocks(),
         RecomputeWeights(),
         GatherProducts(),
         GatherBankProducts(),
@@ -99,6 +101,7 @@ __all__ = [
     "RecomputeInputs",
     "RecomputeWeights",
     "RemoveAdapters",
+    "RotateBlocks",
     "RotatePairs",
     "ScaleAdapters",
     "ShareSiblings",

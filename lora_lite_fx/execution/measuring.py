@@ -17,12 +17,13 @@ from ..graph.writes import written_operands
 from ..ops.bank_products import BankProducts
 from ..ops.low_rank_products import LowRankProducts
 from ..ops.recomputed_product import RecomputedProduct
+from ..ops.rotated_blocks import RotatedBlocks
 from .cutting import call
 from .memory import Measured, MemoryPlan
 
 aten = torch.ops.aten
 
-_PURE = (LowRankProducts, BankProducts, RecomputedProduct)
+_PURE = (LowRankProducts, BankProducts, RecomputedProduct, RotatedBlocks)
 """The operations of this library that compute the same again."""
 
 

@@ -122,11 +122,10 @@ def cayley(q: Tensor) -> Tensor:
 
 
 def cayley_neumann(q: Tensor) -> Tensor:
-    """Return `2 Q + 2 Q^2 + 2 Q^3 + Q^4`."""
-    result = q
-    for _ in range(3):
-        result = 2 * q + q @ result
-    return result
+    """Return `2 Q + 2 Q^2 + 2 Q^3 + Q^4`, by two products."""
+    square = q @ q
+    sum_of_two = 2 * q + square
+    return sum_of_two + square + square @ sum_of_two
 
 
 def skew(upper: Tensor, size: int) -> Tensor:

@@ -18,6 +18,7 @@ from ...graph.walk import ancestors
 from ...graph.writes import overwrites
 from ...ops.dropped_product import DroppedProduct
 from ...ops.low_rank_products import LowRankProducts
+from ...ops.rotated_blocks import RotatedBlocks
 from ..pipeline import Declined, GraphPass, Outcome, Program
 
 aten = torch.ops.aten
@@ -112,17 +113,19 @@ class RecomputeInputs(GraphPass):
                 edits += 1
                 continue
             alone = is_product(node)
-            products = LowRankProducts() if alone else node.target
-            if not isinstance(products, LowRankProducts) or products.recipe or node.args[1] not in needing:
+            operation = LowRankProducts() if alone else node.target
+            if not isinstance(operation, (LowRankProducts, RotatedBlocks)) or operation.recipe:
                 continue
             x, a, *sites = node.args
+            if a not in needing:
+                continue
             sources = "the graph overwrites tensors" if overwritten else _sources(gm, x, saved | once)
             if isinstance(sources, str):
                 if not is_narrow(x):
                     declined.append(Declined.at(_results(node), sources))
                 continue
             recipe = function_of(extract(sources, [x]))
-            recomputing = replace(products, recipe=recipe, sources=len(sources))
+            recomputing = replace(operation, recipe=recipe, sources=len(sources))
             with gm.graph.inserting_before(node):
                 args = (x, a, *sources, *sites)
                 call = gm.graph.create_node("call_function", recomputing, args, name=f"{node.name}_recomputing")

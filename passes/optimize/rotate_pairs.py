@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ...graph.provenance import is_inserted
-from ...graph.queries import value_of
+from ...graph.queries import have_one_dtype
 from ...ops.rotated_pairs import rotated_pairs
 from ..pipeline import Declined, GraphPass, Outcome, Program
 
@@ -34,7 +34,7 @@ class RotatePairs(GraphPass):
             rotation = _rotation(node)
             if rotation is None:
                 continue
-            if len({_dtype(gm, operand) for operand in rotation}) > 1:
+            if not have_one_dtype(gm, rotation):
                 declined.append(Declined.at([node], "its terms are of several types"))
                 continue
             with gm.graph.inserting_before(node):
@@ -70,8 +70,3 @@ def _is_product(value: Any) -> bool:
     if not isinstance(value, fx.Node) or value.target is not aten.mul.Tensor or len(value.users) > 1:
         return False
     return all(isinstance(factor, fx.Node) for factor in value.args)
-
-
-def _dtype(gm: fx.GraphModule, node: fx.Node) -> torch.dtype | None:
-    value = value_of(gm, node)
-    return value.dtype if isinstance(value, Tensor) else None

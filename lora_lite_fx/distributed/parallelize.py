@@ -1,11 +1,11 @@
-"""`parallelize`: tensor parallelism of an adapted graph, whose weights become DTensors."""
+"""`parallelize`: tensor parallelism of an adapted model, whose weights become DTensors."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,30 +13,39 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from ..adapters.placement import placements
+from ..adapters.placement import graph_of, placements
 from ..adapters.state import adapter_tensors
+from ..capture.attention_module import attend_heads
 from ..errors import AdapterError, shown
+from ..execution.execution import Execution
 from ..execution.module import AdaptedGraphModule
 from ..graph.divided import put_borders
+from ..graph.divided_dropout import DROPOUT, draws
 from ..graph.sharded import is_sharded, is_stage
 from ..graph.tensors import register_tensor, tensor_of
+from ..passes import Pipeline, RecomputeInputs
 from ..sites.finding import find_sites
 from ..sites.kinds.linear import SiteKind
 from ..sites.site import Site
 from .agreement import agree, broadcast_adapters
+from .sum_at_sites import SumAtSites
+from .units import RunsGraphs, graphs_of
+
+Model = TypeVar("Model", bound=nn.Module)
 
 COLUMNS = ("query", "key", "value", "gate", "up")
 ROWS = ("output", "down")
+_DROPOUTS = (DROPOUT, torch.ops.aten.scaled_dot_product_attention.default)
 
 
 def parallelize(
-    gm: fx.GraphModule,
+    model: Model,
     mesh: DeviceMesh | None = None,
     *,
     columns: Sequence[str] = COLUMNS,
     rows: Sequence[str] = ROWS,
-) -> fx.GraphModule:
-    """Divide the weights of an adapted graph among processes, each weight by its outputs or its inputs; in place.
+) -> Model:
+    """Divide the weights of an adapted model among processes, each weight by its outputs or its inputs; in place.
 
     That is tensor parallelism: all processes get the same inputs, compute their part of each layer, and have the whole
     results and gradients. Weights become DTensors, whose operators torch runs on parts; so results are those of one
@@ -44,45 +53,63 @@ def parallelize(
     a layer's heads and inner units stay in their process.
 
     At a site with divided outputs B is divided and A whole, at one with divided inputs A is divided and B whole; other
-    tensors of adapters are whole. `save` is called in all processes, and process 0 writes whole tensors. What changes
-    graphs comes before. Adapters start with the values that process 0 has.
+    tensors of adapters are whole. Dropout draws what it would in one process. `save` is called in all processes, and
+    process 0 writes whole tensors. What changes graphs comes before, and the first call of each kind of a model that
+    `adapt` returned. Adapters start with the values that process 0 has.
 
     Args:
-        gm: a result of `rewrite` or `load`.
+        model: a result of `rewrite`, `load` or `adapt`.
         mesh: of the processes, with one dimension. None for all processes, on the device of the model.
         columns: the roles of the linears that are divided by their outputs.
         rows: the roles of those that are divided by their inputs.
 
     Returns:
-        The graph.
+        The model.
 
     Raises:
-        AdapterError: processes are not set up; it is not an adapted graph, or cannot be divided; or processes have
-            different models. It is unchanged then, in all processes.
+        AdapterError: processes are not set up; the model has no adapters or runs no graph, or cannot be divided; or
+            processes have different models. It is unchanged then, in all processes.
     """
-    adapter_tensors(gm)
-    if not isinstance(gm, AdaptedGraphModule) or gm.execution is None:
-        raise AdapterError(f"parallelize takes a graph that rewrite or load returned, not {shown(gm)}.")
+    adapter_tensors(model)
+    graphs = graphs_of(model)
+    if not graphs:
+        raise AdapterError(f"parallelize takes what rewrite, load or adapt returned, not {shown(model)}.")
     if not dist.is_initialized():
         raise AdapterError(
             "parallelize: there are no processes to divide the model among. The way out: start the script by torchrun"
             " --nproc-per-node N, and call torch.distributed.init_process_group() in it."
         )
     if mesh is None:
-        mesh = init_device_mesh(next(gm.parameters()).device.type, (dist.get_world_size(),))
-    problem = _problem_of(gm, mesh)
-    places = {} if problem else _places(gm, frozenset(columns), frozenset(rows))
-    agree(gm, mesh, problem or ("" if places else f"no linear has a role of {[*columns, *rows]}."), "parallelize")
-    broadcast_adapters(gm, mesh)
+        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    problem = _problem_of(model, graphs, mesh)
+    graph = graph_of(model)
+    assert isinstance(graph, fx.GraphModule)
+    dims = {} if problem else _dims(graph, frozenset(columns), frozenset(rows))
+    if not problem and not dims:
+        problem = f"no linear of the roles {[*columns, *rows]} has a weight that can be divided."
+    agree(model, mesh, problem, "parallelize")
+    broadcast_adapters(model, mesh)
+    places = _places(graph, dims)
     known: dict[int, Tensor] = {}
-    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
         if id(tensor) not in known:
             known[id(tensor)] = _divided(tensor, mesh, places.get(name, Replicate()))
-        register_tensor(gm, name, known[id(tensor)])
-    gm.execution = replace(gm.execution, finish=functools.partial(put_borders, mesh=mesh))
-    gm.drop_derived()
-    return gm
+        register_tensor(model, name, known[id(tensor)])
+    for gm in graphs:
+        gm.execution = _divided_execution(gm.execution, dims, mesh)
+        gm.drop_derived()
+    if isinstance(model, RunsGraphs):
+        model.bind_graphs()
+    return model
+
+
+def _divided_execution(execution: Execution | None, dims: Mapping[str, int], mesh: DeviceMesh) -> Execution:
+    assert execution is not None
+    # Without a check, which takes whole tensors. Operations on DTensors save what autograd saves, dropout its mask.
+    passes = [each for each in execution.passes if not isinstance(each, RecomputeInputs)]
+    pipeline = Pipeline((SumAtSites(dims), *passes))
+    return replace(execution, passes=pipeline, finish=functools.partial(put_borders, mesh=mesh))
 
 
 def _divided(tensor: Tensor, mesh: DeviceMesh, place: Placement) -> Tensor:
@@ -103,16 +130,23 @@ def _like_the_parameter(parameter: Tensor) -> None:
         parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
 
 
-def _places(gm: AdaptedGraphModule, columns: frozenset[str], rows: frozenset[str]) -> dict[str, Placement]:
-    """Return how each tensor that is divided is, by qualified name."""
-    dims: dict[str, int] = {}  # of W (d_out, d_in) by site
-    found: dict[str, Placement] = {}
+def _dims(gm: fx.GraphModule, columns: frozenset[str], rows: frozenset[str]) -> dict[str, int]:
+    """Return the dimension of `W (d_out, d_in)` that is divided, by site."""
+    dims = {}
     for site in find_sites(gm):
         dim = 0 if site.roles & columns else 1 if site.roles & rows else None
-        if dim is None or not _can_be_divided(gm, site):
-            continue
-        dims[site.name] = dim
-        found[site.weight] = Shard(1 - dim if site.transposed else dim)
+        if dim is not None and _can_be_divided(gm, site):
+            dims[site.name] = dim
+    return dims
+
+
+def _places(gm: fx.GraphModule, dims: Mapping[str, int]) -> dict[str, Placement]:
+    """Return how each tensor that is divided is, by qualified name."""
+    found: dict[str, Placement] = {}
+    for site in find_sites(gm) if dims else ():
+        dim = dims.get(site.name)
+        if dim is not None:
+            found[site.weight] = Shard(1 - dim if site.transposed else dim)
         if dim == 0 and site.bias is not None and site.bias_rows is None:
             found[site.bias] = Shard(0)
     for placement in placements(gm):
@@ -123,37 +157,39 @@ def _places(gm: AdaptedGraphModule, columns: frozenset[str], rows: frozenset[str
     return found
 
 
-def _can_be_divided(gm: AdaptedGraphModule, site: Site) -> bool:
+def _can_be_divided(gm: fx.GraphModule, site: Site) -> bool:
     is_plain = type(site.kind) is SiteKind and site.computed_weight is None
     return is_plain and type(tensor_of(gm, site.weight)) is nn.Parameter and tensor_of(gm, site.weight).dim() == 2
 
 
-def _problem_of(gm: AdaptedGraphModule, mesh: DeviceMesh) -> str:
-    """Return the reason why the graph cannot be divided; empty if it can."""
-    assert gm.execution is not None
-    if is_sharded(gm) or is_stage(gm):
+def _problem_of(model: nn.Module, graphs: Sequence[AdaptedGraphModule], mesh: DeviceMesh) -> str:
+    """Return the reason why the model cannot be divided, with the way out; empty if it can."""
+    if is_sharded(model) or is_stage(model):
         return "it is divided already, by fully_shard, parallelize or split."
     if mesh.ndim != 1:
         return f"the mesh has {mesh.ndim} dimensions. The way out: mesh[name], one of them."
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            return (
+                f"{name} is stored as a {type(parameter).__name__}, which DTensors cannot hold. The way out:"
+                " llfx.shard(model), which divides quantized weights; or a base that is not quantized."
+            )
+    return next((problem for gm in graphs if (problem := _problem_of_graph(gm))), "")
+
+
+def _problem_of_graph(gm: AdaptedGraphModule) -> str:
+    assert gm.execution is not None
     if gm.execution.memory != "fast":
         return (
-            "its memory is planned, which measures layers by their whole tensors. The way out: plan_memory(gm, 'fast')."
+            "its memory is planned, which measures layers by their whole tensors. The way out:"
+            " plan_memory(model, 'fast'), and checkpoint_layers where that is too much."
         )
-    random = [node for node in gm.flat_graph.nodes if _draws(node)]
-    if random:
-        return f"{random[0].name} draws random numbers, which would differ by process. The way out: dropout of 0."
-    for name, parameter in gm.named_parameters():
-        if type(parameter) is not nn.Parameter:
-            return f"{name} is stored as a {type(parameter).__name__}, which DTensors cannot hold."
+    for node in gm.flat_graph.nodes:
+        if node.target is attend_heads and node.args[10]:
+            return "nn.MultiheadAttention has dropout, whose masks would differ by process. The way out: dropout of 0."
+        if draws(node) and node.target not in _DROPOUTS:
+            return (
+                f"{node.name} ({node.target}) draws random numbers, which would differ by process: dropout alone is"
+                " drawn as one process would. The way out: switch it off."
+            )
     return ""
-
-
-def _draws(node: fx.Node) -> bool:
-    """Check whether `node` draws random numbers: an operator that can, but for dropout of zero."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    target: Any = node.target
-    names = [argument.name for argument in target._schema.arguments]
-    given = {**{a.name: a.default_value for a in target._schema.arguments}, **dict(zip(names, node.args, strict=False))}
-    given |= node.kwargs
-    return bool(given.get("p", given.get("dropout_p", 1)) != 0)

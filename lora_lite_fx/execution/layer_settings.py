@@ -44,9 +44,14 @@ class LayerSettings(fx.GraphModule):
 
         Raises:
             ConfigError: `memory` is no such value, or the layers are checkpointed.
-            AdapterError: the graph has no layers.
+            AdapterError: the graph has no layers, or its parameters are DTensors.
         """
         assert self.execution is not None
+        if memory != "fast" and self.execution.finish is not None:
+            raise AdapterError(
+                f"memory={memory!r}: the parameters of the graph are DTensors, and plans measure whole tensors. The way"
+                " out: gradient_checkpointing_enable of an adapted model, or capture with checkpoint_layers."
+            )
         check_memory(memory, self.execution.checkpoint_layers)
         if memory != "fast" and not pieces_of(self, self.graph):
             raise AdapterError(

@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .divided_calls import begin_together
+from .divided_dropout import attention_with_dropout, let_dropouts_agree
+from .provenance import forget, is_inserted
 from .queries import reads_tensor
 from .sharded import whole
 from .tensors import tensor_of
@@ -33,6 +36,8 @@ def put_borders(gm: nn.Module, graph: fx.Graph, mesh: DeviceMesh) -> None:
         graph: changed in place.
         mesh: of the processes.
     """
+    drawing, may_draw = let_dropouts_agree(graph)
+    begin_together(graph, mesh, may_draw)
     divided: set[fx.Node] = set()
     for node in graph.nodes:
         reads_part = _is_divided(gm, node) or not divided.isdisjoint(node.all_input_nodes)
@@ -52,8 +57,8 @@ def put_borders(gm: nn.Module, graph: fx.Graph, mesh: DeviceMesh) -> None:
         node.args = fx.node.map_arg(node.args, lambda read: made.get(read, read))
         node.kwargs = fx.node.map_arg(node.kwargs, lambda read: made.get(read, read))
         if node.target in _RESHAPES and _parts_heads(node, mesh.size()):
-            divided.add(_let_be_whole(graph, node))
-        if node.target is _ATTENTION and mesh.device_type == "cpu":
+            divided.add(_let_be_whole_around(graph, node))
+        if node.target is _ATTENTION and (mesh.device_type == "cpu" or node in drawing):
             node.target = attention_of_divided_heads
     output = graph.output_node()
     with graph.inserting_before(output):
@@ -71,18 +76,25 @@ def _parts_heads(node: fx.Node, processes: int) -> bool:
     return any(heads % processes and heads * width in few and heads * width not in many for heads, width in pairs)
 
 
-def _let_be_whole(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def let_be_whole(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    """Let what reads `value` read it as a DTensor that all processes have whole, its gradient too; return that node."""
+    with graph.inserting_after(value):
+        result = graph.call_function(made_whole, (value,))
+    result.meta = dict(value.meta)
+    if is_inserted(result):
+        forget(result)  # of the adapter that computes the value
+    value.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+    return result
+
+
+def _let_be_whole_around(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Let a value and its gradient be whole around `node`, as no process can have a part of a head; return it after."""
     read, *others = node.args
     with graph.inserting_before(node):
-        node.args = (graph.call_function(made_whole, (read,)), *others)
-    with graph.inserting_after(node):
-        result = graph.call_function(made_whole, (node,))
-    for inserted in (node.args[0], result):
-        assert isinstance(inserted, fx.Node)
-        inserted.meta = dict(node.meta)
-    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
-    return result
+        whole_read = graph.call_function(made_whole, (read,))
+    whole_read.meta = dict(node.meta)
+    node.args = (whole_read, *others)
+    return let_be_whole(graph, node)
 
 
 def made_whole(value: Tensor) -> Tensor:
@@ -116,10 +128,14 @@ def attention_of_divided_heads(
 ) -> Tensor:
     """Compute attention by matrix products, because DTensors have no rule for the fused operator of CPUs.
 
-    Masks are added as numbers: torch would make plain tensors of its own for others.
+    Nor do they drop the same as one process in those of other devices. Masks are added as numbers: torch would make
+    plain tensors of its own for others.
     """
     options = dict(zip(("dropout_p", "is_causal"), args, strict=False)) | kwargs
-    if options.pop("is_causal", False):
+    dropout_p, is_causal = options.pop("dropout_p", 0.0), options.pop("is_causal", False)
+    if not dropout_p and query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, **options)
+    if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         allowed = whole(attn_mask)
@@ -127,5 +143,7 @@ def attention_of_divided_heads(
         attn_mask = zeros.masked_fill(~allowed, -math.inf)
     if attn_mask is not None and isinstance(query, DTensor):
         attn_mask = replicated_on(query.device_mesh)(attn_mask)
+    if dropout_p:
+        return attention_with_dropout(query, key, value, attn_mask, dropout_p, options.get("scale"))
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)

@@ -29,7 +29,7 @@ from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
 from ..formats.peft.directory import save_peft
 from ..formats.peft.hub import CONFIG, TENSORS
-from ..graph.sharded import is_sharded
+from ..graph.sharded import is_sharded, refuse_sharded
 from ..log import logger
 from ..rewriting.calibration import Batches
 from ..rewriting.named import as_named
@@ -202,6 +202,8 @@ class Adapted(NamedAdapters, AdaptedPart):
 
     def without_adapters(self, fold: bool, requantise: bool = False) -> Any:
         """Return the model in its own class, its adapters folded into copies of the adapted weights, or left out."""
+        way_out = "do this before it is sharded; or save the adapters, and load them onto the whole model"
+        refuse_sharded(self, f"{'merge' if fold else 'remove'} does not take a model", way_out)
         plain = self._graphs.plain()
         if fold:
             acting = coefficients(self, "merge")  # type: ignore[arg-type]

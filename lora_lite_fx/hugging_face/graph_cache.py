@@ -338,7 +338,7 @@ class GraphCache:
         refuse_sharded(
             self.model,
             f"A call with {names} has no graph yet, and none can be captured of a model",
-            "call the model once like this before fully_shard, which then has its graph",
+            "call the model once like this before it is sharded, which then has its graph",
         )
         seen = [graph.example for graph in self._kept if graph.call.signature == call.signature]
         errors = []

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.sharded import whole
-from tests.distributed.training import Case, base_of, batch, gpt2, graph_of, in_one_process, make, on_rank
+from tests.distributed.training import Case, base_of, batch, graph_of, in_one_process, make, on_rank
 from tests.support.conformance import close
 from tests.support.ranks import on_ranks
 
@@ -84,12 +84,22 @@ def read(rank: int, folder: Path) -> dict[str, dict[str, Tensor]]:
     return {n: {k: whole(tensor) for k, tensor in llfx.adapter_state_dict(g).items()} for n, g in graphs.items()}
 
 
-def with_dropout(rank: int) -> Any:
-    return llfx.parallelize(llfx.rewrite(graph_of("gpt2"), llfx.LoRA(r=2, dropout=0.1)))
-
-
 def random_base(rank: int) -> Any:
-    return llfx.parallelize(llfx.rewrite(gpt2(dropout=0.1), llfx.LoRA(r=2)))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.RReLU(), torch.nn.Linear(4, 4))
+    return llfx.parallelize(llfx.rewrite(model, llfx.LoRA(r=2, target_names="0"), (torch.ones(2, 4),)))
+
+
+def random_heads(rank: int) -> Any:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2, dropout=0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.attention(x, x, x)[0]
+            return y
+
+    return llfx.parallelize(llfx.rewrite(Attention(), llfx.LoRA(r=2, target_names="out_proj")))
 
 
 def planned(rank: int) -> Any:
@@ -114,17 +124,25 @@ def other_base(rank: int) -> Any:
     return llfx.parallelize(gm)
 
 
+@functools.cache
+def dropping() -> Any:
+    return llfx.parallelize(llfx.rewrite(graph_of("gpt2"), llfx.LoRA(r=2, dropout=0.5)))
+
+
 REFUSED: dict[str, tuple[Callable[[int], object], str]] = {
-    "dropout of adapters": (with_dropout, "draws random numbers, which would differ by process"),
-    "dropout of the base": (random_base, "draws random numbers"),
+    "random numbers": (random_base, r"rrelu.*draws random numbers, which would differ by process.*switch it off"),
+    "dropout of MultiheadAttention": (random_heads, "nn.MultiheadAttention has dropout.*The way out: dropout of 0"),
     "planned memory": (planned, "its memory is planned"),
     "a mesh of two dimensions": (two_dimensions, "the mesh has 2 dimensions"),
     "other weights": (other_base, "parallelize: processes 0 and 1 have different models: transformer.wpe.weight"),
     "no such role": (
         lambda rank: llfx.parallelize(make(LORA), columns=("router",), rows=()),
-        "no linear has a role of",
+        r"no linear of the roles \['router'\] has a weight that can be divided",
     ),
-    "adapted": (lambda rank: llfx.parallelize(llfx.adapt(base_of("gpt2"), LORA.cfg)), "takes a graph that rewrite"),
+    "wrapped": (
+        lambda rank: llfx.parallelize(llfx.wrap(graph_of("gpt2"), LORA.cfg)),
+        "takes what rewrite, load or adapt returned",
+    ),
     "a stage": (lambda rank: llfx.parallelize(llfx.split(make(LORA), 2)[0]), "divided already"),
     "twice": (lambda rank: llfx.parallelize(divided()), "divided already"),
     "shard": (lambda rank: llfx.shard(divided()), "sharded already"),
@@ -135,6 +153,10 @@ REFUSED: dict[str, tuple[Callable[[int], object], str]] = {
     "export": (
         lambda rank: torch.export.export(divided(), (), batch(LORA, 0, 0)),
         "torch.export does not take DTensors.*export before parallelize",
+    ),
+    "another mode": (
+        lambda rank: dropping().train(rank == 0)(**batch(LORA, 0, 0)),
+        "Processes 0 and 1 call a graph that they compute together with other values of the mode",
     ),
     "merge": (lambda rank: llfx.merge(divided()), "its parameters are DTensors"),
 }
@@ -215,6 +237,69 @@ def test_four_processes_read_what_two_wrote(used: tuple[Path, list[dict[str, Any
         for tensors in found.values():
             assert tensors.keys() == expected.keys()
             assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+ADAPTED = Case(llfx.LoRA(r=2), "adapt", engine="parallel")
+GENERATED: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "sampled": {"do_sample": True},
+}
+
+
+def use_adapted(rank: int, folder: Path) -> dict[str, Any]:
+    """Use an adapted model in all ways; return what was seen of it, divided, and of one that is not."""
+    alone, model = make(ADAPTED).eval(), llfx.parallelize(make(ADAPTED)).eval()
+    inputs = batch(ADAPTED, 0, 0)
+    padded = inputs | {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])}
+    ids = {name: padded[name] for name in ("input_ids", "attention_mask")}
+    found: dict[str, Any] = {"logits": (model(**padded).logits, alone(**padded).logits)}
+    for name, options in GENERATED.items():
+        for each in (alone, model):
+            torch.manual_seed(3)
+            tokens = each.generate(**ids, **options, max_new_tokens=5, pad_token_id=0)
+            found.setdefault(name, []).append(tokens)
+    model.save_pretrained(folder / "adapters")
+    errors: dict[str, Any] = {
+        "another call": lambda: model(ids["input_ids"], output_hidden_states=True),
+        "other inputs": lambda: model(**inputs | {"input_ids": inputs["input_ids"] + rank}),
+        "another length": lambda: model(inputs["input_ids"][:, rank:]),
+        "sampled by other seeds": lambda: (
+            torch.manual_seed(rank) and model.generate(**ids, do_sample=True, max_new_tokens=5)
+        ),
+        "merge": lambda: llfx.merge(model),
+        "remove": lambda: llfx.remove(model),
+        "planned": lambda: llfx.plan_memory(model, "balanced"),
+    }
+    for name, call in errors.items():
+        try:
+            call()
+        except llfx.AdapterError as error:
+            found[name] = str(error)
+    return found
+
+
+@pytest.mark.slow
+def test_an_adapted_model_generates_like_one_process_and_refuses_what_would_differ(tmp_path: Path) -> None:
+    expected = llfx.adapter_state_dict(make(ADAPTED))
+    for found in on_ranks(use_adapted, 2, tmp_path):
+        ours, theirs = found["logits"]
+        close(ours, theirs, 1e-5, "logits")
+        for name in GENERATED:
+            assert torch.equal(*found[name]), name
+        assert (
+            "has no graph yet, and none can be captured of a model whose parameters are sharded"
+            in found["another call"]
+        )
+        for name in ("other inputs", "another length", "sampled by other seeds"):
+            assert "Processes 0 and 1 call a graph that they compute together with other values" in found[name]
+        assert "other values of input_ids" in found["other inputs"]
+        assert "the parameters of the graph are DTensors, and plans measure whole tensors" in found["planned"]
+        for name in ("merge", "remove"):
+            assert f"{name} does not take a model whose parameters are sharded" in found[name]
+        assert "torch.manual_seed(0)" in found["sampled by other seeds"]
+    read = llfx.adapt(base_of("llama"), tmp_path / "adapters")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in llfx.adapter_state_dict(read).items())
 
 
 FEW_HEADS = {"gpt2": 1e-9, "llama": 1e-4}

@@ -19,12 +19,17 @@ TOLERANCES = {
     "llama": 1e-9,
     "albert": 1e-9,
     "gpt2": 1e-9,
+    "gpt2, dropout": 1e-9,
+    "llama, dropout": 1e-9,
     "tied": 1e-5,
     "torchao int8": 1e-5,
     "nf4": 1e-5,
     "int8": 1e-5,
     "bfloat16": 0.1,
 }
+PARALLEL = {"llama": 1e-4, "llama, dropout": 1e-4, "tied": 1e-4, "bfloat16": 0.3}
+"""Sums over processes are summed in another order, and each part is rounded. Of bfloat16, the gradients of the wrapper
+and of processes are equally far from those in float64."""
 
 
 @functools.cache
@@ -45,8 +50,7 @@ def test_two_processes_train_like_one(name: str) -> None:
     case = CASES[name]
     is_parallel = case.engine == "parallel"
     expected = in_one_process(case, 1 if is_parallel else 2)
-    # Norms of Llama are in float32, and the products before them are summed in another order if they are divided.
-    tolerance = max(TOLERANCES[case.base], 1e-4 if is_parallel and case.base in ("llama", "tied") else 0)
+    tolerance = max(TOLERANCES[case.base], PARALLEL.get(case.base, 0) if is_parallel else 0)
     results = trained(name in EVERYDAY)
     assert not isinstance(results, str), results
     for rank, found in enumerate(results):

@@ -78,7 +78,7 @@ def gpt2(dropout: float = 0.0) -> nn.Module:
     """Return a model whose weights are transposed, whose q, k and v are one, and whose norms are not in float32."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=16)
-    config.resid_pdrop, config.embd_pdrop, config.attn_pdrop = dropout, 0.0, 0.0
+    config.resid_pdrop, config.embd_pdrop, config.attn_pdrop = dropout, dropout, dropout
     return transformers.GPT2LMHeadModel(config).double()
 
 
@@ -88,6 +88,8 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "bfloat16": functools.partial(_llama, torch.bfloat16),
     "albert": _albert,
     "gpt2": gpt2,
+    "gpt2, dropout": functools.partial(gpt2, 0.2),
+    "llama, dropout": functools.partial(_llama, attention_dropout=0.2),
     "nf4": functools.partial(_quantized, "nf4 twice"),
     "int8": functools.partial(_quantized, "int8"),
     "torchao int8": functools.partial(_quantized, "torchao int8"),
@@ -139,6 +141,7 @@ def on_rank(rank: int, case: Case) -> dict[str, Any]:
     optimizer = optimizer_of(model)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
+    torch.manual_seed(rank)  # other processes follow the first one
     for step in range(STEPS):
         for micro in range(case.micro):
             waits = case.engine == "ddp" and micro < case.micro - 1
@@ -167,6 +170,7 @@ def in_one_process(case: Case, processes: int) -> dict[str, Any]:
     wrapper = make(case) if case.base in QUANTIZED else llfx.wrap(graph_of(case.base), case.cfg)
     randomise(wrapper, 1)
     wrapper.train()
+    torch.manual_seed(0)
     optimizer = optimizer_of(wrapper)
     losses: list[list[float]] = [[] for _ in range(processes)]
     gradients: dict[str, Tensor] = {}
@@ -271,6 +275,19 @@ CASES |= {
     ),
     "parallel, tied": Case(llfx.LoRA(r=2), base="tied", engine="parallel", options={"columns": ("head", "up")}),
     "parallel, bfloat16 base": Case(llfx.LoRA(r=2), base="bfloat16", engine="parallel"),
+    "parallel, dropout": Case(llfx.LoRA(r=2, dropout=0.3), engine="parallel", base="gpt2, dropout", micro=2),
+    "parallel, dropout, grouped heads": Case(llfx.LoRA(r=2, dropout=0.3), engine="parallel", base="llama, dropout"),
+    "parallel, dropout, checkpointed": Case(
+        llfx.DoRA(r=2, dropout=0.3), engine="parallel", base="gpt2, dropout", settings={"checkpoint_layers": True}
+    ),
+    "parallel, dropout, LoHa": Case(
+        llfx.LoHa(r=2, rank_dropout=0.4, module_dropout=0.2), engine="parallel", base="gpt2, dropout"
+    ),
+    "parallel, LoRA, adapt": Case(llfx.LoRA(r=2), "adapt", base="gpt2", engine="parallel"),
+    "parallel, dropout, accumulation, DoRA, adapt": Case(
+        llfx.DoRA(r=2, dropout=0.3), "adapt", base="gpt2, dropout", engine="parallel", micro=2
+    ),
+    "parallel, bank, adapt": Case(BANK, "adapt", engine="parallel"),
     "parallel, a layer that runs three times": Case(llfx.LoRA(r=2), base="albert", engine="parallel"),
 }
 EVERYDAY = (

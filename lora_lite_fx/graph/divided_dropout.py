@@ -1,0 +1,99 @@
+"""Dropout in graphs whose values are divided as DTensors: each process drops what one process would drop.
+
+DTensors draw by the generator of each process alone on CPUs, and in fused attention on other devices too: processes
+would then drop other elements of a value that all have, or the same ones of their parts. So all draw the mask of the
+whole value, from generators in one state, and each applies its part of the mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn import functional as F
+
+from .direct_calls import OpOverload
+
+DROPOUT = torch.ops.aten.dropout.default
+
+
+def draws(node: fx.Node) -> bool:
+    """Check whether `node` draws random numbers: an operator that can, but for dropout of zero."""
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    return bool(_argument(node, "p", "dropout_p") != 0)
+
+
+def _argument(node: fx.Node, *names: str) -> Any:
+    """Return the value of the argument with one of these names, given or by default; None if there is none."""
+    assert isinstance(node.target, OpOverload)
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.name in names:
+            given = node.args[place] if place < len(node.args) else argument.default_value
+            return node.kwargs.get(argument.name, given)
+    return None
+
+
+def let_dropouts_agree(graph: fx.Graph) -> tuple[set[fx.Node], fx.Node | bool]:
+    """Let dropouts draw as in one process, where the generators of all processes have one state.
+
+    Args:
+        graph: changed in place. Attention that drops is left to `attention_with_dropout`.
+
+    Returns:
+        The nodes that draw; and whether a call draws, or the mode that says so.
+    """
+    drawing = [node for node in graph.nodes if draws(node)]
+    flags = [_argument(node, "train", "dropout_p") for node in drawing]
+    for node in drawing:
+        if node.target is DROPOUT:
+            node.target = dropout_of_parts
+    modes = [node for node in graph.find_nodes(op="get_attr") if node.target == "training"]
+    follows_mode = modes and all(isinstance(flag, fx.Node) or not flag for flag in flags)
+    return set(drawing), modes[0] if drawing and follows_mode else bool(drawing)
+
+
+def dropout_of_parts(x: Tensor, p: float, training: bool) -> Tensor:
+    """Compute dropout; of a DTensor by this process's part of the mask that one process would draw."""
+    if not isinstance(x, DTensor):
+        return F.dropout(x, p, training)
+    if not training:
+        return x
+    if not all(type(place) is Shard for place in x.placements):
+        x = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)  # as a sum over processes has no elements yet
+    # In the order of memory that the whole value has, because generators draw in that order.
+    ones = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(1)
+    factors = DTensor.from_local(F.dropout(ones, p), x.device_mesh, [Replicate()] * x.device_mesh.ndim, run_check=False)
+    return x * factors.redistribute(placements=x.placements)
+
+
+def attention_with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float | None
+) -> Tensor:
+    """Compute attention by matrix products, and drop weights as one process would.
+
+    Args:
+        query: `(..., heads, length, size)`.
+        key, value: of as many heads, or of fewer that several heads of queries share.
+        attn_mask: is added to the scores, as numbers.
+        dropout_p: the probability.
+        scale: of the scores; None for that of the size.
+    """
+    shared = query.shape[-3] // key.shape[-3]
+    scores_scale = math.sqrt(scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
+    if shared > 1:
+        key, value = (_repeated(each, shared) for each in (key, value))
+    scores = (query * scores_scale) @ (key * scores_scale).transpose(-2, -1)
+    if attn_mask is None:
+        return dropout_of_parts(scores.softmax(dim=-1), dropout_p, True) @ value
+    blocked = (attn_mask.detach() == -math.inf).all(-1, keepdim=True)  # rows of padding: softmax has no value for them
+    weights = (scores + attn_mask.masked_fill(blocked, 0)).softmax(dim=-1).masked_fill(blocked, 0)
+    return dropout_of_parts(weights, dropout_p, True) @ value
+
+
+def _repeated(heads: Tensor, times: int) -> Tensor:
+    expanded = heads.unsqueeze(-3).expand(*heads.shape[:-2], times, *heads.shape[-2:])
+    return expanded.flatten(-4, -3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -50,12 +50,6 @@ def dtype_of(node: Any) -> torch.dtype | None:
     """Return the dtype of the value of `node`, or None if it is not known to be a tensor."""
     value = node.meta.get("val")
     return value.dtype if isinstance(value, Tensor) else None
-
-
-def have_one_dtype(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> bool:
-    """Check whether the values of `nodes` have the same dtype."""
-    values = (value_of(gm, node) for node in nodes)
-    return len({value.dtype if isinstance(value, Tensor) else None for value in values}) == 1
 
 
 def boolean_masks(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:

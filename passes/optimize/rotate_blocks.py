@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from ...graph.provenance import is_inserted
-from ...graph.queries import have_one_dtype
+from ...graph.queries import obstacle_between
 from ...ops.rotated_blocks import RotatedBlocks
 from ..pipeline import Declined, GraphPass, Outcome, Program
 
@@ -21,8 +22,8 @@ class RotateBlocks(GraphPass):
     """Make one operation of `x + x B`, where an adapter multiplies blocks of `x` by matrices of their own.
 
     The products are then formed where `x` is, with no copy of it in another order, and autograd saves `x` once. Safe
-    because nothing else reads what the operation stands for, and all have one type. The sum is rounded once less. In
-    inference, where one token waits for calls and not for memory, the plain operations are fewer.
+    because no product is moved across a write in place or a change of mode. The sum is rounded once less. In inference,
+    where one token waits for calls and not for memory, the plain operations are fewer.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"training", "checkpointed"})
@@ -31,37 +32,37 @@ class RotateBlocks(GraphPass):
         edits = 0
         declined = []
         for node in gm.graph.find_nodes(op="call_function", target=aten.add.Tensor):
-            operands = _rotation(node)
-            if operands is None:
+            rotation = _rotation(node)
+            if rotation is None:
                 continue
-            if not have_one_dtype(gm, operands):
-                declined.append(Declined.at([node], "its terms are of several types"))
+            products, *operands = rotation
+            if why := obstacle_between(gm, products, node):
+                declined.append(Declined.at([node], why))
                 continue
             with gm.graph.inserting_before(node):
-                rotated = gm.graph.call_function(RotatedBlocks(), operands)
+                rotated = gm.graph.call_function(RotatedBlocks(), tuple(operands))
             rotated.meta = dict(node.meta)
             node.replace_all_uses_with(rotated)
             edits += 1
         return Outcome(edits, tuple(declined))
 
 
-def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Return `x` and the blocks, if `node` is the sum `x + x B` that an adapter computes."""
+def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Return the products, `x` and the blocks, if `node` is the sum `x + x B` that an adapter computes."""
     if not is_inserted(node) or node.kwargs:
         return None
-    turned: Any
-    x, turned = node.args
-    products = _operand_of(turned, aten.flatten.using_ints, -2)
-    if products is None or products.target is not aten.einsum.default or products.args[0] != "...nk,nkc->...nc":
+    x, flat = node.args
+    if not isinstance(flat, fx.Node) or flat.target is not aten.flatten.using_ints or flat.args[1:] != (-2,):
+        return None
+    (products,) = flat.all_input_nodes
+    if products.target is not aten.einsum.default or products.args[0] != "...nk,nkc->...nc":
         return None
     by_block, blocks = products.all_input_nodes
-    if len(turned.users) + len(products.users) > 2 or _operand_of(by_block, aten.unflatten.int, -1) is not x:
+    if by_block.target is not aten.unflatten.int or by_block.args[:2] != (x, -1) or len(_sizes(by_block)) != 2:
         return None
-    return by_block.all_input_nodes[0], blocks
+    return products, by_block.all_input_nodes[0], blocks
 
 
-def _operand_of(node: Any, target: Any, dim: int) -> fx.Node | None:
-    """Return the value whose last dimensions `node` shapes by the operator `target`."""
-    if not isinstance(node, fx.Node) or node.target is not target or node.args[1] != dim:
-        return None
-    return node.all_input_nodes[0]
+def _sizes(unflattened: fx.Node) -> Sequence[Any]:
+    sizes: Any = unflattened.args[2]
+    return sizes  # type: ignore[no-any-return]

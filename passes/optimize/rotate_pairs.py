@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...graph.provenance import is_inserted
-from ...graph.queries import have_one_dtype
+from ...graph.queries import obstacle_between, value_of
 from ...ops.rotated_pairs import rotated_pairs
 from ..pipeline import Declined, GraphPass, Outcome, Program
 
@@ -21,8 +21,9 @@ class RotatePairs(GraphPass):
     """Make one operation of `p * straight + p.flip(-2) * crossed`, where adapters rotate pairs of outputs.
 
     Autograd then saves `p` once, and not a flipped copy too, and no product is written to memory and read again. Safe
-    because nothing else reads what the operation stands for, and all have one type. The sum is rounded once less. In
-    inference, where one token waits for calls and not for memory, the plain operations are fewer.
+    because nothing else reads what the operation stands for, all have one type, and no product is moved across a write
+    in place or a change of mode. The sum is rounded once less. In inference, where one token waits for calls and not
+    for memory, the plain operations are fewer.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"training", "checkpointed"})
@@ -34,11 +35,12 @@ class RotatePairs(GraphPass):
             rotation = _rotation(node)
             if rotation is None:
                 continue
-            if not have_one_dtype(gm, rotation):
-                declined.append(Declined.at([node], "its terms are of several types"))
+            same_type = len({_dtype(gm, operand) for operand in rotation.operands}) == 1
+            if why := obstacle_between(gm, rotation.first, node) if same_type else "its terms are of several types":
+                declined.append(Declined.at([node], why))
                 continue
             with gm.graph.inserting_before(node):
-                rotated = gm.graph.call_function(rotated_pairs, tuple(rotation))
+                rotated = gm.graph.call_function(rotated_pairs, rotation.operands)
             rotated.meta = dict(node.meta)
             node.replace_all_uses_with(rotated)
             edits += 1
@@ -46,11 +48,10 @@ class RotatePairs(GraphPass):
 
 
 class _Rotation(NamedTuple):
-    """The operands of `rotated_pairs`."""
+    """The operands of `rotated_pairs`, and the first node that it stands for."""
 
-    pairs: fx.Node
-    straight: fx.Node
-    crossed: fx.Node
+    operands: tuple[fx.Node, fx.Node, fx.Node]
+    first: fx.Node
 
 
 def _rotation(node: fx.Node) -> _Rotation | None:
@@ -59,10 +60,13 @@ def _rotation(node: fx.Node) -> _Rotation | None:
         return None
     kept: Any
     flipped: Any
-    kept, flipped = (product.args for product in node.all_input_nodes)
+    products = node.all_input_nodes
+    kept, flipped = (product.args for product in products)
     if flipped[0].target is not aten.flip.default or tuple(flipped[0].args) != (kept[0], [-2]):
         return None
-    return None if len(flipped[0].users) > 1 else _Rotation(kept[0], kept[1], flipped[1])
+    if len(flipped[0].users) > 1:
+        return None
+    return _Rotation((kept[0], kept[1], flipped[1]), min(flipped[0], *products))
 
 
 def _is_product(value: Any) -> bool:
@@ -70,3 +74,8 @@ def _is_product(value: Any) -> bool:
     if not isinstance(value, fx.Node) or value.target is not aten.mul.Tensor or len(value.users) > 1:
         return False
     return all(isinstance(factor, fx.Node) for factor in value.args)
+
+
+def _dtype(gm: fx.GraphModule, node: fx.Node) -> torch.dtype | None:
+    value = value_of(gm, node)
+    return value.dtype if isinstance(value, Tensor) else None

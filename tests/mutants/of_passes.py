@@ -305,6 +305,93 @@ MUTANTS = (
         "the backward pass draws other random numbers than the forward pass",
         "test_conditions.py::test_dropout_is_not_drawn_again",
     ),
+    # RecomputeWeights
+    _mutant(
+        "recompute_weights",
+        "if linears and overwrites(gm):",
+        "if False:",
+        "the backward pass computes a weight from a tensor that was overwritten",
+        "test_recompute_weights.py::test_a_graph_that_overwrites_is_left_alone",
+    ),
+    _mutant(
+        "recompute_weights",
+        "if why := obstacle(gm, weight, node):",
+        'if why := "":',
+        "the backward pass draws another weight than the forward pass",
+        "test_recompute_weights.py::test_a_weight_that_is_drawn_at_random_is_saved",
+    ),
+    _mutant(
+        "recompute_weights",
+        "if not is_inserted(node) and node.args[1] in frozen",
+        "if node.args[1] in frozen",
+        "the tensors of an adapter get no gradient",
+        "test_recompute_weights.py::test_products_of_adapters_are_left_alone",
+    ),
+    # RotateBlocks
+    _mutant(
+        "rotate_blocks",
+        "if not is_inserted(node) or node.kwargs:",
+        "if not is_inserted(node):",
+        "the factor of the products is lost",
+        "test_conditions.py::test_blocks_are_rotated_by_one_operation_where_that_is_the_same",
+    ),
+    _mutant(
+        "rotate_blocks",
+        'products.target is not aten.einsum.default or products.args[0] != "...nk,nkc->...nc"',
+        "products.target is not aten.einsum.default",
+        "blocks are multiplied from the other side",
+        "test_conditions.py::test_blocks_are_rotated_by_one_operation_where_that_is_the_same",
+    ),
+    _mutant(
+        "rotate_blocks",
+        "by_block.args[:2] != (x, -1)",
+        "by_block.args[1] != -1",
+        "the products are added to another value than that which is rotated",
+        "test_conditions.py::test_blocks_are_rotated_by_one_operation_where_that_is_the_same",
+    ),
+    _mutant(
+        "rotate_blocks",
+        " or len(_sizes(by_block)) != 2:",
+        ":",
+        "a sum that repeats rows is taken for one that does not",
+        "test_conditions.py::test_blocks_are_rotated_by_one_operation_where_that_is_the_same",
+    ),
+    _mutant(
+        "rotate_blocks",
+        "if why := obstacle_between(gm, products, node):",
+        'if why := "":',
+        "the products read the input as it is after a write",
+        "test_conditions.py::test_products_of_blocks_are_not_moved_across_a_write",
+    ),
+    # RotatePairs
+    _mutant(
+        "rotate_pairs",
+        "if not is_inserted(node) or node.kwargs or not",
+        "if not is_inserted(node) or not",
+        "the factor of the second product is lost",
+        "test_conditions.py::test_pairs_are_rotated_by_one_operation_where_that_is_the_same",
+    ),
+    _mutant(
+        "rotate_pairs",
+        "tuple(flipped[0].args) != (kept[0], [-2])",
+        "flipped[0].args[0] is not kept[0]",
+        "the values of a pair are taken from another dimension",
+        "test_conditions.py::test_pairs_are_rotated_by_one_operation_where_that_is_the_same",
+    ),
+    _mutant(
+        "rotate_pairs",
+        "tuple(flipped[0].args) != (kept[0], [-2])",
+        "flipped[0].args[1] != [-2]",
+        "one of two values is rotated",
+        "test_conditions.py::test_pairs_are_rotated_by_one_operation_where_that_is_the_same",
+    ),
+    _mutant(
+        "rotate_pairs",
+        'obstacle_between(gm, rotation.first, node) if same_type else "its terms are of several types"',
+        '"" if same_type else "its terms are of several types"',
+        "a product reads the values as they are after a write",
+        "test_conditions.py::test_products_of_pairs_are_not_moved_across_a_write",
+    ),
     # ShareSiblings
     _mutant(
         "share_siblings",

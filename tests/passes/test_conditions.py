@@ -20,6 +20,8 @@ from lora_lite_fx.passes import (
     LeaveOutMask,
     MoveBranchesToOutputs,
     RecomputeInputs,
+    RotateBlocks,
+    RotatePairs,
     ShareSiblings,
 )
 from tests.support.adapter_graphs import IN, check, exported, x
@@ -320,6 +322,73 @@ def after_dropout(m: Any, x: Tensor) -> Any:
 
 def test_dropout_is_not_drawn_again() -> None:
     check(exported(after_dropout, x(), base="dropout"), RecomputeInputs(), x(), edits=0)
+
+
+# RotateBlocks
+
+
+def turned(m: Any, x: Tensor, equation: str = "...nk,nkc->...nc", sizes: tuple[int, ...] = (-1, 2)) -> Tensor:
+    return torch.einsum(equation, x.unflatten(-1, sizes), m.a.reshape(3, 2, 2)).flatten(-2)
+
+
+def written_between(m: Any, x: Tensor) -> Any:
+    x = x * 1.0
+    products = turned(m, x)
+    x.view(-1).mul_(2.0)
+    return x + products
+
+
+@pytest.mark.parametrize(
+    ("compute", "edits"),
+    {
+        "a rotation": (lambda m, x: x + turned(m, x), 1),
+        "blocks from the other side": (lambda m, x: x + turned(m, x, "...nk,nck->...nc"), 0),
+        "a factor": (lambda m, x: torch.add(x, turned(m, x), alpha=0.5), 0),
+        "of another value": (lambda m, x: x.sin() + turned(m, x), 0),
+        "rows of one block": (lambda m, x: x + turned(m, x, sizes=(1, -1, 2)), 0),
+    }.values(),
+)
+def test_blocks_are_rotated_by_one_operation_where_that_is_the_same(compute: Any, edits: int) -> None:
+    check(exported(compute, x()), RotateBlocks(), x(), edits=edits)
+
+
+def test_products_of_blocks_are_not_moved_across_a_write() -> None:
+    check(exported(written_between, x()), RotateBlocks(), x(), edits=0, backward=False)
+
+
+# RotatePairs
+
+
+def rotated(m: Any, x: Tensor, alpha: float = 1.0, dim: int = -2, also: float = 0.0) -> Tensor:
+    straight, crossed = m.a.reshape(2, 1, 2, 3)
+    pairs = x.reshape(-1, 1, 2, 3)
+    kept, flipped = pairs * straight, (pairs + also if also else pairs).flip(dim) * crossed
+    return kept + flipped if alpha == 1.0 else torch.add(kept, flipped, alpha=alpha)
+
+
+def written_between_products(m: Any, x: Tensor) -> Any:
+    pairs = (x * 1.0).reshape(-1, 1, 2, 3)
+    straight, crossed = m.a.reshape(2, 1, 2, 3)
+    kept = pairs * straight
+    pairs.view(-1).mul_(2.0)
+    return kept + pairs.flip(-2) * crossed
+
+
+@pytest.mark.parametrize(
+    ("compute", "edits"),
+    {
+        "a rotation": (rotated, 1),
+        "a factor": (lambda m, x: rotated(m, x, alpha=0.5), 0),
+        "another order": (lambda m, x: rotated(m, x, dim=-1), 0),
+        "of two values": (lambda m, x: rotated(m, x, also=1.0), 0),
+    }.values(),
+)
+def test_pairs_are_rotated_by_one_operation_where_that_is_the_same(compute: Any, edits: int) -> None:
+    check(exported(compute, x()), RotatePairs(), x(), edits=edits)
+
+
+def test_products_of_pairs_are_not_moved_across_a_write() -> None:
+    check(exported(written_between_products, x()), RotatePairs(), x(), edits=0, backward=False)
 
 
 # ShareSiblings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,8 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from lora_lite_fx.ops.recomputed_product import RecomputedProduct
 from lora_lite_fx.passes import Outcome, RecomputeWeights
+from tests.support.adapter_graphs import check, exported, x
+from tests.support.programs import reasons
 
 
 class Scaled(nn.Module):
@@ -51,3 +55,17 @@ def test_a_graph_that_overwrites_is_left_alone() -> None:
     outcome = RecomputeWeights().run(graph(overwrites=True))
     assert outcome.edits == 0
     assert [declined.why for declined in outcome.declined] == ["the graph overwrites tensors"]
+
+
+def noisy(m: Any, x: Tensor) -> Tensor:
+    return F.linear(x, F.dropout(m.weight * 2.0, 0.5, True))
+
+
+def test_a_weight_that_is_drawn_at_random_is_saved() -> None:
+    report = check(exported(noisy, x(), base="mul dropout linear"), RecomputeWeights(), x(), edits=0)
+    assert reasons(report) == ["linear: it is computed by dropout, which is random or changes a tensor"]
+
+
+def test_products_of_adapters_are_left_alone() -> None:
+    """A graph may compute what an adapter multiplies with of the base's own tensors, as AntiPaSTO does."""
+    check(exported(lambda m, x: F.linear(x, m.weight * 2.0), x(), base="mul"), RecomputeWeights(), x(), edits=0)

@@ -2,7 +2,8 @@
 
 `self.classifier.to(torch.float32)` sets each parameter anew also where it is float32 already, and
 `torch.randn(x.shape, generator=None)` is another operator than without the argument, which takes no sizes of a trace.
-transformers makes a mask that shows everything where it is exported, and none in other calls.
+`x.data` is a tensor that a trace does not follow. transformers makes a mask that shows everything where it is exported,
+and none in other calls.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
@@ -80,6 +81,19 @@ def needless_checks_left_out() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+class DataFollowed(TorchFunctionMode):
+    """Reads `x.detach()` for `x.data`, of which a trace knows no origin and no writes.
+
+    CogVideoX fills a part of a table by `table.data[:, 6:].copy_(positions)`. Safe because both have the storage of `x`
+    and no gradient; they differ in what autograd notices of writes, and a graph has these as operators.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **kwargs or {})
 
 
 class WithoutGeneratorOfNone(TorchFunctionMode):

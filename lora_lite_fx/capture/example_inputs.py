@@ -19,7 +19,7 @@ from ..errors import CaptureError
 from .example_images import IMAGES, images, takes_images
 from .example_parts import with_parts
 from .example_series import episode, series, takes_episodes, takes_series
-from .example_sounds import SOUNDS, sounds, takes_sound
+from .example_sounds import SOUNDS, sounds, sounds_of_a_codec, takes_sound
 from .example_values import BATCH, CHOICES, READS_VALUES, SEQUENCE, Inputs, Values
 from .stacks import built_alike, shortened
 
@@ -151,6 +151,8 @@ class _Maker(Values):
                 yield from ({**required, **text, **image} for image in images(self))
         if required:
             yield required
+            if "hidden_states" in required:
+                yield from ({**required, "hidden_states": sound} for sound in sounds_of_a_codec(self))
             if "encoder_hidden_states" in self.parameters:
                 width = self.field("encoder_hidden_size", "hidden_size") or 1
                 yield {**required, "encoder_hidden_states": self.noise(BATCH, SEQUENCE, width)}
@@ -234,6 +236,8 @@ class _Maker(Values):
             yield {"pixel_values_videos": self.videos()}
         elif main in SOUNDS or (main == "inputs" and takes_sound(self)):
             yield from sounds(self)
+            if "pixel_values_videos" in self.parameters:
+                yield from ({**sound, "pixel_values_videos": self.videos()} for sound in sounds(self))
         elif main == "inputs" and main in self.parameters:
             yield {"inputs": self.tokens(SEQUENCE)}
 

@@ -45,8 +45,16 @@ def sounds(values: Values) -> Iterator[Inputs]:
         yield from _features(values)
 
 
+def sounds_of_a_codec(values: Values) -> Iterator[Tensor]:
+    """Yield what one part of a codec takes, in channels: the samples that it encodes, or the states that it decodes."""
+    yield _waves(values, "channels")
+    yield values.noise(BATCH, values.field("hidden_size") or 1, SEQUENCE)
+
+
 def _waves(values: Values, channels: str) -> Tensor:
-    return values.noise(BATCH, values.field(channels) or 1, _SAMPLES)
+    """Return waveforms whose channels this field of the config counts, of as many samples as give whole tokens."""
+    token = values.field("samples_per_token") or 1
+    return values.noise(BATCH, values.field(channels) or 1, -(-_SAMPLES // token) * token)
 
 
 def _features(values: Values) -> Iterator[Inputs]:

@@ -16,6 +16,7 @@ from ..errors import CaptureError
 from ..graph.turns import tracing
 from .autograd_functions import keeping_functions
 from .conversions import (
+    DataFollowed,
     WithoutGeneratorOfNone,
     needless_checks_left_out,
     needless_conversions_left_out,
@@ -105,6 +106,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         needless_checks_left_out(),
         forgetting(model),
         WithoutGeneratorOfNone(),
+        DataFollowed(),
     ):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

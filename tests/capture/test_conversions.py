@@ -59,3 +59,23 @@ class Parts(nn.Module):
 def test_a_model_that_has_only_parts_is_refused_with_one_of_them() -> None:
     with pytest.raises(llfx.CaptureError, match=r"Parts has no forward\(\).*such as model\.semantic"):
         llfx.capture(Parts(), (torch.randn(2, 4),))
+
+
+class FillsATable(nn.Linear):
+    """Fills a part of a new table by its `data`, as CogVideoX does, and adds the table."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        table = input.new_zeros(input.shape)
+        table.data[:, 1:].copy_(input.detach()[:, 1:].cos())
+        return super().forward(input + table) * self.weight.data.sum()
+
+
+def test_writes_to_the_data_of_a_tensor_are_in_the_graph() -> None:
+    model = FillsATable(4, 4)
+    gm = llfx.capture(model, (torch.randn(3, 4),))
+    x, same = torch.randn(5, 4, requires_grad=True), torch.zeros(5, 4, requires_grad=True)
+    same.data.copy_(x)
+    y, expected = gm(x), model(same)
+    torch.testing.assert_close(y, expected)
+    (gradient,), (its,) = torch.autograd.grad(y.sum(), [x]), torch.autograd.grad(expected.sum(), [same])
+    torch.testing.assert_close(gradient, its)

@@ -54,6 +54,10 @@ ARGUMENTS = {
     "perceiver": {"inputs", "labels"},
     "speech-encoder-decoder": {"input_values", "decoder_input_ids"},
     "xcodec2": {"input_values", "input_features"},
+    "muse_spark_audio": {"input_values"},
+    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states"},
+    "vibevoice_acoustic_tokenizer_decoder": {"hidden_states"},
+    "efficientloftr": {"pixel_values"},
     "blip-2": {"input_ids", "attention_mask", "pixel_values", "labels"},
     "llava_next": {"input_ids", "attention_mask", "pixel_values", "image_sizes"},
     "glm4v": {

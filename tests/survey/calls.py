@@ -10,20 +10,21 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_lite_fx.capture.example_inputs import example_inputs_of
-from lora_lite_fx.capture.hugging_face import is_diffusers, is_hugging_face, prepare_for_capture
+from lora_lite_fx.capture.hugging_face import is_hugging_face, prepare_for_capture
 from lora_lite_fx.capture.share import share
 
 
-def calls_of(model: Any, without: Collection[str] = ()) -> list[tuple[str, Any]]:
+def calls_of(model: Any, given: bool, without: Collection[str] = ()) -> list[tuple[str, Any]]:
     """The example's inputs, and others: a smaller batch that is longer, with padding on the left.
 
     Args:
         model: to call.
+        given: whether with the inputs that the survey gives it, and not with those of its config.
         without: images or sound, if the model was captured without.
     """
-    if is_diffusers(model):
-        return [(what, _in_dtype_of(model, inputs)) for what, inputs in model.survey_calls.items()]
-    calls = [("example", example_of(model, without))]
+    if given:
+        return [(what, _in_dtype_of(model, inputs)) for what, inputs in given_calls(model).items()]
+    calls = [("example", example_of(model, given, without))]
     tokens = calls[0][1].get("input_ids")
     if is_hugging_face(model) and isinstance(tokens, Tensor):
         only_text = all(value.shape[:2] == tokens.shape for value in calls[0][1].values() if value.dim() >= 2)
@@ -38,15 +39,21 @@ def calls_of(model: Any, without: Collection[str] = ()) -> list[tuple[str, Any]]
     return calls
 
 
-def example_of(model: Any, without: Collection[str] = ()) -> dict[str, Tensor]:
-    """Return the inputs of a call: as the config of the model says, or of diffusers as `diffusers_cases.py` says."""
+def given_calls(model: Any) -> dict[str, dict[str, Any]]:
+    """Return the inputs that a user passes, by call; none for a model whose config tells inputs."""
+    calls: dict[str, dict[str, Any]] = getattr(model, "survey_calls", {})
+    return calls
+
+
+def example_of(model: Any, given: bool, without: Collection[str] = ()) -> dict[str, Any]:
+    """Return the inputs of a call: those that the survey gives it, or as the config of the model says."""
+    if given:
+        return _in_dtype_of(model, given_calls(model)["example"])
     if is_hugging_face(model):
         prepared = share(model)
         prepare_for_capture(prepared)
         inputs = example_inputs_of(prepared, without)
         return _in_dtype_of(model, inputs)
-    if is_diffusers(model):
-        return _in_dtype_of(model, model.survey_calls["example"])
     size = model.pretrained_cfg["input_size"]  # of timm
     return {"x": torch.randn(2, *size, generator=torch.Generator().manual_seed(0))}
 
@@ -71,9 +78,9 @@ def _padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "attention_mask": mask}
 
 
-def other_inputs(model: Any) -> dict[str, Tensor]:
+def other_inputs(model: Any, given: bool) -> dict[str, Any]:
     """Return inputs of another kind: with padding on the left, and without labels."""
-    inputs = example_of(model)
+    inputs = example_of(model, given)
     labels = inputs.pop("labels", None)
     if is_hugging_face(model) and model.config.is_encoder_decoder and labels is not None:
         inputs.setdefault("decoder_input_ids", labels)

@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from .changes import CHANGES
 from .diffusers_cases import DIFFUSERS, diffuser
 from .tiny import tiny_model
+from .user_inputs import USER_INPUTS, with_calls
 
 # The auto classes, those first whose classes hold most of a model.
 _AUTO = {
@@ -138,7 +139,7 @@ class Case:
             return lambda: _timm(self.model)
         if self.family == "diffusers":
             return lambda: diffuser(self.model)
-        return lambda: tiny_model(getattr(transformers, self.model), CHANGES.get(self.name, {}))
+        return lambda: _of_transformers(self.name, self.model)
 
 
 def cases(every_class: bool = False) -> list[Case]:
@@ -174,6 +175,12 @@ def timm_cases() -> list[Case]:
 def diffusers_cases() -> list[Case]:
     """Return the models of diffusers."""
     return [Case("diffusers", name, name) for name in DIFFUSERS]
+
+
+def _of_transformers(name: str, model_class: str) -> Any:
+    """Return a tiny model, with the inputs of its calls if its config does not tell them."""
+    model = tiny_model(getattr(transformers, model_class), CHANGES.get(name, {}))
+    return with_calls(model, USER_INPUTS[name]) if name in USER_INPUTS else model
 
 
 def _timm(name: str) -> Any:

@@ -170,10 +170,6 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "deimv2": {**_ON_HGNET, **_DETECTS, "encoder_in_channels": [64, 128, 256]},
     "clap": {"audio_config.spec_size": 128, "audio_config.window_size": 4, "audio_config.hidden_size": 768},
     "uvdoc": {"backbone_config.out_features": [f"stage{i}" for i in range(1, 7)]},
-    "pp_ocrv6_small_det": {
-        "backbone_config.out_features": ["stage1", "stage2", "stage3", "stage4"],
-        "layer_list_out_channels": [96, 96, 192, 384],
-    },
     "voxtral": {"audio_token_id": 95},
     "nemotron_h_omni": {"image_token_id": 95, "audio_token_id": 94},
     "pp_doclayout_v3": {"x4_feat_dim": 32, **_ON_HGNET, **_DETECTS, "encoder_in_channels": [64, 128, 256]},

@@ -7,6 +7,7 @@ from typing import Any
 
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _CODEC = {"codec_config.upsample_groups": 32, "codec_config.codebook_dim": 256}
+_THINKS = {"thinker_config.text_config.rope_parameters": MROPE, "thinker_config.vision_start_token_id": 90}
 _LAYERED_ROPE = {"full_attention": MROPE}
 _TIMM_PE = {"model_type": "timm_wrapper", "architecture": "vit_pe_core_tiny_patch16_384"}
 _TIMM_PE_POOLED = {**_TIMM_PE, "num_labels": 64, "model_args": {"depth": 2, "img_size": 224}}
@@ -26,6 +27,18 @@ _INTRACLASS = {
         for length in ("long", "mid", "short")
     },
 }
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+_ON_LCNET = {  # each stage half as wide and high as the one before, as the necks of detectors take them
+    "backbone_config.out_features": _STAGES,
+    "backbone_config.block_configs": [
+        [[3, 16, 16, 1, True]],
+        [[3, 16, 32, 2, False]],
+        [[3, 32, 32, 2, True]],
+        [[3, 32, 64, 2, False]],
+    ],
+    "backbone_config.stem_channels": [3, 16, 16],
+}
+_UPSAMPLES = {"scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]}
 _FEW_FILTERS = {"num_filters": 2}
 _HIERA = {
     "hidden_size": 8,
@@ -65,7 +78,13 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     },
     "hy_v4_vl": {"text_config.rope_parameters": MROPE},
     "hy_v4_vl_text": {"rope_parameters": MROPE},
-    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "molmo2": {
+        "adapter_config.vision_feature_layer": [1, 0],
+        "adapter_config.text_hidden_size": 256,
+        "vision_config.image_size": [56, 56],
+        "vision_config.num_position_embeddings": 16,
+    },
+    "muse_glimmer_assistant": {"layer_types": ["full_attention", "full_attention"]},  # the other needs a cache
     "muse_spark": {"audio_config.num_hidden_layers": 4},
     "muse_spark_audio": {"num_hidden_layers": 4},
     "kyutai_speech_to_text": _CODEC,
@@ -149,9 +168,17 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
         for part in ("audio_config", "semantic_model_config")
         for name, value in _FEW_FILTERS.items()
     },
+    "fastspeech2_conformer_with_hifigan": {"vocoder_config.model_in_dim": 80, "model_config.vocab_size": 96},
+    "glm_image": {"text_config.rope_parameters": MROPE, "vq_config.num_embeddings": 48},
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "lightglue": {"keypoint_detector_config.keypoint_decoder_dim": 65},
-    "efficientloftr": {"hidden_size": 16, "out_features": [4, 4, 8, 16], "stage_num_blocks": [1, 1, 1, 1]},
+    "efficientloftr": {
+        "hidden_size": 32,
+        "out_features": [8, 8, 16, 32],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
     "edgetam_vision_model": {"backbone_config": _TIMM_STAGES, "backbone_channel_list": [384, 192, 96, 48]},
     "edgetam": {
         "vision_config.backbone_config": _TIMM_STAGES,
@@ -161,12 +188,15 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     },
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0, "mm_tokens_per_image": 4},
     "vipllava": {"vision_feature_layers": [-2, -1]},
-    "pp_ocrv6_medium_det": {
-        "backbone_config.out_features": ["stage1", "stage2", "stage3", "stage4"],
-        "intraclass_block_config": _INTRACLASS,
+    "pp_ocrv6_small_det": {**_ON_LCNET, "layer_list_out_channels": [16, 32, 32, 64], "neck_out_channels": 64},
+    "pp_ocrv6_medium_det": {**_ON_LCNET, "intraclass_block_config": _INTRACLASS, **_UPSAMPLES},
+    "qwen2_5_omni": {
+        "token2wav_config.bigvgan_config.upsample_initial_channel": 64,
+        **_THINKS,
+        "thinker_config.vision_config.window_size": 56,
     },
-    "qwen2_5_omni": {"token2wav_config.bigvgan_config.upsample_initial_channel": 64},
     "qwen3_omni_moe": {
+        **_THINKS,
         "talker_config.text_config.shared_expert_intermediate_size": 32,
         "talker_config.spatial_merge_size": 2,
     },
@@ -182,9 +212,15 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
         "vision_config.mlp_layer_types": ["dense", "sparse"],
         "vision_config.per_layer_config": {1: {"num_local_experts": 2}},
     },
-    **dict.fromkeys(
-        ("conditional_detr", "deformable_detr", "detr", "table-transformer", "omdet-turbo"), _TIMM_BACKBONE
-    ),
+    **dict.fromkeys(("conditional_detr", "deformable_detr", "detr", "table-transformer"), _TIMM_BACKBONE),
+    "omdet-turbo": {
+        **_TIMM_BACKBONE,
+        "backbone_config.out_indices": [2, 3, 4],
+        "encoder_in_channels": [48, 192, 96],
+        "apply_layernorm_after_vision_backbone": False,
+        "num_queries": 8,
+        "image_size": 128,
+    },
     "timm_backbone": {"backbone": "test_resnet"},
 }
 """Fields of configs by model type, as `CHANGES`."""

@@ -52,9 +52,6 @@ def tiny_config(config_class: type[PreTrainedConfig], divisor: int, changes: Map
             config is made with, if it is not valid without.
     """
     fields = _shrunk(config_class(**changes.get("", {})), divisor)
-    text, vision = fields.get("text_config"), fields.get("vision_config")
-    if text and vision and "out_hidden_size" in vision and "hidden_size" in text:  # what the images become are tokens
-        vision["out_hidden_size"] = text["hidden_size"]
     for path, value in changes.items():
         if not path:
             continue
@@ -134,6 +131,9 @@ def _shrunk(config: PreTrainedConfig, divisor: int) -> dict[str, Any]:
     fields |= {name: off for name, off in (("apply_spec_augment", False), ("rescale_every", 0)) if name in names}
     if "vocab_size" in names and config.vocab_size is None:
         fields["vocab_size"] = VOCABULARY
+    text, vision = fields.get("text_config"), fields.get("vision_config")
+    if text and vision and "out_hidden_size" in vision and "hidden_size" in text:  # what the images become are tokens
+        vision["out_hidden_size"] = text["hidden_size"]
     return _with_patches(config, _with_heads(config, fields))
 
 

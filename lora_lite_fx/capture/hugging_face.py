@@ -189,7 +189,13 @@ def with_other_mask(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any] 
 
 
 def input_hint(model: nn.Module, inputs: dict[str, Any]) -> str:
-    """Return what to add to example inputs for which a graph differs from its model, after a space; often empty."""
-    if not (is_hugging_face(model) and attends_by_type(model)) or "token_type_ids" in inputs:
+    """Return what to do about example inputs for which a graph differs from its model, after a space; often empty."""
+    if not is_hugging_face(model):
         return ""
-    return " pass token_type_ids in example_inputs too, which say where tokens see those behind them,"
+    if attends_by_type(model) and "token_type_ids" not in inputs:
+        return " pass token_type_ids in example_inputs too, which say where tokens see those behind them,"
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention == "sdpa" and "attention_mask" in inputs:
+        # Of these some see all tokens then, in all calls but those that are traced or compiled.
+        return ' call model.set_attn_implementation("eager") first, because sdpa leaves out masks of ones,'
+    return ""

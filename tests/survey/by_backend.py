@@ -16,7 +16,7 @@ import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 
 from .calls import calls_of
-from .comparing import NotApplicable, require_equal, run, run_nudged
+from .comparing import NotApplicable, Unequal, differentiate, outputs_of, require_equal, run, run_nudged
 from .tried import Tried
 
 _ALPHA = 2
@@ -46,22 +46,34 @@ def compare_by_backend(tried: Tried, report: Callable[..., None]) -> None:
     # As the error of the backend says: what all modules call, such as a decorator, is compiled once for each of them.
     torch._dynamo.config.recompile_limit = _RECOMPILATIONS
     compiled: Any = torch.compile(model, backend=adapted)
+    compared = []
     for what, inputs in calls:
         for training in (True, False) if what == "example" else (False,):
             where = f"{what}, {'training' if training else 'evaluation'}"
             model.train(training)
             reference.train(training)
             _copy_buffers(model, reference)
-            expected = run(carrier, inputs, training, reference)
+            try:
+                expected = run(carrier, inputs, training, reference)
+            except Exception as error:  # the model itself does not take this
+                report(**{f"not_tried ({where})": f"{type(error).__name__}: {str(error)[:100]}"})
+                continue
             try:
                 actual = run(carrier, inputs, training, compiled)
             except llfx.AdapterError:
                 raise
             except Exception as error:
-                require_compiles(model, inputs, training)
+                require_compiles(model, inputs, training, "eager")
                 raise error
             nudged = partial(run_nudged, carrier, inputs, training, reference)
-            require_equal(expected, actual, where, nudged)
+            try:
+                require_equal(expected, actual, where, nudged)
+            except Unequal as error:
+                _require_same_compiled(model, inputs, error)
+                raise
+            compared.append(where)
+    if not compared:
+        raise NotApplicable("the model itself takes none of the calls")
     report(backend_graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
@@ -71,14 +83,19 @@ def _adapted(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, nn.Module, 
     excluded: list[str] = []
     while True:
         pattern = "^(" + "|".join(re.escape(name) for name in names if name not in excluded) + ")$"
-        adapted = llfx.backend(llfx.LoRA(r=1, alpha=_ALPHA, target_names=pattern), inner="aot_eager")
+        adapted = llfx.backend(llfx.LoRA(r=1, alpha=_ALPHA, target_names=pattern), inner="eager")
         try:
-            return adapted, adapted.adapt(model, **inputs), excluded
+            carrier = adapted.adapt(model, **inputs)
         except llfx.ConfigError as error:
             found = [name for name in names if f"'{name}'" in str(error) and name not in excluded]
             if not found or len(excluded) > _MOST_EXCLUDED:
                 raise
-            excluded += found
+        else:  # those that run on constants alone are no sites
+            sites = {name.rpartition(".")[0] for name in llfx.adapter_state_dict(carrier)}
+            found = [name for name in names if name not in sites and name not in excluded]
+            if not found:
+                return adapted, carrier, excluded
+        excluded += found
 
 
 def _with_adapters(model: nn.Module, carrier: nn.Module) -> nn.Module:
@@ -102,10 +119,22 @@ def _copy_buffers(model: nn.Module, other: nn.Module) -> None:
         its.copy_(buffer)
 
 
-def require_compiles(model: nn.Module, inputs: dict[str, Any], training: bool) -> None:
-    """Raise NotApplicable if the model itself cannot be compiled."""
+def _require_same_compiled(model: nn.Module, inputs: dict[str, Any], error: Unequal) -> None:
+    """Raise NotApplicable if torch.compile changes what the model computes without adapters."""
     torch._dynamo.reset()
+    with torch.no_grad():
+        plain, compiled = outputs_of(model, inputs), outputs_of(torch.compile(model, backend="eager"), inputs)
     try:
-        run(model, inputs, training, torch.compile(model, backend="aot_eager"))
+        require_equal((plain, {}), (compiled, {}), "as it is")
+    except Unequal as other:
+        raise NotApplicable(f"torch.compile changes what it computes without adapters: {other}") from error
+
+
+def require_compiles(model: nn.Module, inputs: dict[str, Any], training: bool, backend: str) -> None:
+    """Raise NotApplicable if the model itself cannot be compiled, with gradients of its parameters."""
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model.train(training).requires_grad_(), backend=backend)
+    try:
+        differentiate(outputs_of(compiled, inputs))
     except Exception as error:
         raise NotApplicable(f"torch.compile of it raises {type(error).__name__}: {str(error)[:100]}") from None

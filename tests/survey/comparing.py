@@ -25,21 +25,31 @@ class NotApplicable(Exception):
     """A step makes no sense for a model."""
 
 
-def run(model: nn.Module, inputs: dict[str, Any], training: bool, call: Any = None) -> Results:
-    """Return the results of a model, called as itself or by `call`."""
-    model.train(training)
-    model.zero_grad()
+def outputs_of(call: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of the result of a call by their path."""
     torch.manual_seed(7)
-    result = (model if call is None else call)(**inputs)
+    result = call(**inputs)
     if type(result).__module__.startswith("diffusers."):  # whose outputs have no paths
         result = result.to_tuple()
     paths, _ = pytree.tree_flatten_with_path(result)
-    outputs = {pytree.keystr(path): value for path, value in paths if isinstance(value, Tensor)}
+    return {pytree.keystr(path): value for path, value in paths if isinstance(value, Tensor)}
+
+
+def differentiate(outputs: dict[str, Tensor]) -> None:
+    """Compute the gradients of a sum of all outputs with different weights, if they have any."""
     floats = [value for value in outputs.values() if value.is_floating_point() and value.requires_grad]
     if floats:
         total = sum((value.float() * torch.arange(value.numel()).cos().view(value.shape)).sum() for value in floats)
         assert isinstance(total, Tensor)
         total.backward()
+
+
+def run(model: nn.Module, inputs: dict[str, Any], training: bool, call: Any = None) -> Results:
+    """Return the results of a model, called as itself or by `call`."""
+    model.train(training)
+    model.zero_grad()
+    outputs = outputs_of(model if call is None else call, inputs)
+    differentiate(outputs)
     names = llfx.adapter_state_dict(model)
     gradients = {n: p.grad for n, p in zip(names, llfx.adapter_parameters(model), strict=False) if p.grad is not None}
     return {name: value.detach() for name, value in outputs.items()}, gradients

@@ -85,7 +85,10 @@ def _part_to_adapt(model: Any) -> Any:
             named = re.search(r"adapt the part that is meant, such as model\.(\S+)\.", str(error))
             if named is None:
                 raise
-            return model.get_submodule(named.group(1))
+            part = model.get_submodule(named.group(1))
+            if not any(isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) for module in part.modules()):
+                raise NotApplicable(f"model.{named.group(1)} has no linear module and no convolution") from None
+            return part
     raise NotApplicable("the class has a forward")
 
 
@@ -255,6 +258,6 @@ def _compare_with_compiled(tried: Tried) -> None:
         except llfx.AdapterError:
             raise
         except Exception as error:
-            require_compiles(tried.model, inputs, training)
+            require_compiles(tried.model, inputs, training, "aot_eager")
             raise error
         require_equal(expected, actual, f"training={training}")

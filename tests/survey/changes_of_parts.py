@@ -70,7 +70,12 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
         "text_config.num_experts_per_tok": 2,
         "text_config.moe_intermediate_size": 32,
     },
-    "gemma3n": {"text_config.num_kv_shared_layers": 0},
+    "gemma3n": {
+        "text_config.num_kv_shared_layers": 0,
+        "vision_config.architecture": "test_resnet",  # in place of one with 300 million parameters
+        "vision_config.hidden_size": 96,
+        "vision_soft_tokens_per_image": 49,
+    },
     "diffusion_gemma": {
         "text_config.num_experts": 4,
         "text_config.top_k_experts": 2,

@@ -125,7 +125,9 @@ def _calibrate(utils: Any, module: Any) -> None:
     """Give a linear the scales that fit its weight."""
     args, weight = module.quantization_scheme.weights, module.weight.detach()
     rows, columns = args.block_structure or (1, args.group_size or weight.shape[1])
-    blocks = weight.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    height, width = weight.shape
+    whole = nn.functional.pad(weight, (0, -width % columns, 0, -height % rows))  # a block at the edge may be smaller
+    blocks = whole.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     scale, zero = utils.calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), args)
     module.weight_scale.data = scale.to(module.weight_scale.dtype)
     module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype)
@@ -137,6 +139,8 @@ def _fp8(block: tuple[int, int] | None) -> Storage:
         module: nn.Module = fp8.FP8Linear(linear.in_features, linear.out_features, block, has_bias=has_bias)
         config = SimpleNamespace(weight_block_size=block, scale_fmt="float")
         made = fp8.Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": linear.weight.detach()})
+        if "weight_scale_inv" not in made:
+            return linear  # transformers leaves a weight alone that blocks do not divide
         made["weight_scale_inv"] = made["weight_scale_inv"].reshape(module.get_parameter("weight_scale_inv").shape)
         if has_bias:
             made["bias"] = linear.bias

@@ -76,7 +76,11 @@ def split(
     refuse_sharded(model, "split cannot cut a model", "split it first, and shard each stage")
     gm = graph_of(model)
     if not isinstance(gm, AdaptedGraphModule) or gm is not model or gm.execution is None:
-        raise AdapterError(f"split takes a graph that rewrite or load returned, not {shown(model)}.")
+        hint = (
+            " The way out: split(rewrite(model, cfg), stages), or load in place of rewrite. Schedules call stages,"
+            " not generate or Trainer."
+        )
+        raise AdapterError(f"split takes a graph that rewrite or load returned, not {shown(model)}.{hint}")
     draft = _without(gm, (without,) if isinstance(without, str) else tuple(without))
     inputs = [node for node in draft.graph.find_nodes(op="placeholder") if node.users and value_is_tensor(node)]
     starts = _starts(draft, stages)

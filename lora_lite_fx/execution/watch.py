@@ -58,10 +58,12 @@ class Watch:
             pieces = [path for path, _ in pieces_of(self.gm, self.gm.graph, (name,))]
             calls, is_sharded = pieces.count(name), is_instance_of(module, "torch", "FSDPModule")
             if is_sharded and not calls:
+                way_out = "call it on whole layers and on the model, as llfx.shard(model) does"
+                if "_checkpoint_wrapped_module" in name:  # as accelerate's activation_checkpointing wraps layers
+                    way_out = "model.gradient_checkpointing_enable() in place of wrappers, as graphs run layers"
                 raise AdapterError(
                     f"fully_shard was called on {name!r}, which the graph does not run as a module of its own, so that"
-                    " its parameters would not be gathered. The way out: call it on whole layers and on the model, as"
-                    " llfx.shard(model) does."
+                    f" its parameters would not be gathered. The way out: {way_out}."
                 )
             self._acting[name] = calls == 1 or is_sharded  # to gather twice is as good as once
             if not self._acting[name]:

@@ -89,9 +89,10 @@ class CompiledModel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        refuse_sharded(
-            model, "backend cannot adapt a model", "rewrite or adapt the whole model, and then llfx.shard(model)"
+        way_out = (
+            "rewrite or adapt the whole model, and divide the result by llfx.parallelize(model) or llfx.shard(model)"
         )
+        refuse_sharded(model, "backend cannot adapt a model", way_out)
         # A compiled call may run in inference mode, in which parameters that can be trained cannot be made.
         with torch.inference_mode(False), torch.enable_grad():
             run = record_run(model, args, kwargs)

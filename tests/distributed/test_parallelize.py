@@ -133,6 +133,11 @@ REFUSED: dict[str, tuple[Callable[[int], object], str]] = {
     "random numbers": (random_base, r"rrelu.*draws random numbers, which would differ by process.*switch it off"),
     "dropout of MultiheadAttention": (random_heads, "nn.MultiheadAttention has dropout.*The way out: dropout of 0"),
     "planned memory": (planned, "its memory is planned"),
+    "torchao": (
+        lambda rank: llfx.parallelize(make(replace(LORA, base="torchao int8"))),
+        r"is stored as a .*Tensor, which DTensors cannot hold. The way out: llfx.shard\(model\)",
+    ),
+    "four bits": (lambda rank: llfx.parallelize(make(replace(LORA, base="nf4"))), "four bits"),
     "a mesh of two dimensions": (two_dimensions, "the mesh has 2 dimensions"),
     "other weights": (other_base, "parallelize: processes 0 and 1 have different models: transformer.wpe.weight"),
     "no such role": (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from tests.distributed.pipelines import (
@@ -26,6 +27,9 @@ from tests.distributed.pipelines import (
     train_four,
     without,
 )
+from tests.distributed.training import QUANTIZED, Case, base_of
+from tests.distributed.training import batch as training_batch
+from tests.distributed.training import make as make_case
 from tests.support.conformance import close
 from tests.support.ranks import RankFailed, on_ranks
 from tests.support.selection import slow_unless
@@ -103,6 +107,22 @@ def test_stages_one_after_the_other_compute_what_the_model_does(stages: Any) -> 
         run(parts, inputs)
     assert gm.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in gm.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", QUANTIZED)
+def test_stages_of_a_quantized_model_compute_and_train_what_it_does(base: str) -> None:
+    case = Case(llfx.LoRA(r=2), base=base)
+    gm, inputs = make_case(case), training_batch(case, 0, 0)
+    expected = gm(**inputs)
+    gradients = torch.autograd.grad(expected.loss, llfx.adapter_parameters(gm))
+    inputs.pop("labels")
+    parts = llfx.split(gm, 2, without="labels")
+    logits = run(parts, inputs)
+    assert torch.equal(logits, expected.logits)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+    for ours, theirs in zip(torch.autograd.grad(loss, llfx.adapter_parameters(gm)), gradients, strict=True):
+        close(ours, theirs, 1e-5, "a gradient")
 
 
 def test_a_stage_has_its_layers_and_nothing_of_the_others() -> None:
@@ -183,6 +203,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "wrapped": (
         lambda: llfx.split(llfx.wrap(graph_of("llama"), llfx.LoRA(r=2)), 2),
         "split takes a graph that rewrite",
+    ),
+    "adapted": (
+        lambda: llfx.split(llfx.adapt(base_of("llama"), llfx.LoRA(r=2)), 2),
+        r"split takes a graph that .*, not .*Llama.*The way out: split\(rewrite\(model, cfg\), stages\)",
     ),
     "too many stages": (lambda: llfx.split(_of_layer(0), 5), "cannot cut 4 layers into 5 stages; give 2 to 4"),
     "one stage": (lambda: llfx.split(_of_layer(0), 1), "into 1 stages"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import lora_lite_fx as llfx
 from tests.distributed.training import Case as TrainingCase
-from tests.distributed.training import batch, make
+from tests.distributed.training import base_of, batch, make
 from tests.support.ranks import on_ranks
 
 LORA = llfx.LoRA(r=2, target_names=r"layers\.0")
 HUGGING_FACE = TrainingCase(llfx.LoRA(r=2), "adapt")
 X = torch.ones(2, 8)
+PARALLELIZE = r"The way out.*llfx.parallelize\(model\) or llfx.shard\(model\)"
 
 
 class _Layers(nn.Module):
@@ -109,6 +111,13 @@ def _parallel() -> nn.Module:
     return parallelize_module(model, mesh, {"layers.0.0": ColwiseParallel()})
 
 
+def _parallel_llama() -> nn.Module:
+    """Return a model of transformers whose layers are divided as its own plan says."""
+    model = copy.deepcopy(base_of("llama"))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(model, mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
+
+
 def _wrapped(rank: int) -> None:
     llfx.shard(llfx.wrap(_Layers(), LORA, (X,)))
 
@@ -140,11 +149,18 @@ REFUSED: dict[str, tuple[Callable[[int], object], str]] = {
     ),
     "read outside of its layer": (_read_elsewhere, "the graph reads layers.1.0.bias outside of the layer 'layers.1'"),
     "wrapped": (_wrapped, "runs no graph. The way out, for a result of wrap: call fully_shard"),
-    "tensor parallel, rewrite": (lambda rank: _adapted(_parallel()), "its parameters are DTensors"),
-    "tensor parallel, wrap": (lambda rank: llfx.wrap(_parallel(), LORA, (X,)), "its parameters are DTensors"),
+    "tensor parallel, rewrite": (lambda rank: _adapted(_parallel()), f"its parameters are DTensors.*{PARALLELIZE}"),
+    "tensor parallel, wrap": (
+        lambda rank: llfx.wrap(_parallel(), LORA, (X,)),
+        f"its parameters are DTensors.*{PARALLELIZE}",
+    ),
+    "tensor parallel, adapt": (
+        lambda rank: llfx.adapt(_parallel_llama(), HUGGING_FACE.cfg),
+        f"its parameters are DTensors.*{PARALLELIZE}",
+    ),
     "tensor parallel, backend": (
         lambda rank: llfx.backend(LORA).adapt(_parallel(), X),
-        "backend cannot adapt a model whose parameters are sharded",
+        f"backend cannot adapt a model whose parameters are sharded.*{PARALLELIZE}",
     ),
     "a mesh without names": (
         lambda rank: llfx.shard(_adapted(), init_device_mesh("cpu", (1, 2))),

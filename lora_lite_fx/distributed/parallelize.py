@@ -86,7 +86,10 @@ def parallelize(
     assert isinstance(graph, fx.GraphModule)
     dims = {} if problem else _dims(graph, frozenset(columns), frozenset(rows))
     if not problem and not dims:
-        problem = f"no linear of the roles {[*columns, *rows]} has a weight that can be divided."
+        problem = (
+            f"no linear of the roles {[*columns, *rows]} has a weight that can be divided; quantized ones are computed."
+            " The way out: other roles; or for a quantized base llfx.shard(model), which divides what is stored."
+        )
     agree(model, mesh, problem, "parallelize")
     broadcast_adapters(model, mesh)
     places = _places(graph, dims)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.sharded import whole
-from tests.distributed.training import Case, base_of, batch, graph_of, in_one_process, make, on_rank
+from tests.distributed.training import QUANTIZED, Case, base_of, batch, graph_of, in_one_process, make, on_rank
 from tests.support.conformance import close
 from tests.support.ranks import on_ranks
 
@@ -133,11 +133,13 @@ REFUSED: dict[str, tuple[Callable[[int], object], str]] = {
     "random numbers": (random_base, r"rrelu.*draws random numbers, which would differ by process.*switch it off"),
     "dropout of MultiheadAttention": (random_heads, "nn.MultiheadAttention has dropout.*The way out: dropout of 0"),
     "planned memory": (planned, "its memory is planned"),
-    "torchao": (
-        lambda rank: llfx.parallelize(make(replace(LORA, base="torchao int8"))),
-        r"is stored as a .*Tensor, which DTensors cannot hold. The way out: llfx.shard\(model\)",
-    ),
-    "four bits": (lambda rank: llfx.parallelize(make(replace(LORA, base="nf4"))), "four bits"),
+    **{
+        base: (
+            lambda rank, base=base: llfx.parallelize(make(replace(LORA, base=base))),
+            r"quantized ones are computed. The way out: .*for a quantized base llfx.shard\(model\)",
+        )
+        for base in QUANTIZED
+    },
     "a mesh of two dimensions": (two_dimensions, "the mesh has 2 dimensions"),
     "other weights": (other_base, "parallelize: processes 0 and 1 have different models: transformer.wpe.weight"),
     "no such role": (

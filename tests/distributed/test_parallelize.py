@@ -108,6 +108,10 @@ def planned(rank: int) -> Any:
     return llfx.parallelize(gm)
 
 
+def quantized(base: str, rank: int) -> Any:
+    return llfx.parallelize(make(replace(LORA, base=base)))
+
+
 def two_dimensions(rank: int) -> Any:
     return llfx.parallelize(make(LORA), init_device_mesh("cpu", (1, dist.get_world_size())))
 
@@ -135,7 +139,7 @@ REFUSED: dict[str, tuple[Callable[[int], object], str]] = {
     "planned memory": (planned, "its memory is planned"),
     **{
         base: (
-            lambda rank, base=base: llfx.parallelize(make(replace(LORA, base=base))),
+            functools.partial(quantized, base),
             r"quantized ones are computed. The way out: .*for a quantized base llfx.shard\(model\)",
         )
         for base in QUANTIZED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -209,7 +208,7 @@ def _cache(model: Any, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _smollm2() -> nn.Module:
-    return finetune.load_base(argparse.Namespace(model=None, dtype="float32"))
+    return finetune.load_base()
 
 
 def _llama(

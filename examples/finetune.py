@@ -98,7 +98,7 @@ def main() -> int:
     calibration = None
     if isinstance(args.config, llfx.EVA):
         calibration = [inputs(part) for part in blocks[:CALIBRATION_BLOCKS].split(args.batch)]
-    gm = llfx.rewrite(load_base(args), args.config, calibration=calibration, fuse_loss=True)  # in training, no logits
+    gm = llfx.rewrite(base_of(args), args.config, calibration=calibration, fuse_loss=True)  # in training, no logits
     print(llfx.inspect(gm))
     if args.shard:
         llfx.shard(gm)
@@ -125,7 +125,7 @@ def main() -> int:
     draw(losses, args, change, curve)
     print(f"{change}\nprompt:   {args.prompt!r}\n  before: {sample_before!r}\n  after:  {sample_after!r}")
 
-    reloaded = llfx.load(load_base(args), adapter)
+    reloaded = llfx.load(base_of(args), adapter)
     if args.shard:
         gm = reloaded  # which is whole
     others = {"reloaded": reloaded, "merged": llfx.merge(gm), "exported": export(gm, held, pt2)}
@@ -222,14 +222,21 @@ def location(model: str | None) -> dict[str, str]:
     return {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": GGUF}
 
 
-def load_base(args: argparse.Namespace) -> transformers.PreTrainedModel:
-    """Load the pretrained model."""
-    dtype = getattr(torch, args.dtype)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(**location(args.model), dtype=dtype)
-    if args.quantise is not None:
-        model = quantised(model, args.quantise)
-    model.to(args.device)
-    return model  # type: ignore[no-any-return]
+def base_of(args: argparse.Namespace) -> transformers.PreTrainedModel:
+    """Load the model that the command line names."""
+    return load_base(args.model, args.dtype, args.device, args.quantise)
+
+
+def load_base(
+    model: str | None = None, dtype: str = "float32", device: str = "cpu", quantise: str | None = None
+) -> transformers.PreTrainedModel:
+    """Load the pretrained model, as the options of these names say."""
+    place = location(model)
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=getattr(torch, dtype))
+    if quantise is not None:
+        base = quantised(base, quantise)
+    base.to(device)
+    return base  # type: ignore[no-any-return]
 
 
 def quantised(model: transformers.PreTrainedModel, kind: str) -> transformers.PreTrainedModel:

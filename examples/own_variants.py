@@ -173,8 +173,7 @@ def train(gm: Any, ids: Tensor, steps: int) -> tuple[float, float]:
 def load(args: argparse.Namespace) -> Any:
     """Return SmolLM2, or a tiny model of its kind."""
     if args.smollm2:
-        args.model, args.dtype = None, "float32"
-        return finetune.load_base(args)
+        return finetune.load_base()
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=48,

@@ -27,8 +27,7 @@ import lora_lite_fx as llfx
 def main() -> None:
     """Run the command."""
     args = parse_arguments()
-    args.dtype = "float32"
-    model = finetune.load_base(args)
+    model = finetune.load_base(args.model)
     total = sum(parameter.numel() for parameter in model.parameters())
     # Capture once, because rewriting a graph is quicker than rewriting a model.
     graph = llfx.remove(llfx.rewrite(model, llfx.LoRA(r=1)))

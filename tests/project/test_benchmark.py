@@ -9,9 +9,13 @@ from typing import Any
 import benchmark
 import benchmark_cases as cases
 import benchmark_report as report
+import finetune
 import pytest
 import torch
+import transformers
 from benchmark_report import Result
+
+from tests.support.models import tiny_llama
 
 CASE = cases.CASES["tiny-qkv"]
 TOKENS, WIDTH, RANK = 4, 64, 16
@@ -129,6 +133,13 @@ def test_arms_of_whole_models_agree(call: str) -> None:
     ready, notes = benchmark.ready_arms(of_model, ["base", "ours", "ours-fused", "ours-balanced"], compiled=False)
     assert not notes
     assert [arm.name for arm in ready] == ["base", "ours", "ours-fused", "ours-balanced"]
+
+
+def test_the_pretrained_model_is_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = transformers.LlamaForCausalLM(tiny_llama())
+    monkeypatch.setattr(finetune, "location", lambda model: {"pretrained_model_name_or_path": "the wheel"})
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tiny)
+    assert cases.CASES["smollm2"].build() is tiny
 
 
 def test_a_compiled_arm_agrees() -> None:

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
+
+from tests.support.models import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +37,14 @@ def test_methods_of_papers_train_and_equal_the_wrapper_and_merge_or_are_refused(
             assert "refused" in line
         else:
             assert float(merged[0]) < 1e-5, line
+
+
+def test_variants_are_counted_on_any_model(tmp_path: Path) -> None:
+    transformers.LlamaForCausalLM(tiny_llama()).save_pretrained(tmp_path)
+    text = run("examples/variants.py", "--model", str(tmp_path), "--variants", "lora", "--tokens", "8")
+    *_, base, lora = text.splitlines()
+    assert base.startswith("| none | 0 |")
+    assert lora.startswith("| `LoRA` |")
 
 
 def test_a_sweep_compares_configs_and_draws_the_gradients(tmp_path: Path) -> None:

@@ -105,13 +105,8 @@ def base_of(name: str) -> nn.Module:
 
 
 @functools.cache
-def _captured(name: str) -> tuple[Any, Any]:
-    base = base_of(name)
-    return llfx.capture(base), base  # which `wrap` asks for, and a graph does not keep
-
-
 def graph_of(name: str) -> Any:
-    return _captured(name)[0]
+    return llfx.capture(base_of(name))
 
 
 def make(case: Case) -> Any:

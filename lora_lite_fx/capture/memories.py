@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -19,11 +19,14 @@ from torch._subclasses.functional_tensor import FunctionalTensor  # of which tor
 
 @contextmanager
 def forgetting(model: nn.Module) -> Iterator[None]:
-    """Let the functions in the modules of `model`'s classes forget their results after the body; and modules theirs.
+    """Let the functions in the modules of `model`'s classes forget what they learn in the body; and modules theirs.
 
-    Safe because what functions remember saves time and nothing else, and modules get back what they had before.
+    Safe because what a function learns from calls of a model saves time and nothing else, and modules get back what
+    they had before. A function that learns nothing in the body keeps all, as one that holds the models of a script.
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    places = {type(module).__module__ for module in model.modules()}
+    before = {function: function.cache_info().misses for function in _remembering(places)}
     try:
         yield
     finally:
@@ -31,22 +34,24 @@ def forgetting(model: nn.Module) -> Iterator[None]:
             for name in [name for name, value in now.items() if isinstance(value, (FakeTensor, FunctionalTensor))]:
                 del now[name]
                 now.update({name: then[name]} if name in then else {})
-        for name in {type(module).__module__ for module in model.modules()}:
-            _forget(sys.modules.get(name))
+        for function in _remembering(places):
+            if function.cache_info().misses != before.get(function, 0):
+                function.cache_clear()
 
 
-def _forget(module: Any) -> None:
-    if module is None:  # of classes that were made without one
-        return
-    values = list(vars(module).values())
-    classes = [value for value in values if isinstance(value, type) and value.__module__ == module.__name__]
-    for value in (*values, *(value for kind in classes for value in vars(kind).values())):
-        function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-        # A decorator may hold the function that remembers.
-        cells = (function.__closure__ or ()) if isinstance(function, FunctionType) else ()
-        for held in (function, *(cell.cell_contents for cell in cells if _has_contents(cell))):
-            if isinstance(held, _REMEMBERS):
-                held.cache_clear()
+def _remembering(places: Iterable[str]) -> Iterator[Any]:
+    """Yield the functions with a memory in the Python modules of these names, and in their classes."""
+    for place in places:
+        module = sys.modules.get(place)
+        values = [] if module is None else list(vars(module).values())  # of classes that were made without one
+        classes = [value for value in values if isinstance(value, type) and value.__module__ == place]
+        for value in (*values, *(value for kind in classes for value in vars(kind).values())):
+            function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+            # A decorator may hold the function that remembers.
+            cells = (function.__closure__ or ()) if isinstance(function, FunctionType) else ()
+            for held in (function, *(cell.cell_contents for cell in cells if _has_contents(cell))):
+                if isinstance(held, _REMEMBERS):
+                    yield held
 
 
 _REMEMBERS = type(functools.lru_cache(lambda: None))

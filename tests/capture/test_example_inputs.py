@@ -146,6 +146,21 @@ def test_functions_forget_what_they_computed_while_they_were_traced() -> None:
     torch.testing.assert_close(gm(*inputs), model(*inputs))
 
 
+@functools.cache
+def model_of_a_script(width: int) -> torch.nn.Module:
+    return torch.nn.Linear(width, width)
+
+
+def test_functions_that_a_model_does_not_call_keep_what_they_remember() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    kept = model_of_a_script(4)
+    llfx.capture(Doubled(4, 4), (torch.randn(3, 4),))
+    assert model_of_a_script(4) is kept
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_model_runs_on_inputs_of_its_config(name: str) -> None:
     model = CASES[name].builder()()

@@ -12,6 +12,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.fx.experimental import proxy_tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 aten = torch.ops.aten
@@ -99,9 +100,12 @@ def is_wrapped(*tensors: Tensor) -> bool:
 def is_plain_call(*tensors: Tensor) -> bool:
     """Check whether a function with gradients of its own may take these tensors.
 
-    It may not under `torch.compile`, which chooses itself what to save, nor in transforms and forward-mode AD.
+    It may not under `torch.compile`, which chooses itself what to save, nor in transforms and forward-mode AD; nor for
+    tensors of other classes, such as DTensors, which do not take all writes in place.
     """
     if torch.compiler.is_compiling() or is_wrapped(*tensors):
+        return False
+    if not all(type(tensor) in (Tensor, Parameter) for tensor in tensors):
         return False
     return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
 

@@ -266,6 +266,8 @@ CASES |= {
     "parallel, PiSSA": Case(llfx.PiSSA(r=2), base="gpt2", engine="parallel"),
     "parallel, HRA": Case(llfx.HRA(r=2), base="gpt2", engine="parallel"),
     "parallel, VeRA": Case(llfx.VeRA(r=4), base="gpt2", engine="parallel"),
+    "parallel, OFT": Case(llfx.OFT(block_size=4), base="gpt2", engine="parallel"),
+    "parallel, RoAd": Case(llfx.RoAd(group_size=4), base="gpt2", engine="parallel"),
     "parallel, IA3": Case(llfx.IA3(), base="gpt2", engine="parallel"),
     "parallel, DeLoRA": Case(llfx.DeLoRA(r=2), base="gpt2", engine="parallel"),
     "parallel, bank": Case(BANK, base="gpt2", engine="parallel"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lite_fx.ops.rotated_blocks import RotatedBlocks
+from tests.ops.comparing import assert_same, saved_bytes
 
 rotated: Any = RotatedBlocks()
 
@@ -32,19 +33,6 @@ def operands(shape: tuple[int, ...], count: int, size: int, seed: int = 0) -> li
     return [torch.randn(each, dtype=torch.float64, generator=generator).requires_grad_() for each in shapes]
 
 
-def saved_bytes(function: Any, *values: Tensor) -> int:
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function(*values)
-    assert result.requires_grad
-    return sum(saved.values())
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.sampled_from([(), (3,), (2, 3), (0, 3), (300,), (2, 2, 150)]),  # fewer and more rows than are read at once
@@ -59,16 +47,7 @@ def test_it_equals_the_plain_operations(
     values = operands(shape, count, size)
     if is_transposed and len(shape) == 2:
         values[0] = values[0].detach().transpose(0, 1)
-    for number, value in enumerate(values):
-        value.requires_grad_(number in needed)
-    result, expected = rotated(*values), plain(*values)
-    torch.testing.assert_close(result, expected)
-    trained = [values[number] for number in sorted(needed)]
-    gradient = torch.randn_like(result)
-    ours, theirs = (torch.autograd.grad(each, trained, gradient) for each in (result, expected))
-    torch.testing.assert_close(ours, theirs)
-    with torch.no_grad():
-        torch.testing.assert_close(rotated(*values), expected)
+    assert_same(rotated, plain, values, needed)
 
 
 @pytest.mark.parametrize("function", [rotated, twice])

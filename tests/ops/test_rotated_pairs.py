@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lite_fx.ops.rotated_pairs import rotated_pairs
+from tests.ops.comparing import assert_same, saved_bytes
 
 
 def plain(pairs: Tensor, straight: Tensor, crossed: Tensor) -> Tensor:
@@ -34,17 +35,7 @@ def operands(shape: tuple[int, ...], groups: int, rows: int, half: int, seed: in
 def test_it_equals_the_plain_operations(
     shape: tuple[int, ...], groups: int, rows: int, half: int, needed: set[int]
 ) -> None:
-    values = operands(shape, groups, rows, half)
-    for number, value in enumerate(values):
-        value.requires_grad_(number in needed)
-    result, expected = rotated_pairs(*values), plain(*values)
-    torch.testing.assert_close(result, expected)
-    trained = [values[number] for number in sorted(needed)]
-    gradient = torch.randn_like(result)
-    ours, theirs = (torch.autograd.grad(each, trained, gradient) for each in (result, expected))
-    torch.testing.assert_close(ours, theirs)
-    with torch.no_grad():
-        torch.testing.assert_close(rotated_pairs(*values), expected)
+    assert_same(rotated_pairs, plain, operands(shape, groups, rows, half), needed)
 
 
 def test_gradients_have_gradients() -> None:
@@ -53,15 +44,7 @@ def test_gradients_have_gradients() -> None:
 
 def test_the_values_are_saved_once_and_nothing_else_of_their_size() -> None:
     values = operands((64,), 2, 1, 4)
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        rotated_pairs(*values)
-    assert sum(saved.values()) == sum(value.untyped_storage().nbytes() for value in values)
+    assert saved_bytes(rotated_pairs, *values) == sum(value.untyped_storage().nbytes() for value in values)
 
 
 @pytest.mark.parametrize("of", ["types", "vmap", "jvp", "compiled"])

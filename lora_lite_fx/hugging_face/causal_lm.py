@@ -22,6 +22,9 @@ _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 _OF_FLASH_ATTENTION = ("max_length_q", "max_length_k")
 """Numbers that collators of packed texts pass and that no other attention reads; each would have a graph of its own."""
 
+_NO_STATES_IN_TRAINING = ("falcon_mamba", "mamba", "mamba2", "rwkv")
+"""Types of models that keep no states in training if a call does not say `use_cache`, whatever their config says."""
+
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
 
 
@@ -79,7 +82,7 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         elif type(value) is not type(parameter.default) or value != parameter.default:
             arguments[name] = value
     if "use_cache" in signature.parameters and "use_cache" not in arguments:
-        arguments["use_cache"] = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
+        arguments["use_cache"] = _uses_cache(part)
     if "use_mems" in signature.parameters and "use_mems" not in arguments:  # XLNet's, switched by the mode
         arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
     if part.training and torch.is_grad_enabled() and _checkpoints_layers(part):
@@ -92,6 +95,14 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return_dict = arguments.pop("return_dict", None)
     return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
     return {name: value for name, value in arguments.items() if value is not None}, return_dict
+
+
+def _uses_cache(part: Any) -> bool | None:
+    """Return the `use_cache` of a call that does not say it; None if the config does not either."""
+    if part.training and part.config.model_type in _NO_STATES_IN_TRAINING:
+        return False
+    uses_cache: bool | None = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
+    return uses_cache
 
 
 def _checkpoints_layers(part: Any) -> bool:

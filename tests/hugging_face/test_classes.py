@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers as hf
 from torch import Tensor
 
 import lora_lite_fx as llfx
+from lora_lite_fx.hugging_face.causal_lm import _NO_STATES_IN_TRAINING
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_llama
 from tests.support.selection import slow_unless
@@ -121,3 +123,34 @@ def test_a_decoder_of_several_codes_for_each_token_is_adapted() -> None:
     llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
     other = torch.randint(1, 9, (2, 4, 2))
     close(adapted(other).logits, wrapped(other).logits, 1e-5, "logits")
+
+
+RWKV = hf.RwkvConfig(hidden_size=16, num_hidden_layers=2, vocab_size=99, attention_hidden_size=16, rescale_every=0)
+
+
+@pytest.mark.parametrize(
+    "model", [(hf.MambaForCausalLM, MAMBA), pytest.param((hf.RwkvForCausalLM, RWKV), marks=pytest.mark.slow)]
+)
+def test_no_states_are_kept_in_training_where_the_model_keeps_none(model: tuple[Any, Any]) -> None:
+    torch.manual_seed(0)
+    base = model[0](model[1]).double().train()
+    adapted, wrapped = llfx.adapt(base, CONFIG), llfx.wrap(base, CONFIG)
+    randomise(adapted, 0)
+    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    ids = torch.randint(3, 99, (2, 5), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for each in (adapted, wrapped):
+        result = each.train()(input_ids=ids, labels=ids)
+        assert set(result) == {"loss", "logits"}
+        result.loss.backward()
+        gradients.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for name, gradient in zip(gradients[0], gradients[1].values(), strict=True):
+        close(gradients[0][name], gradient, 1e-10, name)
+
+
+def test_the_types_that_keep_no_states_in_training_are_those_of_transformers() -> None:
+    sources = Path(hf.__file__).parent.glob("models/*/modeling_*.py")
+    found = {path.parent.name for path in sources if "use_cache if not self.training else" in path.read_text()}
+    assert found
+    assert found <= set(_NO_STATES_IN_TRAINING)

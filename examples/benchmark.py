@@ -24,8 +24,10 @@ Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train
 `train-2048`, `train-8192` (as many tokens), `train-masked` (labels for half of the 256 tokens), `saved` (bytes kept for
 the backward pass of `train`, without parameters), `flops`, `recompiles` (graphs compiled for further shapes; `graphs`
 are those for the first).
-Two belong to a training step in a process of its own: `memory` (its peak, above the memory in use before) and `compile`
-(seconds until the first step is done: capture, insertion, compilation).
+Four belong to a training step in a process of its own: `memory` (its peak, above the memory in use before), `capture`
+(seconds until the adapted model is there, and what torch imports for it), `first-call` (seconds of its first step:
+compilation, or deriving the program) and `compile` (both together). The last three are for the cases `layers-2` to
+`layers-80`, too: narrow models of as many layers.
 
 The benchmark writes OUT.json and OUT.png. Its exit code is 1 if an arm disagreed.
 """
@@ -63,7 +65,7 @@ from variants import flop_counter
 import lora_lite_fx as llfx
 
 LARGE = ("train-2048", "train-8192")
-TIMED, ALONE = ("forward", "decode", "train", "train-masked", *LARGE), ("memory", "compile")
+TIMED, ALONE = ("forward", "decode", "train", "train-masked", *LARGE), ("memory", "capture", "first-call", "compile")
 USUAL = ("forward", "decode", "train")
 MEASURES = (*TIMED, "saved", "flops", "recompiles", *ALONE)
 DEFAULT_ARMS = [
@@ -364,7 +366,7 @@ def measure_alone(args: argparse.Namespace, case: str, variant: str) -> Iterator
         values = {arm: values[name] for arm, values in answers.items() if name in values}
         if name == "memory":
             yield report.of_values(Result(case, name, variant, "B", notes=notes), values)
-        else:  # of the base this is the first call alone, so there are no ratios
+        else:  # of the base there is the first call alone, so there are no ratios
             yield Result(case, name, variant, "s", values, notes=notes)
 
 
@@ -372,19 +374,24 @@ def alone(args: argparse.Namespace) -> dict[str, Any]:
     """Return the memory and the seconds that one arm takes, or a note why it was left out."""
     case, name = CASES[args.cases[0]], args.arms[-1]
     step = case.step(case.module(*args.values), "train", *args.values)
-    graph, seconds = cases.capture(step)
-    arms = Arms(step, graph, cases.config(args.variants[0], args.rank, case))
+    cfg = cases.config(args.variants[0], args.rank, case)
+    graph, captured = cases.capture(step, cfg)
+    arms = Arms(step, graph, cfg)
     start = time.perf_counter()
     try:
         arm = arms.make(name)
+        made = time.perf_counter() - start
         arm()
         _wait(args.device)
-        seconds = time.perf_counter() - start + (seconds if "ours" in name or name in ("base-graph", "merged") else 0)
+        called = time.perf_counter() - start - made
         memory = peak(arm, args.device)
         where = arms.disagreement(arm)
     except llfx.AdapterError as error:
         return {"note": f"not there: {error}"}
-    return {"note": f"disagrees: {where}"} if where else {"memory": memory, "compile": seconds}
+    if where:
+        return {"note": f"disagrees: {where}"}
+    made += captured if "ours" in name or name in ("base-graph", "merged") else 0
+    return {"memory": memory, "capture": made, "first-call": called, "compile": made + called}
 
 
 def peak(arm: Arm, device: str) -> int:

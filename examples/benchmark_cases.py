@@ -264,6 +264,10 @@ CASES = {
         for width in (576, 1024, 2048)
         for tokens in (1, 16, 512)
     },
+    **{
+        f"layers-{layers}": Case(functools.partial(_llama, layers, 192, 384, 3, vocabulary=64), CAUSAL)
+        for layers in (2, 8, 30, 80)
+    },
     "tiny": Case(functools.partial(_llama, 1, width=192, inner=128, heads=3, vocabulary=64), CAUSAL),
     "tiny-qkv": Case(functools.partial(Linears, 64, ("q", "k", "v")), LAYER, 4),
 }
@@ -481,10 +485,16 @@ class Arms:
         return replace(self._arm("peft", module), named=named)
 
 
-def capture(step: Step) -> tuple[nn.Module, float]:
-    """Capture a step's module; return its graph, into which adapters are inserted quickly, and the seconds it took."""
+def capture(step: Step, cfg: llfx.Variant | None = None) -> tuple[nn.Module, float]:
+    """Capture a step's module; return its graph, into which adapters are inserted quickly, and the seconds it took.
+
+    Args:
+        step: the call of the module.
+        cfg: an adapter whose insertion counts too; without, one at all linears.
+    """
     start = time.perf_counter()
     # Rewrite and remove the adapter again, because that leaves the captured base.
-    any_adapter = llfx.LoRA(r=1, target_names=(".",))
-    graph = llfx.remove(llfx.rewrite(step.module, any_adapter, step.example, dynamic_shapes=step.dynamic))
-    return graph, time.perf_counter() - start
+    any_adapter = llfx.LoRA(r=1, target_names=(".",)) if cfg is None else cfg
+    rewritten = llfx.rewrite(step.module, any_adapter, step.example, dynamic_shapes=step.dynamic)
+    seconds = time.perf_counter() - start
+    return llfx.remove(rewritten), seconds

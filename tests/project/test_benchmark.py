@@ -230,6 +230,16 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     assert (tmp_path / "run.png").exists()
 
 
+@pytest.mark.parametrize("arm", ["ours", "peft"])
+def test_what_comes_once_is_measured_in_a_process_of_its_own(arm: str) -> None:
+    settings = f"--alone --cases tiny-qkv --variants LoRA --arms {arm}"
+    measured = benchmark.alone(benchmark.parse_arguments(settings.split()))
+    assert measured.keys() == set(benchmark.ALONE)
+    assert measured["capture"] > 0
+    assert measured["first-call"] > 0
+    assert measured["compile"] == measured["capture"] + measured["first-call"]
+
+
 @pytest.mark.parametrize("wrong", ["--cases nothing", "--arms theirs", "--variants Adapter", "--measures joy"])
 def test_unknown_arguments_are_refused_by_name(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

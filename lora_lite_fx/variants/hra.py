@@ -24,8 +24,8 @@ from ..sites.site import Site
 class HRA(WithRank):
     """`y = W R x + b`, `R = H_0 H_1 ... H_{r-1}`, `H_i = I - 2 u_i u_i^T / ||u_i||^2`; https://arxiv.org/abs/2405.17484.
 
-    In compact-WY form the product of reflections is `R = I - U^T S^{-1} U`, with unit rows `u_i` and
-    `S = striu(U U^T) + I / 2`: two thin products on `x` with a small one between them, no `d_in x d_in` matrix.
+    In compact-WY form the product of reflections is `R = I - U^T S^{-1} U`, `S = striu(U U^T) + diag(U U^T) / 2`: two
+    thin products on `x` with a small one between them, no `d_in x d_in` matrix. The rows of `U` may have any length.
 
     Identity at the start to rounding: vectors are equal in pairs, and each pair of reflections cancels. `r` must be
     even.
@@ -62,17 +62,18 @@ class HRA(WithRank):
         p.lora_U.copy_(drawn.t().repeat_interleave(repeats, dim=0))
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
-        # In double precision the small system is exact enough at any rank, and autocast leaves it alone.
-        u = F.normalize(p.lora_U.double(), dim=1)
-        gram = F.linear(u, u)
+        # In double precision the small system is exact enough at any rank, and autocast leaves it alone. To normalize
+        # the rows as well would change nothing, and save two more copies of them for the backward pass.
+        u, exact = p.lora_U, p.lora_U.double()
+        gram = F.linear(exact, exact)
         if self.orthogonal:
             # The rows of L^{-1} U are what Gram-Schmidt makes of those of U; of them, S = I / 2.
-            u = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, u, upper=False)
+            u = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, exact, upper=False).to(u.dtype)
             inverse = 2 * identity_like(gram)
         else:
             s = gram.triu() - torch.diag_embed(gram.diagonal() / 2)
             inverse = torch.linalg.solve_triangular(s, identity_like(s), upper=True)
-        u, inverse = u.to(p.lora_U.dtype), inverse.to(p.lora_U.dtype)
+        inverse = inverse.to(u.dtype)
 
         def turn(x: Tensor) -> Tensor:
             wide_x = cast(x, u)

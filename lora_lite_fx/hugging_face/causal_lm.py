@@ -22,7 +22,10 @@ _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 _OF_FLASH_ATTENTION = ("max_length_q", "max_length_k")
 """Numbers that collators of packed texts pass and that no other attention reads; each would have a graph of its own."""
 
-_NO_STATES_IN_TRAINING = ("falcon_mamba", "mamba", "mamba2", "rwkv")
+_CACHES_IN_EVALUATION = ("cohere_compass", "t5gemma", "t5gemma2")
+"""Types of models that make a cache in evaluation alone, if a call brings none, whatever it says in `use_cache`."""
+
+_NO_STATES_IN_TRAINING = (*_CACHES_IN_EVALUATION, "falcon_mamba", "mamba", "mamba2", "rwkv")
 """Types of models that keep no states in training if a call does not say `use_cache`, whatever their config says."""
 
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
@@ -87,6 +90,9 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
     if part.training and torch.is_grad_enabled() and _checkpoints_layers(part):
         arguments["use_cache"] = False  # as the model does: a cache would keep the activations that checkpointing drops
+    if arguments.get("use_cache") and "cache" not in arguments and not part.training:
+        # Bring the cache that the model would make, because a graph of the call is captured in training too.
+        arguments["cache"] = _cache_of_evaluation(config)
     flash = "flash" in str(getattr(config, "_attn_implementation", ""))
     for name in _OF_GENERATE if flash else (*_OF_GENERATE, *_OF_FLASH_ATTENTION):
         arguments.pop(name, None)
@@ -103,6 +109,16 @@ def _uses_cache(part: Any) -> bool | None:
         return False
     uses_cache: bool | None = getattr(part.config.get_text_config(decoder=True), "use_cache", None)
     return uses_cache
+
+
+def _cache_of_evaluation(config: Any) -> Any:
+    """Return the cache that a model makes in evaluation alone; None for one that makes it in both modes or in none."""
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    if getattr(config, "model_type", "") not in _CACHES_IN_EVALUATION:
+        return None
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    return EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
 
 
 def _checkpoints_layers(part: Any) -> bool:
@@ -151,7 +167,7 @@ def probe(model: Any) -> Decoder | None:
         ):
             return None
         empty = tuple((layer.keys[:1, :, :0], layer.values[:1, :, :0]) for layer in layers)
-        positions = torch.arange(LENGTH, device=model.device).expand(BATCH, -1)
+        positions = torch.arange(LENGTH, device=model.device).repeat(BATCH, 1)  # some models take a flat view
         return Decoder(
             empty,
             frozenset(signature),
@@ -218,7 +234,7 @@ def normalize_call(
         if mask.dim() == 2 and mask.shape[1] >= length:
             arguments["cached_mask"], arguments["attention_mask"] = mask[:, :-length], mask[:, -length:]
         if decoder.counts_positions and "position_ids" not in arguments:
-            arguments["position_ids"] = torch.arange(past, past + length, device=tokens.device).expand(batch, -1)
+            arguments["position_ids"] = torch.arange(past, past + length, device=tokens.device).repeat(batch, 1)
     if fuses_loss and "labels" in arguments:
         return NormalizedCall(arguments, callers_caches, None, keeps_cache)
     keep = arguments.get("logits_to_keep", 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,25 @@ BERT: dict[str, Any] = {
 }
 DECODER = tiny_llama(hidden_size=16, intermediate_size=24, pad_token_id=0, num_labels=3)
 MAMBA = hf.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=99, state_size=4, pad_token_id=0, eos_token_id=2)
+T5GEMMA_PART: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 99,
+    "dropout_rate": 0.0,
+    "layer_types": ["full_attention"],
+}
+T5GEMMA = hf.T5GemmaConfig(encoder=T5GEMMA_PART, decoder=T5GEMMA_PART, dropout_rate=0.0)
 MODELS: dict[str, tuple[Any, Any]] = {
     "an encoder with a head for each token, which has no cache": (hf.BertLMHeadModel, hf.BertConfig(**BERT)),
     "embeddings of a decoder": (hf.LlamaModel, DECODER),
     "a classifier": (hf.LlamaForSequenceClassification, DECODER),
     "a classifier that reads its labels": (hf.DebertaV2ForSequenceClassification, hf.DebertaV2Config(**BERT)),
     "a state space": (hf.MambaForCausalLM, MAMBA),
+    "an encoder and a decoder that makes a cache in evaluation alone": (hf.T5GemmaForConditionalGeneration, T5GEMMA),
 }
 CONFIG = llfx.LoRA(r=2, target_roles=("reader", "writer"))
 
@@ -61,6 +76,8 @@ def calls(model: Any) -> list[dict[str, Tensor]]:
     padded = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
     if "Classification" in type(model).__name__:
         padded["labels"] = torch.randint(2, (4,), generator=generator)
+    if model.config.is_encoder_decoder:
+        return [{**call, "labels": call["input_ids"] % 7 + 1} for call in ({"input_ids": ids[:2, :5]}, padded)]
     return [{"input_ids": ids[:2, :5]}, padded]
 
 
@@ -151,6 +168,30 @@ def test_no_states_are_kept_in_training_where_the_model_keeps_none(model: tuple[
 
 def test_the_types_that_keep_no_states_in_training_are_those_of_transformers() -> None:
     sources = Path(hf.__file__).parent.glob("models/*/modeling_*.py")
-    found = {path.parent.name for path in sources if "use_cache if not self.training else" in path.read_text()}
+    said = re.compile(
+        "use_cache if not self.training else|not self.training and use_cache|cache is None and not self.training"
+    )
+    found = {path.parent.name for path in sources if said.search(path.read_text())}
     assert found
     assert found <= set(_NO_STATES_IN_TRAINING)
+
+
+class FlatPositions(hf.LlamaForCausalLM):
+    """A decoder that takes a flat view of its positions, as Kosmos-2.5 does."""
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        if position_ids is not None:
+            position_ids = position_ids.view(-1).view(input_ids.shape)
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+
+def test_positions_may_be_viewed_as_one_row() -> None:
+    torch.manual_seed(0)
+    model: Any = FlatPositions(DECODER).train(False)
+    cls: Any = FlatPositions
+    cls.forward.__signature__ = inspect.signature(hf.LlamaForCausalLM.forward)
+    adapted, wrapped = llfx.adapt(model, CONFIG), llfx.wrap(model, CONFIG)
+    randomise(adapted, 0)
+    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    for call in calls(adapted):
+        close(adapted(**call).logits, wrapped(**call).logits, 1e-5, "logits")

@@ -213,7 +213,8 @@ class Pipeline:
             start = time.perf_counter()
             try:
                 outcome = _outcome(graph_pass.run(gm))
-                eliminate_dead_code(gm)
+                if outcome.edits or not reports:  # the first pass may be given dead code
+                    eliminate_dead_code(gm)
                 seconds = time.perf_counter() - start
                 if check is not None and (complaint := check.complaint(gm)):
                     raise PassError(f"Pass {graph_pass.name} {complaint}")

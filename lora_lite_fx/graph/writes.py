@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,15 +61,24 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
 
 def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return the arguments that a call of `operator` changes in place, those in lists one by one."""
+    names = _written_names(operator)
+    if not names:
+        return []
     arguments = {**dict(zip((a.name for a in operator._schema.arguments), args, strict=False)), **kwargs}
+    values = [value for name, value in arguments.items() if name in names and value is not None]
+    return [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+@functools.cache
+def _written_names(operator: Any) -> frozenset[str]:
+    """Return the names of the arguments that `operator` changes in place."""
     # The schema of batch and instance norm does not say that they update their statistics.
-    written = {"running_mean", "running_var"} | {
+    return frozenset(
         argument.name
         for argument in operator._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    }
-    values = [value for name, value in arguments.items() if name in written and value is not None]
-    return [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
+        if argument.name in ("running_mean", "running_var")
+        or (argument.alias_info is not None and argument.alias_info.is_write)
+    )
 
 
 def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
@@ -96,8 +106,13 @@ def may_return_a_view(node: fx.Node) -> bool:
     return (
         not isinstance(node.target, OpOverload)
         or node.target in _MAY_RETURN_THEIR_INPUT
-        or any(result.alias_info is not None for result in node.target._schema.returns)
+        or _returns_a_view(node.target)
     )
+
+
+@functools.cache
+def _returns_a_view(operator: Any) -> bool:
+    return any(result.alias_info is not None for result in operator._schema.returns)
 
 
 def written_roots(node: fx.Node) -> list[fx.Node]:

@@ -102,14 +102,14 @@ MUTANTS = (
     # writes
     _mutant(
         "writes",
-        "        if argument.alias_info is not None and argument.alias_info.is_write\n",
-        "        if False\n",
+        "        or (argument.alias_info is not None and argument.alias_info.is_write)\n",
+        "        or False\n",
         "an operator that writes in place is not seen",
     ),
     _mutant(
         "writes",
-        'written = {"running_mean", "running_var"} | {',
-        "written = {",
+        'if argument.name in ("running_mean", "running_var")',
+        "if False",
         "the statistics of batch norm are the user's own",
     ),
     _mutant(

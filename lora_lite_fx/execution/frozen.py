@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..adapters.placement import placements
 from ..errors import AdapterError, shown
-from ..graph.direct_calls import version_of
+from ..graph.direct_calls import ORDINARY, version_of
 from ..graph.sharded import is_sharded, reshard
 from ..graph.turns import tracing
 
@@ -39,7 +39,7 @@ class KeptValues:
     def keep(self, program: str, values: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> None:
         """Keep the values of a program, which were computed from `tensors`, in the mode of autocast of now."""
         # Tensors that were made in inference mode count no versions: writes to them are not noticed.
-        watched = [tensor for tensor in tensors if type(tensor) in _ORDINARY and not tensor.is_inference()]
+        watched = [tensor for tensor in tensors if type(tensor) in ORDINARY and not tensor.is_inference()]
         self._tensors += watched
         self._versions += map(version_of, watched)
         self.autocast[program] = _autocast_mode()
@@ -56,9 +56,6 @@ class KeptValues:
         if not torch.compiler.is_compiling() and list(map(version_of, self._tensors)) != self._versions:
             raise changed_inside("A parameter was written to")
         return bool(self.autocast[program] == _autocast_mode())
-
-
-_ORDINARY = (Tensor, nn.Parameter)
 
 
 def _autocast_mode() -> tuple[Any, ...]:

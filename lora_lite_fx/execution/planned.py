@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..graph.direct_calls import ORDINARY
 from ..graph.subgraph import extract, function_of
 from ..log import logger
 from ..ops.autocast import autocast_of
@@ -96,7 +97,7 @@ class _Cell:
 
 def _packing(cells: list[_Cell]) -> Callable[[Tensor], Any]:
     def pack(tensor: Tensor) -> Any:
-        if type(tensor) not in (Tensor, nn.Parameter):
+        if type(tensor) not in ORDINARY:
             return tensor  # as of a quantized weight, whose memory is its own matter
         cells.append(_Cell(tensor))
         return cells[-1]

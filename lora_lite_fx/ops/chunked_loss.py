@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import AdapterError, CallError
+from ..graph.direct_calls import ORDINARY
 
 _FEWEST_ROWS = 512
 """Of a chunk. With fewer rows, a product with the weight of a head takes longer for each of them."""
@@ -122,7 +123,7 @@ class ChunkedLoss:
                 f"There are labels for {labels.shape[0]} tokens or rows, and logits for {operands[0].shape[0]}."
                 " They must be as many: one label for each."
             )
-        if not all(type(operand) in (Tensor, nn.Parameter) for operand in operands):
+        if not all(type(operand) in ORDINARY for operand in operands):
             logits = self.values(operands)[-1]
             reduction = "mean" if self.is_mean else "sum"
             return F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction=reduction)

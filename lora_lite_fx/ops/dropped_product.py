@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..graph.direct_calls import constant_when_compiled, is_plain_call
 from .autocast import autocast_of
+from .saved_values import apart, together
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, product: DroppedProduct, x: Tensor, a: Tensor, *sources: Any) -> Tensor:
         factors = F.dropout(torch.ones_like(x), product.probability)
         kept = sources if product.recipe is not None else (x,)
-        ctx.save_for_backward(a, _packed(factors), *(value if isinstance(value, Tensor) else None for value in kept))
-        ctx.sizes = [None if isinstance(value, Tensor) else value for value in kept]
+        saved, ctx.others = apart(kept)
+        ctx.save_for_backward(a, _packed(factors), *saved)
         ctx.product, ctx.count = product, len(sources)
         ctx.autocast = autocast_of(x.device.type)
         return F.linear(x * factors, a)
@@ -70,8 +71,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_t: Tensor) -> tuple[Tensor | None, ...]:
         product: DroppedProduct = ctx.product
-        a, bits, *tensors = ctx.saved_tensors
-        kept = [tensor if size is None else size for tensor, size in zip(tensors, ctx.sizes, strict=True)]
+        a, bits, *saved = ctx.saved_tensors
+        kept = together(saved, ctx.others)
         _, x_needed, a_needed, *_ = ctx.needs_input_grad
         with torch.autocast(**ctx.autocast):
             x = kept[0] if product.recipe is None else product.recipe(None, *kept)[0]

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ..graph.direct_calls import constant_when_compiled, is_wrapped
+from ..graph.direct_calls import ORDINARY, constant_when_compiled, is_wrapped
 from ..graph.tensors import HALF
 from .autocast import autocast_of
+from .saved_values import apart, together
 
 _SMALLEST_SCALE = 1e-30
 """Replaces a scale of zero where the result is divided by the scale again."""
@@ -190,7 +191,7 @@ class LowRankProducts:
         dtype = x.dtype if self.ranks else None
         try:
             for tensor in tensors:
-                if dtype is not None and (tensor.dtype is not dtype or type(tensor) not in _ORDINARY):
+                if dtype is not None and (tensor.dtype is not dtype or type(tensor) not in ORDINARY):
                     return False
                 tensor.data_ptr()
         except RuntimeError:  # a transform of `torch.func` wraps a tensor in one that has no memory of its own
@@ -203,9 +204,6 @@ class LowRankProducts:
             any(tensor.requires_grad for tensor in frozen)
             or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
         )
-
-
-_ORDINARY = (Tensor, nn.Parameter)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -238,14 +236,14 @@ class _Function(torch.autograd.Function):
         ]
         results = products.accumulated(x, a, used)
         t, *ys = results
+        saved, ctx.others = apart(rest)
         ctx.save_for_backward(
             a,
             None if products.recipe else x,
             t if branches else None,
             *(y if need.scale else None for y, need in zip(ys, needed, strict=True)),
-            *(value if isinstance(value, Tensor) else None for value in rest),
+            *saved,
         )
-        ctx.sizes = [None if isinstance(value, Tensor) else value for value in rest]
         ctx.products = products
         ctx.autocast = autocast_of(x.device.type)
         ctx.set_materialize_grads(False)
@@ -255,8 +253,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, of_t: Tensor | None, *of_ys: Tensor | None) -> tuple[Tensor | None, ...]:
         products: LowRankProducts = ctx.products
         a, x, t, *saved = ctx.saved_tensors  # which can be read only once
-        ys, tensors = saved[: len(products.ranks)], saved[len(products.ranks) :]
-        rest = [tensor if size is None else size for tensor, size in zip(tensors, ctx.sizes, strict=True)]
+        ys, saved = saved[: len(products.ranks)], saved[len(products.ranks) :]
+        rest = together(saved, ctx.others)
         sources, branches = products.split(rest)
         _, x_needed, a_needed, *rest_needed = ctx.needs_input_grad
         _, needed = products.split(rest_needed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..graph.direct_calls import is_plain_call
+from .saved_values import apart, together
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,14 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, product: RecomputedProduct, x: Tensor, bias: Tensor | None, *sources: Any) -> Tensor:
-        ctx.save_for_backward(*(value if _can_be_saved(value) else None for value in sources))
-        ctx.others = [None if _can_be_saved(value) else value for value in sources]
+        saved, ctx.others = apart(sources, _can_be_saved)
+        ctx.save_for_backward(*saved)
         ctx.product, ctx.dtype = product, x.dtype
         return F.linear(x, product.recipe(None, *sources)[0], bias)
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
-        sources = [tensor if other is None else other for tensor, other in pairs]
+        sources = together(ctx.saved_tensors, ctx.others)
         (weight,) = ctx.product.recipe(None, *sources)
         with torch.autocast(of_y.device.type, enabled=False):  # the product had the type of its result
             of_x = (of_y @ weight.to(of_y.dtype)).to(ctx.dtype)

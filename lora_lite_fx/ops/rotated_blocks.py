@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..graph.direct_calls import is_plain_call, is_wrapped
 from ..graph.tensors import HALF
+from .saved_values import apart, together
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,15 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rotation: RotatedBlocks, x: Tensor, blocks: Tensor, *sources: Any) -> Tensor:
         kept = (x,) if rotation.recipe is None else sources
-        ctx.save_for_backward(blocks, *(value if isinstance(value, Tensor) else None for value in kept))
-        ctx.sizes = [None if isinstance(value, Tensor) else value for value in kept]
+        saved, ctx.others = apart(kept)
+        ctx.save_for_backward(blocks, *saved)
         ctx.rotation, ctx.count = rotation, len(sources)
         return _rotated(x, blocks)
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
         rotation: RotatedBlocks = ctx.rotation
-        blocks, *tensors = ctx.saved_tensors
+        blocks, *saved = ctx.saved_tensors
         _, x_needed, blocks_needed, *_ = ctx.needs_input_grad
         of_x = of_blocks = None
         with torch.autocast(of_y.device.type, enabled=False):  # as the operation was computed
@@ -114,7 +115,7 @@ class _Function(torch.autograd.Function):
                 in_place = not (torch.is_grad_enabled() or is_wrapped(of_y))
                 of_x = (_rotated if in_place else _rotated_anew)(of_y, blocks.mT)
             if blocks_needed:
-                kept = [tensor if size is None else size for tensor, size in zip(tensors, ctx.sizes, strict=True)]
+                kept = together(saved, ctx.others)
                 (x,) = kept if rotation.recipe is None else rotation.recipe(None, *kept)
                 of_blocks = _outer_products(x, of_y, blocks)
         return None, of_x, of_blocks, *[None] * ctx.count

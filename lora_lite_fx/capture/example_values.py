@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from .memories import forgetting
+from .unprinted import failures_unlogged
 
 # Give every dynamic dimension a size of its own, because torch.export specializes ones and may equate equal sizes.
 BATCH, SEQUENCE, CHOICES = 3, 7, 4
@@ -122,14 +122,16 @@ class Values:
         experts = getattr(self.config, "_experts_implementation", None)
         if experts is not None:
             self.model.set_experts_implementation("batched_mm")  # the default has no shapes without data
-        logger = logging.getLogger("torch._subclasses.fake_tensor")  # which logs errors that are raised, too
-        logger.disabled, before = True, logger.disabled
         buffers = [(module._buffers, dict(module._buffers)) for module in self.model.modules()]
         try:
-            with torch.no_grad(), forgetting(self.model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            with (
+                failures_unlogged(),
+                torch.no_grad(),
+                forgetting(self.model),
+                FakeTensorMode(allow_non_fake_inputs=True) as mode,
+            ):
                 yield {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
         finally:
-            logger.disabled = before
             for now, then in buffers:  # a table that grew has no data
                 now.update(then)
             if experts is not None:

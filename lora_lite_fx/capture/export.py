@@ -26,6 +26,7 @@ from .decisions import Decisions
 from .memories import forgetting
 from .outputs import has_data
 from .refusal import refusal
+from .unprinted import graphs_unprinted
 
 _READS_VALUES = (GuardOnDataDependentSymNode,)
 
@@ -107,6 +108,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         forgetting(model),
         WithoutGeneratorOfNone(),
         DataFollowed(),
+        graphs_unprinted(),
     ):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

@@ -7,7 +7,6 @@ fault is in the traceback.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -28,11 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..errors import ConfigError
 from ..graph.turns import tracing
 from ..graph.writes import written_arguments
+from .unprinted import failures_unlogged
 
 T = TypeVar("T")
 
 _LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
-_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class Refused(ConfigError):
@@ -150,11 +149,10 @@ class Stage:
         Raises:
             Refused: `function` writes to these, uses other tensors, or depends on values.
         """
-        disabled, _LOGGER.disabled = _LOGGER.disabled, True  # torch logs the traceback of each operator that fails
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # else a second run lacks the casts of the first one
         try:
-            with torch.enable_grad(), self._mode, _Rehearsal(read_only) as watch:
+            with failures_unlogged(), torch.enable_grad(), self._mode, _Rehearsal(read_only) as watch:
                 return function(), watch.record
         except GuardOnDataDependentSymNode as error:
             raise _reads_values() from error
@@ -163,7 +161,6 @@ class Stage:
                 raise _reads_values() from error
             raise
         finally:
-            _LOGGER.disabled = disabled
             torch.set_autocast_cache_enabled(caches)
 
 

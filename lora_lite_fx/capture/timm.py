@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # nothing public runs a model without data
 
-_FAKE_TENSORS = logging.getLogger("torch._subclasses.fake_tensor")
+from .unprinted import failures_unlogged
 
 
 def example_images_of(model: nn.Module) -> dict[str, Any] | None:
@@ -52,12 +51,9 @@ def _images(model: nn.Module) -> Mapping[str, Any]:
 
 def _takes(model: nn.Module, images: Tensor) -> bool:
     """Tell whether the model runs on these images, without data."""
-    disabled, _FAKE_TENSORS.disabled = _FAKE_TENSORS.disabled, True  # because it logs errors that are raised, too
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with failures_unlogged(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             model(mode.from_tensor(images))
     except Exception:
         return False
-    finally:
-        _FAKE_TENSORS.disabled = disabled
     return True

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ...capture.unprinted import failures_unlogged
 from ...graph.modes import by_mode, writes_outside
 from ...graph.queries import dtype_of
 from ...graph.writes import written_roots
@@ -144,7 +145,7 @@ def _revalue(node: fx.Node) -> None:
         return
     try:
         # A region that raises leaves its thread in its own mode.
-        with torch.set_grad_enabled(torch.is_grad_enabled()), modes[0]:
+        with failures_unlogged(), torch.set_grad_enabled(torch.is_grad_enabled()), modes[0]:
             node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
     except Exception:  # then the value of the other trace has to do: its sizes are the same in the example
         return

@@ -23,6 +23,7 @@ from torch._dynamo.utils import counters
 import lora_lite_fx as llfx
 from lora_lite_fx import log
 from lora_lite_fx.adapters.listing import describe_adapters
+from lora_lite_fx.capture.unprinted import graphs_unprinted
 from lora_lite_fx.execution.execution import Execution
 from lora_lite_fx.execution.module import AdaptedGraphModule
 from tests.support.models import GatedMLP, Net, tiny_llama
@@ -273,6 +274,33 @@ def test_nothing_is_printed_without_asking(capfd: pytest.CaptureFixture[str]) ->
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+class DecidesByValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) if x.sum().item() > 0 else self.linear(-x)
+        return y
+
+
+def test_a_graph_that_torch_export_gave_up_is_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    model, x = DecidesByValues(), torch.ones(2, 4)
+    with pytest.raises(RuntimeError):
+        torch.export.export(model, (x,))
+    assert "def forward(self, arg" in capfd.readouterr().err, "else the filter is not needed any more"
+    with pytest.raises(llfx.CaptureError, match="data-dependent"):
+        llfx.capture(model, (x,))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_goes_to_stderr_meanwhile_gets_there(capfd: pytest.CaptureFixture[str]) -> None:
+    with graphs_unprinted():
+        print("of the model", file=sys.stderr)
+        sys.stderr.flush()
+    assert capfd.readouterr().err == "of the model\n"
 
 
 def test_a_terminal_gets_a_bar_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

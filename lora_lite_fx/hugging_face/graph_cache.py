@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..adapters.placement import Placement, placements
 from ..adapters.switches import Switches
 from ..adapters.variant import Variant
-from ..capture.capture import Inputs
+from ..capture.capture import Inputs, without_what_cannot_be
 from ..capture.example_inputs import example_inputs_of
 from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
@@ -72,6 +72,7 @@ class GraphCache:
         self.limit = limit
         self.verify = verify
         self.fuse_loss = fuse_loss
+        self._without: tuple[str, ...] = ()  # images or sound, if example inputs of the config go without
         self.placements: list[Placement] = []
         self.switches = Switches()
         self.sites: dict[str, tuple[frozenset[str], str]] = {}  # roles and weight, as the first graph has them
@@ -235,9 +236,8 @@ class GraphCache:
 
     def start(self, insert: Insert, calibration: Batches | None) -> None:
         """Capture the first graph, insert adapters into it, and register their tensors in the model."""
-        call = self._first_call
         batches = None if calibration is None else (self._batch(batch) for batch in calibration)
-        graph = self._capture_for(call)
+        graph = without_what_cannot_be(self.model, self.example_inputs, self._first_graph)
         adapted = insert(graph.gm, batches)
         assert isinstance(adapted, AdaptedGraphModule)
         graph.gm = adapted
@@ -297,12 +297,18 @@ class GraphCache:
             self._bind(gm)
         return gm
 
+    def _first_graph(self, without: Sequence[str]) -> CapturedGraph:
+        """Capture the first graph, without images or sound in the example inputs if that is said."""
+        self._without = tuple(without)
+        self.__dict__.pop("_first_call", None)
+        return self._capture_for(self._first_call)
+
     @functools.cached_property
     def _first_call(self) -> CapturedCall:
         """The call that the first graph is captured for. Kept, because that of a sharded model cannot be made anew."""
         model, inputs = self.model, self.example_inputs
         if inputs is None:
-            inputs = example_inputs_of(self._shadow())
+            inputs = example_inputs_of(self._shadow(), self._without)
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
         args = tuple(_to(value, model.device) for value in args)
         kwargs = {name: _to(value, model.device) for name, value in kwargs.items()}

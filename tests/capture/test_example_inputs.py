@@ -253,6 +253,21 @@ def test_a_model_whose_images_cannot_be_captured_is_captured_for_text_alone() ->
         llfx.capture(model, example_inputs_of(model))
 
 
+def test_it_is_adapted_for_text_alone_too() -> None:
+    model = CASES["llava"].builder()().eval()
+    model.model.multi_modal_projector = Reads(model.model.multi_modal_projector)
+    cfg = llfx.LoRA(r=2, target_names=(r"language_model.*q_proj",))
+    with pytest.warns(UserWarning, match=r"captured without images.*because in a call with .*x.sum\(\)"):
+        adapted = llfx.adapt(model, cfg)
+    inputs = example_inputs_of(model, without=("images",))
+    wrapped = llfx.wrap(llfx.capture(model, inputs), cfg)
+    randomise(adapted, 0)
+    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    torch.testing.assert_close(adapted(**inputs).logits, wrapped(**inputs).logits)
+    with pytest.raises(llfx.CaptureError, match=r"pixel_values.*x.sum\(\)"):
+        adapted(**example_inputs_of(model))
+
+
 @pytest.mark.slow
 def test_a_model_whose_sound_cannot_be_captured_is_captured_without() -> None:
     model = CASES["voxtral"].builder()()

@@ -113,10 +113,10 @@ def _uses_cache(part: Any) -> bool | None:
 
 def _cache_of_evaluation(config: Any) -> Any:
     """Return the cache that a model makes in evaluation alone; None for one that makes it in both modes or in none."""
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
     if getattr(config, "model_type", "") not in _CACHES_IN_EVALUATION:
         return None
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     return EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
 

@@ -349,7 +349,7 @@ def test_configs_that_cannot_be_banks() -> None:
     for cfg, message in (
         (
             llfx.Bank(llfx.HRA(r=2, **EVERYWHERE), 2),
-            "HRA cannot adapt .*, which has a bank of adapters: normalize is not",
+            "HRA cannot adapt .*, which has a bank of adapters: triu is not",
         ),
         (
             llfx.Bank(llfx.Full(target_names=("fc_in",)), 2),

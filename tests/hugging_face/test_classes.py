@@ -61,7 +61,12 @@ def pair(name: str) -> tuple[Any, Any]:
     cls, config = MODELS[name]
     # DeBERTa's own loss is in single precision.
     base = cls(config).to(torch.float32 if cls is hf.DebertaV2ForSequenceClassification else torch.float64).eval()
-    adapted, wrapped = llfx.adapt(base, CONFIG), llfx.wrap(base, CONFIG)
+    return both_ways(base)
+
+
+def both_ways(base: Any, example_inputs: Any = None) -> tuple[Any, Any]:
+    """Return `base` as an adapted model and in the eager wrapper, with the same adapters."""
+    adapted, wrapped = llfx.adapt(base, CONFIG, example_inputs), llfx.wrap(base, CONFIG, example_inputs)
     randomise(adapted, 0)
     llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
     return adapted, wrapped
@@ -134,10 +139,7 @@ def test_a_decoder_of_several_codes_for_each_token_is_adapted() -> None:
     torch.manual_seed(0)
     model: Any = Codes(DECODER).train(False)
     ids = torch.randint(1, 9, (3, 5, 2))
-    adapted = llfx.adapt(model, CONFIG, {"input_ids": ids})
-    randomise(adapted, 0)
-    wrapped = llfx.wrap(model, CONFIG, {"input_ids": ids})
-    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    adapted, wrapped = both_ways(model, {"input_ids": ids})
     other = torch.randint(1, 9, (2, 4, 2))
     close(adapted(other).logits, wrapped(other).logits, 1e-5, "logits")
 
@@ -150,10 +152,7 @@ RWKV = hf.RwkvConfig(hidden_size=16, num_hidden_layers=2, vocab_size=99, attenti
 )
 def test_no_states_are_kept_in_training_where_the_model_keeps_none(model: tuple[Any, Any]) -> None:
     torch.manual_seed(0)
-    base = model[0](model[1]).double().train()
-    adapted, wrapped = llfx.adapt(base, CONFIG), llfx.wrap(base, CONFIG)
-    randomise(adapted, 0)
-    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    adapted, wrapped = both_ways(model[0](model[1]).double().train())
     ids = torch.randint(3, 99, (2, 5), generator=torch.Generator().manual_seed(1))
     gradients = []
     for each in (adapted, wrapped):
@@ -190,8 +189,6 @@ def test_positions_may_be_viewed_as_one_row() -> None:
     model: Any = FlatPositions(DECODER).train(False)
     cls: Any = FlatPositions
     cls.forward.__signature__ = inspect.signature(hf.LlamaForCausalLM.forward)
-    adapted, wrapped = llfx.adapt(model, CONFIG), llfx.wrap(model, CONFIG)
-    randomise(adapted, 0)
-    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    adapted, wrapped = both_ways(model)
     for call in calls(adapted):
         close(adapted(**call).logits, wrapped(**call).logits, 1e-5, "logits")

@@ -29,6 +29,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import COMPILE_INSTEAD, CaptureError
+from ..graph.queries import is_deterministic
+from ..graph.subgraph import extract, forward_of
+from ..graph.walk import ancestors
+from ..graph.writes import overwritten_tensors
 from .differences import TOLERANCES, distance, largest
 from .outputs import Call, Outputs, outputs_of_graph, outputs_of_model
 from .sizes_in_tensors import SizesInTensors
@@ -47,9 +51,42 @@ _DRAWS = (torch.rand, torch.randn, torch.randint, torch.bernoulli, Tensor.unifor
 _RESHAPE = (Tensor.squeeze, torch.squeeze, Tensor.flatten, torch.flatten, Tensor.view, Tensor.reshape)
 
 
-def is_other_decision(error: Exception) -> bool:
-    """Tell whether a graph raised `error` because the model decides otherwise for a call than for the example."""
+def is_other_decision(error: Exception | str) -> bool:
+    """Tell whether `error` of a graph says that the model decides otherwise for a call than for the example."""
     return _DECIDED in str(error)
+
+
+def decisions_on_inputs(gm: fx.GraphModule) -> Callable[..., str]:
+    """Return a function that tells whether the model decides on the inputs of a call as on those of the example.
+
+    It knows the decisions that follow from inputs and buffers alone. The others come out only when the graph runs.
+
+    Returns:
+        A function of a module with the tensors of `gm`, and of the inputs of the graph. It returns what the graph would
+        raise, or an empty text.
+    """
+    overwritten = [node for node, _ in overwritten_tensors(gm, gm.graph)]  # as `extract` does not follow writes
+    parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+
+    def is_known(node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return node.target not in parameters and all(other and other.target != node.target for other in overwritten)
+        return node not in overwritten and (node.op == "placeholder" or is_deterministic(node))
+
+    asserted: dict[fx.Node, str] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_async.msg):
+        condition, message = node.args
+        if str(message).startswith(_DECIDED) and all(map(is_known, ancestors([condition]))):
+            asserted[condition] = str(message)
+    if not asserted:
+        return lambda module, *inputs: ""
+    conditions = forward_of(gm, extract(gm.graph.find_nodes(op="placeholder"), list(asserted)))
+
+    def refusal(module: nn.Module, *inputs: Any) -> str:
+        found = zip(asserted.values(), conditions(module, *inputs), strict=True)
+        return next((message for message, holds in found if not holds), "")
+
+    return refusal
 
 
 class Decisions:

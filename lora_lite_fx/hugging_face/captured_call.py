@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from ..capture.decisions import decisions_on_inputs
 from ..capture.example_inputs import decide_problem_type
 from ..capture.export import images_in, take_for_one, take_guards
 from ..capture.hugging_face import batch_only_arguments
@@ -89,6 +90,7 @@ class CapturedGraph:
         example: what of the leaves that it was captured with the capture depends on, see `captured_with`.
         layouts: those leaves of which the graph holds for these values alone.
         guards: raises for other leaves that the graph does not hold for.
+        decisions: tells of a module with the tensors of the graph, and of leaves, where the model decides otherwise.
         result: the result without its leaves.
         given: the state of the caller's objects after the call, without its leaves.
     """
@@ -98,6 +100,7 @@ class CapturedGraph:
     example: Any
     layouts: dict[str, Tensor]
     guards: Callable[..., object]
+    decisions: Callable[..., str]
     result: Structure
     given: dict[str, Structure]
 
@@ -107,11 +110,14 @@ class CapturedGraph:
             for name, layout in self.layouts.items():
                 if not torch.equal(leaves[name], layout):
                     return f"{name} is {leaves[name].tolist()}, and was {layout.tolist()}"
+        inputs = [leaf for name, leaf in leaves.items() if name not in self.layouts]
         try:
-            self.guards(*(leaf for name, leaf in leaves.items() if name not in self.layouts))
+            self.guards(*inputs)
         except AssertionError as error:
             return str(error)
-        return ""
+        if torch.compiler.is_dynamo_compiling():  # the graph itself asserts it there
+            return ""
+        return self.decisions(self.gm, *inputs)
 
     def run(self, part: Any, call: CapturedCall, return_dict: bool) -> Any:
         """Run the graph for a call that it holds for, and return what `part` would.
@@ -172,10 +178,10 @@ def capture_call(
         stack.enter_context(torch.random.fork_rng(devices=[]))
         gm = capture(shadow, example, dynamic_shapes=dynamic, fuse_loss=fuse_loss, verify=verify)
     assert isinstance(gm, AdaptedGraphModule)
-    guards = take_guards(gm)
+    guards, decisions = take_guards(gm), decisions_on_inputs(gm)
     # A capture may run the model with fewer layers too, which returns fewer caches.
     result, given = outcomes[frozenset(names_of_results(gm.graph))]
-    return CapturedGraph(gm, call, captured_with(example, fixed), layouts, guards, result, given)
+    return CapturedGraph(gm, call, captured_with(example, fixed), layouts, guards, decisions, result, given)
 
 
 def captured_with(example: Leaves, fixed: Collection[str]) -> Any:

@@ -17,6 +17,7 @@ from ..adapters.placement import Placement, placements
 from ..adapters.switches import Switches
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs, without_what_cannot_be
+from ..capture.decisions import is_other_decision
 from ..capture.example_inputs import example_inputs_of
 from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
@@ -346,7 +347,8 @@ class GraphCache:
             f"A call with {names} has no graph yet, and none can be captured of a model",
             "call the model once like this before it is sharded, which then has its graph",
         )
-        seen = [graph.example for graph in self._kept if graph.call.signature == call.signature]
+        same = [graph for graph in self._kept if graph.call.signature == call.signature]
+        seen = [graph.example for graph in same if not is_other_decision(graph.refuses(call.leaves))]
         errors = []
         for example, fixed in attempts(self.model, call):
             if (of_example := captured_with(example, fixed)) in seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from lora_lite_fx.capture.decisions import decisions_on_inputs
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 from tests.survey.cases import cases
@@ -136,6 +138,37 @@ def test_a_branch_on_values_is_that_of_the_example_and_refuses_the_other(masked:
         torch.testing.assert_close(gm.train(training)(x, mask), model(x, mask))
         with pytest.raises(llfx.CallError, match=rf"captured where `if mask.any\(\).item\(\):`.*goes by {masked}"):
             gm(x[:4], torch.cat([masks[1], masks[1]]))
+
+
+def test_what_a_model_decides_on_inputs_and_buffers_alone_is_known_before_the_graph_runs() -> None:
+    class Clipping(nn.Linear):
+        most: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("most", torch.tensor(2.0))
+
+        def forward(self, input: Tensor) -> Tensor:
+            if (input > self.most).any():
+                input = input.clamp(max=1)
+            written = input.clone()
+            written[0] = 9.0
+            if (written > self.most).any():  # which a function of the inputs would have to write for
+                written = written - 1
+            y = super().forward(written)
+            if (y < 1e9).all():  # which depends on weights
+                return y
+            return -y
+
+    model, x = Clipping(), torch.ones(3, 4)
+    gm = llfx.capture(model, (x,))
+    refusal = decisions_on_inputs(gm)
+    assert refusal(gm, x) == ""
+    assert re.search(r"if \(input > self.most\).any\(\):.*goes by False, and is True in this call", refusal(gm, 3 * x))
+    gm.get_buffer("most").fill_(4.0)
+    assert refusal(gm, 3 * x) == ""
+    assert len([node for node in gm.graph.nodes if "_assert_async" in str(node.target)]) == 3
+    assert decisions_on_inputs(llfx.capture(nn.Linear(4, 4), (x,)))(None, x) == ""
 
 
 def test_a_branch_on_a_random_number_is_refused() -> None:

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
+from torch import Tensor
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
@@ -159,6 +160,33 @@ def test_graphs_are_bounded_and_the_reason_of_each_is_logged(caplog: pytest.LogC
     captured, dropped = messages()
     assert "output_hidden_states: not given before, True now" in captured
     assert "max_graphs" in dropped
+
+
+class Marked(hf.LlamaForCausalLM):
+    """Counts tokens of a kind twice, in the calls that have some: as Ovis 2 looks for each kind of image token."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        embedded = self.get_input_embeddings()(input_ids)
+        for kind in (1, 7):
+            if (marked := input_ids == kind).any():
+                embedded = embedded.masked_scatter(marked[..., None], 2 * embedded[marked])
+        return super().forward(inputs_embeds=embedded, **kwargs)
+
+
+def test_a_call_for_which_the_model_decides_otherwise_gets_a_graph_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = Marked(tiny_llama(hidden_size=16, intermediate_size=24)).double()
+    adapted, wrapped = llfx.adapt(model, llfx.LoRA(r=2)), llfx.wrap(model, llfx.LoRA(r=2))
+    randomise(adapted, 0)
+    llfx.load_adapter_state_dict(wrapped, llfx.adapter_state_dict(adapted))
+    calls = [torch.tensor(ids) for ids in ([[2, 3, 4]], [[7, 3], [4, 7]], [[1, 7, 2, 5]], [[5, 1, 1], [2, 2, 6]])]
+    captures = [adapted._graphs.captures]
+    for _ in range(2):
+        for ids in calls:
+            actual, expected = adapted(ids, use_cache=False), wrapped(ids, use_cache=False)
+            torch.testing.assert_close(actual.logits, expected.logits)
+        captures.append(adapted._graphs.captures)
+    assert captures == [1, 5, 5]
 
 
 def test_several_adapters_share_one_model() -> None:

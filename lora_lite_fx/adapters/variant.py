@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import (
     Callable,
     Iterable,
@@ -190,7 +191,8 @@ class Variant:
 
     def _check_plain_fields(self) -> None:
         """Check the fields that are a flag, an integer, a number or a choice, whichever class declares them."""
-        for name, kind in _field_types(type(self)).items():
+        cls: Any = type(self)
+        for name, kind in _field_types(cls).items():
             value = getattr(self, name)
             if kind is bool:
                 self._require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
@@ -352,6 +354,7 @@ def _without_lists(value: Any) -> Any:
     return tuple(map(_without_lists, value)) if type(value) in (list, tuple) else value
 
 
+@functools.lru_cache(maxsize=256)  # a deep model has a variant at each of hundreds of sites
 def _field_types(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

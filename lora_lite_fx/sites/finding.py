@@ -96,16 +96,19 @@ def _names(groups: Mapping[_Group, list[Match]]) -> list[str]:
             names[key] = f"{name}.sites.{kind.name}"
         else:
             names[key] = name
+    by_name: dict[str, list[_Group]] = defaultdict(list)
     for key, name in names.items():
+        by_name[name].append(key)
+    for name, alike in by_name.items():
         # One weight is read in both orientations, in several forms, or with several biases. The module that owns it
         # keeps the name.
-        alike = [other for other in groups if names[other] == name]
-        own = min(alike, key=lambda other: (_runs_elsewhere(groups[other]), other[2].transposed))
-        if key != own:
-            stem = name if ".sites." in f".{name}" else f"{name}.sites"
-            turned = [f"{stem}.transposed"] if key[2].transposed != own[2].transposed else []
-            numbered = [f"{stem}.use_{number}" for number in range(2, len(groups) + 2)]
-            names[key] = next(new for new in (*turned, *numbered) if new not in names.values())
+        own = min(alike, key=lambda key: (_runs_elsewhere(groups[key]), key[2].transposed))
+        stem = name if ".sites." in f".{name}" else f"{name}.sites"
+        for key in alike:
+            if key != own:
+                turned = [f"{stem}.transposed"] if key[2].transposed != own[2].transposed else []
+                numbered = [f"{stem}.use_{number}" for number in range(2, len(groups) + 2)]
+                names[key] = next(new for new in (*turned, *numbered) if new not in names.values())
     return list(names.values())
 
 

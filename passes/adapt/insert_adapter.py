@@ -112,7 +112,9 @@ class InsertAdapter(GraphPass):
             for name in placement.tensors.values():
                 register_tensor(gm, name, self.tensors[name])
             return
-        if site.name not in dict(gm.named_modules()):
+        try:
+            gm.get_submodule(site.name)
+        except AttributeError:  # the graph needs no other tensor of it
             gm.add_submodule(site.name, nn.Module())
         placement.register(gm, site, site_weight(gm, site))
 

@@ -104,8 +104,8 @@ def without_what_cannot_be(
                 result = attempt(without)
             except CaptureError:
                 continue
-            reason = str(error).partition("\n")[0].rstrip(".").replace("In a call", "in a call", 1)
-            warn_of(" and ".join(without), model, f"{' and '.join(without)} cannot be captured, because {reason}")
+            reason = str(error).partition("\n")[0].rstrip(".")
+            warn_of(" and ".join(without), model, f"{' and '.join(without)} cannot be captured: {reason}")
             return result
         raise error from error.__cause__
 

@@ -32,8 +32,9 @@ from tests.support.models import (
     tiny_llama,
 )
 from tests.support.models import Attention as AttentionBlock
+from tests.support.saved import saved_by
 from tests.support.selection import slow_unless
-from tests.support.untouched import saved_bytes, untouched
+from tests.support.untouched import untouched
 
 VOCABULARY = 40
 
@@ -171,7 +172,7 @@ def test_two_adapters_with_dropout_and_batch_norm_compute_the_same(cls: type[llf
     assert_same(step(ours, (ids(3, 6),)), step(plain, (ids(3, 6),)))
     for name, buffer in plain.named_buffers():
         assert torch.equal(ours.get_buffer(name), buffer), name
-    assert saved_bytes(ours, (ids(3, 6),)) < saved_bytes(plain, (ids(3, 6),))
+    assert saved_by(ours, (ids(3, 6),)) < saved_by(plain, (ids(3, 6),))
 
 
 def test_the_backward_pass_uses_the_mode_of_the_forward_pass() -> None:
@@ -219,7 +220,7 @@ def test_layers_that_overwrite_tensors_in_place_compute_the_same(writes_input: b
     ours = checkpointed(plain)
     assert_same(step(ours, (x,)), step(plain, (x,)))
     if exported:  # because a symbolic trace does not know which tensors are views
-        assert saved_bytes(ours, (x,)) < saved_bytes(plain, (x,))
+        assert saved_by(ours, (x,)) < saved_by(plain, (x,))
 
 
 class Interleaved(nn.Module):
@@ -260,7 +261,7 @@ def test_the_blocks_of_a_sequential_are_checkpointed() -> None:
     for gm in (plain, ours):
         randomise(gm, 1)
     assert_same(step(ours, (x,)), step(plain, (x,)))
-    assert saved_bytes(ours, (x,)) < saved_bytes(plain, (x,)) / 2
+    assert saved_by(ours, (x,)) < saved_by(plain, (x,)) / 2
 
 
 # Memory.
@@ -280,17 +281,17 @@ def test_a_graph_saves_no_more_tensors_than_hugging_face(build: Callable[[], Any
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_(name.rpartition(".")[0] in adapted)
     inputs = tokens(4, 16)
-    unchecked = saved_bytes(theirs, inputs)
+    unchecked = saved_by(theirs, inputs)
     theirs.activation_checkpointing_enable()
     theirs.disable_input_require_grads()
-    assert saved_bytes(ours, inputs) <= 1.1 * saved_bytes(theirs, inputs) < 0.3 * unchecked
-    assert saved_bytes(ours.eval(), inputs) == saved_bytes(plain.eval(), inputs)
+    assert saved_by(ours, inputs) <= 1.1 * saved_by(theirs, inputs) < 0.3 * unchecked
+    assert saved_by(ours.eval(), inputs) == saved_by(plain.eval(), inputs)
     ours.train(), plain.train()
 
 
 def test_every_call_of_a_shared_layer_is_checkpointed() -> None:
     plain, ours = plain_and_checkpointed(albert)
-    assert saved_bytes(ours, tokens()) < 0.15 * saved_bytes(plain, tokens())
+    assert saved_by(ours, tokens()) < 0.15 * saved_by(plain, tokens())
 
 
 # Compiled, copied, exported.
@@ -308,7 +309,7 @@ def test_a_compiled_graph_has_no_breaks_and_saves_memory() -> None:
         torch.compiler.reset()
         # Use the partitioner of inductor without its code generation.
         compiled: Any = torch.compile(gm, fullgraph=True, backend="aot_eager_decomp_partition")
-        results.append((step(compiled, (x,)), saved_bytes(compiled, (x,))))
+        results.append((step(compiled, (x,)), saved_by(compiled, (x,))))
     torch.compiler.reset()
     (expected, unchecked), (actual, saved) = results
     assert saved < 0.3 * unchecked
@@ -323,7 +324,7 @@ def test_a_deep_copy_is_checkpointed_and_independent() -> None:
     assert checkpoints_layers(twin)
     expected = step(ours, tokens())
     assert_same(step(twin, tokens()), expected)
-    assert saved_bytes(twin, tokens()) == saved_bytes(ours, tokens())
+    assert saved_by(twin, tokens()) == saved_by(ours, tokens())
     randomise(twin, 7)
     assert_same(step(ours, tokens()), expected)
     assert not torch.equal(step(twin, tokens())[""], expected[""])

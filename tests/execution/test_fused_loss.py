@@ -28,6 +28,7 @@ from lora_lite_fx.ops import chunked_loss
 from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
 from tests.support.conformance import calibration, for_any_linear, randomise, small
 from tests.support.models import tiny_t5
+from tests.support.saved import saved_by
 from tests.support.selection import slow_unless
 
 CLASSES = 99
@@ -275,43 +276,12 @@ def test_a_whole_step_may_run_again_in_the_backward_pass() -> None:
     assert_close([loss.detach(), *gradients(fused)], gradients(plain, call))
 
 
-class Saved:
-    """The bytes of the storages that autograd saves, but those of tensors that are there anyway."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self.sizes: dict[int, int] = {}
-        self.kept: list[Tensor] = []
-
-    def __enter__(self) -> Saved:
-        self.hooks: Any = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.hooks.__exit__(*error)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.kept.append(tensor)  # so that no other takes its place
-        if storage.data_ptr() not in self.known:
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-
-def saved_bytes(model: nn.Module, call: dict[str, Any]) -> int:
-    with Saved(model) as saved:
-        loss = model(**call).loss
-    assert loss.requires_grad
-    return sum(saved.sizes.values())
-
-
 @pytest.mark.parametrize("cfg", [ATTENTION, WITH_HEAD], ids=["attention", "with head"])
 def test_no_logits_are_saved(cfg: Any) -> None:
     fused, plain = pair("plain", cfg)
     call = batch(rows=4, length=16)
     narrow, logits = 4 * 16 * 32 * 4, 4 * 16 * CLASSES * 4
-    less = saved_bytes(plain, call) - saved_bytes(fused, call)
+    less = saved_by(plain, call) - saved_by(fused, call)
     # Softmax is saved, and not the gradient of h; of an adapter on the head also that of t, as large as t.
     assert logits - narrow - 2048 <= less <= logits
 

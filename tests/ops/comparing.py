@@ -1,9 +1,8 @@
-"""An operation beside the plain ones that it stands for: values, gradients, and what autograd saves."""
+"""An operation beside the plain ones that it stands for: values and gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +22,3 @@ def assert_same(
     torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
         torch.testing.assert_close(function(*values), expected)
-
-
-def saved_bytes(function: Callable[..., Any], *values: Tensor) -> int:
-    """Return the bytes of memory that autograd saves in a call."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function(*values)
-    assert result.requires_grad
-    return sum(saved.values())

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lite_fx.ops.rotated_pairs import rotated_pairs
-from tests.ops.comparing import assert_same, saved_bytes
+from tests.ops.comparing import assert_same
+from tests.support.saved import saved_bytes
 
 
 def plain(pairs: Tensor, straight: Tensor, crossed: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def test_gradients_have_gradients() -> None:
 
 def test_the_values_are_saved_once_and_nothing_else_of_their_size() -> None:
     values = operands((64,), 2, 1, 4)
-    assert saved_bytes(rotated_pairs, *values) == sum(value.untyped_storage().nbytes() for value in values)
+    assert saved_bytes(lambda: rotated_pairs(*values)) == sum(value.untyped_storage().nbytes() for value in values)
 
 
 @pytest.mark.parametrize("of", ["types", "vmap", "jvp", "compiled"])

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 import lora_lite_fx as llfx
 from lora_lite_fx.ops.low_rank_products import LowRankProducts
@@ -15,6 +14,7 @@ from tests.adapters.test_switches import fill
 from tests.support.conformance import close
 from tests.support.low_rank_llama import EVERYWHERE, gathered, llama, tokens
 from tests.support.programs import count
+from tests.support.saved import saved_bytes
 
 aten = torch.ops.aten
 
@@ -66,17 +66,7 @@ def test_gradients_of_gradients() -> None:
 def test_what_is_saved_does_not_grow_with_the_slots() -> None:
     def saved(slots: int) -> int:
         gm = llfx.rewrite(llama()[1], llfx.Bank(llfx.LoRA(r=2, **EVERYWHERE), slots=slots)).train()
-        storages: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, torch.nn.Parameter):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            keep = run(gm, torch.tensor([0, 1, 0, 1]))
-        del keep
-        return sum(storages.values())
+        return saved_bytes(lambda: run(gm, torch.tensor([0, 1, 0, 1])), gm.parameters())
 
     assert saved(2) == saved(64)
 

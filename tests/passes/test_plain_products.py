@@ -19,6 +19,7 @@ from lora_lite_fx.passes import OPTIMIZATIONS, Program
 from tests.support.conformance import randomise
 from tests.support.low_rank_llama import llama, tokens
 from tests.support.programs import derived
+from tests.support.saved import saved_bytes
 
 Forward = Callable[[Any, Tensor, llfx.FrozenLinear, Any], Any]
 
@@ -87,19 +88,6 @@ def operators(gm: fx.GraphModule, program: Program) -> Counter[str]:
     return Counter(f"{'+' if is_inserted(n) else ''}{n.target}" for n in run.graph.nodes if n.op == "call_function")
 
 
-def saved_bytes(gm: nn.Module) -> int:
-    """Return the size of what autograd saves for the backward pass."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        gm(**tokens(2, 5)).logits.sum()
-    return sum(saved.values())
-
-
 FIELDS: dict[str, Any] = {"r": 2, "alpha": 6.0, "target_names": ("_proj$",)}
 
 
@@ -118,7 +106,8 @@ def observe(cfg: llfx.Variant, dtype: torch.dtype = torch.float64) -> Observed:
     logits = gm(**tokens(2, 5)).logits
     gradients = torch.autograd.grad(logits.square().sum(), llfx.adapter_parameters(gm))
     programs: tuple[Program, ...] = ("training", "inference")
-    return Observed({name: operators(gm, name) for name in programs}, saved_bytes(gm.train()), logits, gradients)
+    saved = saved_bytes(lambda: gm.train()(**tokens(2, 5)).logits.sum())
+    return Observed({name: operators(gm, name) for name in programs}, saved, logits, gradients)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from tests.support.programs import (
     derived,
     reasons,
 )
-from tests.support.untouched import saved_bytes
+from tests.support.saved import saved_by
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ def test_hardly_more_is_saved_than_by_the_frozen_base(name: str, most: float) ->
     gm = adapted_llama(name, dtype=torch.float32)
     plain = llfx.optimize(gm, PLAIN)
     assert all(run(case, 1, 2)().requires_grad for case in (model, gm, plain))
-    of_base, ours, of_plain = (saved_bytes(case, tokens(64, 8)) for case in (model, gm, plain))
+    of_base, ours, of_plain = (saved_by(case, tokens(64, 8)) for case in (model, gm, plain))
     assert of_base < ours <= most * of_base
     assert of_plain > 1.3 * ours
 
@@ -69,11 +69,11 @@ def test_dropout_takes_hardly_more_memory_and_gives_the_same_numbers(name: str, 
     cfg = dataclasses.replace(known, dropout=0.25)
     gm = llfx.rewrite(llama(dtype=torch.float32)[1], cfg).train()
     randomise(gm, 1)
-    without = saved_bytes(adapted_llama(name, dtype=torch.float32), tokens(64, 8))
-    assert saved_bytes(gm, tokens(64, 8)) <= most * without
+    without = saved_by(adapted_llama(name, dtype=torch.float32), tokens(64, 8))
+    assert saved_by(gm, tokens(64, 8)) <= most * without
     assert any(isinstance(node.target, DroppedProduct) for node in llfx.program(gm, "training").graph.nodes)
     plain = llfx.optimize(gm, OPTIMIZATIONS.without("recompute_inputs"))
-    assert saved_bytes(plain, tokens(64, 8)) > 1.5 * without
+    assert saved_by(plain, tokens(64, 8)) > 1.5 * without
     results = []
     for graph in (plain, gm):
         for parameter in gm.parameters():

@@ -17,6 +17,7 @@ from lora_lite_fx.capture.share import share
 from lora_lite_fx.storage.dequantized import DequantizedLinear, restore_quantized, stand_ins
 from lora_lite_fx.testing.compare import close
 from tests.support.quantized import STORAGES, dequantized, effective_weight, held, library, quantized, storages
+from tests.support.saved import saved_bytes
 from tests.support.selection import slow_unless
 
 
@@ -85,18 +86,7 @@ def test_results_and_gradients_are_those_of_the_dense_weights(storage: str) -> N
 
 def kept(model: nn.Module) -> int:
     """Return the bytes that are kept for the backward pass beside the tensors of the model."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if (memory := tensor.untyped_storage()).data_ptr() not in own:
-            seen[memory.data_ptr()] = memory.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(X[0].clone().requires_grad_())
-    del y
-    return sum(seen.values())
+    return saved_bytes(lambda: model(X[0].clone().requires_grad_()), (*model.parameters(), *model.buffers()))
 
 
 @pytest.mark.parametrize("storage", storages("int8"))

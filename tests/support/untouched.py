@@ -1,4 +1,4 @@
-"""Check that a user's model does not change (`untouched`), and count the bytes that a forward pass saves."""
+"""Check that a user's model does not change."""
 
 from __future__ import annotations
 
@@ -51,23 +51,3 @@ def untouched(*models: nn.Module) -> Iterator[None]:
             assert now.keys() == was.keys(), sorted(now.keys() ^ was.keys())
             changed = [what for what in was if now[what] != was[what]]
             assert not changed, changed
-
-
-def saved_bytes(model: nn.Module, inputs: Any) -> int:
-    """Count the bytes that a forward pass saves for the backward pass, each storage once.
-
-    Parameters, buffers and inputs do not count, because they exist anyway.
-    """
-    arguments = inputs.values() if isinstance(inputs, dict) else inputs
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    existing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *tensors)}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    assert result is not None
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in existing)

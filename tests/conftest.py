@@ -13,3 +13,4 @@ torch._dynamo.config.fake_tensor_cache_enabled = False
 def pytest_collection_finish() -> None:
     # Half a million objects of imported modules stay for good: without them, collecting garbage takes half the time.
     gc.freeze()
+    gc.set_threshold(10_000, 10, 50)  # tests make few cycles, and look for them seldom

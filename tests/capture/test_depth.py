@@ -91,7 +91,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     return lambda: " ".join(record.getMessage() for record in caplog.records)
 
 
-EVERY_DAY = {"llama", "gemma2"}
+EVERY_DAY = {"llama"}
 PLANTED_EVERY_DAY = {"OtherConstant", "ReadsMiddle", "OtherInEvaluation", "BranchesOnIndex", "OtherDropout", "tied"}
 
 

@@ -71,7 +71,9 @@ def albert() -> Any:
 
 
 MODELS: tuple[Callable[[], Any], ...] = (llama, gpt2, bert, t5, albert)
-models = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+models = pytest.mark.parametrize(
+    "build", slow_unless((llama, albert).__contains__, MODELS), ids=lambda build: build.__name__
+)
 
 
 @functools.cache

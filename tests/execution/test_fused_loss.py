@@ -29,7 +29,7 @@ from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
 from tests.support.conformance import calibration, for_any_linear, randomise, small
 from tests.support.models import tiny_t5
 from tests.support.saved import saved_by
-from tests.support.selection import slow_unless
+from tests.support.selection import is_distinct, slow_unless
 
 CLASSES = 99
 LLAMA: dict[str, Any] = {
@@ -207,7 +207,7 @@ IN_BLOCKS = {"C3A", "GraLoRA", "LoKr", "RoAd"}
 """Variants that compute parts of a row of logits apart, and join them."""
 
 
-@pytest.mark.parametrize("name", for_any_linear())
+@pytest.mark.parametrize("name", slow_unless(is_distinct, for_any_linear()))
 def test_every_variant_may_adapt_the_head(name: str) -> None:
     model, inputs, graph = small_model()
     cfg = small(llfx.registry()[name], 4, alpha=2.0, target_names=("head", "body"))

@@ -18,7 +18,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.execution.cutting import call
 from lora_lite_fx.execution.measuring import Recorder, obstacle
 from lora_lite_fx.passes import OPTIMIZATIONS
-from tests.execution.test_checkpointing import VOCABULARY, InPlace, assert_same, llama, models, step, t5, tokens
+from tests.execution.test_checkpointing import MODELS, VOCABULARY, InPlace, assert_same, llama, step, t5, tokens
 from tests.support.conformance import randomise, small
 from tests.support.models import WIDTH, ResidualMLP, tiny_llama
 from tests.support.selection import slow_unless
@@ -56,7 +56,7 @@ def kept(gm: nn.Module, inputs: dict[str, Tensor]) -> int:
 # The same numbers.
 
 
-@models
+@pytest.mark.parametrize("build", slow_unless((llama, t5).__contains__, MODELS), ids=lambda build: build.__name__)
 @pytest.mark.parametrize("memory", slow_unless(("balanced",).__contains__, ["balanced", 0.92]))
 def test_outputs_and_gradients_are_those_of_the_plain_graph(build: Callable[[], Any], memory: Any) -> None:
     plain = trained(build)
@@ -75,7 +75,11 @@ def test_outputs_and_gradients_are_those_of_the_plain_graph(build: Callable[[], 
     plain.train()
 
 
-@pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA, llfx.OFT, llfx.IA3, llfx.VeRA], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls",
+    slow_unless((llfx.DoRA, llfx.OFT).__contains__, [llfx.DoRA, llfx.HRA, llfx.OFT, llfx.IA3, llfx.VeRA]),
+    ids=lambda cls: cls.__name__,
+)
 def test_every_form_of_adapter_computes_the_same(cls: type[llfx.Variant]) -> None:
     plain = trained(plain_llama, small(cls))
     ours = planned(plain, 0.6)

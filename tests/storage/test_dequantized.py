@@ -117,7 +117,8 @@ def test_training_leaves_the_base_as_it_is_and_remove_gives_it_back(storage: str
     close(removed(*X), dequantized(model)(*X), 1e-5, "the base")
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+# quanto compiles an extension to read 4 bits.
+@pytest.mark.parametrize("storage", slow_unless(lambda name: name != "quanto int4", STORAGES))
 def test_the_weight_is_read_to_the_bits_of_its_library(storage: str) -> None:
     model = base(storage)
     for name, stand_in in share(model).named_modules():

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import calibration, for_any_linear
-from tests.support.selection import slow_unless
+from tests.support.selection import is_distinct, slow_unless
 from tests.variants.test_low_rank import grad_of
 
 D_IN, INNER, D_OUT = 8, 12, 4
@@ -69,6 +69,7 @@ def configs(cls: type[llfx.Variant]) -> Iterator[llfx.Variant]:
 
 
 CONFIGS = [cfg for cls in for_any_linear().values() for cfg in configs(cls)]
+EVERYDAY = {next(configs(cls)) for cls in for_any_linear().values()}
 
 
 def named(cfg: llfx.Variant) -> str:
@@ -87,7 +88,11 @@ def graph() -> fx.GraphModule:
 X, Y = (torch.randn(40, width, generator=torch.Generator().manual_seed(width)) for width in (D_IN, D_OUT))
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=named)
+@pytest.fixture(
+    scope="module",
+    params=slow_unless(lambda cfg: is_distinct(type(cfg)) or cfg in EVERYDAY, CONFIGS),
+    ids=named,
+)
 def adapted(request: pytest.FixtureRequest, graph: fx.GraphModule) -> tuple[llfx.Variant, fx.GraphModule]:
     """Each config, and the model with it at its start."""
     torch.manual_seed(2)

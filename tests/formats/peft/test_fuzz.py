@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_lite_fx as llfx
 from lora_lite_fx.formats.lora_lite import _FORMATS as LORA_LITE
 from lora_lite_fx.formats.peft.variants import FORMATS
+from tests.support.selection import is_distinct, slow_unless
 from tests.support.untouched import untouched
 
 fuzz = settings(
@@ -195,7 +196,7 @@ def replaced(config: Mapping[str, Any], data: st.DataObject) -> dict[str, Any]:
     return {**config, field: data.draw(values, label="value")}
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: is_distinct(FORMS[name].variant), FORMS))
 @settings(fuzz, max_examples=20)
 @given(data=st.data())
 def test_a_good_config_with_a_field_replaced_loads_or_is_refused(

@@ -64,7 +64,9 @@ class Values:
                 if getattr(config, name, None) is not None:
                     return getattr(config, name)
             parts = (getattr(config, name, None) for name in _PARTS)
-            configs += [part for part in parts if hasattr(part, "to_dict")]
+            # That of WavTokenizer is a part of itself, made anew each time.
+            known = {type(each) for each in configs}
+            configs += [part for part in parts if hasattr(part, "to_dict") and type(part) not in known]
         return None
 
     def anywhere(self, name: str) -> Any:

@@ -6,15 +6,18 @@ import contextlib
 import copy
 import functools
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_inputs import example_inputs_of
+from lora_lite_fx.capture.example_values import Values
 from lora_lite_fx.capture.hugging_face import prepare_for_capture
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
@@ -291,6 +294,20 @@ def test_a_config_without_what_is_needed_is_named() -> None:
     model = CASES["pi0"].builder()()
     with pytest.raises(llfx.CaptureError, match=r"PI0For.*It requires state.*pass example_inputs"):
         example_inputs_of(copy.deepcopy(model))
+
+
+def test_a_config_that_is_a_part_of_itself_is_searched_once() -> None:
+    class Endless(hf.PreTrainedConfig):
+        made = 0
+
+        @property
+        def encoder_config(self) -> Endless:
+            assert Endless.made < 100
+            Endless.made += 1
+            return Endless()
+
+    model = SimpleNamespace(forward=lambda input_ids: None, config=Endless())
+    assert Values(model).field("image_size", "max_img_size") is None
 
 
 def test_the_layout_of_images_is_a_part_of_the_graph() -> None:

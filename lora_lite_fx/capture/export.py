@@ -26,7 +26,7 @@ from .decisions import Decisions
 from .memories import forgetting
 from .outputs import has_data
 from .refusal import refusal
-from .unprinted import graphs_unprinted
+from .unprinted import quiet_export
 
 _READS_VALUES = (GuardOnDataDependentSymNode,)
 
@@ -108,7 +108,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         forgetting(model),
         WithoutGeneratorOfNone(),
         DataFollowed(),
-        graphs_unprinted(),
+        quiet_export(),
     ):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

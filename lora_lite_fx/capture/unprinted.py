@@ -1,4 +1,4 @@
-"""Keep torch from printing what it makes of errors that are caught: tracebacks, and graphs that were half traced."""
+"""Keep torch from printing what is of no use to a user: of errors that are caught, and of a capture."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from typing import Any
 
 # It logs the traceback of each operator that fails without data, before it raises the error.
 _FAKE_TENSORS = logging.getLogger("torch._subclasses.fake_tensor")
+_OF_EXPORT = {
+    "torch._export.non_strict_utils": "0/1 specialized",  # a size of one stays fixed, as the guards of the graph say
+    "torch.fx.experimental.symbolic_shapes": "Unable to find user code",  # says that an error comes without advice
+}
+"""Warnings that torch.export logs, by the name of the logger."""
 
 
 @contextmanager
@@ -24,13 +29,28 @@ def failures_unlogged() -> Iterator[None]:
 
 
 @contextmanager
-def graphs_unprinted() -> Iterator[None]:
-    """Let torch.export print no graph of a trace that fails, which may have thousands of lines.
+def quiet_export() -> Iterator[None]:
+    """Let torch.export log no warnings of no use, and print no graph of a trace that fails.
 
-    It prints one to stderr, where a model decides by values, and no option leaves it out.
+    It prints one to stderr, of thousands of lines, where a model decides by values, and no option leaves it out.
     """
-    with contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)):
+    with contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)), contextlib.ExitStack() as stack:
+        for name, text in _OF_EXPORT.items():
+            without, logger = _Without(text), logging.getLogger(name)
+            logger.addFilter(without)
+            stack.callback(logger.removeFilter, without)
         yield
+
+
+class _Without(logging.Filter):
+    """Leaves out messages with a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._text not in record.getMessage()
 
 
 class _WithoutGraphs:

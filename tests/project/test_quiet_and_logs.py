@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 import lora_lite_fx as llfx
 from lora_lite_fx import log
 from lora_lite_fx.adapters.listing import describe_adapters
-from lora_lite_fx.capture.unprinted import graphs_unprinted
+from lora_lite_fx.capture.unprinted import quiet_export
 from lora_lite_fx.execution.execution import Execution
 from lora_lite_fx.execution.module import AdaptedGraphModule
 from tests.support.models import GatedMLP, Net, tiny_llama
@@ -296,8 +296,24 @@ def test_a_graph_that_torch_export_gave_up_is_not_printed(capfd: pytest.CaptureF
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_size_of_one_is_no_warning_of_torch_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, said = logging.getLogger("torch._export.non_strict_utils"), list[str]()
+    monkeypatch.setattr(logger, "handlers", [logging.Handler()])
+    monkeypatch.setattr(logger.handlers[0], "emit", lambda record: said.append(record.getMessage()))
+    model, x = nn.Linear(4, 4), torch.ones(3, 1, 4)
+
+    def warned_of_by_torch() -> bool:
+        torch.export.export(model, (x,), dynamic_shapes=[[torch.export.Dim.AUTO] * 2 + [4]])
+        return any("0/1 specialized" in message for message in said)
+
+    gm = llfx.capture(model, (x,))
+    assert not said
+    assert gm(torch.ones(5, 1, 4)).shape == (5, 1, 4)
+    assert warned_of_by_torch(), "else the filter is not needed any more"
+
+
 def test_what_goes_to_stderr_meanwhile_gets_there(capfd: pytest.CaptureFixture[str]) -> None:
-    with graphs_unprinted():
+    with quiet_export():
         print("of the model", file=sys.stderr)
         sys.stderr.flush()
     assert capfd.readouterr().err == "of the model\n"

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from ...graph.provenance import is_inserted
-from ...graph.queries import obstacle_between
 from ...ops.rotated_blocks import RotatedBlocks
-from ..pipeline import Declined, GraphPass, Outcome, Program
+from ..pipeline import GraphPass, Outcome, Program
+from .rotations import Rotation, replace_rotations
 
 aten = torch.ops.aten
 
@@ -29,26 +29,11 @@ class RotateBlocks(GraphPass):
     programs: ClassVar[frozenset[Program]] = frozenset({"training", "checkpointed"})
 
     def run(self, gm: fx.GraphModule) -> Outcome:
-        edits = 0
-        declined = []
-        for node in gm.graph.find_nodes(op="call_function", target=aten.add.Tensor):
-            rotation = _rotation(node)
-            if rotation is None:
-                continue
-            products, *operands = rotation
-            if why := obstacle_between(gm, products, node):
-                declined.append(Declined.at([node], why))
-                continue
-            with gm.graph.inserting_before(node):
-                rotated = gm.graph.call_function(RotatedBlocks(), tuple(operands))
-            rotated.meta = dict(node.meta)
-            node.replace_all_uses_with(rotated)
-            edits += 1
-        return Outcome(edits, tuple(declined))
+        return replace_rotations(gm, _rotation)
 
 
-def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Return the products, `x` and the blocks, if `node` is the sum `x + x B` that an adapter computes."""
+def _rotation(node: fx.Node) -> Rotation | None:
+    """Return the rotation of `x` by blocks, if `node` is the sum `x + x B` that an adapter computes."""
     if not is_inserted(node) or node.kwargs:
         return None
     x, flat = node.args
@@ -60,7 +45,7 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     by_block, blocks = products.all_input_nodes
     if by_block.target is not aten.unflatten.int or by_block.args[:2] != (x, -1) or len(_sizes(by_block)) != 2:
         return None
-    return products, by_block.all_input_nodes[0], blocks
+    return Rotation(RotatedBlocks(), (by_block.all_input_nodes[0], blocks), first=products)
 
 
 def _sizes(unflattened: fx.Node) -> Sequence[Any]:

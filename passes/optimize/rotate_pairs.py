@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from ...graph.provenance import is_inserted
-from ...graph.queries import obstacle_between, value_of
+from ...graph.queries import value_of
 from ...ops.rotated_pairs import rotated_pairs
-from ..pipeline import Declined, GraphPass, Outcome, Program
+from ..pipeline import GraphPass, Outcome, Program
+from .rotations import Rotation, replace_rotations
 
 aten = torch.ops.aten
 
@@ -29,33 +31,11 @@ class RotatePairs(GraphPass):
     programs: ClassVar[frozenset[Program]] = frozenset({"training", "checkpointed"})
 
     def run(self, gm: fx.GraphModule) -> Outcome:
-        edits = 0
-        declined = []
-        for node in gm.graph.find_nodes(op="call_function", target=aten.add.Tensor):
-            rotation = _rotation(node)
-            if rotation is None:
-                continue
-            same_type = len({_dtype(gm, operand) for operand in rotation.operands}) == 1
-            if why := obstacle_between(gm, rotation.first, node) if same_type else "its terms are of several types":
-                declined.append(Declined.at([node], why))
-                continue
-            with gm.graph.inserting_before(node):
-                rotated = gm.graph.call_function(rotated_pairs, rotation.operands)
-            rotated.meta = dict(node.meta)
-            node.replace_all_uses_with(rotated)
-            edits += 1
-        return Outcome(edits, tuple(declined))
+        return replace_rotations(gm, functools.partial(_rotation, gm))
 
 
-class _Rotation(NamedTuple):
-    """The operands of `rotated_pairs`, and the first node that it stands for."""
-
-    operands: tuple[fx.Node, fx.Node, fx.Node]
-    first: fx.Node
-
-
-def _rotation(node: fx.Node) -> _Rotation | None:
-    """Return the operands of the rotation whose sum `node` is, if it is one that an adapter computes."""
+def _rotation(gm: fx.GraphModule, node: fx.Node) -> Rotation | None:
+    """Return the rotation whose sum `node` is, if it is one that an adapter computes."""
     if not is_inserted(node) or node.kwargs or not all(map(_is_product, node.args)):
         return None
     kept: Any
@@ -66,7 +46,10 @@ def _rotation(node: fx.Node) -> _Rotation | None:
         return None
     if len(flipped[0].users) > 1:
         return None
-    return _Rotation((kept[0], kept[1], flipped[1]), min(flipped[0], *products))
+    operands = kept[0], kept[1], flipped[1]
+    same_type = len({_dtype(gm, operand) for operand in operands}) == 1
+    obstacle = "" if same_type else "its terms are of several types"
+    return Rotation(rotated_pairs, operands, min(flipped[0], *products), obstacle)
 
 
 def _is_product(value: Any) -> bool:

@@ -357,9 +357,9 @@ MUTANTS = (
         "test_conditions.py::test_blocks_are_rotated_by_one_operation_where_that_is_the_same",
     ),
     _mutant(
-        "rotate_blocks",
-        "if why := obstacle_between(gm, products, node):",
-        'if why := "":',
+        "rotations",
+        "rotation.obstacle or obstacle_between(gm, rotation.first, node):",
+        "rotation.obstacle:",
         "the products read the input as it is after a write",
         "test_conditions.py::test_products_of_blocks_are_not_moved_across_a_write",
     ),
@@ -387,8 +387,8 @@ MUTANTS = (
     ),
     _mutant(
         "rotate_pairs",
-        'obstacle_between(gm, rotation.first, node) if same_type else "its terms are of several types"',
-        '"" if same_type else "its terms are of several types"',
+        "min(flipped[0], *products)",
+        "max(flipped[0], *products)",
         "a product reads the values as they are after a write",
         "test_conditions.py::test_products_of_pairs_are_not_moved_across_a_write",
     ),

@@ -6,6 +6,7 @@ loss is computed from the logits. A small run of the model shows which of these 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,12 @@ _NO_STATES_IN_TRAINING = (*_CACHES_IN_EVALUATION, "falcon_mamba", "mamba", "mamb
 """Types of models that keep no states in training if a call does not say `use_cache`, whatever their config says."""
 
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
+
+_OF_TEXT = (
+    *("input_ids", "inputs_embeds", "attention_mask", "cached_mask", "position_ids", "token_type_ids"),
+    *("mm_token_type_ids", *_LOSS_ARGUMENTS),
+)
+"""Arguments with a tensor that is as long as the text."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,12 @@ def caches(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def probe(model: Any) -> Decoder | None:
-    """Run `model` on a few tokens, left-padded; None if it is not a causal language model that appends to its cache."""
+    """Run `model` on a few tokens, left-padded, and on one more.
+
+    Returns:
+        What that shows. None if the model is not a causal language model that appends tokens, and these alone, to its
+        cache: GIT widens masks by the tokens of an image.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     signature = inspect.signature(model.forward).parameters
@@ -157,10 +169,12 @@ def probe(model: Any) -> Decoder | None:
     try:
         try:
             plain = run()
+            if not isinstance(getattr(plain, "cache", None), DynamicCache):
+                return None  # BertLMHeadModel that is not a decoder
+            one_more = {"input_ids": ids[:, :1], "attention_mask": torch.cat([mask, mask[:, -1:]], dim=1)}
+            model(**one_more, cache=copy.deepcopy(plain.cache), use_cache=True)
         except Exception:  # it takes tokens in another form, as Kyutai's speech models with a column for each code
             return None
-        if not isinstance(getattr(plain, "cache", None), DynamicCache):
-            return None  # BertLMHeadModel that is not a decoder
         layers = plain.cache.layers
         if not all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers
@@ -184,7 +198,10 @@ def _has_plain_loss(model: Any, run: Any, ids: Tensor) -> bool:
     arguments: dict[str, Any] = {"labels": labels}
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
         arguments["num_items_in_batch"] = 5
-    result = run(**arguments)
+    try:
+        result = run(**arguments)
+    except Exception:  # it leaves out the logits of an image, which GIT does although these tokens have none
+        return False
     return torch.equal(result.loss, loss_of(model, result.logits, arguments))
 
 
@@ -238,7 +255,9 @@ def normalize_call(
     if fuses_loss and "labels" in arguments:
         return NormalizedCall(arguments, callers_caches, None, keeps_cache)
     keep = arguments.get("logits_to_keep", 0)
-    if "logits_to_keep" in decoder.parameters and isinstance(keep, int):
+    # Images and sound may make the text longer, and what is kept of it would be of other places.
+    only_text = not any(isinstance(value, Tensor) for name, value in arguments.items() if name not in _OF_TEXT)
+    if "logits_to_keep" in decoder.parameters and isinstance(keep, int) and only_text:
         arguments["logits_to_keep"] = torch.arange(length, device=tokens.device)[-keep:]
     loss = None
     if decoder.has_plain_loss and "labels" in arguments:

@@ -17,6 +17,7 @@ from tests.survey.cases import cases
 
 CASES = {case.name: case for case in cases()}
 CONFIGS = {
+    "git": llfx.LoRA(r=2, target_names=("query",)),
     "qwen2_vl": llfx.LoRA(r=2, target_names=("q_proj", "qkv", "merger")),
     "internvl": llfx.LoRA(r=2, target_names=("q_proj", "multi_modal_projector")),
     "llava": llfx.LoRA(r=2, target_names=("q_proj", "multi_modal_projector")),
@@ -73,3 +74,13 @@ def test_generate_equals_the_eager_wrapper(name: str) -> None:
     actual, expected = (model.eval().generate(**prompt, **options).logits for model in (adapted, wrapped))
     for ours, theirs in zip(actual, expected, strict=True):
         close(ours, theirs, 1e-9, "logits")
+
+
+def test_logits_are_of_the_right_places_where_an_image_stands_before_the_text() -> None:
+    adapted, _ = models("git")
+    inputs = inputs_of(adapted)
+    tokens = inputs["input_ids"].shape[1]
+    require_equal("git", inputs)
+    assert adapted(**{name: value for name, value in inputs.items() if name != "labels"}).logits.shape[1] > tokens
+    require_equal("git", {name: value for name, value in inputs.items() if name not in ("labels", "pixel_values")})
+    test_generate_equals_the_eager_wrapper("git")

@@ -113,7 +113,11 @@ def _outcome(report: Report, step: str) -> Iterator[None]:
         except Exception as error:
             raised, said = error, f"error: {type(error).__name__}: {error} ({_place(error)})"
     ours = sorted(
-        {str(w.message)[:300] for w in caught if "lora_lite_fx" in w.filename or "tests/survey" in w.filename}
+        {
+            _without_folders(str(w.message))[:300]
+            for w in caught
+            if "lora_lite_fx" in w.filename or "tests/survey" in w.filename
+        }
     )
     extra = {f"{step}_warnings": ours} if ours else {}
     report(**{step: _without_folders(said)[:700], f"{step}_seconds": round(time.process_time() - start, 1)}, **extra)
@@ -123,7 +127,7 @@ def _outcome(report: Report, step: str) -> Iterator[None]:
 
 def _without_folders(text: str) -> str:
     """Return a message without where this machine keeps its files."""
-    return re.sub(r"/\S*?/(site-packages/|(?=tests/))", "", text)
+    return re.sub(r"/\S*?/(site-packages/|(?=(tests|lora_lite_fx)/))", "", text)
 
 
 def _place(error: BaseException) -> str:

@@ -65,6 +65,10 @@ def decisions_on_inputs(gm: fx.GraphModule) -> Callable[..., str]:
         A function of a module with the tensors of `gm`, and of the inputs of the graph. It returns what the graph would
         raise, or an empty text.
     """
+    asserts = gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_async.msg)
+    decided = {node.args[0]: str(node.args[1]) for node in asserts if str(node.args[1]).startswith(_DECIDED)}
+    if not decided:
+        return lambda module, *inputs: ""
     overwritten = [node for node, _ in overwritten_tensors(gm, gm.graph)]  # as `extract` does not follow writes
     parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
 
@@ -73,17 +77,11 @@ def decisions_on_inputs(gm: fx.GraphModule) -> Callable[..., str]:
             return node.target not in parameters and all(other and other.target != node.target for other in overwritten)
         return node not in overwritten and (node.op == "placeholder" or is_deterministic(node))
 
-    asserted: dict[fx.Node, str] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_async.msg):
-        condition, message = node.args
-        if str(message).startswith(_DECIDED) and all(map(is_known, ancestors([condition]))):
-            asserted[condition] = str(message)
-    if not asserted:
-        return lambda module, *inputs: ""
-    conditions = forward_of(gm, extract(gm.graph.find_nodes(op="placeholder"), list(asserted)))
+    known = {node: message for node, message in decided.items() if all(map(is_known, ancestors([node])))}
+    conditions = forward_of(gm, extract(gm.graph.find_nodes(op="placeholder"), list(known)))
 
     def refusal(module: nn.Module, *inputs: Any) -> str:
-        found = zip(asserted.values(), conditions(module, *inputs), strict=True)
+        found = zip(known.values(), conditions(module, *inputs), strict=True)
         return next((message for message, holds in found if not holds), "")
 
     return refusal

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+from torch import SymBool, SymFloat, SymInt, nn
 from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells a tensor without data
 from torch._subclasses.functional_tensor import FunctionalTensor  # of which torch.export makes those of a trace
 
@@ -30,13 +30,16 @@ def forgetting(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for now, then in attributes:  # as Clvp keeps its rotations, and RecurrentGemma its states
-            for name in [name for name, value in now.items() if isinstance(value, (FakeTensor, FunctionalTensor))]:
+        for now, then in attributes:  # as Clvp keeps its rotations, RecurrentGemma its states, and Funnel a length
+            for name in [name for name, value in now.items() if isinstance(value, _WITHOUT_DATA)]:
                 del now[name]
                 now.update({name: then[name]} if name in then else {})
         for function in _remembering(places):
             if function.cache_info().misses != before.get(function, 0):
                 function.cache_clear()
+
+
+_WITHOUT_DATA = (FakeTensor, FunctionalTensor, SymInt, SymFloat, SymBool)
 
 
 def _remembering(places: Iterable[str]) -> Iterator[Any]:

@@ -33,6 +33,7 @@ from ..graph.turns import tracing
 from .autograd_functions import telling_functions
 from .memories import forgetting
 from .repeats import NotRepeated, Result, Step, input_name
+from .unprinted import failures_unlogged
 from .watched_functions import WatchedFunctions, literal, literals
 
 _MOST_VALUES = 1 << 20
@@ -116,6 +117,7 @@ class StandIn:
         with (
             torch.enable_grad(),
             forgetting(self.model),
+            failures_unlogged(),
             _compiling_state_context(),
             self._mode,
             _Operators(record),

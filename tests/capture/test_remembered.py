@@ -33,6 +33,17 @@ class Tabulating(nn.Linear):
         return super().forward(input) + self.table[:3]
 
 
+class Measuring(nn.Linear):
+    """Keeps the length of its call, as Funnel does; `scale` may be left out."""
+
+    length = 0
+
+    def forward(self, input: Tensor, scale: Tensor | None = None) -> Tensor:
+        self.length = input.shape[0]
+        result = super().forward(input) / self.length
+        return result if scale is None else result * scale
+
+
 def test_what_one_call_keeps_for_the_next_is_refused() -> None:
     with pytest.raises(llfx.CaptureError, match=r"keeps 1\.state from one call for the next"):
         llfx.capture(nn.Sequential(nn.Linear(4, 4), Remembering(4, 3)), (torch.randn(2, 4),))
@@ -41,6 +52,12 @@ def test_what_one_call_keeps_for_the_next_is_refused() -> None:
 def test_what_is_the_same_in_each_call_is_captured() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), Tabulating(4, 3)), torch.randn(5, 4)
     torch.testing.assert_close(llfx.capture(model, (torch.randn(2, 4),))(x), model(x))
+
+
+def test_a_size_that_a_call_keeps_is_forgotten() -> None:
+    model, x = Measuring(4, 3), torch.randn(5, 4)
+    gm = llfx.capture(model, (torch.randn(2, 4), torch.randn(3)))  # copies the model anew, to leave out `scale`
+    torch.testing.assert_close(gm(x, torch.ones(3)), model(x))
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 `self.classifier.to(torch.float32)` sets each parameter anew also where it is float32 already, and
 `torch.randn(x.shape, generator=None)` is another operator than without the argument, which takes no sizes of a trace.
-`x.data` is a tensor that a trace does not follow. transformers makes a mask that shows everything where it is exported,
-and none in other calls.
+`x.data` is a tensor that a trace does not follow, and a deep copy of a tensor without data may end the process.
+transformers makes a mask that shows everything where it is exported, and none in other calls.
 """
 
 from __future__ import annotations
@@ -94,6 +94,22 @@ class DataFollowed(TorchFunctionMode):
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         return func(*args, **kwargs or {})
+
+
+class CopiesFollowed(TorchFunctionMode):
+    """Clones tensors in a deep copy, which Dory makes of layers of its cache.
+
+    torch copies the storage of a tensor without data, which has none: that raises, or spoils the memory of the process.
+    A clone is what torch itself makes of tensors that have no storage. A parameter stays the copy that torch makes.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or isinstance(args[0], nn.Parameter):
+            return func(*args, **kwargs or {})
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.clone()
+        return memo[id(tensor)]
 
 
 class WithoutGeneratorOfNone(TorchFunctionMode):

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from .conversions import CopiesFollowed
 from .memories import forgetting
 from .unprinted import failures_unlogged
 
@@ -131,6 +132,7 @@ class Values:
                 torch.no_grad(),
                 forgetting(self.model),
                 FakeTensorMode(allow_non_fake_inputs=True) as mode,
+                CopiesFollowed(),
             ):
                 yield {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
         finally:

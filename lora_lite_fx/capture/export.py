@@ -16,6 +16,7 @@ from ..errors import CaptureError
 from ..graph.turns import tracing
 from .autograd_functions import keeping_functions
 from .conversions import (
+    CopiesFollowed,
     DataFollowed,
     WithoutGeneratorOfNone,
     needless_checks_left_out,
@@ -108,6 +109,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         forgetting(model),
         WithoutGeneratorOfNone(),
         DataFollowed(),
+        CopiesFollowed(),
         quiet_export(),
     ):
         try:

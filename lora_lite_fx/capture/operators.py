@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..graph.copies import share_signatures
 from ..graph.turns import tracing
 from .autograd_functions import telling_functions
+from .conversions import CopiesFollowed
 from .memories import forgetting
 from .repeats import NotRepeated, Result, Step, input_name
 from .unprinted import failures_unlogged
@@ -120,6 +121,7 @@ class StandIn:
             failures_unlogged(),
             _compiling_state_context(),
             self._mode,
+            CopiesFollowed(),
             _Operators(record),
             WatchedFunctions(record.event),
             telling_functions(record.function),

@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,18 +38,37 @@ _OF_TEXT = (
 """Arguments with a tensor that is as long as the text."""
 
 
+class EmptyLayer(NamedTuple):
+    """A layer of a cache that has seen no token.
+
+    Args:
+        keys, values: `(1, heads, 0, d)`.
+        sliding_window: how many tokens it keeps; None for all.
+    """
+
+    keys: Tensor
+    values: Tensor
+    sliding_window: int | None
+
+    def made(self) -> Any:
+        """Return a layer of this kind, which is not initialized."""
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        return DynamicLayer() if self.sliding_window is None else DynamicSlidingWindowLayer(self.sliding_window)
+
+
 @dataclass(frozen=True)
 class Decoder:
     """The facts that a run of a causal language model has shown.
 
     Args:
-        layers: for each layer of its cache, keys `(1, heads, 0, d)` and values `(1, heads, 0, d)` of no token.
+        layers: those of its cache, which may be more than its config says: Dory adds some for layers that run twice.
         parameters: names of the arguments that it takes.
         counts_positions: whether no positions mean those from the number of cached tokens on, padding included.
         has_plain_loss: whether its loss is its `loss_function` of all logits.
     """
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: tuple[EmptyLayer, ...]
     parameters: frozenset[str]
     counts_positions: bool
     has_plain_loss: bool
@@ -180,7 +199,10 @@ def probe(model: Any) -> Decoder | None:
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers
         ):
             return None
-        empty = tuple((layer.keys[:1, :, :0], layer.values[:1, :, :0]) for layer in layers)
+        empty = tuple(
+            EmptyLayer(layer.keys[:1, :, :0], layer.values[:1, :, :0], getattr(layer, "sliding_window", None))
+            for layer in layers
+        )
         positions = torch.arange(LENGTH, device=model.device).repeat(BATCH, 1)  # some models take a flat view
         return Decoder(
             empty,
@@ -281,9 +303,11 @@ def _opened(cache: Any, text: Any, decoder: Decoder, batch: int, device: torch.d
     elif len(cache) == len(decoder.layers) and all(layer.is_initialized for layer in cache.layers):
         return cache
     opened = shallow(cache)
-    for index, (keys, values) in enumerate(decoder.layers):
+    for index, layer in enumerate(decoder.layers):
+        if index == len(opened) and opened.layer_class_to_replicate is None:
+            opened.layers.append(layer.made())
         if index >= len(opened) or not opened.layers[index].is_initialized:
-            none = (t.new_empty((batch, *t.shape[1:]), device=device) for t in (keys, values))
+            none = (t.new_empty((batch, *t.shape[1:]), device=device) for t in (layer.keys, layer.values))
             opened.update(*none, index)
     return opened
 

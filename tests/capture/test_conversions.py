@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Distribution
 from torch.distributions.gumbel import Gumbel
 
 import lora_lite_fx as llfx
+from lora_lite_fx.capture.conversions import CopiesFollowed
+from lora_lite_fx.capture.unprinted import failures_unlogged
 from tests.survey.cases import cases
 
 CASES = {case.name: case for case in cases()}
@@ -79,3 +84,26 @@ def test_writes_to_the_data_of_a_tensor_are_in_the_graph() -> None:
     torch.testing.assert_close(y, expected)
     (gradient,), (its,) = torch.autograd.grad(y.sum(), [x]), torch.autograd.grad(expected.sum(), [same])
     torch.testing.assert_close(gradient, its)
+
+
+class Copies(nn.Linear):
+    """Copies numbers that it makes, as Dory copies layers of its cache."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        half = copy.deepcopy({"one": torch.tensor(0.5), "many": input / 2})
+        return super().forward(half["many"]) + half["one"]
+
+
+def test_deep_copies_are_in_the_graph() -> None:
+    model, x = Copies(4, 4), torch.randn(5, 4)
+    torch.testing.assert_close(llfx.capture(model, (torch.randn(3, 4),))(x), model(x))
+
+
+def test_deep_copies_of_tensors_without_data_have_none() -> None:
+    torch.manual_seed(0)
+    with CopiesFollowed(), FakeTensorMode(), failures_unlogged():
+        constant = torch.tensor(4)
+        twice = copy.deepcopy([constant, constant])
+    assert twice[0] is twice[1]
+    assert twice[0].shape == ()
+    assert int(twice[0]) == 4

@@ -14,7 +14,7 @@ import transformers as hf
 from torch import Tensor
 
 import lora_lite_fx as llfx
-from lora_lite_fx.hugging_face.causal_lm import _NO_STATES_IN_TRAINING
+from lora_lite_fx.hugging_face.causal_lm import _NO_STATES_IN_TRAINING, normalize_call, probe
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_llama
 from tests.support.selection import slow_unless
@@ -121,6 +121,41 @@ def test_a_model_whose_cache_has_no_attention_generates() -> None:
     for beams in (1, 2):
         texts = [model.generate(ids, **options, num_beams=beams) for model in (adapted, wrapped)]
         assert torch.equal(*texts)
+
+
+DORY = hf.DoryConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    vocab_size=99,
+    n_input_layers=1,
+    n_recurrent_layers=1,
+    n_output_layers=1,
+    num_hidden_layers=3,
+    sliding_window=4,
+    layer_types=["sliding_attention"] * 3,
+    pad_token_id=0,
+    eos_token_id=2,
+)
+
+
+def test_a_cache_has_the_layers_that_the_model_adds_to_it() -> None:
+    model = hf.DoryForCausalLM(DORY).eval()
+    cache = normalize_call(model, probe(model), {"input_ids": torch.ones(2, 5, dtype=torch.long)}).arguments["cache"]
+    assert [(layer.sliding_window, layer.keys.shape) for layer in cache.layers] == [(4, (2, 1, 0, 8))] * 4
+
+
+@pytest.mark.slow
+def test_a_cache_that_the_model_adds_layers_to_is_filled() -> None:
+    adapted, wrapped = both_ways(hf.DoryForCausalLM(DORY).eval())
+    ids = torch.arange(3, 9).repeat(2, 1)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    made = [model.generate(ids, **options, output_logits=True) for model in (adapted, wrapped)]
+    close(torch.stack(made[0].logits), torch.stack(made[1].logits), 1e-5, "logits")
+    lengths = [[layer.get_seq_length() for layer in each.cache.layers] for each in made]
+    assert lengths[0] == lengths[1] == [8] * 4
 
 
 class Codes(hf.LlamaForCausalLM):

@@ -128,6 +128,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "ernie4_5_moe": {"moe_k": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {

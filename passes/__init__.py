@@ -28,6 +28,7 @@ from .optimize.hoist_parameter_work import HoistParameterWork
 from .optimize.leave_out_dropout import LeaveOutDropout
 from .optimize.leave_out_mask import LeaveOutMask
 from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
+from .optimize.narrow_parameter_work import NarrowParameterWork
 from .optimize.recompute_inputs import RecomputeInputs
 from .optimize.recompute_weights import RecomputeWeights
 from .optimize.rotate_blocks import RotateBlocks
@@ -55,6 +56,7 @@ OPTIMIZATIONS = Pipeline(
         ShareSiblings(),
         FoldScaleIntoAddition(),
         HoistParameterWork(),
+        NarrowParameterWork(),
         RotatePairs(),
         RotateBlocks(),
         RecomputeWeights(),
@@ -91,6 +93,7 @@ __all__ = [
     "MergeAdapters",
     "MergedSite",
     "MoveBranchesToOutputs",
+    "NarrowParameterWork",
     "ObserveInputs",
     "Observer",
     "Outcome",

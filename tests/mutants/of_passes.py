@@ -327,6 +327,21 @@ MUTANTS = (
         "the tensors of an adapter get no gradient",
         "test_recompute_weights.py::test_products_of_adapters_are_left_alone",
     ),
+    # NarrowParameterWork
+    _mutant(
+        "narrow_parameter_work",
+        "    if node not in work:\n        return False\n",
+        "",
+        "the output of a site is computed in single precision where the adapter says double",
+        "test_narrow_parameter_work.py::test_what_is_computed_with_values_in_double_precision_stays",
+    ),
+    _mutant(
+        "narrow_parameter_work",
+        "return node.target in _HARMLESS and",
+        "return",
+        "a system of equations is solved in single precision",
+        "test_narrow_parameter_work.py::test_what_may_enlarge_errors_stays",
+    ),
     # RotateBlocks
     _mutant(
         "rotate_blocks",

@@ -106,18 +106,16 @@ class CapturedGraph:
 
     def refuses(self, leaves: Leaves) -> str:
         """Return the reason why the graph does not hold for `leaves`; empty if it does."""
-        if not torch.compiler.is_dynamo_compiling():  # the graph itself compares them there
-            for name, layout in self.layouts.items():
-                if not torch.equal(leaves[name], layout):
-                    return f"{name} is {leaves[name].tolist()}, and was {layout.tolist()}"
+        reads_values = not torch.compiler.is_dynamo_compiling()  # the graph itself asserts what depends on them there
+        for name, layout in self.layouts.items() if reads_values else ():
+            if not torch.equal(leaves[name], layout):
+                return f"{name} is {leaves[name].tolist()}, and was {layout.tolist()}"
         inputs = [leaf for name, leaf in leaves.items() if name not in self.layouts]
         try:
             self.guards(*inputs)
         except AssertionError as error:
             return str(error)
-        if torch.compiler.is_dynamo_compiling():  # the graph itself asserts it there
-            return ""
-        return self.decisions(self.gm, *inputs)
+        return self.decisions(self.gm, *inputs) if reads_values else ""
 
     def run(self, part: Any, call: CapturedCall, return_dict: bool) -> Any:
         """Run the graph for a call that it holds for, and return what `part` would.

@@ -181,18 +181,17 @@ def probe(model: Any) -> Decoder | None:
     mask[0, :2] = 0
 
     def run(**more: Any) -> Any:
-        return model(input_ids=ids, attention_mask=mask, cache=DynamicCache(config=text), use_cache=True, **more)
+        cache = DynamicCache(config=text)
+        return _tried(model, **{"input_ids": ids, "attention_mask": mask, "cache": cache, "use_cache": True, **more})
 
     training = model.training
     model.eval()
     try:
-        try:
-            plain = run()
-            if not isinstance(getattr(plain, "cache", None), DynamicCache):
-                return None  # BertLMHeadModel that is not a decoder
-            one_more = {"input_ids": ids[:, :1], "attention_mask": torch.cat([mask, mask[:, -1:]], dim=1)}
-            model(**one_more, cache=copy.deepcopy(plain.cache), use_cache=True)
-        except Exception:  # it takes tokens in another form, as Kyutai's speech models with a column for each code
+        plain = run()
+        if not isinstance(getattr(plain, "cache", None), DynamicCache):
+            return None  # BertLMHeadModel that is not a decoder
+        longer = torch.cat([mask, mask[:, -1:]], dim=1)
+        if run(input_ids=ids[:, :1], attention_mask=longer, cache=copy.deepcopy(plain.cache)) is None:
             return None
         layers = plain.cache.layers
         if not all(
@@ -204,14 +203,27 @@ def probe(model: Any) -> Decoder | None:
             for layer in layers
         )
         positions = torch.arange(LENGTH, device=model.device).repeat(BATCH, 1)  # some models take a flat view
+        placed = run(position_ids=positions) if "position_ids" in signature else None
         return Decoder(
             empty,
             frozenset(signature),
-            "position_ids" in signature and _same(run(position_ids=positions).logits, plain.logits),
+            placed is not None and _same(placed.logits, plain.logits),
             "labels" in signature and _has_plain_loss(model, run, ids),
         )
     finally:
         model.train(training)
+
+
+def _tried(model: Any, **arguments: Any) -> Any:
+    """Return what the model returns; None if it raises.
+
+    Kyutai's speech models take tokens in another form, with a column for each code. With labels GIT leaves out the
+    logits of an image, although there is none.
+    """
+    try:
+        return model(**arguments)
+    except Exception:
+        return None
 
 
 def _has_plain_loss(model: Any, run: Any, ids: Tensor) -> bool:
@@ -220,11 +232,8 @@ def _has_plain_loss(model: Any, run: Any, ids: Tensor) -> bool:
     arguments: dict[str, Any] = {"labels": labels}
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
         arguments["num_items_in_batch"] = 5
-    try:
-        result = run(**arguments)
-    except Exception:  # it leaves out the logits of an image, which GIT does although these tokens have none
-        return False
-    return torch.equal(result.loss, loss_of(model, result.logits, arguments))
+    result = run(**arguments)
+    return result is not None and torch.equal(result.loss, loss_of(model, result.logits, arguments))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

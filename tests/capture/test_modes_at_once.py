@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from tests.capture.test_depth import Straight
+from tests.support.stacks import Straight
 
 
 class ByMode(nn.Module):

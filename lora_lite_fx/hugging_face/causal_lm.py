@@ -233,7 +233,10 @@ def _has_plain_loss(model: Any, run: Any, ids: Tensor) -> bool:
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
         arguments["num_items_in_batch"] = 5
     result = run(**arguments)
-    return result is not None and torch.equal(result.loss, loss_of(model, result.logits, arguments))
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if result is None or result.logits.shape != (*labels.shape, vocabulary):  # Higgs Audio's are those of codes
+        return False
+    return torch.equal(result.loss, loss_of(model, result.logits, arguments))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

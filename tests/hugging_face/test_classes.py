@@ -179,6 +179,25 @@ def test_a_decoder_of_several_codes_for_each_token_is_adapted() -> None:
     close(adapted(other).logits, wrapped(other).logits, 1e-5, "logits")
 
 
+class TwoCodes(hf.LlamaForCausalLM):
+    """A decoder whose logits are those of two codes for each token, with a loss of its own, as Higgs Audio's."""
+
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        result = super().forward(*args, **kwargs)
+        result.logits = torch.cat([result.logits, -result.logits], -1)
+        if labels is not None:
+            result.loss = result.logits.square().mean()
+        return result
+
+    forward.__signature__ = inspect.signature(hf.LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+
+
+def test_the_loss_of_other_logits_than_those_of_the_vocabulary_is_the_models_own() -> None:
+    decoder = probe(TwoCodes(DECODER).train(False))
+    assert decoder is not None
+    assert not decoder.has_plain_loss
+
+
 RWKV = hf.RwkvConfig(hidden_size=16, num_hidden_layers=2, vocab_size=99, attention_hidden_size=16, rescale_every=0)
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..graph.tensors import name_tensors, tensor_names
 from ..log import phase
+from .conversions import CopiesFollowed
 from .share import share
 
 
@@ -56,7 +57,7 @@ def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for whole layers, in which no linear is to be seen
     try:
         with phase(f"recorded a run of {type(model).__name__}") as details:
-            with torch.no_grad(), torch.random.fork_rng(), fx.traceback.preserve_node_meta():
+            with torch.no_grad(), torch.random.fork_rng(), fx.traceback.preserve_node_meta(), CopiesFollowed():
                 gm = tracer(*copies.values())
             details.append(f"{len(gm.graph.nodes)} nodes")
     finally:

@@ -13,6 +13,7 @@ from torch.distributions.gumbel import Gumbel
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.conversions import CopiesFollowed
+from lora_lite_fx.capture.record_run import record_run
 from lora_lite_fx.capture.unprinted import failures_unlogged
 from tests.survey.cases import cases
 
@@ -97,6 +98,7 @@ class Copies(nn.Linear):
 def test_deep_copies_are_in_the_graph() -> None:
     model, x = Copies(4, 4), torch.randn(5, 4)
     torch.testing.assert_close(llfx.capture(model, (torch.randn(3, 4),))(x), model(x))
+    assert record_run(model, (x,), {}).graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
 
 
 def test_deep_copies_of_tensors_without_data_have_none() -> None:

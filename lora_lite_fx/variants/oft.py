@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ class OFT(InBlocks):
             (constrained OFT). Beyond it, its length is cut, which gradients do not see.
         eps: that distance.
     """
+
+    double_for_autocast: ClassVar[bool] = True
 
     use_cayley_neumann: bool = True
     block_share: bool = False

@@ -1,7 +1,8 @@
-"""Compute in single precision what adapters compute in double precision because of autocast alone."""
+"""Compute in single precision what adapters compute in double precision for autocast alone."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,7 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from ...adapters.registry import recorded_variant
+from ...errors import ConfigError
 from ...graph.parameter_work import parameter_work
+from ...graph.provenance import recorded
 from ...graph.queries import operation_name
 from ...ops.precision import double_under_autocast
 from ..pipeline import Declined, GraphPass, Outcome, Program
@@ -33,14 +37,14 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class NarrowParameterWork(GraphPass):
-    """Compute sums and products of a float32 parameter in float32, where an adapter computes them in float64.
+    """Compute sums and products of float32 parameters in float32, where an adapter computes them in float64.
 
     OFT does, because autocast would form them in half precision and leaves float64 alone. In training they are formed
     in each call, at less than half the time and half the saved bytes in float32. Under autocast they stay in float64.
 
-    Safe because the result is rounded to float32 anyway, and sums and products of a few numbers add no more than
-    roundings of that type. Systems of equations and decompositions, which may enlarge errors, stay in float64 with all
-    that leads to them.
+    Safe because the variant says that autocast is the only reason (`Variant.double_for_autocast`), and its result is
+    rounded to float32 anyway. Systems of equations and decompositions, which may enlarge errors, stay in float64 with
+    all that leads to them.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"training", "checkpointed"})
@@ -50,7 +54,7 @@ class NarrowParameterWork(GraphPass):
         narrowed: set[fx.Node] = set()
         declined = []
         for node in work:
-            if node in narrowed or not _casts(node, torch.float32, torch.float64):
+            if node in narrowed or not _widens_for_autocast(node):
                 continue
             inside = _until_float32(node)
             others = [each for each in gm.graph.nodes if each in inside and not _is_harmless(each, work)]
@@ -84,8 +88,18 @@ def _is_harmless(node: fx.Node, work: Container[fx.Node]) -> bool:
     if node not in work:
         return False
     if _is_cast(node):
-        return _casts(node, torch.float32, torch.float64)
+        return _widens_for_autocast(node)
     return node.target in _HARMLESS and "dtype" not in node.kwargs
+
+
+def _widens_for_autocast(node: fx.Node) -> bool:
+    provenance = recorded(node)
+    if provenance is None or not _casts(node, torch.float32, torch.float64):
+        return False
+    try:
+        return recorded_variant(json.loads(provenance.config)).double_for_autocast
+    except ConfigError:  # its class is not known in this process
+        return False
 
 
 def _is_cast(node: fx.Node) -> bool:

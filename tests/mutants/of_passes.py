@@ -333,7 +333,14 @@ MUTANTS = (
         "    if node not in work:\n        return False\n",
         "",
         "the output of a site is computed in single precision where the adapter says double",
-        "test_narrow_parameter_work.py::test_what_is_computed_with_values_in_double_precision_stays",
+        "test_narrow_parameter_work.py::test_what_a_variant_needs_in_double_precision_stays",
+    ),
+    _mutant(
+        "narrow_parameter_work",
+        "return recorded_variant(json.loads(provenance.config)).double_for_autocast",
+        "return True",
+        "a variant that needs double precision gets single",
+        "test_narrow_parameter_work.py::test_what_a_variant_needs_in_double_precision_stays",
     ),
     _mutant(
         "narrow_parameter_work",

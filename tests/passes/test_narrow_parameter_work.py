@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ class Products(TorchDispatchMode):
 class Double(llfx.Variant):
     """Scales the output, in double precision if `whole`; else the factor alone is computed in it."""
 
+    double_for_autocast: ClassVar[bool] = True
     whole: bool = True
 
     def params(self, site: Any) -> dict[str, llfx.ParamSpec]:
@@ -105,9 +106,22 @@ def test_what_may_enlarge_errors_stays(options: dict[str, Any], reason: str) -> 
     assert [str(each) for each in found.declined] == [f"0: {reason}"]
 
 
-@pytest.mark.parametrize(("whole", "edits"), [(True, 0), (False, 3)])
-def test_what_is_computed_with_values_in_double_precision_stays(whole: bool, edits: int) -> None:
-    config = Double(whole=whole, target_names=(".",))
+class ForItself(Double):
+    """Needs the double precision itself."""
+
+    double_for_autocast = False
+
+
+@pytest.mark.parametrize(
+    ("config", "edits"),
+    [
+        (Double(whole=True, target_names=(".",)), 0),
+        (Double(whole=False, target_names=(".",)), 3),
+        (ForItself(whole=False, target_names=(".",)), 0),
+    ],
+    ids=str,
+)
+def test_what_a_variant_needs_in_double_precision_stays(config: Double, edits: int) -> None:
     gm = llfx.rewrite(nn.Sequential(nn.Linear(16, 16)), config, (torch.randn(3, 16),))
     assert report(gm).edits == edits
 

@@ -299,7 +299,7 @@ def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[ll
     compiled = torch.compile(gm, fullgraph=True, dynamic=True, backend=counter)
     for batch, length in ((2, 9), (3, 12), (5, 31), (8, 4)):
         inputs = tokens(batch, length)
-        assert torch.equal(compiled(**inputs).logits, gm(**inputs).logits)
+        close(compiled(**inputs).logits, gm(**inputs).logits, 1e-5, "logits")  # OFT's sum is rounded once less by hand
     assert counter.frame_count == 1
 
 

@@ -57,7 +57,7 @@ class NarrowParameterWork(GraphPass):
             if node in narrowed or not _widens_for_autocast(node):
                 continue
             inside = _until_float32(node)
-            others = [each for each in gm.graph.nodes if each in inside and not _is_harmless(each, work)]
+            others = [each for each in sorted(inside) if not _is_harmless(each, work)]
             if others:
                 names = ", ".join(dict.fromkeys(map(operation_name, others)))
                 declined.append(Declined.at([node], f"{names} stay in float64"))
@@ -93,8 +93,7 @@ def _is_harmless(node: fx.Node, work: Container[fx.Node]) -> bool:
 
 
 def _widens_for_autocast(node: fx.Node) -> bool:
-    provenance = recorded(node)
-    if provenance is None or not _casts(node, torch.float32, torch.float64):
+    if not _casts(node, torch.float32, torch.float64) or (provenance := recorded(node)) is None:
         return False
     try:
         return recorded_variant(json.loads(provenance.config)).double_for_autocast

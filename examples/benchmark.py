@@ -15,10 +15,11 @@ An arm that takes four times as long as the base takes part in every fourth roun
 times differ by more than 3 %, the run is void. A CPU is timed by the processor time of one thread, a GPU by events.
 
 Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`, `peft`,
-`peft-compiled`, `hooks` (ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`,
-`ours-frozen` and `ours-frozen-compiled` (inside `llfx.frozen`, as `generate` runs; not in training), `ours-plain`
-(without optimizing passes), `ours-adapt` (made by `adapt`), `ours-fused` (by `fuse_loss=True`), `ours-balanced` (by
-`memory="balanced"`), `merged`.
+`peft-compiled`, `peft-liger` (with Liger's kernels and fused loss, on a GPU with liger-kernel installed), `hooks`
+(ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`, `ours-frozen` and
+`ours-frozen-compiled` (inside `llfx.frozen`, as `generate` runs; not in training), `ours-plain` (without optimizing
+passes), `ours-adapt` (made by `adapt`), `ours-fused` (by `fuse_loss=True`), `ours-balanced` (by `memory="balanced"`),
+`merged`.
 
 Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train` (forward and backward, 256 tokens),
 `train-2048`, `train-8192` (as many tokens), `train-masked` (labels for half of the 256 tokens), `saved` (bytes kept for
@@ -51,11 +52,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import benchmark_cases as cases
 import benchmark_report as report
 import torch
 import transformers
-from benchmark_cases import CASES, VARIANTS, Arm, Arms
+from benchmark_arms import ADAPTED, BASE, VARIANTS, Arm, Arms, capture, config
+from benchmark_cases import CASES
 from benchmark_report import Result
 from finetune import positive
 from live_bytes import LiveBytes
@@ -69,7 +70,7 @@ TIMED, ALONE = ("forward", "decode", "train", "train-masked", *LARGE), ("memory"
 USUAL = ("forward", "decode", "train")
 MEASURES = (*TIMED, "saved", "flops", "recompiles", *ALONE)
 DEFAULT_ARMS = [
-    arm for arm in (*cases.BASE, *cases.ADAPTED) if arm not in ("base-compiled", "ours-adapt", "ours-fused")
+    arm for arm in (*BASE, *ADAPTED) if arm not in ("base-compiled", "peft-liger", "ours-adapt", "ours-fused")
 ]
 SHAPES = ((2, 16), (3, 24), (5, 40), (8, 3), (1, 32))
 """The batches and lengths for which recompilations are counted."""
@@ -152,8 +153,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     args.cases = [name for name in CASES if any(fnmatch.fnmatch(name, pattern) for pattern in args.cases)]
     args.arms = list(dict.fromkeys(["base", "base-again", *args.arms]))
     for arm in args.arms:
-        if arm.partition(":")[0] not in (*cases.BASE, *cases.ADAPTED):
-            parser.error(f"no arm {arm!r}; the arms are {', '.join((*cases.BASE, *cases.ADAPTED))}")
+        if arm.partition(":")[0] not in (*BASE, *ADAPTED):
+            parser.error(f"no arm {arm!r}; the arms are {', '.join((*BASE, *ADAPTED))}")
     args.variants = list(VARIANTS) if "all" in args.variants else args.variants
     args.values = (args.device, getattr(torch, args.dtype))
     return args
@@ -169,10 +170,10 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
             if {call, *also}.isdisjoint(args.measures):
                 continue
             step = case.step(module, call, *args.values)
-            graph, _ = cases.capture(step)
+            graph, _ = capture(step)
             for variant in args.variants:
                 try:
-                    arms = Arms(step, graph, cases.config(variant, args.rank, case))
+                    arms = Arms(step, graph, config(variant, args.rank, case))
                 except llfx.ConfigError as error:
                     yield Result(name, call, variant, "", notes={"all": f"not there: {error}"})
                 else:
@@ -374,8 +375,8 @@ def alone(args: argparse.Namespace) -> dict[str, Any]:
     """Return the memory and the seconds that one arm takes, or a note why it was left out."""
     case, name = CASES[args.cases[0]], args.arms[-1]
     step = case.step(case.module(*args.values), "train", *args.values)
-    cfg = cases.config(args.variants[0], args.rank, case)
-    graph, captured = cases.capture(step, cfg)
+    cfg = config(args.variants[0], args.rank, case)
+    graph, captured = capture(step, cfg)
     arms = Arms(step, graph, cfg)
     start = time.perf_counter()
     try:

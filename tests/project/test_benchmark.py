@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import benchmark
+import benchmark_arms
 import benchmark_cases as cases
 import benchmark_report as report
 import finetune
 import pytest
 import torch
 import transformers
+from benchmark_arms import ADAPTED, BASE, VARIANTS, Arms, capture, config
 from benchmark_report import Result
 
 from tests.support.models import tiny_llama
@@ -22,10 +24,10 @@ TOKENS, WIDTH, RANK = 4, 64, 16
 
 
 @functools.cache
-def arms(variant: str, call: str = "train") -> cases.Arms:
+def arms(variant: str, call: str = "train") -> Arms:
     step = CASE.step(CASE.module("cpu", torch.float32), call, "cpu", torch.float32)
-    graph, _ = cases.capture(step)
-    return cases.Arms(step, graph, cases.config(variant, RANK, CASE))
+    graph, _ = capture(step)
+    return Arms(step, graph, config(variant, RANK, CASE))
 
 
 def result(**fields: Any) -> Result:
@@ -114,25 +116,56 @@ def test_several_result_files_become_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The cayley-neumann")
-@pytest.mark.parametrize("variant", cases.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_all_arms_agree(variant: str) -> None:
-    left_out = ("ours-adapt", "ours-frozen", "ours-fused", "ours-balanced")  # of whole models alone
-    names = [name for name in (*cases.BASE, *cases.ADAPTED) if "compiled" not in name and name not in left_out]
+    left_out = ("peft-liger", "ours-adapt", "ours-frozen", "ours-fused", "ours-balanced")  # of whole models alone
+    names = [name for name in (*BASE, *ADAPTED) if "compiled" not in name and name not in left_out]
     ready, notes = benchmark.ready_arms(arms(variant), names, compiled=False)
     assert not notes
     assert [arm.name for arm in ready] == names
     assert len(next(arm for arm in ready if arm.name == "peft").results()) == 4 + len(ready[-2].parameters)
 
 
-@pytest.mark.parametrize("call", ["train", "train-masked"])
-def test_arms_of_whole_models_agree(call: str) -> None:
+def arms_of_model(call: str) -> Arms:
     build: Any = cases.CASES["tiny"].build
     case = cases.Case(functools.partial(build, vocabulary=256), cases.CAUSAL)
     step = case.step(case.module("cpu", torch.float32), call, "cpu", torch.float32)
-    of_model = cases.Arms(step, cases.capture(step)[0], cases.config("LoRA", RANK, case))
+    return Arms(step, capture(step)[0], config("LoRA", RANK, case))
+
+
+@pytest.mark.parametrize("call", ["train", "train-masked"])
+def test_arms_of_whole_models_agree(call: str) -> None:
+    of_model = arms_of_model(call)
     ready, notes = benchmark.ready_arms(of_model, ["base", "ours", "ours-fused", "ours-balanced"], compiled=False)
     assert not notes
     assert [arm.name for arm in ready] == ["base", "ours", "ours-fused", "ours-balanced"]
+
+
+def test_liger_changes_its_own_arm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    changed: list[Any] = []
+
+    def apply(model: Any, _: dict[str, Any]) -> None:  # as Liger does: the instance, and classes of the file
+        plain = model.forward
+        model.forward = lambda **arguments: changed.append(model) or plain(**arguments)
+        modeling_llama.LlamaMLP = None  # type: ignore[misc, assignment]
+
+    monkeypatch.setattr(benchmark_arms, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(benchmark_arms, "apply_liger_kernel", apply)
+    of_model = arms_of_model("train")
+    ready, notes = benchmark.ready_arms(of_model, ["base", "peft-liger", "peft"], compiled=False)
+    assert not notes
+    assert [arm.name for arm in ready] == ["base", "peft-liger", "peft"]
+    assert set(changed) == {ready[1].run.base_model.model.model}
+    assert modeling_llama.LlamaMLP is not None
+
+
+def test_liger_is_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_arms, "is_liger_kernel_available", lambda: False)
+    ready, notes = benchmark.ready_arms(arms("LoRA"), ["base", "peft-liger"], compiled=False)
+    assert [arm.name for arm in ready] == ["base"]
+    assert "liger-kernel is not installed" in notes["peft-liger"]
 
 
 def test_the_pretrained_model_is_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,11 +189,11 @@ def test_the_adapter_changes_what_the_base_computes() -> None:
 def test_an_arm_that_disagrees_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = arms("LoRA")
 
-    def wrong(self: cases.Arms, name: str) -> Any:
+    def wrong(self: Arms, name: str) -> Any:
         return self.graph if name == "merged" else right(self, name)
 
-    right = cases.Arms._module
-    monkeypatch.setattr(cases.Arms, "_module", wrong)
+    right = Arms._module
+    monkeypatch.setattr(Arms, "_module", wrong)
     ready, notes = benchmark.ready_arms(ours, ["base", "merged", "ours"], compiled=False)
     assert [arm.name for arm in ready] == ["base", "ours"]
     assert notes["merged"].startswith("disagrees: ")

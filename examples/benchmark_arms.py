@@ -23,8 +23,8 @@ from benchmark_cases import Case, Linears, Step
 from benchmark_report import disagreement
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers.integrations import apply_liger_kernel
-from transformers.utils import is_liger_kernel_available
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils.import_utils import is_liger_kernel_available
 
 import lora_lite_fx as llfx
 from lora_lite_fx.passes import Pipeline

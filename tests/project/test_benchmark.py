@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import benchmark
 import benchmark_arms
@@ -146,9 +146,12 @@ def test_liger_changes_its_own_arm_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
     changed: list[Any] = []
 
+    def call(model: Any, forward: Any, **arguments: Any) -> Any:
+        changed.append(model)
+        return forward(**arguments)
+
     def apply(model: Any, _: dict[str, Any]) -> None:  # as Liger does: the instance, and classes of the file
-        plain = model.forward
-        model.forward = lambda **arguments: changed.append(model) or plain(**arguments)
+        model.forward = functools.partial(call, model, model.forward)
         modeling_llama.LlamaMLP = None  # type: ignore[misc, assignment]
 
     monkeypatch.setattr(benchmark_arms, "is_liger_kernel_available", lambda: True)
@@ -157,7 +160,7 @@ def test_liger_changes_its_own_arm_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     ready, notes = benchmark.ready_arms(of_model, ["base", "peft-liger", "peft"], compiled=False)
     assert not notes
     assert [arm.name for arm in ready] == ["base", "peft-liger", "peft"]
-    assert set(changed) == {ready[1].run.base_model.model.model}
+    assert set(changed) == {cast(Any, ready[1].run).base_model.model.model}
     assert modeling_llama.LlamaMLP is not None
 
 

@@ -15,9 +15,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from .conversions import CopiesFollowed
-from .memories import forgetting
-from .unprinted import failures_unlogged
+from .without_data import without_data
 
 # Give every dynamic dimension a size of its own, because torch.export specializes ones and may equate equal sizes.
 BATCH, SEQUENCE, CHOICES = 3, 7, 4
@@ -125,15 +123,10 @@ class Values:
         experts = getattr(self.config, "_experts_implementation", None)
         if experts is not None:
             self.model.set_experts_implementation("batched_mm")  # the default has no shapes without data
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         buffers = [(module._buffers, dict(module._buffers)) for module in self.model.modules()]
         try:
-            with (
-                failures_unlogged(),
-                torch.no_grad(),
-                forgetting(self.model),
-                FakeTensorMode(allow_non_fake_inputs=True) as mode,
-                CopiesFollowed(),
-            ):
+            with torch.no_grad(), without_data(self.model, mode):
                 yield {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
         finally:
             for now, then in buffers:  # a table that grew has no data

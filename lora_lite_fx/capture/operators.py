@@ -31,11 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..graph.copies import share_signatures
 from ..graph.turns import tracing
 from .autograd_functions import telling_functions
-from .conversions import CopiesFollowed
-from .memories import forgetting
 from .repeats import NotRepeated, Result, Step, input_name
-from .unprinted import failures_unlogged
 from .watched_functions import WatchedFunctions, literal, literals
+from .without_data import without_data
 
 _MOST_VALUES = 1 << 20
 """A constant of more values than this is not compared by value."""
@@ -117,11 +115,8 @@ class StandIn:
         inputs = pytree.tree_unflatten(leaves, spec)
         with (
             torch.enable_grad(),
-            forgetting(self.model),
-            failures_unlogged(),
             _compiling_state_context(),
-            self._mode,
-            CopiesFollowed(),
+            without_data(self.model, self._mode),
             _Operators(record),
             WatchedFunctions(record.event),
             telling_functions(record.function),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # nothing public runs a model without data
 
-from .unprinted import failures_unlogged
+from .without_data import without_data
 
 
 def example_images_of(model: nn.Module) -> dict[str, Any] | None:
@@ -51,8 +51,9 @@ def _images(model: nn.Module) -> Mapping[str, Any]:
 
 def _takes(model: nn.Module, images: Tensor) -> bool:
     """Tell whether the model runs on these images, without data."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with failures_unlogged(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with torch.no_grad(), without_data(model, mode):
             model(mode.from_tensor(images))
     except Exception:
         return False

@@ -1,0 +1,28 @@
+"""Run a model on tensors without data, which tells sizes and operators, and leave nothing of the run behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # nothing public runs a model without data
+
+from .conversions import CopiesFollowed
+from .memories import forgetting
+from .unprinted import failures_unlogged
+
+
+@contextmanager
+def without_data(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Let calls of `model` in the body compute without data.
+
+    What it remembers of them is forgotten, its deep copies are clones, and torch logs no operator that fails.
+
+    Args:
+        model: any.
+        mode: makes the tensors without data. With a `ShapeEnv`, sizes that follow from values are symbols; without, an
+            operator with such sizes raises.
+    """
+    with failures_unlogged(), forgetting(model), mode, CopiesFollowed():
+        yield

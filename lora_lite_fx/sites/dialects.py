@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ..graph.direct_calls import OpOverload
 from ..graph.provenance import is_inserted, replaced_tensor
 from ..graph.queries import value_of
-from ..graph.tensors import is_quantized
+from ..graph.tensors import is_quantized, tensor_of
 from .computed import Computation, name_and_shape
 from .dataflow import op_name
 from .kinds.contraction import contraction
@@ -51,13 +51,33 @@ class Match:
 
 
 def match_site(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node] = ()) -> Match | None:
-    """Return the match of `node` as a product with a frozen weight, or None if it is not one.
+    """Return the match of `node` as a product with a frozen weight of real numbers, or None if it is not one.
 
     Args:
         gm: the graph module.
         node: any of its nodes.
         frozen: the values that may be weights and biases without being parameters, see `frozen_values`.
     """
+    match = _match_product(gm, node, frozen)
+    return None if match is None or is_complex(gm, node, match.weight, match.source.computed) else match
+
+
+def is_complex(gm: fx.GraphModule, product: fx.Node, weight: str, computed: fx.Node | None) -> bool:
+    """Return whether a product is one of complex numbers, for which adapters are not made.
+
+    Args:
+        gm: the graph module.
+        product: the node.
+        weight: the name of the parameter that it multiplies with, the largest if it multiplies with a computed tensor.
+        computed: that tensor, or None.
+    """
+    value = product.meta.get("val")
+    if "val" not in product.meta and computed is not None:  # symbolic tracing does not tell
+        value = Computation.of(computed).run(gm)
+    return tensor_of(gm, weight).is_complex() or (isinstance(value, Tensor) and value.is_complex())
+
+
+def _match_product(gm: fx.GraphModule, node: fx.Node, frozen: Container[fx.Node]) -> Match | None:
     if node.op != "call_function" or is_inserted(node):
         return None
     args: tuple[Any, ...] = node.args

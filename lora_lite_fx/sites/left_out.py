@@ -7,7 +7,7 @@ this sense: an adapter of a linear has no place there. The norms that symbolic t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from ..graph.provenance import is_inserted
 from ..graph.tensors import is_quantized
 from .computed import frozen_values, is_table, largest, obstacle, parameters_behind
 from .dataflow import NORMS, PRODUCTS, LinearNode, op_name
+from .dialects import is_complex
 from .finding import name_of_weight
 from .kinds.contraction import contraction
 from .kinds.convolution import Convolution
@@ -33,6 +34,7 @@ _EMBEDDINGS = {"embedding", "embeddingbag"}
 _GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _OWN = ("torch", "_operator", "operator", "math", "builtins", "lora_lite_fx")
+_COMPLEX = "its numbers are complex, and adapters are made of real ones"
 _EXAMPLES = "with example_inputs torch.export looks into it"
 
 
@@ -94,6 +96,7 @@ def find_left_out(gm: fx.GraphModule, sites: Iterable[Site]) -> list[LeftOut]:
     of_sites = {node for site in sites for call in site.calls for node in (call.node, call.y)}
     nodes = (node for node in gm.graph.nodes if node not in of_sites and node not in frozen and not is_inserted(node))
     uses = [use for node in nodes if (use := _use(gm, node, frozen)) is not None]
+    uses = [replace(use, reason=_COMPLEX) if _is_complex(gm, use, frozen) else use for use in uses]
     linears = [use.linear for use in uses if use.linear is not None]
     if linears:
         calls = (call for site in sites if site.kind.name == "linear" for call in site.calls if call.x not in frozen)
@@ -165,6 +168,13 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         called = getattr(node.target, "__name__", str(node.target))
         return _Use(node, weights, f"the function {called} is opaque to the capture; {_EXAMPLES}", opaque=True)
     return None
+
+
+def _is_complex(gm: fx.GraphModule, use: _Use, frozen: set[fx.Node]) -> bool:
+    operands = [*(operand for operand in use.node.all_input_nodes if operand in frozen), None]
+    if use.opaque:  # what multiplies is not known
+        return False
+    return any(is_complex(gm, use.node, weight, operand) for weight in use.weights for operand in operands)
 
 
 def _is_hooked(module: nn.Module) -> bool:

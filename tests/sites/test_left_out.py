@@ -119,6 +119,33 @@ class WithBiasOfKeys(Left):
         return y
 
 
+class Complex(Left):
+    def make(self) -> nn.Module:
+        return nn.Linear(D // 2, D // 2, dtype=torch.complex64)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        pairs: Tensor = self.mid(torch.view_as_complex(x.unflatten(-1, (D // 2, 2))))
+        return torch.view_as_real(pairs).flatten(-2)
+
+
+class MadeComplex(Left):
+    def make(self) -> nn.Module:
+        return nn.ParameterList([torch.randn(D // 2, D // 2, 2)])
+
+    def multiply(self, x: Tensor) -> Tensor:
+        pairs = F.linear(torch.view_as_complex(x.unflatten(-1, (D // 2, 2))), torch.view_as_complex(self.mid[0]))
+        return torch.view_as_real(pairs).flatten(-2)
+
+
+class ComplexConvolution(Left):
+    def make(self) -> nn.Module:
+        return nn.Conv1d(5, 5, 1, dtype=torch.complex64)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mid(torch.fft.fft(x)).real
+        return y
+
+
 ATTENTION_AND_MLP = {"query", "key", "value", "output", "gate", "up", "down"}
 # The model, whether it is exported, the names listed, the kind, and words of the reason.
 CASES: dict[str, tuple[type[Left], bool, set[str], str, str]] = {
@@ -130,6 +157,11 @@ CASES: dict[str, tuple[type[Left], bool, set[str], str, str]] = {
     "a recurrent operator": (Recurrent, True, {"mid.sites.weight_ih_l0", "mid.sites.weight_hh_l0"}, "linear", "inside"),
     "a recurrent module": (Recurrent, False, {"mid.sites.weight_ih_l0", "mid.sites.weight_hh_l0"}, "linear", "GRU is"),
     "a transposed convolution": (Transposed, True, {"mid"}, "conv", "conv_transpose1d is not a kind of site"),
+    "complex numbers": (Complex, True, {"mid"}, "linear", "its numbers are complex"),
+    "complex numbers, symbolic": (Complex, False, {"mid"}, "linear", "its numbers are complex"),
+    "pairs as complex numbers": (MadeComplex, True, {"mid.sites.0"}, "linear", "its numbers are complex"),
+    "pairs as complex numbers, symbolic": (MadeComplex, False, {"mid.sites.0"}, "linear", "its numbers are complex"),
+    "a complex convolution": (ComplexConvolution, True, {"mid"}, "conv", "its numbers are complex"),
     "an opaque function": (Opaque, False, {"mid"}, "linear", "opaque_attention is opaque to the capture"),
     "an opaque parametrization": (Orthogonal, False, {"mid"}, "linear", "does not look into the module"),
     "an encoder layer": (

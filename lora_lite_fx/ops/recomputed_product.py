@@ -72,7 +72,7 @@ class _Function(torch.autograd.Function):
         sources = together(ctx.saved_tensors, ctx.others)
         (weight,) = ctx.product.recipe(None, *sources)
         with torch.autocast(of_y.device.type, enabled=False):  # the product had the type of its result
-            of_x = (of_y @ weight.to(of_y.dtype)).to(ctx.dtype)
+            of_x = (of_y @ weight.to(of_y.dtype).conj()).to(ctx.dtype)
         return None, of_x, None, *[None] * len(sources)
 
 

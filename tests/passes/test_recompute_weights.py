@@ -51,6 +51,28 @@ def test_one_operation_replaces_the_linear_and_the_computation() -> None:
     assert torch.equal(torch.autograd.grad(result.sum(), x)[0], expected)
 
 
+class Pairs(nn.Module):
+    """A weight of complex numbers, computed from pairs of real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(F.linear(torch.view_as_complex(x), torch.view_as_complex(self.weight)))
+
+
+def test_the_gradient_of_a_complex_product_takes_the_conjugate_weight() -> None:
+    torch.manual_seed(0)
+    gm, x = llfx.capture(Pairs(), (torch.randn(3, 2, 2),)), torch.randn(3, 2, 2, requires_grad=True)
+    (expected,) = torch.autograd.grad(gm(x).square().sum(), x)
+    assert RecomputeWeights().run(gm) == Outcome(1)
+    gm.recompile()
+    again = torch.fx.Interpreter(gm).run(x)
+    result = again[0] if isinstance(again, (tuple, list)) else again
+    assert torch.equal(torch.autograd.grad(result.square().sum(), x)[0], expected)
+
+
 def test_a_graph_that_overwrites_is_left_alone() -> None:
     outcome = RecomputeWeights().run(graph(overwrites=True))
     assert outcome.edits == 0

@@ -37,7 +37,8 @@ class Outputs:
         buffers: their values afterwards, by qualified name.
         modules: for each call of a module, by its name, the tensors that it returned; of a graph, all that it could
             have returned. The second call of a module has `@1` after its name.
-        remembered: the name of a tensor that the run left in a module, if the same call has other results after it.
+        remembered: the name of a tensor or number that the run left in a module, if the same call has other results
+            after it.
     """
 
     results: dict[str, Any]
@@ -98,28 +99,30 @@ def outputs_of_model(
             module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
         if by_module and name:
             module.register_forward_hook(keep(name))
-    before = _loose_tensors(twin)
+    before = _loose_values(twin)
     args, kwargs = copied(call)
     with comparable(model), watch or nullcontext():
         returned = twin(*args, **kwargs)
     outputs = Outputs(results_of(returned), buffers_of(twin), modules)
-    left = [name for name, value in _loose_tensors(twin).items() if before.get(name) is not value]
-    if left and not (training or by_module or nudge or watch):
+    left = [name for name, value in _loose_values(twin).items() if before.get(name) is not value]
+    if left and not (by_module or nudge or watch):
         args, kwargs = copied(call)
+        there = dict(twin.named_buffers(remove_duplicate=False))
+        buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in there}
         with comparable(model):
-            again = results_of(twin(*args, **kwargs))
+            again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
         if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
             outputs.remembered = left[0]
     return outputs
 
 
-def _loose_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that modules hold as plain attributes, by qualified name."""
+def _loose_values(model: nn.Module) -> dict[str, Any]:
+    """Return the tensors and numbers that modules hold as plain attributes, by qualified name."""
     return {
         f"{path}.{name}" if path else name: value
         for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if isinstance(value, Tensor)
+        if isinstance(value, (Tensor, int, float))
     }
 
 

@@ -49,6 +49,46 @@ def test_what_one_call_keeps_for_the_next_is_refused() -> None:
         llfx.capture(nn.Sequential(nn.Linear(4, 4), Remembering(4, 3)), (torch.randn(2, 4),))
 
 
+class Counting(nn.Linear):
+    """Counts its calls, and mixes in a part of its input that grows with them."""
+
+    calls = 0
+
+    def __init__(self, only_in_training: bool) -> None:
+        super().__init__(4, 4)
+        self.only_in_training = only_in_training
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training or not self.only_in_training:
+            self.calls += 1
+        return super().forward(input) + self.calls * input
+
+
+@pytest.mark.parametrize("only_in_training", [False, True])
+def test_a_number_that_one_call_keeps_for_the_next_is_refused(only_in_training: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Counting(only_in_training))
+    with pytest.raises(llfx.CaptureError, match=r"keeps 1\.calls from one call for the next"):
+        llfx.rewrite(model, llfx.LoRA(r=2, target_names=("0",)), (torch.randn(2, 4),))
+    assert model[1].calls == 0
+
+
+class CountingNorm(nn.BatchNorm1d):
+    """Counts its calls, which changes nothing that it computes, beside the numbers that it keeps in buffers."""
+
+    calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(input)
+
+
+def test_a_count_that_nothing_follows_from_is_captured() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), CountingNorm(4))
+    gm, x = llfx.capture(model, (torch.randn(3, 4),)), torch.randn(5, 4)
+    for training in (True, False):
+        torch.testing.assert_close(gm.train(training)(x), model.train(training)(x))
+
+
 def test_what_is_the_same_in_each_call_is_captured() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), Tabulating(4, 3)), torch.randn(5, 4)
     torch.testing.assert_close(llfx.capture(model, (torch.randn(2, 4),))(x), model(x))

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.turns import tracing
+from ..graph.writes import returns_what_it_writes
 from .autograd_functions import keeping_functions
 from .conversions import (
     CopiesFollowed,
@@ -120,7 +121,23 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         for guards in gm.graph.find_nodes(op="call_module", target=GUARDS):
             guards.meta.pop("nn_module_stack", None)  # that of the first operator, whose layer would check them
         kept.put_calls(gm)
+        _leave_out_needless_copies(gm)
     return gm
+
+
+def _leave_out_needless_copies(gm: fx.GraphModule) -> None:
+    """Remove the copies into a buffer of what an operator in place has written there already.
+
+    torch.export ends a graph with them. Autograd takes them for writes after the buffer was read, and refuses the
+    backward pass of what was computed with it.
+    """
+    for copy in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        buffer, value = copy.args[:2]
+        while isinstance(value, fx.Node) and returns_what_it_writes(value):
+            value = value.args[0]
+        if value is buffer and not copy.users:
+            gm.graph.erase_node(copy)
+    gm.recompile()
 
 
 def double_batch_of_one(inputs: Any) -> Any:

@@ -101,6 +101,14 @@ def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
 _MAY_RETURN_THEIR_INPUT = {torch.ops.aten.dropout.default, torch.ops.aten.type_as.default}
 
 
+def returns_what_it_writes(node: fx.Node) -> bool:
+    """Check whether a node changes its first operand in place and returns it, as `add_` does."""
+    if not isinstance(node.target, OpOverload) or len(node.target._schema.returns) != 1:
+        return False
+    result = node.target._schema.returns[0].alias_info
+    return result is not None and result.is_write and node.args[:1] == tuple(written_operands(node))
+
+
 def may_return_a_view(node: fx.Node) -> bool:
     """Check whether the value of `node` may share memory with an operand; without a schema it may."""
     return (

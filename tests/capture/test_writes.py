@@ -95,6 +95,39 @@ class Counts(nn.Module):
         return y + self.counts.sum()
 
 
+class Weighted(nn.Module):
+    """A module whose result is a product with a buffer that it has written to, whole or in part."""
+
+    steps: Tensor
+    parts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("parts", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.parts[1:].mul_(2)
+        y: Tensor = self.linear(x) * self.steps * self.parts
+        return y
+
+
+def test_gradients_pass_through_a_product_with_a_buffer_that_was_written_to() -> None:
+    torch.manual_seed(0)
+    model, cfg = Weighted(), llfx.LoRA(r=2, target_names=("linear",))
+    gm, wrapped = llfx.rewrite(model, cfg, (X,)), llfx.wrap(model, cfg, (X,))
+    for _ in range(2):
+        gradients = []
+        for adapted in (gm, wrapped):
+            randomise(adapted, 0)
+            parameters = llfx.adapter_parameters(adapted)
+            gradients.append(torch.autograd.grad(adapted(X).square().sum(), parameters))
+        for ours, theirs in zip(*gradients, strict=True):
+            close(ours, theirs, 1e-5, "gradient")
+
+
 def test_a_part_of_a_buffer_is_written_to_in_the_graph_alone() -> None:
     torch.manual_seed(0)
     model, cfg = Counts(), llfx.LoRA(r=2, target_names=("linear",))

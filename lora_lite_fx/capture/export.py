@@ -137,7 +137,7 @@ def _leave_out_needless_copies(gm: fx.GraphModule) -> None:
             value = value.args[0]
         if value is buffer and not copy.users:
             gm.graph.erase_node(copy)
-    gm.recompile()
+            gm.recompile()
 
 
 def double_batch_of_one(inputs: Any) -> Any:
@@ -158,6 +158,16 @@ GUARDS = "_guards_fn"
 """The name of the module that torch.export puts its guards into; there is no other way to ask whether a graph holds."""
 
 
+_FAILED = "Guard failed: "
+"""What the message of a guard begins with, as torch.export writes it."""
+
+
+def failed_guard(error: AssertionError) -> str | None:
+    """Return the condition that a graph asks of its inputs and that they fail, or None if the error is another one."""
+    condition = str(error).removeprefix(_FAILED)
+    return condition if condition != str(error) else None
+
+
 class _GuardsOfSizes(nn.Module):
     """Guards of a graph, and further ones: that inputs have the sizes of others."""
 
@@ -165,8 +175,7 @@ class _GuardsOfSizes(nn.Module):
         super().__init__()
         self.first = first
         self.pairs = [
-            (one, other, f"Guard failed: {names[one]} has not the size of {names[other]}")
-            for one, other in same.items()
+            (one, other, f"{_FAILED}{names[one]}.shape == {names[other]}.shape") for one, other in same.items()
         ]
         self._is_impure = True  # torch.fx would remove the call, whose result nobody reads
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..capture.decisions import is_other_decision
+from ..capture.export import failed_guard
 from ..errors import CallError
 from ..graph.sharded import is_sharded
 from ..graph.turns import calling
@@ -58,6 +59,13 @@ def forward_of_programs(
                         " param_dtype; its adapters are float32 then."
                     ) from error
                 raise
+            except AssertionError as error:
+                if (condition := failed_guard(error)) is None:
+                    raise
+                raise CallError(
+                    f"This graph holds for calls with {condition}, as in its example inputs, and not for this one. The"
+                    " way out: capture a graph for calls like this one, with example_inputs of their shapes."
+                ) from error
 
     # torch.compile counts recompilations by code object, so each module needs one of its own.
     forward.__code__ = forward.__code__.replace()

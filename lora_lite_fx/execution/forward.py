@@ -52,13 +52,13 @@ def forward_of_programs(
             except RuntimeError as error:
                 if is_other_decision(error):
                     raise CallError(str(error)) from None
-                if is_sharded(self.host) and (cast := describe_cast(self, self.host)):
-                    raise CallError(
-                        f"{cast}: mp_policy of fully_shard casts parameters, as bf16=True of a Trainer asks it to. The"
-                        " way out: cast the model before it is adapted, model.to(torch.bfloat16), and shard it without"
-                        " param_dtype; its adapters are float32 then."
-                    ) from error
-                raise
+                if not (cast := describe_cast(self, self.host)):
+                    raise
+                way_out = "cast the model before it is adapted, model.to(torch.bfloat16)"
+                if is_sharded(self.host):
+                    cast += ": mp_policy of fully_shard casts parameters, as bf16=True of a Trainer asks it to"
+                    way_out += ", and shard it without param_dtype; its adapters are float32 then"
+                raise CallError(f"{cast}. The way out: {way_out}.") from error
             except AssertionError as error:
                 if (condition := failed_guard(error)) is None:
                     raise

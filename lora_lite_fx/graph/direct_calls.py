@@ -63,6 +63,7 @@ _FUNCTIONS = {
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
     aten.split_with_sizes.default: torch.split_with_sizes,
     aten.sub.Tensor: torch.sub,
+    aten.sym_numel.default: Tensor.numel,
     aten.tanh.default: torch.tanh,
     aten.to.dtype: Tensor.to,
     aten.transpose.int: torch.transpose,

@@ -387,7 +387,8 @@ class GraphCache:
             return
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
-        insert_placed(base, self.placements, {name: roles for name, (roles, _) in self.sites.items()})
+        tensors = {path: tensor_of(self.model, path) for each in self.placements for path in each.tensors.values()}
+        insert_placed(base, self.placements, {name: roles for name, (roles, _) in self.sites.items()}, tensors)
 
     def _check(self, base: fx.GraphModule, found: Collection[str]) -> None:
         """Raise CaptureError unless all adapted sites that the graph runs were found in it."""

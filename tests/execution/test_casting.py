@@ -64,6 +64,14 @@ def test_a_graph_that_holds_dtypes_refuses_at_once_and_stays(cast: str, cls: Any
     assert torch.equal(gm(X), before)
 
 
+def test_tensors_that_were_cast_one_by_one_are_named_by_the_call_that_fails() -> None:
+    gm = llfx.rewrite(captured("llama")[1], llfx.LoRA(r=2))
+    for parameter in gm.parameters():
+        parameter.data = parameter.data.bfloat16()
+    with pytest.raises(llfx.CallError, match="is bfloat16 in this call, and the graph was captured for float64"):
+        gm(torch.tensor([[1, 2, 3]]))
+
+
 def test_a_language_model_refuses_and_may_be_moved() -> None:
     gm = llfx.rewrite(captured("llama")[1], llfx.LoRA(r=2))
     with pytest.raises(llfx.AdapterError, match="from float64 to bfloat16"):

@@ -114,12 +114,15 @@ def test_a_copy_of_a_module_alone_is_a_module_of_the_same_model() -> None:
     assert twin[0]._graphs is twin[1]._graphs is not model._graphs
 
 
-def test_a_cast_makes_new_graphs_and_a_move_to_the_same_place_does_not() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 5e-2)])
+def test_a_cast_makes_new_graphs_and_a_move_to_the_same_place_does_not(dtype: torch.dtype, tolerance: float) -> None:
+    """In half precision the adapters are cast too, although an adapter of such a base is made in float32."""
     model = copy.deepcopy(adapted())
-    model.to(torch.float64)
-    close(model(IDS).logits.float(), adapted()(IDS).logits, 1e-4, "logits")
+    model.to(dtype)
+    assert model(IDS).logits.dtype == dtype
+    close(model(IDS).logits.float(), adapted()(IDS).logits, tolerance, "logits")
     graphs = model._graphs.captures
-    model.to("cpu", torch.float64)(IDS)
+    model.to("cpu", dtype)(IDS)
     assert model._graphs.captures == graphs
 
 

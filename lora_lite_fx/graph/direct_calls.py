@@ -63,7 +63,7 @@ _FUNCTIONS = {
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
     aten.split_with_sizes.default: torch.split_with_sizes,
     aten.sub.Tensor: torch.sub,
-    aten.sym_numel.default: Tensor.numel,
+    aten.sym_numel.default: Tensor.numel,  # where the number is known, Dynamo takes the method alone
     aten.tanh.default: torch.tanh,
     aten.to.dtype: Tensor.to,
     aten.transpose.int: torch.transpose,

@@ -303,6 +303,24 @@ def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[ll
     assert counter.frame_count == 1
 
 
+def test_a_graph_that_counts_elements_is_compiled() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x) / x.numel()
+            return y
+
+    gm = llfx.rewrite(Mean(), llfx.LoRA(r=2, target_names="linear"), (torch.randn(3, 4),))
+    randomise(gm, 0)
+    torch._dynamo.reset()
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    for rows in (3, 5, 6):
+        close(compiled(torch.ones(rows, 4)), gm(torch.ones(rows, 4)), 1e-6, f"{rows} rows")
+
+
 def test_the_compiled_graph_follows_the_mode() -> None:
     gm = llfx.rewrite(llfx.capture(net(ResidualMLP), (ids(2, 5),)), llfx.LoRA(r=2, dropout=0.5, target_names="."))
     randomise(gm, 0)

@@ -122,7 +122,29 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
             guards.meta.pop("nn_module_stack", None)  # that of the first operator, whose layer would check them
         kept.put_calls(gm)
         _leave_out_needless_copies(gm)
+        _index_by_operator(gm)
     return gm
+
+
+def _index_by_operator(gm: fx.GraphModule) -> None:
+    """Index by `aten.index` where a mask of transformers is indexed inside `vmap`.
+
+    torch has an autograd function for that, whose backward pass is that of the operator. torch.export calls it by an
+    operator that Dynamo cannot compile, with the function by name and its arguments flat.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.flat_apply):
+        function, *arguments = node.args[2:]
+        if function == _MOD_INDEX:
+            with gm.graph.inserting_before(node):
+                index = gm.graph.call_function(torch.ops.aten.index.Tensor, (arguments[0], arguments[1:]))
+            index.meta = dict(node.meta)
+            node.replace_all_uses_with(index)
+            gm.graph.erase_node(node)
+            gm.recompile()
+
+
+_MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
+"""The name of torch's private function, which its modes put in the place of `tensor[index]` for flex attention."""
 
 
 def _leave_out_needless_copies(gm: fx.GraphModule) -> None:

@@ -74,7 +74,7 @@ def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = gm
     for part in path.split(".") if path else ():
-        if part not in module._modules:
+        if not isinstance(getattr(module, part, None), nn.Module):  # a wrapper of torch.compile has it as an attribute
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     if isinstance(tensor, nn.Parameter):

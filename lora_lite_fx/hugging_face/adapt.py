@@ -23,21 +23,15 @@ from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
-from ..execution.layer import running_parts
 from ..execution.optimize import execution_of
 from ..formats.any_file import load_any
 from ..formats.files import read_json
 from ..formats.peft.hub import CONFIG
-from ..graph.layers import is_layer
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration
 from ..rewriting.config import Config, as_adapters
 from ..rewriting.rewrite import rewrite
-from .adapted_model import (
-    Adapted,
-    AdaptedPart,
-    subclass,
-)
+from .adapted_model import Adapted, subclass
 from .diffusers import AdaptedDiffuser, require_example
 from .graph_cache import GraphCache
 from .own_forward import forget_replaced_forward, warn_of_replaced_forward
@@ -79,8 +73,10 @@ def adapt(
 
     Returns:
         The copy, in the model's mode. Only the adapters' parameters require grad. Its parts (`get_encoder()`, the
-        model without its head) run graphs of their own; a layer that is adapted refuses to run alone.
-        `save_pretrained` writes the adapters alone; `gradient_checkpointing_enable` checkpoints the layers of graphs.
+        model without its head) run graphs of their own; a layer that is adapted refuses to run alone. A module that is
+        replaced, or a number of one that is set (`dropout.p = 0`), acts in the next call, for which a graph is captured
+        again. `save_pretrained` writes the adapters alone; `gradient_checkpointing_enable` checkpoints the layers of
+        graphs.
 
     Raises:
         AdapterError: `model` is not one of transformers or diffusers, or is adapted already; or it is a graph without
@@ -142,15 +138,12 @@ def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.G
 def _adopted(graphs: GraphCache) -> Any:
     """Make the models in the copy run graphs, its layers parts of them, and its adapted modules graphs of their own."""
     model = graphs.model
-    for name, module in model.named_modules():
-        cls: Any = type(module)
-        if module is model or is_hugging_face(module):
-            kind = AdaptedPart if module is not model else LoadableModel if is_hugging_face(model) else LoadableDiffuser
-            module.__class__ = subclass(kind, cls)
-            module._graphs, module._path = graphs, name
-        elif is_layer(name):
-            module.__class__ = running_parts(cls)
-    model.let_sites_run_alone()
+    cls: Any = type(model)
+    kind = LoadableModel if is_hugging_face(model) else LoadableDiffuser
+    model.__class__ = subclass(kind, cls)
+    model._graphs, model._path = graphs, ""
+    model.let_parts_run()
+    graphs.follow_model()
     trained = adapter_state_dict(model)
     # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
     model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]

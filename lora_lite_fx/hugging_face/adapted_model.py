@@ -20,6 +20,7 @@ from ..adapters.placement import Placement, copy_over_tensors, next_index
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches, by_row, coefficients
 from ..adapters.variant import Variant
+from ..capture.hugging_face import is_hugging_face
 from ..errors import AdapterError, ConfigError
 from ..execution.compiling import LayerCompiler
 from ..execution.frozen import changed_inside, frozen
@@ -29,6 +30,7 @@ from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
 from ..formats.peft.directory import save_peft
 from ..formats.peft.hub import CONFIG, TENSORS
+from ..graph.layers import is_layer
 from ..graph.sharded import is_sharded, refuse_sharded
 from ..log import logger
 from ..rewriting.calibration import Batches
@@ -155,6 +157,18 @@ class Adapted(NamedAdapters, AdaptedPart):
     def drop_values(self) -> None:
         """Drop the kept values, and keep none from now on."""
         self._graphs.keep_values(False)
+
+    def let_parts_run(self) -> None:
+        """Let the models in this one run graphs of their own, its layers parts of graphs, and its sites as below."""
+        for name, module in self.named_modules():  # type: ignore[attr-defined]
+            cls: Any = type(module)
+            if name and not hasattr(cls, "base"):
+                if is_hugging_face(module):
+                    module.__class__ = subclass(AdaptedPart, cls)
+                    module._graphs, module._path = self._graphs, name
+                elif is_layer(name):
+                    module.__class__ = running_parts(cls)
+        self.let_sites_run_alone()
 
     def let_sites_run_alone(self) -> None:
         """Let the modules of adapted sites run graphs of their own when they are called by themselves."""

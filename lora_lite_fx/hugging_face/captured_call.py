@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..execution.module import AdaptedGraphModule
 from ..rewriting.capture import capture
 from .call_structure import Leaves, Structure, Tree, assemble, cached_layers, differences, disassemble, restore
 from .causal_lm import Decoder, NormalizedCall, caches, join_mask, loss_of, normalize_call
+from .config_reads import ConfigValues
 from .example_calls import examples
 from .sliding_window import cut_windows, uncut_windows
 
@@ -93,6 +94,7 @@ class CapturedGraph:
         decisions: tells of a module with the tensors of the graph, and of leaves, where the model decides otherwise.
         result: the result without its leaves.
         given: the state of the caller's objects after the call, without its leaves.
+        config: what it has of the configs of the model.
     """
 
     gm: AdaptedGraphModule
@@ -103,10 +105,13 @@ class CapturedGraph:
     decisions: Callable[..., str]
     result: Structure
     given: dict[str, Structure]
+    config: ConfigValues = field(default_factory=ConfigValues)
 
     def refuses(self, leaves: Leaves) -> str:
         """Return the reason why the graph does not hold for `leaves`; empty if it does."""
         reads_values = not torch.compiler.is_dynamo_compiling()  # the graph itself asserts what depends on them there
+        if reads_values and (change := self.config.change()):
+            return change
         for name, layout in self.layouts.items() if reads_values else ():
             if not torch.equal(leaves[name], layout):
                 return f"{name} is {leaves[name].tolist()}, and was {layout.tolist()}"

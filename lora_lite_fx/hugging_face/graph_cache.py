@@ -22,7 +22,7 @@ from ..capture.example_inputs import example_inputs_of
 from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.share import share
-from ..errors import COMPILE_INSTEAD, CaptureError
+from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
 from ..execution.compiling import LayerCompiler
 from ..execution.memory import Memory, MemoryPlan, check_memory
 from ..execution.module import AdaptedGraphModule
@@ -40,7 +40,9 @@ from ..sites.finding import find_sites
 from .call_structure import Leaves
 from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, captured_with
 from .causal_lm import Decoder, arguments_of, probe
+from .config_reads import ConfigValues, recorded_reads
 from .diffusers import prepare_arguments
+from .model_state import ModelState
 from .own_forward import check_is_whole, forget_replaced_forward
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -103,6 +105,7 @@ class GraphCache:
     def drop(self) -> None:
         """Forget all graphs, because devices and dtypes are part of them."""
         self._kept: list[CapturedGraph] = []  # the one that was not used for longest first
+        self._state: ModelState | None = None  # of the time of the first of them
         self.__dict__.pop("decoder", None)
         self.__dict__.pop("_first_call", None)
 
@@ -133,6 +136,8 @@ class GraphCache:
     def _run(self, part: Any, arguments: dict[str, Any], return_dict: bool) -> Any:
         if self._bound_for is not type(self.model):  # as fully_shard changes it
             self.bind()
+        if not self.keeps_values and not torch.compiler.is_dynamo_compiling():
+            self.follow_model()
         call = self._call(part, arguments)
         graph = self._graph_for(call)
         return graph.run(part, call, return_dict)
@@ -176,8 +181,23 @@ class GraphCache:
                         return graph, ""
         return None, reason
 
+    def follow_model(self) -> None:
+        """Forget the graphs if the model has changed in what a graph has for good, as its modules and their numbers."""
+        if self._state is not None and self._state.is_as_it_was():
+            return
+        with tracing():
+            change = "" if self._state is None else self._state.change()
+            if change:
+                self.drop()
+                self.model.let_parts_run()
+                logger.info("%s: graphs will be captured again, because %s", type(self.model).__name__, change)
+            if self._state is None:
+                self._state = ModelState(self.model)
+
     def keep_values(self, keeps: bool) -> None:
         """Let all graphs keep the values that depend on parameters alone, or drop them."""
+        if keeps:
+            self.follow_model()  # calls in the scope do not look
         with tracing():
             self.keeps_values = keeps
             for graph in self._kept:
@@ -250,6 +270,7 @@ class GraphCache:
 
     def add(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
         """Add new adapters to all graphs and to the model."""
+        self.follow_model()
         with tracing():
             first = self._graph_for(self._first_call).gm
             draft = draft_of(first)
@@ -293,6 +314,7 @@ class GraphCache:
 
     def first_graph(self) -> fx.GraphModule:
         """Return the graph that has all sites, captured again if it was dropped, over the tensors of the model."""
+        self.follow_model()
         with tracing():
             gm = self._graph_for(self._first_call).gm
             self._bind(gm)
@@ -323,9 +345,9 @@ class GraphCache:
     def plain(self) -> Any:
         """Return a copy of the model without adapters, of its own class, over the same weights."""
         copied = share(self.model)
-        names = (name for placement in self.placements for name in placement.tensors.values())
-        for name in dict.fromkeys(names):  # some are shared by several sites
-            delete_tensor(copied, name)
+        for name in (name for placement in self.placements for name in placement.tensors.values()):
+            if _find(copied, name) is not None:  # some are shared by several sites, as are modules
+                delete_tensor(copied, name)
         for module in copied.modules():
             module.__class__ = getattr(type(module), "base", type(module))
             for attribute in ("_graphs", "_path", "_keys_to_ignore_on_save"):
@@ -347,7 +369,7 @@ class GraphCache:
             f"A call with {names} has no graph yet, and none can be captured of a model",
             "call the model once like this before it is sharded, which then has its graph",
         )
-        same = [graph for graph in self._kept if graph.call.signature == call.signature]
+        same = [graph for graph in self._kept if graph.call.signature == call.signature and not graph.config.change()]
         seen = [graph.example for graph in same if not is_other_decision(graph.refuses(call.leaves))]
         errors = []
         for example, fixed in attempts(self.model, call):
@@ -370,7 +392,9 @@ class GraphCache:
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
-        graph = capture_call(self._shadow(), call, example, fixed, self.verify, self.fuse_loss)
+        with recorded_reads() as reads:
+            graph = capture_call(self._shadow(), call, example, fixed, self.verify, self.fuse_loss)
+        graph.config = ConfigValues.of(self.model, reads)
         self._insert_again(graph.gm)
         if self.compiler is not None:
             graph.gm.compile_layers_by(self.compiler)
@@ -387,8 +411,21 @@ class GraphCache:
             return
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
-        tensors = {path: tensor_of(self.model, path) for each in self.placements for path in each.tensors.values()}
-        insert_placed(base, self.placements, {name: roles for name, (roles, _) in self.sites.items()}, tensors)
+        roles = {name: of_site for name, (of_site, _) in self.sites.items()}
+        insert_placed(base, self.placements, roles, self._adapter_tensors())
+
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the adapters by name; raise AdapterError if a module was taken away with some."""
+        tensors: dict[str, Tensor] = {}
+        for placement in self.placements:
+            for path in placement.tensors.values():
+                if (tensor := _find(self.model, path)) is None:
+                    raise AdapterError(
+                        f"The adapter of {placement.site!r} is gone: {type(self.model).__name__} has no {path} any"
+                        " more. The way out: replace modules before adapt; or put back the one that has the adapter."
+                    )
+                tensors[path] = tensor
+        return tensors
 
     def _check(self, base: fx.GraphModule, found: Collection[str]) -> None:
         """Raise CaptureError unless all adapted sites that the graph runs were found in it."""

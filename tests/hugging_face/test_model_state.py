@@ -1,0 +1,163 @@
+"""Change an adapted model besides its tensors: the next call is that of the model as it is then, or says why not."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import lora_lite_fx as llfx
+from tests.support.conformance import randomise
+from tests.support.models import one_layer_llama
+
+IDS = torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))
+LORA = llfx.LoRA(r=2, target_roles=("reader", "writer"))
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def adapted() -> Any:
+    torch.manual_seed(0)
+    model = llfx.adapt(one_layer_llama().eval(), LORA)
+    randomise(model, 0)
+    return model
+
+
+def with_bias(model: Any) -> None:
+    torch.manual_seed(1)
+    model.lm_head = nn.Linear(16, 32)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a norm of another class": lambda model: setattr(model.model, "norm", nn.LayerNorm(16)),
+    "another activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.ReLU()),
+    "a function for a module": lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.Sequential(nn.Tanh())),
+    "a number": lambda model: setattr(model.model.norm, "variance_epsilon", 0.5),
+    "a head that has a bias": with_bias,
+    "no more layers": lambda model: setattr(model.model, "layers", nn.ModuleList()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_acts_in_the_next_call(change: Callable[[Any], object], caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    plain = llfx.merge(model)
+    before = model(IDS).logits
+    change(plain)
+    change(model)
+    expected = plain(IDS).logits
+    assert not same(expected, before)
+    if not model.model.layers:
+        with pytest.raises(llfx.AdapterError, match=r"adapter of 'model.layers.0.self_attn.q_proj' is gone.*put back"):
+            model(IDS)
+        return
+    with caplog.at_level(logging.INFO, logger="lora_lite_fx"):
+        assert same(model(IDS).logits, expected)
+        assert same(model(IDS).logits, expected)
+    assert [record for record in caplog.messages if "will be captured again, because" in record]
+    assert len([record for record in caplog.messages if "captured a graph" in record]) == 1
+
+
+def test_dropout_that_a_trainer_switches_off_is_off() -> None:
+    # TRL's disable_dropout sets p of all nn.Dropout to zero, and its default for DPO is to do so.
+    torch.manual_seed(0)
+    config = hf.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = llfx.adapt(hf.GPT2LMHeadModel(config), LORA).train()
+    randomise(model, 0)
+    assert not torch.equal(model(IDS).logits, model(IDS).logits)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    logits = model(IDS).logits
+    assert torch.equal(model(IDS).logits, logits)
+    assert same(model.eval()(IDS).logits, logits)
+
+
+def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    model = llfx.adapt(hf.LlamaForSequenceClassification(config).eval(), LORA)
+    randomise(model, 0)
+    ids = IDS.clone()
+    ids[0, 4:] = 1
+    before = model(ids).logits
+    for pad in (1, 0):
+        with caplog.at_level(logging.INFO, logger="lora_lite_fx"):
+            model.config.pad_token_id = pad  # which tells the last token of each text
+            logits = model(ids).logits
+            model.config.bos_token_id = 5  # which the model does not read
+            assert torch.equal(model(ids).logits, logits)
+        merged = llfx.merge(model)
+        assert merged.config.pad_token_id == pad
+        assert same(logits, merged(ids).logits)
+        assert same(logits, before) == (pad == 0)
+    assert len([record for record in caplog.messages if "captured a graph" in record]) == 1
+    assert "config.pad_token_id is 1, and was 0" in caplog.text
+
+
+def test_what_a_graph_does_not_hold_is_not_a_change(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    expected = model(IDS).logits
+    with caplog.at_level(logging.INFO, logger="lora_lite_fx"):
+        model.some_flag = True  # as trainers put on models
+        model._internal = 3
+        model.train()
+        model.eval()
+        model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+        norm = copy.deepcopy(model.model.norm)
+        model.model.norm = norm  # another module, and alike
+        assert torch.equal(model(IDS).logits, expected)
+        llfx.add(model, {"other": LORA})
+        llfx.delete(model, "other")
+        assert same(model(IDS).logits, expected)
+    assert not [record for record in caplog.messages if "captured" in record]
+
+
+def test_a_forward_that_is_put_on_a_module_inside_is_told_of_once() -> None:
+    model = adapted()
+    expected = model(IDS).logits
+
+    def forward(self: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden * 0
+
+    mlp = model.model.layers[0].mlp
+    mlp.forward = types.MethodType(forward, mlp)
+    with pytest.warns(UserWarning, match=r"forward was replaced on 'model.layers.0.mlp', and does not act"):
+        assert torch.equal(model(IDS).logits, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_module_that_is_put_back_brings_its_adapter_back() -> None:
+    model = adapted()
+    expected = model(IDS).logits
+    mlp = model.model.layers[0].mlp
+    old, mlp.up_proj = mlp.up_proj, nn.Linear(16, 16, bias=False)
+    for _ in range(2):
+        with pytest.raises(llfx.AdapterError, match=r"adapter of 'model.layers.0.mlp.up_proj' is gone"):
+            model(IDS)
+    mlp.up_proj = old
+    assert same(model(IDS).logits, expected)
+
+
+def test_a_scope_of_frozen_sees_changes_from_before_it() -> None:
+    model = adapted()
+    model(IDS)
+    plain = llfx.merge(model)
+    for each in (model, plain):
+        each.model.norm.variance_epsilon = 0.5
+    with torch.no_grad(), llfx.frozen(model):
+        assert same(model(IDS).logits, plain(IDS).logits)

@@ -12,10 +12,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..graph.layers import is_layer
+
 _NUMBERS = (bool, int, float, str)
 
 _CALLS_FOLLOW = frozenset({"training", "gradient_checkpointing", "forward"})
 """Attributes that are not part of a graph: each call looks at the first two, and a new `forward` is warned of."""
+
+_LATER = ("_loss_function",)
+"""Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """The names under which the wrappers of torch.compile and of checkpointing keep the module that computes."""
@@ -50,8 +55,9 @@ class _Module(NamedTuple):
         kind, attributes = type(module), vars(module)
         named = (*module._parameters.items(), *module._buffers.items())
         tensors = frozenset(name for name, tensor in named if tensor is not None)
-        settings = {name: value for name, value in attributes.items() if _is_setting(name, value)}
-        read = itemgetter("_modules", *settings)
+        present = {name: value for name, value in attributes.items() if _is_setting(name, value)}
+        settings = {name: attributes.get(name) for name in _LATER} | present
+        read = itemgetter("_modules", *present)
         was = read({**attributes, "_modules": dict(module._modules)})
         size, has_own_forward = len(attributes), "forward" in attributes
         return cls(module, getattr(kind, "base", kind), tensors, settings, read, was, size, has_own_forward)
@@ -93,7 +99,8 @@ class ModelState:
         """Return in words what has changed of that which graphs have for good; empty if nothing has.
 
         Warns:
-            UserWarning: `forward` of a module inside was replaced on the instance, which does not act.
+            UserWarning: `forward` of a module in a layer or outside of layers was replaced on the instance, which does
+                not act. That of a layer is called by programs.
         """
         before = self._modules
         self._look()
@@ -113,7 +120,7 @@ class ModelState:
         new = [
             name
             for name, now in self._modules.items()
-            if name and now.has_own_forward and name in before and not before[name].has_own_forward
+            if name and not is_layer(name) and now.has_own_forward and not before.get(name, now).has_own_forward
         ]
         if new:
             warnings.warn(

@@ -107,6 +107,20 @@ def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogC
     assert "config.pad_token_id is 1, and was 0" in caplog.text
 
 
+def test_a_loss_function_that_is_set_is_that_of_the_next_call() -> None:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = llfx.adapt(hf.LlamaForTokenClassification(config).eval(), LORA)
+    labels = IDS % 2
+    before = model(IDS, labels=labels).loss
+    model.loss_function = lambda logits, labels, config, **_: logits.square().mean()
+    result = model(IDS, labels=labels)
+    assert torch.allclose(result.loss, result.logits.square().mean())
+    assert not torch.allclose(result.loss, before)
+
+
 def test_what_a_graph_does_not_hold_is_not_a_change(caplog: pytest.LogCaptureFixture) -> None:
     model = adapted()
     expected = model(IDS).logits
@@ -161,3 +175,20 @@ def test_a_scope_of_frozen_sees_changes_from_before_it() -> None:
         each.model.norm.variance_epsilon = 0.5
     with torch.no_grad(), llfx.frozen(model):
         assert same(model(IDS).logits, plain(IDS).logits)
+
+
+def test_a_wrapper_around_the_forward_of_a_layer_acts() -> None:
+    model, calls = adapted(), []
+    expected = model(IDS).logits
+    layer = model.model.layers[0]
+    inside = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return inside(*args, **kwargs)
+
+    layer.forward = forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(IDS).logits, expected)
+    assert len(calls) == 1

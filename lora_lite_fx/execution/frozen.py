@@ -87,7 +87,8 @@ def frozen(model: Model) -> Iterator[Model]:
 
     A step of an optimizer and `load_state_dict` are errors at once, other writes at the next call or at the end of the
     scope. Writes to `.data`, by numpy and by collectives are not noticed, nor are writes to tensors that were made in
-    inference mode. Sharded parameters are not kept.
+    inference mode. Modules of an adapted model that are replaced inside, and numbers of modules that are set, act when
+    the scope has ended. Sharded parameters are not kept.
 
     Args:
         model: the result of `rewrite`, `load`, `wrap` or `adapt`. A result of `wrap` is watched, and keeps nothing.

@@ -60,6 +60,13 @@ def t5() -> Any:
     return hf.T5ForConditionalGeneration(config).double()
 
 
+def gpt2() -> Any:
+    """Return a GPT-2 of one layer, with dropout."""
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": WORDS}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**fields, pad_token_id=0, eos_token_id=1, bos_token_id=1)).double()
+
+
 def tokenizer() -> Any:
     """Return a tokenizer of words w3, w4, ..."""
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, WORDS)}}
@@ -158,13 +165,16 @@ def with_accelerate(make: Callable[[], Any], folder: Path) -> tuple[list[float],
 # TRL.
 
 
-def with_trl(kind: str, data: dict[str, Any], shares_base: bool = False, **arguments: Any) -> Train:
+def with_trl(
+    kind: str, data: dict[str, Any], shares_base: bool = False, reference: Callable[[], Any] = llama, **arguments: Any
+) -> Train:
     """Return a case of a trainer of TRL, by the beginning of its name.
 
     Args:
         kind: the beginning of the trainer's name.
         data: the columns of the data.
         shares_base: whether the reference of an adapted model is its own base, over the same weights.
+        reference: makes it otherwise.
         arguments: for the config of the trainer.
     """
 
@@ -175,7 +185,7 @@ def with_trl(kind: str, data: dict[str, Any], shares_base: bool = False, **argum
         model, more = make(), {}
         if kind in ("DPO", "KTO"):
             own = shares_base and hasattr(model, "graphs")
-            more["ref_model"] = llfx.remove(model) if own else llama()
+            more["ref_model"] = llfx.remove(model) if own else reference()
         if kind == "GRPO":
             more["reward_funcs"] = lambda completions, **_: [float(sum(map(ord, text)) % 7) for text in completions]
         args = getattr(trl, f"{kind}Config")(**_arguments(folder, bf16=False, **arguments))
@@ -276,6 +286,7 @@ CASES: dict[str, Case] = {
     "TRL GRPO, fused loss": Case(with_trl("GRPO", {"prompt": PROMPTS}, **_GRPO), fuse_loss=True),
     "TRL DPO, with a reference": Case(with_trl("DPO", _PREFERRED)),
     "TRL DPO, with its own base as reference": Case(with_trl("DPO", _PREFERRED, shares_base=True)),
+    "TRL DPO, dropout switched off": Case(with_trl("DPO", _PREFERRED, reference=gpt2), gpt2),  # by default
     "TRL GRPO": Case(with_trl("GRPO", {"prompt": PROMPTS}, **_GRPO)),
     "TRL GRPO, with a reference": Case(with_trl("GRPO", {"prompt": PROMPTS}, **_GRPO, beta=0.1), _named_base),
     "TRL KTO, with a reference": Case(with_trl("KTO", _RATED)),

@@ -5,6 +5,7 @@ A graph has them as they were when it was captured, whereas it reads the tensors
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from operator import itemgetter
@@ -14,10 +15,10 @@ from torch import nn
 
 from ..graph.layers import is_layer
 
-_NUMBERS = (bool, int, float, str)
+_NUMBERS = (bool, int, float, str, type(None))
 
-_CALLS_FOLLOW = frozenset({"training", "gradient_checkpointing", "forward"})
-"""Attributes that are not part of a graph: each call looks at the first two, and a new `forward` is warned of."""
+_NO_PART_OF_GRAPHS = frozenset({"training", "gradient_checkpointing", "forward", "warnings_issued"})
+"""Each call looks at the first two, a new `forward` is warned of, and trainers note in the last what they said."""
 
 _LATER = ("_loss_function",)
 """Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""
@@ -33,7 +34,7 @@ class _Module(NamedTuple):
         module: itself.
         kind: its class, as the user knows it.
         tensors: the names of its own parameters and buffers.
-        settings: its numbers and functions by name.
+        settings: its numbers and functions by name, and lists, tuples and dicts of numbers.
         read: returns of its attributes those that a call compares, its children among them.
         was: what `read` returned.
         size: the number of its attributes.
@@ -55,10 +56,11 @@ class _Module(NamedTuple):
         kind, attributes = type(module), vars(module)
         named = (*module._parameters.items(), *module._buffers.items())
         tensors = frozenset(name for name, tensor in named if tensor is not None)
-        present = {name: value for name, value in attributes.items() if _is_setting(name, value)}
+        # Containers are copied, because they change in place.
+        present = {name: copy.copy(value) for name, value in attributes.items() if _is_setting(name, value)}
         settings = {name: attributes.get(name) for name in _LATER} | present
         read = itemgetter("_modules", *present)
-        was = read({**attributes, "_modules": dict(module._modules)})
+        was = read({"_modules": dict(module._modules), **present})
         size, has_own_forward = len(attributes), "forward" in attributes
         return cls(module, getattr(kind, "base", kind), tensors, settings, read, was, size, has_own_forward)
 
@@ -71,6 +73,8 @@ class _Module(NamedTuple):
                 return f".{name} was {'taken away' if name in self.tensors else 'added'}"
         for name, value in self.settings.items():
             if name not in now.settings:
+                if value is None:  # a tensor now, as models remember some for the next call
+                    continue
                 return f".{name} was taken away"
             if now.settings[name] != value:
                 return f".{name} is {_shown(now.settings[name])}, and was {_shown(value)}"
@@ -148,9 +152,9 @@ def _modules_of(model: nn.Module, name: str = "", above: tuple[nn.Module, ...] =
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    if name.startswith("_") or name in _CALLS_FOLLOW:
+    if name.startswith("_") or name in _NO_PART_OF_GRAPHS:
         return False
-    parts = value if type(value) is tuple else (value,)
+    parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
     return callable(value) or all(isinstance(part, _NUMBERS) for part in parts)
 
 

@@ -107,6 +107,48 @@ def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogC
     assert "config.pad_token_id is 1, and was 0" in caplog.text
 
 
+class Scaled(hf.LlamaForCausalLM):
+    """Multiplies its logits with what attributes of many kinds say."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.tensor = torch.tensor(2.0)
+        self.numbers, self.by_name = [1.0, 2.0], {"default": 3.0}
+        self.bias: float | None = None
+        self.warnings_issued: dict[str, bool] = {}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
+        result = super().forward(input_ids=input_ids, attention_mask=attention_mask, **more)
+        result.logits = result.logits * self.tensor * self.numbers[0] * self.by_name["default"] + (self.bias or 0)
+        return result
+
+
+def test_attributes_of_every_kind_act_in_the_next_call() -> None:
+    torch.manual_seed(0)
+    config = one_layer_llama().config
+    base: Any = Scaled(config)
+    model = llfx.adapt(base.eval(), LORA)
+    randomise(model, 0)
+    model(IDS)
+    captures = model._graphs.captures
+    model.warnings_issued["estimate_tokens"] = True
+    model(IDS)
+    assert model._graphs.captures == captures
+    changes: list[Callable[[Any], object]] = [
+        lambda model: setattr(model, "tensor", torch.tensor(5.0)),
+        lambda model: model.numbers.__setitem__(0, 0.5),
+        lambda model: model.by_name.__setitem__("default", 7.0),
+        lambda model: setattr(model, "bias", 1.5),
+    ]
+    for change in changes:
+        plain = llfx.merge(model)
+        before = model(IDS).logits
+        change(plain)
+        change(model)
+        assert same(model(IDS).logits, plain(IDS).logits)
+        assert not same(model(IDS).logits, before)
+
+
 def test_a_loss_function_that_is_set_is_that_of_the_next_call() -> None:
     torch.manual_seed(0)
     config = hf.LlamaConfig(

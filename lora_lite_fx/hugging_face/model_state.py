@@ -17,8 +17,10 @@ from ..graph.layers import is_layer
 
 _NUMBERS = (bool, int, float, str, type(None))
 
-_NO_PART_OF_GRAPHS = frozenset({"training", "gradient_checkpointing", "forward", "warnings_issued"})
-"""Each call looks at the first two, a new `forward` is warned of, and trainers note in the last what they said."""
+_NO_PART_OF_GRAPHS = frozenset(
+    ("training", "gradient_checkpointing", "forward", "warnings_issued", "model_tags", "name_or_path")
+)
+"""Each call looks at the first two, and a new `forward` is warned of. The others are notes of trainers and files."""
 
 _LATER = ("_loss_function",)
 """Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""

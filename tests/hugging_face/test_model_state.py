@@ -116,6 +116,7 @@ class Scaled(hf.LlamaForCausalLM):
         self.numbers, self.by_name = [1.0, 2.0], {"default": 3.0}
         self.bias: float | None = None
         self.warnings_issued: dict[str, bool] = {}
+        self.model_tags = ["mine"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
         result = super().forward(input_ids=input_ids, attention_mask=attention_mask, **more)
@@ -131,7 +132,8 @@ def test_attributes_of_every_kind_act_in_the_next_call() -> None:
     randomise(model, 0)
     model(IDS)
     captures = model._graphs.captures
-    model.warnings_issued["estimate_tokens"] = True
+    model.warnings_issued["estimate_tokens"] = True  # as TRL does
+    model.add_model_tags(["sft"])
     model(IDS)
     assert model._graphs.captures == captures
     changes: list[Callable[[Any], object]] = [

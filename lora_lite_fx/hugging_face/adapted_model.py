@@ -162,7 +162,7 @@ class Adapted(NamedAdapters, AdaptedPart):
         """Let the models in this one run graphs of their own, its layers parts of graphs, and its sites as below."""
         for name, module in self.named_modules():  # type: ignore[attr-defined]
             cls: Any = type(module)
-            if name and not hasattr(cls, "base"):
+            if not issubclass(cls, (RunsParts, AdaptedPart)):
                 if is_hugging_face(module):
                     module.__class__ = subclass(AdaptedPart, cls)
                     module._graphs, module._path = self._graphs, name

@@ -186,11 +186,11 @@ class GraphCache:
         if self._state is not None and self._state.is_as_it_was():
             return
         with tracing():
-            change = "" if self._state is None else self._state.change()
-            if change:
-                self.drop()
-                self.model.let_parts_run()
-                logger.info("%s: graphs will be captured again, because %s", type(self.model).__name__, change)
+            if self._state is not None:
+                self.model.let_parts_run()  # those that are new
+                if change := self._state.change():
+                    logger.info("%s: graphs will be captured again, because %s", type(self.model).__name__, change)
+                    self.drop()
             if self._state is None:
                 self._state = ModelState(self.model)
 

@@ -58,8 +58,7 @@ class _Module(NamedTuple):
         kind, attributes = type(module), vars(module)
         named = (*module._parameters.items(), *module._buffers.items())
         tensors = frozenset(name for name, tensor in named if tensor is not None)
-        # Containers are copied, because they change in place.
-        present = {name: copy.copy(value) for name, value in attributes.items() if _is_setting(name, value)}
+        present = {name: _kept(value) for name, value in attributes.items() if _is_setting(name, value)}
         settings = {name: attributes.get(name) for name in _LATER} | present
         read = itemgetter("_modules", *present)
         was = read({"_modules": dict(module._modules), **present})
@@ -158,6 +157,11 @@ def _is_setting(name: str, value: Any) -> bool:
         return False
     parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
     return callable(value) or all(isinstance(part, _NUMBERS) for part in parts)
+
+
+def _kept(value: Any) -> Any:
+    """Return a value to compare with later: a copy of a container, which may change in place."""
+    return copy.copy(value) if type(value) in (list, dict) else value
 
 
 def _shown(value: Any) -> str:

@@ -107,6 +107,16 @@ def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogC
     assert "config.pad_token_id is 1, and was 0" in caplog.text
 
 
+class Factor:
+    """A function with a number of its own, as the processors of attention in diffusers are objects."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 class Scaled(hf.LlamaForCausalLM):
     """Multiplies its logits with what attributes of many kinds say."""
 
@@ -115,12 +125,15 @@ class Scaled(hf.LlamaForCausalLM):
         self.tensor = torch.tensor(2.0)
         self.numbers, self.by_name = [1.0, 2.0], {"default": 3.0}
         self.bias: float | None = None
+        self.processor = Factor(0.5)
         self.warnings_issued: dict[str, bool] = {}
         self.model_tags = ["mine"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
         result = super().forward(input_ids=input_ids, attention_mask=attention_mask, **more)
-        result.logits = result.logits * self.tensor * self.numbers[0] * self.by_name["default"] + (self.bias or 0)
+        result.logits = self.processor(result.logits) * self.tensor * self.numbers[0] * self.by_name["default"] + (
+            self.bias or 0
+        )
         return result
 
 
@@ -141,6 +154,7 @@ def test_attributes_of_every_kind_act_in_the_next_call() -> None:
         lambda model: model.numbers.__setitem__(0, 0.5),
         lambda model: model.by_name.__setitem__("default", 7.0),
         lambda model: setattr(model, "bias", 1.5),
+        lambda model: setattr(model, "processor", Factor(2.0)),
     ]
     for change in changes:
         plain = llfx.merge(model)
@@ -149,6 +163,9 @@ def test_attributes_of_every_kind_act_in_the_next_call() -> None:
         change(model)
         assert same(model(IDS).logits, plain(IDS).logits)
         assert not same(model(IDS).logits, before)
+        captures = model._graphs.captures
+        model(IDS)
+        assert model._graphs.captures == captures
 
 
 def test_a_loss_function_that_is_set_is_that_of_the_next_call() -> None:
@@ -236,3 +253,18 @@ def test_a_wrapper_around_the_forward_of_a_layer_acts() -> None:
         warnings.simplefilter("error")
         assert torch.equal(model(IDS).logits, expected)
     assert len(calls) == 1
+
+
+def test_a_layer_without_adapters_may_be_replaced_by_another_of_its_class() -> None:
+    torch.manual_seed(0)
+    model = llfx.adapt(one_layer_llama().eval(), llfx.LoRA(r=2, target_names=("lm_head",)))
+    randomise(model, 0)
+    before = model(IDS).logits
+    torch.manual_seed(1)
+    layer = one_layer_llama().model.layers[0]
+    plain = llfx.merge(model)
+    for each in (model, plain):
+        each.model.layers[0] = copy.deepcopy(layer)
+    logits = model.eval()(IDS).logits
+    assert same(logits, plain.eval()(IDS).logits)
+    assert not same(logits, before)

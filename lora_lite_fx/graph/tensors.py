@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 HALF = (torch.float16, torch.bfloat16)
 """The types that round sums and products to about three digits."""
@@ -88,7 +89,10 @@ def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
 def delete_tensor(gm: nn.Module, name: str) -> None:
     """Take the tensor of that qualified name off its module."""
     path, _, leaf = name.rpartition(".")
-    delattr(gm.get_submodule(path), leaf)
+    module = gm.get_submodule(path)
+    if is_parametrized(module, leaf):
+        remove_parametrizations(module, leaf, leave_parametrized=False)
+    delattr(module, leaf)
 
 
 def keep_registration(source: nn.Module, gm: fx.GraphModule) -> None:

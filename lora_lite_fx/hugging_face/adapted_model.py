@@ -38,6 +38,7 @@ from ..rewriting.named import as_named
 from ..storage.dequantized import restore_quantized
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
+from .model_state import WRAPPED
 from .named_adapters import NamedAdapters
 from .own_forward import forget_replaced_forward
 
@@ -162,7 +163,8 @@ class Adapted(NamedAdapters, AdaptedPart):
         """Let the models in this one run graphs of their own, its layers parts of graphs, and its sites as below."""
         for name, module in self.named_modules():  # type: ignore[attr-defined]
             cls: Any = type(module)
-            if not issubclass(cls, (RunsParts, AdaptedPart)):
+            wraps = any(isinstance(module._modules.get(key), RunsParts) for key in WRAPPED)  # what runs parts already
+            if not wraps and not issubclass(cls, (RunsParts, AdaptedPart)):
                 if is_hugging_face(module):
                     module.__class__ = subclass(AdaptedPart, cls)
                     module._graphs, module._path = self._graphs, name

@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..graph.layers import is_layer
 
@@ -25,7 +26,7 @@ _NO_PART_OF_GRAPHS = frozenset(
 _LATER = ("_loss_function",)
 """Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""
 
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """The names under which the wrappers of torch.compile and of checkpointing keep the module that computes."""
 
 
@@ -55,9 +56,13 @@ class _Module(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module) -> _Module:
         """Return what `module` is now."""
-        kind, attributes = type(module), vars(module)
+        kind: Any = type(module)
+        attributes = vars(module)
         named = (*module._parameters.items(), *module._buffers.items())
-        tensors = frozenset(name for name, tensor in named if tensor is not None)
+        computed: Any = ()
+        if is_parametrized(module):
+            computed, kind = module.parametrizations, kind.__base__
+        tensors = frozenset((*(name for name, tensor in named if tensor is not None), *computed))
         present = {name: _kept(value) for name, value in attributes.items() if _is_setting(name, value)}
         settings = {name: attributes.get(name) for name in _LATER} | present
         read = itemgetter("_modules", *present)
@@ -139,6 +144,8 @@ class ModelState:
 def _modules_of(model: nn.Module, name: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that compute by name: without those that hold the tensors of adapters, and without wrappers.
 
+    Parametrizations compute tensors, which graphs read by name in each call.
+
     Args:
         model: where to begin.
         name: its own.
@@ -146,9 +153,10 @@ def _modules_of(model: nn.Module, name: str = "", above: tuple[nn.Module, ...] =
     """
     yield name, model
     for key, child in model._modules.items():
-        while child is not None and (inside := [child._modules[each] for each in _WRAPPED if each in child._modules]):
+        while child is not None and (inside := [child._modules[each] for each in WRAPPED if each in child._modules]):
             (child,) = inside
-        if child is not None and type(child) is not nn.Module and child not in above:
+        of_tensors = type(child) is nn.Module or (key == "parametrizations" and is_parametrized(model))
+        if child is not None and not of_tensors and child not in above:
             yield from _modules_of(child, f"{name}.{key}" if name else key, (*above, model))
 
 

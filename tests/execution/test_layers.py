@@ -175,6 +175,10 @@ def test_a_layer_that_was_replaced_by_another_module_is_an_error() -> None:
         model, _ = made(front_end, llfx.LoRA(r=2))
         logits(model)
         model.model.layers[1] = nn.Identity()
+        if front_end == "adapt":  # captures the model as it is now, which does not run
+            with pytest.raises(llfx.CaptureError, match="Identity"):
+                logits(model)
+            continue
         with pytest.raises(llfx.AdapterError) as error:
             logits(model)
         assert str(error.value) == (

@@ -103,7 +103,7 @@ class GraphCache:
         return twin
 
     def drop(self) -> None:
-        """Forget all graphs, because devices and dtypes are part of them."""
+        """Forget all graphs, because devices, dtypes, and what `ModelState` sees are part of them."""
         self._kept: list[CapturedGraph] = []  # the one that was not used for longest first
         self._state: ModelState | None = None  # of the time of the first of them
         self.__dict__.pop("decoder", None)
@@ -283,11 +283,10 @@ class GraphCache:
 
     def insert(self, placed: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
         """Insert adapters that have tensors already into all graphs, and register the tensors in the model."""
-        roles = {name: of_site for name, (of_site, _) in self.sites.items()}
         with tracing():
             drafts = [draft_of(graph.gm) for graph in self._kept]
             for draft in drafts:
-                insert_placed(draft, placed, roles, tensors)
+                insert_placed(draft, placed, self._roles(), tensors)
             for name, tensor in tensors.items():
                 register_tensor(self.model, name, tensor)
                 self._owned.add(name)
@@ -411,8 +410,11 @@ class GraphCache:
             return
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
-        roles = {name: of_site for name, (of_site, _) in self.sites.items()}
-        insert_placed(base, self.placements, roles, self._adapter_tensors())
+        insert_placed(base, self.placements, self._roles(), self._adapter_tensors())
+
+    def _roles(self) -> dict[str, frozenset[str]]:
+        """Return the roles of all sites by name, as the first graph has them."""
+        return {name: roles for name, (roles, _) in self.sites.items()}
 
     def _adapter_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the adapters by name; raise AdapterError if a module was taken away with some."""

@@ -194,8 +194,15 @@ def input_hint(model: nn.Module, inputs: dict[str, Any]) -> str:
         return ""
     if attends_by_type(model) and "token_type_ids" not in inputs:
         return " pass token_type_ids in example_inputs too, which say where tokens see those behind them,"
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if attention == "sdpa" and "attention_mask" in inputs:
-        # Of these some see all tokens then, in all calls but those that are traced or compiled.
-        return ' call model.set_attn_implementation("eager") first, because sdpa leaves out masks of ones,'
-    return ""
+    config: Any = model.config
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return ""
+    # Sdpa leaves out masks of ones, in calls that are neither traced nor compiled. Some models see all tokens then.
+    hint = ""
+    if getattr(config, "is_causal", True) and any(
+        getattr(each, "is_causal", True) is False for each in model.modules()
+    ):
+        hint += " set model.config.is_causal = False if tokens are to see those behind them,"
+    if "attention_mask" in inputs:
+        hint += ' call model.set_attn_implementation("eager") first, because sdpa leaves out masks of ones,'
+    return hint

@@ -165,7 +165,8 @@ def probe(model: Any) -> Decoder | None:
 
     Returns:
         What that shows. None if the model is not a causal language model that appends tokens, and these alone, to its
-        cache: GIT widens masks by the tokens of an image.
+        cache: GIT widens masks by the tokens of an image. None too if tokens see those behind them in texts without
+        padding alone: `is_causal = False` on a module of attention says so, and with a mask it has no effect.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -177,6 +178,8 @@ def probe(model: Any) -> Decoder | None:
     text = model.config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text.vocab_size, (BATCH, LENGTH), generator=generator).to(model.device)
+    ids[2] = ids[1]
+    ids[2, -1] = (ids[1, -1] + 1) % text.vocab_size  # for `_sees_behind`
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
 
@@ -190,6 +193,9 @@ def probe(model: Any) -> Decoder | None:
         plain = run()
         if not isinstance(getattr(plain, "cache", None), DynamicCache):
             return None  # BertLMHeadModel that is not a decoder
+        without_padding = run(attention_mask=None)
+        if without_padding is not None and _sees_behind(without_padding.logits) != _sees_behind(plain.logits):
+            return None
         longer = torch.cat([mask, mask[:, -1:]], dim=1)
         if run(input_ids=ids[:, :1], attention_mask=longer, cache=copy.deepcopy(plain.cache)) is None:
             return None
@@ -237,6 +243,12 @@ def _has_plain_loss(model: Any, run: Any, ids: Tensor) -> bool:
     if result is None or result.logits.shape != (*labels.shape, vocabulary):  # Higgs Audio's are those of codes
         return False
     return torch.equal(result.loss, loss_of(model, result.logits, arguments))
+
+
+def _sees_behind(logits: Tensor) -> bool:
+    """Return whether tokens before the last see it: it is what distinguishes the second text from the third."""
+    one, other = logits[1, :-1], logits[2, :-1]
+    return not torch.allclose(one, other, rtol=0, atol=0.01 * float(one.nan_to_num().abs().max()), equal_nan=True)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,45 +46,69 @@ def recorded_reads() -> Iterator[Reads]:
         base.__getattribute__ = original
 
 
+_ABSENT: Any = object()
+
+
 @dataclass
 class ConfigValues:
-    """The values of configs that a graph was captured with.
+    """The configs that a graph was captured with, and what it has of them.
 
     Args:
+        configs: the attributes of what has a config, the name of that attribute, and the config.
         values: the attributes of a config, the name of one of them, and its value.
     """
 
+    configs: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
     values: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module, reads: Reads) -> ConfigValues:
         """Return the numbers among what was read, as the configs of `model` have them now."""
+        configs = _configs_of(model)
         values: list[tuple[Mapping[str, Any], str, Any]] = []
-        for config in _configs_of(model):
+        for config in {id(config): config for _, _, config in configs}.values():
             names = getattr(config, "attribute_map", {})
             for kind, read in sorted(reads, key=lambda each: each[1]):
                 name = names.get(read, read)
-                if kind is type(config) and name not in _CALLS_FOLLOW and _is_number(vars(config).get(name, ())):
-                    values.append((vars(config), name, vars(config)[name]))
-        return cls(values)
+                if kind is not type(config) or name in _CALLS_FOLLOW:
+                    continue
+                # One that is absent may be set later; what the class has are methods, and defaults as good as absent.
+                value = vars(config).get(name, _ABSENT)
+                if value is _ABSENT or _is_plain(value):
+                    values.append((vars(config), name, value if value is _ABSENT else copy.deepcopy(value)))
+        return cls(configs, values)
 
     def change(self) -> str:
-        """Return in words which of the values is another one now; empty if none is."""
+        """Return in words what is different now; empty if nothing is."""
+        for attributes, name, config in self.configs:
+            if attributes.get(name) is not config:
+                return f"{name} is another object than before"
         for attributes, name, value in self.values:
-            if (now := attributes.get(name)) is not value and now != value:
-                return f"config.{name} is {now!r}, and was {value!r}"
+            if (now := attributes.get(name, _ABSENT)) is not value and now != value:
+                return f"config.{name} {_said('is', now)}, and {_said('was', value)}"
         return ""
 
 
-def _configs_of(model: nn.Module) -> list[Any]:
-    found: dict[int, Any] = {}
+def _said(verb: str, value: Any) -> str:
+    return f"{verb} absent" if value is _ABSENT else f"{verb} {value!r}"
+
+
+def _configs_of(model: nn.Module) -> list[tuple[Mapping[str, Any], str, Any]]:
+    """Return the configs that the modules of a model have, and those that these have, each with where it is."""
+    found: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
     for module in model.modules():
         config = vars(module).get("config")
-        for each in (config, *getattr(config, "__dict__", {}).values()):
-            if hasattr(each, "get_text_config"):
-                found[id(each)] = each
+        inside = getattr(config, "__dict__", {})
+        for attributes, name in ((vars(module), "config"), *((inside, name) for name in inside)):
+            if hasattr(attributes.get(name), "get_text_config"):
+                found[id(attributes), name] = attributes, name, attributes[name]
     return list(found.values())
 
 
-def _is_number(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is a number, or consists of numbers."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
     return value is None or isinstance(value, (bool, int, float, str))

@@ -108,6 +108,40 @@ def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogC
     assert "config.pad_token_id is 1, and was 0" in caplog.text
 
 
+def see_all_tokens(model: Any) -> None:
+    model.config.is_causal = False  # which the config did not have before
+
+
+def other_config(model: Any) -> None:
+    for part in (model, model.model):
+        part.config = copy.deepcopy(part.config)
+    see_all_tokens(model.model)
+
+
+@pytest.mark.parametrize("change", [see_all_tokens, other_config])
+def test_a_config_field_that_was_absent_acts_in_the_next_call(change: Callable[[Any], object]) -> None:
+    model = adapted()
+    plain = llfx.merge(model)
+    before = model(IDS).logits
+    change(plain)
+    change(model)
+    assert same(model(IDS).logits, plain(IDS).logits)
+    assert not same(model(IDS).logits, before)
+
+
+def test_modules_that_are_causal_with_a_mask_alone_are_refused() -> None:
+    # Sdpa leaves out the mask of a text without padding, whose tokens see all then; with padding they see those before.
+    model = adapted()
+    model(IDS)
+    model.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(llfx.CaptureError, match=r"The way out: set model\.config\.is_causal = False if tokens are to"):
+        model(IDS)
+    base = one_layer_llama().eval()
+    base.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(llfx.CaptureError, match="differs from the model"):
+        llfx.adapt(base, LORA)
+
+
 class Factor:
     """A function with a number of its own, as the processors of attention in diffusers are objects."""
 

@@ -25,6 +25,11 @@ def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:
     return [hook for kind in kinds for hook in getattr(module, kind).values() if not _belongs_to_model(hook)]
 
 
+def weight_hooks_on(module: nn.Module) -> tuple[Any, ...]:
+    """Return the hooks by which `torch.nn.utils` computes weights of `module` before each of its calls."""
+    return tuple(hook for hook in module._forward_pre_hooks.values() if _is_of(hook, _OF_WEIGHTS))
+
+
 def take_hooks_off(model: nn.Module) -> None:
     """Remove the user's hooks from all modules of `model`, which is a copy of the user's model."""
     for module in model.modules():
@@ -84,7 +89,12 @@ def _place(name: str, model: nn.Module) -> str:
 
 
 def _belongs_to_model(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(_OF_MODELS)
+    return _is_of(hook, *_OF_MODELS)
 
 
-_OF_MODELS = ("torch.nn.utils", "transformers.utils.output_capturing", "compressed_tensors")
+def _is_of(hook: Any, *packages: str) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(packages)
+
+
+_OF_WEIGHTS = "torch.nn.utils"
+_OF_MODELS = (_OF_WEIGHTS, "transformers.utils.output_capturing", "compressed_tensors")

@@ -50,6 +50,10 @@ class RunsParts:
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
+_PLAIN = "_lora_lite_fx_plain_class"
+"""An attribute of classes, of a name that no child or buffer of a module has: it would hide them."""
+
+
 @functools.cache
 def running_parts(cls: Any, kind: Any = RunsParts) -> Any:
     """Return a subclass of `cls`, of the same name, whose modules run parts of programs.
@@ -58,8 +62,13 @@ def running_parts(cls: Any, kind: Any = RunsParts) -> Any:
         cls: the class of a module.
         kind: `RunsParts`, or a subclass that it gets the methods of.
     """
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "base": cls}
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, _PLAIN: cls}
     return type(cls.__name__, (kind, cls), names)
+
+
+def plain_class(cls: type) -> Any:
+    """Return the class that `running_parts` made `cls` of; itself if it did not."""
+    return getattr(cls, _PLAIN, cls)
 
 
 class GraphLayer(RunsParts, nn.Module):

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.hooks import BACKWARD, FORWARD, hook_name, hooks_on
+from ..capture.hooks import BACKWARD, FORWARD, hook_name, hooks_on, weight_hooks_on
 from ..errors import AdapterError, is_instance_of
+from .layer import GraphLayer
 from .pieces import pieces_of
 from .reading import Reader, reader_of
 
@@ -54,6 +55,8 @@ class Watch:
 
     def _acts(self, name: str, module: nn.Module) -> bool:
         hooks = hooks_on(module, (*FORWARD, *BACKWARD))
+        if isinstance(module, GraphLayer):  # what computes a weight was put on it after the capture, which traces such
+            hooks += weight_hooks_on(module)
         if hooks and name not in self._acting:
             pieces = [path for path, _ in pieces_of(self.gm, self.gm.graph, (name,))]
             calls, is_sharded = pieces.count(name), is_instance_of(module, "torch", "FSDPModule")

@@ -77,6 +77,14 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
     return {module.site.name: module.site for module in model.modules() if isinstance(module, AdaptedLinear)}
 
 
+def module_names(model: nn.Module) -> dict[str, str]:
+    """Return the qualified names of the modules of `model`, and what they are in the base: a wrapper is its base."""
+    modules = dict(model.named_modules())
+    in_base = {name: name for name in modules}
+    in_base |= {f"{name}.base": name for name, module in modules.items() if isinstance(module, AdaptedLinear)}
+    return in_base
+
+
 def weight_of(model: nn.Module, site: Site) -> Tensor:
     """Return the frozen weight `(d_out, d_in)` of a site of an adapted model."""
     model = graph_of(model)

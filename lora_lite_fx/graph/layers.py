@@ -22,7 +22,8 @@ def layer_of(node: fx.Node) -> str | None:
 
 def is_layer(name: str) -> bool:
     """Check whether a module of that qualified name is a layer: the first number in the name is its last part."""
-    return _LAYER.fullmatch(name) is not None
+    match = _LAYER.match(name)
+    return match is not None and match[0] == name
 
 
 def module_call_of(node: fx.Node, names: Container[str]) -> str | None:

@@ -79,10 +79,12 @@ def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     if isinstance(tensor, nn.Parameter):
+        module._buffers.pop(leaf, None)
         module.register_parameter(leaf, tensor)
     elif leaf in module._buffers:  # setattr keeps a buffer that is not persistent as it is
         setattr(module, leaf, tensor)
     else:
+        module._parameters.pop(leaf, None)  # as of a weight that is parametrized since
         module.register_buffer(leaf, tensor)
 
 

@@ -23,6 +23,7 @@ from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.mistakes import check_inputs, check_model, graph_hint
 from ..capture.share import share
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
+from ..execution.layer import plain_class
 from ..execution.optimize import execution_of
 from ..formats.any_file import load_any
 from ..formats.files import read_json
@@ -165,7 +166,7 @@ class LoadableModel(Adapted):
         Raises:
             CheckpointError: there are no adapters in it, or it does not name its base.
         """
-        base: Any = cls.base  # type: ignore[attr-defined]
+        base: Any = plain_class(cls)
         way_out = f"The way out: adapt({base.__name__}.from_pretrained(base), {os.fspath(directory)!r})."
         config = Path(directory) / CONFIG
         if not config.is_file():

@@ -24,7 +24,7 @@ from ..capture.hugging_face import is_hugging_face
 from ..errors import AdapterError, ConfigError
 from ..execution.compiling import LayerCompiler
 from ..execution.frozen import changed_inside, frozen
-from ..execution.layer import RunsParts, running_parts
+from ..execution.layer import RunsParts, plain_class, running_parts
 from ..execution.memory import Memory, MemoryPlan
 from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
@@ -178,8 +178,7 @@ class Adapted(NamedAdapters, AdaptedPart):
         for name in {placement.site for placement in self.placements} & modules.keys():
             module = modules[name]
             if "_graphs" not in vars(module):
-                plain: Any = type(module)
-                module.__class__ = running_parts(getattr(plain, "base", plain), AdaptedLayer)
+                module.__class__ = running_parts(plain_class(type(module)), AdaptedLayer)
                 module._graphs, module._path = self._graphs, name
 
     def bind_graphs(self) -> None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..execution.layer import plain_class
+
 # Every dynamic dimension of an example has a size of its own, and none is one: torch.export specializes ones.
 BATCH, LENGTH, PAST = 3, 7, 5
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
@@ -99,7 +101,7 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         args, kwargs: of the call.
     """
     config = getattr(part, "config", None)
-    signature = inspect.signature(getattr(type(part), "base", type(part)).forward)
+    signature = inspect.signature(plain_class(type(part)).forward)
     if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
         kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
         del kwargs["past_key_values"]

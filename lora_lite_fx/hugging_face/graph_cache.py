@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.placement import Placement, placements
 from ..adapters.switches import Switches
@@ -24,6 +25,7 @@ from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
 from ..execution.compiling import LayerCompiler
+from ..execution.layer import plain_class
 from ..execution.memory import Memory, MemoryPlan, check_memory
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, draft_of
@@ -348,7 +350,7 @@ class GraphCache:
             if _find(copied, name) is not None:  # some are shared by several sites, as are modules
                 delete_tensor(copied, name)
         for module in copied.modules():
-            module.__class__ = getattr(type(module), "base", type(module))
+            module.__class__ = _plain_class_of(module)
             for attribute in ("_graphs", "_path", "_keys_to_ignore_on_save"):
                 module.__dict__.pop(attribute, None)
         forget_replaced_forward(copied)
@@ -452,8 +454,22 @@ class GraphCache:
             if name in written or (of_model is None and name in adapters):
                 register_tensor(self.model, name, tensor)
                 self._owned.add(name)
+            elif isinstance(tensor, nn.Parameter) and not isinstance(of_model, nn.Parameter) and of_model is not None:
+                register_tensor(gm, name, nn.Parameter(of_model.detach(), requires_grad=False))  # parametrized since
             elif of_model is not None:
                 register_tensor(gm, name, of_model)
+
+
+def _plain_class_of(module: nn.Module) -> Any:
+    """Return the class that a module has without adapters: of one that is parametrized since, with its parametrization.
+
+    `torch.nn.utils.parametrize` gives a module a subclass of its own, with properties.
+    """
+    cls: Any = type(module)
+    plain = plain_class(cls)
+    if plain is cls or not is_parametrized(module) or plain_class(cls.__base__) is cls.__base__:
+        return plain
+    return type(cls.__name__, (plain,), {name: value for name, value in vars(cls).items() if name != "__dict__"})
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -62,7 +62,7 @@ def fold_into(
             module = stored or _dense(module, merged.weight)
             _put(model, modules, owner, module)
         elif change_weight:
-            if site.computed_weight is not None:
+            if site.computed_weight is not None or is_parametrized(module, name):
                 _drop_parametrization(module, name, site)
             current = getattr(module, name)
             if sum(parameter is current for _, parameter in model.named_parameters(remove_duplicate=False)) > 1:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..capture.hooks import weight_hooks_on
+from ..execution.layer import plain_class
 from ..graph.layers import is_layer
 
 _NUMBERS = (bool, int, float, str, type(None))
@@ -25,6 +27,9 @@ _NO_PART_OF_GRAPHS = frozenset(
 
 _LATER = ("_loss_function",)
 """Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""
+
+_HOOKS = "_forward_pre_hooks"
+"""Those of `torch.nn.utils`, which compute weights, are traced by captures, and act in no other way."""
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """The names under which the wrappers of torch.compile and of checkpointing keep the module that computes."""
@@ -64,11 +69,11 @@ class _Module(NamedTuple):
             computed, kind = module.parametrizations, kind.__base__
         tensors = frozenset((*(name for name, tensor in named if tensor is not None), *computed))
         present = {name: _kept(value) for name, value in attributes.items() if _is_setting(name, value)}
-        settings = {name: attributes.get(name) for name in _LATER} | present
-        read = itemgetter("_modules", *present)
-        was = read({"_modules": dict(module._modules), **present})
+        settings = {name: attributes.get(name) for name in _LATER} | present | {_HOOKS: weight_hooks_on(module)}
+        read = itemgetter("_modules", _HOOKS, *present)
+        was = read({"_modules": dict(module._modules), _HOOKS: dict(module._forward_pre_hooks), **present})
         size, has_own_forward = len(attributes), "forward" in attributes
-        return cls(module, getattr(kind, "base", kind), tensors, settings, read, was, size, has_own_forward)
+        return cls(module, plain_class(kind), tensors, settings, read, was, size, has_own_forward)
 
     def change(self, now: _Module) -> str:
         """Return in words how the module that has this one's place now differs from it; empty if it does not."""

@@ -154,6 +154,15 @@ def test_a_hook_that_cannot_act_is_warned_of_once(front_end: str) -> None:
         assert torch.equal(logits(model), before)
 
 
+def test_a_hook_that_computes_a_weight_of_a_graph_is_warned_of() -> None:
+    model, _ = made("rewrite", llfx.LoRA(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model.model.layers[1].mlp.up_proj)
+    with pytest.warns(UserWarning, match=r"A hook on 'model.layers.1.mlp.up_proj' does not act: WeightNorm"):
+        logits(model)
+
+
 # Layers by themselves.
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
@@ -304,3 +304,58 @@ def test_a_layer_without_adapters_may_be_replaced_by_another_of_its_class() -> N
     logits = model.eval()(IDS).logits
     assert same(logits, plain.eval()(IDS).logits)
     assert not same(logits, before)
+
+
+# Weights that are computed since `adapt`.
+
+
+def weight_norm(module: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(module)  # by a hook
+
+
+def changed(module: Any, name: str) -> None:
+    """Change a tensor, of which a weight is computed, as training does."""
+    with torch.no_grad():
+        module.get_parameter(name).mul_(1.7)
+
+
+COMPUTED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "a hook": (weight_norm, "weight_g"),
+    "pruning": (lambda module: prune.l1_unstructured(module, "weight", 0.5), "weight_orig"),
+    "a parametrization": (parametrizations.weight_norm, "parametrizations.weight.original0"),
+    "one with a buffer named base": (parametrizations.orthogonal, "parametrizations.weight.original"),
+}
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_a_weight_that_is_computed_since_is_computed_in_each_call(
+    compute: tuple[Callable[[nn.Module], object], str],
+) -> None:
+    model = llfx.adapt(one_layer_llama().eval(), llfx.LoRA(r=2, target_names=(".*q_proj",)))
+    randomise(model, 0)
+    before = model(IDS).logits
+    plain = llfx.merge(model)
+    make, name = compute
+    for each in (model, plain):
+        each(IDS)
+        make(each.model.layers[0].self_attn.o_proj)
+        each(IDS)
+        changed(each.model.layers[0].self_attn.o_proj, name)
+    logits = plain(IDS).logits
+    assert not same(logits, before)
+    assert same(model(IDS).logits, logits)
+    assert same(model(IDS, output_hidden_states=True).logits, logits)  # which is captured anew
+
+
+def test_an_adapted_weight_that_is_parametrized_since_is_merged() -> None:
+    model = adapted()
+    model(IDS)
+    parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    changed(model.model.layers[0].mlp.up_proj, "parametrizations.weight.original0")
+    logits = model(IDS).logits
+    assert same(model(IDS, output_hidden_states=True).logits, logits)
+    merged = llfx.merge(model)
+    assert same(merged(IDS).logits, logits)
+    assert not parametrize.is_parametrized(merged.model.layers[0].mlp.up_proj)

@@ -28,7 +28,7 @@ from ..finite import check_finite
 from ..gathered import gathered, write_once
 from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
-from ..single_adapter import insert_from_file, sites_in, sites_of
+from ..single_adapter import insert_from_file, module_names, sites_in, sites_of
 from ..stages import refuse_stage
 from ..tensor_bytes import tensor_bytes
 from ..writing import make_folder, write_together
@@ -262,7 +262,7 @@ def peft_form(
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
-    names = [name for name, _ in model.named_modules() if not name.endswith(".base")]
+    names = list(dict.fromkeys(module_names(model).values()))
     beside = [placement.site for placement in whole_placements(model, adapter)]
     if trains_whole_only(model, adapter):
         config, tensors = as_own(*write_whole(model, sites_of(model), (), names, adapter), names)

@@ -13,6 +13,7 @@ from ...adapters.variant import as_tuple
 from ...errors import ConfigError
 from ...sites.site import Site
 from ...variants import TrainableTokens
+from ..single_adapter import module_names
 from .modules import PeftModule
 from .whole import BASE, BESIDE, PREFIX, TOKENS
 
@@ -105,8 +106,9 @@ def _biases(
 ) -> str:
     """Return PEFT's word for these biases, given by the names of their sites."""
     own = {*adapter_tensor_names(model)}
-    names = {name.replace(".base.", ".") for name, _ in model.named_parameters() if name not in own}
-    every = {name.rpartition(".")[0] for name in names if name.endswith("bias")}
+    in_base = module_names(model)
+    names = {name for name, _ in model.named_parameters() if name.endswith("bias") and name not in own}
+    every = {in_base[name.rpartition(".")[0]] for name in names}
     if every <= {placement.site for placement in whole_placements(model, adapter)}:
         return "all"
     if biases == {name for name in adapted if sites[name].bias is not None}:

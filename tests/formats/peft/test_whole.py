@@ -26,6 +26,7 @@ from transformers import (
 
 import lora_lite_fx as llfx
 from lora_lite_fx.testing.compare import unchanged
+from tests.support.conformance import randomise
 
 VOCABULARY = 40
 IDS = torch.tensor([[3, 7, 9, 3, 11], [5, 7, 2, 1, 4]])
@@ -315,3 +316,19 @@ def test_modules_that_peft_cannot_train_beside_an_adapter_are_refused(
     with pytest.raises(llfx.ConfigError, match=message):
         llfx.save_peft(gm, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [llfx.rewrite, lambda *args: llfx.wrap(llfx.capture(args[0], args[2]), args[1])])
+def test_biases_of_modules_named_as_the_wrapper_names_what_it_wraps(make: Any, tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("base", nn.Linear(8, 8))
+    model.add_module("inner", nn.Sequential())
+    model.inner.add_module("base", nn.Linear(8, 8))  # type: ignore[union-attr]
+    biases = llfx.Full(weight=False, bias=True, target_names=("base",))
+    x = torch.randn(3, 8)
+    adapted = make(model, [biases, llfx.LoRA(r=2, target_names=("base",))], (x,))
+    randomise(adapted, 0)
+    llfx.save_peft(adapted, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path))
+    assert torch.allclose(theirs(x), adapted(x), atol=1e-6)
+    assert not torch.allclose(adapted(x), model(x), atol=1e-3)

@@ -74,10 +74,11 @@ def adapt(
 
     Returns:
         The copy, in the model's mode. Only the adapters' parameters require grad. Its parts (`get_encoder()`, the
-        model without its head) run graphs of their own; a layer that is adapted refuses to run alone. A module that is
-        replaced, or a number of one that is set (`dropout.p = 0`), acts in the next call, for which a graph is captured
-        again; calls that torch.compile has compiled before do not see it. `save_pretrained` writes the adapters alone;
-        `gradient_checkpointing_enable` checkpoints the layers of graphs.
+        model without its head) run graphs of their own, and so do modules with an adapter, as a layer calls them that
+        is called by itself. A module that is replaced, or a number of one that is set (`dropout.p = 0`), acts in the
+        next call, for which a graph is captured again; calls that torch.compile has compiled before see it in configs
+        alone. `save_pretrained` writes the adapters alone; `gradient_checkpointing_enable` checkpoints the layers of
+        graphs.
 
     Raises:
         AdapterError: `model` is not one of transformers or diffusers, or is adapted already; or it is a graph without

@@ -110,7 +110,7 @@ class CapturedGraph:
     def refuses(self, leaves: Leaves) -> str:
         """Return the reason why the graph does not hold for `leaves`; empty if it does."""
         reads_values = not torch.compiler.is_dynamo_compiling()  # the graph itself asserts what depends on them there
-        if reads_values and (change := self.config.change()):
+        if change := self.config.change():
             return change
         for name, layout in self.layouts.items() if reads_values else ():
             if not torch.equal(leaves[name], layout):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 _CALLS_FOLLOW = frozenset(
@@ -79,18 +80,24 @@ class ConfigValues:
         return cls(configs, values)
 
     def change(self) -> str:
-        """Return in words what is different now; empty if nothing is."""
+        """Return in words what is different now; empty if nothing is. Calls that torch.compile traces ask, too."""
         for attributes, name, config in self.configs:
             if attributes.get(name) is not config:
                 return f"{name} is another object than before"
         for attributes, name, value in self.values:
             if (now := attributes.get(name, _ABSENT)) is not value and now != value:
-                return f"config.{name} {_said('is', now)}, and {_said('was', value)}"
+                return f"config.{name} {_difference(now, value)}"
         return ""
 
 
-def _said(verb: str, value: Any) -> str:
-    return f"{verb} absent" if value is _ABSENT else f"{verb} {value!r}"
+def _difference(now: Any, was: Any) -> str:
+    if torch.compiler.is_dynamo_compiling():  # it may take numbers for symbols, which have no words
+        return "is another"
+    return f"is {_shown(now)}, and was {_shown(was)}"
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _ABSENT else repr(value)
 
 
 def _configs_of(model: nn.Module) -> list[tuple[Mapping[str, Any], str, Any]]:

@@ -108,6 +108,18 @@ def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogC
     assert "config.pad_token_id is 1, and was 0" in caplog.text
 
 
+def test_a_compiled_call_follows_the_config() -> None:
+    model = adapted()
+    compiled = torch.compile(model, backend="eager")
+    logits = {}
+    with torch.no_grad():
+        for is_causal in (True, False, True):
+            model.config.is_causal = is_causal
+            logits[is_causal] = compiled(IDS).logits
+            assert same(logits[is_causal], llfx.merge(model)(IDS).logits)
+    assert not same(logits[True], logits[False])
+
+
 def see_all_tokens(model: Any) -> None:
     model.config.is_causal = False  # which the config did not have before
 

@@ -199,10 +199,10 @@ def input_hint(model: nn.Module, inputs: dict[str, Any]) -> str:
         return ""
     # Sdpa leaves out masks of ones, in calls that are neither traced nor compiled. Some models see all tokens then.
     hint = ""
+    if "attention_mask" in inputs:
+        hint += ' call model.set_attn_implementation("eager") first, because sdpa leaves out masks of ones,'
     if getattr(config, "is_causal", True) and any(
         getattr(each, "is_causal", True) is False for each in model.modules()
     ):
         hint += " set model.config.is_causal = False if tokens are to see those behind them,"
-    if "attention_mask" in inputs:
-        hint += ' call model.set_attn_implementation("eager") first, because sdpa leaves out masks of ones,'
     return hint

@@ -110,7 +110,7 @@ def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogC
 
 def test_a_compiled_call_follows_the_config() -> None:
     model = adapted()
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     logits = {}
     with torch.no_grad():
         for is_causal in (True, False, True):

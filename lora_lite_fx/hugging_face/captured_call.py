@@ -26,9 +26,6 @@ from .config_reads import ConfigValues
 from .example_calls import examples
 from .sliding_window import cut_windows, uncut_windows
 
-# The fields of a config that a forward method reads and that may change between calls.
-_SWITCHES = ("_attn_implementation", "_experts_implementation", "output_attentions", "output_hidden_states")
-
 
 @dataclass(frozen=True)
 class CapturedCall:
@@ -38,14 +35,12 @@ class CapturedCall:
         path: qualified name of the part of the model that is called; empty for the model.
         normalized: its arguments in normal form.
         structure: the arguments without their leaves.
-        switches: what the config adds to the signature.
         leaves: the tensors and integers of the arguments, by name.
     """
 
     path: str
     normalized: NormalizedCall
     structure: Structure
-    switches: tuple[tuple[str, Any], ...]
     leaves: Leaves
 
     @classmethod
@@ -62,23 +57,16 @@ class CapturedCall:
         leaves: Leaves = {}
         names = sorted(normalized.arguments)
         parts = tuple(disassemble(normalized.arguments[name], name, leaves) for name in names)
-        config = getattr(part, "config", None)
-        switches = tuple((name, getattr(config, name, None)) for name in _SWITCHES)
-        return cls(getattr(part, "_path", ""), normalized, Tree(dict, tuple(names), parts), switches, leaves)
+        return cls(getattr(part, "_path", ""), normalized, Tree(dict, tuple(names), parts), leaves)
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """The part of the call that all calls of one graph have in common."""
-        return self.path, self.structure, self.switches
+        return self.path, self.structure
 
     def differs_from(self, other: CapturedCall) -> list[str]:
         """Return in what the signature of a call of the same part differs from that of `other`."""
-        changed = [
-            f"config.{name}: {old!r} before, {new!r} now"
-            for (name, old), (_, new) in zip(other.switches, self.switches, strict=True)
-            if old != new
-        ]
-        return [*differences(other.structure, self.structure), *changed]
+        return [*differences(other.structure, self.structure)]
 
 
 @dataclass

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_CALLS_FOLLOW = frozenset(
-    ("use_cache", "use_mems_eval", "use_mems_train", "return_dict", "output_attentions", "output_hidden_states")
-)
-"""What is part of the structure of a call, or of its arguments, and so not of a graph."""
+_CALLS_FOLLOW = frozenset(("use_cache", "use_mems_eval", "use_mems_train", "return_dict"))
+"""What `arguments_of` makes an argument of each call, so that it is no part of a graph besides."""
 
 Reads = set[tuple[type, str]]
 """Classes of configs, and attributes of theirs."""
@@ -36,7 +34,7 @@ def recorded_reads() -> Iterator[Reads]:
     original = base.__getattribute__
 
     def read(self: Any, name: str) -> Any:
-        if not name.startswith("_"):
+        if not name.startswith("__"):
             reads.add((type(self), name))
         return original(self, name)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.placement import Placement, placements
 from ..adapters.switches import Switches
@@ -22,10 +20,8 @@ from ..capture.decisions import is_other_decision
 from ..capture.example_inputs import example_inputs_of
 from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
-from ..capture.share import share
 from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
 from ..execution.compiling import LayerCompiler
-from ..execution.layer import plain_class
 from ..execution.memory import Memory, MemoryPlan, check_memory
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, draft_of
@@ -44,8 +40,10 @@ from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, 
 from .causal_lm import Decoder, arguments_of, probe
 from .config_reads import ConfigValues, recorded_reads
 from .diffusers import prepare_arguments
+from .kept_graphs import KeptGraphs
 from .model_state import ModelState
-from .own_forward import check_is_whole, forget_replaced_forward
+from .own_forward import check_is_whole
+from .plain_copy import plain_copy
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _not_compiled: Callable[[_Function], _Function] = torch.compiler.disable
@@ -85,7 +83,6 @@ class GraphCache:
         self.keeps_values = False
         self.compiler: LayerCompiler | None = None
         self.memory: Memory = "fast"
-        self._lock = threading.Lock()  # for the order of the graphs, which calls change
         self._owned: set[str] = set()
         self._bound_for: type | None = None
         self.drop()
@@ -98,7 +95,7 @@ class GraphCache:
         if id(self.model) not in memo:
             return self
         twin = memo[id(self)] = object.__new__(GraphCache)
-        twin.__dict__.update(self.__dict__, keeps_values=False, _lock=threading.Lock())
+        twin.__dict__.update(self.__dict__, keeps_values=False)
         twin.drop()
         twin._owned = {*self._owned}
         twin.model = copy.deepcopy(self.model, memo)
@@ -106,7 +103,7 @@ class GraphCache:
 
     def drop(self) -> None:
         """Forget all graphs, because devices, dtypes, and what `ModelState` sees are part of them."""
-        self._kept: list[CapturedGraph] = []  # the one that was not used for longest first
+        self._kept = KeptGraphs(type(self.model).__name__, self.limit)
         self._state: ModelState | None = None  # of the time of the first of them
         self.__dict__.pop("decoder", None)
         self.__dict__.pop("_first_call", None)
@@ -121,8 +118,7 @@ class GraphCache:
 
     def modules(self) -> tuple[fx.GraphModule, ...]:
         """Return the graphs, the one that was used last at the end."""
-        with self._lock:
-            return tuple(graph.gm for graph in self._kept)
+        return self._kept.modules()
 
     # Calls.
 
@@ -153,35 +149,21 @@ class GraphCache:
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:
         """Return the graph for this call; capture it if there is none."""
-        graph, _ = self._find(call)
+        graph, _ = self._kept.find(call)
         return self._captured_now(call) if graph is None else graph
 
     @_not_compiled
     def _captured_now(self, call: CapturedCall) -> CapturedGraph:
         with tracing():
-            graph, reason = self._find(call)  # another thread may have captured it
+            graph, reason = self._kept.find(call)  # another thread may have captured it
             if graph is not None:
                 return graph
             start = time.perf_counter()
             graph = self._capture_for(call)
-            self._log(call, reason, time.perf_counter() - start)
-            self._kept.append(graph)
+            self._kept.add(graph, reason, time.perf_counter() - start)
             if self.keeps_values:
                 graph.gm.keep_values()
         return graph
-
-    def _find(self, call: CapturedCall) -> tuple[CapturedGraph | None, str]:
-        """Return the graph that holds for this call, or None and the reason why a graph of its signature does not."""
-        signature, reason = call.signature, ""
-        with nullcontext() if torch.compiler.is_dynamo_compiling() else self._lock:
-            for graph in reversed(self._kept):
-                if graph.call.signature == signature:
-                    reason = graph.refuses(call.leaves)
-                    if not reason:
-                        self._kept.remove(graph)
-                        self._kept.append(graph)
-                        return graph, ""
-        return None, reason
 
     def follow_model(self) -> None:
         """Forget the graphs if the model has changed in what a graph has for good, as its modules and their numbers."""
@@ -238,23 +220,6 @@ class GraphCache:
         """Return the plans of all graphs that were called in training."""
         return [plan for graph in self._kept for plan in graph.gm.memory_plans()]
 
-    def _log(self, call: CapturedCall, refusal: str, seconds: float) -> None:
-        name = type(self.model).__name__ + (f".{call.path}" if call.path else "")
-        changes = [call.differs_from(graph.call) for graph in self._kept if graph.call.path == call.path]
-        reason = refusal or "; ".join(min(changes, key=len)[:3] if changes else ["the first call"])
-        logger.info("%s: captured a graph in %.1f s (%s)", name, seconds, reason)
-        kept = [graph for graph in self._kept if graph.call.path == call.path]
-        if len(kept) == self.limit:
-            dropped = kept[0]
-            self._kept.remove(dropped)
-            logger.warning(
-                "%s: dropped the graph that was not used for longest, of %d (max_graphs); a call like its own"
-                " (%s) will capture it again",
-                name,
-                self.limit,
-                ", ".join(dropped.call.normalized.arguments),
-            )
-
     # Capture.
 
     def start(self, insert: Insert, calibration: Batches | None) -> None:
@@ -268,7 +233,7 @@ class GraphCache:
         graph.gm.run_on(self.model)
         self.placements = placements(graph.gm)
         self.sites = {site.name: (site.roles, site.weight) for site in find_sites(graph.gm)}
-        self._kept.append(graph)
+        self._kept.add(graph)
 
     def add(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
         """Add new adapters to all graphs and to the model."""
@@ -345,16 +310,7 @@ class GraphCache:
 
     def plain(self) -> Any:
         """Return a copy of the model without adapters, of its own class, over the same weights."""
-        copied = share(self.model)
-        for name in (name for placement in self.placements for name in placement.tensors.values()):
-            if _find(copied, name) is not None:  # some are shared by several sites, as are modules
-                delete_tensor(copied, name)
-        for module in copied.modules():
-            module.__class__ = _plain_class_of(module)
-            for attribute in ("_graphs", "_path", "_keys_to_ignore_on_save"):
-                module.__dict__.pop(attribute, None)
-        forget_replaced_forward(copied)
-        return copied
+        return plain_copy(self.model, self.placements)
 
     def _shadow(self) -> Any:
         """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls."""
@@ -458,18 +414,6 @@ class GraphCache:
                 register_tensor(gm, name, nn.Parameter(of_model.detach(), requires_grad=False))  # parametrized since
             elif of_model is not None:
                 register_tensor(gm, name, of_model)
-
-
-def _plain_class_of(module: nn.Module) -> Any:
-    """Return the class that a module has without adapters: of one that is parametrized since, with its parametrization.
-
-    `torch.nn.utils.parametrize` gives a module a subclass of its own, with properties.
-    """
-    cls: Any = type(module)
-    plain = plain_class(cls)
-    if plain is cls or not is_parametrized(module) or plain_class(cls.__base__) is cls.__base__:
-        return plain
-    return type(cls.__name__, (plain,), {name: value for name, value in vars(cls).items() if name != "__dict__"})
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from operator import itemgetter
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -21,9 +22,12 @@ from ..graph.layers import is_layer
 _NUMBERS = (bool, int, float, str, type(None))
 
 _NO_PART_OF_GRAPHS = frozenset(
-    ("training", "gradient_checkpointing", "forward", "warnings_issued", "model_tags", "name_or_path")
+    (
+        *("training", "gradient_checkpointing", "_gradient_checkpointing_func", "forward"),
+        *("warnings_issued", "model_tags", "name_or_path"),
+    )
 )
-"""Each call looks at the first two, and a new `forward` is warned of. The others are notes of trainers and files."""
+"""Each call looks at the first three, and a new `forward` is warned of. The others are notes of trainers and files."""
 
 _LATER = ("_loss_function",)
 """Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""
@@ -166,8 +170,10 @@ def _modules_of(model: nn.Module, name: str = "", above: tuple[nn.Module, ...] =
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    if name.startswith("_") or name in _NO_PART_OF_GRAPHS:
+    if name in _NO_PART_OF_GRAPHS:
         return False
+    if name.startswith("_"):  # torch and transformers have objects of many kinds under such names
+        return (value is not None and isinstance(value, _NUMBERS)) or isinstance(value, FunctionType)
     parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
     return callable(value) or all(isinstance(part, _NUMBERS) for part in parts)
 

@@ -108,6 +108,27 @@ def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogC
     assert "config.pad_token_id is 1, and was 0" in caplog.text
 
 
+def test_what_a_config_asks_to_be_returned_is_returned() -> None:
+    model = adapted()
+    expected = model(IDS).logits
+    model.config.output_hidden_states = True
+    hidden = model(IDS).hidden_states
+    plain = llfx.merge(model)
+    assert all(same(one, other) for one, other in zip(hidden, plain(IDS).hidden_states, strict=True))
+    for each in (model, plain):
+        each.config.output_hidden_states = False
+        each.set_attn_implementation("eager")
+        each.config.output_attentions = True
+    assert same(model(IDS).attentions[0], plain(IDS).attentions[0])
+    captures = model._graphs.captures
+    model.config.output_attentions = False
+    model.set_attn_implementation("sdpa")
+    result = model(IDS)
+    assert torch.equal(result.logits, expected)
+    assert not {"hidden_states", "attentions"} & result.keys()
+    assert model._graphs.captures == captures  # the first graph holds again
+
+
 def test_a_compiled_call_follows_the_config() -> None:
     model = adapted()
     compiled: Any = torch.compile(model, backend="eager")
@@ -164,6 +185,10 @@ class Factor:
         return x * self.factor
 
 
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
 class Scaled(hf.LlamaForCausalLM):
     """Multiplies its logits with what attributes of many kinds say."""
 
@@ -172,15 +197,15 @@ class Scaled(hf.LlamaForCausalLM):
         self.tensor = torch.tensor(2.0)
         self.numbers, self.by_name = [1.0, 2.0], {"default": 3.0}
         self.bias: float | None = None
+        self._factor, self._function = 2.0, doubled
         self.processor = Factor(0.5)
         self.warnings_issued: dict[str, bool] = {}
         self.model_tags = ["mine"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
         result = super().forward(input_ids=input_ids, attention_mask=attention_mask, **more)
-        result.logits = self.processor(result.logits) * self.tensor * self.numbers[0] * self.by_name["default"] + (
-            self.bias or 0
-        )
+        factor = self.tensor * self._factor * self.numbers[0] * self.by_name["default"]
+        result.logits = self._function(self.processor(result.logits)) * factor + (self.bias or 0)
         return result
 
 
@@ -202,6 +227,8 @@ def test_attributes_of_every_kind_act_in_the_next_call() -> None:
         lambda model: model.by_name.__setitem__("default", 7.0),
         lambda model: setattr(model, "bias", 1.5),
         lambda model: setattr(model, "processor", Factor(2.0)),
+        lambda model: setattr(model, "_factor", 0.25),
+        lambda model: setattr(model, "_function", torch.Tensor.square),
     ]
     for change in changes:
         plain = llfx.merge(model)

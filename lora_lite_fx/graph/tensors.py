@@ -84,7 +84,6 @@ def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
     elif leaf in module._buffers:  # setattr keeps a buffer that is not persistent as it is
         setattr(module, leaf, tensor)
     else:
-        module._parameters.pop(leaf, None)  # as of a weight that is parametrized since
         module.register_buffer(leaf, tensor)
 
 

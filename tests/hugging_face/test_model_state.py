@@ -34,6 +34,16 @@ def adapted() -> Any:
     return model
 
 
+def require_acts(change: Callable[[Any], object], model: Any) -> None:
+    """Change an adapted model: the next call must be that of the merged model that is changed alike, and another."""
+    plain = llfx.merge(model)
+    before = model(IDS).logits
+    change(plain)
+    change(model)
+    assert same(model(IDS).logits, plain(IDS).logits)
+    assert not same(model(IDS).logits, before)
+
+
 def with_bias(model: Any) -> None:
     torch.manual_seed(1)
     model.lm_head = nn.Linear(16, 32)
@@ -154,12 +164,7 @@ def other_config(model: Any) -> None:
 @pytest.mark.parametrize("change", [see_all_tokens, other_config])
 def test_a_config_field_that_was_absent_acts_in_the_next_call(change: Callable[[Any], object]) -> None:
     model = adapted()
-    plain = llfx.merge(model)
-    before = model(IDS).logits
-    change(plain)
-    change(model)
-    assert same(model(IDS).logits, plain(IDS).logits)
-    assert not same(model(IDS).logits, before)
+    require_acts(change, model)
 
 
 def test_modules_that_are_causal_with_a_mask_alone_are_refused() -> None:
@@ -231,12 +236,7 @@ def test_attributes_of_every_kind_act_in_the_next_call() -> None:
         lambda model: setattr(model, "_function", torch.Tensor.square),
     ]
     for change in changes:
-        plain = llfx.merge(model)
-        before = model(IDS).logits
-        change(plain)
-        change(model)
-        assert same(model(IDS).logits, plain(IDS).logits)
-        assert not same(model(IDS).logits, before)
+        require_acts(change, model)
         captures = model._graphs.captures
         model(IDS)
         assert model._graphs.captures == captures

@@ -225,6 +225,8 @@ class _Operators(TorchDispatchMode):
         self.record = record
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # which autograd asks for; a graph has no such step
+            return args[0].device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.record.add(str(func), (args, kwargs, torch.is_grad_enabled()), result)

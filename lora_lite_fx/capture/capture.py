@@ -10,7 +10,6 @@ may leave out.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from .depth import ByDepth
 from .example_inputs import example_inputs_of, warn_of, what_may_be_left_out
 from .export import export
 from .foreign_graph import normalize
+from .forward_signature import name_arguments, signature_of
 from .hugging_face import (
     accepted_arguments,
     batch_only_arguments,
@@ -144,7 +144,10 @@ def capture_model(
         forget_checkpointing(shadow)
     elif example_inputs is None and (images := example_images_of(shadow)) is not None:
         example_inputs, one_size = images, tuple(images)
-    inputs = None if example_inputs is None else split_inputs(shadow, example_inputs)
+    inputs = None
+    if example_inputs is not None:  # else its forward is traced as it is written
+        name_arguments(shadow)
+        inputs = split_inputs(shadow, example_inputs)
     if inputs is not None and is_hugging_face(shadow):
         require_same_without_caches(model, shadow, inputs)
     calls = () if inputs is None else _calls(shadow, *inputs)
@@ -196,7 +199,7 @@ def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 def split_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     check_inputs(inputs)
     args, kwargs = call_of(inputs)
-    signature = inspect.signature(model.forward)
+    signature = signature_of(model)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:

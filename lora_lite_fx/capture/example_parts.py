@@ -12,6 +12,7 @@ from torch import Tensor
 from .example_images import IMAGES
 from .example_sounds import SOUNDS
 from .example_values import BATCH, READS_VALUES, Inputs, Values, required
+from .forward_signature import signature_of
 
 # The fields of a config that name such a token, and the methods of a model that compute the parts.
 _IMAGE_TOKENS = (
@@ -115,6 +116,6 @@ def _positions(values: Values, inputs: Inputs) -> Inputs:
 def attends_by_type(model: Any) -> bool:
     """Tell whether tokens see all others unless their types say otherwise, as in PaliGemma."""
     config = getattr(model, "config", None)
-    if "token_type_ids" not in inspect.signature(model.forward).parameters or config is None:
+    if "token_type_ids" not in signature_of(model).parameters or config is None:
         return False
     return bool(getattr(config.get_text_config(), "use_bidirectional_attention", False))

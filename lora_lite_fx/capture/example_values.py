@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from .forward_signature import signature_of
 from .without_data import without_data
 
 # Give every dynamic dimension a size of its own, because torch.export specializes ones and may equate equal sizes.
@@ -47,7 +48,7 @@ class Values:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.parameters = inspect.signature(model.forward).parameters
+        self.parameters = signature_of(model).parameters
         self.config = model.config
         self.generator = torch.Generator().manual_seed(0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from .conversions import (
     needless_masks_left_out,
 )
 from .decisions import Decisions
+from .forward_signature import signature_of
 from .memories import forgetting
 from .outputs import has_data
 from .refusal import refusal
@@ -61,7 +61,7 @@ def export(
     # Show a batch of one twice if the model takes that, because torch.export specializes a size of one without a word.
     doubled = double_batch_of_one((args, kwargs))
     calls = [(args, kwargs)] if doubled is None else [doubled, (args, kwargs)]
-    bound = [inspect.signature(model.forward).bind(*args, **kwargs).arguments for args, kwargs in calls]
+    bound = [signature_of(model).bind(*args, **kwargs).arguments for args, kwargs in calls]
     errors: list[CaptureError] = []
     for fixed in dict.fromkeys((tuple(batch_only), (*batch_only, *images_in(bound[0])))):
         for (args, kwargs), arguments in zip(calls, bound, strict=True):

@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes  # nothing public leaves a trace for a while
 
+from .forward_signature import forward_signature, give_signature
+
 _LAYOUT = re.compile(r"(^|_)(grids?(_thw|_hw)?|image_sizes(_videos)?|target_sizes(_videos)?|spatial_shapes)$")
 # The functions of transformers that compute indices from layouts, which create tensors of sizes that they read.
 _HELPERS = "transformers.vision_utils"
@@ -47,24 +49,18 @@ def pass_layouts(model: nn.Module, layouts: Mapping[str, Tensor]) -> None:
 
 
 def _leave_optional(model: nn.Module, layouts: Mapping[str, Tensor]) -> None:
-    """Give `model` a class like its own whose forward may be called without these arguments, if it requires any."""
-    kind: Any = type(model)
-    parameters = inspect.signature(kind.forward).parameters.values()
+    """Let `model`, a copy of the user's, be called without these arguments if its forward requires any."""
+    parameters = forward_signature(type(model)).parameters.values()
     required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     if not layouts.keys() & required:
         return
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return kind.forward(self, *args, **kwargs)
 
     def optional(parameter: inspect.Parameter) -> inspect.Parameter:
         is_layout = parameter.name in layouts
         return parameter.replace(kind=parameter.KEYWORD_ONLY, default=None) if is_layout else parameter
 
-    # torch.export asks the signature which arguments a call has to have.
     ordered = sorted(map(optional, parameters), key=lambda parameter: parameter.kind)
-    vars(forward)["__signature__"] = inspect.Signature(ordered)
-    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    give_signature(model, inspect.Signature(ordered))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .differences import agree
+from .forward_signature import signature_of
 from .hugging_face import with_other_mask, with_padding
 from .outputs import has_data, leaves_by_path
 from .share import share
@@ -53,7 +54,7 @@ def call_signature(
         accepted: as in `CallSignature`.
         has_constants: whether arguments that are not tensors were made part of the graph.
     """
-    parameters = dict(inspect.signature(model.forward).parameters)
+    parameters = dict(signature_of(model).parameters)
     if any(parameter.kind in _WITHOUT_NAMES for parameter in parameters.values()):
         return None
     inputs = dict(zip(parameters, args, strict=False)) | dict(kwargs)

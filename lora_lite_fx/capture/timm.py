@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # nothing public runs a model without data
 
+from .forward_signature import signature_of
 from .without_data import without_data
 
 
@@ -34,13 +34,13 @@ def example_images_of(model: nn.Module) -> dict[str, Any] | None:
     images = images.to(weight.device, weight.dtype)
     if not _takes(model.eval(), images):
         return None
-    return {next(iter(inspect.signature(model.forward).parameters)): images}
+    return {next(iter(signature_of(model).parameters)): images}
 
 
 def images_of_one_size(model: nn.Module) -> tuple[str, ...]:
     """Return the name of the images of a timm model that takes those of one height and width alone."""
     fixed = _images(model).get("fixed_input_size")
-    return tuple(inspect.signature(model.forward).parameters)[:1] if fixed else ()
+    return tuple(signature_of(model).parameters)[:1] if fixed else ()
 
 
 def _images(model: nn.Module) -> Mapping[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from ..adapters.placement import Placement, copy_over_tensors, next_index
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches, by_row, coefficients
 from ..adapters.variant import Variant
+from ..capture.forward_signature import forward_signature
 from ..capture.hugging_face import is_hugging_face
 from ..errors import AdapterError, ConfigError
 from ..execution.compiling import LayerCompiler
@@ -59,7 +59,7 @@ def subclass(kind: Any, cls: Any) -> type:
         with _of_rows(self, kwargs):
             return self._graphs.run(self, args, kwargs)
 
-    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]  # read in each call
+    forward.__signature__ = forward_signature(cls)  # type: ignore[attr-defined]  # read in each call
     adapted: Any = running_parts(cls, kind)
     adapted.forward = forward
     if issubclass(kind, Adapted) and hasattr(cls, "generate"):

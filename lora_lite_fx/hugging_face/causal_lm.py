@@ -7,7 +7,6 @@ loss is computed from the logits. A small run of the model shows which of these 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..capture.forward_signature import forward_signature
 from ..execution.layer import plain_class
 
 # Every dynamic dimension of an example has a size of its own, and none is one: torch.export specializes ones.
@@ -101,7 +101,7 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         args, kwargs: of the call.
     """
     config = getattr(part, "config", None)
-    signature = inspect.signature(plain_class(type(part)).forward)
+    signature = forward_signature(plain_class(type(part)))
     if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
         kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
         del kwargs["past_key_values"]
@@ -172,7 +172,7 @@ def probe(model: Any) -> Decoder | None:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    signature = inspect.signature(model.forward).parameters
+    signature = forward_signature(type(model)).parameters
     takes_cache = {"input_ids", "attention_mask", "cache", "use_cache"} <= signature.keys()
     # Encoders and classifiers take a cache too, but theirs is another result than logits for each token.
     if not takes_cache or not model.can_generate() or model.config.is_encoder_decoder:
@@ -238,7 +238,7 @@ def _has_plain_loss(model: Any, run: Any, ids: Tensor) -> bool:
     labels = ids.where(ids % 3 > 0, -100)
     labels[0, :3] = -100  # what padding predicts may be anything
     arguments: dict[str, Any] = {"labels": labels}
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
+    if any(p.kind is p.VAR_KEYWORD for p in forward_signature(type(model)).parameters.values()):
         arguments["num_items_in_batch"] = 5
     result = run(**arguments)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 
 from ..capture.capture import Inputs
+from ..capture.forward_signature import forward_signature
 from ..errors import AdapterError, CaptureError
 
 _TAKES_SCALE = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -17,7 +17,7 @@ _TAKES_SCALE = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_k
 def require_example(model: Any, example_inputs: Inputs | None) -> None:
     """Raise CaptureError without example inputs, because the config does not say how a pipeline calls the model."""
     if example_inputs is None:
-        parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+        parameters = list(forward_signature(type(model)).parameters.values())[1:]
         needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         raise CaptureError(
             f"adapt needs example_inputs for {type(model).__name__}: its config does not say how a pipeline calls it."

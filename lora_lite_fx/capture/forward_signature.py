@@ -1,6 +1,7 @@
 """Tell which arguments the `forward` of a class takes, and give a copy of a model another signature.
 
-`forward(self, *args, **kwargs)` of a subclass that passes all on to the class that it extends names none of them.
+A subclass often names few arguments or none, and passes the rest on to the class that it extends:
+`forward(self, *args, **kwargs)`, or `forward(self, input_ids, **kwargs)`.
 """
 
 from __future__ import annotations
@@ -10,39 +11,51 @@ from typing import Any
 
 from torch import nn
 
-_NAMELESS = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+_REQUIRED = inspect.Parameter.empty
+_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+_VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
+_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 
 
 def forward_signature(cls: Any) -> inspect.Signature:
-    """Return the signature of `forward`, with `self`.
-
-    Args:
-        cls: a class of modules. If its `forward` takes `*args, **kwargs` alone, that of the class before it is meant.
-    """
-    own = inspect.signature(cls.forward)
-    if _passes_on(_without_self(own)):
-        for base in cls.__mro__:
-            if base is not nn.Module and "forward" in vars(base):
-                signature = inspect.signature(vars(base)["forward"])
-                if not _passes_on(_without_self(signature)):
-                    return signature
-    return own
+    """Return the signature of `cls.forward`, with `self`, and with the arguments that it may pass on by `**kwargs`."""
+    signature = inspect.signature(cls.forward)
+    for base in cls.__mro__[1:]:
+        if "forward" in vars(base) and base is not nn.Module and _VAR_KEYWORD in _kinds(signature):
+            signature = _passing_on(signature, inspect.signature(base.forward))
+    return signature
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:
     """Return the signature by which `model` is called: that of `forward_signature`, without `self`."""
     own = inspect.signature(model.forward)
-    if "forward" in vars(model) or not _passes_on(own):
+    if "forward" in vars(model) or _VAR_KEYWORD not in _kinds(own):
         return own
-    return _without_self(forward_signature(type(model)))
-
-
-def _passes_on(signature: inspect.Signature) -> bool:
-    return {parameter.kind for parameter in signature.parameters.values()} == _NAMELESS
-
-
-def _without_self(signature: inspect.Signature) -> inspect.Signature:
+    signature = forward_signature(type(model))
     return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _kinds(signature: inspect.Signature) -> set[Any]:
+    return {parameter.kind for parameter in signature.parameters.values()}
+
+
+def _passing_on(own: inspect.Signature, inherited: inspect.Signature) -> inspect.Signature:
+    """Return a signature with the arguments of both; those inherited have a position if `own` passes positions on."""
+    by_position = _VAR_POSITIONAL in _kinds(own)
+    parameters = {
+        name: parameter for name, parameter in own.parameters.items() if parameter.kind is not _VAR_POSITIONAL
+    }
+    # What is required there may not be passed on, and no required argument can follow an optional one.
+    optional = not by_position or any(parameter.default is not _REQUIRED for parameter in parameters.values())
+    for parameter in list(inherited.parameters.values())[1:]:
+        if parameter.kind is _VAR_POSITIONAL:
+            if by_position:
+                parameters[parameter.name] = parameter
+        elif parameter.kind is not _VAR_KEYWORD and parameter.name not in parameters:
+            default = None if optional and parameter.default is _REQUIRED else parameter.default
+            kind = parameter.kind if by_position else _KEYWORD_ONLY
+            parameters[parameter.name] = parameter.replace(kind=kind, default=default)
+    return own.replace(parameters=sorted(parameters.values(), key=lambda parameter: parameter.kind))
 
 
 def give_signature(model: nn.Module, signature: inspect.Signature) -> None:

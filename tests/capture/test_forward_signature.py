@@ -16,11 +16,34 @@ from tests.support.conformance import randomise
 from tests.support.models import ids, tiny_llama
 
 
-class Sharper(transformers.LlamaForCausalLM):
+def _sharper(output: Any) -> Any:
+    output.logits = 2 * output.logits
+    return output
+
+
+class NamesNothing(transformers.LlamaForCausalLM):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _sharper(super().forward(*args, **kwargs))
+
+
+class NamesOne(transformers.LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        return _sharper(super().forward(input_ids=input_ids, **kwargs))
+
+
+class NamesAnother(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, sharpness: float = 2.0, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        output.logits = 2 * output.logits
+        output.logits = sharpness * output.logits
         return output
+
+
+class NamesRequired(transformers.LlamaForCausalLM):
+    def forward(self, input_ids: Any, labels: Any = None, **kwargs: Any) -> Any:
+        return _sharper(super().forward(input_ids, labels=labels, **kwargs))
+
+
+SUBCLASSES: list[Any] = [NamesNothing, NamesOne, NamesAnother, NamesRequired]
 
 
 class Scaled(nn.Module):
@@ -48,19 +71,41 @@ class AnyInputs(nn.Module):
         return sum(inputs, torch.zeros(()))
 
 
-@pytest.fixture
-def sharper() -> Sharper:
+class Chooses(Scaled):
+    def forward(self, x: Tensor, *, negate: bool = False, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        y = super().forward(x, **kwargs)
+        return -y if negate else y
+
+
+def build(subclass: Any) -> Any:
     torch.manual_seed(0)
-    model: Any = Sharper(tiny_llama())
-    return model.eval()  # type: ignore[no-any-return]
+    return subclass(tiny_llama()).eval()
 
 
-def test_names_are_those_of_the_class_that_has_some() -> None:
-    assert forward_signature(Passed) == inspect.signature(Scaled.forward)
+def names(cls: type[nn.Module]) -> dict[str, Any]:
+    """Return the arguments that `forward` takes, with their kinds."""
+    parameters = list(forward_signature(cls).parameters.values())[1:]
+    return {parameter.name: parameter.kind.name for parameter in parameters}
+
+
+def test_names_are_those_of_all_classes() -> None:
+    positional = "POSITIONAL_OR_KEYWORD"
+    assert names(Passed) == {"x": positional, "scale": positional, "kwargs": "VAR_KEYWORD"}
+    assert names(Chooses) == {
+        "x": positional, "negate": "KEYWORD_ONLY", "scale": "KEYWORD_ONLY", "kwargs": "VAR_KEYWORD",
+    }  # fmt: skip
+    assert names(nn.Linear) == {"input": positional}
     assert forward_signature(AnyInputs) == inspect.signature(AnyInputs.forward)
-    assert list(forward_signature(nn.Linear).parameters) == ["self", "input"]
-    assert signature_of(Passed()) == inspect.signature(Scaled().forward)
+    assert next(iter(names(NamesOne))) == "input_ids"
+    assert names(NamesNothing) == names(transformers.LlamaForCausalLM)
+    assert forward_signature(NamesNothing).parameters["logits_to_keep"].default == 0
+    # Its own forward names images, and passes labels on.
+    assert "labels" in names(transformers.Qwen3_5ForSequenceClassification)
+
+
+def test_a_forward_on_the_instance_is_asked_itself() -> None:
     replaced = Passed()
+    assert list(signature_of(replaced).parameters) == ["x", "scale", "kwargs"]
     replaced.forward = lambda *args, **kwargs: args[0]  # type: ignore[method-assign]
     assert list(signature_of(replaced).parameters) == ["args", "kwargs"]
 
@@ -78,38 +123,44 @@ def test_a_graph_is_called_by_position_and_by_name(by_name: bool) -> None:
     torch.testing.assert_close(gm(scale=scale[:2], x=x[:2]), expected)
 
 
-def test_the_class_of_the_model_is_left_as_it_is(sharper: Sharper) -> None:
-    forward = Sharper.forward
-    llfx.rewrite(sharper, llfx.LoRA(r=2))
-    assert type(sharper) is Sharper
-    assert Sharper.forward is forward
+def test_the_class_of_the_model_is_left_as_it_is() -> None:
+    model, forward = build(NamesNothing), NamesNothing.forward
+    llfx.rewrite(model, llfx.LoRA(r=2))
+    assert type(model) is NamesNothing
+    assert NamesNothing.forward is forward
     assert not hasattr(forward, "__signature__")
 
 
-def test_a_hugging_face_model_is_rewritten(sharper: Sharper) -> None:
-    cfg = llfx.LoRA(r=2)
-    gm, wrapped = llfx.rewrite(sharper, cfg), llfx.wrap(sharper, cfg)  # with inputs that are made from its config
+@pytest.mark.parametrize("subclass", SUBCLASSES)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_subclass_is_rewritten(subclass: Any, given: bool) -> None:
+    model, cfg = build(subclass), llfx.LoRA(r=2)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    call = {"input_ids": ids(2, 5), "attention_mask": mask, "labels": ids(2, 5)}
+    example = call if given else None  # else inputs are made from the config
+    gm, wrapped = llfx.rewrite(model, cfg, example), llfx.wrap(model, cfg, example)
     randomise(gm, 0)
     randomise(wrapped, 0)
     with torch.no_grad():
-        torch.testing.assert_close(gm(ids(2, 5)).logits, wrapped(input_ids=ids(2, 5)).logits)
-        torch.testing.assert_close(
-            gm(input_ids=ids(3, 7), labels=ids(3, 7)).loss, wrapped(input_ids=ids(3, 7), labels=ids(3, 7)).loss
-        )
+        ours, theirs = gm(**call), wrapped(**call)
+    torch.testing.assert_close(ours.logits, theirs.logits)
+    torch.testing.assert_close(ours.loss, theirs.loss)
 
 
-def test_a_hugging_face_model_is_adapted(sharper: Sharper) -> None:
-    cfg = llfx.LoRA(r=2)
-    chat = llfx.adapt(sharper, cfg)
-    wrapped: Any = llfx.wrap(sharper, cfg)
+@pytest.mark.parametrize("subclass", SUBCLASSES)
+def test_a_subclass_is_adapted(subclass: Any) -> None:
+    model, cfg = build(subclass), llfx.LoRA(r=2)
+    chat = llfx.adapt(model, cfg)
+    wrapped: Any = llfx.wrap(model, cfg)
     randomise(chat, 0)
     randomise(wrapped, 0)
     chat.eval()
-    x = ids(2, 5)
+    x, mask = ids(2, 5), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    calls: list[Any] = [((x,), {}), ((), {"input_ids": x, "attention_mask": mask, "labels": x})]
     with torch.no_grad():
-        for args, kwargs in (((x,), {}), ((), {"input_ids": x}), ((), {"input_ids": x, "labels": x})):
+        for args, kwargs in calls:
             ours, theirs = chat(*args, **kwargs), wrapped(*args, **kwargs)
             torch.testing.assert_close(ours.logits, theirs.logits)
             torch.testing.assert_close(ours.loss, theirs.loss)
-        settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+        settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
         assert torch.equal(chat.generate(x, **settings), wrapped.generate(x, **settings))

@@ -131,12 +131,18 @@ class CapturedGraph:
         return result if return_dict or not hasattr(result, "to_tuple") else result.to_tuple()
 
 
-def attempts(model: Any, call: CapturedCall) -> Iterator[tuple[Leaves, tuple[str, ...]]]:
-    """Yield examples to capture a call with, and the leaves of which the batch alone is to be dynamic."""
+def attempts(model: Any, call: CapturedCall, by_values: bool) -> Iterator[tuple[Leaves, tuple[str, ...]]]:
+    """Yield examples to capture a call with, and the leaves of which the batch alone is to be dynamic.
+
+    Args:
+        model: is called.
+        call: to capture.
+        by_values: whether the model is known to decide by values, for which the example has to have those of the call.
+    """
     windows = batch_only_arguments(model)
     images = images_in({name: leaf for name, leaf in call.leaves.items() if not name.startswith("cache")})
     for fixed in dict.fromkeys((windows, (*windows, *images))):
-        for example in examples(call.structure, call.leaves):
+        for example in examples(call.structure, call.leaves, by_values):
             yield example, fixed
 
 

@@ -12,13 +12,14 @@ from .call_structure import Leaves, Structure, cached_layers
 from .causal_lm import BATCH, LENGTH, PAST
 
 
-def examples(structure: Structure, leaves: Leaves) -> Iterator[Leaves]:
+def examples(structure: Structure, leaves: Leaves, by_values: bool) -> Iterator[Leaves]:
     """Yield leaves to capture a call with, those first with which the graph takes most other lengths and batches.
 
     Args:
         structure, leaves: of the call.
+        by_values: whether all have the values of the call, and not just its form.
     """
-    if (normal := _normal_example(structure, leaves)) is not None:
+    if not by_values and (normal := _normal_example(structure, leaves)) is not None:
         yield normal
     yield _grown(leaves)
     yield leaves

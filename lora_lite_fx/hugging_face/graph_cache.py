@@ -327,9 +327,10 @@ class GraphCache:
             "call the model once like this before it is sharded, which then has its graph",
         )
         same = [graph for graph in self._kept if graph.call.signature == call.signature and not graph.config.change()]
-        seen = [graph.example for graph in same if not is_other_decision(graph.refuses(call.leaves))]
+        decides = [is_other_decision(graph.refuses(call.leaves)) for graph in same]
+        seen = [graph.example for graph, otherwise in zip(same, decides, strict=True) if not otherwise]
         errors = []
-        for example, fixed in attempts(self.model, call):
+        for example, fixed in attempts(self.model, call, by_values=any(decides)):
             if (of_example := captured_with(example, fixed)) in seen:
                 continue
             seen.append(of_example)

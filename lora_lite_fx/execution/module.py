@@ -68,8 +68,8 @@ class AdaptedGraphModule(LayerSettings):
     the graph itself. It has all adapters; calls and exports leave out those that do not act, see `switches`.
     """
 
-    kept: KeptValues | None = None  # inside a scope of `frozen`
-    own_switches = Switches()
+    kept: KeptValues | None  # inside a scope of `frozen`
+    own_switches: Switches
     recorded: Recorded | None = None  # the names that the graph has of adapters, as of the last recompile
     _names: tuple[str, ...] = ()  # of the adapters
     _banks: BankInputs | None = None
@@ -81,6 +81,9 @@ class AdaptedGraphModule(LayerSettings):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
+        # torch.compile guards that an instance has no such attribute where it finds one of the class, so that a call
+        # before the first scope that sets it would be compiled again after that.
+        self.kept, self.own_switches = None, Switches()
         self.execution = execution
         make_layers(self)
         self._run_programs()
@@ -91,7 +94,7 @@ class AdaptedGraphModule(LayerSettings):
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, AdaptedGraphModule)
         keep_registration(self, twin)
-        twin.execution, twin.own_switches = self.execution, self.switches
+        twin.kept, twin.execution, twin.own_switches = None, self.execution, self.switches
         twin._run_programs()
         return twin
 

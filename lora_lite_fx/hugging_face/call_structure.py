@@ -82,7 +82,7 @@ _Counters = dict[tuple[type, str], list[Leaf]]
 
 
 def _disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str], counters: _Counters) -> Structure:
-    if given and id(value) in given:  # torch.compile guards an identity that is asked for: it compiled for each batch
+    if given and id(value) in given:  # to ask without need would let torch.compile compile for each batch
         return Given(given[id(value)])
     if isinstance(value, Tensor):
         leaves[name] = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import AdapterError
+from ..graph.tensors import has_attribute, tensor_of
 from .compiling import LayerCompiler
 from .cutting import Piece, Values
 from .frozen import KeptValues
@@ -40,12 +41,14 @@ class Derived:
         values: what the rest needs of the model, or None.
         parts: what the module of each piece runs.
         unplanned: why their memory is not planned though that was asked for.
+        written: qualified names of the tensors that the program itself writes to.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     values: Values | None = None
     parts: list[Part] = field(default_factory=list)
     unplanned: str = ""
+    written: Sequence[str] = ()
     _planned: dict[Any, PlannedPart] = field(default_factory=dict)
 
     def planned_part(self, piece: Piece, memory: Memory) -> PlannedPart:
@@ -66,10 +69,14 @@ class Derived:
         return [replace(run.plan, layers=tuple(paths)) for part, paths in layers.items() for run in part.runs.values()]
 
     def keep(self, host: nn.Module, kept: KeptValues, method: str) -> None:
-        """Compute what the program needs of the modules of `host`, and let `kept` keep it."""
+        """Compute what the program needs of the modules of `host`, and let `kept` keep it.
+
+        Nothing is computed of what the program writes to (see `parameter_work`), so its writes are not watched.
+        """
         needed = [] if self.values is None else [(self.values, host)]
         needed += [(piece.values, submodule(host, piece.path)) for piece in self.pieces]
-        tensors = [tensor for values, module in needed for tensor in values.read(module)]
+        written = {id(tensor_of(host, name)) for name in self.written if has_attribute(host, name)}
+        tensors = [read for values, module in needed for read in values.read(module) if id(read) not in written]
         found = [values.of(module) for values, module in needed]
         kept.keep(method, found if self.values is not None else [(), *found], tensors)
 

@@ -29,7 +29,7 @@ from ..graph.direct_calls import constant_when_compiled, outside_symbolic_trace,
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
 from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of
-from ..graph.writes import overwrites
+from ..graph.writes import overwrites, written_attributes
 from ..log import phase
 from ..passes import (
     LeaveOutInputs,
@@ -363,8 +363,9 @@ class AdaptedGraphModule(LayerSettings):
             unplanned = "the graph overwrites tensors" if memory != "fast" and overwrites(self, graph) else ""
             pieces, values = cut(self, self.host, graph, method, hooked)
             graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
-            derived = Derived(pieces, values, unplanned=unplanned)
             is_kept, checkpoints = program == "inference", program == "checkpointed"
+            written = written_attributes(self) if is_kept else ()
+            derived = Derived(pieces, values, unplanned=unplanned, written=written)
             setattr(cls, f"{method}_values", values_method(method, derived, is_kept))
             for index, piece in enumerate(pieces):
                 if memory != "fast" and not unplanned:

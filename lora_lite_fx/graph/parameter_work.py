@@ -9,25 +9,35 @@ from torch import fx
 from .provenance import is_inserted
 from .queries import is_deterministic, reads_tensor
 from .regions import closes_region, opens_region
+from .writes import written_attributes
 
 
 def parameter_work(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the inserted nodes that depend on no input of the graph, draw no random numbers and write nothing.
 
     They are in graph order. Nodes in a region with a mode of autograd or autocast of its own are left out, because
-    elsewhere they would compute something else.
+    elsewhere they would compute something else. So are those that read a tensor which the graph writes to.
     """
+    written = _written_of_the_base(gm)
     known: set[fx.Node] = set()
     work: list[fx.Node] = []
     regions = 0
     for node in gm.graph.nodes:
         regions += opens_region(node) - closes_region(node)
         computed = is_inserted(node) and not regions and is_deterministic(node)
-        if reads_tensor(gm, node) or (computed and known.issuperset(node.all_input_nodes)):
+        is_tensor = reads_tensor(gm, node) and node.target not in written
+        if is_tensor or (computed and known.issuperset(node.all_input_nodes)):
             known.add(node)
             if is_inserted(node):
                 work.append(node)
     return work
+
+
+def _written_of_the_base(gm: fx.GraphModule) -> set[str]:
+    """Return the names of the tensors that adapters read of the base, and that the graph writes to."""
+    reads = [node for node in gm.graph.find_nodes(op="get_attr") if not is_inserted(node)]
+    names = {str(node.target) for node in reads if any(map(is_inserted, node.users))}
+    return names.intersection(written_attributes(gm)) if names else names
 
 
 def first_input(graph: fx.Graph) -> fx.Node:

@@ -22,6 +22,12 @@ def in_a_region(m: Any, x: Tensor) -> Any:
     return F.linear(x, b)
 
 
+def of_what_the_base_writes_to(m: Any, x: Tensor) -> Any:
+    y = F.linear(x, m.a * m.weight.sum())
+    m.weight.mul_(1)  # which could as well change what the next call reads
+    return y
+
+
 @pytest.mark.parametrize(
     ("compute", "base", "work"),
     [
@@ -29,8 +35,9 @@ def in_a_region(m: Any, x: Tensor) -> Any:
         (lambda m, x: F.linear(x, m.weight * 2 + 1), "mul", []),
         (lambda m, x: F.linear(x, m.a * x.mean()), "", []),
         (lambda m, x: F.linear(x, F.dropout(m.a, 0.5, True)), "", []),
+        (of_what_the_base_writes_to, "mul_", []),
     ],
-    ids=["tensors", "the base's", "input", "random"],
+    ids=["tensors", "the base's", "input", "random", "written"],
 )
 def test_it_depends_on_tensors_alone(compute: Callable[..., Any], base: str, work: list[str]) -> None:
     gm = exported(compute, x(), base=base)

@@ -49,6 +49,18 @@ CAUSAL: dict[str, Any] = {
     "bloom": hf.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=99, bos_token_id=1, eos_token_id=2),
     "falcon": hf.FalconConfig(**UNGATED),
     "phi3": hf.Phi3Config(**GROUPED),
+    "longrope": hf.Phi3Config(  # which writes other frequencies to a buffer for long texts
+        **GROUPED,
+        original_max_position_embeddings=8,
+        max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 8,
+        },
+    ),
     "mixtral": hf.MixtralConfig(**GROUPED, num_local_experts=4),
     "qwen3_moe": hf.Qwen3MoeConfig(**GROUPED, **EXPERTS),
     "deepseek_v3": hf.DeepseekV3Config(
@@ -70,7 +82,7 @@ CAUSAL: dict[str, Any] = {
         block_auto_adjust_ff_dim=False,
     ),
 }
-EVERYDAY = ("llama", "gpt2", "gpt_oss", "t5")
+EVERYDAY = ("llama", "longrope", "gpt2", "gpt_oss", "t5")
 # List the number of graphs that training, prefill and decoding take, for models that need more than one.
 GRAPHS = {
     "mistral": 2,  # One more once the window is full.

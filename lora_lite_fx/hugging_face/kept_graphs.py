@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -24,6 +23,7 @@ class KeptGraphs:
         self._name = name
         self._limit = limit
         self._graphs: list[CapturedGraph] = []
+        self._as_captured: list[CapturedGraph] = []  # in that order, which no call changes
         self._lock = threading.Lock()  # for their order, which calls change
 
     def __iter__(self) -> Iterator[CapturedGraph]:
@@ -39,16 +39,14 @@ class KeptGraphs:
 
     def find(self, call: CapturedCall) -> tuple[CapturedGraph | None, str]:
         """Return the graph that holds for this call, or None and the reason why a graph of its signature does not."""
-        signature, reason = call.signature, ""
-        with nullcontext() if torch.compiler.is_dynamo_compiling() else self._lock:
-            for graph in reversed(self._graphs):
-                if graph.call.signature == signature:
-                    reason = graph.refuses(call.leaves)
-                    if not reason:
-                        self._graphs.remove(graph)
-                        self._graphs.append(graph)
-                        return graph, ""
-        return None, reason
+        if torch.compiler.is_dynamo_compiling():  # Dynamo guards the list, and would compile anew for each order
+            return _first(self._as_captured, call)
+        with self._lock:
+            graph, reason = _first(reversed(self._graphs), call)
+            if graph is not None:
+                self._graphs.remove(graph)
+                self._graphs.append(graph)
+        return graph, reason
 
     def add(self, graph: CapturedGraph, reason: str = "", seconds: float | None = None) -> None:
         """Keep a graph; at the limit, drop the one of the same part that was not used for longest, with a warning.
@@ -67,6 +65,7 @@ class KeptGraphs:
             logger.info("%s: captured a graph in %.1f s (%s)", name, seconds, reason)
         if len(same) == self._limit:
             self._graphs.remove(same[0])
+            self._as_captured.remove(same[0])
             logger.warning(
                 "%s: dropped the graph that was not used for longest, of %d (max_graphs); a call like its own"
                 " (%s) will capture it again",
@@ -75,3 +74,15 @@ class KeptGraphs:
                 ", ".join(same[0].call.normalized.arguments),
             )
         self._graphs.append(graph)
+        self._as_captured.append(graph)
+
+
+def _first(graphs: Iterable[CapturedGraph], call: CapturedCall) -> tuple[CapturedGraph | None, str]:
+    """Return the first graph that holds for this call; or None, and why the last of its signature does not."""
+    reason = ""
+    for graph in graphs:
+        if graph.call.signature == call.signature:
+            reason = graph.refuses(call.leaves)
+            if not reason:
+                return graph, ""
+    return None, reason

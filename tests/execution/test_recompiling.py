@@ -92,3 +92,27 @@ def test_the_first_call_may_be_within_a_scope(form: str) -> None:
         torch.testing.assert_close(outside, model(**batch(0)).logits)
     assert not torch.allclose(inside, outside)
     assert graphs() == 2
+
+
+def test_calls_of_other_kinds_in_between_compile_nothing_again() -> None:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(tiny_llama(pad_token_id=0, eos_token_id=1))
+    model: Any = llfx.adapt(base, llfx.LoRA(r=2), fuse_loss=True)  # training has a graph of its own
+    compiled = torch.compile(model, backend="eager")
+
+    def step(call: Any, seed: int) -> int:
+        model.train()
+        call(**batch(seed)).loss.backward()
+        return graphs()
+
+    def evaluate(call: Any, seed: int) -> int:
+        model.eval()
+        with torch.no_grad():
+            call(**batch(seed))
+        return graphs()
+
+    step(model, 0)
+    evaluate(model, 0)
+    assert len(model.graphs) == 2
+    assert step(compiled, 1) == step(compiled, 2) == evaluate(model, 3) == step(compiled, 4) == 1
+    assert evaluate(compiled, 5) == evaluate(compiled, 6) == step(model, 7) == evaluate(compiled, 8) == 2

@@ -21,7 +21,6 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
 from ..errors import CallError, CaptureError
-from .forward_signature import signature_of
 from .symbolic import symbolic_trace
 
 Values = tuple[tuple[str, bool | None], ...]
@@ -53,7 +52,7 @@ def refused_calls(model: nn.Module, traced: fx.GraphModule) -> dict[Values, str]
     """
     parameters = {
         name: parameter
-        for name, parameter in signature_of(model).parameters.items()
+        for name, parameter in inspect.signature(model.forward).parameters.items()
         if parameter.kind not in _OF_ONE_CALL
     }
     refused: dict[Values, str] = {}
@@ -132,7 +131,7 @@ def _message(model: nn.Module, values: Values, reason: str) -> str:
     names = ", ".join(name for name, _ in values)
     given = {
         name: "..."
-        for name, parameter in signature_of(model).parameters.items()
+        for name, parameter in inspect.signature(model.forward).parameters.items()
         if parameter.default is inspect.Parameter.empty and parameter.kind not in _OF_ONE_CALL
     }
     for name, value in values:

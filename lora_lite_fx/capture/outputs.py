@@ -6,6 +6,7 @@ numbers, whatever the order in which they draw them. What a run writes to is as 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode  # documented, though
 from ..graph.direct_calls import is_wrapped
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_attributes
-from .forward_signature import signature_of
 from .share import share
 from .signature import values_of_call
 
@@ -135,7 +135,7 @@ def _is_same(one: Any, other: Any) -> bool:
 def outputs_of_graph(gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool) -> Outputs:
     """Run the flat graph `gm` of `model`; the other arguments are those of `outputs_of_model`."""
     args, kwargs = copied(call)
-    values = values_of_call(gm.graph, signature_of(model), args, kwargs)
+    values = values_of_call(gm.graph, inspect.signature(model.forward), args, kwargs)
     interpreter = _Interpreter(gm, by_module)
     return _outputs_of(gm, training, lambda: interpreter.run(*values), interpreter.modules)
 

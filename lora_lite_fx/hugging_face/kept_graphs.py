@@ -79,9 +79,9 @@ class KeptGraphs:
 
 def _first(graphs: Iterable[CapturedGraph], call: CapturedCall) -> tuple[CapturedGraph | None, str]:
     """Return the first graph that holds for this call; or None, and why the last of its signature does not."""
-    reason = ""
+    signature, reason = call.signature, ""
     for graph in graphs:
-        if graph.call.signature == call.signature:
+        if graph.call.signature == signature:
             reason = graph.refuses(call.leaves)
             if not reason:
                 return graph, ""

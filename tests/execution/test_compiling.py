@@ -12,22 +12,14 @@ from transformers import LlamaForCausalLM
 
 import lora_lite_fx as llfx
 from tests.adapters.test_switches import fill
+from tests.support.compilations import graphs
 from tests.support.conformance import close
 from tests.support.models import GatedMLP, tiny_llama
 
 CONFIGS: list[Any] = [llfx.LoRA(r=2), [llfx.DoRA(r=2), llfx.IA3()], llfx.LoRA(r=2, dropout=0.5), llfx.HRA(r=2)]
 
 
-@pytest.fixture(autouse=True)
-def _count_from_zero() -> Any:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
-
-
-def graphs() -> int:
-    return int(counters["stats"]["unique_graphs"])
+pytestmark = pytest.mark.usefixtures("count_from_zero")
 
 
 def llama(layers: int = 2) -> Any:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
 import lora_lite_fx as llfx
+from tests.support.compilations import graphs
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
 
@@ -18,12 +17,7 @@ CONFIGS = {"fr": llfx.LoRA(r=2), "de": llfx.DoRA(r=2)}
 FORMS = ["a graph", "an adapted model", "the layers of a graph", "the layers of an adapted model"]
 
 
-@pytest.fixture(autouse=True)
-def _count_from_zero() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("count_from_zero")
 
 
 def plain_and_compiled(form: str) -> tuple[Any, Any]:
@@ -35,10 +29,6 @@ def plain_and_compiled(form: str) -> tuple[Any, Any]:
     if "layers" in form:
         return model, llfx.compile_layers(model, backend="eager")
     return model, torch.compile(model, backend="eager")
-
-
-def graphs() -> int:
-    return int(counters["stats"]["unique_graphs"])
 
 
 def batch(seed: int) -> dict[str, Any]:

@@ -378,6 +378,7 @@ def alone(args: argparse.Namespace) -> dict[str, Any]:
     cfg = config(args.variants[0], args.rank, case)
     graph, captured = capture(step, cfg)
     arms = Arms(step, graph, cfg)
+    of_peft = arms.seconds_of_peft() if name.startswith("peft") else 0.0
     start = time.perf_counter()
     try:
         arm = arms.make(name)
@@ -391,7 +392,9 @@ def alone(args: argparse.Namespace) -> dict[str, Any]:
         return {"note": f"not there: {error}"}
     if where:
         return {"note": f"disagrees: {where}"}
-    if name.startswith(("ours", "merged", "base-graph")) and "adapt" not in name:  # which captures calls itself
+    if name.startswith("peft"):  # the arm is read from files, for its values
+        made = of_peft
+    elif name.startswith(("ours", "merged", "base-graph")) and "adapt" not in name:  # which captures calls itself
         made += captured
     return {"memory": memory, "capture": made, "first-call": called, "compile": made + called}
 

@@ -224,6 +224,16 @@ class Arms:
                     parameter.copy_(values[name])
         return module
 
+    def seconds_of_peft(self) -> float:
+        """Return the seconds in which PEFT adapts a copy of the module, without files and the adapter's values."""
+        with tempfile.TemporaryDirectory() as folder:
+            llfx.save_peft(self.ours, folder)
+            settings = peft.PeftConfig.from_pretrained(folder, inference_mode=False)
+        module = copy.deepcopy(self.step.module)
+        start = time.perf_counter()
+        peft.get_peft_model(module, settings)
+        return time.perf_counter() - start
+
     def _peft(self) -> Arm:
         with tempfile.TemporaryDirectory() as folder:
             llfx.save_peft(self.ours, folder)

@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from ..graph.tensors import attribute_of
 from .operators import value_key
 from .repeats import Block, NotRepeated, Place, Step, place_of_tensor
 
@@ -19,8 +20,7 @@ CONSTANT = re.compile(r"(.*\.)?lifted_tensor_\d+$")
 
 def constant_of(gm: fx.GraphModule, target: str) -> Any:
     """Return what a node of a graph that reads `target` reads."""
-    path, _, leaf = target.rpartition(".")
-    return getattr(gm.get_submodule(path), leaf)
+    return attribute_of(gm, target)
 
 
 def names_of_tensors(gm: fx.GraphModule, reads: Sequence[fx.Node], stacks: Mapping[str, int]) -> dict[fx.Node, str]:

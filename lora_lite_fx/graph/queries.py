@@ -12,16 +12,13 @@ from torch import Tensor, fx, nn
 from .direct_calls import OpOverload, is_transform
 from .provenance import is_inserted
 from .regions import closes_region, opens_region
-from .tensors import tensor_of
+from .tensors import attribute_of, tensor_of
 from .writes import written
 
 
 def reads_tensor(gm: nn.Module, node: fx.Node) -> bool:
     """Check whether `node` reads a parameter or buffer of the module, and not its mode flag."""
-    if node.op != "get_attr":
-        return False
-    path, _, name = str(node.target).rpartition(".")
-    return isinstance(getattr(gm.get_submodule(path), name), Tensor)
+    return node.op == "get_attr" and isinstance(attribute_of(gm, str(node.target)), Tensor)
 
 
 def value_of(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,10 +28,14 @@ def outside_inference_mode() -> Iterator[None]:
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
     """Return the parameter or buffer of that qualified name."""
-    path, _, attribute = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), attribute)
+    tensor = attribute_of(model, name)
     assert isinstance(tensor, Tensor)
     return tensor
+
+
+def attribute_of(model: nn.Module, name: str) -> Any:
+    """Return the attribute of that qualified name, in less time than `get_submodule` takes for its checks."""
+    return operator.attrgetter(name)(model)
 
 
 def is_quantized(tensor: Tensor) -> bool:

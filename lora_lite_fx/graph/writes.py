@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from .direct_calls import OpOverload
-from .tensors import tensor_of
+from .tensors import attribute_of, tensor_of
 
 
 def own_written_buffers(gm: fx.GraphModule) -> None:
@@ -44,12 +44,7 @@ def written_attributes(gm: fx.GraphModule) -> list[str]:
                 # Without a schema, as of a region, the value may be a view of any of the operands.
                 count = 1 if isinstance(operand.target, OpOverload) else None
                 operands += [value for value in operand.all_input_nodes[:count] if value not in operands]
-    return [name for name in dict.fromkeys(names) if not isinstance(_attribute(gm, name), nn.Module)]
-
-
-def _attribute(gm: nn.Module, name: str) -> Any:
-    path, _, leaf = name.rpartition(".")
-    return getattr(gm.get_submodule(path), leaf)
+    return [name for name in dict.fromkeys(names) if not isinstance(attribute_of(gm, name), nn.Module)]
 
 
 def written_operands(node: fx.Node) -> list[fx.Node]:

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..capture.autograd_functions import Kept, keeping_functions
 from ..capture.tracing import fake_like
 from ..graph.subgraph import segment
-from ..graph.tensors import register_tensor
+from ..graph.tensors import attribute_of, register_tensor
 
 Compiled = Callable[..., Any]
 Compiler = Callable[[fx.GraphModule, list[Any]], Compiled]
@@ -139,7 +139,7 @@ def to_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Tensor], 
     added: list[Tensor] = []
     stand_ins: list[Tensor] = []
     for node in gm.graph.find_nodes(op="get_attr"):
-        tensor = _attribute(gm, str(node.target))
+        tensor = attribute_of(gm, str(node.target))
         if not isinstance(tensor, Tensor):  # the body of a higher-order operator, or a flag
             continue
         if id(tensor) not in by_tensor:
@@ -153,8 +153,3 @@ def to_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Tensor], 
         gm.graph.erase_node(node)
     gm.recompile()
     return added, stand_ins
-
-
-def _attribute(gm: nn.Module, name: str) -> Any:
-    path, _, leaf = name.rpartition(".")
-    return getattr(gm.get_submodule(path), leaf)

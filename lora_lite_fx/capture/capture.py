@@ -180,7 +180,8 @@ def capture_model(
         if inputs is not None:
             args, kwargs = inputs
             is_static = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input
-            signature = call_signature(shadow, args, kwargs, gm.graph, accepted, is_static)
+            few = by_depth.few_layers
+            signature = call_signature(shadow, args, kwargs, gm.graph, accepted, is_static, few)
             if signature is not None and layouts:
                 signature = replace(signature, layouts=layouts)
         details += [f"{len(gm.graph.nodes)} nodes", *done]

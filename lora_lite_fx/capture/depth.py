@@ -42,10 +42,12 @@ class ByDepth:
         self._export = export
         self._stacks = stacks_of(model)
         self._shown: list[tuple[Sizes, Run]] = []
+        self.few_layers: dict[str, int] = {}
+        """How many layers of each stack were captured, in the last mode; empty if all were."""
 
     def capture(self) -> tuple[fx.GraphModule, list[str]]:
         """Return the graph of the model in its mode, and what was done with its layers, for the log."""
-        self._shown = []
+        self._shown, self.few_layers = [], {}
         if not self._stacks:
             return self._in_full(), []
         try:
@@ -55,6 +57,7 @@ class ByDepth:
         except Exception as error:  # whatever keeps a part of a model from running is no matter of the whole
             why = "a part could not be captured" if isinstance(error, CaptureError) else f"of a {type(error).__name__}"
             return self._in_full(), [f"all layers captured, because {why}"]
+        self.few_layers = _captured(repetitions)
         return gm, [_said(repetition) for repetition in repetitions]
 
     def is_as_before(self) -> bool:
@@ -151,4 +154,8 @@ def _said(repetition: Repetition) -> str:
 
 def _shortened(model: nn.Module, repetitions: Sequence[Repetition]) -> AbstractContextManager[None]:
     """Leave the layers that are to be stamped out of `model`."""
-    return shortened(model, {each.stack: each.captured for each in repetitions})
+    return shortened(model, _captured(repetitions))
+
+
+def _captured(repetitions: Sequence[Repetition]) -> dict[str, int]:
+    return {each.stack: each.captured for each in repetitions}

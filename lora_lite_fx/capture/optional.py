@@ -25,6 +25,7 @@ from .hugging_face import with_other_mask, with_padding
 from .outputs import has_data, leaves_by_path
 from .share import share
 from .signature import CallSignature, Fill, Omission
+from .stacks import shortened
 
 # Enough for all models known; every further argument would double the number of sets that are compared.
 _MOST_OPTIONAL = 4
@@ -44,6 +45,7 @@ def call_signature(
     graph: fx.Graph,
     accepted: Mapping[str, Any],
     has_constants: bool,
+    few_layers: Mapping[str, int],
 ) -> CallSignature | None:
     """Find out how the graph of `model` may be called; None if its arguments have no names.
 
@@ -53,6 +55,7 @@ def call_signature(
         graph: what it was captured as.
         accepted: as in `CallSignature`.
         has_constants: whether arguments that are not tensors were made part of the graph.
+        few_layers: how many layers of each stack show what all do, by the name of the stack; empty if not known.
     """
     parameters = dict(signature_of(model).parameters)
     if any(parameter.kind in _WITHOUT_NAMES for parameter in parameters.values()):
@@ -67,7 +70,7 @@ def call_signature(
     omissions: dict[frozenset[str], Omission] = {}
     refusals = dict.fromkeys(optional, "the model has no data, so that a call without it could not be tried")
     if optional and has_data(model, (args, kwargs)):
-        omissions, refusals = _Comparison(model, inputs, graph).of(optional)
+        omissions, refusals = _tried(_Comparison(model, inputs, graph), optional, few_layers)
     positional = tuple(name for name, parameter in parameters.items() if parameter.kind is not _KEYWORD_ONLY)
     return CallSignature(
         type(model).__name__,
@@ -79,6 +82,29 @@ def call_signature(
         omissions,
         refusals,
     )
+
+
+def _tried(
+    comparison: _Comparison, optional: Sequence[str], few_layers: Mapping[str, int]
+) -> tuple[dict[frozenset[str], Omission], dict[str, str]]:
+    """Return what `_Comparison.of` does, found out with few layers if these show what all do.
+
+    The model with all of its layers is asked then for one call, which leaves out the most; and for all calls if it
+    answers otherwise.
+    """
+    if not few_layers:
+        return comparison.of(optional)
+    with shortened(comparison.model, few_layers):
+        omissions, refusals = comparison.of(optional)
+    comparison.answers.clear()
+    if not omissions:
+        return omissions, refusals
+    names, omission = max(omissions.items(), key=lambda each: len(each[0]))
+    fills = {name: omission.fills[comparison.places[name]].value for name in names}
+    with contextlib.suppress(_Differs):
+        if comparison.omission(fills) == omission:
+            return omissions, refusals
+    return comparison.of(optional)
 
 
 class _Comparison:
@@ -105,7 +131,7 @@ class _Comparison:
             if name in fills:
                 continue
             try:
-                omissions[frozenset({name})] = self._omission({name: fill})
+                omissions[frozenset({name})] = self.omission({name: fill})
             except _Differs as reason:
                 refusals.setdefault(name, str(reason))
             else:
@@ -114,10 +140,10 @@ class _Comparison:
         sets = (itertools.combinations(fills, size) for size in range(2, len(fills) + 1))
         for names in itertools.chain.from_iterable(sets):
             with contextlib.suppress(_Differs):
-                omissions[frozenset(names)] = self._omission({name: fills[name] for name in names})
+                omissions[frozenset(names)] = self.omission({name: fills[name] for name in names})
         return omissions, refusals
 
-    def _omission(self, fills: Mapping[str, int]) -> Omission:
+    def omission(self, fills: Mapping[str, int]) -> Omission:
         """Return what the model computes without the arguments.
 
         Raises:

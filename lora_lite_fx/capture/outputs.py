@@ -63,6 +63,7 @@ def outputs_of_model(
     by_module: bool,
     nudge: int = 0,
     watch: AbstractContextManager[Any] | None = None,
+    in_any_order: bool = True,
 ) -> Outputs:
     """Run a copy of a model.
 
@@ -75,6 +76,8 @@ def outputs_of_model(
         nudge: 1 or -1 to change the last bit of what each module returns, some up and some down, which shows what
             rounding does; 0 to leave it.
         watch: is entered around the call alone.
+        in_any_order: whether random numbers are the same in whatever order they are drawn. That takes some time for
+            each operator; without, they are the same for those who draw the same ones in the same order.
     """
     loose = [
         f"{path}.{name}" if path else name
@@ -101,7 +104,7 @@ def outputs_of_model(
             module.register_forward_hook(keep(name))
     before = _loose_values(twin)
     args, kwargs = copied(call)
-    with comparable(model), watch or nullcontext():
+    with comparable(model, in_any_order=in_any_order), watch or nullcontext():
         returned = twin(*args, **kwargs)
     outputs = Outputs(results_of(returned), buffers_of(twin), modules)
     left = [name for name, value in _loose_values(twin).items() if before.get(name) is not value]
@@ -109,7 +112,7 @@ def outputs_of_model(
         args, kwargs = copied(call)
         there = dict(twin.named_buffers(remove_duplicate=False))
         buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in there}
-        with comparable(model):
+        with comparable(model, in_any_order=in_any_order):
             again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
         if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
             outputs.remembered = left[0]
@@ -132,12 +135,14 @@ def _is_same(one: Any, other: Any) -> bool:
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, equal_nan=True)
 
 
-def outputs_of_graph(gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool) -> Outputs:
+def outputs_of_graph(
+    gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool, in_any_order: bool = True
+) -> Outputs:
     """Run the flat graph `gm` of `model`; the other arguments are those of `outputs_of_model`."""
     args, kwargs = copied(call)
     values = values_of_call(gm.graph, inspect.signature(model.forward), args, kwargs)
     interpreter = _Interpreter(gm, by_module)
-    return _outputs_of(gm, training, lambda: interpreter.run(*values), interpreter.modules)
+    return _outputs_of(gm, training, lambda: interpreter.run(*values), interpreter.modules, in_any_order)
 
 
 def outputs_of_program(gm: fx.GraphModule, call: Call, training: bool) -> Outputs:
@@ -147,9 +152,13 @@ def outputs_of_program(gm: fx.GraphModule, call: Call, training: bool) -> Output
 
 
 def _outputs_of(
-    gm: fx.GraphModule, training: bool, run: Callable[[], Any], modules: dict[str, list[Tensor]]
+    gm: fx.GraphModule,
+    training: bool,
+    run: Callable[[], Any],
+    modules: dict[str, list[Tensor]],
+    in_any_order: bool = True,
 ) -> Outputs:
-    with as_before(gm), comparable(gm):
+    with as_before(gm), comparable(gm, in_any_order=in_any_order):
         gm.train(training)
         return Outputs(results_of(run()), buffers_of(gm), modules)
 
@@ -257,8 +266,14 @@ def as_before(gm: fx.GraphModule) -> Iterator[None]:
 
 
 @contextmanager
-def comparable(model: nn.Module, with_gradients: bool = False) -> Iterator[None]:
-    """Run with random numbers that do not depend on the order in which they are drawn; by default without gradients."""
+def comparable(model: nn.Module, with_gradients: bool = False, in_any_order: bool = True) -> Iterator[None]:
+    """Run something that is compared, and leave the random generators as they are.
+
+    Args:
+        model: what runs; says on which devices.
+        with_gradients: whether to record for a backward pass.
+        in_any_order: whether random numbers do not depend on the order in which they are drawn.
+    """
     devices = list({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
     # The fast path of nn.TransformerEncoder computes the same but for padded positions, which it sets to zero.
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -267,7 +282,8 @@ def comparable(model: nn.Module, with_gradients: bool = False) -> Iterator[None]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(with_gradients))
             stack.enter_context(torch.random.fork_rng(devices))
-            stack.enter_context(_SameDraws(devices))
+            if in_any_order:
+                stack.enter_context(_SameDraws(devices))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

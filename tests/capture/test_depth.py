@@ -28,6 +28,7 @@ from tests.support.stacks import (
     ReturnsAll,
     ReturnsSome,
     Stack,
+    Weighted,
     WithCache,
 )  # fmt: skip
 
@@ -221,3 +222,18 @@ def test_a_model_without_data_is_captured_like_one_with_data(log: Callable[[], s
     sites = [row.name for row in llfx.inspect(model)]
     assert [row.name for row in llfx.inspect(model.to("meta"))] == sites
     assert log().count("stamped 2") == 2
+
+
+def test_an_argument_may_be_left_out_if_all_layers_agree(log: Callable[[], str]) -> None:
+    x = torch.randn(3, 4)
+    gm, model = llfx.capture(Weighted(), (x, torch.rand(3, 4))), Weighted()
+    assert "stamped" in log()
+    model.load_state_dict(gm.state_dict(), strict=False)
+    torch.testing.assert_close(gm.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("odd", [0, ODD])
+def test_an_argument_may_not_be_left_out_if_one_layer_computes_something_else(odd: int) -> None:
+    gm = llfx.capture(Weighted(odd), (torch.randn(3, 4), torch.rand(3, 4)))
+    with pytest.raises(llfx.CallError, match="weights cannot be left out, because the model then computes another"):
+        gm(torch.randn(3, 4))

@@ -64,3 +64,31 @@ def test_noise_of_no_generator_is_drawn_in_each_call() -> None:
         torch.manual_seed(0)
         torch.testing.assert_close(gm(rows), expected)
     assert not torch.equal(gm(x), gm(x))
+
+
+class DrawsUnlessTraced(nn.Module):
+    """Draws a number that nobody reads, but for captures: model and graph draw their others in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            torch.rand(())
+        return nn.functional.dropout(self.fc(x), 0.5, self.training)
+
+
+def test_a_graph_that_draws_in_another_order_equals_its_model() -> None:
+    model, x = DrawsUnlessTraced(), torch.randn(3, 8)
+    gm = llfx.capture(model, (x,))
+    torch.testing.assert_close(gm.eval()(x), model.eval()(x))
+
+
+def test_a_graph_that_drops_otherwise_is_refused() -> None:
+    class DropsOtherwise(DrawsUnlessTraced):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if torch.compiler.is_compiling() else super().forward(x.flip(0)).flip(0)
+
+    with pytest.raises(llfx.CaptureError, match="in training"):
+        llfx.capture(DropsOtherwise(), (torch.randn(3, 8),))

@@ -321,3 +321,24 @@ class ReadsNeighbour(WithCache):
 class ReadsBackwards(WithCache):
     def number_of_cache(self, index: int) -> int:
         return len(self.layers) - 1 - index
+
+
+class Weighted(nn.Module):
+    """Layers in a loop with an optional argument.
+
+    Args:
+        odd: the number of the layer that computes something else without it; None for no such layer.
+    """
+
+    def __init__(self, odd: int | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(index) for index in range(LAYERS))
+        self.odd = odd
+
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        first = x
+        for layer in self.layers:
+            y: Tensor = layer(x, first)
+            without = 2 * y if layer.index == self.odd else y
+            x = without if weights is None else y * weights
+        return x

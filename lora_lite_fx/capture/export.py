@@ -112,6 +112,8 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         DataFollowed(),
         CopiesFollowed(),
         quiet_export(),
+        # A trace of few layers makes more entries of this cache than it reads, and each takes as long as an operator.
+        torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
     ):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

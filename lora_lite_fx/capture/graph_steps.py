@@ -10,17 +10,12 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ..graph.tensors import attribute_of
+from ..graph.tensors import tensor_of
 from .operators import value_key
 from .repeats import Block, NotRepeated, Place, Step, place_of_tensor
 
 CONSTANT = re.compile(r"(.*\.)?lifted_tensor_\d+$")
 """How torch.export calls the constants that it finds. It numbers them."""
-
-
-def constant_of(gm: fx.GraphModule, target: str) -> Any:
-    """Return what a node of a graph that reads `target` reads."""
-    return attribute_of(gm, target)
 
 
 def names_of_tensors(gm: fx.GraphModule, reads: Sequence[fx.Node], stacks: Mapping[str, int]) -> dict[fx.Node, str]:
@@ -38,7 +33,7 @@ def names_of_tensors(gm: fx.GraphModule, reads: Sequence[fx.Node], stacks: Mappi
             continue
         (layer,) = layers
         counts[layer] = counts.get(layer, -1) + 1
-        names[node] = f"{layer[0]}.{layer[1]}.constant {counts[layer]} {value_key(constant_of(gm, target))}"
+        names[node] = f"{layer[0]}.{layer[1]}.constant {counts[layer]} {value_key(tensor_of(gm, target))}"
     return names
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph.tensors import register_tensor
+from ..graph.tensors import register_tensor, tensor_of
 from .export import GUARDS, guard_sizes
-from .graph_steps import CONSTANT, constant_of, names_of_tensors, steps_of
+from .graph_steps import CONSTANT, names_of_tensors, steps_of
 from .repeats import (
     Blocks,
     NotRepeated,
@@ -274,7 +274,7 @@ class _Stamping:
             path = target.rpartition("_")[0]
             target = f"{path}_{len(self.constants)}"
             name = target.replace(".", "_")
-            self.constants.append((target, constant_of(self.gm, str(node.target)).clone()))
+            self.constants.append((target, tensor_of(self.gm, str(node.target)).clone()))
         self.made[place] = self._create(node, target, (), {}, name)
 
     # What is computed.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -118,9 +117,10 @@ class PassError(AdapterError, RuntimeError):
 class Pipeline:
     """An ordered tuple of passes.
 
-    Around each pass it does the work that every pass needs: it times the pass, removes dead code, lints the graph,
-    names the pass in errors, and writes the graph's text to the folder `LORA_LITE_FX_DUMP` if that is set. It
-    recompiles the module once, at the end.
+    Around each pass it does the work that every pass needs: it times the pass, removes dead code, names the pass in
+    errors, and writes the graph's text to the folder `LORA_LITE_FX_DUMP` if that is set. It lints the graph after each
+    pass that is not of this library, because a lint takes longer than most passes, and once at the end. Then it
+    recompiles the module.
 
     Args:
         passes: objects of subclasses of `GraphPass`.
@@ -215,6 +215,8 @@ class Pipeline:
                 outcome = _outcome(graph_pass.run(gm))
                 if outcome.edits or not reports:  # the first pass may be given dead code
                     eliminate_dead_code(gm)
+                if outcome.edits and is_of_others(graph_pass):
+                    gm.graph.lint()
                 seconds = time.perf_counter() - start
                 if check is not None and (complaint := check.complaint(gm)):
                     raise PassError(f"Pass {graph_pass.name} {complaint}")
@@ -229,6 +231,12 @@ class Pipeline:
             declined = tuple(dict.fromkeys(outcome.declined))
             reports.append(PassReport(graph_pass.name, outcome.edits, seconds, declined))
             dump.succeeded(outcome.edits, map(str, declined))
+        if any(report.edits for report in reports):
+            try:
+                gm.graph.lint()
+            except Exception as error:
+                done = ", ".join(report.name for report in reports)
+                raise PassError(f"{type(error).__name__} after the passes {done}: {error}") from error
         gm.recompile()
         return reports
 
@@ -259,19 +267,18 @@ def _outcome(result: object) -> Outcome:
     return outcome
 
 
+def is_of_others(graph_pass: GraphPass) -> bool:
+    """Tell whether a pass is not of this library, whose tests lint after each of its own."""
+    return type(graph_pass).__module__.partition(".")[0] != __name__.partition(".")[0]
+
+
 def eliminate_dead_code(gm: fx.GraphModule) -> None:
-    """Check the graph, and remove the nodes that nothing reads and that have no effect.
+    """Remove the nodes that nothing reads and that have no effect.
 
     Calls of modules stay, and so does every node that writes in place or that begins or ends a level of a transform:
-    torch.fx by itself would remove some.
+    torch.fx by itself would remove some. It would lint the graph each time too.
     """
-
-    def stays(node: fx.Node) -> bool:
-        if node.users or node.is_impure():  # most nodes have users, and the rest takes longer to tell
-            return True
-        return node.op == "call_module" or is_transform(node) or bool(written(gm, node))
-
-    with warnings.catch_warnings():
-        # The linter expects a get_attr to name a tensor, but the mode flag `training` is read in the same way.
-        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
-        gm.graph.eliminate_dead_code(stays)  # which lints first
+    for node in reversed(gm.graph.nodes):
+        stays = node.users or node.op == "call_module" or node.is_impure() or is_transform(node) or written(gm, node)
+        if not stays:
+            gm.graph.erase_node(node)

@@ -22,7 +22,9 @@ from lora_lite_fx.passes import (
     PassError,
     Pipeline,
     RemoveAdapters,
+    pipeline,
 )
+from lora_lite_fx.passes.pipeline import is_of_others
 from tests.support.models import GatedMLP, Net, ids
 
 
@@ -87,6 +89,29 @@ def test_a_refusal_keeps_its_class_and_notes_the_pass() -> None:
     with pytest.raises(ConfigError) as caught:
         Pipeline((Fail(ConfigError("no")),)).run(llfx.capture(Down(), EXAMPLE))
     assert "in pass fail" in caught.value.__notes__[0]
+
+
+@dataclass(frozen=True)
+class MovesForward(GraphPass):
+    """Moves a node before what it reads."""
+
+    def run(self, gm: fx.GraphModule) -> int:
+        linear = next(node for node in gm.graph.nodes if node.target is torch.ops.aten.linear.default)
+        next(iter(gm.graph.nodes)).prepend(linear)
+        return 1
+
+
+@pytest.mark.parametrize("of_others", [False, True])
+def test_a_graph_that_reads_a_value_too_early_is_an_error(of_others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of others is named; those of this library are linted together, in its tests alone one by one."""
+    monkeypatch.setattr(pipeline, "is_of_others", lambda graph_pass: of_others)
+    where = r"in pass moves_forward \(.*\)" if of_others else "after the passes moves_forward, remove_adapters"
+    with pytest.raises(PassError, match=f"RuntimeError {where}: Argument 'x' of Node 'linear' was used before"):
+        Pipeline((MovesForward(), RemoveAdapters())).run(llfx.capture(Down(), EXAMPLE))
+
+
+def test_passes_of_others_are_told_from_those_of_this_library() -> None:
+    assert [is_of_others(each) for each in (MovesForward(), RemoveAdapters())] == [True, False]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from ..graph.parameter_work import first_input, move_to_front
 from ..graph.provenance import is_inserted
 from ..graph.queries import reads_tensor
-from ..graph.subgraph import copy_of, extract, function_of, replace_by_call
+from ..graph.subgraph import copy_of, function_between, function_of_nodes, replace_by_call
 from ..graph.tensors import has_attribute, tensor_of
 from ..graph.walk import ancestors
 from .pieces import pieces_of
@@ -45,7 +45,7 @@ class Piece:
         path: qualified name of the module.
         method: the name of the method by which the rest of the program calls it, with the inputs alone.
         values: what it needs of the module.
-        graph: computes the results from these values and the inputs.
+        graph: computes the results from these values and the inputs. Equal pieces share it.
         rest: `None, *values, *inputs -> results`, the graph as a function.
         has_more_results: whether there are several.
     """
@@ -76,12 +76,13 @@ def cut(
     """
     _read_first(gm, outer)
     pieces: list[Piece] = []
+    graphs: dict[Callable[..., Any], fx.Graph] = {}
     modules = dict(host.named_modules())
     for path, members in pieces_of(gm, outer, also):
         module = modules.get(path)
         if getattr(module, "runs_parts", False):
             assert module is not None
-            pieces.append(_cut_piece(module, outer, members, path, f"{name}_piece_{len(pieces)}"))
+            pieces.append(_cut_piece(module, outer, members, path, f"{name}_piece_{len(pieces)}", graphs))
     return pieces, _cut_values(gm, host, outer, f"{name}_values")
 
 
@@ -94,7 +95,15 @@ def _read_first(gm: fx.GraphModule, outer: fx.Graph) -> None:
         node.replace_all_uses_with(by_name.setdefault(str(node.target), node))
 
 
-def _cut_piece(module: nn.Module, outer: fx.Graph, members: Sequence[fx.Node], path: str, method: str) -> Piece:
+def _cut_piece(
+    module: nn.Module,
+    outer: fx.Graph,
+    members: Sequence[fx.Node],
+    path: str,
+    method: str,
+    graphs: dict[Callable[..., Any], fx.Graph],
+) -> Piece:
+    """Replace what a module runs by a call of the method; take the graph of an equal piece from `graphs`, or add it."""
     members = [_call_as_function(node) for node in members]
     inside = set(members)
     read = dict.fromkeys(operand for node in members for operand in node.all_input_nodes if operand not in inside)
@@ -103,12 +112,15 @@ def _cut_piece(module: nn.Module, outer: fx.Graph, members: Sequence[fx.Node], p
     results = [node for node in members if not inside.issuperset(node.users)]
     results = [*results[-1:], *results[:-1]]  # the last one is its output, as a rule; hooks look there
 
-    graph = copy_of(members, (*own, *inputs), results[0] if len(results) == 1 else tuple(results))
+    returned = results[0] if len(results) == 1 else tuple(results)
+    rest = function_of_nodes(members, (*own, *inputs), returned)
+    if rest not in graphs:
+        graphs[rest] = copy_of(members, (*own, *inputs), returned)
     tensors = sorted(node for node in ancestors(own) if node.op == "get_attr")
     names = [str(node.target).removeprefix(f"{path}.") for node in tensors]
-    values = Values(reader_of(module, names), function_of(extract(tensors, own)))
+    values = Values(reader_of(module, names), function_between(tensors, own))
     replace_by_call(outer, method, inputs, members, results)
-    return Piece(path, method, values, graph, function_of(graph), len(results) > 1)
+    return Piece(path, method, values, graphs[rest], rest, len(results) > 1)
 
 
 def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +193,6 @@ def _cut_values(gm: fx.GraphModule, host: nn.Module, outer: fx.Graph, method: st
         (shared if has_attribute(host, str(node.target)) else constants).append(node)
     read = reader_of(host, [str(node.target) for node in shared])
     own = tuple(tensor_of(gm, str(node.target)) for node in constants)
-    values = Values(read, function_of(extract([*shared, *constants], results)), own)
+    values = Values(read, function_between([*shared, *constants], results), own)
     replace_by_call(outer, method, [], before, results)
     return values

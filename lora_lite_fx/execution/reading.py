@@ -13,6 +13,9 @@ from torch import fx, nn
 from ..errors import AdapterError
 from ..graph.subgraph import function_of
 
+Paths = tuple[tuple[str, ...], ...]
+"""The parts of qualified names."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -27,7 +30,7 @@ class Reader:
         registered: `None, module -> values`, from the registries.
     """
 
-    paths: tuple[tuple[str, ...], ...]
+    paths: Paths
     registered: Callable[..., tuple[Any, ...]]
 
     def __call__(self, module: nn.Module) -> tuple[Any, ...]:
@@ -45,18 +48,21 @@ class Reader:
 def reader_of(module: nn.Module, names: Sequence[str]) -> Reader:
     """Return a reader of the tensors and submodules of these qualified names, for modules like `module`."""
     paths = tuple(tuple(name.split(".")) for name in names)
-    return Reader(paths, _from_registries(module, paths))
+    registries = tuple(_registry(_attribute(module, path[:-1]), path[-1]) for path in paths)
+    return Reader(paths, _from_registries(paths, registries))
 
 
-def _from_registries(module: nn.Module, paths: Sequence[tuple[str, ...]]) -> Callable[..., tuple[Any, ...]]:
+@functools.lru_cache(maxsize=256)  # the layers of a deep model have one
+def _from_registries(paths: Paths, registries: tuple[str | None, ...]) -> Callable[..., tuple[Any, ...]]:
+    """Return a function of None and a module that reads `paths` from these registries; without one, as attributes."""
     graph = fx.Graph()
     owners: dict[tuple[str, ...], fx.Node] = {(): graph.placeholder("module")}
-    registries: dict[tuple[tuple[str, ...], str], fx.Node] = {}
+    found: dict[tuple[tuple[str, ...], str], fx.Node] = {}
 
     def registered(owner: tuple[str, ...], registry: str, name: str) -> fx.Node:
-        if (owner, registry) not in registries:
-            registries[owner, registry] = graph.call_function(getattr, (owner_at(owner), registry))
-        return graph.call_function(getitem, (registries[owner, registry], name))
+        if (owner, registry) not in found:
+            found[owner, registry] = graph.call_function(getattr, (owner_at(owner), registry))
+        return graph.call_function(getitem, (found[owner, registry], name))
 
     def owner_at(path: tuple[str, ...]) -> fx.Node:
         if path not in owners:
@@ -64,10 +70,9 @@ def _from_registries(module: nn.Module, paths: Sequence[tuple[str, ...]]) -> Cal
         return owners[path]
 
     values = []
-    for path in paths:
-        *parents, name = path
+    for (*parents, name), registry in zip(paths, registries, strict=True):
         owner = tuple(parents)
-        if (registry := _registry(_attribute(module, owner), name)) is None:
+        if registry is None:
             values.append(graph.call_function(getattr, (owner_at(owner), name)))
         else:
             values.append(registered(owner, registry, name))

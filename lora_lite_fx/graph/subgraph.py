@@ -20,12 +20,13 @@ def extract(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.Graph:
         inputs: the nodes that become its placeholders, in order.
         results: nodes that depend on the inputs and on tensors of the module alone.
     """
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(node.name) for node in inputs}
-    for node in sorted(set(ancestors(results, stop=copies.__contains__)).difference(copies)):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in results))
-    return graph
+    return copy_of(_between(inputs, results), inputs, tuple(results))
+
+
+def _between(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that compute `results` from `inputs`, in graph order."""
+    inside = set(ancestors(results, stop=set(inputs).__contains__))
+    return sorted(inside.difference(inputs))
 
 
 def segment(members: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
@@ -103,21 +104,34 @@ def function_of(graph: fx.Graph) -> Callable[..., Any]:
     Graphs that compute the same by the same operations have one function, whatever their nodes are called. So
     `torch.compile` compiles the function of equal layers once.
     """
-    key = _structure(graph)
+    nodes = list(graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    members = [node for node in nodes if node.op not in ("placeholder", "output")]
+    return function_of_nodes(members, inputs, graph.output_node().args[0])
+
+
+def function_between(inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> Callable[..., Any]:
+    """Return the function of the graph that `extract` makes, without making it if a graph of equal nodes has one."""
+    return function_of_nodes(_between(inputs, results), inputs, tuple(results))
+
+
+def function_of_nodes(members: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Any) -> Callable[..., Any]:
+    """Return the function of the graph that `copy_of` makes, without making it if a graph of equal nodes has one.
+
+    The layers of a deep model have one function, and to compare their nodes takes a fifth of the time of copying them.
+    """
+    key = _structure(members, inputs, results)
     function = _functions.get(key)
     if function is None:
-        numbered = _numbered(graph)
+        numbered = _numbered(members, inputs, results)
         call_directly(numbered)
         function = _functions[key] = type(fx.GraphModule(nn.Module(), numbered)).forward
     return function
 
 
-def _structure(graph: fx.Graph) -> Hashable:
-    """Return a key that graphs have in common that compute the same by the same operations.
-
-    It costs a fifth of writing the code of a graph, which the layers of a deep model have in common.
-    """
-    places: dict[fx.Node, int] = {}
+def _structure(members: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Any) -> Hashable:
+    """Return a key that functions have in common that compute the same by the same operations."""
+    places = {node: index for index, node in enumerate((*inputs, *members))}
 
     def operand(value: Any) -> Hashable:
         if isinstance(value, fx.Node):
@@ -132,21 +146,17 @@ def _structure(graph: fx.Graph) -> Hashable:
             return type(value), repr(value)  # because 1, 1.0 and True are equal, and so are 0.0 and -0.0
         return value  # type: ignore[no-any-return]
 
-    lines = []
-    for index, node in enumerate(graph.nodes):
-        places[node] = index
-        target = None if node.op == "placeholder" else node.target
-        lines.append((node.op, target, operand(node.args), operand(node.kwargs)))
-    return tuple(lines)
+    lines = [(node.op, node.target, operand(node.args), operand(node.kwargs)) for node in members]
+    return len(inputs), tuple(lines), operand(results)
 
 
-def _numbered(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of `graph` whose nodes are named by their position."""
+def _numbered(members: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Any) -> fx.Graph:
+    """Return a graph of copies of `members` that are named by their position."""
     numbered = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for index, node in enumerate(graph.nodes):
+    copies = {node: numbered.placeholder(f"a{index}") for index, node in enumerate(inputs)}
+    for index, node in enumerate(members, len(inputs)):
         args = fx.node.map_arg(node.args, copies.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, copies.__getitem__)
-        target = f"a{index}" if node.op == "placeholder" else node.target
-        copies[node] = numbered.create_node(node.op, target, args, kwargs, name=f"a{index}")
+        copies[node] = numbered.create_node(node.op, node.target, args, kwargs, name=f"a{index}")
+    numbered.output(fx.node.map_arg(results, copies.__getitem__))
     return numbered

@@ -12,7 +12,7 @@ from torch import fx
 from ...graph.parameter_work import parameter_work
 from ...graph.provenance import is_inserted
 from ...graph.queries import is_narrow, is_product, operation_name, reads_tensor, value_of
-from ...graph.subgraph import extract, function_of
+from ...graph.subgraph import function_between
 from ...graph.tensors import tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import overwrites
@@ -124,7 +124,7 @@ class RecomputeInputs(GraphPass):
                 if not is_narrow(x):
                     declined.append(Declined.at(_results(node), sources))
                 continue
-            recipe = function_of(extract(sources, [x]))
+            recipe = function_between(sources, [x])
             recomputing = replace(operation, recipe=recipe, sources=len(sources))
             with gm.graph.inserting_before(node):
                 args = (x, a, *sources, *sites)
@@ -153,7 +153,7 @@ def _gather_dropout(gm: fx.GraphModule, product: fx.Node, dropout: fx.Node, save
     x: Any = dropout.args[0]
     probability, training = dropout.args[1:]
     sources = _sources(gm, x, saved)
-    recipe = None if isinstance(sources, str) else function_of(extract(sources, [x]))
+    recipe = None if isinstance(sources, str) else function_between(sources, [x])
     assert isinstance(probability, float)
     with gm.graph.inserting_before(product):
         args = (x, product.args[1], training, *(() if isinstance(sources, str) else sources))

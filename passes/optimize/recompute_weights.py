@@ -10,7 +10,7 @@ from torch import fx
 
 from ...graph.provenance import is_inserted
 from ...graph.queries import reads_tensor
-from ...graph.subgraph import extract, function_of
+from ...graph.subgraph import function_between
 from ...graph.walk import ancestors
 from ...graph.writes import overwrites
 from ...ops.recomputed_product import RecomputedProduct
@@ -53,7 +53,7 @@ class RecomputeWeights(GraphPass):
                 declined.append(Declined.at([node], why))
                 continue
             sources = [read for read in ancestors([weight]) if read.op == "get_attr"]
-            recipe: Any = function_of(extract(sources, [weight]))
+            recipe: Any = function_between(sources, [weight])
             with gm.graph.inserting_before(node):
                 product = gm.graph.create_node(
                     "call_function", RecomputedProduct(recipe), (x, bias, *sources), name=f"{node.name}_recomputing"

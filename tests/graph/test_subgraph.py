@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from lora_lite_fx.graph.subgraph import function_of
+from lora_lite_fx.graph.subgraph import extract, function_between, function_of, function_of_nodes
 
 
 def graph_of(function: Any, *args: Any, **kwargs: Any) -> fx.Graph:
@@ -49,3 +49,18 @@ def test_other_operands_and_functions_have_other_functions() -> None:
     swapped.output(swapped.call_function(torch.add, (y, x)))
     functions = [function_of(graph) for graph in (*graphs, two, swapped)]
     assert len({id(function) for function in functions}) == 5
+
+
+def test_functions_of_a_part_and_of_its_copy_are_one() -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    total = graph.call_function(torch.add, (x, y))
+    scaled = graph.call_function(torch.mul, (total, 2.0))
+    graph.output(graph.call_function(torch.neg, (scaled,)))
+    function = function_between([y, x], [scaled, total])
+    assert function is function_of(extract([y, x], [scaled, total]))
+    assert function is not function_between([x, y], [scaled, total])
+    assert function is not function_between([y, x], [total, scaled])
+    assert function is function_of_nodes([total, scaled], [y, x], (scaled, total))
+    ones = torch.ones(2)
+    assert [value.tolist() for value in function(None, 3 * ones, ones)] == [[8.0, 8.0], [4.0, 4.0]]

@@ -24,9 +24,9 @@ def parameter_work(gm: fx.GraphModule) -> list[fx.Node]:
     regions = 0
     for node in gm.graph.nodes:
         regions += opens_region(node) - closes_region(node)
-        computed = is_inserted(node) and not regions and is_deterministic(node)
         is_tensor = reads_tensor(gm, node) and node.target not in written
-        if is_tensor or (computed and known.issuperset(node.all_input_nodes)):
+        computed = known.issuperset(node.all_input_nodes) and is_inserted(node) and not regions
+        if is_tensor or (computed and is_deterministic(node)):
             known.add(node)
             if is_inserted(node):
                 work.append(node)

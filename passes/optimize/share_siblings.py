@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...graph.layers import layer_of
 from ...graph.parameter_work import first_input, move_to_front, parameter_work
@@ -53,7 +53,7 @@ class ShareSiblings(GraphPass):
                 if value is not None and (matrix in known or matrix.op == "get_attr"):
                     groups[x, layer_of(node), value.dtype].append(node)
         declined = _without_siblings(groups, known)
-        stacks: dict[tuple[fx.Node, ...], fx.Node] = {}  # one for each list of matrices, also where a module runs twice
+        sharing = _Sharing(gm, work, self.name)
         for (x, *_), products in groups.items():
             group, several = _one_of_each_adapter(products)
             if several:
@@ -63,7 +63,7 @@ class ShareSiblings(GraphPass):
             if why := obstacle_between(gm, group[0], group[-1]):
                 declined.append(Declined.at(group, why))
                 continue
-            _share(gm, x, group, work, stacks, self.name)
+            sharing.share(x, group)
             edits += 1
         return Outcome(edits, tuple(declined))
 
@@ -110,50 +110,76 @@ def _one_of_each_adapter(products: list[fx.Node]) -> tuple[list[fx.Node], list[f
     return single, [node for node, call in call_of.items() if counts[call] > 1]
 
 
-def _share(
-    gm: fx.GraphModule,
-    x: fx.Node,
-    group: list[fx.Node],
-    work: list[fx.Node],
-    stacks: dict[tuple[fx.Node, ...], fx.Node],
-    by: str,
-) -> None:
-    """Replace the products `group` of `x` by one, whose matrix is found in `stacks` or added to it."""
-    graph = gm.graph
-    matrices = tuple(node.all_input_nodes[-1] for node in group)
-    needed = set(ancestors(matrices))
-    move_to_front(graph, [node for node in work if node in needed])
-    values = [value for matrix in matrices if (value := value_of(gm, matrix)) is not None]
-    sizes = [value.shape[0] for value in values]
+@dataclass
+class _Sharing:
+    """Replaces products of one input by one product.
 
-    def add(target: Any, *args: Any, like: fx.Node, name: str, val: Any) -> fx.Node:
-        node = graph.create_node("call_function", target, args, name=f"{like.name}_{name}")
+    Args:
+        gm: the graph.
+        work: its parameter work.
+        by: the name of the pass.
+        stacks: the stacked matrices, one for each list of matrices, also where a module runs twice.
+        values: those of products without data, which the layers of a deep model have in common.
+    """
+
+    gm: fx.GraphModule
+    work: list[fx.Node]
+    by: str
+    stacks: dict[tuple[fx.Node, ...], fx.Node] = field(default_factory=dict)
+    values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def share(self, x: fx.Node, group: list[fx.Node]) -> None:
+        """Replace the products `group` of `x` by one."""
+        graph = self.gm.graph
+        matrices = tuple(node.all_input_nodes[-1] for node in group)
+        sizes = [value.shape[0] for matrix in matrices if (value := value_of(self.gm, matrix)) is not None]
+        if (stacked := self.stacks.get(matrices)) is None:
+            stacked = self.stacks[matrices] = self._stacked(matrices, like=group[0])
+        products = [node.meta.get("val") for node in group]
+        with graph.inserting_before(group[0]):
+            val = self._value(products[0], sum(sizes))
+            product = self._add(aten.linear.default, x, stacked, like=group[0], name="shared", val=val)
+            parts = self._add(
+                aten.split_with_sizes.default, product, sizes, -1, like=group[0], name="shared_parts", val=products
+            )
+            shares = [
+                self._add(operator.getitem, parts, index, like=node, name="part", val=products[index])
+                for index, node in enumerate(group)
+            ]
+        for node, share in zip(group, shares, strict=True):
+            node.replace_all_uses_with(share)
+
+    def _stacked(self, matrices: tuple[fx.Node, ...], like: fx.Node) -> fx.Node:
+        """Return a new node that stacks `matrices`, before the inputs of the graph."""
+        graph = self.gm.graph
+        needed = set(ancestors(matrices))
+        move_to_front(graph, [node for node in self.work if node in needed])
+        values = [value for matrix in matrices if (value := value_of(self.gm, matrix)) is not None]
+        size = sum(value.shape[0] for value in values), values[0].shape[1]
+        val = torch.empty(size, dtype=values[0].dtype, device="meta")
+        with graph.inserting_before(first_input(graph)):
+            stacked = self._add(aten.cat.default, [*matrices], like=like, name="shared_matrix", val=val)
+        stacked.meta.pop("nn_module_stack", None)  # as that of all parameter work
+        return stacked
+
+    def _value(self, like: Tensor | None, width: int) -> Tensor | None:
+        """Return a tensor without data that is like this value of a product but for its width."""
+        if like is None:
+            return None
+        key = id(like), width  # the values of the graph live as long as its nodes
+        if key not in self.values:
+            self.values[key] = like.new_empty(*like.shape[:-1], width)
+        return self.values[key]
+
+    def _add(self, target: Any, *args: Any, like: fx.Node, name: str, val: Any) -> fx.Node:
+        node = self.gm.graph.create_node("call_function", target, args, name=f"{like.name}_{name}")
         node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
         if val is not None:
             node.meta["val"] = val
         provenance = recorded(like)
         assert provenance is not None
-        record(node, replace(provenance, part="", config="", by=by))
+        record(node, replace(provenance, part="", config="", by=self.by))
         return node
-
-    first, products = group[0], [node.meta.get("val") for node in group]
-    if (stacked := stacks.get(matrices)) is None:
-        with graph.inserting_before(first_input(graph)):
-            matrix = torch.empty(sum(sizes), values[0].shape[1], dtype=values[0].dtype, device="meta")
-            stacked = stacks[matrices] = add(
-                aten.cat.default, [*matrices], like=first, name="shared_matrix", val=matrix
-            )
-            stacked.meta.pop("nn_module_stack", None)  # as that of all parameter work
-    with graph.inserting_before(first):
-        val = None if products[0] is None else products[0].new_empty(*products[0].shape[:-1], sum(sizes))
-        product = add(aten.linear.default, x, stacked, like=first, name="shared", val=val)
-        parts = add(aten.split_with_sizes.default, product, sizes, -1, like=first, name="shared_parts", val=products)
-        shares = [
-            add(operator.getitem, parts, index, like=node, name="part", val=products[index])
-            for index, node in enumerate(group)
-        ]
-    for node, share in zip(group, shares, strict=True):
-        node.replace_all_uses_with(share)
 
 
 def _share_equal(gm: fx.GraphModule) -> int:

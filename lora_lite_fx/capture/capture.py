@@ -168,10 +168,12 @@ def capture_model(
             with without_python_random(model), known_while_traced(shadow) if layouts else nullcontext():
                 if inputs is None:
                     graphs.append(symbolic_trace(shadow))
-                elif not graphs or not by_depth.is_as_before():
+                elif not graphs or (other := by_depth.in_other_mode(graphs[0])) is None:
                     graph, said = by_depth.capture()
                     graphs.append(graph)
                     done.update(dict.fromkeys(said))
+                elif other is not graphs[0]:
+                    graphs.append(other)
             if inputs is None:
                 refused |= refused_calls(shadow, graphs[-1])
         for graph in graphs:

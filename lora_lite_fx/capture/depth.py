@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from .dropouts import Dropout, has_contiguous_calls, with_other_dropouts
 from .operators import Run, StandIn
 from .other_sizes import Sizes, guessed_sizes, sizes_taken
 from .repeats import Blocks, NotRepeated, Repetition, repetition_of, require_stamped
@@ -25,7 +26,7 @@ from .stamped_results import stamped_results
 
 
 class ByDepth:
-    """Captures a model, with few of its layers if it has stacks of them, in one mode after the other.
+    """Captures a model, with few of its layers if it has stacks of them, in one mode and then in the other.
 
     Args:
         model: is shortened while it is captured, and is as before afterwards.
@@ -41,6 +42,7 @@ class ByDepth:
         self._leaves = pytree.tree_leaves(self._call)
         self._export = export
         self._stacks = stacks_of(model)
+        self._drops = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
         self._shown: list[tuple[Sizes, Run]] = []
         self.few_layers: dict[str, int] = {}
         """How many layers of each stack were captured, in the last mode; empty if all were."""
@@ -60,26 +62,43 @@ class ByDepth:
         self.few_layers = _captured(repetitions)
         return gm, [_said(repetition) for repetition in repetitions]
 
-    def is_as_before(self) -> bool:
-        """Tell whether the model computes in its mode of now what it computed when it was captured.
+    def in_other_mode(self, gm: fx.GraphModule) -> fx.GraphModule | None:
+        """Return the graph of the model in evaluation, after it was captured in training.
 
-        Its operators with their numbers, its functions and its comparisons of sizes are the same then.
+        Args:
+            gm: what was captured.
+
+        Returns:
+            `gm` itself, if evaluation has the same operators with the same numbers, the same functions and comparisons
+            of sizes; a graph like it, if only dropouts differ; None if the model must be captured again.
         """
         if not self._shown:
-            return False
+            return None
         try:
             stand_in = StandIn(self._model, self._stacks)
-            return all(stand_in.run(*self._call, sizes) == run for sizes, run in self._shown)
+            if not self._drops and all(stand_in.run(*self._call, sizes) == run for sizes, run in self._shown):
+                return gm
+            return self._with_other_dropouts(gm, stand_in)
         except Exception:  # it does not run without data in this mode
-            return False
+            return None
+
+    def _with_other_dropouts(self, gm: fx.GraphModule, stand_in: StandIn) -> fx.GraphModule | None:
+        for sizes, captured in self._shown:
+            dropouts: dict[bool, list[Dropout]] = {True: [], False: []}
+            runs = {}
+            for mode, record in dropouts.items():
+                stand_in.model.train(mode)
+                runs[mode] = stand_in.run(*self._call, sizes, record)
+            if runs[True] != runs[False] or not has_contiguous_calls(gm, captured.steps, runs[False].steps):
+                return None
+        return with_other_dropouts(gm, dropouts[True], dropouts[False])
 
     def _in_full(self) -> fx.GraphModule:
         gm = self._export()
         number_nodes(gm)
-        differs = any(isinstance(module, nn.Dropout) and module.p for module in self._model.modules())
         # A run of torch.cond without data leaves marks in Dynamo, with which a later capture fails.
         has_regions = any(isinstance(module, fx.GraphModule) for module in gm.children())
-        if not differs and not has_regions:
+        if not has_regions:
             with suppress(Exception):  # the model does not run without data, or not at sizes that were found
                 sizes = sizes_taken(gm, self._leaves, guessed_sizes(self._leaves), {})
                 self._shown = [(sizes, StandIn(self._model, self._stacks).run(*self._call, sizes))]

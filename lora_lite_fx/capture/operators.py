@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..graph.copies import share_signatures
 from ..graph.turns import tracing
 from .autograd_functions import telling_functions
+from .dropouts import Dropout, WithoutDropouts
 from .repeats import NotRepeated, Result, Step, input_name
 from .watched_functions import WatchedFunctions, literal, literals
 from .without_data import without_data
@@ -98,12 +100,14 @@ class StandIn:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         sizes: Mapping[int, Sequence[int]] = MappingProxyType({}),
+        dropouts: list[Dropout] | None = None,
     ) -> Run:
         """Call the model, and return the record.
 
         Args:
             args, kwargs: the call.
             sizes: other sizes for tensors of it, by their number among its leaves.
+            dropouts: gets the dropouts, which are left out of the run then.
         """
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         self._inside.clear()
@@ -120,6 +124,7 @@ class StandIn:
             _Operators(record),
             WatchedFunctions(record.event),
             telling_functions(record.function),
+            nullcontext() if dropouts is None else WithoutDropouts(dropouts),
         ):
             returned = self.model(*inputs[0], **inputs[1])
         leaves, spec = pytree.tree_flatten(returned)

@@ -8,7 +8,7 @@ dropout in evaluation, which a graph has all the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,18 @@ _SHAPE: Any = Tensor.shape
 _READ_SIZES = frozenset((_SHAPE.__get__, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__))
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _ARITHMETIC = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
+
+
+class MadeContiguous(NamedTuple):
+    """A call that asks for a contiguous tensor.
+
+    Args:
+        arguments: a key for those that are no tensors.
+        acts: whether the tensor was not contiguous before. A graph lacks the calls that have nothing to do.
+    """
+
+    arguments: Hashable
+    acts: bool
 
 
 class WatchedFunctions(TorchFunctionMode):
@@ -35,7 +47,11 @@ class WatchedFunctions(TorchFunctionMode):
         self._size = kinds[int]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is Tensor.contiguous:
+            self._record(MadeContiguous(literals((args, kwargs)), result is not args[0]))
+            return result
         if func not in _READ_SIZES:
             self._record((getattr(func, "__name__", str(func)), literals((args, kwargs))))
             return result

@@ -67,9 +67,7 @@ class WithoutDropouts(TorchFunctionMode):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, *args, **kw)
 
 
-def with_other_dropouts(
-    gm: fx.GraphModule, before: Sequence[Dropout], after: Sequence[Dropout]
-) -> fx.GraphModule | None:
+def with_other_dropouts(gm: fx.GraphModule, before: list[Dropout], after: list[Dropout]) -> fx.GraphModule | None:
     """Return a graph like that of `gm` with other dropouts.
 
     Args:
@@ -78,14 +76,17 @@ def with_other_dropouts(
         after: the same with other numbers.
 
     Returns:
-        The graph; None if `gm` does not have the dropouts of `before`, one by one.
+        The graph; None if `gm` does not have the dropouts of `before`, or if equal ones have different numbers after.
     """
+    new = dict(zip(before, after, strict=True))
+    if [new[each] for each in before] != after:
+        return None
     other = Draft(gm, copy_graph(gm.graph))
     nodes = [node for node in other.graph.nodes if node.target in (aten.dropout.default, _ATTENTION)]
     if [_dropout_of(node) for node in nodes] != before:
         return None
-    for node, (_, *numbers) in zip(nodes, after, strict=True):
-        _set_numbers(node, numbers)
+    for node in nodes:
+        _set_numbers(node, new[_dropout_of(node)][1:])
     return other
 
 

@@ -54,6 +54,7 @@ DROPOUTS: dict[str, tuple[Callable[[Tensor, bool], Any], int]] = {
     "in place": (lambda x, training: F.dropout(x * 2.0, 0.5, training, inplace=True), 2),
     "a sum in place after it": (lambda x, training: F.dropout(x * 2.0, 0.5, training).add_(1.0), 1),
     "unread": (lambda x, training: (F.dropout(x, 0.5, training), x * 3.0)[1], 1),
+    "one of two equal ones": (lambda x, training: F.dropout(F.dropout(x, 0.5, training), 0.5, True), 2),
     "of another kind": (lambda x, training: F.alpha_dropout(x, 0.5, training), 2),
     "beside another number": (lambda x, training: F.dropout(x, 0.5, training) * (2.0 if training else 3.0), 2),
     "in an attention": (lambda x, training: attended(x, training).transpose(1, 2).contiguous().view(-1, 4), 1),

@@ -1,8 +1,8 @@
 """Capture a model as a `torch.fx.GraphModule` that shares its weights.
 
 A model with example inputs is exported (`export.py`), any other is traced symbolically (`symbolic.py`). Both ways
-capture it twice, in training and in evaluation mode, unless a run shows that it computes the same in both; the pass
-`FollowMode` makes one graph of the two.
+capture it twice, in training and in evaluation mode, unless runs show that the two differ in nothing but dropouts; the
+pass `FollowMode` makes one graph of the two.
 `hugging_face.py` makes inputs from the config of a transformers model. `optional.py` finds the arguments that a call
 may leave out.
 """
@@ -64,7 +64,7 @@ class Capture:
 
     Args:
         gm: the graph module; of the training mode, where there are two.
-        eval_gm: the same model captured in evaluation mode; None if it is that graph, or the mode was fixed before.
+        eval_gm: the same model in evaluation mode; None if it is that graph, or the mode was fixed before.
         training: the mode the model was in.
         signature: how the graph is called; None for one that takes its inputs and nothing else.
         source: what was captured, a copy of the user's model over the same weights; None if that is a graph already.

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from ..graph.tensors import name_tensors, tensor_names
+from ..graph.tensors import attribute_of, name_tensors, tensor_names
 from ..graph.walk import ancestors
 from .hooks import BACKWARD, FORWARD, hooks_on
 from .symbolic import INLINED, trace_into_linears, use_aten
@@ -81,7 +81,7 @@ def _inline_linears(gm: fx.GraphModule) -> None:
             with gm.graph.inserting_before(call):
                 copies[node] = gm.graph.node_copy(node, copies.__getitem__)
             if node.op == "get_attr":  # a tied parameter goes by the first of its names
-                copies[node].target = names.get(id(_attribute(gm, str(node.target))), node.target)
+                copies[node].target = names.get(id(attribute_of(gm, str(node.target))), node.target)
             copies[node].meta = {**call.meta, "nn_module_stack": _stack(call)}
             if node is not result:
                 copies[node].meta.pop("val", None)
@@ -113,15 +113,10 @@ def _name_tensors_as_the_model(gm: fx.GraphModule) -> None:
         for path in reversed(["", *(path for path, *_ in stack.values() if path)]):
             owner = f"{_OF_SELF}{path.replace('.', '_')}_" if path else _OF_SELF
             leaf = target.removeprefix(owner)
-            if leaf and leaf != target and isinstance(_attribute(gm, target), Tensor):
+            if leaf and leaf != target and isinstance(attribute_of(gm, target), Tensor):
                 names.setdefault(target, f"{path}.{leaf}" if path else leaf)
                 break
-    tensors = {target: _attribute(gm, target) for target in names}
+    tensors = {target: attribute_of(gm, target) for target in names}
     name_tensors(gm, {id(tensor): names[target] for target, tensor in tensors.items()})
     for target in names:
         delattr(gm, target)
-
-
-def _attribute(gm: fx.GraphModule, name: str) -> Any:
-    path, _, leaf = name.rpartition(".")
-    return getattr(gm.get_submodule(path), leaf, None)

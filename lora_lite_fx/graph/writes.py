@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,14 @@ from .tensors import attribute_of, tensor_of
 
 def own_written_buffers(gm: fx.GraphModule) -> None:
     """Give `gm` copies of the buffers that running it changes (running statistics, counters)."""
-    for name in written_buffers(gm):
+    own_buffers(gm, written_buffers(gm))
+
+
+def own_buffers(model: nn.Module, names: Iterable[str]) -> None:
+    """Give `model` copies of the buffers of these qualified names."""
+    for name in names:
         path, _, leaf = name.rpartition(".")
-        setattr(gm.get_submodule(path), leaf, tensor_of(gm, name).clone())
+        setattr(model.get_submodule(path), leaf, tensor_of(model, name).clone())
 
 
 def written_buffers(gm: fx.GraphModule) -> list[str]:

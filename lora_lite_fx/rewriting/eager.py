@@ -24,7 +24,7 @@ from ..execution.optimize import execution_of
 from ..graph.provenance import inner_name, is_inserted
 from ..graph.replacing import replace_modules
 from ..graph.tensors import outside_inference_mode
-from ..graph.writes import written_buffers
+from ..graph.writes import own_buffers, written_buffers
 from ..sites.computed import Computation, frozen_values
 from ..sites.dataflow import SIZES, op_name
 from ..sites.finding import find_sites
@@ -110,9 +110,7 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     copied: nn.Module = share(model)
     leave_out_clamps(copied)
     own = dict(copied.named_buffers(remove_duplicate=False))  # a constant that was lifted into the graph is none
-    for name in filter(own.__contains__, written_buffers(gm)):
-        path, _, leaf = name.rpartition(".")
-        setattr(copied.get_submodule(path), leaf, getattr(copied.get_submodule(path), leaf).clone())
+    own_buffers(copied, filter(own.__contains__, written_buffers(gm)))
     vars(copied)["switches"] = Switches()
     return copied
 

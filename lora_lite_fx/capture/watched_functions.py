@@ -28,7 +28,7 @@ class MadeContiguous(NamedTuple):
         acts: whether the tensor was not contiguous before. A graph lacks the calls that have nothing to do.
     """
 
-    arguments: Hashable
+    arguments: object
     acts: bool
 
 

@@ -18,26 +18,26 @@ MUTANTS = (
     # parameter_work
     _mutant(
         "parameter_work",
-        "computed = is_inserted(node) and not regions",
-        "computed = not regions",
+        " and is_inserted(node) and not regions",
+        " and not regions",
         "what an adapter computes of a value of the base is moved before that value",
     ),
     _mutant(
         "parameter_work",
-        "not regions and is_deterministic(node)",
-        "is_deterministic(node)",
+        "is_inserted(node) and not regions",
+        "is_inserted(node)",
         "what is computed in a region is moved out of its mode",
     ),
     _mutant(
         "parameter_work",
-        "not regions and is_deterministic(node)",
-        "not regions",
+        "(computed and is_deterministic(node))",
+        "computed",
         "random numbers are drawn once, and not in each call",
     ),
     _mutant(
         "parameter_work",
-        "(computed and known.issuperset(node.all_input_nodes))",
-        "computed",
+        "known.issuperset(node.all_input_nodes) and is_inserted",
+        "is_inserted",
         "what depends on an input is taken for parameter work",
     ),
     # queries

@@ -16,14 +16,17 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..graph.copies import Draft, copy_graph
+from ..graph.queries import argument_of, set_argument
 from .repeats import Step
 from .watched_functions import MadeContiguous
 
-aten = torch.ops.aten
-_ATTENTION = aten.scaled_dot_product_attention.default
+_DROPOUT = torch.ops.aten.dropout.default
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_NUMBERS: dict[Any, tuple[str, ...]] = {_DROPOUT: ("p", "train"), _ATTENTION: ("dropout_p",)}
+"""The arguments of dropouts that may differ between the modes."""
 
 Dropout = tuple[Any, ...]
-"""The operator of a dropout, and the arguments that may differ between the modes."""
+"""The operator of a dropout, and its numbers."""
 
 
 class WithoutDropouts(TorchFunctionMode):
@@ -46,11 +49,11 @@ class WithoutDropouts(TorchFunctionMode):
         return self._stand_ins.get(func, func)(*args, **(kwargs or {}))
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        self._record.append((aten.dropout.default, p, training))
+        self._record.append((_DROPOUT, p, training))
         return F.dropout(input, 0.0, False, inplace)
 
     def _plain_dropout(self, input: Tensor, p: float, train: bool) -> Tensor:
-        self._record.append((aten.dropout.default, p, train))
+        self._record.append((_DROPOUT, p, train))
         return torch.dropout(input, 0.0, False)
 
     def _attention(
@@ -82,11 +85,13 @@ def with_other_dropouts(gm: fx.GraphModule, before: list[Dropout], after: list[D
     if [new[each] for each in before] != after:
         return None
     other = Draft(gm, copy_graph(gm.graph))
-    nodes = [node for node in other.graph.nodes if node.target in (aten.dropout.default, _ATTENTION)]
+    nodes = [node for node in other.graph.nodes if node.target in _NUMBERS]
     if [_dropout_of(node) for node in nodes] != before:
         return None
     for node in nodes:
-        _set_numbers(node, new[_dropout_of(node)][1:])
+        _, *numbers = new[_dropout_of(node)]
+        for name, number in zip(_NUMBERS[node.target], numbers, strict=True):
+            set_argument(node, name, number)
     return other
 
 
@@ -103,20 +108,9 @@ def has_contiguous_calls(gm: fx.GraphModule, captured: Sequence[Step], other: Se
     acting, needed = (
         [step.what.acts for step in steps if isinstance(step.what, MadeContiguous)] for steps in (captured, other)
     )
-    nodes = gm.graph.find_nodes(op="call_function", target=aten.contiguous.default)
+    nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.contiguous.default)
     return len(nodes) == sum(acting) and all(acts for acts, needs in zip(acting, needed, strict=True) if needs)
 
 
 def _dropout_of(node: fx.Node) -> Dropout:
-    if node.target is _ATTENTION:
-        return _ATTENTION, node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-    return aten.dropout.default, *node.args[1:]
-
-
-def _set_numbers(node: fx.Node, numbers: Sequence[Any]) -> None:
-    if node.target is not _ATTENTION:
-        node.args = (node.args[0], *numbers)
-    elif len(node.args) > 4:
-        node.update_arg(4, numbers[0])
-    else:
-        node.update_kwarg("dropout_p", numbers[0])
+    return node.target, *(argument_of(node, name) for name in _NUMBERS[node.target])

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..graph.direct_calls import OpOverload, is_transform
-from ..graph.queries import is_deterministic, operation_name
+from ..graph.queries import argument_of, is_deterministic, operation_name
 from ..graph.regions import closes_region, opens_region
 from ..graph.writes import written_operands
 from ..ops.bank_products import BankProducts
@@ -54,7 +54,7 @@ def _is_without_effects(node: fx.Node) -> bool:
 
 def _is_repeatable(node: fx.Node) -> bool:
     if node.target is _ATTENTION:
-        dropout: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        dropout = argument_of(node, "dropout_p")
         return isinstance(dropout, float) and dropout == 0.0
     if isinstance(node.target, _PURE):
         return True

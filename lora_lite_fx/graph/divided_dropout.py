@@ -8,7 +8,6 @@ whole value, from generators in one state, and each applies its part of the mask
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 from .direct_calls import OpOverload
+from .queries import argument_of
 
 DROPOUT = torch.ops.aten.dropout.default
 
@@ -24,17 +24,7 @@ def draws(node: fx.Node) -> bool:
     """Check whether `node` draws random numbers: an operator that can, but for dropout of zero."""
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    return bool(_argument(node, "p", "dropout_p") != 0)
-
-
-def _argument(node: fx.Node, *names: str) -> Any:
-    """Return the value of the argument with one of these names, given or by default; None if there is none."""
-    assert isinstance(node.target, OpOverload)
-    for place, argument in enumerate(node.target._schema.arguments):
-        if argument.name in names:
-            given = node.args[place] if place < len(node.args) else argument.default_value
-            return node.kwargs.get(argument.name, given)
-    return None
+    return bool(argument_of(node, "p", "dropout_p") != 0)
 
 
 def let_dropouts_agree(graph: fx.Graph) -> tuple[set[fx.Node], fx.Node | bool]:
@@ -47,7 +37,7 @@ def let_dropouts_agree(graph: fx.Graph) -> tuple[set[fx.Node], fx.Node | bool]:
         The nodes that draw; and whether a call draws, or the mode that says so.
     """
     drawing = [node for node in graph.nodes if draws(node)]
-    flags = [_argument(node, "train", "dropout_p") for node in drawing]
+    flags = [argument_of(node, "train", "dropout_p") for node in drawing]
     for node in drawing:
         if node.target is DROPOUT:
             node.target = dropout_of_parts

@@ -64,6 +64,26 @@ def operation_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
+def argument_of(node: fx.Node, *names: str) -> Any:
+    """Return the argument of an operator's call with one of these names, given or by default; None if it has none."""
+    assert isinstance(node.target, OpOverload)
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.name in names:
+            given = node.args[place] if place < len(node.args) else argument.default_value
+            return node.kwargs.get(argument.name, given)
+    return None
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set the argument of that name in a call of an operator, by its place if it is given so."""
+    assert isinstance(node.target, OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    if (place := names.index(name)) < len(node.args):
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(name, value)
+
+
 def is_product(node: object) -> bool:
     """Check whether `node` is a product `x A^T` of an adapter."""
     return (

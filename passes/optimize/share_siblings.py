@@ -132,9 +132,12 @@ class _Sharing:
         """Replace the products `group` of `x` by one."""
         graph = self.gm.graph
         matrices = tuple(node.all_input_nodes[-1] for node in group)
-        sizes = [value.shape[0] for matrix in matrices if (value := value_of(self.gm, matrix)) is not None]
+        values = [value for matrix in matrices if (value := value_of(self.gm, matrix)) is not None]
+        sizes = [value.shape[0] for value in values]
         if (stacked := self.stacks.get(matrices)) is None:
-            stacked = self.stacks[matrices] = self._stacked(matrices, like=group[0])
+            size = sum(sizes), values[0].shape[1]
+            matrix = torch.empty(size, dtype=values[0].dtype, device="meta")
+            stacked = self.stacks[matrices] = self._stacked(matrices, like=group[0], val=matrix)
         products = [node.meta.get("val") for node in group]
         with graph.inserting_before(group[0]):
             val = self._value(products[0], sum(sizes))
@@ -149,14 +152,11 @@ class _Sharing:
         for node, share in zip(group, shares, strict=True):
             node.replace_all_uses_with(share)
 
-    def _stacked(self, matrices: tuple[fx.Node, ...], like: fx.Node) -> fx.Node:
+    def _stacked(self, matrices: tuple[fx.Node, ...], like: fx.Node, val: Tensor) -> fx.Node:
         """Return a new node that stacks `matrices`, before the inputs of the graph."""
         graph = self.gm.graph
         needed = set(ancestors(matrices))
         move_to_front(graph, [node for node in self.work if node in needed])
-        values = [value for matrix in matrices if (value := value_of(self.gm, matrix)) is not None]
-        size = sum(value.shape[0] for value in values), values[0].shape[1]
-        val = torch.empty(size, dtype=values[0].dtype, device="meta")
         with graph.inserting_before(first_input(graph)):
             stacked = self._add(aten.cat.default, [*matrices], like=like, name="shared_matrix", val=val)
         stacked.meta.pop("nn_module_stack", None)  # as that of all parameter work

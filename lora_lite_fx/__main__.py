@@ -155,7 +155,9 @@ def _without_weights(model: str, passes: bool) -> SiteTable:
 
 
 def _built(model_class: Any, config: Any) -> nn.Module:
-    built: nn.Module = model_class._from_config(config)
+    from .compat.transformers import made_from_config
+
+    built: nn.Module = made_from_config(model_class, config)
     return built.eval()
 
 
@@ -190,7 +192,7 @@ def _config(model: str) -> tuple[Any, Any]:
     model_class = getattr(transformers, name, None) if name else None
     if model_class is None:
         try:
-            model_class = transformers.AutoModel._model_mapping[type(config)] if name is None else None
+            model_class = transformers.MODEL_MAPPING[type(config)] if name is None else None
         except KeyError:
             model_class = None
     if model_class is None:

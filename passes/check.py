@@ -14,8 +14,8 @@ from ..capture.compare import tolerance_for
 from ..capture.differences import distance, largest
 from ..capture.outputs import as_before, buffers_of, comparable, copied, has_data, results_of
 from ..capture.signature import values_of_call
+from ..compat.torch import is_wrapped
 from ..errors import CallError, CaptureError
-from ..graph.direct_calls import is_wrapped
 
 Modes = tuple[tuple[bool, bool], ...]
 """The modes to run in: whether in training mode, and whether with gradients."""

@@ -13,8 +13,8 @@ from torch import fx
 
 from ..capture.capture import Inputs
 from ..capture.mistakes import check_inputs
+from ..compat.torch import is_transform
 from ..errors import AdapterError, ConfigError, shown
-from ..graph.direct_calls import is_transform
 from ..graph.provenance import place_of
 from ..graph.writes import written
 from .check import Check, Modes

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.rehearsal import Refused, Stage, first_difference
+from ..compat.torch import version_of
 from ..errors import ConfigError, shown
-from ..graph.direct_calls import version_of
 from ..graph.provenance import SHARED
 from ..sites.kinds.norm import Norm
 from ..sites.site import Site, stored_bias, stored_weight

@@ -40,7 +40,7 @@ def attend(
 ) -> tuple[Any, Any]:
     """Record a call of `module` on proxies. Arguments and results are those of `nn.MultiheadAttention.forward`."""
     separate = None
-    if not module._qkv_same_embed_dim:
+    if module.in_proj_weight is None:
         separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     projected = _project((query, key, value), module.embed_dim, module.in_proj_weight, module.in_proj_bias, separate)
     masks = (attn_mask, key_padding_mask, is_causal)

@@ -23,10 +23,9 @@ from torch import Tensor, fx, nn
 # The parent of `Function`, through which `apply` goes last, also where a model has looked `apply` up before. Nothing
 # public stands between a model and its functions.
 from torch.autograd.function import _SingleLevelFunction
-from torch.utils import _pytree as pytree
 
+from ..compat.torch import pytree, trace_is_active, version_of
 from ..errors import COMPILE_INSTEAD, CaptureError
-from ..graph.direct_calls import trace_is_active, version_of
 
 _IN_GRAPHS = (*fx.node.base_types, type(None), type(...), fx.Proxy)
 """What a graph can hold as an argument."""

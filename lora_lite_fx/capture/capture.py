@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from ..compat.torch import pytree
 from ..errors import CaptureError
 from ..graph.tensors import keep_registration
 from ..log import phase, progress

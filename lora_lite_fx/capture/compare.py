@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from ..compat.torch import pytree
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..log import phase
 from .decisions import is_other_decision

@@ -23,11 +23,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-# Values of a constant under the stand-ins of a trace; nothing public leaves a mode for a while.
-from torch.utils._python_dispatch import _disable_current_modes
-
+from ..compat.torch import disable_current_modes, pytree
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..graph.queries import is_deterministic
 from ..graph.subgraph import extract, forward_of
@@ -197,10 +194,10 @@ class _Watch(TorchFunctionMode):
             self._drawn[id(result)] = func, result
         if func in _NONZERO and isinstance(result, Tensor) and args[0].dim() == 1 and type(len(args[0])) is int:
             if len(args[0]) <= _MOST_INDICES:
-                with _disable_current_modes():
+                with disable_current_modes():
                     self._indices[id(result)] = result, torch.arange(len(args[0]))[:, None]
         elif func in _RESHAPE and id(args[0]) in self._indices:
-            with _disable_current_modes():
+            with disable_current_modes():
                 every = func(self._indices[id(args[0])][1], *args[1:], **kwargs)
             self._indices[id(result)] = result, every
         return result

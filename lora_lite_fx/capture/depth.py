@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
+from ..compat.torch import pytree
 from ..errors import CaptureError
 from .dropouts import Dropout, has_contiguous_calls, with_other_dropouts
 from .operators import Run, StandIn

@@ -9,12 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 
+from ..compat.torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, buffers_of
 from .forward_signature import signature_of
 from .without_data import without_data
 
@@ -121,11 +117,13 @@ class Values:
     @contextmanager
     def without_data(self, inputs: Inputs) -> Iterator[Inputs]:
         """Yield inputs without data for a run in which only the shapes are of interest."""
-        experts = getattr(self.config, "_experts_implementation", None)
+        from ..compat.transformers import can_set_experts, experts_of
+
+        experts = experts_of(self.config) if can_set_experts(self.model) else None
         if experts is not None:
             self.model.set_experts_implementation("batched_mm")  # the default has no shapes without data
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        buffers = [(module._buffers, dict(module._buffers)) for module in self.model.modules()]
+        buffers = [(buffers_of(module), dict(buffers_of(module))) for module in self.model.modules()]
         try:
             with torch.no_grad(), without_data(self.model, mode):
                 yield {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils import _pytree as pytree
 
+from ..compat.dynamo import without_fake_tensor_cache
+from ..compat.torch import assert_in_graph, check, pytree
 from ..errors import CaptureError
 from ..graph.turns import tracing
 from ..graph.writes import returns_what_it_writes
@@ -113,7 +114,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         CopiesFollowed(),
         quiet_export(),
         # A trace of few layers makes more entries of this cache than it reads, and each takes as long as an operator.
-        torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
+        without_fake_tensor_cache(),
     ):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -175,7 +176,7 @@ def double_batch_of_one(inputs: Any) -> Any:
 
 def take_for_one(size: int | torch.SymInt, other: int | torch.SymInt) -> None:
     """Let an export take two sizes for one, in the forward of what it exports. The graph's guards compare them."""
-    torch._check(size == other)  # a part of torch's public documentation, but for its name
+    check(size == other)
 
 
 GUARDS = "_guards_fn"
@@ -207,7 +208,7 @@ class _GuardsOfSizes(nn.Module):
         """Raise AssertionError for inputs that the graph does not hold for."""
         self.first(*inputs)
         for one, other, message in self.pairs:
-            torch._assert(inputs[one].shape == inputs[other].shape, message)
+            assert_in_graph(inputs[one].shape == inputs[other].shape, message)
 
 
 def guard_sizes(gm: fx.GraphModule, same: Mapping[int, int]) -> None:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2
 
+from ..compat.torch import HigherOrderOperator, OpOverload
 from ..errors import CheckpointError, shown
 
 _RECORDS = re.compile(

@@ -9,12 +9,12 @@ import re
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, pytree
 from ..errors import CaptureError
 from ..graph.tensors import attribute_of, name_tensors, tensor_names
 from ..graph.walk import ancestors
-from .hooks import BACKWARD, FORWARD, hooks_on
+from .hooks import hooks_on
 from .symbolic import INLINED, trace_into_linears, use_aten
 
 # Dynamo names a module by the expression for it in the code that it traced: the argument self, or a global.
@@ -93,7 +93,9 @@ def _inline_linears(gm: fx.GraphModule) -> None:
 
 def _is_plain(module: nn.Module) -> bool:
     has_own_forward = type(module).forward not in [kind.forward for kind in INLINED]
-    return isinstance(module, INLINED) and not has_own_forward and not hooks_on(module, (*FORWARD, *BACKWARD))
+    return (
+        isinstance(module, INLINED) and not has_own_forward and not hooks_on(module, (*FORWARD_HOOKS, *BACKWARD_HOOKS))
+    )
 
 
 def _stack(call: fx.Node) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..compat.accelerate import offloading_hook_of
+from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, FORWARD_PRE_HOOKS, hooks_of
 from ..errors import CaptureError
-
-FORWARD = ("_forward_pre_hooks", "_forward_hooks")
-BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
-"""The registries of hooks of a module."""
 
 
 def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:
@@ -22,19 +20,19 @@ def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:
     norm), and those by which transformers collects hidden states, which a first call installs for good. Capture traces
     them, and so they are part of the graph. The hook of compressed-tensors is left out, too, see `storage`.
     """
-    return [hook for kind in kinds for hook in getattr(module, kind).values() if not _belongs_to_model(hook)]
+    return [hook for kind in kinds for hook in hooks_of(module, kind).values() if not _belongs_to_model(hook)]
 
 
 def weight_hooks_on(module: nn.Module) -> tuple[Any, ...]:
     """Return the hooks by which `torch.nn.utils` computes weights of `module` before each of its calls."""
-    return tuple(hook for hook in module._forward_pre_hooks.values() if _is_of(hook, _OF_WEIGHTS))
+    return tuple(hook for hook in hooks_of(module, FORWARD_PRE_HOOKS).values() if _is_of(hook, _OF_WEIGHTS))
 
 
 def take_hooks_off(model: nn.Module) -> None:
     """Remove the user's hooks from all modules of `model`, which is a copy of the user's model."""
     for module in model.modules():
-        for kind in (*FORWARD, *BACKWARD):
-            registry = getattr(module, kind)
+        for kind in (*FORWARD_HOOKS, *BACKWARD_HOOKS):
+            registry = hooks_of(module, kind)
             for key in [key for key, hook in registry.items() if not _belongs_to_model(hook)]:
                 del registry[key]
 
@@ -46,14 +44,14 @@ def check_hooks(model: nn.Module) -> None:
         CaptureError: as `refuse_offloading`.
     """
     refuse_offloading(model)
-    for name, hook in _hooks(model, FORWARD):
+    for name, hook in _hooks(model, FORWARD_HOOKS):
         warnings.warn(
             f"A hook on {_place(name, model)} was traced: {hook_name(hook)}. What it computes of tensors is part of the"
             " graph for good; what else it does happens only now. The way out: take it off before, and put it on the"
             " graph's own layer, graph.model.layers[0], where it acts in each call.",
             stacklevel=4,
         )
-    for name, hook in _hooks(model, BACKWARD):
+    for name, hook in _hooks(model, BACKWARD_HOOKS):
         warnings.warn(
             f"A backward hook on {_place(name, model)} does not act in the graph: {hook_name(hook)}. The way out: put"
             " it on the graph's own layer, graph.model.layers[0].",
@@ -64,9 +62,9 @@ def check_hooks(model: nn.Module) -> None:
 def refuse_offloading(model: nn.Module) -> None:
     """Raise CaptureError if hooks of accelerate move the weights or inputs of `model` about."""
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
+        if (hook := offloading_hook_of(module)) is not None:
             raise CaptureError(
-                f"A hook of accelerate stands on {_place(name, model)} ({type(module._hf_hook).__name__}): it moves"
+                f"A hook of accelerate stands on {_place(name, model)} ({type(hook).__name__}): it moves"
                 " weights or inputs in each call, which a graph does not. The way out:"
                 " accelerate.hooks.remove_hook_from_module(model, recurse=True) before, on a model whose weights are on"
                 " one device."

@@ -33,14 +33,16 @@ def prepare_for_capture(model: Any) -> None:
         CaptureError: the model drops whole layers at random, masks random spans by numpy (SpecAugment), or
             changes its weights in evaluation (RWKV) or in training (Gemma 3n).
     """
+    from ..compat.transformers import experts_of, set_experts, tells_experts
+
     leave_out_clamps(model)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "to_dict"):  # an encoder-decoder's stacks have configs of their own
             for switch in ("use_cache", "use_mems_eval", "use_mems_train"):  # the last two are XLNet's
                 setattr(config, switch, False)
-            if getattr(config, "_experts_implementation", "") in (None, "eager"):  # a loop over those that tokens chose
-                config._experts_implementation = "grouped_mm"
+            if tells_experts(config) and experts_of(config) in (None, "eager"):  # a loop over those that tokens chose
+                set_experts(config, "grouped_mm")
     forget_checkpointing(model)
     model.config.return_dict = True
     config = model.config.get_text_config()
@@ -195,7 +197,9 @@ def input_hint(model: nn.Module, inputs: dict[str, Any]) -> str:
     if attends_by_type(model) and "token_type_ids" not in inputs:
         return " pass token_type_ids in example_inputs too, which say where tokens see those behind them,"
     config: Any = model.config
-    if getattr(config, "_attn_implementation", None) != "sdpa":
+    from ..compat.transformers import attention_of
+
+    if attention_of(config) != "sdpa":
         return ""
     # Sdpa leaves out masks of ones, in calls that are neither traced nor compiled. Some models see all tokens then.
     hint = ""

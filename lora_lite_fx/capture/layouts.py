@@ -19,9 +19,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes  # nothing public leaves a trace for a while
 
+from ..compat.torch import disable_current_modes, pytree
 from .forward_signature import forward_signature, give_signature
 
 _LAYOUT = re.compile(r"(^|_)(grids?(_thw|_hw)?|image_sizes(_videos)?|target_sizes(_videos)?|spatial_shapes)$")
@@ -86,7 +85,7 @@ class _Known(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _are_known(args, kwargs or {}):
             return func(*args, **(kwargs or {}))
-        with _disable_current_modes():
+        with disable_current_modes():
             return func(*args, **(kwargs or {}))
 
 
@@ -96,7 +95,7 @@ def _computed_outside(function: Callable[..., Any]) -> Callable[..., Any]:
         # Some take the model's own keyword arguments too, from which they take what was computed before.
         if not _are_known(args, {name: value for name, value in kwargs.items() if name != "kwargs"}):
             return function(*args, **kwargs)
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with disable_current_modes(), torch._C.DisableTorchFunction():
             return function(*args, **kwargs)
 
     return outside

@@ -13,8 +13,8 @@ from types import FunctionType
 from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, nn
-from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells a tensor without data
-from torch._subclasses.functional_tensor import FunctionalTensor  # of which torch.export makes those of a trace
+
+from ..compat.torch import FakeTensor, FunctionalTensor
 
 
 @contextmanager

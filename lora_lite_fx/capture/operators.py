@@ -19,16 +19,9 @@ import torch
 from torch import Tensor, nn
 
 # What torch.export sets while it traces, and models ask for by torch.compiler.is_exporting.
-from torch._export.utils import _compiling_state_context
-
-# Stand-ins, as torch.export makes them; nothing public makes any.
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
-# A dispatch mode alone sees the operators of any function, whatever calls them; nothing public does.
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-
+from ..compat.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, disable_current_modes, exporting, pytree
 from ..graph.copies import share_signatures
 from ..graph.turns import tracing
 from .autograd_functions import telling_functions
@@ -119,7 +112,7 @@ class StandIn:
         inputs = pytree.tree_unflatten(leaves, spec)
         with (
             torch.enable_grad(),
-            _compiling_state_context(),
+            exporting(),
             without_data(self.model, self._mode),
             _Operators(record),
             WatchedFunctions(record.event),
@@ -215,7 +208,7 @@ def _constant(tensor: Tensor) -> Hashable:
 
 def value_key(tensor: Tensor) -> Hashable:
     """Return a key that tensors of equal type and values have in common."""
-    with _disable_current_modes():
+    with disable_current_modes():
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return "constant", tensor.dtype, tuple(tensor.shape), tensor.device, hashlib.sha256(data).hexdigest()
 

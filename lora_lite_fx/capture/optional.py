@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from ..compat.torch import pytree
 from .differences import agree
 from .forward_signature import signature_of
 from .hugging_face import with_other_mask, with_padding

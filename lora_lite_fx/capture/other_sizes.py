@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..compat.torch import children_of
 from .export import GUARDS
 from .repeats import NotRepeated
 
@@ -94,7 +95,7 @@ def _takes(gm: fx.GraphModule, leaves: Sequence[Any], values: Mapping[int, Tenso
         torch.empty(sizes[number], dtype=leaf.dtype, device="meta") if number in sizes else leaf
         for number, leaf in enumerate(leaves)
     ]
-    guards = gm._modules.get(GUARDS)
+    guards = children_of(gm).get(GUARDS)
     if guards is None:
         return False
     try:

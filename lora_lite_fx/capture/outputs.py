@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells a tensor without data
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode  # documented, though its module is not public
 
-from ..graph.direct_calls import is_wrapped
+from ..compat.torch import FakeTensor, TorchDispatchMode, is_wrapped, pytree
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_attributes
 from .share import share

@@ -13,9 +13,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-# Under fake tensors the state would have no data; nothing public leaves a mode for a while.
-from torch.utils._python_dispatch import _disable_current_modes
-
+from ..compat.torch import disable_current_modes
 from ..errors import COMPILE_INSTEAD, CaptureError
 
 
@@ -41,7 +39,7 @@ def without_python_random(model: nn.Module) -> Iterator[None]:
             drawn.append("torch")
     finally:
         random.setstate(of_python)
-        with _disable_current_modes():
+        with disable_current_modes():
             torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8))
         if numpy is not None:
             numpy.random.set_state(of_numpy)
@@ -92,5 +90,5 @@ def _is_same(state: Any, other: Any) -> bool:
 
 
 def _state_of_torch() -> bytes:
-    with _disable_current_modes():
+    with disable_current_modes():
         return torch.get_rng_state().numpy().tobytes()

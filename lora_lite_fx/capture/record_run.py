@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
+from ..compat.torch import pytree
 from ..graph.tensors import name_tensors, tensor_names
 from ..log import phase
 from .conversions import CopiesFollowed

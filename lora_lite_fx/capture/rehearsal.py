@@ -12,18 +12,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from ..compat.torch import (
+    LOCAL_SCALAR_DENSE,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    TorchDispatchMode,
+    disable_current_modes,
+    pytree,
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.utils import _pytree as pytree
-
-# A dispatch mode alone sees the operators of any function, whatever calls them; nothing public does.
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-
 from ..errors import ConfigError
 from ..graph.turns import tracing
 from ..graph.writes import written_arguments
@@ -85,7 +85,7 @@ class _Rehearsal(Watch):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # asks what is known, and is asked once or more by what torch keeps
             return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is LOCAL_SCALAR_DENSE:
             raise _reads_values()
         values = pytree.tree_leaves((args, kwargs))
         for value in values:
@@ -105,7 +105,7 @@ def _described(value: object) -> str:
 
 def _constant(value: Tensor, made_inside: bool) -> Refused:
     """Return the error for a tensor that is neither made from the stand-ins nor one of them."""
-    with _disable_current_modes():
+    with disable_current_modes():
         small = value.numel() <= 4 and not value.is_meta
         shown = str(value.tolist()) if small else f"of shape {tuple(value.shape)}"
     made = "in it" if made_inside else "outside of it"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..compat.torch import buffers_of, parameters_of
 from ..errors import CaptureError
 from ..graph.copies import share_signatures
 from ..graph.tensors import tensor_of
@@ -30,7 +31,7 @@ def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
     share_signatures(model, memo)
     share_dequantized(model, memo)
     for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+        for tensor in (*parameters_of(module).values(), *buffers_of(module).values(), *module.__dict__.values()):
             if not isinstance(tensor, Tensor) or id(tensor) in memo:
                 continue
             if id(tensor) in owned:

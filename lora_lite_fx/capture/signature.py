@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen
-from torch.utils import _pytree as pytree
 
+from ..compat.torch import pytree
 from ..errors import AdapterError, CallError
 from ..graph.direct_calls import can_read_values
 from ..graph.walk import ancestors

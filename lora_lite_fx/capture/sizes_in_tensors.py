@@ -14,13 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor  # nothing public tells a tensor without data
-from torch._subclasses.functional_tensor import FunctionalTensor  # of which torch.export makes those of a trace
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
-# Values of a constant under the stand-ins of a trace; nothing public leaves a mode for a while.
-from torch.utils._python_dispatch import _disable_current_modes
+from ..compat.torch import FakeTensor, FunctionalTensor, buffers_of, check, disable_current_modes, is_persistent, pytree
 
 Quotient = tuple[Any, int]
 """A size or a whole number, and the positive number that it is divided by."""
@@ -45,7 +41,7 @@ def _divided(one: Quotient, other: Quotient) -> Quotient | None:
         return None
     divisor = one[1] * by
     # The graph refuses longer inputs.
-    torch._check(one[0] < (_LARGEST_WHOLE if divisor == 1 else _LARGEST_DIVIDED))
+    check(one[0] < (_LARGEST_WHOLE if divisor == 1 else _LARGEST_DIVIDED))
     return one[0], divisor
 
 
@@ -84,8 +80,8 @@ class SizesInTensors:
             (module, name, int(buffer))
             for module in model.modules()
             for name, buffer in module.named_buffers(recurse=False)
-            # Persistent ones change, as the number of batches that a normalization counts. Nothing public tells.
-            if name in module._non_persistent_buffers_set and _is_whole(buffer)
+            # Persistent ones change, as the number of batches that a normalization counts.
+            if _is_whole(buffer) and not is_persistent(module, name)
         ]
         self._sizes: dict[int, tuple[Tensor, Quotient]] = {}
         self._truths: dict[int, tuple[Tensor, Any]] = {}
@@ -153,10 +149,10 @@ class SizesInTensors:
         if id(value) in self._sizes:
             return self._sizes[id(value)][1]
         for module, name, number in self._kept:
-            if module._buffers.get(name) is value:
+            if buffers_of(module).get(name) is value:
                 return number, 1
         if not isinstance(value, (FakeTensor, FunctionalTensor)) and _is_whole(value):
-            with _disable_current_modes():
+            with disable_current_modes():
                 return int(value), 1
         return None
 

@@ -40,10 +40,12 @@ class Source:
         """Return the source of a graph that is captured from `model`."""
         known: dict[str, Any] = {}
         if is_hugging_face(model):
+            from ..compat.transformers import revision_of
+
             config: Any = model.config
             known = {
-                "name": getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None) or None,
-                "revision": getattr(config, "_commit_hash", None),
+                "name": config.name_or_path or getattr(model, "name_or_path", None) or None,
+                "revision": revision_of(config),
                 "reads": getattr(model, "main_input_name", ""),
                 "generates": hasattr(model, "prepare_inputs_for_generation"),
                 "has_encoder": bool(getattr(config, "is_encoder_decoder", False)),

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..compat.torch import children_of
+
 _FEWEST = 4
 """The number of layers from which on some can be left out: one before the repetition, and two that show it."""
 
@@ -50,11 +52,13 @@ def shortened(model: nn.Module, lengths: Mapping[str, int]) -> Iterator[None]:
         lengths: how many layers to keep, by the name of the stack.
     """
     stacks = [(model.get_submodule(name), length) for name, length in lengths.items()]
-    all_layers = [stack._modules for stack, _ in stacks]
+    all_layers = [dict(children_of(stack)) for stack, _ in stacks]
     try:
         for stack, length in stacks:
-            stack._modules = dict(list(stack._modules.items())[:length])
+            for name in list(children_of(stack))[length:]:
+                del children_of(stack)[name]
         yield
     finally:
         for (stack, _), layers in zip(stacks, all_layers, strict=True):
-            stack._modules = layers
+            children_of(stack).clear()
+            children_of(stack).update(layers)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..compat.torch import children_of, codegen_of, empty_like
 from ..graph.tensors import register_tensor, tensor_of
 from .export import GUARDS, guard_sizes
 from .graph_steps import CONSTANT, names_of_tensors, steps_of
@@ -118,7 +119,7 @@ class _Stamping:
             if relations is None:
                 raise NotRepeated(f"the graphs of the captured layers of {name} differ")
             self.relations[name] = relations
-        self.graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
+        self.graph = empty_like(gm.graph)
         self.made: dict[Place, fx.Node] = {}
         self.registered: dict[str, Tensor] = {}
         self.constants: list[tuple[str, Tensor]] = []
@@ -162,7 +163,7 @@ class _Stamping:
                 for member in range(repetition.captured, repetition.members):
                     self._stamp(repetition, member)
         self._return()
-        self.graph.set_codegen(self.gm.graph._codegen)
+        self.graph.set_codegen(codegen_of(self.gm.graph))
         if self.layers.returned is not None:
             return_as(self.graph, self.layers.returned)
         for name, tensor in self.registered.items():
@@ -366,7 +367,7 @@ def _set_constant(gm: fx.GraphModule, target: str, value: Tensor) -> None:
     path, _, leaf = target.rpartition(".")
     module: nn.Module = gm
     for part in path.split(".") if path else ():
-        if part not in module._modules:
+        if part not in children_of(module):
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     setattr(module, leaf, value)

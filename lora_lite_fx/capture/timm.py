@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # nothing public runs a model without data
 
+from ..compat.torch import FakeTensorMode
 from .forward_signature import signature_of
 from .without_data import without_data
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -18,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import (
     optimization_hint,
 )
 
+from ..compat.torch import FakeTensor, FakeTensorMode
 from ..graph.turns import tracing
 from .autograd_functions import keeping_functions
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # nothing public runs a model without data
 
+from ..compat.torch import FakeTensorMode
 from .conversions import CopiesFollowed
 from .memories import forgetting
 from .unprinted import failures_unlogged

@@ -15,6 +15,7 @@ from ..adapters.placement import adapter_tensor_names, placements, site_bias, si
 from ..adapters.start_values import fill, initialize, initialize_shared
 from ..adapters.state import adapter_tensors
 from ..adapters.variant import adapter_namespace
+from ..compat.torch import change_tensors
 from ..errors import AdapterError, shown
 from ..execution.module import AdaptedGraphModule
 from ..graph.provenance import SHARED
@@ -82,7 +83,7 @@ def _give_memory(gm: AdaptedGraphModule, device: torch.device) -> None:
             made[id(tensor)] = torch.empty_like(tensor, device=device)
         return made[id(tensor)]
 
-    gm._apply(with_memory)
+    change_tensors(gm, with_memory)
     for first, *others in names.values():
         for name in others:
             register_tensor(gm, name, tensor_of(gm, first))

@@ -13,7 +13,7 @@ from ..adapters.bank import IDS, check_ids, check_rows, check_slots, ids_of
 from ..adapters.placement import bank_slots
 from ..adapters.switches import Switches
 from ..capture.signature import count_arguments, leaves_of
-from ..graph.direct_calls import trace_is_active
+from ..compat.torch import trace_is_active
 from ..sites.rows import inputs_with_rows
 
 

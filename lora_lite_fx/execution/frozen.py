@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..adapters.placement import placements
+from ..compat.torch import version_of
 from ..errors import AdapterError, shown
-from ..graph.direct_calls import ORDINARY, version_of
+from ..graph.direct_calls import ORDINARY
 from ..graph.sharded import is_sharded, reshard
 from ..graph.turns import tracing
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from ..compat.torch import children_of
 from ..errors import AdapterError
 from ..graph.layers import is_layer, layer_of
 
@@ -100,7 +101,7 @@ class GraphLayer(RunsParts, nn.Module):
 def submodule(module: Any, path: str) -> Any:
     """Return the submodule of that qualified name: as `get_submodule`, without its checks, which take their time."""
     for name in path.split("."):
-        modules = module._modules
+        modules = children_of(module)
         module = modules[name] if name in modules else getattr(module, name)
     return module
 
@@ -111,10 +112,11 @@ def make_layers(gm: fx.GraphModule) -> None:
         path = (layer_of(node) or "").rpartition("@")[0]
         module: nn.Module = gm
         for name in path.split(".") if path else ():
-            if name not in module._modules:
+            if name not in children_of(module):
                 module.add_module(name, nn.Module())
-            module = cast(nn.Module, module._modules[name])
+            module = cast(nn.Module, children_of(module)[name])
     for name, module in gm.named_modules():
         if type(module) is nn.Module:
-            is_list = set(module._modules) == set(map(str, range(len(module._modules)))) != set()
+            children = children_of(module)
+            is_list = set(children) == set(map(str, range(len(children)))) != set()
             module.__class__ = nn.ModuleList if is_list and not is_layer(name) else GraphLayer

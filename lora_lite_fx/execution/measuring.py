@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..graph.direct_calls import OpOverload, is_transform
+from ..compat.torch import OpOverload, is_transform
 from ..graph.queries import argument_of, is_deterministic, operation_name
 from ..graph.regions import closes_region, opens_region
 from ..graph.writes import written_operands

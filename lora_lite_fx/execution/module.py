@@ -22,10 +22,11 @@ from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
 from ..capture.signature import return_as
+from ..compat.torch import outside_symbolic_trace, trace_is_active, transform_is_active
 from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
 from ..graph.copies import Draft, copy_graph, share_signatures
-from ..graph.direct_calls import constant_when_compiled, outside_symbolic_trace, trace_is_active, transform_is_active
+from ..graph.direct_calls import constant_when_compiled
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
 from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of

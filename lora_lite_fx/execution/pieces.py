@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterator
 
 from torch import fx
 
+from ..compat.torch import OpOverload
 from ..errors import CaptureError
-from ..graph.direct_calls import OpOverload
 from ..graph.layers import layer_of, module_call_of
 from ..graph.writes import overwritten_tensors
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..compat.torch import REGISTRIES
 from ..errors import AdapterError
 from ..graph.subgraph import function_of
 
@@ -81,7 +82,7 @@ def _from_registries(paths: Paths, registries: tuple[str | None, ...]) -> Callab
 
 
 def _registry(owner: Any, name: str) -> str | None:
-    return next((each for each in ("_parameters", "_buffers", "_modules") if name in getattr(owner, each)), None)
+    return next((each for each in REGISTRIES if name in getattr(owner, each)), None)
 
 
 def _attribute(module: Any, path: Sequence[str]) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.hooks import BACKWARD, FORWARD, hook_name, hooks_on, weight_hooks_on
+from ..capture.hooks import hook_name, hooks_on, weight_hooks_on
+from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 from ..errors import AdapterError, is_instance_of
 from .layer import GraphLayer
 from .pieces import pieces_of
@@ -40,7 +41,7 @@ class Watch:
         """Return the watch of the programs of `gm` that run on `host`."""
         called = [path for path, _ in pieces_of(gm, gm.graph)]
         modules = {name: module for name, module in host.named_modules() if name and called.count(name) != 1}
-        hooks = [getattr(module, kind) for module in modules.values() for kind in (*FORWARD, *BACKWARD)]
+        hooks = [hooks_of(module, kind) for module in modules.values() for kind in (*FORWARD_HOOKS, *BACKWARD_HOOKS)]
         names = defaultdict(list)
         for name, parameter in host.named_parameters(remove_duplicate=False):
             names[id(parameter)].append(name)
@@ -54,7 +55,7 @@ class Watch:
         return tuple(name for name, module in self.modules.items() if self._acts(name, module))
 
     def _acts(self, name: str, module: nn.Module) -> bool:
-        hooks = hooks_on(module, (*FORWARD, *BACKWARD))
+        hooks = hooks_on(module, (*FORWARD_HOOKS, *BACKWARD_HOOKS))
         if isinstance(module, GraphLayer):  # what computes a weight was put on it after the capture, which traces such
             hooks += weight_hooks_on(module)
         if hooks and name not in self._acting:

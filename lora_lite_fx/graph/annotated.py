@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.fx import traceback
 
+from ..compat.torch import codegen_of
 from ..errors import AdapterError
 from .copies import copy_graph
 from .subgraph import copy_of
@@ -56,7 +57,7 @@ def _copied_forward(gm: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]:
     """Return a function with the signature of `graph` that copies its nodes into the graph of its arguments."""
     inputs = graph.find_nodes(op="placeholder")
     flattening = copy_of((), inputs, tuple(inputs))
-    codegen: Any = copy.copy(graph._codegen)
+    codegen: Any = copy.copy(codegen_of(graph))
     if hasattr(codegen, "pytree_info"):
         codegen.pytree_info = codegen.pytree_info._replace(out_spec=None)
     flattening.set_codegen(codegen)

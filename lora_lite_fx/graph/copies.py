@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..compat.torch import SPECS, codegen_of, empty_like
+
 
 class Draft(fx.GraphModule):
     """A graph module for passes to change. It cannot be called, because compiling its code takes much of the time."""
@@ -21,12 +23,12 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     `copy.deepcopy` copies the signature leaf by leaf, and torch warns of each, because it deprecates the class of the
     leaves. A signature never changes, so the copy can share it.
     """
-    copied = fx.Graph(tracer_cls=graph._tracer_cls)
+    copied = empty_like(graph)
     result: Any = copied.graph_copy(graph, {}, return_output_node=True)
     if result is not None:
         value, output = result
         copied.output(value, output.type).meta = copy.copy(output.meta)
-    copied.set_codegen(copy.copy(graph._codegen))
+    copied.set_codegen(copy.copy(codegen_of(graph)))
     return copied
 
 
@@ -35,6 +37,6 @@ def share_signatures(model: nn.Module, memo: dict[int, Any]) -> None:
     for module in model.modules():
         if isinstance(module, fx.GraphModule) and id(module.graph) not in memo:
             memo[id(module.graph)] = copy_graph(module.graph)
-            for name in ("_in_spec", "_out_spec"):  # the parts of the signature, which torch keeps here too
+            for name in SPECS:
                 if (spec := vars(module).get(name)) is not None:
                     memo[id(spec)] = spec

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .direct_calls import is_transform
+from ..compat.torch import is_transform
 from .layers import layer_of
 from .provenance import is_inserted
 from .queries import is_deterministic

@@ -1,46 +1,23 @@
-"""Private names of torch that graphs need: the class of operators, borders of regions, and faster functions."""
+"""Call operators by the functions that run them fastest, and ask whether a call may be taken as an ordinary one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace
-from torch.fx.experimental import proxy_tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-aten = torch.ops.aten
+from ..compat.torch import is_wrapped, trace_is_active, transform_is_active
 
-# The class of `torch.ops.aten.add.Tensor` has no public name; schemas and tags are read from its instances.
-OpOverload = torch._ops.OpOverload
+aten = torch.ops.aten
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
 """A decorator: torch.compile calls the function once, while it compiles, and takes the result for a constant."""
-
-# The functions that torch.export traces at the borders of a no_grad or autocast region, before it makes the region an
-# operator. It traces them again when it captures a graph whose regions are opened. The public forms are context
-# managers, which a graph cannot hold.
-SET_GRAD_ENABLED = torch._C._set_grad_enabled
-ENTER_AUTOCAST, EXIT_AUTOCAST = _enter_autocast, _exit_autocast
-
-# The module of the functions that torch.export traces where a transform of torch.func begins and ends a level.
-_TRANSFORMS = "torch._functorch.predispatch"
-
-
-def is_transform(node: fx.Node) -> bool:
-    """Check whether `node` begins or ends a level of `vmap` or another transform, or moves a value across its border.
-
-    Nothing reads the results of those that begin and end a level, and the graph is wrong without them.
-    """
-    return node.op == "call_function" and getattr(node.target, "__module__", None) == _TRANSFORMS
-
 
 _FUNCTIONS = {
     aten.add.Tensor: torch.add,
@@ -90,18 +67,6 @@ ORDINARY = (Tensor, Parameter)
 """The types of ordinary tensors: those of other classes, such as DTensors, do what their class makes of it."""
 
 
-def version_of(tensor: Tensor) -> int:
-    """Return how often `tensor` was written to in place."""
-    # The version counter has no public name; autograd's documentation calls it by this one.
-    return tensor._version
-
-
-def is_wrapped(*tensors: Tensor) -> bool:
-    """Check whether a transform runs on one of the tensors: of `torch.func`, or the one behind `is_grads_batched`."""
-    functorch = torch._C._functorch  # there is no public question
-    return any(functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
-
-
 def is_plain_call(*tensors: Tensor) -> bool:
     """Check whether a function with gradients of its own may take these tensors.
 
@@ -115,24 +80,6 @@ def is_plain_call(*tensors: Tensor) -> bool:
     return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
 
 
-# The functions behind public ones that cost several times as much, because each call of a graph asks them.
-_is_jit_tracing, _functorch_level = torch._C._is_tracing, torch._C._functorch.maybe_current_level
-
-
-def transform_is_active() -> bool:
-    """Check whether a transform of `torch.func`, forward-mode AD or a trace of `torch.jit` runs this call.
-
-    They need operations that they know: no autograd functions of our own, and no writes to results.
-    """
-    return _functorch_level() is not None or forward_ad._current_level >= 0 or _is_jit_tracing()
-
-
-def trace_is_active() -> bool:
-    """Check whether `torch.fx` traces this call: symbolically, or by `make_fx`."""
-    # The public questions also look at what the caller has looked at, and cost a microsecond.
-    return _symbolic_trace._is_fx_tracing_flag or proxy_tensor._CURRENT_MAKE_FX_TRACER is not None
-
-
 def can_read_values(tensor: Tensor) -> bool:
     """Check whether a decision may rest on the values of `tensor` now.
 
@@ -144,10 +91,3 @@ def can_read_values(tensor: Tensor) -> bool:
     if transform_is_active() or trace_is_active():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-@contextmanager
-def outside_symbolic_trace() -> Iterator[None]:
-    """Leave a symbolic trace for the body: in a trace, each read of a module's parameter is recorded."""
-    with _symbolic_trace._maybe_revert_all_patches():
-        yield

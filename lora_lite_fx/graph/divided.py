@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..compat.torch import UNSAFE_VIEW
 from .divided_calls import begin_together
 from .divided_dropout import attention_with_dropout, let_dropouts_agree
 from .provenance import forget, is_inserted
@@ -21,7 +22,7 @@ from .queries import reads_tensor
 from .sharded import whole
 from .tensors import tensor_of
 
-_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, UNSAFE_VIEW)
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 

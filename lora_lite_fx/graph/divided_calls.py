@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..compat.torch import is_wrapped
 from ..errors import CallError
-from .direct_calls import is_wrapped
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _not_compiled: Callable[[_Function], _Function] = torch.compiler.disable

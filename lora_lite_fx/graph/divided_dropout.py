@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
-from .direct_calls import OpOverload
+from ..compat.torch import OpOverload
 from .queries import argument_of
 
 DROPOUT = torch.ops.aten.dropout.default

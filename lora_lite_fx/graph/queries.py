@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .direct_calls import OpOverload, is_transform
+from ..compat.torch import OpOverload, is_transform, schema_of
 from .provenance import is_inserted
 from .regions import closes_region, opens_region
 from .tensors import attribute_of, tensor_of
@@ -67,7 +67,7 @@ def operation_name(node: fx.Node) -> str:
 def argument_of(node: fx.Node, *names: str) -> Any:
     """Return the argument of an operator's call with one of these names, given or by default; None if it has none."""
     assert isinstance(node.target, OpOverload)
-    for place, argument in enumerate(node.target._schema.arguments):
+    for place, argument in enumerate(schema_of(node.target).arguments):
         if argument.name in names:
             given = node.args[place] if place < len(node.args) else argument.default_value
             return node.kwargs.get(argument.name, given)
@@ -77,7 +77,7 @@ def argument_of(node: fx.Node, *names: str) -> Any:
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Set the argument of that name in a call of an operator, by its place if it is given so."""
     assert isinstance(node.target, OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
+    names = [argument.name for argument in schema_of(node.target).arguments]
     if (place := names.index(name)) < len(node.args):
         node.update_arg(place, value)
     else:

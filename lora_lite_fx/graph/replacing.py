@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..compat.torch import children_of
+
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
@@ -23,9 +25,9 @@ def replace_modules(model: nn.Module, new_by_old: Mapping[nn.Module, nn.Module])
     new = set(new_by_old.values())
     for parent in list(model.modules()):
         if parent not in new:
-            for name, child in list(parent._modules.items()):
+            for name, child in list(children_of(parent).items()):
                 if child is not None and child in new_by_old:
-                    parent._modules[name] = new_by_old[child]
+                    children_of(parent)[name] = new_by_old[child]
             for name, value in list(vars(parent).items()):
                 if name not in _OF_ALL_MODULES:
                     vars(parent)[name] = _replaced(value, new_by_old)

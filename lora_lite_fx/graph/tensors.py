@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+from ..compat.torch import buffers_of, children_of
+
 HALF = (torch.float16, torch.bfloat16)
 """The types that round sums and products to about three digits."""
 
@@ -41,7 +43,7 @@ def attribute_of(model: nn.Module, name: str) -> Any:
     *path, leaf = name.split(".")
     module = model
     for part in path:
-        if (child := module._modules.get(part)) is None:  # a wrapper of torch.compile has it as an attribute
+        if (child := children_of(module).get(part)) is None:  # a wrapper of torch.compile has it as an attribute
             return operator.attrgetter(name)(model)
         module = child
     return getattr(module, leaf)
@@ -93,9 +95,9 @@ def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     if isinstance(tensor, nn.Parameter):
-        module._buffers.pop(leaf, None)
+        buffers_of(module).pop(leaf, None)
         module.register_parameter(leaf, tensor)
-    elif leaf in module._buffers:  # setattr keeps a buffer that is not persistent as it is
+    elif leaf in buffers_of(module):  # setattr keeps a buffer that is not persistent as it is
         setattr(module, leaf, tensor)
     else:
         module.register_buffer(leaf, tensor)

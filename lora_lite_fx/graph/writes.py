@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .direct_calls import OpOverload
+from ..compat.torch import OpOverload, schema_of
 from .tensors import attribute_of, tensor_of
 
 
@@ -64,7 +64,7 @@ def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, A
     names = _written_names(operator)
     if not names:
         return []
-    arguments = {**dict(zip((a.name for a in operator._schema.arguments), args, strict=False)), **kwargs}
+    arguments = {**dict(zip((a.name for a in schema_of(operator).arguments), args, strict=False)), **kwargs}
     values = [value for name, value in arguments.items() if name in names and value is not None]
     return [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
 
@@ -75,7 +75,7 @@ def _written_names(operator: Any) -> frozenset[str]:
     # The schema of batch and instance norm does not say that they update their statistics.
     return frozenset(
         argument.name
-        for argument in operator._schema.arguments
+        for argument in schema_of(operator).arguments
         if argument.name in ("running_mean", "running_var")
         or (argument.alias_info is not None and argument.alias_info.is_write)
     )
@@ -103,9 +103,9 @@ _MAY_RETURN_THEIR_INPUT = {torch.ops.aten.dropout.default, torch.ops.aten.type_a
 
 def returns_what_it_writes(node: fx.Node) -> bool:
     """Check whether a node changes its first operand in place and returns it, as `add_` does."""
-    if not isinstance(node.target, OpOverload) or len(node.target._schema.returns) != 1:
+    if not isinstance(node.target, OpOverload) or len(schema_of(node.target).returns) != 1:
         return False
-    result = node.target._schema.returns[0].alias_info
+    result = schema_of(node.target).returns[0].alias_info
     return result is not None and result.is_write and node.args[:1] == tuple(written_operands(node))
 
 
@@ -120,7 +120,7 @@ def may_return_a_view(node: fx.Node) -> bool:
 
 @functools.cache
 def _returns_a_view(operator: Any) -> bool:
-    return any(result.alias_info is not None for result in operator._schema.returns)
+    return any(result.alias_info is not None for result in schema_of(operator).returns)
 
 
 def written_roots(node: fx.Node) -> list[fx.Node]:

@@ -147,8 +147,11 @@ def _adopted(graphs: GraphCache) -> Any:
     model.let_parts_run()
     graphs.follow_model()
     trained = adapter_state_dict(model)
-    # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
-    model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]
+    if kind is LoadableModel:
+        from ..compat.transformers import KEYS_TO_IGNORE_ON_SAVE
+
+        # Tell transformers to leave the frozen weights out of checkpoints, and not to miss them there.
+        setattr(model, KEYS_TO_IGNORE_ON_SAVE, [name for name in model.state_dict() if name not in trained])
     graphs.bind()
     return model
 

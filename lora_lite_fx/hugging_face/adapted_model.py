@@ -21,6 +21,7 @@ from ..adapters.switches import Switches, by_row, coefficients
 from ..adapters.variant import Variant
 from ..capture.forward_signature import forward_signature
 from ..capture.hugging_face import is_hugging_face
+from ..compat.torch import children_of
 from ..errors import AdapterError, ConfigError
 from ..execution.compiling import LayerCompiler
 from ..execution.frozen import changed_inside, frozen
@@ -163,7 +164,9 @@ class Adapted(NamedAdapters, AdaptedPart):
         """Let the models in this one run graphs of their own, its layers parts of graphs, and its sites as below."""
         for name, module in self.named_modules():  # type: ignore[attr-defined]
             cls: Any = type(module)
-            wraps = any(isinstance(module._modules.get(key), RunsParts) for key in WRAPPED)  # what runs parts already
+            wraps = any(
+                isinstance(children_of(module).get(key), RunsParts) for key in WRAPPED
+            )  # what runs parts already
             if not wraps and not issubclass(cls, (RunsParts, AdaptedPart)):
                 if is_hugging_face(module):
                     module.__class__ = subclass(AdaptedPart, cls)

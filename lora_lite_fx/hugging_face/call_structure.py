@@ -57,6 +57,9 @@ class Given(NamedTuple):
 
 Structure = Leaf | Constant | Tree | Given
 
+CACHES = ("cache", "past_key_values")
+"""What releases of transformers call the cache among the arguments of a call."""
+
 # Integer attributes of caches that count tokens; and attributes that a model does not read.
 _COUNTERS = frozenset({"cumulative_length", "cumulative_length_int", "max_cache_len"})
 _UNSEEN = frozenset({"_is_user_defined", "batch_size", "max_batch_size"})

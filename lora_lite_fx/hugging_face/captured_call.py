@@ -20,7 +20,7 @@ from ..capture.layouts import layouts_in
 from ..capture.signature import names_of_results
 from ..execution.module import AdaptedGraphModule
 from ..rewriting.capture import capture
-from .call_structure import Leaves, Structure, Tree, assemble, cached_layers, differences, disassemble, restore
+from .call_structure import CACHES, Leaves, Structure, Tree, assemble, cached_layers, differences, disassemble, restore
 from .causal_lm import Decoder, NormalizedCall, caches, join_mask, loss_of, normalize_call
 from .config_reads import ConfigValues
 from .example_calls import examples
@@ -140,7 +140,7 @@ def attempts(model: Any, call: CapturedCall, by_values: bool) -> Iterator[tuple[
         by_values: whether the model is known to decide by values, for which the example has to have those of the call.
     """
     windows = batch_only_arguments(model)
-    images = images_in({name: leaf for name, leaf in call.leaves.items() if not name.startswith("cache")})
+    images = images_in({name: leaf for name, leaf in call.leaves.items() if not name.startswith(CACHES)})
     for fixed in dict.fromkeys((windows, (*windows, *images))):
         for example in examples(call.structure, call.leaves, by_values):
             yield example, fixed
@@ -193,7 +193,7 @@ def _dynamic(name: str, leaf: Any, batch_only: bool) -> Any:
     """Return the shape of a leaf for torch.export: as dynamic as can be, but for the heads and widths of caches."""
     if not isinstance(leaf, Tensor):
         return Dim.AUTO
-    fixed: Collection[int] = (1, 3) if name.startswith("cache") and leaf.dim() == 4 else ()
+    fixed: Collection[int] = (1, 3) if name.startswith(CACHES) and leaf.dim() == 4 else ()
     if batch_only:
         fixed = range(1, leaf.dim())
     # torch.export specializes sizes of 0 and 1 anyway.

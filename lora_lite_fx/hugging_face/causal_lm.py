@@ -56,7 +56,9 @@ class EmptyLayer(NamedTuple):
         """Return a layer of this kind, which is not initialized."""
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        return DynamicLayer() if self.sliding_window is None else DynamicSlidingWindowLayer(self.sliding_window)
+        if self.sliding_window is None:
+            return DynamicLayer()
+        return DynamicSlidingWindowLayer(sliding_window=self.sliding_window)
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,12 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         part: a model of transformers; or one of its modules, which has no config.
         args, kwargs: of the call.
     """
+    from ..compat.transformers import CACHE, attention_of
+
     config = getattr(part, "config", None)
     signature = forward_signature(plain_class(type(part)))
-    if "cache" in signature.parameters and "past_key_values" in kwargs:  # its deprecated name
-        kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
+    if CACHE in signature.parameters and CACHE not in kwargs and "past_key_values" in kwargs:  # its deprecated name
+        kwargs = {**kwargs, CACHE: kwargs["past_key_values"]}
         del kwargs["past_key_values"]
     arguments: dict[str, Any] = {}
     for name, value in list(signature.bind(part, *args, **kwargs).arguments.items())[1:]:
@@ -118,10 +122,10 @@ def arguments_of(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         arguments["use_mems"] = part.config.use_mems_train if part.training else part.config.use_mems_eval
     if part.training and torch.is_grad_enabled() and _checkpoints_layers(part):
         arguments["use_cache"] = False  # as the model does: a cache would keep the activations that checkpointing drops
-    if arguments.get("use_cache") and "cache" not in arguments and not part.training:
+    if arguments.get("use_cache") and CACHE not in arguments and not part.training:
         # Bring the cache that the model would make, because a graph of the call is captured in training too.
-        arguments["cache"] = _cache_of_evaluation(config)
-    flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        arguments[CACHE] = _cache_of_evaluation(config)
+    flash = "flash" in attention_of(config)
     for name in _OF_GENERATE if flash else (*_OF_GENERATE, *_OF_FLASH_ATTENTION):
         arguments.pop(name, None)
     if type(count := arguments.get("num_items_in_batch")) is int:
@@ -172,8 +176,10 @@ def probe(model: Any) -> Decoder | None:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+    from ..compat.transformers import CACHE
+
     signature = forward_signature(type(model)).parameters
-    takes_cache = {"input_ids", "attention_mask", "cache", "use_cache"} <= signature.keys()
+    takes_cache = {"input_ids", "attention_mask", CACHE, "use_cache"} <= signature.keys()
     # Encoders and classifiers take a cache too, but theirs is another result than logits for each token.
     if not takes_cache or not model.can_generate() or model.config.is_encoder_decoder:
         return None
@@ -187,21 +193,21 @@ def probe(model: Any) -> Decoder | None:
 
     def run(**more: Any) -> Any:
         cache = DynamicCache(config=text)
-        return _tried(model, **{"input_ids": ids, "attention_mask": mask, "cache": cache, "use_cache": True, **more})
+        return _tried(model, **{"input_ids": ids, "attention_mask": mask, CACHE: cache, "use_cache": True, **more})
 
     training = model.training
     model.eval()
     try:
         plain = run()
-        if not isinstance(getattr(plain, "cache", None), DynamicCache):
+        if not isinstance(getattr(plain, CACHE, None), DynamicCache):
             return None  # BertLMHeadModel that is not a decoder
         without_padding = run(attention_mask=None)
         if without_padding is not None and _sees_behind(without_padding.logits) != _sees_behind(plain.logits):
             return None
         longer = torch.cat([mask, mask[:, -1:]], dim=1)
-        if run(input_ids=ids[:, :1], attention_mask=longer, cache=copy.deepcopy(plain.cache)) is None:
+        if run(input_ids=ids[:, :1], attention_mask=longer, **{CACHE: copy.deepcopy(plain[CACHE])}) is None:
             return None
-        layers = plain.cache.layers
+        layers = plain[CACHE].layers
         if not all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers
         ):
@@ -276,12 +282,14 @@ def normalize_call(
         arguments: by name; none is None.
         fuses_loss: whether the graph is to compute the loss, if there are labels, and not we from its logits.
     """
+    from ..compat.transformers import CACHE
+
     as_it_is = NormalizedCall(arguments, caches(arguments))
     tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
     if decoder is None or tokens is None:
         return as_it_is
     arguments = dict(arguments)
-    cache, mask = arguments.get("cache"), arguments.get("attention_mask")
+    cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
     text = model.config.get_text_config(decoder=True)
     use_cache = arguments.get("use_cache", True)
     if cache is None and mask is None and "position_ids" in arguments and not use_cache:
@@ -291,7 +299,7 @@ def normalize_call(
     batch, length = tokens.shape[:2]
     keeps_cache, callers_caches = cache is not None or bool(use_cache), caches(arguments)
     cache = _opened(cache, text, decoder, batch, tokens.device)
-    arguments |= {"cache": cache, "use_cache": True}
+    arguments |= {CACHE: cache, "use_cache": True}
     if _only_appends(cache):
         past = cache.get_seq_length()
         if mask is None:

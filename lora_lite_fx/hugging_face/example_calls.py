@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..capture.export import double_batch_of_one
-from .call_structure import Leaves, Structure, cached_layers
+from .call_structure import CACHES, Leaves, Structure, cached_layers
 from .causal_lm import BATCH, LENGTH, PAST
 
 
@@ -42,7 +42,7 @@ def _normal_example(structure: Structure, leaves: Leaves) -> Leaves | None:
             example[name] = leaf.new_ones((BATCH, LENGTH if name == "attention_mask" else PAST))
         elif (name, dim) == ("logits_to_keep", 1):
             example[name] = torch.arange(2, device=leaf.device)
-        elif name in counters and name.startswith("cache_layers_") and dim == 4:
+        elif name in counters and "_layers_" in name and name.startswith(CACHES) and dim == 4:
             seen = leaves.get(counters[name], leaf.shape[2])
             # A layer that has dropped tokens is shown as one that has dropped one.
             held = PAST - (seen > leaf.shape[2]) if isinstance(seen, int) else 0
@@ -55,14 +55,14 @@ def _normal_example(structure: Structure, leaves: Leaves) -> Leaves | None:
             example[name] = leaf
         else:
             return None
-    return example if "cache_layers_0_keys" in example else None
+    return example if any(f"{cache}_layers_0_keys" in example for cache in CACHES) else None
 
 
 def _grown(leaves: Leaves) -> Leaves:
     """Return the call with a batch of one shown twice, and with a second token in caches that hold one."""
     grown = dict(leaves)
     for name, leaf in leaves.items():
-        if name.startswith("cache") and "cross" not in name:
+        if name.startswith(CACHES) and "cross" not in name:
             if name.endswith(("_keys", "_values")) and leaf.dim() == 4 and leaf.shape[2] == 1:
                 grown[name] = torch.cat([leaf, leaf], dim=2)
             elif name.endswith("cumulative_length") and isinstance(leaf, int) and leaf == 1:

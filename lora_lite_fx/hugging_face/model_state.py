@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..capture.hooks import weight_hooks_on
+from ..compat.torch import FORWARD_PRE_HOOKS, MODULES, buffers_of, children_of, hooks_of, parameters_of
 from ..execution.layer import plain_class
 from ..graph.layers import is_layer
 
@@ -31,9 +32,6 @@ _NO_PART_OF_GRAPHS = frozenset(
 
 _LATER = ("_loss_function",)
 """Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""
-
-_HOOKS = "_forward_pre_hooks"
-"""Those of `torch.nn.utils`, which compute weights, are traced by captures, and act in no other way."""
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """The names under which the wrappers of torch.compile and of checkpointing keep the module that computes."""
@@ -67,15 +65,18 @@ class _Module(NamedTuple):
         """Return what `module` is now."""
         kind: Any = type(module)
         attributes = vars(module)
-        named = (*module._parameters.items(), *module._buffers.items())
+        named = (*parameters_of(module).items(), *buffers_of(module).items())
         computed: Any = ()
         if is_parametrized(module):
             computed, kind = module.parametrizations, kind.__base__
         tensors = frozenset((*(name for name, tensor in named if tensor is not None), *computed))
         present = {name: _kept(value) for name, value in attributes.items() if _is_setting(name, value)}
-        settings = {name: attributes.get(name) for name in _LATER} | present | {_HOOKS: weight_hooks_on(module)}
-        read = itemgetter("_modules", _HOOKS, *present)
-        was = read({"_modules": dict(module._modules), _HOOKS: dict(module._forward_pre_hooks), **present})
+        settings = (
+            {name: attributes.get(name) for name in _LATER} | present | {FORWARD_PRE_HOOKS: weight_hooks_on(module)}
+        )
+        read = itemgetter(MODULES, FORWARD_PRE_HOOKS, *present)
+        copies = {MODULES: dict(children_of(module)), FORWARD_PRE_HOOKS: dict(hooks_of(module, FORWARD_PRE_HOOKS))}
+        was = read(copies | present)
         size, has_own_forward = len(attributes), "forward" in attributes
         return cls(module, plain_class(kind), tensors, settings, read, was, size, has_own_forward)
 

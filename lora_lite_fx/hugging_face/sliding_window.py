@@ -48,9 +48,11 @@ def cut_windows(arguments: Mapping[str, Any]) -> None:
 def _sliding_layers(arguments: Mapping[str, Any]) -> Iterator[Any]:
     from transformers.cache_utils import DynamicSlidingWindowLayer
 
+    from ..compat.transformers import keeps_all_tokens
+
     for cache in caches(arguments).values():
         halves = [getattr(cache, half, None) for half in ("self_attention_cache", "cross_attention_cache")]
         layers = (getattr(part, "layers", ()) for part in (cache, *halves))
         for layer in itertools.chain.from_iterable(layers):
-            if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized and not layer.record_past:
+            if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized and not keeps_all_tokens(layer):
                 yield layer

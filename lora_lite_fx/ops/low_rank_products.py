@@ -21,7 +21,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ..graph.direct_calls import ORDINARY, constant_when_compiled, is_wrapped
+from ..compat.torch import is_wrapped
+from ..graph.direct_calls import ORDINARY, constant_when_compiled
 from ..graph.tensors import HALF
 from .autocast import autocast_of
 from .saved_values import apart, together

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.direct_calls import is_plain_call, is_wrapped
+from ..compat.torch import is_wrapped
+from ..graph.direct_calls import is_plain_call
 from ..graph.tensors import HALF
 from .saved_values import apart, together
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph.direct_calls import OpOverload
+from ..compat.torch import OpOverload
 from ..graph.provenance import is_inserted
 from ..graph.queries import is_deterministic, reads_tensor
 from ..graph.regions import closes_region, opens_region

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ..graph.direct_calls import OpOverload
+from ..compat.torch import TO_COPY, UNSAFE_VIEW, OpOverload, schema_of
 from ..graph.provenance import is_inserted, replaced_tensor
 from ..graph.queries import value_of
 from ..graph.tensors import is_quantized, tensor_of
@@ -190,7 +190,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of an operator by name, with its defaults."""
     named = dict(node.kwargs)
     if isinstance(node.target, OpOverload):
-        for position, argument in enumerate(node.target._schema.arguments):
+        for position, argument in enumerate(schema_of(node.target).arguments):
             value = node.args[position] if position < len(node.args) else argument.default_value
             named.setdefault(argument.name, value)
     return named
@@ -255,7 +255,7 @@ def _is_reshape(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if node.target in (aten.expand.default, aten.clone.default):
         return _shape(gm, node) == _shape(gm, node.all_input_nodes[0])
-    return node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+    return node.target in (aten.view.default, aten.reshape.default, UNSAFE_VIEW)
 
 
 def _with_bias_addition(gm: fx.GraphModule, call: Call) -> tuple[Call, fx.Node | None]:
@@ -270,7 +270,7 @@ def _with_bias_addition(gm: fx.GraphModule, call: Call) -> tuple[Call, fx.Node |
 
 _TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int, aten.permute.default)
 _COPIES = (
-    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
+    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, TO_COPY),
     *(aten.detach.default, aten.alias.default, aten.clone.default),
 )
 _BROADCASTS = (aten.expand.default, aten.view.default, aten.reshape.default, aten.unsqueeze.default)

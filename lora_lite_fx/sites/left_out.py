@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..graph.direct_calls import OpOverload
+from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, OpOverload, hooks_of
 from ..graph.provenance import is_inserted
 from ..graph.tensors import is_quantized
 from .computed import frozen_values, is_table, largest, obstacle, parameters_behind
@@ -178,7 +178,7 @@ def _is_complex(gm: fx.GraphModule, use: _Use, frozen: set[fx.Node]) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    kinds = [hooks_of(module, registry) for registry in (*FORWARD_HOOKS, *BACKWARD_HOOKS)]
     return any(kinds)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.bitsandbytes import unpacked_for_cpu
 from ..errors import is_instance_of
 from .stored_weight import StoredWeight, copy_over_tensors, detached, not_supported
 
@@ -38,7 +39,7 @@ def _four_bit(module: Any) -> StoredWeight:
     if state is None:
         raise _not_quantized("Linear4bit")
     if getattr(state, "packing_format_for_cpu", False):
-        packed, state = _unpacked_for_cpu(packed, state)
+        packed, state = unpacked_for_cpu(packed, copy.copy(state))
     tensors = {"weight": packed, "weight_absmax": state.absmax}
     nested = state.state2 if state.nested else None
     if nested is not None:
@@ -49,14 +50,6 @@ def _four_bit(module: Any) -> StoredWeight:
     )
     compute = module.compute_dtype
     return StoredWeight(state.quant_type, detached(tensors), dequantize, FourBitAgain(module, dequantize), compute)
-
-
-def _unpacked_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Return weight and state in the usual order, of those that a call in evaluation on a CPU reordered for good."""
-    # The one function that knows the order; it changes the state that it gets.
-    functional: Any = importlib.import_module("bitsandbytes.functional")
-    unpacked: tuple[Tensor, Any] = functional._convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
-    return unpacked
 
 
 def _eight_bit(module: Any, dtype: torch.dtype) -> StoredWeight:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import FORWARD_PRE_HOOKS, hooks_of, parameters_of
 from ..errors import ConfigError, is_instance_of
 from .affine import Affine
 from .stored_weight import StoredWeight, copy_over_tensors, detached, fields, not_supported
@@ -118,7 +119,7 @@ class Again:
         least, largest = _extremes(dense, _sizes(weights, shape))
         scale, zero_point = calculate_qparams(least, largest, weights)
         for name in ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"):
-            module._parameters.pop(name, None)
+            parameters_of(module).pop(name, None)
         module.weight = nn.Parameter(dense, requires_grad=False)
         module.weight_scale = nn.Parameter(scale.reshape(self.like.weight_scale.shape), requires_grad=False)
         if not weights.symmetric:
@@ -140,7 +141,7 @@ def put_decompression_aside(model: nn.Module) -> None:
     for module in model.modules():
         handle = vars(module).pop(_HOOK, None)
         if handle is not None:
-            vars(module)[f"_{_HOOK}"] = module._forward_pre_hooks.pop(handle.id)
+            vars(module)[f"_{_HOOK}"] = hooks_of(module, FORWARD_PRE_HOOKS).pop(handle.id)
 
 
 def put_decompression_back(model: nn.Module) -> None:

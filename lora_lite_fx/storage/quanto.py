@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.quanto import in_plain_order, packed_data, rows_of, scale_of, shift_of
 from ..errors import is_instance_of
 from .stored_weight import StoredWeight, copy_over_tensors, detached, fields, not_supported
 
@@ -32,15 +33,13 @@ def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
     if not layer.frozen:
         raise not_supported("QLinear", "it quantizes its weight in each call", "optimum.quanto.freeze(model).")
     weight = layer.weight
-    # A kernel of 4 bits in bfloat16 keeps its own order, which only its own code can read.
-    weight = weight.weight_qbits_tensor() if hasattr(weight, "_scale_shift") else weight
-    packed = getattr(weight._data, "_data", weight._data)
-    tensors = {"weight": packed, "weight_scale": weight._scale}
+    weight = in_plain_order(weight)
+    tensors = {"weight": packed_data(weight), "weight_scale": scale_of(weight)}
     bits, zero_point = weight.qtype.bits, False
     if bits < 8:
-        tensors |= {"weight_shift": weight._shift}
-        zero_point = not weight._shift.dtype.is_floating_point
-    dequantize = Grouped(tuple(weight.shape), weight._data.shape[0], bits, weight.dtype, zero_point)
+        tensors["weight_shift"] = shift = shift_of(weight)
+        zero_point = not shift.dtype.is_floating_point
+    dequantize = Grouped(tuple(weight.shape), rows_of(weight), bits, weight.dtype, zero_point)
     return StoredWeight(f"quanto {weight.qtype.name}", detached(tensors), dequantize, Again(layer))
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..compat.torch import FORWARD_HOOKS, HOOKS_WITH_KEYWORDS, hooks_of
 from .stored_weight import copy_over_tensors
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
 class StandIn(nn.Module):
@@ -29,8 +28,8 @@ class StandIn(nn.Module):
         for name, tensor in tensors.items():
             # Parameters, because those of Dynamo's inputs that are none are taken for data.
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        for name in _HOOKS:
-            vars(self)[name].update(getattr(module, name))
+        for registry in (*FORWARD_HOOKS, *HOOKS_WITH_KEYWORDS):
+            hooks_of(self, registry).update(hooks_of(module, registry))
         self.original = Original(copy_over_tensors(module), again)  # as it is now
         self.train(module.training)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..compat.torch import buffers_of, parameters_of
 from ..errors import is_instance_of
 from ..graph.tensors import is_quantized
 from .stored_weight import not_supported
@@ -40,7 +41,7 @@ def stored_weight(module: nn.Module, dtype: torch.dtype) -> None:
     is_integration = any(cls.__module__.startswith(_IN_TRANSFORMERS) for cls in modules)
     if (package is None and not is_integration) or isinstance(module, nn.Embedding):
         return
-    tensors = (*module._parameters.values(), *module._buffers.values())
+    tensors = (*parameters_of(module).values(), *buffers_of(module).values())
     if any(tensor is not None and tensor.dim() > 1 and is_quantized(tensor) for tensor in tensors):
         form = f"the form of {_PACKAGES[package]}" if package else "a form"
         raise not_supported(

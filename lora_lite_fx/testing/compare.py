@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
+from ..compat.torch import HOOKS, hooks_of
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far results of two programs may be apart, as a multiple of the largest value."""
@@ -92,9 +93,8 @@ def nudged(model: nn.Module) -> Iterator[None]:
 
 def observe(model: nn.Module) -> dict[str, Any]:
     """Return what is observable of a model apart from values: modules, modes, hooks, flags, storage, gradients."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     seen: dict[str, Any] = {
-        f"module {name}": (type(module), module.training, [list(getattr(module, hook)) for hook in hooks])
+        f"module {name}": (type(module), module.training, [list(hooks_of(module, registry)) for registry in HOOKS])
         for name, module in model.named_modules()
     }
     return seen | {

@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 
 # The operator of Dynamo's graphs for an autograd function, which has no public name.
 from torch._functorch.autograd_function import autograd_function_apply
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..capture.autograd_functions import Kept, keeping_functions
 from ..capture.tracing import fake_like
+from ..compat.torch import FakeTensor
 from ..graph.subgraph import segment
 from ..graph.tensors import attribute_of, register_tensor
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from ...adapters.accounting import account_for
 from ...capture.signature import add_input
 from ...capture.tracing import fake_like
+from ...compat.torch import TO_COPY
 from ...graph.provenance import OUTLET, Insertion, Provenance, record, recorded, surrounding
 from ...graph.tensors import HALF
 from ...graph.walk import walk
@@ -20,7 +21,7 @@ from ...sites.site import Site
 from ..pipeline import GraphPass
 
 aten = torch.ops.aten
-_CASTS = frozenset({aten.type_as.default, aten.to.dtype, aten._to_copy.default})
+_CASTS = frozenset({aten.type_as.default, aten.to.dtype, TO_COPY})
 
 
 @dataclass(frozen=True)

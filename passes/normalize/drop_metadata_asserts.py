@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
+from ...compat.torch import ASSERT_METADATA
 from ..pipeline import GraphPass
 
 
@@ -19,7 +19,7 @@ class DropMetadataAsserts(GraphPass):
     """
 
     def run(self, gm: fx.GraphModule) -> int:
-        target = torch.ops.aten._assert_tensor_metadata.default
+        target = ASSERT_METADATA
         assertions = [node for node in gm.graph.nodes if node.target is target]
         for node in assertions:
             gm.graph.erase_node(node)

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ...compat.torch import OpOverload, schema_of
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ...graph.copies import copy_graph
-from ...graph.direct_calls import OpOverload
 from ..pipeline import GraphPass, eliminate_dead_code
 from .both_modes import take_both
 
@@ -188,7 +188,7 @@ def _with_defaults(node: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[
     """Return the arguments of `node`, with defaults for those that only its twin passes."""
     args, kwargs = list(node.args), dict(node.kwargs)
     if isinstance(node.target, OpOverload):
-        for position, argument in enumerate(node.target._schema.arguments):
+        for position, argument in enumerate(schema_of(node.target).arguments):
             passed = position < len(args) or argument.name in kwargs
             if passed or not argument.has_default_value():
                 continue

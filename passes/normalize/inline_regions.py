@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...graph.direct_calls import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED, OpOverload
+from ...compat.torch import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED, OpOverload, schema_of
 from ...graph.regions import AUTOCAST_REGION, GRAD_REGION
 from ..pipeline import GraphPass
 
@@ -60,7 +60,7 @@ def _holds_work(gm: fx.GraphModule, node: fx.Node) -> bool:
         return True
     operators = [inner.target for graph in graphs for inner in graph.nodes if isinstance(inner.target, OpOverload)]
     return any(
-        torch.Tag.nondeterministic_seeded in operator.tags or operator._schema.is_mutable for operator in operators
+        torch.Tag.nondeterministic_seeded in operator.tags or schema_of(operator).is_mutable for operator in operators
     )
 
 

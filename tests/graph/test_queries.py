@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._functorch.predispatch import _vmap_increment_nesting
 from torch.nn import functional as F
 
-from lora_lite_fx.graph.direct_calls import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
+from lora_lite_fx.compat.torch import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 from lora_lite_fx.graph.queries import is_deterministic, is_product, obstacle_between
 from tests.support.adapter_graphs import exported, x
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...compat.torch import GROUPED_MM
 from .expert_values import PerExpert, Routed
 from .linear import SiteKind
 
@@ -50,7 +51,7 @@ class Experts(SiteKind):
 
     def times(self, x: Tensor, matrix: Tensor, routing: tuple[Tensor, ...]) -> Tensor:
         """Return the product with another `matrix (experts, m, d_in)`, in the dtype of `x`."""
-        if self.operator is not torch.ops.aten._grouped_mm.default:
+        if self.operator is not GROUPED_MM:
             return self.multiply(x, matrix.mT, *routing)
         # PyTorch's own operator takes bfloat16 only, in rows of whole 16 bytes. The tensors may be wider, as under
         # autocast.

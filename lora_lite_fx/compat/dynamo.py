@@ -1,0 +1,45 @@
+"""Hold the private names of torch's compiler that this library uses.
+
+Importing this module imports Dynamo, which takes a second: import it in the functions that compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from .names import needed, offered, preferred
+
+lookup_backend: Callable[[str], Any] = offered(
+    "torch._dynamo.lookup_backend",
+    "torch.compile(backend=name): no public function returns a backend",
+    "An inner backend that is given by name",
+)
+autograd_function_apply = preferred(
+    "torch._functorch.autograd_function.autograd_function_apply",
+    "nothing: Dynamo's graphs hold this operator for an autograd function",
+    None,
+)
+inductor_modes: Callable[[], dict[str, Any]] = offered(
+    "torch._inductor.list_mode_options",
+    "torch.compile(mode=...): no public function lists the modes",
+    "backend(mode=...)",
+)
+inductor_options: Callable[[], list[str]] = offered(
+    "torch._inductor.list_options",
+    "torch.compile(options=...): no public function lists the options",
+    "backend(options=...)",
+)
+inductor_with: Callable[..., Any] = offered(
+    "torch._TorchCompileInductorWrapper",
+    "torch.compile(mode=..., options=...): no public function compiles a graph with them",
+    "backend(mode=..., options=...) with Inductor",
+)
+_config = needed("torch._dynamo.config", "torch.compiler.config, which does not have this field")
+
+
+def without_fake_tensor_cache() -> AbstractContextManager[Any]:
+    """Let torch not keep what operators did to tensors without data: most are asked once in a trace of few layers."""
+    patch: AbstractContextManager[Any] = _config.patch(fake_tensor_cache_enabled=False)
+    return patch

@@ -1,0 +1,270 @@
+"""Hold the private names of torch that this library uses, but for those of its compiler (`dynamo.py`).
+
+`import torch` brings all of these modules along, so that looking the names up costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from .names import needed, preferred
+
+# Values as the tracers of torch make them.
+
+if TYPE_CHECKING:
+    from torch._ops import HigherOrderOperator as HigherOrderOperator
+    from torch._ops import OpOverload as OpOverload
+    from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+    from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+else:
+    FakeTensor = needed(
+        "torch._subclasses.fake_tensor.FakeTensor",
+        "Tensor.is_meta: a tensor on the meta device has no data either, but computes as on no device",
+    )
+    FakeTensorMode = needed(
+        "torch._subclasses.fake_tensor.FakeTensorMode",
+        "torch.device('meta'): runs a model without data, but not one that asks for the device or makes tensors on one",
+    )
+    DataDependentOutputException = needed(
+        "torch._subclasses.fake_tensor.DataDependentOutputException",
+        "NotImplementedError, which operators on the meta device raise for other reasons too",
+    )
+    DynamicOutputShapeException = needed(
+        "torch._subclasses.fake_tensor.DynamicOutputShapeException",
+        "NotImplementedError, which operators on the meta device raise for other reasons too",
+    )
+    FunctionalTensor = needed(
+        "torch._subclasses.functional_tensor.FunctionalTensor",
+        "torch.func.functionalize: makes such tensors, but nothing public tells one",
+    )
+    TorchDispatchMode = needed(
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        "torch.overrides.TorchFunctionMode: sees functions, but not the operators that these call. Documented by torch"
+        " under this name",
+    )
+    OpOverload = needed(
+        "torch._ops.OpOverload", "type(torch.ops.aten.add.Tensor): the class of operators has no public name"
+    )
+    HigherOrderOperator = needed(
+        "torch._ops.HigherOrderOperator",
+        "type(torch.ops.higher_order.cond): the class of operators on functions has no public name",
+    )
+    pytree = needed("torch.utils._pytree", "torch.utils.pytree, which none of these releases has")
+
+disable_current_modes: Callable[[], AbstractContextManager[Any]] = needed(
+    "torch.utils._python_dispatch._disable_current_modes",
+    "leaving the modes one by one, which only whoever entered them can do",
+)
+DisableTorchFunction: Callable[[], AbstractContextManager[Any]] = needed(
+    "torch._C.DisableTorchFunction", "torch._C.DisableTorchFunctionSubclass, which is documented and lets modes go on"
+)
+
+
+# Operators.
+
+_schema = needed("torch.ops.aten.add.Tensor._schema", "a table of our own: operators do not show their schemas")
+
+
+def schema_of(operator: Any) -> Any:
+    """Return the schema of an operator: its arguments with names, types, defaults, and which it writes to."""
+    return operator._schema
+
+
+def _operator(name: str, public: str) -> Any:
+    """Return an operator that may stand in a graph, or None for a release in whose graphs it cannot stand."""
+    return preferred(f"torch.ops.aten.{name}", public, None)
+
+
+ASSERT_ASYNC = needed("torch.ops.aten._assert_async.msg", "assert, which a trace does not keep")
+ASSERT_METADATA = _operator("_assert_tensor_metadata.default", "nothing: torch.export writes it at changes of dtype")
+GROUPED_MM = _operator("_grouped_mm.default", "torch.nn.functional.grouped_mm, which calls it")
+LOCAL_SCALAR_DENSE = _operator("_local_scalar_dense.default", "Tensor.item, which calls it")
+TO_COPY = _operator("_to_copy.default", "Tensor.to, which calls it")
+UNSAFE_VIEW = _operator("_unsafe_view.default", "Tensor.view, for which torch writes it into graphs")
+
+assert_async: Callable[[Tensor, str], None] = needed("torch._assert_async", "assert, which a trace does not keep")
+assert_in_graph: Callable[[Any, str], None] = needed("torch._assert", "assert, which a trace does not keep")
+check: Callable[..., None] = needed("torch._check", "torch._check is public, but for its name")
+
+
+# What runs a call.
+
+# Whether a transform of torch.func runs, and on which tensors.
+_functorch_level = needed(
+    "torch._C._functorch.maybe_current_level", "nothing: torch.func does not tell whether a transform runs"
+)
+_is_functorch_wrapped = needed(
+    "torch._C._functorch.is_functorch_wrapped_tensor", "nothing: torch.func does not tell its tensors"
+)
+_is_legacy_batched = preferred(
+    "torch._C._functorch.is_legacy_batchedtensor",
+    "nothing: torch.autograd.grad(is_grads_batched=True) does not tell its tensors",
+    lambda tensor: False,
+)
+_forward_level = needed(
+    "torch.autograd.forward_ad._current_level", "forward_ad.unpack_dual, which tells of one tensor, not of a call"
+)
+del _forward_level  # it is a number that changes
+
+
+def is_wrapped(*tensors: Tensor) -> bool:
+    """Check whether a transform runs on one of the tensors: of `torch.func`, or the one behind `is_grads_batched`."""
+    return any(_is_functorch_wrapped(tensor) or _is_legacy_batched(tensor) for tensor in tensors)
+
+
+def transform_is_active() -> bool:
+    """Check whether a transform of `torch.func`, forward-mode AD or a trace of `torch.jit` runs this call.
+
+    They need operations that they know: no autograd functions of our own, and no writes to results.
+    """
+    return _functorch_level() is not None or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def trace_is_active() -> bool:
+    """Check whether `torch.fx` traces this call: symbolically, or by `make_fx`."""
+    return is_fx_symbolic_tracing() or get_proxy_mode() is not None
+
+
+exporting: Callable[[], AbstractContextManager[Any]] = needed(
+    "torch._export.utils._compiling_state_context",
+    "torch.compiler.is_exporting, by which models ask: nothing public lets it answer yes outside of torch.export",
+)
+
+_revert_patches = needed(
+    "torch.fx._symbolic_trace._maybe_revert_all_patches", "nothing: a symbolic trace cannot be left for a while"
+)
+
+
+@contextmanager
+def outside_symbolic_trace() -> Iterator[None]:
+    """Leave a symbolic trace for the body: in a trace, each read of a module's parameter is recorded."""
+    with _revert_patches():
+        yield
+
+
+# The functions that torch.export traces at the borders of a no_grad or autocast region, before it makes the region an
+# operator. It traces them again when it captures a graph whose regions are opened.
+SET_GRAD_ENABLED = needed("torch._C._set_grad_enabled", "torch.set_grad_enabled, which a graph cannot hold")
+ENTER_AUTOCAST = needed("torch.amp.autocast_mode._enter_autocast", "torch.autocast, which a graph cannot hold")
+EXIT_AUTOCAST = needed("torch.amp.autocast_mode._exit_autocast", "torch.autocast, which a graph cannot hold")
+
+_TRANSFORMS = needed(
+    "torch._functorch.predispatch", "torch.vmap, for whose borders torch.export traces the functions of this module"
+).__name__
+
+
+def is_transform(node: fx.Node) -> bool:
+    """Check whether `node` begins or ends a level of `vmap` or another transform, or moves a value across its border.
+
+    Nothing reads the results of those that begin and end a level, and the graph is wrong without them.
+    """
+    return node.op == "call_function" and getattr(node.target, "__module__", None) == _TRANSFORMS
+
+
+needed("torch.Tensor._version", "nothing: the documentation of autograd calls the counter by this name")
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often `tensor` was written to in place."""
+    return tensor._version
+
+
+# Graphs.
+
+needed("torch.fx.Graph()._codegen", "fx.Graph.set_codegen: sets what nothing public reads")
+needed("torch.fx.Graph()._tracer_cls", "fx.Graph(tracer_cls=...): sets what nothing public reads")
+_PyTreeCodeGen = needed("torch.fx.graph._PyTreeCodeGen", "fx.CodeGen, whose subclass for nested inputs has no name")
+SPECS = ("_in_spec", "_out_spec")
+"""The attributes under which torch keeps the signature of an exported graph once more, where it does."""
+
+
+def codegen_of(graph: fx.Graph) -> Any:
+    """Return what writes the code of `graph`. It has the names of its inputs, and how these and results are nested."""
+    return graph._codegen
+
+
+def has_nested_inputs(graph: fx.Graph) -> bool:
+    """Check whether `graph` is called with nested inputs, as those of torch.export are."""
+    return isinstance(graph._codegen, _PyTreeCodeGen)
+
+
+def empty_like(graph: fx.Graph) -> fx.Graph:
+    """Return a graph without nodes, of the tracer of `graph`."""
+    return fx.Graph(tracer_cls=graph._tracer_cls)
+
+
+# Modules. Their registries have no public names; what is public copies them or leaves out what is None.
+
+_MODULE = "torch.nn.Module()"
+needed(f"{_MODULE}._modules", "nn.Module.named_children: leaves out what is None, and children that occur twice")
+needed(f"{_MODULE}._parameters", "nn.Module.named_parameters: leaves out what is None, and walks all modules")
+needed(f"{_MODULE}._buffers", "nn.Module.named_buffers: leaves out what is None, and walks all modules")
+for _registry in (
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_state_dict_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"),
+):
+    needed(f"{_MODULE}.{_registry}", "nn.Module.register_forward_hook and the like: nothing lists what was registered")
+
+MODULES = "_modules"
+"""The attribute of a module that holds its registry of children."""
+REGISTRIES = ("_parameters", "_buffers", MODULES)
+"""The attributes of a module that hold what it has by name, in the order in which Python looks a name up."""
+FORWARD_PRE_HOOKS = "_forward_pre_hooks"
+"""The attribute of a module that holds the hooks before its calls."""
+FORWARD_HOOKS = (FORWARD_PRE_HOOKS, "_forward_hooks")
+BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
+HOOKS = (*FORWARD_HOOKS, *BACKWARD_HOOKS, "_state_dict_hooks")
+"""The attributes of a module that hold its hooks."""
+HOOKS_WITH_KEYWORDS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+"""The attributes of a module that hold which hooks get keyword arguments."""
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the registry of the children of `module`, itself and not a copy."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the registry of the parameters of `module`, itself and not a copy."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the registry of the buffers of `module`, itself and not a copy."""
+    return module._buffers
+
+
+def hooks_of(module: nn.Module, registry: str) -> dict[int, Any]:
+    """Return a registry of hooks of `module`, itself and not a copy."""
+    hooks: dict[int, Any] = getattr(module, registry)
+    return hooks
+
+
+needed(
+    f"{_MODULE}._non_persistent_buffers_set",
+    "nn.Module.state_dict: has the persistent ones, of modules whose state_dict is not their own",
+)
+needed("torch.nn.Module._apply", "nn.Module.to_empty: gives memory to all tensors, also to those with values")
+
+
+def is_persistent(module: nn.Module, name: str) -> bool:
+    """Tell whether a buffer of `module` is saved with it."""
+    return name not in module._non_persistent_buffers_set
+
+
+def change_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Put what `change` returns in the place of each tensor of `module`, in a way that wrappers of modules follow."""
+    module._apply(change)

@@ -20,11 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-# The parent of `Function`, through which `apply` goes last, also where a model has looked `apply` up before. Nothing
-# public stands between a model and its functions.
-from torch.autograd.function import _SingleLevelFunction
-
-from ..compat.torch import pytree, trace_is_active, version_of
+from ..compat.torch import pytree, trace_is_active, transform_is_active, version_of
 from ..errors import COMPILE_INSTEAD, CaptureError
 
 _IN_GRAPHS = (*fx.node.base_types, type(None), type(...), fx.Proxy)
@@ -101,71 +97,133 @@ class Kept:
 def telling_functions(tell: Callable[[Any, tuple[Any, ...]], None]) -> Iterator[None]:
     """Tell of each autograd function that this thread calls in the body, with its arguments; all run as they are."""
     listener = threading.get_ident(), tell
-    with _changing:
-        _listening.append(listener)
-        _parent.apply = classmethod(_apply)
+    _listening.append(listener)
     try:
-        yield
+        with _standing_before_forwards():
+            yield
     finally:
-        with _changing:
-            _listening.remove(listener)
-            _leave_apply()
-
-
-def _leave_apply() -> None:
-    if not _keeping and not _listening:
-        del _parent.apply
+        _listening.remove(listener)
 
 
 @contextmanager
 def keeping_functions() -> Iterator[Kept]:
-    """Let traces in the body record each call of an autograd function as one; `Kept.put_calls` finishes the graphs."""
+    """Let traces in the body record each call of an autograd function as one; `Kept.put_calls` finishes the graphs.
+
+    Raises:
+        CaptureError: the model defines such a function while it runs, so that its calls were not seen.
+    """
     kept = Kept()
-    with _changing:
-        _keeping.append(kept)
-        _parent.apply = classmethod(_apply)
+    known = _functions()
+    _keeping.append(kept)
     try:
-        yield kept
+        with _standing_before_forwards():
+            yield kept
     finally:
-        with _changing:
-            _keeping.remove(kept)
-            _leave_apply()
+        _keeping.remove(kept)
         for number in kept.numbers:
             del _calls[number]
+    for function in _functions() - known:
+        if "<locals>" in function.__qualname__:
+            raise CaptureError(
+                f"{function.__qualname__} is an autograd function that is defined while the model runs, anew in each"
+                " call, so that a graph cannot keep its backward pass. The way out: define it in its module, outside of"
+                f" functions, or {COMPILE_INSTEAD}."
+            )
 
 
-_parent: Any = _SingleLevelFunction
 _changing = threading.Lock()
+_replaced: dict[Any, Any] = {}
+"""The functions that `_enter` stands before, each with its own `forward`, or None if it inherits one."""
+_watches = 0
 _keeping: list[Kept] = []
 """The traces that run, of all threads."""
 _listening: list[tuple[int, Callable[[Any, tuple[Any, ...]], None]]] = []
 """The threads that are to be told of calls, and whom to tell."""
 
 
-def _apply(function: Any, *args: Any) -> Any:
-    """Record a call of an autograd function in the trace of this thread; run it if there is none."""
+def _functions() -> set[Any]:
+    """Return all autograd functions that are not torch's own; torch's are derivatives of operators."""
+    found: set[Any] = set()
+    open_ends: list[Any] = [torch.autograd.Function]
+    while open_ends:
+        for function in open_ends.pop().__subclasses__():
+            open_ends.append(function)
+            if not function.__module__.startswith("torch."):
+                found.add(function)
+    return found
+
+
+@contextmanager
+def _standing_before_forwards() -> Iterator[None]:
+    """Let `_enter` come before `forward` of each autograd function in the body.
+
+    It is the only place that all calls pass in all releases, also those by an `apply` that the model has looked up
+    before. Threads that trace nothing run what they would run. A process without autograd functions is left alone.
+    """
+    global _watches
+    with _changing:
+        _watches += 1
+        forwards = {function: _original(function.forward) for function in _functions() - _replaced.keys()}
+        for function, forward in forwards.items():
+            _replaced[function] = vars(function).get("forward")
+            function.forward = staticmethod(_Before(function, forward))
+    try:
+        yield
+    finally:
+        with _changing:
+            _watches -= 1
+            while _replaced and not _watches:
+                function, own = _replaced.popitem()
+                if own is None:
+                    del function.forward
+                else:
+                    function.forward = own
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What stands in the place of `forward` of an autograd function."""
+
+    function: Any
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return _enter(self.function, self.forward, args)
+
+
+def _original(forward: Any) -> Any:
+    return forward.forward if isinstance(forward, _Before) else forward
+
+
+def _enter(function: Any, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Record a call of an autograd function in the trace of this thread; run its `forward` if there is none.
+
+    `apply` has switched gradients off when it comes to `forward`. A model that calls `forward` itself wants its
+    operations, and inside a transform of torch.func they are what can be traced.
+    """
+    if torch.is_grad_enabled() or transform_is_active():
+        return forward(*args)
+    takes_context = function.setup_context is torch.autograd.Function.setup_context
+    inputs = args[1:] if takes_context else args
     for thread, tell in _listening:
         if thread == threading.get_ident():
-            tell(function, args)
-    run = functools.partial(super(_parent, function).apply, *args)
+            tell(function, inputs)
     kept = next((kept for kept in reversed(_keeping) if kept.thread == threading.get_ident()), None)
-    leaves = pytree.tree_leaves(args)
-    if kept is None or kept.running or not _gets_gradients(function, leaves):
-        return run()
+    leaves = pytree.tree_leaves(inputs)
+    if kept is None or kept.running or not _gets_gradients(leaves):
+        return forward(*args)
     others = (leaf for leaf in leaves if not isinstance(leaf, (Tensor, torch.SymInt, *_IN_GRAPHS)))
     if (other := next(others, None)) is not None:
         _warn_of_other(function, other)
-        return run()
+        return forward(*args)
     proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
     if proxy is not None:
-        return proxy.tracer.create_proxy("call_function", calling(function), args, {})
-    return kept.record(calling(function), args, {})
+        return proxy.tracer.create_proxy("call_function", calling(function), inputs, {})
+    return kept.record(calling(function), inputs, {})
 
 
-def _gets_gradients(function: Any, leaves: Sequence[Any]) -> bool:
-    """Return whether a function of the model's may pass gradients to its arguments."""
-    if function.__module__.startswith("torch."):  # such as those that torch makes for operators: derivatives
-        return False
+def _gets_gradients(leaves: Sequence[Any]) -> bool:
+    """Return whether a function may pass gradients to these arguments."""
     return any(isinstance(leaf, fx.Proxy) or _is_float(leaf) for leaf in leaves)
 
 

@@ -227,10 +227,44 @@ def test_a_function_that_writes_to_its_arguments_is_refused() -> None:
         llfx.capture(model, (torch.ones(2, 4),))
 
 
-def test_torch_is_left_as_it_was(model: nn.Module) -> None:
-    from torch.autograd.function import _SingleLevelFunction
-
+def test_functions_are_left_as_they_were(model: nn.Module) -> None:
+    before = {function: vars(function).get("forward") for function in (Round, Scaled, Inherits, WritesInPlace)}
     llfx.capture(model, (torch.ones(3, 8),))
     with pytest.raises(llfx.CaptureError):
         llfx.capture(Between(lambda x, module: module(cast(Any, WritesInPlace).apply(x))), (torch.ones(2, 4),))
-    assert "apply" not in vars(_SingleLevelFunction)
+    assert {function: vars(function).get("forward") for function in before} == before
+
+
+class Inherits(Round):
+    """Has the `forward` of another function, and a backward of its own."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad
+
+
+def test_a_function_that_inherits_its_forward_keeps_its_backward() -> None:
+    gm = llfx.capture(Between(lambda x, module: module(cast(Any, Inherits).apply(x))), (torch.ones(2, 4),))
+    x = torch.randn(3, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(gm(x).sum(), x)
+    torch.testing.assert_close(grad, 3 * (gm.second.weight.sum(0) @ gm.first.weight).expand(3, 4))
+
+
+def test_a_forward_that_the_model_calls_itself_is_traced() -> None:
+    class Context:
+        def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    gm = llfx.capture(Between(lambda x, module: module(Bounded.forward(Context(), x, x))), (torch.ones(2, 4),))
+    assert not any(str(node.name).startswith("bounded_apply") for node in gm.graph.nodes)
+
+
+def test_a_function_that_is_defined_in_each_call_is_refused() -> None:
+    def defines(x: Tensor, module: nn.Module) -> Tensor:
+        class Local(Round):
+            pass
+
+        y: Tensor = module(cast(Any, Local).apply(x))
+        return y
+
+    with pytest.raises(llfx.CaptureError, match="Local is an autograd function that is defined while the model runs"):
+        llfx.capture(Between(defines), (torch.ones(2, 4),))

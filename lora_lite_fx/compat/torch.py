@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -268,3 +269,20 @@ def is_persistent(module: nn.Module, name: str) -> bool:
 def change_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Put what `change` returns in the place of each tensor of `module`, in a way that wrappers of modules follow."""
     module._apply(change)
+
+
+class SeesMoves:
+    """Make a module, of a class after this one, be asked before its tensors are moved or cast."""
+
+    def move(self, fn: Callable[..., Any], apply: Callable[[], object]) -> None:
+        """Do what `to`, `half`, `cuda` and the like do.
+
+        Args:
+            fn: is applied to each tensor.
+            apply: does so; call it once.
+        """
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self.move(fn, functools.partial(super()._apply, fn, recurse))  # type: ignore[misc]
+        return self

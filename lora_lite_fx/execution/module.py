@@ -22,7 +22,7 @@ from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
 from ..capture.signature import return_as
-from ..compat.torch import outside_symbolic_trace, trace_is_active, transform_is_active
+from ..compat.torch import SeesMoves, outside_symbolic_trace, trace_is_active, transform_is_active
 from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
 from ..graph.copies import Draft, copy_graph, share_signatures
@@ -60,7 +60,7 @@ _deriving = threading.RLock()
 """Held while a program is derived, because several threads may run one graph."""
 
 
-class AdaptedGraphModule(LayerSettings):
+class AdaptedGraphModule(SeesMoves, LayerSettings):
     """A graph module that computes what its graph says, and runs it as its `execution` says.
 
     A program is derived at the first call that needs it after a recompile, so that passes can change the graph. Its
@@ -473,18 +473,16 @@ class AdaptedGraphModule(LayerSettings):
         for program in self.execution.programs:
             self._derive(program, left_out, self._hooked(), program != "inference", self._switched_now())
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdaptedGraphModule:
-        # to(), half(), cuda() and the like all come here. Programs depend on the device.
+    def move(self, fn: Callable[..., Any], apply: Callable[[], object]) -> None:
+        """Move or cast the module; programs depend on the device, and are derived again."""
         if self.kept is not None:
             raise changed_inside("The model was moved or cast")
         follow_cast(self, fn)
         follow_data(self, fn)
         self.drop_derived()
-        apply: Callable[..., object] = super()._apply
-        apply(fn, recurse)
+        apply()
         if self.own_switches.scales or self.own_switches.ids is not None:
             self.own_switches = self.own_switches.moved_to(tensor_of(self, adapter_tensor_names(self)[0]).device)
-        return self
 
     def __getattr__(self, name: str) -> Any:
         try:

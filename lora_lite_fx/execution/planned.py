@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..compat.torch import version_of
 from ..graph.direct_calls import ORDINARY
 from ..graph.subgraph import extract, function_of
 from ..log import logger
@@ -82,7 +83,7 @@ class _Cell:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.again: _Again | None = None
         self.place: Any = None
 
@@ -117,7 +118,7 @@ def _unpacked(packed: Any) -> Tensor:
 
 
 def _require_unchanged(tensor: Tensor, version: int) -> None:
-    if tensor._version != version:
+    if version_of(tensor) != version:
         raise RuntimeError(
             f"A tensor of shape {tuple(tensor.shape)} that the backward pass needs was overwritten after the forward"
             " pass, as an optimizer's step between the two does. The way out: call backward before that."
@@ -126,7 +127,7 @@ def _require_unchanged(tensor: Tensor, version: int) -> None:
 
 def _version(value: Any) -> int | None:
     """Return how often a tensor was overwritten; None for sizes, and for tensors of inference mode, which cannot be."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+    return version_of(value) if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 class _Again:

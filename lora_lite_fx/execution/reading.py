@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..compat.torch import REGISTRIES
+from ..compat.torch import MODULES, REGISTRIES
 from ..errors import AdapterError
 from ..graph.subgraph import function_of
 
@@ -67,7 +67,7 @@ def _from_registries(paths: Paths, registries: tuple[str | None, ...]) -> Callab
 
     def owner_at(path: tuple[str, ...]) -> fx.Node:
         if path not in owners:
-            owners[path] = registered(path[:-1], "_modules", path[-1])
+            owners[path] = registered(path[:-1], MODULES, path[-1])
         return owners[path]
 
     values = []

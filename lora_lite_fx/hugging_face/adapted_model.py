@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..adapters.switches import Switches, by_row, coefficients
 from ..adapters.variant import Variant
 from ..capture.forward_signature import forward_signature
 from ..capture.hugging_face import is_hugging_face
-from ..compat.torch import children_of
+from ..compat.torch import SeesMoves, children_of
 from ..errors import AdapterError, ConfigError
 from ..execution.compiling import LayerCompiler
 from ..execution.frozen import changed_inside, frozen
@@ -115,7 +115,7 @@ class AdaptedPart:
     _path: str
 
 
-class Adapted(NamedAdapters, AdaptedPart):
+class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
     """The adapted model itself."""
 
     @property
@@ -344,16 +344,16 @@ class Adapted(NamedAdapters, AdaptedPart):
         """Raise AdapterError, because the graphs are captured for the embeddings that the model has."""
         raise AdapterError("Resize the embeddings before adapt; the graphs of an adapted model read these weights.")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def move(self, fn: Any, apply: Callable[[], object]) -> None:
+        """Move or cast the model; its graphs are captured again if that changes a tensor."""
         if self._graphs.keeps_values:
             raise changed_inside("The model was moved or cast")
         before = self._tensors()
-        applied = super()._apply(fn, recurse)  # type: ignore[misc]
+        apply()
         # What goes to "meta" comes back by other ways, as accelerate loads a sharded model.
         if self._tensors() != before and not any(tensor.is_meta for tensor in self.parameters()):  # type: ignore
             self._graphs.drop()
             self.switches = self.switches.moved_to(self.device)  # type: ignore[attr-defined]
-        return applied
 
     def _tensors(self) -> list[Any]:
         tensors = [*self.parameters(), *self.buffers()]  # type: ignore[attr-defined]

@@ -162,9 +162,9 @@ def _modules_of(model: nn.Module, name: str = "", above: tuple[nn.Module, ...] =
         above: the modules that it is in, in case that it has one of them.
     """
     yield name, model
-    for key, child in model._modules.items():
-        while child is not None and (inside := [child._modules[each] for each in WRAPPED if each in child._modules]):
-            (child,) = inside
+    for key, child in children_of(model).items():
+        while child is not None and (inside := [each for each in WRAPPED if each in children_of(child)]):
+            child = children_of(child)[inside[0]]
         of_tensors = type(child) is nn.Module or (key == "parametrizations" and is_parametrized(model))
         if child is not None and not of_tensors and child not in above:
             yield from _modules_of(child, f"{name}.{key}" if name else key, (*above, model))

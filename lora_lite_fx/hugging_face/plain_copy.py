@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.placement import Placement
+from ..capture.hugging_face import is_hugging_face
 from ..capture.share import share
 from ..execution.layer import plain_class
 from ..graph.tensors import delete_tensor, has_attribute
@@ -28,8 +29,12 @@ def plain_copy(model: Any, placements: Sequence[Placement]) -> Any:
             delete_tensor(copied, name)
     for module in copied.modules():
         module.__class__ = _plain_class_of(module)
-        for attribute in ("_graphs", "_path", "_keys_to_ignore_on_save"):
-            module.__dict__.pop(attribute, None)
+        for attribute in ("_graphs", "_path"):
+            vars(module).pop(attribute, None)
+    if is_hugging_face(copied):
+        from ..compat.transformers import KEYS_TO_IGNORE_ON_SAVE
+
+        vars(copied).pop(KEYS_TO_IGNORE_ON_SAVE, None)
     forget_replaced_forward(copied)
     return copied
 

@@ -18,6 +18,7 @@ from ..adapters.variant import adapter_namespace
 from ..capture.capture import Inputs
 from ..capture.hugging_face import leave_out_clamps
 from ..capture.share import share
+from ..compat.torch import MODULES
 from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import execution_of
@@ -195,7 +196,7 @@ class AdaptedLinear(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            modules = vars(self).get("_modules", {})  # without the base while the wrapper is made, copied or read
+            modules = vars(self).get(MODULES, {})  # without the base while the wrapper is made, copied or read
             if "base" not in modules or name.startswith("__"):
                 raise
             return getattr(modules["base"], name)

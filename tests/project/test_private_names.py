@@ -1,0 +1,116 @@
+"""Private names of other libraries are read in `compat/` alone, however they are written."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+import lora_lite_fx.compat.dynamo
+import lora_lite_fx.compat.torch
+import lora_lite_fx.compat.transformers  # noqa: F401  # each file registers its names
+from lora_lite_fx.compat.names import NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+KNOWN = {path.rpartition(".")[2] for path in NAMES}
+"""The last parts of the names that are looked up."""
+REGISTRIES = {path.rpartition(".")[2] for path in NAMES if "()." in path}
+"""Those of attributes, which a text can name too."""
+OF_PYTHON = {"_replace", "_fields", "_asdict", "_getframe"}
+"""Documented names of Python that look private."""
+READERS = {"getattr", "hasattr", "setattr", "delattr", "attrgetter", "itemgetter"}
+"""Functions that read an attribute by a text."""
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and name.isidentifier() and name.startswith("_") and not name.startswith("__")
+
+
+def sources(root: Path) -> list[Path]:
+    files = [*(root / "lora_lite_fx").rglob("*.py"), *(root / "passes").rglob("*.py")]
+    links = [path for path in (root / "lora_lite_fx").iterdir() if path.is_symlink()]
+    return sorted(
+        file for file in files if not any(link in file.parents for link in links) and "compat" not in file.parts
+    )
+
+
+def own_names(trees: Iterable[ast.Module]) -> set[str]:
+    """The private names that the package gives: of functions and classes, and of attributes in their bodies."""
+    names: set[str] = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value):
+            names.add(node.attr)
+    return {name for name in names if is_private(name)} | OF_PYTHON
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def private_names(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
+    """The lines that read private names of others: by import, as an attribute of whatever, or by a text."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            yield from ((node.lineno, part) for part in parts if is_private(part))
+        elif isinstance(node, ast.Import):
+            parts = [part for alias in node.names for part in alias.name.split(".")]
+            yield from ((node.lineno, part) for part in parts if is_private(part))
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            if node.attr not in own or (node.attr in KNOWN and not _is_self(node.value)):
+                yield node.lineno, node.attr
+        elif isinstance(node, ast.Constant) and is_private(node.value) and node.value in REGISTRIES:
+            yield node.lineno, str(node.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in READERS:
+            texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            yield from ((node.lineno, str(text)) for text in texts if is_private(text) and text not in own)
+
+
+def found_in(root: Path) -> list[str]:
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sources(root)}
+    own = own_names(trees.values())
+    return [
+        f"{file.relative_to(root)}:{line} reads {name}"
+        for file, tree in trees.items()
+        for line, name in sorted(set(private_names(tree, own)))
+    ]
+
+
+def test_private_names_are_read_in_compat_alone() -> None:
+    assert len(sources(ROOT)) > 250, "the sources were not found"
+    assert found_in(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "from torch._subclasses.fake_tensor import FakeTensor",
+        "from torch import _assert",
+        "import torch._dynamo as d",
+        "from torch import fx as f\n\nf._symbolic_trace",
+        "import torch\n\ntake = torch.fx\ntake.graph._PyTreeCodeGen",
+        "def f(module):\n    return module._buffers",
+        "def f(model):\n    return model._modules",
+        'def f(module):\n    return getattr(module, "_never_heard_of")',
+        'HOOKS = "_forward_pre_hooks"',
+        'def f(module):\n    return vars(module)["_parameters"]',
+        "from operator import attrgetter\n\nread = attrgetter('_is_full_backward_hook')",
+    ],
+)
+def test_a_planted_private_name_is_found(lines: str, tmp_path: Path) -> None:
+    ignore = shutil.ignore_patterns("__pycache__", "compat")
+    shutil.copytree(ROOT / "lora_lite_fx", tmp_path / "lora_lite_fx", ignore=ignore, symlinks=True)
+    shutil.copytree(ROOT / "passes", tmp_path / "passes", ignore=ignore)
+    planted = tmp_path / "lora_lite_fx" / "graph" / "tensors.py"
+    planted.write_text(f"{planted.read_text()}\n\n{lines}\n")
+    (found,) = (set(found_in(tmp_path)) - set(found_in(ROOT)),)
+    assert found
+    assert all(line.startswith("lora_lite_fx/graph/tensors.py") for line in found)

@@ -1,5 +1,10 @@
 """Adapters by rewriting the graph of a frozen PyTorch model. See the README for a tour."""
 
+# ruff: noqa: E402  # before anything is imported that another release of Python or torch lacks
+from .compat.versions import check_versions
+
+check_versions()
+
 from .adapters.bank import Bank
 from .adapters.frozen_linear import FrozenLinear
 from .adapters.hyperparameters import WithDropout, WithRank, WithScale

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,17 @@ UNSAFE_VIEW = _operator("_unsafe_view.default", "Tensor.view, for which torch wr
 assert_async: Callable[[Tensor, str], None] = needed("torch._assert_async", "assert, which a trace does not keep")
 assert_in_graph: Callable[[Any, str], None] = needed("torch._assert", "assert, which a trace does not keep")
 check: Callable[..., None] = needed("torch._check", "torch._check is public, but for its name")
+
+
+# Options that only some of the releases have.
+
+ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+"""Options with which each function that is compiled counts its recompilations alone, from torch 2.13 on.
+
+Before, functions of one code count together, and those beyond the limit run without being compiled.
+"""
 
 
 # What runs a call.

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
+from ..compat.torch import ISOLATED
 from ..errors import AdapterError, shown
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,7 +24,7 @@ class LayerCompiler:
     """
 
     def __init__(self, **options: Any) -> None:
-        self.options = {"isolate_recompiles": True, **options}
+        self.options = {**ISOLATED, **options}
 
         def nothing() -> None:
             """Be a function to check the options with; nothing is compiled before it is called."""

@@ -92,7 +92,8 @@ def _read_first(gm: fx.GraphModule, outer: fx.Graph) -> None:
     move_to_front(outer, read)
     by_name: dict[str, fx.Node] = {}
     for node in read:
-        node.replace_all_uses_with(by_name.setdefault(str(node.target), node))
+        if (first := by_name.setdefault(str(node.target), node)) is not node:
+            node.replace_all_uses_with(first)
 
 
 def _cut_piece(

@@ -17,6 +17,7 @@ NAME = "lora_lite_fx"
 # The lowest row first. A wing imports wings of lower rows only: those of one row do not know each other.
 ROWS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "log", "text_table"}),
+    frozenset({"compat"}),
     frozenset({"graph"}),
     frozenset({"ops"}),
     frozenset({"storage"}),

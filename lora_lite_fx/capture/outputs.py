@@ -203,14 +203,21 @@ def results_of(returned: Any) -> dict[str, Any]:
 def leaves_by_path(returned: Any) -> tuple[dict[Any, Any], pytree.TreeSpec]:
     """Return the leaves of a result by their path in it, and its structure.
 
-    A leaf's path is its number where a class in the result has no names for its parts, as those of diffusers.
+    A class of results may be registered without names for its parts: transformers' before 5.20, those of diffusers.
+    Such a result is a mapping, which has the names.
     """
     try:
         leaves, spec = pytree.tree_flatten_with_path(returned)
         return dict(leaves), spec
     except ValueError:
         numbered, spec = pytree.tree_flatten(returned)
-        return {(pytree.SequenceKey(index),): leaf for index, leaf in enumerate(numbered)}, spec
+    paths: list[tuple[Any, ...]] = []
+    if isinstance(returned, Mapping):
+        parts = ((name, path) for name, value in returned.items() for path in leaves_by_path(value)[0])
+        paths = [(pytree.MappingKey(name), *path) for name, path in parts]
+    if len(paths) != len(numbered):
+        paths = [(pytree.SequenceKey(index),) for index in range(len(numbered))]
+    return dict(zip(paths, numbered, strict=True)), spec
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .names import needed, preferred
@@ -82,3 +83,17 @@ def made_from_config(model_class: Any, config: PreTrainedConfig) -> Any:
 def keeps_all_tokens(layer: DynamicLayer) -> bool:
     """Tell whether a layer that slides was asked to keep what is out of its window, as releases since 5.17 can be."""
     return bool(getattr(layer, "record_past", False))
+
+
+_LAYERS_KNOW_THEIR_BATCH = hasattr(Cache, "max_batch_size")
+
+
+def tell_batch(cache: Any) -> None:
+    """Tell the layers of a cache which batch they hold, as those of older releases know since their first tokens."""
+    if not _LAYERS_KNOW_THEIR_BATCH:
+        return
+    halves = [getattr(cache, half, None) for half in ("self_attention_cache", "cross_attention_cache")]
+    for layer in (layer for part in (cache, *halves) for layer in getattr(part, "layers", ())):
+        states = [tensor for tensor in vars(layer).values() if isinstance(tensor, Tensor) and tensor.dim() > 2]
+        for state in states[:1]:
+            layer.max_batch_size = state.shape[0]

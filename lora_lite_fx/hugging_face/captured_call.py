@@ -121,7 +121,10 @@ class CapturedGraph:
         given: dict[str, Any] = {}
         for name, structure in self.given.items():
             if name in call.normalized.given:
+                from ..compat.transformers import tell_batch
+
                 given[name] = restore(call.normalized.given[name], structure, leaves)
+                tell_batch(given[name])
             else:
                 given[name] = assemble(structure, leaves) if call.normalized.keeps_cache else None
         cut_windows(given)

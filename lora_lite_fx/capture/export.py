@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
@@ -29,8 +28,6 @@ from .memories import forgetting
 from .outputs import has_data
 from .refusal import refusal
 from .unprinted import quiet_export
-
-_READS_VALUES = (GuardOnDataDependentSymNode,)
 
 
 def export(
@@ -88,7 +85,9 @@ def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     try:
         return _trace(model, args, kwargs, dynamic_shapes)
     except CaptureError as error:
-        if not (isinstance(error.__cause__, _READS_VALUES) and has_data(model, (args, kwargs))):
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+        if not (isinstance(error.__cause__, GuardOnDataDependentSymNode) and has_data(model, (args, kwargs))):
             raise
         try:
             decisions = Decisions(model, (args, kwargs))

@@ -23,7 +23,6 @@ from torch._export.utils import _compiling_state_context
 
 # Stand-ins, as torch.export makes them; nothing public makes any.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 # A dispatch mode alone sees the operators of any function, whatever calls them; nothing public does.
@@ -65,6 +64,8 @@ class StandIn:
     """
 
     def __init__(self, model: nn.Module, stacks: Mapping[str, int]) -> None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         memo: dict[int, Any] = {}
         share_signatures(model, memo)

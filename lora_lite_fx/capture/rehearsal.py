@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
 # A dispatch mode alone sees the operators of any function, whatever calls them; nothing public does.
@@ -127,6 +126,8 @@ class Stage:
     """Stand-ins without data, and a place to run functions on them."""
 
     def __init__(self) -> None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
         self._mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def like(self, tensor: Tensor) -> Tensor:
@@ -149,6 +150,8 @@ class Stage:
         Raises:
             Refused: `function` writes to these, uses other tensors, or depends on values.
         """
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # else a second run lacks the casts of the first one
         try:

@@ -21,8 +21,20 @@ aten = torch.ops.aten
 OpOverload = torch._ops.OpOverload
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
-"""A decorator: torch.compile calls the function once, while it compiles, and takes the result for a constant."""
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Decorate a function that torch.compile calls once, while it compiles, and whose result it takes for a constant.
+
+    `torch.compiler.assume_constant_result` sets this mark alone, but imports the compiler first, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# `torch.compiler.disable`, which imports the compiler when the function is called, and not when it is decorated.
+not_compiled: Callable[[_Function], _Function] = torch._disable_dynamo
+
 
 # The functions that torch.export traces at the borders of a no_grad or autocast region, before it makes the region an
 # operator. It traces them again when it captures a graph whose regions are opened. The public forms are context

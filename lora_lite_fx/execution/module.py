@@ -31,6 +31,7 @@ from ..graph.subgraph import forward_of
 from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of
 from ..graph.writes import overwrites, written_attributes
 from ..log import phase
+from ..ops.low_rank_products import let_flops_be_counted
 from ..passes import (
     LeaveOutInputs,
     PassReport,
@@ -81,6 +82,7 @@ class AdaptedGraphModule(LayerSettings):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
+        let_flops_be_counted()  # now, because a counter may be on while the first call derives a program
         # torch.compile guards that an instance has no such attribute where it finds one of the class, so that a call
         # before the first scope that sets it would be compiled again after that.
         self.kept, self.own_switches = None, Switches()

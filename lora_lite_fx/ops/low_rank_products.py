@@ -82,7 +82,7 @@ class LowRankProducts:
     sources: int = 0
 
     def __post_init__(self) -> None:
-        _let_flops_be_counted()
+        let_flops_be_counted()
 
     @property
     def __name__(self) -> str:
@@ -351,8 +351,11 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def _let_flops_be_counted() -> None:
-    """Tell torch's counter of FLOPs about in-place products. It imports Triton, so not before there is an operation."""
+def let_flops_be_counted() -> None:
+    """Tell torch's counter of FLOPs about in-place products: before a counter is made, because it copies the formulas.
+
+    The counter's module imports Triton, so `import lora_lite_fx` does not do this.
+    """
     from torch.utils.flop_counter import register_flop_formula
 
     register_flop_formula(torch.ops.aten.addmm_)(_flops_of_addition)

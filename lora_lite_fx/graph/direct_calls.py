@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -32,8 +32,12 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
-# `torch.compiler.disable`, which imports the compiler when the function is called, and not when it is decorated.
-not_compiled: Callable[[_Function], _Function] = torch._disable_dynamo
+def not_compiled(function: _Function) -> _Function:
+    """Decorate a function that torch.compile leaves out of its graphs and calls.
+
+    `torch.compiler.disable` does the same, but imports the compiler when it decorates, and not at the first call.
+    """
+    return cast(_Function, torch._compile._disable_dynamo(function))
 
 
 # The functions that torch.export traces at the borders of a no_grad or autocast region, before it makes the region an

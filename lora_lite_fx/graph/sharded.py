@@ -18,8 +18,7 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
 
     It does not import the class, because that takes half a second: nobody has such a tensor before the class is there.
     """
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+    return isinstance(value, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def is_sharded(model: nn.Module) -> bool:

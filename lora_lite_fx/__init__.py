@@ -1,94 +1,105 @@
 """Adapters by rewriting the graph of a frozen PyTorch model. See the README for a tour."""
 
-# ruff: noqa: E402  # before anything is imported that another release of Python or torch lacks
+import sys
+
 from .compat.versions import check_versions
 
-check_versions()
+check_versions()  # before anything is imported that an older release of Python or torch lacks
 
-from .adapters.bank import Bank
-from .adapters.frozen_linear import FrozenLinear
-from .adapters.hyperparameters import WithDropout, WithRank, WithScale
-from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
-from .adapters.param_spec import ParamSpec
-from .adapters.registry import register, registry
-from .adapters.slots import SlotOptimizer
-from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
-from .adapters.switches import active, by_row, scaled
-from .adapters.variant import Batch, Statistic, Variant
-from .capture.differences import Difference, DifferenceTable
-from .distributed.materialize import materialize
-from .distributed.parallelize import parallelize
-from .distributed.shard import shard
-from .distributed.split import split
-from .errors import (
-    AdapterError,
-    CallError,
-    CaptureError,
-    CheckpointError,
-    ConfigError,
-    SelectionError,
-)
-from .execution.compiling import compile_layers
-from .execution.frozen import frozen
-from .execution.memory import MemoryPlan
-from .execution.optimize import optimize
-from .execution.planning import memory_plan, plan_memory
-from .formats.checkpoint import load, save
-from .formats.diffusers import load_diffusers, save_diffusers
-from .formats.lora_lite import load_lora_lite, save_lora_lite
-from .formats.peft.config import from_peft_config
-from .formats.peft.directory import load_peft, save_peft, to_peft_config
-from .formats.slots import load_slot, save_slot
-from .hugging_face.adapt import adapt
-from .inspection.program import program
-from .inspection.table import inspect
-from .rewriting.capture import capture
-from .rewriting.eager import wrap
-from .rewriting.loftq import loftq
-from .rewriting.named import add, delete
-from .rewriting.reconfigure import reconfigure
-from .rewriting.rewrite import merge, remove, rewrite
-from .rewriting.slots import put_slot, reset_slot, take_slot
-from .rewriting.sums import combine, swap, to_lora
-from .rewriting.verify import verify
-from .torch_compile.backend import backend
-from .variants import (
-    BOFT,
-    C3A,
-    EVA,
-    HRA,
-    IA3,
-    OFT,
-    PSOFT,
-    AdaLoRA,
-    AntiPaSTO,
-    AntiPaSTOAblate,
-    AntiPaSTOArrow,
-    AntiPaSTODPLR,
-    AntiPaSTOGain,
-    DeLoRA,
-    DoRA,
-    FourierFT,
-    Full,
-    GLoRA,
-    GraLoRA,
-    HiRA,
-    LoHa,
-    LoKr,
-    LoRA,
-    LoRAXS,
-    MiSS,
-    OLoRA,
-    PiSSA,
-    RandLoRA,
-    RoAd,
-    SHiRA,
-    TinyLoRA,
-    TrainableTokens,
-    VBLoRA,
-    VeRA,
-    WaveFT,
-)
+
+def _is_program() -> bool:
+    """Check whether this is `python -m lora_lite_fx`, which answers `--help` and wrong options without torch.
+
+    Python imports the package first, and has "-m" in the place of the program's name until it has found the program.
+    """
+    return sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] == [__name__]
+
+
+if not _is_program():  # else the program imports this again, when it has read its options
+    from .adapters.bank import Bank
+    from .adapters.frozen_linear import FrozenLinear
+    from .adapters.hyperparameters import WithDropout, WithRank, WithScale
+    from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
+    from .adapters.param_spec import ParamSpec
+    from .adapters.registry import register, registry
+    from .adapters.slots import SlotOptimizer
+    from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
+    from .adapters.switches import active, by_row, scaled
+    from .adapters.variant import Batch, Statistic, Variant
+    from .capture.differences import Difference, DifferenceTable
+    from .distributed.materialize import materialize
+    from .distributed.parallelize import parallelize
+    from .distributed.shard import shard
+    from .distributed.split import split
+    from .errors import (
+        AdapterError,
+        CallError,
+        CaptureError,
+        CheckpointError,
+        ConfigError,
+        SelectionError,
+    )
+    from .execution.compiling import compile_layers
+    from .execution.frozen import frozen
+    from .execution.memory import MemoryPlan
+    from .execution.optimize import optimize
+    from .execution.planning import memory_plan, plan_memory
+    from .formats.checkpoint import load, save
+    from .formats.diffusers import load_diffusers, save_diffusers
+    from .formats.lora_lite import load_lora_lite, save_lora_lite
+    from .formats.peft.config import from_peft_config
+    from .formats.peft.directory import load_peft, save_peft, to_peft_config
+    from .formats.slots import load_slot, save_slot
+    from .hugging_face.adapt import adapt
+    from .inspection.program import program
+    from .inspection.table import inspect
+    from .rewriting.capture import capture
+    from .rewriting.eager import wrap
+    from .rewriting.loftq import loftq
+    from .rewriting.named import add, delete
+    from .rewriting.reconfigure import reconfigure
+    from .rewriting.rewrite import merge, remove, rewrite
+    from .rewriting.slots import put_slot, reset_slot, take_slot
+    from .rewriting.sums import combine, swap, to_lora
+    from .rewriting.verify import verify
+    from .torch_compile.backend import backend
+    from .variants import (
+        BOFT,
+        C3A,
+        EVA,
+        HRA,
+        IA3,
+        OFT,
+        PSOFT,
+        AdaLoRA,
+        AntiPaSTO,
+        AntiPaSTOAblate,
+        AntiPaSTOArrow,
+        AntiPaSTODPLR,
+        AntiPaSTOGain,
+        DeLoRA,
+        DoRA,
+        FourierFT,
+        Full,
+        GLoRA,
+        GraLoRA,
+        HiRA,
+        LoHa,
+        LoKr,
+        LoRA,
+        LoRAXS,
+        MiSS,
+        OLoRA,
+        PiSSA,
+        RandLoRA,
+        RoAd,
+        SHiRA,
+        TinyLoRA,
+        TrainableTokens,
+        VBLoRA,
+        VeRA,
+        WaveFT,
+    )
 
 __all__ = [
     "BOFT",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple, cast
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -129,6 +128,8 @@ class _Interpreter(fx.Interpreter):
         self.sizes: dict[Any, Any] = {}  # of the symbols in the shapes of the inputs
 
     def run_node(self, n: fx.Node) -> Any:
+        import sympy
+
         value = super().run_node(n)
         recorded = n.meta.get("val")
         if n.op == "placeholder" and isinstance(recorded, Tensor) and isinstance(value, Tensor):

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from ..compat.torch import disable_current_modes, pytree
@@ -298,6 +297,8 @@ def _entries_assumed(functions: set[CodeType]) -> Iterator[None]:
 
     A loop over indices may skip those without entries. `Decisions.check` sees that it may as well not.
     """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     # Nothing public answers what a trace cannot know.
     original = ShapeEnv.evaluate_sym_node
 
@@ -317,7 +318,7 @@ def _entries_assumed(functions: set[CodeType]) -> Iterator[None]:
         ShapeEnv.evaluate_sym_node = original  # type: ignore[method-assign]
 
 
-def _asks_for_empty(shapes: ShapeEnv, expression: Any) -> bool:
+def _asks_for_empty(shapes: Any, expression: Any) -> bool:
     """Tell whether this compares with zero a number of entries that depends on values."""
     free: set[Any] = getattr(expression, "free_symbols", set())
     is_equality = type(expression).__name__ == "Equality" and 0 in expression.args

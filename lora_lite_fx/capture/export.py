@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..compat.dynamo import without_fake_tensor_cache
 from ..compat.torch import assert_in_graph, check, pytree
 from ..errors import CaptureError
 from ..graph.turns import tracing
@@ -30,8 +28,6 @@ from .memories import forgetting
 from .outputs import has_data
 from .refusal import refusal
 from .unprinted import quiet_export
-
-_READS_VALUES = (GuardOnDataDependentSymNode,)
 
 
 def export(
@@ -89,7 +85,9 @@ def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     try:
         return _trace(model, args, kwargs, dynamic_shapes)
     except CaptureError as error:
-        if not (isinstance(error.__cause__, _READS_VALUES) and has_data(model, (args, kwargs))):
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+        if not (isinstance(error.__cause__, GuardOnDataDependentSymNode) and has_data(model, (args, kwargs))):
             raise
         try:
             decisions = Decisions(model, (args, kwargs))
@@ -103,6 +101,8 @@ def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 @tracing()
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+    from ..compat.dynamo import without_fake_tensor_cache
+
     with (
         keeping_functions() as kept,
         needless_conversions_left_out(),

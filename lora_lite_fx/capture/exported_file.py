@@ -16,15 +16,16 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.pt2_archive import PT2ArchiveReader
-from torch.export.pt2_archive._package import load_pt2
 
 from ..compat.torch import HigherOrderOperator, OpOverload
 from ..errors import CheckpointError, shown
+
+if TYPE_CHECKING:
+    from torch.export.pt2_archive import PT2ArchiveReader
 
 _RECORDS = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|\.format_version|\.storage_alignment|models/model\.json"
@@ -80,6 +81,9 @@ def open_exported(path: Path, *, trust: bool = False) -> ExportedProgram:
         if trust:
             _know_outputs("transformers.modeling_outputs")
             return torch.export.load(path)
+        from torch.export.pt2_archive import PT2ArchiveReader
+        from torch.export.pt2_archive._package import load_pt2
+
         _check_archive(PT2ArchiveReader(str(path)))
         # torch.export.load takes what it cannot read for a file of an older kind, with pickles.
         programs: dict[str, ExportedProgram] = load_pt2(str(path)).exported_programs

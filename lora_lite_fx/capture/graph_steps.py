@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -93,6 +92,8 @@ def _described(value: Any, own: Mapping[str, Place]) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_described(item, own) for item in value)
     if own and isinstance(value, torch.SymInt):
+        import sympy
+
         expression = value.node.expr  # nothing public tells how a size is computed of others
         named = {
             symbol: sympy.Symbol(f"{place.within} {place.result}")

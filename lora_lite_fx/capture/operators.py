@@ -18,9 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What torch.export sets while it traces, and models ask for by torch.compiler.is_exporting.
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
 from ..compat.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, disable_current_modes, exporting, pytree
 from ..graph.copies import share_signatures
 from ..graph.turns import tracing
@@ -58,6 +55,8 @@ class StandIn:
     """
 
     def __init__(self, model: nn.Module, stacks: Mapping[str, int]) -> None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         memo: dict[int, Any] = {}
         share_signatures(model, memo)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from ..compat.torch import (
     LOCAL_SCALAR_DENSE,
@@ -127,6 +126,7 @@ class Stage:
     """Stand-ins without data, and a place to run functions on them."""
 
     def __init__(self) -> None:
+
         self._mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def like(self, tensor: Tensor) -> Tensor:
@@ -149,6 +149,7 @@ class Stage:
         Raises:
             Refused: `function` writes to these, uses other tensors, or depends on values.
         """
+
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # else a second run lacks the casts of the first one
         try:

@@ -10,12 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-    optimization_hint,
-)
 
 from ..compat.torch import FakeTensor, FakeTensorMode
 from ..graph.turns import tracing
@@ -51,6 +45,8 @@ def fake_of(example: Tensor, fixed: Sequence[int] | None = (), more: int = 0) ->
     example = example.expand(*[2] * more, *example.shape) if more > 0 else example[(0,) * -more]
     if fixed is None:
         return FakeTensorMode().from_tensor(example.detach(), static_shapes=True)
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
     fixed = [dim + more for dim in fixed]
     dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
         [DimDynamic.STATIC if dim in fixed else DimDynamic.DYNAMIC for dim in range(example.dim())]
@@ -68,6 +64,8 @@ def run_on_fixed_sizes(function: Callable[..., T], tensors: Sequence[Tensor]) ->
 
     That is several times as quick as with symbols. Unlike in a trace, what runs is not recorded.
     """
+    from torch.fx.experimental.symbolic_shapes import optimization_hint
+
     with FakeTensorMode():
         sizes = ([optimization_hint(size, 2) for size in tensor.shape] for tensor in tensors)
         pairs = zip(sizes, tensors, strict=True)

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .names import needed, offered, preferred
+import torch
+
+from .names import missing, needed, offered, preferred
+from .torch import CONSTANT
 
 lookup_backend: Callable[[str], Any] = offered(
     "torch._dynamo.lookup_backend",
@@ -43,3 +46,13 @@ def without_fake_tensor_cache() -> AbstractContextManager[Any]:
     """Let torch not keep what operators did to tensors without data: most are asked once in a trace of few layers."""
     patch: AbstractContextManager[Any] = _config.patch(fake_tensor_cache_enabled=False)
     return patch
+
+
+def _check_mark() -> None:
+    def nothing() -> None: ...
+
+    if not hasattr(torch.compiler.assume_constant_result(nothing), CONSTANT):
+        raise ImportError(missing(f"torch.compiler.assume_constant_result().{CONSTANT}"))
+
+
+_check_mark()

@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -111,6 +111,26 @@ ISOLATED: dict[str, Any] = (
 
 Before, functions of one code count together, and those beyond the limit run without being compiled.
 """
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+CONSTANT = "_dynamo_marked_constant"
+"""The mark that `torch.compiler.assume_constant_result` sets, after it has imported the compiler; `dynamo.py` checks it."""
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Decorate a function that torch.compile calls once, while it compiles, to take its result for a constant."""
+    setattr(function, CONSTANT, True)
+    return function
+
+
+not_compiled: Callable[[_Function], _Function] = preferred(
+    "torch._compile._disable_dynamo",
+    "torch.compiler.disable: the same, but imports the compiler when it decorates, which takes a second",
+    torch.compiler.disable,
+)
+"""A decorator: torch.compile leaves the function out of its graphs and calls it."""
 
 
 # What runs a call.

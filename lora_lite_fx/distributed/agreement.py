@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ..adapters.placement import adapter_tensor_names
 from ..errors import AdapterError
+from ..graph.sharded import is_dtensor
 from ..graph.tensors import tensor_of
 
 _COMPARED = 64  # values of a tensor that are compared one by one
@@ -64,7 +64,7 @@ def _descriptions(model: nn.Module) -> dict[str, str]:
 def _description(tensor: Tensor, with_values: bool) -> str:
     trains = ", trained" if tensor.requires_grad else ""
     text = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device.type}{trains}"
-    if not with_values or isinstance(tensor, DTensor) or tensor.device.type == "meta" or not tensor.numel():
+    if not with_values or is_dtensor(tensor) or tensor.device.type == "meta" or not tensor.numel():
         return text
     values = tensor.detach().contiguous()
     if values.element_size() == 1 or values.is_complex():

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
-from torch.distributed.tensor import DTensor
 
 from ..adapters.placement import adapter_tensor_names, placements, site_bias, site_weight
 from ..adapters.start_values import fill, initialize, initialize_shared
@@ -19,7 +18,7 @@ from ..compat.torch import change_tensors
 from ..errors import AdapterError, shown
 from ..execution.module import AdaptedGraphModule
 from ..graph.provenance import SHARED
-from ..graph.sharded import copy_values, is_sharded
+from ..graph.sharded import copy_values, is_dtensor, is_sharded
 from ..graph.tensors import register_tensor, tensor_of
 from ..sites.finding import find_sites
 
@@ -99,7 +98,7 @@ def _is_of_base(gm: fx.GraphModule, name: str) -> bool:
 
 def _own(tensor: Tensor) -> Tensor:
     """Return what this process has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _check(gm: fx.GraphModule, left: list[str]) -> None:

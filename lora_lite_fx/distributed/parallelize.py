@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from ..adapters.placement import graph_of, placements
 from ..adapters.state import adapter_tensors
@@ -21,7 +20,7 @@ from ..execution.execution import Execution
 from ..execution.module import AdaptedGraphModule
 from ..graph.divided import put_borders
 from ..graph.divided_dropout import DROPOUT, draws
-from ..graph.sharded import is_sharded, is_stage
+from ..graph.sharded import is_dtensor, is_sharded, is_stage
 from ..graph.tensors import register_tensor, tensor_of
 from ..passes import Pipeline, RecomputeInputs
 from ..sites.finding import find_sites
@@ -30,6 +29,9 @@ from ..sites.site import Site
 from .agreement import agree, broadcast_adapters
 from .sum_at_sites import SumAtSites
 from .units import RunsGraphs, graphs_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,6 +92,8 @@ def parallelize(
             f"no linear of the roles {[*columns, *rows]} has a weight that can be divided; quantized ones are computed."
             " The way out: other roles; or for a quantized base llfx.shard(model), which divides what is stored."
         )
+    from torch.distributed.tensor import Replicate
+
     agree(model, mesh, problem, "parallelize")
     broadcast_adapters(model, mesh)
     places = _places(graph, dims)
@@ -116,6 +120,8 @@ def _divided_execution(execution: Execution | None, dims: Mapping[str, int], mes
 
 
 def _divided(tensor: Tensor, mesh: DeviceMesh, place: Placement) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
     # Each process takes its part of its own tensor, because all have the same.
     part = distribute_tensor(tensor.detach(), mesh, [place], src_data_rank=None)
     if not isinstance(tensor, nn.Parameter):
@@ -128,8 +134,8 @@ def _divided(tensor: Tensor, mesh: DeviceMesh, place: Placement) -> Tensor:
 
 def _like_the_parameter(parameter: Tensor) -> None:
     """Divide the gradient as the parameter is: until then it may be a sum that no process has."""
-    assert isinstance(parameter, DTensor)
-    if isinstance(parameter.grad, DTensor):
+    assert is_dtensor(parameter)
+    if is_dtensor(parameter.grad):
         parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
 
 
@@ -145,6 +151,8 @@ def _dims(gm: fx.GraphModule, columns: frozenset[str], rows: frozenset[str]) -> 
 
 def _places(gm: fx.GraphModule, dims: Mapping[str, int]) -> dict[str, Placement]:
     """Return how each tensor that is divided is, by qualified name."""
+    from torch.distributed.tensor import Shard
+
     found: dict[str, Placement] = {}
     for site in find_sites(gm) if dims else ():
         dim = dims.get(site.name)

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..adapters.state import adapter_tensors
 from ..errors import AdapterError
@@ -76,6 +75,8 @@ def _problem_of_mesh(mesh: DeviceMesh) -> str:
 
 def _fully_shard(units: list[Unit], mesh: DeviceMesh, options: dict[str, Any]) -> None:
     """Call `fully_shard` on each unit, the model last."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     given: set[nn.Parameter] = options.pop("ignored_params", None) or set()
     for unit in units:
         # torch does not divide a single number. A frozen one may stay whole, because it is the same everywhere.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..compat.torch import OpOverload, is_transform
 from ..graph.queries import argument_of, is_deterministic, operation_name
@@ -87,6 +86,8 @@ class Recorder(fx.Interpreter):
         self.inputs = [node for node in self.nodes if node.op == "placeholder"][own:]
         self.values: dict[fx.Node, Any] = {}
         self.flops: dict[fx.Node, int] = {}
+        from torch.utils.flop_counter import FlopCounterMode
+
         self.counter = FlopCounterMode(display=False)
 
     def run(self, *operands: Any) -> Any:  # type: ignore[override]

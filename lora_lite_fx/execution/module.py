@@ -22,16 +22,22 @@ from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
 from ..capture.signature import return_as
-from ..compat.torch import SeesMoves, outside_symbolic_trace, trace_is_active, transform_is_active
+from ..compat.torch import (
+    SeesMoves,
+    constant_when_compiled,
+    outside_symbolic_trace,
+    trace_is_active,
+    transform_is_active,
+)
 from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
 from ..graph.copies import Draft, copy_graph, share_signatures
-from ..graph.direct_calls import constant_when_compiled
 from ..graph.modes import has_modes, keep_mode
 from ..graph.subgraph import forward_of
 from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of
 from ..graph.writes import overwrites, written_attributes
 from ..log import phase
+from ..ops.low_rank_products import let_flops_be_counted
 from ..passes import (
     LeaveOutInputs,
     PassReport,
@@ -82,6 +88,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
+        let_flops_be_counted()  # now, because a counter may be on while the first call derives a program
         # torch.compile guards that an instance has no such attribute where it finds one of the class, so that a call
         # before the first scope that sets it would be compiled again after that.
         self.kept, self.own_switches = None, Switches()

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..adapters.placement import adapter_tensor_names
 from ..errors import CheckpointError
-from ..graph.sharded import is_sharded, is_stage, reshard, whole
+from ..graph.sharded import is_dtensor, is_sharded, is_stage, reshard, whole
 from ..graph.tensors import register_tensor
 
 
@@ -27,7 +26,7 @@ def gathered(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> It
         CheckpointError: `values` lacks a tensor.
     """
     reshard(model)
-    sharded = {name: tensor for name, tensor in model.named_parameters() if isinstance(tensor, DTensor)}
+    sharded = {name: tensor for name, tensor in model.named_parameters() if is_dtensor(tensor)}
     if values is None:
         # The frozen weights stay sharded, because all of them may not fit. Each is gathered where it is read.
         adapters = {*adapter_tensor_names(model)} & sharded.keys()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
@@ -14,10 +11,6 @@ from torch.nn import functional as F
 from ..compat.torch import is_wrapped, trace_is_active, transform_is_active
 
 aten = torch.ops.aten
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-constant_when_compiled: Callable[[_Function], _Function] = torch.compiler.assume_constant_result
-"""A decorator: torch.compile calls the function once, while it compiles, and takes the result for a constant."""
 
 _FUNCTIONS = {
     aten.add.Tensor: torch.add,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,7 +18,7 @@ from .divided_calls import begin_together
 from .divided_dropout import attention_with_dropout, let_dropouts_agree
 from .provenance import forget, is_inserted
 from .queries import reads_tensor
-from .sharded import whole
+from .sharded import is_dtensor, whole
 from .tensors import tensor_of
 
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, UNSAFE_VIEW)
@@ -100,9 +99,11 @@ def _let_be_whole_around(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 def made_whole(value: Tensor) -> Tensor:
     """Return a DTensor that all processes have whole; its gradient is whole too."""
-    return (
-        value.redistribute(placements=[Replicate()] * value.device_mesh.ndim) if isinstance(value, DTensor) else value
-    )
+    if not is_dtensor(value):
+        return value
+    from torch.distributed.tensor import Replicate
+
+    return value.redistribute(placements=[Replicate()] * value.device_mesh.ndim)
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -110,11 +111,13 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _is_divided(gm: nn.Module, node: fx.Node) -> bool:
-    return reads_tensor(gm, node) and isinstance(tensor_of(gm, str(node.target)), DTensor)
+    return reads_tensor(gm, node) and is_dtensor(tensor_of(gm, str(node.target)))
 
 
 def replicated_on(mesh: DeviceMesh) -> Callable[[Any], Any]:
     """Return a function that makes a tensor, the same in all processes of `mesh`, a DTensor that all have whole."""
+    from torch.distributed.tensor import DTensor, Replicate
+
     places = [Replicate()] * mesh.ndim
 
     def replicated(value: Any) -> Any:
@@ -142,7 +145,7 @@ def attention_of_divided_heads(
         allowed = whole(attn_mask)
         zeros = torch.zeros(allowed.shape, dtype=query.dtype, device=allowed.device)
         attn_mask = zeros.masked_fill(~allowed, -math.inf)
-    if attn_mask is not None and isinstance(query, DTensor):
+    if attn_mask is not None and is_dtensor(query):
         attn_mask = replicated_on(query.device_mesh)(attn_mask)
     if dropout_p:
         return attention_with_dropout(query, key, value, attn_mask, dropout_p, options.get("scale"))

@@ -10,11 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..compat.torch import is_wrapped
+from ..compat.torch import is_wrapped, not_compiled
 from ..errors import CallError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_not_compiled: Callable[[_Function], _Function] = torch.compiler.disable
 
 _OF_A_CALL_BEFORE = ("cache", "past")
 """The names of inputs that another call has returned begin with these. They are large, and were compared as inputs."""
@@ -51,7 +50,7 @@ def beginning_together(mesh: DeviceMesh, names: Sequence[str]) -> Callable[..., 
         names: of the tensors, for messages.
     """
 
-    @_not_compiled
+    @not_compiled
     def begun_together(may_draw: Any, *values: Tensor | None) -> Tensor | None:
         given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
         if not is_wrapped(*given.values()):

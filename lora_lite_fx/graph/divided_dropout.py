@@ -11,11 +11,11 @@ import math
 
 import torch
 from torch import Tensor, fx
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 from ..compat.torch import OpOverload
 from .queries import argument_of
+from .sharded import is_dtensor
 
 DROPOUT = torch.ops.aten.dropout.default
 
@@ -48,10 +48,12 @@ def let_dropouts_agree(graph: fx.Graph) -> tuple[set[fx.Node], fx.Node | bool]:
 
 def dropout_of_parts(x: Tensor, p: float, training: bool) -> Tensor:
     """Compute dropout; of a DTensor by this process's part of the mask that one process would draw."""
-    if not isinstance(x, DTensor):
+    if not is_dtensor(x):
         return F.dropout(x, p, training)
     if not training:
         return x
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     if not all(type(place) is Shard for place in x.placements):
         x = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)  # as a sum over processes has no elements yet
     # In the order of memory that the whole value has, because generators draw in that order.

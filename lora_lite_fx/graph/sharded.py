@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import AdapterError, is_instance_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Check whether `value` is a tensor of which processes have parts.
+
+    It does not import the class, because that takes half a second: nobody has such a tensor before the class is there.
+    """
+    return isinstance(value, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Check whether processes have parts of the model's parameters: by `fully_shard`, or by tensor parallelism."""
     return any(_shards(module) for module in model.modules()) or any(
-        isinstance(parameter, DTensor) for parameter in model.parameters()
+        is_dtensor(parameter) for parameter in model.parameters()
     )
 
 
@@ -53,7 +64,7 @@ def refuse_sharded(model: object, what: str, way_out: str) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor of which each process has a part, gathered by all of them; another as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def copy_values(target: Tensor, source: Tensor) -> None:
@@ -63,10 +74,12 @@ def copy_values(target: Tensor, source: Tensor) -> None:
         target: of any layout. If processes have parts of it and `source` is whole, they get those of process 0.
         source: of the same shape.
     """
-    if not isinstance(target, DTensor):
+    if not is_dtensor(target):
         target.copy_(whole(source))
-    elif isinstance(source, DTensor):
+    elif is_dtensor(source):
         target.copy_(source)
     else:
+        from torch.distributed.tensor import distribute_tensor
+
         local = source.detach().to(target.device)
         target.copy_(distribute_tensor(local, target.device_mesh, target.placements))

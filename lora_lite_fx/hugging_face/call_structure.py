@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import CaptureError
 
@@ -115,6 +114,8 @@ def _disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str]
 
 def _counter(count: int | torch.SymInt, name: str, leaves: Leaves, others: list[Leaf]) -> Leaf:
     """Return the leaf of a counter: that of an equal one, because the layers of a cache count alike."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     for other in others:
         if statically_known_true(leaves[other.name] == count):
             return other

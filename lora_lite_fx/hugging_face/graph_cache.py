@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,7 @@ from ..capture.decisions import is_other_decision
 from ..capture.example_inputs import example_inputs_of
 from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
+from ..compat.torch import not_compiled
 from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
 from ..execution.compiling import LayerCompiler
 from ..execution.memory import Memory, MemoryPlan, check_memory
@@ -44,9 +45,6 @@ from .kept_graphs import KeptGraphs
 from .model_state import ModelState
 from .own_forward import check_is_whole
 from .plain_copy import plain_copy
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_not_compiled: Callable[[_Function], _Function] = torch.compiler.disable
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
 """A function that inserts adapters into a base graph, with calibration data in the form that the graph takes."""
@@ -152,7 +150,7 @@ class GraphCache:
         graph, _ = self._kept.find(call)
         return self._captured_now(call) if graph is None else graph
 
-    @_not_compiled
+    @not_compiled
     def _captured_now(self, call: CapturedCall) -> CapturedGraph:
         with tracing():
             graph, reason = self._kept.find(call)  # another thread may have captured it
@@ -194,7 +192,7 @@ class GraphCache:
                 graph.gm.compile_layers_by(compiler)
             self.compiler = compiler
 
-    @_not_compiled
+    @not_compiled
     def bind(self) -> None:
         """Let all graphs have the tensors that the model has now; else those of a sharded model keep whole ones."""
         with tracing():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..graph.direct_calls import constant_when_compiled, is_plain_call
+from ..compat.torch import constant_when_compiled
+from ..graph.direct_calls import is_plain_call
 from .autocast import autocast_of
 from .saved_values import apart, together
 

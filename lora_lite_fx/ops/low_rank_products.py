@@ -9,6 +9,7 @@ tensors one by one: `flatten` and `unflatten` are the only places that know in w
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
-from ..compat.torch import is_wrapped
-from ..graph.direct_calls import ORDINARY, constant_when_compiled
+from ..compat.torch import constant_when_compiled, is_wrapped
+from ..graph.direct_calls import ORDINARY
 from ..graph.tensors import HALF
 from .autocast import autocast_of
 from .saved_values import apart, together
@@ -81,6 +81,9 @@ class LowRankProducts:
     alphas: tuple[float, ...] = ()
     recipe: Callable[..., tuple[Tensor]] | None = None
     sources: int = 0
+
+    def __post_init__(self) -> None:
+        let_flops_be_counted()
 
     @property
     def __name__(self) -> str:
@@ -348,13 +351,23 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-@register_flop_formula(torch.ops.aten.addmm_)
+@functools.cache
+def let_flops_be_counted() -> None:
+    """Tell torch's counter of FLOPs about in-place products: before a counter is made, because it copies the formulas.
+
+    The counter's module imports Triton, so `import lora_lite_fx` does not do this.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.aten.addmm_)(_flops_of_addition)
+    register_flop_formula(torch.ops.aten.baddbmm_)(_flops_of_additions)
+
+
 def _flops_of_addition(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
     """Return the FLOPs of an in-place product for torch's counter, which knows only the other form."""
     return int(2 * left[0] * left[1] * right[1])
 
 
-@register_flop_formula(torch.ops.aten.baddbmm_)
 def _flops_of_additions(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
     """Return the FLOPs of in-place products of the rows of a batch."""
     return int(2 * left[0] * left[1] * left[2] * right[2])

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from ..errors import AdapterError
 
@@ -20,6 +19,8 @@ def batch_sizes(graph: fx.Graph) -> dict[str, torch.SymInt]:
         AdapterError: it is not known, because the graph has no shapes; or it is a number, so that another dimension of
             that size could not be told from it; or inputs have different numbers of rows.
     """
+    from torch.fx.experimental.symbolic_shapes import optimization_hint
+
     values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
     shapes = [value.shape for value in values if isinstance(value, Tensor) and value.dim()]
     shapes = [shape for shape in shapes if len(shape) > 1] or shapes  # without vectors of positions

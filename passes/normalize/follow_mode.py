@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...compat.torch import OpOverload, schema_of
 from ...errors import COMPILE_INSTEAD, CaptureError
@@ -165,6 +164,8 @@ class _TwoModes:
         tensor = self.twin.get(in_eval.args[0]) if _is_size(in_eval) else None  # type: ignore[arg-type]
         if tensor is None:
             return False
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
         size = tensor.meta["val"].shape[in_eval.args[1]]
         return statically_known_true(size == in_train.meta["val"])
 

@@ -126,6 +126,7 @@ class Stage:
     """Stand-ins without data, and a place to run functions on them."""
 
     def __init__(self) -> None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         self._mode = FakeTensorMode(shape_env=ShapeEnv())
 
@@ -149,6 +150,7 @@ class Stage:
         Raises:
             Refused: `function` writes to these, uses other tensors, or depends on values.
         """
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # else a second run lacks the casts of the first one

@@ -116,7 +116,7 @@ Before, functions of one code count together, and those beyond the limit run wit
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 CONSTANT = "_dynamo_marked_constant"
-"""The mark that `torch.compiler.assume_constant_result` sets, after it has imported the compiler; `dynamo.py` checks it."""
+"""The mark of `torch.compiler.assume_constant_result`, which imports the compiler first; `dynamo.py` checks it."""
 
 
 def constant_when_compiled(function: _Function) -> _Function:

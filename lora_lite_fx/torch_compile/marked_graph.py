@@ -56,8 +56,8 @@ def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Mar
         if key not in sites:
             if any(node not in values and node.op != "get_attr" for node in nodes):
                 raise AdapterError(
-                    f"A tensor of the adapter at site {key[0]!r} is computed, as by a parametrization, and not a parameter."
-                    " The way out: rewrite or adapt, which compile too; or leave the parametrization out."
+                    f"A tensor of the adapter at site {key[0]!r} is computed, as by a parametrization. The way out:"
+                    " rewrite or adapt, which compile too; or leave the parametrization out."
                 )
             tensors = [values[node] if node in values else tensor_of(gm, str(node.target)) for node in nodes]
             # Several models with a site of that name may run in one graph.

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -217,7 +217,7 @@ class _NotesExport(inspect.Signature):
 
     def replace(self, **changes: Any) -> _NotesExport:
         """Return a signature with these changes, as `inspect` makes one without `self`."""
-        changed = cast(_NotesExport, super().replace(**changes))
+        changed = super().replace(**changes)
         changed.call_signature = self.call_signature
         return changed
 

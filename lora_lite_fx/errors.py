@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import reprlib
 
-COMPILE_INSTEAD = "run it by torch.compile(model, backend=lora_lite_fx.backend(cfg)), which needs no graph of the whole"
+COMPILE_INSTEAD = (
+    "run torch.compile(lora_lite_fx.backend(cfg).adapt(model, *inputs), backend='lora_lite_fx'), which needs no graph"
+    " of the whole"
+)
 """The way out for a model that cannot be captured as one graph for both modes."""
 
 

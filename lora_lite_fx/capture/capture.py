@@ -39,7 +39,7 @@ from .hugging_face import (
     require_same_without_caches,
     with_other_mask,
 )
-from .layouts import known_while_traced, layouts_in, pass_layouts
+from .layouts import KnownWhileTraced, layouts_in, pass_layouts
 from .mistakes import check_inputs, check_model
 from .optional import call_signature
 from .outputs import Call
@@ -165,7 +165,7 @@ def capture_model(
             by_depth = ByDepth(shadow, *inputs, exported)
         for mode in progress((True, False), f"capturing {type(model).__name__}"):
             shadow.train(mode)
-            with without_python_random(model), known_while_traced(shadow) if layouts else nullcontext():
+            with without_python_random(model), KnownWhileTraced() if layouts else nullcontext():
                 if inputs is None:
                     graphs.append(symbolic_trace(shadow))
                 elif not graphs or (other := by_depth.in_other_mode(graphs[0])) is None:

@@ -3,12 +3,11 @@
 `self.classifier.to(torch.float32)` sets each parameter anew also where it is float32 already, and
 `torch.randn(x.shape, generator=None)` is another operator than without the argument, which takes no sizes of a trace.
 `x.data` is a tensor that a trace does not follow, and a deep copy of a tensor without data may end the process.
-transformers makes a mask that shows everything where it is exported, and none in other calls.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,54 +17,34 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-
-@contextmanager
-def needless_conversions_left_out() -> Iterator[None]:
-    """Let `module.to(dtype)` in the body return the module as it is where it has that dtype already.
-
-    Safe for other threads, because such a call changes nothing at any time.
-    """
-    convert = nn.Module.to
-
-    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        dtype = args[0] if len(args) == 1 and not kwargs else None
-        tensors = [*self.parameters(), *self.buffers()]
-        if isinstance(dtype, torch.dtype) and all(
-            tensor.dtype == dtype or not tensor.is_floating_point() for tensor in tensors
-        ):
-            return self
-        return convert(self, *args, **kwargs)
-
-    nn.Module.to = to  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.to = convert  # type: ignore[method-assign]
+from ..compat.torch import validates_arguments
 
 
 @contextmanager
-def needless_masks_left_out() -> Iterator[None]:
-    """Let transformers make no mask in the body where it is given none and each token sees all, as in other calls.
+def needless_conversions_left_out(model: nn.Module) -> Iterator[None]:
+    """Let `module.to(dtype)` in the body return a module of `model` as it is where it has that dtype already.
 
-    Informer shortens its sequence between layers, which a mask of the first length does not fit. Safe for other
-    threads, because their calls make none either. A mask that is given is made, because calls may have other values.
+    Args:
+        model: a copy of the user's model, whose modules get a `to` of their own for a while.
     """
-    masks = sys.modules.get("transformers.masking_utils")
-    decide = getattr(masks, "_ignore_bidirectional_mask_sdpa", None)  # nothing public; made where it is missing
-
-    def is_needless(padding_mask: Any, kv_length: Any, local_attention_size: Any = None) -> Any:
-        if padding_mask is None and local_attention_size is None:
-            return True
-        assert decide is not None
-        return decide(padding_mask, kv_length, local_attention_size)
-
-    if decide is not None:
-        vars(masks)[decide.__name__] = is_needless
+    modules = [module for module in model.modules() if "to" not in vars(module)]
+    for module in modules:
+        vars(module)["to"] = functools.partial(_to, module)
     try:
         yield
     finally:
-        if decide is not None:
-            vars(masks)[decide.__name__] = decide
+        for module in modules:
+            del vars(module)["to"]
+
+
+def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    dtype = args[0] if len(args) == 1 and not kwargs else None
+    tensors = [*module.parameters(), *module.buffers()]
+    if isinstance(dtype, torch.dtype) and all(
+        tensor.dtype == dtype or not tensor.is_floating_point() for tensor in tensors
+    ):
+        return module
+    return type(module).to(module, *args, **kwargs)
 
 
 @contextmanager
@@ -75,7 +54,7 @@ def needless_checks_left_out() -> Iterator[None]:
     torch.compile leaves them out for good. Safe because they change nothing: the model, with which a graph is compared,
     makes them.
     """
-    before = Distribution._validate_args  # there is no public way to ask
+    before = validates_arguments()
     Distribution.set_default_validate_args(False)
     try:
         yield

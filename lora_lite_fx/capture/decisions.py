@@ -14,7 +14,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ..compat.torch import disable_current_modes, pytree
+from ..compat.torch import ASSERT_ASYNC, assert_async, disable_current_modes, pytree
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..graph.queries import is_deterministic
 from ..graph.subgraph import extract, forward_of
@@ -32,6 +32,7 @@ from ..graph.writes import overwritten_tensors
 from .differences import TOLERANCES, distance, largest
 from .outputs import Call, Outputs, outputs_of_graph, outputs_of_model
 from .sizes_in_tensors import SizesInTensors
+from .watched_functions import READ_SIZES
 
 _DECIDED = "This graph was captured where"
 _MOST_INDICES = 1024
@@ -61,7 +62,7 @@ def decisions_on_inputs(gm: fx.GraphModule) -> Callable[..., str]:
         A function of a module with the tensors of `gm`, and of the inputs of the graph. It returns what the graph would
         raise, or an empty text.
     """
-    asserts = gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_async.msg)
+    asserts = gm.graph.find_nodes(op="call_function", target=ASSERT_ASYNC)
     decided = {node.args[0]: str(node.args[1]) for node in asserts if str(node.args[1]).startswith(_DECIDED)}
     if not decided:
         return lambda module, *inputs: ""
@@ -99,7 +100,7 @@ class Decisions:
     @contextmanager
     def followed(self) -> Iterator[None]:
         """Let a trace in the body decide as the model did."""
-        with _Follow(self._watch.taken, SizesInTensors(self._model)), _entries_assumed(self._watch.functions):
+        with _Follow(self._watch.taken, SizesInTensors(self._model), self._watch.functions):
             yield
 
     def check(self, gm: fx.GraphModule) -> None:
@@ -234,12 +235,15 @@ class _Follow(_Watch):
     Args:
         taken: the decisions.
         sizes: of the model.
+        functions: those with loops over indices that occur. They may skip an index without entries, and
+            `Decisions.check` sees that they may as well not: here no tensor in them is empty.
     """
 
-    def __init__(self, taken: list[tuple[str, bool]], sizes: SizesInTensors) -> None:
+    def __init__(self, taken: list[tuple[str, bool]], sizes: SizesInTensors, functions: Set[CodeType]) -> None:
         super().__init__(unrolled=True)
         self._next = iter(taken)
         self._sizes = sizes
+        self._not_empty = functions
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (truth := self._sizes.truth(func, args)) is not None:
@@ -247,6 +251,8 @@ class _Follow(_Watch):
         args = self._sizes.put(func, args)
         result = super().__torch_function__(func, types, args, kwargs)
         self._sizes.follow(func, args, kwargs or {}, result)
+        if func in READ_SIZES and (frame := _frame()) is not None and frame.f_code in self._not_empty:
+            return torch.Size(map(_entries, result)) if isinstance(result, torch.Size) else _entries(result)
         return result
 
     def decide(self, func: Any, args: tuple[Any, ...], where: str) -> bool:
@@ -258,12 +264,26 @@ class _Follow(_Watch):
         truth = truth if truth.dtype == torch.bool else truth != 0
         message = f"{_DECIDED} {where} goes by {expected}, and is {not expected} in this call. The way out: pass"
         message += " example_inputs of this kind, and capture a graph for them."
-        # Nothing public asserts values that a trace does not have.
-        torch._assert_async(truth if expected else truth.logical_not(), message)
+        assert_async(truth if expected else truth.logical_not(), message)
         return expected
 
     def loop(self, found: Tensor, every: Tensor) -> tuple[Tensor, ...]:
         return self.all_of(every, found)
+
+
+class _Entries(torch.SymInt):
+    """A number of entries that a trace does not know, and that does not equal zero where a model asks."""
+
+    def __eq__(self, other: object) -> Any:
+        return not (type(other) is int and other == 0) and super().__eq__(other)
+
+    __hash__ = torch.SymInt.__hash__
+
+
+def _entries(size: Any) -> Any:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return _Entries(size.node) if isinstance(size, torch.SymInt) and free_unbacked_symbols(size) else size
 
 
 def _frame() -> FrameType | None:
@@ -289,37 +309,3 @@ def _is_of_torch(frame: FrameType) -> bool:
 
 _TORCH = os.path.dirname(torch.__file__)
 _BETWEEN = (__file__, os.path.join(_TORCH, "_tensor.py"), os.path.join(_TORCH, "overrides.py"))
-
-
-@contextmanager
-def _entries_assumed(functions: set[CodeType]) -> Iterator[None]:
-    """Let a trace go on where Python asks in one of these functions whether a tensor has any entries.
-
-    A loop over indices may skip those without entries. `Decisions.check` sees that it may as well not.
-    """
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    # Nothing public answers what a trace cannot know.
-    original = ShapeEnv.evaluate_sym_node
-
-    def evaluate(self: Any, sym_node: Any, size_oblivious: bool = False, fallback_value: Any = None) -> Any:
-        if fallback_value is None and _asks_for_empty(self, sym_node.expr):
-            frame: FrameType | None = sys._getframe(1)
-            while frame is not None and _is_of_torch(frame):
-                frame = frame.f_back
-            if frame is not None and frame.f_code in functions:
-                fallback_value = False
-        return original(self, sym_node, size_oblivious, fallback_value)
-
-    ShapeEnv.evaluate_sym_node = evaluate  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ShapeEnv.evaluate_sym_node = original  # type: ignore[method-assign]
-
-
-def _asks_for_empty(shapes: Any, expression: Any) -> bool:
-    """Tell whether this compares with zero a number of entries that depends on values."""
-    free: set[Any] = getattr(expression, "free_symbols", set())
-    is_equality = type(expression).__name__ == "Equality" and 0 in expression.args
-    return is_equality and bool(free) and free <= shapes.size_like

@@ -20,12 +20,12 @@ from .conversions import (
     WithoutGeneratorOfNone,
     needless_checks_left_out,
     needless_conversions_left_out,
-    needless_masks_left_out,
 )
 from .decisions import Decisions
 from .forward_signature import signature_of
 from .memories import forgetting
 from .outputs import has_data
+from .quirks.needless_masks import needless_masks_left_out
 from .refusal import refusal
 from .unprinted import quiet_export
 
@@ -105,8 +105,8 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
 
     with (
         keeping_functions() as kept,
-        needless_conversions_left_out(),
-        needless_masks_left_out(),
+        needless_conversions_left_out(model),
+        needless_masks_left_out(model),
         needless_checks_left_out(),
         forgetting(model),
         WithoutGeneratorOfNone(),

@@ -82,7 +82,8 @@ def open_exported(path: Path, *, trust: bool = False) -> ExportedProgram:
             _know_outputs("transformers.modeling_outputs")
             return torch.export.load(path)
         from torch.export.pt2_archive import PT2ArchiveReader
-        from torch.export.pt2_archive._package import load_pt2
+
+        from ..compat.dynamo import load_pt2
 
         _check_archive(PT2ArchiveReader(str(path)))
         # torch.export.load takes what it cannot read for a file of an older kind, with pickles.

@@ -42,8 +42,9 @@ def _refuse_parameters_as_inputs(graph: fx.Graph) -> None:
     if parameters:
         raise CaptureError(
             f"The graph takes {len(parameters)} parameters as inputs ({parameters[0].target}), as Dynamo passes them to"
-            " a backend, so it has no weights to adapt. The way out: rewrite the model itself; or insert adapters in"
-            " the backend, torch.compile(model, backend=lora_lite_fx.backend(cfg))."
+            " a backend, so it has no weights to adapt. The way out: rewrite the model itself; or compile a model"
+            " that carries its adapters, torch.compile(lora_lite_fx.backend(cfg).adapt(model, *inputs),"
+            " backend='lora_lite_fx')."
         )
 
 

@@ -7,14 +7,12 @@ while the graph is made, and so is all that is computed of them alone. A call pa
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from types import FrameType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,6 @@ from ..compat.torch import disable_current_modes, pytree
 from .forward_signature import forward_signature, give_signature
 
 _LAYOUT = re.compile(r"(^|_)(grids?(_thw|_hw)?|image_sizes(_videos)?|target_sizes(_videos)?|spatial_shapes)$")
-# The functions of transformers that compute indices from layouts, which create tensors of sizes that they read.
 _HELPERS = "transformers.vision_utils"
 
 
@@ -62,46 +59,28 @@ def _leave_optional(model: nn.Module, layouts: Mapping[str, Tensor]) -> None:
     give_signature(model, inspect.Signature(ordered))
 
 
-@contextmanager
-def known_while_traced(model: nn.Module) -> Iterator[None]:
-    """Compute outside of a trace what depends on nothing that is traced."""
-    modules = {sys.modules[type(module).__module__] for module in model.modules()}
-    helpers = [
-        (vars(module), name, value)
-        for module in modules
-        for name, value in vars(module).items()
-        if getattr(value, "__module__", None) == _HELPERS and callable(value)
-    ]
-    with ExitStack() as stack:
-        for namespace, name, helper in helpers:
-            stack.enter_context(mock.patch.dict(namespace, {name: _computed_outside(helper)}))
-        stack.enter_context(_Known())
-        yield
+class KnownWhileTraced(TorchFunctionMode):
+    """Computes outside of a trace what depends on known tensors alone, and what helpers of transformers make of sizes.
 
-
-class _Known(TorchFunctionMode):
-    """Runs each function of tensors outside of the trace if it knows the values of all of them."""
+    The helpers compute indices from layouts, of tensors that they make of the numbers in them.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _are_known(args, kwargs or {}):
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if tensors:
+            is_known = all(type(tensor) is Tensor for tensor in tensors)  # those of a trace have types of its own
+        else:
+            is_known = _is_of_helpers() and not any(isinstance(leaf, torch.SymInt) for leaf in leaves)
+        if not is_known:
             return func(*args, **(kwargs or {}))
         with disable_current_modes():
             return func(*args, **(kwargs or {}))
 
 
-def _computed_outside(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        # Some take the model's own keyword arguments too, from which they take what was computed before.
-        if not _are_known(args, {name: value for name, value in kwargs.items() if name != "kwargs"}):
-            return function(*args, **kwargs)
-        with disable_current_modes(), torch._C.DisableTorchFunction():
-            return function(*args, **kwargs)
-
-    return outside
-
-
-def _are_known(args: Any, kwargs: Any) -> bool:
-    """Tell whether tensors are among the arguments, and all have values. Those of a trace have types of its own."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    return bool(tensors) and all(type(tensor) is Tensor for tensor in tensors)
+def _is_of_helpers() -> bool:
+    """Tell whether one of the helpers called the function of torch that a mode is asked for."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name == "__torch_function__":  # of the modes inside this one
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == _HELPERS

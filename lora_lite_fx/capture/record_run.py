@@ -25,6 +25,9 @@ def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Args:
         model: left as it is.
         args, kwargs: its inputs, which are copied.
+
+    Returns:
+        The graph; `meta["called"]` has the names of the modules that were called.
     """
     shadow = share(model).eval()
     names = {id(module): name for name, module in shadow.named_modules()}
@@ -33,8 +36,10 @@ def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     # Copy each input once, because a model may look at whether two of its inputs are the same object.
     copies = {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)}
     running: list[Any] = []
+    called: set[str] = set()
 
     def enter(module: nn.Module, inputs: Any) -> None:
+        called.add(names[id(module)])
         running.append(fx.traceback.annotate({"module": names[id(module)]}))
         running[-1].__enter__()
 
@@ -67,4 +72,5 @@ def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             node.meta["nn_module_stack"] = {"": (path, nn.Module)}
     # Look for names in the original too: a bound method that is kept as an attribute still refers to it.
     name_tensors(gm, tensor_names(model) | tensor_names(shadow))
+    gm.meta["called"] = called
     return gm

@@ -8,18 +8,18 @@ served by a program that has the constants built in and computes only the result
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.graph import _PyTreeCodeGen
 
-from ..compat.torch import pytree
+from ..compat.torch import PyTreeCodeGen, assert_async, codegen_of, pytree
 from ..errors import AdapterError, CallError
 from ..graph.direct_calls import can_read_values
-from ..graph.walk import ancestors
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ def return_as(graph: fx.Graph, out_spec: pytree.TreeSpec | None) -> None:
 
     It forgets the structure and the optional arguments that capture recorded.
     """
-    codegen: Any = graph._codegen  # where torch.export keeps the structure; nothing public changes it
-    if isinstance(codegen, _PyTreeCodeGen):
+    codegen = codegen_of(graph)
+    if isinstance(codegen, PyTreeCodeGen):
         info, further = codegen.pytree_info._replace(out_spec=out_spec), further_inputs(graph)
-        graph.set_codegen(_WithFurtherInputs(info, further) if further else _PyTreeCodeGen(info))
+        graph.set_codegen(_WithFurtherInputs(info, further) if further else PyTreeCodeGen(info))
 
 
 def names_of_results(graph: fx.Graph) -> tuple[str, ...]:
     """Return the keys of the dict that `graph` returns."""
-    codegen: Any = graph._codegen
+    codegen = codegen_of(graph)
     return tuple(codegen.pytree_info.out_spec.context)
 
 
@@ -100,8 +100,8 @@ def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
         node = graph.placeholder(name)
     if value is not None:
         node.meta["val"] = value
-    codegen: Any = graph._codegen  # where torch.export keeps the names of inputs; nothing public changes it
-    if isinstance(codegen, _PyTreeCodeGen):
+    codegen = codegen_of(graph)
+    if isinstance(codegen, PyTreeCodeGen):
         _set_further(graph, (*further_inputs(graph), name))
     return node
 
@@ -109,13 +109,13 @@ def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
 def drop_input(graph: fx.Graph, node: fx.Node) -> None:
     """Undo `add_input`: take an input, which nothing reads any more, out of `graph`."""
     graph.erase_node(node)
-    if isinstance(graph._codegen, _PyTreeCodeGen):
+    if isinstance(codegen_of(graph), PyTreeCodeGen):
         _set_further(graph, tuple(name for name in further_inputs(graph) if name != node.target))
 
 
 def further_inputs(graph: fx.Graph) -> tuple[str, ...]:
     """Return the names of the inputs that `add_input` has given a graph which has a structure of inputs."""
-    codegen: Any = graph._codegen
+    codegen = codegen_of(graph)
     return codegen.further if isinstance(codegen, _WithFurtherInputs) else ()
 
 
@@ -126,23 +126,23 @@ def leaves_of(values: Any) -> list[Any]:
 
 def count_arguments(graph: fx.Graph) -> int:
     """Return how many arguments `graph` takes, however they are nested."""
-    codegen: Any = graph._codegen
-    if isinstance(codegen, _PyTreeCodeGen):
+    codegen = codegen_of(graph)
+    if isinstance(codegen, PyTreeCodeGen):
         return len(codegen.pytree_info.orig_args)
     return len(graph.find_nodes(op="placeholder"))
 
 
 def _set_further(graph: fx.Graph, further: tuple[str, ...]) -> None:
-    codegen: Any = graph._codegen
+    codegen = codegen_of(graph)
     info, before = codegen.pytree_info, further_inputs(graph)
     info = info._replace(orig_args=[*(name for name in info.orig_args if name not in before), *further])
     if isinstance(codegen, _CalledLikeTheModel):
         graph.set_codegen(_CalledLikeTheModel(info, codegen.signature, further))
     else:
-        graph.set_codegen(_WithFurtherInputs(info, further) if further else _PyTreeCodeGen(info))
+        graph.set_codegen(_WithFurtherInputs(info, further) if further else PyTreeCodeGen(info))
 
 
-class _WithFurtherInputs(_PyTreeCodeGen):
+class _WithFurtherInputs(PyTreeCodeGen):
     """Writes a function that has inputs beside those which the structure of the module's inputs tells."""
 
     def __init__(self, pytree_info: Any, further: tuple[str, ...]) -> None:
@@ -160,23 +160,25 @@ class _CalledLikeTheModel(_WithFurtherInputs):
     """Lets `torch.fx.Interpreter`, and so `torch.export`, call a graph as its model is called.
 
     Both hand a graph the values of the arguments. Arguments that are left out become constants before the graph runs,
-    and the results that the model does not return without them are neither computed nor returned.
+    and the results that the model does not return without them are not returned.
     """
 
     def __init__(self, pytree_info: Any, signature: CallSignature, further: tuple[str, ...] = ()) -> None:
         super().__init__(pytree_info, further)
         self.signature = signature
         self.omission: Omission | None = None
+        self.returns_all = True
+        self.module: Callable[[], Any] = lambda: None
 
     def process_inputs(self, *inputs: Any) -> Any:
-        interpreter, call = _interpretation()
-        if call is None:
+        if torch.compiler.is_exporting():
+            args, kwargs = _exported_call(self.signature, inputs)
+        else:
             own, more = inputs[: len(self.signature.captured)], inputs[len(self.signature.captured) :]
             if len(more) > len(self.further):
                 own, more = inputs, ()  # too many, which the signature says
-            call = (), self.signature.by_position(own) | dict(zip(self.further, more, strict=False))
-        args, kwargs = call
-        further = [self._further_input(name, kwargs, interpreter) for name in self.further]
+            args, kwargs = (), self.signature.by_position(own) | dict(zip(self.further, more, strict=False))
+        further = [self._further_input(name, kwargs) for name in self.further]
         values, left_out = self.signature.bind(
             args, {name: kwargs[name] for name in kwargs if name not in self.further}
         )
@@ -185,59 +187,95 @@ class _CalledLikeTheModel(_WithFurtherInputs):
         if self.omission is not None:
             for place, fill in self.omission.fills.items():
                 flat[place] = fill.tensor(flat)
-            if interpreter is not None:
-                # An interpreter does not compute nodes whose value it has.
-                interpreter.env.update(dict.fromkeys(_unneeded(interpreter.graph, self.omission)))
         return flat
 
-    def _further_input(self, name: str, kwargs: Mapping[str, Any], interpreter: fx.Interpreter | None) -> Any:
+    def _further_input(self, name: str, kwargs: Mapping[str, Any]) -> Any:
         """Return an input that the call has, or the module: an export must not keep that of the module."""
-        value = kwargs.get(name)
-        if value is None and interpreter is not None:
-            value = None if torch.compiler.is_exporting() else getattr(interpreter.module, name, None)
-            if value is None and any(
-                n.target == name and n.users for n in interpreter.graph.find_nodes(op="placeholder")
-            ):
+        value, module = kwargs.get(name), self.module()
+        if value is None and module is not None:
+            value = None if torch.compiler.is_exporting() else getattr(module, name, None)
+            if value is None and any(n.target == name and n.users for n in module.graph.find_nodes(op="placeholder")):
                 raise CallError(f"{name} is missing, which is an input of this graph.")
         return value
 
     def process_outputs(self, out: Any) -> Any:
         if self.omission is None:
             return super().process_outputs(out)
-        return self.omission.returned([out[index] for index in self.omission.outputs])
+        return self.omission.returned([out[index] for index in self.omission.outputs] if self.returns_all else out)
 
 
-def _interpretation() -> tuple[fx.Interpreter | None, tuple[tuple[Any, ...], dict[str, Any]] | None]:
-    """Return the interpreter that asks for its inputs, and the arguments of the call if torch.export traces one.
+class _NotesExport(inspect.Signature):
+    """The signature of a `forward` method, which notes how a call that is exported passes its arguments.
 
     torch.export interprets a graph module on the values of its keyword arguments, in the order in which the caller
-    wrote them, and without their names. Written in another order they would take each other's places unnoticed. The
-    names are to be had from the frame that calls the interpreter, and nowhere else.
+    wrote them, and without their names. Written in another order they would take each other's places unnoticed. But
+    before that it binds the call to the signature of `forward`.
     """
-    interpreter = None
-    frame = inspect.currentframe()
-    while frame is not None:
-        if interpreter is None and isinstance(frame.f_locals.get("self"), fx.Interpreter):
-            interpreter = frame.f_locals["self"]
-        if frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.export._trace":
-            args, kwargs = frame.f_locals["args"], frame.f_locals["kwargs"]
-            return interpreter, (args[: len(args) - len(kwargs)], kwargs)
-        frame = frame.f_back
-    return interpreter, None
+
+    call_signature: CallSignature
+
+    def replace(self, **changes: Any) -> _NotesExport:
+        """Return a signature with these changes, as `inspect` makes one without `self`."""
+        changed = super().replace(**changes)
+        changed.call_signature = self.call_signature
+        return changed
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        """Bind a call, and note it."""
+        bound = super().bind(*args, **kwargs)
+        own = self.call_signature
+        left_out = (name for name in own.captured if name not in own.constants and bound.arguments.get(name) is None)
+        _noted.call = own, len(args), tuple(kwargs), tuple(left_out)
+        return bound
 
 
-def _unneeded(graph: fx.Graph, omission: Omission) -> list[fx.Node]:
-    """Return the nodes that only results need which are not returned."""
-    results: Any = graph.output_node().args[0]
-    impure = (node for node in graph.nodes if node.op != "output" and node.is_impure())
-    needed = set(ancestors([*(results[index] for index in omission.outputs), *impure]))
-    return [node for node in graph.nodes if node not in needed and node.op not in ("placeholder", "output")]
+_noted = threading.local()
+_NO_CALL: Any = None, 0, (), ()
+
+
+def left_out_of_export(signature: CallSignature | None) -> tuple[str, ...]:
+    """Return the arguments that the call leaves out which torch.export is about to trace."""
+    noted, _, _, left_out = getattr(_noted, "call", _NO_CALL)
+    return left_out if noted is signature else ()
+
+
+def return_without(graph: fx.Graph, omission: Omission) -> None:
+    """Let `graph`, which is called like the model, compute only what a call returns that leaves these arguments out."""
+    output, codegen = graph.output_node(), codegen_of(graph)
+    results: Any = output.args[0]
+    output.args = (tuple(results[index] for index in omission.outputs),)
+    graph.eliminate_dead_code()
+    assert isinstance(codegen, _CalledLikeTheModel)
+    codegen.returns_all = False
+
+
+def _exported_call(signature: CallSignature, inputs: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Return the positional and the keyword arguments of the call that torch.export traces, from their values.
+
+    Raises:
+        CallError: torch.export has not bound the call to the signature before.
+    """
+    noted, count, names, _ = vars(_noted).pop("call", _NO_CALL)  # not for another export, if that binds none
+    if noted is not signature or count + len(names) != len(inputs):
+        raise CallError(
+            "The names of the arguments of this export are not known, because torch.export of torch"
+            f" {torch.__version__} does not bind them to the signature of forward. The way out:"
+            " torch.export.export(graph, args, kwargs, strict=True), or another release of torch."
+        )
+    return inputs[:count], dict(zip(names, inputs[count:], strict=True))
+
+
+def take_further_inputs_from(module: fx.GraphModule, graph: fx.Graph) -> None:
+    """Let what interprets `graph`, that of `module`, take further inputs that a call does not have from `module`."""
+    codegen = codegen_of(graph)
+    if isinstance(codegen, _CalledLikeTheModel):
+        codegen.module = weakref.ref(module)
 
 
 def call_like_the_model(graph: fx.Graph, signature: CallSignature) -> None:
     """Let what interprets `graph` call it by `signature`."""
-    codegen: Any = graph._codegen
-    if isinstance(codegen, _PyTreeCodeGen):
+    codegen = codegen_of(graph)
+    if isinstance(codegen, PyTreeCodeGen):
         graph.set_codegen(_CalledLikeTheModel(codegen.pytree_info, signature))
 
 
@@ -254,10 +292,10 @@ def values_of_call(
     Raises:
         CallError: the graph does not serve the call.
     """
-    codegen: Any = graph._codegen
+    codegen = codegen_of(graph)
     if isinstance(codegen, _CalledLikeTheModel):
         return codegen.signature.bind(args, kwargs)[0]
-    if isinstance(codegen, _PyTreeCodeGen):
+    if isinstance(codegen, PyTreeCodeGen):
         return [*args, *kwargs.values()]
     bound = parameters.bind(*args, **kwargs)
     return [*bound.args, *bound.kwargs.values()]
@@ -301,7 +339,9 @@ class CallSignature:
     def of_method_with(self, further: Sequence[str]) -> inspect.Signature:
         """Return the signature of a `forward` method that takes further arguments, by keyword."""
         more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in further]
-        return inspect.Signature([*self.of_method.parameters.values(), *more])
+        signature = _NotesExport([*self.of_method.parameters.values(), *more])
+        signature.call_signature = self
+        return signature
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
         """Return the graph's arguments in its order, and the names of those that the call leaves out.
@@ -390,7 +430,7 @@ class CallSignature:
             same = (value == layout.to(value.device)).all()
             if not can_read_values(value):
                 # What traces or compiles this call has no values yet; nothing public asserts them when it runs.
-                torch._assert_async(same, f"{name} differs from that of the graph, which is part of it. {way_out}")
+                assert_async(same, f"{name} differs from that of the graph, which is part of it. {way_out}")
                 return
             if same:
                 return

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _SHAPE: Any = Tensor.shape
-_READ_SIZES = frozenset((_SHAPE.__get__, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__))
+READ_SIZES = frozenset((_SHAPE.__get__, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__))
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _ARITHMETIC = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
 
@@ -52,7 +52,7 @@ class WatchedFunctions(TorchFunctionMode):
         if func is Tensor.contiguous:
             self._record(MadeContiguous(literals((args, kwargs)), result is not args[0]))
             return result
-        if func not in _READ_SIZES:
+        if func not in READ_SIZES:
             self._record((getattr(func, "__name__", str(func)), literals((args, kwargs))))
             return result
         if isinstance(result, torch.Size):

@@ -39,6 +39,11 @@ inductor_with: Callable[..., Any] = offered(
     "torch.compile(mode=..., options=...): no public function compiles a graph with them",
     "backend(mode=..., options=...) with Inductor",
 )
+load_pt2: Callable[[str], Any] = offered(
+    "torch.export.pt2_archive._package.load_pt2",
+    "torch.export.load: takes what it cannot read for a file of an older kind, with pickles, which may run code",
+    "Opening an exported program that is not trusted",
+)
 _config = needed("torch._dynamo.config", "torch.compiler.config, which does not have this field")
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
+from torch.distributions import Distribution
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -215,11 +216,25 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+_validates = needed(
+    "torch.distributions.Distribution._validate_args", "Distribution.set_default_validate_args: sets what nothing reads"
+)
+del _validates  # it is a flag that changes
+
+
+def validates_arguments() -> bool:
+    """Tell whether distributions check the values of their parameters, as they do by default."""
+    return Distribution._validate_args
+
+
 # Graphs.
 
 needed("torch.fx.Graph()._codegen", "fx.Graph.set_codegen: sets what nothing public reads")
 needed("torch.fx.Graph()._tracer_cls", "fx.Graph(tracer_cls=...): sets what nothing public reads")
-_PyTreeCodeGen = needed("torch.fx.graph._PyTreeCodeGen", "fx.CodeGen, whose subclass for nested inputs has no name")
+if TYPE_CHECKING:
+    from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
+else:
+    PyTreeCodeGen = needed("torch.fx.graph._PyTreeCodeGen", "fx.CodeGen, whose subclass for nested inputs has no name")
 SPECS = ("_in_spec", "_out_spec")
 """The attributes under which torch keeps the signature of an exported graph once more, where it does."""
 
@@ -227,11 +242,6 @@ SPECS = ("_in_spec", "_out_spec")
 def codegen_of(graph: fx.Graph) -> Any:
     """Return what writes the code of `graph`. It has the names of its inputs, and how these and results are nested."""
     return graph._codegen
-
-
-def has_nested_inputs(graph: fx.Graph) -> bool:
-    """Check whether `graph` is called with nested inputs, as those of torch.export are."""
-    return isinstance(graph._codegen, _PyTreeCodeGen)
 
 
 def empty_like(graph: fx.Graph) -> fx.Graph:

@@ -21,7 +21,7 @@ from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
-from ..capture.signature import return_as
+from ..capture.signature import left_out_of_export, return_as, return_without, take_further_inputs_from
 from ..compat.torch import (
     SeesMoves,
     constant_when_compiled,
@@ -82,7 +82,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
     _banks: BankInputs | None = None
     modes = False  # whether programs run other operations in each mode
     _numbers: dict[Switched, int]  # of the switches that programs were derived for, as a part of names
-    _switched: dict[Switched, fx.Graph]  # for torch.export
+    _exported: dict[tuple[Switched, tuple[str, ...]], fx.Graph]  # by switches and by the arguments that are left out
     _host = Host()
     _watch: Watch | None = None
 
@@ -144,6 +144,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         """Let `forward` run programs that are derived anew, in place of the graph that torch.fx has just compiled."""
         assert self.execution is not None
         self.drop_derived()
+        take_further_inputs_from(self, self.flat_graph)
         cls: Any = type(self)
         cls.forward = forward_of_programs(cls.forward, self.execution, (IDS,) if self._banks else ())
 
@@ -154,7 +155,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
 
     @property
     def graph(self) -> fx.Graph:
-        """The flat graph with all adapters; while torch.export runs, the one that the switches of now make of it."""
+        """The flat graph with all adapters; while torch.export runs, the one for the switches and the call of now."""
         flat = self.flat_graph
         if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling() or self.execution is None:
             return flat
@@ -164,13 +165,17 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
                 " before parallelize; or save the adapters, and load them onto the whole model."
             )
         switched = self._switched_now("torch.export")
-        if switched == ALL:
+        signature = self.execution.signature
+        left_out = left_out_of_export(signature)
+        if switched == ALL and not left_out:
             return flat
-        if switched not in self._switched:
+        if (switched, left_out) not in self._exported:
             derived = Draft(self, copy_graph(flat))
             Pipeline(switch_passes(switched)).run(derived)
-            type(self)._switched[switched] = derived.graph
-        return self._switched[switched]
+            if signature is not None and left_out:
+                return_without(derived.graph, signature.omission(left_out))
+            type(self)._exported[switched, left_out] = derived.graph
+        return self._exported[switched, left_out]
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
@@ -250,7 +255,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
             cls: Any = type(self)
             for method in [name for name in vars(cls) if name.startswith(_DERIVED)]:
                 delattr(cls, method)
-            cls.derived, cls._numbers, cls._switched = {}, {}, {}
+            cls.derived, cls._numbers, cls._exported = {}, {}, {}
             cls.recorded = Recorded.of(self)
             cls._names, cls._banks = cls.recorded.names, BankInputs.of(self, self.flat_graph)
             cls.modes = has_modes(self.flat_graph) or (self.execution is not None and self.execution.fuse_loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,30 +19,47 @@ Reads = set[tuple[type, str]]
 """Classes of configs, and attributes of theirs."""
 
 
-@contextmanager
-def recorded_reads() -> Iterator[Reads]:
-    """Yield a set that gets what is read of configs of transformers inside.
+class _Recording:
+    """Goes before a class of configs: it records what is read of its instances.
 
-    Captures copy the configs of a model, so that what they read is known by class. One thread alone captures.
+    Captures copy the configs of a model with their classes, so that their reads are recorded too.
     """
+
+    recorded: type
+    reads: Reads | None
+    """Of the capture of now; one thread alone captures."""
+
+    def __init_subclass__(cls) -> None:
+        """Make the class as it is, where transformers would make a dataclass of it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        cls: Any = type(self)
+        if cls.reads is not None and not name.startswith("__"):
+            cls.reads.add((cls.recorded, name))
+        return super().__getattribute__(name)
+
+
+@functools.cache
+def _recording(kind: Any) -> Any:
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "recorded": kind, "reads": None}
+    return type(kind.__name__, (_Recording, kind), names)
+
+
+@contextmanager
+def recorded_reads(model: nn.Module) -> Iterator[Reads]:
+    """Yield a set that gets what is read inside of the configs of `model`, a copy, and of copies of these."""
     reads: Reads = set()
-    transformers = sys.modules.get("transformers")
-    if transformers is None:  # a model of diffusers, whose config cannot be changed
-        yield reads
-        return
-    base: Any = transformers.PreTrainedConfig
-    original = base.__getattribute__
-
-    def read(self: Any, name: str) -> Any:
-        if not name.startswith("__"):
-            reads.add((type(self), name))
-        return original(self, name)
-
-    base.__getattribute__ = read
+    configs = {id(config): config for _, _, config in _configs_of(model)}.values()
+    kinds = [_recording(type(config)) for config in configs]
+    for config, kind in zip(configs, kinds, strict=True):
+        config.__class__ = kind
+        kind.reads = reads
     try:
         yield reads
     finally:
-        base.__getattribute__ = original
+        for config, kind in zip(configs, kinds, strict=True):
+            config.__class__ = kind.recorded
+            kind.reads = None
 
 
 _ABSENT: Any = object()

@@ -348,8 +348,9 @@ class GraphCache:
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
-        with recorded_reads() as reads:
-            graph = capture_call(self._shadow(), call, example, fixed, self.verify, self.fuse_loss)
+        shadow = self._shadow()
+        with recorded_reads(shadow) as reads:
+            graph = capture_call(shadow, call, example, fixed, self.verify, self.fuse_loss)
         graph.config = ConfigValues.of(self.model, reads)
         self._insert_again(graph.gm)
         if self.compiler is not None:

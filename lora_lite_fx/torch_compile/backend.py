@@ -1,15 +1,15 @@
 """Insert adapters inside `torch.compile`, for models that export cannot capture.
 
-`backend` is the door for a model as it is, `adapt_compiled` for one call that returns the adapted copy. Start here: a
-graph that Dynamo captures comes to `Backend.__call__`, which hands it to one of two places. `marked_graph` compiles the
-graphs of a model that carries its adapters, `compiled_model` those of a model that is compiled as it is.
+`backend(cfg).adapt(model, *inputs)` returns a copy of the model that carries adapters, and `torch.compile` runs it.
+Start here: a graph that Dynamo captures comes to `Backend.__call__`. `marked_graph` compiles those in which adapted
+modules left their marks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import fx, nn
@@ -18,15 +18,17 @@ from ..adapters.bank import check_no_bank
 from ..adapters.quantized_base import check_gradients
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
+from ..capture.record_run import record_run
 from ..errors import AdapterError, ConfigError, shown
+from ..graph.sharded import refuse_sharded
+from ..graph.tensors import outside_inference_mode
 from ..log import phase
 from ..rewriting.config import Config, as_adapters
-from ..storage.dequantized import stand_ins
-from .compiled_model import CompiledModel
-from .dynamo_call import on_compilation, running_call
+from ..rewriting.plan import make_plans
 from .dynamo_graph import Compiled, Compiler
 from .inner import Inner
 from .marked_graph import compile_marked, has_marks
+from .marked_model import ORIGINALS, mark_sites
 
 NAME = "lora_lite_fx"
 """The name under which torch.compile knows the backend for models that carry their adapters."""
@@ -41,26 +43,25 @@ def backend(
 ) -> Backend:
     """Return a backend for `torch.compile` that inserts adapters into the graphs that Dynamo captures.
 
-    `torch.compile(model, backend=backend(cfg))` runs the adapted model. `model` itself is not changed: a call of it
-    runs without adapters. A model that breaks into several graphs is adapted in each of them.
+    `adapted = backend(cfg).adapt(model, *inputs)` returns a copy of the model that carries the adapters;
+    `torch.compile(adapted, backend="lora_lite_fx")` runs it. A model that breaks into several graphs is adapted in each
+    of them. To compile with other settings than the default ones, pass this backend in place of the name.
 
-    The first call decides on the sites: the model runs once more on the inputs of the call, and the linears that ran
-    are its sites. From then on the adapters are those of the backend's `model`; give their parameters to an optimizer.
-    `Backend.adapt` decides on the sites before the first call.
+    An adapted model never runs without its adapters, also where torch.compile captures nothing: a site that runs
+    outside the graphs is an error that names it. An adapted model can be part of other modules and of compiled
+    functions. Where its layers break into graphs, each has a graph of its own, which
+    `torch._dynamo.config.recompile_limit` must allow.
 
-    A site that would run outside the graphs is an error that names it. There is no error where torch.compile does
-    nothing at all: where it is switched off, or leaves out the whole `forward` of the model. A model that carries its
-    adapters never runs without them; it can be part of other modules and of compiled functions. Where its layers break
-    into graphs, each has a graph of its own, which `torch._dynamo.config.recompile_limit` must allow.
-
-    Parameters of `model` that are used between its graphs get gradients if they require them: freeze the model.
+    A model that carries no adapters is an error when torch.compile passes its first graph on. Where torch.compile
+    captures no graph of it (`torch.compiler.disable`, `TORCH_COMPILE_DISABLE=1`), no backend is asked: the model runs
+    as it is, without an error.
 
     Args:
-        cfg: a variant, or several, as for `rewrite`. None for a model that carries its adapters; the name
-            `backend="lora_lite_fx"` stands for that.
+        cfg: a variant, or several, as for `rewrite`. None for a backend that compiles models that are adapted already;
+            the name `backend="lora_lite_fx"` stands for `backend()`.
         inner: the backend that compiles the rewritten graphs, or its name.
         mode, options: settings of `inner`, as `torch.compile` takes them. They may also be given to `torch.compile`
-            beside this backend: `torch.compile(model, backend=backend(cfg), mode="reduce-overhead")`.
+            beside this backend: `torch.compile(adapted, backend="lora_lite_fx", mode="reduce-overhead")`.
 
     Raises:
         ConfigError: `cfg` is not a variant; or there is no such `inner`, `mode` or option.
@@ -68,7 +69,7 @@ def backend(
     if isinstance(cfg, nn.Module):
         raise ConfigError(
             f"backend takes the config of the adapters, and {shown(cfg)} is a model. The call is"
-            " torch.compile(model, backend=backend(LoRA(r=8)))."
+            " backend(LoRA(r=8)).adapt(model, *inputs)."
         )
     if inner == NAME or isinstance(inner, Backend):
         raise ConfigError(f"inner compiles graphs that have their adapters, and {NAME!r} inserts them: leave it out.")
@@ -80,57 +81,50 @@ def backend(
 class Backend:
     """A backend that inserts adapters, see `backend`; Dynamo calls it with each graph.
 
-    The compiled model raises errors of this library where the graph would have run:
+    The compiled model raises this library's errors where the graph would have run:
 
-    - SelectionError, ConfigError: as `rewrite` raises them, at the first call.
-    - AdapterError: a site would run without its adapters, because it is outside the graphs or did not run in the first
-      call.
+    - AdapterError: a site would run without its adapters, or the graph is of a model that carries none.
+    - ConfigError: there is no such mode or option.
 
     Args:
-        adapters: to be inserted, by name and in this order; empty for models that carry their adapters.
+        adapters: for `adapt` to insert, by name and in this order; empty for models that carry their adapters.
         inner: the backend that compiles the rewritten graphs, with its settings.
     """
 
     def __init__(self, adapters: tuple[tuple[str, Variant], ...], inner: Inner) -> None:
         self.adapters = adapters
         self.inner = inner
-        self._compiled: CompiledModel | None = None
-        if adapters:
-            on_compilation(self._begin)
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The copy of the compiled model that carries the adapters; None before the first call. It shares the weights.
-
-        `adapter_parameters`, `adapter_state_dict`, `save` and the like take it. It runs by
-        `torch.compile(model, backend="lora_lite_fx")`.
-        """
-        return None if self._compiled is None else self._compiled.marked
+        self._adapted: WeakSet[nn.Module] = WeakSet()
 
     def adapt(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """Decide on the sites before the first call, and return the copy that carries the adapters.
+        """Return a copy of `model` that carries the adapters, of the same class and with the weights shared.
 
         Args:
-            model: the model to be compiled with this backend; it is not changed.
-            args, kwargs: inputs of its `forward`, on which it runs once.
+            model: any module; it is not changed.
+            args, kwargs: inputs of its `forward`. The model runs on them once, and the linears that run on data are its
+                sites. A linear that did not run is an error if it runs later and the config may mean it.
+
+        Returns:
+            The copy. Only the adapters' parameters require grad. It runs under `torch.compile` with
+            `backend="lora_lite_fx"` or with this backend only.
 
         Raises:
             SelectionError: a config's targets match no site.
             ConfigError: a config does not fit a site, a site is not a module of its own, or gradients do not pass
-                through the frozen weights.
+                through the frozen weights; or the backend has no config.
         """
+        if not self.adapters:
+            raise ConfigError("backend() has no adapters. The call is backend(LoRA(r=8)).adapt(model, *inputs).")
         check_gradients(model)
-        self._compiled = CompiledModel(model, self.adapters, args, kwargs)
-        return self._compiled.marked
-
-    def __eq__(self, other: object) -> bool:
-        """Return whether Dynamo may run code that it compiled for `other`: it asks in calls of another `torch.compile`.
-
-        It may not until the sites are watched, because only when it compiles does Dynamo say that such a call began.
-        """
-        return self is other and (self._compiled is None or self._compiled.watch.active)
-
-    __hash__ = object.__hash__
+        way_out = (
+            "rewrite or adapt the whole model, and divide the result by llfx.parallelize(model) or llfx.shard(model)"
+        )
+        refuse_sharded(model, "backend cannot adapt a model", way_out)
+        with outside_inference_mode(), torch.enable_grad():
+            run = record_run(model, args, kwargs)
+            adapted = mark_sites(model, make_plans(run, self.adapters, None), run.meta["called"])
+        self._adapted.add(adapted)
+        return adapted
 
     def __call__(
         self,
@@ -149,51 +143,44 @@ class Backend:
         """
         try:
             inner = self.inner.given(mode, options).compiler()
-            is_marked = not self.adapters or has_marks(gm)
-            if not is_marked:
-                self._start()
             with phase("derived the program of a graph") as details:
                 details.append(f"{len(gm.graph.nodes)} nodes")
-                if is_marked:
+                if has_marks(gm):
                     return compile_marked(gm, inputs, inner)
-                if self._compiled is None:
-                    raise AdapterError(
-                        "backend(cfg) must be given to torch.compile itself, not be called by another one."
-                    )
-                return self._compiled.compile(gm, inputs, inner)
+                self._refuse_other_models(gm, inputs)
+                return inner(gm, inputs)
         except AdapterError as error:
             return _raising(error)  # later and as it is, because Dynamo wraps the errors of a backend
 
-    def _begin(self) -> None:
-        with suppress(AdapterError):  # raised again where the first graph would run
-            self._start()
+    def _refuse_other_models(self, gm: fx.GraphModule, inputs: list[Any]) -> None:
+        """Raise AdapterError if a graph without marks is of a model that carries no adapters, as far as can be told.
 
-    def _start(self) -> None:
-        """Decide on the sites and watch them, if a call begins of a model that is compiled with this backend."""
-        call = running_call()
-        if call is None or call.backend is not self:
-            return
-        if self._compiled is None:
-            if call.model is None:
-                raise AdapterError(
-                    "backend(cfg) was given to torch.compile with a function. It finds sites by their names in a model:"
-                    " compile the model or its forward, or a function that calls an adapted model."
-                )
-            self.adapt(call.model, *call.args, **call.kwargs)
-        assert self._compiled is not None
-        if quantized := stand_ins(self._compiled.marked):
-            raise AdapterError(
-                f"torch.compile captures how a library multiplies with its weights ({next(iter(quantized))}, ...), and"
-                " an adapter has no place there. The way out: compile the backend's model, which multiplies with the"
-                ' weights in plain sight, torch.compile(backend.adapt(model, *inputs), backend="lora_lite_fx").'
+        A graph without marks may be a part of an adapted model that has no sites. With a config, it is one only if it
+        reads no parameter of another model. Without, an adapted model may be a part of any other: refused is a graph of
+        a model of which an adapted copy was made, and any graph with parameters before a first copy was made.
+        """
+        nodes = gm.graph.find_nodes(op="placeholder")
+        read = {id(t): node.name for node, t in zip(nodes, inputs, strict=True) if isinstance(t, nn.Parameter)}
+        if self.adapters:
+            others = read.keys() - _parameters(self._adapted)
+        else:
+            originals = [model for original in ORIGINALS if (model := original()) is not None]
+            others = read.keys() & _parameters(originals) if ORIGINALS else read.keys()
+        if others or (self.adapters and not self._adapted):
+            reads = next((f" that reads {name}," for tensor, name in read.items() if tensor in others), "")
+            beside = (
+                "other models beside it need backend()" if self.adapters else "llfx.active(adapted, None) is its base"
             )
-        if call.started is not None and not self._compiled.watch.active:
             raise AdapterError(
-                f"torch.compile captures nothing up to {call.started}, which may have run sites without their adapters"
-                " by now. The way out: compile the backend's model, which carries its adapters, with"
-                ' backend="lora_lite_fx"; or, after torch._dynamo.reset(), make a new backend.'
+                f"torch.compile captured a graph{reads} of a model that carries no adapters. The way out: adapted ="
+                " lora_lite_fx.backend(cfg).adapt(model, *inputs), then torch.compile(adapted,"
+                f' backend="lora_lite_fx"); {beside}.'
             )
-        self._compiled.watch.watch(call)
+
+
+def _parameters(models: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of all parameters of these models."""
+    return {id(parameter) for model in models for parameter in model.parameters()}
 
 
 compile_graph = backend()
@@ -220,14 +207,9 @@ def adapt_compiled(
         ConfigError: `cfg` is not a variant, or does not fit a site; or a site is not a module of its own.
     """
     args, kwargs = (example_inputs, {}) if isinstance(example_inputs, tuple) else ((), example_inputs)
-    check_gradients(model)
-    adapters = as_adapters(cfg)
-    check_no_bank(
-        (variant for _, variant in adapters), "adapt_compiled", "The way out: rewrite or adapt, which compile too."
-    )
-    marked = CompiledModel(model, adapters, args, kwargs).marked
-    marked.forward = torch.compile(marked.forward, backend=backend(inner=inner))
-    return marked
+    adapted = backend(cfg, inner=inner).adapt(model, *args, **kwargs)
+    adapted.forward = torch.compile(adapted.forward, backend=backend(inner=inner))
+    return adapted
 
 
 def _raising(error: AdapterError) -> Compiled:

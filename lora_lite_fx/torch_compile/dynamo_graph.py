@@ -7,14 +7,11 @@ aten operators that read parameters as attributes. `to_aten` makes the one of th
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, fx, nn
-
-# The operator of Dynamo's graphs for an autograd function, which has no public name.
-from torch._functorch.autograd_function import autograd_function_apply
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..capture.autograd_functions import Kept, keeping_functions
@@ -27,13 +24,12 @@ Compiled = Callable[..., Any]
 Compiler = Callable[[fx.GraphModule, list[Any]], Compiled]
 
 
-def to_aten(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> fx.GraphModule:
+def to_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Return Dynamo's graph as the passes know it: of aten operators, with parameters read as attributes.
 
     Args:
         gm: Dynamo's graph; it is not changed.
         inputs: Dynamo's example inputs. The parameters among them are the model's own.
-        names: the qualified names of the model's tensors by id; a parameter that has none gets one of its own.
 
     Returns:
         A graph of the same inputs. It does not read those that are parameters, but attributes in their place.
@@ -45,8 +41,8 @@ def to_aten(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str])
         kept.put_calls(aten)
     gm = fx.GraphModule(aten, aten.graph)
     for i, (node, tensor) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
-        if isinstance(tensor, nn.Parameter) or id(tensor) in names:
-            _read_as_attribute(gm, node, names.get(id(tensor), f"input_{i}"), tensor)
+        if isinstance(tensor, nn.Parameter):
+            _read_as_attribute(gm, node, f"input_{i}", tensor)
     return gm
 
 
@@ -58,6 +54,8 @@ class _Interpreter(fx.Interpreter):
         self.kept = kept
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        from ..compat.dynamo import autograd_function_apply
+
         if target is autograd_function_apply:
             return self.kept.record(target, args, kwargs)
         return super().call_function(target, args, kwargs)
@@ -94,21 +92,6 @@ def _without_transforms(gm: fx.GraphModule) -> fx.GraphModule:
 def _fake_mode(values: Sequence[Any]) -> AbstractContextManager[Any]:
     """Return the mode that the stand-ins among `values` belong to."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
-
-
-def name_modules(gm: fx.GraphModule, model: nn.Module) -> None:
-    """Write the modules' names in `model` into the module stacks of `gm`, in place.
-
-    Dynamo names a module by the expression that it came to it by, and keys it by its id.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    for node in gm.graph.nodes:
-        stack = {}
-        for key, (_, kind) in (node.meta.get("nn_module_stack") or {}).items():
-            module_id = str(key).split("@")[0]
-            if module_id.isdigit() and int(module_id) in names:
-                stack[key] = (names[int(module_id)], kind)
-        node.meta["nn_module_stack"] = stack
 
 
 def _read_as_attribute(gm: fx.GraphModule, node: fx.Node, name: str, tensor: Tensor) -> None:

@@ -69,11 +69,12 @@ class Inner:
 
 def _looked_up(backend: object) -> Compiler:
     if isinstance(backend, str):
-        known = torch._dynamo.list_backends(None)
+        known = torch.compiler.list_backends(())
         if backend not in known:
             raise ConfigError(f"inner={backend!r} is not a backend of torch.compile.{_nearest(backend, known)}")
-        # torch.compile itself looks names up with this function; no public one returns a backend.
-        backend = torch._dynamo.lookup_backend(backend)
+        from ..compat.dynamo import lookup_backend
+
+        backend = lookup_backend(backend)
     if not callable(backend):
         raise ConfigError(
             f"inner is the backend that compiles the rewritten graphs: a function or a name such as 'inductor', not"
@@ -85,8 +86,9 @@ def _looked_up(backend: object) -> Compiler:
 
 def _inductor(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Compiler:
     """Return Inductor with a mode or options, which are checked."""
-    # Inductor has no public function that takes them with a graph. torch.compile makes this object, too.
-    modes, known = torch._inductor.list_mode_options(), torch._inductor.list_options()
+    from ..compat.dynamo import inductor_modes, inductor_options, inductor_with
+
+    modes, known = inductor_modes(), inductor_options()
     if mode is not None and mode not in modes:
         raise ConfigError(f"mode={mode!r} is not a mode of torch.compile. The modes are {', '.join(modes)}.")
     if options is not None and not isinstance(options, Mapping):
@@ -95,7 +97,7 @@ def _inductor(mode: str | None = None, options: Mapping[str, Any] | None = None)
         if str(name).replace("-", "_") not in known:
             raise ConfigError(f"options: {name!r} is not an option of Inductor.{_nearest(str(name), known)}")
     try:
-        compiler: Compiler = torch._TorchCompileInductorWrapper(mode, options, None)
+        compiler: Compiler = inductor_with(mode, options, None)
     except RuntimeError as error:
         raise ConfigError(f"options: {error}.") from error
     return compiler

@@ -1,15 +1,11 @@
-"""Insert adapters into a graph that Dynamo captured, and compile it for a mode.
-
-Both ways through `torch.compile` end here. They differ in how they know the sites of a graph: `marked_graph` reads
-marks in the graph, `compiled_model` knows the model.
-"""
+"""Insert adapters into a graph that Dynamo captured, for the modes that their modules are in."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, fx
 
@@ -19,7 +15,6 @@ from ..errors import AdapterError
 from ..graph.provenance import Provenance, is_inserted, recorded
 from ..log import phase
 from ..passes import InsertAdapter, Pipeline
-from .dynamo_graph import Compiled, Compiler
 
 
 @dataclass(frozen=True)
@@ -61,23 +56,6 @@ def insert_marked(gm: fx.GraphModule, sites: Sequence[MarkedSite]) -> None:
     with phase("inserted the adapters into a graph") as details:
         Pipeline(tuple(inserted)).run(gm)
         details.append(f"{len(sites)} site{'s' * (len(sites) != 1)}")
-
-
-def compile_for_both_modes(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> dict[bool, Compiled]:
-    """Compile `gm` for training (True) and for evaluation (False): once, if no adapter reads the mode."""
-    if not _mode_flags(gm):
-        return dict.fromkeys((True, False), inner(gm, inputs))
-    return {training: inner(_in_mode(gm, training), inputs) for training in (True, False)}
-
-
-def _in_mode(gm: fx.GraphModule, training: bool) -> fx.GraphModule:
-    """Return a copy of `gm` for one mode."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    copy = fx.GraphModule(gm, graph)
-    set_mode(copy, lambda site: training)
-    copy.recompile()
-    return copy
 
 
 def set_mode(gm: fx.GraphModule, is_training: Callable[[str], bool]) -> None:

@@ -7,11 +7,9 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from ..adapters.placement import placements
 from ..errors import AdapterError
 from ..graph.tensors import tensor_of
 from ..sites.finding import find_sites
-from .dynamo_call import running_call
 from .dynamo_graph import Compiled, Compiler, to_aten, to_inputs
 from .insert_marked import MarkedSite, insert_marked, set_mode
 from .marked_model import MARK, not_a_linear, read_mark, site_in_mark
@@ -28,20 +26,12 @@ def compile_marked(gm: fx.GraphModule, inputs: list[Any], inner: Compiler) -> Co
     Args:
         gm: Dynamo's graph; it is not changed.
         inputs: Dynamo's example inputs.
-        inner: compiles the rewritten graph; a graph without marks as it is.
+        inner: compiles the rewritten graph.
 
     Raises:
-        AdapterError: the model that is compiled carries no adapters; or a mark is not at a linear.
+        AdapterError: a mark is not at a linear, or the tensors of an adapter are not parameters.
     """
-    if not has_marks(gm):
-        call = running_call()
-        if call is not None and call.model is not None and not placements(call.model):
-            raise AdapterError(
-                f"{type(call.model).__name__} carries no adapters, so there are none to insert. The way out:"
-                " compile an adapted model, or pass backend=lora_lite_fx.backend(cfg)."
-            )
-        return inner(gm, inputs)
-    aten = to_aten(gm, inputs, {})
+    aten = to_aten(gm, inputs)
     sites, training = _take_marks_out(aten, inputs)
     insert_marked(aten, sites)
     set_mode(aten, training.__getitem__)
@@ -64,6 +54,11 @@ def _take_marks_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Mar
         nodes, is_training, text, acting = cast(tuple[list[fx.Node], bool, str, str], mark.args[1:])
         key = (site_in_mark(text), site.weight)
         if key not in sites:
+            if any(node not in values and node.op != "get_attr" for node in nodes):
+                raise AdapterError(
+                    f"A tensor of the adapter at site {key[0]!r} is computed, as by a parametrization. The way out:"
+                    " rewrite or adapt, which compile too; or leave the parametrization out."
+                )
             tensors = [values[node] if node in values else tensor_of(gm, str(node.target)) for node in nodes]
             # Several models with a site of that name may run in one graph.
             taken = sum(name == key[0] for name, _ in sites)

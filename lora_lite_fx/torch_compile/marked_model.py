@@ -8,7 +8,8 @@ library's backend can take out of a graph. Whatever else runs a site runs the op
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,22 +21,32 @@ from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, site_bias, site_weight
 from ..adapters.registry import recorded_variant, to_config
 from ..adapters.switches import Switches
+from ..adapters.variant import Variant
 from ..capture.share import share
-from ..errors import AdapterError, ConfigError
+from ..compat.torch import buffers_of
+from ..errors import AdapterError, ConfigError, is_instance_of
 from ..log import phase
 from ..rewriting.plan import Plan
+from ..sites.roles import ROLES
 from ..sites.site import Site, is_called
+from ..storage.dequantized import DequantizedLinear
 from .insert_marked import MarkedSite
 
 # Marking a model.
 
+ORIGINALS: list[weakref.ref[nn.Module]] = []
+"""The models of which adapted copies were made in this process."""
 
-def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
+
+def mark_sites(model: nn.Module, plans: Sequence[Plan], called: Container[str]) -> nn.Module:
     """Return a copy of `model` that carries the adapters of `plans`, with their start values.
+
+    A linear that was not called is marked too, if a config may mean it: a later call of it is an error.
 
     Args:
         model: it is not changed. The copy has its class and mode, shares its weights, and has buffers of its own.
         plans: what to insert where, of a capture of this model.
+        called: the names of the modules that were called in that capture.
 
     Returns:
         The copy. It runs under `torch.compile` with this library's backend only.
@@ -45,9 +56,9 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
     """
     copy: nn.Module = share(model)
     for module in copy.modules():
-        for name, buffer in module._buffers.items():
+        for name, buffer in buffers_of(module).items():
             if buffer is not None:
-                module._buffers[name] = buffer.clone()
+                buffers_of(module)[name] = buffer.clone()
     vars(copy)["not_pickled"] = NotPickled()
     vars(copy)["switches"] = Switches()
     with phase("inserted the adapters") as details:
@@ -60,10 +71,13 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
                 placement.register(copy, site, weight)
                 placement.initialize(copy, site, weight, site_bias(copy, site), plan.statistics.get(site.name))
                 module.placements.append(placement)
+        for site in _not_called(copy, [plan.variant for plan in plans], called):
+            _marking(copy, site).is_site = False
         for module in copy.modules():
             if hasattr(module, "placements"):
                 _describe(copy, module)
         details += describe_adapters(copy)
+    ORIGINALS.append(weakref.ref(model))
     return copy
 
 
@@ -83,6 +97,21 @@ class NotPickled:
         return self
 
 
+def _not_called(model: nn.Module, variants: Sequence[Variant], called: Container[str]) -> list[Site]:
+    """Return the linears that were not called, and that a variant would adapt in some role."""
+    linears = [
+        Site(name, 0, 0)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, DequantizedLinear)) or is_instance_of(module, "transformers", "Conv1D")
+    ]
+    return [
+        site
+        for site in linears
+        if site.name not in called
+        and any(variant.selects(replace(site, roles=frozenset({role}))) for variant in variants for role in ROLES)
+    ]
+
+
 def _marking(copy: nn.Module, site: Site) -> Any:
     """Return the module that is `site`, and let it mark its input from now on."""
     if not is_called(copy, site):
@@ -93,6 +122,7 @@ def _marking(copy: nn.Module, site: Site) -> Any:
     module: Any = copy.get_submodule(site.name)
     if not hasattr(module, "placements"):
         module.placements = []
+        module.is_site = True
         module.site = replace(site, calls=())
         # On the module and not in a hook, because Dynamo compiles the forward of a module that it compiles by itself.
         module.unmarked_forward = module.forward
@@ -131,6 +161,7 @@ def _describe(copy: nn.Module, module: Any) -> None:
         {
             "site": module.site.name,
             "roles": sorted(module.site.roles),
+            "is_site": module.is_site,
             "adapters": [
                 {
                     "adapter": p.adapter,
@@ -162,14 +193,20 @@ def read_mark(text: str, acting: str, tensors: Iterable[Tensor], name: str) -> M
         name: the name that the site has in the graph.
 
     Raises:
-        AdapterError: adapters are scaled.
+        AdapterError: adapters are scaled, or the module was not called when the adapters were inserted.
     """
+    described = json.loads(text)
+    if not described["is_site"]:
+        raise AdapterError(
+            f"Site {described['site']!r} did not run on the inputs that backend(cfg).adapt was given, so it has no"
+            " adapters. The way out: give adapt inputs for which all of the model runs; or leave the site out of the"
+            " targets (exclude_names)."
+        )
     if acting == SCALED:
         raise AdapterError(
             "A model that carries its adapters for torch.compile does not scale them. The way out: leave the scope of"
             " scaled; rewrite or adapt make models that do."
         )
-    described = json.loads(text)
     placements = [
         Placement(
             recorded_variant(adapter["config"]),

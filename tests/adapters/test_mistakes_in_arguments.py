@@ -37,7 +37,7 @@ MISTAKES: list[Mistake] = [
         lambda: anything.backend(model()),
         llfx.ConfigError,
         "backend takes the config of the adapters, and a LlamaForCausalLM is a model. The call is"
-        " torch.compile(model, backend=backend(LoRA(r=8))).",
+        " backend(LoRA(r=8)).adapt(model, *inputs).",
     ),
     (
         lambda: anything.save("adapter.safetensors", graph()),

@@ -67,7 +67,6 @@ PATHS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "rewrite of a graph": lambda model, _: llfx.rewrite(llfx.capture(model, X), CFG),
     "wrap": lambda model, _: llfx.wrap(model, CFG, X),
     "backend": lambda model, _: llfx.backend(CFG, inner="eager").adapt(model, *X),
-    "compile": lambda model, _: torch.compile(model, backend=llfx.backend(CFG, inner="eager"))(*X),
     "adapt_compiled": lambda model, _: adapt_compiled(model, CFG, X, inner="eager"),
     "load": lambda model, saved: llfx.load(model, saved / "file"),
     "load_lora_lite": lambda model, saved: llfx.load_lora_lite(model, saved / "lite"),

@@ -15,21 +15,6 @@ import lora_lite_fx as llfx
 from lora_lite_fx.capture.conversions import CopiesFollowed
 from lora_lite_fx.capture.record_run import record_run
 from lora_lite_fx.capture.unprinted import failures_unlogged
-from tests.survey.cases import cases
-
-CASES = {case.name: case for case in cases()}
-
-
-def test_a_mask_that_shows_everything_is_made_in_a_trace_no_more_than_otherwise() -> None:
-    gm = llfx.capture(CASES["vit"].builder()())
-    attention = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
-    assert attention
-    assert all(len(node.args) < 4 or node.args[3] is None for node in attention)
-
-
-@pytest.mark.slow
-def test_a_sequence_that_a_model_shortens_between_layers_needs_no_mask() -> None:
-    llfx.capture(CASES["informer"].builder()())  # which compares it with the model
 
 
 class Choosing(nn.Linear):

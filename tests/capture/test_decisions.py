@@ -44,6 +44,27 @@ class Experts(nn.Module):
         return total.view(*ids.shape, -1)
 
 
+class ReadingShapes(Experts):
+    """Asks in other words whether an expert has tokens."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).flatten(0, 1)
+        weight, chosen = self.router(x).softmax(-1).max(-1)
+        mask = F.one_hot(chosen, 3).T
+        total = torch.zeros_like(x)
+        for index in torch.greater(mask.sum(1), 0).nonzero():
+            (tokens,) = torch.where(mask[index].squeeze(0))
+            assert type(x.shape[0]) in (
+                int,
+                torch.SymInt,
+            )  # this is known, so that a comparison is a guard of the graph
+            if tokens.shape[0] == 0 or tokens.size(0) == 0:
+                continue
+            part = self.experts[f"expert_{index[0]}"](x[tokens]).view(tokens.numel(), 4) * weight[tokens, None]
+            total.index_add_(0, tokens, part)
+        return total.view(*ids.shape, -1)
+
+
 class Counting(Experts):
     """Does something for each expert, whether or not it has tokens."""
 
@@ -95,9 +116,10 @@ def ids() -> Tensor:
     return torch.arange(9).view(3, 3)
 
 
-def test_a_loop_over_the_experts_that_tokens_chose_is_followed_for_others(ids: Tensor) -> None:
+@pytest.mark.parametrize("kind", [Experts, ReadingShapes])
+def test_a_loop_over_the_experts_that_tokens_chose_is_followed_for_others(kind: type[Experts], ids: Tensor) -> None:
     torch.manual_seed(0)
-    model = Experts()
+    model = kind()
     gm = llfx.rewrite(model, CFG, (ids,))
     randomise(gm, 0)
     wrapped = wrap_again(gm, model)

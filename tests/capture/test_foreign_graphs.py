@@ -135,8 +135,9 @@ def test_parameters_that_are_inputs_are_an_error_that_says_so() -> None:
     graph = in_backend(net())
     message = (
         r"The graph takes 25 parameters as inputs \(L_self_modules_embed_parameters_weight_\), as Dynamo passes them to"
-        r" a backend, so it has no weights to adapt\. The way out: rewrite the model itself; or insert adapters in the"
-        r" backend, torch\.compile\(model, backend=lora_lite_fx\.backend\(cfg\)\)\."
+        r" a backend, so it has no weights to adapt\. The way out: rewrite the model itself; or compile a model"
+        r" that carries its adapters, torch\.compile\(lora_lite_fx\.backend\(cfg\)\.adapt\(model, \*inputs\),"
+        r" backend='lora_lite_fx'\)\."
     )
     functions: list[Callable[[], Any]] = [
         lambda: llfx.rewrite(graph, llfx.LoRA()),

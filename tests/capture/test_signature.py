@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from lora_lite_fx.capture.signature import _NotesExport
 from lora_lite_fx.execution.optimize import checkpoints_layers
 from tests.support.conformance import randomise
 from tests.support.models import ids, tiny_llama, tiny_t5
@@ -140,6 +142,30 @@ def test_an_export_takes_arguments_by_name(names: tuple[str, ...], adapted: tupl
     check(program.module(), wrapped, **kwargs)
     losses = [node for node in program.graph.nodes if "cross_entropy" in str(node.target)]
     assert bool(losses) == ("labels" in names)
+
+
+def test_an_export_takes_arguments_in_both_ways_and_copies_take_them(
+    adapted: tuple[fx.GraphModule, nn.Module],
+) -> None:
+    gm, wrapped = adapted
+    for graph in (gm, copy.deepcopy(gm)):
+        kwargs = {"labels": ids(2, 5, seed=1), "attention_mask": MASK}
+        program = torch.export.export(graph, (ids(2, 5),), kwargs)
+        check(program.module(), wrapped, ids(2, 5), **kwargs)
+
+
+def test_a_release_that_does_not_tell_the_names_of_exported_arguments_is_refused(
+    adapted: tuple[fx.GraphModule, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gm, _ = adapted
+    kwargs = {"attention_mask": MASK, "input_ids": ids(2, 5)}
+    torch.export.export(gm, (), kwargs)
+    monkeypatch.setattr(_NotesExport, "bind", inspect.Signature.bind)
+    other = llfx.rewrite(Optional(), PLAIN, (X, WEIGHTS))
+    with pytest.raises(llfx.CallError, match=rf"not known.*torch {re.escape(torch.__version__)} does not bind"):
+        torch.export.export(other, (), {"mask": WEIGHTS, "x": X})
+    with pytest.raises(llfx.CallError, match="does not bind"):  # also not for the names of the call before
+        torch.export.export(gm, (), {"input_ids": ids(2, 5)})
 
 
 def test_further_adapters_copies_and_removal_keep_the_signature(adapted: tuple[fx.GraphModule, nn.Module]) -> None:

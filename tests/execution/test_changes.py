@@ -135,11 +135,10 @@ def of_adapt(cfg: llfx.Variant) -> Subject:
 
 def of_backend(cfg: llfx.Variant) -> Subject:
     torch.compiler.reset()
-    model = small()
     backend = llfx.backend(cfg, inner="eager")
-    run = torch.compile(model, backend=backend, dynamic=False)
-    adapters = backend.adapt(model, TOKENS)
-    return subject(run, adapters, model, "layers.0.up", small(), lambda twin: llfx.wrap(twin, cfg, (TOKENS,)))
+    adapted = backend.adapt(small(), TOKENS)
+    run = torch.compile(adapted, backend=backend, dynamic=False)
+    return subject(run, adapted, adapted, "layers.0.up", small(), lambda twin: llfx.wrap(twin, cfg, (TOKENS,)))
 
 
 def subject(
@@ -532,6 +531,8 @@ def test_every_change_is_seen_by_the_next_call(front_end: str, variant: str) -> 
     failures = []
     with torch._dynamo.config.patch(recompile_limit=200, accumulated_recompile_limit=400):
         for name, make in CHANGES.items():
+            if front_end == "backend" and name in ("swapped_tensors", "a_parametrization"):
+                continue  # torch refuses the first, because Dynamo holds the tensors; the other is tested below
             to.train(False)
             make(to)
             to.follow()
@@ -543,6 +544,13 @@ def test_every_change_is_seen_by_the_next_call(front_end: str, variant: str) -> 
                 failures.append((name, wrong, changed))
             restore()
     assert not failures
+
+
+def test_an_adapter_whose_tensors_are_computed_is_refused_inside_torch_compile() -> None:
+    to = of_backend(llfx.LoRA(r=2, **TARGETS))
+    CHANGES["a_parametrization"](to)
+    with pytest.raises(llfx.AdapterError, match=r"adapter at site 'layers\.0\.up' is computed.*parametrization"):
+        to.run(TOKENS)
 
 
 def agree(ours: Tensor, expected: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import lora_lite_fx as llfx
+from lora_lite_fx.hugging_face.config_reads import recorded_reads
 from tests.support.conformance import randomise
 from tests.support.models import one_layer_llama
 
@@ -398,3 +399,18 @@ def test_an_adapted_weight_that_is_parametrized_since_is_merged() -> None:
     merged = llfx.merge(model)
     assert same(merged(IDS).logits, logits)
     assert not parametrize.is_parametrized(merged.model.layers[0].mlp.up_proj)
+
+
+def test_reads_of_a_copied_config_and_of_its_copies_are_recorded_by_the_class_of_the_models() -> None:
+    model = hf.CLIPModel(hf.CLIPConfig(projection_dim=8))
+    kinds = type(model.config), type(model.config.text_config)
+    with recorded_reads(model) as reads:
+        again = copy.deepcopy(model.config)
+        assert isinstance(again, kinds[0])
+        assert again.projection_dim == 8
+        assert again.text_config.hidden_size
+    assert reads >= {(kinds[0], "projection_dim"), (kinds[1], "hidden_size")}
+    assert (type(model.config), type(model.config.text_config)) == kinds
+    count = len(reads)
+    assert again.logit_scale_init_value
+    assert len(reads) == count

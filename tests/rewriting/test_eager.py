@@ -125,12 +125,7 @@ def test_it_runs_in_torch_compile() -> None:
 
 def test_a_shared_parameter_trains_in_a_model_that_carries_its_adapters() -> None:
     torch._dynamo.reset()
-    backend = llfx.backend(OneGate(target_names=("a", "b")), inner="eager")
-    model = Net()
-    compiled = torch.compile(model, backend=backend)
-    compiled(X)
-    marked = backend.model
-    assert marked is not None
+    marked = llfx.backend(OneGate(target_names=("a", "b"))).adapt(Net(), X)
     assert [name for name, _ in marked.named_buffers()] == []
     start(marked)
     graph = start(llfx.rewrite(Net(), OneGate(target_names=("a", "b")), (X,)))

@@ -1,4 +1,4 @@
-"""Try the way of `torch.compile(model, backend=backend(cfg))`, for models that cannot be captured as one graph."""
+"""Try the way of `backend(cfg).adapt` and `torch.compile`, for models that cannot be captured as one graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RECOMPILATIONS = 64
 
 
 def compare_by_backend(tried: Tried, report: Callable[..., None]) -> None:
-    """Compare a model that is compiled with adapters with its copy whose linears add theirs, in both modes.
+    """Compare the compiled model that carries adapters with a copy whose linears add theirs, in both modes.
 
     Args:
         tried: has the model, which is frozen, and whose buffers change as its calls change them.
@@ -37,7 +37,7 @@ def compare_by_backend(tried: Tried, report: Callable[..., None]) -> None:
     """
     model = tried.model.requires_grad_(False)
     calls = calls_of(model, tried.given)[:2]
-    adapted, carrier, excluded = _adapted(model, calls[0][1])
+    adapting, carrier, excluded = _adapted(model, calls[0][1])
     if excluded:
         report(backend_excluded=excluded)
     randomise(carrier, 0)
@@ -45,14 +45,14 @@ def compare_by_backend(tried: Tried, report: Callable[..., None]) -> None:
     torch._dynamo.utils.counters.clear()
     # As the error of the backend says: what all modules call, such as a decorator, is compiled once for each of them.
     torch._dynamo.config.recompile_limit = _RECOMPILATIONS
-    compiled: Any = torch.compile(model, backend=adapted)
+    compiled: Any = torch.compile(carrier, backend=adapting)
     compared = []
     for what, inputs in calls:
         for training in (True, False) if what == "example" else (False,):
             where = f"{what}, {'training' if training else 'evaluation'}"
-            model.train(training)
+            carrier.train(training)
             reference.train(training)
-            _copy_buffers(model, reference)
+            _copy_buffers(carrier, reference)
             try:
                 expected = run(carrier, inputs, training, reference)
             except Exception as error:  # the model itself does not take this

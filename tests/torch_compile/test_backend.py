@@ -125,54 +125,53 @@ CONFIGS = [
 
 @pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__)
 def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
-    """Compare a model with `backend(cfg)` to `wrap`, at several shapes and in both modes."""
+    """Compare what `backend(cfg)` adapts to `wrap`, at several shapes and in both modes."""
     model = Net(count=1).eval()
-    adapted = backend(cfg, inner="aot_eager" if isinstance(cfg, llfx.LoRA) else "eager")
-    fast = torch.compile(model, backend=adapted)
+    adapting = backend(cfg, inner="aot_eager" if isinstance(cfg, llfx.LoRA) else "eager")
     with untouched(model):
         base = model(inputs(2, 3))
+        carrier, wrapped = adapting.adapt(model, inputs(2, 3)), llfx.wrap(model, cfg)
+        fast = torch.compile(carrier, backend=adapting)
         close(fast(inputs(2, 3)), base, 1e-5, "identity at start")
-        wrapped = llfx.wrap(model, cfg)
-        assert adapted.model is not None
-        assert list(llfx.adapter_state_dict(adapted.model)) == list(llfx.adapter_state_dict(wrapped))
-        for adapted_model in (adapted.model, wrapped):
+        assert list(llfx.adapter_state_dict(carrier)) == list(llfx.adapter_state_dict(wrapped))
+        for adapted_model in (carrier, wrapped):
             randomise(adapted_model, 0)
         for shape in ((2, 3), (5, 4)):
-            check(fast, adapted.model, wrapped, inputs(*shape), 1e-5)
+            check(fast, carrier, wrapped, inputs(*shape), 1e-5)
         close(model(inputs(2, 3)), base, 0, "the model itself")
-    model.train(), wrapped.train()
-    check(fast, adapted.model, wrapped, inputs(2, 3), 1e-5)
+        carrier.train(), wrapped.train()
+        check(fast, carrier, wrapped, inputs(2, 3), 1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("cls", [llfx.LoRA, llfx.OFT], ids=lambda cls: cls.__name__)
 def test_a_model_that_breaks_into_graphs_is_adapted_in_each(cls: type[llfx.Variant]) -> None:
-    """Run one graph for all layers, with the adapters of each; sites that run between the graphs are adapted too."""
+    """Adapt the sites of each graph, and those that run between the graphs."""
     model = Net(Branching, 3).eval()
-    adapted = backend(small(cls, 2, target_names=ALL), inner="eager")
-    fast = torch.compile(model, backend=adapted)
+    adapting = backend(small(cls, 2, target_names=ALL), inner="eager")
     with untouched(model):
-        fast(inputs(2, 3))
-        assert adapted.model is not None
-        assert len({name.rpartition(".")[0] for name in llfx.adapter_state_dict(adapted.model)}) == 7
-        randomise(adapted.model, 0)
-        reference = eager_of(adapted.model)
+        carrier = adapting.adapt(model, inputs(2, 3))
+        assert len({name.rpartition(".")[0] for name in llfx.adapter_state_dict(carrier)}) == 7
+        randomise(carrier, 0)
+        reference = eager_of(carrier)
+        fast = torch.compile(carrier, backend=adapting)
         for shape in ((2, 3), (4, 5)):
-            check(fast, adapted.model, reference, inputs(*shape))
-    torch._dynamo.reset()  # because torch.compile compiles a code object a limited number of times
-    carried = torch.compile(adapted.model, backend=backend(inner="eager"))
-    check(carried, adapted.model, reference, inputs(3, 3))
+            check(fast, carrier, reference, inputs(*shape))
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_graphs_without_sites_of_an_adapted_model_are_compiled_as_they_are(with_config: bool) -> None:
+    """Adapt one block of several: the graphs of the others, and those between the graphs, have no sites."""
+    adapting = backend(llfx.LoRA(r=2, target_names=("up",), layers=(1,)), inner="eager")
+    carrier = adapting.adapt(Net(Branching, 3).eval(), inputs(2, 3))
+    randomise(carrier, 0)
+    fast = torch.compile(carrier, backend=adapting if with_config else backend(inner="eager"))
+    check(fast, carrier, eager_of(carrier), inputs(2, 3))
 
 
 def test_layers_with_different_adapters_do_not_share_a_graph() -> None:
-    cfg = llfx.LoRA(r=2, target_names=("up",), layers=(0, 1))
-    model = Net(Branching, 3).eval()
-    adapted = backend(cfg, inner="eager")
-    carrier = adapted.adapt(model, inputs(2, 3))
+    carrier = backend(llfx.LoRA(r=2, target_names=("up",), layers=(0, 1))).adapt(Net(Branching, 3).eval(), inputs(2, 3))
     randomise(carrier, 0)
-    with pytest.raises(llfx.AdapterError, match=r"blocks\.2\.up.*captured for 'blocks\.1\.up'"):
-        torch.compile(model, backend=adapted)(inputs(2, 3))
-    torch._dynamo.reset()  # because torch.compile compiles a code object a limited number of times
     check(torch.compile(carrier, backend=backend(inner="eager")), carrier, eager_of(carrier), inputs(2, 3))
 
 
@@ -190,25 +189,13 @@ class ReadsSite(llfx.Variant):
         return y
 
 
-def test_layers_share_a_graph_where_forward_reads_equal_values() -> None:
-    model = Net(Branching, 3).eval()
-    adapted = backend(ReadsSite(field="d_in", target_names=("up",)), inner="eager")
+@pytest.mark.parametrize("field", ["d_in", "layer"])
+def test_layers_do_not_share_what_their_forward_reads_of_the_site(field: str) -> None:
+    adapting = backend(ReadsSite(field=field, target_names=("up",)), inner="eager")
     with registered(ReadsSite):
-        carrier = adapted.adapt(model, inputs(2, 3))
+        carrier = adapting.adapt(Net(Branching, 3).eval(), inputs(2, 3))
         randomise(carrier, 0)
-        check(torch.compile(model, backend=adapted), carrier, eager_of(carrier), inputs(2, 3))
-
-
-def test_layers_do_not_share_a_graph_where_forward_reads_other_values() -> None:
-    model = Net(Branching, 3).eval()
-    adapted = backend(ReadsSite(field="layer", target_names=("up",)), inner="eager")
-    with registered(ReadsSite):
-        carrier = adapted.adapt(model, inputs(2, 3))
-        randomise(carrier, 0)
-        with pytest.raises(llfx.AdapterError, match=r"blocks\.2\.up.*captured for 'blocks\.1\.up', but is adapted"):
-            torch.compile(model, backend=adapted)(inputs(2, 3))
-        torch._dynamo.reset()  # because torch.compile compiles a code object a limited number of times
-        check(torch.compile(carrier, backend=backend(inner="eager")), carrier, eager_of(carrier), inputs(2, 3))
+        check(torch.compile(carrier, backend=adapting), carrier, eager_of(carrier), inputs(2, 3))
 
 
 def test_inductor_computes_what_the_eager_wrapper_does() -> None:
@@ -233,23 +220,18 @@ class Outside(Block):
 
 def test_a_site_outside_the_graphs_is_an_error_that_names_it() -> None:
     model = Net(Outside).eval()
-    adapted = backend(llfx.LoRA(r=2, target_names=("up", "down")), inner="eager")
-    several = [torch.compile(model, backend=adapted) for _ in range(2)]
+    adapting = backend(llfx.LoRA(r=2, target_names=("up", "down")), inner="eager")
     with untouched(model):
-        for fast, message in zip(
-            several, (r"'blocks\.0\.up' runs outside a rewritten graph", r"nothing up to Net\.forward"), strict=True
-        ):
-            for _ in range(2):
-                with pytest.raises(llfx.AdapterError, match=message):
-                    fast(inputs(2, 3))
+        fast = torch.compile(adapting.adapt(model, inputs(2, 3)), backend=adapting)
+        for _ in range(2):
+            with pytest.raises(llfx.AdapterError, match=r"'blocks\.0\.up' runs outside a rewritten graph"):
+                fast(inputs(2, 3))
         model(inputs(2, 3))  # without adapters, and without an error
     torch._dynamo.reset()  # because torch.compile remembers, for all models of a class, which code it cannot compile
     only_down = backend(llfx.LoRA(r=2, target_names=("down",)), inner="eager")
-    fast = torch.compile(model, backend=only_down)
-    fast(inputs(2, 3))
-    assert only_down.model is not None
-    randomise(only_down.model, 0)
-    check(fast, only_down.model, eager_of(only_down.model), inputs(2, 3))
+    carrier = only_down.adapt(model, inputs(2, 3))
+    randomise(carrier, 0)
+    check(torch.compile(carrier, backend=only_down), carrier, eager_of(carrier), inputs(2, 3))
 
 
 def test_past_the_limit_of_recompilations_a_site_is_an_error() -> None:
@@ -257,17 +239,13 @@ def test_past_the_limit_of_recompilations_a_site_is_an_error() -> None:
         def forward(self, x: Tensor, scale: float = 1.0) -> Any:
             return super().forward(x) * scale
 
-    model = Scaled().eval()
-    adapted = backend(llfx.LoRA(r=2, target_names=ALL), inner="eager")
-    fast = torch.compile(model, backend=adapted)
-    carried = torch.compile(adapted.adapt(model, inputs(2, 3)), backend=backend(inner="eager"))
+    adapting = backend(llfx.LoRA(r=2, target_names=ALL), inner="eager")
+    fast = torch.compile(adapting.adapt(Scaled().eval(), inputs(2, 3)), backend=adapting)
     with torch._dynamo.config.patch(recompile_limit=2, specialize_float=True):
-        for run in (fast, carried):
-            torch._dynamo.reset()
-            for scale in (1.0, 2.0):
-                run(inputs(2, 3), scale)
-            with pytest.raises(llfx.AdapterError, match=r"'up' runs outside.*recompile_limit"):
-                run(inputs(2, 3), 3.0)
+        for scale in (1.0, 2.0):
+            fast(inputs(2, 3), scale)
+        with pytest.raises(llfx.AdapterError, match=r"'up' runs outside.*recompile_limit"):
+            fast(inputs(2, 3), 3.0)
 
 
 def test_a_model_that_carries_its_adapters_never_runs_without_them() -> None:
@@ -289,7 +267,7 @@ def test_a_model_that_carries_its_adapters_never_runs_without_them() -> None:
 
 
 class Positions(Block):
-    """A block that projects positions: constants in a run, a function of the input's size in a graph of any size."""
+    """A block that projects positions, which are constants."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,17 +278,12 @@ class Positions(Block):
         return super().forward(x + self.at(self.table[: x.shape[1]]))
 
 
-def test_a_site_that_ran_on_constants_in_the_first_call_is_an_error_later() -> None:
-    model = Positions().eval()
-    fast = torch.compile(model, backend=backend(llfx.LoRA(r=1, target_names=ALL), inner="eager"))
-    fast(inputs(2, 3))
-    with pytest.raises(llfx.AdapterError, match=r"Site 'at' did not run.*or on constants alone.*exclude_names"):
-        fast(inputs(2, 5))
-    torch._dynamo.reset()
-    adapted = backend(llfx.LoRA(r=1, target_names=ALL, exclude_names=("at",)), inner="eager")
-    carrier = adapted.adapt(model, inputs(2, 3))
+def test_a_linear_that_runs_on_constants_alone_is_not_a_site() -> None:
+    adapting = backend(llfx.LoRA(r=1, target_names=ALL), inner="eager")
+    carrier = adapting.adapt(Positions().eval(), inputs(2, 3))
+    assert "at.lora_A" not in llfx.adapter_state_dict(carrier)
     randomise(carrier, 0)
-    fast, reference = torch.compile(model, backend=adapted), eager_of(carrier)
+    fast, reference = torch.compile(carrier, backend=adapting), eager_of(carrier)
     for shape in ((2, 3), (2, 5)):
         check(fast, carrier, reference, inputs(*shape))
 
@@ -326,15 +299,21 @@ class Rare(Block):
         return self.rare(x) if x.shape[0] > 4 else super().forward(x)
 
 
-def test_a_site_that_did_not_run_in_the_first_call_is_an_error_later() -> None:
-    adapted = backend(llfx.LoRA(r=2, target_names=ALL), inner="eager")
-    fast = torch.compile(Rare().eval(), backend=adapted)
-    fast(inputs(2, 3))
-    with pytest.raises(llfx.AdapterError, match="Site 'rare' did not run in the first call"):
-        fast(inputs(6, 3))
-    by_name = torch.compile(Rare().eval(), backend=backend(llfx.LoRA(r=2, target_names=("up",)), inner="eager"))
+def test_a_site_that_did_not_run_on_the_inputs_of_adapt_is_an_error_later() -> None:
+    by_role = llfx.LoRA(r=2, target_roles=("up",))
+    for cfg in (llfx.LoRA(r=2, target_names=ALL), by_role):
+        carrier = backend(cfg).adapt(Rare().eval(), inputs(2, 3))
+        for adapted in (carrier, copy.deepcopy(carrier)):
+            torch._dynamo.reset()
+            fast = torch.compile(adapted, backend=backend(inner="eager"))
+            fast(inputs(2, 3))
+            with pytest.raises(llfx.AdapterError, match="Site 'rare' did not run on the inputs that"):
+                fast(inputs(6, 3))
+    torch._dynamo.reset()
+    carrier = backend(llfx.LoRA(r=2, target_names=("up",))).adapt(Rare().eval(), inputs(2, 3))
+    fast = torch.compile(carrier, backend=backend(inner="eager"))
     for shape in ((2, 3), (6, 3)):
-        by_name(inputs(*shape))
+        fast(inputs(*shape))
 
 
 class Other(nn.Linear):
@@ -349,16 +328,13 @@ class Other(nn.Linear):
 def test_a_site_that_is_not_a_linear_in_the_graph_is_an_error() -> None:
     model = Net(count=1).eval()
     model.blocks[0].up = Other(WIDTH, INNER)
-    both = backend(llfx.LoRA(r=2, target_names=("up", "down")), inner="eager")
-    carrier = both.adapt(model, inputs(2, 3))
-    for fast in (torch.compile(model, backend=both), torch.compile(carrier, backend=backend(inner="eager"))):
-        with pytest.raises(llfx.AdapterError, match=r"'blocks\.0\.up' is not a linear in the graph"):
-            fast(inputs(2, 3))
-        torch._dynamo.reset()
-    adapted = backend(llfx.LoRA(r=2, target_names=("down",)), inner="eager")
-    carrier = adapted.adapt(model, inputs(2, 3))
+    carrier = backend(llfx.LoRA(r=2, target_names=("up", "down"))).adapt(model, inputs(2, 3))
+    with pytest.raises(llfx.AdapterError, match=r"'blocks\.0\.up' is not a linear in the graph"):
+        torch.compile(carrier, backend=backend(inner="eager"))(inputs(2, 3))
+    torch._dynamo.reset()
+    carrier = backend(llfx.LoRA(r=2, target_names=("down",))).adapt(model, inputs(2, 3))
     randomise(carrier, 0)
-    check(torch.compile(model, backend=adapted), carrier, eager_of(carrier), inputs(2, 3))
+    check(torch.compile(carrier, backend=backend(inner="eager")), carrier, eager_of(carrier), inputs(2, 3))
 
 
 class Mapped(Block):
@@ -373,30 +349,66 @@ class Mapped(Block):
 
 
 def test_sites_beside_transforms_of_functions_are_adapted() -> None:
-    model = Net(Mapped).eval()
-    adapted = backend(llfx.LoRA(r=2, target_names=ALL), inner="eager")
-    carrier = adapted.adapt(model, inputs(2, 3))
+    carrier = backend(llfx.LoRA(r=2, target_names=ALL)).adapt(Net(Mapped).eval(), inputs(2, 3))
     randomise(carrier, 0)
-    for fast in (torch.compile(model, backend=adapted), torch.compile(carrier, backend=backend(inner="eager"))):
-        for shape in ((2, 3), (5, 4)):
-            check(fast, carrier, eager_of(carrier), inputs(*shape))
+    fast = torch.compile(carrier, backend=backend(inner="eager"))
+    for shape in ((2, 3), (5, 4)):
+        check(fast, carrier, eager_of(carrier), inputs(*shape))
+
+
+# Models that carry no adapters.
+
+
+REFUSED = r"captured a graph.* of a model that carries no adapters.*adapt\(model, \*inputs\)"
+
+
+def test_a_model_that_carries_no_adapters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_lite_fx.torch_compile.backend.ORIGINALS", [])
+    model, other = Net(Branching).eval(), Net(Branching).eval()
+    adapting = backend(llfx.LoRA(r=2, target_names=ALL), inner="eager")
+
+    def refuse(compiled: Any) -> None:
+        for _ in range(2):
+            with pytest.raises(llfx.AdapterError, match=REFUSED):
+                compiled(inputs(2, 3))
         torch._dynamo.reset()
+
+    for each in (adapting, backend(inner="eager")):
+        refuse(torch.compile(model, backend=each))
+        refuse(torch.compile(lambda x: model(x), backend=each))
+    refuse(torch.compile(lambda x: x + 1, backend=adapting))
+    carrier = adapting.adapt(model, inputs(2, 3))
+    monkeypatch.undo()
+    for each in (adapting, backend(inner="eager")):
+        refuse(torch.compile(model, backend=each))
+    refuse(torch.compile(other, backend=adapting))
+    torch.compile(carrier, backend=adapting)(inputs(2, 3))
+
+
+def test_other_modules_beside_an_adapted_model_are_compiled_as_they_are() -> None:
+    """Run a module whose graphs have parameters and no sites before and after an adapted one."""
+    adapting = backend(llfx.LoRA(r=2, target_names=("blocks",)), inner="eager")
+    carrier = adapting.adapt(Net(Branching).eval(), inputs(2, 3))
+    randomise(carrier, 0)
+    before, after = Branching().eval().requires_grad_(False), nn.Linear(5, 2).requires_grad_(False)
+    whole, reference = nn.Sequential(before, carrier, after), nn.Sequential(before, eager_of(carrier), after)
+    x = inputs(2, 3)
+    close(torch.compile(whole, backend=backend(inner="eager"))(x), reference(x), 1e-6, "beside other modules")
+    torch._dynamo.reset()
+    with pytest.raises(llfx.AdapterError, match=REFUSED + r".*other models beside it need backend\(\)"):
+        torch.compile(whole, backend=adapting)(x)
 
 
 def test_errors_of_configs_and_models() -> None:
     model = Net().eval()
     with pytest.raises(llfx.ConfigError, match="must be a variant"):
         llfx.backend("lora")  # type: ignore[arg-type]
+    with pytest.raises(llfx.ConfigError, match=r"backend\(\) has no adapters\. The call is backend\(LoRA"):
+        backend().adapt(model, inputs(2, 3))
     with pytest.raises(llfx.SelectionError, match="the nearest: blocks"):
-        torch.compile(model, backend=backend(llfx.LoRA(target_names=("upp",)), inner="eager"))(inputs(2, 3))
-    with pytest.raises(llfx.AdapterError, match="Net carries no adapters"):
-        torch.compile(model, backend=backend(inner="eager"))(inputs(2, 3))
-    with pytest.raises(llfx.AdapterError, match="with a function"):
-        torch.compile(lambda x: model(x), backend=backend(llfx.LoRA(), inner="eager"))(inputs(2, 3))
-    fast = torch.compile(model, backend=backend(llfx.EVA(r=2, target_names=ALL), inner="eager"))
-    for _ in range(2):
-        with pytest.raises(llfx.ConfigError, match=r"EVA.*starts from data: give calibration"):
-            fast(inputs(2, 3))
+        backend(llfx.LoRA(target_names=("upp",))).adapt(model, inputs(2, 3))
+    with pytest.raises(llfx.ConfigError, match=r"EVA.*starts from data: give calibration"):
+        backend(llfx.EVA(r=2, target_names=ALL)).adapt(model, inputs(2, 3))
     attention = nn.MultiheadAttention(WIDTH, 2)
     with pytest.raises(llfx.ConfigError, match="in_proj' is not a module that is called"):
         backend(llfx.LoRA(r=2, target_names=("in_proj",))).adapt(attention, *[inputs(2, 3)] * 3, need_weights=False)
@@ -405,16 +417,15 @@ def test_errors_of_configs_and_models() -> None:
 def test_adapters_move_between_files_graphs_and_compiled_models(tmp_path: Path) -> None:
     model = Net().eval()
     cfg = llfx.LoRA(r=2, target_roles=("up", "down"))
-    adapted = backend(cfg, inner="eager")
-    fast = torch.compile(model, backend=adapted)
-    fast(inputs(2, 3))
-    assert adapted.model is not None
-    randomise(adapted.model, 0)
-    llfx.save(adapted.model, tmp_path / "adapter.safetensors")
+    adapting = backend(cfg, inner="eager")
+    carrier = adapting.adapt(model, inputs(2, 3))
+    fast = torch.compile(carrier, backend=adapting)
+    randomise(carrier, 0)
+    llfx.save(carrier, tmp_path / "adapter.safetensors")
     gm = llfx.load(model, tmp_path / "adapter.safetensors")
     close(fast(inputs(2, 3)), gm(inputs(2, 3)), 1e-6, "loaded")
     randomise(gm, 1)
-    llfx.load_adapter_state_dict(adapted.model, llfx.adapter_state_dict(gm))
+    llfx.load_adapter_state_dict(carrier, llfx.adapter_state_dict(gm))
     close(fast(inputs(2, 3)), gm(inputs(2, 3)), 1e-6, "loaded into the compiled model")
 
 

@@ -23,6 +23,10 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).eval()
 
 
+def adapted() -> nn.Module:
+    return backend(CFG).adapt(model(), X)
+
+
 class Recorded:
     """Stands in for Inductor: it records the options that it is given, and runs the graph."""
 
@@ -35,8 +39,8 @@ class Recorded:
 
 
 BESIDE: dict[str, Any] = {
-    "backend": lambda **settings: {"backend": backend(CFG, **settings)},
-    "torch.compile": lambda **settings: {"backend": backend(CFG), **settings},
+    "backend": lambda **settings: {"backend": backend(**settings)},
+    "torch.compile": lambda **settings: {"backend": backend(), **settings},
 }
 
 
@@ -59,18 +63,17 @@ def test_mode_and_options_reach_inductor(given_to: str, settings: Any, expected:
     arguments = BESIDE[given_to](**settings)
     recorded = Recorded()
     with mock.patch("torch._inductor.compile_fx.compile_fx", recorded):
-        y = torch.compile(model(), **arguments)(X)
+        y = torch.compile(adapted(), **arguments)(X)
     assert recorded.options == [expected]
     torch.manual_seed(0)
     close(y, model()(X), 1e-6, "at the start")
 
 
 def test_a_model_compiled_with_options_is_adapted() -> None:
-    plain, adapted = model(), backend(CFG)
-    fast = torch.compile(plain, backend=adapted, options={"epilogue_fusion": False})
-    fast(X)
-    assert adapted.model is not None
-    randomise(adapted.model, 1)
+    plain, adapting = model(), backend(CFG)
+    carrier = adapting.adapt(plain, X)
+    fast = torch.compile(carrier, backend=adapting, options={"epilogue_fusion": False})
+    randomise(carrier, 1)
     wrapped = llfx.wrap(plain, CFG)
     randomise(wrapped, 1)
     close(fast(X), wrapped(X), 1e-5, "compiled")
@@ -83,7 +86,7 @@ def test_another_backend_gets_the_settings_that_it_takes() -> None:
         given.append(options)
         return gm.forward
 
-    torch.compile(model(), backend=backend(CFG, inner=inner, options={"level": 3}))(X)
+    torch.compile(adapted(), backend=backend(inner=inner, options={"level": 3}))(X)
     assert given == [{"level": 3}]
 
 
@@ -135,11 +138,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "The backend inner=without_settings does not take mode: got an unexpected keyword argument 'mode'.",
     ),
     "bad mode beside": (
-        lambda: torch.compile(model(), backend=backend(CFG), mode="fast")(X),
+        lambda: torch.compile(adapted(), backend=backend(), mode="fast")(X),
         f"mode='fast' is not a mode of torch.compile. The modes are {MODES}.",
     ),
     "twice": (
-        lambda: torch.compile(model(), backend=backend(CFG, mode="max-autotune"), mode="reduce-overhead")(X),
+        lambda: torch.compile(adapted(), backend=backend(mode="max-autotune"), mode="reduce-overhead")(X),
         "torch.compile and backend(...) were both given a mode or options. The way out: give them to one.",
     ),
 }

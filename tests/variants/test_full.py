@@ -278,11 +278,11 @@ def test_the_backend_trains_whole_weights() -> None:
     x = torch.randn(4, 8)
     cfg = [llfx.Full(target_names="2"), llfx.LoRA(r=2, target_names="0")]
     backend = llfx.backend(cfg, inner="eager")
-    compiled = torch.compile(model, backend=backend)
+    adapted = backend.adapt(model, x)
+    compiled = torch.compile(adapted, backend=backend)
     assert torch.equal(compiled(x), model(x))
     wrapped = llfx.wrap(model, cfg, (x,))
-    assert backend.model is not None
-    moved(backend.model, wrapped)
+    moved(adapted, wrapped)
     close(compiled(x).detach(), wrapped(x).detach(), 1e-6, "output")
     compiled(x).sum().backward()
-    assert backend.model.get_parameter("2.lora_weight").grad is not None
+    assert adapted.get_parameter("2.lora_weight").grad is not None

@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.variant import Variant
-from tests.support.models import BLOCKS, GatedMLP, ResidualMLP, ids, net, tiny_llama
+from tests.support.captured import captured
+from tests.support.models import BLOCKS, GatedMLP, ResidualMLP, double_net, ids, net, tiny_llama
 from tests.support.selection import slow_unless
 
 SPEC: dict[str, Any] = {
@@ -44,8 +45,8 @@ def grads(model: nn.Module) -> list[Tensor | None]:
 
 
 def pair(spec: Any, *blocks: type[nn.Module], example: Any = None) -> tuple[Any, Any, nn.Module]:
-    model = net(*blocks).double()
-    gm, wrapped = llfx.rewrite(model, spec, example), llfx.wrap(model, spec, example)
+    model, graph = captured(double_net, *blocks, inputs=example)
+    gm, wrapped = llfx.rewrite(graph, spec), llfx.wrap(graph, spec)
     fill(gm)
     same(gm, wrapped)
     return gm, wrapped, model

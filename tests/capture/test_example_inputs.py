@@ -22,6 +22,7 @@ from lora_lite_fx.capture.hugging_face import prepare_for_capture
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
+from tests.support.selection import broad_after
 from tests.survey.cases import cases
 from tests.survey.tiny import tiny_model
 
@@ -164,7 +165,7 @@ def test_functions_that_a_model_does_not_call_keep_what_they_remember() -> None:
     assert model_of_a_script(4) is kept
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", broad_after(12, ARGUMENTS))
 def test_a_model_runs_on_inputs_of_its_config(name: str) -> None:
     model = CASES[name].builder()()
     inputs = example_inputs_of(model)
@@ -256,6 +257,7 @@ def test_a_model_whose_images_cannot_be_captured_is_captured_for_text_alone() ->
         llfx.capture(model, example_inputs_of(model))
 
 
+@pytest.mark.broad
 def test_it_is_adapted_for_text_alone_too() -> None:
     model = CASES["llava"].builder()().eval()
     model.model.multi_modal_projector = Reads(model.model.multi_modal_projector)
@@ -348,6 +350,7 @@ def test_what_a_graph_cannot_draw_is_refused_with_the_way_out() -> None:
         prepare_for_capture(model)
 
 
+@pytest.mark.broad
 def test_weights_that_training_clamps_are_captured_within_their_limits_alone() -> None:
     model = CASES["gemma3n_text"].builder()()
     inputs = {"input_ids": torch.tensor([[5, 6, 7]])}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.variant import Variant
 from tests.adapters.test_switches import fill
-from tests.support.models import GatedMLP, ResidualMLP, ids, net
+from tests.support.captured import captured
+from tests.support.models import GatedMLP, ResidualMLP, double_net, ids, net
 
 EVERYWHERE: Any = {"target_names": (".",)}
 LOW_RANK: list[Callable[[int], Variant]] = [
@@ -44,9 +45,13 @@ def changes(gm: Any, name: str, base: nn.Module) -> dict[str, Tensor]:
     return {key: change for key, change in found.items() if change.any()}
 
 
+def without_biases() -> nn.Module:
+    return double_net(GatedMLP, ResidualMLP, bias=False)  # IA3 changes biases too
+
+
 def two(first: Variant, second: Variant) -> tuple[Any, nn.Module]:
-    model = net(GatedMLP, ResidualMLP, bias=False).double()  # IA3 changes biases too
-    gm = llfx.rewrite(model, {"one": first, "two": second}, (ids(2, 5),))
+    model, graph = captured(without_biases, inputs=(ids(2, 5),))
+    gm = llfx.rewrite(graph, {"one": first, "two": second})
     fill(gm)
     return gm, model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,18 +42,33 @@ def broad_unless(everyday: Callable[[Any], bool], values: Iterable[Any]) -> list
     return _mark_unless(everyday, values, pytest.mark.broad)
 
 
+def broad_after(everyday: int, values: Iterable[Any], several: bool = False) -> list[Any]:
+    """Return `values` as the parameters of a test, of which the first ones are a part of the everyday run.
+
+    Args:
+        everyday: how many; the others are marked `broad`.
+        values: the values of one parameter. Those that `slow_unless` has marked stay as they are, and do not count.
+        several: each value is a tuple, of one value for each of several parameters.
+    """
+    unmarked = itertools.count()
+    return _mark_unless(lambda _: next(unmarked) < everyday, values, pytest.mark.broad, several)
+
+
 def slow_unless(kept: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
     """Do as `broad_unless`, with the mark `slow`: of what is not `kept` for the everyday or the broad run."""
     return _mark_unless(kept, values, pytest.mark.slow)
 
 
-def _mark_unless(kept: Callable[[Any], bool], values: Iterable[Any], mark: Any) -> list[Any]:
+def _mark_unless(
+    kept: Callable[[Any], bool], values: Iterable[Any], mark: pytest.MarkDecorator, several: bool = False
+) -> list[Any]:
     values = list(values)
     answers = [True if _is_marked(value) else kept(value) for value in values]
     if not all(isinstance(answer, bool) for answer in answers):
         raise TypeError("the answer is True or False. A bound __eq__ may answer NotImplemented, which counts as true.")
     marked = [
-        value if answer else pytest.param(value, marks=mark) for value, answer in zip(values, answers, strict=True)
+        value if answer else pytest.param(*(value if several else [value]), marks=mark)
+        for value, answer in zip(values, answers, strict=True)
     ]
     if all(_is_marked(value) for value in marked):
         raise ValueError("no parameter is left for the everyday run")

@@ -15,6 +15,7 @@ from tests.adapters.test_switches import fill
 from tests.support.compilations import graphs
 from tests.support.conformance import close
 from tests.support.models import GatedMLP, tiny_llama
+from tests.support.selection import broad_after
 
 CONFIGS: list[Any] = [llfx.LoRA(r=2), [llfx.DoRA(r=2), llfx.IA3()], llfx.LoRA(r=2, dropout=0.5), llfx.HRA(r=2)]
 
@@ -72,6 +73,7 @@ def test_a_step_in_both_modes_and_at_another_shape(cfg: Any, checkpoint_layers: 
     assert graphs() > 0
 
 
+@pytest.mark.broad
 def test_the_number_of_graphs_does_not_grow_with_depth() -> None:
     found = []
     for layers in (3, 6):
@@ -90,6 +92,7 @@ def test_the_number_of_graphs_does_not_grow_with_depth() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.broad
 def test_switches_and_hooks_act_and_no_set_is_compiled_twice() -> None:
     configs = {"fr": llfx.LoRA(r=2), "de": llfx.DoRA(r=2)}
     gm: Any = llfx.rewrite(llama(), configs)
@@ -114,7 +117,7 @@ def test_switches_and_hooks_act_and_no_set_is_compiled_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    "cfg", [llfx.LoRA(r=2, alpha=3.0, dropout=0.5), llfx.DoRA(r=2, alpha=3.0)], ids=["LoRA", "DoRA"]
+    "cfg", broad_after(1, [llfx.LoRA(r=2, alpha=3.0, dropout=0.5), llfx.DoRA(r=2, alpha=3.0)]), ids=["LoRA", "DoRA"]
 )
 def test_numbers_of_operations_are_constants_and_no_inputs(cfg: Any) -> None:
     """With dynamic sizes torch.compile takes a number for an input, and compiles anew to learn that it is none."""
@@ -132,6 +135,7 @@ def test_numbers_of_operations_are_constants_and_no_inputs(cfg: Any) -> None:
     assert numbers == []
 
 
+@pytest.mark.broad
 def test_adapted_models_generate_and_train_and_go_back() -> None:
     model: Any = llfx.compile_layers(llfx.adapt(llama(), llfx.LoRA(r=2)), backend="eager", fullgraph=True)
     fill(model)
@@ -151,6 +155,7 @@ def test_adapted_models_generate_and_train_and_go_back() -> None:
     assert graphs() == before
 
 
+@pytest.mark.broad
 def test_the_whole_graph_can_still_be_compiled_and_exported() -> None:
     model = llama()
     gm: Any = llfx.rewrite(model, llfx.LoRA(r=2))

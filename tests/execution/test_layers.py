@@ -19,9 +19,10 @@ from torch.nn.utils import prune
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_llama
+from tests.support.selection import broad_after
 
 VARIANTS = [llfx.LoRA(r=2), llfx.DoRA(r=2), llfx.HRA(r=2)]
-variants = pytest.mark.parametrize("cfg", VARIANTS, ids=lambda cfg: type(cfg).__name__)
+variants = pytest.mark.parametrize("cfg", broad_after(1, VARIANTS), ids=lambda cfg: type(cfg).__name__)
 TOKENS = torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(0))
 
 
@@ -31,7 +32,7 @@ def llama(layers: int = 3) -> Any:
 
 
 FRONT_ENDS: dict[str, Any] = {"rewrite": llfx.rewrite, "adapt": llfx.adapt}
-front_ends = pytest.mark.parametrize("front_end", FRONT_ENDS)
+front_ends = pytest.mark.parametrize("front_end", broad_after(1, FRONT_ENDS))
 
 
 @functools.cache
@@ -222,7 +223,7 @@ def test_equal_layers_have_one_function(cfg: llfx.Variant) -> None:
     assert len(set(functions[1:])) == 1
 
 
-@pytest.mark.parametrize("layers", [3, 5])
+@pytest.mark.parametrize("layers", broad_after(1, [3, 5]))
 def test_layers_that_are_compiled_one_by_one_share_graphs(layers: int) -> None:
     torch.compiler.reset()
     model, wrapper = made("rewrite", llfx.DoRA(r=2), layers)
@@ -311,6 +312,7 @@ def test_hooks_on_the_adapted_model_are_those_of_the_user_and_fire_once() -> Non
     assert fired == ["layer"]
 
 
+@pytest.mark.broad
 def test_weights_that_hooks_compute_are_traced() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))

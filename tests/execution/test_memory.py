@@ -87,6 +87,7 @@ def test_models_that_are_dropped_leave_nothing_behind(cycle: Callable[[], Any]) 
     assert growth(cycle, CYCLES if cycle is rewriting else 2) == {}
 
 
+@pytest.mark.broad
 def test_calls_of_many_shapes_leave_nothing_behind() -> None:
     gm = llfx.rewrite(Net(), CFG, (torch.randn(3, 4),))
 

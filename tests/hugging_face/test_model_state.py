@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.models import one_layer_llama
+from tests.support.selection import broad_after
 
 IDS = torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))
 LORA = llfx.LoRA(r=2, target_roles=("reader", "writer"))
@@ -59,7 +60,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("change", broad_after(2, CHANGES.values()), ids=CHANGES)
 def test_a_change_acts_in_the_next_call(change: Callable[[Any], object], caplog: pytest.LogCaptureFixture) -> None:
     model = adapted()
     plain = llfx.merge(model)
@@ -139,6 +140,7 @@ def test_what_a_config_asks_to_be_returned_is_returned() -> None:
     assert model._graphs.captures == captures  # the first graph holds again
 
 
+@pytest.mark.broad
 def test_a_compiled_call_follows_the_config() -> None:
     model = adapted()
     compiled: Any = torch.compile(model, backend="eager")
@@ -161,7 +163,7 @@ def other_config(model: Any) -> None:
     see_all_tokens(model.model)
 
 
-@pytest.mark.parametrize("change", [see_all_tokens, other_config])
+@pytest.mark.parametrize("change", broad_after(1, [see_all_tokens, other_config]))
 def test_a_config_field_that_was_absent_acts_in_the_next_call(change: Callable[[Any], object]) -> None:
     model = adapted()
     require_acts(change, model)
@@ -368,7 +370,7 @@ COMPUTED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize("compute", broad_after(1, COMPUTED.values()), ids=COMPUTED)
 def test_a_weight_that_is_computed_since_is_computed_in_each_call(
     compute: tuple[Callable[[nn.Module], object], str],
 ) -> None:

@@ -89,6 +89,7 @@ class StopAfter(hf.TrainerCallback):
         control.should_training_stop = control.should_training_stop or state.global_step == self.step
 
 
+@pytest.mark.broad
 def test_a_run_that_is_interrupted_and_resumed_gives_the_same_adapters_bit_for_bit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -141,6 +142,7 @@ def test_evaluation_gives_the_loss_of_the_eager_wrapper(tmp_path: Path) -> None:
     assert predicted.shape == (4, 6, 99)
 
 
+@pytest.mark.broad
 def test_accumulated_gradients_train_as_those_of_the_eager_wrapper_do(tmp_path: Path) -> None:
     start, states = state(fresh()), []
     for model in (fresh(), llfx.wrap(base(), CONFIG)):
@@ -175,6 +177,7 @@ def test_whole_weights_and_tokens_train_as_in_the_eager_wrapper_and_resume_bit_f
     assert_same(state(models[2]), whole)
 
 
+@pytest.mark.broad
 def test_training_evaluating_and_generating_share_one_graph(tmp_path: Path) -> None:
     model = fresh()
     trainer(model, tmp_path, max_steps=1).train()

@@ -64,6 +64,7 @@ OPERATIONS = st.lists(
 )
 
 
+@pytest.mark.broad
 @settings(max_examples=5, deadline=None)
 @given(operations=OPERATIONS)
 def test_any_sequence_of_operations_equals_separate_wrappers(

@@ -33,6 +33,7 @@ def source_of(model: Any, cfg: Any, seed: int) -> Any:
     return source
 
 
+@pytest.mark.broad
 def test_a_compiled_graph_computes_each_adapter_without_compiling_again() -> None:
     model = base()
     gm = llfx.rewrite(model, {"slot": ROOM, "other": llfx.IA3(target_names=("gate",))}, EXAMPLE)

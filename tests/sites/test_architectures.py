@@ -20,7 +20,7 @@ from lora_lite_fx.sites.site import Site
 from tests.support.architectures import DECODERS, Architecture
 from tests.support.architectures_others import OTHERS
 from tests.support.conformance import close, randomise, rewrite_and_wrap, unchanged
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 ARCHITECTURES = DECODERS | OTHERS
 CAPTURED = list(ARCHITECTURES)
@@ -48,14 +48,14 @@ def sites_of(name: str) -> list[Site]:
 # Roles.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", broad_after(5, NAMES))
 def test_sites_and_roles_are_those_of_the_table(name: str) -> None:
     sites = sites_of(name)
     assert {site.name: set(site.roles) for site in sites} == ARCHITECTURES[name].table()
     assert all(site.reasons.keys() == site.roles for site in sites)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", broad_after(4, NAMES))
 def test_every_linear_is_a_site_or_is_listed_with_a_reason(name: str) -> None:
     architecture = ARCHITECTURES[name]
     assert architecture.linears() - architecture.table().keys() == architecture.no_site.keys()
@@ -122,7 +122,7 @@ def outputs_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
     return {key: result.detach() for key, result in results.items()}, gradients
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", broad_after(3, NAMES))
 def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
     architecture = ARCHITECTURES[name]
     model, gm = captured(name)
@@ -167,7 +167,7 @@ ANSWERS_DIFFERENTLY = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", broad_after(3, NAMES))
 def test_a_graph_is_called_like_its_model(name: str) -> None:
     """With nothing but its main input, if the model can do with it; else the graph says why it cannot."""
     model: Any

@@ -26,6 +26,7 @@ from tests.support.conformance import (
     small,
     unchanged,
 )
+from tests.support.selection import broad_after
 
 D = 8
 X, Y = (
@@ -180,7 +181,7 @@ def test_adapters_there_equal_the_wrapper_and_can_be_merged_removed_and_saved(
     assert not any(p.requires_grad for p in merged.parameters())
 
 
-@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("name", broad_after(2, COMPUTED))
 def test_merging_puts_a_tensor_in_the_place_of_what_the_adapters_change(name: str) -> None:
     _, base = model_and_base(name, True)
     gm = llfx.rewrite(base, llfx.IA3(target_names=("mid",)))

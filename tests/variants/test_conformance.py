@@ -62,6 +62,7 @@ def test_every_variant_conforms_on_more_random_models(cls: type[llfx.Variant], d
     check_on(data.draw(cases), cfg, data.draw(shapes))
 
 
+@pytest.mark.broad
 @settings(max_examples=2)
 @given(data=st.data())
 def test_stacks_of_variants_conform_on_random_models(data: st.DataObject) -> None:

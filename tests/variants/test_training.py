@@ -142,6 +142,7 @@ def test_every_parameter_is_trained_from_the_start_or_from_the_second_step(
     assert moved == run.trained.keys()
 
 
+@pytest.mark.broad
 def test_training_lowers_the_loss(adapted: tuple[llfx.Variant, fx.GraphModule]) -> None:
     run = Run(adapted[1], torch.optim.Adam)
     before = run.loss()

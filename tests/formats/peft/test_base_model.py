@@ -32,6 +32,7 @@ from lora_lite_fx.formats.peft.base_model import base_fields
 from lora_lite_fx.formats.tensor_bytes import tensor_bytes
 from tests.support.conformance import randomise
 from tests.support.peft_models import CASES, captured, llama
+from tests.support.selection import broad_after
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 1]])
 NAMES = ("q_proj", "down_proj")
@@ -87,14 +88,18 @@ class Backbone(LlamaModel):
 
 @pytest.mark.parametrize(
     ("build", "task"),
-    [
-        (llama, "CAUSAL_LM"),
-        (lambda: LlamaModel(CONFIG), "FEATURE_EXTRACTION"),
-        (lambda: T5ForConditionalGeneration(T5), "SEQ_2_SEQ_LM"),
-        (lambda: LlamaForSequenceClassification(CONFIG), None),
-        (lambda: Backbone(CONFIG), None),
-        (lambda: nn.Linear(2, 2), None),
-    ],
+    broad_after(
+        1,
+        [
+            (llama, "CAUSAL_LM"),
+            (lambda: LlamaModel(CONFIG), "FEATURE_EXTRACTION"),
+            (lambda: T5ForConditionalGeneration(T5), "SEQ_2_SEQ_LM"),
+            (lambda: LlamaForSequenceClassification(CONFIG), None),
+            (lambda: Backbone(CONFIG), None),
+            (lambda: nn.Linear(2, 2), None),
+        ],
+        several=True,
+    ),
 )
 def test_the_task_is_that_of_the_class(build: Any, task: str | None) -> None:
     model = build()

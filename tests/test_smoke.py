@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import lora_lite_fx as llfx
 from lora_lite_fx.__main__ import main
+from lora_lite_fx.adapters import registry
 from lora_lite_fx.testing import check
 from tests.support.captured import captured
 from tests.support.conformance import randomise
@@ -104,6 +106,7 @@ def test_files_of_peft(tmp_path: Path) -> None:
     assert torch.equal(logits(llfx.load_peft(captured(one_layer_llama)[1], tmp_path)), logits(gm))
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(model, tmp_path)), logits(gm))
     assert set(llfx.to_peft_config(gm)["target_modules"]) >= {"q_proj", "down_proj"}
+    assert isinstance(llfx.from_peft_config(peft.LoraConfig(r=2, target_modules=["q_proj"])), llfx.LoRA)
 
 
 def test_files_of_lora_lite(tmp_path: Path) -> None:
@@ -173,12 +176,41 @@ def test_adapters_by_name() -> None:
         torch.testing.assert_close(logits(gm), halved)
 
 
-def test_a_bank() -> None:
+def test_a_bank(tmp_path: Path) -> None:
     model, gm = llama(llfx.Bank(LORA, slots=3))
-    with torch.no_grad():
-        rows = gm(**TOKENS, adapter_ids=torch.tensor([2, -1])).logits
-        torch.testing.assert_close(rows[1], logits(model)[1])
-        torch.testing.assert_close(rows[0], logits(llfx.take_slot(gm, 2))[0])
+
+    def of_slot(slot: int) -> Tensor:
+        with torch.no_grad():
+            result: Tensor = gm(**TOKENS, adapter_ids=torch.tensor([slot, -1])).logits
+        return result
+
+    torch.testing.assert_close(of_slot(2)[1], logits(model)[1])
+    torch.testing.assert_close(of_slot(2)[0], logits(llfx.take_slot(gm, 2))[0])
+    llfx.save_slot(gm, 2, tmp_path / "slot.safetensors")
+    llfx.load_slot(gm, 0, tmp_path / "slot.safetensors")
+    assert torch.equal(of_slot(0), of_slot(2))
+    llfx.put_slot(gm, 1, llfx.take_slot(gm, 0))
+    assert torch.equal(of_slot(1), of_slot(2))
+    llfx.reset_slot(gm, 2)
+    torch.testing.assert_close(of_slot(2), logits(model))
+
+
+def test_an_adapter_becomes_another() -> None:
+    _, gm = llama(llfx.DoRA(r=2))
+    lora, _ = llfx.to_lora(gm)
+    torch.testing.assert_close(logits(lora), logits(gm), atol=1e-4, rtol=1e-4)
+    room = llama(llfx.LoRA(r=16))[1]
+    llfx.swap(room, llama(seed=1)[1])
+    torch.testing.assert_close(logits(room), logits(llama(seed=1)[1]))
+    doubled = llfx.reconfigure(llama()[1], alpha=2 * LORA.alpha)
+    torch.testing.assert_close(logits(doubled), logits(llama(llfx.LoRA(r=2, alpha=2 * LORA.alpha))[1]))
+
+
+def test_a_variant_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(llfx.registry()))
+    own = llfx.register(dataclasses.dataclass(frozen=True, kw_only=True)(type("Own", (llfx.LoRA,), {})))
+    assert llfx.registry()["Own"] is own
+    torch.testing.assert_close(logits(llama(own(r=2))[1]), logits(llama(llfx.LoRA(r=2))[1]))
 
 
 def test_the_backend_of_torch_compile() -> None:
@@ -200,6 +232,9 @@ def test_less_memory_and_a_fused_loss() -> None:
         gm = llfx.rewrite(graph, LORA, **setting).train()
         randomise(gm, 0)
         torch.testing.assert_close(gm(**TOKENS).loss, expected)
+    planned = llfx.plan_memory(llama()[1], 0.9)
+    planned(**TOKENS).loss.backward()
+    assert llfx.memory_plan(planned)
 
 
 def test_check_of_a_variant() -> None:

@@ -155,22 +155,26 @@ def test_a_call_that_takes_another_branch_is_an_error(adapt: Adapt, case: str) -
 @pytest.mark.parametrize("adapt", broad_after(1, [eager, compiled]))
 @pytest.mark.parametrize(
     ("cls", "args", "kwargs"),
-    [
-        (Masked, (X, MASK), {}),
-        (Causal, (X, ATTENDED), {}),
-        (Required, (X, MASK), {}),
-        (Flag, (X,), {}),
-        (Either, (X, ATTENDED), {}),
-        (Either, (X,), {"k": ATTENDED}),
-        (NeedsMask, (X, MASK), {}),
-        (Forwarded, (X,), {}),
-        (Forwarded, (X, None), {"scale": 2.0}),
-        (Forwarded, (X,), {"is_causal": True}),
-        (Forwarded, (X, ATTENDED), {}),
-        (Many, (X,), {}),
-        (Many, (X,), {"d": ATTENDED}),
-        (Many, (X, ATTENDED), {"e": ATTENDED}),
-    ],
+    broad_after(
+        6,
+        [
+            (Masked, (X, MASK), {}),
+            (Causal, (X, ATTENDED), {}),
+            (Required, (X, MASK), {}),
+            (Flag, (X,), {}),
+            (Either, (X, ATTENDED), {}),
+            (Either, (X,), {"k": ATTENDED}),
+            (NeedsMask, (X, MASK), {}),
+            (Forwarded, (X,), {}),
+            (Forwarded, (X, None), {"scale": 2.0}),
+            (Forwarded, (X,), {"is_causal": True}),
+            (Forwarded, (X, ATTENDED), {}),
+            (Many, (X,), {}),
+            (Many, (X,), {"d": ATTENDED}),
+            (Many, (X, ATTENDED), {"e": ATTENDED}),
+        ],
+        several=True,
+    ),
 )
 def test_a_call_that_takes_the_same_branch_runs(
     adapt: Adapt, cls: type[Layer], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -115,6 +115,7 @@ def test_heads_with_labels_of_other_shapes_are_captured_with_their_loss() -> Non
     assert torch.equal(llfx.capture(encoder)(**batch).pooler_output, encoder(**batch).pooler_output)
 
 
+@pytest.mark.broad
 def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
     torch.manual_seed(0)
     config = tiny_t5(d_model=32, d_ff=48, num_layers=2, num_heads=4, vocab_size=99)

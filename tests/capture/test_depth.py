@@ -142,6 +142,7 @@ def test_results_of_layers_are_stamped_too(
     require_same(stamped, in_full(model, (torch.randn(3, 4),)))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("cls", slow_unless(lambda cls: cls is WithCache, [WithCache, ReadsNeighbour, ReadsBackwards]))
 def test_inputs_of_layers_are_stamped_too(
     cls: Any, in_full: Callable[..., fx.GraphModule], log: Callable[[], str]

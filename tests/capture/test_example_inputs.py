@@ -98,7 +98,7 @@ SOUNDS = {
 }
 
 
-@pytest.mark.parametrize("name", [*IMAGES, *SOUNDS])
+@pytest.mark.parametrize("name", broad_after(4, [*IMAGES, *SOUNDS]))
 def test_a_model_computes_something_of_its_example_images_and_sounds(name: str) -> None:
     model = CASES[name].builder()()
     inputs = example_inputs_of(model)

@@ -250,6 +250,7 @@ def test_a_stage_alone_is_not_saved_as_the_whole(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.broad
 def test_a_stage_without_an_input_says_which() -> None:
     with pytest.raises(TypeError, match="attention_mask"):
         _stage()(input_ids=torch.ones(2, 5, dtype=torch.long))

@@ -72,7 +72,7 @@ def albert() -> Any:
 
 MODELS: tuple[Callable[[], Any], ...] = (llama, gpt2, bert, t5, albert)
 models = pytest.mark.parametrize(
-    "build", slow_unless((llama, albert).__contains__, MODELS), ids=lambda build: build.__name__
+    "build", broad_after(1, slow_unless((llama, albert).__contains__, MODELS)), ids=lambda build: build.__name__
 )
 
 
@@ -177,6 +177,7 @@ def test_two_adapters_with_dropout_and_batch_norm_compute_the_same(cls: type[llf
     assert saved_by(ours, (ids(3, 6),)) < saved_by(plain, (ids(3, 6),))
 
 
+@pytest.mark.broad
 def test_the_backward_pass_uses_the_mode_of_the_forward_pass() -> None:
     plain, ours = plain_and_checkpointed(bert)
     expected = step(plain, tokens())
@@ -351,6 +352,7 @@ def test_an_export_is_flat() -> None:
 # Checkpointing across capture, rewriting and files.
 
 
+@pytest.mark.broad
 def test_the_graph_of_a_hugging_face_model_that_checkpoints_checkpoints_too() -> None:
     model = copy.deepcopy(model_and_base(llama)[0])
     model.activation_checkpointing_enable({"use_reentrant": True})

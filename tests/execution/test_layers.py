@@ -120,6 +120,7 @@ def test_backward_hooks_on_layers_fire(front_end: str) -> None:
     assert fired == [2, 1, 0]
 
 
+@pytest.mark.broad
 def test_noise_on_embeddings_acts_in_training() -> None:
     """NEFTune, as transformers' Trainer puts it on: a forward hook on the embedding that looks at its mode."""
     model, _ = made("adapt", llfx.LoRA(r=2))
@@ -180,6 +181,7 @@ def test_a_layer_of_a_graph_runs_alone() -> None:
     close(layer(*inputs[0]), outputs[0], 1e-9, "output of the layer")
 
 
+@pytest.mark.broad
 def test_a_layer_that_was_replaced_by_another_module_is_an_error() -> None:
     for front_end in FRONT_ENDS:
         model, _ = made(front_end, llfx.LoRA(r=2))
@@ -197,6 +199,7 @@ def test_a_layer_that_was_replaced_by_another_module_is_an_error() -> None:
         )
 
 
+@pytest.mark.broad
 def test_a_tied_parameter_that_is_replaced_under_one_name_is_an_error() -> None:
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=1, vocab_size=40, tie_word_embeddings=True))
@@ -278,6 +281,7 @@ def counting(fired: list[str], name: str) -> Any:
     return lambda module, args, output: fired.append(name)
 
 
+@pytest.mark.broad
 def test_a_hook_on_the_captured_model_is_traced_with_a_warning() -> None:
     base = llama(2)
     base.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.5)
@@ -298,6 +302,7 @@ def test_a_backward_hook_on_the_captured_model_is_warned_of() -> None:
         llfx.rewrite(base, llfx.LoRA(r=2))
 
 
+@pytest.mark.broad
 def test_hooks_on_the_adapted_model_are_those_of_the_user_and_fire_once() -> None:
     base = llama(2)
     fired: list[str] = []

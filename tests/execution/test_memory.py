@@ -80,6 +80,7 @@ def growth(cycle: Callable[[], Any], cycles: int) -> dict[str, int]:
     return {name: count - before[name] for name, count in live().items() if count > before[name]}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "cycle", [rewriting, pytest.param(adapting, marks=pytest.mark.slow)], ids=lambda cycle: cycle.__name__
 )

@@ -75,6 +75,7 @@ def test_an_adapted_model_says_why_it_cannot_be_pickled(kind: str) -> None:
     assert llfx.adapter_state_dict(twin).keys() == llfx.adapter_state_dict(model).keys()
 
 
+@pytest.mark.broad
 def test_a_copy_of_an_adapted_model_runs_and_a_merged_one_can_be_pickled() -> None:
     model, x = adapted_model(), ids(2, 5)
     expected = model(input_ids=x).logits.detach()

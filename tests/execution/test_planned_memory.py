@@ -19,6 +19,7 @@ from lora_lite_fx.execution.cutting import call
 from lora_lite_fx.execution.measuring import Recorder, obstacle
 from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.execution.test_checkpointing import MODELS, VOCABULARY, InPlace, assert_same, llama, step, t5, tokens
+from tests.support.captured import captured
 from tests.support.conformance import randomise, small
 from tests.support.models import WIDTH, ResidualMLP, tiny_llama
 from tests.support.selection import broad_after, slow_unless
@@ -33,8 +34,7 @@ def plain_llama() -> Any:
 
 @functools.cache
 def trained(build: Callable[[], Any], cfg: llfx.Variant = LORA) -> Any:
-    torch.manual_seed(0)
-    plain = llfx.rewrite(build(), cfg)
+    plain = llfx.rewrite(captured(build)[1], cfg)
     randomise(plain, 1)
     return plain.train()
 
@@ -92,6 +92,7 @@ def test_every_form_of_adapter_computes_the_same(cls: type[llfx.Variant]) -> Non
     assert all(plan.dropped for plan in llfx.memory_plan(ours))
 
 
+@pytest.mark.broad
 def test_an_adapted_model_computes_the_same() -> None:
     torch.manual_seed(0)
     model = llama()
@@ -108,7 +109,7 @@ def test_an_adapted_model_computes_the_same() -> None:
 
 @pytest.mark.broad
 def test_banks_compute_the_same() -> None:
-    plain = llfx.rewrite(plain_llama(), llfx.Bank(llfx.LoRA(r=3), slots=3)).train()
+    plain = llfx.rewrite(captured(plain_llama)[1], llfx.Bank(llfx.LoRA(r=3), slots=3)).train()
     randomise(plain, 1)
     ours = planned(plain, 0.7)
     for ids in ([0, 2, -1, 1], [1, 1, 0, -1]):
@@ -120,7 +121,7 @@ def test_banks_compute_the_same() -> None:
 
 @pytest.mark.broad
 def test_each_set_of_adapters_has_plans() -> None:
-    plain = llfx.rewrite(plain_llama(), {"a": llfx.LoRA(r=3), "b": llfx.DoRA(r=2)}).train()
+    plain = llfx.rewrite(captured(plain_llama)[1], {"a": llfx.LoRA(r=3), "b": llfx.DoRA(r=2)}).train()
     randomise(plain, 1)
     ours = planned(plain, "balanced")
     for names in (["a"], ["b"], ["a", "b"]):
@@ -132,7 +133,7 @@ def test_each_set_of_adapters_has_plans() -> None:
 
 @pytest.mark.broad
 def test_a_fused_loss_is_the_same() -> None:
-    plain = llfx.rewrite(plain_llama(), llfx.LoRA(r=3), fuse_loss=True).train()
+    plain = llfx.rewrite(captured(plain_llama)[1], llfx.LoRA(r=3), fuse_loss=True).train()
     randomise(plain, 1)
     ours = planned(plain, 0.6)
     for _ in range(2):
@@ -145,6 +146,7 @@ def test_a_fused_loss_is_the_same() -> None:
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.broad
 def test_gradients_of_gradients_are_the_same() -> None:
     plain = trained(plain_llama, llfx.LoRA(r=2))
     ours = planned(plain, 0.5)

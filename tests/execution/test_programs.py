@@ -234,6 +234,7 @@ def test_two_threads_do_not_disturb_each_other() -> None:
             close(ours, output(plain, (ids(1, length),)).sum().expand(20), 1e-9, "output")
 
 
+@pytest.mark.broad
 def test_a_compiled_model_is_one_graph_and_sees_changed_values() -> None:
     torch.compiler.reset()
     gm, plain = pair(llfx.DoRA)
@@ -250,6 +251,7 @@ def test_a_compiled_model_is_one_graph_and_sees_changed_values() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.broad
 def test_an_exported_file_holds_the_plain_graph_and_can_be_optimized_again() -> None:
     gm, plain = pair(llfx.DoRA)
     dynamic = ([torch.export.Dim.AUTO] * 2,)

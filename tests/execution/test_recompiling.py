@@ -70,6 +70,7 @@ def test_batches_and_scopes_compile_nothing_again(form: str) -> None:
     assert switched(7) == second == step(8)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("form", broad_after(1, FORMS[:2]))
 def test_the_first_call_may_be_within_a_scope(form: str) -> None:
     model, compiled = plain_and_compiled(form)

@@ -45,6 +45,7 @@ class Around(nn.Module):
         return 2 * y
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("function", broad_after(1, [llfx.inspect, llfx.merge, llfx.remove, llfx.adapter_state_dict]))
 def test_a_graph_around_an_adapted_one_is_refused(function: object) -> None:
     gm = llfx.rewrite(net(Attention), llfx.LoRA(r=2, target_names=("q$",)), (ids(2, 5),)).eval()

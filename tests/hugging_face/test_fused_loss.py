@@ -80,6 +80,7 @@ def test_evaluation_generation_and_calls_without_labels_are_as_ever() -> None:
     assert torch.equal(*tokens)
 
 
+@pytest.mark.broad
 def test_the_first_graph_is_that_of_training_and_the_same_adapters_are_in_all() -> None:
     model = llfx.adapt(base(), CONFIG, fuse_loss=True)
     assert len(model.graphs) == 1

@@ -80,6 +80,7 @@ def test_a_change_acts_in_the_next_call(change: Callable[[Any], object], caplog:
     assert len([record for record in caplog.messages if "captured a graph" in record]) == 1
 
 
+@pytest.mark.broad
 def test_dropout_that_a_trainer_switches_off_is_off() -> None:
     # TRL's disable_dropout sets p of all nn.Dropout to zero, and its default for DPO is to do so.
     torch.manual_seed(0)
@@ -119,6 +120,7 @@ def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogC
     assert "config.pad_token_id is 1, and was 0" in caplog.text
 
 
+@pytest.mark.broad
 def test_what_a_config_asks_to_be_returned_is_returned() -> None:
     model = adapted()
     expected = model(IDS).logits
@@ -169,6 +171,7 @@ def test_a_config_field_that_was_absent_acts_in_the_next_call(change: Callable[[
     require_acts(change, model)
 
 
+@pytest.mark.broad
 def test_modules_that_are_causal_with_a_mask_alone_are_refused() -> None:
     # Sdpa leaves out the mask of a text without padding, whose tokens see all then; with padding they see those before.
     model = adapted()

@@ -16,6 +16,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.passes import OPTIMIZATIONS, GraphPass, LeaveOutDropout, PassError, Pipeline
 from tests.passes.test_leave_out_inputs import INPUTS, Masked
 from tests.passes.test_pipeline import Down, Returns
+from tests.support.captured import captured
 from tests.support.conformance import randomise, unchanged
 from tests.support.models import ids
 from tests.support.programs import MIXED, adapted
@@ -27,8 +28,8 @@ X = (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),)
 
 def graph(dropout: float = 0.0) -> fx.GraphModule:
     """Return the graph of a layer with a trained adapter at each of its two sites."""
-    torch.manual_seed(0)
-    gm = llfx.rewrite(Down(), llfx.LoRA(r=2, alpha=4.0, dropout=dropout), (torch.ones(2, 4),))
+    _, base = captured(Down, inputs=(torch.ones(2, 4),))
+    gm = llfx.rewrite(base, llfx.LoRA(r=2, alpha=4.0, dropout=dropout))
     randomise(gm, 1)
     return gm
 

@@ -28,18 +28,19 @@ def is_distinct(variant: Any) -> bool:
     return _name(variant) in DISTINCT
 
 
-def broad_unless(everyday: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
+def broad_unless(everyday: Callable[[Any], bool], values: Iterable[Any], several: bool = False) -> list[Any]:
     """Return `values` as the parameters of a test, in which those that are not `everyday` are marked `broad`.
 
     Args:
         everyday: says of a value whether it is a part of the everyday run. At least one must be.
         values: the values of one parameter. Those that `slow_unless` has marked stay as they are.
+        several: each value is a tuple, of one value for each of several parameters.
 
     Raises:
         TypeError: `everyday` answers something else than True or False.
         ValueError: no value is a part of the everyday run, so the test would not run at all there.
     """
-    return _mark_unless(everyday, values, pytest.mark.broad)
+    return _mark_unless(everyday, values, pytest.mark.broad, several)
 
 
 def broad_after(everyday: int, values: Iterable[Any], several: bool = False) -> list[Any]:
@@ -47,8 +48,7 @@ def broad_after(everyday: int, values: Iterable[Any], several: bool = False) -> 
 
     Args:
         everyday: how many; the others are marked `broad`.
-        values: the values of one parameter. Those that `slow_unless` has marked stay as they are, and do not count.
-        several: each value is a tuple, of one value for each of several parameters.
+        values, several: as of `broad_unless`. Values that `slow_unless` has marked do not count.
     """
     unmarked = itertools.count()
     return _mark_unless(lambda _: next(unmarked) < everyday, values, pytest.mark.broad, several)

@@ -26,6 +26,7 @@ from lora_lite_fx.sites.site import Site
 from lora_lite_fx.torch_compile.backend import backend, compile_graph
 from tests.support.conformance import close, gradients, randomise, small
 from tests.support.own_variants import registered
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 WIDTH, INNER = 4, 6
@@ -123,7 +124,9 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__)
+@pytest.mark.parametrize(
+    "cfg", broad_after(2, CONFIGS), ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__
+)
 def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
     """Compare a model with `backend(cfg)` to `wrap`, at several shapes and in both modes."""
     model = Net(count=1).eval()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 
 R, ALPHA = 4, 6.0
 S = ALPHA / R
@@ -138,7 +139,7 @@ def effective(name: str, linear: Any, p: dict[str, Tensor], down: bool = False) 
     return w, b
 
 
-@pytest.mark.parametrize("example_inputs", [None, (sample(2, 4, D_IN),)], ids=["symbolic", "exported"])
+@pytest.mark.parametrize("example_inputs", broad_after(1, [None, (sample(2, 4, D_IN),)]), ids=["symbolic", "exported"])
 @pytest.mark.parametrize("cls", [Net, Conv1DNet, KeywordNet])
 @every_variant
 def test_rewrite_wrap_and_merge_compute_the_formula(name: str, cls: Any, example_inputs: Any) -> None:

@@ -74,6 +74,7 @@ def error(model: nn.Module, exact: nn.Module, name: str) -> float:
     return error
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("pair", broad_after(2, slow_unless(lambda it: it[1] in FEW, PAIRS)), ids="-".join)
 def test_the_error_on_a_bfloat16_base_is_no_larger_than_that_of_peft(pair: tuple[str, str]) -> None:
     case, name = pair

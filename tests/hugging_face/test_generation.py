@@ -180,6 +180,7 @@ def test_an_encoder_decoder_generates_and_trains(name: str) -> None:
     assert len(adapted._graphs) == 4  # Training, the encoder alone, the first token, the others.
 
 
+@pytest.mark.broad
 def test_sampling_draws_the_same_tokens_at_equal_seeds() -> None:
     assert_same(*pair("llama"), prompt(), do_sample=True, temperature=1.5)
 
@@ -232,6 +233,7 @@ def test_without_use_cache_the_result_has_no_cache() -> None:
     assert adapted(**prompt(), return_dict=False)[0].shape == actual.logits.shape
 
 
+@pytest.mark.broad
 def test_texts_packed_in_one_row_do_not_see_each_other() -> None:
     adapted, merged = pair("llama")
     ids = prompt()["input_ids"][1:, 1:]

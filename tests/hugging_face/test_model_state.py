@@ -165,6 +165,7 @@ def other_config(model: Any) -> None:
     see_all_tokens(model.model)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("change", broad_after(1, [see_all_tokens, other_config]))
 def test_a_config_field_that_was_absent_acts_in_the_next_call(change: Callable[[Any], object]) -> None:
     model = adapted()
@@ -219,6 +220,7 @@ class Scaled(hf.LlamaForCausalLM):
         return result
 
 
+@pytest.mark.broad
 def test_attributes_of_every_kind_act_in_the_next_call() -> None:
     torch.manual_seed(0)
     config = one_layer_llama().config
@@ -335,6 +337,7 @@ def test_a_wrapper_around_the_forward_of_a_layer_acts() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.broad
 def test_a_layer_without_adapters_may_be_replaced_by_another_of_its_class() -> None:
     torch.manual_seed(0)
     model = llfx.adapt(one_layer_llama().eval(), llfx.LoRA(r=2, target_names=("lm_head",)))
@@ -393,6 +396,7 @@ def test_a_weight_that_is_computed_since_is_computed_in_each_call(
     assert same(model(IDS, output_hidden_states=True).logits, logits)  # which is captured anew
 
 
+@pytest.mark.broad
 def test_an_adapted_weight_that_is_parametrized_since_is_merged() -> None:
     model = adapted()
     model(IDS)

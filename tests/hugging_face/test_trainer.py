@@ -111,6 +111,7 @@ def test_a_run_that_is_interrupted_and_resumed_gives_the_same_adapters_bit_for_b
     assert_same(state(resumed), expected)
 
 
+@pytest.mark.broad
 def test_checkpoints_hold_the_adapters_only_and_can_be_adapted_with(tmp_path: Path) -> None:
     model = fresh()
     trainer(model, tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
@@ -131,6 +132,7 @@ def test_only_the_adapters_move_and_the_users_model_stays_as_it_was(tmp_path: Pa
     assert trained == llfx.adapter_state_dict(adapted_model).keys()
 
 
+@pytest.mark.broad
 def test_evaluation_gives_the_loss_of_the_eager_wrapper(tmp_path: Path) -> None:
     wrapped = llfx.wrap(base(), CONFIG)
     llfx.load_adapter_state_dict(wrapped, state(fresh()))

@@ -148,7 +148,7 @@ def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("cls", [llfx.LoRA, llfx.OFT], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.OFT]), ids=lambda cls: cls.__name__)
 def test_a_model_that_breaks_into_graphs_is_adapted_in_each(cls: type[llfx.Variant]) -> None:
     """Run one graph for all layers, with the adapters of each; sites that run between the graphs are adapted too."""
     model = Net(Branching, 3).eval()
@@ -214,6 +214,7 @@ def test_layers_do_not_share_a_graph_where_forward_reads_other_values() -> None:
         check(torch.compile(carrier, backend=backend(inner="eager")), carrier, eager_of(carrier), inputs(2, 3))
 
 
+@pytest.mark.broad
 def test_inductor_computes_what_the_eager_wrapper_does() -> None:
     carrier = backend(llfx.DoRA(r=2, target_names=("up", "head"))).adapt(Net().eval(), inputs(2, 3))
     randomise(carrier, 0)
@@ -255,6 +256,7 @@ def test_a_site_outside_the_graphs_is_an_error_that_names_it() -> None:
     check(fast, only_down.model, eager_of(only_down.model), inputs(2, 3))
 
 
+@pytest.mark.broad
 def test_past_the_limit_of_recompilations_a_site_is_an_error() -> None:
     class Scaled(Block):
         def forward(self, x: Tensor, scale: float = 1.0) -> Any:

@@ -124,7 +124,8 @@ def test_merge_and_remove() -> None:
 
 def test_compile() -> None:
     _, gm = small()
-    torch.testing.assert_close(torch.compile(gm, fullgraph=True, backend="eager")(*EXAMPLE), gm(*EXAMPLE))
+    compiled: Any = torch.compile(gm, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*EXAMPLE), gm(*EXAMPLE))
     layers: Any = llfx.compile_layers(small()[1], backend="eager")
     torch.testing.assert_close(layers(*EXAMPLE), gm(*EXAMPLE))
 
@@ -208,9 +209,14 @@ def test_an_adapter_becomes_another() -> None:
 
 def test_a_variant_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_REGISTRY", dict(llfx.registry()))
-    own = llfx.register(dataclasses.dataclass(frozen=True, kw_only=True)(type("Own", (llfx.LoRA,), {})))
-    assert llfx.registry()["Own"] is own
-    torch.testing.assert_close(logits(llama(own(r=2))[1]), logits(llama(llfx.LoRA(r=2))[1]))
+
+    @llfx.register
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(llfx.LoRA):
+        """As LoRA."""
+
+    assert llfx.registry()["Own"] is Own
+    torch.testing.assert_close(logits(llama(Own(r=2))[1]), logits(llama(llfx.LoRA(r=2))[1]))
 
 
 def test_the_backend_of_torch_compile() -> None:
@@ -250,5 +256,5 @@ def test_trainer_takes_an_adapted_model(tmp_path: Path) -> None:
     options: Any = {"max_steps": 2, "report_to": [], "save_strategy": "no", "use_cpu": True}
     arguments = transformers.TrainingArguments(str(tmp_path), **options)
     before = {name: tensor.clone() for name, tensor in llfx.adapter_state_dict(chat).items()}
-    transformers.Trainer(chat, arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    transformers.Trainer(chat, arguments, train_dataset=rows).train()
     assert any(not torch.equal(tensor, before[name]) for name, tensor in llfx.adapter_state_dict(chat).items())

@@ -15,7 +15,7 @@ import lora_lite_fx as llfx
 from tests.support.captured import captured
 from tests.support.conformance import close, output, randomise, small
 from tests.support.models import Attention, SharedLinear, ids, net
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 aten = torch.ops.aten
 VARIANTS = slow_unless(
@@ -53,7 +53,7 @@ def decomposed(gm: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
-@pytest.mark.parametrize("cls", VARIANTS)
+@pytest.mark.parametrize("cls", broad_after(1, VARIANTS))
 def test_decomposed_graphs_keep_all_adapters(cls: type[llfx.Variant], tmp_path: Path) -> None:
     model, base = captured(transposing, inputs=EXAMPLE)
     # The second adapter must stay around the first.
@@ -163,7 +163,7 @@ def check_refused(gm: fx.GraphModule, site: str, tmp_path: Path) -> None:
     assert "is at" in row.reason
 
 
-@pytest.mark.parametrize("cls", VARIANTS)
+@pytest.mark.parametrize("cls", broad_after(1, VARIANTS))
 def test_fused_linears_are_named_and_their_adapters_can_be_removed(cls: type[llfx.Variant], tmp_path: Path) -> None:
     model, graph = captured(net, Attention, inputs=(ids(2, 5),))
     gm = llfx.rewrite(graph, small(cls, target_names=("blocks",))).eval()

@@ -371,19 +371,23 @@ def test_an_input_that_is_called_like_a_coefficient_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("call", "message"),
-    [
-        (lambda gm: llfx.active(gm, "it"), "no adapter 'it'; it has 'fr', 'de'"),
-        (lambda gm: llfx.scaled(gm, 1, "it"), "no adapter 'it'"),
-        (lambda gm: llfx.scaled(gm, {"it": 1}), "no adapter 'it'"),
-        (lambda gm: llfx.scaled(gm, {"fr": 1}, "fr"), "not in both"),
-        (lambda gm: llfx.scaled(gm, float("nan")), "a finite number"),
-        (lambda gm: llfx.scaled(gm, torch.tensor([1.0, float("inf")])), "NaN or infinite"),
-        (lambda gm: llfx.scaled(gm, True), "is a number"),
-        (lambda gm: llfx.scaled(gm, cast(Any, [1])), "is a number"),
-        (lambda gm: llfx.scaled(gm, torch.ones(2, 2)), r"\(\) or \(batch,\)"),
-        (lambda gm: llfx.active(llfx.remove(gm), "fr"), "has no adapters"),
-        (lambda gm: llfx.active(torch.export.export(gm, (ids(2, 5),)).module(), "fr"), r"optimize\(model\)"),
-    ],
+    broad_after(
+        6,
+        [
+            (lambda gm: llfx.active(gm, "it"), "no adapter 'it'; it has 'fr', 'de'"),
+            (lambda gm: llfx.scaled(gm, 1, "it"), "no adapter 'it'"),
+            (lambda gm: llfx.scaled(gm, {"it": 1}), "no adapter 'it'"),
+            (lambda gm: llfx.scaled(gm, {"fr": 1}, "fr"), "not in both"),
+            (lambda gm: llfx.scaled(gm, float("nan")), "a finite number"),
+            (lambda gm: llfx.scaled(gm, torch.tensor([1.0, float("inf")])), "NaN or infinite"),
+            (lambda gm: llfx.scaled(gm, True), "is a number"),
+            (lambda gm: llfx.scaled(gm, cast(Any, [1])), "is a number"),
+            (lambda gm: llfx.scaled(gm, torch.ones(2, 2)), r"\(\) or \(batch,\)"),
+            (lambda gm: llfx.active(llfx.remove(gm), "fr"), "has no adapters"),
+            (lambda gm: llfx.active(torch.export.export(gm, (ids(2, 5),)).module(), "fr"), r"optimize\(model\)"),
+        ],
+        several=True,
+    ),
 )
 def test_bad_switches_are_refused_and_change_nothing(call: Callable[[Any], Any], message: str) -> None:
     gm, _, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))

@@ -124,6 +124,7 @@ def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
     close(llfx.capture(model)(**batch).logits, model(**batch).logits, 1e-6, "logits")
 
 
+@pytest.mark.broad
 def test_a_vision_model_is_captured_on_images_made_from_its_config() -> None:
     torch.manual_seed(0)
     config = hf.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=16, patch_size=8)

@@ -20,6 +20,7 @@ from tests.survey.cases import cases
 CASES = {case.name: case for case in cases()}
 
 
+@pytest.mark.broad
 def test_a_mask_that_shows_everything_is_made_in_a_trace_no_more_than_otherwise() -> None:
     gm = llfx.capture(CASES["vit"].builder()())
     attention = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)

@@ -95,6 +95,7 @@ def ids() -> Tensor:
     return torch.arange(9).view(3, 3)
 
 
+@pytest.mark.broad
 def test_a_loop_over_the_experts_that_tokens_chose_is_followed_for_others(ids: Tensor) -> None:
     torch.manual_seed(0)
     model = Experts()

@@ -108,6 +108,7 @@ EVERY_DAY = {"llama"}
 PLANTED_EVERY_DAY = {"OtherConstant", "ReadsMiddle", "OtherInEvaluation", "BranchesOnIndex", "OtherDropout", "tied"}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", slow_unless(lambda name: name in EVERY_DAY, ARCHITECTURES))
 def test_stamped_graph_is_the_full_graph(name: str, in_full: Callable[..., fx.GraphModule]) -> None:
     model = ARCHITECTURES[name].build() if name in STAGED else deep(ARCHITECTURES[name])
@@ -235,7 +236,7 @@ def test_an_argument_may_be_left_out_if_all_layers_agree(log: Callable[[], str])
     torch.testing.assert_close(gm.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("odd", [0, ODD])
+@pytest.mark.parametrize("odd", broad_after(1, [0, ODD]))
 def test_an_argument_may_not_be_left_out_if_one_layer_computes_something_else(odd: int) -> None:
     gm = llfx.capture(Weighted(odd), (torch.randn(3, 4), torch.rand(3, 4)))
     with pytest.raises(llfx.CallError, match="weights cannot be left out, because the model then computes another"):

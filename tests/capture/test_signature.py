@@ -124,6 +124,7 @@ def test_without_labels_the_loss_is_not_computed(adapted: tuple[fx.GraphModule, 
     assert not [name for name in called if "cross_entropy" in name]
 
 
+@pytest.mark.broad
 def test_a_compiled_graph_is_called_like_the_model(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
     gm, wrapped = adapted
     fast = torch.compile(gm, fullgraph=True, backend="aot_eager")

@@ -176,6 +176,7 @@ def test_the_whole_graph_can_still_be_compiled_and_exported() -> None:
     close(y.logits, expected, 1e-10, "logits")
 
 
+@pytest.mark.broad
 def test_what_cannot_be_compiled_is_refused_and_nothing_changes() -> None:
     model = llama(1)
     gm: Any = llfx.rewrite(model, llfx.LoRA(r=2))

@@ -198,6 +198,7 @@ def test_a_call_for_which_the_model_decides_otherwise_gets_a_graph_of_its_own() 
     assert captures == [1, 4, 4]
 
 
+@pytest.mark.broad
 def test_several_adapters_share_one_model() -> None:
     configs = [llfx.LoRA(r=2), llfx.IA3()]
     model = llfx.adapt(base(), configs)

@@ -49,6 +49,7 @@ def test_a_mixed_batch_samples_what_each_adapter_does() -> None:
     assert not torch.equal(mixed, sampled(torch.full_like(IDS, -1)))
 
 
+@pytest.mark.broad
 def test_rows_are_those_of_pefts_mixed_batch(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = adapted_by(llfx.Bank(llfx.LoRA(r=2, alpha=3.0), slots=3))

@@ -96,6 +96,7 @@ def test_the_first_graph_is_that_of_training_and_the_same_adapters_are_in_all() 
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.broad
 def test_a_model_follows_its_graph() -> None:
     graph = llfx.rewrite(base(), CONFIG, fuse_loss=True)
     assert llfx.adapt(graph).train()(**CALLS["labels"]).logits is None

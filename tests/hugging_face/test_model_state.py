@@ -249,6 +249,7 @@ def test_attributes_of_every_kind_act_in_the_next_call() -> None:
         assert model._graphs.captures == captures
 
 
+@pytest.mark.broad
 def test_a_loss_function_that_is_set_is_that_of_the_next_call() -> None:
     torch.manual_seed(0)
     config = hf.LlamaConfig(

@@ -72,6 +72,7 @@ def test_each_call_goes_by_its_own_mask(mask: Tensor | None, seen: tuple[bool, b
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.broad
 def test_one_token_of_a_cache_needs_no_mask() -> None:
     chat = llfx.adapt(llama()[0], LOW_RANK["DoRA"])
     with Seen() as attention:

@@ -140,6 +140,7 @@ def test_dare_keeps_the_change_in_the_mean_and_depends_on_its_seed() -> None:
         torch.testing.assert_close(a[key][kept], 2 * change[kept], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.broad
 def test_an_adapted_model_gets_a_sum_too(tmp_path: Any) -> None:
     from transformers import LlamaForCausalLM
 

@@ -20,16 +20,17 @@ from lora_lite_fx.sites.site import Site
 from tests.support.architectures import DECODERS, Architecture
 from tests.support.architectures_others import OTHERS
 from tests.support.conformance import close, randomise, rewrite_and_wrap, unchanged
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import broad_after, broad_unless, slow_unless
 
 ARCHITECTURES = DECODERS | OTHERS
 CAPTURED = list(ARCHITECTURES)
+FEW = ("llama", "gpt2", "bert", "t5")
 # The others are built of nearly the same constructs, under other names.
-EVERYDAY = (
+DISTINCT = (
     *("llama", "gemma3", "gpt2", "bloom", "deepseek_v3", "gpt_oss", "lfm2", "mamba", "bert", "deberta-v2"),
     *("xlnet", "t5", "vit", "swin", "clip", "wav2vec2", "llama-classifier"),
 )
-NAMES = slow_unless(EVERYDAY.__contains__, CAPTURED)
+NAMES = broad_unless(FEW.__contains__, slow_unless(DISTINCT.__contains__, CAPTURED))
 COARSE = {"reader", "writer", "inner"}
 
 
@@ -48,14 +49,14 @@ def sites_of(name: str) -> list[Site]:
 # Roles.
 
 
-@pytest.mark.parametrize("name", broad_after(5, NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_sites_and_roles_are_those_of_the_table(name: str) -> None:
     sites = sites_of(name)
     assert {site.name: set(site.roles) for site in sites} == ARCHITECTURES[name].table()
     assert all(site.reasons.keys() == site.roles for site in sites)
 
 
-@pytest.mark.parametrize("name", broad_after(4, NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_linear_is_a_site_or_is_listed_with_a_reason(name: str) -> None:
     architecture = ARCHITECTURES[name]
     assert architecture.linears() - architecture.table().keys() == architecture.no_site.keys()
@@ -122,7 +123,7 @@ def outputs_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
     return {key: result.detach() for key, result in results.items()}, gradients
 
 
-@pytest.mark.parametrize("name", broad_after(3, NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
     architecture = ARCHITECTURES[name]
     model, gm = captured(name)
@@ -147,7 +148,7 @@ def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
                 close(value, expected_gradients[key], tolerance, f"gradient of {key}, training={training}")
 
 
-@pytest.mark.parametrize("name", [name for name in CAPTURED if ARCHITECTURES[name].unwrapped])
+@pytest.mark.parametrize("name", broad_after(1, [name for name in CAPTURED if ARCHITECTURES[name].unwrapped]))
 def test_wrap_refuses_sites_that_are_not_called_modules_and_rewrite_adapts_them(name: str) -> None:
     _, gm = captured(name)
     for site in ARCHITECTURES[name].unwrapped:
@@ -167,7 +168,7 @@ ANSWERS_DIFFERENTLY = {
 }
 
 
-@pytest.mark.parametrize("name", broad_after(3, NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_graph_is_called_like_its_model(name: str) -> None:
     """With nothing but its main input, if the model can do with it; else the graph says why it cannot."""
     model: Any

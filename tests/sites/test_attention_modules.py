@@ -114,7 +114,7 @@ def base_of(name: str) -> tuple[nn.Module, fx.GraphModule]:
     return model, llfx.capture(model, tuple(x[:2] for x in case.inputs))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", broad_after(3, CASES))
 def test_the_graph_computes_the_module_in_both_modes(name: str) -> None:
     model, base = base_of(name)
     for training in (True, False):
@@ -122,13 +122,13 @@ def test_the_graph_computes_the_module_in_both_modes(name: str) -> None:
         close(output(base.train(training), CASES[name].inputs, 3), expected.detach(), 1e-12, f"training={training}")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", broad_after(3, CASES))
 def test_projections_of_attention_modules_are_sites_with_roles(name: str) -> None:
     rows = {row.name: set(row.roles) - {"reader", "writer", "inner"} for row in llfx.inspect(base_of(name)[1])}
     assert rows == CASES[name].sites
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", broad_after(3, CASES))
 def test_adapters_compute_the_same_as_merged_weights_in_the_module(name: str) -> None:
     model, base = base_of(name)
     inputs = CASES[name].inputs

@@ -271,7 +271,7 @@ def test_the_rewritten_graph_equals_the_eager_wrapper(cls: type[llfx.Variant], c
                 close(grad, expected[name], 1e-9, name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", broad_after(2, CASES))
 def test_stacks_are_saved_exported_and_removed(case: str) -> None:
     kind = CASES[case]
     model, base = model_and_base(case)

@@ -275,6 +275,7 @@ def test_past_the_limit_of_recompilations_a_site_is_an_error() -> None:
                 run(inputs(2, 3), 3.0)
 
 
+@pytest.mark.broad
 def test_a_model_that_carries_its_adapters_never_runs_without_them() -> None:
     carrier = backend(llfx.LoRA(r=2, target_names=("down",))).adapt(Net().eval(), inputs(2, 3))
     for run in (carrier, torch.compile(carrier, backend="eager"), torch.compile(carrier, backend="aot_eager")):

@@ -135,7 +135,7 @@ def _gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["everything", "Conv1D and positions", "a tied head"])
+@pytest.mark.parametrize("name", broad_after(1, ["everything", "Conv1D and positions", "a tied head"]))
 def test_merge_gives_the_trained_tensors_bit_for_bit(name: str) -> None:
     case, cfg = CONFIGS[name]
     _, base = captured(case)

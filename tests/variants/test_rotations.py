@@ -137,7 +137,7 @@ def test_rewrite_wrap_and_merge_compute_the_formula(name: str, example_inputs: A
 STARTS_ELSEWHERE = ("HRA orthogonal",)
 
 
-@pytest.mark.parametrize("dtype", [F64, torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", broad_after(1, [F64, torch.float32, BF16]), ids=str)
 @pytest.mark.parametrize("name", [name for name in CASES if name not in STARTS_ELSEWHERE])
 def test_start_is_the_identity_exactly(name: str, dtype: torch.dtype) -> None:
     model, x = single(dtype), sample(5, 3, D_IN, dtype=dtype)

@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_lite_fx as llfx
 from lora_lite_fx.formats.lora_lite import _FORMATS as LORA_LITE
 from lora_lite_fx.formats.peft.variants import FORMATS
-from tests.support.selection import broad_after, is_distinct, slow_unless
+from tests.support.selection import is_distinct, slow_unless
 from tests.support.untouched import untouched
 
+pytestmark = pytest.mark.broad  # test_damaged_files.py and test_hostile_files.py are the everyday tests of bad files
 fuzz = settings(
     max_examples=60,
     phases=(Phase.explicit, Phase.generate),
@@ -170,7 +171,6 @@ def describes_or_is_refused(config: Any) -> None:
             assert isinstance(llfx.from_peft_config(config), llfx.Variant)
 
 
-@pytest.mark.broad
 @settings(fuzz, max_examples=400)
 @example({"peft_type": "LORA", 1: 2, "x": 3})
 @example({"peft_type": "LORA", "target_modules": ["x"], "layers_to_transform": [1], "layers_pattern": ["{0}"]})
@@ -197,7 +197,7 @@ def replaced(config: Mapping[str, Any], data: st.DataObject) -> dict[str, Any]:
     return {**config, field: data.draw(values, label="value")}
 
 
-@pytest.mark.parametrize("name", broad_after(2, slow_unless(lambda name: is_distinct(FORMS[name].variant), FORMS)))
+@pytest.mark.parametrize("name", slow_unless(lambda name: is_distinct(FORMS[name].variant), FORMS))
 @settings(fuzz, max_examples=20)
 @given(data=st.data())
 def test_a_good_config_with_a_field_replaced_loads_or_is_refused(
@@ -208,7 +208,7 @@ def test_a_good_config_with_a_field_replaced_loads_or_is_refused(
     loads_peft(graph, tmp_path, config, good[name][1])
 
 
-@pytest.mark.parametrize("form", broad_after(2, LORA_LITE), ids=lambda form: form.name)
+@pytest.mark.parametrize("form", LORA_LITE, ids=lambda form: form.name)
 @settings(fuzz, max_examples=20)
 @given(data=st.data())
 def test_a_lora_lite_config_with_a_field_replaced_loads_or_is_refused(
@@ -322,7 +322,6 @@ def test_numbers_beyond_single_precision_are_refused(
 # Tensors.
 
 
-@pytest.mark.broad
 @settings(fuzz, max_examples=150)
 @given(data=st.data())
 def test_tensors_of_any_name_shape_and_dtype_load_or_are_refused(

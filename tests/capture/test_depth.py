@@ -181,7 +181,7 @@ def test_a_layer_whose_input_has_another_size_is_captured_in_full(log: Callable[
 
 
 @pytest.mark.filterwarnings("ignore:A hook on")
-@pytest.mark.parametrize("name", broad_after(3, slow_unless(PLANTED_EVERY_DAY.__contains__, PLANTED)))
+@pytest.mark.parametrize("name", broad_after(1, slow_unless(PLANTED_EVERY_DAY.__contains__, PLANTED)))
 def test_a_planted_difference_is_captured_in_full(
     name: str, in_full: Callable[..., fx.GraphModule], log: Callable[[], str]
 ) -> None:

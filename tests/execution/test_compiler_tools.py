@@ -212,7 +212,7 @@ def put_after(gm: fx.GraphModule, in_module: bool) -> int:
     return count
 
 
-@pytest.mark.parametrize("in_module", broad_after(2, [False, True]))
+@pytest.mark.parametrize("in_module", broad_after(1, [False, True]))
 @pytest.mark.parametrize("cls", broad_after(2, [*VARIANTS, llfx.IA3, llfx.HiRA]))
 def test_an_operation_right_after_a_weight_is_run_by_every_program(cls: Any, in_module: bool) -> None:
     gm = adapted(cls)

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.formats.finite import check_finite
-from tests.support.selection import broad_after
 
 SAVE: dict[str, Callable[..., None]] = {
     "save": llfx.save,
@@ -47,7 +46,7 @@ def adapted(value: float | None = None, base: nn.Module | None = None) -> fx.Gra
     return gm
 
 
-@pytest.mark.parametrize("value", broad_after(3, [float("nan"), float("inf"), -float("inf")]))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("how", SAVE)
 def test_it_is_not_saved_and_the_old_file_stays(how: str, value: float, tmp_path: Path) -> None:
     path = tmp_path / "adapter"

@@ -41,7 +41,7 @@ def captured() -> fx.GraphModule:
     return llfx.capture(llama()[0], {**tokens(3, 5), "attention_mask": LEFT})
 
 
-@pytest.mark.parametrize("checkpoint_layers", broad_after(3, [False, True]))
+@pytest.mark.parametrize("checkpoint_layers", broad_after(1, [False, True]))
 @pytest.mark.parametrize(
     ("mask", "seen"),
     [(None, (False, True)), (ONES, (False, True)), (LEFT, (True, False)), (RIGHT, (True, False))],

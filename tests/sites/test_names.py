@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[type[TiedAutoencoder | ThereAndBack], tuple[str, str]]] 
 }
 
 
-@pytest.mark.parametrize("exported", broad_after(5, [False, True]), ids=["symbolic", "exported"])
+@pytest.mark.parametrize("exported", broad_after(1, [False, True]), ids=["symbolic", "exported"])
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("cls", VARIANTS)
 def test_one_weight_in_two_orientations_is_two_sites(

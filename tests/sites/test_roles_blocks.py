@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from tests.sites.test_roles_of_models import check_table
-from tests.support.selection import broad_after
 
 WIDTH, INNER, HEADS, CLASSES = 8, 12, 2, 5
 
@@ -342,7 +341,7 @@ both_captures = pytest.mark.parametrize("exported", [True, False], ids=["exporte
 
 
 @both_captures
-@pytest.mark.parametrize("name", broad_after(40, BLOCKS))
+@pytest.mark.parametrize("name", BLOCKS)
 def test_block_has_the_sites_and_roles_of_its_table(name: str, exported: bool) -> None:
     build, golden = BLOCKS[name]
     model = build()

@@ -1,7 +1,13 @@
 """What all tests share."""
 
-import gc
+from __future__ import annotations
 
+import gc
+from collections import Counter
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import pytest
 import torch
 
 # The models are tiny: threads cost more than they gain, and the tests themselves run side by side.
@@ -9,8 +15,46 @@ torch.set_num_threads(1)
 # They are captured once each: to keep what operators do to fake tensors costs half of a capture and is of no use again.
 torch._dynamo.config.fake_tensor_cache_enabled = False
 
+COMMANDS = {
+    "everyday": "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder",
+    "broad": "python -m pytest -n 2 --dist loadfile -m 'broad and not slow'",
+    "slow": "python -m pytest -n 2 --dist loadfile -m slow",
+}
+"""What runs the tests of each tier; a test of two tiers belongs to the later one."""
+
+_left_out: Counter[str] = Counter()
+
 
 def pytest_collection_finish() -> None:
     # Half a million objects of imported modules stay for good: without them, collecting garbage takes half the time.
     gc.freeze()
     gc.set_threshold(10_000, 10, 50)  # tests make few cycles, and look for them seldom
+
+
+def tier(item: pytest.Item) -> str:
+    """Return the tier that a test belongs to: the last in `COMMANDS` that it is marked with, else the first."""
+    return next((name for name in ("slow", "broad") if item.get_closest_marker(name)), "everyday")
+
+
+def pytest_deselected(items: Iterable[pytest.Item]) -> None:
+    _left_out.update(map(tier, items))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
+    """Print what was left out and how it is run, below pytest's own last line."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # in a process of pytest-xdist, which hands it to the one that prints
+        output["left_out"] = dict(_left_out)
+    result = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if output is None and reporter is not None and _left_out:
+        parts = (f"{_left_out[name]} {name}: {COMMANDS[name]}" for name in COMMANDS if _left_out[name])
+        reporter.write_line(f"Left out: {'; '.join(parts)}")
+    return result
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a process of pytest-xdist has left out; each collects the same tests."""
+    _left_out.update(Counter(getattr(node, "workeroutput", {}).get("left_out", {})) - _left_out)

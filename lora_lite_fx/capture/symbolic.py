@@ -170,7 +170,7 @@ def use_aten(graph: fx.Graph) -> None:
 
 def _make_lists(node: fx.Node) -> None:
     """Pass the one number that is for all dimensions of a convolution as a list, which the operator takes."""
-    sizes = {argument.name: argument.N for argument in schema_of(node.target).arguments}  # type: ignore[union-attr]
+    sizes = {argument.name: argument.N for argument in schema_of(node.target).arguments}
 
     def as_list(name: str, value: Any) -> Any:
         return [value] * sizes[name] if sizes[name] and isinstance(value, int) else value
@@ -181,7 +181,7 @@ def _make_lists(node: fx.Node) -> None:
 
 def _pass_by_position(node: fx.Node) -> None:
     """Pass the arguments of an operator by position, as far as its schema lets them."""
-    names = [argument.name for argument in schema_of(node.target).arguments if not argument.kwarg_only]  # type: ignore
+    names = [argument.name for argument in schema_of(node.target).arguments if not argument.kwarg_only]
     kwargs = {names[0] if name == "input" else name: value for name, value in node.kwargs.items()}
     args = list(node.args)
     for name in names[len(args) :]:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
     from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor
-    from torch.utils import _pytree as pytree
+    from torch.utils import _pytree
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+    pytree = _pytree
 else:
     FakeTensor = needed(
         "torch._subclasses.fake_tensor.FakeTensor",
@@ -154,6 +156,9 @@ _forward_level = needed(
 del _forward_level  # it is a number that changes
 
 
+_is_jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+
 def is_wrapped(*tensors: Tensor) -> bool:
     """Check whether a transform runs on one of the tensors: of `torch.func`, or the one behind `is_grads_batched`."""
     return any(_is_functorch_wrapped(tensor) or _is_legacy_batched(tensor) for tensor in tensors)
@@ -164,7 +169,7 @@ def transform_is_active() -> bool:
 
     They need operations that they know: no autograd functions of our own, and no writes to results.
     """
-    return _functorch_level() is not None or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    return _functorch_level() is not None or forward_ad._current_level >= 0 or _is_jit_tracing()
 
 
 def trace_is_active() -> bool:

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 import lora_lite_fx as llfx
+from tests.support.captured import captured
 from tests.support.conformance import close, output, randomise, small
 from tests.support.models import Attention, SharedLinear, ids, net
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 aten = torch.ops.aten
 VARIANTS = slow_unless(
@@ -37,6 +38,10 @@ class Transposing(nn.Module):
         return y.transpose(0, 1)
 
 
+def transposing() -> nn.Module:
+    return Transposing().double().eval()
+
+
 EXAMPLE = (torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
 OTHER = (torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),)
 
@@ -48,11 +53,9 @@ def decomposed(gm: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
-@pytest.mark.parametrize("cls", VARIANTS)
+@pytest.mark.parametrize("cls", broad_after(1, VARIANTS))
 def test_decomposed_graphs_keep_all_adapters(cls: type[llfx.Variant], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Transposing().double().eval()
-    base = llfx.capture(model, EXAMPLE)
+    model, base = captured(transposing, inputs=EXAMPLE)
     # The second adapter must stay around the first.
     cfg = [small(cls, target_names=(".",)), small(llfx.LoRA, target_names=("into", "biased"))]
     wrapped = llfx.wrap(base, cfg)
@@ -76,8 +79,7 @@ def test_decomposed_graphs_keep_all_adapters(cls: type[llfx.Variant], tmp_path: 
 
 
 def test_a_further_adapter_goes_around_those_of_a_decomposed_graph() -> None:
-    torch.manual_seed(0)
-    gm = llfx.rewrite(Transposing().double().eval(), small(llfx.IA3, target_names=(".",)), EXAMPLE)
+    gm = llfx.rewrite(captured(transposing, inputs=EXAMPLE)[1], small(llfx.IA3, target_names=(".",)))
     core = decomposed(gm)
     outer = small(llfx.LoRA, target_names=(".",))
     further, reference = llfx.rewrite(core, outer), llfx.rewrite(gm, outer)
@@ -161,10 +163,10 @@ def check_refused(gm: fx.GraphModule, site: str, tmp_path: Path) -> None:
     assert "is at" in row.reason
 
 
-@pytest.mark.parametrize("cls", VARIANTS)
+@pytest.mark.parametrize("cls", broad_after(1, VARIANTS))
 def test_fused_linears_are_named_and_their_adapters_can_be_removed(cls: type[llfx.Variant], tmp_path: Path) -> None:
-    model = net(Attention)
-    gm = llfx.rewrite(model, small(cls, target_names=("blocks",)), (ids(2, 5),)).eval()
+    model, graph = captured(net, Attention, inputs=(ids(2, 5),))
+    gm = llfx.rewrite(graph, small(cls, target_names=("blocks",))).eval()
     randomise(gm, 1)
     inlet = cls in (llfx.OFT, llfx.HRA)
     if inlet:  # the three read different inputs, so that only the weight can be changed
@@ -179,8 +181,7 @@ def test_fused_linears_are_named_and_their_adapters_can_be_removed(cls: type[llf
 
 
 def test_fake_quantized_weights_are_named(tmp_path: Path) -> None:
-    model = net(Attention)
-    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=("blocks",)), (ids(2, 5),)).eval()
+    gm = llfx.rewrite(captured(net, Attention, inputs=(ids(2, 5),))[1], llfx.LoRA(r=2, target_names=("blocks",))).eval()
     for name in ("q", "k", "v", "out"):
         quantize(gm, base_linears(gm, f"blocks.0.{name}.weight")[0])
     check_refused(gm, "blocks.0.q", tmp_path)
@@ -189,7 +190,7 @@ def test_fake_quantized_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_each_call_of_a_site_counts() -> None:
-    gm = llfx.rewrite(net(SharedLinear), llfx.LoRA(r=2, target_names=("mix",)), (ids(2, 5),)).eval()
+    gm = llfx.rewrite(captured(net, SharedLinear, inputs=(ids(2, 5),))[1], llfx.LoRA(r=2, target_names=("mix",))).eval()
     quantize(gm, base_linears(gm, "blocks.0.mix.weight")[1])
     with pytest.raises(
         llfx.AdapterError, match=r"blocks.0.mix'.* 1 times and records 2 insertions of LoRA, of which 1"
@@ -200,7 +201,7 @@ def test_each_call_of_a_site_counts() -> None:
 
 
 def test_a_call_without_its_adapter_is_not_merged() -> None:
-    gm = llfx.rewrite(net(SharedLinear), llfx.LoRA(r=2, target_names=("mix",)), (ids(2, 5),)).eval()
+    gm = llfx.rewrite(captured(net, SharedLinear, inputs=(ids(2, 5),))[1], llfx.LoRA(r=2, target_names=("mix",))).eval()
     first, _ = base_linears(gm, "blocks.0.mix.weight")
     adapted = next(node for node in gm.graph.nodes if node.target is aten.add.Tensor and first in node.args)
     adapted.replace_all_uses_with(first, delete_user_cb=lambda user: user is not adapted)
@@ -213,7 +214,7 @@ def test_a_call_without_its_adapter_is_not_merged() -> None:
 
 
 def test_an_adapter_that_is_read_in_the_middle_cannot_be_taken_out() -> None:
-    gm = llfx.rewrite(net(Attention), llfx.LoRA(r=2, target_names=("q$",)), (ids(2, 5),)).eval()
+    gm = llfx.rewrite(captured(net, Attention, inputs=(ids(2, 5),))[1], llfx.LoRA(r=2, target_names=("q$",))).eval()
     narrow = base_linears(gm, "blocks.0.q.lora_A")[0]
     result: Any = gm.graph.output_node().args[0]
     gm.graph.output_node().args = ((*result, narrow),)

@@ -20,7 +20,7 @@ from lora_lite_fx.passes import Pipeline
 from tests.adapters.test_switches import fill
 from tests.support.conformance import close, small
 from tests.support.models import GatedMLP, ResidualMLP
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 SLOTS = 3
 EVERYWHERE: dict[str, Any] = {"target_names": (".",)}
@@ -109,6 +109,7 @@ def test_rows_are_computed_by_the_wrappers_of_their_slots(name: str) -> None:
         close(wrapped(inputs(5, 3)), gm.eval()(inputs(5, 3), adapter_ids=ids), 1e-9, "the wrapper of the bank")
 
 
+@pytest.mark.broad
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_any_ids_and_several_configs(data: st.DataObject) -> None:
@@ -192,7 +193,10 @@ def test_kept_factors_are_those_of_the_rows_of_now() -> None:
                 gm(x)
 
 
-@pytest.mark.parametrize(("rows", "tokens", "is_sorted"), [(5, 4, False), (13, 2, True), (40, 1, True), (40, 9, False)])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "is_sorted"),
+    broad_after(1, [(5, 4, False), (13, 2, True), (40, 1, True), (40, 9, False)], several=True),
+)
 def test_many_rows_of_few_tokens_are_sorted_by_slot(
     rows: int, tokens: int, is_sorted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +221,7 @@ def test_many_rows_of_few_tokens_are_sorted_by_slot(
     assert bool(calls) == is_sorted
 
 
+@pytest.mark.broad
 def test_changing_ids_compiles_nothing() -> None:
     gm, _ = banked(llfx.LoRA(r=2, **EVERYWHERE))
     torch._dynamo.reset()

@@ -18,6 +18,7 @@ from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.sites.site import Site
 from tests.support.models import one_layer_llama
 from tests.support.refusals import WAYS, Mine, Net, X, refusal
+from tests.support.selection import broad_after
 
 FROZEN = torch.tensor([1.0, 2.0, 3.0, 4.0])
 NUMBER = torch.tensor(2.0)
@@ -300,7 +301,7 @@ def refusal_of_backend(cls: type[llfx.Variant]) -> str:
     return re.sub(r"Line \d+ of", "Line N of", str(caught.value))
 
 
-@pytest.mark.parametrize("cls", [WritesX, Twice, WrongShape])
+@pytest.mark.parametrize("cls", broad_after(1, [WritesX, Twice, WrongShape]))
 def test_backend_and_adapt_refuse_the_same(cls: type[Mine]) -> None:
     assert refusal_of_backend(cls) == f"{cls.__name__}.forward at 'fc' (d_in=4, d_out=8) {MISTAKES[cls]}"
     name = "model.layers.0.self_attn.q_proj"

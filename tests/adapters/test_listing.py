@@ -15,6 +15,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters import registry
 from tests.support.models import one_layer_llama
 from tests.support.own_variants import registered
+from tests.support.selection import broad_after
 
 CONFIGS = [llfx.LoRA(r=2, alpha=6.0, rank_pattern={"v_proj": 4}, target_names="[qv]_proj"), llfx.IA3(layers=0)]
 
@@ -34,7 +35,7 @@ MODELS: dict[str, Callable[[Path], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("how", MODELS)
+@pytest.mark.parametrize("how", broad_after(2, MODELS))
 def test_the_configs_and_sites_of_a_model_are_read_back(how: str, tmp_path: Path) -> None:
     model = MODELS[how](tmp_path)
     lora, ia3 = llfx.adapters(model)

@@ -21,6 +21,7 @@ from tests.support.plain_variants import (
     PlainRotation,
     PlainWeight,
 )
+from tests.support.selection import broad_after
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,10 @@ def results(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.parametrize(("cls", "dtype"), [(PlainWeight, torch.float16), *((cls, torch.bfloat16) for cls in PLAIN)])
+@pytest.mark.parametrize(
+    ("cls", "dtype"),
+    broad_after(3, [(PlainWeight, torch.float16), *((cls, torch.bfloat16) for cls in PLAIN)], several=True),
+)
 def test_a_plain_forward_is_right_on_a_base_in_half_precision(cls: type[llfx.Variant], dtype: torch.dtype) -> None:
     model, x = net(dtype), inputs(dtype)
     gm, wrapped = llfx.rewrite(model, config(cls), (x,)), llfx.wrap(model, config(cls), (x,))

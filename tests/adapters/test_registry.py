@@ -26,6 +26,7 @@ from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.graph.provenance import insertions
 from tests.support.conformance import randomise, small
 from tests.support.models import one_layer_llama
+from tests.support.selection import broad_after
 
 HEADER = """
 import dataclasses
@@ -355,6 +356,7 @@ def test_load_and_adapt_say_which_class_is_missing(tmp_path: Path) -> None:
         llfx.load(llama, file)
 
 
+@pytest.mark.broad
 def test_the_command_line_imports_a_users_module(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my_variants.py").write_text(f"print('imported'){HEADER}{GATE}".replace('"0"', '"q_proj"'))
     (tmp_path / "needs.py").write_text("import not_there_at_all\n")
@@ -386,14 +388,18 @@ llfx.save(llfx.rewrite(net, my_variants.Gate(), (x,)), "adapter.safetensors")
 
 @pytest.mark.parametrize(
     ("module", "message"),
-    [
-        ("nope", "--import nope: there is no module nope in {folder} or among the installed packages"),
-        ("needs.more", "--import needs.more needs the module not_there_at_all, which is not there"),
-        ("needs", "--import needs needs the module not_there_at_all, which is not there"),
-        ("fails", "--import fails failed: ZeroDivisionError: division by zero"),
-        ("fails.py", "--import takes the name of a module, not a file: --import fails, in {folder}"),
-        ("./needs.py", "--import takes the name of a module, not a file: --import needs, in {folder}"),
-    ],
+    broad_after(
+        2,
+        [
+            ("nope", "--import nope: there is no module nope in {folder} or among the installed packages"),
+            ("needs.more", "--import needs.more needs the module not_there_at_all, which is not there"),
+            ("needs", "--import needs needs the module not_there_at_all, which is not there"),
+            ("fails", "--import fails failed: ZeroDivisionError: division by zero"),
+            ("fails.py", "--import takes the name of a module, not a file: --import fails, in {folder}"),
+            ("./needs.py", "--import takes the name of a module, not a file: --import needs, in {folder}"),
+        ],
+        several=True,
+    ),
 )
 def test_the_command_line_says_why_a_module_cannot_be_imported(
     module: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from tests.adapters.test_bank import EVERYWHERE, SLOTS, banked, inputs
 from tests.support.conformance import close
+from tests.support.selection import broad_after
 
 BATCHES = ([0, 2, 2, -1, 0, 2], [1, 1, 0, 0, -1, 1], [2, 2, 2, 2, 2, 2], [0, 1, 2, 0, 1, 2])
 
@@ -28,7 +29,7 @@ def loss_of_rows(y: Tensor, seed: int) -> Tensor:
     return (y - target).square().flatten(1).mean(1)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", broad_after(1, MAKERS))
 def test_slots_train_as_each_alone(name: str) -> None:
     cfg = llfx.DoRA(r=2, **EVERYWHERE) if name == "SGD" else llfx.LoRA(r=2, **EVERYWHERE)
     gm, _ = banked(cfg)

@@ -16,8 +16,9 @@ from transformers import LlamaForCausalLM
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.variant import Variant
-from tests.support.models import BLOCKS, GatedMLP, ResidualMLP, ids, net, tiny_llama
-from tests.support.selection import slow_unless
+from tests.support.captured import captured
+from tests.support.models import BLOCKS, GatedMLP, ResidualMLP, double_net, ids, net, tiny_llama
+from tests.support.selection import broad_after, slow_unless
 
 SPEC: dict[str, Any] = {
     "fr": llfx.LoRA(r=2, target_names=(".",)),
@@ -44,8 +45,8 @@ def grads(model: nn.Module) -> list[Tensor | None]:
 
 
 def pair(spec: Any, *blocks: type[nn.Module], example: Any = None) -> tuple[Any, Any, nn.Module]:
-    model = net(*blocks).double()
-    gm, wrapped = llfx.rewrite(model, spec, example), llfx.wrap(model, spec, example)
+    model, graph = captured(double_net, *blocks, inputs=example)
+    gm, wrapped = llfx.rewrite(graph, spec), llfx.wrap(graph, spec)
     fill(gm)
     same(gm, wrapped)
     return gm, wrapped, model
@@ -87,6 +88,7 @@ def coefficient(kind: Any, batch: int) -> Any:
     return torch.linspace(-1, 1, batch, dtype=torch.float64) if kind == "rows" else kind
 
 
+@pytest.mark.broad
 @settings(max_examples=6, deadline=None)
 @given(
     blocks=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=2),
@@ -141,7 +143,9 @@ def is_everyday(variant: Variant) -> bool:
     return type(variant).__name__ in {"LoRA", "DoRA", "HRA", "IA3", "OFT", "Full"}
 
 
-@pytest.mark.parametrize("variant", slow_unless(is_everyday, variants()), ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "variant", broad_after(2, slow_unless(is_everyday, variants())), ids=lambda v: type(v).__name__
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_is_the_adapter_and_zero_the_base_to_the_bit(variant: Variant, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -247,6 +251,7 @@ def test_each_scope_takes_back_its_own_change_alone() -> None:
     assert gm.switches.acting is None
 
 
+@pytest.mark.broad
 def test_switching_compiles_once_for_each_set_and_never_for_a_coefficient() -> None:
     gm, wrapped, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))
     torch.compiler.reset()
@@ -270,6 +275,7 @@ def test_switching_compiles_once_for_each_set_and_never_for_a_coefficient() -> N
 SWITCHES = (lambda m: llfx.active(m, "de"), lambda m: llfx.scaled(m, {"fr": 0.3, "de": -2}))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("switch", slow_unless(SWITCHES[1:].__contains__, SWITCHES))
 def test_exports_and_merges_compute_what_the_switches_say(switch: Callable[[nn.Module], Any]) -> None:
     gm, _, model = pair(SPEC, GatedMLP, ResidualMLP, example=(ids(2, 5),))
@@ -361,19 +367,23 @@ def test_an_input_that_is_called_like_a_coefficient_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("call", "message"),
-    [
-        (lambda gm: llfx.active(gm, "it"), "no adapter 'it'; it has 'fr', 'de'"),
-        (lambda gm: llfx.scaled(gm, 1, "it"), "no adapter 'it'"),
-        (lambda gm: llfx.scaled(gm, {"it": 1}), "no adapter 'it'"),
-        (lambda gm: llfx.scaled(gm, {"fr": 1}, "fr"), "not in both"),
-        (lambda gm: llfx.scaled(gm, float("nan")), "a finite number"),
-        (lambda gm: llfx.scaled(gm, torch.tensor([1.0, float("inf")])), "NaN or infinite"),
-        (lambda gm: llfx.scaled(gm, True), "is a number"),
-        (lambda gm: llfx.scaled(gm, cast(Any, [1])), "is a number"),
-        (lambda gm: llfx.scaled(gm, torch.ones(2, 2)), r"\(\) or \(batch,\)"),
-        (lambda gm: llfx.active(llfx.remove(gm), "fr"), "has no adapters"),
-        (lambda gm: llfx.active(torch.export.export(gm, (ids(2, 5),)).module(), "fr"), r"optimize\(model\)"),
-    ],
+    broad_after(
+        6,
+        [
+            (lambda gm: llfx.active(gm, "it"), "no adapter 'it'; it has 'fr', 'de'"),
+            (lambda gm: llfx.scaled(gm, 1, "it"), "no adapter 'it'"),
+            (lambda gm: llfx.scaled(gm, {"it": 1}), "no adapter 'it'"),
+            (lambda gm: llfx.scaled(gm, {"fr": 1}, "fr"), "not in both"),
+            (lambda gm: llfx.scaled(gm, float("nan")), "a finite number"),
+            (lambda gm: llfx.scaled(gm, torch.tensor([1.0, float("inf")])), "NaN or infinite"),
+            (lambda gm: llfx.scaled(gm, True), "is a number"),
+            (lambda gm: llfx.scaled(gm, cast(Any, [1])), "is a number"),
+            (lambda gm: llfx.scaled(gm, torch.ones(2, 2)), r"\(\) or \(batch,\)"),
+            (lambda gm: llfx.active(llfx.remove(gm), "fr"), "has no adapters"),
+            (lambda gm: llfx.active(torch.export.export(gm, (ids(2, 5),)).module(), "fr"), r"optimize\(model\)"),
+        ],
+        several=True,
+    ),
 )
 def test_bad_switches_are_refused_and_change_nothing(call: Callable[[Any], Any], message: str) -> None:
     gm, _, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))

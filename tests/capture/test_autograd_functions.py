@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
+from tests.support.selection import broad_after
 
 
 class Round(torch.autograd.Function):
@@ -107,7 +108,7 @@ def require_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         torch.testing.assert_close(actual[name], grad, rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
-@pytest.mark.parametrize("inputs", [(torch.ones(3, 8),), None], ids=["exported", "symbolic"])
+@pytest.mark.parametrize("inputs", broad_after(1, [(torch.ones(3, 8),), None]), ids=["exported", "symbolic"])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_of_a_rewritten_graph_are_those_of_the_wrapper(model: nn.Module, inputs: Any, training: bool) -> None:
     gm, wrapped = llfx.rewrite(model, CONFIG, inputs).train(training), llfx.wrap(model, CONFIG, inputs).train(training)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 
 CFG = llfx.LoRA(r=2, target_names="fc")
 X, MASK = torch.randn(2, 3, 4), torch.rand(2, 3, 1)
@@ -141,7 +142,7 @@ REFUSED: dict[str, tuple[type[Layer], tuple[Any, ...], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("adapt", [eager, compiled])
+@pytest.mark.parametrize("adapt", broad_after(1, [eager, compiled]))
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_call_that_takes_another_branch_is_an_error(adapt: Adapt, case: str) -> None:
     cls, args, kwargs, message = REFUSED[case]
@@ -151,25 +152,29 @@ def test_a_call_that_takes_another_branch_is_an_error(adapt: Adapt, case: str) -
             gm.train(training)(*args, **kwargs)
 
 
-@pytest.mark.parametrize("adapt", [eager, compiled])
+@pytest.mark.parametrize("adapt", broad_after(1, [eager, compiled]))
 @pytest.mark.parametrize(
     ("cls", "args", "kwargs"),
-    [
-        (Masked, (X, MASK), {}),
-        (Causal, (X, ATTENDED), {}),
-        (Required, (X, MASK), {}),
-        (Flag, (X,), {}),
-        (Either, (X, ATTENDED), {}),
-        (Either, (X,), {"k": ATTENDED}),
-        (NeedsMask, (X, MASK), {}),
-        (Forwarded, (X,), {}),
-        (Forwarded, (X, None), {"scale": 2.0}),
-        (Forwarded, (X,), {"is_causal": True}),
-        (Forwarded, (X, ATTENDED), {}),
-        (Many, (X,), {}),
-        (Many, (X,), {"d": ATTENDED}),
-        (Many, (X, ATTENDED), {"e": ATTENDED}),
-    ],
+    broad_after(
+        6,
+        [
+            (Masked, (X, MASK), {}),
+            (Causal, (X, ATTENDED), {}),
+            (Required, (X, MASK), {}),
+            (Flag, (X,), {}),
+            (Either, (X, ATTENDED), {}),
+            (Either, (X,), {"k": ATTENDED}),
+            (NeedsMask, (X, MASK), {}),
+            (Forwarded, (X,), {}),
+            (Forwarded, (X, None), {"scale": 2.0}),
+            (Forwarded, (X,), {"is_causal": True}),
+            (Forwarded, (X, ATTENDED), {}),
+            (Many, (X,), {}),
+            (Many, (X,), {"d": ATTENDED}),
+            (Many, (X, ATTENDED), {"e": ATTENDED}),
+        ],
+        several=True,
+    ),
 )
 def test_a_call_that_takes_the_same_branch_runs(
     adapt: Adapt, cls: type[Layer], args: tuple[Any, ...], kwargs: dict[str, Any]

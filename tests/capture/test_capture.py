@@ -25,7 +25,7 @@ from tests.support.conformance import (
     unchanged,
 )
 from tests.support.models import GatedMLP, Normed, ResidualMLP, ids, net, tiny_t5
-from tests.support.selection import is_distinct, slow_unless
+from tests.support.selection import broad_after, broad_unless, is_distinct, is_typical, slow_unless
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -71,7 +71,7 @@ def tokens(batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
 # Hugging Face models.
 
 
-@pytest.mark.parametrize("name", slow_unless(("llama", "gpt2").__contains__, CAUSAL))
+@pytest.mark.parametrize("name", broad_after(1, slow_unless(("llama", "gpt2").__contains__, CAUSAL)))
 def test_a_causal_model_is_captured_in_its_training_signature_and_equals_eager_at_other_shapes(
     name: str,
 ) -> None:
@@ -95,6 +95,7 @@ def test_a_causal_model_is_captured_in_its_training_signature_and_equals_eager_a
                 assert torch.equal(actual.loss, expected.loss)
 
 
+@pytest.mark.broad
 def test_heads_with_labels_of_other_shapes_are_captured_with_their_loss() -> None:
     batch = tokens(2, 6)
     heads: list[tuple[Any, Tensor]] = [
@@ -114,6 +115,7 @@ def test_heads_with_labels_of_other_shapes_are_captured_with_their_loss() -> Non
     assert torch.equal(llfx.capture(encoder)(**batch).pooler_output, encoder(**batch).pooler_output)
 
 
+@pytest.mark.broad
 def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
     torch.manual_seed(0)
     config = tiny_t5(d_model=32, d_ff=48, num_layers=2, num_heads=4, vocab_size=99)
@@ -122,6 +124,7 @@ def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
     close(llfx.capture(model)(**batch).logits, model(**batch).logits, 1e-6, "logits")
 
 
+@pytest.mark.broad
 def test_a_vision_model_is_captured_on_images_made_from_its_config() -> None:
     torch.manual_seed(0)
     config = hf.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=16, patch_size=8)
@@ -141,7 +144,9 @@ def data_for(cls: type[llfx.Variant]) -> list[dict[str, torch.Tensor]] | None:
 
 
 @pytest.mark.parametrize("name", slow_unless(("llama",).__contains__, ["llama", "gpt2"]))
-@pytest.mark.parametrize("cls", slow_unless(is_distinct, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", broad_unless(is_typical, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__
+)
 def test_adapted_language_models_equal_the_eager_wrapper(name: str, cls: type[llfx.Variant]) -> None:
     model, graph = captured(name, torch.float64)
     with unchanged(model):
@@ -249,7 +254,9 @@ def test_the_graph_has_the_models_mode() -> None:
 # Dtypes.
 
 
-@pytest.mark.parametrize("cls", slow_unless(is_distinct, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", broad_unless(is_typical, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__
+)
 def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
     model, graph = captured("llama", torch.bfloat16)
     gm, wrapped = rewrite_and_wrap(graph, two_sites(cls), data_for(cls))
@@ -263,7 +270,9 @@ def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: ty
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in llfx.adapter_parameters(gm))
 
 
-@pytest.mark.parametrize("cls", slow_unless(is_distinct, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", broad_unless(is_typical, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__
+)
 def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: type[llfx.Variant]) -> None:
     gm, wrapped = rewrite_and_wrap(captured("llama")[1], two_sites(cls), data_for(cls))
     randomise(gm, 0)
@@ -289,7 +298,7 @@ def test_the_adapters_dtype_can_be_chosen() -> None:
 # torch.compile.
 
 
-@pytest.mark.parametrize("cls", slow_unless(is_distinct, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", broad_after(1, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__)
 def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[llfx.Variant]) -> None:
     _, graph = captured("llama")
     gm = llfx.rewrite(graph, two_sites(cls), calibration=data_for(cls))

@@ -116,6 +116,7 @@ def ids() -> Tensor:
     return torch.arange(9).view(3, 3)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("kind", [Experts, ReadingShapes])
 def test_a_loop_over_the_experts_that_tokens_chose_is_followed_for_others(kind: type[Experts], ids: Tensor) -> None:
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from lora_lite_fx.capture.outputs import written_tensors
 from tests.support.architectures import DECODERS, Architecture
 from tests.support.architectures_others import OTHERS
 from tests.support.conformance import check_rewrite_equals_wrap, rewrite_and_wrap
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 from tests.support.stacks import (
     LAYERS,
     ODD,
@@ -108,6 +108,7 @@ EVERY_DAY = {"llama"}
 PLANTED_EVERY_DAY = {"OtherConstant", "ReadsMiddle", "OtherInEvaluation", "BranchesOnIndex", "OtherDropout", "tied"}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", slow_unless(lambda name: name in EVERY_DAY, ARCHITECTURES))
 def test_stamped_graph_is_the_full_graph(name: str, in_full: Callable[..., fx.GraphModule]) -> None:
     model = ARCHITECTURES[name].build() if name in STAGED else deep(ARCHITECTURES[name])
@@ -117,6 +118,7 @@ def test_stamped_graph_is_the_full_graph(name: str, in_full: Callable[..., fx.Gr
     assert kinds == sorted(kinds), "parameters are read before the inputs, because parameter work stands between"
 
 
+@pytest.mark.broad
 def test_adapters_in_a_stamped_graph_are_those_of_the_wrapper(log: Callable[[], str]) -> None:
     model = deep(ARCHITECTURES["llama"])
     graph = llfx.capture(model)
@@ -131,7 +133,7 @@ def caches(rows: int, length: int, odd: int = 0) -> list[Tensor]:
     return [torch.randn(rows, length + (odd if i == ODD else 0), 4, generator=generator) for i in range(LAYERS)]
 
 
-@pytest.mark.parametrize("cls", [ReturnsAll, ReturnsSome])
+@pytest.mark.parametrize("cls", broad_after(1, [ReturnsAll, ReturnsSome]))
 def test_results_of_layers_are_stamped_too(
     cls: Any, in_full: Callable[..., fx.GraphModule], log: Callable[[], str]
 ) -> None:
@@ -141,6 +143,7 @@ def test_results_of_layers_are_stamped_too(
     require_same(stamped, in_full(model, (torch.randn(3, 4),)))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("cls", slow_unless(lambda cls: cls is WithCache, [WithCache, ReadsNeighbour, ReadsBackwards]))
 def test_inputs_of_layers_are_stamped_too(
     cls: Any, in_full: Callable[..., fx.GraphModule], log: Callable[[], str]
@@ -178,7 +181,7 @@ def test_a_layer_whose_input_has_another_size_is_captured_in_full(log: Callable[
 
 
 @pytest.mark.filterwarnings("ignore:A hook on")
-@pytest.mark.parametrize("name", slow_unless(PLANTED_EVERY_DAY.__contains__, PLANTED))
+@pytest.mark.parametrize("name", broad_after(1, slow_unless(PLANTED_EVERY_DAY.__contains__, PLANTED)))
 def test_a_planted_difference_is_captured_in_full(
     name: str, in_full: Callable[..., fx.GraphModule], log: Callable[[], str]
 ) -> None:
@@ -217,6 +220,7 @@ def test_the_model_is_as_before_when_its_capture_fails() -> None:
     assert len(model.layers) == LAYERS
 
 
+@pytest.mark.broad
 def test_a_model_without_data_is_captured_like_one_with_data(log: Callable[[], str]) -> None:
     model = deep(ARCHITECTURES["llama"])
     sites = [row.name for row in llfx.inspect(model)]
@@ -232,7 +236,7 @@ def test_an_argument_may_be_left_out_if_all_layers_agree(log: Callable[[], str])
     torch.testing.assert_close(gm.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("odd", [0, ODD])
+@pytest.mark.parametrize("odd", broad_after(1, [0, ODD]))
 def test_an_argument_may_not_be_left_out_if_one_layer_computes_something_else(odd: int) -> None:
     gm = llfx.capture(Weighted(odd), (torch.randn(3, 4), torch.rand(3, 4)))
     with pytest.raises(llfx.CallError, match="weights cannot be left out, because the model then computes another"):

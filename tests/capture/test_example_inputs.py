@@ -22,6 +22,7 @@ from lora_lite_fx.capture.hugging_face import prepare_for_capture
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
+from tests.support.selection import broad_after
 from tests.survey.cases import cases
 from tests.survey.tiny import tiny_model
 
@@ -97,7 +98,7 @@ SOUNDS = {
 }
 
 
-@pytest.mark.parametrize("name", [*IMAGES, *SOUNDS])
+@pytest.mark.parametrize("name", broad_after(4, [*IMAGES, *SOUNDS]))
 def test_a_model_computes_something_of_its_example_images_and_sounds(name: str) -> None:
     model = CASES[name].builder()()
     inputs = example_inputs_of(model)
@@ -164,7 +165,7 @@ def test_functions_that_a_model_does_not_call_keep_what_they_remember() -> None:
     assert model_of_a_script(4) is kept
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", broad_after(12, ARGUMENTS))
 def test_a_model_runs_on_inputs_of_its_config(name: str) -> None:
     model = CASES[name].builder()()
     inputs = example_inputs_of(model)
@@ -243,6 +244,7 @@ class Reads(torch.nn.Module):
         return x if x.sum().item() > 1e9 else self.project(x)
 
 
+@pytest.mark.broad
 def test_a_model_whose_images_cannot_be_captured_is_captured_for_text_alone() -> None:
     model = CASES["llava"].builder()()
     model.model.multi_modal_projector = Reads(model.model.multi_modal_projector)
@@ -256,6 +258,7 @@ def test_a_model_whose_images_cannot_be_captured_is_captured_for_text_alone() ->
         llfx.capture(model, example_inputs_of(model))
 
 
+@pytest.mark.broad
 def test_it_is_adapted_for_text_alone_too() -> None:
     model = CASES["llava"].builder()().eval()
     model.model.multi_modal_projector = Reads(model.model.multi_modal_projector)
@@ -322,6 +325,7 @@ def test_the_layout_of_images_is_a_part_of_the_graph() -> None:
         gm(**{name: value for name, value in inputs.items() if name != "spatial_shapes"})
 
 
+@pytest.mark.broad
 def test_compiled_and_traced_calls_check_the_layout_of_images_too() -> None:
     model = CASES["siglip2"].builder()()
     inputs: dict[str, Any] = example_inputs_of(model)
@@ -348,6 +352,7 @@ def test_what_a_graph_cannot_draw_is_refused_with_the_way_out() -> None:
         prepare_for_capture(model)
 
 
+@pytest.mark.broad
 def test_weights_that_training_clamps_are_captured_within_their_limits_alone() -> None:
     model = CASES["gemma3n_text"].builder()()
     inputs = {"input_ids": torch.tensor([[5, 6, 7]])}

@@ -16,6 +16,7 @@ def test_images_that_are_cut_into_windows_have_one_size(name: str, fixed: tuple[
     assert batch_only_arguments(CASES[name].builder()()) == fixed
 
 
+@pytest.mark.broad
 def test_a_model_that_is_another_one_while_it_is_traced_is_refused_with_the_setting_that_helps() -> None:
     model = CASES["aimv2"].builder()()
     llfx.capture(model)  # with eager attention, as the survey builds it

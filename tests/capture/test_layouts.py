@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import check_rewrite_equals_wrap, small
+from tests.support.selection import broad_after
 
 
 class Model(nn.Module):
@@ -85,7 +86,7 @@ def images() -> tuple[Model, tuple[Tensor, ...], tuple[Tensor, ...]]:
     return Model(convolution, rows_of_channels_last), (x,), (other,)
 
 
-@pytest.mark.parametrize("cls", [llfx.LoRA, llfx.DoRA, llfx.IA3])
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.DoRA, llfx.IA3]))
 def test_channels_that_must_lie_beside_each_other(cls: type[llfx.Variant]) -> None:
     torch.manual_seed(0)
     model, x, other = images()
@@ -105,7 +106,7 @@ def test_channels_that_must_lie_beside_each_other(cls: type[llfx.Variant]) -> No
         of_detached,
     ],
 )
-@pytest.mark.parametrize("cls", [llfx.LoRA, llfx.DoRA, llfx.IA3])
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.DoRA, llfx.IA3]))
 def test_values_that_are_written_to(cls: type[llfx.Variant], between: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model = Model(nn.Linear(5, 6), between).double()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
+from tests.support.selection import broad_after
 
 
 class Recurrent(nn.Module):
@@ -36,7 +37,7 @@ def require_equal(gm: nn.Module, wrapped: nn.Module, *inputs: Tensor) -> None:
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("exported", broad_after(1, [True, False]))
 def test_the_projections_beside_a_recurrent_layer_are_adapted(exported: bool) -> None:
     torch.manual_seed(0)
     model, cfg = Recurrent(), llfx.LoRA(r=2, target_names="proj")
@@ -45,7 +46,7 @@ def test_the_projections_beside_a_recurrent_layer_are_adapted(exported: bool) ->
     require_equal(gm, wrapped, torch.randn(3, 5, 4))
 
 
-@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("exported", broad_after(1, [True, False]))
 def test_a_recurrent_layer_itself_is_not_a_site_and_is_named(exported: bool) -> None:
     inputs = (torch.randn(2, 5, 4),) if exported else None
     with pytest.raises(llfx.SelectionError, match=r"lstm"):
@@ -53,6 +54,7 @@ def test_a_recurrent_layer_itself_is_not_a_site_and_is_named(exported: bool) -> 
     assert "lstm" in str(llfx.inspect(Recurrent(), inputs))
 
 
+@pytest.mark.broad
 def test_a_transformer_of_torch_equals_the_wrapper() -> None:
     torch.manual_seed(0)
     model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)

@@ -123,6 +123,7 @@ def test_a_graph_with_regions_compiles_without_breaks() -> None:
     close(output(compiled, X), output(gm, X), 1e-6, "compiled")
 
 
+@pytest.mark.broad
 def test_export_makes_regions_again_and_its_file_keeps_their_adapters() -> None:
     _, _, gm, _ = models()
     file = io.BytesIO()
@@ -184,6 +185,7 @@ def test_linears_in_branches_are_not_sites() -> None:
     torch.compiler.reset()  # a torch.cond that was traced symbolically keeps Dynamo from tracing the next one
 
 
+@pytest.mark.broad
 def test_adapting_a_site_that_runs_without_gradient_warns() -> None:
     _, base, _, _ = models()
     with pytest.warns(UserWarning, match=r"1 of the sites \(frozen, \.\.\.\) under torch\.no_grad"):

@@ -21,6 +21,7 @@ from lora_lite_fx.capture.signature import _NotesExport
 from lora_lite_fx.execution.optimize import checkpoints_layers
 from tests.support.conformance import randomise
 from tests.support.models import ids, tiny_llama, tiny_t5
+from tests.support.selection import broad_after
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -125,6 +126,7 @@ def test_without_labels_the_loss_is_not_computed(adapted: tuple[fx.GraphModule, 
     assert not [name for name in called if "cross_entropy" in name]
 
 
+@pytest.mark.broad
 def test_a_compiled_graph_is_called_like_the_model(adapted: tuple[fx.GraphModule, nn.Module]) -> None:
     gm, wrapped = adapted
     fast = torch.compile(gm, fullgraph=True, backend="aot_eager")
@@ -194,7 +196,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", broad_after(1, MODELS))
 def test_models_of_every_kind_are_called_without_labels(name: str) -> None:
     fields, inputs = MODELS[name]
     model = tiny(name, **fields)
@@ -202,6 +204,7 @@ def test_models_of_every_kind_are_called_without_labels(name: str) -> None:
     check(gm, model, **inputs)
 
 
+@pytest.mark.broad
 def test_an_encoder_decoder_says_why_labels_cannot_be_left_out() -> None:
     model = transformers.T5ForConditionalGeneration(tiny_t5()).eval()
     gm = llfx.rewrite(model, llfx.LoRA(r=2)).eval()
@@ -212,7 +215,7 @@ def test_an_encoder_decoder_says_why_labels_cannot_be_left_out() -> None:
         gm(input_ids=ids(2, 5), decoder_input_ids=ids(2, 4))
 
 
-@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("by_position", broad_after(1, [False, True]))
 def test_padding_that_a_model_finds_by_itself_is_not_taken_for_text(by_position: bool) -> None:
     """Check with XLM: without a mask it looks for padding tokens, so a mask of ones gives another result."""
     sizes = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 40, "n_langs": 1}

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from lora_lite_fx.testing.compare import close
 from tests.support.conformance import randomise, small
+from tests.support.selection import broad_after
 
 SETTINGS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "numbers by position": ((None, 2, 1), {}),
@@ -36,7 +37,7 @@ class Convolved(nn.Module):
 
 
 @pytest.mark.parametrize("what", SETTINGS)
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dims", broad_after(1, [1, 2, 3]))
 def test_a_convolution_takes_one_number_for_all_dimensions(dims: int, what: str) -> None:
     torch.manual_seed(0)
     model = Convolved(dims, *SETTINGS[what]).double()

@@ -9,6 +9,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 import lora_lite_fx as llfx
 from tests.support.conformance import check_rewrite_equals_wrap, close, output, randomise, small
+from tests.support.selection import broad_after
 
 
 class Mapped(nn.Module):
@@ -23,7 +24,7 @@ class Mapped(nn.Module):
         return y + norms[:, None]
 
 
-@pytest.mark.parametrize("cls", [llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA])
+@pytest.mark.parametrize("cls", broad_after(2, [llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA]))
 def test_levels_of_vmap_stay_in_the_graph(cls: type[llfx.Variant]) -> None:
     torch.manual_seed(0)
     model = Mapped().double()

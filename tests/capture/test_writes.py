@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
@@ -142,7 +143,7 @@ def test_a_part_of_a_buffer_is_written_to_in_the_graph_alone() -> None:
     assert not model.counts.any()
 
 
-@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("exported", broad_after(1, [True, False]))
 @pytest.mark.parametrize("cls", [Twice, Normed, Writes], ids=lambda cls: cls.__name__)
 def test_writes_are_kept_and_follow_the_mode(cls: type[nn.Module], exported: bool) -> None:
     """Compare the results, and the buffers after each call, with those of the eager wrapper."""

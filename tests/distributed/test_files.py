@@ -99,10 +99,12 @@ def equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, wanted[name]), name
 
 
+@pytest.mark.broad
 def test_an_optimizer_gets_the_parts_also_between_two_passes(written: tuple[Path, list[dict[str, Any]]]) -> None:
     assert all(found["kinds"] == {DTensor} for found in written[1])
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", WRITERS)
 def test_files_are_those_of_one_process(name: str, written: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     save, load = WRITERS[name]
@@ -114,12 +116,14 @@ def test_files_are_those_of_one_process(name: str, written: tuple[Path, list[dic
         assert file.read_bytes() == (tmp_path / file.relative_to(written[0])).read_bytes(), file
 
 
+@pytest.mark.broad
 def test_a_distributed_checkpoint_is_read_in_one_process(written: tuple[Path, list[dict[str, Any]]]) -> None:
     model = llfx.rewrite(graph_of("llama"), DORA.cfg)
     load_distributed({"adapters": llfx.adapter_state_dict(model)}, checkpoint_id=written[0] / "dcp", no_dist=True)
     equal(llfx.adapter_state_dict(model), expected())
 
 
+@pytest.mark.broad
 def test_what_process_0_cannot_write_is_an_error_in_all(written: tuple[Path, list[dict[str, Any]]]) -> None:
     assert all("could not be written" in found["failure"] for found in written[1])
 

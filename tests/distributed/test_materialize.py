@@ -163,6 +163,7 @@ def test_what_load_leaves_out_is_an_error() -> None:
         llfx.materialize(gm, load)
 
 
+@pytest.mark.broad
 def test_buffers_without_data_and_graphs_with_data_are_refused() -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -65,6 +66,7 @@ def gradients(rank: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.broad
 def test_a_base_in_bfloat16_has_the_gradients_of_a_policy_that_casts_to_it() -> None:
     exact = gradients_of(adapted(llfx.wrap, torch.float64), torch.float64, 0, 1)
     for found in on_ranks(gradients, 2):

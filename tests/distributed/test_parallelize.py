@@ -236,6 +236,7 @@ def test_files_are_those_of_one_process(used: tuple[Path, list[dict[str, Any]]],
         assert (used[0] / "peft" / file.name).read_bytes() == file.read_bytes(), file
 
 
+@pytest.mark.broad
 def test_without_processes_parallelize_says_how_to_start_them() -> None:
     with pytest.raises(llfx.AdapterError, match="torchrun --nproc-per-node N"):
         llfx.parallelize(make(LORA))

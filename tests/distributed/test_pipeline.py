@@ -32,7 +32,7 @@ from tests.distributed.training import batch as training_batch
 from tests.distributed.training import make as make_case
 from tests.support.conformance import close
 from tests.support.ranks import RankFailed, on_ranks
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 TEXT = ("labels",)
 
@@ -91,7 +91,7 @@ def run(parts: list[Any], inputs: dict[str, Any]) -> Any:
     return results
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4, ["model.layers.1", "model.layers.2"]])
+@pytest.mark.parametrize("stages", broad_after(1, [2, 3, 4, ["model.layers.1", "model.layers.2"]]))
 def test_stages_one_after_the_other_compute_what_the_model_does(stages: Any) -> None:
     pipe = Pipe(llfx.LoRA(r=2))
     gm = make(pipe)
@@ -137,6 +137,7 @@ def test_a_stage_has_its_layers_and_nothing_of_the_others() -> None:
     assert placeholders[1:] == ["input_ids", "attention_mask"], "more than the hidden state travels"
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_layers_that_all_read_one_value_are_cut(stages: int) -> None:
     pipe = Pipe(llfx.LoRA(r=2), "t5")
@@ -236,7 +237,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", broad_after(8, REFUSED))
 def test_refusal(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(llfx.AdapterError, match=message):
@@ -249,6 +250,7 @@ def test_a_stage_alone_is_not_saved_as_the_whole(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.broad
 def test_a_stage_without_an_input_says_which() -> None:
     with pytest.raises(TypeError, match="attention_mask"):
         _stage()(input_ids=torch.ones(2, 5, dtype=torch.long))

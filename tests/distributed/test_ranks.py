@@ -41,6 +41,7 @@ def test_a_rank_that_fails_ends_the_others(function: object, seconds: float, rea
         on_ranks(function, 2, seconds=seconds)
 
 
+@pytest.mark.broad
 def test_a_rank_that_hangs_is_killed() -> None:
     with pytest.raises(RankFailed, match="did not end in time"):
         on_ranks(hangs, 2, seconds=3)

@@ -196,6 +196,7 @@ def refusals() -> list[dict[str, Any]]:
     return on_ranks(refuse_all, 2)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusal_in_all_processes(name: str) -> None:
     for errors in refusals():

@@ -12,6 +12,7 @@ from torch import nn
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.peft_models import captured
+from tests.support.selection import broad_after
 
 
 def net() -> nn.Module:
@@ -25,7 +26,7 @@ FOLLOW = [llfx.LoRA, llfx.VeRA, llfx.IA3, llfx.PiSSA]
 REFUSE = [llfx.DoRA, llfx.HRA]
 
 
-@pytest.mark.parametrize("cls", FOLLOW)
+@pytest.mark.parametrize("cls", broad_after(1, FOLLOW))
 @pytest.mark.parametrize("inputs", [None, (torch.randn(2, 16),)], ids=["traced", "exported"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_graph_that_holds_no_dtypes_follows(cls: Any, inputs: Any, dtype: torch.dtype) -> None:
@@ -53,7 +54,7 @@ CASTS: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-@pytest.mark.parametrize("cls", REFUSE)
+@pytest.mark.parametrize("cls", broad_after(1, REFUSE))
 def test_a_graph_that_holds_dtypes_refuses_at_once_and_stays(cast: str, cls: Any) -> None:
     gm = llfx.rewrite(net(), cls(**TARGETS))
     randomise(gm, 3)

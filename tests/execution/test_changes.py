@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
+from tests.support.selection import broad_after
 
 WIDTH = 8
 TOKENS = torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(0))
@@ -519,10 +520,14 @@ IN_SUITE = [
 
 @pytest.mark.parametrize(
     ("front_end", "variant"),
-    [
-        pytest.param(*case, marks=pytest.mark.slow) if case[1] == "VeRA" and case[0] != "rewrite" else case
-        for case in IN_SUITE
-    ],
+    broad_after(
+        2,
+        [
+            pytest.param(*case, marks=pytest.mark.slow) if case[1] == "VeRA" and case[0] != "rewrite" else case
+            for case in IN_SUITE
+        ],
+        several=True,
+    ),
 )
 def test_every_change_is_seen_by_the_next_call(front_end: str, variant: str) -> None:
     to = FRONT_ENDS[front_end](VARIANTS[variant])

@@ -33,7 +33,7 @@ from tests.support.models import (
 )
 from tests.support.models import Attention as AttentionBlock
 from tests.support.saved import saved_by
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 from tests.support.untouched import untouched
 
 VOCABULARY = 40
@@ -72,7 +72,7 @@ def albert() -> Any:
 
 MODELS: tuple[Callable[[], Any], ...] = (llama, gpt2, bert, t5, albert)
 models = pytest.mark.parametrize(
-    "build", slow_unless((llama, albert).__contains__, MODELS), ids=lambda build: build.__name__
+    "build", broad_after(1, slow_unless((llama, albert).__contains__, MODELS)), ids=lambda build: build.__name__
 )
 
 
@@ -164,7 +164,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "exported"), VARIANTS)
+@pytest.mark.parametrize(("cls", "exported"), broad_after(1, VARIANTS, several=True))
 def test_two_adapters_with_dropout_and_batch_norm_compute_the_same(cls: type[llfx.Variant], exported: bool) -> None:
     cfg = [small(cls, target_names=("blocks",)), llfx.LoRA(r=2, dropout=0.5, target_names=("fc", "lin"))]
     base = small_base(exported)
@@ -177,6 +177,7 @@ def test_two_adapters_with_dropout_and_batch_norm_compute_the_same(cls: type[llf
     assert saved_by(ours, (ids(3, 6),)) < saved_by(plain, (ids(3, 6),))
 
 
+@pytest.mark.broad
 def test_the_backward_pass_uses_the_mode_of_the_forward_pass() -> None:
     plain, ours = plain_and_checkpointed(bert)
     expected = step(plain, tokens())
@@ -212,7 +213,7 @@ class InPlace(nn.Module):
         return x + 1
 
 
-@pytest.mark.parametrize("exported", [True, False], ids=["exported", "symbolic"])
+@pytest.mark.parametrize("exported", broad_after(1, [True, False]), ids=["exported", "symbolic"])
 @pytest.mark.parametrize("writes_input", [True, False])
 def test_layers_that_overwrite_tensors_in_place_compute_the_same(writes_input: bool, exported: bool) -> None:
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -244,7 +245,7 @@ class Interleaved(nn.Module):
         return second(first.norm(y)) * scale
 
 
-@pytest.mark.parametrize("exported", [True, False], ids=["exported", "symbolic"])
+@pytest.mark.parametrize("exported", broad_after(1, [True, False]), ids=["exported", "symbolic"])
 def test_layers_with_other_computations_between_their_parts_compute_the_same(exported: bool) -> None:
     x = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
@@ -299,6 +300,7 @@ def test_every_call_of_a_shared_layer_is_checkpointed() -> None:
 # Compiled, copied, exported.
 
 
+@pytest.mark.broad
 def test_a_compiled_graph_has_no_breaks_and_saves_memory() -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 32, WIDTH)  # large compared with the saved random states, whose size is fixed
@@ -350,6 +352,7 @@ def test_an_export_is_flat() -> None:
 # Checkpointing across capture, rewriting and files.
 
 
+@pytest.mark.broad
 def test_the_graph_of_a_hugging_face_model_that_checkpoints_checkpoints_too() -> None:
     model = copy.deepcopy(model_and_base(llama)[0])
     model.activation_checkpointing_enable({"use_reentrant": True})
@@ -363,6 +366,7 @@ def test_the_graph_of_a_hugging_face_model_that_checkpoints_checkpoints_too() ->
     assert_same(step(gm, tokens()), step(plain, tokens()))
 
 
+@pytest.mark.broad
 def test_rewriting_keeps_checkpointing_unless_it_is_switched_off() -> None:
     case = Case(BLOCKS, bias=True, tied=True, dtype=torch.float32, exported=True, seed=0)
     model = case.build()
@@ -381,7 +385,7 @@ def test_rewriting_keeps_checkpointing_unless_it_is_switched_off() -> None:
     assert str(llfx.inspect(both)) == str(llfx.inspect(plain))
 
 
-@pytest.mark.parametrize("library", ["own", "peft", "lora_lite"])
+@pytest.mark.parametrize("library", broad_after(1, ["own", "peft", "lora_lite"]))
 def test_a_loaded_adapter_is_checkpointed_like_its_base(library: str, tmp_path: Path) -> None:
     save, load = {
         "own": (llfx.save, llfx.load),
@@ -397,6 +401,7 @@ def test_a_loaded_adapter_is_checkpointed_like_its_base(library: str, tmp_path: 
     assert not checkpoints_layers(load(small_base(True), tmp_path / "adapter"))
 
 
+@pytest.mark.broad
 def test_a_checkpointed_graph_shares_the_parameters_of_the_plain_graph() -> None:
     plain, ours = plain_and_checkpointed(t5)
     assert dict(ours.named_parameters(remove_duplicate=False)) == dict(plain.named_parameters(remove_duplicate=False))

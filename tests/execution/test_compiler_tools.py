@@ -20,6 +20,7 @@ from torch.fx.passes.split_module import split_module
 import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise, small
 from tests.support.models import Attention, GatedMLP, ids, net
+from tests.support.selection import broad_after
 
 aten = torch.ops.aten
 X = (torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
@@ -68,7 +69,7 @@ def rows(gm: nn.Module) -> list[Any]:
 # Symbolic tracing.
 
 
-@pytest.mark.parametrize("cls", VARIANTS)
+@pytest.mark.parametrize("cls", broad_after(1, VARIANTS))
 def test_a_symbolic_trace_has_the_nodes_and_records_of_the_graph(cls: Any) -> None:
     gm = adapted(cls)
     traced = fx.symbolic_trace(gm)
@@ -149,7 +150,7 @@ def test_a_tracer_with_constants_runs_the_graph_on_them() -> None:
 # make_fx.
 
 
-@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("pre_dispatch", broad_after(1, [False, True]))
 @pytest.mark.parametrize("cls", VARIANTS)
 def test_make_fx_traces_the_flat_graph_and_what_it_makes_is_known(cls: Any, pre_dispatch: bool) -> None:
     gm = adapted(cls)
@@ -168,7 +169,9 @@ def first(result: Any) -> Tensor:
     return value
 
 
-@pytest.mark.parametrize("block", [GatedMLP, Attention])  # their inputs are computed again in the backward pass
+@pytest.mark.parametrize(
+    "block", broad_after(1, [GatedMLP, Attention])
+)  # their inputs are computed again in the backward pass
 def test_compiled_autograd_gives_the_gradients_of_autograd(block: Any) -> None:
     gm = llfx.rewrite(net(block), llfx.LoRA(r=2, target_names=("blocks",)), (ids(2, 5),)).eval()
     randomise(gm, 1)
@@ -209,8 +212,8 @@ def put_after(gm: fx.GraphModule, in_module: bool) -> int:
     return count
 
 
-@pytest.mark.parametrize("in_module", [False, True])
-@pytest.mark.parametrize("cls", [*VARIANTS, llfx.IA3, llfx.HiRA])
+@pytest.mark.parametrize("in_module", broad_after(1, [False, True]))
+@pytest.mark.parametrize("cls", broad_after(2, [*VARIANTS, llfx.IA3, llfx.HiRA]))
 def test_an_operation_right_after_a_weight_is_run_by_every_program(cls: Any, in_module: bool) -> None:
     gm = adapted(cls)
     before = output(gm, OTHER).detach()
@@ -294,7 +297,7 @@ PASSES: list[Callable[[fx.GraphModule], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("run", PASSES, ids=lambda run: run.__name__)
+@pytest.mark.parametrize("run", broad_after(2, PASSES), ids=lambda run: run.__name__)
 @pytest.mark.parametrize("cls", [llfx.LoRA, llfx.HRA])
 def test_passes_of_torch_run_on_an_adapted_graph(cls: Any, run: Callable[[fx.GraphModule], Any]) -> None:
     gm = adapted(cls)

@@ -12,9 +12,11 @@ from transformers import LlamaForCausalLM
 
 import lora_lite_fx as llfx
 from tests.adapters.test_switches import fill
+from tests.support.captured import captured
 from tests.support.compilations import graphs
 from tests.support.conformance import close
 from tests.support.models import GatedMLP, tiny_llama
+from tests.support.selection import broad_after
 
 CONFIGS: list[Any] = [llfx.LoRA(r=2), [llfx.DoRA(r=2), llfx.IA3()], llfx.LoRA(r=2, dropout=0.5), llfx.HRA(r=2)]
 
@@ -58,10 +60,10 @@ def check_equal(compiled: Any, plain: Any, arguments: dict[str, Tensor]) -> None
     ids=range(7),
 )
 def test_a_step_in_both_modes_and_at_another_shape(cfg: Any, checkpoint_layers: bool) -> None:
-    model = llama(2)
-    plain: Any = llfx.rewrite(model, cfg, checkpoint_layers=checkpoint_layers)
+    _, graph = captured(llama)
+    plain: Any = llfx.rewrite(graph, cfg, checkpoint_layers=checkpoint_layers)
     fill(plain)
-    compiled: Any = llfx.rewrite(model, cfg, checkpoint_layers=checkpoint_layers)
+    compiled: Any = llfx.rewrite(graph, cfg, checkpoint_layers=checkpoint_layers)
     llfx.load_adapter_state_dict(compiled, llfx.adapter_state_dict(plain))
     assert llfx.compile_layers(compiled, backend="aot_eager", fullgraph=True) is compiled
     check_equal(compiled.eval(), plain.eval(), call(2, 6))
@@ -72,12 +74,15 @@ def test_a_step_in_both_modes_and_at_another_shape(cfg: Any, checkpoint_layers: 
     assert graphs() > 0
 
 
+@pytest.mark.broad
 def test_the_number_of_graphs_does_not_grow_with_depth() -> None:
     found = []
     for layers in (3, 6):
         torch.compiler.reset()
         counters.clear()
-        gm = llfx.compile_layers(llfx.rewrite(llama(layers), llfx.LoRA(r=2)).train(), backend="eager", fullgraph=True)
+        gm = llfx.compile_layers(
+            llfx.rewrite(captured(llama, layers)[1], llfx.LoRA(r=2)).train(), backend="eager", fullgraph=True
+        )
         step(gm, call())
         # The input of the first layer needs no gradient, so that its code is another.
         assert graphs() == 2
@@ -90,11 +95,13 @@ def test_the_number_of_graphs_does_not_grow_with_depth() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.broad
 def test_switches_and_hooks_act_and_no_set_is_compiled_twice() -> None:
     configs = {"fr": llfx.LoRA(r=2), "de": llfx.DoRA(r=2)}
-    gm: Any = llfx.rewrite(llama(), configs)
+    _, graph = captured(llama)
+    gm: Any = llfx.rewrite(graph, configs)
     fill(gm)
-    plain: Any = llfx.rewrite(llama(), configs)
+    plain: Any = llfx.rewrite(graph, configs)
     llfx.load_adapter_state_dict(plain, llfx.adapter_state_dict(gm))
     llfx.compile_layers(gm, backend="eager")
     counted = []
@@ -113,12 +120,13 @@ def test_switches_and_hooks_act_and_no_set_is_compiled_twice() -> None:
     hook.remove()
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
-    "cfg", [llfx.LoRA(r=2, alpha=3.0, dropout=0.5), llfx.DoRA(r=2, alpha=3.0)], ids=["LoRA", "DoRA"]
+    "cfg", broad_after(1, [llfx.LoRA(r=2, alpha=3.0, dropout=0.5), llfx.DoRA(r=2, alpha=3.0)]), ids=["LoRA", "DoRA"]
 )
 def test_numbers_of_operations_are_constants_and_no_inputs(cfg: Any) -> None:
     """With dynamic sizes torch.compile takes a number for an input, and compiles anew to learn that it is none."""
-    gm: Any = llfx.rewrite(llama(1), cfg).train()
+    gm: Any = llfx.rewrite(captured(llama, 1)[1], cfg).train()
     numbers = []
 
     def backend(graph: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
@@ -132,6 +140,7 @@ def test_numbers_of_operations_are_constants_and_no_inputs(cfg: Any) -> None:
     assert numbers == []
 
 
+@pytest.mark.broad
 def test_adapted_models_generate_and_train_and_go_back() -> None:
     model: Any = llfx.compile_layers(llfx.adapt(llama(), llfx.LoRA(r=2)), backend="eager", fullgraph=True)
     fill(model)
@@ -151,9 +160,9 @@ def test_adapted_models_generate_and_train_and_go_back() -> None:
     assert graphs() == before
 
 
+@pytest.mark.broad
 def test_the_whole_graph_can_still_be_compiled_and_exported() -> None:
-    model = llama()
-    gm: Any = llfx.rewrite(model, llfx.LoRA(r=2))
+    gm: Any = llfx.rewrite(captured(llama)[1], llfx.LoRA(r=2))
     fill(gm)
     expected = gm(**call()).logits
     llfx.compile_layers(gm, backend="eager")
@@ -167,6 +176,7 @@ def test_the_whole_graph_can_still_be_compiled_and_exported() -> None:
     close(y.logits, expected, 1e-10, "logits")
 
 
+@pytest.mark.broad
 def test_what_cannot_be_compiled_is_refused_and_nothing_changes() -> None:
     model = llama(1)
     gm: Any = llfx.rewrite(model, llfx.LoRA(r=2))

@@ -17,6 +17,7 @@ import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise
 from tests.support.models import ids, tiny_llama
 from tests.support.programs import PLAIN, Count, X, counted, pair
+from tests.support.selection import broad_after
 
 PARAMETER_WORK = [
     (llfx.DoRA, "linalg_vector_norm"),
@@ -31,7 +32,7 @@ def decode(gm: nn.Module, lengths: Any = range(1, 5)) -> None:
             output(gm, (ids(1, length),))
 
 
-@pytest.mark.parametrize(("cls", "work"), PARAMETER_WORK)
+@pytest.mark.parametrize(("cls", "work"), broad_after(1, PARAMETER_WORK, several=True))
 def test_every_call_outside_the_scope_does_its_parameter_work(cls: type[llfx.Variant], work: str) -> None:
     gm = pair(cls)[0].eval()
     once = counted(lambda: decode(gm, [1]))[work]
@@ -215,7 +216,7 @@ def chat(cfg: llfx.Variant) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize(("cls", "work"), PARAMETER_WORK[:2])
+@pytest.mark.parametrize(("cls", "work"), broad_after(1, PARAMETER_WORK[:2], several=True))
 def test_generate_opens_the_scope_itself(cls: Any, work: str) -> None:
     model = chat(cls(r=2))
     prompt = ids(2, 5)
@@ -250,7 +251,7 @@ def test_generate_sees_what_changed_since_the_last_one() -> None:
 # Compiled.
 
 
-@pytest.mark.parametrize(("cls", "work"), PARAMETER_WORK)
+@pytest.mark.parametrize(("cls", "work"), broad_after(1, PARAMETER_WORK, several=True))
 def test_compiled_calls_inside_the_scope_do_no_parameter_work(cls: type[llfx.Variant], work: str) -> None:
     gm, plain = pair(cls)
     gm.eval(), plain.eval()

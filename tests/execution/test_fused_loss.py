@@ -29,7 +29,7 @@ from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
 from tests.support.conformance import calibration, for_any_linear, randomise, small
 from tests.support.models import tiny_t5
 from tests.support.saved import saved_by
-from tests.support.selection import is_distinct, slow_unless
+from tests.support.selection import broad_after, is_distinct, slow_unless
 
 CLASSES = 99
 LLAMA: dict[str, Any] = {
@@ -135,7 +135,10 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e
 
 
 @pytest.mark.parametrize(
-    "name", slow_unless({"plain", "tied", "soft-capped", "with another loss", "two stacks"}.__contains__, MODELS)
+    "name",
+    broad_after(
+        1, slow_unless({"plain", "tied", "soft-capped", "with another loss", "two stacks"}.__contains__, MODELS)
+    ),
 )
 def test_loss_and_gradients_are_those_of_the_logits(name: str) -> None:
     fused, plain = pair(name, llfx.LoRA(r=2, target_roles=("query",)))
@@ -165,7 +168,7 @@ def test_in_evaluation_and_without_labels_logits_are_as_ever() -> None:
     torch.testing.assert_close(ours.loss, theirs.loss)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", broad_after(1, [torch.float64, torch.bfloat16, torch.float16]))
 def test_the_types_are_those_of_the_logits(dtype: torch.dtype) -> None:
     fused, plain = pair("plain", WITH_HEAD, dtype)
     ours, theirs = gradients(fused, batch()), gradients(plain, batch())
@@ -207,7 +210,7 @@ IN_BLOCKS = {"C3A", "GraLoRA", "LoKr", "RoAd"}
 """Variants that compute parts of a row of logits apart, and join them."""
 
 
-@pytest.mark.parametrize("name", slow_unless(is_distinct, for_any_linear()))
+@pytest.mark.parametrize("name", broad_after(2, slow_unless(is_distinct, for_any_linear())))
 def test_every_variant_may_adapt_the_head(name: str) -> None:
     model, inputs, graph = small_model()
     cfg = small(llfx.registry()[name], 4, alpha=2.0, target_names=("head", "body"))
@@ -224,6 +227,7 @@ def test_every_variant_may_adapt_the_head(name: str) -> None:
     assert model is not None
 
 
+@pytest.mark.broad
 def test_several_adapters_and_their_switches_are_followed() -> None:
     _, graph = captured("plain")
     cfg = {"a": WITH_HEAD, "b": llfx.IA3(target_names=("lm_head",)), "c": llfx.DoRA(r=2, target_names=("lm_head",))}
@@ -249,7 +253,7 @@ def test_dropout_of_an_adapter_on_the_head_drops_the_same() -> None:
     assert fused(**batch()).logits is None
 
 
-@pytest.mark.parametrize("checkpoint_layers", [False, True])
+@pytest.mark.parametrize("checkpoint_layers", broad_after(1, [False, True]))
 @pytest.mark.parametrize("compiled", [False, True])
 def test_steps_may_be_accumulated_checkpointed_and_compiled(checkpoint_layers: bool, compiled: bool) -> None:
     fused, plain = pair("soft-capped", WITH_HEAD, checkpoint_layers=checkpoint_layers)
@@ -335,6 +339,7 @@ def test_passes_are_checked_around_it() -> None:
     assert checked(**batch()).logits is None
 
 
+@pytest.mark.broad
 def test_it_is_compared_with_the_model() -> None:
     model, graph = captured("soft-capped")
     fused = llfx.rewrite(graph, WITH_HEAD, fuse_loss=True)
@@ -349,6 +354,7 @@ def test_an_export_has_all_logits() -> None:
     assert_close([exported(**call).loss, exported(**call).logits], [plain(**call).loss, plain(**call).logits])
 
 
+@pytest.mark.broad
 def test_loaded_adapters_may_be_fused(tmp_path: Path) -> None:
     model, graph = captured("plain")
     fused, _ = pair("plain", WITH_HEAD)

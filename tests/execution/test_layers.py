@@ -19,9 +19,10 @@ from torch.nn.utils import prune
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_llama
+from tests.support.selection import broad_after
 
 VARIANTS = [llfx.LoRA(r=2), llfx.DoRA(r=2), llfx.HRA(r=2)]
-variants = pytest.mark.parametrize("cfg", VARIANTS, ids=lambda cfg: type(cfg).__name__)
+variants = pytest.mark.parametrize("cfg", broad_after(1, VARIANTS), ids=lambda cfg: type(cfg).__name__)
 TOKENS = torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(0))
 
 
@@ -31,7 +32,7 @@ def llama(layers: int = 3) -> Any:
 
 
 FRONT_ENDS: dict[str, Any] = {"rewrite": llfx.rewrite, "adapt": llfx.adapt}
-front_ends = pytest.mark.parametrize("front_end", FRONT_ENDS)
+front_ends = pytest.mark.parametrize("front_end", broad_after(1, FRONT_ENDS))
 
 
 @functools.cache
@@ -119,6 +120,7 @@ def test_backward_hooks_on_layers_fire(front_end: str) -> None:
     assert fired == [2, 1, 0]
 
 
+@pytest.mark.broad
 def test_noise_on_embeddings_acts_in_training() -> None:
     """NEFTune, as transformers' Trainer puts it on: a forward hook on the embedding that looks at its mode."""
     model, _ = made("adapt", llfx.LoRA(r=2))
@@ -179,6 +181,7 @@ def test_a_layer_of_a_graph_runs_alone() -> None:
     close(layer(*inputs[0]), outputs[0], 1e-9, "output of the layer")
 
 
+@pytest.mark.broad
 def test_a_layer_that_was_replaced_by_another_module_is_an_error() -> None:
     for front_end in FRONT_ENDS:
         model, _ = made(front_end, llfx.LoRA(r=2))
@@ -196,6 +199,7 @@ def test_a_layer_that_was_replaced_by_another_module_is_an_error() -> None:
         )
 
 
+@pytest.mark.broad
 def test_a_tied_parameter_that_is_replaced_under_one_name_is_an_error() -> None:
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=1, vocab_size=40, tie_word_embeddings=True))
@@ -222,7 +226,7 @@ def test_equal_layers_have_one_function(cfg: llfx.Variant) -> None:
     assert len(set(functions[1:])) == 1
 
 
-@pytest.mark.parametrize("layers", [3, 5])
+@pytest.mark.parametrize("layers", broad_after(1, [3, 5]))
 def test_layers_that_are_compiled_one_by_one_share_graphs(layers: int) -> None:
     torch.compiler.reset()
     model, wrapper = made("rewrite", llfx.DoRA(r=2), layers)
@@ -277,6 +281,7 @@ def counting(fired: list[str], name: str) -> Any:
     return lambda module, args, output: fired.append(name)
 
 
+@pytest.mark.broad
 def test_a_hook_on_the_captured_model_is_traced_with_a_warning() -> None:
     base = llama(2)
     base.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.5)
@@ -297,6 +302,7 @@ def test_a_backward_hook_on_the_captured_model_is_warned_of() -> None:
         llfx.rewrite(base, llfx.LoRA(r=2))
 
 
+@pytest.mark.broad
 def test_hooks_on_the_adapted_model_are_those_of_the_user_and_fire_once() -> None:
     base = llama(2)
     fired: list[str] = []
@@ -311,6 +317,7 @@ def test_hooks_on_the_adapted_model_are_those_of_the_user_and_fire_once() -> Non
     assert fired == ["layer"]
 
 
+@pytest.mark.broad
 def test_weights_that_hooks_compute_are_traced() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))

@@ -80,6 +80,7 @@ def growth(cycle: Callable[[], Any], cycles: int) -> dict[str, int]:
     return {name: count - before[name] for name, count in live().items() if count > before[name]}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "cycle", [rewriting, pytest.param(adapting, marks=pytest.mark.slow)], ids=lambda cycle: cycle.__name__
 )
@@ -87,6 +88,7 @@ def test_models_that_are_dropped_leave_nothing_behind(cycle: Callable[[], Any]) 
     assert growth(cycle, CYCLES if cycle is rewriting else 2) == {}
 
 
+@pytest.mark.broad
 def test_calls_of_many_shapes_leave_nothing_behind() -> None:
     gm = llfx.rewrite(Net(), CFG, (torch.randn(3, 4),))
 

@@ -15,6 +15,7 @@ from torch import nn
 import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise, small
 from tests.support.models import ids, one_layer_llama
+from tests.support.selection import broad_after
 
 
 @pytest.fixture(scope="module", params=["symbolic", "exported"])
@@ -62,7 +63,7 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", MESSAGES)
+@pytest.mark.parametrize("kind", broad_after(1, MESSAGES))
 def test_an_adapted_model_says_why_it_cannot_be_pickled(kind: str) -> None:
     make, message = MESSAGES[kind]
     model = make()
@@ -74,6 +75,7 @@ def test_an_adapted_model_says_why_it_cannot_be_pickled(kind: str) -> None:
     assert llfx.adapter_state_dict(twin).keys() == llfx.adapter_state_dict(model).keys()
 
 
+@pytest.mark.broad
 def test_a_copy_of_an_adapted_model_runs_and_a_merged_one_can_be_pickled() -> None:
     model, x = adapted_model(), ids(2, 5)
     expected = model(input_ids=x).logits.detach()

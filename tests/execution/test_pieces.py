@@ -15,11 +15,12 @@ import lora_lite_fx as llfx
 from tests.execution.test_checkpointing import InPlace, Interleaved, Layer, assert_same, checkpointed, step
 from tests.support.conformance import randomise
 from tests.support.models import WIDTH
+from tests.support.selection import broad_after
 
 X = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("checkpoint_layers", [False, True])
+@pytest.mark.parametrize("checkpoint_layers", broad_after(1, [False, True]))
 @pytest.mark.parametrize(
     "model",
     [Interleaved(), InPlace(writes_input=True), InPlace(writes_input=False)],

@@ -19,9 +19,10 @@ from lora_lite_fx.execution.cutting import call
 from lora_lite_fx.execution.measuring import Recorder, obstacle
 from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.execution.test_checkpointing import MODELS, VOCABULARY, InPlace, assert_same, llama, step, t5, tokens
+from tests.support.captured import captured
 from tests.support.conformance import randomise, small
 from tests.support.models import WIDTH, ResidualMLP, tiny_llama
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 LORA = llfx.LoRA(r=3, dropout=0.2)
 
@@ -33,8 +34,7 @@ def plain_llama() -> Any:
 
 @functools.cache
 def trained(build: Callable[[], Any], cfg: llfx.Variant = LORA) -> Any:
-    torch.manual_seed(0)
-    plain = llfx.rewrite(build(), cfg)
+    plain = llfx.rewrite(captured(build)[1], cfg)
     randomise(plain, 1)
     return plain.train()
 
@@ -56,7 +56,9 @@ def kept(gm: nn.Module, inputs: dict[str, Tensor]) -> int:
 # The same numbers.
 
 
-@pytest.mark.parametrize("build", slow_unless((llama, t5).__contains__, MODELS), ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "build", broad_after(1, slow_unless((llama, t5).__contains__, MODELS)), ids=lambda build: build.__name__
+)
 @pytest.mark.parametrize("memory", slow_unless(("balanced",).__contains__, ["balanced", 0.92]))
 def test_outputs_and_gradients_are_those_of_the_plain_graph(build: Callable[[], Any], memory: Any) -> None:
     plain = trained(build)
@@ -77,7 +79,9 @@ def test_outputs_and_gradients_are_those_of_the_plain_graph(build: Callable[[], 
 
 @pytest.mark.parametrize(
     "cls",
-    slow_unless((llfx.DoRA, llfx.OFT).__contains__, [llfx.DoRA, llfx.HRA, llfx.OFT, llfx.IA3, llfx.VeRA]),
+    broad_after(
+        1, slow_unless((llfx.DoRA, llfx.OFT).__contains__, [llfx.DoRA, llfx.HRA, llfx.OFT, llfx.IA3, llfx.VeRA])
+    ),
     ids=lambda cls: cls.__name__,
 )
 def test_every_form_of_adapter_computes_the_same(cls: type[llfx.Variant]) -> None:
@@ -88,6 +92,7 @@ def test_every_form_of_adapter_computes_the_same(cls: type[llfx.Variant]) -> Non
     assert all(plan.dropped for plan in llfx.memory_plan(ours))
 
 
+@pytest.mark.broad
 def test_an_adapted_model_computes_the_same() -> None:
     torch.manual_seed(0)
     model = llama()
@@ -102,8 +107,9 @@ def test_an_adapted_model_computes_the_same() -> None:
     assert_same(step(ours, tokens()), step(plain, tokens()))
 
 
+@pytest.mark.broad
 def test_banks_compute_the_same() -> None:
-    plain = llfx.rewrite(plain_llama(), llfx.Bank(llfx.LoRA(r=3), slots=3)).train()
+    plain = llfx.rewrite(captured(plain_llama)[1], llfx.Bank(llfx.LoRA(r=3), slots=3)).train()
     randomise(plain, 1)
     ours = planned(plain, 0.7)
     for ids in ([0, 2, -1, 1], [1, 1, 0, -1]):
@@ -113,8 +119,9 @@ def test_banks_compute_the_same() -> None:
         assert_same(step(ours, tokens()), step(plain, inputs))
 
 
+@pytest.mark.broad
 def test_each_set_of_adapters_has_plans() -> None:
-    plain = llfx.rewrite(plain_llama(), {"a": llfx.LoRA(r=3), "b": llfx.DoRA(r=2)}).train()
+    plain = llfx.rewrite(captured(plain_llama)[1], {"a": llfx.LoRA(r=3), "b": llfx.DoRA(r=2)}).train()
     randomise(plain, 1)
     ours = planned(plain, "balanced")
     for names in (["a"], ["b"], ["a", "b"]):
@@ -124,8 +131,9 @@ def test_each_set_of_adapters_has_plans() -> None:
         assert_same(step(ours, tokens()), step(plain, tokens()))
 
 
+@pytest.mark.broad
 def test_a_fused_loss_is_the_same() -> None:
-    plain = llfx.rewrite(plain_llama(), llfx.LoRA(r=3), fuse_loss=True).train()
+    plain = llfx.rewrite(captured(plain_llama)[1], llfx.LoRA(r=3), fuse_loss=True).train()
     randomise(plain, 1)
     ours = planned(plain, 0.6)
     for _ in range(2):
@@ -138,6 +146,7 @@ def test_a_fused_loss_is_the_same() -> None:
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.broad
 def test_gradients_of_gradients_are_the_same() -> None:
     plain = trained(plain_llama, llfx.LoRA(r=2))
     ours = planned(plain, 0.5)
@@ -188,7 +197,7 @@ def test_deep_copies_and_other_executions_keep_the_setting() -> None:
 # The bytes.
 
 
-@pytest.mark.parametrize("memory", ["balanced", 0.9, 0.5, 0.25])
+@pytest.mark.parametrize("memory", broad_after(1, ["balanced", 0.9, 0.5, 0.25]))
 def test_the_plan_says_the_bytes_that_are_kept(memory: Any) -> None:
     inputs = tokens(4, 40)
     plain = trained(plain_llama, llfx.LoRA(r=2))
@@ -423,6 +432,7 @@ def test_a_step_of_the_optimizer_before_the_backward_pass_is_an_error() -> None:
 # Compilers, and what is refused.
 
 
+@pytest.mark.broad
 def test_torch_compile_decides_itself() -> None:
     plain = trained(plain_llama, llfx.LoRA(r=2))
     ours = planned(plain, "balanced")
@@ -496,6 +506,7 @@ def test_models_without_layers_and_other_models_are_refused() -> None:
         llfx.memory_plan(trained(llama))
 
 
+@pytest.mark.broad
 def test_layers_of_other_shapes_have_plans_of_their_own() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, WIDTH), *(ResidualMLP(bias=False) for _ in range(3)), nn.Linear(WIDTH, 4))

@@ -36,7 +36,7 @@ from tests.support.conformance import (
 )
 from tests.support.models import Attention, GatedMLP, ids
 from tests.support.programs import MIXED, PAIR, PLAIN, X, adapted, base, counted, derived, edits, in_calls, pair
-from tests.support.selection import is_distinct, slow_unless
+from tests.support.selection import broad_after, is_distinct, slow_unless
 
 aten = torch.ops.aten
 NAMES = [graph_pass.name for graph_pass in OPTIMIZATIONS]
@@ -72,13 +72,14 @@ def assert_computes_the_same(gm: fx.GraphModule, plain: fx.GraphModule, toleranc
 # The same outputs and gradients.
 
 
-@pytest.mark.parametrize("cls", slow_unless(is_distinct, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", broad_after(3, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__)
 @settings(QUICKLY, max_examples=1)
 @given(data=st.data())
 def test_every_variant_computes_the_same(cls: type[llfx.Variant], data: st.DataObject) -> None:
     check_any(data, [data.draw(configs(cls, target_names=(".",), exclude_names=("head",)))], PAIR)
 
 
+@pytest.mark.broad
 @settings(QUICKLY, max_examples=2)
 @given(data=st.data())
 def test_stacks_of_variants_compute_the_same(data: st.DataObject) -> None:
@@ -98,7 +99,7 @@ def check_any(data: st.DataObject, cfg: list[llfx.Variant], blocks: tuple[type[n
     check_remove(gm, *base(exported=exported, blocks=blocks)[:0:-1])
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "HRA", "OFT"])
+@pytest.mark.parametrize("name", broad_after(1, ["LoRA", "DoRA", "HRA", "OFT"]))
 def test_merging_and_removing_restore_the_base_graph(name: str) -> None:
     _, model, graph = base(blocks=PAIR)
     gm = adapted(small(llfx.registry()[name], target_names=(".",)), blocks=PAIR)
@@ -106,7 +107,7 @@ def test_merging_and_removing_restore_the_base_graph(name: str) -> None:
     check_remove(gm, graph, model)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA", "HRA"])
+@pytest.mark.parametrize("name", broad_after(1, ["LoRA", "DoRA", "DeLoRA", "HRA"]))
 def test_passes_do_not_increase_errors_in_half_precision(name: str) -> None:
     cfg = small(llfx.registry()[name], alpha=6.0, target_names=(".",), dtype=torch.bfloat16)
     _, model, graph = base(dtype=torch.bfloat16, blocks=(GatedMLP, Attention))
@@ -138,7 +139,7 @@ PER_CALL = {
 }
 
 
-@pytest.mark.parametrize("name", PER_CALL)
+@pytest.mark.parametrize("name", broad_after(2, PER_CALL))
 def test_each_call_runs_few_operators(name: str) -> None:
     gm = adapted(small(llfx.registry()[name], size=2, exclude_names=("head",), target_names=(".",)), blocks=PAIR)
     counts = in_calls(derived(gm))
@@ -163,7 +164,7 @@ def test_a_copy_is_independent() -> None:
 # Passes with autocast, transforms, threads, compilation and export.
 
 
-@pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA, llfx.LoRA])
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.DoRA, llfx.HRA, llfx.LoRA]))
 def test_autocast_and_inference_mode_leave_nothing_behind(cls: type[llfx.Variant]) -> None:
     _, _, graph = base(dtype=torch.float32, blocks=PAIR)
     gm = llfx.rewrite(graph, small(cls, target_names=("blocks",)))
@@ -185,7 +186,7 @@ def test_autocast_and_inference_mode_leave_nothing_behind(cls: type[llfx.Variant
             close(grads[name], grad, 1e-4, name)
 
 
-@pytest.mark.parametrize("cls", [llfx.DoRA, llfx.HRA, llfx.LoRA])
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.DoRA, llfx.HRA, llfx.LoRA]))
 def test_functional_calls_and_transforms_compute_the_same(cls: type[llfx.Variant]) -> None:
     gm, plain = pair(cls)
     with torch.no_grad():
@@ -233,6 +234,7 @@ def test_two_threads_do_not_disturb_each_other() -> None:
             close(ours, output(plain, (ids(1, length),)).sum().expand(20), 1e-9, "output")
 
 
+@pytest.mark.broad
 def test_a_compiled_model_is_one_graph_and_sees_changed_values() -> None:
     torch.compiler.reset()
     gm, plain = pair(llfx.DoRA)
@@ -249,6 +251,7 @@ def test_a_compiled_model_is_one_graph_and_sees_changed_values() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.broad
 def test_an_exported_file_holds_the_plain_graph_and_can_be_optimized_again() -> None:
     gm, plain = pair(llfx.DoRA)
     dynamic = ([torch.export.Dim.AUTO] * 2,)

@@ -12,6 +12,7 @@ import lora_lite_fx as llfx
 from tests.support.compilations import graphs
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
+from tests.support.selection import broad_after
 
 CONFIGS = {"fr": llfx.LoRA(r=2), "de": llfx.DoRA(r=2)}
 FORMS = ["a graph", "an adapted model", "the layers of a graph", "the layers of an adapted model"]
@@ -37,7 +38,7 @@ def batch(seed: int) -> dict[str, Any]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", broad_after(1, FORMS))
 def test_batches_and_scopes_compile_nothing_again(form: str) -> None:
     model, compiled = plain_and_compiled(form)
 
@@ -69,7 +70,8 @@ def test_batches_and_scopes_compile_nothing_again(form: str) -> None:
     assert switched(7) == second == step(8)
 
 
-@pytest.mark.parametrize("form", FORMS[:2])
+@pytest.mark.broad
+@pytest.mark.parametrize("form", broad_after(1, FORMS[:2]))
 def test_the_first_call_may_be_within_a_scope(form: str) -> None:
     model, compiled = plain_and_compiled(form)
     model.eval()
@@ -84,6 +86,7 @@ def test_the_first_call_may_be_within_a_scope(form: str) -> None:
     assert graphs() == 2
 
 
+@pytest.mark.broad
 def test_calls_of_other_kinds_in_between_compile_nothing_again() -> None:
     torch.manual_seed(0)
     base = LlamaForCausalLM(tiny_llama(pad_token_id=0, eos_token_id=1))

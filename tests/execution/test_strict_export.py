@@ -10,6 +10,7 @@ from torch.export import Dim
 import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise, small
 from tests.support.models import Attention, Conv1DMLP, ids, net
+from tests.support.selection import broad_after
 
 
 def strict(model: nn.Module) -> fx.GraphModule:
@@ -18,7 +19,7 @@ def strict(model: nn.Module) -> fx.GraphModule:
     return result
 
 
-@pytest.mark.parametrize("cls", [llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA])
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA]))
 def test_strict_export_keeps_the_records(cls: type[llfx.Variant]) -> None:
     model = net(Conv1DMLP)
     gm = llfx.rewrite(model, small(cls, target_names=("blocks",)), (ids(2, 5),)).eval()
@@ -44,7 +45,8 @@ class Around(nn.Module):
         return 2 * y
 
 
-@pytest.mark.parametrize("function", [llfx.inspect, llfx.merge, llfx.remove, llfx.adapter_state_dict])
+@pytest.mark.broad
+@pytest.mark.parametrize("function", broad_after(1, [llfx.inspect, llfx.merge, llfx.remove, llfx.adapter_state_dict]))
 def test_a_graph_around_an_adapted_one_is_refused(function: object) -> None:
     gm = llfx.rewrite(net(Attention), llfx.LoRA(r=2, target_names=("q$",)), (ids(2, 5),)).eval()
     exported = strict(Around(gm))

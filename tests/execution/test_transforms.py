@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lite_fx as llfx
 from tests.support.conformance import calibration, close, for_any_linear, randomise, small
-from tests.support.selection import is_distinct, slow_unless
+from tests.support.selection import broad_after, is_distinct, slow_unless
 
 WIDTH = 8
 
@@ -145,7 +145,7 @@ TRANSFORMS: list[Callable[[nn.Module], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("variant", slow_unless(is_distinct, for_any_linear()))
+@pytest.mark.parametrize("variant", broad_after(2, slow_unless(is_distinct, for_any_linear())))
 def test_transforms_give_what_the_wrapper_gives(variant: str) -> None:
     gm, wrapper = graph_and_wrapper(variant)
     failures = {}

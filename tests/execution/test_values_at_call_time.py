@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 import lora_lite_fx as llfx
 from tests.support.models import one_layer_llama
 from tests.support.own_variants import registered
+from tests.support.selection import broad_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def expected(c: float) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize("how", broad_after(1, [llfx.rewrite, llfx.wrap]))
 def test_eager_calls_read_the_value_of_now(how: Any) -> None:
     model = how(net(), Steered(target_names="."), (X,)).eval()
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_v", "1.lora_v"]
@@ -73,6 +74,7 @@ def test_a_compiled_model_is_not_compiled_again() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.broad
 def test_generate_reads_the_value_of_each_call_and_captures_nothing_anew() -> None:
     model = one_layer_llama().eval()
     chat = llfx.adapt(model, Steered(target_names="down_proj|lm_head"))

@@ -23,7 +23,7 @@ from lora_lite_fx.adapters.registry import from_config
 from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.passes import Pipeline
 from tests.support.conformance import calibration, for_any_linear, small
-from tests.support.selection import is_distinct, slow_unless
+from tests.support.selection import broad_unless, is_distinct, is_typical, slow_unless
 from tests.support.untouched import untouched
 
 ALL: dict[str, Any] = {"target_names": ("fc",)}
@@ -203,7 +203,7 @@ def test_loading_pissa_factorizes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 # Another base.
 
 
-@pytest.mark.parametrize("name", slow_unless(is_distinct, VARIANTS))
+@pytest.mark.parametrize("name", broad_unless(is_typical, slow_unless(is_distinct, VARIANTS)))
 def test_on_other_weights_a_variant_that_needs_its_own_is_refused_and_others_warn(name: str, tmp_path: Path) -> None:
     path, other = saved(tmp_path, VARIANTS[name]), Net(seed=1)
     expected = f"the {name} adapter was made for other weights than the model's, at 2 of 2 sites (fc1, ...)"

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters import patterns
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -135,7 +136,7 @@ THINGS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize("thing", broad_after(24, THINGS))
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_not_an_adapter_is_refused(reader: str, thing: str, graph: fx.GraphModule, files: Path) -> None:
     name, read = READERS[reader]

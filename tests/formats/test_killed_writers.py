@@ -10,6 +10,7 @@ from tests.formats.kill_writers import WRITERS, at_each_call
 from tests.support.selection import slow_unless
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("over_old", slow_unless(bool, [True, False]), ids=["over an old one", "a new one"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_killed_writer_leaves_the_old_or_the_new(writer: str, over_old: bool, tmp_path: Path) -> None:

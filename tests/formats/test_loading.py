@@ -14,6 +14,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import placements
 from tests.support.conformance import randomise
 from tests.support.models import one_layer_llama
+from tests.support.selection import broad_after
 
 
 class Net(nn.Module):
@@ -35,7 +36,7 @@ WAYS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=broad_after(1, WAYS))
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Any, str, Tensor]:
     """A function that loads, by its name too, with a file for it and what the adapter adds to the base's output."""
     save, load = WAYS[request.param]

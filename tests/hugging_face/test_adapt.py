@@ -18,6 +18,7 @@ from torch import Tensor
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
 from tests.support.models import GatedMLP, Net, tiny_llama
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 LLAMA = tiny_llama(tie_word_embeddings=True)
@@ -114,7 +115,9 @@ def test_a_copy_of_a_module_alone_is_a_module_of_the_same_model() -> None:
     assert twin[0]._graphs is twin[1]._graphs is not model._graphs
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), broad_after(1, [(torch.float64, 1e-4), (torch.bfloat16, 5e-2)], several=True)
+)
 def test_a_cast_makes_new_graphs_and_a_move_to_the_same_place_does_not(dtype: torch.dtype, tolerance: float) -> None:
     """In half precision the adapters are cast too, although an adapter of such a base is made in float32."""
     model = copy.deepcopy(adapted())
@@ -136,6 +139,7 @@ def test_the_inner_model_and_a_single_module_run_graphs_of_their_own() -> None:
             close(model.get_submodule(module)(rows), merged.get_submodule(module)(rows), 1e-4, module)
 
 
+@pytest.mark.broad
 def test_outputs_that_only_one_mode_has_are_returned() -> None:
     """Check with XLNet, which returns its memories only in evaluation mode."""
     config = hf.XLNetConfig(vocab_size=99, d_model=16, n_layer=1, n_head=2, d_inner=24, mem_len=4)
@@ -147,6 +151,7 @@ def test_outputs_that_only_one_mode_has_are_returned() -> None:
         assert ("mems" in actual) != training
 
 
+@pytest.mark.broad
 def test_graphs_are_bounded_and_the_reason_of_each_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = llfx.adapt(base(), llfx.LoRA(r=2), max_graphs=1)
 
@@ -176,6 +181,7 @@ class Marked(hf.LlamaForCausalLM):
         return super().forward(inputs_embeds=embedded, **kwargs)
 
 
+@pytest.mark.broad
 def test_a_call_for_which_the_model_decides_otherwise_gets_a_graph_of_its_own() -> None:
     torch.manual_seed(0)
     model = Marked(tiny_llama(hidden_size=16, intermediate_size=24)).double()
@@ -192,6 +198,7 @@ def test_a_call_for_which_the_model_decides_otherwise_gets_a_graph_of_its_own() 
     assert captures == [1, 4, 4]
 
 
+@pytest.mark.broad
 def test_several_adapters_share_one_model() -> None:
     configs = [llfx.LoRA(r=2), llfx.IA3()]
     model = llfx.adapt(base(), configs)
@@ -203,6 +210,7 @@ def test_several_adapters_share_one_model() -> None:
     close(model.model(IDS).last_hidden_state, hidden.detach(), 1e-5, "the second graph's")
 
 
+@pytest.mark.broad
 def test_calibration_batches_are_arguments_of_calls() -> None:
     batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
     model = llfx.adapt(base(), llfx.EVA(r=2), calibration=batches)

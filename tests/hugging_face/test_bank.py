@@ -11,12 +11,13 @@ import torch
 import lora_lite_fx as llfx
 from tests.hugging_face.test_named_adapters import adapted_by, base
 from tests.support.conformance import close
+from tests.support.selection import broad_after
 
 PROMPT = torch.randint(1, 20, (4, 5), generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([2, -1, 0, 2])
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("how", broad_after(1, [{}, {"num_beams": 2, "num_return_sequences": 2}]), ids=str)
 def test_a_mixed_batch_generates_what_each_row_does_alone(how: dict[str, Any]) -> None:
     model = adapted_by(llfx.Bank(llfx.LoRA(r=2), slots=3))
     settings: Any = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False, **how}
@@ -29,6 +30,7 @@ def test_a_mixed_batch_generates_what_each_row_does_alone(how: dict[str, Any]) -
     assert not torch.equal(mixed, base().generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **settings))
 
 
+@pytest.mark.broad
 def test_a_mixed_batch_samples_what_each_adapter_does() -> None:
     """Compare with batches of the same shape in which all rows have one slot: the draws of a row are the same there."""
     model = adapted_by(llfx.Bank(llfx.LoRA(r=2), slots=3))
@@ -47,6 +49,7 @@ def test_a_mixed_batch_samples_what_each_adapter_does() -> None:
     assert not torch.equal(mixed, sampled(torch.full_like(IDS, -1)))
 
 
+@pytest.mark.broad
 def test_rows_are_those_of_pefts_mixed_batch(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = adapted_by(llfx.Bank(llfx.LoRA(r=2, alpha=3.0), slots=3))
@@ -59,6 +62,7 @@ def test_rows_are_those_of_pefts_mixed_batch(tmp_path: Path) -> None:
     close(model(PROMPT, adapter_ids=IDS).logits, theirs(PROMPT, adapter_names=names).logits, 1e-5, "logits")
 
 
+@pytest.mark.broad
 def test_slots_are_loaded_while_the_model_serves(tmp_path: Path) -> None:
     model = adapted_by(llfx.Bank(llfx.LoRA(r=2), slots=3))
     expected = model(PROMPT, adapter_ids=torch.full((4,), 2)).logits
@@ -73,6 +77,7 @@ def test_slots_are_loaded_while_the_model_serves(tmp_path: Path) -> None:
     assert len(model._graphs) == graphs
 
 
+@pytest.mark.broad
 def test_training_through_the_adapted_model() -> None:
     model = adapted_by(llfx.Bank(llfx.LoRA(r=2), slots=3)).train()
     optimizer = llfx.SlotOptimizer(model, lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))

@@ -17,7 +17,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.hugging_face.causal_lm import _NO_STATES_IN_TRAINING, normalize_call, probe
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_llama
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 BERT: dict[str, Any] = {
     "hidden_size": 16,
@@ -89,7 +89,7 @@ def calls(model: Any) -> list[dict[str, Tensor]]:
 EVERYDAY = ("an encoder with a head for each token, which has no cache", "a classifier that reads its labels")
 
 
-@pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, MODELS))
+@pytest.mark.parametrize("name", broad_after(1, slow_unless(EVERYDAY.__contains__, MODELS)))
 def test_outputs_and_gradients_equal_those_of_the_eager_wrapper(name: str) -> None:
     adapted, wrapped = pair(name)
     tolerance = 1e-10 if adapted.dtype == torch.float64 else 1e-4
@@ -114,6 +114,7 @@ def test_outputs_and_gradients_equal_those_of_the_eager_wrapper(name: str) -> No
     assert adapted._graphs.captures <= 3  # one for the examples that adapt makes, and one for each kind of call
 
 
+@pytest.mark.broad
 def test_a_model_whose_cache_has_no_attention_generates() -> None:
     adapted, wrapped = pair("a state space")
     ids = calls(adapted)[0]["input_ids"]
@@ -141,6 +142,7 @@ DORY = hf.DoryConfig(
 )
 
 
+@pytest.mark.broad
 def test_a_cache_has_the_layers_that_the_model_adds_to_it() -> None:
     model = hf.DoryForCausalLM(DORY).eval()
     cache = normalize_call(model, probe(model), {"input_ids": torch.ones(2, 5, dtype=torch.long)}).arguments["cache"]
@@ -170,6 +172,7 @@ class Codes(hf.LlamaForCausalLM):
         )
 
 
+@pytest.mark.broad
 def test_a_decoder_of_several_codes_for_each_token_is_adapted() -> None:
     torch.manual_seed(0)
     model: Any = Codes(DECODER).train(False)
@@ -201,6 +204,7 @@ def test_the_loss_of_other_logits_than_those_of_the_vocabulary_is_the_models_own
 RWKV = hf.RwkvConfig(hidden_size=16, num_hidden_layers=2, vocab_size=99, attention_hidden_size=16, rescale_every=0)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "model", [(hf.MambaForCausalLM, MAMBA), pytest.param((hf.RwkvForCausalLM, RWKV), marks=pytest.mark.slow)]
 )
@@ -238,6 +242,7 @@ class FlatPositions(hf.LlamaForCausalLM):
         return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
 
 
+@pytest.mark.broad
 def test_positions_may_be_viewed_as_one_row() -> None:
     torch.manual_seed(0)
     model: Any = FlatPositions(DECODER).train(False)

@@ -37,6 +37,7 @@ def encoder(folder: Path) -> Any:
     return st.SentenceTransformer(modules=[body, modules.Pooling(16, "mean")], device="cpu")
 
 
+@pytest.mark.broad
 def test_an_encoder_of_sentence_transformers_trains_and_encodes_as_the_wrapper(tmp_path: Path) -> None:
     st = pytest.importorskip("sentence_transformers")
     from datasets import Dataset
@@ -88,6 +89,7 @@ def pair() -> tuple[Any, Any]:
     return adapted, wrapped
 
 
+@pytest.mark.broad
 def test_an_adapted_unet_equals_the_wrapper_in_the_calls_of_training_and_of_pipelines() -> None:
     pytest.importorskip("diffusers")
     adapted, wrapped = pair()
@@ -113,6 +115,7 @@ def test_an_adapted_unet_equals_the_wrapper_in_the_calls_of_training_and_of_pipe
     assert_close(*gradients)
 
 
+@pytest.mark.broad
 def test_a_pipeline_asks_an_adapted_unet_for_what_it_is_and_draws_with_its_adapters() -> None:
     diffusers = pytest.importorskip("diffusers")
     adapted, wrapped = pair()

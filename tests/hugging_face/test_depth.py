@@ -14,7 +14,7 @@ from torch import fx
 
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 WINDOW = 8  # Shorter than the generated texts.
 SMALL: dict[str, Any] = {
@@ -68,7 +68,7 @@ def described(gm: fx.GraphModule) -> list[tuple[str, ...]]:
     return [(node.format_node() or "output", str(node.args), value(node)) for node in gm.graph.nodes]
 
 
-@pytest.mark.parametrize("name", slow_unless({"mistral", "gemma2"}.__contains__, MODELS))
+@pytest.mark.parametrize("name", broad_after(1, slow_unless({"mistral", "gemma2"}.__contains__, MODELS)))
 def test_decoders_with_caches_are_captured_in_part(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lora_lite_fx"):
         adapted = llfx.adapt(build(name), llfx.LoRA(r=2))
@@ -81,6 +81,7 @@ def test_decoders_with_caches_are_captured_in_part(name: str, caplog: pytest.Log
     assert "all layers captured" not in caplog.text
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", slow_unless("mistral".__eq__, MODELS))
 def test_their_graphs_are_those_of_a_capture_in_full(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_part = llfx.adapt(build(name), llfx.LoRA(r=2)).adapted_graph()
@@ -90,6 +91,7 @@ def test_their_graphs_are_those_of_a_capture_in_full(name: str, monkeypatch: pyt
     assert in_part.code == in_full.code
 
 
+@pytest.mark.broad
 def test_a_cache_whose_layers_have_other_lengths_is_not_taken() -> None:
     """Layers of one class are as long as each other in the graph that is there."""
     adapted = llfx.adapt(build("llama"), llfx.LoRA(r=2))

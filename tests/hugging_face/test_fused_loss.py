@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 CONFIG = llfx.LoRA(r=2, alpha=4.0, target_names=("q_proj", "lm_head"))
 IDS = torch.randint(99, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", broad_after(1, CALLS))
 def test_loss_and_gradients_are_those_of_the_logits(name: str) -> None:
     fused, plain = models()
     torch.testing.assert_close(step(fused, **CALLS[name]), step(plain, **CALLS[name]), rtol=1e-4, atol=1e-6)
@@ -80,6 +80,7 @@ def test_evaluation_generation_and_calls_without_labels_are_as_ever() -> None:
     assert torch.equal(*tokens)
 
 
+@pytest.mark.broad
 def test_the_first_graph_is_that_of_training_and_the_same_adapters_are_in_all() -> None:
     model = llfx.adapt(base(), CONFIG, fuse_loss=True)
     assert len(model.graphs) == 1
@@ -95,12 +96,14 @@ def test_the_first_graph_is_that_of_training_and_the_same_adapters_are_in_all() 
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.broad
 def test_a_model_follows_its_graph() -> None:
     graph = llfx.rewrite(base(), CONFIG, fuse_loss=True)
     assert llfx.adapt(graph).train()(**CALLS["labels"]).logits is None
     assert llfx.adapt(graph, fuse_loss=False).train()(**CALLS["labels"]).logits is not None
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("fuse_loss", slow_unless(bool, [False, True]))
 def test_a_compiled_call_may_be_the_first_of_its_kind(fuse_loss: bool) -> None:
     model = llfx.adapt(base(), CONFIG, fuse_loss=fuse_loss).train()

@@ -15,7 +15,7 @@ from torch import Tensor
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_t5
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 from tests.support.untouched import untouched
 
 R, ALPHA = 2, 2.0
@@ -151,7 +151,7 @@ def assert_same(adapted: Any, merged: Any, inputs: dict[str, Tensor], **options:
         close(ours.double(), theirs.double(), 1e-5, f"logits of step {step}")  # `generate` returns float32.
 
 
-@pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, CAUSAL))
+@pytest.mark.parametrize("name", broad_after(1, slow_unless(EVERYDAY.__contains__, CAUSAL)))
 def test_a_causal_model_generates_and_trains(name: str) -> None:
     adapted, merged = pair(name)
     for beams in (1, 3):
@@ -166,6 +166,7 @@ def test_a_causal_model_generates_and_trains(name: str) -> None:
     assert len(adapted._graphs) == GRAPHS.get(name, 1)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, SEQ2SEQ))
 def test_an_encoder_decoder_generates_and_trains(name: str) -> None:
     adapted, merged = pair(name)
@@ -179,6 +180,7 @@ def test_an_encoder_decoder_generates_and_trains(name: str) -> None:
     assert len(adapted._graphs) == 4  # Training, the encoder alone, the first token, the others.
 
 
+@pytest.mark.broad
 def test_sampling_draws_the_same_tokens_at_equal_seeds() -> None:
     assert_same(*pair("llama"), prompt(), do_sample=True, temperature=1.5)
 
@@ -191,7 +193,7 @@ def test_a_batch_of_one_and_of_many_take_the_same_graph() -> None:
     assert len(adapted._graphs) == 1
 
 
-@pytest.mark.parametrize("name", slow_unless("bart".__ne__, ["llama", "gpt2", "t5", "bart"]))
+@pytest.mark.parametrize("name", broad_after(1, slow_unless("bart".__ne__, ["llama", "gpt2", "t5", "bart"])))
 def test_a_static_cache_is_written_in_place_by_one_graph(name: str) -> None:
     """Check that an encoder-decoder takes two graphs, because its first token also caches the encoder's result."""
     adapted, merged = pair(name)
@@ -231,6 +233,7 @@ def test_without_use_cache_the_result_has_no_cache() -> None:
     assert adapted(**prompt(), return_dict=False)[0].shape == actual.logits.shape
 
 
+@pytest.mark.broad
 def test_texts_packed_in_one_row_do_not_see_each_other() -> None:
     adapted, merged = pair("llama")
     ids = prompt()["input_ids"][1:, 1:]

@@ -19,6 +19,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.hugging_face.config_reads import recorded_reads
 from tests.support.conformance import randomise
 from tests.support.models import one_layer_llama
+from tests.support.selection import broad_after
 
 IDS = torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))
 LORA = llfx.LoRA(r=2, target_roles=("reader", "writer"))
@@ -60,7 +61,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("change", broad_after(2, CHANGES.values()), ids=CHANGES)
 def test_a_change_acts_in_the_next_call(change: Callable[[Any], object], caplog: pytest.LogCaptureFixture) -> None:
     model = adapted()
     plain = llfx.merge(model)
@@ -80,6 +81,7 @@ def test_a_change_acts_in_the_next_call(change: Callable[[Any], object], caplog:
     assert len([record for record in caplog.messages if "captured a graph" in record]) == 1
 
 
+@pytest.mark.broad
 def test_dropout_that_a_trainer_switches_off_is_off() -> None:
     # TRL's disable_dropout sets p of all nn.Dropout to zero, and its default for DPO is to do so.
     torch.manual_seed(0)
@@ -119,6 +121,7 @@ def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogC
     assert "config.pad_token_id is 1, and was 0" in caplog.text
 
 
+@pytest.mark.broad
 def test_what_a_config_asks_to_be_returned_is_returned() -> None:
     model = adapted()
     expected = model(IDS).logits
@@ -140,6 +143,7 @@ def test_what_a_config_asks_to_be_returned_is_returned() -> None:
     assert model._graphs.captures == captures  # the first graph holds again
 
 
+@pytest.mark.broad
 def test_a_compiled_call_follows_the_config() -> None:
     model = adapted()
     compiled: Any = torch.compile(model, backend="eager")
@@ -162,12 +166,14 @@ def other_config(model: Any) -> None:
     see_all_tokens(model.model)
 
 
-@pytest.mark.parametrize("change", [see_all_tokens, other_config])
+@pytest.mark.broad
+@pytest.mark.parametrize("change", broad_after(1, [see_all_tokens, other_config]))
 def test_a_config_field_that_was_absent_acts_in_the_next_call(change: Callable[[Any], object]) -> None:
     model = adapted()
     require_acts(change, model)
 
 
+@pytest.mark.broad
 def test_modules_that_are_causal_with_a_mask_alone_are_refused() -> None:
     # Sdpa leaves out the mask of a text without padding, whose tokens see all then; with padding they see those before.
     model = adapted()
@@ -215,6 +221,7 @@ class Scaled(hf.LlamaForCausalLM):
         return result
 
 
+@pytest.mark.broad
 def test_attributes_of_every_kind_act_in_the_next_call() -> None:
     torch.manual_seed(0)
     config = one_layer_llama().config
@@ -243,6 +250,7 @@ def test_attributes_of_every_kind_act_in_the_next_call() -> None:
         assert model._graphs.captures == captures
 
 
+@pytest.mark.broad
 def test_a_loss_function_that_is_set_is_that_of_the_next_call() -> None:
     torch.manual_seed(0)
     config = hf.LlamaConfig(
@@ -331,6 +339,7 @@ def test_a_wrapper_around_the_forward_of_a_layer_acts() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.broad
 def test_a_layer_without_adapters_may_be_replaced_by_another_of_its_class() -> None:
     torch.manual_seed(0)
     model = llfx.adapt(one_layer_llama().eval(), llfx.LoRA(r=2, target_names=("lm_head",)))
@@ -369,7 +378,7 @@ COMPUTED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize("compute", broad_after(1, COMPUTED.values()), ids=COMPUTED)
 def test_a_weight_that_is_computed_since_is_computed_in_each_call(
     compute: tuple[Callable[[nn.Module], object], str],
 ) -> None:
@@ -389,6 +398,7 @@ def test_a_weight_that_is_computed_since_is_computed_in_each_call(
     assert same(model(IDS, output_hidden_states=True).logits, logits)  # which is captured anew
 
 
+@pytest.mark.broad
 def test_an_adapted_weight_that_is_parametrized_since_is_merged() -> None:
     model = adapted()
     model(IDS)

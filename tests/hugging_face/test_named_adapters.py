@@ -63,6 +63,7 @@ def test_adapters_are_set_disabled_and_enabled_as_in_peft() -> None:
     torch.testing.assert_close(model(PROMPT).logits, expected)
 
 
+@pytest.mark.broad
 def test_each_row_of_a_batch_has_its_own_adapter_as_in_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = adapted_by({"fr": llfx.LoRA(r=2), "de": llfx.LoRA(r=3, alpha=3, target_names=("v_proj",))})

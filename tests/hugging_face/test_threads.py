@@ -26,6 +26,7 @@ SIGNATURES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "cfg", [pytest.param(llfx.LoRA(r=2), marks=pytest.mark.slow), llfx.DoRA(r=2)], ids=lambda cfg: type(cfg).__name__
 )

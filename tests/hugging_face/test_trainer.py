@@ -89,6 +89,7 @@ class StopAfter(hf.TrainerCallback):
         control.should_training_stop = control.should_training_stop or state.global_step == self.step
 
 
+@pytest.mark.broad
 def test_a_run_that_is_interrupted_and_resumed_gives_the_same_adapters_bit_for_bit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_run_that_is_interrupted_and_resumed_gives_the_same_adapters_bit_for_b
     assert_same(state(resumed), expected)
 
 
+@pytest.mark.broad
 def test_checkpoints_hold_the_adapters_only_and_can_be_adapted_with(tmp_path: Path) -> None:
     model = fresh()
     trainer(model, tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
@@ -130,6 +132,7 @@ def test_only_the_adapters_move_and_the_users_model_stays_as_it_was(tmp_path: Pa
     assert trained == llfx.adapter_state_dict(adapted_model).keys()
 
 
+@pytest.mark.broad
 def test_evaluation_gives_the_loss_of_the_eager_wrapper(tmp_path: Path) -> None:
     wrapped = llfx.wrap(base(), CONFIG)
     llfx.load_adapter_state_dict(wrapped, state(fresh()))
@@ -141,6 +144,7 @@ def test_evaluation_gives_the_loss_of_the_eager_wrapper(tmp_path: Path) -> None:
     assert predicted.shape == (4, 6, 99)
 
 
+@pytest.mark.broad
 def test_accumulated_gradients_train_as_those_of_the_eager_wrapper_do(tmp_path: Path) -> None:
     start, states = state(fresh()), []
     for model in (fresh(), llfx.wrap(base(), CONFIG)):
@@ -175,6 +179,7 @@ def test_whole_weights_and_tokens_train_as_in_the_eager_wrapper_and_resume_bit_f
     assert_same(state(models[2]), whole)
 
 
+@pytest.mark.broad
 def test_training_evaluating_and_generating_share_one_graph(tmp_path: Path) -> None:
     model = fresh()
     trainer(model, tmp_path, max_steps=1).train()

@@ -15,6 +15,7 @@ from tests.support.conformance import randomise
 from tests.support.selection import slow_unless
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "name",
     slow_unless(
@@ -39,6 +40,7 @@ def test_losses_and_adapters_equal_those_of_the_eager_wrapper(name: str) -> None
     assert outcome.adapters <= CASES[name].tolerance < outcome.moved / 100
 
 
+@pytest.mark.broad
 def test_a_base_of_4_bits_trains_under_trl_as_with_peft(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     pytest.importorskip("bitsandbytes")

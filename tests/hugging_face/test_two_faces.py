@@ -70,6 +70,7 @@ def test_graphs_that_have_no_model_or_no_adapters_are_refused() -> None:
         llfx.adapt(base())
 
 
+@pytest.mark.broad
 def test_continuous_batching_is_refused_with_a_way_out() -> None:
     with pytest.raises(llfx.AdapterError, match=r"merge\(model\)\.generate_batch"):
         adapted().generate_batch([[5, 6, 7]], progress_bar=False)

@@ -24,6 +24,7 @@ from lora_lite_fx.inspection.blocks import Block, blocks, ranges
 from lora_lite_fx.inspection.rows import SiteRow
 from lora_lite_fx.inspection.table import SiteTable
 from tests.sites.test_roles_of_models import build
+from tests.support.selection import broad_after
 
 LLAMA = transformers.LlamaConfig(
     hidden_size=16,
@@ -242,7 +243,7 @@ PAGES = {
 }
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", broad_after(2, PAGES))
 def test_the_page_is_well_formed_and_says_everything(name: str) -> None:
     table = PAGES[name]
     page = table.to_html()
@@ -260,7 +261,7 @@ def test_the_page_is_well_formed_and_says_everything(name: str) -> None:
     assert set(drawn.values()) <= {1, 2}
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", broad_after(1, PAGES))
 def test_the_page_needs_nothing_else_and_is_the_same_each_time(name: str) -> None:
     page = PAGES[name].to_html()
     assert page == PAGES[name].to_html()
@@ -311,7 +312,7 @@ def test_a_page_is_saved_whole(tmp_path: Path) -> None:
         table.save_html(tmp_path / "missing" / "page.html")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert-masked-lm"])
+@pytest.mark.parametrize("name", broad_after(1, ["gpt2", "bert-masked-lm"]))
 def test_real_models_have_a_page(name: str) -> None:
     table = llfx.inspect(build(name, num_hidden_layers=2))
     assert all(site.name in " ".join(Checker(table.to_html()).text) for site in table)

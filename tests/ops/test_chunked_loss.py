@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_lite_fx.errors import AdapterError, CallError
 from lora_lite_fx.ops import chunked_loss
 from lora_lite_fx.ops.chunked_loss import ChunkedLoss, Step
+from tests.support.selection import broad_after
 
 N, WIDTH, CLASSES, RANK = 23, 6, 17, 2
 PLAIN = ChunkedLoss((Step("linear", (0, 1, None)), Step("to", (2,), "float32")), 1, CLASSES)
@@ -132,7 +133,7 @@ def test_small_gradients_do_not_vanish_in_half_precision() -> None:
     torch.testing.assert_close(ours.double(), expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("pattern", ["all", "half", "one", "none"])
+@pytest.mark.parametrize("pattern", broad_after(1, ["all", "half", "one", "none"]))
 def test_compiled_it_is_one_operator_for_any_labels(pattern: str) -> None:
     operands = operands_of(FULL, torch.float32)
     torch.compiler.reset()

@@ -170,6 +170,7 @@ def test_a_compiled_graph_does_not_form_matrices_that_only_pay_if_they_are_cache
     assert IN * OUT < counts[0] < 2 * IN * OUT
 
 
+@pytest.mark.broad
 def test_more_models_can_be_compiled_than_dynamo_recompiles_one_function() -> None:
     torch.compiler.reset()
     counter = CompileCounter()

@@ -101,6 +101,7 @@ def test_sites_are_those_of_the_model_and_remove_and_merge_know_both_calls() -> 
     torch.testing.assert_close(llfx.merge(gm).eval()(x), wrapped.eval()(x))
 
 
+@pytest.mark.broad
 def test_compiled_and_exported_graphs_follow_the_mode() -> None:
     gm, wrapped, x = adapted()
     compiled = torch.compile(gm, backend="aot_eager", fullgraph=True)

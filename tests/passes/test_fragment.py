@@ -17,6 +17,7 @@ from lora_lite_fx.passes.adapt import fragment
 from lora_lite_fx.sites.site import Site
 from tests.support.conformance import close, for_any_linear, gradients, randomise, rewrite_and_wrap, small
 from tests.support.own_variants import registered
+from tests.support.selection import broad_after
 
 WIDTH = 8
 
@@ -149,7 +150,20 @@ def _same_as_wrap(graph: Any, cfg: llfx.Variant, x: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("field", "traces"),
-    [("name", 4), ("layer", 4), ("weight", 4), ("bias", 4), ("roles", 1), ("kind", 1), ("d_in", 1), ("transposed", 1)],
+    broad_after(
+        4,
+        [
+            ("name", 4),
+            ("layer", 4),
+            ("weight", 4),
+            ("bias", 4),
+            ("roles", 1),
+            ("kind", 1),
+            ("d_in", 1),
+            ("transposed", 1),
+        ],
+        several=True,
+    ),
 )
 def test_sites_share_a_trace_where_what_it_read_is_equal(
     field: str, traces: int, deep: tuple[nn.Module, Any], traced: list[str]
@@ -210,7 +224,7 @@ def test_noise_under_an_if_is_refused_with_a_form_that_works(deep: tuple[nn.Modu
     )
 
 
-@pytest.mark.parametrize("form", ["factor", "dropout"])
+@pytest.mark.parametrize("form", broad_after(1, ["factor", "dropout"]))
 def test_noise_in_the_form_of_the_message_is_that_of_wrap(form: str, deep: tuple[nn.Module, Any]) -> None:
     cfg = Noisy(form=form, target_names="layers")
     _same_as_wrap(deep[1], cfg, torch.randn(4, 2, WIDTH))

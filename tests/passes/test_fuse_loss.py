@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lora_lite_fx.passes import DropMetadataAsserts, FuseLoss
 from tests.execution.test_fused_loss import assert_close
 from tests.support.programs import after, count, reasons
+from tests.support.selection import broad_after
 
 
 class Loss(nn.Module):
@@ -58,7 +59,7 @@ TAKEN: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", broad_after(3, TAKEN))
 def test_losses_of_logits_by_row_are_fused(name: str) -> None:
     gm, inputs = graph_of(TAKEN[name])
     changed, report = after(gm, FuseLoss())
@@ -144,7 +145,7 @@ LEFT: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", broad_after(6, LEFT))
 def test_other_losses_stay_and_the_reason_is_given(name: str) -> None:
     compute, why = LEFT[name]
     gm, inputs = graph_of(compute)

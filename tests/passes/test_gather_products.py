@@ -25,11 +25,12 @@ from tests.support.programs import (
     derived,
     reasons,
 )
+from tests.support.selection import broad_after
 
 aten = torch.ops.aten
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", broad_after(1, [False, True]))
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA"])
 def test_a_layer_has_four_gathered_products(name: str, bias: bool) -> None:
     gm = derived(adapted_llama(name, bias=bias), TRAINING)

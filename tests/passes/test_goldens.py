@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.provenance import inner_name, insertions, is_inserted
 from lora_lite_fx.graph.tensors import tensor_of
+from tests.support.captured import captured
 from tests.support.conformance import calibration, for_any_linear, small
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,8 +92,8 @@ def adapted(name: str) -> tuple[fx.GraphModule, fx.GraphModule]:
     variant = llfx.registry()[name.split()[0]]
     targets = {"target_names": ("^(proj|embed|conv)$",), "target_kinds": (kind,)}
     cfg = small(variant, 2, alpha=4, **targets, **FURTHER.get(name, {}))
-    gm = llfx.rewrite(layer(), cfg, inputs, calibration=calibration(cfg, None, inputs))
-    return llfx.capture(layer(), inputs), gm
+    _, base = captured(layer, inputs=inputs)
+    return base, llfx.rewrite(base, cfg, calibration=calibration(cfg, None, inputs))
 
 
 def text(base: fx.GraphModule, gm: fx.GraphModule) -> str:

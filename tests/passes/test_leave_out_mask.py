@@ -14,6 +14,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.support.conformance import randomise
 from tests.support.low_rank_llama import LOW_RANK, llama, tokens
+from tests.support.selection import broad_after
 
 ONES = torch.ones(3, 5, dtype=torch.long)
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
@@ -40,7 +41,7 @@ def captured() -> fx.GraphModule:
     return llfx.capture(llama()[0], {**tokens(3, 5), "attention_mask": LEFT})
 
 
-@pytest.mark.parametrize("checkpoint_layers", [False, True])
+@pytest.mark.parametrize("checkpoint_layers", broad_after(1, [False, True]))
 @pytest.mark.parametrize(
     ("mask", "seen"),
     [(None, (False, True)), (ONES, (False, True)), (LEFT, (True, False)), (RIGHT, (True, False))],
@@ -71,6 +72,7 @@ def test_each_call_goes_by_its_own_mask(mask: Tensor | None, seen: tuple[bool, b
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.broad
 def test_one_token_of_a_cache_needs_no_mask() -> None:
     chat = llfx.adapt(llama()[0], LOW_RANK["DoRA"])
     with Seen() as attention:

@@ -19,6 +19,7 @@ from tests.support.conformance import randomise
 from tests.support.models import one_layer_llama
 from tests.support.own_variants import Bottleneck, Computed, Gate, registered
 from tests.support.programs import after
+from tests.support.selection import broad_after
 
 aten = torch.ops.aten
 WAY_OUT = " The way out: keep the adapter; files, exports, torch.compile and generation take it like any other."
@@ -125,7 +126,7 @@ NOT_AFFINE: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("name", NOT_AFFINE)
+@pytest.mark.parametrize("name", broad_after(5, NOT_AFFINE))
 def test_what_no_weight_computes_is_refused(
     name: str, linear: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from tests.support.programs import (
     in_calls,
     reasons,
 )
+from tests.support.selection import broad_after
 
 aten = torch.ops.aten
 
@@ -66,19 +67,23 @@ def test_the_sum_moves_behind_the_site() -> None:
 
 @pytest.mark.parametrize(
     ("gm", "why"),
-    [
-        (lambda: reflected(llfx.OFT(block_size=2)), "the adapter adds no low-rank branch to the input"),
-        (
-            lambda: llfx.rewrite(Down(), GATE, EXAMPLE),
-            "the adapter does not add to the input",
-        ),
-        (lambda: reflected(llfx.HRA(r=2), torch.bfloat16), "the weight and B have different types"),
-        (
-            lambda: reflected(llfx.HRA(r=2, dtype=torch.bfloat16), torch.bfloat16),
-            "in half precision W B would be rounded",
-        ),
-        (lambda: reflected(llfx.HRA(r=2), d_out=25), "the output is more than 4 times as wide as the input"),
-    ],
+    broad_after(
+        2,
+        [
+            (lambda: reflected(llfx.OFT(block_size=2)), "the adapter adds no low-rank branch to the input"),
+            (
+                lambda: llfx.rewrite(Down(), GATE, EXAMPLE),
+                "the adapter does not add to the input",
+            ),
+            (lambda: reflected(llfx.HRA(r=2), torch.bfloat16), "the weight and B have different types"),
+            (
+                lambda: reflected(llfx.HRA(r=2, dtype=torch.bfloat16), torch.bfloat16),
+                "in half precision W B would be rounded",
+            ),
+            (lambda: reflected(llfx.HRA(r=2), d_out=25), "the output is more than 4 times as wide as the input"),
+        ],
+        several=True,
+    ),
     ids=["no branch", "no sum", "types", "half", "wide"],
 )
 def test_the_reason_is_given_for_each_site(gm: Callable[[], fx.GraphModule], why: str) -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_lite_fx as llfx
 from lora_lite_fx.passes import PassReport
 from tests.support.conformance import randomise
+from tests.support.selection import broad_after
 
 
 class Products(TorchDispatchMode):
@@ -66,7 +67,7 @@ def gradients(model: Any, x: Tensor, parameters: Sequence[Tensor], autocast: boo
     return y, *torch.autograd.grad(y.float().square().sum(), parameters)
 
 
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base", broad_after(1, [torch.float32, torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_products_are_in_double_precision_under_autocast_alone(base: torch.dtype, autocast: bool) -> None:
     gm = adapted(base)
@@ -130,7 +131,7 @@ def test_a_model_in_double_precision_stays() -> None:
     assert report(adapted(torch.float64)).edits == 0
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("autocast", broad_after(1, [False, True]), ids=["", "autocast"])
 def test_it_compiles(autocast: bool) -> None:
     gm = adapted()
     x = torch.randn(5, 16)

@@ -24,11 +24,14 @@ from tests.support.programs import (
     reasons,
 )
 from tests.support.saved import saved_by
+from tests.support.selection import broad_after
 
 aten = torch.ops.aten
 
 
-@pytest.mark.parametrize(("name", "most"), [("LoRA", 1.05), ("DeLoRA", 1.05), ("HRA", 1.05), ("DoRA", 1.4)])
+@pytest.mark.parametrize(
+    ("name", "most"), broad_after(1, [("LoRA", 1.05), ("DeLoRA", 1.05), ("HRA", 1.05), ("DoRA", 1.4)], several=True)
+)
 def test_hardly_more_is_saved_than_by_the_frozen_base(name: str, most: float) -> None:
     model = copy.deepcopy(llama(dtype=torch.float32)[0]).requires_grad_(False).train()
     model.enable_input_require_grads()
@@ -63,7 +66,9 @@ def test_the_reason_is_a_write_or_dropout() -> None:
     assert reasons(after(gm, RecomputeInputs())[1]) == expected
 
 
-@pytest.mark.parametrize(("name", "most"), [("LoRA", 1.1), ("DeLoRA", 1.1), ("DoRA", 1.4)])
+@pytest.mark.parametrize(
+    ("name", "most"), broad_after(1, [("LoRA", 1.1), ("DeLoRA", 1.1), ("DoRA", 1.4)], several=True)
+)
 def test_dropout_takes_hardly_more_memory_and_gives_the_same_numbers(name: str, most: float) -> None:
     known: Any = LOW_RANK[name]
     cfg = dataclasses.replace(known, dropout=0.25)

@@ -11,6 +11,7 @@ from torch import nn
 import lora_lite_fx as llfx
 from lora_lite_fx.ops.rotated_blocks import RotatedBlocks
 from tests.support.conformance import randomise
+from tests.support.selection import broad_after
 
 
 class Siblings(nn.Module):
@@ -46,7 +47,9 @@ def assert_same_gradients(gm: Any, x: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [{}, {"block_share": True}, {"use_cayley_neumann": False}, {"coft": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", broad_after(1, [{}, {"block_share": True}, {"use_cayley_neumann": False}, {"coft": True}]), ids=str
+)
 def test_each_site_has_one_operation_in_training(options: dict[str, Any]) -> None:
     gm = adapted(**options)
     assert len(rotations(gm, "training")) == 2

@@ -11,6 +11,7 @@ from torch import nn
 import lora_lite_fx as llfx
 from lora_lite_fx.ops.rotated_pairs import rotated_pairs
 from tests.support.conformance import randomise
+from tests.support.selection import broad_after
 
 SITES = 2
 
@@ -36,7 +37,7 @@ def rotations(gm: Any, program: Any) -> int:
     return sum(node.target is rotated_pairs for node in llfx.program(gm, program).graph.nodes)
 
 
-@pytest.mark.parametrize("kind", ["road_1", "road_2", "road_4"])
+@pytest.mark.parametrize("kind", broad_after(1, ["road_1", "road_2", "road_4"]))
 def test_each_site_has_one_operation_in_training(kind: str) -> None:
     gm = adapted(kind=kind)
     assert rotations(gm, "training") == SITES

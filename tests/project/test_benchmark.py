@@ -18,6 +18,7 @@ from benchmark_arms import ADAPTED, BASE, VARIANTS, Arms, capture, config
 from benchmark_report import Result
 
 from tests.support.models import tiny_llama
+from tests.support.selection import broad_after
 
 CASE = cases.CASES["tiny-qkv"]
 TOKENS, WIDTH, RANK = 4, 64, 16
@@ -116,7 +117,7 @@ def test_several_result_files_become_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The cayley-neumann")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", broad_after(1, VARIANTS))
 def test_all_arms_agree(variant: str) -> None:
     left_out = ("peft-liger", "ours-adapt", "ours-frozen", "ours-fused", "ours-balanced")  # of whole models alone
     names = [name for name in (*BASE, *ADAPTED) if "compiled" not in name and name not in left_out]
@@ -133,7 +134,7 @@ def arms_of_model(call: str) -> Arms:
     return Arms(step, capture(step)[0], config("LoRA", RANK, case))
 
 
-@pytest.mark.parametrize("call", ["train", "train-masked"])
+@pytest.mark.parametrize("call", broad_after(1, ["train", "train-masked"]))
 def test_arms_of_whole_models_agree(call: str) -> None:
     of_model = arms_of_model(call)
     ready, notes = benchmark.ready_arms(of_model, ["base", "ours", "ours-fused", "ours-balanced"], compiled=False)
@@ -178,6 +179,7 @@ def test_the_pretrained_model_is_a_case(monkeypatch: pytest.MonkeyPatch) -> None
     assert cases.CASES["smollm2"].build() is tiny
 
 
+@pytest.mark.broad
 def test_a_compiled_arm_agrees() -> None:
     ready, notes = benchmark.ready_arms(arms("LoRA", "forward"), ["base", "ours-compiled"], compiled=True)
     assert not notes
@@ -245,6 +247,7 @@ def test_saved_bytes_leave_out_parameters() -> None:
     assert benchmark.saved(arms("LoRA").make("ours-plain")) == 4 * TOKENS * (WIDTH + 3 * RANK)
 
 
+@pytest.mark.broad
 def test_one_graph_is_compiled_for_all_shapes() -> None:
     first, *others = benchmark.compilations(arms("LoRA", "forward"), "ours")
     assert first == 1
@@ -254,6 +257,7 @@ def test_one_graph_is_compiled_for_all_shapes() -> None:
 # The command.
 
 
+@pytest.mark.broad
 def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     settings = "--cases tiny-qkv --variants LoRA --rounds 2 --seconds 0 --measures forward train saved flops"
     settings += " --arms peft ours merged"
@@ -266,6 +270,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     assert (tmp_path / "run.png").exists()
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("arm", ["ours", "peft"])
 def test_what_comes_once_is_measured_in_a_process_of_its_own(arm: str) -> None:
     settings = f"--alone --cases tiny-qkv --variants LoRA --arms {arm}"

@@ -26,6 +26,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.broad
 def test_methods_of_papers_train_and_equal_the_wrapper_and_merge_or_are_refused() -> None:
     _, *lines = run("examples/own_variants.py", "--rank", "4").splitlines()
     assert [line.split()[0] for line in lines] == ["OwnLoRAXS", "MoRA", "SVF", "LoReFT", "ParallelAdapter"]
@@ -39,6 +40,7 @@ def test_methods_of_papers_train_and_equal_the_wrapper_and_merge_or_are_refused(
             assert float(merged[0]) < 1e-5, line
 
 
+@pytest.mark.broad
 def test_variants_are_counted_on_any_model(tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(tiny_llama()).save_pretrained(tmp_path)
     text = run("examples/variants.py", "--model", str(tmp_path), "--variants", "lora", "--tokens", "8")
@@ -47,6 +49,7 @@ def test_variants_are_counted_on_any_model(tmp_path: Path) -> None:
     assert lora.startswith("| `LoRA` |")
 
 
+@pytest.mark.broad
 def test_a_sweep_compares_configs_and_draws_the_gradients(tmp_path: Path) -> None:
     picture = tmp_path / "sweep.png"
     text = run("examples/sweep.py", "--layers", "1", "--ranks", "2", "4", "--out", str(picture))
@@ -58,6 +61,7 @@ def test_a_sweep_compares_configs_and_draws_the_gradients(tmp_path: Path) -> Non
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.broad
 def test_memory_is_told_beside_time(tmp_path: Path) -> None:
     run("examples/memory_plans.py", "--quick", "--layers", "2", "--out", str(tmp_path / "memory.txt"))
     _, _, *lines = (tmp_path / "memory.txt").read_text().splitlines()
@@ -84,6 +88,7 @@ def test_compile_times_are_told_and_a_saved_cache_is_loaded() -> None:
     assert losses[2] == losses[3]
 
 
+@pytest.mark.broad
 def test_many_adapters_train_at_once(tmp_path: Path) -> None:
     text = run(
         "examples/many.py",
@@ -107,6 +112,7 @@ def test_many_adapters_train_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "many.png").stat().st_size > 10_000
 
 
+@pytest.mark.broad
 def test_a_classifier_trains_its_head_beside_an_adapter(tmp_path: Path) -> None:
     text = run("examples/classify.py", "--model", "tiny", "--steps", "20", "--out", str(tmp_path))
     (scores,) = re.findall(r"held-out accuracy (\d+)% before, (\d+)% after", text)
@@ -118,6 +124,7 @@ def test_a_classifier_trains_its_head_beside_an_adapter(tmp_path: Path) -> None:
     assert (tmp_path / "confusion.png").stat().st_size > 5_000
 
 
+@pytest.mark.broad
 def test_a_chat_model_is_fine_tuned_by_trl(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     text = run("examples/sft.py", "--model", "tiny", "--steps", "10", "--out", str(tmp_path))
@@ -127,6 +134,7 @@ def test_a_chat_model_is_fine_tuned_by_trl(tmp_path: Path) -> None:
     assert (tmp_path / "sft.png").stat().st_size > 5_000
 
 
+@pytest.mark.broad
 def test_sentence_embeddings_train_with_the_trainer_of_sentence_transformers(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
     text = run("examples/embed.py", "--model", "tiny", "--steps", "20", "--out", str(tmp_path))
@@ -136,6 +144,7 @@ def test_sentence_embeddings_train_with_the_trainer_of_sentence_transformers(tmp
     assert (tmp_path / "similarity.png").stat().st_size > 5_000
 
 
+@pytest.mark.broad
 def test_a_model_of_timm_learns_shapes(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     text = run("examples/vision.py", "--steps", "60", "--out", str(tmp_path))
@@ -145,6 +154,7 @@ def test_a_model_of_timm_learns_shapes(tmp_path: Path) -> None:
     assert (tmp_path / "vision.png").stat().st_size > 20_000
 
 
+@pytest.mark.broad
 def test_a_pipeline_of_diffusers_runs_its_adapted_unet(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     text = run("examples/diffusion.py", "--steps", "30", "--out", str(tmp_path))

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from lora_lite_fx import registry
+from tests.support.selection import broad_after
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "lora_lite_fx"
@@ -115,7 +116,7 @@ def editable(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Environmen
     return environment
 
 
-@pytest.fixture(params=["installed", "editable"])
+@pytest.fixture(params=broad_after(1, ["editable", "installed"]))
 def environment(request: pytest.FixtureRequest) -> Environment:
     environment: Environment = request.getfixturevalue(request.param)
     return environment
@@ -208,6 +209,7 @@ LoRA(rank=4)
 """
 
 
+@pytest.mark.broad
 def test_a_type_checker_sees_the_types(environment: Environment, tmp_path: Path) -> None:
     pytest.importorskip("mypy", reason="mypy is not installed")
     (tmp_path / "consumer.py").write_text(CONSUMER)

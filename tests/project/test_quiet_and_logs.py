@@ -138,6 +138,7 @@ def test_adapted_models_warn_of_nothing(name: str, tmp_path: Path) -> None:
     hf.Trainer(model, arguments, train_dataset=rows).train()
 
 
+@pytest.mark.broad
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", slow_unless(lambda name: name != "llama", MODELS))
 def test_torch_compile_warns_of_nothing(name: str) -> None:
@@ -149,6 +150,7 @@ def test_torch_compile_warns_of_nothing(name: str) -> None:
     compiled(**inputs)
 
 
+@pytest.mark.broad
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
 def test_an_adapted_model_compiles_as_one_graph(mode: bool) -> None:
@@ -231,6 +233,7 @@ def test_an_adapted_model_is_made_in_the_same_phases(caplog: pytest.LogCaptureFi
     assert lines[3].startswith("inserted the adapters: LoRA(r=2, alpha=16) at 7 sites, ")
 
 
+@pytest.mark.broad
 def test_a_model_is_compiled_in_the_same_phases(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
     backend = llfx.backend(CFG, inner="eager")

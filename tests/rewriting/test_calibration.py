@@ -216,6 +216,7 @@ def test_tokens_without_a_label_do_not_count_if_asked_for() -> None:
         llfx.rewrite(base, masked, calibration=[{**batch, "labels": torch.full_like(ids, -100)}])
 
 
+@pytest.mark.broad
 def test_encoder_and_decoder_have_separate_padding() -> None:
     torch.manual_seed(0)
     t5 = llfx.capture(T5ForConditionalGeneration(tiny_t5(vocab_size=31)).eval())

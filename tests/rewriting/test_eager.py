@@ -117,6 +117,7 @@ def test_a_tensor_cannot_have_a_name_of_the_wrapper() -> None:
     assert {"base", "site", "weight", "bias", "training"} <= own <= contract._OF_THE_SITE
 
 
+@pytest.mark.broad
 def test_it_runs_in_torch_compile() -> None:
     torch._dynamo.reset()
     wrapped = start(llfx.wrap(Net(), OneGate(target_names=("a", "b")), (X,)))

@@ -60,6 +60,7 @@ def test_what_is_made_in_inference_mode_trains(what: str, tmp_path: Path) -> Non
     assert all(parameter.grad is not None for parameter in llfx.adapter_parameters(gm))
 
 
+@pytest.mark.broad
 def test_an_adapted_model_that_is_made_and_called_in_inference_mode_trains() -> None:
     model = one_layer_llama()
     ids = torch.tensor([[3, 4, 5]])

@@ -15,7 +15,8 @@ from torch import nn
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.variant import Variant
 from tests.adapters.test_switches import fill
-from tests.support.models import Chain, GatedMLP, ids, net
+from tests.support.captured import captured
+from tests.support.models import Chain, GatedMLP, double_net, ids
 
 EVERYWHERE: Any = {"target_names": (".",)}
 CONFIGS: list[Variant | list[Variant]] = [
@@ -38,12 +39,12 @@ EXAMPLE = (ids(2, 5),)
 class Twin:
     """What the adapters of a graph are to be: for each name an eager wrapper of its own, over the same base."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         self.base = base
         self.by_name: dict[str, nn.Module] = {}
 
     def add(self, name: str, cfg: Any, gm: nn.Module) -> None:
-        self.by_name[name] = llfx.wrap(self.base, cfg, EXAMPLE)
+        self.by_name[name] = llfx.wrap(self.base, cfg)
         self.copy_from(gm, name)
 
     def copy_from(self, gm: nn.Module, name: str) -> None:
@@ -63,16 +64,17 @@ OPERATIONS = st.lists(
 )
 
 
+@pytest.mark.broad
 @settings(max_examples=5, deadline=None)
 @given(operations=OPERATIONS)
 def test_any_sequence_of_operations_equals_separate_wrappers(
     operations: list[tuple[str, int]], tmp_path_factory: Any
 ) -> None:
     folder: Path = tmp_path_factory.mktemp("adapters")
-    base = net(GatedMLP, Chain).double()
-    gm: Any = llfx.rewrite(base, {"a0": CONFIGS[0]}, EXAMPLE)
+    base, graph = captured(double_net, GatedMLP, Chain, inputs=EXAMPLE)
+    gm: Any = llfx.rewrite(graph, {"a0": CONFIGS[0]})
     fill(gm)
-    twin = Twin(base)
+    twin = Twin(graph)
     twin.add("a0", CONFIGS[0], gm)
     acting, scale, made, saved, saved_is_room = "a0", 1.0, 1, "", False
     rooms = {"a0"}  # the adapters into which others can be swapped
@@ -109,13 +111,13 @@ def test_any_sequence_of_operations_equals_separate_wrappers(
         elif operation == "load" and saved:
             new, made = f"a{made}", made + 1
             gm = llfx.load(gm, folder / "file", name=new)
-            alone = llfx.load(base, folder / "twin", EXAMPLE)
+            alone = llfx.load(graph, folder / "twin")
             twin.by_name[new] = alone
             rooms |= {new} if saved_is_room else set()
         elif operation == "copy":
             gm = llfx.capture(gm)
         elif operation == "swap" and name in rooms:
-            source = llfx.rewrite(base, SWAPPED[which], EXAMPLE)
+            source = llfx.rewrite(graph, SWAPPED[which])
             fill(source, seed=which)
             llfx.swap(gm, source, name)
             with llfx.active(gm, name), llfx.scaled(gm, 1.0):
@@ -132,8 +134,8 @@ def test_any_sequence_of_operations_equals_separate_wrappers(
 
 
 def named(*names: str) -> tuple[Any, nn.Module]:
-    base = net(GatedMLP).double()
-    gm = llfx.rewrite(base, {name: CONFIGS[i] for i, name in enumerate(names)}, EXAMPLE)
+    base, graph = captured(double_net, GatedMLP, inputs=EXAMPLE)
+    gm = llfx.rewrite(graph, {name: CONFIGS[i] for i, name in enumerate(names)})
     fill(gm)
     return gm, base
 

@@ -14,6 +14,7 @@ from tests.adapters.test_bank import EVERYWHERE, banked, inputs, stack
 from tests.adapters.test_switches import fill
 from tests.support.conformance import close
 from tests.support.models import ResidualMLP
+from tests.support.selection import broad_after
 
 
 def of_slot(gm: Any, slot: int) -> Any:
@@ -26,7 +27,7 @@ def values(gm: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "cfg", [llfx.LoRA(r=2, alpha=3.0, **EVERYWHERE), llfx.DoRA(r=2, **EVERYWHERE)], ids=["LoRA", "DoRA"]
+    "cfg", broad_after(1, [llfx.LoRA(r=2, alpha=3.0, **EVERYWHERE), llfx.DoRA(r=2, **EVERYWHERE)]), ids=["LoRA", "DoRA"]
 )
 def test_a_slot_goes_to_a_file_and_back_to_the_bit(cfg: llfx.Variant, tmp_path: Path) -> None:
     gm, model = banked(cfg)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.variant import Variant
 from tests.adapters.test_switches import fill
-from tests.support.models import GatedMLP, ResidualMLP, ids, net
+from tests.support.captured import captured
+from tests.support.models import GatedMLP, ResidualMLP, double_net, ids, net
+from tests.support.selection import broad_after
 
 EVERYWHERE: Any = {"target_names": (".",)}
 LOW_RANK: list[Callable[[int], Variant]] = [
@@ -44,13 +46,18 @@ def changes(gm: Any, name: str, base: nn.Module) -> dict[str, Tensor]:
     return {key: change for key, change in found.items() if change.any()}
 
 
+def without_biases() -> nn.Module:
+    return double_net(GatedMLP, ResidualMLP, bias=False)  # IA3 changes biases too
+
+
 def two(first: Variant, second: Variant) -> tuple[Any, nn.Module]:
-    model = net(GatedMLP, ResidualMLP, bias=False).double()  # IA3 changes biases too
-    gm = llfx.rewrite(model, {"one": first, "two": second}, (ids(2, 5),))
+    model, graph = captured(without_biases, inputs=(ids(2, 5),))
+    gm = llfx.rewrite(graph, {"one": first, "two": second})
     fill(gm)
     return gm, model
 
 
+@pytest.mark.broad
 @settings(max_examples=5, deadline=None)
 @given(
     first=st.sampled_from(ANY),
@@ -69,7 +76,7 @@ def test_a_linear_sum_is_the_sum_of_the_changes(first: Any, second: Any, ranks: 
         torch.testing.assert_close(change, factors[0] * one[key] + factors[1] * other[key], atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", ANY)
+@pytest.mark.parametrize("make", broad_after(3, ANY))
 def test_any_adapter_is_a_lora_exactly_or_by_the_error_that_is_told(make: Callable[[int], Variant]) -> None:
     gm, base = two(make(2), llfx.LoRA(r=1, **EVERYWHERE))
     lora, errors = llfx.to_lora(gm, adapter="one")
@@ -88,7 +95,7 @@ def test_any_adapter_is_a_lora_exactly_or_by_the_error_that_is_told(make: Callab
         torch.testing.assert_close(float(off), error, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", LOW_RANK)
+@pytest.mark.parametrize("make", broad_after(2, LOW_RANK))
 def test_what_has_a_low_rank_by_construction_keeps_it(make: Callable[[int], Variant]) -> None:
     model = nn.Sequential(nn.Linear(24, 32)).double()
     gm = llfx.rewrite(model, make(2), (torch.randn(2, 24).double(),))
@@ -133,6 +140,7 @@ def test_dare_keeps_the_change_in_the_mean_and_depends_on_its_seed() -> None:
         torch.testing.assert_close(a[key][kept], 2 * change[kept], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.broad
 def test_an_adapted_model_gets_a_sum_too(tmp_path: Any) -> None:
     from transformers import LlamaForCausalLM
 

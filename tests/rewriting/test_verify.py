@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise, unchanged
 from tests.support.models import ids, tiny_llama
+from tests.support.selection import broad_after
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -321,7 +322,7 @@ CFGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", CFGS)
+@pytest.mark.parametrize("name", broad_after(2, CFGS))
 def test_a_rewritten_graph_agrees_with_the_wrapper_of_its_adapters(
     name: str, model_and_graph: tuple[Any, fx.GraphModule]
 ) -> None:
@@ -456,6 +457,7 @@ def paligemma_inputs(padding: int = 0) -> dict[str, Tensor]:
     return {"input_ids": tokens, "pixel_values": images, "attention_mask": mask, "token_type_ids": types}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("padding", [0, 2])
 def test_paligemma_is_right_with_token_types(padding: int, paligemma_graph: tuple[Any, fx.GraphModule]) -> None:
     model, graph = paligemma_graph
@@ -465,6 +467,7 @@ def test_paligemma_is_right_with_token_types(padding: int, paligemma_graph: tupl
         close(graph(**inputs).logits, model(**inputs).logits, 1e-5, "logits")
 
 
+@pytest.mark.broad
 def test_paligemma_without_token_types_is_refused(paligemma_graph: tuple[Any, fx.GraphModule]) -> None:
     """The answer without them depends on whether the mask is all ones."""
     model, graph = paligemma_graph
@@ -478,6 +481,7 @@ def test_paligemma_without_token_types_is_refused(paligemma_graph: tuple[Any, fx
         llfx.capture(model, inputs)
 
 
+@pytest.mark.broad
 def test_an_adapted_paligemma_reads_token_types_when_it_opens_a_cache() -> None:
     """A cache that the adapted model opened for it would make it take the call for a later step, and ignore them."""
     model, inputs = paligemma(), text_inputs()

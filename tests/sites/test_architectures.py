@@ -20,16 +20,17 @@ from lora_lite_fx.sites.site import Site
 from tests.support.architectures import DECODERS, Architecture
 from tests.support.architectures_others import OTHERS
 from tests.support.conformance import close, randomise, rewrite_and_wrap, unchanged
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, broad_unless, slow_unless
 
 ARCHITECTURES = DECODERS | OTHERS
 CAPTURED = list(ARCHITECTURES)
+FEW = ("llama", "gpt2", "bert", "t5")
 # The others are built of nearly the same constructs, under other names.
-EVERYDAY = (
+DISTINCT = (
     *("llama", "gemma3", "gpt2", "bloom", "deepseek_v3", "gpt_oss", "lfm2", "mamba", "bert", "deberta-v2"),
     *("xlnet", "t5", "vit", "swin", "clip", "wav2vec2", "llama-classifier"),
 )
-NAMES = slow_unless(EVERYDAY.__contains__, CAPTURED)
+NAMES = broad_unless(FEW.__contains__, slow_unless(DISTINCT.__contains__, CAPTURED))
 COARSE = {"reader", "writer", "inner"}
 
 
@@ -147,7 +148,7 @@ def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
                 close(value, expected_gradients[key], tolerance, f"gradient of {key}, training={training}")
 
 
-@pytest.mark.parametrize("name", [name for name in CAPTURED if ARCHITECTURES[name].unwrapped])
+@pytest.mark.parametrize("name", broad_after(1, [name for name in CAPTURED if ARCHITECTURES[name].unwrapped]))
 def test_wrap_refuses_sites_that_are_not_called_modules_and_rewrite_adapts_them(name: str) -> None:
     _, gm = captured(name)
     for site in ARCHITECTURES[name].unwrapped:

@@ -22,6 +22,7 @@ from tests.support.conformance import (
     output,
     randomise,
 )
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 D = 8
@@ -113,7 +114,7 @@ def base_of(name: str) -> tuple[nn.Module, fx.GraphModule]:
     return model, llfx.capture(model, tuple(x[:2] for x in case.inputs))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", broad_after(3, CASES))
 def test_the_graph_computes_the_module_in_both_modes(name: str) -> None:
     model, base = base_of(name)
     for training in (True, False):
@@ -121,13 +122,13 @@ def test_the_graph_computes_the_module_in_both_modes(name: str) -> None:
         close(output(base.train(training), CASES[name].inputs, 3), expected.detach(), 1e-12, f"training={training}")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", broad_after(3, CASES))
 def test_projections_of_attention_modules_are_sites_with_roles(name: str) -> None:
     rows = {row.name: set(row.roles) - {"reader", "writer", "inner"} for row in llfx.inspect(base_of(name)[1])}
     assert rows == CASES[name].sites
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", broad_after(3, CASES))
 def test_adapters_compute_the_same_as_merged_weights_in_the_module(name: str) -> None:
     model, base = base_of(name)
     inputs = CASES[name].inputs
@@ -159,7 +160,7 @@ def test_a_part_of_a_weight_has_the_gradient_of_its_rows() -> None:
     close(grads["att.in_proj.rows_8_16.lora_B"], dense["att.in_proj_weight"][8:16] @ a.t(), 1e-9, "gradient")
 
 
-@pytest.mark.parametrize("name", ["cross, keys are values", "self, with weights"])
+@pytest.mark.parametrize("name", broad_after(1, ["cross, keys are values", "self, with weights"]))
 def test_adapted_attention_modules_are_exported_and_compiled(name: str) -> None:
     _, base = base_of(name)
     inputs = CASES[name].inputs

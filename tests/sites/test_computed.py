@@ -26,6 +26,7 @@ from tests.support.conformance import (
     small,
     unchanged,
 )
+from tests.support.selection import broad_after, broad_unless
 
 D = 8
 X, Y = (
@@ -161,7 +162,9 @@ CASES = [(name, True, cls) for name in MODULES for cls in VARIANTS]
 CASES += [(name, False, llfx.DoRA) for name in MODULES if name not in OPAQUE_WHEN_SYMBOLIC]
 
 
-@pytest.mark.parametrize(("name", "exported", "cls"), CASES)
+@pytest.mark.parametrize(
+    ("name", "exported", "cls"), broad_unless(lambda case: case[2] is llfx.LoRA, CASES, several=True)
+)
 def test_adapters_there_equal_the_wrapper_and_can_be_merged_removed_and_saved(
     name: str, exported: bool, cls: type[llfx.Variant]
 ) -> None:
@@ -180,7 +183,7 @@ def test_adapters_there_equal_the_wrapper_and_can_be_merged_removed_and_saved(
     assert not any(p.requires_grad for p in merged.parameters())
 
 
-@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("name", broad_after(2, COMPUTED))
 def test_merging_puts_a_tensor_in_the_place_of_what_the_adapters_change(name: str) -> None:
     _, base = model_and_base(name, True)
     gm = llfx.rewrite(base, llfx.IA3(target_names=("mid",)))
@@ -303,7 +306,7 @@ ATTENTIONS: dict[str, tuple[type[nn.Module], dict[str, set[str]]]] = {
 }
 
 
-@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("exported", broad_after(1, [True, False]))
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_projections_with_computed_biases_are_sites_with_roles(name: str, exported: bool) -> None:
     kind, roles = ATTENTIONS[name]

@@ -34,6 +34,7 @@ from tests.support.conformance import (
 )
 from tests.support.own_variants import registered
 from tests.support.plain_variants import PlainLoRA
+from tests.support.selection import broad_after, broad_unless, is_distinct
 
 VARIANTS = list(for_any_linear().values())
 E, WIDTH, INNER, NUMBER = 3, 8, 12, 20
@@ -227,7 +228,7 @@ def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", broad_unless(is_distinct, VARIANTS), ids=lambda cls: cls.__name__)
 def test_every_variant_is_right_on_every_kind_or_refused(cls: type[llfx.Variant], case: str) -> None:
     kind = CASES[case]
     model, base = model_and_base(case)
@@ -249,7 +250,9 @@ def test_every_variant_is_right_on_every_kind_or_refused(cls: type[llfx.Variant]
 
 
 @pytest.mark.parametrize("case", ["embedding", "conv1d", "conv2d"])
-@pytest.mark.parametrize("cls", [llfx.LoRA, llfx.DoRA, llfx.PiSSA, llfx.VeRA], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", broad_after(1, [llfx.LoRA, llfx.DoRA, llfx.PiSSA, llfx.VeRA]), ids=lambda cls: cls.__name__
+)
 def test_the_rewritten_graph_equals_the_eager_wrapper(cls: type[llfx.Variant], case: str) -> None:
     kind = CASES[case]
     model, base = model_and_base(case)
@@ -268,7 +271,7 @@ def test_the_rewritten_graph_equals_the_eager_wrapper(cls: type[llfx.Variant], c
                 close(grad, expected[name], 1e-9, name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", broad_after(2, CASES))
 def test_stacks_are_saved_exported_and_removed(case: str) -> None:
     kind = CASES[case]
     model, base = model_and_base(case)

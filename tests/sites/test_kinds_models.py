@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import check_file, check_merge, check_remove, close, gradients, output, randomise, small
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 SMALL: dict[str, Any] = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -83,7 +84,7 @@ def as_stored(kind: str, name: str, update: Tensor, like: Tensor) -> Tensor:
     return (update.mT if kind == "embedding" or name == "gpt_oss" else update).reshape(like.shape)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", broad_after(1, MODELS))
 def test_lora_is_the_model_with_its_update_added_to_the_weights(name: str) -> None:
     model, base = model_and_base(name)
     _, kind, names = MODELS[name]
@@ -117,7 +118,7 @@ def test_lora_is_the_model_with_its_update_added_to_the_weights(name: str) -> No
         close(grads[f"{site}.lora_A"], 3 * b.mT @ grad, 1e-5, f"gradient of {site}.lora_A")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", broad_after(1, MODELS))
 @pytest.mark.parametrize("cls", [llfx.DoRA, llfx.PiSSA, llfx.IA3], ids=lambda cls: cls.__name__)
 def test_merged_weights_run_in_the_model_itself(name: str, cls: type[llfx.Variant]) -> None:
     model, base = model_and_base(name)
@@ -240,7 +241,7 @@ def test_peft_computes_the_same(cls: type[llfx.Variant], tmp_path: Path) -> None
     assert sorted(llfx.to_peft_config(ours)["target_modules"]) == sorted(SITES)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", broad_after(1, ["mixtral", "gpt_oss"]))
 def test_peft_computes_the_same_of_experts(name: str) -> None:
     """Compare with `target_parameters`, where all experts share `A (experts r, d_in)` and `B (d_out, r experts)`."""
     model, base = model_and_base(name)
@@ -316,6 +317,7 @@ def test_lora_lite_files_refuse_other_kinds(tmp_path: Path) -> None:
         llfx.save_lora_lite(gm, tmp_path / "x.safetensors")
 
 
+@pytest.mark.broad
 def test_the_mixed_model_conforms() -> None:
     model, base = mixed()
     cfg = llfx.DoRA(r=2, target_kinds=("linear", "embedding", "conv"), target_names=(".",))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import check_remove, close, output, randomise, small
+from tests.support.selection import broad_after
 
 VARIANTS = (llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA)
 
@@ -58,7 +59,7 @@ MODELS: dict[str, tuple[type[TiedAutoencoder | ThereAndBack], tuple[str, str]]] 
 }
 
 
-@pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "exported"])
+@pytest.mark.parametrize("exported", broad_after(1, [False, True]), ids=["symbolic", "exported"])
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("cls", VARIANTS)
 def test_one_weight_in_two_orientations_is_two_sites(

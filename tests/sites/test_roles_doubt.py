@@ -32,7 +32,7 @@ from tests.sites.test_roles_blocks import (
 )
 from tests.sites.test_roles_of_models import check_table, parse, roles_of
 from tests.support.conformance import calibration, for_any_linear
-from tests.support.selection import is_distinct, slow_unless
+from tests.support.selection import broad_after, is_distinct, slow_unless
 
 # Blocks that look like attention or feed-forward, and are neither.
 
@@ -230,7 +230,7 @@ def captured(exported: bool) -> nn.Module:
 @both_captures
 @pytest.mark.parametrize(
     "cfg",
-    slow_unless(lambda cfg: is_distinct(type(cfg[0])), CONFIGS),
+    broad_after(3, slow_unless(lambda cfg: is_distinct(type(cfg[0])), CONFIGS)),
     ids=lambda cfg: "+".join(type(variant).__name__ for variant in cfg),
 )
 def test_inserting_adapters_changes_no_role(cfg: list[llfx.Variant], exported: bool) -> None:

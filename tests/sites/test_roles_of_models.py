@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.inspection.table import SiteTable
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 from tests.support.untouched import untouched
 
 VOCABULARY, LABELS = 29, 3
@@ -200,8 +200,11 @@ def build(name: str, attention: str = "sdpa", **changes: Any) -> Any:
 
 @pytest.mark.parametrize(
     "case",
-    slow_unless(
-        lambda it: it[1] == "sdpa" or it[0] in ("llama", "gemma2"), itertools.product(MODELS, ["sdpa", "eager"])
+    broad_after(
+        3,
+        slow_unless(
+            lambda it: it[1] == "sdpa" or it[0] in ("llama", "gemma2"), itertools.product(MODELS, ["sdpa", "eager"])
+        ),
     ),
     ids="-".join,
 )

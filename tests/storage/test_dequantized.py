@@ -18,7 +18,7 @@ from lora_lite_fx.storage.dequantized import DequantizedLinear, restore_quantize
 from lora_lite_fx.testing.compare import close
 from tests.support.quantized import STORAGES, dequantized, effective_weight, held, library, quantized, storages
 from tests.support.saved import saved_bytes
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 
 class Net(nn.Module):
@@ -73,7 +73,7 @@ def adapted(path: str, model: nn.Module, cfg: Any = CFG) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("storage", storages("torchao int4", "nf4 twice"))
+@pytest.mark.parametrize("storage", broad_after(1, storages("torchao int4", "nf4 twice")))
 def test_results_and_gradients_are_those_of_the_dense_weights(storage: str) -> None:
     model = base(storage)
     expected = result(adapted("wrap", dequantized(model)))
@@ -118,7 +118,7 @@ def test_training_leaves_the_base_as_it_is_and_remove_gives_it_back(storage: str
 
 
 # quanto compiles an extension to read 4 bits.
-@pytest.mark.parametrize("storage", slow_unless(lambda name: name != "quanto int4", STORAGES))
+@pytest.mark.parametrize("storage", broad_after(12, slow_unless(lambda name: name != "quanto int4", STORAGES)))
 def test_the_weight_is_read_to_the_bits_of_its_library(storage: str) -> None:
     model = base(storage)
     for name, stand_in in share(model).named_modules():
@@ -138,6 +138,7 @@ def test_cut_blocks_and_exponents_of_fp8_are_read_to_the_bit() -> None:
         assert torch.equal(stand_in.effective_weight(), effective_weight(module))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("zero_point", "dtype"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)]
 )

@@ -16,7 +16,7 @@ from lora_lite_fx.testing.compare import close
 from tests.storage.test_dequantized import X, adapted, base
 from tests.support.models import tiny_llama
 from tests.support.quantized import STORAGES, dequantized, effective_weight, library, storages
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 
 @pytest.mark.parametrize("storage", storages("nf4 twice"))
@@ -31,7 +31,7 @@ def test_merge_makes_dense_weights_of_the_adapted_sites_alone(storage: str) -> N
     assert not [name for name, _ in merged.named_buffers() if name.startswith("out.")]
 
 
-@pytest.mark.parametrize("storage", storages("torchao int4", "int8"))
+@pytest.mark.parametrize("storage", broad_after(1, storages("torchao int4", "int8")))
 def test_requantised_weights_are_those_that_the_library_makes_and_their_errors_are_told(storage: str) -> None:
     model = base(storage)
     gm = adapted("traced", model)
@@ -130,7 +130,7 @@ def test_an_adapted_model_comes_back_quantized_or_merged(kind: str, tmp_path: Pa
     assert abs(off - again.requantised["model.layers.0.mlp.up_proj"]) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["nf4", "compressed 4"])
+@pytest.mark.parametrize("kind", broad_after(1, ["nf4", "compressed 4"]))
 def test_a_model_that_is_merged_in_part_is_loaded_as_it_was_saved(kind: str, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

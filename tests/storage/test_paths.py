@@ -32,6 +32,7 @@ def test_an_exported_program_comes_back_from_its_file(storage: str) -> None:
     close(llfx.remove(loaded)(*X), llfx.remove(gm)(*X), 1e-6, "without adapters")
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("storage", storages("torchao int4"))
 def test_the_compiled_graph_has_the_same_results_and_gradients(storage: str) -> None:
     torch._dynamo.reset()
@@ -102,6 +103,7 @@ def test_inspect_tells_the_memory_that_the_weights_take(storage: str) -> None:
 NOT_IN_PEFT = "compressed 4"  # PEFT asks its linears for a weight
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "kind", slow_unless(lambda kind: kind == "nf4", [kind for kind in KINDS if kind != NOT_IN_PEFT])
 )
@@ -135,6 +137,7 @@ def test_peft_on_the_same_base_computes_and_trains_the_same(kind: str, tmp_path:
     close(logits(again.train()), logits(gm), 1e-5, "PEFT with our file")
 
 
+@pytest.mark.broad
 def test_a_trainer_trains_an_adapted_quantized_model(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -161,6 +164,7 @@ def test_adapters_in_float32_on_a_half_precision_base() -> None:
     close(outputs[0], outputs[1], 1e-2, "output")
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("storage", storages("nf4"))
 def test_planned_memory_computes_the_same(storage: str) -> None:
     gm = adapted("exported", base(storage))

@@ -14,6 +14,7 @@ from lora_lite_fx.testing import check
 from tests.support.conformance import configs, for_any_linear
 from tests.support.models import Attention, GatedMLP, Net, ids
 from tests.support.quantized import installed, quantized
+from tests.support.selection import broad_after
 
 VARIANTS = list(for_any_linear().values())
 
@@ -41,7 +42,7 @@ def test_every_variant_conforms_on_quantized_bases(cls: type[llfx.Variant], stor
     check_on(storage, cls, data)
 
 
-@pytest.mark.parametrize("cls", [llfx.Full, llfx.DoRA])
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.Full, llfx.DoRA]))
 def test_variants_that_read_or_replace_the_weight_see_the_dense_one(cls: type[llfx.Variant]) -> None:
     torch.manual_seed(0)
     model = quantized("nf4 twice", Net([GatedMLP], True, False, 32, 64).eval())

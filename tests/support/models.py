@@ -73,6 +73,11 @@ def net(*blocks: type[nn.Module], bias: bool = True, tied: bool = False) -> Net:
     return Net(list(blocks), bias, tied).eval()
 
 
+def double_net(*blocks: type[nn.Module], bias: bool = True, tied: bool = False) -> Net:
+    """Return `net(...)` in double precision."""
+    return net(*blocks, bias=bias, tied=tied).double()
+
+
 @dataclass(frozen=True)
 class Case:
     """A model to be built, and how it is captured."""

@@ -1,41 +1,83 @@
-"""Mark as `slow` what repeats a check on more models or methods, so that the everyday run stays short."""
+"""Mark what repeats a check on more models or methods as `broad` or `slow`, so that the everyday run stays short."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
-DISTINCT = frozenset(("LoRA", "DoRA", "PiSSA", "HRA", "OFT", "IA3", "VeRA", "LoKr", "Full", "AntiPaSTO"))
-"""Variants of which each has another form: a branch, a scale of rows, a start from the weight, a turned input, blocks,
-gates, shared tensors, an update of full rank, a replaced weight, a decomposed weight.
-What is checked of every variant in the everyday run is its conformance; the other checks are made of these there."""
+TYPICAL = frozenset(("LoRA", "DoRA", "OFT", "VeRA"))
+"""Variants that stand for all in the everyday run: a branch, a scale of rows, a turned input, shared tensors."""
+
+DISTINCT = TYPICAL | {"PiSSA", "HRA", "IA3", "LoKr", "Full", "AntiPaSTO"}
+"""Variants of which each has another form: those of `TYPICAL`, a start from the weight, reflections, gates, an update
+of full rank, a replaced weight, a decomposed weight.
+What is checked of every variant in the everyday run is its conformance; most other checks are made of `TYPICAL` there,
+of these in the broad run, and of all in the slow one."""
+
+
+def is_typical(variant: Any) -> bool:
+    """Return whether a variant, by its name or its class, is one of `TYPICAL`."""
+    return _name(variant) in TYPICAL
 
 
 def is_distinct(variant: Any) -> bool:
     """Return whether a variant, by its name or its class, is one of `DISTINCT`."""
-    return (variant if isinstance(variant, str) else variant.__name__) in DISTINCT
+    return _name(variant) in DISTINCT
 
 
-def slow_unless(everyday: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
-    """Return `values` as the parameters of a test, in which those that are not `everyday` are marked `slow`.
+def broad_unless(everyday: Callable[[Any], bool], values: Iterable[Any], several: bool = False) -> list[Any]:
+    """Return `values` as the parameters of a test, in which those that are not `everyday` are marked `broad`.
 
     Args:
         everyday: says of a value whether it is a part of the everyday run. At least one must be.
-        values: the values of one parameter.
+        values: the values of one parameter. Those that `slow_unless` has marked stay as they are.
+        several: each value is a tuple, of one value for each of several parameters.
 
     Raises:
         TypeError: `everyday` answers something else than True or False.
-        ValueError: no value is a part of the everyday run, so the test would not run at all.
+        ValueError: no value is a part of the everyday run, so the test would not run at all there.
     """
+    return _mark_unless(everyday, values, pytest.mark.broad, several)
+
+
+def broad_after(everyday: int, values: Iterable[Any], several: bool = False) -> list[Any]:
+    """Return `values` as the parameters of a test, of which the first ones are a part of the everyday run.
+
+    Args:
+        everyday: how many; the others are marked `broad`.
+        values, several: as of `broad_unless`. Values that `slow_unless` has marked do not count.
+    """
+    unmarked = itertools.count()
+    return _mark_unless(lambda _: next(unmarked) < everyday, values, pytest.mark.broad, several)
+
+
+def slow_unless(kept: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
+    """Do as `broad_unless`, with the mark `slow`: of what is not `kept` for the everyday or the broad run."""
+    return _mark_unless(kept, values, pytest.mark.slow)
+
+
+def _mark_unless(
+    kept: Callable[[Any], bool], values: Iterable[Any], mark: pytest.MarkDecorator, several: bool = False
+) -> list[Any]:
     values = list(values)
-    answers = [everyday(value) for value in values]
+    answers = [True if _is_marked(value) else kept(value) for value in values]
     if not all(isinstance(answer, bool) for answer in answers):
-        raise TypeError(
-            "everyday answers True or False. A bound __eq__ may answer NotImplemented, which counts as true."
-        )
-    if not any(answers):
+        raise TypeError("the answer is True or False. A bound __eq__ may answer NotImplemented, which counts as true.")
+    marked = [
+        value if answer else pytest.param(*(value if several else [value]), marks=mark)
+        for value, answer in zip(values, answers, strict=True)
+    ]
+    if all(_is_marked(value) for value in marked):
         raise ValueError("no parameter is left for the everyday run")
-    pairs = zip(values, answers, strict=True)
-    return [value if answer else pytest.param(value, marks=pytest.mark.slow) for value, answer in pairs]
+    return marked
+
+
+def _is_marked(value: Any) -> bool:
+    return isinstance(value, type(pytest.param())) and bool(value.marks)
+
+
+def _name(variant: Any) -> str:
+    return variant if isinstance(variant, str) else str(variant.__name__)

@@ -22,6 +22,7 @@ from lora_lite_fx.sites.site import Site
 from lora_lite_fx.testing import Report, check
 from lora_lite_fx.testing.models import GatedMLP, Net, ResidualMLP, ids
 from lora_lite_fx.testing.properties import PROPERTIES
+from tests.support.selection import broad_after
 
 INPUTS = (ids(3, 4),)
 NAMES = [has.__name__ for has in PROPERTIES]
@@ -263,7 +264,9 @@ FAULTS: list[tuple[type[Gate], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "name", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("cls", "name", "message"), broad_after(8, FAULTS, several=True), ids=lambda value: getattr(value, "__name__", None)
+)
 def test_a_planted_fault_is_found(cls: type[Gate], name: str, message: str) -> None:
     failed = failures(cls(), skip=())
     assert name in failed, failed
@@ -370,24 +373,28 @@ class MeanOfInputs(Gate):
 
 @pytest.mark.parametrize(
     ("cfg", "options", "skipped"),
-    [
-        (Gate(), {}, {}),
-        (OneGateForAll(), {}, {}),
-        (
-            Steering(),
-            {"start": None},
-            {"start": "start=None says that it starts elsewhere", "reached": "nothing trains"},
-        ),
-        (Plain(r=2, dropout=0.3), {}, {}),
-        (MeanOfInputs(), {}, {}),
-        (Gate(dtype=torch.float32), {}, {"bfloat16": "its config sets dtype"}),
-        ([Gate(), llfx.LoRA(r=2, target_names="up")], {"skip": ()}, {"stacks": "it is a stack already"}),
-        (
-            Unregistered(),
-            {},
-            {"file": "Unregistered is not registered: write @register above the class"},
-        ),
-    ],
+    broad_after(
+        2,
+        [
+            (Gate(), {}, {}),
+            (OneGateForAll(), {}, {}),
+            (
+                Steering(),
+                {"start": None},
+                {"start": "start=None says that it starts elsewhere", "reached": "nothing trains"},
+            ),
+            (Plain(r=2, dropout=0.3), {}, {}),
+            (MeanOfInputs(), {}, {}),
+            (Gate(dtype=torch.float32), {}, {"bfloat16": "its config sets dtype"}),
+            ([Gate(), llfx.LoRA(r=2, target_names="up")], {"skip": ()}, {"stacks": "it is a stack already"}),
+            (
+                Unregistered(),
+                {},
+                {"file": "Unregistered is not registered: write @register above the class"},
+            ),
+        ],
+        several=True,
+    ),
     ids=lambda value: type(value).__name__ if isinstance(value, llfx.Variant) else None,
 )
 def test_a_right_variant_passes_and_what_is_skipped_says_why(cfg: Any, options: Any, skipped: dict[str, str]) -> None:
@@ -422,6 +429,7 @@ def test_a_variant_that_is_not_affine_and_is_merged_fails(monkeypatch: pytest.Mo
     assert re.search(r"merged output: off by .*; forward is not affine in x, off by \d\.\d+e-0[12] at blocks", message)
 
 
+@pytest.mark.broad
 def test_without_a_model_both_kinds_of_capture_are_checked() -> None:
     before = torch.get_rng_state()
     report = check(llfx.LoRA(r=4, dropout=0.1, target_names="not_there"))

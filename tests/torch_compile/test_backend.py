@@ -26,6 +26,7 @@ from lora_lite_fx.sites.site import Site
 from lora_lite_fx.torch_compile.backend import backend, compile_graph
 from tests.support.conformance import close, gradients, randomise, small
 from tests.support.own_variants import registered
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 WIDTH, INNER = 4, 6
@@ -123,7 +124,9 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__)
+@pytest.mark.parametrize(
+    "cfg", broad_after(2, CONFIGS), ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__
+)
 def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
     """Compare what `backend(cfg)` adapts to `wrap`, at several shapes and in both modes."""
     model = Net(count=1).eval()
@@ -144,7 +147,7 @@ def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("cls", [llfx.LoRA, llfx.OFT], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.OFT]), ids=lambda cls: cls.__name__)
 def test_a_model_that_breaks_into_graphs_is_adapted_in_each(cls: type[llfx.Variant]) -> None:
     """Adapt the sites of each graph, and those that run between the graphs."""
     model = Net(Branching, 3).eval()
@@ -198,6 +201,7 @@ def test_layers_do_not_share_what_their_forward_reads_of_the_site(field: str) ->
         check(torch.compile(carrier, backend=adapting), carrier, eager_of(carrier), inputs(2, 3))
 
 
+@pytest.mark.broad
 def test_inductor_computes_what_the_eager_wrapper_does() -> None:
     carrier = backend(llfx.DoRA(r=2, target_names=("up", "head"))).adapt(Net().eval(), inputs(2, 3))
     randomise(carrier, 0)
@@ -234,6 +238,7 @@ def test_a_site_outside_the_graphs_is_an_error_that_names_it() -> None:
     check(torch.compile(carrier, backend=only_down), carrier, eager_of(carrier), inputs(2, 3))
 
 
+@pytest.mark.broad
 def test_past_the_limit_of_recompilations_a_site_is_an_error() -> None:
     class Scaled(Block):
         def forward(self, x: Tensor, scale: float = 1.0) -> Any:
@@ -248,6 +253,7 @@ def test_past_the_limit_of_recompilations_a_site_is_an_error() -> None:
             fast(inputs(2, 3), 3.0)
 
 
+@pytest.mark.broad
 def test_a_model_that_carries_its_adapters_never_runs_without_them() -> None:
     carrier = backend(llfx.LoRA(r=2, target_names=("down",))).adapt(Net().eval(), inputs(2, 3))
     for run in (carrier, torch.compile(carrier, backend="eager"), torch.compile(carrier, backend="aot_eager")):

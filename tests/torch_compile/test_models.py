@@ -90,6 +90,7 @@ def test_a_model_that_export_refuses_computes_what_the_eager_wrapper_does(build:
     assert (y.logits - base.logits).abs().max() > 1e-4
 
 
+@pytest.mark.broad
 def test_generation_is_that_of_the_eager_wrapper() -> None:
     config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 2}, num_key_value_heads=1, pad_token_id=0)
     model: Any = transformers.LlamaForCausalLM(config)
@@ -121,6 +122,7 @@ def test_the_error_of_adapt_points_to_the_backend() -> None:
 # One architecture draws random decisions in training, and the code of another is another under torch.compile.
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", slow_unless(("swin",).__contains__, ["swin", "mamba"]))
 def test_an_architecture_computes_what_the_eager_wrapper_does(name: str) -> None:
     """Compare outputs and gradients, in both modes and at other shapes."""

@@ -12,6 +12,7 @@ from torch import nn
 import lora_lite_fx as llfx
 from lora_lite_fx.torch_compile.backend import NAME, backend
 from tests.support.conformance import close, randomise
+from tests.support.selection import broad_after
 from tests.torch_compile.test_backend import _fresh  # noqa: F401
 
 CFG = llfx.LoRA(r=2, target_names=(".",))
@@ -44,7 +45,7 @@ BESIDE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("given_to", BESIDE)
+@pytest.mark.parametrize("given_to", broad_after(1, BESIDE))
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

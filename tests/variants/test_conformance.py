@@ -12,7 +12,6 @@ import lora_lite_fx as llfx
 from lora_lite_fx.testing import check
 from tests.support.conformance import configs, for_any_linear, innermost_first
 from tests.support.models import Case, cases, ids
-from tests.support.selection import slow_unless
 
 TARGETS: tuple[dict[str, Any], ...] = (
     {"target_names": (".",)},
@@ -21,8 +20,6 @@ TARGETS: tuple[dict[str, Any], ...] = (
     {"target_roles": ("reader", "writer", "inner", "head")},
 )
 VARIANTS = list(for_any_linear().values())
-# To AntiPaSTOGain, to LoRAXS, to FourierFT and to PiSSA.
-SIMILAR = (llfx.AntiPaSTOArrow, llfx.AntiPaSTODPLR, llfx.TinyLoRA, llfx.WaveFT, llfx.OLoRA)
 
 settings.register_profile(
     "conformance",
@@ -45,7 +42,7 @@ def check_on(case: Case, cfg: llfx.Variant | list[llfx.Variant], shape: tuple[in
     check(cfg, case.build(), case.example_inputs, inputs, **fixed)
 
 
-@pytest.mark.parametrize("cls", slow_unless(lambda cls: cls not in SIMILAR, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
 @settings(max_examples=1)
 @given(data=st.data())
 def test_every_variant_conforms_on_random_models(cls: type[llfx.Variant], data: st.DataObject) -> None:
@@ -62,6 +59,7 @@ def test_every_variant_conforms_on_more_random_models(cls: type[llfx.Variant], d
     check_on(data.draw(cases), cfg, data.draw(shapes))
 
 
+@pytest.mark.broad
 @settings(max_examples=2)
 @given(data=st.data())
 def test_stacks_of_variants_conform_on_random_models(data: st.DataObject) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close
+from tests.support.selection import broad_after
 
 R = 4
 
@@ -103,7 +104,7 @@ CORES: dict[str, tuple[Any, Core]] = {
 }
 
 
-@pytest.mark.parametrize("basis", ["svd", "corda"])
+@pytest.mark.parametrize("basis", broad_after(1, ["svd", "corda"]))
 @pytest.mark.parametrize("what", CORES)
 def test_cores_change_what_the_weight_does_in_its_directions(what: str, basis: str) -> None:
     make, core = CORES[what]

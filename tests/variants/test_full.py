@@ -17,6 +17,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.testing.compare import close, unchanged
 from lora_lite_fx.testing.graphs import check_export, check_file
 from tests.support.models import tiny_llama
+from tests.support.selection import broad_after
 
 VOCABULARY = 32
 IDS = torch.tensor([[3, 7, 9, 3, 11], [5, 7, 2, 1, 4]])
@@ -101,7 +102,7 @@ SITES = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", broad_after(4, CONFIGS))
 def test_it_equals_the_wrapper_and_is_merged_and_removed(name: str) -> None:
     case, cfg = CONFIGS[name]
     model, base = captured(case)
@@ -134,7 +135,7 @@ def _gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["everything", "Conv1D and positions", "a tied head"])
+@pytest.mark.parametrize("name", broad_after(1, ["everything", "Conv1D and positions", "a tied head"]))
 def test_merge_gives_the_trained_tensors_bit_for_bit(name: str) -> None:
     case, cfg = CONFIGS[name]
     _, base = captured(case)
@@ -254,6 +255,7 @@ def test_a_symbolic_trace_names_the_norms_that_it_leaves_out() -> None:
         llfx.rewrite(model, llfx.LoRA(r=2, target_names="."))
 
 
+@pytest.mark.broad
 def test_an_adapted_model_generates_merges_and_keeps_it_in_checkpoints(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = MODELS["tied llama"]().eval()

@@ -184,6 +184,7 @@ def test_a_generated_variant_is_right_or_refused(cfg: Generated, case: Case, sha
     _check([cfg], case, (ids(*shape, seed=case.seed),))
 
 
+@pytest.mark.broad
 @settings(profile, max_examples=2)
 @given(cfgs=st.lists(generated, min_size=2, max_size=2), case=cases, shape=shapes)
 def test_generated_variants_around_each_other_are_right_or_refused(

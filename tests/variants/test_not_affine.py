@@ -16,9 +16,10 @@ import lora_lite_fx as llfx
 from tests.support.conformance import close, gradients, randomise, rewrite_and_wrap
 from tests.support.models import GatedMLP, Net, SharedLinear, ids, net, one_layer_llama
 from tests.support.own_variants import Bottleneck, Gate, registered
+from tests.support.selection import broad_after
 
 VARIANTS: list[type[llfx.Variant]] = [Gate, Bottleneck]
-every = pytest.mark.parametrize("cls", VARIANTS, ids=lambda cls: cls.__name__)
+every = pytest.mark.parametrize("cls", broad_after(1, VARIANTS), ids=lambda cls: cls.__name__)
 TRACED, OTHER = (ids(2, 5),), (ids(3, 4, seed=1),)
 
 

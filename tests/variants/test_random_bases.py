@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 from tests.variants.test_low_rank import (
     ALPHA,
     BF16,
@@ -97,7 +98,7 @@ def delta(name: str, p: dict[str, Tensor], d_in: int, d_out: int, r: int = R) ->
 
 
 @captures
-@pytest.mark.parametrize("cls", [Net, Conv1DNet])
+@pytest.mark.parametrize("cls", broad_after(1, [Net, Conv1DNet]))
 @every_variant
 def test_rewrite_wrap_and_merge_compute_the_formula(name: str, cls: Any, exported: bool) -> None:
     model, x = ready(cls()), sample(3, 5, D_IN)
@@ -139,7 +140,7 @@ def test_sites_of_other_ranks_read_a_part_of_projections_of_the_largest(name: st
 
 
 @pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
-@pytest.mark.parametrize("dtype", [F64, torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", broad_after(2, [F64, torch.float32, BF16]), ids=str)
 @every_variant
 def test_start_is_the_identity(name: str, dtype: torch.dtype, how: Any) -> None:
     model, x = ready(Net(), dtype), sample(5, 3, D_IN, dtype=dtype)

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 import lora_lite_fx as llfx
 from tests.support.peft_round_trip import Outcome, round_trip
+from tests.support.selection import broad_after
 
 SIDES = (8, 12, 2)  # a head of two classes
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
@@ -45,7 +46,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: type(variant).__name__)
+@pytest.mark.parametrize("variant", broad_after(3, VARIANTS), ids=lambda variant: type(variant).__name__)
 def test_every_site_is_adapted_and_equals_the_wrapper(variant: llfx.Variant) -> None:
     model = classifier()
     gm: fx.GraphModule = llfx.rewrite(model, variant, (X,)).eval()
@@ -81,6 +82,6 @@ THEIRS: dict[str, peft.PeftConfig] = {
 }
 
 
-@pytest.mark.parametrize("method", THEIRS)
+@pytest.mark.parametrize("method", broad_after(2, THEIRS))
 def test_files_of_peft_with_such_a_rank_load_and_are_written(method: str) -> None:
     assert round_trip(classifier(), THEIRS[method], X) == Outcome("equal", "equal")

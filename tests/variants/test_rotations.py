@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 from tests.variants.test_low_rank import BF16, F64, close, gradients, randomised, ready, sample, tensors
 
 D_IN, D_OUT = 16, 24
@@ -111,12 +112,13 @@ CASES: dict[str, tuple[llfx.Variant, Callable[..., Adapted]]] = {
     "HRA orthogonal": (llfx.HRA(r=5, orthogonal=True, target_names=("fc",)), orthogonal_hra),
 }
 every_case = pytest.mark.parametrize("name", CASES)
+some_cases = pytest.mark.parametrize("name", broad_after(3, CASES))
 
 
 # All of them.
 
 
-@pytest.mark.parametrize("example_inputs", [None, (sample(2, 4, D_IN),)], ids=["symbolic", "exported"])
+@pytest.mark.parametrize("example_inputs", broad_after(1, [None, (sample(2, 4, D_IN),)]), ids=["symbolic", "exported"])
 @every_case
 def test_rewrite_wrap_and_merge_compute_the_formula(name: str, example_inputs: Any) -> None:
     cfg, formula = CASES[name]
@@ -135,14 +137,14 @@ def test_rewrite_wrap_and_merge_compute_the_formula(name: str, example_inputs: A
 STARTS_ELSEWHERE = ("HRA orthogonal",)
 
 
-@pytest.mark.parametrize("dtype", [F64, torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", broad_after(1, [F64, torch.float32, BF16]), ids=str)
 @pytest.mark.parametrize("name", [name for name in CASES if name not in STARTS_ELSEWHERE])
 def test_start_is_the_identity_exactly(name: str, dtype: torch.dtype) -> None:
     model, x = single(dtype), sample(5, 3, D_IN, dtype=dtype)
     assert torch.equal(llfx.rewrite(model, CASES[name][0])(x), model(x))
 
 
-@every_case
+@some_cases
 def test_on_a_bfloat16_base_and_under_autocast_only_the_linear_is_in_half_precision(name: str) -> None:
     cfg, x = CASES[name][0], sample(64, D_IN)
     exact = randomised(llfx.rewrite(single(), cfg))
@@ -160,7 +162,7 @@ def test_on_a_bfloat16_base_and_under_autocast_only_the_linear_is_in_half_precis
         assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
-@every_case
+@some_cases
 def test_exported_and_compiled_graphs_take_other_shapes(name: str) -> None:
     gm = randomised(llfx.rewrite(single(), CASES[name][0], (sample(2, 4, D_IN),)))
     x = sample(5, 3, D_IN)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import calibration, for_any_linear
-from tests.support.selection import is_distinct, slow_unless
+from tests.support.selection import broad_unless, is_distinct, slow_unless
 from tests.variants.test_low_rank import grad_of
 
 D_IN, INNER, D_OUT = 8, 12, 4
@@ -90,7 +90,9 @@ X, Y = (torch.randn(40, width, generator=torch.Generator().manual_seed(width)) f
 
 @pytest.fixture(
     scope="module",
-    params=slow_unless(lambda cfg: is_distinct(type(cfg)) or cfg in EVERYDAY, CONFIGS),
+    params=broad_unless(
+        EVERYDAY.__contains__, slow_unless(lambda cfg: is_distinct(type(cfg)) or cfg in EVERYDAY, CONFIGS)
+    ),
     ids=named,
 )
 def adapted(request: pytest.FixtureRequest, graph: fx.GraphModule) -> tuple[llfx.Variant, fx.GraphModule]:
@@ -142,6 +144,7 @@ def test_every_parameter_is_trained_from_the_start_or_from_the_second_step(
     assert moved == run.trained.keys()
 
 
+@pytest.mark.broad
 def test_training_lowers_the_loss(adapted: tuple[llfx.Variant, fx.GraphModule]) -> None:
     run = Run(adapted[1], torch.optim.Adam)
     before = run.loss()

@@ -32,6 +32,7 @@ from lora_lite_fx.formats.peft.base_model import base_fields
 from lora_lite_fx.formats.tensor_bytes import tensor_bytes
 from tests.support.conformance import randomise
 from tests.support.peft_models import CASES, captured, llama
+from tests.support.selection import broad_after
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 1]])
 NAMES = ("q_proj", "down_proj")
@@ -70,7 +71,7 @@ CONFIG = LlamaConfig(
 T5 = T5Config(vocab_size=32, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
 
 
-@pytest.mark.parametrize("how", [llfx.wrap, llfx.adapt])
+@pytest.mark.parametrize("how", broad_after(1, [llfx.wrap, llfx.adapt]))
 def test_adapted_and_wrapped_models_name_their_base_too(how: Any) -> None:
     model = LlamaForCausalLM(CONFIG)
     model.config._name_or_path, model.config._commit_hash = "someone/model", "abc123"
@@ -87,14 +88,18 @@ class Backbone(LlamaModel):
 
 @pytest.mark.parametrize(
     ("build", "task"),
-    [
-        (llama, "CAUSAL_LM"),
-        (lambda: LlamaModel(CONFIG), "FEATURE_EXTRACTION"),
-        (lambda: T5ForConditionalGeneration(T5), "SEQ_2_SEQ_LM"),
-        (lambda: LlamaForSequenceClassification(CONFIG), None),
-        (lambda: Backbone(CONFIG), None),
-        (lambda: nn.Linear(2, 2), None),
-    ],
+    broad_after(
+        1,
+        [
+            (llama, "CAUSAL_LM"),
+            (lambda: LlamaModel(CONFIG), "FEATURE_EXTRACTION"),
+            (lambda: T5ForConditionalGeneration(T5), "SEQ_2_SEQ_LM"),
+            (lambda: LlamaForSequenceClassification(CONFIG), None),
+            (lambda: Backbone(CONFIG), None),
+            (lambda: nn.Linear(2, 2), None),
+        ],
+        several=True,
+    ),
 )
 def test_the_task_is_that_of_the_class(build: Any, task: str | None) -> None:
     model = build()
@@ -215,7 +220,7 @@ def plain_lora(model: nn.Module, folder: Path) -> nn.Module:
     return merged
 
 
-@pytest.mark.parametrize("cls", [llfx.PiSSA, llfx.OLoRA])
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.PiSSA, llfx.OLoRA]))
 @pytest.mark.parametrize("r", [2, 6])  # twice 6 is more than the key and value projections have rows
 def test_pissa_and_olora_are_written_for_whatever_reads_a_lora(cls: Any, r: int, tmp_path: Path) -> None:
     model, graph = captured("llama")

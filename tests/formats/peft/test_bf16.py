@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from tests.support.peft_models import CASES, captured
 from tests.support.peft_oracles import ORACLES, Oracle, Pair, targets_of
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 PAIRS = [(case, name) for case in ("mlp", "llama") for name, oracle in ORACLES.items() if case in oracle.cases]
 FEW = ("LoRA", "DoRA", "HRA", "OFT", "PSOFT")  # of those of the language model
@@ -74,7 +74,8 @@ def error(model: nn.Module, exact: nn.Module, name: str) -> float:
     return error
 
 
-@pytest.mark.parametrize("pair", slow_unless(lambda it: it[1] in FEW, PAIRS), ids="-".join)
+@pytest.mark.broad
+@pytest.mark.parametrize("pair", broad_after(2, slow_unless(lambda it: it[1] in FEW, PAIRS)), ids="-".join)
 def test_the_error_on_a_bfloat16_base_is_no_larger_than_that_of_peft(pair: tuple[str, str]) -> None:
     case, name = pair
     ours, theirs, exact = adapted(case, ORACLES[name])

@@ -18,6 +18,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import by_config
 from tests.support.conformance import randomise
 from tests.support.peft_models import CASES, captured
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 CASE = CASES["llama"]
@@ -49,7 +50,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", TARGETS)
+@pytest.mark.parametrize("what", broad_after(4, TARGETS))
 def test_a_config_means_the_modules_and_ranks_that_it_means_in_peft(what: str, tmp_path: Path) -> None:
     model, graph = captured("llama")
     config = peft.LoraConfig(r=4, lora_alpha=6, **TARGETS[what])
@@ -71,7 +72,7 @@ def test_a_config_means_the_modules_and_ranks_that_it_means_in_peft(what: str, t
     assert torch.allclose(output(loaded), output(theirs), atol=1e-4)
 
 
-@pytest.mark.parametrize("what", TARGETS)
+@pytest.mark.parametrize("what", broad_after(4, TARGETS))
 def test_what_we_write_means_the_same_modules_and_ranks_in_peft(what: str, tmp_path: Path) -> None:
     model, graph = captured("llama")
     ours = llfx.rewrite(graph, llfx.from_peft_config(peft.LoraConfig(r=4, lora_alpha=6, **TARGETS[what])))
@@ -84,7 +85,7 @@ def test_what_we_write_means_the_same_modules_and_ranks_in_peft(what: str, tmp_p
 
 @pytest.mark.parametrize(
     "feedforward",
-    [["down_proj"], r".*\.down_proj", [], ["q_proj", "down_proj"]],
+    broad_after(2, [["down_proj"], r".*\.down_proj", [], ["q_proj", "down_proj"]]),
     ids=["list", "pattern", "none", "all"],
 )
 def test_ia3_gates_the_side_that_feedforward_modules_says(feedforward: Any, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_modules_that_share_their_last_name_with_others_are_named_in_full() -> N
 # Forms that only a file of weights shows.
 
 
-@pytest.mark.parametrize("cls", [llfx.PiSSA, llfx.OLoRA])
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.PiSSA, llfx.OLoRA]))
 @pytest.mark.parametrize("stabilized", [False, True])
 def test_pissa_and_olora_as_a_lora_of_twice_the_rank_run_on_the_unchanged_base(
     cls: Any, stabilized: bool, tmp_path: Path

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from tests.support.peft_round_trip import Outcome, round_trip
+from tests.support.selection import broad_after
 
 SHAPES = {"Conv1d": (2, 4, 7), "Conv2d": (2, 4, 6, 5), "Conv3d": (2, 4, 4, 5, 4)}
 
@@ -59,7 +60,7 @@ ROUND_TRIPS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
 }
 
 
-@pytest.mark.parametrize("case", ROUND_TRIPS)
+@pytest.mark.parametrize("case", broad_after(3, ROUND_TRIPS))
 def test_what_peft_has_at_convolutions_goes_both_ways(case: str) -> None:
     name, config = ROUND_TRIPS[case]
     assert round_trip(model(name), config(), x_of(name)) == Outcome("equal", "equal")
@@ -102,7 +103,11 @@ GROUPED: list[tuple[str, llfx.Variant]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "variant"), GROUPED, ids=[f"{name} {type(v).__name__}" for name, v in GROUPED])
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    broad_after(2, GROUPED, several=True),
+    ids=[f"{name} {type(v).__name__}" for name, v in GROUPED],
+)
 def test_graph_wrapper_and_merged_weight_agree(name: str, variant: llfx.Variant) -> None:
     x, base = x_of(name), model(name)
     gm = llfx.rewrite(captured(name), variant).eval()

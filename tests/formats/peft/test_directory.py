@@ -14,7 +14,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import by_config
 from tests.support.peft_models import CASES, Case
 from tests.support.peft_oracles import ORACLES, TOLERANCE, Pair, make_pair, use_ordinary_linears
-from tests.support.selection import is_distinct, slow_unless
+from tests.support.selection import broad_unless, is_distinct, slow_unless
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
 FEW = ("LoRA", "DoRA", "IA3", "OFT")  # of those of the other models
@@ -32,7 +32,10 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> Non
 
 @pytest.fixture(
     scope="module",
-    params=slow_unless(lambda it: it[1] in FEW or (it[0] == "mlp" and is_distinct(it[1])), PAIRS),
+    params=broad_unless(
+        lambda it: it[0] == "mlp" or it[1] == "LoRA",
+        slow_unless(lambda it: it[1] in FEW or (it[0] == "mlp" and is_distinct(it[1])), PAIRS),
+    ),
     ids=" ".join,
 )
 def pair(request: pytest.FixtureRequest) -> Pair:

@@ -26,6 +26,7 @@ from lora_lite_fx.formats.peft.variants import FORMATS
 from tests.support.selection import is_distinct, slow_unless
 from tests.support.untouched import untouched
 
+pytestmark = pytest.mark.broad  # test_damaged_files.py and test_hostile_files.py are the everyday tests of bad files
 fuzz = settings(
     max_examples=60,
     phases=(Phase.explicit, Phase.generate),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.patterns import occurs
+from tests.support.selection import broad_after
 
 # Which modules.
 
@@ -214,7 +215,9 @@ def spread(tensors: list[Tensor]) -> list[tuple[int, float]]:
     return sorted((tensor.numel(), tensor.detach().square().mean().sqrt().item()) for tensor in tensors)
 
 
-@pytest.mark.parametrize(("method", "option"), CASES, ids=[f"{method}-{option}" for method, option in CASES])
+@pytest.mark.parametrize(
+    ("method", "option"), broad_after(20, CASES, several=True), ids=[f"{method}-{option}" for method, option in CASES]
+)
 def test_every_start_is_that_of_peft_or_refused(method: str, option: Any) -> None:
     try:
         config = config_of(method, option)

@@ -15,6 +15,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3M
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.peft_round_trip import Outcome, round_trip
+from tests.support.selection import broad_after
 
 WIDTH = 8
 
@@ -55,7 +56,7 @@ def test_an_attention_module_goes_both_ways() -> None:
     assert round_trip(attended(), config, x_of(2, 5, WIDTH)) == Outcome("equal", "equal")
 
 
-@pytest.mark.parametrize("targets", [("in_proj", "out_proj"), ("rows_0_8",), ("out_proj",)])
+@pytest.mark.parametrize("targets", broad_after(1, [("in_proj", "out_proj"), ("rows_0_8",), ("out_proj",)]))
 def test_factors_of_each_projection_are_written_as_those_of_the_whole(targets: tuple[str, ...], tmp_path: Path) -> None:
     model, x = attended(), x_of(2, 5, WIDTH)
     gm = llfx.rewrite(model, llfx.LoRA(r=2, alpha=3, target_names=targets), (x,)).eval()
@@ -88,10 +89,13 @@ def test_a_parameter_goes_both_ways() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [
-        peft.C3AConfig(block_size=4, block_size_pattern={"2": 2}, target_modules=["0", "2"]),
-        peft.FourierFTConfig(n_frequency=9, n_frequency_pattern={"2": 5}, target_modules=["0", "2"]),
-    ],
+    broad_after(
+        1,
+        [
+            peft.C3AConfig(block_size=4, block_size_pattern={"2": 2}, target_modules=["0", "2"]),
+            peft.FourierFTConfig(n_frequency=9, n_frequency_pattern={"2": 5}, target_modules=["0", "2"]),
+        ],
+    ),
     ids=["C3A", "FourierFT"],
 )
 def test_sizes_by_name_go_both_ways(config: peft.PeftConfig) -> None:
@@ -136,7 +140,7 @@ def with_experts(stored: str) -> nn.Module:
     return Logits(model.eval())
 
 
-@pytest.mark.parametrize("stored", ["outputs first", "inputs first"])
+@pytest.mark.parametrize("stored", broad_after(1, ["outputs first", "inputs first"]))
 def test_experts_go_both_ways(stored: str) -> None:
     lora = peft.LoraConfig(
         r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -145,7 +149,7 @@ def test_experts_go_both_ways(stored: str) -> None:
     assert round_trip(with_experts(stored), lora, ids) == Outcome("equal", "equal")
 
 
-@pytest.mark.parametrize("cls", [llfx.PiSSA, llfx.LoRAXS])
+@pytest.mark.parametrize("cls", broad_after(1, [llfx.PiSSA, llfx.LoRAXS]))
 def test_a_start_from_the_weights_of_experts_is_written_as_a_lora(cls: Any, tmp_path: Path) -> None:
     model, ids = with_experts("outputs first"), torch.arange(12).view(2, 6)
     cfg = cls(r=7, target_names=r"experts\.", target_kinds="experts")  # more than half of a side

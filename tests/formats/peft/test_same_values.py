@@ -15,13 +15,17 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.hyperparameters import WithRank
 from tests.support.peft_models import CASES, Case
 from tests.support.peft_oracles import ALPHA, ORACLES, RANK, TOLERANCE, Pair, make_pair
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_unless, slow_unless
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
 FEW = ("LoRA", "DoRA", "IA3", "OFT")  # of those of the other models
 
 
-@pytest.fixture(scope="module", params=slow_unless(lambda it: it[0] == "mlp" or it[1] in FEW, PAIRS), ids=" ".join)
+@pytest.fixture(
+    scope="module",
+    params=broad_unless(lambda it: it[0] == "mlp", slow_unless(lambda it: it[0] == "mlp" or it[1] in FEW, PAIRS)),
+    ids=" ".join,
+)
 def pair(request: pytest.FixtureRequest) -> Pair:
     """Each variant on each model, at its start values."""
     case, oracle = request.param

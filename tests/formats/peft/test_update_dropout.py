@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 
 CALLS, OUTPUTS, DROP = 300, 12, 0.4
 X = {
@@ -43,7 +44,7 @@ def kept(adapted: nn.Module, x: Tensor, base: Tensor, update: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", broad_after(2, CONFIGS))
 def test_training_drops_the_same_as_in_peft_and_evaluation_nothing(name: str, tmp_path: Path) -> None:
     kind, config = CONFIGS[name]
     scaled = "LoHa" in name or "scaled" in name

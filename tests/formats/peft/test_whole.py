@@ -27,6 +27,7 @@ from transformers import (
 import lora_lite_fx as llfx
 from lora_lite_fx.testing.compare import unchanged
 from tests.support.conformance import randomise
+from tests.support.selection import broad_after
 
 VOCABULARY = 40
 IDS = torch.tensor([[3, 7, 9, 3, 11], [5, 7, 2, 1, 4]])
@@ -131,7 +132,7 @@ def trained(model: Any, config: peft.PeftConfig) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, about embeddings and ties
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", broad_after(2, CASES))
 def test_files_compute_the_same_both_ways_and_new_adapters_train_the_same(case: str, tmp_path: Path) -> None:
     name, make = CASES[case]
     model, graph = captured(name)

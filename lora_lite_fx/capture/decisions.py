@@ -283,7 +283,9 @@ class _Entries(torch.SymInt):
 def _entries(size: Any) -> Any:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    return _Entries(size.node) if isinstance(size, torch.SymInt) and free_unbacked_symbols(size) else size
+    if not isinstance(size, torch.SymInt) or not free_unbacked_symbols(size):
+        return size
+    return _Entries(size.node)  # type: ignore[no-untyped-call]
 
 
 def _frame() -> FrameType | None:

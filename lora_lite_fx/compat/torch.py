@@ -237,7 +237,9 @@ def validates_arguments() -> bool:
 needed("torch.fx.Graph()._codegen", "fx.Graph.set_codegen: sets what nothing public reads")
 needed("torch.fx.Graph()._tracer_cls", "fx.Graph(tracer_cls=...): sets what nothing public reads")
 if TYPE_CHECKING:
-    from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
+    from torch.fx.graph import _PyTreeCodeGen
+
+    PyTreeCodeGen = _PyTreeCodeGen
 else:
     PyTreeCodeGen = needed("torch.fx.graph._PyTreeCodeGen", "fx.CodeGen, whose subclass for nested inputs has no name")
 SPECS = ("_in_spec", "_out_spec")

@@ -17,6 +17,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.hugging_face.causal_lm import _NO_STATES_IN_TRAINING, normalize_call, probe
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_llama
+from tests.support.releases import since
 from tests.support.selection import broad_after, slow_unless
 
 BERT: dict[str, Any] = {
@@ -124,34 +125,39 @@ def test_a_model_whose_cache_has_no_attention_generates() -> None:
         assert torch.equal(*texts)
 
 
-DORY = hf.DoryConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    vocab_size=99,
-    n_input_layers=1,
-    n_recurrent_layers=1,
-    n_output_layers=1,
-    num_hidden_layers=3,
-    sliding_window=4,
-    layer_types=["sliding_attention"] * 3,
-    pad_token_id=0,
-    eos_token_id=2,
-)
+def dory() -> Any:
+    """Return a model that adds layers to its cache for layers that run twice."""
+    config = hf.DoryConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=99,
+        n_input_layers=1,
+        n_recurrent_layers=1,
+        n_output_layers=1,
+        num_hidden_layers=3,
+        sliding_window=4,
+        layer_types=["sliding_attention"] * 3,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    return hf.DoryForCausalLM(config).eval()
 
 
 @pytest.mark.broad
+@since("transformers", "5.24", "Dory is there")
 def test_a_cache_has_the_layers_that_the_model_adds_to_it() -> None:
-    model = hf.DoryForCausalLM(DORY).eval()
+    model = dory()
     cache = normalize_call(model, probe(model), {"input_ids": torch.ones(2, 5, dtype=torch.long)}).arguments["cache"]
     assert [(layer.sliding_window, layer.keys.shape) for layer in cache.layers] == [(4, (2, 1, 0, 8))] * 4
 
 
 @pytest.mark.slow
+@since("transformers", "5.24", "Dory is there")
 def test_a_cache_that_the_model_adds_layers_to_is_filled() -> None:
-    adapted, wrapped = both_ways(hf.DoryForCausalLM(DORY).eval())
+    adapted, wrapped = both_ways(dory())
     ids = torch.arange(3, 9).repeat(2, 1)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     made = [model.generate(ids, **options, output_logits=True) for model in (adapted, wrapped)]

@@ -286,7 +286,8 @@ class _Entries(torch.SymInt):
 
 
 def _entries(size: Any) -> Any:
-    return _Entries(size.node) if isinstance(size, torch.SymInt) and free_unbacked_symbols(size) else size
+    kind: Any = _Entries
+    return kind(size.node) if isinstance(size, torch.SymInt) and free_unbacked_symbols(size) else size
 
 
 def _frame() -> FrameType | None:

@@ -167,7 +167,7 @@ class Backend:
             others = read.keys() - _parameters(self._adapted)
         else:
             originals = [model for original in ORIGINALS if (model := original()) is not None]
-            others = read.keys() & _parameters(originals) if ORIGINALS else read.keys()
+            others = read.keys() & _parameters(originals) if ORIGINALS else set(read)
         if others or (self.adapters and not self._adapted):
             reads = next((f" that reads {name}," for tensor, name in read.items() if tensor in others), "")
             beside = (

@@ -25,6 +25,7 @@ from .decisions import Decisions
 from .forward_signature import signature_of
 from .memories import forgetting
 from .outputs import has_data
+from .quirks.autocast_regions import autocast_regions_kept
 from .quirks.needless_masks import needless_masks_left_out
 from .refusal import refusal
 from .unprinted import quiet_export
@@ -107,6 +108,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         keeping_functions() as kept,
         needless_conversions_left_out(model),
         needless_masks_left_out(model),
+        autocast_regions_kept(model),
         needless_checks_left_out(),
         forgetting(model),
         WithoutGeneratorOfNone(),

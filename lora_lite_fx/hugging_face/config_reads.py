@@ -49,8 +49,8 @@ def _recording(kind: Any) -> Any:
 def recorded_reads(model: nn.Module) -> Iterator[Reads]:
     """Yield a set that gets what is read inside of the configs of `model`, a copy, and of copies of these."""
     reads: Reads = set()
-    configs = {id(config): config for _, _, config in _configs_of(model)}.values()
-    kinds: list[Any] = [_recording(type(config)) for config in configs]  # type: ignore[arg-type]
+    configs: list[Any] = list({id(config): config for _, _, config in _configs_of(model)}.values())
+    kinds = [_recording(config.__class__) for config in configs]
     for config, kind in zip(configs, kinds, strict=True):
         config.__class__ = kind
         kind.reads = reads

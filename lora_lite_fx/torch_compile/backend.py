@@ -52,9 +52,11 @@ def backend(
     functions. Where its layers break into graphs, each has a graph of its own, which
     `torch._dynamo.config.recompile_limit` must allow.
 
-    A model that carries no adapters is an error when torch.compile passes its first graph on. Where torch.compile
-    captures no graph of it (`torch.compiler.disable`, `TORCH_COMPILE_DISABLE=1`), no backend is asked: the model runs
-    as it is, without an error.
+    A model that carries no adapters is an error where torch.compile runs its first graph with parameters. With
+    `backend(cfg)` that is any model but those that its `adapt` returned; without a config, a model of which an adapted
+    copy was made, and any model before a first copy was made. Where torch.compile captures no graph
+    (`torch.compiler.disable`, `TORCH_COMPILE_DISABLE=1`), no backend is asked: such a model runs as it is, without an
+    error.
 
     Args:
         cfg: a variant, or several, as for `rewrite`. None for a backend that compiles models that are adapted already;

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
+from lora_lite_fx.capture.conversions import WithoutGeneratorOfNone
+from lora_lite_fx.capture.layouts import KnownWhileTraced
 from tests.support.conformance import check_rewrite_equals_wrap, small
 from tests.support.selection import broad_after
 
@@ -117,3 +119,25 @@ def test_values_that_are_written_to(cls: type[llfx.Variant], between: Callable[[
 def check(model: nn.Module, cfg: llfx.Variant, x: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
     graph = llfx.capture(model, x)
     check_rewrite_equals_wrap(model, llfx.rewrite(graph, cfg), llfx.wrap(graph, cfg), other, 1e-10, seed=1)
+
+
+class OfHelper(nn.Module):
+    """Adds indices that are made by `make` from its sizes."""
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.make(x.shape[0])[:, None] + self.make(4)
+
+
+@pytest.mark.parametrize("file", ["transformers.vision_utils", "elsewhere"])
+def test_what_a_helper_of_transformers_makes_of_numbers_alone_is_known_in_a_trace(file: str) -> None:
+    make = eval("lambda size: torch.arange(size)", {"__name__": file, "torch": torch})
+    with WithoutGeneratorOfNone(), KnownWhileTraced(), WithoutGeneratorOfNone():
+        program = torch.export.export(OfHelper(make), (torch.ones(3, 4),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    made = [node for node in program.graph.nodes if "arange" in str(node.target)]
+    assert len(made) == (1 if file == "transformers.vision_utils" else 2)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(program.module()(x), OfHelper(torch.arange)(x))

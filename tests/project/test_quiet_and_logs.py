@@ -28,7 +28,7 @@ from lora_lite_fx.execution.execution import Execution
 from lora_lite_fx.execution.module import AdaptedGraphModule
 from tests.support.models import GatedMLP, Net, tiny_llama
 from tests.support.models import ids as net_ids
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import slow_unless
 
 CFG = llfx.LoRA(r=2)
 IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -91,7 +91,8 @@ def quiet() -> Any:
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("name", broad_after(1, slow_unless(lambda name: name != "bert", MODELS)))
+@pytest.mark.broad
+@pytest.mark.parametrize("name", slow_unless(lambda name: name != "bert", MODELS))
 def test_front_doors_warn_of_nothing(name: str, tmp_path: Path) -> None:
     build, inputs = MODELS[name]
     model, file = build(), tmp_path / "adapter.safetensors"

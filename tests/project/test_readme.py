@@ -59,7 +59,7 @@ def own_registry() -> Iterator[None]:
 @pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize(
     "page",
-    broad_unless(lambda page: page == README, [page for page in PAGES if blocks(page, "python")]),
+    broad_unless(lambda page: page != README, [page for page in PAGES if blocks(page, "python")]),
     ids=named,
 )
 def test_the_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

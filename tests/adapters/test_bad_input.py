@@ -19,6 +19,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.passes import DropMetadataAsserts, GraphPass, PassError, Pipeline
 from lora_lite_fx.sites.site import Site
+from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
 CFG = llfx.LoRA(r=2)
@@ -313,7 +314,7 @@ class Raises(Rogue):
         raise ZeroDivisionError("no luck")
 
 
-@pytest.mark.parametrize("inputs", [None, (X,)], ids=["traced", "exported"])
+@pytest.mark.parametrize("inputs", broad_after(3, [None, (X,)]), ids=["traced", "exported"])
 @pytest.mark.parametrize(
     ("cls", "error", "parts"),
     [

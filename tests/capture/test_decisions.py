@@ -209,6 +209,7 @@ def test_a_branch_on_a_random_number_is_refused() -> None:
     torch.testing.assert_close(llfx.capture(model, inputs)(*inputs), model(*inputs))
 
 
+@pytest.mark.broad
 def test_experts_of_transformers_are_one_operation_where_the_config_asks_for_a_loop() -> None:
     model = CASES["mixtral"].builder()()
     model.set_experts_implementation("eager")

@@ -51,6 +51,7 @@ def check_equal(compiled: Any, plain: Any, arguments: dict[str, Tensor]) -> None
         close(gradient, others[name], 1e-9, name)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("cfg", "checkpoint_layers"),
     [

@@ -214,6 +214,7 @@ def test_a_tied_parameter_that_is_replaced_under_one_name_is_an_error() -> None:
         logits(model)
 
 
+@pytest.mark.broad
 @variants
 def test_equal_layers_have_one_function(cfg: llfx.Variant) -> None:
     model, _ = made("rewrite", cfg, layers=5)

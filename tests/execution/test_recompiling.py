@@ -38,6 +38,7 @@ def batch(seed: int) -> dict[str, Any]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("form", broad_after(1, FORMS))
 def test_batches_and_scopes_compile_nothing_again(form: str) -> None:
     model, compiled = plain_and_compiled(form)

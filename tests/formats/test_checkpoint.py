@@ -23,7 +23,7 @@ from lora_lite_fx.adapters.registry import from_config
 from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.passes import Pipeline
 from tests.support.conformance import calibration, for_any_linear, small
-from tests.support.selection import broad_unless, is_distinct, is_typical, slow_unless
+from tests.support.selection import broad_after, broad_unless, is_distinct, is_typical, slow_unless
 from tests.support.untouched import untouched
 
 ALL: dict[str, Any] = {"target_names": ("fc",)}
@@ -106,7 +106,13 @@ def refuses(model: nn.Module, path: Path, *parts: str, error: type[Exception] = 
     [(llfx.rewrite, None), (llfx.wrap, None), (llfx.rewrite, (inputs(2, 3),))],
     ids=["traced", "wrapped", "exported"],
 )
-@pytest.mark.parametrize("name", slow_unless(lambda name: name == "stack" or is_distinct(name), CONFIGS))
+@pytest.mark.parametrize(
+    "name",
+    broad_unless(
+        lambda name: name == "stack" or is_typical(name),
+        slow_unless(lambda name: name == "stack" or is_distinct(name), CONFIGS),
+    ),
+)
 def test_a_file_brings_back_tensors_and_outputs_bit_for_bit(
     name: str, adapt: Callable[..., nn.Module], example: Any, tmp_path: Path
 ) -> None:
@@ -255,7 +261,7 @@ def old_variant(name: str) -> llfx.Variant:
     return small(cls, 4, **{field: value for field, value in values.items() if field in has}, **ALL)
 
 
-@pytest.mark.parametrize("name", slow_unless(is_distinct, OLD))
+@pytest.mark.parametrize("name", broad_after(3, slow_unless(is_distinct, OLD)))
 def test_a_file_with_an_old_header_loads(name: str, tmp_path: Path) -> None:
     variant = old_variant(name)
     assert from_config(OLD[name]) == variant

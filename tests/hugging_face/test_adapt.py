@@ -62,6 +62,7 @@ def test_only_the_adapters_train_and_the_weights_are_shared() -> None:
     assert adapted_model.state_dict().keys() == model.state_dict().keys() | adapter_names
 
 
+@pytest.mark.broad
 def test_files_of_every_kind_bring_the_adapters_back(tmp_path: Path) -> None:
     model, expected = adapted(), adapted()(IDS).logits
     llfx.save(model, tmp_path / "adapter.safetensors")

@@ -68,6 +68,7 @@ def described(gm: fx.GraphModule) -> list[tuple[str, ...]]:
     return [(node.format_node() or "output", str(node.args), value(node)) for node in gm.graph.nodes]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(1, slow_unless({"mistral", "gemma2"}.__contains__, MODELS)))
 def test_decoders_with_caches_are_captured_in_part(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lora_lite_fx"):

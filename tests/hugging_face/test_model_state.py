@@ -300,6 +300,7 @@ def test_a_forward_that_is_put_on_a_module_inside_is_told_of_once() -> None:
         assert torch.equal(model(IDS).logits, expected)
 
 
+@pytest.mark.broad
 def test_a_module_that_is_put_back_brings_its_adapter_back() -> None:
     model = adapted()
     expected = model(IDS).logits

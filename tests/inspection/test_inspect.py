@@ -322,6 +322,7 @@ def test_real_models_have_a_page(name: str) -> None:
 # The command.
 
 
+@pytest.mark.broad
 def test_the_command_prints_the_table(folder: Path) -> None:
     command = [sys.executable, "-m", "lora_lite_fx", "inspect", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -175,6 +175,7 @@ def test_the_readme_names_every_lower_bound_as_a_version_that_was_run(wheel: Pat
     assert set(missing) <= {"mypy", "pdoc", "pre-commit", "ruff"}, "tools, which no user of the package needs"
 
 
+@pytest.mark.broad
 def test_the_library_is_imported_from_where_it_was_installed(
     environment: Environment, installed: Environment, copy: Path, tmp_path: Path
 ) -> None:

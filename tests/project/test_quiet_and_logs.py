@@ -91,6 +91,7 @@ def quiet() -> Any:
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.broad
 @pytest.mark.parametrize("name", slow_unless(lambda name: name != "bert", MODELS))
 def test_front_doors_warn_of_nothing(name: str, tmp_path: Path) -> None:
     build, inputs = MODELS[name]
@@ -114,6 +115,7 @@ def test_front_doors_warn_of_nothing(name: str, tmp_path: Path) -> None:
     llfx.rewrite(model, llfx.EVA(r=2), inputs, calibration=[inputs])
 
 
+@pytest.mark.broad
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", slow_unless(lambda name: name == "llama", ["llama", "bert"]))
 def test_adapted_models_warn_of_nothing(name: str, tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ def test_an_adapter_is_reconfigured_by_its_name() -> None:
     torch.testing.assert_close(other(X), wrapped(X))
 
 
+@pytest.mark.broad
 def test_several_adapters_in_one_directory_are_those_that_peft_reads(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from transformers import LlamaForCausalLM

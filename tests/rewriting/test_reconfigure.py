@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise, unchanged
 from tests.support.models import one_layer_llama
+from tests.support.selection import broad_after
 
 
 class Net(nn.Module):
@@ -37,7 +38,9 @@ def made(how: Any, cfg: Any = LORA) -> Any:
 
 
 @pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
-@pytest.mark.parametrize("cfg", [LORA, llfx.DoRA(r=2, target_names="."), llfx.PiSSA(r=2, target_names=".")])
+@pytest.mark.parametrize(
+    "cfg", broad_after(1, [LORA, llfx.DoRA(r=2, target_names="."), llfx.PiSSA(r=2, target_names=".")])
+)
 def test_a_model_with_another_alpha_is_that_of_a_config_with_it(how: Any, cfg: Any) -> None:
     model, before = made(how, cfg), made(how, cfg)(X)
     with unchanged(model):
@@ -83,6 +86,7 @@ def test_what_started_from_data_needs_none_again() -> None:
     assert not torch.allclose(changed(X), model(X))
 
 
+@pytest.mark.broad
 def test_an_adapted_model_generates_with_another_alpha() -> None:
     model = one_layer_llama()
     ids: dict[str, Any] = {"input_ids": torch.arange(6).view(1, 6)}

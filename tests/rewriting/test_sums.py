@@ -126,6 +126,7 @@ def test_merging_methods_equal_those_of_peft(method: Any) -> None:
         torch.testing.assert_close(change, expected, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.broad
 def test_dare_keeps_the_change_in_the_mean_and_depends_on_its_seed() -> None:
     gm, base = two(llfx.LoRA(r=2, **EVERYWHERE), llfx.LoRA(r=3, **EVERYWHERE))
     llfx.combine(gm, {"one": 1}, "all", method="dare", r=64, density=1.0)

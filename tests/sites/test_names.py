@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[type[TiedAutoencoder | ThereAndBack], tuple[str, str]]] 
 
 @pytest.mark.parametrize("exported", broad_after(1, [False, True]), ids=["symbolic", "exported"])
 @pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("cls", VARIANTS)
+@pytest.mark.parametrize("cls", broad_after(2, VARIANTS))
 def test_one_weight_in_two_orientations_is_two_sites(
     cls: type[llfx.Variant], model_name: str, exported: bool, tmp_path: Path
 ) -> None:
@@ -101,7 +101,7 @@ def test_one_weight_in_two_orientations_is_two_sites(
 
 
 @pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "exported"])
-@pytest.mark.parametrize("cls", VARIANTS)
+@pytest.mark.parametrize("cls", broad_after(2, VARIANTS))
 def test_a_weight_at_the_root_is_a_site(cls: type[llfx.Variant], exported: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Linear(8, 12).double().eval()

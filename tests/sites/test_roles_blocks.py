@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from tests.sites.test_roles_of_models import check_table
+from tests.support.selection import broad_after
 
 WIDTH, INNER, HEADS, CLASSES = 8, 12, 2, 5
 
@@ -337,7 +338,7 @@ def example(model: nn.Module, exported: bool) -> tuple[Tensor, ...] | None:
     return inputs[: 1 + isinstance(model, CrossAttention)] if exported else None
 
 
-both_captures = pytest.mark.parametrize("exported", [True, False], ids=["exported", "traced"])
+both_captures = pytest.mark.parametrize("exported", broad_after(1, [True, False]), ids=["exported", "traced"])
 
 
 @both_captures

@@ -230,7 +230,7 @@ def captured(exported: bool) -> nn.Module:
 @both_captures
 @pytest.mark.parametrize(
     "cfg",
-    broad_after(3, slow_unless(lambda cfg: is_distinct(type(cfg[0])), CONFIGS)),
+    broad_after(1, slow_unless(lambda cfg: is_distinct(type(cfg[0])), CONFIGS)),
     ids=lambda cfg: "+".join(type(variant).__name__ for variant in cfg),
 )
 def test_inserting_adapters_changes_no_role(cfg: list[llfx.Variant], exported: bool) -> None:

@@ -14,6 +14,7 @@ from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import small
 from tests.support.models import tiny_llama
 from tests.support.own_variants import Bottleneck, Gate, HeadRotation, registered
+from tests.support.selection import broad_after
 
 CONFIGS: dict[str, Any] = {
     "a rotation by head": HeadRotation(),
@@ -39,7 +40,7 @@ def _roles(gm: Any) -> dict[str, Any]:
     return {site.name: (site.roles, site.reasons) for site in find_sites(gm)}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", broad_after(1, CONFIGS))
 def test_adapters_change_no_role_and_no_reason(name: str, base: Any) -> None:
     gm = llfx.rewrite(base, CONFIGS[name])
     graph = str(gm.graph)

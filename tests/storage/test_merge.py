@@ -146,6 +146,7 @@ def test_a_model_that_is_merged_in_part_is_loaded_as_it_was_saved(kind: str, tmp
     close(logits(loaded), logits(merged), 1e-5, "loaded")
 
 
+@pytest.mark.broad
 def test_an_adapted_model_stays_compressed_whatever_the_call_of_the_base_does(tmp_path: Path) -> None:
     model = quantized_llama("compressed 4", tmp_path)
     with warnings.catch_warnings():

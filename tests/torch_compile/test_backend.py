@@ -125,7 +125,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(
-    "cfg", broad_after(2, CONFIGS), ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__
+    "cfg", broad_after(1, CONFIGS), ids=lambda cfg: type(cfg[0] if isinstance(cfg, list) else cfg).__name__
 )
 def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
     """Compare what `backend(cfg)` adapts to `wrap`, at several shapes and in both modes."""

@@ -93,6 +93,7 @@ def test_torch_compile_and_frozen(cls: type[llfx.Variant], base: tuple[Net, Any]
         close(gm(*OTHER), expected, 1e-5, "frozen")
 
 
+@pytest.mark.broad
 @every
 def test_checkpointed_layers_and_generation(cls: type[llfx.Variant]) -> None:
     torch.manual_seed(0)

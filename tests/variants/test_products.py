@@ -123,6 +123,7 @@ def test_nothing_is_dead_after_two_steps(name: str) -> None:
         assert (grad != 0).all(), parameter
 
 
+@pytest.mark.broad
 @every_config
 def test_a_bfloat16_base_and_autocast_keep_the_dtype_of_the_output(name: str) -> None:
     half, full = single(dtype=BF16), single(dtype=torch.float32)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.signature import _NotesExport
+from lora_lite_fx.compat.transformers import CACHE
 from lora_lite_fx.execution.optimize import checkpoints_layers
 from tests.support.conformance import randomise
 from tests.support.models import ids, tiny_llama, tiny_t5
@@ -54,7 +55,7 @@ def check(gm: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         expected, result = model(*args, **kwargs), gm(*args, **kwargs)
     assert type(result) is type(expected)
     if isinstance(expected, Mapping):
-        assert [key for key in expected if key != "cache"] == list(result)
+        assert [key for key in expected if key != CACHE] == list(result)
         pairs = [(result[key], expected[key]) for key in result]
     else:
         pairs = [(result, expected)]

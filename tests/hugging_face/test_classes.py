@@ -14,6 +14,7 @@ import transformers as hf
 from torch import Tensor
 
 import lora_lite_fx as llfx
+from lora_lite_fx.compat.transformers import CACHE
 from lora_lite_fx.hugging_face.causal_lm import _NO_STATES_IN_TRAINING, normalize_call, probe
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_llama
@@ -150,7 +151,7 @@ def dory() -> Any:
 @since("transformers", "5.24", "Dory is there")
 def test_a_cache_has_the_layers_that_the_model_adds_to_it() -> None:
     model = dory()
-    cache = normalize_call(model, probe(model), {"input_ids": torch.ones(2, 5, dtype=torch.long)}).arguments["cache"]
+    cache = normalize_call(model, probe(model), {"input_ids": torch.ones(2, 5, dtype=torch.long)}).arguments[CACHE]
     assert [(layer.sliding_window, layer.keys.shape) for layer in cache.layers] == [(4, (2, 1, 0, 8))] * 4
 
 
@@ -162,7 +163,7 @@ def test_a_cache_that_the_model_adds_layers_to_is_filled() -> None:
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     made = [model.generate(ids, **options, output_logits=True) for model in (adapted, wrapped)]
     close(torch.stack(made[0].logits), torch.stack(made[1].logits), 1e-5, "logits")
-    lengths = [[layer.get_seq_length() for layer in each.cache.layers] for each in made]
+    lengths = [[layer.get_seq_length() for layer in each[CACHE].layers] for each in made]
     assert lengths[0] == lengths[1] == [8] * 4
 
 
@@ -174,7 +175,7 @@ class Codes(hf.LlamaForCausalLM):
     ) -> Any:
         embedded = self.get_input_embeddings()(input_ids + torch.tensor([0, 7])).sum(-2)
         return super().forward(
-            inputs_embeds=embedded, attention_mask=attention_mask, cache=cache, use_cache=use_cache, **kwargs
+            inputs_embeds=embedded, attention_mask=attention_mask, use_cache=use_cache, **{CACHE: cache}, **kwargs
         )
 
 

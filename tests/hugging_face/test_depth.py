@@ -13,6 +13,7 @@ import transformers as hf
 from torch import fx
 
 import lora_lite_fx as llfx
+from lora_lite_fx.compat.transformers import CACHE
 from tests.support.conformance import randomise
 from tests.support.selection import broad_after, slow_unless
 
@@ -100,4 +101,4 @@ def test_a_cache_whose_layers_have_other_lengths_is_not_taken() -> None:
     cache = adapted(ids, use_cache=True).past_key_values
     cache.layers[3].keys, cache.layers[3].values = (t[:, :, 1:] for t in (cache.layers[3].keys, cache.layers[3].values))
     with pytest.raises(llfx.CaptureError, match="input_ids, cache"):
-        adapted(ids[:, :1], cache=cache)
+        adapted(ids[:, :1], **{CACHE: cache})

@@ -13,6 +13,7 @@ import transformers as hf
 from torch import Tensor
 
 import lora_lite_fx as llfx
+from lora_lite_fx.compat.transformers import CACHE
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_t5
 from tests.support.selection import broad_after, slow_unless
@@ -216,8 +217,8 @@ def test_the_callers_cache_is_updated_as_the_eager_model_updates_it() -> None:
             first_layer = cache.layers[0]
             for start, end in ((0, 4), (4, 5), (5, 6)):
                 mask = inputs["attention_mask"][:, :end]
-                result = model(inputs["input_ids"][:, start:end], attention_mask=mask, cache=cache)
-                assert result.cache is cache
+                result = model(inputs["input_ids"][:, start:end], attention_mask=mask, **{CACHE: cache})
+                assert result[CACHE] is cache
             assert cache.layers[0] is first_layer
             assert cache.get_seq_length() == 6
             model_caches.append(cache)

@@ -19,6 +19,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .names import needed, preferred
+from .versions import release
 
 # Values as the tracers of torch make them.
 
@@ -114,6 +115,9 @@ ISOLATED: dict[str, Any] = (
 
 Before, functions of one code count together, and those beyond the limit run without being compiled.
 """
+
+AUTOCAST_REGIONS_COMPILE = release(torch.__version__) >= (2, 13)
+"""Whether Dynamo takes the operator of an autocast region whose body reads a dynamic size."""
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -24,7 +24,6 @@ class Tried(NamedTuple):
 TRIED = {
     "torch": Tried("2.12", "2.15"),
     "transformers": Tried("5.12", "5.24"),
-    "accelerate": Tried("1.3", "2.0"),
     "bitsandbytes": Tried("0.50", "0.50"),
     "optimum": Tried("0.2.7", "0.2.7", "optimum-quanto"),
 }

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...compat.torch import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED, OpOverload, schema_of
+from ...compat.torch import (
+    AUTOCAST_REGIONS_COMPILE,
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    SET_GRAD_ENABLED,
+    OpOverload,
+    schema_of,
+)
 from ...graph.regions import AUTOCAST_REGION, GRAD_REGION
 from ..pipeline import GraphPass
 
@@ -28,13 +35,14 @@ class InlineRegions(GraphPass):
 
     Regions that read no parameter, draw no random numbers and write to nothing, such as those of rotary embeddings,
     stay as they are, because they contain nothing to adapt. One that writes would be taken for dead code if it returns
-    nothing. The bodies of `cond`, `scan` and `while_loop` stay too, because they do not run exactly once. An exception
+    nothing. Regions of autocast are opened all before torch 2.13, whose compiler takes none with dynamic sizes. The
+    bodies of `cond`, `scan` and `while_loop` stay too, because they do not run exactly once. An exception
     inside an open region leaves its thread in the region's mode.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
         edits = 0
-        while regions := [node for node in gm.graph.nodes if _is_region(node) and _holds_work(gm, node)]:
+        while regions := [node for node in gm.graph.nodes if _is_region(node) and _is_to_open(gm, node)]:
             for node in regions:
                 _inline(gm, node)
             edits += len(regions)
@@ -50,6 +58,17 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
     body = gm.get_submodule(reference.target)
     assert isinstance(body, fx.GraphModule)
     return body
+
+
+def _is_to_open(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return _holds_work(gm, node) or (not AUTOCAST_REGIONS_COMPILE and _sets_autocast(gm, node))
+
+
+def _sets_autocast(gm: fx.GraphModule, node: fx.Node) -> bool:
+    body = _body(gm, node)
+    return node.target is AUTOCAST_REGION or any(
+        _sets_autocast(body, each) for each in body.graph.nodes if _is_region(each)
+    )
 
 
 def _holds_work(gm: fx.GraphModule, node: fx.Node) -> bool:

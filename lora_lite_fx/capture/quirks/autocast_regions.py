@@ -1,7 +1,7 @@
 """Keep regions without autocast that transformers leaves out of a run without autocast.
 
-`maybe_autocast(device, enabled=False)` is a region where autocast is on, and nothing where it is off. A model is captured
-with autocast off, and its graph would compute in half precision, in a call under autocast, what the model does not.
+`maybe_autocast(device, enabled=False)` is a region where autocast is on, and nothing where it is off. A model is
+captured with autocast off. In a call under autocast its graph would compute in half precision what the model does not.
 Before 5.20 the position embeddings of nearly all decoders are such a region.
 """
 

@@ -22,11 +22,11 @@ from lora_lite_fx.capture.hugging_face import prepare_for_capture
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
+from tests.support.releases import cases_by_name
 from tests.support.selection import broad_after
-from tests.survey.cases import cases
 from tests.survey.tiny import tiny_model
 
-CASES = {case.name: case for case in cases()}
+CASES = cases_by_name()
 
 ARGUMENTS = {
     "clip": {"pixel_values", "labels"},

@@ -67,7 +67,9 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize(("failure", "is_forgiven"), FAILURES.items(), ids=["timeout", "connection", "conflict", "build"])
+@pytest.mark.parametrize(
+    ("failure", "is_forgiven"), FAILURES.items(), ids=["timeout", "connection", "conflict", "build"]
+)
 def test_only_a_download_that_does_not_come_is_forgiven(failure: str, is_forgiven: bool, tmp_path: Path) -> None:
     (tmp_path / "python3").write_text(f"""#!/bin/bash
 if [ "$1" = -m ]; then mkdir -p "$3/bin"; printf '#!/bin/bash\\necho "{failure}"; exit 1' >"$3/bin/pip"; chmod +x "$3/bin/pip"

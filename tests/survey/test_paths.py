@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.releases import cases_by_name
 from tests.survey import by_backend
 from tests.survey.by_backend import compare_by_backend
-from tests.survey.cases import cases
 from tests.survey.comparing import NotApplicable, Unequal
 from tests.survey.table import paths
 from tests.survey.trial import PATHS, try_model
 from tests.survey.tried import Tried
 from tests.survey.user_inputs import USER_INPUTS
 
-CASES = {case.name: case for case in cases()}
+CASES = cases_by_name()
 
 
 def outcome(name: str, *steps: str) -> dict[str, Any]:

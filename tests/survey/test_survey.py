@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.support.releases import cases_by_name
 from tests.survey import table
 from tests.survey.__main__ import RESULTS, read
 from tests.survey.cases import FAMILIES, cases, diffusers_cases
 from tests.survey.trial import STEPS, try_model
 
-CASES = {case.name: case for case in cases()}
+CASES = cases_by_name()
 
 
 def outcome(name: str, *steps: str) -> dict[str, Any]:

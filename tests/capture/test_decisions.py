@@ -14,9 +14,9 @@ import lora_lite_fx as llfx
 from lora_lite_fx.capture.decisions import decisions_on_inputs
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
-from tests.survey.cases import cases
+from tests.support.releases import cases_by_name
 
-CASES = {case.name: case for case in cases()}
+CASES = cases_by_name()
 CFG = llfx.LoRA(r=2, target_names=".*")
 
 

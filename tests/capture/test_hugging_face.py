@@ -6,9 +6,9 @@ import pytest
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.hugging_face import batch_only_arguments
-from tests.survey.cases import cases
+from tests.support.releases import cases_by_name
 
-CASES = {case.name: case for case in cases()}
+CASES = cases_by_name()
 
 
 @pytest.mark.parametrize(("name", "fixed"), [("sam2", ("pixel_values",)), ("swin", ("pixel_values",)), ("vit", ())])

@@ -12,10 +12,10 @@ from torch import Tensor
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_inputs import example_inputs_of
 from tests.support.conformance import close, randomise
+from tests.support.releases import cases_by_name
 from tests.support.selection import slow_unless
-from tests.survey.cases import cases
 
-CASES = {case.name: case for case in cases()}
+CASES = cases_by_name()
 CONFIGS = {
     "git": llfx.LoRA(r=2, target_names=("query",)),
     "qwen2_vl": llfx.LoRA(r=2, target_names=("q_proj", "qkv", "merger")),

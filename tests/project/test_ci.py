@@ -67,14 +67,17 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("failure", "is_forgiven"), FAILURES.items(), ids=["timeout", "connection", "conflict", "build"]
-)
+PYTHON_WITHOUT_NETWORK = """#!/bin/bash
+if [ "$1" != -m ]; then echo "make && run"; exit; fi
+mkdir -p "$3/bin"
+printf '#!/bin/bash\\necho "%s"; exit 1' >"$3/bin/pip"
+chmod +x "$3/bin/pip"
+"""
+
+
+@pytest.mark.parametrize(("failure", "is_forgiven"), FAILURES.items(), ids=["time", "connection", "conflict", "build"])
 def test_only_a_download_that_does_not_come_is_forgiven(failure: str, is_forgiven: bool, tmp_path: Path) -> None:
-    (tmp_path / "python3").write_text(f"""#!/bin/bash
-if [ "$1" = -m ]; then mkdir -p "$3/bin"; printf '#!/bin/bash\\necho "{failure}"; exit 1' >"$3/bin/pip"; chmod +x "$3/bin/pip"
-else echo "make && run"; fi
-""")
+    (tmp_path / "python3").write_text(PYTHON_WITHOUT_NETWORK.replace("%s", failure))
     (tmp_path / "python3").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

@@ -58,7 +58,7 @@ def test_a_model_of_diffusers_is_captured_and_adapted_with_the_inputs_of_a_call(
 
 
 def test_every_type_is_tried_once_by_the_first_family_that_has_it() -> None:
-    assert len(CASES) == len(cases()) > 600
+    assert len(CASES) == len(cases()) > 500
     assert {case.family for case in CASES.values()} <= set(FAMILIES)
     assert CASES["bert"].model == "BertForMaskedLM"
     assert CASES["whisper"].family == "speech-seq2seq"

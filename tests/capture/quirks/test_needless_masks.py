@@ -15,9 +15,9 @@ import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_inputs import example_inputs_of
 from lora_lite_fx.capture.quirks.needless_masks import MAKERS, REPLACED, makes_masks, needless_masks_left_out
 from tests.support.models import tiny_llama
-from tests.survey.cases import cases
+from tests.support.releases import cases_by_name
 
-CASES = {case.name: case for case in cases()}
+CASES = cases_by_name()
 
 
 def attentions(gm: Any) -> list[Any]:

@@ -61,9 +61,7 @@ else:
         "torch.overrides.TorchFunctionMode: sees functions, but not the operators that these call. Documented by torch"
         " under this name",
     )
-    OpOverload = needed(
-        "torch._ops.OpOverload", "type(torch.ops.aten.add.Tensor): the class of operators has no public name"
-    )
+    OpOverload = type(torch.ops.aten.add.Tensor)  # it has no public name
     HigherOrderOperator = needed(
         "torch._ops.HigherOrderOperator",
         "type(torch.ops.higher_order.cond): the class of operators on functions has no public name",
@@ -74,14 +72,11 @@ disable_current_modes: Callable[[], AbstractContextManager[Any]] = needed(
     "torch.utils._python_dispatch._disable_current_modes",
     "leaving the modes one by one, which only whoever entered them can do",
 )
-DisableTorchFunction: Callable[[], AbstractContextManager[Any]] = needed(
-    "torch._C.DisableTorchFunction", "torch._C.DisableTorchFunctionSubclass, which is documented and lets modes go on"
-)
 
 
 # Operators.
 
-_schema = needed("torch.ops.aten.add.Tensor._schema", "a table of our own: operators do not show their schemas")
+needed("torch.ops.aten.add.Tensor._schema", "a table of our own: operators do not show their schemas")
 
 
 def schema_of(operator: Any) -> Any:
@@ -154,12 +149,7 @@ _is_legacy_batched = preferred(
     "nothing: torch.autograd.grad(is_grads_batched=True) does not tell its tensors",
     lambda tensor: False,
 )
-_forward_level = needed(
-    "torch.autograd.forward_ad._current_level", "forward_ad.unpack_dual, which tells of one tensor, not of a call"
-)
-del _forward_level  # it is a number that changes
-
-
+needed("torch.autograd.forward_ad._current_level", "forward_ad.unpack_dual, which tells of one tensor, not of a call")
 _is_jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
@@ -225,10 +215,9 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-_validates = needed(
+needed(
     "torch.distributions.Distribution._validate_args", "Distribution.set_default_validate_args: sets what nothing reads"
 )
-del _validates  # it is a flag that changes
 
 
 def validates_arguments() -> bool:

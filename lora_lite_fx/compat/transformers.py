@@ -36,10 +36,14 @@ preferred(
     "PreTrainedModel.set_experts_implementation, which warns where a model has no experts to set it for",
     None,
 )
-_from_config = needed(
-    "transformers.PreTrainedModel._from_config", "AutoModel.from_config, which knows no class that is named"
+needed("transformers.PreTrainedModel._from_config", "AutoModel.from_config, which knows no class that is named")
+MASK_QUESTION = "_ignore_bidirectional_mask_sdpa"
+"""The function of `transformers.masking_utils` that decides whether a mask in which tokens see all is left out."""
+preferred(
+    f"transformers.masking_utils.{MASK_QUESTION}",
+    "create_bidirectional_mask: makes such a mask in each trace, which the graph then adds in each call",
+    None,
 )
-del _from_config  # a model's own class is asked
 
 
 def attention_of(config: Any) -> str:

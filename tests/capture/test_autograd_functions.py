@@ -244,7 +244,8 @@ def test_a_function_that_inherits_its_forward_keeps_its_backward() -> None:
     gm = llfx.capture(Between(lambda x, module: module(cast(Any, Inherits).apply(x))), (torch.ones(2, 4),))
     x = torch.randn(3, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(gm(x).sum(), x)
-    torch.testing.assert_close(grad, 3 * (gm.second.weight.sum(0) @ gm.first.weight).expand(3, 4))
+    first, second = (gm.get_parameter(f"{name}.weight") for name in ("first", "second"))
+    torch.testing.assert_close(grad, 3 * (second.sum(0) @ first).expand(3, 4))
 
 
 def test_a_forward_that_the_model_calls_itself_is_traced() -> None:

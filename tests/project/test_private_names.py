@@ -18,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 KNOWN = {path.rpartition(".")[2] for path in NAMES}
 """The last parts of the names that are looked up."""
-REGISTRIES = {path.rpartition(".")[2] for path in NAMES if "()." in path}
-"""Those of attributes, which a text can name too."""
 OF_PYTHON = {"_replace", "_fields", "_asdict", "_getframe"}
 """Documented names of Python that look private."""
 READERS = {"getattr", "hasattr", "setattr", "delattr", "attrgetter", "itemgetter"}
@@ -55,8 +53,18 @@ def _is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
+def ends_of_names(tree: ast.Module) -> Iterator[ast.expr]:
+    """The texts that are the end of a longer one, as in f"{name}_apply"."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield from node.values
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "removesuffix":
+            yield from node.args
+
+
 def private_names(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
     """The lines that read private names of others: by import, as an attribute of whatever, or by a text."""
+    ends = set(map(id, ends_of_names(tree)))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level:
             parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
@@ -67,8 +75,9 @@ def private_names(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
             if node.attr not in own or (node.attr in KNOWN and not _is_self(node.value)):
                 yield node.lineno, node.attr
-        elif isinstance(node, ast.Constant) and is_private(node.value) and node.value in REGISTRIES:
-            yield node.lineno, str(node.value)
+        elif isinstance(node, ast.Constant) and is_private(node.value) and node.value in KNOWN:
+            if id(node) not in ends:
+                yield node.lineno, str(node.value)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in READERS:
             texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
             yield from ((node.lineno, str(text)) for text in texts if is_private(text) and text not in own)
@@ -101,6 +110,7 @@ def test_private_names_are_read_in_compat_alone() -> None:
         "def f(model):\n    return model._modules",
         'def f(module):\n    return getattr(module, "_never_heard_of")',
         'HOOKS = "_forward_pre_hooks"',
+        'REPLACED = "_ignore_bidirectional_mask_sdpa"',
         'def f(module):\n    return vars(module)["_parameters"]',
         "from operator import attrgetter\n\nread = attrgetter('_is_full_backward_hook')",
     ],

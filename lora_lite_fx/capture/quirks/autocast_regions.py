@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def autocast_regions_kept(model: nn.Module) -> Iterator[None]:
     tracing = threading.get_ident()
 
     def kept(original: Any) -> Any:
-        def region(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        def region(device_type: str, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != tracing or device_type == "meta":
                 return original(device_type, *args, **kwargs)
             return torch.autocast(device_type, *args, **kwargs)

@@ -16,8 +16,6 @@ from torch import nn
 
 MAKERS = ("create_bidirectional_mask", "create_bidirectional_sliding_window_mask")
 """The functions of transformers by which models make such masks."""
-REPLACED = "_ignore_bidirectional_mask_sdpa"
-"""The function that decides, of `transformers.masking_utils`. Nothing public does."""
 
 
 def makes_masks(model: nn.Module) -> bool:
@@ -36,8 +34,13 @@ def needless_masks_left_out(model: nn.Module) -> Iterator[None]:
     other values. Where a release has no such function, masks are made, and a graph is slower and computes the same.
     """
     masks = sys.modules.get("transformers.masking_utils")
-    decide = getattr(masks, REPLACED, None)
-    if decide is None or not makes_masks(model):
+    if masks is None or not makes_masks(model):
+        yield
+        return
+    from ...compat.transformers import MASK_QUESTION
+
+    decide = getattr(masks, MASK_QUESTION, None)
+    if decide is None:
         yield
         return
 
@@ -46,8 +49,8 @@ def needless_masks_left_out(model: nn.Module) -> Iterator[None]:
             return True
         return decide(padding_mask, kv_length, local_attention_size)
 
-    vars(masks)[REPLACED] = is_needless
+    vars(masks)[MASK_QUESTION] = is_needless
     try:
         yield
     finally:
-        vars(masks)[REPLACED] = decide
+        vars(masks)[MASK_QUESTION] = decide

@@ -25,11 +25,12 @@ class Angles(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with sys.modules[type(self).__module__].maybe_autocast(x.device.type, enabled=False):
             angles = (1000 * x) @ x.mT
-        return angles.cos() + self.first(x).sum(-1, keepdim=True)
+        y: Tensor = angles.cos() + self.first(x).sum(-1, keepdim=True)
+        return y
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+def model(monkeypatch: pytest.MonkeyPatch) -> Angles:
     from transformers.utils import generic
 
     file = ModuleType("modeling_of_a_test")
@@ -37,11 +38,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     monkeypatch.setitem(sys.modules, file.__name__, file)
     kind: Any = type("Angles", (Angles,), {"__module__": file.__name__})
     torch.manual_seed(0)
-    built: nn.Module = kind()
+    built: Angles = kind()
     return built
 
 
-def test_a_region_without_autocast_stays_one(model: nn.Module) -> None:
+def test_a_region_without_autocast_stays_one(model: Angles) -> None:
     x = torch.randn(2, 5, 8)
     gm = llfx.capture(model, (torch.randn(2, 4, 8),))
     assert (gm(x) - model(x)).abs().max() == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any
 
 import pytest
@@ -13,7 +12,9 @@ from transformers import masking_utils
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_inputs import example_inputs_of
-from lora_lite_fx.capture.quirks.needless_masks import MAKERS, REPLACED, makes_masks, needless_masks_left_out
+from lora_lite_fx.capture.quirks.needless_masks import MAKERS, makes_masks, needless_masks_left_out
+from lora_lite_fx.compat import transformers as names
+from lora_lite_fx.compat.transformers import MASK_QUESTION
 from tests.support.models import tiny_llama
 from tests.support.releases import cases_by_name
 
@@ -44,7 +45,7 @@ def test_a_sequence_that_a_model_shortens_between_layers_needs_no_mask() -> None
 
 def test_the_release_has_what_is_replaced_and_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notice a release that has another function, or one that is not looked up by its name: masks would come back."""
-    assert list(inspect.signature(getattr(masking_utils, REPLACED)).parameters) == [
+    assert list(inspect.signature(getattr(masking_utils, MASK_QUESTION)).parameters) == [
         "padding_mask", "kv_length", "local_attention_size",
     ]  # fmt: skip
     assert all(hasattr(masking_utils, maker) for maker in MAKERS)
@@ -54,24 +55,24 @@ def test_the_release_has_what_is_replaced_and_asks_it(monkeypatch: pytest.Monkey
         asked.append(args)
         return True
 
-    monkeypatch.setattr(masking_utils, REPLACED, is_needless)
+    monkeypatch.setattr(masking_utils, MASK_QUESTION, is_needless)
     model = CASES["vit"].builder()()
     model(**example_inputs_of(model))
     assert asked
 
 
 def test_a_model_that_makes_no_such_masks_replaces_nothing() -> None:
-    before = getattr(masking_utils, REPLACED)
+    before = getattr(masking_utils, MASK_QUESTION)
     llama = transformers.LlamaForCausalLM(tiny_llama())
     for model, asks in ((llama, False), (CASES["vit"].builder()(), True)):
         assert makes_masks(model) == asks
         with needless_masks_left_out(model):
-            assert (getattr(masking_utils, REPLACED) is not before) == asks
-        assert getattr(masking_utils, REPLACED) is before
+            assert (getattr(masking_utils, MASK_QUESTION) is not before) == asks
+        assert getattr(masking_utils, MASK_QUESTION) is before
     llama.config.is_causal = False
     assert makes_masks(llama)
 
 
 def test_without_the_function_masks_are_made_and_the_graph_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[needless_masks_left_out.__module__], "REPLACED", "gone")
+    monkeypatch.setattr(names, "MASK_QUESTION", "gone")
     assert any(map(is_masked, attentions(llfx.capture(CASES["vit"].builder()()))))  # which capture compares

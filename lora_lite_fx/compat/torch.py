@@ -168,6 +168,8 @@ def transform_is_active() -> bool:
 
 def trace_is_active() -> bool:
     """Check whether `torch.fx` traces this call: symbolically, or by `make_fx`."""
+    if torch.compiler.is_dynamo_compiling():  # which cannot ask, and makes a graph of its own
+        return False
     return is_fx_symbolic_tracing() or get_proxy_mode() is not None
 
 

@@ -147,7 +147,7 @@ def _config(model: str) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError as error:
-        raise _Refused(f"{model} needs transformers: pip install transformers") from error
+        raise _Refused(f"{model} needs transformers: pip install 'lora_lite_fx[hf]'") from error
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
     if path.exists():

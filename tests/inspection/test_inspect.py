@@ -341,6 +341,14 @@ def test_the_command_prints_data_and_writes_a_page(
     assert all(site["name"] in page.read_text(encoding="utf-8") for site in data["sites"])
 
 
+def test_the_command_names_the_extra_that_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["inspect", str(folder)]) == 2
+    assert "needs transformers: pip install 'lora_lite_fx[hf]'" in capsys.readouterr().err
+
+
 def test_the_command_shows_adapters(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     gm = llfx.rewrite(model, llfx.LoRA(r=2))

@@ -34,7 +34,7 @@ def test_a_readme_names_files_that_exist_and_fits_a_page(readme: Path) -> None:
 
 
 WINGS = ["torch_compile", "ops", "storage", "capture", "sites", "adapters", "rewriting", "hugging_face"]
-WINGS += ["graph", "passes", "execution", "distributed", "inspection", "testing"]
+WINGS += ["compat", "graph", "passes", "execution", "distributed", "inspection", "testing"]
 
 
 @pytest.mark.parametrize("wing", WINGS)

@@ -18,6 +18,7 @@ from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.sites.site import Site
 from tests.support.models import one_layer_llama
 from tests.support.refusals import WAYS, Mine, Net, X, refusal
+from tests.support.releases import has
 from tests.support.selection import broad_after
 
 FROZEN = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -188,7 +189,10 @@ MISTAKES = {
     Same: "returns base(x) unchanged.",
     MoreRows: f"calls base on an input (6, 4), and x is (3, 4). {LINE} return base(torch.cat([x, x]))[: len(x)].",
     WritesX: f"writes to x in place (add_), which it may only read. {NEW} {LINE} x += 1.",
-    WritesPartOfX: f"writes to x in place (copy_), which it may only read. {NEW} {LINE} x.flatten(0)[0] = 0.",
+    WritesPartOfX: (
+        f"writes to x in place ({'fill_' if has('torch', '2.15') else 'copy_'}), which it may only read. {NEW}"
+        f" {LINE} x.flatten(0)[0] = 0."
+    ),
     WritesWeight: (
         f"writes to base.weight in place (mul_), which it may only read. {NEW} {LINE} base.weight.view(-1).mul_(2)."
     ),

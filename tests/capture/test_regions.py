@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.passes import InlineRegions, Pipeline
 from tests.support.conformance import check_file, check_merge, check_remove, close, gradients, output, randomise
+from tests.support.releases import since
 from tests.support.untouched import untouched
 
 X = (torch.randn(5, 4, generator=torch.Generator().manual_seed(0)),)
@@ -149,6 +150,7 @@ def test_nested_regions_equal_the_eager_wrapper() -> None:
     assert len(llfx.inspect(gm)) == 3
 
 
+@since("torch", "2.13", "Regions of autocast compile with dynamic sizes, and stay")
 def test_regions_without_anything_to_adapt_stay() -> None:
     class Rotary(nn.Module):
         freq: Tensor

@@ -32,9 +32,12 @@ from tests.distributed.training import batch as training_batch
 from tests.distributed.training import make as make_case
 from tests.support.conformance import close
 from tests.support.ranks import RankFailed, on_ranks
+from tests.support.releases import since
 from tests.support.selection import broad_after, slow_unless
 
 TEXT = ("labels",)
+
+KEEPS_REGIONS = since("torch", "2.13", "A region of autocast before the layers is computed in each stage")
 
 
 @functools.cache
@@ -60,6 +63,7 @@ def equal_to_one_process(pipe: Pipe, found: list[dict[str, Any]]) -> None:
                 close(tensor, expected[what][name], 1e-9, f"{what}: {name}")
 
 
+@KEEPS_REGIONS
 @pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, PIPES))
 def test_stages_in_two_processes_train_like_the_model_in_one(name: str) -> None:
     results = trained(name in EVERYDAY)
@@ -91,6 +95,7 @@ def run(parts: list[Any], inputs: dict[str, Any]) -> Any:
     return results
 
 
+@KEEPS_REGIONS
 @pytest.mark.parametrize("stages", broad_after(1, [2, 3, 4, ["model.layers.1", "model.layers.2"]]))
 def test_stages_one_after_the_other_compute_what_the_model_does(stages: Any) -> None:
     pipe = Pipe(llfx.LoRA(r=2))
@@ -125,6 +130,7 @@ def test_stages_of_a_quantized_model_compute_and_train_what_it_does(base: str) -
         close(ours, theirs, 1e-5, "a gradient")
 
 
+@KEEPS_REGIONS
 def test_a_stage_has_its_layers_and_nothing_of_the_others() -> None:
     gm = make(Pipe(llfx.LoRA(r=2)))
     first, last = llfx.split(gm, 2, without=TEXT)
@@ -244,6 +250,7 @@ def test_refusal(name: str) -> None:
         call()
 
 
+@KEEPS_REGIONS
 def test_a_stage_alone_is_not_saved_as_the_whole(tmp_path: Path) -> None:
     with pytest.raises(llfx.CheckpointError, match="the adapters of all 2 stages, and no process gave stage 1"):
         llfx.save(_stage(), tmp_path / "file")

@@ -14,6 +14,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.support.conformance import randomise
 from tests.support.low_rank_llama import LOW_RANK, llama, tokens
+from tests.support.releases import since
 from tests.support.selection import broad_after
 
 ONES = torch.ones(3, 5, dtype=torch.long)
@@ -41,6 +42,7 @@ def captured() -> fx.GraphModule:
     return llfx.capture(llama()[0], {**tokens(3, 5), "attention_mask": LEFT})
 
 
+@since("transformers", "5.20", "One mask of booleans serves all layers")
 @pytest.mark.parametrize("checkpoint_layers", broad_after(1, [False, True]))
 @pytest.mark.parametrize(
     ("mask", "seen"),

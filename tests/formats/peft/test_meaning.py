@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.patterns import occurs
+from tests.support.releases import since
 from tests.support.selection import broad_after
 
 # Which modules.
@@ -72,6 +73,7 @@ STACKS: list[Any] = [
 ]
 
 
+@since("peft", "0.21", "Layers in stacks of several names are counted")
 @pytest.mark.parametrize("stacks", STACKS, ids=repr)
 def test_layers_are_those_that_peft_takes(stacks: Any) -> None:
     for targets in TARGETS:

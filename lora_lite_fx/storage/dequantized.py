@@ -89,10 +89,11 @@ class DequantizedLinear(StandIn):
         compute = self.compute_dtype or x.dtype
         inside = x if x.dtype is compute else x.to(compute)
         bias = bias if bias is None or bias.dtype is compute else bias.to(compute)
-        if weight is None:
+        if weight is None and not torch.compiler.is_compiling():  # which chooses itself what to save
             y = RecomputedProduct(Weight(self.dequantize, compute))(inside, bias, *tensors)
         else:
-            y = F.linear(inside, weight.to(compute), bias)
+            dense = self.dequantize(*tensors) if weight is None else weight
+            y = F.linear(inside, dense if dense.dtype is compute else dense.to(compute), bias)
         return y if y.dtype is x.dtype or x.dtype is compute else y.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -89,7 +89,8 @@ def test_the_functions_that_load_have_one_signature_and_its_documentation() -> N
     assert len(signatures) == 1
     for name, (_, load) in WAYS.items():
         assert load.__name__ == name
-        assert all(f"    {argument}: " in (inspect.getdoc(load) or "") for argument in inspect.signature(load).parameters)
+        documentation = inspect.getdoc(load) or ""
+        assert all(f"    {argument}: " in documentation for argument in inspect.signature(load).parameters)
 
 
 def test_adapt_does_not_load_onto_an_adapted_model_either(tmp_path: Path) -> None:

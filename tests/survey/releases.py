@@ -5,6 +5,8 @@ Each row is a smoke test, or a test of what some release cannot do. `python -m t
 
 from __future__ import annotations
 
+import contextlib
+import io
 import platform
 import sys
 
@@ -61,7 +63,8 @@ def main() -> int:
     failed = False
     for feature, test in FEATURES.items():
         outcomes = Outcomes()
-        code = pytest.main(["-q", "-m", "", "-p", "no:terminal", "-p", "no:cacheprovider", test], plugins=[outcomes])
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = pytest.main(["-m", "", "-p", "no:cacheprovider", test], plugins=[outcomes])
         word = "no" if code else "skipped" if outcomes.seen == {"skipped"} else "yes"
         failed = failed or word == "no"
         print(f"{feature:40} {word}", flush=True)

@@ -27,8 +27,8 @@ TRIED = {
     "bitsandbytes": Tried("0.50", "0.50"),
     "optimum": Tried("0.2.7", "0.2.7", "optimum-quanto"),
 }
-PYTHON = (3, 11)
-"""The oldest Python that this library runs on."""
+PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
+"""The oldest and the newest Python that were tried."""
 
 
 def check_versions() -> None:
@@ -38,9 +38,10 @@ def check_versions() -> None:
         ImportError: Python, torch or transformers is older than any release that was tried.
     """
     if sys.version_info < PYTHON:
-        found, oldest = ".".join(map(str, sys.version_info[:3])), ".".join(map(str, PYTHON))
+        found, oldest, newest = (".".join(map(str, each)) for each in (sys.version_info[:3], PYTHON, NEWEST_PYTHON))
         raise ImportError(
-            f"lora_lite_fx needs Python {oldest} or newer, and this is {found}. The way out: python{oldest}"
+            f"lora_lite_fx needs Python {oldest} or newer, and this is {found}. Python {oldest} to {newest} were tried."
+            f" The way out: python{newest} -m venv env"
         )
     for library in ("torch", "transformers"):
         found = found_version(library)

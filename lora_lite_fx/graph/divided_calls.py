@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..compat.torch import is_wrapped, not_compiled
 from ..errors import CallError
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _OF_A_CALL_BEFORE = ("cache", "past")
 """The names of inputs that another call has returned begin with these. They are large, and were compared as inputs."""

@@ -132,6 +132,7 @@ def _read(config: dict[Any, Any], new: bool) -> Variant:
         fields |= _start(config, form)
     else:
         _warn_of_base(config.get(form.start), name)
+        _warn_of_training(config, name)
     parameters = listed(config.get("target_parameters") or [], "target_parameters", name)
     by_parameter = (rf"{START}{re.escape(parameter.removesuffix('.weight'))}$" for parameter in parameters)
     fields["target_names"] = (*target_patterns(config, name, new), *by_parameter)
@@ -220,6 +221,30 @@ def _warn_of_base(start: object, name: str) -> None:
         warnings.warn(
             f"{name}: PEFT's init_lora_weights={start!r} factorizes the weight with random numbers, anew at each load."
             " Here the exact factors are subtracted from the base, so outputs agree up to that approximation.",
+            stacklevel=8,
+        )
+
+
+_TRAINS_OTHERWISE = {
+    "velora_config": "PEFT approximates the gradient of lora_A (VeLoRA), which is exact here",
+    "use_effective_conv2d": "PEFT's gradients of hada_w1_a and hada_w2_a are not those of what it computes (LoHa at"
+    " convolutions); here they are",
+    "init_lora_weights": "PEFT trains lora_A alone (MiCA). The way out: load it, and let nothing else require grad",
+}
+
+
+def _warn_of_training(config: Mapping[str, Any], name: str) -> None:
+    """Warn of a file whose adapter computes the same here, and whose gradients in PEFT are others."""
+    is_loha = method_of(config) == "LOHA"
+    says = {
+        "velora_config": bool(config.get("velora_config")),
+        "use_effective_conv2d": is_loha and bool(config.get("use_effective_conv2d")),
+        "init_lora_weights": config.get("init_lora_weights") == "mica",
+    }
+    for field in (field for field, value in says.items() if value):
+        warnings.warn(
+            f"{name}: with {field}={config[field]!r} an adapter computes the same here as in PEFT, and trains"
+            f" otherwise, because {_TRAINS_OTHERWISE[field]}.",
             stacklevel=8,
         )
 

@@ -7,6 +7,7 @@ module of a parameter (`target_parameters`, for stacks of experts), several time
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,13 @@ def by_site(
             found[name] = PeftModule(module, name.rpartition(".")[0], factors, (sites[name],))
         else:
             found[module] = PeftModule(module, module, tensors, (sites[module],) if module in sites else ())
+    if attention := sorted({held.name for held in found.values() if not held.is_parameter and held.name not in sites}):
+        warnings.warn(
+            f"The adapter of {attention[0]!r} computes the same here as in PEFT, and trains otherwise, because PEFT has"
+            " one lora_A for the query, key and value of an attention module, where each has its own here, and adds the"
+            f" update of the output projection {_TIMES} times, where it is added once here.",
+            stacklevel=8,
+        )
     return found
 
 

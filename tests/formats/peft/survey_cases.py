@@ -4,7 +4,8 @@
 
 The cases are read from a checkout of PEFT: its models and configurations stay there. For each case PEFT makes the
 adapter, gets random values, and saves it. `load_peft` loads the file into the same base, and the outputs are compared;
-then `save_peft` writes it, PEFT loads that, and the outputs are compared again.
+then `save_peft` writes it, PEFT loads that, and the outputs are compared again. Then both are trained by one step, and
+what the step changes in the tensors of the two files is compared, which is the gradients by the names of the files.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def main() -> None:
         results.append(result)
         outcome, seconds = result.outcome, time.perf_counter() - began
         print(
-            f"{outcome.read:12} {outcome.written:10} {result.name} ({seconds:.1f} s)  {outcome.why[:200]}", flush=True
+            f"{outcome.read:12} {outcome.written:10} {outcome.trained:10} {result.name} ({seconds:.1f} s) "
+            f" {outcome.why[:200]}",
+            flush=True,
         )
     print(summary(results))
     if arguments.write:
@@ -117,8 +120,11 @@ def summary(results: list[Result]) -> str:
     for what, members in (("methods that are here", ours), ("all methods", results)):
         read = Counter(result.outcome.read.split(" by ")[0] for result in members)
         written = Counter(result.outcome.written.split(" by ")[0] for result in members if result.outcome.written)
-        counts, back = (", ".join(f"{n} {word}" for word, n in c.most_common()) for c in (read, written))
-        lines.append(f"{len(members)} cases of {what}: {counts}; written again: {back}.")
+        trained = Counter(result.outcome.trained for result in members if result.outcome.trained)
+        counts, back, steps = (
+            ", ".join(f"{n} {word}" for word, n in c.most_common()) for c in (read, written, trained)
+        )
+        lines.append(f"{len(members)} cases of {what}: {counts}; written again: {back}; trained by a step: {steps}.")
     return "\n".join(lines)
 
 
@@ -131,14 +137,15 @@ def table(results: list[Result]) -> str:
         "",
         *(f"- {line}" for line in summary(results).splitlines()),
         "",
-        "| case | method | read | written | why |",
-        "|---|---|---|---|---|",
+        "| case | method | read | written | trained | why |",
+        "|---|---|---|---|---|---|",
     ]
     rows = []
     for result in results:
         outcome = result.outcome
         why = " ".join(outcome.why.replace("|", "/").split())[:160]
-        rows.append(f"| {result.name} | {result.method} | {outcome.read} | {outcome.written} | {why} |")
+        cells = (result.name, result.method, outcome.read, outcome.written, outcome.trained, why)
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(head + rows) + "\n"
 
 

@@ -14,7 +14,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3M
 
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
-from tests.support.peft_round_trip import Outcome, round_trip
+from tests.support.peft_round_trip import EQUAL, round_trip
 from tests.support.selection import broad_after
 
 WIDTH = 8
@@ -53,7 +53,8 @@ def x_of(*shape: int) -> Tensor:
 
 def test_an_attention_module_goes_both_ways() -> None:
     config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["attention", "head"])
-    assert round_trip(attended(), config, x_of(2, 5, WIDTH)) == Outcome("equal", "equal")
+    outcome = round_trip(attended(), config, x_of(2, 5, WIDTH))
+    assert (outcome.read, outcome.written) == ("equal", "equal"), outcome.why
 
 
 @pytest.mark.parametrize("targets", broad_after(1, [("in_proj", "out_proj"), ("rows_0_8",), ("out_proj",)]))
@@ -84,7 +85,7 @@ def test_a_parameter_goes_both_ways() -> None:
         rank_pattern={"0.weight": 3},
         alpha_pattern={"0.weight": 7},
     )
-    assert round_trip(model, config, x_of(5, 4)) == Outcome("equal", "equal")
+    assert round_trip(model, config, x_of(5, 4)) == EQUAL
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_parameter_goes_both_ways() -> None:
 def test_sizes_by_name_go_both_ways(config: peft.PeftConfig) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
-    assert round_trip(model, config, x_of(5, 4)) == Outcome("equal", "equal")
+    assert round_trip(model, config, x_of(5, 4)) == EQUAL
 
 
 SIZES: dict[str, Any] = {
@@ -146,7 +147,7 @@ def test_experts_go_both_ways(stored: str) -> None:
         r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     )
     ids = torch.arange(12).view(2, 6)
-    assert round_trip(with_experts(stored), lora, ids) == Outcome("equal", "equal")
+    assert round_trip(with_experts(stored), lora, ids) == EQUAL
 
 
 @pytest.mark.parametrize("cls", broad_after(1, [llfx.PiSSA, llfx.LoRAXS]))

@@ -68,7 +68,8 @@ class OFT(InBlocks):
             with one mean something else with the other.
         block_share: whether all blocks of a site are the same one.
         coft: whether each `Q` is kept within a distance from zero, `eps` divided by the root of the number of blocks
-            (constrained OFT). Beyond it, its length is cut, which gradients do not see.
+            (constrained OFT). Beyond it, its length is cut, which gradients do not see. PEFT cuts the parameter too, so
+            that steps of training that go beyond end elsewhere there.
         eps: that distance.
     """
 

@@ -229,16 +229,18 @@ _TRAINS_OTHERWISE = {
     "velora_config": "PEFT approximates the gradient of lora_A (VeLoRA), which is exact here",
     "use_effective_conv2d": "PEFT's gradients of hada_w1_a and hada_w2_a are not those of what it computes (LoHa at"
     " convolutions); here they are",
+    "coft": "PEFT cuts the trained values themselves in each call, and here a call cuts what it reads",
     "init_lora_weights": "PEFT trains lora_A alone (MiCA). The way out: load it, and let nothing else require grad",
 }
 
 
 def _warn_of_training(config: Mapping[str, Any], name: str) -> None:
     """Warn of a file whose adapter computes the same here, and whose gradients in PEFT are others."""
-    is_loha = method_of(config) == "LOHA"
+    method = method_of(config)
     says = {
         "velora_config": bool(config.get("velora_config")),
-        "use_effective_conv2d": is_loha and bool(config.get("use_effective_conv2d")),
+        "use_effective_conv2d": method == "LOHA" and bool(config.get("use_effective_conv2d")),
+        "coft": method == "OFT" and bool(config.get("coft")),
         "init_lora_weights": config.get("init_lora_weights") == "mica",
     }
     for field in (field for field, value in says.items() if value):

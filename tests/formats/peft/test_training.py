@@ -44,6 +44,11 @@ OTHERWISE: dict[str, Case] = {
         lambda: peft.LoraConfig(r=2, target_modules=["0"], velora_config=peft.VeloraConfig(num_groups=1)),
     ),
     "MiCA": (mlp, (2, WIDTH), lambda: peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights="mica")),
+    "constrained OFT": (
+        mlp,
+        (2, WIDTH),
+        lambda: peft.OFTConfig(oft_block_size=4, target_modules=["0"], coft=True, eps=1e-2),
+    ),
     "an attention module": (Attended, (2, 5, WIDTH), lambda: peft.LoraConfig(r=2, target_modules=["attention"])),
     "LoHa at convolutions": (
         convolution,

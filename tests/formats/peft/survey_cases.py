@@ -137,8 +137,8 @@ def table(results: list[Result]) -> str:
         "",
         *(f"- {line}" for line in summary(results).splitlines()),
         "",
-        "`trained` compares what one step of gradient descent changes in the tensors of both files: `equal`; `said`, where"
-        " it changes them otherwise and `load_peft` warns of that; `otherwise`, which must not be.",
+        "`trained` compares what one step of gradient descent changes in the tensors of both files: `equal`; `said`,"
+        " where it changes them otherwise and `load_peft` warns of that; `otherwise`, which must not be.",
         "",
         "| case | method | read | written | trained | why |",
         "|---|---|---|---|---|---|",

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..capture.rehearsal import Refused
-from ..errors import AdapterError
 from ..graph.provenance import SHARED
 from ..sites.site import Site
+from .bank import check_coefficients
 from .frozen_linear import FrozenLinear
 from .promotion import adapt, not_innermost
 from .reads import Reads
@@ -48,6 +48,7 @@ class FrozenSite:
         x: Tensor,
         *routing: Tensor,
         scale: Tensor | None = None,
+        rows: int = 0,
         **given: Tensor,
     ) -> Tensor:
         """Return the output of the site with an adapter around it, in the model's layout.
@@ -60,6 +61,7 @@ class FrozenSite:
             x: the input that the model passes, in its layout.
             routing: the other inputs of the product, see `Call.routing`.
             scale: the coefficient of the adapter, `()` or `(batch,)`; None for one that is not scaled.
+            rows: the dimension of the output that counts the rows of the batch, if there is a coefficient for each.
             given: a weight or bias in place of the frozen ones, from an adapter around this one.
 
         Raises:
@@ -83,7 +85,7 @@ class FrozenSite:
         if self.reads is not None:
             linear = self.reads.watch(linear)
         y = kind.leave(adapt(variant, base, linear, operands, kind.enter(x, self.weight.dtype, who, *routing)))
-        return y if scale is None else _between(call(x), y, scale)
+        return y if scale is None else _between(call(x), y, scale, rows)
 
     def _stored(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
         """Return the tensors that replace the frozen ones, as the model would store them.
@@ -111,13 +113,9 @@ def _check_shape(name: str, given: Tensor, frozen: Tensor | None) -> None:
         raise Refused(f"calls base with a {name} {tuple(given.shape)}, and base.{name} is {sizes}")
 
 
-def _between(y: Tensor, adapted: Tensor, scale: Tensor) -> Tensor:
+def _between(y: Tensor, adapted: Tensor, scale: Tensor, rows: int) -> Tensor:
     """Return `y + c (adapted - y)`, where `y` is the output inside an adapter."""
     if scale.dim():
-        if len(scale) != adapted.shape[0]:
-            raise AdapterError(
-                f"There are {len(scale)} coefficients, one for each row of the batch, and {adapted.shape[0]} rows of an"
-                " output."
-            )
-        scale = scale.view(-1, *[1] * (adapted.dim() - 1))
+        check_coefficients(scale, adapted.shape[rows])
+        scale = scale.view([-1 if dim == rows else 1 for dim in range(adapted.dim())])
     return torch.lerp(y, adapted, scale.to(adapted.dtype))

@@ -103,6 +103,15 @@ def check_rows(ids: Tensor, rows: int) -> None:
         raise CallError(f"There are {len(ids)} {IDS}, one for each row of the batch, and {rows} rows.")
 
 
+def check_coefficients(scale: Tensor, rows: int) -> None:
+    """Raise CallError unless there is a coefficient for each row of a batch."""
+    if len(scale) != rows:
+        raise CallError(
+            f"There are {len(scale)} coefficients of an adapter, one for each row of the batch, and {rows} rows. The"
+            " way out: by_row with a name, or scaled with a coefficient, for each row of the inputs."
+        )
+
+
 def ids_of(ids: Tensor | None) -> Tensor:
     """Return the ids of a call.
 

@@ -21,7 +21,7 @@ from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
-from ..capture.signature import left_out_of_export, return_as, return_without, take_further_inputs_from
+from ..capture.signature import leaves_of, left_out_of_export, return_as, return_without, take_further_inputs_from
 from ..compat.torch import (
     SeesMoves,
     constant_when_compiled,
@@ -46,6 +46,7 @@ from ..passes import (
     input_name,
     read_ids,
 )
+from ..sites.rows import inputs_with_rows
 from .bank_inputs import BankInputs
 from .casting import follow_cast, follow_data
 from .cutting import cut
@@ -56,7 +57,7 @@ from .frozen import KeptValues, can_be_kept, changed_inside
 from .layer import GraphLayer, Part, RunsParts, make_layers, running_parts, submodule
 from .layer_settings import LayerSettings
 from .program_graph import ProgramGraph
-from .switched import ALL, Switched, acting_of, switch_passes, switched_by
+from .switched import ALL, Switched, acting_of, check_rows_of_scales, switch_passes, switched_by
 from .watch import Watch
 
 _DERIVED = "_run_"
@@ -85,6 +86,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
     _exported: dict[tuple[Switched, tuple[str, ...]], fx.Graph]  # by switches and by the arguments that are left out
     _host = Host()
     _watch: Watch | None = None
+    _with_rows: tuple[int, ...] | None = None  # the inputs whose first dimension is the batch, once it was asked for
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
@@ -259,7 +261,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
             cls.recorded = Recorded.of(self)
             cls._names, cls._banks = cls.recorded.names, BankInputs.of(self, self.flat_graph)
             cls.modes = has_modes(self.flat_graph) or (self.execution is not None and self.execution.fuse_loss)
-            cls._watch = None
+            cls._watch = cls._with_rows = None
             if self.kept is not None:
                 self.kept = KeptValues()
             for module in self.modules():
@@ -406,13 +408,27 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         """For banks, the slot of each row of the batch, as `by_row` says; programs read it that keep values."""
         return self.switches.ids
 
-    def _coefficients(self) -> dict[str, Tensor]:
-        """Return the coefficients of adapters that the program of a call takes as inputs."""
+    def _coefficients(self, values: Any) -> dict[str, Tensor]:
+        """Return the coefficients of adapters that the program of a call with these inputs takes beside them.
+
+        Raises:
+            CallError: there is one for each row of the batch, and the inputs have another number of rows.
+        """
         if not self.switches.scales:
             return {}
         if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and trace_is_active()):
             return {}  # numbers in the program
-        return {input_name(name): scale for name, scale in self.switches.scales_of(self._names).items()}
+        scales = self.switches.scales_of(self._names)
+        if any(scale.dim() for scale in scales.values()):
+            check_rows_of_scales(scales.values(), leaves_of(values), self._inputs_with_rows())
+        return {input_name(name): scale for name, scale in scales.items()}
+
+    @constant_when_compiled
+    def _inputs_with_rows(self) -> tuple[int, ...]:
+        cls = type(self)
+        if cls._with_rows is None:
+            cls._with_rows = inputs_with_rows(self.flat_graph)
+        return cls._with_rows
 
     # As above. The hooks and ties of a compiled call are those that it was compiled with.
     @constant_when_compiled

@@ -29,7 +29,8 @@ from ..graph.writes import own_buffers, written_buffers
 from ..sites.computed import Computation, frozen_values
 from ..sites.dataflow import SIZES, op_name
 from ..sites.finding import find_sites
-from ..sites.rows import batch_dim
+from ..sites.row_flow import RowFlow
+from ..sites.rows import batch_dim, follow_rows
 from ..sites.site import Site, is_called, span
 from ..storage.dequantized import DequantizedLinear
 from .calibration import Batches, check_calibration
@@ -68,13 +69,13 @@ def wrap(
     if isinstance(model, fx.GraphModule):
         model = _source_of(model)
     plans = make_plans(gm, adapters, calibration)
-    wrapped = _copy(model, gm)
+    wrapped, flow = _copy(model, gm), _flow(gm)
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _adapted(wrapped, site)
             inner = [each.adapter_name for each in module.placements]
             placement = Placement.of(plan.variant, adapter, site, inner, plan.adapter_name)
-            weight = _add(module, placement, wrapped, site)
+            weight = _add(module, placement, wrapped, site, flow)
             bias = site.own_bias(module.frozen_bias())
             placement.initialize(wrapped, site, weight, bias, plan.statistics.get(site.name))
     return wrapped
@@ -92,14 +93,14 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
         ConfigError: a site is not a module of its own.
     """
     sites = {site.name: site for site in find_sites(gm)}
-    wrapped = _copy(model, gm)
+    wrapped, flow = _copy(model, gm), _flow(gm)
     modules = dict(model.named_modules())
     for placement in placements(gm):
         site = sites.get(placement.site)
         if site is None or placement.site.partition(".sites.")[0] not in modules:
             missing = f"{type(model).__name__} has no site {placement.site!r}, at which the graph has an adapter."
             raise AdapterError(f"{missing} The way out: pass the model that the graph was made of.")
-        _add(_adapted(wrapped, site), placement, wrapped, site)
+        _add(_adapted(wrapped, site), placement, wrapped, site, flow)
     load_adapter_state_dict(wrapped, adapter_state_dict(gm))
     if isinstance(gm, AdaptedGraphModule):
         vars(wrapped)["switches"] = gm.switches
@@ -116,20 +117,41 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     return copied
 
 
-def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: Site) -> Tensor:
+def _flow(gm: fx.GraphModule) -> RowFlow | AdapterError:
+    """Return where the rows of the batch are in the graph of a model, or why that cannot be told."""
+    try:
+        return follow_rows(gm.graph)
+    except AdapterError as error:
+        return error
+
+
+def _add(
+    module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: Site, flow: RowFlow | AdapterError
+) -> Tensor:
     """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there."""
+    module.rows = _rows(flow, site)
     if placement.local.slots:
-        dims = {batch_dim(call.y, site.name) for call in site.calls}
-        if len(dims) > 1:
-            raise ConfigError(
-                f"{site.name!r} has the rows of the batch in several dimensions of its calls, so a bank there cannot be"
-                " wrapped eagerly; rewrite can adapt it."
-            )
-        module.batch = dims.pop()
+        module.dim_of_rows()
     weight = module.site.kind.matrix(module.frozen_weight())
     placement.register(wrapped, module.site, weight)
     module.add(placement, wrapped)
     return weight
+
+
+def _rows(flow: RowFlow | AdapterError, site: Site) -> int | AdapterError:
+    """Return the dimension that counts the rows of the batch in all calls of a site, or why it cannot be told."""
+    if isinstance(flow, AdapterError):
+        return flow
+    try:
+        dims = {batch_dim(flow, call.y, site.name) for call in site.calls}
+    except AdapterError as error:
+        return error
+    if len(dims) == 1:
+        return dims.pop()
+    return ConfigError(
+        f"{site.name!r} has the rows of the batch in several dimensions of its calls, so a bank, or coefficients of"
+        " rows, cannot be wrapped eagerly there; rewrite can adapt it."
+    )
 
 
 def _source_of(graph: fx.GraphModule) -> nn.Module:
@@ -160,7 +182,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.site = replace(site, calls=())  # nodes of a graph, which a copy of this module would copy
         self.placements: list[Placement] = []
-        self.batch = 0  # the dimension of the input that counts the rows of the batch; for banks
+        self.rows: int | AdapterError = 0  # the dimension that counts the rows of the batch, or why it is not known
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
         self.train(base.training)
@@ -172,6 +194,16 @@ class AdaptedLinear(nn.Module):
         self.placements.append(placement)
         # Not a submodule: a tensor that all sites share is the model's alone, and read there when it is used.
         vars(self)["adapted_model"] = model
+
+    def dim_of_rows(self) -> int:
+        """Return the dimension of the input and the output that counts the rows of the batch.
+
+        Raises:
+            AdapterError: the graph of the model does not tell which row is which there.
+        """
+        if isinstance(self.rows, AdapterError):
+            raise self.rows
+        return self.rows
 
     def frozen_weight(self) -> Tensor:
         """Return the frozen weight as the site stores it: the module's, or computed from the module's tensors."""
@@ -217,15 +249,16 @@ class AdaptedLinear(nn.Module):
     ) -> Callable[..., Tensor]:
         """Return the function `call` of the input with an adapter around it."""
         p, scale = self._tensors(placement), switches.scales.get(placement.adapter_name)
+        rows = self.dim_of_rows() if placement.local.slots or (scale is not None and scale.dim()) else 0
         if placement.local.slots is None:
-            return lambda x, **given: frozen.adapted(call, placement.local, p, x, scale=scale, **given)
-        banked = replace(frozen, site=frozen.site.with_bank(placement.local.slots, self.batch))
+            return lambda x, **given: frozen.adapted(call, placement.local, p, x, scale=scale, rows=rows, **given)
+        banked = replace(frozen, site=frozen.site.with_bank(placement.local.slots, rows))
         ids = ids_of(switches.ids)
         check_slots(ids, placement.local.slots)
 
         def adapted(x: Tensor, **given: Tensor) -> Tensor:
-            check_rows(ids, x.shape[self.batch])
-            return banked.adapted(call, placement.local, p, x, ids, scale=scale, **given)
+            check_rows(ids, x.shape[rows])
+            return banked.adapted(call, placement.local, p, x, ids, scale=scale, rows=rows, **given)
 
         return adapted
 

@@ -43,7 +43,7 @@ from ...graph.queries import operation_name, reads_tensor
 from ...graph.tensors import register_tensor, tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import written_roots
-from ...sites.rows import batch_dim
+from ...sites.rows import batch_dim, follow_rows
 from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
 from .bank_ids import ids_input
@@ -79,6 +79,7 @@ class InsertAdapter(GraphPass):
         number = first_number = 1 + max((insertion.call for insertion in present), default=-1)
         fragments = Fragments()
         config = json.dumps(to_config(self.variant))
+        flow = follow_rows(gm.graph) if self.variant.slots else None
         moved: dict[fx.Node, fx.Node] = {}  # an adapted output may be the input of a call found before
         for site in account.sites:
             if site.name not in self.names:
@@ -93,8 +94,8 @@ class InsertAdapter(GraphPass):
             for call in site.calls:
                 _, x, y = surrounding(account.around(site), moved.get(call.x, call.x), call.y)
                 around, at_call = replace(call, x=x, y=y), site
-                if slots:
-                    at_call = site.with_bank(slots, batch_dim(call.y, site.name))
+                if slots and flow is not None:
+                    at_call = site.with_bank(slots, batch_dim(flow, call.y, site.name))
                     around = replace(around, routing=(ids_input(gm.graph),))
                 fragment = fragments.at(gm, at_call, placement, around)
                 if fragment.replaced and inner:

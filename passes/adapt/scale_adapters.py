@@ -16,7 +16,7 @@ from ...compat.torch import TO_COPY
 from ...graph.provenance import OUTLET, Insertion, Provenance, record, recorded, surrounding
 from ...graph.tensors import HALF
 from ...graph.walk import walk
-from ...sites.rows import batch_dim, batch_sizes
+from ...sites.rows import batch_dim, batch_sizes, follow_rows
 from ...sites.site import Site
 from ..pipeline import GraphPass
 
@@ -42,6 +42,8 @@ class ScaleAdapters(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> int:
         account = account_for(gm)
+        is_by_row = any(isinstance(scale, Tensor) and scale.dim() for scale in self.scales.values())
+        flow = follow_rows(gm.graph) if is_by_row else None
         inputs = {
             name: add_input(gm.graph, input_name(name), _stand_in(gm, scale))
             for name, scale in self.scales.items()
@@ -57,9 +59,11 @@ class ScaleAdapters(GraphPass):
                     if scale is None:
                         y = adapted
                         continue
-                    by_row = isinstance(scale, Tensor) and scale.dim() == 1
+                    rows = None
+                    if flow is not None and isinstance(scale, Tensor) and scale.dim():
+                        rows = batch_dim(flow, call.y, site.name)
                     given = scale if isinstance(scale, float) else inputs[insertion.adapter_name]
-                    y = _scale(site, insertion, y, adapted, given, by_row)
+                    y = _scale(site, insertion, y, adapted, given, rows)
                     edits += 1
         return edits
 
@@ -81,7 +85,7 @@ def _stand_in(gm: fx.GraphModule, scale: Tensor) -> Tensor | None:
 
 
 def _scale(
-    site: Site, insertion: Insertion, y: fx.Node, adapted: fx.Node, scale: fx.Node | float, by_row: bool
+    site: Site, insertion: Insertion, y: fx.Node, adapted: fx.Node, scale: fx.Node | float, rows: int | None
 ) -> fx.Node:
     """Scale one adapter, and return its new output.
 
@@ -91,7 +95,7 @@ def _scale(
         y: the output of the call inside the adapter.
         adapted: the output with it; `y` itself if it changes the input or a frozen tensor alone.
         scale: the coefficient, as a number or as an input of the graph.
-        by_row: whether there is one for each row of the batch.
+        rows: the dimension of the output that counts the rows of the batch, if there is one for each; or None.
     """
     provenance = recorded(insertion.nodes[0])
     assert provenance is not None
@@ -101,7 +105,7 @@ def _scale(
             own = recorded(node)
             assert own is not None
             record(node, replace(own, scale=provenance.scale))
-    build = _Builder(site, provenance, scale, by_row, y)
+    build = _Builder(provenance, scale, rows, y)
     if (found := _branch(insertion, y, adapted)) is not None:
         branch, total = found
         with y.graph.inserting_before(total):
@@ -157,25 +161,22 @@ class _Builder:
     """Inserts nodes of one adapter at the place where the graph inserts, and records them as the adapter's.
 
     Args:
-        site, scale, by_row: as of `_scale`.
+        scale, rows: as of `_scale`.
         provenance: the record of the adapter.
         output: a value of the shape and in the modules of the site's output, which stands before what is inserted.
     """
 
-    def __init__(
-        self, site: Site, provenance: Provenance, scale: fx.Node | float, by_row: bool, output: fx.Node
-    ) -> None:
-        self.site = site
+    def __init__(self, provenance: Provenance, scale: fx.Node | float, rows: int | None, output: fx.Node) -> None:
         self.provenance = replace(provenance, part=OUTLET)
         self.scale = scale
-        self.by_row = by_row
+        self.rows = rows
         self.output = output
         self.inserted: set[fx.Node] = set()
 
     def product(self, branch: fx.Node) -> fx.Node:
         """Insert `c branch`."""
         # A number () takes part in a product in the type of the other factor.
-        scale = self._beside(branch) if self.by_row else self.scale
+        scale = self.scale if self.rows is None else self._beside(branch)
         return self._call(aten.mul.Tensor, (branch, scale), branch.meta.get("val"))
 
     def between(self, base: fx.Node, adapted: fx.Node) -> fx.Node:
@@ -206,9 +207,9 @@ class _Builder:
         value, given = other.meta.get("val"), self.scale.meta.get("val")
         known = None if value is None or given is None else given.to(value.dtype)
         scale = self._call(aten.type_as.default, (self.scale, other), known)
-        if not self.by_row:
+        if self.rows is None:
             return scale
-        dim, ones = batch_dim(self.output, self.site.name), [1] * self.output.meta["val"].dim()
+        dim, ones = self.rows, [1] * self.output.meta["val"].dim()
         # Not -1, so that another number of coefficients than of rows is an error, and is not broadcast.
         rows = self._call(aten.sym_size.int, (self.output, dim), self.output.meta["val"].shape[dim])
         shape = [*ones[:dim], rows, *ones[dim + 1 :]]

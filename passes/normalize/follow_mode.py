@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from torch import fx
 from ...compat.torch import OpOverload, schema_of
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ...graph.copies import copy_graph
+from ...graph.queries import line_of
 from ..pipeline import GraphPass, eliminate_dead_code
 from .both_modes import take_both
 
 aten = torch.ops.aten
-_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -208,16 +207,8 @@ class ModesDiffer(Exception):
         self.node = node
 
 
-def _line_of(node: fx.Node) -> str:
-    """Return the last line of the model's own code that made `node`, in parentheses; empty if it is not known."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    frames = [" ".join(lines[i : i + 2]) for i in range(0, len(lines) - 1, 2)]
-    own = [frame for frame in frames if f'File "{_TORCH}' not in frame]
-    return f" ({own[-1]})" if own else ""
-
-
 def _modes_differ(node: fx.Node) -> ModesDiffer:
-    where = _line_of(node)
+    where = line_of(node)
     message = (
         f"The model runs other operations in training than in evaluation, from `{node.format_node()}`{where} on."
         " One graph cannot follow both. The way out: switch off what draws random decisions in training"

@@ -35,7 +35,7 @@ def forward_of_programs(
         if banks is not None:
             args, ids = banks.taken_out(args, kwargs, by_position=optional is None)
         values, left_out = ((args, kwargs), ()) if optional is None else optional.bind(args, kwargs)
-        more = self._coefficients(values)
+        more = self._coefficients(*((args, kwargs) if optional is None else (values, {})))
         if banks is not None:
             more |= banks.further(self.switches, values, ids)
         program = getattr(self, self._method_for(left_out, ids))

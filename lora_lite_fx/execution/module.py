@@ -7,14 +7,14 @@ graph, in which parameter work is computed apart, and whose layers are checkpoin
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..adapters.bank import IDS
+from ..adapters.bank import IDS, check_coefficients
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Recorded, adapter_tensor_names
 from ..adapters.state import trainable_parameters
@@ -57,7 +57,7 @@ from .frozen import KeptValues, can_be_kept, changed_inside
 from .layer import GraphLayer, Part, RunsParts, make_layers, running_parts, submodule
 from .layer_settings import LayerSettings
 from .program_graph import ProgramGraph
-from .switched import ALL, Switched, acting_of, check_rows_of_scales, switch_passes, switched_by
+from .switched import ALL, Switched, acting_of, switch_passes, switched_by
 from .watch import Watch
 
 _DERIVED = "_run_"
@@ -86,7 +86,6 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
     _exported: dict[tuple[Switched, tuple[str, ...]], fx.Graph]  # by switches and by the arguments that are left out
     _host = Host()
     _watch: Watch | None = None
-    _with_rows: tuple[int, ...] | None = None  # the inputs whose first dimension is the batch, once it was asked for
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
@@ -261,7 +260,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
             cls.recorded = Recorded.of(self)
             cls._names, cls._banks = cls.recorded.names, BankInputs.of(self, self.flat_graph)
             cls.modes = has_modes(self.flat_graph) or (self.execution is not None and self.execution.fuse_loss)
-            cls._watch = cls._with_rows = None
+            cls._watch = None
             if self.kept is not None:
                 self.kept = KeptValues()
             for module in self.modules():
@@ -408,8 +407,12 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         """For banks, the slot of each row of the batch, as `by_row` says; programs read it that keep values."""
         return self.switches.ids
 
-    def _coefficients(self, values: Any) -> dict[str, Tensor]:
-        """Return the coefficients of adapters that the program of a call with these inputs takes beside them.
+    def _coefficients(self, values: Any, named: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the coefficients of adapters that the program of a call takes as inputs.
+
+        Args:
+            values: the inputs of the call, in the order of the graph.
+            named: those that come by name.
 
         Raises:
             CallError: there is one for each row of the batch, and the inputs have another number of rows.
@@ -419,16 +422,20 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and trace_is_active()):
             return {}  # numbers in the program
         scales = self.switches.scales_of(self._names)
-        if any(scale.dim() for scale in scales.values()):
-            check_rows_of_scales(scales.values(), leaves_of(values), self._inputs_with_rows())
+        by_row = [scale for scale in scales.values() if scale.dim()]
+        if by_row:
+            leaves = leaves_of(values)
+            for index, name in self._inputs_with_rows():
+                value = leaves[index] if index < len(leaves) else named.get(name)
+                for scale in by_row if isinstance(value, Tensor) else ():
+                    check_coefficients(scale, value.shape[0])
         return {input_name(name): scale for name, scale in scales.items()}
 
     @constant_when_compiled
-    def _inputs_with_rows(self) -> tuple[int, ...]:
-        cls = type(self)
-        if cls._with_rows is None:
-            cls._with_rows = inputs_with_rows(self.flat_graph)
-        return cls._with_rows
+    def _inputs_with_rows(self) -> tuple[tuple[int, str], ...]:
+        """Return the places and the names of the inputs whose first dimension is the batch."""
+        names = [str(node.target) for node in self.flat_graph.find_nodes(op="placeholder")]
+        return tuple((index, names[index]) for index in inputs_with_rows(self.flat_graph))
 
     # As above. The hooks and ties of a compiled call are those that it was compiled with.
     @constant_when_compiled

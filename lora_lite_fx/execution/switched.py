@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ..adapters.bank import check_coefficients
 from ..adapters.switches import Switches
 from ..passes import GraphPass, LeaveOutAdapters, ScaleAdapters
 
@@ -40,23 +38,6 @@ def acting_of(switches: Switches, names: Sequence[str]) -> tuple[str, ...] | Non
     """Return those of the adapters that act; None if all do."""
     acting = tuple(name for name in names if switches.acts(name))
     return None if acting == tuple(names) else acting
-
-
-def check_rows_of_scales(scales: Iterable[Tensor], inputs: Sequence[object], with_rows: Iterable[int]) -> None:
-    """Check that there is a coefficient for each row of a call.
-
-    Args:
-        scales: the coefficients.
-        inputs: of the call, in the order of the graph.
-        with_rows: the indices of those whose first dimension is the batch.
-
-    Raises:
-        CallError: there are more or fewer.
-    """
-    rows = [value.shape[0] for index in with_rows if isinstance(value := inputs[index], Tensor)]
-    for scale in scales:
-        for count in rows if scale.dim() else ():
-            check_coefficients(scale, count)
 
 
 def switch_passes(switched: Switched) -> tuple[GraphPass, ...]:

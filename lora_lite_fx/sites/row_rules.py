@@ -133,37 +133,39 @@ class RowRules:
 
     def _picked(self, node: fx.Node, name: str, states: Mapping[Any, State]) -> State:
         """Return the state of entries that are picked by number."""
-        values, indices, *_ = node.args
+        arguments: Any = node.args
+        values, indices, *_ = arguments
         if name == "index_select":
             values, dim, index = (argument_of(node, each) for each in ("self", "dim", "index"))
             indices = [*[None] * (dim % values.meta["val"].dim()), index]
         state, picking = states[values], _picking(indices, states[values])
-        rows = {each: own for each in indices if isinstance(own := states.get(each), Rows)}  # type: ignore[union-attr]
+        rows = {each: own for each in indices if isinstance(own := states.get(each), Rows)}
         if not isinstance(state, Rows) or picking is None:
-            return self._each(node, rows | ({values: state} if isinstance(state, Rows) else {}))  # type: ignore[dict-item]
+            return self._each(node, rows | ({values: state} if isinstance(state, Rows) else {}))
         own = rows.get(picking)
         if own is None or own.points != (state.order,) or own.before != state.before:
             return lost(node)
-        if self._shape(picking.meta["val"])[own.dim] != self._shape(values.meta["val"])[state.dim] * own.repeats:  # type: ignore[union-attr]
+        if self._shape(picking.meta["val"])[own.dim] != self._shape(values.meta["val"])[state.dim] * own.repeats:
             return lost(node)
         return self._each(node, {each: replace(other, source=state.source) for each, other in rows.items()})
 
     def _put(self, node: fx.Node, states: Mapping[Any, State]) -> State:
         """Return the state of a tensor some of whose entries are replaced."""
-        target, indices, values = node.args[:3]
+        arguments: Any = node.args
+        target, indices, values, *_ = arguments
         state, own, picking = states.get(target), states.get(values), _picking(indices, states.get(target))
-        others = [each for each in indices if each is not picking and states.get(each) is not None]  # type: ignore[union-attr]
+        others = [each for each in indices if each is not picking and states.get(each) is not None]
         if not isinstance(state, Rows) or others:
             return lost(node)
         if picking is None:  # in all rows
-            return self._each(node, {target: state} | ({values: own} if isinstance(own, Rows) else {}))  # type: ignore[dict-item]
+            return self._each(node, {target: state} | ({values: own} if isinstance(own, Rows) else {}))
         picked = states.get(picking)
-        if not isinstance(picked, Rows) or picked.dim != state.dim or len(indices) > 1:  # type: ignore[arg-type]
+        if not isinstance(picked, Rows) or picked.dim != state.dim or len(indices) > 1:
             return lost(node)
         if picking.meta["val"].dtype == torch.bool:
-            is_number = not values.meta["val"].dim()  # type: ignore[union-attr]
-            return self._each(node, {target: state, picking: picked}) if is_number else lost(node)  # type: ignore[dict-item]
-        same_size = self._shape(picking.meta["val"]) == self._shape(target.meta["val"])  # type: ignore[union-attr]
+            is_number = not values.meta["val"].dim()
+            return self._each(node, {target: state, picking: picked}) if is_number else lost(node)
+        same_size = self._shape(picking.meta["val"]) == self._shape(target.meta["val"])
         is_counted = isinstance(own, Rows) and own.points == (None,) and own.order is None and own.repeats == 1
         if same_size and is_counted and picked.points and picked.repeats == 1 and picked.before == state.before:
             # The number of each place goes to the place of that number: the numbers the other way round.
@@ -193,9 +195,10 @@ class RowRules:
 
     def _einsum(self, node: fx.Node, rows: Mapping[fx.Node, Rows]) -> State:
         """Return the state of a result whose rows have the same letter as those of the operands."""
-        equation, operands = str(node.args[0]), node.args[1]
+        arguments: Any = node.args
+        equation, operands, *_ = arguments
         terms, _, result = equation.replace(" ", "").partition("->")
-        pairs = [] if "." in equation else zip(terms.split(","), operands, strict=True)  # type: ignore[call-overload]
+        pairs = [] if "." in equation else zip(terms.split(","), operands, strict=True)
         places = {(term[rows[each].dim], rows[each].place) for term, each in pairs if each in rows}
         letter = next(iter(places))[0] if len(places) == 1 else "."
         if letter not in result:
@@ -214,7 +217,7 @@ def _picking(indices: Any, state: State) -> Any:
     for index in indices if isinstance(state, Rows) else ():
         is_mask = index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
         last = place + (index.meta["val"].dim() if is_mask else 1)
-        if index is not None and place <= state.dim < last:  # type: ignore[union-attr]
+        if index is not None and place <= state.dim < last:
             return index
         place = last
     return None

@@ -426,7 +426,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         if by_row:
             leaves = leaves_of(values)
             for index, name in self._inputs_with_rows():
-                value = leaves[index] if index < len(leaves) else named.get(name)
+                value: Any = leaves[index] if index < len(leaves) else named.get(name)
                 for scale in by_row if isinstance(value, Tensor) else ():
                     check_coefficients(scale, value.shape[0])
         return {input_name(name): scale for name, scale in scales.items()}

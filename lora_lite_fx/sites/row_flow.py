@@ -66,8 +66,8 @@ class RowFlow:
         return self._turned if isinstance(state, Rows) and not state.source and self._turned else state
 
     def is_whole(self, node: fx.Node, rows: Rows) -> bool:
-        """Tell whether the dimension counts rows alone, in the order of the inputs."""
-        return rows.place == (1, None) and self._sizes.shape(node.meta["val"])[rows.dim] == BATCH
+        """Tell whether the dimension counts rows alone, joined with no others."""
+        return self._sizes.shape(node.meta["val"])[rows.dim] == BATCH
 
     def others_asked(self, rows: Rows) -> str:
         """Note that these rows are asked for. Return the input of others that were, if they may be other rows."""

@@ -72,7 +72,6 @@ RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 _SUMS = frozenset({"histc", "bincount"})  # without the tag of reductions
 _BY_DIM = ("dim", "dims", "dimension")
-_KEEPS_ONLY_DIM = frozenset({"renorm", "weight_norm", "norm_except_dim"})  # they work along all others
 # fmt: on
 
 _ALONG_LAST: dict[str, Callable[[fx.Node], int]] = {
@@ -118,13 +117,11 @@ def dimensions_along(node: fx.Node, name: str, operand: fx.Node) -> frozenset[in
     if name in RECURRENT:  # states have the layers first
         rows = 0 if argument_of(node, "batch_first") and operand is node.args[0] else 1
         return every - {rows}
-    if not isinstance(node.target, OpOverload) or name.startswith("<") or name in _KEEPS_ONLY_DIM:
+    if not isinstance(node.target, OpOverload) or name.startswith("<"):
         return None
     if not any(argument.name in _BY_DIM for argument in schema_of(node.target).arguments):
         return every if sums_up(node, name) else None
     dims: Any = argument_of(node, *_BY_DIM)
-    if count != node.all_input_nodes[0].meta["val"].dim():
-        return frozenset()  # the numbers to pick, which have no such dimension
     dims = [dims] if isinstance(dims, int) else dims
     return frozenset(dim % count for dim in dims) if dims else every
 

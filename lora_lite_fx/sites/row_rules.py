@@ -16,7 +16,6 @@ from .row_operators import (
     CASTS,
     CONSTANTS,
     PLACED_BY_VALUE,
-    RECURRENT,
     SAME_ELEMENTS,
     dimensions_along,
     is_of_each_row,
@@ -68,7 +67,7 @@ class RowRules:
             return self._laid_out(node, state, old)
         if name in CASTS or name in ("expand", "slice"):
             found = self._found(node, state, old[state.dim])
-            if isinstance(found, Rows) and (name != "slice" or argument_of(node, "step") == 1):
+            if isinstance(found, Rows):
                 return replace(found, points=state.points, repeats=state.repeats)  # all rows, in their order
         if name == "floor_divide" and state.points == (None,) and type(divisor := node.args[1]) is int:
             return replace(state, repeats=state.repeats * divisor)
@@ -90,14 +89,13 @@ class RowRules:
                 along = dimensions_along(node, name, operand)
                 if along is None or own.dim in along:
                     return lost(node, along is not None and sums_up(node, name))
-        return self._each(node, rows, name not in RECURRENT)
+        return self._each(node, rows)
 
-    def _each(self, node: fx.Node, rows: Mapping[fx.Node, Rows], is_aligned: bool = True) -> State:
+    def _each(self, node: fx.Node, rows: Mapping[fx.Node, Rows]) -> State:
         """Return the state of a result each of whose rows is computed of the same row of the operands."""
-        shapes = {each: self._shape(each.meta["val"]) for each in rows}
-        # Operands meet from their last dimension on.
-        places = {(own.place, is_aligned and own.dim - len(shapes[n]), shapes[n][own.dim]) for n, own in rows.items()}
-        ((*_, size), *others) = places
+        # If the rows of two operands did not meet, two dimensions of the result would have their size, or none.
+        places = {(own.place, self._shape(each.meta["val"])[own.dim]) for each, own in rows.items()}
+        ((_, size), *others) = places
         return lost(node) if others else self._found(node, self._joined(rows.values()), size)
 
     def _joined(self, rows: Iterable[Rows]) -> Rows:
@@ -124,10 +122,8 @@ class RowRules:
         before, passed = math.prod(old[: state.dim]) * state.before, 1
         for dim, size in enumerate(self._shape(node.meta["val"])):
             if before % passed == 0 and size * passed % (before * BATCH) == 0:
-                is_same = size == old[state.dim] and before // passed == state.before
-                if state.order is not None and not is_same:
-                    break  # parts of sorted entries are not followed
-                return replace(state, dim=dim, before=before // passed, points=state.points if is_same else ())
+                points = state.points if size == old[state.dim] else ()
+                return replace(state, dim=dim, before=before // passed, points=points)
             passed *= size
         return lost(node)
 
@@ -160,14 +156,13 @@ class RowRules:
         if picking is None:  # in all rows
             return self._each(node, {target: state} | ({values: own} if isinstance(own, Rows) else {}))
         picked = states.get(picking)
-        if not isinstance(picked, Rows) or picked.dim != state.dim or len(indices) > 1:
+        if not isinstance(picked, Rows):
             return lost(node)
         if picking.meta["val"].dtype == torch.bool:
-            is_number = not values.meta["val"].dim()
-            return self._each(node, {target: state, picking: picked}) if is_number else lost(node)
+            return self._each(node, {target: state, picking: picked}) if own is None else lost(node)
         same_size = self._shape(picking.meta["val"]) == self._shape(target.meta["val"])
         is_counted = isinstance(own, Rows) and own.points == (None,) and own.order is None and own.repeats == 1
-        if same_size and is_counted and picked.points and picked.repeats == 1 and picked.before == state.before:
+        if same_size and is_counted and picked.points and picked.repeats == 1:
             # The number of each place goes to the place of that number: the numbers the other way round.
             return replace(state, order=picked.points[0], points=(picked.order,))
         return lost(node)
@@ -187,7 +182,7 @@ class RowRules:
         """Return the state of a number of copies of each entry, or of all entries."""
         new, is_flat = self._shape(node.meta["val"]), name == "repeat_interleave" and argument_of(node, "dim") is None
         is_by_values = any(isinstance(each.meta["val"], Tensor) for each in node.all_input_nodes[1:])
-        if is_flat or is_by_values or state.order is not None:
+        if is_flat or is_by_values:
             return lost(node)
         dim = state.dim + len(new) - len(old)
         before = state.before * (new[dim] // old[state.dim] if name == "repeat" else 1)
@@ -214,7 +209,9 @@ def lost(node: fx.Node, is_one: bool = False) -> Lost:
 def _picking(indices: Any, state: State) -> Any:
     """Return the index that picks along the dimension that counts the rows; None if it picks all of them in order."""
     place = 0
-    for index in indices if isinstance(state, Rows) else ():
+    if not isinstance(state, Rows):
+        return None
+    for index in indices:
         is_mask = index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
         last = place + (index.meta["val"].dim() if is_mask else 1)
         if index is not None and place <= state.dim < last:

@@ -200,8 +200,9 @@ def test_rows_that_are_joined_or_of_a_fixed_batch_are_refused() -> None:
 @pytest.mark.parametrize("rows", [2, 4])
 def test_another_number_of_coefficients_than_of_rows_is_an_error(rows: int, capsys: pytest.CaptureFixture[str]) -> None:
     gm, wrapped, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))
+    uses: list[Any] = [lambda m: llfx.scaled(m, torch.ones(rows)), lambda m: llfx.by_row(m, ["fr"] * rows)]
     for model in (gm, wrapped):
-        for use in (lambda m: llfx.scaled(m, torch.ones(rows)), lambda m: llfx.by_row(m, ["fr"] * rows)):
+        for use in uses:
             with (
                 use(model),
                 pytest.raises(llfx.CallError, match=f"There are {rows} coefficients .* and 3 rows. The way out"),

@@ -78,6 +78,49 @@ def of_tokens(x: Tensor) -> Tensor:
     return picked[back].view(-1, 2, 8).sum(1).view(x.shape)
 
 
+@torch.library.custom_op("row_layouts::clone", mutates_args=())
+def foreign_clone(x: Tensor) -> Tensor:
+    """Return the rows in another order, under the name of an operator that keeps it."""
+    return x.flip(0)
+
+
+@foreign_clone.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def put(order: Tensor, numbers: Tensor) -> Tensor:
+    places = torch.empty_like(order)
+    places[order] = numbers
+    return places
+
+
+def put_back(x: Tensor, places: Callable[[Tensor], Tensor]) -> Tensor:
+    order = by_length(x)
+    return x[order][places(order)]
+
+
+def halves_put_back(x: Tensor) -> Tensor:
+    twice = x[:, 0].repeat_interleave(2, 0)
+    order = twice[:, 0].argsort()
+    back = twice[order].view(-1, 2, 8)[:, 0][(order // 2).argsort()]
+    return x + back.view(-1, 2, 8)[:, :1]
+
+
+def sorted_twice(x: Tensor) -> Tensor:
+    again = x[by_length(x)][:, 1, 0].sort()
+    return x + again.values[again.indices.argsort()][:, None, None]
+
+
+def zeroed(numbers: Tensor) -> Tensor:
+    numbers.view(-1).zero_()
+    return numbers
+
+
+def of_all(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x)
+
+
 FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "other dimensions": lambda x: x.flip(1).roll(1, 2)[:, torch.tensor([1, 0, 1])],
     "sums of others": lambda x: x + x.cumsum(1) + x.mean((1, 2), keepdim=True) + x.softmax(1),
@@ -89,6 +132,9 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "heads": lambda x: x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2).transpose(1, 2).flatten(2),
     "normalized over rows": lambda x: (x - x.mean(0)) / (x.var(0, keepdim=True) + 1),
+    "less than the largest": lambda x: x - x.max(),
+    "copies of all": lambda x: x.repeat(2, 1, 1).view(2, -1, x.shape[1], 8).sum(0),
+    "copies of each": lambda x: x.repeat_interleave(2, 0).view(-1, 2, x.shape[1], 8).sum(1),
     "attention": lambda x: (x @ x.mT).softmax(-1) @ x,
     "a product of two": lambda x: torch.einsum("bij,bkj->bik", x, x) @ x,
     "a token more": lambda x: torch.cat([x.new_ones(1, 1, 8).expand(x.shape[0], -1, -1), F.pad(x, (0, 0, 1, 0))], 1),
@@ -123,7 +169,31 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "stack of rows": lambda x: torch.stack([x, x]).flatten(0, 1)[: x.shape[0]],
     "shifted by padding": lambda x: F.pad(x, (0, 0, 0, 0, 1, 0))[:-1],
     "one row for all": lambda x: x[:1].expand_as(x),
-    "the mean for all": lambda x: x.mean(0, keepdim=True).expand_as(x),
+    "the mean for all": lambda x: x.mean(0, keepdim=True).tanh().expand_as(x),
+    "the sum for all": lambda x: torch.einsum("bij->ij", x)[None].expand_as(x),
+    "the first ones": lambda x: x[torch.tensor([1, 0])],
+    "numbers in another order": lambda x: (
+        x.transpose(0, 1).reshape(-1, 8)[torch.arange(x[..., 0].numel())].view(x.shape)
+    ),
+    "put back the other way": lambda x: put_back(x, lambda order: order.argsort(descending=True)),
+    "put back by halves": lambda x: put_back(x, lambda order: (order // 2).argsort()),
+    "put back by other numbers": lambda x: put_back(x, lambda order: put(order, torch.zeros_like(order))),
+    "halves put back": halves_put_back,
+    "put at halves": lambda x: put_back(x, lambda order: put(order // 2, torch.arange(order.shape[0]))),
+    "put where other rows say": lambda x: written(
+        x, lambda y, x: y.copy_(x).__setitem__((slice(None), x[:, 0, 0].gt(0).long()), 0.0)
+    ),
+    "sorted twice": sorted_twice,
+    "in two orders": lambda x: x + x[by_length(x)],
+    "joined in two ways": lambda x: (x.reshape(-1, 8) + x.transpose(0, 1).reshape(-1, 8)).view(x.shape),
+    "repeated by values": lambda x: x.repeat_interleave(by_length(x) * 0 + 1, 0, output_size=x.shape[0]),
+    "repeat_interleave of all": lambda x: x.repeat_interleave(2).view(-1, 8),
+    "shifted by padding both ways": lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)),
+    "pooled": lambda x: F.avg_pool1d(x.permute(1, 2, 0), 3, 1, 1).permute(2, 0, 1),
+    "attention of rows": lambda x: of_all(x.transpose(0, 1)).transpose(0, 1),
+    "a product by einsum": lambda x: torch.einsum("bi,ci->bc", x[:, 0], x[:, 0]) @ x[:, 0],
+    "a foreign operator": lambda x: foreign_clone(x),
+    "zeroed numbers": lambda x: x[zeroed(torch.arange(x.shape[0]))],
     "cumsum": lambda x: x.cumsum(0),
     "mixed": lambda x: x + x.flip(0),
     "mixed by a product": lambda x: (x[:, 0] @ x[:, 0].mT) @ x[:, 0],
@@ -237,6 +307,44 @@ class Turned(nn.Module):
 def test_a_constant_that_goes_to_other_rows_after_a_site_is_refused() -> None:
     with pytest.raises(llfx.AdapterError, match=r"'last'.*nothing proves which row is which after .*flip"):
         runner(Turned().double(), inputs(2, 5), *HOW[0])(ROWS, inputs(3, 4))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer along the tokens, or along the rows."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.over, self.last = nn.GRU(8, 8, batch_first=batch_first), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.over(x)[0])
+        return y
+
+
+def test_recurrent_layers_run_along_the_tokens_and_not_along_the_rows() -> None:
+    for batch_first in (True, False):
+        model = Recurrent(batch_first).double()
+        gm: Any = llfx.rewrite(model, llfx.LoRA(r=2, target_names="last"), (inputs(2, 5),))
+        fill(gm)
+        scales, x = torch.tensor([1.0, 0.0, -1.0]), inputs(3, 4)
+        with llfx.scaled(gm, scales):
+            if batch_first:
+                assert torch.equal(gm(x)[1], model(x)[1])
+            else:
+                with pytest.raises(llfx.AdapterError, match="nothing proves which row is which after gru"):
+                    gm(x)
+
+
+def put_at_mask(x: Tensor) -> Tensor:
+    y = x[:, :, 0].clone()
+    y[y > 0] = x[:, 0, 0]
+    return x + y[:, :, None]
+
+
+@pytest.mark.parametrize("layout", [lambda x: x[torch.arange(2 * x.shape[0]).view(-1, 2)], put_at_mask])
+def test_layouts_that_run_for_some_values_alone_are_refused(layout: Any) -> None:
+    with pytest.raises(llfx.AdapterError, match="cannot be told at 'last'"):
+        llfx.rewrite(between(layout), llfx.Bank(CFG, SLOTS), (inputs(2, 5),))
 
 
 class Two(nn.Module):

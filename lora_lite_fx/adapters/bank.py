@@ -44,7 +44,8 @@ def Bank(cfg: Variant | Sequence[Variant], slots: int) -> Variant | list[Variant
 
     Raises:
         ConfigError: `cfg` is not a config of a variant, or `slots` not a positive integer. `rewrite` refuses a variant
-            whose `forward` uses functions that are not known of values which belong to several adapters.
+            whose `forward` uses functions that are not known of values which belong to several adapters. With
+            AdapterError it refuses a site at which the graph does not prove which row of the batch is which.
     """
     if isinstance(cfg, Sequence) and not isinstance(cfg, str):
         return [Bank(each, slots) for each in cfg]

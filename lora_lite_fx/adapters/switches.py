@@ -148,8 +148,8 @@ def scaled(
         A scope; leaving it gives these adapters the coefficients that they had before.
 
     Raises:
-        AdapterError: the model has no adapters, or does not follow switches. At a call: the rows of the batch cannot be
-            told at a site.
+        AdapterError: the model has no adapters, or does not follow switches. At a call: the batch has another number
+            of rows than there are coefficients; or the graph does not prove at a site which row is which.
         ConfigError: the model has no adapter of such a name; or a coefficient is not a real, finite number or tensor of
             them.
     """
@@ -190,8 +190,8 @@ def by_row(model: Model, names: Sequence[str | None] | Tensor) -> Scope[Model]:
         A scope; leaving it takes back what `active` and `scaled` were.
 
     Raises:
-        AdapterError: as `active` and `scaled`. At a call: the batch has another number of rows, or they cannot be told
-            at a site.
+        AdapterError: as `active` and `scaled`. At a call: the batch has another number of rows; or the graph does not
+            prove at a site which row is which, because the model reorders, repeats or joins rows before it.
         ConfigError: the model has no adapter of such a name, or `names` is empty; or they are ids, and the model has no
             bank.
     """

@@ -117,17 +117,15 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     return copied
 
 
-def _flow(gm: fx.GraphModule) -> RowFlow | AdapterError:
+def _flow(gm: fx.GraphModule) -> RowFlow | str:
     """Return where the rows of the batch are in the graph of a model, or why that cannot be told."""
     try:
         return follow_rows(gm.graph)
     except AdapterError as error:
-        return error
+        return str(error)
 
 
-def _add(
-    module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: Site, flow: RowFlow | AdapterError
-) -> Tensor:
+def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: Site, flow: RowFlow | str) -> Tensor:
     """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there."""
     module.rows = _rows(flow, site)
     if placement.local.slots:
@@ -138,17 +136,17 @@ def _add(
     return weight
 
 
-def _rows(flow: RowFlow | AdapterError, site: Site) -> int | AdapterError:
+def _rows(flow: RowFlow | str, site: Site) -> int | str:
     """Return the dimension that counts the rows of the batch in all calls of a site, or why it cannot be told."""
-    if isinstance(flow, AdapterError):
+    if isinstance(flow, str):
         return flow
     try:
         dims = {batch_dim(flow, call.y, site.name) for call in site.calls}
     except AdapterError as error:
-        return error
+        return str(error)
     if len(dims) == 1:
         return dims.pop()
-    return ConfigError(
+    return (
         f"{site.name!r} has the rows of the batch in several dimensions of its calls, so a bank, or coefficients of"
         " rows, cannot be wrapped eagerly there; rewrite can adapt it."
     )
@@ -182,7 +180,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.site = replace(site, calls=())  # nodes of a graph, which a copy of this module would copy
         self.placements: list[Placement] = []
-        self.rows: int | AdapterError = 0  # the dimension that counts the rows of the batch, or why it is not known
+        self.rows: int | str = 0  # the dimension that counts the rows of the batch, or why it is not known
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
         self.train(base.training)
@@ -201,8 +199,8 @@ class AdaptedLinear(nn.Module):
         Raises:
             AdapterError: the graph of the model does not tell which row is which there.
         """
-        if isinstance(self.rows, AdapterError):
-            raise self.rows
+        if isinstance(self.rows, str):
+            raise AdapterError(self.rows)
         return self.rows
 
     def frozen_weight(self) -> Tensor:

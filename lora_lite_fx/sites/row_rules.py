@@ -162,6 +162,7 @@ class RowRules:
             return self._each(node, {target: state, picking: picked}) if own is None else lost(node)
         same_size = self._shape(picking.meta["val"]) == self._shape(target.meta["val"])
         is_counted = isinstance(own, Rows) and own.points == (None,) and own.order is None and own.repeats == 1
+        is_counted = is_counted and not argument_of(node, "accumulate")
         if same_size and is_counted and picked.points and picked.repeats == 1:
             # The number of each place goes to the place of that number: the numbers the other way round.
             return replace(state, order=picked.points[0], points=(picked.order,))

@@ -341,7 +341,14 @@ def put_at_mask(x: Tensor) -> Tensor:
     return x + y[:, :, None]
 
 
-@pytest.mark.parametrize("layout", [lambda x: x[torch.arange(2 * x.shape[0]).view(-1, 2)], put_at_mask])
+def summed_up(order: Tensor) -> Tensor:
+    return torch.ones_like(order).index_put((order,), torch.arange(order.shape[0]), accumulate=True)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [lambda x: x[torch.arange(2 * x.shape[0]).view(-1, 2)], put_at_mask, lambda x: put_back(x, summed_up)],
+)
 def test_layouts_that_run_for_some_values_alone_are_refused(layout: Any) -> None:
     with pytest.raises(llfx.AdapterError, match="cannot be told at 'last'"):
         llfx.rewrite(between(layout), llfx.Bank(CFG, SLOTS), (inputs(2, 5),))

@@ -83,7 +83,10 @@ def batch_dim(flow: RowFlow, node: fx.Node, site: str) -> int:
     if not why and isinstance(state, Rows):
         if not (other := flow.others_asked(state)):
             return state.dim
-        why = f"its rows are those of {state.source}, which nothing shows to be those of {other}, as at other sites"
+        why = (
+            f"its rows are those of {state.source}, which nothing shows to be those of {other}, as at other sites; one"
+            " torch.export.Dim for both in dynamic_shapes would show it"
+        )
     value = node.meta.get("val")
     shape = f", whose output is ({', '.join(map(str, value.shape))})" if isinstance(value, Tensor) else ""
     raise AdapterError(

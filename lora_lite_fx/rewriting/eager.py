@@ -127,9 +127,9 @@ def _flow(gm: fx.GraphModule) -> RowFlow | str:
 
 def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: Site, flow: RowFlow | str) -> Tensor:
     """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there."""
-    module.rows = _rows(flow, site)
+    module.batch = _rows(flow, site)
     if placement.local.slots:
-        module.dim_of_rows()
+        module._dim_of_rows()
     weight = module.site.kind.matrix(module.frozen_weight())
     placement.register(wrapped, module.site, weight)
     module.add(placement, wrapped)
@@ -180,7 +180,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.site = replace(site, calls=())  # nodes of a graph, which a copy of this module would copy
         self.placements: list[Placement] = []
-        self.rows: int | str = 0  # the dimension that counts the rows of the batch, or why it is not known
+        self.batch: int | str = 0  # the dimension that counts the rows of the batch, or why it is not known
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
         self.train(base.training)
@@ -193,15 +193,15 @@ class AdaptedLinear(nn.Module):
         # Not a submodule: a tensor that all sites share is the model's alone, and read there when it is used.
         vars(self)["adapted_model"] = model
 
-    def dim_of_rows(self) -> int:
+    def _dim_of_rows(self) -> int:
         """Return the dimension of the input and the output that counts the rows of the batch.
 
         Raises:
             AdapterError: the graph of the model does not tell which row is which there.
         """
-        if isinstance(self.rows, str):
-            raise AdapterError(self.rows)
-        return self.rows
+        if isinstance(self.batch, str):
+            raise AdapterError(self.batch)
+        return self.batch
 
     def frozen_weight(self) -> Tensor:
         """Return the frozen weight as the site stores it: the module's, or computed from the module's tensors."""
@@ -247,7 +247,7 @@ class AdaptedLinear(nn.Module):
     ) -> Callable[..., Tensor]:
         """Return the function `call` of the input with an adapter around it."""
         p, scale = self._tensors(placement), switches.scales.get(placement.adapter_name)
-        rows = self.dim_of_rows() if placement.local.slots or (scale is not None and scale.dim()) else 0
+        rows = self._dim_of_rows() if placement.local.slots or (scale is not None and scale.dim()) else 0
         if placement.local.slots is None:
             return lambda x, **given: frozen.adapted(call, placement.local, p, x, scale=scale, rows=rows, **given)
         banked = replace(frozen, site=frozen.site.with_bank(placement.local.slots, rows))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
+from ..adapters.changed_buffers import BaseBuffers
 from ..capture.signature import CallSignature
 from ..passes import OPTIMIZATIONS, Pipeline, Program
 from .compiling import LayerCompiler
@@ -27,6 +28,7 @@ class Execution:
         signature: how the graph is called; None for a graph that takes its inputs and nothing else.
         finish: changes a program, `finish(module, graph)`, after all passes; None if nothing does.
         source: a weak reference to the model that it was captured from; calling it returns the model, or None.
+        base_buffers: the base's buffers of which the graph has copies, because calls change them; by name.
     """
 
     passes: Pipeline = OPTIMIZATIONS
@@ -37,6 +39,7 @@ class Execution:
     signature: CallSignature | None = None
     finish: Callable[[nn.Module, fx.Graph], None] | None = None
     source: Callable[[], nn.Module | None] = lambda: None
+    base_buffers: BaseBuffers = field(default_factory=dict)
 
     @property
     def programs(self) -> tuple[Program, Program]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.bank import IDS
+from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Recorded, adapter_tensor_names
 from ..adapters.state import trainable_parameters
@@ -128,6 +129,16 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
     @switches.setter
     def switches(self, switches: Switches) -> None:
         self.own_switches = switches
+
+    @property
+    def base_buffers(self) -> BaseBuffers:
+        """The base's buffers of which the graph has copies, by name, as `changed_buffers.py` asks for them."""
+        return {} if self.execution is None else self.execution.base_buffers
+
+    @base_buffers.setter
+    def base_buffers(self, buffers: BaseBuffers) -> None:
+        assert self.execution is not None
+        self.execution = replace(self.execution, base_buffers=buffers)
 
     def run_on(self, host: nn.Module) -> None:
         """Let the programs read the tensors of `host`, and call its layers, wherever it has those of the graph."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.changed_buffers import base_buffers_of
 from ..adapters.placement import HasGraphs, placements
 from ..adapters.switches import HasSwitches
 from ..errors import AdapterError, ConfigError, shown
@@ -62,6 +63,7 @@ def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:
     """Return the same graph over the same tensors, not copies of them, in the same mode, run as `execution` says."""
     result = AdaptedGraphModule(model, model.graph, execution)
     keep_registration(model, result)
+    result.base_buffers = base_buffers_of(model)
     if isinstance(model, HasSwitches):
         result.switches = model.switches
     return result.train(model.training)

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.changed_buffers import warn_of_lost_buffers
 from ..adapters.state import warn_of_trained_base
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
@@ -75,6 +76,7 @@ def save_diffusers(
     with gathered(model):
         config, tensors, _ = peft_form(model, None, adapter)
     warn_of_trained_base(model, "save_diffusers")
+    warn_of_lost_buffers(model, "save_diffusers writes", "llfx.save, whose files hold them")
     if config["peft_type"] != "LORA":
         raise ConfigError(f"diffusers reads LoRA, and this adapter is what PEFT calls {config['peft_type']}.")
     if beside := [key.removeprefix(PREFIX) for key in tensors if not _ADAPTERS.search(key)]:

@@ -15,7 +15,7 @@ from torch import fx
 
 from ..adapters.placement import placements
 from ..adapters.quantized_base import check_gradients
-from ..adapters.state import adapter_state_dict
+from ..adapters.state import adapter_values
 from ..adapters.switches import HasSwitches, Switches
 from ..capture.capture import Inputs
 from ..capture.hooks import refuse_offloading
@@ -146,7 +146,7 @@ def _adopted(graphs: GraphCache) -> Any:
     model._graphs, model._path = graphs, ""
     model.let_parts_run()
     graphs.follow_model()
-    trained = adapter_state_dict(model)
+    trained = adapter_values(model)
     if kind is LoadableModel:
         from ..compat.transformers import KEYS_TO_IGNORE_ON_SAVE
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..adapters.bank import IDS, check_ids
+from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, copy_over_tensors, next_index
 from ..adapters.state import trainable_parameters
@@ -33,6 +34,7 @@ from ..formats.peft.directory import save_peft
 from ..formats.peft.hub import CONFIG, TENSORS
 from ..graph.layers import is_layer
 from ..graph.sharded import is_sharded, refuse_sharded
+from ..graph.tensors import register_tensor, tensor_of
 from ..log import logger
 from ..rewriting.calibration import Batches
 from ..rewriting.named import as_named
@@ -133,6 +135,11 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
         self._graphs.switches = switches
 
     @property
+    def base_buffers(self) -> BaseBuffers:
+        """The buffers of the user's model that calls of this one change in copies, by name."""
+        return self._graphs.base_buffers
+
+    @property
     def adapter_ids(self) -> Tensor | None:
         """For banks, the slot of each row of the batch, as `by_row` says; the graphs read it that keep values."""
         return self.switches.ids
@@ -223,6 +230,9 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
         way_out = "do this before it is sharded; or save the adapters, and load them onto the whole model"
         refuse_sharded(self, f"{'merge' if fold else 'remove'} does not take a model", way_out)
         plain = self._graphs.plain()
+        for name, base in self.base_buffers.items():
+            now = tensor_of(plain, name)
+            register_tensor(plain, name, (now if fold or base is None else base.to(now)).clone())
         if fold:
             acting = coefficients(self, "merge")  # type: ignore[arg-type]
             fold_into(plain, self.adapted_graph(), acting, requantise)

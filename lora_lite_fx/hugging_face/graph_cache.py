@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.placement import Placement, placements
 from ..adapters.switches import Switches
 from ..adapters.variant import Variant
@@ -81,6 +82,7 @@ class GraphCache:
         self.keeps_values = False
         self.compiler: LayerCompiler | None = None
         self.memory: Memory = "fast"
+        self.base_buffers: BaseBuffers = {}  # of the user's model; the graphs write to those of this one
         self._owned: set[str] = set()
         self._bound_for: type | None = None
         self.drop()
@@ -227,6 +229,7 @@ class GraphCache:
         adapted = insert(graph.gm, batches)
         assert isinstance(adapted, AdaptedGraphModule)
         graph.gm = adapted
+        self._owned.clear()  # the buffers that calls change are those of this graph, which a file may have brought
         self._bind(graph.gm)
         graph.gm.run_on(self.model)
         self.placements = placements(graph.gm)
@@ -404,7 +407,11 @@ class GraphCache:
         What runs reads the tensors of the model. Passes, `merge` and files read those of the graph.
         """
         adapters = {name for placement in placements(gm) for name in placement.tensors.values()}
-        written = {*written_buffers(gm)} - self._owned
+        written = [
+            name for name in {**dict.fromkeys(written_buffers(gm)), **gm.base_buffers} if name not in self._owned
+        ]
+        self.base_buffers = {**{name: gm.base_buffers.get(name) for name in written}, **self.base_buffers}
+        gm.base_buffers = self.base_buffers
         for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
             of_model = _find(self.model, name)
             if name in written or (of_model is None and name in adapters):

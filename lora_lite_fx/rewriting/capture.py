@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.changed_buffers import base_buffers_of
 from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import adapter_tensors
 from ..capture.capture import Capture, Inputs, capture_model, without_what_cannot_be
@@ -20,8 +21,8 @@ from ..errors import CaptureError
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, execution_of
 from ..execution.pieces import require_layers
-from ..graph.tensors import keep_registration, outside_inference_mode
-from ..graph.writes import own_written_buffers
+from ..graph.tensors import keep_registration, outside_inference_mode, tensor_of
+from ..graph.writes import own_buffers, written_buffers
 from ..passes import (
     DropMetadataAsserts,
     FollowMode,
@@ -159,9 +160,20 @@ def _graph_of(
         call_like_the_model(captured.gm.graph, captured.signature)
     gm = AdaptedGraphModule(captured.gm, captured.gm.graph, execution)
     keep_registration(captured.gm, gm)
-    own_written_buffers(gm)
+    _own_what_calls_change(gm, model)
     if isinstance(model, AdaptedGraphModule):
         gm.switches = model.switches
     if verify and captured.source is not None and captured.calls:
         require_equal(gm, captured.source, captured.calls, captured.hint)
     return gm.train(captured.training)
+
+
+def _own_what_calls_change(gm: AdaptedGraphModule, model: nn.Module) -> None:
+    """Give `gm` copies of the buffers that calls change, and note the base's: `model` knows them if it has adapters."""
+    names = written_buffers(gm)
+    if adapter_tensor_names(model):
+        known = base_buffers_of(model)
+        gm.base_buffers = {name: known.get(name) for name in dict.fromkeys((*names, *known))}
+    else:
+        gm.base_buffers = {name: tensor_of(gm, name) for name in names}
+    own_buffers(gm, gm.base_buffers)

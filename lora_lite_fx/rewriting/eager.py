@@ -11,8 +11,9 @@ from torch.func import functional_call
 
 from ..adapters.adapted_site import FrozenSite
 from ..adapters.bank import check_rows, check_slots, ids_of
+from ..adapters.changed_buffers import moved_buffers, put_buffers, warn_of_moving_buffers
 from ..adapters.placement import Placement, adapter_tensor_names, placements
-from ..adapters.state import adapter_state_dict, load_adapter_state_dict
+from ..adapters.state import adapter_values, load_adapter_values
 from ..adapters.switches import Switches
 from ..adapters.variant import adapter_namespace
 from ..capture.capture import Inputs
@@ -69,6 +70,7 @@ def wrap(
         model = _source_of(model)
     plans = make_plans(gm, adapters, calibration)
     wrapped = _copy(model, gm)
+    warn_of_moving_buffers(wrapped, stacklevel=3)
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _adapted(wrapped, site)
@@ -100,7 +102,8 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
             missing = f"{type(model).__name__} has no site {placement.site!r}, at which the graph has an adapter."
             raise AdapterError(f"{missing} The way out: pass the model that the graph was made of.")
         _add(_adapted(wrapped, site), placement, wrapped, site)
-    load_adapter_state_dict(wrapped, adapter_state_dict(gm))
+    load_adapter_values(wrapped, adapter_values(gm))
+    put_buffers(wrapped, moved_buffers(gm))
     if isinstance(gm, AdaptedGraphModule):
         vars(wrapped)["switches"] = gm.switches
     return wrapped
@@ -110,8 +113,10 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     """Return a copy of `model` over the same weights, with buffers of its own where its graph `gm` writes to them."""
     copied: nn.Module = share(model)
     leave_out_clamps(copied)
-    own = dict(copied.named_buffers(remove_duplicate=False))  # a constant that was lifted into the graph is none
-    own_buffers(copied, filter(own.__contains__, written_buffers(gm)))
+    buffers = dict(copied.named_buffers(remove_duplicate=False))  # a constant that was lifted into the graph is none
+    base = {name: buffers[name] for name in written_buffers(gm) if name in buffers}
+    own_buffers(copied, base)
+    vars(copied)["base_buffers"] = base
     vars(copied)["switches"] = Switches()
     return copied
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.changed_buffers import give_back_buffers, warn_of_moving_buffers
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import (
     HasGraphs,
@@ -36,6 +37,7 @@ from ..adapters.switches import HasSwitches, Switches, coefficients
 from ..capture.capture import Inputs
 from ..errors import AdapterError
 from ..execution.memory import Memory, check_memory
+from ..execution.module import AdaptedGraphModule
 from ..execution.planning import plan_memory
 from ..graph.tensors import outside_inference_mode
 from ..log import phase, progress
@@ -140,6 +142,8 @@ def insert_new(gm: fx.GraphModule, plans: Sequence[Plan], stacklevel: int = 2) -
         ConfigError: as `insert_adapters`.
     """
     _warn_of_no_gradient(gm, plans, stacklevel + 1)
+    if not placements(gm):
+        warn_of_moving_buffers(gm, stacklevel + 1)
     _initialize(gm, plans, insert_adapters(gm, plans))
 
 
@@ -190,14 +194,28 @@ def merge(model: nn.Module, *, requantise: bool = False) -> Any:
 def remove(model: nn.Module) -> Any:
     """Return the model without its adapters: the base graph node for node, over the base weights bit for bit.
 
+    Buffers that training has changed, as the statistics of batch norm, have the base's values again.
+
     Args:
         model: a result of `rewrite`, `adapt` or `load`, or the module of an exported program; it is not changed. For
             an adapted Hugging Face model the result is a model of its class.
 
     Raises:
         AdapterError: the model has no adapters.
+
+    Warns:
+        UserWarning: a graph from a file writes to buffers, whose values in the base are not known.
     """
-    return _without_adapters(model, fold=False)
+    removed = _without_adapters(model, fold=False)
+    if isinstance(removed, AdaptedGraphModule):
+        give_back_buffers(removed)
+    return removed
+
+
+def without_adapters(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph without its adapters, and with the buffers as training has changed them."""
+    removed: fx.GraphModule = _without_adapters(graph, fold=False)
+    return removed
 
 
 @outside_inference_mode()

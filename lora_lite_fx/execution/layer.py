@@ -72,6 +72,18 @@ def plain_class(cls: type) -> Any:
     return getattr(cls, _PLAIN, cls)
 
 
+def user_classes(cls: type) -> list[type]:
+    """Return `cls` and its bases in the order in which Python asks them, without `nn.Module` and what is added here."""
+    ours = __name__.partition(".")[0]
+    return [
+        base
+        for base in cls.__mro__
+        if base not in nn.Module.__mro__
+        and _PLAIN not in vars(base)
+        and (issubclass(base, nn.Module) or base.__module__.partition(".")[0] != ours)
+    ]
+
+
 class GraphLayer(RunsParts, nn.Module):
     """A module of a rewritten graph: it has the tensors of the user's module at its path, and none of its code."""
 

@@ -187,7 +187,7 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
         modules: dict[str, Any] = dict(self.named_modules())  # type: ignore[attr-defined]
         for name in {placement.site for placement in self.placements} & modules.keys():
             module = modules[name]
-            if "_graphs" not in vars(module):
+            if not isinstance(module, (AdaptedLayer, AdaptedPart)):
                 module.__class__ = running_parts(plain_class(type(module)), AdaptedLayer)
                 module._graphs, module._path = self._graphs, name
 

@@ -29,6 +29,7 @@ class Execution:
         finish: changes a program, `finish(module, graph)`, after all passes; None if nothing does.
         source: a weak reference to the model that it was captured from; calling it returns the model, or None.
         base_buffers: the base's buffers of which the graph has copies, because calls change them; by name.
+        absent: the names of parameters and buffers that the model has a place for, and that were None.
     """
 
     passes: Pipeline = OPTIMIZATIONS
@@ -40,6 +41,7 @@ class Execution:
     finish: Callable[[nn.Module, fx.Graph], None] | None = None
     source: Callable[[], nn.Module | None] = lambda: None
     base_buffers: BaseBuffers = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
     @property
     def programs(self) -> tuple[Program, Program]:

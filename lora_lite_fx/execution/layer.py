@@ -19,6 +19,10 @@ The result is a tensor; or a tuple, of which the first is the one that the layer
 """
 
 
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""The names under which the wrappers of torch.compile and of checkpointing keep the module that computes."""
+
+
 class RunsParts:
     """A module that a program calls with the part of it that the module runs.
 

@@ -430,9 +430,10 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
     def _hooked(self) -> tuple[str, ...]:
         """Return the names of the modules that are to be called because hooks stand on them; check the ties."""
         watch = self._watch
-        if watch is None:
+        if watch is None or not watch.holds():
+            assert self.execution is not None
             with _deriving:
-                watch = type(self)._watch = Watch.of(self, self.host)
+                watch = type(self)._watch = Watch.of(self, self.host, self.execution.absent)
         watch.check_ties(self.host)
         return watch.hooked()
 

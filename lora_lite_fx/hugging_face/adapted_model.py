@@ -26,7 +26,7 @@ from ..compat.torch import SeesMoves, children_of
 from ..errors import AdapterError, ConfigError
 from ..execution.compiling import LayerCompiler
 from ..execution.frozen import changed_inside, frozen
-from ..execution.layer import RunsParts, plain_class, running_parts
+from ..execution.layer import WRAPPED, RunsParts, plain_class, running_parts
 from ..execution.memory import Memory, MemoryPlan
 from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
@@ -41,7 +41,6 @@ from ..rewriting.named import as_named
 from ..storage.dequantized import restore_quantized
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
-from .model_state import WRAPPED
 from .named_adapters import NamedAdapters
 from .own_forward import forget_replaced_forward
 

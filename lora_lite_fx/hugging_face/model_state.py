@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..adapters.placement import adapter_tensor_names
 from ..capture.hooks import weight_hooks_on
 from ..compat.torch import FORWARD_PRE_HOOKS, buffers_of, children_of, hooks_of, parameters_of
-from ..execution.layer import plain_class, user_classes
+from ..execution.layer import WRAPPED, plain_class, user_classes
 from ..graph.layers import is_layer
 
 _NUMBERS = (bool, int, float, str, type(None))
@@ -36,9 +36,6 @@ _NO_PART_OF_GRAPHS = frozenset(
 
 _LATER = ("_loss_function",)
 """Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""
-
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
-"""The names under which the wrappers of torch.compile and of checkpointing keep the module that computes."""
 
 
 class _Module(NamedTuple):

@@ -18,6 +18,7 @@ from ..capture.hooks import check_hooks
 from ..capture.signature import call_like_the_model
 from ..capture.source import Source
 from ..errors import CaptureError
+from ..execution.graph_modules import absent_tensors
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, execution_of
 from ..execution.pieces import require_layers
@@ -155,6 +156,8 @@ def _graph_of(
         execution = replace(execution, fuse_loss=fuse_loss)
     if not isinstance(model, fx.GraphModule):
         execution = replace(execution, source=Source.of(model))
+    if captured.source is not None:
+        execution = replace(execution, absent=absent_tensors(captured.source))
     if captured.signature is not None:
         execution = replace(execution, signature=captured.signature)
         call_like_the_model(captured.gm.graph, captured.signature)

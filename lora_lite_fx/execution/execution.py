@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ..adapters.changed_buffers import BaseBuffers
@@ -30,6 +31,7 @@ class Execution:
         source: a weak reference to the model that it was captured from; calling it returns the model, or None.
         base_buffers: the base's buffers of which the graph has copies, because calls change them; by name.
         absent: the names of parameters and buffers that the model has a place for, and that were None.
+        default_dtype: torch's default type when the graph was captured; None if the graph does not depend on it.
     """
 
     passes: Pipeline = OPTIMIZATIONS
@@ -42,6 +44,7 @@ class Execution:
     source: Callable[[], nn.Module | None] = lambda: None
     base_buffers: BaseBuffers = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    default_dtype: torch.dtype | None = None
 
     @property
     def programs(self) -> tuple[Program, Program]:

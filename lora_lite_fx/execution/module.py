@@ -22,6 +22,7 @@ from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
+from ..capture.default_dtype import other_default_dtype
 from ..capture.signature import left_out_of_export, return_as, return_without, take_further_inputs_from
 from ..compat.torch import (
     SeesMoves,
@@ -30,7 +31,7 @@ from ..compat.torch import (
     trace_is_active,
     transform_is_active,
 )
-from ..errors import AdapterError
+from ..errors import AdapterError, CallError
 from ..graph.annotated import traceable_forward
 from ..graph.copies import Draft, copy_graph, share_signatures
 from ..graph.modes import has_modes, keep_mode
@@ -429,12 +430,14 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
     @constant_when_compiled
     def _hooked(self) -> tuple[str, ...]:
         """Return the names of the modules that are to be called because hooks stand on them; check the ties."""
+        assert self.execution is not None
         watch = self._watch
         if watch is None or not watch.holds():
-            assert self.execution is not None
             with _deriving:
                 watch = type(self)._watch = Watch.of(self, self.host, self.execution.absent)
         watch.check_ties(self.host)
+        if change := other_default_dtype(self.execution.default_dtype):
+            raise CallError(f"{change}. The way out: torch.set_default_dtype, or capture the model under this type.")
         return watch.hooked()
 
     def _optimized(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from ..capture.decisions import decisions_on_inputs
+from ..capture.default_dtype import other_default_dtype
 from ..capture.example_inputs import decide_problem_type
 from ..capture.export import images_in, take_for_one, take_guards
 from ..capture.hugging_face import batch_only_arguments
@@ -95,10 +96,15 @@ class CapturedGraph:
     given: dict[str, Structure]
     config: ConfigValues = field(default_factory=ConfigValues)
 
+    def change(self) -> str:
+        """Return in words what has changed that the graph was captured under; empty if nothing has."""
+        assert self.gm.execution is not None
+        return self.config.change() or other_default_dtype(self.gm.execution.default_dtype)
+
     def refuses(self, leaves: Leaves) -> str:
         """Return the reason why the graph does not hold for `leaves`; empty if it does."""
         reads_values = not torch.compiler.is_dynamo_compiling()  # the graph itself asserts what depends on them there
-        if change := self.config.change():
+        if change := self.change():
             return change
         for name, layout in self.layouts.items() if reads_values else ():
             if not torch.equal(leaves[name], layout):

@@ -327,7 +327,7 @@ class GraphCache:
             f"A call with {names} has no graph yet, and none can be captured of a model",
             "call the model once like this before it is sharded, which then has its graph",
         )
-        same = [graph for graph in self._kept if graph.call.signature == call.signature and not graph.config.change()]
+        same = [graph for graph in self._kept if graph.call.signature == call.signature and not graph.change()]
         decides = [is_other_decision(graph.refuses(call.leaves)) for graph in same]
         seen = [graph.example for graph, otherwise in zip(same, decides, strict=True) if not otherwise]
         errors = []

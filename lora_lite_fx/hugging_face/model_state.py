@@ -146,10 +146,10 @@ class ModelState:
         # Flat lists, which `is_as_it_was` compares, because a step of Python for each module takes twice as long.
         self._all = [*modules.values()]
         self._types = [*map(type, self._all)]
-        self._registries = [
+        self._registries: list[dict[Any, Any]] = [
             registry for module in self._all for registry in (children_of(module), hooks_of(module, FORWARD_PRE_HOOKS))
         ]
-        self._registered = [*map(dict, self._registries)]
+        self._registered = [registry.copy() for registry in self._registries]
         tensors: list[dict[str, Any]] = [
             registry for module in self._all for registry in (parameters_of(module), buffers_of(module))
         ]

@@ -14,6 +14,7 @@ from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import adapter_tensors
 from ..capture.capture import Capture, Inputs, capture_model, without_what_cannot_be
 from ..capture.compare import require_equal
+from ..capture.default_dtype import default_dtype_of
 from ..capture.hooks import check_hooks
 from ..capture.signature import call_like_the_model
 from ..capture.source import Source
@@ -157,7 +158,8 @@ def _graph_of(
     if not isinstance(model, fx.GraphModule):
         execution = replace(execution, source=Source.of(model))
     if captured.source is not None:
-        execution = replace(execution, absent=absent_tensors(captured.source))
+        default_dtype = default_dtype_of(captured.gm, captured.source)
+        execution = replace(execution, absent=absent_tensors(captured.source), default_dtype=default_dtype)
     if captured.signature is not None:
         execution = replace(execution, signature=captured.signature)
         call_like_the_model(captured.gm.graph, captured.signature)

@@ -79,8 +79,8 @@ class OtherLinear(nn.Linear):
 
 
 class OtherHelper(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 3
+    def forward(self, x: Tensor) -> Any:
+        return 3 * self.down_proj(self.up_proj(x))
 
 
 def of_class(path: str, kind: type) -> Callable[[Any], object]:

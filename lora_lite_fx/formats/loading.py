@@ -156,8 +156,6 @@ def _fitting_buffers(gm: fx.GraphModule, model: object, buffers: Mapping[str, Te
     """
     known = dict(model.named_buffers(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
     read = dict(gm.named_buffers(remove_duplicate=False))
-    for name in adapter_tensor_names(gm):
-        read.pop(name, None)
     for name, value in buffers.items():
         now = read.get(name, known.get(name))
         if now is None:

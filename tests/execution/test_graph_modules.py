@@ -106,6 +106,22 @@ def wrapped(gm: Any) -> None:
     gm.layers[0] = torch.compile(gm.layers[0], backend="eager")
 
 
+class Checkpointed(nn.Module):
+    """Keeps a layer as the wrapper of torch's checkpointing does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._checkpoint_wrapped_module = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._checkpoint_wrapped_module(*args, **kwargs)
+
+
+def rewrapped(gm: Any) -> None:
+    gm.norm = Checkpointed(gm.norm)
+    gm.norm.weight, gm.norm.bias = (getattr(gm.norm._checkpoint_wrapped_module, name) for name in ("weight", "bias"))
+
+
 def parametrized(gm: Any) -> None:
     parametrize.register_parametrization(gm.norm, "weight", nn.Identity())
 
@@ -118,6 +134,7 @@ ALIKE: dict[str, Callable[[Any], object]] = {
     "a copy of a module": lambda gm: setattr(gm, "norm", copy.deepcopy(gm.norm)),
     "a copy of a layer": lambda gm: gm.layers.__setitem__(0, copy.deepcopy(gm.layers[0])),
     "a compiled layer": wrapped,
+    "a wrapper": rewrapped,
     "a parametrization": parametrized,
     "a subclass": of_a_subclass,
     "a tensor of one's own": lambda gm: gm.norm.register_buffer("mine", torch.ones(3)),

@@ -64,7 +64,7 @@ class GraphModules:
         self._sizes = [*map(len, self._sized)]
 
     def are_as_they_were(self) -> bool:
-        """Return False if anything may have changed. Each call asks: a twentieth of a microsecond a module."""
+        """Return False if anything may have changed. Each call asks."""
         return (
             [*map(type, self._all)] == self._types
             and self._children == self._had

@@ -143,7 +143,7 @@ class ModelState:
             adapters[path].add(leaf)
         modules = dict(_modules_of(self.model))
         self._modules = {name: _Module.of(module, adapters[name]) for name, module in modules.items()}
-        # Flat lists, which `is_as_it_was` compares, because a step of Python for each module takes twice as long.
+        # Flat lists, which `is_as_it_was` compares, because a step of Python for each module would cost more.
         self._all = [*modules.values()]
         self._types = [*map(type, self._all)]
         self._registries: list[dict[Any, Any]] = [

@@ -6,7 +6,7 @@ The eager wrapper runs this code, and `passes/adapt/fragment.py` traces it, so t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..capture.rehearsal import Refused
 from ..errors import AdapterError
 from ..graph.provenance import SHARED
 from ..sites.site import Site
+from .beneath import tensors_with
 from .frozen_linear import FrozenLinear
 from .promotion import adapt, not_innermost
 from .reads import Reads
@@ -24,7 +25,7 @@ from .variant import Variant, adapter_namespace
 
 @dataclass(frozen=True)
 class FrozenSite:
-    """The frozen tensors of a site.
+    """The frozen tensors of a site; or what adapters make of them, for an adapter around these.
 
     Args:
         site: the site.
@@ -85,6 +86,26 @@ class FrozenSite:
         y = kind.leave(adapt(variant, base, linear, operands, kind.enter(x, self.weight.dtype, who, *routing)))
         return y if scale is None else _between(call(x), y, scale)
 
+    def with_adapter(self, variant: Variant, p: Any, scale: Tensor | None = None) -> FrozenSite:
+        """Return the tensors that an adapter makes of these, for the adapters around it.
+
+        Args:
+            variant: the config of the adapter.
+            p: its tensors as attributes.
+            scale: the coefficient `()` that scales what it makes; None for 1.
+        """
+        site = self.site
+        weight, bias = site.kind.matrix(self.weight), site.own_bias(self.bias)
+        new, added = tensors_with(variant, p, site, weight, bias)
+        changed = self
+        if new is not weight:
+            stored = site.kind.stored(_scaled(weight, new, scale), self.weight)
+            changed = replace(changed, weight=stored.type_as(self.weight))
+        if added is not None and bias is not None and self.bias is not None and added is not bias:
+            stored = site.stored_bias(_scaled(bias, added, scale), self.bias)
+            changed = replace(changed, bias=stored.type_as(self.bias))
+        return changed
+
     def _stored(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
         """Return the tensors that replace the frozen ones, as the model would store them.
 
@@ -103,6 +124,13 @@ class FrozenSite:
             _check_shape("bias", bias, self.site.own_bias(self.bias))
             stored["bias"] = self.site.stored_bias(bias, self.bias).type_as(self.bias)
         return stored
+
+
+def _scaled(below: Tensor, made: Tensor, scale: Tensor | None) -> Tensor:
+    """Return `below + c (made - below)`, in the type of `made`."""
+    if scale is None:
+        return made
+    return torch.lerp(below.to(made.dtype), made, scale.to(made.dtype))
 
 
 def _check_shape(name: str, given: Tensor, frozen: Tensor | None) -> None:

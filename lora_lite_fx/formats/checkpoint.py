@@ -309,6 +309,8 @@ def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Te
         return {site.name: stored_weight(model, site) for site in adapted if site.name in names}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
     return {
-        name: whole(module.frozen_weight() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight"))
+        name: whole(
+            module.frozen_weight().detach() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight")
+        )
         for name, module in modules.items()
     }

@@ -92,7 +92,7 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
         return site_weight(model, site)
     module = model.get_submodule(site.name)
     assert isinstance(module, AdaptedLinear)
-    return site.kind.matrix(module.frozen_weight())
+    return site.kind.matrix(module.frozen_weight().detach())
 
 
 def sites_in(gm: fx.GraphModule) -> dict[str, Site]:

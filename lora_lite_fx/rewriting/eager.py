@@ -11,7 +11,10 @@ from torch.func import functional_call
 
 from ..adapters.adapted_site import FrozenSite
 from ..adapters.bank import check_rows, check_slots, ids_of
+from ..adapters.beneath import is_beneath, require_tensors, rows_of_replaced
+from ..adapters.contract import rehearse
 from ..adapters.placement import Placement, adapter_tensor_names, placements
+from ..adapters.reads import Reads
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
 from ..adapters.switches import Switches
 from ..adapters.variant import adapter_namespace
@@ -74,7 +77,7 @@ def wrap(
             module = _adapted(wrapped, site)
             inner = [each.adapter_name for each in module.placements]
             placement = Placement.of(plan.variant, adapter, site, inner, plan.adapter_name)
-            weight = _add(module, placement, wrapped, site)
+            weight = _add(module, placement, wrapped, site, gm)
             bias = site.own_bias(module.frozen_bias())
             placement.initialize(wrapped, site, weight, bias, plan.statistics.get(site.name))
     return wrapped
@@ -99,7 +102,7 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
         if site is None or placement.site.partition(".sites.")[0] not in modules:
             missing = f"{type(model).__name__} has no site {placement.site!r}, at which the graph has an adapter."
             raise AdapterError(f"{missing} The way out: pass the model that the graph was made of.")
-        _add(_adapted(wrapped, site), placement, wrapped, site)
+        _add(_adapted(wrapped, site), placement, wrapped, site, gm)
     load_adapter_state_dict(wrapped, adapter_state_dict(gm))
     if isinstance(gm, AdaptedGraphModule):
         vars(wrapped)["switches"] = gm.switches
@@ -116,8 +119,16 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     return copied
 
 
-def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: Site) -> Tensor:
-    """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there."""
+def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: Site, gm: fx.GraphModule) -> Tensor:
+    """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there.
+
+    Args:
+        module: the wrapper.
+        placement: the adapter.
+        wrapped: the model that gets its tensors.
+        site: its site in `gm`.
+        gm: the graph of the model.
+    """
     if placement.local.slots:
         dims = {batch_dim(call.y, site.name) for call in site.calls}
         if len(dims) > 1:
@@ -126,9 +137,10 @@ def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: 
                 " wrapped eagerly; rewrite can adapt it."
             )
         module.batch = dims.pop()
-    weight = module.site.kind.matrix(module.frozen_weight())
+    weight = module.site.kind.matrix(module.frozen_weight().detach())
     placement.register(wrapped, module.site, weight)
-    module.add(placement, wrapped)
+    slots = placement.local.slots
+    module.add(placement, wrapped, rehearse(placement.local, site.with_bank(slots) if slots else site, gm))
     return weight
 
 
@@ -160,6 +172,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.site = replace(site, calls=())  # nodes of a graph, which a copy of this module would copy
         self.placements: list[Placement] = []
+        self.reads: dict[int, Reads] = {}  # by the index of an adapter
         self.batch = 0  # the dimension of the input that counts the rows of the batch; for banks
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
@@ -167,19 +180,34 @@ class AdaptedLinear(nn.Module):
         # Without a hook, nn.TransformerEncoderLayer may take its fast path, which reads the weights of its linears.
         self.register_forward_hook(_keep)
 
-    def add(self, placement: Placement, model: nn.Module) -> None:
-        """Put an adapter around the present ones. Its tensors must be registered in `model`, which contains this."""
+    def add(self, placement: Placement, model: nn.Module, reads: Reads) -> None:
+        """Put an adapter around the present ones.
+
+        Args:
+            placement: the adapter. Its tensors are registered in `model`.
+            model: contains this.
+            reads: what its `forward` reads.
+
+        Raises:
+            ConfigError: it reads a weight, and the adapters below it leave none.
+        """
+        self.reads[placement.adapter] = reads
+        for inner in self._beneath(placement, self.placements):
+            require_tensors(inner.local, self.site, type(placement.variant).__name__)
         self.placements.append(placement)
         # Not a submodule: a tensor that all sites share is the model's alone, and read there when it is used.
         vars(self)["adapted_model"] = model
 
     def frozen_weight(self) -> Tensor:
-        """Return the frozen weight as the site stores it: the module's, or computed from the module's tensors."""
-        return self.weight.detach() if self.computed_weight is None else self.computed_weight.run(self.base)
+        """Return the frozen weight as the site stores it: the module's, or computed from the module's tensors.
+
+        With its gradient, for a parameter of the base that trains.
+        """
+        return self.weight if self.computed_weight is None else self.computed_weight.value(self.base)
 
     def frozen_bias(self) -> Tensor | None:
         """Return the frozen bias as the site stores it, or None."""
-        return self.bias if self.computed_bias is None else self.computed_bias.run(self.base)
+        return self.bias if self.computed_bias is None else self.computed_bias.value(self.base)
 
     @property
     def weight(self) -> Tensor:
@@ -207,10 +235,24 @@ class AdaptedLinear(nn.Module):
         switches: Switches = vars(self)["adapted_model"].switches
         frozen = FrozenSite(self.site, self.frozen_weight(), self.frozen_bias(), self.training)
         call: Callable[..., Tensor] = self._call
-        for placement in self.placements:
-            if switches.acts(placement.adapter_name):
-                call = self._adapted(call, frozen, placement, switches)
+        acting = [placement for placement in self.placements if switches.acts(placement.adapter_name)]
+        for index, placement in enumerate(acting):
+            read = frozen
+            for inner in self._beneath(placement, acting[:index]):
+                own = inner.adapter_name == placement.adapter_name
+                scale = None if own else switches.scales.get(inner.adapter_name)
+                if scale is not None and scale.dim():
+                    raise rows_of_replaced(self.site.name, inner.adapter_name, placement.adapter_name)
+                read = read.with_adapter(inner.local, self._tensors(inner), scale)
+            call = self._adapted(call, read, placement, switches)
         return call(x)
+
+    def _beneath(self, placement: Placement, inner: list[Placement]) -> list[Placement]:
+        """Return those of the adapters `inner` that make the weight and the bias that `placement` reads."""
+        if not self.reads[placement.adapter].tensors:
+            return []
+        name = placement.adapter_name
+        return [each for each in inner if is_beneath(each.adapter_name, self.reads[each.adapter].replaces, name)]
 
     def _adapted(
         self, call: Callable[..., Tensor], frozen: FrozenSite, placement: Placement, switches: Switches
@@ -233,8 +275,21 @@ class AdaptedLinear(nn.Module):
         """Call the wrapped module, with a weight or bias in place of its own if they are given."""
         if given and isinstance(self.base, DequantizedLinear):  # which has no dense parameter to replace
             return self.base.product(x, **given)
+        computed = {"weight": self.computed_weight, "bias": self.computed_bias}
+        if any(computed[name] is not None for name in given):  # the module would compute its own
+            weight, bias = given.get("weight"), given.get("bias")
+            weight = self.frozen_weight() if weight is None else weight
+            return self._product(x, weight, self.frozen_bias() if bias is None else bias)
         output: Tensor = functional_call(self.base, given, (x,)) if given else self.base(x)
         return output
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the wrapped module would compute with this weight and bias, given as it stores them."""
+        kind = self.site.kind
+        entered = kind.enter(x, weight.dtype, self.site.name)
+        y = kind.result(kind.multiply(x, kind.factor(weight)), entered)
+        bias = self.site.own_bias(bias)
+        return kind.leave(y if bias is None else y + bias.type_as(y))
 
     def _tensors(self, placement: Placement) -> Any:
         # The qualified names end in the names of attributes here, wherever in the model this module is. Those without

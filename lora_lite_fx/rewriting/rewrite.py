@@ -17,9 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.adapted_site import FrozenSite
+from ..adapters.beneath import is_beneath
+from ..adapters.contract import rehearse
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import (
     HasGraphs,
@@ -27,8 +31,6 @@ from ..adapters.placement import (
     adapter_names,
     next_index,
     placements,
-    site_bias,
-    site_weight,
 )
 from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_tensors
@@ -46,6 +48,7 @@ from ..passes import (
     RemoveAdapters,
     without_gradient,
 )
+from ..sites.site import Site, stored_bias, stored_weight
 from .calibration import Batches, check_calibration
 from .capture import capture
 from .config import Config, as_adapters, check_free
@@ -146,12 +149,30 @@ def insert_new(gm: fx.GraphModule, plans: Sequence[Plan], stacklevel: int = 2) -
 def _initialize(gm: fx.GraphModule, plans: Sequence[Plan], first: int) -> None:
     """Fill the tensors of the adapters that `plans` asked for, the first of which has the index `first`."""
     sites = {site.name: site for plan in plans for site in plan.sites}
-    inserted = [placement for placement in placements(gm) if placement.adapter >= first]
+    present = placements(gm)
+    inserted = [placement for placement in present if placement.adapter >= first]
     with phase("computed the adapters' start values"):
         for placement in progress(inserted, "start values"):
             site, plan = sites[placement.site], plans[placement.adapter - first]
-            weight, bias = site_weight(gm, site), site_bias(gm, site)
+            # Those that are new too start as the identity.
+            frozen = _beneath(gm, site, placement, [each for each in present if each.adapter < first])
+            weight, bias = site.kind.matrix(frozen.weight), site.own_bias(frozen.bias)
             placement.initialize(gm, site, weight, bias, plan.statistics.get(site.name))
+
+
+@torch.no_grad()
+def _beneath(gm: fx.GraphModule, site: Site, placement: Placement, present: Iterable[Placement]) -> FrozenSite:
+    """Return the weight and the bias of `site` that `placement` reads, around the adapters that are `present`."""
+    frozen = FrozenSite(site, stored_weight(gm, site), stored_bias(gm, site))
+    slots = placement.local.slots
+    below = [each for each in present if each.site == site.name]
+    if not below or not rehearse(placement.local, site.with_bank(slots) if slots else site, gm).tensors:
+        return frozen
+    for each in below:
+        replaces = not each.local.slots and rehearse(each.local, site, gm).replaces
+        if is_beneath(each.adapter_name, replaces, placement.adapter_name):
+            frozen = frozen.with_adapter(each.local, each.namespace(gm))
+    return frozen
 
 
 def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan], stacklevel: int) -> None:

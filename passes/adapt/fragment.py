@@ -57,9 +57,13 @@ class Operands(Generic[T]):
         bias = [] if self.bias is None else [self.bias]
         return [self.x, self.weight, *bias, *self.tensors.values(), *self.routing, self.factor]
 
+    def frozen(self) -> tuple[T, ...]:
+        """Return the frozen weight and, if there is one, the frozen bias."""
+        return (self.weight, *(() if self.bias is None else (self.bias,)))
+
     def not_data(self) -> set[T]:
         """Return the frozen tensors and those of the adapter."""
-        return {self.weight, *({self.bias} if self.bias is not None else ()), *self.tensors.values()}
+        return {*self.frozen(), *self.tensors.values()}
 
     def filled_with(self, values: Iterable[S]) -> Operands[S]:
         """Return the same operands with other values, which come in the order of `in_order`."""

@@ -16,7 +16,7 @@ The adapter's tensors are registered before step 2. `rewrite` fills them after t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from ...graph.provenance import (
     DEFAULT,
     INLET,
     OUTLET,
+    PASSED,
     TENSOR,
     Provenance,
     is_inserted,
@@ -48,6 +49,7 @@ from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
 from .bank_ids import ids_input
 from .fragment import Fragment, Fragments
+from .passed_tensors import Below, beneath
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class InsertAdapter(GraphPass):
             self._register(gm, site, placement)
             slots = placement.local.slots
             for call in site.calls:
-                _, x, y = surrounding(account.around(site), moved.get(call.x, call.x), call.y)
+                here, x, y = surrounding(account.around(site), moved.get(call.x, call.x), call.y)
                 around, at_call = replace(call, x=x, y=y), site
                 if slots:
                     at_call = site.with_bank(slots, batch_dim(call.y, site.name))
@@ -103,7 +105,8 @@ class InsertAdapter(GraphPass):
                 provenance = Provenance(
                     *place, number, placement.names, by=self.name, config=config, adapter_name=self.adapter_name
                 )
-                moved[y] = _splice(gm, at_call, around, placement, fragment, provenance)
+                below = beneath(gm, site, here, placement) if fragment.reads.tensors else []
+                moved[y] = _splice(gm, at_call, around, placement, fragment, provenance, below)
                 number += 1
         return number - first_number
 
@@ -120,7 +123,13 @@ class InsertAdapter(GraphPass):
 
 
 def _splice(
-    gm: fx.GraphModule, site: Site, call: Call, placement: Placement, fragment: Fragment, provenance: Provenance
+    gm: fx.GraphModule,
+    site: Site,
+    call: Call,
+    placement: Placement,
+    fragment: Fragment,
+    provenance: Provenance,
+    below: Sequence[Below],
 ) -> fx.Node:
     """Copy `fragment` into the graph around `call`, and return the adapted output.
 
@@ -150,7 +159,7 @@ def _splice(
                 tensor = _Copier(graph, stand_ins, parameters, stack, provenance).copy(new, TENSOR)
             for reader in readers:
                 reader.replace_input_with(read, tensor)
-    copier = _Copier(graph, values, parameters, stack, provenance)
+    copier = _Copier(graph, values, parameters, stack, provenance, inputs.frozen(), below)
     frozen = span(call.x, call.y)
     # All but what makes the tensors that replace frozen ones; writes in place have no readers, and belong to it.
     done = replacing.difference(ancestors([fragment.base_input, fragment.result]))
@@ -227,6 +236,8 @@ class _Copier:
             names of these, or with the nodes of the graph that compute them from tensors of the module.
         module_stack: the modules that the copies count as part of, as fx notes them.
         provenance: the record for each copy, to which its part is added.
+        frozen: the placeholders for the frozen weight and bias.
+        below: the adapters that change these before the copies read them, the innermost first.
     """
 
     def __init__(
@@ -236,12 +247,15 @@ class _Copier:
         parameters: Mapping[fx.Node, str | fx.Node],
         module_stack: dict[str, Any] | None,
         provenance: Provenance,
+        frozen: tuple[fx.Node, ...] = (),
+        below: Sequence[Below] = (),
     ) -> None:
         self.graph = graph
         self.copies = dict(values)
         self.parameters = parameters
         self.module_stack = module_stack
         self.provenance = provenance
+        self.frozen, self.below = frozen, below
         self.inserted: set[fx.Node] = set()
 
     def copy_all(self, nodes: Iterable[fx.Node], part: str) -> None:
@@ -251,6 +265,8 @@ class _Copier:
 
     def copy(self, node: fx.Node, part: str) -> fx.Node:
         """Return the node of the graph that `node` stands for; insert it if it is not there yet."""
+        if self.below and node in self.frozen:
+            self._read_below(part)
         if node not in self.copies:
             source = self.parameters.get(node)
             if isinstance(source, fx.Node):
@@ -269,6 +285,21 @@ class _Copier:
             self.inserted.add(copied)
             self.copies[node] = copied
         return self.copies[node]
+
+    def _read_below(self, part: str) -> None:
+        """Let the copies read what the adapters below make of the frozen tensors.
+
+        These nodes are of the adapters below: without one of them, the next reads what that one read.
+        """
+        below, self.below = self.below, ()
+        read = [self.copy(node, part) for node in self.frozen]
+        for each in below:
+            tensors = {node: each.placement.tensors[name] for name, node in each.passed.tensors.items()}
+            values = dict(zip(each.passed.frozen, read, strict=True))
+            copier = _Copier(self.graph, values, tensors, self.module_stack, each.provenance)
+            read = [copier.copy(result, PASSED) for result in each.passed.results]
+            self.inserted |= copier.inserted
+        self.copies.update(zip(self.frozen, read, strict=True))
 
     def _name(self, node: fx.Node) -> str:
         """Return a name that says the site, the tensor of the adapter that `node` reads if any, and the operation.

@@ -10,18 +10,21 @@ adapter that replaces the tensors, as `Full`, does so for all adapters around it
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..capture.rehearsal import has_values
 from ..errors import AdapterError, ConfigError
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
 from .maths import cast, wide
 from .promotion import adapt
-from .variant import Variant
+from .variant import Variant, adapter_namespace
 
 
 def is_beneath(name: str, replaces: bool, outer: str) -> bool:
@@ -55,22 +58,52 @@ def require_tensors(variant: Variant, site: Site, outer: str) -> None:
     Raises:
         ConfigError: it has not.
     """
-    name = type(variant).__name__
-    why = (
-        f"{name}, which is not affine in its input"
-        if not variant.affine
-        else f"a bank of {variant.slots} adapters"
-        if variant.slots
-        else f"{name} at {site.kind.article}, of which each has a weight"
-        if site.experts
-        else ""
-    )
+    name, why = type(variant).__name__, ""
+    if variant.slots:
+        why = f"a bank of {variant.slots} adapters"
+    elif site.experts:
+        why = f"{name} at {site.kind.article}, of which each has a weight"
+    elif not variant.affine or not _is_affine(variant, _nameless(site)):
+        why = f"{name}, which is not affine in its input"
     if why:
         raise ConfigError(
             f"{outer} reads the weight or bias of {site.name!r} and is around {why}, so that there is none for it to"
             f" read. The way out: put {outer} first in the list of configs, or give the two different names,"
             ' {"first": ..., "second": ...}.'
         )
+
+
+def _nameless(site: Site) -> Site:
+    """Return the site without what its variant computes nothing from, so that equal sites share an answer."""
+    return replace(site, name="", weight="", bias=None if site.bias is None else "", tied=(), calls=())
+
+
+@functools.lru_cache(maxsize=512)
+@torch.no_grad()
+def _is_affine(variant: Variant, site: Site) -> bool:
+    """Try out on random inputs, of lengths from 1e-2 to 1e2, whether a variant with random values is affine."""
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the defaults are
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(0)
+        tensors: dict[str, Tensor] = {}
+        for name, spec in variant.tensor_specs(site).items():
+            tensor = spec.empty(torch.float64, torch.device("cpu")).detach()
+            spec.fill(tensor)
+            tensors[name] = tensor + 0.3 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+        weight = torch.randn(site.d_out, site.d_in, **exact)
+        bias = None if site.bias is None else torch.randn(site.d_out, **exact)
+        x, z = torch.logspace(-2, 2, 16, **exact)[:, None] * torch.randn(2, 16, site.d_in, **exact)
+
+    def call(x: Any, **given: Tensor) -> Tensor:
+        return F.linear(x, given.get("weight", weight), given.get("bias", bias))
+
+    def f(x: Tensor) -> Tensor:
+        y: Tensor = adapt(variant, call, FrozenLinear(call, weight, bias, site), adapter_namespace(tensors), x)
+        return y
+
+    terms = [f(x + z), f(x), f(z), f(torch.zeros_like(x))]
+    error, size = (terms[0] - terms[1] - terms[2] + terms[3]).abs(), sum(term.abs() for term in terms)
+    return not has_values(weight) or bool((error.amax(1) <= 1e-9 * size.amax(1)).all())  # type: ignore[union-attr]
 
 
 def tensors_with(

@@ -239,9 +239,7 @@ def test_an_exported_stack_can_be_taken_apart(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Squares(llfx.Variant):
-    """Adds a square, which no weight can."""
-
-    affine = False
+    """Adds a square, which no weight can, and does not say that it is not affine."""
 
     def params(self, site: Site) -> Mapping[str, llfx.ParamSpec]:
         return {"lora_g": llfx.ParamSpec((site.d_out,))}
@@ -253,13 +251,14 @@ class Squares(llfx.Variant):
 
 
 @pytest.mark.parametrize("way", [llfx.rewrite, llfx.wrap])
-@pytest.mark.parametrize("inner", ["not affine", "a bank"])
+@pytest.mark.parametrize("inner", ["not affine", "not affine in its input", "a bank"])
 def test_what_has_no_weight_is_refused_inside_one_that_reads_it(
     way: Callable[..., nn.Module], inner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(_REGISTRY, "Squares", Squares)
+    monkeypatch.setattr(Squares, "affine", inner != "not affine")
     model, graph = captured(linear, inputs=(X,))
-    first: Any = Squares(**AT) if inner == "not affine" else llfx.Bank(CONFIGS["LoRA"], slots=2)
+    first: Any = Squares(**AT) if inner.startswith("not affine") else llfx.Bank(CONFIGS["LoRA"], slots=2)
     with pytest.raises(llfx.ConfigError, match=rf"HiRA reads the weight or bias of '0'.*{inner}.*The way out"):
         way(graph, [first, READING["HiRA"]])
     way(graph, [first, CONFIGS["LoRA"]])

@@ -17,6 +17,7 @@ from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.sites.site import Site
 from lora_lite_fx.testing.compare import close, perturb
 from tests.support.captured import captured
+from tests.support.selection import broad_after
 from tests.variants.formula_parts import Array, Given, affine
 from tests.variants.numpy_formulas import FORMULAS
 from tests.variants.test_formulas import AT, LINEAR, X, agree, given, linear
@@ -31,15 +32,15 @@ READING: dict[str, llfx.Variant] = {
 }
 """The variants whose formula has `W` or `b` by itself."""
 BIAS = llfx.Full(weight=False, **AT)
-EVERYDAY = [
+PAIRS = [
     (BIAS, READING["DoRA"]),
     (BIAS, READING["BOFT"]),
     (BIAS, READING["GLoRA"]),
+    (CONFIGS["OFT"], READING["HiRA"]),
+    (CONFIGS["GLoRA"], READING["DoRA"]),
     (CONFIGS["Full"], READING["HiRA"]),
     (CONFIGS["LoRA"], READING["MiSS"]),
     (CONFIGS["IA3"], READING["DoRA"]),
-    (CONFIGS["OFT"], READING["HiRA"]),
-    (CONFIGS["GLoRA"], READING["DoRA"]),
 ]
 
 
@@ -74,7 +75,7 @@ def composed(inner: Given, outer: Given) -> Array:
     return formulas[1](replace(outer, W=weight, b=bias, constants=constants))
 
 
-@pytest.mark.parametrize(("inner", "outer"), EVERYDAY, ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize(("inner", "outer"), broad_after(5, PAIRS, several=True), ids=lambda cfg: type(cfg).__name__)
 def test_a_stack_is_its_formula_in_outputs_gradients_merged_and_in_a_file(
     inner: llfx.Variant, outer: llfx.Variant, tmp_path: Path
 ) -> None:

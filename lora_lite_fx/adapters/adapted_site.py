@@ -96,7 +96,7 @@ class FrozenSite:
         """
         site = self.site
         weight, bias = site.kind.matrix(self.weight), site.own_bias(self.bias)
-        new, added = tensors_with(variant, p, site, weight, bias)
+        new, added = tensors_with(variant, p, site, weight, bias, self.reads)
         changed = self
         if new is not weight:
             stored = site.kind.stored(_scaled(weight, new, scale), self.weight)

@@ -24,6 +24,7 @@ from ..sites.site import Site
 from .frozen_linear import FrozenLinear
 from .maths import cast, wide
 from .promotion import adapt
+from .reads import Reads
 from .variant import Variant, adapter_namespace
 
 
@@ -107,7 +108,7 @@ def _is_affine(variant: Variant, site: Site) -> bool:
 
 
 def tensors_with(
-    variant: Variant, p: Any, site: Site, weight: Tensor, bias: Tensor | None
+    variant: Variant, p: Any, site: Site, weight: Tensor, bias: Tensor | None, reads: Reads | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the weight `(d_out, d_in)` and bias `(d_out,)` of a linear with an adapter, without dropout.
 
@@ -119,6 +120,7 @@ def tensors_with(
         site: the site.
         weight, bias: those of the linear. Where it has no bias, the result has none. The result has those that the
             adapter leaves as they are.
+        reads: if given, notes what the variant reads apart from tensors.
     """
     products: list[tuple[Any, Tensor, dict[str, Tensor]]] = []
     exact = wide(weight)
@@ -134,6 +136,7 @@ def tensors_with(
         return y
 
     base = FrozenLinear(call, exact, bias, site)
+    base = base if reads is None else reads.watch(base)
     columns = adapt(variant, call, base, p, unit)
     x, product, given = products[0]
     if x is unit and columns is product:  # the adapter only replaces tensors: these are they

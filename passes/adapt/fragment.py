@@ -125,7 +125,7 @@ class Fragments:
         tensors = vars(placement.namespace(gm))
         operands = [x, weight, *([] if bias is None else [bias]), *tensors.values()]
         config = json.dumps(to_config(placement.local))
-        key = (has_shape, *map(_layout, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
+        key = (has_shape, *map(layout_of, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
         fragments = self._traced[key]
         fragment = next((earlier for earlier in fragments if earlier.reads.hold_at(site)), None)
         if fragment is None:
@@ -136,7 +136,7 @@ class Fragments:
         return fragment
 
 
-def _layout(tensor: Tensor) -> Hashable:
+def layout_of(tensor: Tensor) -> Hashable:
     """Return what a trace depends on of an operand: all but its values."""
     # As text, because comparing symbols would add guards.
     return str(tuple(tensor.shape)), str(tensor.stride()), tensor.dtype, tensor.device, type(tensor)

@@ -49,7 +49,7 @@ from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
 from .bank_ids import ids_input
 from .fragment import Fragment, Fragments
-from .passed_tensors import Below, beneath
+from .passed_tensors import Below, Traced, beneath
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class InsertAdapter(GraphPass):
         account = account_for(gm)
         present = [insertion for around in account.insertions.values() for insertion in around]
         number = first_number = 1 + max((insertion.call for insertion in present), default=-1)
-        fragments = Fragments()
+        fragments, traced = Fragments(), Traced()
         config = json.dumps(to_config(self.variant))
         moved: dict[fx.Node, fx.Node] = {}  # an adapted output may be the input of a call found before
         for site in account.sites:
@@ -105,7 +105,7 @@ class InsertAdapter(GraphPass):
                 provenance = Provenance(
                     *place, number, placement.names, by=self.name, config=config, adapter_name=self.adapter_name
                 )
-                below = beneath(gm, site, here, placement) if fragment.reads.tensors else []
+                below = beneath(gm, site, here, placement, traced) if fragment.reads.tensors else []
                 moved[y] = _splice(gm, at_call, around, placement, fragment, provenance, below)
                 number += 1
         return number - first_number

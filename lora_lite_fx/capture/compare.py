@@ -14,11 +14,13 @@ from torch import Tensor, fx, nn
 
 from ..compat.torch import pytree
 from ..errors import COMPILE_INSTEAD, CaptureError
+from ..graph.modes import modes_of, parts_with_flags
 from ..log import phase
 from .decisions import is_other_decision
 from .differences import TOLERANCES, Difference, distance, largest
 from .outputs import (
     Call,
+    Mode,
     Outputs,
     has_data,
     outputs_of_graph,
@@ -36,20 +38,19 @@ def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], h
     """Raise `CaptureError` if the flat graph `gm` and `model` differ in either mode; log what was compared.
 
     Args:
-        gm, model: neither is changed.
-        calls: the first is compared in both modes, the others in evaluation.
+        gm, model: neither is changed. Where parts of the model are in other modes, the two are compared in these too.
+        calls: the first is compared in all modes, the others in evaluation.
         hint: a sentence on how to avoid a difference, after a space.
     """
     name = type(model).__name__
     if not has_data(model, calls[0]):
         return
     with phase(f"compared the graph of {name} with the model") as details:
-        for call, training in [*((call, False) for call in calls), (calls[0], True)]:
-            mode = _mode(training)
+        _, *others = _modes(model)
+        for call, where in [*((call, False) for call in calls), *((calls[0], where) for where in others)]:
+            mode = _name_of(where)
             try:
-                rows = _compare(gm, model, call, training, by_module=False)
-                if not all(row.ok for row in rows):
-                    rows = _compare(gm, model, call, training, by_module=True)
+                rows = _all_rows(gm, model, call, where)
             except CaptureError:
                 raise
             except _ModelRaises as reason:
@@ -70,11 +71,31 @@ def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], h
             details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
 
 
-def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[Difference], list[str]]:
-    """Return the differences between a graph, as a call runs it, and its model, by module and in both modes.
+def follows_each_part(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
+    """Check that the graph reads the modes of the same parts as the model, on the inputs of a call.
+
+    The two are compared where the parts whose modes the graph reads are in training mode, and no others. An operation
+    may follow the mode of another module than the one that runs it: a model may hand its mode down as an argument.
 
     Args:
-        gm, model: neither is changed.
+        gm, model: neither is changed; they are equal where all parts are in one mode.
+        call: the inputs, as both take them.
+    """
+    parts = parts_with_flags(gm.graph)
+    modes = {name: name in parts for name in modes_of(model)}
+    if len(set(modes.values())) < 2 or not has_data(model, call):
+        return True
+    try:
+        return all(row.ok for row in _all_rows(gm, model, call, modes))
+    except Exception:  # then nothing has shown it
+        return False
+
+
+def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[Difference], list[str]]:
+    """Return the differences between a graph, as a call runs it, and its model, by module and in all modes.
+
+    Args:
+        gm, model: neither is changed. Where parts of the model are in other modes, the two are compared in these too.
         call: the inputs, as both take them.
 
     Returns:
@@ -85,11 +106,11 @@ def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[
     """
     rows: list[Difference] = []
     notes: list[str] = []
-    for training in (False, True):
+    for mode in _modes(model):
         try:
-            rows += _compare(gm, model, call, training, by_module=True, as_called=True)
+            rows += _compare(gm, model, call, mode, by_module=True, as_called=True)
         except _ModelRaises as reason:
-            notes.append(f"not compared in {_mode(training)}, where the model raises {reason}")
+            notes.append(f"not compared in {_name_of(mode)}, where the model raises {reason}")
     if not rows:
         raise CaptureError(
             f"The model raises {notes[0].partition('raises ')[2]}. The way out: pass inputs that it takes."
@@ -97,14 +118,20 @@ def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[
     return rows, notes
 
 
+def _all_rows(gm: fx.GraphModule, model: nn.Module, call: Call, mode: Mode) -> list[Difference]:
+    """Return the differences of the results; if one is not explained by rounding, those of all modules too."""
+    rows = _compare(gm, model, call, mode, by_module=False)
+    return rows if all(row.ok for row in rows) else _compare(gm, model, call, mode, by_module=True)
+
+
 def _compare(
-    gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool, as_called: bool = False
+    gm: fx.GraphModule, model: nn.Module, call: Call, mode: Mode, by_module: bool, as_called: bool = False
 ) -> list[Difference]:
     writes = [name for name in written_tensors(gm) if name in dict(model.named_parameters())]
     try:
         # Compare without the modules first, and in any order of draws only if that finds a difference.
-        expected = outputs_of_model(model, call, training, writes, by_module, in_any_order=by_module)
-        nudged = [outputs_of_model(model, call, training, writes, True, sign) for sign in (1, -1) if by_module]
+        expected = outputs_of_model(model, call, mode, writes, by_module, in_any_order=by_module)
+        nudged = [outputs_of_model(model, call, mode, writes, True, sign) for sign in (1, -1) if by_module]
     except Exception as error:
         raise _ModelRaises(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
     if expected.remembered is not None:
@@ -113,13 +140,13 @@ def _compare(
             " it returns, which a graph does not. The way out: call it without a cache (use_cache=False), or"
             f" {COMPILE_INSTEAD}."
         )
-    actual = outputs_of_graph(gm, model, call, training, by_module, in_any_order=by_module)
+    actual = outputs_of_graph(gm, model, call, mode, by_module, in_any_order=by_module)
     if as_called:
-        called = outputs_of_program(gm, call, training)
+        called = outputs_of_program(gm, call, mode)
         # A call leaves logits out if its loss is fused; those of the flat graph stand for them.
         made = {name: value for name, value in called.results.items() if value is not None}
         actual = Outputs({**actual.results, **made}, called.buffers, actual.modules)
-    return list(_rows(expected, actual, nudged, model, _mode(training), tolerance_for(model, call)))
+    return list(_rows(expected, actual, nudged, model, _name_of(mode), tolerance_for(model, call)))
 
 
 def tolerance_for(model: nn.Module, call: Call) -> float:
@@ -182,8 +209,16 @@ class _ModelRaises(Exception):
     """The model raises for the inputs; the message says what."""
 
 
-def _mode(training: bool) -> str:
-    return "training" if training else "evaluation"
+def _modes(model: nn.Module) -> list[Mode]:
+    """Return the modes to compare in: evaluation, training, and those that the parts have if they differ."""
+    modes = modes_of(model)
+    return [False, True, *([modes] if len(set(modes.values())) > 1 else [])]
+
+
+def _name_of(mode: Mode) -> str:
+    if not isinstance(mode, bool):
+        return "the modes of its parts"
+    return "training" if mode else "evaluation"
 
 
 def _differs(name: str, model: nn.Module, result: Difference, first: Difference, hint: str) -> CaptureError:

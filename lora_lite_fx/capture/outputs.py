@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import FakeTensor, TorchDispatchMode, is_wrapped, pytree
+from ..graph.modes import set_modes
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_attributes
 from .share import share
@@ -23,6 +24,9 @@ from .signature import values_of_call
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """The positional and the keyword arguments of a call."""
+
+Mode = bool | Mapping[str, bool]
+"""Whether a model is in training mode; or for each of its modules, by qualified name, whether that is."""
 
 
 @dataclass
@@ -55,7 +59,7 @@ def has_data(model: nn.Module, call: Call) -> bool:
 def outputs_of_model(
     model: nn.Module,
     call: Call,
-    training: bool,
+    mode: Mode,
     writes: Sequence[str],
     by_module: bool,
     nudge: int = 0,
@@ -67,7 +71,7 @@ def outputs_of_model(
     Args:
         model: shares its tensors with the copy, except for buffers and other tensors that a run may write to.
         call: its arguments, which are copied.
-        training: the mode to run in.
+        mode: to run in.
         writes: qualified names of the parameters that a run writes to.
         by_module: whether to keep what modules return.
         nudge: 1 or -1 to change the last bit of what each module returns, some up and some down, which shows what
@@ -82,7 +86,8 @@ def outputs_of_model(
         for name, value in vars(module).items()
         if isinstance(value, Tensor) and value.is_leaf
     ]
-    twin = share(model, [*(name for name, _ in model.named_buffers()), *loose, *writes]).train(training)
+    twin = share(model, [*(name for name, _ in model.named_buffers()), *loose, *writes])
+    put(twin, mode)
     modules: dict[str, list[Tensor]] = {}
     calls: dict[str, int] = {}
 
@@ -116,6 +121,11 @@ def outputs_of_model(
     return outputs
 
 
+def put(model: nn.Module, mode: Mode) -> None:
+    """Put a model in a mode, in place."""
+    model.train(mode) if isinstance(mode, bool) else set_modes(model, mode)
+
+
 def _loose_values(model: nn.Module) -> dict[str, Any]:
     """Return the tensors and numbers that modules hold as plain attributes, by qualified name."""
     return {
@@ -133,30 +143,30 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def outputs_of_graph(
-    gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool, in_any_order: bool = True
+    gm: fx.GraphModule, model: nn.Module, call: Call, mode: Mode, by_module: bool, in_any_order: bool = True
 ) -> Outputs:
     """Run the flat graph `gm` of `model`; the other arguments are those of `outputs_of_model`."""
     args, kwargs = copied(call)
     values = values_of_call(gm.graph, inspect.signature(model.forward), args, kwargs)
     interpreter = _Interpreter(gm, by_module)
-    return _outputs_of(gm, training, lambda: interpreter.run(*values), interpreter.modules, in_any_order)
+    return _outputs_of(gm, mode, lambda: interpreter.run(*values), interpreter.modules, in_any_order)
 
 
-def outputs_of_program(gm: fx.GraphModule, call: Call, training: bool) -> Outputs:
+def outputs_of_program(gm: fx.GraphModule, call: Call, mode: Mode) -> Outputs:
     """Run what a call of `gm` runs, which may be an optimized form of the graph; modules are not to be seen there."""
     args, kwargs = copied(call)
-    return _outputs_of(gm, training, lambda: gm(*args, **kwargs), {})
+    return _outputs_of(gm, mode, lambda: gm(*args, **kwargs), {})
 
 
 def _outputs_of(
     gm: fx.GraphModule,
-    training: bool,
+    mode: Mode,
     run: Callable[[], Any],
     modules: dict[str, list[Tensor]],
     in_any_order: bool = True,
 ) -> Outputs:
     with as_before(gm), comparable(gm, in_any_order=in_any_order):
-        gm.train(training)
+        put(gm, mode)
         return Outputs(results_of(run()), buffers_of(gm), modules)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -26,6 +26,7 @@ class Execution:
         compiler: compiles what the layers run; None if they run as they are.
         signature: how the graph is called; None for a graph that takes its inputs and nothing else.
         finish: changes a program, `finish(module, graph)`, after all passes; None if nothing does.
+        held: the modules that `train(True)` and `train(False)` leave in the other mode, as those of the model do.
         source: a weak reference to the model that it was captured from; calling it returns the model, or None.
     """
 
@@ -36,6 +37,7 @@ class Execution:
     compiler: LayerCompiler | None = None
     signature: CallSignature | None = None
     finish: Callable[[nn.Module, fx.Graph], None] | None = None
+    held: Mapping[bool, Sequence[str]] = field(default_factory=dict)
     source: Callable[[], nn.Module | None] = lambda: None
 
     @property

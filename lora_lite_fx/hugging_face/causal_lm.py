@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..capture.forward_signature import forward_signature
 from ..execution.layer import plain_class
+from ..graph.modes import in_mode
 
 # Every dynamic dimension of an example has a size of its own, and none is one: torch.export specializes ones.
 BATCH, LENGTH, PAST = 3, 7, 5
@@ -195,9 +196,7 @@ def probe(model: Any) -> Decoder | None:
         cache = DynamicCache(config=text)
         return _tried(model, **{"input_ids": ids, "attention_mask": mask, CACHE: cache, "use_cache": True, **more})
 
-    training = model.training
-    model.eval()
-    try:
+    with in_mode(model, False):
         plain = run()
         if not isinstance(getattr(plain, CACHE, None), DynamicCache):
             return None  # BertLMHeadModel that is not a decoder
@@ -224,8 +223,6 @@ def probe(model: Any) -> Decoder | None:
             placed is not None and _same(placed.logits, plain.logits),
             "labels" in signature and _has_plain_loss(model, run, ids),
         )
-    finally:
-        model.train(training)
 
 
 def _tried(model: Any, **arguments: Any) -> Any:

@@ -26,6 +26,7 @@ from ..execution.compiling import LayerCompiler
 from ..execution.memory import Memory, MemoryPlan, check_memory
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, draft_of
+from ..graph.modes import add_flagged_modules
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import delete_tensor, register_tensor, tensor_of
 from ..graph.turns import calling, tracing
@@ -414,6 +415,7 @@ class GraphCache:
                 register_tensor(gm, name, nn.Parameter(of_model.detach(), requires_grad=False))  # parametrized since
             elif of_model is not None:
                 register_tensor(gm, name, of_model)
+        add_flagged_modules(self.model, gm.graph)  # of adapters at what the model has no module for
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import adapter_tensors
 from ..capture.capture import Capture, Inputs, capture_model, without_what_cannot_be
-from ..capture.compare import require_equal
+from ..capture.compare import follows_each_part, require_equal
 from ..capture.hooks import check_hooks
 from ..capture.signature import call_like_the_model
 from ..capture.source import Source
@@ -20,6 +20,7 @@ from ..errors import CaptureError
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, execution_of
 from ..execution.pieces import require_layers
+from ..graph.modes import let_modes_be_one, set_modes
 from ..graph.tensors import keep_registration, outside_inference_mode
 from ..graph.writes import own_written_buffers
 from ..passes import (
@@ -65,9 +66,9 @@ def capture(
             It is left out without example inputs, and for models without data (on the meta device).
 
     Returns:
-        A graph module over the model's own weights, in the model's mode; no parameter requires grad but those of
-        adapters. It is called like the model: optional arguments stay optional. Buffers that the graph writes to are
-        copies, so that training it leaves the model alone.
+        A graph module over the model's own weights, each part in the mode of the model's; no parameter requires grad
+        but those of adapters. It is called like the model: optional arguments stay optional. Buffers that the graph
+        writes to are copies, so that training it leaves the model alone.
 
     Raises:
         CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or the
@@ -153,15 +154,19 @@ def _graph_of(
     if fuse_loss is not None:
         execution = replace(execution, fuse_loss=fuse_loss)
     if not isinstance(model, fx.GraphModule):
-        execution = replace(execution, source=Source.of(model))
+        execution = replace(execution, source=Source.of(model), held=captured.held)
     if captured.signature is not None:
         execution = replace(execution, signature=captured.signature)
         call_like_the_model(captured.gm.graph, captured.signature)
     gm = AdaptedGraphModule(captured.gm, captured.gm.graph, execution)
     keep_registration(captured.gm, gm)
     own_written_buffers(gm)
+    set_modes(gm, captured.modes)
     if isinstance(model, AdaptedGraphModule):
         gm.switches = model.switches
     if verify and captured.source is not None and captured.calls:
         require_equal(gm, captured.source, captured.calls, captured.hint)
-    return gm.train(captured.training)
+        if not follows_each_part(gm, captured.source, captured.calls[0]):
+            let_modes_be_one(gm, captured.modes)
+            set_modes(gm, captured.modes)
+    return gm

@@ -163,7 +163,7 @@ class AdaptedLinear(nn.Module):
         self.batch = 0  # the dimension of the input that counts the rows of the batch; for banks
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
-        self.train(base.training)
+        self.training = base.training
         # Without a hook, nn.TransformerEncoderLayer may take its fast path, which reads the weights of its linears.
         self.register_forward_hook(_keep)
 

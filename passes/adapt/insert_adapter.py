@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ...adapters.accounting import account_for
 from ...adapters.placement import Placement, site_weight
@@ -28,6 +28,7 @@ from ...adapters.promotion import not_innermost
 from ...adapters.registry import to_config
 from ...adapters.variant import Variant
 from ...errors import ConfigError
+from ...graph.modes import flag_name, is_flag
 from ...graph.provenance import (
     DEFAULT,
     INLET,
@@ -40,7 +41,7 @@ from ...graph.provenance import (
     surrounding,
 )
 from ...graph.queries import operation_name, reads_tensor
-from ...graph.tensors import register_tensor, tensor_of
+from ...graph.tensors import module_at, register_tensor, tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import written_roots
 from ...sites.rows import batch_dim
@@ -108,14 +109,11 @@ class InsertAdapter(GraphPass):
         return number - first_number
 
     def _register(self, gm: fx.GraphModule, site: Site, placement: Placement) -> None:
+        module_at(gm, site.name)  # which the graph needs for no tensor of the base perhaps, and for the mode
         if self.tensors:
             for name in placement.tensors.values():
                 register_tensor(gm, name, self.tensors[name])
             return
-        try:
-            gm.get_submodule(site.name)
-        except AttributeError:  # the graph needs no other tensor of it
-            gm.add_submodule(site.name, nn.Module())
         placement.register(gm, site, site_weight(gm, site))
 
 
@@ -253,12 +251,14 @@ class _Copier:
         """Return the node of the graph that `node` stands for; insert it if it is not there yet."""
         if node not in self.copies:
             source = self.parameters.get(node)
+            if is_flag(node):  # the site's module has a mode of its own
+                source = flag_name(self.provenance.site)
             if isinstance(source, fx.Node):
                 # A copy of the computation is parameter work, as what reads it; and it may stand before the original.
                 copied = self.graph.node_copy(source, lambda operand: self.copy(operand, part))
             elif source is not None:
                 copied = self.graph.create_node("get_attr", source, name=source.replace(".", "_"))
-                copied.meta["val"] = node.meta["val"]
+                copied.meta |= {"val": node.meta["val"]} if "val" in node.meta else {}
             else:
                 operands = fx.node.map_arg((node.args, node.kwargs), lambda operand: self.copy(operand, part))
                 copied = self.graph.create_node(node.op, node.target, *operands, name=self._name(node))

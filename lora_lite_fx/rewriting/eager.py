@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
@@ -163,6 +164,9 @@ class AdaptedLinear(nn.Module):
         self.batch = 0  # the dimension of the input that counts the rows of the batch; for banks
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
+        # A quantized linear casts its input to the type in which it multiplies, and the site is between the casts.
+        casts = isinstance(base, DequantizedLinear) and "val" in site.calls[0].x.meta
+        self.inner_dtype: torch.dtype | None = base.compute_dtype if casts else None
         self.train(base.training)
         # Without a hook, nn.TransformerEncoderLayer may take its fast path, which reads the weights of its linears.
         self.register_forward_hook(_keep)
@@ -210,7 +214,9 @@ class AdaptedLinear(nn.Module):
         for placement in self.placements:
             if switches.acts(placement.adapter_name):
                 call = self._adapted(call, frozen, placement, switches)
-        return call(x)
+        if self.inner_dtype in (None, x.dtype):
+            return call(x)
+        return call(x.to(self.inner_dtype)).to(x.dtype)
 
     def _adapted(
         self, call: Callable[..., Tensor], frozen: FrozenSite, placement: Placement, switches: Switches
@@ -298,9 +304,11 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
         ConfigError: the site is not a module that can be wrapped.
     """
     is_norm = site.kind.name == "norm"  # only its tensors are replaced, whatever else the module computes
-    module = model.get_submodule(site.name) if is_called(model, site) and (is_norm or _is_all(site)) else None
+    module = model.get_submodule(site.name) if is_called(model, site) else None
     if isinstance(module, AdaptedLinear):
         return module
+    if not (is_norm or isinstance(module, DequantizedLinear) or _is_all(site)):
+        module = None
     weight = getattr(module, "weight", None)
     simple = module is not None and (
         site.kind.name == "linear"

@@ -21,10 +21,10 @@ from .saved_values import apart, together
 class DroppedProduct:
     """`x, a, training, *sources -> t`: `t = dropout(x) a^T`.
 
-    For the backward pass it saves `a` and a bit of the mask for each element; and for the gradient of `a` the sources of
-    `x` if there are any, or `x`. The mask is drawn as the plain operations draw it, so that the numbers are theirs for every seed. To draw it
-    again from the state of the generator would save the bits, and takes ten times as long on a CPU. It computes the
-    plain operations under `torch.compile`, which chooses what to save itself, and in transforms.
+    For the backward pass it saves `a` and a bit of the mask for each element; and for the gradient of `a` the sources
+    of `x` if there are any, or `x`. The mask is drawn as the plain operations draw it, so that the numbers are theirs
+    for every seed. To draw it again from the state of the generator would save the bits, and takes ten times as long on
+    a CPU. It computes the plain operations under `torch.compile`, which chooses what to save itself, and in transforms.
 
     Args:
         probability: of dropping an element.

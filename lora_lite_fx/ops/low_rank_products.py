@@ -271,8 +271,6 @@ class _Function(torch.autograd.Function):
         with torch.autocast(**ctx.autocast):
             if products.recipe and a_needed:
                 (x,) = products.recipe(None, *sources)
-            if t is not None and a_needed and torch.is_grad_enabled():  # for gradients of gradients, which go through t
-                t = _product(x, a)
             in_place = torch.compiler.is_compiling() or not is_wrapped(*given)
             shape = (*given[0].shape[:-1], a.shape[-1])
             if of_t is None:

@@ -21,9 +21,9 @@ class RotatedBlocks:
 
     A batched product wants the blocks first and the rows second, and values are the other way round. This multiplies
     where they are, and adds to a copy of `x`. For the backward pass it saves the blocks, and for their gradient the
-    sources of `x` if there are any, else `x`. It computes the plain operations under `torch.compile`, which chooses what to save itself,
-    under autocast, in transforms, for tensors of several types, and in half precision on a CPU, where a product that
-    adds would round more than once.
+    sources of `x` if there are any, else `x`. It computes the plain operations under `torch.compile`, which chooses
+    what to save itself, under autocast, in transforms, for tensors of several types, and in half precision on a CPU,
+    where a product that adds would round more than once.
 
     Args:
         recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with. None where `x` is saved.

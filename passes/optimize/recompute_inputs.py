@@ -109,7 +109,7 @@ class RecomputeInputs(GraphPass):
         declined = []
         for node in reversed([node for node in gm.graph.nodes if node not in once]):
             if (dropout := _dropout_before(node)) is not None and not overwritten and node in needing:
-                _gather_dropout(gm, node, dropout, saved | once if node.args[1] in needing else None)
+                _gather_dropout(gm, node, dropout, saved | once)
                 edits += 1
                 continue
             alone = is_product(node)
@@ -148,17 +148,12 @@ def _dropout_before(node: fx.Node) -> fx.Node | None:
     return x if x.users.keys() == {node} else None
 
 
-def _gather_dropout(gm: fx.GraphModule, product: fx.Node, dropout: fx.Node, saved: set[fx.Node] | None) -> None:
-    """Let a product and the dropout before it be one operation.
-
-    Args:
-        gm, product, dropout: the graph and its nodes.
-        saved: what is saved anyway; None if the matrix is frozen, because its gradient alone reads the input.
-    """
+def _gather_dropout(gm: fx.GraphModule, product: fx.Node, dropout: fx.Node, saved: set[fx.Node]) -> None:
+    """Let a product and the dropout before it be one operation."""
     x: Any = dropout.args[0]
     probability, training = dropout.args[1:]
-    sources = [] if saved is None else _sources(gm, x, saved)
-    recipe = None if saved is None or isinstance(sources, str) else function_between(sources, [x])
+    sources = _sources(gm, x, saved)
+    recipe = None if isinstance(sources, str) else function_between(sources, [x])
     assert isinstance(probability, float)
     with gm.graph.inserting_before(product):
         args = (x, product.args[1], training, *(() if isinstance(sources, str) else sources))

@@ -100,8 +100,32 @@ def test_gathered_products_save_the_input_for_a_and_the_narrow_product_for_b(a_t
     assert saved == 8 * (7 * 5 * a_trained + 7 * 2 * b_trained)
     assert torch.autograd.gradcheck(call, (x, a, b))
     assert torch.autograd.gradgradcheck(call, (x, a, b))
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        assert torch.autograd.gradgradcheck(call, (x, a, b))
     (of_x,) = torch.autograd.grad(call(x, a, b)[1].sum(), x)  # without a gradient of the narrow product
     close(of_x, torch.ones(7, 6, dtype=torch.float64) @ (weight + 1.5 * b @ a).detach(), 1e-12, "x")
+
+
+class Dropped(torch.autograd.Function):
+    """An operation that has no gradient to give back."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, of_y: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_results_without_a_gradient_give_none(several: bool) -> None:
+    x, a = tensor(7, 5), tensor(2, 5)
+    branches = [Branch(tensor(6, 5, trained=False), None, tensor(6, 2), None)] if several else []
+    products = LowRankProducts((2,), (1.5,)) if several else LowRankProducts()
+    result: Any = Dropped.apply(products(x, a, *flatten(branches))[-1])  # type: ignore[no-untyped-call]
+    gradients: tuple[Any, ...] = torch.autograd.grad(result.sum(), [x, a], allow_unused=True)
+    assert gradients == (None, None)
 
 
 def test_sources_of_the_input_are_not_saved_for_a_frozen_a() -> None:

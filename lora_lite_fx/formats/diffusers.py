@@ -2,9 +2,8 @@
 
 A file has the LoRA of a pipeline's components. The keys of each are those of PEFT behind the name of the component:
 `unet.mid_block.attentions.0.proj_in.lora_A.weight`. A file of `model.save_lora_adapter` has one component, and no name
-of it. Older files say `lora.down` for `lora_A` and `lora.up` for
-`lora_B`. The config of each component is JSON in the file's metadata, its fields behind the same name. Files without it
-have the scale 1 where they have no `alpha`.
+of it. Older files say `lora.down` for `lora_A` and `lora.up` for `lora_B`. The config of each component is JSON in the
+file's metadata, its fields behind the same name. Files without it have the scale 1 where they have no `alpha`.
 """
 
 from __future__ import annotations

@@ -165,8 +165,9 @@ class AdaptedLinear(nn.Module):
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
         # A quantized linear casts its input to the type in which it multiplies, and the site is between the casts.
-        casts = isinstance(base, DequantizedLinear) and "val" in site.calls[0].x.meta
-        self.inner_dtype: torch.dtype | None = base.compute_dtype if casts else None
+        self.inner_dtype: torch.dtype | None = None
+        if isinstance(base, DequantizedLinear) and "val" in site.calls[0].x.meta:
+            self.inner_dtype = base.compute_dtype
         self.train(base.training)
         # Without a hook, nn.TransformerEncoderLayer may take its fast path, which reads the weights of its linears.
         self.register_forward_hook(_keep)

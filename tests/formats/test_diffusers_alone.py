@@ -64,6 +64,26 @@ def test_one_part_alone_is_not_taken_for_a_component(tmp_path: Path) -> None:
     torch.testing.assert_close(llfx.load_diffusers(UNetOfTwo(), tmp_path)(X), expected)
 
 
+class UNetInside(nn.Module):
+    """A model of which a part has the name that a pipeline has for the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.unet = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.unet(x)
+        return y
+
+
+def test_the_name_of_a_component_is_one_although_a_part_of_the_model_has_it_too(tmp_path: Path) -> None:
+    gm = llfx.rewrite(UNetInside(), llfx.LoRA(r=2, target_names=".")).eval()
+    randomise(gm, 1)
+    llfx.save_diffusers(gm, tmp_path)
+    torch.testing.assert_close(llfx.load_diffusers(UNetInside(), tmp_path)(X), gm(X))
+
+
 def test_a_file_of_other_parts_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, True, llfx.LoRA(r=2, target_names="."))
     state = load_file(tmp_path / FILE)

@@ -59,10 +59,11 @@ def test_a_weight_that_bitsandbytes_unpacked_itself_is_read_too() -> None:
 @pytest.mark.parametrize("front_door", [llfx.rewrite, llfx.wrap])
 @pytest.mark.parametrize("examples", [True, False])
 def test_a_packed_model_can_be_adapted(front_door: Any, examples: bool) -> None:
-    model = nn.Sequential(packed(linear()))
+    module = packed(linear())
+    model = nn.Sequential(module)
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
     adapted = front_door(model, CFG, (x,) if examples else None)
-    close(adapted(x), x @ read(linear()).T + model[0].bias, 5e-3, "the output")
+    close(adapted(x), x @ read(linear()).T + module.bias, 5e-3, "the output")
 
 
 @pytest.mark.parametrize("compute", broad_after(1, [torch.bfloat16, torch.float16, torch.float64]))

@@ -37,7 +37,10 @@ def new_head(model: Any) -> tuple[str, ...]:
     Args:
         model: a model of transformers.
     """
-    if model.get_output_embeddings() is not None:
+    try:
+        if model.get_output_embeddings() is not None:
+            return ()
+    except (AttributeError, NotImplementedError):  # of a class that does not say
         return ()
     of_base = set(model.base_model.modules())
     saved = type(model).__name__ in (model.config.architectures or ())
@@ -53,7 +56,8 @@ def _multiplies(module: nn.Module) -> bool:
 def _is_drawn(module: nn.Module, saved: bool) -> bool:
     """Check whether the weight of a module was drawn, given whether its model was saved in the class that it has."""
     bias = getattr(module, "bias", None)
-    if not isinstance(bias, Tensor) or bias.is_meta or is_dtensor(bias):
+    no_call: Any = ()
+    if not isinstance(bias, Tensor) or is_dtensor(bias) or not has_data(module, no_call):
         return not saved
     return not bool(bias.any())
 

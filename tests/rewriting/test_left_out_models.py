@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.source import Source
@@ -157,6 +158,11 @@ def test_a_head_counts_as_drawn_by_its_bias_or_by_the_class_that_the_checkpoint_
     assert drawn(model) == ("classifier.dense",)
     with torch.device("meta"):
         assert drawn(encoder()) == ("classifier.dense", "classifier.out_proj")
+    with FakeTensorMode():
+        assert drawn(encoder()) == ("classifier.dense", "classifier.out_proj")
+    silent = encoder()
+    silent.get_output_embeddings = lambda: silent.missing
+    assert drawn(silent) == ()
     hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).save_pretrained(tmp_path / "base")
     fresh = hf.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     assert drawn(fresh) == ("score",)

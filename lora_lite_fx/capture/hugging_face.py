@@ -56,8 +56,7 @@ def _multiplies(module: nn.Module) -> bool:
 def _is_drawn(module: nn.Module, saved: bool) -> bool:
     """Check whether the weight of a module was drawn, given whether its model was saved in the class that it has."""
     bias = getattr(module, "bias", None)
-    no_call: Any = ()
-    if not isinstance(bias, Tensor) or is_dtensor(bias) or not has_data(module, no_call):
+    if not isinstance(bias, Tensor) or is_dtensor(bias) or not has_data(module, ((), {})):
         return not saved
     return not bool(bias.any())
 

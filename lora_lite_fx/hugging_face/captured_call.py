@@ -21,7 +21,7 @@ from ..capture.signature import names_of_results
 from ..execution.module import AdaptedGraphModule
 from ..rewriting.capture import capture
 from .call_structure import CACHES, Leaves, Structure, Tree, assemble, cached_layers, differences, disassemble, restore
-from .causal_lm import Decoder, NormalizedCall, caches, join_mask, loss_of, normalize_call
+from .causal_lm import NormalizedCall, caches, join_mask, with_loss
 from .config_reads import ConfigValues
 from .example_calls import examples
 from .sliding_window import cut_windows, uncut_windows
@@ -44,16 +44,8 @@ class CapturedCall:
     leaves: Leaves
 
     @classmethod
-    def of(
-        cls, part: Any, decoder: Decoder | None, arguments: dict[str, Any], fuses_loss: bool = False
-    ) -> CapturedCall:
-        """Return a call of `part`, a model or one of its modules, with these arguments.
-
-        Args:
-            decoder: what a run of `part` has shown, if it is a causal language model.
-            fuses_loss: whether the graph is to compute the loss, as one operation with the head.
-        """
-        normalized = normalize_call(part, decoder, arguments, fuses_loss)
+    def of(cls, part: Any, normalized: NormalizedCall) -> CapturedCall:
+        """Return a call of `part`, a model or one of its modules, that is in normal form."""
         leaves: Leaves = {}
         names = sorted(normalized.arguments)
         parts = tuple(disassemble(normalized.arguments[name], name, leaves) for name in names)
@@ -128,9 +120,7 @@ class CapturedGraph:
             else:
                 given[name] = assemble(structure, leaves) if call.normalized.keeps_cache else None
         cut_windows(given)
-        result = assemble(self.result, leaves, given)
-        if call.normalized.loss is not None:
-            result = type(result)(**{**result, "loss": loss_of(part, result.logits, call.normalized.loss)})
+        result = with_loss(part, call.normalized, assemble(self.result, leaves, given))
         return result if return_dict or not hasattr(result, "to_tuple") else result.to_tuple()
 
 

@@ -38,13 +38,16 @@ from ..rewriting.rewrite import insert_new, insert_placed
 from ..sites.finding import find_sites
 from .call_structure import Leaves
 from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, captured_with
-from .causal_lm import Decoder, arguments_of, probe
+from .causal_lm import Form, arguments_of, normalize_call
 from .config_reads import ConfigValues, recorded_reads
+from .decoder import Decoder, probe
 from .diffusers import prepare_arguments
+from .forms import Kind, KnownForms, find_form, kind_of
 from .kept_graphs import KeptGraphs
 from .model_state import ModelState
 from .own_forward import check_is_whole
 from .plain_copy import plain_copy
+from .positions import computed_positions, forget_positions, remember_positions, remembered_positions
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
 """A function that inserts adapters into a base graph, with calibration data in the form that the graph takes."""
@@ -102,6 +105,7 @@ class GraphCache:
     def drop(self) -> None:
         """Forget all graphs, because devices, dtypes, and what `ModelState` sees are part of them."""
         self._kept = KeptGraphs(type(self.model).__name__, self.limit)
+        self._forms = KnownForms()
         self._state: ModelState | None = None  # of the time of the first of them
         self.__dict__.pop("decoder", None)
         self.__dict__.pop("_first_call", None)
@@ -143,7 +147,40 @@ class GraphCache:
             arguments = prepare_arguments(part, arguments)
         # The first graph is for training if the loss is to be fused, in whichever mode the model is adapted.
         fuses_loss = self.fuse_loss and (self.model.training or is_first)
-        return CapturedCall.of(part, self.decoder if part is self.model else None, arguments, fuses_loss)
+        before = remembered_positions(part)
+        positions = computed_positions(part, arguments)
+        decoder = self.decoder if part is self.model else None
+        form = None
+        if decoder is not None or positions is not None:
+            kind = kind_of(getattr(part, "_path", ""), arguments, positions is None, fuses_loss)
+            known = self._forms.find(kind, part.training)
+            form = (
+                self._tried_now(part, kind, arguments, positions, before, fuses_loss) if known is None else known.form
+            )
+        if positions is not None:
+            arguments = {**arguments, "position_ids": positions}
+        return CapturedCall.of(part, normalize_call(part, decoder, arguments, form, fuses_loss))
+
+    @not_compiled
+    def _tried_now(
+        self,
+        part: Any,
+        kind: Kind,
+        arguments: dict[str, Any],
+        positions: Tensor | None,
+        before: Mapping[str, Any],
+        fuses_loss: bool,
+    ) -> Form | None:
+        """Return the form for calls of this kind, found out by runs of the model as it was before the call."""
+        with tracing():
+            model, path = self._shadow().train(part.training), getattr(part, "_path", "")
+            remember_positions(model.get_submodule(path), before)
+            decoder = self.decoder if part is self.model else None
+            known = find_form(model, path, decoder, arguments, positions, fuses_loss)
+            if known is None:  # the model raises, which the capture will say
+                return None
+            self._forms.add(kind, *known)
+            return known[1]
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:
         """Return the graph for this call; capture it if there is none."""
@@ -314,6 +351,7 @@ class GraphCache:
         """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls."""
         copied = self.plain()
         take_hooks_off(copied)
+        forget_positions(copied)
         return copied
 
     def _capture_for(self, call: CapturedCall) -> CapturedGraph:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.export import Dim
 
 from ..capture.decisions import decisions_on_inputs
-from ..capture.example_inputs import decide_problem_type
 from ..capture.export import images_in, take_for_one, take_guards
 from ..capture.hugging_face import batch_only_arguments
 from ..capture.layouts import layouts_in
@@ -108,6 +107,7 @@ class CapturedGraph:
         Args:
             return_dict: whether a `ModelOutput` stays one, and is not made a tuple.
         """
+        self.config.decide()
         self.gm.training = part.training
         leaves = self.gm(**call.leaves)
         given: dict[str, Any] = {}
@@ -155,8 +155,6 @@ def capture_call(
         CaptureError: the call cannot be captured.
     """
     outcomes: Outcomes = {}
-    if "labels" in call.leaves:
-        decide_problem_type(shadow.config, call.leaves["labels"])
     shadow.__class__ = _flat(type(shadow), call, outcomes, _as_long(call.structure, example))
     layouts = layouts_in(example)
     dynamic = {name: _dynamic(name, leaf, name in fixed) for name, leaf in example.items() if name not in layouts}

@@ -17,12 +17,13 @@ from ..adapters.switches import Switches
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs, without_what_cannot_be
 from ..capture.decisions import is_other_decision
-from ..capture.example_inputs import example_inputs_of
+from ..capture.example_inputs import example_inputs_of, problem_type_of
 from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..compat.torch import not_compiled
 from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
 from ..execution.compiling import LayerCompiler
+from ..execution.layer import plain_class
 from ..execution.memory import Memory, MemoryPlan, check_memory
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, draft_of
@@ -106,6 +107,7 @@ class GraphCache:
         """Forget all graphs, because devices, dtypes, and what `ModelState` sees are part of them."""
         self._kept = KeptGraphs(type(self.model).__name__, self.limit)
         self._forms = KnownForms()
+        self._around_parts: list[Kind] = []  # kinds of calls with a loss that cannot be captured
         self._state: ModelState | None = None  # of the time of the first of them
         self.__dict__.pop("decoder", None)
         self.__dict__.pop("_first_call", None)
@@ -138,9 +140,46 @@ class GraphCache:
             self.bind()
         if not self.keeps_values and not torch.compiler.is_dynamo_compiling():
             self.follow_model()
+        if "labels" in arguments and kind_of(_path_of(part), arguments) in self._around_parts:
+            return self._run_around_parts(part, arguments, return_dict)
         call = self._call(part, arguments)
-        graph = self._graph_for(call)
+        try:
+            graph = self._graph_for(call)
+        except CaptureError as error:
+            if "labels" not in arguments or not self._has_parts(part):
+                raise
+            return self._tried_around_parts(part, arguments, return_dict, error)
         return graph.run(part, call, return_dict)
+
+    def _has_parts(self, part: Any) -> bool:
+        """Tell whether each adapter is in a module that runs a graph of its own when a model's own code calls it."""
+        modules = dict(self.model.named_modules())
+        return is_hugging_face(part) and all(placement.site in modules for placement in self.placements)
+
+    def _run_around_parts(self, part: Any, arguments: dict[str, Any], return_dict: bool) -> Any:
+        """Run the model's own `forward`, which computes a loss that no graph can. The parts that it calls run graphs.
+
+        The loss of a transcription depends on how long each text is, that of a detector on which boxes are nearest.
+        """
+        return plain_class(type(part)).forward(part, **arguments, return_dict=return_dict)
+
+    @not_compiled
+    def _tried_around_parts(
+        self, part: Any, arguments: dict[str, Any], return_dict: bool, reason: CaptureError
+    ) -> Any:
+        """Run a call with labels that cannot be captured around the parts, and do so from now on; or raise."""
+        try:
+            result = self._run_around_parts(part, arguments, return_dict)
+        except CaptureError:
+            raise reason from reason.__cause__
+        self._around_parts.append(kind_of(_path_of(part), arguments))
+        logger.info(
+            "%s: calls with labels run its own forward around graphs of its parts, because the loss cannot be captured"
+            " (%s)",
+            type(part).__name__,
+            str(reason).partition("\n")[0],
+        )
+        return result
 
     def _call(self, part: Any, arguments: dict[str, Any], is_first: bool = False) -> CapturedCall:
         if is_diffusers(part):
@@ -152,7 +191,7 @@ class GraphCache:
         decoder = self.decoder if part is self.model else None
         form = None
         if decoder is not None or positions is not None:
-            kind = kind_of(getattr(part, "_path", ""), arguments, positions is None, fuses_loss)
+            kind = kind_of(_path_of(part), arguments, positions is None, fuses_loss)
             known = self._forms.find(kind, part.training)
             form = (
                 self._tried_now(part, kind, arguments, positions, before, fuses_loss) if known is None else known.form
@@ -173,7 +212,7 @@ class GraphCache:
     ) -> Form | None:
         """Return the form for calls of this kind, found out by runs of the model as it was before the call."""
         with tracing():
-            model, path = self._shadow().train(part.training), getattr(part, "_path", "")
+            model, path = self._shadow().train(part.training), _path_of(part)
             remember_positions(model.get_submodule(path), before)
             decoder = self.decoder if part is self.model else None
             known = find_form(model, path, decoder, arguments, positions, fuses_loss)
@@ -386,10 +425,14 @@ class GraphCache:
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
-        shadow = self._shadow()
+        shadow, decided = self._shadow(), None
+        labels = call.leaves.get("labels")
+        if labels is not None and (problem := problem_type_of(shadow.config, labels)):
+            shadow.config.problem_type = shadow.config.problem_type or problem
+            decided = self.model.config, problem
         with recorded_reads(shadow) as reads:
             graph = capture_call(shadow, call, example, fixed, self.verify, self.fuse_loss)
-        graph.config = ConfigValues.of(self.model, reads)
+        graph.config = ConfigValues.of(self.model, reads, decided)
         self._insert_again(graph.gm)
         if self.compiler is not None:
             graph.gm.compile_layers_by(self.compiler)
@@ -452,6 +495,10 @@ class GraphCache:
                 register_tensor(gm, name, nn.Parameter(of_model.detach(), requires_grad=False))  # parametrized since
             elif of_model is not None:
                 register_tensor(gm, name, of_model)
+
+
+def _path_of(part: Any) -> str:
+    return getattr(part, "_path", "")
 
 
 def _to(value: Any, device: torch.device) -> Any:

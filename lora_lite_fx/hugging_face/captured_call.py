@@ -156,6 +156,7 @@ def capture_call(
     """
     outcomes: Outcomes = {}
     shadow.__class__ = _flat(type(shadow), call, outcomes, _as_long(call.structure, example))
+    example = {name: _outside_autocast(leaf, shadow) for name, leaf in example.items()}
     layouts = layouts_in(example)
     dynamic = {name: _dynamic(name, leaf, name in fixed) for name, leaf in example.items() if name not in layouts}
     with ExitStack() as stack:
@@ -170,6 +171,14 @@ def capture_call(
     # A capture may run the model with fewer layers too, which returns fewer caches.
     result, given = outcomes[frozenset(names_of_results(gm.graph))]
     return CapturedGraph(gm, call, captured_with(example, fixed), layouts, guards, decisions, result, given)
+
+
+def _outside_autocast(leaf: Any, model: Any) -> Any:
+    """Return a leaf in the type of the model if autocast made it, as it makes caches, because captures go without."""
+    device = model.device.type
+    if not isinstance(leaf, Tensor) or not torch.is_autocast_enabled(device):
+        return leaf
+    return leaf.to(model.dtype) if leaf.dtype == torch.get_autocast_dtype(device) else leaf
 
 
 def captured_with(example: Leaves, fixed: Collection[str]) -> Any:

@@ -109,13 +109,21 @@ class GraphCache:
         self._forms = KnownForms()
         self._around_parts: list[Kind] = []  # kinds of calls with a loss that cannot be captured
         self._state: ModelState | None = None  # of the time of the first of them
-        self.__dict__.pop("decoder", None)
+        self._decoders: dict[torch.dtype | None, Decoder | None] = {}  # by what autocast computes in
         self.__dict__.pop("_first_call", None)
 
-    @functools.cached_property
+    @property
     def decoder(self) -> Decoder | None:
-        """The facts that a run of the model has shown, if it is a causal language model."""
-        return probe(self._shadow())
+        """The facts that a run of the model has shown, if it is a causal language model; under the autocast of now."""
+        device = self.model.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if dtype not in self._decoders:
+            self._probe_now(dtype)
+        return self._decoders[dtype]
+
+    @not_compiled
+    def _probe_now(self, dtype: torch.dtype | None) -> None:
+        self._decoders[dtype] = probe(self._shadow())
 
     def __len__(self) -> int:
         return len(self._kept)

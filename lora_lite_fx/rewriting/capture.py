@@ -23,6 +23,7 @@ from ..execution.pieces import require_layers
 from ..graph.tensors import keep_registration, outside_inference_mode
 from ..graph.writes import own_written_buffers
 from ..passes import (
+    DropEmptyParts,
     DropMetadataAsserts,
     FollowMode,
     InlineRegions,
@@ -139,7 +140,7 @@ def _graph_of(
     model: nn.Module, captured: Capture, checkpoint_layers: bool | None, fuse_loss: bool | None, verify: bool
 ) -> fx.GraphModule:
     """Return a captured model as one graph for both modes, with what it runs by; compared with the model."""
-    plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
+    plain = Pipeline((InlineRegions(), DropMetadataAsserts(), DropEmptyParts()))
     plain.run(captured.gm)
     if captured.eval_gm is not None:
         plain.run(captured.eval_gm)

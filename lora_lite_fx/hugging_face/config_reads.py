@@ -109,7 +109,7 @@ class ConfigValues:
         return captured
 
     def decide(self) -> None:
-        """Write the kind of loss to the config where it is open, as the model does, for this call and all later ones."""
+        """Write the kind of loss to the config where it is open, as the model does, for all later calls too."""
         if self.decided is not None and getattr(self.decided[0], _PROBLEM) is None:
             setattr(self.decided[0], _PROBLEM, self.decided[1])
 

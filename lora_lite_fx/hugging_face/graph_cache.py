@@ -172,9 +172,7 @@ class GraphCache:
         return plain_class(type(part)).forward(part, **arguments, return_dict=return_dict)
 
     @not_compiled
-    def _tried_around_parts(
-        self, part: Any, arguments: dict[str, Any], return_dict: bool, reason: CaptureError
-    ) -> Any:
+    def _tried_around_parts(self, part: Any, arguments: dict[str, Any], return_dict: bool, reason: CaptureError) -> Any:
         """Run a call with labels that cannot be captured around the parts, and do so from now on; or raise."""
         try:
             result = self._run_around_parts(part, arguments, return_dict)

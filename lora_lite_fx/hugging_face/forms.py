@@ -7,8 +7,9 @@ comes. Calls of text alone are tried on a few tokens, all others on what they br
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,14 @@ from torch import Tensor
 from ..capture.differences import agree
 from ..capture.outputs import comparable
 from ..capture.share import share
+from ..compat.torch import not_compiled
 from ..errors import CaptureError
+from ..graph.sharded import refuse_sharded
+from ..graph.turns import tracing
 from .call_structure import Leaves, assemble, disassemble
 from .causal_lm import Form, NormalizedCall, caches, join_mask, normalize_call, with_loss
 from .decoder import BATCH, LENGTH, PAST, Decoder
+from .positions import Counted
 from .sliding_window import cut_windows, uncut_windows
 
 Kind = tuple[Any, ...]
@@ -28,35 +33,89 @@ Kind = tuple[Any, ...]
 _FORMS = (Form(True, True), Form(False, True), Form(True, False), Form(False, False))
 
 
-class _Known(NamedTuple):
-    """The form of a kind of call, in one mode of the model or in both."""
+class Forms:
+    """The forms of the calls of a model, by kind.
 
-    kind: Kind
-    mode: bool | None
-    form: Form | None
+    Args:
+        model: the adapted model.
+        copied: returns a plain copy of it to be run.
+    """
 
+    def __init__(self, model: Any, copied: Callable[[], Any]) -> None:
+        self._model = model
+        self._copied = copied
+        self._known: list[tuple[Kind, Form | None]] = []
 
-class KnownForms:
-    """The forms of the kinds of calls that were tried."""
+    def of(
+        self, part: Any, decoder: Decoder | None, arguments: dict[str, Any], counted: Counted, fuses_loss: bool
+    ) -> Form | None:
+        """Return the form for a call, None if a graph takes it as it comes; try it if it is the first of its kind.
 
-    def __init__(self) -> None:
-        self._known: list[_Known] = []
+        Args:
+            part: the model that is called.
+            decoder: what runs of that part have shown, if it is a causal language model.
+            arguments: as the call has them.
+            counted: positions that are computed for the call.
+            fuses_loss: as in `normalize_call`.
 
-    def find(self, kind: Kind, training: bool) -> _Known | None:
-        """Return what is known of a kind; None if it has not been tried."""
-        for known in self._known:
-            if known.mode in (None, training) and known.kind == kind:
-                return known
+        Raises:
+            CaptureError: the model computes something else with these positions.
+            AdapterError: the call is the first of its kind, and the model is sharded.
+        """
+        if decoder is None and counted.positions is None:
+            return None
+        kind = self._kind(part, part.training, arguments, counted, fuses_loss)
+        for known, form in self._known:
+            if known == kind:
+                return form
+        return self._tried(part, decoder, arguments, counted, fuses_loss)
+
+    @not_compiled
+    def _tried(
+        self, part: Any, decoder: Decoder | None, arguments: dict[str, Any], counted: Counted, fuses_loss: bool
+    ) -> Form | None:
+        refuse_sharded(
+            self._model,
+            f"No call with {', '.join(arguments)} was made before, and its form cannot be tried on a model",
+            "call the model once like this before it is sharded",
+        )
+        with tracing():
+            model = self._copied()
+            # A run may write to buffers.
+            model = share(model, [name for name, _ in model.named_buffers()])
+            model.config.return_dict = True
+            plain = model.get_submodule(path_of(part))
+            counted.recall(plain)
+            for calls in (_small_calls(plain, decoder, arguments, counted), [(arguments, part.training)]):
+                forms = _forms(decoder, arguments, is_small=len(calls) > 1)
+                if (found := _first_equal(plain, calls, forms, decoder, counted.positions, fuses_loss)) is None:
+                    continue  # the model raises
+                if not found and counted.positions is not None:
+                    raise CaptureError(
+                        f"{type(part).__name__} computes something else with the positions that its own method returns"
+                        f" for a call with {', '.join(arguments)}. The way out: pass position_ids."
+                    )
+                form = found[0] if found else None
+                same = [({**arguments, **_caching(call)}, training) for call, training in calls]
+                kinds = [self._kind(part, training, call, counted, fuses_loss) for call, training in same]
+                self._known += [(kind, form) for kind in kinds]
+                return form
         return None
 
-    def add(self, kind: Kind, mode: bool | None, form: Form | None) -> None:
-        """Keep the form of a kind, None for calls that a graph takes as they come."""
-        self._known.append(_Known(kind, mode, form))
+    def _kind(
+        self, part: Any, training: bool, arguments: Mapping[str, Any], counted: Counted, fuses_loss: bool
+    ) -> Kind:
+        return (*kind_of(part, arguments), training, counted.positions is None, fuses_loss)
 
 
-def kind_of(path: str, arguments: Mapping[str, Any], *more: Any) -> Kind:
-    """Return the kind of a call of the part of that name."""
-    return (path, *more, *((name, _kind_of(arguments[name])) for name in sorted(arguments)))
+def path_of(part: Any) -> str:
+    """Return the qualified name of a part of an adapted model; empty for the model."""
+    return getattr(part, "_path", "")
+
+
+def kind_of(part: Any, arguments: Mapping[str, Any]) -> Kind:
+    """Return the kind of a call of a part of an adapted model."""
+    return (path_of(part), *((name, _kind_of(arguments[name])) for name in sorted(arguments)))
 
 
 def _kind_of(value: Any) -> Any:
@@ -69,85 +128,78 @@ def _kind_of(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else type(value)
 
 
-def find_form(
-    model: Any,
-    path: str,
-    decoder: Decoder | None,
-    arguments: dict[str, Any],
-    positions: Tensor | None,
-    fuses_loss: bool,
-) -> tuple[bool | None, Form | None] | None:
-    """Return the mode in which a form was found, None for both modes, and the form; None if the model raises.
+_Calls = list[tuple[dict[str, Any], bool]]
+"""The arguments of calls, each with whether the model is in training."""
 
-    Args:
-        model: a plain copy, in the mode of the call, that remembers what the model did before it.
-        path: of the part that is called.
-        decoder: what runs of that part have shown, if it is a causal language model.
-        arguments: as the call has them.
-        positions: those that are computed for the call; None for a call that goes without.
-        fuses_loss: as in `normalize_call`.
 
-    Raises:
-        CaptureError: the model computes something else with these positions.
+def _small_calls(part: Any, decoder: Decoder | None, arguments: dict[str, Any], counted: Counted) -> _Calls:
+    """Return calls of a few tokens in both modes, and with and without a cache in the result; none if it has more."""
+    small = _few_tokens(part.eval(), arguments) if decoder is not None and counted.positions is None else None
+    if small is None:
+        return []
+    caching = [small] if caches(small) else [{**small, "use_cache": keeps} for keeps in (True, False)]
+    return [(call, training) for training in (True, False) for call in caching]
+
+
+def _caching(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {"use_cache": call["use_cache"]} if "use_cache" in call else {}
+
+
+def _first_equal(
+    part: Any, calls: _Calls, forms: Iterable[Form | None], decoder: Decoder | None, positions: Any, fuses_loss: bool
+) -> list[Form | None] | None:
+    """Return a list of the first form in which calls have the results that they have as they come.
+
+    Returns:
+        An empty list if there is none; None if the model raises on each call.
     """
-    model = share(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
-    model.config.return_dict = True
-    part = model.get_submodule(path)
-    training = part.training
-    part.eval()
-    small = _few_tokens(part, arguments) if decoder is not None and positions is None else None
-    for example, modes in ((small, (training, not training)), (arguments, (training,))):
-        if example is None:
-            continue
-        expected = {mode: leaves for mode in modes if (leaves := _results(part, mode, example)) is not None}
-        if not expected:  # the model raises
-            continue
-        mode = None if example is small else training
-        for form in _forms(decoder, example, is_small=example is small):
-            filled = example if positions is None else {**example, "position_ids": positions}
-            ours = (_results(part, each, filled, (decoder, form, fuses_loss)) for each in expected)
-            if all(map(_are_same, expected.values(), ours)):
-                return mode, form
-        if positions is not None:
-            raise CaptureError(
-                f"{type(part).__name__} computes something else with the positions that its own method returns for a"
-                f" call with {', '.join(arguments)}. The way out: pass position_ids."
-            )
-        return mode, None
-    return None
+    expected = [(call, results) for call in calls if (results := _results(part, *call)) is not None]
+    if not expected:
+        return None
+    given = {} if positions is None else {"position_ids": positions}
+    for form in forms:
+        normal = functools.partial(_normal, part, decoder, form, given, fuses_loss)
+        if all(_are_same(results, _results(part, *call, normal)) for call, results in expected):
+            return [form]
+    return []
+
+
+def _normal(
+    part: Any, decoder: Decoder | None, form: Form | None, given: dict[str, Any], fuses_loss: bool, call: dict[str, Any]
+) -> NormalizedCall:
+    return normalize_call(part, decoder, {**call, **given}, form, fuses_loss)
 
 
 def _forms(decoder: Decoder | None, arguments: Mapping[str, Any], is_small: bool) -> Iterator[Form | None]:
     """Yield the forms to try, those first that most kinds of calls have in common."""
     for form in _FORMS if decoder is not None else ():
-        if (form.counts and is_small and "position_ids" not in arguments) or not form.counts:
-            if form.loss_apart is False and "labels" not in arguments:
-                continue
+        may_count = is_small and "position_ids" not in arguments
+        if (may_count or not form.counts) and (form.loss_apart or "labels" in arguments):
             yield form
     yield None
 
 
 def _results(
     part: Any,
-    training: bool,
     arguments: Mapping[str, Any],
-    form: tuple[Decoder | None, Form | None, bool] | None = None,
+    training: bool,
+    normal: Callable[[dict[str, Any]], NormalizedCall] | None = None,
 ) -> Leaves | None:
     """Return the tensors and numbers of the result, and of the caches after the call; None if the model raises.
 
     Args:
         part: the model that is called.
-        training: the mode to call it in.
         arguments: of the call; they are copied.
-        form: the form to bring the call into, with the other arguments of `normalize_call`; None for the call itself.
+        training: the mode to call it in.
+        normal: brings the call into a form; None for the call as it came.
     """
     own = _copied(arguments)
     part.train(training)
     try:
         with comparable(part), torch.autocast(part.device.type, enabled=False):
-            if form is None:
+            if normal is None:
                 return _leaves_of(part(**own), own, keeps_cache=True)
-            call = normalize_call(part, form[0], own, form[1], form[2])
+            call = normal(own)
             return _leaves_of(_run(part, call), call.arguments, call.keeps_cache)
     except Exception:
         return None

@@ -23,7 +23,6 @@ from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..compat.torch import not_compiled
 from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
 from ..execution.compiling import LayerCompiler
-from ..execution.layer import plain_class
 from ..execution.memory import Memory, MemoryPlan, check_memory
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, draft_of
@@ -37,18 +36,19 @@ from ..rewriting.calibration import Batches
 from ..rewriting.plan import make_plans
 from ..rewriting.rewrite import insert_new, insert_placed
 from ..sites.finding import find_sites
+from .around_parts import has_parts, run_around_parts, try_around_parts
 from .call_structure import Leaves
 from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, captured_with
-from .causal_lm import Form, arguments_of, normalize_call
+from .causal_lm import arguments_of, normalize_call
 from .config_reads import ConfigValues, recorded_reads
 from .decoder import Decoder, probe
 from .diffusers import prepare_arguments
-from .forms import Kind, KnownForms, find_form, kind_of
+from .forms import Forms, Kind, kind_of
 from .kept_graphs import KeptGraphs
 from .model_state import ModelState
 from .own_forward import check_is_whole
 from .plain_copy import plain_copy
-from .positions import computed_positions, forget_positions, remember_positions, remembered_positions
+from .positions import count_positions, forget_positions
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
 """A function that inserts adapters into a base graph, with calibration data in the form that the graph takes."""
@@ -98,15 +98,15 @@ class GraphCache:
             return self
         twin = memo[id(self)] = object.__new__(GraphCache)
         twin.__dict__.update(self.__dict__, keeps_values=False)
-        twin.drop()
         twin._owned = {*self._owned}
         twin.model = copy.deepcopy(self.model, memo)
+        twin.drop()
         return twin
 
     def drop(self) -> None:
         """Forget all graphs, because devices, dtypes, and what `ModelState` sees are part of them."""
         self._kept = KeptGraphs(type(self.model).__name__, self.limit)
-        self._forms = KnownForms()
+        self._forms = Forms(self.model, self._shadow)
         self._around_parts: list[Kind] = []  # kinds of calls with a loss that cannot be captured
         self._state: ModelState | None = None  # of the time of the first of them
         self._decoders: dict[torch.dtype | None, Decoder | None] = {}  # by what autocast computes in
@@ -148,43 +148,21 @@ class GraphCache:
             self.bind()
         if not self.keeps_values and not torch.compiler.is_dynamo_compiling():
             self.follow_model()
-        if "labels" in arguments and kind_of(_path_of(part), arguments) in self._around_parts:
-            return self._run_around_parts(part, arguments, return_dict)
+        if "labels" in arguments and kind_of(part, arguments) in self._around_parts:
+            return run_around_parts(part, arguments, return_dict)
         call = self._call(part, arguments)
         try:
             graph = self._graph_for(call)
         except CaptureError as error:
-            if "labels" not in arguments or not self._has_parts(part):
+            if "labels" not in arguments or not has_parts(self.model, part, self.placements):
                 raise
             return self._tried_around_parts(part, arguments, return_dict, error)
         return graph.run(part, call, return_dict)
 
-    def _has_parts(self, part: Any) -> bool:
-        """Tell whether each adapter is in a module that runs a graph of its own when a model's own code calls it."""
-        modules = dict(self.model.named_modules())
-        return is_hugging_face(part) and all(placement.site in modules for placement in self.placements)
-
-    def _run_around_parts(self, part: Any, arguments: dict[str, Any], return_dict: bool) -> Any:
-        """Run the model's own `forward`, which computes a loss that no graph can. The parts that it calls run graphs.
-
-        The loss of a transcription depends on how long each text is, that of a detector on which boxes are nearest.
-        """
-        return plain_class(type(part)).forward(part, **arguments, return_dict=return_dict)
-
     @not_compiled
     def _tried_around_parts(self, part: Any, arguments: dict[str, Any], return_dict: bool, reason: CaptureError) -> Any:
-        """Run a call with labels that cannot be captured around the parts, and do so from now on; or raise."""
-        try:
-            result = self._run_around_parts(part, arguments, return_dict)
-        except CaptureError:
-            raise reason from reason.__cause__
-        self._around_parts.append(kind_of(_path_of(part), arguments))
-        logger.info(
-            "%s: calls with labels run its own forward around graphs of its parts, because the loss cannot be captured"
-            " (%s)",
-            type(part).__name__,
-            str(reason).partition("\n")[0],
-        )
+        result = try_around_parts(part, arguments, return_dict, reason)
+        self._around_parts.append(kind_of(part, arguments))
         return result
 
     def _call(self, part: Any, arguments: dict[str, Any], is_first: bool = False) -> CapturedCall:
@@ -192,40 +170,12 @@ class GraphCache:
             arguments = prepare_arguments(part, arguments)
         # The first graph is for training if the loss is to be fused, in whichever mode the model is adapted.
         fuses_loss = self.fuse_loss and (self.model.training or is_first)
-        before = remembered_positions(part)
-        positions = computed_positions(part, arguments)
+        counted = count_positions(part, arguments)
         decoder = self.decoder if part is self.model else None
-        form = None
-        if decoder is not None or positions is not None:
-            kind = kind_of(_path_of(part), arguments, positions is None, fuses_loss)
-            known = self._forms.find(kind, part.training)
-            form = (
-                self._tried_now(part, kind, arguments, positions, before, fuses_loss) if known is None else known.form
-            )
-        if positions is not None:
-            arguments = {**arguments, "position_ids": positions}
+        form = self._forms.of(part, decoder, arguments, counted, fuses_loss)
+        if counted.positions is not None:
+            arguments = {**arguments, "position_ids": counted.positions}
         return CapturedCall.of(part, normalize_call(part, decoder, arguments, form, fuses_loss))
-
-    @not_compiled
-    def _tried_now(
-        self,
-        part: Any,
-        kind: Kind,
-        arguments: dict[str, Any],
-        positions: Tensor | None,
-        before: Mapping[str, Any],
-        fuses_loss: bool,
-    ) -> Form | None:
-        """Return the form for calls of this kind, found out by runs of the model as it was before the call."""
-        with tracing():
-            model, path = self._shadow().train(part.training), _path_of(part)
-            remember_positions(model.get_submodule(path), before)
-            decoder = self.decoder if part is self.model else None
-            known = find_form(model, path, decoder, arguments, positions, fuses_loss)
-            if known is None:  # the model raises, which the capture will say
-                return None
-            self._forms.add(kind, *known)
-            return known[1]
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:
         """Return the graph for this call; capture it if there is none."""
@@ -501,10 +451,6 @@ class GraphCache:
                 register_tensor(gm, name, nn.Parameter(of_model.detach(), requires_grad=False))  # parametrized since
             elif of_model is not None:
                 register_tensor(gm, name, of_model)
-
-
-def _path_of(part: Any) -> str:
-    return getattr(part, "_path", "")
 
 
 def _to(value: Any, device: torch.device) -> Any:

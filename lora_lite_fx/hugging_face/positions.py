@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,27 +19,42 @@ _REMEMBERED = "rope_deltas"
 """The attribute in which models remember how much further positions are than the number of tokens."""
 
 
-def computed_positions(part: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Return the positions that a call computes by a method of the model, which may remember some of them.
+class Counted(NamedTuple):
+    """The positions that a model computed for a call.
+
+    Args:
+        positions: None if the call brings some, or if the model leaves them to its layers.
+        before: what the model remembered before, by attribute.
+    """
+
+    positions: Tensor | None
+    before: dict[str, Any]
+
+    def recall(self, part: Any) -> None:
+        """Let a copy of the model remember what the model did before the call."""
+        if self.before:
+            vars(_owner(part)).update(self.before)
+
+
+def count_positions(part: Any, arguments: Mapping[str, Any]) -> Counted:
+    """Compute the positions of a call by a method of the model, which may remember something of them.
 
     Args:
         part: the model that is called.
         arguments: of the call, by name; none is None.
-
-    Returns:
-        The positions. None if the call brings positions, or if the model leaves them to its layers.
     """
-    owner = _counts_positions(part)
+    owner = _owner(part)
     if owner is None or "position_ids" in arguments:
-        return None
+        return Counted(None, {})
+    before = {name: value for name, value in vars(owner).items() if value is None or isinstance(value, (int, Tensor))}
     tokens = arguments.get("input_ids")
     # The method reads the sizes of the embeddings alone.
     embeddings = arguments.get("inputs_embeds", None if tokens is None else tokens[..., None])
     known = {**arguments, "inputs_embeds": embeddings, "inputs_tensor": embeddings}
     if "feature_attention_mask" in arguments:  # of sounds, whose lengths a forward takes from it
         known["audio_feature_lengths"] = arguments["feature_attention_mask"].sum(1)
-    positions: Tensor | None = getattr(owner, _METHOD)(**{name: known.get(name) for name in _parameters(type(owner))})
-    return positions
+    positions = getattr(owner, _METHOD)(**{name: known.get(name) for name in _parameters(type(owner))})
+    return Counted(positions, before)
 
 
 @functools.cache
@@ -47,21 +62,10 @@ def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(getattr(kind, _METHOD)).parameters)[1:]
 
 
-def _counts_positions(part: Any) -> Any:
+def _owner(part: Any) -> Any:
     """Return the model that has the method: this one, or the one without its head; None if neither has it."""
     inner = getattr(part, "model", None)
     return next((model for model in (inner, part) if hasattr(model, _METHOD)), None)
-
-
-def remembered_positions(part: Any) -> dict[str, Any]:
-    """Return the attributes of the model that has the method, by name, as they are before a call."""
-    owner = _counts_positions(part)
-    return {} if owner is None else {k: v for k, v in vars(owner).items() if v is None or isinstance(v, (int, Tensor))}
-
-
-def remember_positions(part: Any, attributes: Mapping[str, Any]) -> None:
-    """Let a copy of the model remember what the model did before a call."""
-    vars(_counts_positions(part)).update(attributes) if attributes else None
 
 
 def forget_positions(model: nn.Module) -> None:

@@ -49,6 +49,7 @@ from .model_state import ModelState
 from .own_forward import check_is_whole
 from .plain_copy import plain_copy
 from .positions import count_positions, forget_positions
+from .written_by_calls import warn_of_writes
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
 """A function that inserts adapters into a base graph, with calibration data in the form that the graph takes."""
@@ -388,6 +389,8 @@ class GraphCache:
             decided = self.model.config, problem
         with recorded_reads(shadow) as reads:
             graph = capture_call(shadow, call, example, fixed, self.verify, self.fuse_loss)
+        if self.verify:
+            warn_of_writes(shadow, example, self.model.training)
         graph.config = ConfigValues.of(self.model, reads, decided)
         self._insert_again(graph.gm)
         if self.compiler is not None:

@@ -189,6 +189,27 @@ def test_a_call_is_not_brought_into_the_form_of_another_kind_of_call(kind: Any) 
     close(*results, 1e-8, "after a cache")  # type: ignore[arg-type, call-arg]
 
 
+class Keeps(hf.BertForMaskedLM):
+    """Keeps the mean of its embeddings for calls of another kind, and a table that has the size of its inputs."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        embedded = self.get_input_embeddings()(input_ids)
+        self.table = torch.arange(input_ids.shape[1])
+        if attention_mask is not None:
+            self.kept = embedded.mean()
+        return super().forward(inputs_embeds=embedded, attention_mask=attention_mask, **kwargs)
+
+
+@pytest.mark.broad
+def test_what_a_call_writes_for_later_ones_is_named() -> None:
+    config = hf.BertConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    with pytest.warns(UserWarning, match="Keeps keeps kept from one call") as caught:
+        llfx.adapt(Keeps(config), llfx.LoRA(r=2))
+    assert not any("keeps table" in str(warning.message) for warning in caught)
+
+
 # Types of caches.
 
 

@@ -53,7 +53,8 @@ def count_positions(part: Any, arguments: Mapping[str, Any]) -> Counted:
     known = {**arguments, "inputs_embeds": embeddings, "inputs_tensor": embeddings}
     if "feature_attention_mask" in arguments:  # of sounds, whose lengths a forward takes from it
         known["audio_feature_lengths"] = arguments["feature_attention_mask"].sum(1)
-    positions = getattr(owner, _METHOD)(**{name: known.get(name) for name in _parameters(type(owner))})
+    kind: Any = type(owner)
+    positions = getattr(owner, _METHOD)(**{name: known.get(name) for name in _parameters(kind)})
     return Counted(positions, before)
 
 

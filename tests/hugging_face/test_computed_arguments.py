@@ -51,7 +51,7 @@ def padded(inputs: Inputs) -> Inputs:
 
 def several_per_row(inputs: Inputs) -> Inputs:
     """Return a call with the two images of its first two rows in one, with text between, and a third of its own."""
-    doubled = {
+    doubled: Inputs = {
         name: torch.cat([inputs[name][:1], inputs[name][:1]], 1)
         for name in ("input_ids", "mm_token_type_ids")
         if name in inputs
@@ -106,7 +106,7 @@ def test_calls_with_images_and_without_one_after_the_other(name: str) -> None:
     for each in models:
         cache = each(**inputs, use_cache=True)[CACHE]
         following.append(each(input_ids=inputs["input_ids"][:, :2], **{CACHE: cache}).logits)
-    close(*following, 1e-8, "after a cache")  # type: ignore[arg-type, call-arg]
+    close(following[0], following[1], 1e-8, "after a cache")
     close(adapted.model.rope_deltas, wrapped.model.rope_deltas, 0, "what is remembered")
 
 
@@ -115,7 +115,7 @@ def test_positions_that_are_not_those_of_the_models_own_method_are_refused() -> 
     model = CASES["qwen2_vl"].builder()().double()
     kind: Any = type(model.model)
 
-    class Further(kind):
+    class Further(kind):  # type: ignore[misc]
         def forward(self, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
             if position_ids is None:
                 names = ("input_ids", "inputs_embeds", "image_grid_thw", "attention_mask", "mm_token_type_ids")
@@ -186,7 +186,7 @@ def test_a_call_is_not_brought_into_the_form_of_another_kind_of_call(kind: Any) 
     for model in models:
         first = model.eval()(IDS, use_cache=True)
         results.append(model(IDS[:, :1], **{CACHE: first[CACHE]}).logits)
-    close(*results, 1e-8, "after a cache")  # type: ignore[arg-type, call-arg]
+    close(results[0], results[1], 1e-8, "after a cache")
 
 
 class Keeps(hf.BertForMaskedLM):

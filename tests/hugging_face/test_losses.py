@@ -27,12 +27,12 @@ SMALL: dict[str, Any] = {
 
 
 def bert(labels: int) -> Any:
-    config = hf.BertConfig(**SMALL, num_labels=labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return hf.BertForSequenceClassification(config)
+    fields = {**SMALL, "num_labels": labels, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return hf.BertForSequenceClassification(hf.BertConfig(**fields))
 
 
 def llama(labels: int) -> Any:
-    return hf.LlamaForSequenceClassification(hf.LlamaConfig(**SMALL, num_labels=labels))
+    return hf.LlamaForSequenceClassification(hf.LlamaConfig(**{**SMALL, "num_labels": labels}))
 
 
 CLASSES, MANY, NUMBERS = torch.tensor([0, 2, 1]), torch.rand(3, 3).round(), torch.tensor([0.5, -1.0, 2.0])
@@ -85,50 +85,51 @@ def test_a_model_without_such_a_loss_writes_none() -> None:
 
 
 def transcriber() -> tuple[Any, dict[str, Any], Any]:
-    config = hf.Wav2Vec2Config(
+    fields: dict[str, Any] = {
         **{**SMALL, "vocab_size": 20},
-        conv_dim=(8, 8),
-        conv_kernel=(10, 3),
-        conv_stride=(5, 2),
-        num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        mask_time_prob=0.0,
-        layerdrop=0.0,
         **{f"{what}_dropout": 0.0 for what in ("hidden", "attention", "activation", "feat_proj", "final")},
-    )
+        "conv_dim": (8, 8),
+        "conv_kernel": (10, 3),
+        "conv_stride": (5, 2),
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+        "mask_time_prob": 0.0,
+        "layerdrop": 0.0,
+    }
     labels = torch.randint(1, 20, (2, 5), generator=torch.Generator().manual_seed(0))
     labels[1, 3:] = -100
-    return hf.Wav2Vec2ForCTC(config), {"input_values": torch.randn(2, 400)}, labels
+    return hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**fields)), {"input_values": torch.randn(2, 400)}, labels
 
 
 def detector() -> tuple[Any, dict[str, Any], Any]:
-    backbone = hf.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"], layer_type="basic"
-    )
-    halves = {
-        f"{part}_{what}": count
-        for part in ("encoder", "decoder")
-        for what, count in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 16))
+    backbone: dict[str, Any] = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8],
+        "depths": [1, 1],
+        "out_features": ["stage2"],
+        "layer_type": "basic",
     }
-    config = hf.DetrConfig(
-        use_timm_backbone=False,
-        backbone=None,
-        use_pretrained_backbone=False,
-        backbone_config=backbone,
-        d_model=16,
-        num_queries=5,
-        num_labels=4,
-        auxiliary_loss=True,
-        **halves,
+    fields: dict[str, Any] = {
+        **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
+        **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 16 for part in ("encoder", "decoder")},
         **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
-    )
+        "use_timm_backbone": False,
+        "backbone": None,
+        "use_pretrained_backbone": False,
+        "backbone_config": hf.ResNetConfig(**backbone),
+        "d_model": 16,
+        "num_queries": 5,
+        "num_labels": 4,
+        "auxiliary_loss": True,
+    }
     boxes = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) / 2 + 0.2
     labels = [
         {"class_labels": torch.tensor([1, 2]), "boxes": boxes[:2]},
         {"class_labels": torch.tensor([3]), "boxes": boxes[2:]},
     ]
-    return hf.DetrForObjectDetection(config), {"pixel_values": torch.randn(2, 3, 64, 64)}, labels
+    return hf.DetrForObjectDetection(hf.DetrConfig(**fields)), {"pixel_values": torch.randn(2, 3, 64, 64)}, labels
 
 
 def _assigned(costs: Any) -> tuple[list[int], list[int]]:

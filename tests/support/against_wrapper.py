@@ -30,6 +30,6 @@ def require_equal(models: tuple[Any, Any], inputs: dict[str, Any], training: boo
         ours, theirs = (dict(model.named_parameters()) for model in models)
         for name in llfx.adapter_state_dict(models[0]):
             if theirs[name].grad is not None:
-                close(ours[name].grad, theirs[name].grad, 1e-7, name)  # type: ignore[arg-type]
+                close(ours[name].grad, theirs[name].grad, 1e-7, name)
         for model in models:
             model.zero_grad()

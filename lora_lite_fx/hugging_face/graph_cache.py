@@ -26,7 +26,7 @@ from ..execution.compiling import LayerCompiler
 from ..execution.memory import Memory, MemoryPlan, check_memory
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, draft_of
-from ..graph.sharded import refuse_sharded
+from ..graph.sharded import is_sharded, refuse_sharded
 from ..graph.tensors import delete_tensor, register_tensor, tensor_of
 from ..graph.turns import calling, tracing
 from ..graph.writes import written_buffers
@@ -39,7 +39,7 @@ from ..sites.finding import find_sites
 from .around_parts import has_parts, run_around_parts, try_around_parts
 from .call_structure import Leaves
 from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, captured_with
-from .causal_lm import arguments_of, normalize_call
+from .causal_lm import arguments_of, caches, normalize_call
 from .config_reads import ConfigValues, recorded_reads
 from .decoder import Decoder, probe
 from .diffusers import prepare_arguments
@@ -113,18 +113,27 @@ class GraphCache:
         self._decoders: dict[torch.dtype | None, Decoder | None] = {}  # by what autocast computes in
         self.__dict__.pop("_first_call", None)
 
-    @property
-    def decoder(self) -> Decoder | None:
-        """The facts that a run of the model has shown, if it is a causal language model; under the autocast of now."""
-        device = self.model.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    def _decoder_for(self, part: Any, arguments: Mapping[str, Any]) -> Decoder | None:
+        """Return the facts that a run of the model has shown, if it is a causal language model, and is called whole.
+
+        Under autocast its cache has other types. The cache of a training call is read by no later one, and such calls
+        have one graph with and without autocast. Of a model that is sharded no copy can be run.
+        """
+        if part is not self.model:
+            return None
+        device, dtype = self.model.device.type, None
+        has_later_calls = not part.training or bool(caches(arguments))
+        if torch.is_autocast_enabled(device) and has_later_calls and not is_sharded(self.model):
+            dtype = torch.get_autocast_dtype(device)
         if dtype not in self._decoders:
             self._probe_now(dtype)
         return self._decoders[dtype]
 
     @not_compiled
     def _probe_now(self, dtype: torch.dtype | None) -> None:
-        self._decoders[dtype] = probe(self._shadow())
+        device = self.model.device.type
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            self._decoders[dtype] = probe(self._shadow())
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -172,7 +181,7 @@ class GraphCache:
         # The first graph is for training if the loss is to be fused, in whichever mode the model is adapted.
         fuses_loss = self.fuse_loss and (self.model.training or is_first)
         counted = count_positions(part, arguments)
-        decoder = self.decoder if part is self.model else None
+        decoder = self._decoder_for(part, arguments)
         form = self._forms.of(part, decoder, arguments, counted, fuses_loss)
         if counted.positions is not None:
             arguments = {**arguments, "position_ids": counted.positions}

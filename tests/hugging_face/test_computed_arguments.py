@@ -13,6 +13,7 @@ from torch import Tensor
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.example_inputs import example_inputs_of
 from lora_lite_fx.compat.transformers import CACHE
+from lora_lite_fx.hugging_face.positions import forget_positions
 from tests.support.against_wrapper import adapted_and_wrapped, require_equal
 from tests.support.conformance import close
 from tests.support.models import tiny_llama
@@ -80,6 +81,13 @@ def test_positions_of_images_are_the_models_own_if_a_call_brings_none() -> None:
     models = adapted_and_wrapped(model, SITES)
     require_equal(models, inputs)
     assert models[0]._graphs.captures == 1  # an example of the config brings positions, which are of the same form
+
+
+def test_a_copy_that_is_captured_remembers_no_positions() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model[0].rope_deltas = torch.ones(2, 1)
+    forget_positions(model)
+    assert model[0].rope_deltas is None
 
 
 @pytest.mark.broad

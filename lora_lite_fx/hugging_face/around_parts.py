@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..adapters.placement import Placement
+from ..capture.differences import agree
 from ..capture.hugging_face import is_hugging_face
 from ..errors import CaptureError
 from ..execution.layer import plain_class
@@ -20,7 +22,7 @@ from ..log import logger
 
 
 def has_parts(model: nn.Module, part: Any, placements: Sequence[Placement]) -> bool:
-    """Tell whether each adapter is in a module that runs a graph of its own when a model's own code calls it.
+    """Tell whether each adapter is in a module, which runs a graph of its own when a model's own code calls it.
 
     Args:
         model: the adapted model.
@@ -43,9 +45,11 @@ def try_around_parts(part: Any, arguments: dict[str, Any], return_dict: bool, re
         part: the model that is called.
         arguments: of the call.
         return_dict: whether the result is a `ModelOutput`.
-        reason: why it cannot be captured; raised if a part cannot either.
+        reason: why it cannot be captured; raised if a part cannot either, or if the parts are not all that counts.
     """
     try:
+        if not _computes_the_same(part, arguments):
+            raise reason from reason.__cause__
         result = run_around_parts(part, arguments, return_dict)
     except CaptureError:
         raise reason from reason.__cause__
@@ -55,3 +59,22 @@ def try_around_parts(part: Any, arguments: dict[str, Any], return_dict: bool, re
         str(reason).partition("\n")[0],
     )
     return result
+
+
+def _computes_the_same(part: Any, arguments: dict[str, Any]) -> bool:
+    """Tell whether the model has, around its parts, the results of its graph without labels.
+
+    A module may read the weight of another one in place of calling it, as `nn.MultiheadAttention` does, and leave out
+    the adapter of that.
+    """
+    modes = [(module, module.training) for module in part.modules()]
+    try:
+        part.eval()  # without dropout
+        with torch.no_grad():
+            around = run_around_parts(part, arguments, return_dict=True)
+            whole = part(**{name: value for name, value in arguments.items() if name != "labels"}, return_dict=True)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    tensors = [name for name, value in whole.items() if isinstance(value, Tensor)]
+    return bool(tensors) and all(agree(around.get(name), whole[name]) for name in tensors)

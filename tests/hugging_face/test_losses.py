@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lora_lite_fx as llfx
 from tests.support.against_wrapper import EVERYWHERE, adapted_and_wrapped, require_equal
+from tests.support.conformance import randomise
 from tests.support.selection import broad_after
 
 IDS = torch.randint(3, 99, (3, 6), generator=torch.Generator().manual_seed(0))
@@ -163,3 +164,24 @@ def test_a_loss_that_no_graph_computes_is_the_models_own(
     captures = models[0]._graphs.captures
     require_equal(models, {**inputs, "labels": labels}, True)
     assert models[0]._graphs.captures == captures
+
+
+class ReadsWeight(hf.BertForTokenClassification):
+    """Has a loss that depends on how many labels there are, and reads the weight of its classifier."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        result = super().forward(input_ids, **kwargs)
+        hidden = self.bert(input_ids).last_hidden_state
+        result["logits"] = torch.nn.functional.linear(hidden, self.classifier.weight)
+        if labels is not None:
+            counts = labels.bincount().tolist()
+            result["loss"] = sum(count * result.logits[..., 0].mean() for count in counts)
+        return result
+
+
+@pytest.mark.broad
+def test_a_part_that_is_not_called_is_not_left_out() -> None:
+    model = llfx.adapt(ReadsWeight(hf.BertConfig(**SMALL)), llfx.LoRA(r=2, target_names=("classifier", "query")))
+    randomise(model, 0)
+    with pytest.raises(llfx.CaptureError, match="could not be captured"):
+        model(IDS, labels=IDS)

@@ -174,7 +174,7 @@ class ReadsWeight(hf.BertForTokenClassification):
         hidden = self.bert(input_ids).last_hidden_state
         result["logits"] = torch.nn.functional.linear(hidden, self.classifier.weight)
         if labels is not None:
-            counts = labels.bincount().tolist()
+            counts = labels.flatten().bincount().tolist()
             result["loss"] = sum(count * result.logits[..., 0].mean() for count in counts)
         return result
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,6 +68,12 @@ else:
         "type(torch.ops.higher_order.cond): the class of operators on functions has no public name",
     )
     pytree = needed("torch.utils._pytree", "torch.utils.pytree, which none of these releases has")
+
+FAKE_TENSORS_LOG: logging.Logger | None = preferred(
+    "torch._subclasses.fake_tensor.log",
+    "the traceback of each operator that fails without data, which torch logs there, is printed",
+    None,
+)
 
 disable_current_modes: Callable[[], AbstractContextManager[Any]] = needed(
     "torch.utils._python_dispatch._disable_current_modes",

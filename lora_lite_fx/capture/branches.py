@@ -100,10 +100,10 @@ def _difference(model: nn.Module, traced: fx.GraphModule, values: Mapping[str, b
         expected = symbolic_trace(model, values)
     except CaptureError as error:
         return f"raises an error when it is traced so: {error.__cause__}"
-    return None if _same(traced, expected, values) else _OTHERWISE
+    return None if same_graphs(traced, expected, values) else _OTHERWISE
 
 
-def _same(traced: fx.GraphModule, expected: fx.GraphModule, values: Mapping[str, bool | None]) -> bool:
+def same_graphs(traced: fx.GraphModule, expected: fx.GraphModule, values: Mapping[str, bool | None]) -> bool:
     """Tell whether the graphs are the same node for node, with these values in the place of arguments of `traced`."""
     if len(traced.graph.nodes) != len(expected.graph.nodes):
         return False

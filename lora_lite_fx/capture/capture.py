@@ -23,6 +23,7 @@ from ..errors import CaptureError
 from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
+from .constant_answers import trace_without_constants
 from .depth import ByDepth
 from .example_inputs import example_inputs_of, warn_of, what_may_be_left_out
 from .export import export
@@ -46,7 +47,6 @@ from .outputs import Call
 from .randomness import without_python_random
 from .share import share
 from .signature import CallSignature
-from .symbolic import symbolic_trace
 from .timm import example_images_of, images_of_one_size
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -167,7 +167,7 @@ def capture_model(
             shadow.train(mode)
             with without_python_random(model), KnownWhileTraced() if layouts else nullcontext():
                 if inputs is None:
-                    graphs.append(symbolic_trace(shadow))
+                    graphs.append(trace_without_constants(shadow))
                 elif not graphs or (other := by_depth.in_other_mode(graphs[0])) is None:
                     graph, said = by_depth.capture()
                     graphs.append(graph)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import pytree
@@ -17,6 +19,7 @@ from ..errors import COMPILE_INSTEAD, CaptureError
 from ..log import phase
 from .decisions import is_other_decision
 from .differences import TOLERANCES, Difference, distance, largest
+from .held_answers import hold_answer, other_answer
 from .outputs import (
     Call,
     Outputs,
@@ -26,9 +29,13 @@ from .outputs import (
     outputs_of_program,
     written_tensors,
 )
+from .python_state import warn_of_count
+from .questions import GRAD, INFERENCE_REGION, Questions, device_of
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.
 _MORE_THAN_A_BIT = 4.0
+_HALF = TOLERANCES[torch.bfloat16]
+"""How far results may be apart under autocast, relative to the largest value."""
 _NOTHING = object()
 
 
@@ -43,11 +50,12 @@ def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], h
     name = type(model).__name__
     if not has_data(model, calls[0]):
         return
+    questions = Questions()
     with phase(f"compared the graph of {name} with the model") as details:
         for call, training in [*((call, False) for call in calls), (calls[0], True)]:
             mode = _mode(training)
             try:
-                rows = _compare(gm, model, call, training, by_module=False)
+                rows = _compare(gm, model, call, training, by_module=False, questions=questions)
                 if not all(row.ok for row in rows):
                     rows = _compare(gm, model, call, training, by_module=True)
             except CaptureError:
@@ -66,8 +74,37 @@ def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], h
                 ) from error
             if wrong := [row for row in rows if row.is_result and not row.ok]:
                 first = next(row for row in rows if not row.ok)
-                raise _differs(name, model, wrong[0], first, hint)
+                raise _differs(name, model, wrong[0], first, hint, questions)
             details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
+        _hold_answers(gm, model, calls[0], questions)
+    if questions.counted is not None:
+        warn_of_count(model, questions.counted)
+
+
+def _hold_answers(gm: fx.GraphModule, model: nn.Module, call: Call, questions: Questions) -> None:
+    """Let the graph refuse calls in which the process answers otherwise, where the model asks and would differ then.
+
+    Raises:
+        CaptureError: the model runs a part of itself in inference mode.
+    """
+    device = device_of(model)
+    for kind, line in questions.asked.items():
+        if kind == INFERENCE_REGION:
+            raise CaptureError(
+                f"{type(model).__name__} runs a region of {kind} at {line}, and a graph has none. The way out:"
+                f" torch.no_grad() instead, or {COMPILE_INSTEAD}."
+            )
+        if kind == GRAD:  # the model was traced with gradients, and compared without
+            continue
+        other = other_answer(kind, device)
+        try:
+            with other or nullcontext():
+                rows = _compare(gm, model, call, False, by_module=False) if other else []
+            same = bool(rows) and all(row.difference <= max(row.allowed, _HALF * row.scale) for row in rows)
+        except Exception:  # of the graph or the model, in a state in which it may never be called
+            same = False
+        if not same:
+            hold_answer(gm, model, kind, device, line)
 
 
 def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[Difference], list[str]]:
@@ -98,21 +135,31 @@ def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[
 
 
 def _compare(
-    gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool, as_called: bool = False
+    gm: fx.GraphModule,
+    model: nn.Module,
+    call: Call,
+    training: bool,
+    by_module: bool,
+    as_called: bool = False,
+    questions: Questions | None = None,
 ) -> list[Difference]:
     writes = [name for name in written_tensors(gm) if name in dict(model.named_parameters())]
     try:
         # Compare without the modules first, and in any order of draws only if that finds a difference.
-        expected = outputs_of_model(model, call, training, writes, by_module, in_any_order=by_module)
+        expected = outputs_of_model(
+            model, call, training, writes, by_module, in_any_order=by_module, questions=questions
+        )
         nudged = [outputs_of_model(model, call, training, writes, True, sign) for sign in (1, -1) if by_module]
     except Exception as error:
         raise _ModelRaises(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
     if expected.remembered is not None:
         raise CaptureError(
-            f"{type(model).__name__} keeps {expected.remembered} from one call for the next, outside of the cache that"
-            " it returns, which a graph does not. The way out: call it without a cache (use_cache=False), or"
-            f" {COMPILE_INSTEAD}."
+            f"{type(model).__name__} keeps {expected.remembered.name} from one call for the next"
+            f"{expected.remembered.line}, outside of the cache that it returns, which a graph does not. The way out: call"
+            f" it without a cache (use_cache=False), or {COMPILE_INSTEAD}."
         )
+    if expected.counted is not None and questions is not None:
+        questions.counted = expected.counted
     actual = outputs_of_graph(gm, model, call, training, by_module, in_any_order=by_module)
     if as_called:
         called = outputs_of_program(gm, call, training)
@@ -186,7 +233,10 @@ def _mode(training: bool) -> str:
     return "training" if training else "evaluation"
 
 
-def _differs(name: str, model: nn.Module, result: Difference, first: Difference, hint: str) -> CaptureError:
+def _differs(
+    name: str, model: nn.Module, result: Difference, first: Difference, hint: str, questions: Questions
+) -> CaptureError:
+    asked = "".join(f" The model asks {kind} at {line}." for kind, line in questions.asked.items())
     where = ""
     if not first.is_result:
         path = first.module.partition("[")[0].partition("@")[0]
@@ -198,7 +248,7 @@ def _differs(name: str, model: nn.Module, result: Difference, first: Difference,
         )
     return CaptureError(
         f"The graph of {name} differs from the model on the example inputs in {result.mode}: {result.module} by"
-        f" {result.difference:.2g}, {result.relative:.1%} of its largest value.{where} The model computes"
+        f" {result.difference:.2g}, {result.relative:.1%} of its largest value.{where}{asked} The model computes"
         " something else while it is traced, or looks at the values of its inputs, of which a graph follows one case."
         "\nThe way out:"
         f"{hint} write that branch in tensor operations (torch.where, torch.cond), or {COMPILE_INSTEAD}. verify=False"

@@ -18,6 +18,8 @@ from torch import Tensor, fx, nn
 from ..compat.torch import FakeTensor, TorchDispatchMode, is_wrapped, pytree
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_attributes
+from .python_state import Change, PythonState
+from .questions import Questions
 from .share import share
 from .signature import values_of_call
 
@@ -34,14 +36,15 @@ class Outputs:
         buffers: their values afterwards, by qualified name.
         modules: for each call of a module, by its name, the tensors that it returned; of a graph, all that it could
             have returned. The second call of a module has `@1` after its name.
-        remembered: the name of a tensor or number that the run left in a module, if the same call has other results
-            after it.
+        remembered: what the run left in Python, if the same call has other results after it.
+        counted: what the run left in Python, and the same call changes again, if it has the same results.
     """
 
     results: dict[str, Any]
     buffers: dict[str, Tensor]
     modules: dict[str, list[Tensor]] = field(default_factory=dict)
-    remembered: str | None = None
+    remembered: Change | None = None
+    counted: Change | None = None
 
 
 def has_data(model: nn.Module, call: Call) -> bool:
@@ -61,6 +64,7 @@ def outputs_of_model(
     nudge: int = 0,
     watch: AbstractContextManager[Any] | None = None,
     in_any_order: bool = True,
+    questions: Questions | None = None,
 ) -> Outputs:
     """Run a copy of a model.
 
@@ -75,6 +79,7 @@ def outputs_of_model(
         watch: is entered around the call alone.
         in_any_order: whether random numbers are the same in whatever order they are drawn. That takes some time for
             each operator; without, they are the same for those who draw the same ones in the same order.
+        questions: get what the model asks of the process.
     """
     loose = [
         f"{path}.{name}" if path else name
@@ -99,31 +104,28 @@ def outputs_of_model(
             module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
         if by_module and name:
             module.register_forward_hook(keep(name))
-    before = _loose_values(twin)
+    before = PythonState(twin)
     args, kwargs = copied(call)
-    with comparable(model, in_any_order=in_any_order), watch or nullcontext():
-        returned = twin(*args, **kwargs)
-    outputs = Outputs(results_of(returned), buffers_of(twin), modules)
-    left = [name for name, value in _loose_values(twin).items() if before.get(name) is not value]
-    if left and not (by_module or nudge or watch):
-        args, kwargs = copied(call)
+    watching = watch or (nullcontext() if questions is None else questions.watched())
+    try:
+        with comparable(model, in_any_order=in_any_order), watching:
+            returned = twin(*args, **kwargs)
+        outputs = Outputs(results_of(returned), buffers_of(twin), modules)
         there = dict(twin.named_buffers(remove_duplicate=False))
-        buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in there}
-        with comparable(model, in_any_order=in_any_order):
-            again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
-        if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
-            outputs.remembered = left[0]
+        left = [change for change in before.changes() if change.name not in there]
+        if left and not (by_module or nudge or watch):
+            args, kwargs = copied(call)
+            buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in there}
+            later = PythonState(twin)
+            with comparable(model, in_any_order=in_any_order):
+                again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
+            if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
+                outputs.remembered = left[0]
+            changed = (change for change in later.changes() if change.is_count and change.name not in there)
+            outputs.counted = next(changed, None)
+    finally:
+        before.restore()
     return outputs
-
-
-def _loose_values(model: nn.Module) -> dict[str, Any]:
-    """Return the tensors and numbers that modules hold as plain attributes, by qualified name."""
-    return {
-        f"{path}.{name}" if path else name: value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, (Tensor, int, float))
-    }
 
 
 def _is_same(one: Any, other: Any) -> bool:

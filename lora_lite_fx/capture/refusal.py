@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import traceback
 from pathlib import Path
 
@@ -9,6 +11,16 @@ import torch
 from torch import nn
 
 from ..errors import COMPILE_INSTEAD, CaptureError
+
+OF_OTHERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+"""What the files of torch and of this library begin with."""
+
+
+def own_line(stack_trace: str) -> str:
+    """Return the last line of the model's own code in the stack trace of a node, after a space; empty without one."""
+    frames = re.findall(r'File "([^"]*)", line (\d+), in .*\n +(.*)', stack_trace)
+    own = [frame for frame in frames if not frame[0].startswith(OF_OTHERS)]
+    return f" at `{own[-1][2].strip()}` ({own[-1][0]}:{own[-1][1]})" if own else ""
 
 
 def refusal(model: nn.Module, error: Exception, how: str) -> CaptureError:

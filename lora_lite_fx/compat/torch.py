@@ -203,6 +203,12 @@ SET_GRAD_ENABLED = needed("torch._C._set_grad_enabled", "torch.set_grad_enabled,
 ENTER_AUTOCAST = needed("torch.amp.autocast_mode._enter_autocast", "torch.autocast, which a graph cannot hold")
 EXIT_AUTOCAST = needed("torch.amp.autocast_mode._exit_autocast", "torch.autocast, which a graph cannot hold")
 
+RegionMode: Any = needed(
+    "torch.fx.experimental.proxy_tensor.PreDispatchTorchFunctionMode",
+    "torch.overrides.TorchFunctionMode: is told where autograd is switched, but not of torch.autocast, which tells"
+    " modes of this class alone",
+)
+
 _TRANSFORMS = needed(
     "torch._functorch.predispatch", "torch.vmap, for whose borders torch.export traces the functions of this module"
 ).__name__

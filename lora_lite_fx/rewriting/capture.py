@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -14,6 +15,7 @@ from ..adapters.state import adapter_tensors
 from ..capture.capture import Capture, Inputs, capture_model, without_what_cannot_be
 from ..capture.compare import require_equal
 from ..capture.hooks import check_hooks
+from ..capture.python_state import PythonState
 from ..capture.signature import call_like_the_model
 from ..capture.source import Source
 from ..errors import CaptureError
@@ -129,10 +131,17 @@ def base_graph(
     _require_free_names(model)
 
     def attempt(without: Sequence[str]) -> fx.GraphModule:
-        captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names, without)
+        with torch.enable_grad():  # which a model may ask; it is compared without gradients
+            captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names, without)
         return _graph_of(model, captured, checkpoint_layers, fuse_loss, verify)
 
-    return without_what_cannot_be(model, example_inputs, attempt)
+    # Runs and traces may change what the user's classes and files hold.
+    state = PythonState(model) if isinstance(model, nn.Module) else None
+    try:
+        return without_what_cannot_be(model, example_inputs, attempt)
+    finally:
+        if state is not None:
+            state.restore()
 
 
 def _graph_of(

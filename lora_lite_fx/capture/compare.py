@@ -155,8 +155,8 @@ def _compare(
     if expected.remembered is not None:
         raise CaptureError(
             f"{type(model).__name__} keeps {expected.remembered.name} from one call for the next"
-            f"{expected.remembered.line}, outside of the cache that it returns, which a graph does not. The way out: call"
-            f" it without a cache (use_cache=False), or {COMPILE_INSTEAD}."
+            f"{expected.remembered.line}, outside of the cache that it returns, which a graph does not. The way out:"
+            f" call it without a cache (use_cache=False), or {COMPILE_INSTEAD}."
         )
     if expected.counted is not None and questions is not None:
         questions.counted = expected.counted

@@ -5,9 +5,9 @@ A model may ask whether autocast is on. Its graph goes one way, and refuses call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -23,6 +23,15 @@ _ANSWERS: dict[str, Callable[[str], Any]] = {
     DETERMINISTIC: lambda device: torch.are_deterministic_algorithms_enabled(),
 }
 """What a model may ask, with the answer of now for a type of device."""
+
+
+class HeldAnswer(NamedTuple):
+    """The arguments of `require_answer` in a graph."""
+
+    kind: str
+    device: str
+    answer: Any
+    message: str
 
 
 def other_answer(kind: str, device: str) -> AbstractContextManager[Any] | None:
@@ -58,11 +67,11 @@ def hold_answer(gm: fx.GraphModule, model: nn.Module, kind: str, device: str, li
     gm.recompile()
 
 
-def held_answers(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """Return the arguments of `require_answer` in a graph."""
-    return [node.args for node in graph.find_nodes(op="call_function", target=require_answer)]
+def held_answers(graph: fx.Graph) -> tuple[HeldAnswer, ...]:
+    """Return the answers that a graph holds for."""
+    return tuple(HeldAnswer(*node.args) for node in graph.find_nodes(op="call_function", target=require_answer))
 
 
-def other_than_held(held: list[tuple[Any, ...]]) -> str:
+def other_than_held(held: Iterable[HeldAnswer]) -> str:
     """Return why a call of now is refused by these answers; empty if it is not."""
-    return next((message for kind, device, answer, message in held if _ANSWERS[kind](device) != answer), "")
+    return next((each.message for each in held if _ANSWERS[each.kind](each.device) != each.answer), "")

@@ -86,9 +86,10 @@ class Questions:
                 asking = asking.f_back or asking if _is_of_others(asking) else asking  # torch calls what is decorated
         else:
             return
-        if kind is None or _is_of_others(asking) or asking.f_code.co_name == REPLACED:  # captures keep its regions
+        if kind is None or kind in self.asked or _is_of_others(asking):
             return
-        self.asked.setdefault(kind, line_of(asking))
+        if asking.f_code.co_name != REPLACED:  # captures keep its regions
+            self.asked[kind] = line_of(asking)
 
 
 _BUILTIN = type(torch.is_grad_enabled)

@@ -15,6 +15,7 @@ from torch.export import Dim
 from ..capture.decisions import decisions_on_inputs
 from ..capture.example_inputs import decide_problem_type
 from ..capture.export import images_in, take_for_one, take_guards
+from ..capture.held_answers import HeldAnswer, held_answers, other_than_held
 from ..capture.hugging_face import batch_only_arguments
 from ..capture.layouts import layouts_in
 from ..capture.signature import names_of_results
@@ -83,6 +84,7 @@ class CapturedGraph:
         result: the result without its leaves.
         given: the state of the caller's objects after the call, without its leaves.
         config: what it has of the configs of the model.
+        held: the answers of the process that it holds for.
     """
 
     gm: AdaptedGraphModule
@@ -94,11 +96,12 @@ class CapturedGraph:
     result: Structure
     given: dict[str, Structure]
     config: ConfigValues = field(default_factory=ConfigValues)
+    held: tuple[HeldAnswer, ...] = ()
 
     def refuses(self, leaves: Leaves) -> str:
         """Return the reason why the graph does not hold for `leaves`; empty if it does."""
         reads_values = not torch.compiler.is_dynamo_compiling()  # the graph itself asserts what depends on them there
-        if change := self.config.change():
+        if change := self.config.change() or other_than_held(self.held):
             return change
         for name, layout in self.layouts.items() if reads_values else ():
             if not torch.equal(leaves[name], layout):
@@ -150,7 +153,13 @@ def attempts(model: Any, call: CapturedCall, by_values: bool) -> Iterator[tuple[
 
 
 def capture_call(
-    shadow: Any, call: CapturedCall, example: Leaves, fixed: Collection[str], verify: bool, fuse_loss: bool
+    shadow: Any,
+    call: CapturedCall,
+    example: Leaves,
+    fixed: Collection[str],
+    verify: bool,
+    fuse_loss: bool,
+    with_autocast: bool = False,
 ) -> CapturedGraph:
     """Capture a call of a model.
 
@@ -160,6 +169,7 @@ def capture_call(
         example: the leaves to capture it with.
         fixed: the names of those of which the batch alone is to be dynamic.
         verify, fuse_loss: as for `capture`.
+        with_autocast: whether the model is to find autocast as it is now.
 
     Raises:
         CaptureError: the call cannot be captured.
@@ -174,14 +184,16 @@ def capture_call(
         # Leave the modes that the call runs under out of the graph.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
+        if not with_autocast:
+            stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         gm = capture(shadow, example, dynamic_shapes=dynamic, fuse_loss=fuse_loss, verify=verify)
     assert isinstance(gm, AdaptedGraphModule)
-    guards, decisions = take_guards(gm), decisions_on_inputs(gm)
+    guards, decisions, held = take_guards(gm), decisions_on_inputs(gm), held_answers(gm.graph)
     # A capture may run the model with fewer layers too, which returns fewer caches.
     result, given = outcomes[frozenset(names_of_results(gm.graph))]
-    return CapturedGraph(gm, call, captured_with(example, fixed), layouts, guards, decisions, result, given)
+    of_example = captured_with(example, fixed)
+    return CapturedGraph(gm, call, of_example, layouts, guards, decisions, result, given, held=held)
 
 
 def captured_with(example: Leaves, fixed: Collection[str]) -> Any:

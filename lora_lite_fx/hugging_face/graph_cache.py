@@ -18,6 +18,7 @@ from ..adapters.variant import Variant
 from ..capture.capture import Inputs, without_what_cannot_be
 from ..capture.decisions import is_other_decision
 from ..capture.example_inputs import example_inputs_of
+from ..capture.held_answers import other_than_held
 from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..compat.torch import not_compiled
@@ -324,7 +325,12 @@ class GraphCache:
             f"A call with {names} has no graph yet, and none can be captured of a model",
             "call the model once like this before it is sharded, which then has its graph",
         )
-        same = [graph for graph in self._kept if graph.call.signature == call.signature and not graph.config.change()]
+        same = [
+            graph
+            for graph in self._kept
+            if graph.call.signature == call.signature
+            and not (graph.config.change() or other_than_held(graph.held))
+        ]
         decides = [is_other_decision(graph.refuses(call.leaves)) for graph in same]
         seen = [graph.example for graph, otherwise in zip(same, decides, strict=True) if not otherwise]
         errors = []
@@ -348,9 +354,12 @@ class GraphCache:
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
-        shadow = self._shadow()
-        with recorded_reads(shadow) as reads:
-            graph = capture_call(shadow, call, example, fixed, self.verify, self.fuse_loss)
+        for with_autocast in (False, True):
+            shadow = self._shadow()
+            with recorded_reads(shadow) as reads:
+                graph = capture_call(shadow, call, example, fixed, self.verify, self.fuse_loss, with_autocast)
+            if not other_than_held(graph.held):
+                break
         graph.config = ConfigValues.of(self.model, reads)
         self._insert_again(graph.gm)
         if self.compiler is not None:

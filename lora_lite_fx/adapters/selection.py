@@ -6,7 +6,7 @@ import difflib
 import warnings
 from collections.abc import Iterable
 
-from ..errors import SelectionError
+from ..errors import SelectionError, counted
 from ..sites.site import Site
 from .patterns import occurs
 from .variant import Variant, as_tuple
@@ -28,7 +28,7 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
         for pattern, _ in getattr(variant, field, ()):
             if not any(occurs([pattern], site.name) for site in chosen):
                 raise SelectionError(
-                    f"{type(variant).__name__}: {pattern!r} in {field} matches none of the {len(chosen)} sites to adapt"
+                    f"{type(variant).__name__}: {pattern!r} in {field} matches none of the {counted(len(chosen), 'site')} to adapt"
                     f" ({', '.join(site.name for site in chosen[:3])}, ...)."
                 )
     for site in chosen:
@@ -100,7 +100,7 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
     near = _near(as_tuple(variant.target_names), names)
     roles = sorted({role for site in sites for role in site.roles})
     return (
-        f"{type(variant).__name__}: no site matches {wanted}. The model has {len(sites)} sites"
+        f"{type(variant).__name__}: no site matches {wanted}. The model has {counted(len(sites), 'site')}"
         f" ({'the nearest' if near else 'the first'}: {', '.join(dict.fromkeys(near or names[:5]))})"
         f" with the roles: {', '.join(roles) or 'none that could be inferred'}."
     )

@@ -23,6 +23,7 @@ from ..errors import CaptureError
 from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
+from .compare import own_error
 from .constant_answers import trace_without_constants
 from .depth import ByDepth
 from .example_inputs import example_inputs_of, warn_of, what_may_be_left_out
@@ -116,12 +117,14 @@ def capture_model(
     dynamic_shapes: Any,
     own: Sequence[str] = (),
     without: Sequence[str] = (),
+    made: bool = False,
 ) -> Capture:
     """Capture `model` and leave it as it is. Arguments and errors are those of `rewriting.capture.capture`.
 
     Args:
         own: qualified names of tensors that the graph gets as copies of its own, trainable as they are.
         without: `"images"` or `"sound"` to leave them out of the inputs that are made from a config.
+        made: whether the example inputs are not the user's.
     """
     check_model(model)
     assert isinstance(model, nn.Module)
@@ -132,6 +135,7 @@ def capture_model(
         return Capture(graph, None, model.training)
 
     shadow = share(model)
+    made = made or example_inputs is None
     accepted: dict[str, Any] = {}
     signature = None
     one_size = images_of_one_size(shadow)
@@ -169,7 +173,11 @@ def capture_model(
                 if inputs is None:
                     graphs.append(trace_without_constants(shadow))
                 elif not graphs or (other := by_depth.in_other_mode(graphs[0])) is None:
-                    graph, said = by_depth.capture()
+                    try:
+                        graph, said = by_depth.capture()
+                    except CaptureError as error:
+                        itself = None if made else own_error(shadow, calls[0])
+                        raise (itself or error) from error.__cause__
                     graphs.append(graph)
                     done.update(dict.fromkeys(said))
                 elif other is not graphs[0]:

@@ -31,6 +31,7 @@ from .outputs import (
 )
 from .python_state import warn_of_count
 from .questions import GRAD, INFERENCE_REGION, Questions, device_of
+from .refusal import line_of_error
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.
 _MORE_THAN_A_BIT = 4.0
@@ -39,18 +40,52 @@ _HALF = TOLERANCES[torch.bfloat16]
 _NOTHING = object()
 
 
-def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], hint: str = "") -> None:
+def own_error(model: nn.Module, call: Call) -> CaptureError | None:
+    """Return an error that says that the model itself raises for a call, with its message; None if it does not.
+
+    Args:
+        model: is not changed. What it raises in one mode alone is no matter.
+        call: of the user.
+    """
+    if not has_data(model, call):
+        return None
+    for training in (False, True):
+        try:
+            outputs_of_model(model, call, training, (), by_module=False, in_any_order=False)
+        except Exception as error:
+            raised = error
+        else:
+            return None
+    return _raises_itself(model, raised)
+
+
+def _raises_itself(model: nn.Module, error: BaseException) -> CaptureError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    return CaptureError(
+        f"{type(model).__name__} itself raises for the example inputs{line_of_error(error)}: {type(error).__name__}:"
+        f" {reason}\nThe way out: pass example_inputs that the model takes."
+    )
+
+
+def require_equal(
+    gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], hint: str = "", made: bool = False
+) -> None:
     """Raise `CaptureError` if the flat graph `gm` and `model` differ in either mode; log what was compared.
 
     Args:
         gm, model: neither is changed.
         calls: the first is compared in both modes, the others in evaluation.
         hint: a sentence on how to avoid a difference, after a space.
+        made: whether the inputs are not the user's: those that the model does not take say nothing of the user's then,
+            and the graph is not compared.
+
+    Raises:
+        CaptureError: they differ; or the model itself raises in both modes, for inputs of the user.
     """
     name = type(model).__name__
     if not has_data(model, calls[0]):
         return
-    questions = Questions()
+    questions, raising = Questions(), list[_ModelRaises]()
     with phase(f"compared the graph of {name} with the model") as details:
         for call, training in [*((call, False) for call in calls), (calls[0], True)]:
             mode = _mode(training)
@@ -62,6 +97,8 @@ def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], h
                 raise
             except _ModelRaises as reason:
                 details.append(f"not in {mode}, where the model raises {reason}")
+                if call is calls[0]:
+                    raising.append(reason)
                 continue
             except Exception as error:
                 if is_other_decision(error) and call is not calls[0]:
@@ -76,6 +113,8 @@ def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], h
                 first = next(row for row in rows if not row.ok)
                 raise _differs(name, model, wrong[0], first, hint, questions)
             details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
+        if len(raising) == 2 and not made:
+            raise _raises_itself(model, raising[0].__cause__ or raising[0]) from raising[0].__cause__
         _hold_answers(gm, model, calls[0], questions)
     if questions.counted is not None:
         warn_of_count(model, questions.counted)

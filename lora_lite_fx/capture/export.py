@@ -28,7 +28,7 @@ from .outputs import has_data
 from .quirks.autocast_regions import autocast_regions_kept
 from .quirks.needless_masks import needless_masks_left_out
 from .refusal import refusal
-from .unprinted import quiet_export
+from .unprinted import failures_unlogged, quiet_export
 
 
 def export(
@@ -115,6 +115,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         DataFollowed(),
         CopiesFollowed(),
         quiet_export(),
+        failures_unlogged(),
         # A trace of few layers makes more entries of this cache than it reads, and each takes as long as an operator.
         without_fake_tensor_cache(),
     ):

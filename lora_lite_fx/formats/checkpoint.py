@@ -33,7 +33,7 @@ from ..adapters.state import (
 )
 from ..adapters.switches import known_names
 from ..adapters.variant import Variant
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, counted
 from ..graph.provenance import DEFAULT
 from ..graph.sharded import whole
 from ..graph.tensors import tensor_of
@@ -239,8 +239,8 @@ def _existing(sites: Mapping[str, Site], names: list[str], path: str | os.PathLi
     missing = [name for name in names if name not in sites]
     if missing:
         raise CheckpointError(
-            f"{path} adapts {len(missing)} sites that the model does not have ({', '.join(missing[:3])}, ...);"
-            f" the model has {', '.join(list(sites)[:3])}, ..."
+            f"{path} adapts {counted(len(missing), 'site')} that the model does not have"
+            f" ({', '.join(missing[:3])}, ...); the model has {', '.join(list(sites)[:3])}, ..."
         )
     return [sites[name] for name in names]
 
@@ -273,7 +273,7 @@ def check_base(
             continue
         message = (
             f"{path}: the {type(variant).__name__} adapter was made for other weights than the model's, at"
-            f" {len(differ)} of {len(targets)} sites ({differ[0]}, ...)"
+            f" {len(differ)} of {counted(len(targets), 'site')} ({differ[0]}, ...)"
         )
         if variant.ties_to_weight:
             raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")

@@ -20,7 +20,7 @@ from ..capture.hugging_face import batch_only_arguments
 from ..capture.layouts import layouts_in
 from ..capture.signature import names_of_results
 from ..execution.module import AdaptedGraphModule
-from ..rewriting.capture import capture
+from ..rewriting.capture import base_graph
 from .call_structure import CACHES, Leaves, Structure, Tree, assemble, cached_layers, differences, disassemble, restore
 from .causal_lm import Decoder, NormalizedCall, caches, join_mask, loss_of, normalize_call
 from .config_reads import ConfigValues
@@ -187,7 +187,7 @@ def capture_call(
         if not with_autocast:
             stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        gm = capture(shadow, example, dynamic_shapes=dynamic, fuse_loss=fuse_loss, verify=verify)
+        gm = base_graph(shadow, example, dynamic_shapes=dynamic, fuse_loss=fuse_loss, verify=verify, made=True)
     assert isinstance(gm, AdaptedGraphModule)
     guards, decisions, held = take_guards(gm), decisions_on_inputs(gm), held_answers(gm.graph)
     # A capture may run the model with fewer layers too, which returns fewer caches.

@@ -328,8 +328,7 @@ class GraphCache:
         same = [
             graph
             for graph in self._kept
-            if graph.call.signature == call.signature
-            and not (graph.config.change() or other_than_held(graph.held))
+            if graph.call.signature == call.signature and not (graph.config.change() or other_than_held(graph.held))
         ]
         decides = [is_other_decision(graph.refuses(call.leaves)) for graph in same]
         seen = [graph.example for graph, otherwise in zip(same, decides, strict=True) if not otherwise]

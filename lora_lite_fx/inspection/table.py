@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from ..adapters.accounting import account_for
 from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture import Inputs
+from ..errors import counted
 from ..execution.module import AdaptedGraphModule
 from ..formats.writing import write_atomically
 from ..graph.provenance import DEFAULT, Insertion, surrounding
@@ -130,7 +131,7 @@ class SiteTable(Sequence[SiteRow]):
         share = 100 * self.trainable / self.total if self.total else 0.0
         outside = f", {self.unfrozen:,} of them outside the adapters" if self.unfrozen else ""
         lines.append(
-            f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%){outside}"
+            f"{counted(len(self.rows), 'site')}; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%){outside}"
         )
         held, entries = (
             sum(row.bytes for row in self.rows),

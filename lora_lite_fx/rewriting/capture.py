@@ -116,15 +116,21 @@ def base_graph(
     checkpoint_layers: bool | None = None,
     fuse_loss: bool | None = None,
     verify: bool = True,
+    made: bool = False,
 ) -> fx.GraphModule:
-    """Do the work of `capture`, without a warning of hooks: for those who read the graph and do not run it."""
+    """Do the work of `capture`, without a warning of hooks: for those who read the graph and do not run it.
+
+    Args:
+        made: whether the example inputs are not the user's, so that it is no mistake of theirs if the model raises.
+    """
     if isinstance(model, ExportedProgram):
         model = model.module()
     adapter_names = adapter_tensor_names(model) if isinstance(model, nn.Module) else []
     if adapter_names and not isinstance(model, fx.GraphModule):
         raise CaptureError(
             f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
-            " it was made of, and pass several configs at once."
+            " it was made of, and pass several configs at once; or, to give an adapted model a further adapter,"
+            " llfx.add(model, {'name': cfg})."
         )
     if adapter_names:
         adapter_tensors(model)  # refuses a graph around the adapted one, as torch.export makes it
@@ -132,8 +138,8 @@ def base_graph(
 
     def attempt(without: Sequence[str]) -> fx.GraphModule:
         with torch.enable_grad():  # which a model may ask; it is compared without gradients
-            captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names, without)
-        return _graph_of(model, captured, checkpoint_layers, fuse_loss, verify)
+            captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names, without, made)
+        return _graph_of(model, captured, checkpoint_layers, fuse_loss, verify, made or example_inputs is None)
 
     # Runs and traces may change what the user's classes and files hold.
     state = PythonState(model) if isinstance(model, nn.Module) else None
@@ -145,7 +151,12 @@ def base_graph(
 
 
 def _graph_of(
-    model: nn.Module, captured: Capture, checkpoint_layers: bool | None, fuse_loss: bool | None, verify: bool
+    model: nn.Module,
+    captured: Capture,
+    checkpoint_layers: bool | None,
+    fuse_loss: bool | None,
+    verify: bool,
+    made: bool,
 ) -> fx.GraphModule:
     """Return a captured model as one graph for both modes, with what it runs by; compared with the model."""
     plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
@@ -172,5 +183,5 @@ def _graph_of(
     if isinstance(model, AdaptedGraphModule):
         gm.switches = model.switches
     if verify and captured.source is not None and captured.calls:
-        require_equal(gm, captured.source, captured.calls, captured.hint)
+        require_equal(gm, captured.source, captured.calls, captured.hint, made)
     return gm.train(captured.training)

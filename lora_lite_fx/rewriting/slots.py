@@ -15,7 +15,7 @@ from ..adapters.placement import Placement, placements, site_bias, site_weight
 from ..adapters.slots import bank_placements
 from ..adapters.start_values import initialize
 from ..adapters.variant import Variant, one_of
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..graph.provenance import DEFAULT, SHARED
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..variants import LoRA
@@ -84,8 +84,8 @@ def put_slot(model: nn.Module, slot: int, source: nn.Module, *, adapter: str | N
     if {type(each.variant) for each in bank} != {LoRA}:
         kinds = " and ".join(dict.fromkeys(type(each.variant).__name__ for each in own))
         raise ConfigError(
-            f"The adapter is {kinds} at {len(own)} sites, and the bank has slots of"
-            f" {type(bank[0].variant).__name__} at {len(bank)} sites. The way out: an adapter of the bank's config, or"
+            f"The adapter is {kinds} at {counted(len(own), 'site')}, and the bank has slots of"
+            f" {type(bank[0].variant).__name__} at {counted(len(bank), 'site')}. The way out: an adapter of the bank's config, or"
             " a bank of LoRA, which takes others too."
         )
     write_into_room(graph, bank[0].adapter_name, change_of(source), slot)

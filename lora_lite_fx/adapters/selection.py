@@ -28,8 +28,8 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
         for pattern, _ in getattr(variant, field, ()):
             if not any(occurs([pattern], site.name) for site in chosen):
                 raise SelectionError(
-                    f"{type(variant).__name__}: {pattern!r} in {field} matches none of the {counted(len(chosen), 'site')} to adapt"
-                    f" ({', '.join(site.name for site in chosen[:3])}, ...)."
+                    f"{type(variant).__name__}: {pattern!r} in {field} matches none of the"
+                    f" {counted(len(chosen), 'site')} to adapt ({', '.join(site.name for site in chosen[:3])}, ...)."
                 )
     for site in chosen:
         variant.for_site(site.name).check(site)

@@ -41,5 +41,6 @@ def refusal(model: nn.Module, error: Exception, how: str) -> CaptureError:
     if how.startswith("symbolic"):
         ways_out = "pass example_inputs, so that torch.export captures the model on real shapes, or " + ways_out
     return CaptureError(
-        f"{type(model).__name__} could not be captured by {how}{line_of_error(error)}: {reason.strip()}\nThe way out: {ways_out}."
+        f"{type(model).__name__} could not be captured by {how}{line_of_error(error)}: {reason.strip()}"
+        f"\nThe way out: {ways_out}."
     )

@@ -120,12 +120,14 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
     try:
         if changes_gradients(gm.graph):
             with torch.no_grad():
-                go_back_to_the_caller(gm.graph, recorded(model, values).graph)
+                without = recorded(model, values)
+            go_back_to_the_caller(gm.graph, without.graph)
             gm.recompile()
     except LeftChanged as error:
         raise CaptureError(
             f"{type(model).__name__} switches autograd{error.where}, and does not go back to the mode of the"
-            f" caller, as a graph does. The way out: a region (with torch.no_grad():), or {COMPILE_INSTEAD}."
+            " caller, or asks for it, as a graph cannot. The way out: a region (with torch.no_grad():) that does not"
+            f" depend on the caller, or {COMPILE_INSTEAD}."
         ) from None
     return gm
 

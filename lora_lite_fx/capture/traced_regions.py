@@ -37,7 +37,7 @@ class RecordedRegions(RegionMode):  # type: ignore[misc]
 
 
 class LeftChanged(Exception):
-    """A model ends in another mode than it began in, or goes to one that it computes.
+    """A model ends in another mode than it began in, goes to one that it computes, or asks which one it is in.
 
     Args:
         node: that sets the mode.
@@ -63,13 +63,16 @@ def go_back_to_the_caller(graph: fx.Graph, without: fx.Graph) -> None:
         without: the same, traced in the mode without.
 
     Raises:
-        LeftChanged: the model ends without gradients; or it computes a mode.
+        LeftChanged: the model ends without gradients; it computes a mode, or has other regions in one of the traces.
     """
     mode = caller = (True, False)  # in the two traces
     begun: list[tuple[tuple[Any, Any], fx.Node]] = []  # regions: the mode before, and the node that has it
-    node = None
-    changes = (each.find_nodes(op="call_function", target=SET_GRAD_ENABLED, sort=True) for each in (graph, without))
-    for node, other in zip(*changes, strict=True):
+    changes, others = (
+        each.find_nodes(op="call_function", target=SET_GRAD_ENABLED, sort=True) for each in (graph, without)
+    )
+    if len(changes) != len(others):
+        raise LeftChanged([*changes, *others][0])
+    for node, other in zip(changes, others, strict=True):
         new = node.args[0], other.args[0]
         if begun and begun[-1][0] == new:
             node.args = (begun.pop()[1],)
@@ -85,9 +88,9 @@ def go_back_to_the_caller(graph: fx.Graph, without: fx.Graph) -> None:
         else:
             raise LeftChanged(node)
         mode = new
-    if begun and node is not None:
+    if begun:
         if not mode[0]:
-            raise LeftChanged(node)
+            raise LeftChanged(changes[-1])
         _end(graph, begun, graph.output_node())
 
 

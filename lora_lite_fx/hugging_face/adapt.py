@@ -112,8 +112,8 @@ def adapt(
         check_inputs(example_inputs)
     if placements(model):
         raise AdapterError(
-            f"{type(model).__name__} is adapted already. The way out: llfx.add(model, {{'name': cfg}}) gives it a further"
-            " adapter; or pass several configs at once."
+            f"{type(model).__name__} is adapted already. The way out: llfx.add(model, {{'name': cfg}}) gives it a"
+            " further adapter; or pass several configs at once."
         )
     if type(max_graphs) is not int or max_graphs < 1:
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")

@@ -131,7 +131,8 @@ class SiteTable(Sequence[SiteRow]):
         share = 100 * self.trainable / self.total if self.total else 0.0
         outside = f", {self.unfrozen:,} of them outside the adapters" if self.unfrozen else ""
         lines.append(
-            f"{counted(len(self.rows), 'site')}; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%){outside}"
+            f"{counted(len(self.rows), 'site')}; {self.trainable:,} of {self.total:,} parameters train"
+            f" ({share:.3f}%){outside}"
         )
         held, entries = (
             sum(row.bytes for row in self.rows),

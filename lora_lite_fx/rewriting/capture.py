@@ -63,8 +63,8 @@ def capture(
         fuse_loss: compute head and loss as one operation in training mode, as `rewrite` does. None to do as `model`
             does, if that is a graph.
         verify: compare the graph with the model on the example inputs, in training and in evaluation mode. That takes
-            a forward pass each of model and graph, and finds models that compute something else while they are traced.
-            It is left out without example inputs, and for models without data (on the meta device).
+            a forward pass each of model and graph, and finds models that compute something else while they are traced,
+            or that ask the process how it is called, as whether autocast is on. It is left out without example inputs, and for models without data (on the meta device).
 
     Returns:
         A graph module over the model's own weights, in the model's mode; no parameter requires grad but those of
@@ -74,10 +74,12 @@ def capture(
     Raises:
         CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or the
             graph computes something else than the model; the message names the first module whose output differs; or
-            hooks of accelerate stand on it.
+            hooks of accelerate stand on it. Or the model itself raises for the example inputs in both modes; or it asks
+            the process, or keeps in Python for its next call, what a graph would have as a constant.
 
     Warns:
-        UserWarning: a hook stands on a module of the model. It was traced; the message says what that means.
+        UserWarning: a hook stands on a module of the model. It was traced; the message says what that means. Or the
+            model counts its calls, and two calls in a row compute the same.
     """
     if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
         check_hooks(model)

@@ -85,8 +85,8 @@ def put_slot(model: nn.Module, slot: int, source: nn.Module, *, adapter: str | N
         kinds = " and ".join(dict.fromkeys(type(each.variant).__name__ for each in own))
         raise ConfigError(
             f"The adapter is {kinds} at {counted(len(own), 'site')}, and the bank has slots of"
-            f" {type(bank[0].variant).__name__} at {counted(len(bank), 'site')}. The way out: an adapter of the bank's config, or"
-            " a bank of LoRA, which takes others too."
+            f" {type(bank[0].variant).__name__} at {counted(len(bank), 'site')}. The way out: an adapter of the bank's"
+            " config, or a bank of LoRA, which takes others too."
         )
     write_into_room(graph, bank[0].adapter_name, change_of(source), slot)
 

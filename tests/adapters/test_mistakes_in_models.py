@@ -211,8 +211,8 @@ MISTAKES: list[Mistake] = [
     (
         lambda: anything.adapt(chat(), CFG),
         llfx.AdapterError,
-        "LlamaForCausalLM is adapted already. The way out: llfx.add(model, {'name': cfg}) gives it a further adapter; or"
-        " pass several configs at once.",
+        "LlamaForCausalLM is adapted already. The way out: llfx.add(model, {'name': cfg}) gives it a further adapter;"
+        " or pass several configs at once.",
     ),
     (
         lambda: anything.rewrite(chat(), CFG),

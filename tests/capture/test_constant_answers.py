@@ -275,6 +275,30 @@ class Notes(Layers):
         return self.last
 
 
+class Marks(Layers):
+    """A call without a mask marks the model, which changes calls with one."""
+
+    marked = False
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.a(x)
+        if mask is None:
+            self.marked = True
+        else:
+            y = y * mask
+        return self.b(y) if self.marked else y
+
+
+def test_a_trace_does_not_find_what_another_one_has_left() -> None:
+    model = made(Marks)
+    with untouched(model):
+        gm = llfx.capture(model)
+    for training in (True, False):
+        assert torch.equal(gm.train(training)(X, X), model.train(training)(X, X))
+    with pytest.raises(llfx.errors.CallError, match="mask=None"):
+        gm(X, None)
+
+
 @pytest.mark.parametrize("inputs", [None, (X[:2],)], ids=["traced", "exported"])
 def test_a_count_is_warned_of_and_what_stays_the_same_is_not(inputs: Any) -> None:
     model = made(CountsInVain)

@@ -90,8 +90,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "hidden states": (
         {"input_ids": IDS, "output_hidden_states": True},
         "output_hidden_states differs from output_hidden_states=False, which this graph was captured with and which is"
-        " part of it. The way out: set model.config.output_hidden_states before the capture; or adapt(model, cfg), which"
-        " captures a graph for each kind of call.",
+        " part of it. The way out: set model.config.output_hidden_states before the capture; or adapt(model, cfg),"
+        " which captures a graph for each kind of call.",
     ),
 }
 

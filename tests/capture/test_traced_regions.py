@@ -208,9 +208,19 @@ class Opposite(Layers):
         return result
 
 
+class OnlyWithGradients(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                x = self.b(x)
+        result: Tensor = self.a(x)
+        return result
+
+
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
+        (OnlyWithGradients, r"with torch\.no_grad\(\):"),
         (LeftOff, r"torch\.set_grad_enabled\(False\)"),
         (Opposite, r"torch\.set_grad_enabled\(not before\)"),
     ],

@@ -169,19 +169,19 @@ def capture_model(
             by_depth = ByDepth(shadow, *inputs, exported)
         for mode in progress((True, False), f"capturing {type(model).__name__}"):
             shadow.train(mode)
-            with without_python_random(model), KnownWhileTraced() if layouts else nullcontext():
-                if inputs is None:
-                    graphs.append(trace_without_constants(shadow))
-                elif not graphs or (other := by_depth.in_other_mode(graphs[0])) is None:
-                    try:
+            try:
+                with without_python_random(model), KnownWhileTraced() if layouts else nullcontext():
+                    if inputs is None:
+                        graphs.append(trace_without_constants(shadow))
+                    elif not graphs or (other := by_depth.in_other_mode(graphs[0])) is None:
                         graph, said = by_depth.capture()
-                    except CaptureError as error:
-                        itself = None if made else own_error(shadow, calls[0])
-                        raise (itself or error) from error.__cause__
-                    graphs.append(graph)
-                    done.update(dict.fromkeys(said))
-                elif other is not graphs[0]:
-                    graphs.append(other)
+                        graphs.append(graph)
+                        done.update(dict.fromkeys(said))
+                    elif other is not graphs[0]:
+                        graphs.append(other)
+            except CaptureError as error:
+                itself = None if made or inputs is None else own_error(shadow, calls[0])
+                raise (itself or error) from error.__cause__
             if inputs is None:
                 refused |= refused_calls(shadow, graphs[-1])
         for graph in graphs:

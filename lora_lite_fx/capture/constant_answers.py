@@ -15,7 +15,7 @@ from torch import fx, nn
 from ..compat.torch import SET_GRAD_ENABLED, buffers_of
 from ..errors import COMPILE_INSTEAD, CaptureError
 from .branches import same_graphs
-from .python_state import PythonState, warn_of_count
+from .python_state import PythonState, state_put_back, warn_of_count
 from .questions import AUTOCAST, GRAD, INFERENCE_REGION, Questions, device_of
 from .symbolic import recorded, symbolic_trace
 
@@ -30,13 +30,11 @@ def trace_without_constants(model: nn.Module) -> fx.GraphModule:
     Warns:
         UserWarning: the model changes a value in each call, such as a count, and nothing shows what it is for.
     """
-    state, questions = PythonState(model), Questions()
-    try:
+    questions = Questions()
+    with state_put_back(model) as state:
         with questions.watched():
             gm = symbolic_trace(model)
         _require_no_state(model, gm, state)
-    finally:
-        state.restore()
     for kind, line in questions.asked.items():
         if kind == INFERENCE_REGION:
             raise _refusal(model, f"runs a region of {kind} at {line}, and a graph has none", "torch.no_grad() instead")
@@ -62,13 +60,11 @@ def _is_without_effect(model: nn.Module, kind: str) -> bool:
 
 def _traced(model: nn.Module) -> fx.GraphModule | None:
     """Return a graph in which it does not matter to which mode of autograd a region goes back; None if none is made."""
-    state = PythonState(model)
     try:
-        gm = recorded(model)
+        with state_put_back(model):
+            gm = recorded(model)
     except CaptureError:
         return None
-    finally:
-        state.restore()
     for node in gm.graph.find_nodes(op="call_function", target=SET_GRAD_ENABLED):
         node.args = (None,)
     return gm

@@ -62,7 +62,8 @@ def hold_answer(gm: fx.GraphModule, model: nn.Module, kind: str, device: str, li
         f" {answer} there, and another one in this call. The way out: capture the model in the state in which it is"
         f" called, or {COMPILE_INSTEAD}."
     )
-    with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder", sort=True)[-1]):
+    inputs = gm.graph.find_nodes(op="placeholder", sort=True)
+    with gm.graph.inserting_before(inputs[-1].next if inputs else gm.graph.output_node()):
         gm.graph.call_function(require_answer, (kind, device, answer, message))
     gm.recompile()
 

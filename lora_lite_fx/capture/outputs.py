@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ..compat.torch import FakeTensor, TorchDispatchMode, is_wrapped, pytree
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_attributes
-from .python_state import Change, PythonState
+from .python_state import Change, PythonState, state_put_back
 from .questions import Questions
 from .share import share
 from .signature import values_of_call
@@ -104,10 +104,9 @@ def outputs_of_model(
             module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
         if by_module and name:
             module.register_forward_hook(keep(name))
-    before = PythonState(twin)
-    args, kwargs = copied(call)
     watching = watch or (nullcontext() if questions is None else questions.watched())
-    try:
+    with state_put_back(twin) as before:
+        args, kwargs = copied(call)
         with comparable(model, in_any_order=in_any_order), watching:
             returned = twin(*args, **kwargs)
         outputs = Outputs(results_of(returned), buffers_of(twin), modules)
@@ -123,8 +122,6 @@ def outputs_of_model(
                 outputs.remembered = left[0]
             changed = (change for change in later.changes() if change.is_count and change.name not in there)
             outputs.counted = next(changed, None)
-    finally:
-        before.restore()
     return outputs
 
 

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +25,10 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _CONTAINERS = (list, tuple, dict, set)
 _OF_ALL_MODULES = vars(nn.Module()).keys() - {"training"}
 _ABSENT: Any = object()
-_DEEPEST, _LONGEST = 4, 1000
+_DEEPEST, _LONGEST = 2, 100
 """How far containers are looked into, and how long they may be; of others, only the object itself is compared."""
+_NOT_OF_THE_MODEL = ("torch", "builtins", __name__.partition(".")[0])
+"""The packages whose classes and files are no part of a model."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,16 @@ class _Holder:
         return {name: _copied(value) for name, value in self.read().items() if self.has(name, value)}
 
     def has(self, name: str, value: Any) -> bool:
-        """Tell whether a value is state: anything of a module, but only numbers, texts and containers of others."""
+        """Tell whether a value is state: anything of a module; numbers, texts and containers of these elsewhere."""
         if self.path:
             return name not in _OF_ALL_MODULES
-        return type(value) in (*_PLAIN, *_CONTAINERS) and not name.startswith("__")
+        return not name.startswith("__") and _is_plain(value)
 
 
 def _holders(model: nn.Module) -> Iterator[_Holder]:
     kinds: dict[type, None] = {}
     for name, module in model.named_modules():
-        own = tuple(kind for kind in type(module).__mro__ if not _is_of_torch(kind.__module__) and kind is not object)
+        own = tuple(kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in _NOT_OF_THE_MODEL)
         kinds |= dict.fromkeys(own)
         registries = [vars(module)[registry] for registry in REGISTRIES if registry != MODULES]
         for values in (vars(module), *registries):
@@ -71,10 +74,6 @@ def _holders(model: nn.Module) -> Iterator[_Holder]:
         if (code := sys.modules.get(file)) is not None:
             names = vars(code)
             yield _Holder("", names.copy, names.__setitem__, names.__delitem__, (code,))
-
-
-def _is_of_torch(module: str) -> bool:
-    return module.partition(".")[0] in ("torch", "builtins")
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,25 @@ class PythonState:
             values = dict(holder.read())
             for name in {**were, **values}:
                 was, now = were.get(name, _ABSENT), values.get(name, _ABSENT)
-                if (name in were or holder.has(name, now)) and not _is_same(was, now):
+                if (now is _ABSENT or holder.has(name, now)) and not _is_same(was, now):
                     yield holder, name, was, now
+
+
+@contextmanager
+def state_put_back(model: nn.Module) -> Iterator[PythonState]:
+    """Yield the state of a model, and put it back after the body."""
+    state = PythonState(model)
+    try:
+        yield state
+    finally:
+        state.restore()
+
+
+def _is_plain(value: Any, deepest: int = _DEEPEST) -> bool:
+    if type(value) not in _CONTAINERS or not deepest or len(value) > _LONGEST:
+        return type(value) in _PLAIN
+    items = (*value, *value.values()) if type(value) is dict else value
+    return all(_is_plain(item, deepest - 1) for item in items)
 
 
 def _copied(value: Any, deepest: int = _DEEPEST) -> Any:

@@ -38,13 +38,13 @@ _FUNCTIONS: dict[Any, str] = {
     torch.get_default_dtype: DTYPE,
 }
 """Functions that are written in C, and what they ask for."""
-_CODES: dict[Any, str] = {
-    torch.are_deterministic_algorithms_enabled.__code__: DETERMINISTIC,
-    torch.is_deterministic_algorithms_warn_only_enabled.__code__: DETERMINISTIC,
-    torch.get_deterministic_debug_mode.__code__: DETERMINISTIC,
-    torch.inference_mode.__enter__.__code__: INFERENCE_REGION,
+_CODES: dict[int, str] = {
+    id(torch.are_deterministic_algorithms_enabled.__code__): DETERMINISTIC,
+    id(torch.is_deterministic_algorithms_warn_only_enabled.__code__): DETERMINISTIC,
+    id(torch.get_deterministic_debug_mode.__code__): DETERMINISTIC,
+    id(torch.inference_mode.__enter__.__code__): INFERENCE_REGION,
 }
-"""Functions that are written in Python, by their code, and what they ask for."""
+"""Functions that are written in Python, and what they ask for; by the id of their code, which is slow to hash."""
 
 
 _UNSEEN = "a line that is not known, because a profiler runs"
@@ -78,8 +78,8 @@ class Questions:
     def _see(self, frame: FrameType, event: str, function: Any) -> None:
         if event == "c_call" and type(function) is _BUILTIN:
             kind, asking = _FUNCTIONS.get(function), frame
-        elif event == "call" and frame.f_code in _CODES and frame.f_back is not None:
-            kind, asking = _CODES[frame.f_code], frame.f_back
+        elif event == "call" and id(frame.f_code) in _CODES and frame.f_back is not None:
+            kind, asking = _CODES[id(frame.f_code)], frame.f_back
             if kind is INFERENCE_REGION:
                 if not frame.f_locals["self"].mode:
                     return

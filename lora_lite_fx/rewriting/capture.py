@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..adapters.state import adapter_tensors
 from ..capture.capture import Capture, Inputs, capture_model, without_what_cannot_be
 from ..capture.compare import require_equal
 from ..capture.hooks import check_hooks
-from ..capture.python_state import PythonState
+from ..capture.python_state import state_put_back
 from ..capture.signature import call_like_the_model
 from ..capture.source import Source
 from ..errors import CaptureError
@@ -64,7 +65,8 @@ def capture(
             does, if that is a graph.
         verify: compare the graph with the model on the example inputs, in training and in evaluation mode. That takes
             a forward pass each of model and graph, and finds models that compute something else while they are traced,
-            or that ask the process how it is called, as whether autocast is on. It is left out without example inputs, and for models without data (on the meta device).
+            or that ask the process how they are called, as whether autocast is on. It is left out without example
+            inputs, and for models without data (on the meta device).
 
     Returns:
         A graph module over the model's own weights, in the model's mode; no parameter requires grad but those of
@@ -144,12 +146,8 @@ def base_graph(
         return _graph_of(model, captured, checkpoint_layers, fuse_loss, verify, made or example_inputs is None)
 
     # Runs and traces may change what the user's classes and files hold.
-    state = PythonState(model) if isinstance(model, nn.Module) else None
-    try:
+    with state_put_back(model) if isinstance(model, nn.Module) else nullcontext():
         return without_what_cannot_be(model, example_inputs, attempt)
-    finally:
-        if state is not None:
-            state.restore()
 
 
 def _graph_of(

@@ -289,8 +289,18 @@ class Marks(Layers):
         return self.b(y) if self.marked else y
 
 
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Marks()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        result: Tensor = self.inner(x, mask)
+        return result
+
+
 def test_a_trace_does_not_find_what_another_one_has_left() -> None:
-    model = made(Marks)
+    model = made(Around)
     with untouched(model):
         gm = llfx.capture(model)
     for training in (True, False):

@@ -29,7 +29,7 @@ class Around(nn.Module):
         self.inner = Kept()
 
 
-def change(model: Any) -> None:
+def change(model: Any, then_fail: bool = False) -> None:
     model.inner.sizes[1].append(3)
     model.inner.names["b"] = 2
     model.inner.size = 2.5
@@ -38,6 +38,8 @@ def change(model: Any) -> None:
     model.inner.__class__.total += 1
     del model.inner.nothing
     SEEN.append(2)
+    if then_fail:
+        raise ZeroDivisionError
 
 
 def test_changes_are_named_and_put_back() -> None:
@@ -70,7 +72,6 @@ def test_a_table_of_objects_in_a_file_is_no_state() -> None:
 def test_the_state_is_put_back_after_an_error() -> None:
     model = Around()
     with pytest.raises(ZeroDivisionError), state_put_back(model):
-        change(model)
-        raise ZeroDivisionError
+        change(model, then_fail=True)
     assert PythonState(model).changes() == []
     assert (model.inner.size, Kept.total, SEEN) == (1.5, 0, [1])

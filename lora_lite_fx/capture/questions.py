@@ -54,7 +54,7 @@ class Questions:
     """What the code of a model asks, with the first line that asks it.
 
     Nothing public tells of these functions but the profiler of Python, which only this thread has. Where another one
-    runs already, as `cProfile`, those are taken for asked whose answers can be compared.
+    runs already, those are taken for asked whose answers can be compared.
     """
 
     def __init__(self) -> None:

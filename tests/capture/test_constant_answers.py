@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import cProfile
 import random
+import sys
 import warnings
 from typing import Any
 
@@ -174,14 +174,16 @@ def test_questions_without_effect_are_no_matter(kind: Any, inputs: Any) -> None:
 
 
 def test_questions_are_found_by_their_effect_while_a_profiler_runs() -> None:
-    profiler = cProfile.Profile()
-    profiler.enable()
+    def profiler(*_: object) -> None: ...
+
+    sys.setprofile(profiler)
     try:
         with pytest.raises(llfx.CaptureError, match="because a profiler runs"):
             llfx.capture(made(AsksAutocast))
         gm = llfx.capture(made(AsksAutocast), (X[:2],))
+        assert sys.getprofile() is profiler
     finally:
-        profiler.disable()
+        sys.setprofile(None)
     with torch.autocast("cpu", BFLOAT16), pytest.raises(llfx.errors.CallError, match="because a profiler runs"):
         gm(X)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
+from lora_lite_fx.graph.regions import closes_region, opens_region
 from tests.support.conformance import close, randomise
 from tests.support.selection import broad_unless
 
@@ -172,6 +173,12 @@ def test_regions_that_are_traced_equal_the_model(kind: Any) -> None:
     torch.manual_seed(0)
     callers = [caller for caller in CALLERS if not (kind is Functions and caller == "no_grad")]
     require_same(kind(), None, callers)
+
+
+def test_a_region_ends_where_it_ends_in_the_model() -> None:
+    graph = llfx.capture(Nested()).graph
+    assert len([node for node in graph.nodes if opens_region(node)]) == 3
+    assert len([node for node in graph.nodes if closes_region(node)]) == 3
 
 
 @pytest.mark.filterwarnings("ignore:The model runs")

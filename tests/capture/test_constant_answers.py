@@ -274,7 +274,8 @@ class Notes(Layers):
     def forward(self, x: Tensor) -> Tensor:
         self.width = self.a.out_features
         self.last: Tensor = self.a(x) / self.width
-        return self.last
+        result: Tensor = self.last
+        return result
 
 
 class Marks(Layers):

@@ -45,7 +45,8 @@ class Nested(Layers):
                     z = self.c(y)
                 y = y * z
             x = x * y
-        return x + y
+        result: Tensor = x + y
+        return result
 
 
 class Within(Layers):
@@ -80,7 +81,7 @@ class Decorated(Layers):
     class Part(nn.Sequential):
         @torch.no_grad()
         def forward(self, input: Tensor) -> Tensor:
-            result: Tensor = super().forward(input)
+            result: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
             return result
 
     def __init__(self) -> None:
@@ -97,7 +98,8 @@ class Enabled(Layers):
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             x = self.a(x)
-        return x * self.b(x)
+        result: Tensor = x * self.b(x)
+        return result
 
 
 class Detached(Layers):
@@ -115,7 +117,8 @@ class Autocast(Layers):
             with torch.autocast("cpu", enabled=False):
                 z = self.c(y.float())
             y = self.c(y) * z
-        return y.float() + x
+        result: Tensor = y.float() + x
+        return result
 
 
 class Both(Layers):
@@ -246,7 +249,8 @@ class Inference(Layers):
         x = self.a(x)
         with torch.inference_mode():
             y = self.b(x)
-        return x + y
+        result: Tensor = x + y
+        return result
 
 
 class DecoratedInference(Layers):

@@ -26,7 +26,8 @@ def test_an_adapted_model_has_a_graph_for_each_answer() -> None:
     config = hf.BertConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
-    model = Asking(config).eval()
+    model: Any = Asking(config)
+    model.eval()
     chat = llfx.adapt(model, llfx.LoRA(r=2, target_roles="query"))
     ids = torch.randint(3, 50, (2, 6))
     mask = torch.ones_like(ids)

@@ -296,7 +296,7 @@ class Net:
         single: whether it is in float32, and not in float64.
     """
 
-    blocks: tuple[str, ...]
+    blocks: tuple[str, ...] = ("Linear",)
     single: bool = False
 
     def build(self, hugging_face: bool = False, kinds: tuple[Any, Any] = (Plain, HuggingFace)) -> Any:

@@ -51,6 +51,10 @@ class Change:
         """Make the change."""
         raise NotImplementedError
 
+    def fits(self, part: nn.Module) -> bool:
+        """Return whether there is something to change in such a part."""
+        return True
+
     def words(self) -> str:
         """Return the change in words, for names of findings."""
         return type(self).__name__
@@ -93,6 +97,9 @@ class Tensors(Change):
             else:
                 setattr(part, name, nn.Parameter(new, requires_grad=tensor.requires_grad))
 
+    def fits(self, part: nn.Module) -> bool:
+        return any(True for _ in part.parameters(recurse=False))
+
     def words(self) -> str:
         return f"parameters {self.how}"
 
@@ -109,6 +116,9 @@ class Bias(Change):
             part.bias = nn.Parameter(_values(part.weight[:, 0].detach()), requires_grad=False)
         else:
             raise Void("no part that has a bias")
+
+    def fits(self, part: nn.Module) -> bool:
+        return hasattr(part, "bias") and isinstance(part, (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.Conv1d))
 
     def words(self) -> str:
         return "bias set or taken away"
@@ -140,6 +150,9 @@ class Buffer(Change):
                 else:
                     setattr(part, name, new)
 
+    def fits(self, part: nn.Module) -> bool:
+        return any(buffer.is_floating_point() for buffer in part.buffers(recurse=False))
+
     def words(self) -> str:
         return f"buffer {self.how}" if self.how != "none" else "buffer set where there was none"
 
@@ -159,6 +172,9 @@ class Setting(Change):
             part.eps = 0.5
         else:
             raise Void("no part that has numbers")
+
+    def fits(self, part: nn.Module) -> bool:
+        return hasattr(part, "gain") or hasattr(part, "eps") or isinstance(part, nn.Dropout)
 
     def words(self) -> str:
         return "attribute"
@@ -199,6 +215,9 @@ class Exchange(Change):
             setattr(part_of(model, parent), leaf, norm.requires_grad_(False).train(part.training))
         else:
             raise Void("no part that is exchanged")
+
+    def fits(self, part: nn.Module) -> bool:
+        return isinstance(part, (nn.GELU, nn.Linear if self.how == "class" else nn.LayerNorm))
 
     def words(self) -> str:
         return f"{self.how} exchanged"
@@ -254,6 +273,9 @@ class Unfreeze(Change):
         for name, tensor in part_of(model, self.part).named_parameters(recurse=False):
             if "lora_" not in name:
                 tensor.requires_grad_(True)
+
+    def fits(self, part: nn.Module) -> bool:
+        return any(True for _ in part.parameters(recurse=False))
 
     def words(self) -> str:
         return "requires_grad of the base"

@@ -206,21 +206,23 @@ def _flat(output: Any) -> dict[str, Tensor]:
     return tensors
 
 
+@functools.cache
+def _changes(name: str) -> tuple[ops.Change, ...]:
+    """Return all changes that fit a part of a model."""
+    parts = dict(_plain(name).named_modules())
+    made: list[ops.Change] = []
+    for part in parts:
+        made += [ops.Bias(part), ops.Setting(part), *(ops.Mode(part, training) for training in (False, True))]
+        made += [ops.Tensors(part, how) for how in ("in place", "data", "replaced")]
+        made += [ops.Exchange(part, how) for how in ("module", "class")]
+    return tuple(change for change in made if change.fits(parts[change.part]))
+
+
 @st.composite
 def models(draw: Any) -> Models:
     """Draw a trial."""
     name = draw(st.sampled_from(list(MODELS)))
-    with torch.device("meta"):
-        parts = [part for part, _ in MODELS[name]().named_modules()]
     fields = st.sampled_from(["problem_type", "output_hidden_states", "use_cache"])
-    part = st.sampled_from(parts)
-    change = st.one_of(
-        st.builds(ops.Bias, part),
-        st.builds(ops.Mode, part, st.booleans()),
-        st.builds(ops.Tensors, part, st.sampled_from(["in place", "data", "replaced"])),
-        st.builds(ops.Setting, part),
-        st.builds(ops.Exchange, part, st.sampled_from(["module", "class"])),
-        st.builds(lambda value: Config("", value), fields),
-    )
+    change = st.sampled_from(_changes(name)) | st.builds(lambda value: Config("", value), fields)
     call = st.builds(Called, st.sampled_from(CALLS))
-    return Models(name, tuple(draw(st.lists(call | change, max_size=3))), draw(st.booleans()))
+    return Models(name, tuple(draw(st.lists(call | change, min_size=1, max_size=3))), draw(st.booleans()))

@@ -140,7 +140,7 @@ class Rows:
 @st.composite
 def rows(draw: Any) -> Rows:
     """Draw a trial."""
-    layouts = draw(st.lists(st.sampled_from(list(LAYOUTS)), max_size=3))
+    layouts = draw(st.lists(st.sampled_from(list(LAYOUTS)), min_size=1, max_size=2))
     how = draw(st.sampled_from(["by_row", "scaled", "bank"]))
     path = draw(st.sampled_from(["rewrite", "traced", "wrap"]))
     return Rows(tuple(layouts), draw(st.sampled_from([4, 6])), how, path, draw(st.integers(0, 9)))

@@ -270,7 +270,7 @@ class NetConfig(PretrainedConfig):
         self.names = list(names)
 
 
-class HuggingFace(PreTrainedModel, Blocks):  # type: ignore[misc]
+class HuggingFace(PreTrainedModel, Blocks):
     """The net as a model of transformers, which `adapt` takes."""
 
     config_class = NetConfig
@@ -278,7 +278,7 @@ class HuggingFace(PreTrainedModel, Blocks):  # type: ignore[misc]
     def __init__(self, config: NetConfig) -> None:
         super().__init__(config)
         self.build(tuple(config.names))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave the weights as torch draws them."""

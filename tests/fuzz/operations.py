@@ -201,7 +201,7 @@ class Exchange(Change):
         part = part_of(model, self.part)
         if self.how == "class":
             if type(part) is nn.GELU:
-                part.__class__ = nn.Tanh
+                part.__class__ = nn.Tanh  # type: ignore[assignment]
             elif isinstance(part, nn.Linear) and not parametrize.is_parametrized(part):
                 part.__class__ = Shifted
             else:

@@ -29,7 +29,12 @@ VOCABULARY = 99
 
 
 def _bert(**fields: Any) -> hf.BertConfig:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return hf.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **sizes, **fields)
 
 

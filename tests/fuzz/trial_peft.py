@@ -123,7 +123,8 @@ class Folder:
         if self.method == "AdaLoRA":
             fields["total_step"] = 1
         targets = [*self.targets, *fields.get("feedforward_modules", [])]
-        return METHODS[self.method][0](target_modules=sorted(set(targets)), **fields)
+        config: peft.PeftConfig = METHODS[self.method][0](target_modules=sorted(set(targets)), **fields)
+        return config
 
     def check(self) -> None:
         torch.manual_seed(5)

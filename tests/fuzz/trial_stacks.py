@@ -89,7 +89,7 @@ class Stack:
         below = llfx.rewrite(graph, inner, calibration=data)
         llfx.load_adapter_state_dict(below, {name: values[name] for name in llfx.adapter_state_dict(below)})
         merged = llfx.merge(below)
-        linear = nn.Linear(8, 12).double()
+        linear: Any = nn.Linear(8, 12).double()
         weight, bias = merged.get_parameter(f"{SITE}.weight"), dict(merged.named_parameters()).get(f"{SITE}.bias")
         with torch.no_grad():
             linear.weight.copy_(weight)

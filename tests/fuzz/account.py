@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from tests.fuzz import operations as ops
 from tests.fuzz.account_models import Ask, Subject
-from tests.fuzz.modules import WIDTH
+from tests.fuzz.blocks import WIDTH
 
 PATHS = ("rewrite", "traced", "adapt", "wrap", "backend")
 NET, PLAIN = Subject(), Ask()

@@ -63,7 +63,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Subject:
-    """A net of blocks, see `modules.py`.
+    """A net of blocks, see `blocks.py`.
 
     Args:
         blocks: their names.

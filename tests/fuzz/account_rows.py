@@ -90,7 +90,7 @@ def modules() -> list[Row]:
     without_tensors = cells(NO_MODULE, traced=FOLLOWED)
     hooked = cells(
         FOLLOWED,
-        wrap="refused: wrap takes modules that only multiply",
+        wrap="refused: `wrap` takes modules that only multiply",
         traced="refused: a warning says that it was traced",
     )
     return [
@@ -121,8 +121,8 @@ def calls() -> list[Row]:
     other_call = "refused: the graph serves the calls that it was captured for"
     in_config = cells("n/a: a graph has no config", traced=NO_TRACE)
     checkpointing = cells(
-        "n/a: rewrite(..., checkpoint_layers=True) decides it",
-        backend="refused: torch.compile makes graphs of their own of checkpointed layers",
+        "n/a: `rewrite(..., checkpoint_layers=True)` decides it",
+        backend="refused: `torch.compile` makes graphs of their own of checkpointed layers",
         traced=NO_TRACE,
     )
     return [
@@ -144,7 +144,7 @@ def calls() -> list[Row]:
 
 def process() -> list[Row]:
     """Return the rows of what a process says."""
-    asked = cells(f"refused: {ANSWER}", adapt=f"refused: {ANSWER}", wrap="refused: wrap captures the model")
+    asked = cells(f"refused: {ANSWER}", adapt=f"refused: {ANSWER}", wrap="refused: `wrap` captures the model")
     asked_of_autocast = cells(f"refused: {ANSWER}")
     held = cells(f"ignored: {ANSWER}", adapt=f"ignored: {ANSWER}")
     line = "refused: the error names the line"

@@ -1,4 +1,4 @@
-"""Blocks that ask for what a process or a call says, for the account. See `modules.py` for those of random nets."""
+"""Blocks that ask for what a process or a call says, for the account. See `blocks.py` for those of random nets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.fuzz.modules import HuggingFace, Plain, block
+from tests.fuzz.blocks import block
+from tests.fuzz.modules import HuggingFace, Plain
 
 
 @block

@@ -18,7 +18,7 @@ from .verdict import Trial, Verdict, judge
 EXAMPLES = 25
 """How many trials a seed stands for. Hypothesis begins with small ones."""
 
-SHRINKING = 8.0
+SHRINKING = 20.0
 """For how many seconds of the processor the first trial of a finding is shrunk."""
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from . import trial_calls, trial_defaults, trial_models, trial_peft, trial_rows, trial_stacks
+from . import draw_calls, trial_defaults, trial_models, trial_peft, trial_rows, trial_stacks
 from .verdict import Trial
 
 KINDS: dict[str, Callable[[], st.SearchStrategy[Any]]] = {
-    "calls": trial_calls.calls,
+    "calls": draw_calls.calls,
     "stacks": trial_stacks.stacks,
     "peft": trial_peft.folders,
     "rows": trial_rows.rows,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lora_lite_fx.rewriting.eager import AdaptedLinear
-from tests.fuzz.modules import WIDTH
+from tests.fuzz.blocks import WIDTH
 from tests.fuzz.verdict import Void
 
 

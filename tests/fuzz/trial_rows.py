@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from tests.fuzz.modules import WIDTH
+from tests.fuzz.blocks import WIDTH
 from tests.fuzz.verdict import require_close, the_oracle
 from tests.support.conformance import randomise
 

@@ -72,6 +72,11 @@ def shown(value: object) -> str:
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: `1 site`, `2 sites`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def is_instance_of(value: object, package: str, *names: str) -> bool:
     """Tell whether a class of `value` comes from `package` and has one of these names, or any name if none is given.
 

@@ -13,6 +13,7 @@ from .adapt.merge_adapters import MergeAdapters
 from .adapt.observe_inputs import ObserveInputs, Observer
 from .adapt.remove_adapters import RemoveAdapters
 from .adapt.scale_adapters import ScaleAdapters, input_name
+from .normalize.drop_empty_parts import DropEmptyParts
 from .normalize.drop_metadata_asserts import DropMetadataAsserts
 from .normalize.follow_mode import FollowMode
 from .normalize.inline_regions import InlineRegions
@@ -75,6 +76,7 @@ __all__ = [
     "AssociateProducts",
     "ConvertMaskOnce",
     "Declined",
+    "DropEmptyParts",
     "DropMetadataAsserts",
     "FoldScaleIntoAddition",
     "FollowMode",

@@ -6,16 +6,17 @@ The eager wrapper runs this code, and `passes/adapt/fragment.py` traces it, so t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..capture.rehearsal import Refused
-from ..errors import AdapterError
 from ..graph.provenance import SHARED
 from ..sites.site import Site
+from .bank import check_coefficients
+from .beneath import tensors_with
 from .frozen_linear import FrozenLinear
 from .promotion import adapt, not_innermost
 from .reads import Reads
@@ -24,7 +25,7 @@ from .variant import Variant, adapter_namespace
 
 @dataclass(frozen=True)
 class FrozenSite:
-    """The frozen tensors of a site.
+    """The frozen tensors of a site; or what adapters make of them, for an adapter around these.
 
     Args:
         site: the site.
@@ -48,6 +49,7 @@ class FrozenSite:
         x: Tensor,
         *routing: Tensor,
         scale: Tensor | None = None,
+        rows: int = 0,
         **given: Tensor,
     ) -> Tensor:
         """Return the output of the site with an adapter around it, in the model's layout.
@@ -60,6 +62,7 @@ class FrozenSite:
             x: the input that the model passes, in its layout.
             routing: the other inputs of the product, see `Call.routing`.
             scale: the coefficient of the adapter, `()` or `(batch,)`; None for one that is not scaled.
+            rows: the dimension of the output that counts the rows of the batch, if there is a coefficient for each.
             given: a weight or bias in place of the frozen ones, from an adapter around this one.
 
         Raises:
@@ -83,7 +86,27 @@ class FrozenSite:
         if self.reads is not None:
             linear = self.reads.watch(linear)
         y = kind.leave(adapt(variant, base, linear, operands, kind.enter(x, self.weight.dtype, who, *routing)))
-        return y if scale is None else _between(call(x), y, scale)
+        return y if scale is None else _between(call(x), y, scale, rows)
+
+    def with_adapter(self, variant: Variant, p: Any, scale: Tensor | None = None) -> FrozenSite:
+        """Return the tensors that an adapter makes of these, for the adapters around it.
+
+        Args:
+            variant: the config of the adapter.
+            p: its tensors as attributes.
+            scale: the coefficient `()` that scales what it makes; None for 1.
+        """
+        site = self.site
+        weight, bias = site.kind.matrix(self.weight), site.own_bias(self.bias)
+        new, added = tensors_with(variant, p, site, weight, bias, self.reads)
+        changed = self
+        if new is not weight:
+            stored = site.kind.stored(_scaled(weight, new, scale), self.weight)
+            changed = replace(changed, weight=stored.type_as(self.weight))
+        if added is not None and bias is not None and self.bias is not None and added is not bias:
+            stored = site.stored_bias(_scaled(bias, added, scale), self.bias)
+            changed = replace(changed, bias=stored.type_as(self.bias))
+        return changed
 
     def _stored(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
         """Return the tensors that replace the frozen ones, as the model would store them.
@@ -105,19 +128,22 @@ class FrozenSite:
         return stored
 
 
+def _scaled(below: Tensor, made: Tensor, scale: Tensor | None) -> Tensor:
+    """Return `below + c (made - below)`, in the type of `made`."""
+    if scale is None:
+        return made
+    return torch.lerp(below.to(made.dtype), made, scale.to(made.dtype))
+
+
 def _check_shape(name: str, given: Tensor, frozen: Tensor | None) -> None:
     if frozen is None or given.shape != frozen.shape:
         sizes = None if frozen is None else tuple(frozen.shape)
         raise Refused(f"calls base with a {name} {tuple(given.shape)}, and base.{name} is {sizes}")
 
 
-def _between(y: Tensor, adapted: Tensor, scale: Tensor) -> Tensor:
+def _between(y: Tensor, adapted: Tensor, scale: Tensor, rows: int) -> Tensor:
     """Return `y + c (adapted - y)`, where `y` is the output inside an adapter."""
     if scale.dim():
-        if len(scale) != adapted.shape[0]:
-            raise AdapterError(
-                f"There are {len(scale)} coefficients, one for each row of the batch, and {adapted.shape[0]} rows of an"
-                " output."
-            )
-        scale = scale.view(-1, *[1] * (adapted.dim() - 1))
+        check_coefficients(scale, adapted.shape[rows])
+        scale = scale.view([-1 if dim == rows else 1 for dim in range(adapted.dim())])
     return torch.lerp(y, adapted, scale.to(adapted.dtype))

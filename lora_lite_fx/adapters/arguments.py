@@ -48,6 +48,15 @@ _NOT_NEEDED = {
 }
 """Fields of PEFT that have no counterpart because something else does their work."""
 
+ALL_LINEAR = "all-linear"
+"""What PEFT calls the linears of a model in a field of targets."""
+
+ALL_LINEAR_HERE = (
+    "the default roles are every linear of attention and of the feed-forward layers, so leave it out, or write"
+    ' target_roles=("attention", "mlp")'
+)
+"""What to write instead."""
+
 _STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "eva": "EVA"}
 """The variants that PEFT calls a way to start a LoRA."""
 
@@ -130,11 +139,8 @@ def _target_hint(field: str, value: Any, fields: Sequence[str]) -> str:
     """Say how to name the targets that PEFT's config names by `value`."""
     if field not in fields:
         return "remove it"
-    if value == "all-linear":
-        return (
-            "the default roles are every linear of attention and of the feed-forward layers, so leave it out, or write"
-            ' target_roles=("attention", "mlp")'
-        )
+    if value == ALL_LINEAR:
+        return ALL_LINEAR_HERE
     return f"write {field}=({_patterns(value)}), regular expressions that are searched in the qualified name"
 
 

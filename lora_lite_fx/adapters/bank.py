@@ -44,7 +44,8 @@ def Bank(cfg: Variant | Sequence[Variant], slots: int) -> Variant | list[Variant
 
     Raises:
         ConfigError: `cfg` is not a config of a variant, or `slots` not a positive integer. `rewrite` refuses a variant
-            whose `forward` uses functions that are not known of values which belong to several adapters.
+            whose `forward` uses functions that are not known of values which belong to several adapters. With
+            AdapterError it refuses a site at which the graph does not prove which row of the batch is which.
     """
     if isinstance(cfg, Sequence) and not isinstance(cfg, str):
         return [Bank(each, slots) for each in cfg]
@@ -101,6 +102,15 @@ def check_rows(ids: Tensor, rows: int) -> None:
     """Raise CallError unless there is an id for each row of a batch."""
     if len(ids) != rows:
         raise CallError(f"There are {len(ids)} {IDS}, one for each row of the batch, and {rows} rows.")
+
+
+def check_coefficients(scale: Tensor, rows: int) -> None:
+    """Raise CallError unless there is a coefficient for each row of a batch."""
+    if len(scale) != rows:
+        raise CallError(
+            f"There are {len(scale)} coefficients of an adapter, one for each row of the batch, and {rows} rows. The"
+            " way out: by_row with a name, or scaled with a coefficient, for each row of the inputs."
+        )
 
 
 def ids_of(ids: Tensor | None) -> Tensor:

@@ -33,7 +33,7 @@ from .variant import Statistic, Variant, adapter_namespace
 
 _OF_THE_SITE = frozenset(
     f"{prefix}{name}" for prefix in ("", "frozen_", "computed_") for name in ("weight", "bias")
-) | {"training", "base", "site", "placements", "add", "adapted_model", "batch"}
+) | {"training", "base", "site", "placements", "add", "adapted_model", "batch", "reads", "inner_dtype"}
 """Names that a site's module or its eager wrapper has, besides those that every module has."""
 
 

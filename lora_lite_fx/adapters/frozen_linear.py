@@ -14,6 +14,9 @@ from ..sites.site import Site
 class FrozenLinear:
     """The frozen linear that a variant adapts: `base(x)` is `x W^T + b`, or the product of another kind of site.
 
+    Where adapters are below the variant, `base(x)` is what they compute, and `weight` and `bias` are what they make of
+    the frozen ones, see `beneath.py`.
+
     Args:
         call: computes `base(x)` for `x (..., d_in)`; it takes `weight` and `bias` in place of the frozen ones.
         weight: the frozen `W (d_out, d_in)`, whatever its layout in the model.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,17 @@ class Placement:
         """
         names = tuple(variant.for_site(site.name).tensor_specs(site))
         return cls(variant, adapter, site.name, list(inner).count(adapter_name), names, adapter_name)
+
+    @classmethod
+    def recorded(cls, insertion: Insertion) -> Placement:
+        """Return the placement that a graph records.
+
+        Raises:
+            ConfigError: the class of its variant is not known to this process.
+        """
+        variant = recorded_variant(insertion.config)
+        place = (insertion.adapter, insertion.site, insertion.position)
+        return cls(variant, *place, insertion.names, insertion.adapter_name, insertion.scale)
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -189,10 +201,7 @@ def placements(model: nn.Module) -> list[Placement]:
         for insertion in insertions(model.graph):
             place = (insertion.adapter, insertion.site)
             if place not in by_place:
-                variant = recorded_variant(insertion.config)
-                by_place[place] = Placement(
-                    variant, *place, insertion.position, insertion.names, insertion.adapter_name, insertion.scale
-                )
+                by_place[place] = Placement.recorded(insertion)
     else:
         for module in model.modules():
             for placement in getattr(module, "placements", ()):
@@ -226,7 +235,8 @@ class Recorded:
 
     Args:
         names: of the adapters, in the order in which they were added.
-        tensors: the qualified name of each tensor, with that of its adapter before it.
+        tensors: the qualified name of each tensor, with that of its adapter before it. By site, then by name, so that
+            the order is one for a graph, a wrapped model and an adapted one, whatever was added first.
         slots: the number of slots of each adapter that is a bank, by its name.
     """
 
@@ -250,7 +260,14 @@ class Recorded:
             tensors |= dict.fromkeys((name, path) for path in each.tensors.values())
             count = each.config.get("slots") if isinstance(each, Insertion) else each.variant.slots
             slots |= {name: count} if count else {}
-        return cls(tuple(sorted(first, key=first.__getitem__)), tuple(tensors), slots)
+        by_site = sorted(tensors, key=lambda pair: _order(pair[1]))
+        return cls(tuple(sorted(first, key=first.__getitem__)), tuple(by_site), slots)
+
+
+def _order(path: str) -> list[Any]:
+    """Return the key by which qualified names are sorted: layer 2 comes before layer 10."""
+    site, _, name = path.rpartition(".")
+    return [[(int(digits or 0), text) for digits, text in re.findall(r"(\d+)|(\D+)", part)] for part in (site, name)]
 
 
 def recorded_in(model: nn.Module) -> Recorded:

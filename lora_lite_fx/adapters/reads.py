@@ -27,11 +27,13 @@ class Reads:
     Args:
         site: the values that it has read of its site, by field or property.
         training: whether it has read the mode.
+        tensors: whether it has read the weight or the bias.
         replaces: whether it calls the frozen linear with another weight or bias.
     """
 
     site: dict[str, Any] = field(default_factory=dict)
     training: bool = False
+    tensors: bool = False
     replaces: bool = False
 
     def hold_at(self, site: Site) -> bool:
@@ -65,13 +67,15 @@ class PassedRuns:
 
 @dataclass(frozen=True, eq=False)
 class _WatchedLinear(FrozenLinear):
-    """A frozen linear that notes whether its mode is read."""
+    """A frozen linear that notes whether its mode is read, and whether its tensors are."""
 
     reads: Reads = field(default_factory=Reads)
 
     def __getattribute__(self, name: str) -> Any:
         if name == "training":
             object.__getattribute__(self, "reads").training = True
+        elif name in ("weight", "bias"):
+            object.__getattribute__(self, "reads").tensors = True
         return object.__getattribute__(self, name)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 
-from ..errors import SelectionError
+from ..errors import SelectionError, counted
+from ..sites.kinds.linear import SiteKind
+from ..sites.roles import FINE, GROUPS
 from ..sites.site import Site
 from .patterns import occurs
 from .variant import Variant, as_tuple
@@ -28,12 +31,17 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
         for pattern, _ in getattr(variant, field, ()):
             if not any(occurs([pattern], site.name) for site in chosen):
                 raise SelectionError(
-                    f"{type(variant).__name__}: {pattern!r} in {field} matches none of the {len(chosen)} sites to adapt"
-                    f" ({', '.join(site.name for site in chosen[:3])}, ...)."
+                    f"{type(variant).__name__}: {pattern!r} in {field} matches none of the"
+                    f" {counted(len(chosen), 'site')} to adapt ({', '.join(site.name for site in chosen[:3])}, ...)."
                 )
     for site in chosen:
         variant.for_site(site.name).check(site)
     return chosen
+
+
+def would_select(variant: Variant, site: Site, roles: Iterable[str]) -> bool:
+    """Return whether the config's targets would include `site` if it were a linear in these roles."""
+    return variant.selects(replace(site, kind=SiteKind(), roles=frozenset(roles)))
 
 
 def warn_of_unused_patterns(
@@ -86,24 +94,42 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
     } or {"default roles": variant.default_roles}
     wanted = ", ".join(f"{field}={value!r}" for field, value in targets.items())
     kinds = " or ".join(variant.target_kinds)
-    others = [site for site in sites if site.kind.name not in variant.target_kinds and _is_named(variant, site)]
+    others = [site for site in sites if site.kind.name not in variant.target_kinds]
+    named = [site for site in others if _is_named(variant, site)]
+    experts = [site for site in others if site.experts and would_select(variant, site, GROUPS["mlp"])]
     sites = [site for site in sites if site.kind.name in variant.target_kinds]
-    if others and not any(_is_named(variant, site) for site in sites):
-        named = ", ".join(f"{site.name} ({site.kind.name})" for site in others[:3])
+    if named and not any(_is_named(variant, site) for site in sites):
         return (
             f"{type(variant).__name__}: no {kinds} site matches {wanted};"
-            f" to adapt {named}, name its kind in target_kinds."
+            f" to adapt {_first(named)}, name its kind in target_kinds."
         )
-    if not sites:
+    if not sites and not others:
         return f"{type(variant).__name__}: the model has no {kinds} site to adapt."
+    if not sites:
+        return (
+            f"{type(variant).__name__}: the model has no {kinds} site to adapt. The way out: target_kinds names other"
+            f" kinds, such as {others[0].kind.name!r} for {_first(others)}."
+        )
     names = [site.name for site in sites]
-    near = _near(as_tuple(variant.target_names), names)
+    near = list(dict.fromkeys(_near(as_tuple(variant.target_names), names)))
     roles = sorted({role for site in sites for role in site.roles})
+    instead = " in place of target_roles" if variant.target_roles else ""
+    way_out = ""
+    if experts:
+        way_out = f' The way out: target_kinds="experts"{instead}, for {_first(experts)}.'
+    elif variant.target_roles and all(site.kind.name != "linear" for site in sites):
+        way_out = " The way out: leave target_roles out, because only linears have roles."
+    elif variant.target_names is None and any(would_select(variant, site, FINE) for site in sites):
+        way_out = f' The way out: target_names="."{instead} for all of them, or their names: target_names={names[0]!r}.'
     return (
-        f"{type(variant).__name__}: no site matches {wanted}. The model has {len(sites)} sites"
-        f" ({'the nearest' if near else 'the first'}: {', '.join(dict.fromkeys(near or names[:5]))})"
-        f" with the roles: {', '.join(roles) or 'none that could be inferred'}."
+        f"{type(variant).__name__}: no site matches {wanted}. The model has {counted(len(sites), 'site')}"
+        f" ({'the nearest' if near else 'the first'}: {', '.join(near or names[:5])})"
+        f" with the roles: {', '.join(roles) or 'none that could be inferred'}.{way_out}"
     )
+
+
+def _first(sites: list[Site]) -> str:
+    return ", ".join(f"{site.name} ({site.kind.name})" for site in sites[:3])
 
 
 def _is_named(variant: Variant, site: Site) -> bool:

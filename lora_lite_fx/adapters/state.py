@@ -13,7 +13,12 @@ from ..capture.mistakes import model_hint, wrapper_hint
 from ..errors import AdapterError, CheckpointError, shown
 from ..graph.sharded import copy_values, reshard
 from ..graph.tensors import tensor_of
+from .changed_buffers import warn_of_lost_buffers
 from .placement import adapter_tensor_names, placements
+
+_WITH_BUFFERS = (
+    "llfx.save and llfx.load; or keep dict(model.named_buffers()) too, for model.load_state_dict(buffers, strict=False)"
+)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -38,14 +43,25 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapters' tensors by qualified name, `"<module path>.<param>"`.
 
     The tensors are detached and share the model's storage. Those of a sharded model are DTensors, as
-    `torch.distributed.checkpoint` takes them.
+    `torch.distributed.checkpoint` takes them. Buffers that training changes besides the adapters, as the statistics of
+    batch norm, are not among them; files of `save` hold them.
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`.
 
     Raises:
         AdapterError: the model has no adapters.
+
+    Warns:
+        UserWarning: training has changed buffers.
     """
+    values = adapter_values(model)
+    warn_of_lost_buffers(model, "adapter_state_dict returns the tensors of", _WITH_BUFFERS)
+    return values
+
+
+def adapter_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return what `adapter_state_dict` returns, without its warning."""
     names = adapter_tensors(model)
     reshard(model)
     return {name: tensor_of(model, name).detach() for name in names}
@@ -83,7 +99,7 @@ def check_unscaled(model: nn.Module) -> None:
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Copy the values of `state_dict` into the adapters of `model`.
+    """Copy the values of `state_dict` into the adapters of `model`. Its buffers stay as they are.
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`.
@@ -93,8 +109,17 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     Raises:
         CheckpointError: keys, shapes or dtypes differ, or `state_dict` is not a mapping. The model is unchanged then.
         AdapterError: the model has no adapters.
+
+    Warns:
+        UserWarning: training has changed buffers of the model.
     """
-    tensors = adapter_state_dict(model)
+    load_adapter_values(model, state_dict)
+    warn_of_lost_buffers(model, "load_adapter_state_dict writes to the tensors of", _WITH_BUFFERS)
+
+
+def load_adapter_values(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Do what `load_adapter_state_dict` does, without its warning."""
+    tensors = adapter_values(model)
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(
             f"state_dict must map names to tensors, as adapter_state_dict returns it; it is {shown(state_dict)}."

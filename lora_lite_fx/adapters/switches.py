@@ -18,6 +18,7 @@ from ..errors import AdapterError, ConfigError, shown
 from ..graph.direct_calls import can_read_values
 from ..graph.tensors import tensor_of
 from .bank import check_ids, check_slots
+from .changed_buffers import warn_of_moved_base
 from .placement import adapter_names, adapter_tensor_names, bank_slots
 from .state import adapter_tensors
 
@@ -106,7 +107,8 @@ def active(model: Model, names: str | Sequence[str] | EllipsisType | None = ...)
 
     Args:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`.
-        names: the name of one adapter, or several; None or `[]` for the frozen model, bit for bit. All adapters act if
+        names: the name of one adapter, or several; None or `[]` for the frozen model, bit for bit, but for buffers
+            that training has changed: the model has one value of each, with adapters and without. All adapters act if
             it is left out.
 
     Returns:
@@ -115,6 +117,9 @@ def active(model: Model, names: str | Sequence[str] | EllipsisType | None = ...)
     Raises:
         AdapterError: the model has no adapters, or does not follow switches.
         ConfigError: it has no adapter of such a name.
+
+    Warns:
+        UserWarning: no adapter is to act, and training has changed buffers.
     """
     holder = _holder(model)
     before = holder.switches.acting
@@ -122,6 +127,8 @@ def active(model: Model, names: str | Sequence[str] | EllipsisType | None = ...)
     chosen = present if isinstance(names, EllipsisType) else known_names(model, names or [])
     acting = None if set(chosen) == set(present) else tuple(name for name in present if name in chosen)
     holder.switches = replace(holder.switches, acting=acting)
+    if acting == ():
+        warn_of_moved_base(model)
 
     def undo() -> None:
         holder.switches = replace(holder.switches, acting=_still(before, model))
@@ -148,8 +155,8 @@ def scaled(
         A scope; leaving it gives these adapters the coefficients that they had before.
 
     Raises:
-        AdapterError: the model has no adapters, or does not follow switches. At a call: the rows of the batch cannot be
-            told at a site.
+        AdapterError: the model has no adapters, or does not follow switches. At a call: the batch has another number
+            of rows than there are coefficients; or the graph does not prove at a site which row is which.
         ConfigError: the model has no adapter of such a name; or a coefficient is not a real, finite number or tensor of
             them.
     """
@@ -190,8 +197,8 @@ def by_row(model: Model, names: Sequence[str | None] | Tensor) -> Scope[Model]:
         A scope; leaving it takes back what `active` and `scaled` were.
 
     Raises:
-        AdapterError: as `active` and `scaled`. At a call: the batch has another number of rows, or they cannot be told
-            at a site.
+        AdapterError: as `active` and `scaled`. At a call: the batch has another number of rows; or the graph does not
+            prove at a site which row is which, because the model reorders, repeats or joins rows before it.
         ConfigError: the model has no adapter of such a name, or `names` is empty; or they are ids, and the model has no
             bank.
     """

@@ -38,7 +38,7 @@ from ..sites.kinds.linear import KINDS
 from ..sites.roles import GROUPS, ROLES
 from ..sites.site import Site
 from .adapter_tensors import AdapterTensors
-from .arguments import check_arguments
+from .arguments import ALL_LINEAR, ALL_LINEAR_HERE, check_arguments
 from .declaration import check_class
 from .frozen_linear import FrozenLinear
 from .param_spec import ParamSpec as ParamSpec
@@ -146,13 +146,20 @@ class Variant:
             self.dtype in (None, *_DTYPES),
             f"dtype must be None or a floating-point torch.dtype of 16, 32 or 64 bits, got {self.dtype!r}",
         )
+        for name in ("target_roles", "target_names"):
+            self._require(
+                ALL_LINEAR not in as_tuple(getattr(self, name)),
+                f"{name}={ALL_LINEAR!r} is PEFT's way to choose linears. Here {ALL_LINEAR_HERE}; or"
+                ' target_names="." for all linears of the model, its head too',
+            )
         for role in as_tuple(self.target_roles):
             near = difflib.get_close_matches(str(role), [*ROLES, *GROUPS])
             self._require(
                 role in ROLES or role in GROUPS,
                 f"unknown role {role!r}"
                 + (f", did you mean {near[0]!r}?" if near else ".")
-                + f" The roles are {', '.join(ROLES)}; the groups are {', '.join(GROUPS)}",
+                + f" The roles are {', '.join(ROLES)}; the groups are {', '.join(GROUPS)}. A role says what a linear"
+                f" does; its name goes to another field: target_names={role!r}",
             )
         for kind in self.target_kinds:
             self._require(kind in KINDS, f"unknown kind of site {kind!r}; the kinds are {', '.join(KINDS)}")

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
 from ..errors import CallError, CaptureError
+from .python_state import state_put_back
 from .symbolic import symbolic_trace
 
 Values = tuple[tuple[str, bool | None], ...]
@@ -97,13 +98,14 @@ def _sets(optional: Sequence[tuple[str, bool | None]]) -> Iterator[Values]:
 def _difference(model: nn.Module, traced: fx.GraphModule, values: Mapping[str, bool | None]) -> str | None:
     """Return what the model does otherwise than its graph if arguments have these values; None if nothing."""
     try:
-        expected = symbolic_trace(model, values)
+        with state_put_back(model):
+            expected = symbolic_trace(model, values)
     except CaptureError as error:
         return f"raises an error when it is traced so: {error.__cause__}"
-    return None if _same(traced, expected, values) else _OTHERWISE
+    return None if same_graphs(traced, expected, values) else _OTHERWISE
 
 
-def _same(traced: fx.GraphModule, expected: fx.GraphModule, values: Mapping[str, bool | None]) -> bool:
+def same_graphs(traced: fx.GraphModule, expected: fx.GraphModule, values: Mapping[str, bool | None]) -> bool:
     """Tell whether the graphs are the same node for node, with these values in the place of arguments of `traced`."""
     if len(traced.graph.nodes) != len(expected.graph.nodes):
         return False

@@ -10,9 +10,9 @@ may leave out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
@@ -20,9 +20,12 @@ from torch.export import ExportedProgram
 
 from ..compat.torch import pytree
 from ..errors import CaptureError
+from ..graph.modes import held_modes, modes_of, put_in_mode, set_modes
 from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
+from .compare import own_error
+from .constant_answers import trace_without_constants
 from .depth import ByDepth
 from .example_inputs import example_inputs_of, warn_of, what_may_be_left_out
 from .export import export
@@ -46,7 +49,6 @@ from .outputs import Call
 from .randomness import without_python_random
 from .share import share
 from .signature import CallSignature
-from .symbolic import symbolic_trace
 from .timm import example_images_of, images_of_one_size
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -65,7 +67,8 @@ class Capture:
     Args:
         gm: the graph module; of the training mode, where there are two.
         eval_gm: the same model in evaluation mode; None if it is that graph, or the mode was fixed before.
-        training: the mode the model was in.
+        modes: of the modules of the model, by qualified name.
+        held: the modules that the `train` of the model keeps in a mode, see `held_modes`.
         signature: how the graph is called; None for one that takes its inputs and nothing else.
         source: what was captured, a copy of the user's model over the same weights; None if that is a graph already.
         calls: calls to compare the two on, the first that of the capture; empty without example inputs.
@@ -74,11 +77,12 @@ class Capture:
 
     gm: fx.GraphModule
     eval_gm: fx.GraphModule | None
-    training: bool
+    modes: Mapping[str, bool]
     signature: CallSignature | None = None
     source: nn.Module | None = None
     calls: tuple[Call, ...] = ()
     hint: str = ""
+    held: Mapping[bool, Sequence[str]] = field(default_factory=dict)
 
 
 def without_what_cannot_be(
@@ -116,12 +120,14 @@ def capture_model(
     dynamic_shapes: Any,
     own: Sequence[str] = (),
     without: Sequence[str] = (),
+    made: bool = False,
 ) -> Capture:
     """Capture `model` and leave it as it is. Arguments and errors are those of `rewriting.capture.capture`.
 
     Args:
         own: qualified names of tensors that the graph gets as copies of its own, trainable as they are.
         without: `"images"` or `"sound"` to leave them out of the inputs that are made from a config.
+        made: whether the example inputs are not the user's.
     """
     check_model(model)
     assert isinstance(model, nn.Module)
@@ -129,9 +135,10 @@ def capture_model(
         graph = share(model, own)
         normalize(graph)
         _name_modules_once(model, graph.graph)
-        return Capture(graph, None, model.training)
+        return Capture(graph, None, modes_of(model))
 
-    shadow = share(model)
+    shadow, modes = share(model), modes_of(model)
+    made = made or example_inputs is None
     accepted: dict[str, Any] = {}
     signature = None
     one_size = images_of_one_size(shadow)
@@ -156,6 +163,7 @@ def capture_model(
         pass_layouts(shadow, layouts)
         inputs = inputs[0], {name: value for name, value in inputs[1].items() if name not in layouts}
     batch_only = (*batch_only_arguments(shadow), *one_size)
+    held = held_modes(shadow)
     with phase(f"captured {type(model).__name__}") as details:
         graphs = []
         refused: dict[Values, str] = {}
@@ -164,16 +172,20 @@ def capture_model(
             exported = functools.partial(export, shadow, *inputs, dynamic_shapes, batch_only)
             by_depth = ByDepth(shadow, *inputs, exported)
         for mode in progress((True, False), f"capturing {type(model).__name__}"):
-            shadow.train(mode)
-            with without_python_random(model), KnownWhileTraced() if layouts else nullcontext():
-                if inputs is None:
-                    graphs.append(symbolic_trace(shadow))
-                elif not graphs or (other := by_depth.in_other_mode(graphs[0])) is None:
-                    graph, said = by_depth.capture()
-                    graphs.append(graph)
-                    done.update(dict.fromkeys(said))
-                elif other is not graphs[0]:
-                    graphs.append(other)
+            put_in_mode(shadow, mode)
+            try:
+                with without_python_random(model), KnownWhileTraced() if layouts else nullcontext():
+                    if inputs is None:
+                        graphs.append(trace_without_constants(shadow))
+                    elif not graphs or (other := by_depth.in_other_mode(graphs[0])) is None:
+                        graph, said = by_depth.capture()
+                        graphs.append(graph)
+                        done.update(dict.fromkeys(said))
+                    elif other is not graphs[0]:
+                        graphs.append(other)
+            except CaptureError as error:
+                itself = None if made or inputs is None else own_error(shadow, calls[0])
+                raise (itself or error) from error.__cause__
             if inputs is None:
                 refused |= refused_calls(shadow, graphs[-1])
         for graph in graphs:
@@ -188,9 +200,11 @@ def capture_model(
                 signature = replace(signature, layouts=layouts)
         details += [f"{len(gm.graph.nodes)} nodes", *done]
     keep_registration(shadow, gm)
-    _name_modules_once(shadow, gm.graph)
+    for graph in graphs:
+        _name_modules_once(shadow, graph.graph)
     hint = input_hint(shadow, inputs[1]) if inputs is not None else ""
-    return Capture(gm, eval_gm, model.training, signature, shadow, calls, hint)
+    set_modes(shadow, modes)
+    return Capture(gm, eval_gm, modes, signature, shadow, calls, hint, held)
 
 
 def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, ...]:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import pytree
 from ..errors import COMPILE_INSTEAD, CaptureError
+from ..graph.modes import modes_of, parts_with_flags
 from ..log import phase
 from .decisions import is_other_decision
 from .differences import TOLERANCES, Difference, distance, largest
+from .held_answers import hold_answer, other_answer
 from .outputs import (
     Call,
+    Mode,
     Outputs,
     has_data,
     outputs_of_graph,
@@ -26,34 +31,75 @@ from .outputs import (
     outputs_of_program,
     written_tensors,
 )
+from .python_state import warn_of_count
+from .questions import GRAD, INFERENCE_REGION, Questions, device_of
+from .refusal import line_of_error
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.
 _MORE_THAN_A_BIT = 4.0
+_HALF = TOLERANCES[torch.bfloat16]
+"""How far results may be apart under autocast, relative to the largest value."""
 _NOTHING = object()
 
 
-def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], hint: str = "") -> None:
+def own_error(model: nn.Module, call: Call) -> CaptureError | None:
+    """Return an error that says that the model itself raises for a call, with its message; None if it does not.
+
+    Args:
+        model: is not changed. What it raises in one mode alone is no matter.
+        call: of the user.
+    """
+    if not has_data(model, call):
+        return None
+    for training in (False, True):
+        try:
+            outputs_of_model(model, call, training, (), by_module=False, in_any_order=False)
+        except Exception as error:
+            raised = error
+        else:
+            return None
+    return _raises_itself(model, raised)
+
+
+def _raises_itself(model: nn.Module, error: BaseException) -> CaptureError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    return CaptureError(
+        f"{type(model).__name__} itself raises for the example inputs{line_of_error(error)}: {type(error).__name__}:"
+        f" {reason}\nThe way out: pass example_inputs that the model takes."
+    )
+
+
+def require_equal(
+    gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], hint: str = "", made: bool = False
+) -> None:
     """Raise `CaptureError` if the flat graph `gm` and `model` differ in either mode; log what was compared.
 
     Args:
-        gm, model: neither is changed.
-        calls: the first is compared in both modes, the others in evaluation.
+        gm, model: neither is changed. Where parts of the model are in other modes, the two are compared in these too.
+        calls: the first is compared in all modes, the others in evaluation.
         hint: a sentence on how to avoid a difference, after a space.
+        made: whether the inputs are not the user's: those that the model does not take say nothing of the user's then,
+            and the graph is not compared.
+
+    Raises:
+        CaptureError: they differ; or the model itself raises in both modes, for inputs of the user.
     """
     name = type(model).__name__
     if not has_data(model, calls[0]):
         return
+    questions, raising = Questions(), list[_ModelRaises]()
     with phase(f"compared the graph of {name} with the model") as details:
-        for call, training in [*((call, False) for call in calls), (calls[0], True)]:
-            mode = _mode(training)
+        _, *others = _modes(model)
+        for call, where in [*((call, False) for call in calls), *((calls[0], where) for where in others)]:
+            mode = _name_of(where)
             try:
-                rows = _compare(gm, model, call, training, by_module=False)
-                if not all(row.ok for row in rows):
-                    rows = _compare(gm, model, call, training, by_module=True)
+                rows = _all_rows(gm, model, call, where, questions)
             except CaptureError:
                 raise
             except _ModelRaises as reason:
                 details.append(f"not in {mode}, where the model raises {reason}")
+                if call is calls[0]:
+                    raising.append(reason)
                 continue
             except Exception as error:
                 if is_other_decision(error) and call is not calls[0]:
@@ -66,15 +112,78 @@ def require_equal(gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], h
                 ) from error
             if wrong := [row for row in rows if row.is_result and not row.ok]:
                 first = next(row for row in rows if not row.ok)
-                raise _differs(name, model, wrong[0], first, hint)
+                raise _differs(name, model, wrong[0], first, hint, questions)
             details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
+        if len(raising) == 1 + len(others) and not made:
+            raise _raises_itself(model, raising[0].__cause__ or raising[0]) from raising[0].__cause__
+        _hold_answers(gm, model, calls[0], questions)
+    if questions.counted is not None:
+        warn_of_count(model, questions.counted)
+
+
+def _hold_answers(gm: fx.GraphModule, model: nn.Module, call: Call, questions: Questions) -> None:
+    """Let the graph refuse calls in which the process answers otherwise, where the model asks and would differ then.
+
+    Raises:
+        CaptureError: the model runs a part of itself in inference mode.
+    """
+    device = device_of(model)
+    for kind, line in questions.asked.items():
+        if kind == INFERENCE_REGION:
+            raise CaptureError(
+                f"{type(model).__name__} runs a region of {kind} at {line}, and a graph has none. The way out:"
+                f" torch.no_grad() instead, or {COMPILE_INSTEAD}."
+            )
+        if kind == GRAD:  # the model was traced with gradients, and compared without
+            continue
+        other = other_answer(kind, device)
+        try:
+            with other or nullcontext():
+                same = other is not None and _computes_the_same(gm, model, call)
+        except Exception:  # of the graph or the model, in a state in which it may never be called
+            same = False
+        if not same:
+            hold_answer(gm, model, kind, device, line)
+
+
+def _computes_the_same(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
+    """Tell whether graph and model agree in evaluation as far as half precision goes, in whatever types of results."""
+    expected = outputs_of_model(model, call, False, (), by_module=False, in_any_order=False).results
+    actual = outputs_of_graph(gm, model, call, False, by_module=False, in_any_order=False).results
+    for name, theirs in expected.items():
+        ours = actual.get(name)
+        if isinstance(theirs, Tensor) and isinstance(ours, Tensor) and theirs.is_floating_point():
+            ours, theirs = ours.float(), theirs.float()
+        if distance(ours, theirs) > _HALF * largest(theirs):
+            return False
+    return True
+
+
+def follows_each_part(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
+    """Check that the graph reads the modes of the same parts as the model, on the inputs of a call.
+
+    The two are compared where the parts whose modes the graph reads are in training mode, and no others. An operation
+    may follow the mode of another module than the one that runs it: a model may hand its mode down as an argument.
+
+    Args:
+        gm, model: neither is changed; they are equal where all parts are in one mode.
+        call: the inputs, as both take them.
+    """
+    parts = parts_with_flags(gm.graph)
+    modes = {name: name in parts for name in modes_of(model)}
+    if len(set(modes.values())) < 2 or not has_data(model, call):
+        return True
+    try:
+        return all(row.ok for row in _all_rows(gm, model, call, modes))
+    except Exception:  # then nothing has shown it
+        return False
 
 
 def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[Difference], list[str]]:
-    """Return the differences between a graph, as a call runs it, and its model, by module and in both modes.
+    """Return the differences between a graph, as a call runs it, and its model, by module and in all modes.
 
     Args:
-        gm, model: neither is changed.
+        gm, model: neither is changed. Where parts of the model are in other modes, the two are compared in these too.
         call: the inputs, as both take them.
 
     Returns:
@@ -85,11 +194,11 @@ def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[
     """
     rows: list[Difference] = []
     notes: list[str] = []
-    for training in (False, True):
+    for mode in _modes(model):
         try:
-            rows += _compare(gm, model, call, training, by_module=True, as_called=True)
+            rows += _compare(gm, model, call, mode, by_module=True, as_called=True)
         except _ModelRaises as reason:
-            notes.append(f"not compared in {_mode(training)}, where the model raises {reason}")
+            notes.append(f"not compared in {_name_of(mode)}, where the model raises {reason}")
     if not rows:
         raise CaptureError(
             f"The model raises {notes[0].partition('raises ')[2]}. The way out: pass inputs that it takes."
@@ -97,29 +206,45 @@ def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[
     return rows, notes
 
 
+def _all_rows(
+    gm: fx.GraphModule, model: nn.Module, call: Call, mode: Mode, questions: Questions | None = None
+) -> list[Difference]:
+    """Return the differences of the results; if one is not explained by rounding, those of all modules too."""
+    rows = _compare(gm, model, call, mode, by_module=False, questions=questions)
+    return rows if all(row.ok for row in rows) else _compare(gm, model, call, mode, by_module=True)
+
+
 def _compare(
-    gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool, as_called: bool = False
+    gm: fx.GraphModule,
+    model: nn.Module,
+    call: Call,
+    mode: Mode,
+    by_module: bool,
+    as_called: bool = False,
+    questions: Questions | None = None,
 ) -> list[Difference]:
     writes = [name for name in written_tensors(gm) if name in dict(model.named_parameters())]
     try:
         # Compare without the modules first, and in any order of draws only if that finds a difference.
-        expected = outputs_of_model(model, call, training, writes, by_module, in_any_order=by_module)
-        nudged = [outputs_of_model(model, call, training, writes, True, sign) for sign in (1, -1) if by_module]
+        expected = outputs_of_model(model, call, mode, writes, by_module, in_any_order=by_module, questions=questions)
+        nudged = [outputs_of_model(model, call, mode, writes, True, sign) for sign in (1, -1) if by_module]
     except Exception as error:
         raise _ModelRaises(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
     if expected.remembered is not None:
         raise CaptureError(
-            f"{type(model).__name__} keeps {expected.remembered} from one call for the next, outside of the cache that"
-            " it returns, which a graph does not. The way out: call it without a cache (use_cache=False), or"
-            f" {COMPILE_INSTEAD}."
+            f"{type(model).__name__} keeps {expected.remembered.name} from one call for the next"
+            f"{expected.remembered.line}, outside of the cache that it returns, which a graph does not. The way out:"
+            f" call it without a cache (use_cache=False), or {COMPILE_INSTEAD}."
         )
-    actual = outputs_of_graph(gm, model, call, training, by_module, in_any_order=by_module)
+    if expected.counted is not None and questions is not None:
+        questions.counted = expected.counted
+    actual = outputs_of_graph(gm, model, call, mode, by_module, in_any_order=by_module)
     if as_called:
-        called = outputs_of_program(gm, call, training)
+        called = outputs_of_program(gm, call, mode)
         # A call leaves logits out if its loss is fused; those of the flat graph stand for them.
         made = {name: value for name, value in called.results.items() if value is not None}
         actual = Outputs({**actual.results, **made}, called.buffers, actual.modules)
-    return list(_rows(expected, actual, nudged, model, _mode(training), tolerance_for(model, call)))
+    return list(_rows(expected, actual, nudged, model, _name_of(mode), tolerance_for(model, call)))
 
 
 def tolerance_for(model: nn.Module, call: Call) -> float:
@@ -182,11 +307,22 @@ class _ModelRaises(Exception):
     """The model raises for the inputs; the message says what."""
 
 
-def _mode(training: bool) -> str:
-    return "training" if training else "evaluation"
+def _modes(model: nn.Module) -> list[Mode]:
+    """Return the modes to compare in: evaluation, training, and those that the parts have if they differ."""
+    modes = modes_of(model)
+    return [False, True, *([modes] if len(set(modes.values())) > 1 else [])]
 
 
-def _differs(name: str, model: nn.Module, result: Difference, first: Difference, hint: str) -> CaptureError:
+def _name_of(mode: Mode) -> str:
+    if not isinstance(mode, bool):
+        return "the modes of its parts"
+    return "training" if mode else "evaluation"
+
+
+def _differs(
+    name: str, model: nn.Module, result: Difference, first: Difference, hint: str, questions: Questions
+) -> CaptureError:
+    asked = "".join(f" The model asks {kind} at {line}." for kind, line in questions.asked.items())
     where = ""
     if not first.is_result:
         path = first.module.partition("[")[0].partition("@")[0]
@@ -198,7 +334,7 @@ def _differs(name: str, model: nn.Module, result: Difference, first: Difference,
         )
     return CaptureError(
         f"The graph of {name} differs from the model on the example inputs in {result.mode}: {result.module} by"
-        f" {result.difference:.2g}, {result.relative:.1%} of its largest value.{where} The model computes"
+        f" {result.difference:.2g}, {result.relative:.1%} of its largest value.{where}{asked} The model computes"
         " something else while it is traced, or looks at the values of its inputs, of which a graph follows one case."
         "\nThe way out:"
         f"{hint} write that branch in tensor operations (torch.where, torch.cond), or {COMPILE_INSTEAD}. verify=False"

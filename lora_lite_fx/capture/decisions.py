@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..compat.torch import ASSERT_ASYNC, assert_async, disable_current_modes, pytree
 from ..errors import COMPILE_INSTEAD, CaptureError
+from ..graph.modes import modes_of
 from ..graph.queries import is_deterministic
 from ..graph.subgraph import extract, forward_of
 from ..graph.walk import ancestors
@@ -118,7 +119,7 @@ class Decisions:
             watch = _Watch(unrolled=False)
             try:
                 expected = self._run(call, watch).results
-                actual = outputs_of_graph(plain, self._model, call, self._model.training, by_module=False).results
+                actual = outputs_of_graph(plain, self._model, call, modes_of(self._model), by_module=False).results
             except Exception:  # the model does not take tokens of one kind, or decides otherwise for them
                 continue
             if not all(_is_equal(value, actual.get(path)) for path, value in expected.items()):
@@ -136,7 +137,7 @@ class Decisions:
             )
 
     def _run(self, call: Call, watch: _Watch) -> Outputs:
-        return outputs_of_model(self._model, call, self._model.training, (), by_module=False, watch=watch)
+        return outputs_of_model(self._model, call, modes_of(self._model), (), by_module=False, watch=watch)
 
 
 def _is_equal(expected: Any, actual: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from ..compat.torch import pytree
 from ..errors import CaptureError
+from ..graph.modes import put_in_mode
 from .dropouts import Dropout, has_contiguous_calls, with_other_dropouts
 from .operators import Run, StandIn
 from .other_sizes import Sizes, guessed_sizes, sizes_taken
@@ -87,7 +88,7 @@ class ByDepth:
             dropouts: dict[bool, list[Dropout]] = {True: [], False: []}
             runs = {}
             for mode, record in dropouts.items():
-                stand_in.model.train(mode)
+                put_in_mode(stand_in.model, mode)
                 runs[mode] = stand_in.run(*self._call, sizes, record)
             if runs[True] != runs[False] or not has_contiguous_calls(gm, captured.steps, runs[False].steps):
                 return None

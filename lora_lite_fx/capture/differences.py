@@ -23,7 +23,7 @@ class Difference:
     Args:
         module: qualified name of the module, with `@1` for its second call, `@2` for its third; of a result, its path
             in what the model returns, such as `logits`.
-        mode: `"training"` or `"evaluation"`.
+        mode: `"training"`, `"evaluation"` or `"the modes of its parts"`.
         difference: largest absolute difference of the tensors; infinite if one of them lacks a part.
         scale: largest absolute value that the model computes there.
         allowed: largest absolute difference that rounding explains.

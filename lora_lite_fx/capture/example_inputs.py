@@ -97,18 +97,19 @@ def _with_sound(maker: _Maker, form: Inputs, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def decide_problem_type(config: Any, labels: Tensor) -> None:
-    """Set the kind of loss in the config of a classifier that leaves it open, in place, as its first call would.
+def problem_type_of(config: Any, labels: Tensor) -> str | None:
+    """Return the kind of loss that a classifier writes to its config in a call with labels, if it is open there.
 
-    Some models read the values of the labels as long as it is open, which a graph cannot.
+    Args:
+        config: of the model. None is returned for one that has no such field.
+        labels: of the call.
     """
-    if getattr(config, "problem_type", None) is not None:
-        return
+    if not hasattr(config, "problem_type"):
+        return None
     if config.num_labels == 1:
-        config.problem_type = "regression"
-    else:
-        multiple = labels.is_floating_point()
-        config.problem_type = "multi_label_classification" if multiple else "single_label_classification"
+        return "regression"
+    single = labels.dtype in (torch.long, torch.int)
+    return "single_label_classification" if single else "multi_label_classification"
 
 
 def what_may_be_left_out(model: Any) -> tuple[tuple[str, ...], ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compat.torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, buffers_of
+from ..graph.modes import in_mode
 from .forward_signature import signature_of
 from .without_data import without_data
 
@@ -135,10 +136,5 @@ class Values:
 
     def run(self, function: Callable[..., Any], inputs: Inputs) -> Any:
         """Run the model, or a method of it, on data and without a trace; it computes as in evaluation."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng():
-                return function(**inputs)
-        finally:
-            self.model.train(training)
+        with in_mode(self.model, False), torch.no_grad(), torch.random.fork_rng():
+            return function(**inputs)

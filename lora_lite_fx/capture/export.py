@@ -28,7 +28,7 @@ from .outputs import has_data
 from .quirks.autocast_regions import autocast_regions_kept
 from .quirks.needless_masks import needless_masks_left_out
 from .refusal import refusal
-from .unprinted import quiet_export
+from .unprinted import failures_unlogged, quiet_export
 
 
 def export(
@@ -115,6 +115,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         DataFollowed(),
         CopiesFollowed(),
         quiet_export(),
+        failures_unlogged(),
         # A trace of few layers makes more entries of this cache than it reads, and each takes as long as an operator.
         without_fake_tensor_cache(),
     ):
@@ -136,20 +137,26 @@ def _index_by_operator(gm: fx.GraphModule) -> None:
 
     torch has an autograd function for that, whose backward pass is that of the operator. torch.export calls it by an
     operator that Dynamo cannot compile, with the function by name and its arguments flat.
+
+    Raises:
+        CaptureError: the graph names another function of torch, as a release may that calls this one otherwise.
     """
+    from ..compat.dynamo import MOD_INDEX
+
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.flat_apply):
         function, *arguments = node.args[2:]
-        if function == _MOD_INDEX:
+        if str(function).startswith("torch.") and function != MOD_INDEX:
+            raise CaptureError(
+                f"torch.export of torch {torch.__version__} recorded {function} by its name, which is not known to"
+                " compile and to keep its gradient. The way out: another release of torch, or a newer lora_lite_fx."
+            )
+        if function == MOD_INDEX:
             with gm.graph.inserting_before(node):
                 index = gm.graph.call_function(torch.ops.aten.index.Tensor, (arguments[0], arguments[1:]))
             index.meta = dict(node.meta)
             node.replace_all_uses_with(index)
             gm.graph.erase_node(node)
             gm.recompile()
-
-
-_MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
-"""The name of torch's private function, which its modes put in the place of `tensor[index]` for flex attention."""
 
 
 def _leave_out_needless_copies(gm: fx.GraphModule) -> None:

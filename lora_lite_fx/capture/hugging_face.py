@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
+from ..graph.sharded import is_dtensor
 from .differences import TOLERANCES, distance, largest
 from .example_parts import attends_by_type
 from .outputs import Call, has_data, outputs_of_model
@@ -24,6 +25,40 @@ def is_diffusers(model: object) -> bool:
     """Tell whether `model` is a model of diffusers (a UNet, a transformer), without importing diffusers."""
     models = sys.modules.get("diffusers.models.modeling_utils")
     return models is not None and isinstance(model, models.ModelMixin)
+
+
+def new_head(model: Any) -> tuple[str, ...]:
+    """Return the names of the modules of a task's head whose weights were drawn at random, not read from a checkpoint.
+
+    The head of a task is what a transformers model has outside of its `base_model`, unless it predicts tokens. Nothing
+    public tells which weights `from_pretrained` drew. But it draws biases as zeros, which no training leaves so, and
+    `config.architectures` names the class that a checkpoint was saved from.
+
+    Args:
+        model: a model of transformers.
+    """
+    try:
+        if model.get_output_embeddings() is not None:
+            return ()
+    except (AttributeError, NotImplementedError):  # of a class that does not say
+        return ()
+    of_base = set(model.base_model.modules())
+    saved = type(model).__name__ in (model.config.architectures or ())
+    heads = ((name, module) for name, module in model.named_modules() if module not in of_base)
+    return tuple(name for name, module in heads if _multiplies(module) and _is_drawn(module, saved))
+
+
+def _multiplies(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() > 1
+
+
+def _is_drawn(module: nn.Module, saved: bool) -> bool:
+    """Check whether the weight of a module was drawn, given whether its model was saved in the class that it has."""
+    bias = getattr(module, "bias", None)
+    if not isinstance(bias, Tensor) or is_dtensor(bias) or not has_data(module, ((), {})):
+        return not saved
+    return not bool(bias.any())
 
 
 def prepare_for_capture(model: Any) -> None:

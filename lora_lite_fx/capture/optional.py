@@ -81,6 +81,7 @@ def call_signature(
         dict(accepted),
         omissions,
         refusals,
+        tensors=frozenset(tensors),
     )
 
 

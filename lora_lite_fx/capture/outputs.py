@@ -16,13 +16,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import FakeTensor, TorchDispatchMode, is_wrapped, pytree
+from ..graph.modes import set_modes
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_attributes
+from .python_state import Change, PythonState, state_put_back
+from .questions import Questions
 from .share import share
 from .signature import values_of_call
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """The positional and the keyword arguments of a call."""
+
+Mode = bool | Mapping[str, bool]
+"""Whether a model is in training mode; or for each of its modules, by qualified name, whether that is."""
 
 
 @dataclass
@@ -34,14 +40,15 @@ class Outputs:
         buffers: their values afterwards, by qualified name.
         modules: for each call of a module, by its name, the tensors that it returned; of a graph, all that it could
             have returned. The second call of a module has `@1` after its name.
-        remembered: the name of a tensor or number that the run left in a module, if the same call has other results
-            after it.
+        remembered: what the run left in Python, if the same call has other results after it.
+        counted: what the run left in Python, and the same call changes again, if it has the same results.
     """
 
     results: dict[str, Any]
     buffers: dict[str, Tensor]
     modules: dict[str, list[Tensor]] = field(default_factory=dict)
-    remembered: str | None = None
+    remembered: Change | None = None
+    counted: Change | None = None
 
 
 def has_data(model: nn.Module, call: Call) -> bool:
@@ -55,19 +62,20 @@ def has_data(model: nn.Module, call: Call) -> bool:
 def outputs_of_model(
     model: nn.Module,
     call: Call,
-    training: bool,
+    mode: Mode,
     writes: Sequence[str],
     by_module: bool,
     nudge: int = 0,
     watch: AbstractContextManager[Any] | None = None,
     in_any_order: bool = True,
+    questions: Questions | None = None,
 ) -> Outputs:
     """Run a copy of a model.
 
     Args:
         model: shares its tensors with the copy, except for buffers and other tensors that a run may write to.
         call: its arguments, which are copied.
-        training: the mode to run in.
+        mode: to run in.
         writes: qualified names of the parameters that a run writes to.
         by_module: whether to keep what modules return.
         nudge: 1 or -1 to change the last bit of what each module returns, some up and some down, which shows what
@@ -75,6 +83,7 @@ def outputs_of_model(
         watch: is entered around the call alone.
         in_any_order: whether random numbers are the same in whatever order they are drawn. That takes some time for
             each operator; without, they are the same for those who draw the same ones in the same order.
+        questions: get what the model asks of the process.
     """
     loose = [
         f"{path}.{name}" if path else name
@@ -82,7 +91,8 @@ def outputs_of_model(
         for name, value in vars(module).items()
         if isinstance(value, Tensor) and value.is_leaf
     ]
-    twin = share(model, [*(name for name, _ in model.named_buffers()), *loose, *writes]).train(training)
+    twin = share(model, [*(name for name, _ in model.named_buffers()), *loose, *writes])
+    put(twin, mode)
     modules: dict[str, list[Tensor]] = {}
     calls: dict[str, int] = {}
 
@@ -99,31 +109,30 @@ def outputs_of_model(
             module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
         if by_module and name:
             module.register_forward_hook(keep(name))
-    before = _loose_values(twin)
-    args, kwargs = copied(call)
-    with comparable(model, in_any_order=in_any_order), watch or nullcontext():
-        returned = twin(*args, **kwargs)
-    outputs = Outputs(results_of(returned), buffers_of(twin), modules)
-    left = [name for name, value in _loose_values(twin).items() if before.get(name) is not value]
-    if left and not (by_module or nudge or watch):
+    watching = watch or (nullcontext() if questions is None else questions.watched())
+    with state_put_back(twin) as before:
         args, kwargs = copied(call)
+        with comparable(model, in_any_order=in_any_order), watching:
+            returned = twin(*args, **kwargs)
+        outputs = Outputs(results_of(returned), buffers_of(twin), modules)
         there = dict(twin.named_buffers(remove_duplicate=False))
-        buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in there}
-        with comparable(model, in_any_order=in_any_order):
-            again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
-        if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
-            outputs.remembered = left[0]
+        left = [change for change in before.changes() if change.name not in there]
+        if left and not (by_module or nudge or watch):
+            args, kwargs = copied(call)
+            buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in there}
+            later = PythonState(twin)
+            with comparable(model, in_any_order=in_any_order):
+                again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
+            if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
+                outputs.remembered = left[0]
+            changed = (change for change in later.changes() if change.is_count and change.name not in there)
+            outputs.counted = next(changed, None)
     return outputs
 
 
-def _loose_values(model: nn.Module) -> dict[str, Any]:
-    """Return the tensors and numbers that modules hold as plain attributes, by qualified name."""
-    return {
-        f"{path}.{name}" if path else name: value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, (Tensor, int, float))
-    }
+def put(model: nn.Module, mode: Mode) -> None:
+    """Put a model in a mode, in place."""
+    model.train(mode) if isinstance(mode, bool) else set_modes(model, mode)
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -133,30 +142,30 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def outputs_of_graph(
-    gm: fx.GraphModule, model: nn.Module, call: Call, training: bool, by_module: bool, in_any_order: bool = True
+    gm: fx.GraphModule, model: nn.Module, call: Call, mode: Mode, by_module: bool, in_any_order: bool = True
 ) -> Outputs:
     """Run the flat graph `gm` of `model`; the other arguments are those of `outputs_of_model`."""
     args, kwargs = copied(call)
     values = values_of_call(gm.graph, inspect.signature(model.forward), args, kwargs)
     interpreter = _Interpreter(gm, by_module)
-    return _outputs_of(gm, training, lambda: interpreter.run(*values), interpreter.modules, in_any_order)
+    return _outputs_of(gm, mode, lambda: interpreter.run(*values), interpreter.modules, in_any_order)
 
 
-def outputs_of_program(gm: fx.GraphModule, call: Call, training: bool) -> Outputs:
+def outputs_of_program(gm: fx.GraphModule, call: Call, mode: Mode) -> Outputs:
     """Run what a call of `gm` runs, which may be an optimized form of the graph; modules are not to be seen there."""
     args, kwargs = copied(call)
-    return _outputs_of(gm, training, lambda: gm(*args, **kwargs), {})
+    return _outputs_of(gm, mode, lambda: gm(*args, **kwargs), {})
 
 
 def _outputs_of(
     gm: fx.GraphModule,
-    training: bool,
+    mode: Mode,
     run: Callable[[], Any],
     modules: dict[str, list[Tensor]],
     in_any_order: bool = True,
 ) -> Outputs:
     with as_before(gm), comparable(gm, in_any_order=in_any_order):
-        gm.train(training)
+        put(gm, mode)
         return Outputs(results_of(run()), buffers_of(gm), modules)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compat.torch import PyTreeCodeGen, assert_async, codegen_of, pytree
-from ..errors import AdapterError, CallError
+from ..errors import AdapterError, CallError, shown
 from ..graph.direct_calls import can_read_values
 
 
@@ -204,6 +204,10 @@ class _CalledLikeTheModel(_WithFurtherInputs):
         return self.omission.returned([out[index] for index in self.omission.outputs] if self.returns_all else out)
 
 
+_NO_TENSORS = (Mapping, list, tuple, str, bytes, bool, int, float)
+"""What is passed by mistake where a graph takes a tensor."""
+
+
 class _NotesExport(inspect.Signature):
     """The signature of a `forward` method, which notes how a call that is exported passes its arguments.
 
@@ -315,6 +319,7 @@ class CallSignature:
         omissions: for each set of arguments that a call may leave out, what it computes.
         refusals: for each argument that it may not leave out although the model has a default, why.
         layouts: further arguments of a call, whose values are part of the graph; `layouts.py` says which.
+        tensors: of the captured arguments, those that are tensors.
     """
 
     model: str
@@ -326,6 +331,7 @@ class CallSignature:
     omissions: Mapping[frozenset[str], Omission] = field(default_factory=dict)
     refusals: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallSignature:
         return self  # nothing in it changes
@@ -370,6 +376,8 @@ class CallSignature:
                 value = self.constants[name]
             elif value is None:
                 left_out = (*left_out, name)
+            elif name in self.tensors and isinstance(value, _NO_TENSORS):
+                raise self._no_tensor(name, value)
             values.append(value)
         return values, left_out
 
@@ -414,6 +422,13 @@ class CallSignature:
             return True
         return name in self.accepted and not isinstance(value, Tensor) and bool(value == self.accepted[name])
 
+    def _no_tensor(self, name: str, value: Any) -> CallError:
+        if isinstance(value, Mapping) and any(key in self.parameters for key in value):
+            way_out = "pass what is in it by name, as in model(**inputs)"
+        else:
+            way_out = 'pass a tensor; a tokenizer makes some with return_tensors="pt"'
+        return CallError(f"{name} must be a tensor, not {shown(value)}. The way out: {way_out}.")
+
     def _check_constant(self, name: str, value: Any) -> None:
         constant = self.constants[name]
         if isinstance(value, Tensor) or type(value) is not type(constant) or value != constant:
@@ -447,6 +462,12 @@ class CallSignature:
         raise AssertionError("a call that fits was refused")
 
     def _not_captured(self, name: str) -> CallError:
+        if name in self.accepted and name not in self.parameters:
+            return CallError(
+                f"{name} differs from {name}={self.accepted[name]!r}, which this graph was captured with and which is"
+                f" part of it. The way out: set model.config.{name} before the capture; or adapt(model, cfg), which"
+                " captures a graph for each kind of call."
+            )
         if name not in self.parameters:
             return CallError(f"{name} is not an argument that this graph has. {self._captured_with}")
         way_out = self._capture_another(more=[name])

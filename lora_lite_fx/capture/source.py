@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .hugging_face import is_hugging_face
+from .hugging_face import is_hugging_face, new_head
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Source:
         reads: the name of its main input, such as `input_ids`; empty for another model than one of transformers.
         generates: whether it has what `generate` needs.
         has_encoder: whether it is an encoder with a decoder.
+        new_head: the modules of its head that were drawn at random, see `hugging_face.new_head`.
     """
 
     model: weakref.ref[nn.Module]
@@ -34,6 +35,7 @@ class Source:
     reads: str = ""
     generates: bool = False
     has_encoder: bool = False
+    new_head: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Source:
@@ -49,6 +51,7 @@ class Source:
                 "reads": getattr(model, "main_input_name", ""),
                 "generates": hasattr(model, "prepare_inputs_for_generation"),
                 "has_encoder": bool(getattr(config, "is_encoder_decoder", False)),
+                "new_head": new_head(model),
             }
         return cls(weakref.ref(model), type(model).__name__, type(model).__module__, **known)
 

@@ -13,10 +13,13 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..compat.torch import schema_of
+from ..errors import COMPILE_INSTEAD, CaptureError
 from ..graph.turns import tracing
 from .attention_module import attend, attend_in_function, is_attention
 from .autograd_functions import keeping_functions
+from .python_state import PythonState
 from .refusal import refusal
+from .traced_regions import LeftChanged, RecordedRegions, changes_gradients, go_back_to_the_caller
 
 aten = torch.ops.aten
 
@@ -102,7 +105,6 @@ _CONVOLUTIONS = {
 }
 
 
-@tracing()
 def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyType({})) -> fx.GraphModule:
     """Return the graph of `model`.
 
@@ -113,21 +115,48 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
     Raises:
         CaptureError: the model cannot be traced.
     """
-    attributes = set(vars(model))
+    with torch.enable_grad():
+        gm = recorded(model, values)
+    try:
+        if changes_gradients(gm.graph):
+            with torch.no_grad():
+                without = recorded(model, values)
+            go_back_to_the_caller(gm.graph, without.graph)
+            gm.recompile()
+    except LeftChanged as error:
+        raise CaptureError(
+            f"{type(model).__name__} switches autograd{error.where}, and does not go back to the mode of the"
+            " caller, or asks for it, as a graph cannot. The way out: a region (with torch.no_grad():) that does not"
+            f" depend on the caller, or {COMPILE_INSTEAD}."
+        ) from None
+    return gm
+
+
+@tracing()
+def recorded(model: nn.Module, values: Mapping[str, Any] = MappingProxyType({})) -> fx.GraphModule:
+    """Return the graph of `model` as a trace in the mode of autograd of now records it; see `symbolic_trace`."""
+    attributes, state = set(vars(model)), PythonState(model)
     with keeping_functions():
         try:
-            graph = _Tracer(values, inline=True).trace(model)
+            graph = _trace(model, values, inline=True)
         except Exception:
+            state.restore()
             try:  # what has to look at shapes or values is a leaf, and its weights are listed as left out
-                graph = _Tracer(values, inline=False).trace(model)
+                graph = _trace(model, values, inline=False)
             except Exception as error:
                 raise refusal(model, error, "symbolic tracing (no example_inputs were given)") from error
     use_aten(graph)
     gm = fx.GraphModule(model, graph)
     # Remove the constant tensors that the tracer stored on the model, under a new name at each trace.
-    for name in set(vars(model)) - attributes:
+    for name in {str(node.target) for node in graph.find_nodes(op="get_attr")} & (set(vars(model)) - attributes):
         delattr(model, name)
     return gm
+
+
+def _trace(model: nn.Module, values: Mapping[str, Any], inline: bool) -> fx.Graph:
+    tracer = _Tracer(values, inline)
+    with RecordedRegions(tracer):
+        return tracer.trace(model)
 
 
 def trace_into_linears(model: nn.Module) -> fx.Graph:

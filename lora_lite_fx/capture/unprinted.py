@@ -9,23 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# It logs the traceback of each operator that fails without data, before it raises the error.
-_FAKE_TENSORS = logging.getLogger("torch._subclasses.fake_tensor")
-_OF_EXPORT = {
-    "torch._export.non_strict_utils": "0/1 specialized",  # a size of one stays fixed, as the guards of the graph say
-    "torch.fx.experimental.symbolic_shapes": "Unable to find user code",  # says that an error comes without advice
-}
-"""Warnings that torch.export logs, by the name of the logger."""
+from ..compat.torch import FAKE_TENSORS_LOG
 
 
 @contextmanager
 def failures_unlogged() -> Iterator[None]:
     """Run operators on tensors without data, and let nothing be logged of those that fail."""
-    disabled, _FAKE_TENSORS.disabled = _FAKE_TENSORS.disabled, True
+    if FAKE_TENSORS_LOG is None:
+        yield
+        return
+    # It logs the traceback of each operator that fails without data, before it raises the error.
+    disabled, FAKE_TENSORS_LOG.disabled = FAKE_TENSORS_LOG.disabled, True
     try:
         yield
     finally:
-        _FAKE_TENSORS.disabled = disabled
+        FAKE_TENSORS_LOG.disabled = disabled
 
 
 @contextmanager
@@ -34,11 +32,19 @@ def quiet_export() -> Iterator[None]:
 
     It prints one to stderr, of thousands of lines, where a model decides by values, and no option leaves it out.
     """
+    from ..compat.dynamo import EXPORT_LOG
+
+    needless = (
+        (EXPORT_LOG, "0/1 specialized"),  # a size of one stays fixed, as the guards of the graph say
+        # It says that an error comes without advice.
+        (logging.getLogger("torch.fx.experimental.symbolic_shapes"), "Unable to find user code"),
+    )
     with contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)), contextlib.ExitStack() as stack:
-        for name, text in _OF_EXPORT.items():
-            without, logger = _Without(text), logging.getLogger(name)
-            logger.addFilter(without)
-            stack.callback(logger.removeFilter, without)
+        for logger, text in needless:
+            if logger is not None:
+                without = _Without(text)
+                logger.addFilter(without)
+                stack.callback(logger.removeFilter, without)
         yield
 
 

@@ -5,6 +5,7 @@ Importing this module imports Dynamo, which takes a second: import it in the fun
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -43,6 +44,20 @@ load_pt2: Callable[[str], Any] = offered(
     "torch.export.pt2_archive._package.load_pt2",
     "torch.export.load: takes what it cannot read for a file of an older kind, with pickles, which may run code",
     "Opening an exported program that is not trusted",
+)
+_mod_index = preferred(
+    "torch._dynamo._trace_wrapped_higher_order_op.ModIndex",
+    "Tensor.__getitem__: torch's modes put this function in its place inside vmap, and a graph names it. Without it, a"
+    " graph that names another function of torch is refused",
+    None,
+)
+MOD_INDEX = "" if _mod_index is None else f"{_mod_index.__module__}.{_mod_index.__qualname__}"
+"""The function that indexes inside `vmap`, as graphs of torch.export name it; empty in a release without it."""
+
+EXPORT_LOG: logging.Logger | None = preferred(
+    "torch._export.non_strict_utils.log",
+    "torch.export's warnings: one of them, of sizes that stay fixed, is printed where it is of no use",
+    None,
 )
 _config = needed("torch._dynamo.config", "torch.compiler.config, which does not have this field")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,6 +68,12 @@ else:
         "type(torch.ops.higher_order.cond): the class of operators on functions has no public name",
     )
     pytree = needed("torch.utils._pytree", "torch.utils.pytree, which none of these releases has")
+
+FAKE_TENSORS_LOG: logging.Logger | None = preferred(
+    "torch._subclasses.fake_tensor.log",
+    "the traceback of each operator that fails without data, which torch logs there, is printed",
+    None,
+)
 
 disable_current_modes: Callable[[], AbstractContextManager[Any]] = needed(
     "torch.utils._python_dispatch._disable_current_modes",
@@ -195,6 +202,12 @@ def outside_symbolic_trace() -> Iterator[None]:
 SET_GRAD_ENABLED = needed("torch._C._set_grad_enabled", "torch.set_grad_enabled, which a graph cannot hold")
 ENTER_AUTOCAST = needed("torch.amp.autocast_mode._enter_autocast", "torch.autocast, which a graph cannot hold")
 EXIT_AUTOCAST = needed("torch.amp.autocast_mode._exit_autocast", "torch.autocast, which a graph cannot hold")
+
+RegionMode: Any = needed(
+    "torch.fx.experimental.proxy_tensor.PreDispatchTorchFunctionMode",
+    "torch.overrides.TorchFunctionMode: is told where autograd is switched, but not of torch.autocast, which tells"
+    " modes of this class alone",
+)
 
 _TRANSFORMS = needed(
     "torch._functorch.predispatch", "torch.vmap, for whose borders torch.export traces the functions of this module"

@@ -21,6 +21,7 @@ from ..graph.sharded import refuse_sharded
 from ..graph.tensors import keep_registration, tensor_of
 from ..graph.writes import overwritten_tensors
 from ..passes import LeaveOutInputs, Pipeline
+from ..sites.rows import note_lost_rows
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def split(
     starts = _starts(draft, stages)
     parts = cut_at(draft, draft.graph, starts)
     _check(draft, parts)
+    note_lost_rows(draft.graph, [node for part in parts for node in part.received])
     placed = tuple(placements(gm))
     execution = replace(gm.execution, signature=None, fuse_loss=False, source=Execution.source)
     execution = replace(execution, passes=replace(execution.passes, check=None))
@@ -95,7 +97,7 @@ def split(
         keep_registration(gm, stage)
         stage.switches = gm.switches
         stage.stage_of = StageOf(index, len(parts), placed)
-        result.append(stage.train(gm.training))
+        result.append(stage)
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..graph.modes import is_flag
 from ..graph.parameter_work import first_input, move_to_front
 from ..graph.provenance import is_inserted
 from ..graph.queries import reads_tensor
@@ -15,7 +16,7 @@ from ..graph.subgraph import copy_of, function_between, function_of_nodes, repla
 from ..graph.tensors import has_attribute, tensor_of
 from ..graph.walk import ancestors
 from .pieces import pieces_of
-from .reading import Reader, reader_of
+from .reading import Reader, reader_of, reader_of_modes
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,16 @@ class Piece:
         path: qualified name of the module.
         method: the name of the method by which the rest of the program calls it, with the inputs alone.
         values: what it needs of the module.
-        graph: computes the results from these values and the inputs. Equal pieces share it.
-        rest: `None, *values, *inputs -> results`, the graph as a function.
+        modes: reads the modes of the module's parts that it follows.
+        graph: computes the results from these modes and values and the inputs. Equal pieces share it.
+        rest: `None, *modes, *values, *inputs -> results`, the graph as a function.
         has_more_results: whether there are several.
     """
 
     path: str
     method: str
     values: Values
+    modes: Reader
     graph: fx.Graph = field(compare=False)
     rest: Callable[..., Any]
     has_more_results: bool
@@ -87,13 +90,18 @@ def cut(
 
 
 def _read_first(gm: fx.GraphModule, outer: fx.Graph) -> None:
-    """Let each tensor be read once, before the inputs."""
-    read = [node for node in outer.nodes if reads_tensor(gm, node)]
+    """Let each tensor and each mode be read once, before the inputs."""
+    read = [node for node in outer.nodes if _is_read(gm, node)]
     move_to_front(outer, read)
     by_name: dict[str, fx.Node] = {}
     for node in read:
         if (first := by_name.setdefault(str(node.target), node)) is not node:
             node.replace_all_uses_with(first)
+
+
+def _is_read(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Check whether `node` reads a tensor or the mode of a module."""
+    return is_flag(node) or reads_tensor(gm, node)
 
 
 def _cut_piece(
@@ -109,19 +117,21 @@ def _cut_piece(
     inside = set(members)
     read = dict.fromkeys(operand for node in members for operand in node.all_input_nodes if operand not in inside)
     is_own = _own(module, outer, f"{path}.")
-    own, inputs = [node for node in read if is_own(node)], [node for node in read if not is_own(node)]
+    flags = [node for node in read if is_flag(node) and _has(module, str(node.target), f"{path}.")]
+    own = [node for node in read if is_own(node)]
+    inputs = [node for node in read if node not in flags and not is_own(node)]
     results = [node for node in members if not inside.issuperset(node.users)]
     results = [*results[-1:], *results[:-1]]  # the last one is its output, as a rule; hooks look there
 
     returned = results[0] if len(results) == 1 else tuple(results)
-    rest = function_of_nodes(members, (*own, *inputs), returned)
+    rest = function_of_nodes(members, (*flags, *own, *inputs), returned)
     if rest not in graphs:
-        graphs[rest] = copy_of(members, (*own, *inputs), returned)
+        graphs[rest] = copy_of(members, (*flags, *own, *inputs), returned)
     tensors = sorted(node for node in ancestors(own) if node.op == "get_attr")
-    names = [str(node.target).removeprefix(f"{path}.") for node in tensors]
+    names, modes = ([str(node.target).removeprefix(f"{path}.") for node in nodes] for nodes in (tensors, flags))
     values = Values(reader_of(module, names), function_between(tensors, own))
     replace_by_call(outer, method, inputs, members, results)
-    return Piece(path, method, values, graphs[rest], rest, len(results) > 1)
+    return Piece(path, method, values, reader_of_modes(modes), graphs[rest], rest, len(results) > 1)
 
 
 def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -152,13 +162,17 @@ def _own(module: nn.Module, outer: fx.Graph, prefix: str) -> Callable[[fx.Node],
     def is_own(node: fx.Node) -> bool:
         if node not in known:
             if node.op == "get_attr":
-                name = str(node.target)
-                known[node] = name.startswith(prefix) and has_attribute(module, name.removeprefix(prefix))
+                known[node] = not is_flag(node) and _has(module, str(node.target), prefix)
             else:
                 known[node] = _is_work(node, first) and all(map(is_own, node.all_input_nodes))
         return known[node]
 
     return is_own
+
+
+def _has(module: nn.Module, name: str, prefix: str) -> bool:
+    """Check whether `module`, all of whose names begin with `prefix`, has what is called `name`."""
+    return name.startswith(prefix) and has_attribute(module, name.removeprefix(prefix))
 
 
 def _is_work(node: fx.Node, first: fx.Node) -> bool:
@@ -172,7 +186,7 @@ def _cut_values(gm: fx.GraphModule, host: nn.Module, outer: fx.Graph, method: st
     before: list[fx.Node] = []
     members: set[fx.Node] = set()
     for node in outer.nodes:
-        if reads_tensor(gm, node) or (_is_work(node, first) and members.issuperset(node.all_input_nodes)):
+        if _is_read(gm, node) or (_is_work(node, first) and members.issuperset(node.all_input_nodes)):
             before.append(node)
             members.add(node)
     start = next(iter(outer.nodes))

@@ -19,6 +19,7 @@ from .frozen import KeptValues
 from .layer import Part, submodule
 from .memory import Memory, MemoryPlan
 from .planned import PlannedPart
+from .reading import Reader
 
 
 class RunsPrograms(Protocol):
@@ -53,9 +54,9 @@ class Derived:
 
     def planned_part(self, piece: Piece, memory: Memory) -> PlannedPart:
         """Return what the module of a piece runs where memory is planned. Pieces of equal code share it, and a plan."""
-        key = (piece.values, piece.rest)
+        key = (piece.values, piece.modes, piece.rest)
         if key not in self._planned:
-            self._planned[key] = PlannedPart(piece.values, piece.graph, memory)
+            self._planned[key] = PlannedPart(piece.values, piece.modes, piece.graph, memory)
         return self._planned[key]
 
     def memory_plans(self) -> list[MemoryPlan]:
@@ -90,7 +91,7 @@ def part_of(piece: Piece, is_kept: bool, checkpoints: bool, compiler: LayerCompi
         checkpoints: whether it keeps only its inputs for the backward pass.
         compiler: compiles the function; None for a function that runs as it is.
     """
-    key = (piece.values, piece.rest, is_kept, checkpoints, compiler)
+    key = (piece.values, piece.modes, piece.rest, is_kept, checkpoints, compiler)
     part = _parts.get(key)
     if part is None:
         part = _parts[key] = _make_part(*key)
@@ -101,24 +102,33 @@ _parts: weakref.WeakValueDictionary[Any, Part] = weakref.WeakValueDictionary()
 
 
 def _make_part(
-    values: Values, rest: Callable[..., Any], is_kept: bool, checkpoints: bool, compiler: LayerCompiler | None
+    values: Values,
+    modes: Reader,
+    rest: Callable[..., Any],
+    is_kept: bool,
+    checkpoints: bool,
+    compiler: LayerCompiler | None,
 ) -> Part:
-    def run(tensors: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
-        return rest(None, *values.work(None, *tensors), *inputs)
+    def run(flags: tuple[bool, ...], tensors: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
+        return rest(None, *flags, *values.work(None, *tensors), *inputs)
 
-    def run_kept(inputs: tuple[Any, ...]) -> Any:
-        return rest(None, *inputs)
+    def run_kept(flags: tuple[bool, ...], inputs: tuple[Any, ...]) -> Any:
+        return rest(None, *flags, *inputs)
 
     if compiler is not None:  # tensors are arguments, so that the code of one layer is that of all
         run, run_kept = compiler(run), compiler(run_kept)
 
+    def in_modes(flags: tuple[bool, ...], module: nn.Module, *inputs: Any) -> Any:
+        return run_kept(flags, inputs) if is_kept else run(flags, (*values.read(module), *values.constants), inputs)
+
     def part(module: nn.Module, *inputs: Any) -> Any:
-        return run_kept(inputs) if is_kept else run((*values.read(module), *values.constants), inputs)
+        return in_modes(modes(module), module, *inputs)
 
     def checkpointed(module: nn.Module, *inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return part(module, *inputs)
-        return checkpoint(part, module, *inputs, use_reentrant=False)
+        # The modes are those of now, also when the layer runs again in the backward pass.
+        return checkpoint(in_modes, modes(module), module, *inputs, use_reentrant=False)
 
     return checkpointed if checkpoints else part
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from ..adapters.changed_buffers import BaseBuffers
 from ..capture.signature import CallSignature
 from ..passes import OPTIMIZATIONS, Pipeline, Program
 from .compiling import LayerCompiler
@@ -26,7 +28,11 @@ class Execution:
         compiler: compiles what the layers run; None if they run as they are.
         signature: how the graph is called; None for a graph that takes its inputs and nothing else.
         finish: changes a program, `finish(module, graph)`, after all passes; None if nothing does.
+        held: the modules that `train(True)` and `train(False)` leave in the other mode, as those of the model do.
         source: a weak reference to the model that it was captured from; calling it returns the model, or None.
+        base_buffers: the base's buffers of which the graph has copies, because calls change them; by name.
+        absent: the names of parameters and buffers that the model has a place for, and that were None.
+        default_dtype: torch's default type when the graph was captured; None if the graph does not depend on it.
     """
 
     passes: Pipeline = OPTIMIZATIONS
@@ -36,7 +42,11 @@ class Execution:
     compiler: LayerCompiler | None = None
     signature: CallSignature | None = None
     finish: Callable[[nn.Module, fx.Graph], None] | None = None
+    held: Mapping[bool, Sequence[str]] = field(default_factory=dict)
     source: Callable[[], nn.Module | None] = lambda: None
+    base_buffers: BaseBuffers = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    default_dtype: torch.dtype | None = None
 
     @property
     def programs(self) -> tuple[Program, Program]:

@@ -31,10 +31,11 @@ def forward_of_programs(
     optional = signature if signature is not None and signature.has_defaults else None
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        banks, ids, more = self._banks, None, self._coefficients()
+        banks, ids = self._banks, None
         if banks is not None:
             args, ids = banks.taken_out(args, kwargs, by_position=optional is None)
         values, left_out = ((args, kwargs), ()) if optional is None else optional.bind(args, kwargs)
+        more = self._coefficients(*((args, kwargs) if optional is None else (values, {})))
         if banks is not None:
             more |= banks.further(self.switches, values, ids)
         program = getattr(self, self._method_for(left_out, ids))

@@ -29,11 +29,13 @@ class KeptValues:
         by_program: for each program that has run, what it needs of each module.
         autocast: for each of them, the mode of autocast that its values were computed in.
         ids: of banks, the slots of the rows that the values are for.
+        parts: the attributes of the modules on whose modes a value of the graph depends, as of the first call.
     """
 
     by_program: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     autocast: dict[str, Any] = field(default_factory=dict)
     ids: Tensor | None = None
+    parts: list[dict[str, Any]] | None = None
     _tensors: list[Tensor] = field(default_factory=list)
     _versions: list[int] = field(default_factory=list)
 

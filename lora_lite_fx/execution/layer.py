@@ -19,6 +19,10 @@ The result is a tensor; or a tuple, of which the first is the one that the layer
 """
 
 
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""The names under which the wrappers of torch.compile and of checkpointing keep the module that computes."""
+
+
 class RunsParts:
     """A module that a program calls with the part of it that the module runs.
 
@@ -70,6 +74,18 @@ def running_parts(cls: Any, kind: Any = RunsParts) -> Any:
 def plain_class(cls: type) -> Any:
     """Return the class that `running_parts` made `cls` of; itself if it did not."""
     return getattr(cls, _PLAIN, cls)
+
+
+def user_classes(cls: type) -> list[type]:
+    """Return `cls` and its bases in the order in which Python asks them, without `nn.Module` and what is added here."""
+    ours = __name__.partition(".")[0]
+    return [
+        base
+        for base in cls.__mro__
+        if base not in nn.Module.__mro__
+        and _PLAIN not in vars(base)
+        and (issubclass(base, nn.Module) or base.__module__.partition(".")[0] != ours)
+    ]
 
 
 class GraphLayer(RunsParts, nn.Module):

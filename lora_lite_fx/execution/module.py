@@ -7,21 +7,24 @@ graph, in which parameter work is computed apart, and whose layers are checkpoin
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from operator import itemgetter
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..adapters.bank import IDS
+from ..adapters.bank import IDS, check_coefficients
+from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Recorded, adapter_tensor_names
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
-from ..capture.signature import left_out_of_export, return_as, return_without, take_further_inputs_from
+from ..capture.default_dtype import other_default_dtype
+from ..capture.signature import leaves_of, left_out_of_export, return_as, return_without, take_further_inputs_from
 from ..compat.torch import (
     SeesMoves,
     constant_when_compiled,
@@ -29,12 +32,23 @@ from ..compat.torch import (
     trace_is_active,
     transform_is_active,
 )
-from ..errors import AdapterError
+from ..errors import AdapterError, CallError
 from ..graph.annotated import traceable_forward
 from ..graph.copies import Draft, copy_graph, share_signatures
-from ..graph.modes import has_modes, keep_mode
+from ..graph.modes import (
+    FLAG,
+    Modes,
+    add_flagged_modules,
+    flag_name,
+    is_flag,
+    keep_mode,
+    modes_of,
+    one_mode,
+    parts_with_modes,
+    set_modes,
+)
 from ..graph.subgraph import forward_of
-from ..graph.tensors import delete_tensor, keep_registration, register_tensor, tensor_of
+from ..graph.tensors import delete_tensor, has_attribute, keep_registration, module_at, register_tensor, tensor_of
 from ..graph.writes import overwrites, written_attributes
 from ..log import phase
 from ..ops.low_rank_products import let_flops_be_counted
@@ -46,6 +60,7 @@ from ..passes import (
     input_name,
     read_ids,
 )
+from ..sites.rows import inputs_with_rows
 from .bank_inputs import BankInputs
 from .casting import follow_cast, follow_data
 from .cutting import cut
@@ -56,11 +71,14 @@ from .frozen import KeptValues, can_be_kept, changed_inside
 from .layer import GraphLayer, Part, RunsParts, make_layers, running_parts, submodule
 from .layer_settings import LayerSettings
 from .program_graph import ProgramGraph
+from .reading import reader_of_modes
 from .switched import ALL, Switched, acting_of, switch_passes, switched_by
 from .watch import Watch
 
 _DERIVED = "_run_"
 """The names of the methods that run programs begin with this."""
+
+_TRAINING = itemgetter(FLAG)
 
 _deriving = threading.RLock()
 """Held while a program is derived, because several threads may run one graph."""
@@ -81,6 +99,9 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
     _names: tuple[str, ...] = ()  # of the adapters
     _banks: BankInputs | None = None
     modes = False  # whether programs run other operations in each mode
+    _parts: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # those on whose mode that depends, see `one_mode`
+    _read_parts = reader_of_modes(())
+    _read_modes = reader_of_modes(())  # those on which a value of the graph depends
     _numbers: dict[Switched, int]  # of the switches that programs were derived for, as a part of names
     _exported: dict[tuple[Switched, tuple[str, ...]], fx.Graph]  # by switches and by the arguments that are left out
     _host = Host()
@@ -88,6 +109,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, execution: Execution) -> None:
         super().__init__(root, graph)
+        set_modes(self, modes_of(root))
         let_flops_be_counted()  # now, because a counter may be on while the first call derives a program
         # torch.compile guards that an instance has no such attribute where it finds one of the class, so that a call
         # before the first scope that sets it would be compiled again after that.
@@ -114,6 +136,14 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
             " copy.deepcopy copies it."
         )
 
+    def train(self, mode: bool = True) -> Self:
+        """Put all parts in a mode, but for those that the `train` of the model leaves in the other one."""
+        super().train(mode)
+        for name in () if self.execution is None else self.execution.held.get(mode, ()):
+            if has_attribute(self, flag_name(name)):
+                module_at(self, name).training = not mode
+        return self
+
     @property
     def host(self) -> nn.Module:
         """The module whose tensors the programs read, and whose layers they call."""
@@ -128,6 +158,16 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
     @switches.setter
     def switches(self, switches: Switches) -> None:
         self.own_switches = switches
+
+    @property
+    def base_buffers(self) -> BaseBuffers:
+        """The base's buffers of which the graph has copies, by name, as `changed_buffers.py` asks for them."""
+        return {} if self.execution is None else self.execution.base_buffers
+
+    @base_buffers.setter
+    def base_buffers(self, buffers: BaseBuffers) -> None:
+        assert self.execution is not None
+        self.execution = replace(self.execution, base_buffers=buffers)
 
     def run_on(self, host: nn.Module) -> None:
         """Let the programs read the tensors of `host`, and call its layers, wherever it has those of the graph."""
@@ -190,6 +230,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         for name in [name for name in new if name not in old]:
             register_tensor(self, name, tensor_of(draft, name))
         self.graph = draft.graph
+        add_flagged_modules(self, draft.graph)
         make_layers(self)
         self.recompile()
 
@@ -219,19 +260,20 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         signature = self.execution.signature
         training = self.training if program in ("plain", "exported") else program != "inference"
         switched = self._switched_now("llfx.program")
-        graph, reports = self._optimized(program, left_out, self._hooked(), training, switched)
+        graph, reports = self._optimized(program, left_out, self._hooked(), (training, training), switched)
         if signature is not None and left_out:
             return_as(graph, signature.omission(left_out).out_spec)
         return ProgramGraph.over(self, self.host, graph, signature, left_out), reports
 
     def tensors_read_outside_layers(self) -> list[str]:
         """Return the names of the tensors that training reads outside of the layers that it calls as modules."""
-        graph, _ = self._optimized("training", (), (), True, ALL)
+        graph, _ = self._optimized("training", (), (), (True, True), ALL)
         called = {str(node.target) for node in graph.find_nodes(op="call_module")}
         _, values = cut(self, self.host, graph, "unused", ())
         outside = called & {str(node.target) for node in graph.find_nodes(op="call_module")}
         names = [name for name, _ in self.named_parameters() if name.rpartition(".")[0] in outside]
-        return names if values is None else [*names, *(".".join(path) for path in values.read.paths)]
+        read = () if values is None else set(values.read.paths).difference(self._read_modes.paths)
+        return [*names, *map(".".join, sorted(read))]
 
     def keep_values(self) -> None:
         """Keep the values that depend on parameters alone, see `frozen`."""
@@ -258,7 +300,10 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
             cls.derived, cls._numbers, cls._exported = {}, {}, {}
             cls.recorded = Recorded.of(self)
             cls._names, cls._banks = cls.recorded.names, BankInputs.of(self, self.flat_graph)
-            cls.modes = has_modes(self.flat_graph) or (self.execution is not None and self.execution.fuse_loss)
+            cls._parts = parts_with_modes(self.flat_graph)
+            cls.modes = bool(cls._parts[0]) or (self.execution is not None and self.execution.fuse_loss)
+            cls._read_modes = reader_of_modes([str(node.target) for node in filter(is_flag, self.flat_graph.nodes)])
+            cls._read_parts = reader_of_modes([flag_name(path) for part in cls._parts for path in part])
             cls._watch = None
             if self.kept is not None:
                 self.kept = KeptValues()
@@ -291,22 +336,34 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         """
         assert self.execution is not None
         training = self.training
+        modes = (training, one_mode(*self._parts, *self._read_parts(self.host)) if self._parts[0] else training)
         if torch.compiler.is_exporting():
-            return self._derive("exported", left_out, (), training, self._switched_now("torch.export"))
+            return self._derive("exported", left_out, (), modes, self._switched_now("torch.export"))
         if not torch.compiler.is_compiling():
             if trace_is_active():
                 with outside_symbolic_trace():
-                    return self._derive("exported", left_out, (), training, self._switched_now("A trace of torch.fx"))
+                    return self._derive("exported", left_out, (), modes, self._switched_now("A trace of torch.fx"))
             if transform_is_active():
-                return self._derive("plain", left_out, self._hooked(), training, self._switched_now())
+                return self._derive("plain", left_out, self._hooked(), modes, self._switched_now())
         hooked, switched = self._hooked(), self._switched_now()
-        if self._keeps_for(ids) and not training and not torch.is_grad_enabled():
+        if self._keeps_for(ids) and not torch.is_grad_enabled() and not self._any_in_training():
             assert self.kept is not None
-            method = self._derive("inference", left_out, hooked, training, switched)
+            method = self._derive("inference", left_out, hooked, modes, switched)
             if self.kept.fit(method):
                 return method
         checkpoints = self.execution.checkpoint_layers and training
-        return self._derive("checkpointed" if checkpoints else "training", left_out, hooked, training, switched)
+        return self._derive("checkpointed" if checkpoints else "training", left_out, hooked, modes, switched)
+
+    def _any_in_training(self) -> bool:
+        """Tell whether the model is in training mode, or a part on whose mode a value depends."""
+        if self.training or self.kept is None:
+            return True
+        if torch.compiler.is_compiling():
+            return True in self._read_modes(self.host)
+        if self.kept.parts is None:
+            paths = (path[:-1] for path in self._read_modes.paths)
+            self.kept.parts = [vars(submodule(self.host, ".".join(path)) if path else self.host) for path in paths]
+        return True in map(_TRAINING, self.kept.parts)
 
     # Otherwise torch.compile would trace it.
     @constant_when_compiled
@@ -315,7 +372,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         program: Program,
         left_out: tuple[str, ...],
         hooked: tuple[str, ...],
-        training: bool,
+        modes: Modes,
         switched: Switched = ALL,
     ) -> str:
         """Make the method that runs this program, unless the class has it.
@@ -324,7 +381,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
             program: which one.
             left_out: the arguments that the call leaves out.
             hooked: qualified names of modules outside layers that are to be called, because hooks stand on them.
-            training: the mode of the call. A graph with other operations in each mode has a program for each.
+            modes: of the call. A graph with other operations in each mode has a program for each.
             switched: which adapters act and are scaled.
 
         Returns:
@@ -332,7 +389,11 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         """
         if program == "exported":
             warn_of_trace(self.flat_graph)
+            set_modes(self, modes_of(self.host))  # the graph reads its own
+        training, chosen = modes
         mode = "_evaluating" if self.modes and not training else ""
+        if chosen is not training:
+            mode += "_choosing_training" if chosen else "_choosing_evaluation"
         method = "_without_".join((f"{_DERIVED}{program}{mode}", *left_out))
         if hooked:
             method = "_calling_".join((method, *(name.replace(".", "_") for name in hooked)))
@@ -342,7 +403,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         if method not in self.derived:
             with _deriving:
                 if method not in self.derived:
-                    self._make(method, program, left_out, hooked, training, switched)
+                    self._make(method, program, left_out, hooked, modes, switched)
         if program == "inference":
             with _deriving:
                 self._keep(method)
@@ -354,13 +415,13 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         program: Program,
         left_out: tuple[str, ...],
         hooked: tuple[str, ...],
-        training: bool,
+        modes: Modes,
         switched: Switched,
     ) -> None:
         cls: Any = type(self)
         without = f" for calls without {', '.join(left_out)}" if left_out else ""
         with phase(f"derived the {program} program{without}") as details:
-            graph, _ = self._optimized(program, left_out, hooked, training, switched)
+            graph, _ = self._optimized(program, left_out, hooked, modes, switched)
             if program == "exported":
                 setattr(cls, method, traceable_forward(self, graph))
                 cls.derived[method] = Derived()
@@ -406,33 +467,59 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         """For banks, the slot of each row of the batch, as `by_row` says; programs read it that keep values."""
         return self.switches.ids
 
-    def _coefficients(self) -> dict[str, Tensor]:
-        """Return the coefficients of adapters that the program of a call takes as inputs."""
+    def _coefficients(self, values: Any, named: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the coefficients of adapters that the program of a call takes as inputs.
+
+        Args:
+            values: the inputs of the call, in the order of the graph.
+            named: those that come by name.
+
+        Raises:
+            CallError: there is one for each row of the batch, and the inputs have another number of rows.
+        """
         if not self.switches.scales:
             return {}
         if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and trace_is_active()):
             return {}  # numbers in the program
-        return {input_name(name): scale for name, scale in self.switches.scales_of(self._names).items()}
+        scales = self.switches.scales_of(self._names)
+        by_row = [scale for scale in scales.values() if scale.dim()]
+        if by_row:
+            leaves = leaves_of(values)
+            for index, name in self._inputs_with_rows():
+                value: Any = leaves[index] if index < len(leaves) else named.get(name)
+                for scale in by_row if isinstance(value, Tensor) else ():
+                    check_coefficients(scale, value.shape[0])
+        return {input_name(name): scale for name, scale in scales.items()}
+
+    @constant_when_compiled
+    def _inputs_with_rows(self) -> tuple[tuple[int, str], ...]:
+        """Return the places and the names of the inputs whose first dimension is the batch."""
+        names = [str(node.target) for node in self.flat_graph.find_nodes(op="placeholder")]
+        return tuple((index, names[index]) for index in inputs_with_rows(self.flat_graph))
 
     # As above. The hooks and ties of a compiled call are those that it was compiled with.
     @constant_when_compiled
     def _hooked(self) -> tuple[str, ...]:
         """Return the names of the modules that are to be called because hooks stand on them; check the ties."""
+        assert self.execution is not None
         watch = self._watch
-        if watch is None:
+        if watch is None or not watch.holds():
             with _deriving:
-                watch = type(self)._watch = Watch.of(self, self.host)
+                watch = type(self)._watch = Watch.of(self, self.host, self.execution.absent)
         watch.check_ties(self.host)
+        if change := other_default_dtype(self.execution.default_dtype):
+            raise CallError(f"{change}. The way out: torch.set_default_dtype, or capture the model under this type.")
         return watch.hooked()
 
     def _optimized(
-        self, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...], training: bool, switched: Switched
+        self, program: Program, left_out: tuple[str, ...], hooked: tuple[str, ...], modes: Modes, switched: Switched
     ) -> tuple[fx.Graph, list[PassReport]]:
         """Return an optimized copy of the graph, and the reports of the passes that optimized it."""
         assert self.execution is not None
         checked = self.execution.passes.check is not None  # a check calls it
+        training, chosen = modes
         derived = (fx.GraphModule if checked else Draft)(self, copy_graph(self.flat_graph))
-        keep_mode(derived.graph, training)
+        keep_mode(derived.graph, chosen)
         if left_out:
             assert self.execution.signature is not None
             Pipeline((LeaveOutInputs(self.execution.signature.omission(left_out)),)).run(derived, program)
@@ -483,7 +570,8 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         if self.execution.signature is not None:
             _, left_out = self.execution.signature.bind(*call_of(self.execution.passes.check))
         for program in self.execution.programs:
-            self._derive(program, left_out, self._hooked(), program != "inference", self._switched_now())
+            training = program != "inference"
+            self._derive(program, left_out, self._hooked(), (training, training), self._switched_now())
 
     def move(self, fn: Callable[..., Any], apply: Callable[[], object]) -> None:
         """Move or cast the module; programs depend on the device, and are derived again."""

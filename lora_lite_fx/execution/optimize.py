@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.changed_buffers import base_buffers_of
 from ..adapters.placement import HasGraphs, placements
 from ..adapters.switches import HasSwitches
 from ..errors import AdapterError, ConfigError, shown
@@ -59,12 +60,13 @@ def _optimize_hint(model: object) -> str:
 
 
 def run_as(model: fx.GraphModule, execution: Execution) -> AdaptedGraphModule:
-    """Return the same graph over the same tensors, not copies of them, in the same mode, run as `execution` says."""
+    """Return the same graph over the same tensors, not copies of them, in the same modes, run as `execution` says."""
     result = AdaptedGraphModule(model, model.graph, execution)
     keep_registration(model, result)
+    result.base_buffers = base_buffers_of(model)
     if isinstance(model, HasSwitches):
         result.switches = model.switches
-    return result.train(model.training)
+    return result
 
 
 def draft_of(gm: AdaptedGraphModule) -> AdaptedGraphModule:
@@ -72,7 +74,7 @@ def draft_of(gm: AdaptedGraphModule) -> AdaptedGraphModule:
     assert gm.execution is not None
     draft = AdaptedGraphModule(gm, copy_graph(gm.graph), gm.execution)
     keep_registration(gm, draft)
-    return draft.train(gm.training)
+    return draft
 
 
 def execution_of(model: object) -> Execution:

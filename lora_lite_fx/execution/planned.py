@@ -19,6 +19,7 @@ from ..ops.low_rank_products import LowRankProducts
 from .cutting import Values
 from .measuring import Recorder, address, obstacle, plan_of
 from .memory import Memory, MemoryPlan, choose
+from .reading import Reader
 
 
 class PlannedPart:
@@ -30,18 +31,19 @@ class PlannedPart:
 
     Args:
         values: what the layer needs of its module.
-        graph: computes the results of the layer from these values and its inputs.
+        modes: reads the modes of the module's parts.
+        graph: computes the results of the layer from these modes and values and its inputs.
         memory: how much it may keep.
     """
 
-    def __init__(self, values: Values, graph: fx.Graph, memory: Memory) -> None:
-        self.values, self.graph, self.memory = values, graph, memory
+    def __init__(self, values: Values, modes: Reader, graph: fx.Graph, memory: Memory) -> None:
+        self.values, self.modes, self.graph, self.memory = values, modes, graph, memory
         self.rest = function_of(graph)
         self.runs: dict[Any, _Planned] = {}
 
     def __call__(self, module: nn.Module, *inputs: Any) -> Any:
         """Return the results of the layer `module` for its inputs."""
-        own = self.values.of(module)
+        own = (*self.modes(module), *self.values.of(module))
         operands = (*own, *inputs)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.rest(None, *operands)

@@ -12,6 +12,7 @@ from torch import fx, nn
 from ..capture.signature import CallSignature, further_inputs
 from ..errors import CallError
 from ..graph.copies import share_signatures
+from ..graph.modes import modes_of, set_modes
 from ..graph.queries import reads_tensor
 from ..graph.tensors import has_attribute, register_tensor, tensor_of
 
@@ -50,7 +51,8 @@ class ProgramGraph(fx.GraphModule):
             tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
             result.set_submodule(str(node.target), copy.deepcopy(module, dict(tensors)))
         result.meta |= {"signature": signature, "without": tuple(without)}
-        return result.train(gm.training)
+        set_modes(result, modes_of(host))
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         share_signatures(self, memo)

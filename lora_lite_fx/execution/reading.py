@@ -53,6 +53,12 @@ def reader_of(module: nn.Module, names: Sequence[str]) -> Reader:
     return Reader(paths, _from_registries(paths, registries))
 
 
+def reader_of_modes(names: Sequence[str]) -> Reader:
+    """Return a reader of the modes of modules, by the qualified names of their flags."""
+    paths = tuple(tuple(name.split(".")) for name in names)
+    return Reader(paths, _from_registries(paths, (None,) * len(paths)))
+
+
 @functools.lru_cache(maxsize=256)  # the layers of a deep model have one
 def _from_registries(paths: Paths, registries: tuple[str | None, ...]) -> Callable[..., tuple[Any, ...]]:
     """Return a function of None and a module that reads `paths` from these registries; without one, as attributes."""

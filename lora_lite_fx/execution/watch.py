@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import fx, nn
 from ..capture.hooks import hook_name, hooks_on, weight_hooks_on
 from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 from ..errors import AdapterError, is_instance_of
+from .graph_modules import GraphModules
 from .layer import GraphLayer
 from .pieces import pieces_of
 from .reading import Reader, reader_of
@@ -27,6 +29,7 @@ class Watch:
         hooks: their registries of hooks.
         ties: groups of names of one parameter.
         read: reads the parameters of all groups.
+        of_graph: the modules of the graph, if it runs on its own.
     """
 
     gm: fx.GraphModule
@@ -34,11 +37,16 @@ class Watch:
     hooks: list[dict[int, Any]]
     ties: list[list[str]]
     read: Reader
+    of_graph: GraphModules | None
     _acting: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, host: nn.Module) -> Watch:
-        """Return the watch of the programs of `gm` that run on `host`."""
+    def of(cls, gm: fx.GraphModule, host: nn.Module, absent: Collection[str] = ()) -> Watch:
+        """Return the watch of the programs of `gm` that run on `host`.
+
+        Raises:
+            AdapterError: as `GraphModules`.
+        """
         called = [path for path, _ in pieces_of(gm, gm.graph)]
         modules = {name: module for name, module in host.named_modules() if name and called.count(name) != 1}
         hooks = [hooks_of(module, kind) for module in modules.values() for kind in (*FORWARD_HOOKS, *BACKWARD_HOOKS)]
@@ -46,7 +54,15 @@ class Watch:
         for name, parameter in host.named_parameters(remove_duplicate=False):
             names[id(parameter)].append(name)
         ties = [group for group in names.values() if len(group) > 1]
-        return cls(gm, modules, hooks, ties, reader_of(host, [name for group in ties for name in group]))
+        # A host that is not the graph looks itself at its modules, which have code.
+        of_graph = (
+            GraphModules(gm, absent, [name for name in called if called.count(name) == 1]) if host is gm else None
+        )
+        return cls(gm, modules, hooks, ties, reader_of(host, [name for group in ties for name in group]), of_graph)
+
+    def holds(self) -> bool:
+        """Return False if modules of the graph may have changed since."""
+        return self.of_graph is None or self.of_graph.are_as_they_were()
 
     def hooked(self) -> tuple[str, ...]:
         """Return the names of the modules outside layers on which hooks stand; warn of hooks elsewhere, once each."""

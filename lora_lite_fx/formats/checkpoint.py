@@ -1,7 +1,8 @@
 """`save` and `load`: adapters in one safetensors file.
 
-The tensors are those of `adapter_state_dict`. The metadata holds one JSON document: the configs with the sites they
-were inserted at, a fingerprint of the frozen weights of those sites, and a checksum of all that.
+The tensors are those of `adapter_state_dict`, and the buffers that training has changed. The metadata holds one JSON
+document: the configs with the sites they were inserted at, a fingerprint of the frozen weights of those sites, the
+names of the buffers, and a checksum of all that.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from ..adapters.contract import check_contract
 from ..adapters.placement import Placement, configs_of, graph_of, placements
 from ..adapters.registry import check_saving, from_config, to_config
 from ..adapters.state import (
-    adapter_state_dict,
+    adapter_values,
     check_fit,
     check_unscaled,
-    load_adapter_state_dict,
+    load_adapter_values,
     warn_of_trained_base,
 )
 from ..adapters.switches import known_names
 from ..adapters.variant import Variant
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, counted
 from ..graph.provenance import DEFAULT
 from ..graph.sharded import whole
 from ..graph.tensors import tensor_of
@@ -65,6 +66,9 @@ def save(
     whole_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapters of `model` to one safetensors file; a failure leaves what was at `path` as it was.
+
+    The file also holds the buffers that differ from the base's, because training has changed them: the statistics of
+    batch norm. All adapters of a model have one value of each.
 
     If the model is sharded, or a stage of a pipeline, all processes call this, and process 0 writes.
 
@@ -102,6 +106,7 @@ def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite:
         for placement, filed in zip(members, in_file, strict=True)
         for own, written in zip(placement.tensors.values(), filed.tensors.values(), strict=True)
     }
+    state |= {name: buffer.contiguous().cpu() for name, buffer in held.buffers.items()}
     if not allow_nonfinite:
         check_finite(state, file, "nothing was written")
     for variant, _ in configs:
@@ -109,6 +114,8 @@ def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite:
     records = [_record(variant, members) for variant, members in configs]
     prints = {name: held.prints[name] for record in records for name in record["sites"]}
     document: dict[str, Any] = {"version": VERSION, "adapters": records, "fingerprint": prints}
+    if held.buffers:
+        document["buffers"] = [*held.buffers]
     document["checksum"] = _checksum(document, state)
     return safetensors.torch.save(state, {FORMAT: json.dumps(document)})
 
@@ -134,13 +141,14 @@ def load(file: Path) -> AdapterFile:
     """Capture a model and insert the adapters of a file that `save` wrote, with their saved values.
 
     It is an error if the base's weights are others than those that a variant was made for, and a warning if the variant
-    does not depend on them.
+    does not depend on them. The graph gets the buffers of the file, which are its own then.
     """
     check_file(file)
     state, metadata = read_safetensors(file)
     chosen, document = _parse(metadata, file)
     names = tuple(dict.fromkeys(name for name, _, _ in chosen))
-    return AdapterFile(state, lambda gm: _insert(gm, chosen, document, state, file), names)
+    buffers = _buffers_in(state, document, file)
+    return AdapterFile(state, lambda gm: _insert(gm, chosen, document, state, file), names, buffers)
 
 
 def _insert(
@@ -166,16 +174,16 @@ def _insert(
     check_base(gm, [(plan.variant, list(plan.sites)) for plan in placed], document["fingerprint"], path)
     try:
         # Before any tensor is made: a damaged config may ask for more of them than there is memory.
-        check_fit(expected, state)
+        check_fit(expected, {name: value for name, value in state.items() if name not in document.get("buffers", ())})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     first = insert_adapters(gm, placed)
-    values = adapter_state_dict(gm)
+    values = adapter_values(gm)
     for placement in placements(gm):
         if placement.adapter >= first:
             written = _in_file(placed, placement.adapter - first, sites[placement.site])
             values |= {own: state[written.tensors[name]] for name, own in placement.tensors.items()}
-    load_adapter_state_dict(gm, values)
+    load_adapter_values(gm, values)
     if document.get("checksum") != _checksum(document, state):
         raise CheckpointError(f"{path} is corrupt: it does not hold what was saved.")
 
@@ -235,12 +243,20 @@ def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[str, Var
         raise CheckpointError(f"{path}: its metadata is damaged: {type(error).__name__}: {error}.") from error
 
 
+def _buffers_in(state: Mapping[str, Tensor], document: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that are buffers of the model."""
+    names = document.get("buffers", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in state for name in names):
+        raise CheckpointError(f"{path}: its metadata is damaged: buffers must be a list of names of tensors.")
+    return {name: state[name] for name in names}
+
+
 def _existing(sites: Mapping[str, Site], names: list[str], path: str | os.PathLike[str]) -> list[Site]:
     missing = [name for name in names if name not in sites]
     if missing:
         raise CheckpointError(
-            f"{path} adapts {len(missing)} sites that the model does not have ({', '.join(missing[:3])}, ...);"
-            f" the model has {', '.join(list(sites)[:3])}, ..."
+            f"{path} adapts {counted(len(missing), 'site')} that the model does not have"
+            f" ({', '.join(missing[:3])}, ...); the model has {', '.join(list(sites)[:3])}, ..."
         )
     return [sites[name] for name in names]
 
@@ -273,7 +289,7 @@ def check_base(
             continue
         message = (
             f"{path}: the {type(variant).__name__} adapter was made for other weights than the model's, at"
-            f" {len(differ)} of {len(targets)} sites ({differ[0]}, ...)"
+            f" {len(differ)} of {counted(len(targets), 'site')} ({differ[0]}, ...)"
         )
         if variant.ties_to_weight:
             raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")
@@ -309,6 +325,8 @@ def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Te
         return {site.name: stored_weight(model, site) for site in adapted if site.name in names}
     modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
     return {
-        name: whole(module.frozen_weight() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight"))
+        name: whole(
+            module.frozen_weight().detach() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight")
+        )
         for name, module in modules.items()
     }

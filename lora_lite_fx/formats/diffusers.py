@@ -1,9 +1,9 @@
 """diffusers' LoRA files: `pytorch_lora_weights.safetensors`, read and written.
 
 A file has the LoRA of a pipeline's components. The keys of each are those of PEFT behind the name of the component:
-`unet.mid_block.attentions.0.proj_in.lora_A.weight`. Older files say `lora.down` for `lora_A` and `lora.up` for
-`lora_B`. The config of each component is JSON in the file's metadata, its fields behind the same name. Files without it
-have the scale 1 where they have no `alpha`.
+`unet.mid_block.attentions.0.proj_in.lora_A.weight`. A file of `model.save_lora_adapter` has one component, and no name
+of it. Older files say `lora.down` for `lora_A` and `lora.up` for `lora_B`. The config of each component is JSON in the
+file's metadata, its fields behind the same name. Files without it have the scale 1 where they have no `alpha`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.changed_buffers import warn_of_lost_buffers
 from ..adapters.state import warn_of_trained_base
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
@@ -75,6 +76,7 @@ def save_diffusers(
     with gathered(model):
         config, tensors, _ = peft_form(model, None, adapter)
     warn_of_trained_base(model, "save_diffusers")
+    warn_of_lost_buffers(model, "save_diffusers writes", "llfx.save, whose files hold them")
     if config["peft_type"] != "LORA":
         raise ConfigError(f"diffusers reads LoRA, and this adapter is what PEFT calls {config['peft_type']}.")
     if beside := [key.removeprefix(PREFIX) for key in tensors if not _ADAPTERS.search(key)]:
@@ -113,7 +115,8 @@ def load_diffusers(
 
     Args:
         model: the UNet or transformer of a pipeline, which is not changed.
-        path: of the file, or of the directory with `pytorch_lora_weights.safetensors`.
+        path: of the file, or of the directory with `pytorch_lora_weights.safetensors`: of a pipeline, or of
+            `save_lora_adapter` of the model alone.
         example_inputs: as for `capture`.
         component: name of the model in the pipeline. None: as for `save_diffusers`, or the only one in the file.
         name: as for `load`.
@@ -129,16 +132,18 @@ def load_diffusers(
             of another library (kohya's `lora_unet_...`).
     """
     wanted = component or (_component_of(model) if isinstance(model, nn.Module) else None)
+    parts = {name.partition(".")[0] for name, _ in model.named_parameters()}
 
     def read(file: Path) -> AdapterFile:
-        return _read(file / FILE if file.is_dir() else file, wanted)
+        return _read(file / FILE if file.is_dir() else file, wanted, parts)
 
     load = loader(read, "load_diffusers")
     options: Any = {"name": name, "stack": stack, "allow_nonfinite": allow_nonfinite, "fuse_loss": fuse_loss}
     return load(model, path, example_inputs, **options)
 
 
-def _read(file: Path, component: str | None) -> AdapterFile:
+def _read(file: Path, component: str | None, parts: Collection[str]) -> AdapterFile:
+    """Return the adapter in `file` of a component, or of the model alone if all keys begin with the model's `parts`."""
     state, metadata = read_safetensors(file)
     if foreign := [key for key in state if key.startswith(("lora_unet_", "lora_te", "lora_transformer_"))]:
         raise CheckpointError(
@@ -146,14 +151,15 @@ def _read(file: Path, component: str | None) -> AdapterFile:
             " diffusers convert it, by load_lora_weights(file) and save_lora_weights(folder, ...)."
         )
     present = sorted({key.partition(".")[0] for key in state})
-    if component not in present:
+    is_of_model_alone = bool(present) and component not in present and all(name in parts for name in present)
+    if component not in present and not is_of_model_alone:
         if component is not None or len(present) != 1:
             said = f"nothing for {component!r}" if component else "several components"
             raise CheckpointError(
                 f"{file} has {said}; it has adapters of {', '.join(present)}. The way out: component={present[0]!r}."
             )
         (component,) = present
-    start = f"{component}."
+    start = "" if is_of_model_alone else f"{component}."
     tensors = {_new_key(key.removeprefix(start)): value for key, value in state.items() if key.startswith(start)}
     alphas = {key.removesuffix(_ALPHA): tensors.pop(key) for key in list(tensors) if key.endswith(_ALPHA)}
     config = _config_in(metadata, start, file) or _config_of(tensors, alphas, file)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, get_type_hints
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.changed_buffers import check_same_buffers, put_buffers, warn_of_moving_buffers
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import adapter_names, adapter_tensor_names
 from ..capture.capture import Inputs
-from ..errors import AdapterError
+from ..errors import AdapterError, CheckpointError
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import draft_of
 from ..graph.provenance import DEFAULT
@@ -36,11 +37,13 @@ class AdapterFile:
         tensors: those of the file.
         insert: checks that the adapters of the file fit a captured model, and inserts them.
         names: of its adapters.
+        buffers: the buffers of the model among the tensors.
     """
 
     tensors: Mapping[str, Tensor]
     insert: Callable[[fx.GraphModule], None]
     names: tuple[str, ...] = (DEFAULT,)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Load(Protocol):
@@ -114,8 +117,11 @@ def loader(read: Callable[[Path], AdapterFile], called: str = "") -> Load:
             gm = capture(model, example_inputs, fuse_loss=fuse_loss)
             assert isinstance(gm, AdaptedGraphModule)
             present, acting = adapter_names(gm), acting_now(gm)
+            buffers = _fitting_buffers(gm, model, found.buffers, file)
             if name is not None:
                 check_free([check_name(name)], present)
+                if present:
+                    check_same_buffers(gm, buffers, file, CheckpointError)
                 loaded = remove(gm) if present else draft_of(gm)
                 found.insert(loaded)
                 insert_as(gm, loaded, name)
@@ -123,9 +129,14 @@ def loader(read: Callable[[Path], AdapterFile], called: str = "") -> Load:
                 if found.names == (DEFAULT,) and not stack:
                     _check_plain(gm, called, file)
                 check_free((each for each in found.names if each != DEFAULT), present)
+                if present:
+                    check_same_buffers(gm, buffers, file, CheckpointError)
                 found.insert(gm)
             if stack and acting is not None:
                 acting = (*acting, *found.names)
+            if not present:
+                put_buffers(gm, buffers)
+                warn_of_moving_buffers(gm)
             act_as_before(gm, acting)
         if not allow_nonfinite:
             check_finite(found.tensors, file, "it is not loaded")
@@ -135,6 +146,26 @@ def loader(read: Callable[[Path], AdapterFile], called: str = "") -> Load:
     load.__annotations__ = get_type_hints(Load.__call__)  # resolved here, because `read` is of another module
     load.__doc__ = f"{(read.__doc__ or '').rstrip()}\n{_DOC}"
     return load
+
+
+def _fitting_buffers(gm: fx.GraphModule, model: object, buffers: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return those buffers of a file that the graph reads.
+
+    Raises:
+        CheckpointError: the model lacks one, or has it in another form.
+    """
+    known = dict(model.named_buffers(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
+    read = dict(gm.named_buffers(remove_duplicate=False))
+    for name, value in buffers.items():
+        now = read.get(name, known.get(name))
+        if now is None:
+            raise CheckpointError(f"{path} holds the buffer {name!r}, which the model does not have.")
+        if (now.shape, now.is_floating_point()) != (value.shape, value.is_floating_point()):
+            raise CheckpointError(
+                f"{path} holds the buffer {name!r} of shape {tuple(value.shape)} in {value.dtype}, and the model has it"
+                f" of {tuple(now.shape)} in {now.dtype}."
+            )
+    return {name: value for name, value in buffers.items() if name in read}
 
 
 def _check_plain(gm: fx.GraphModule, name: str, path: Path) -> None:

@@ -15,10 +15,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..adapters.changed_buffers import warn_of_lost_buffers
 from ..adapters.maths import wide
 from ..adapters.placement import Placement
 from ..adapters.registry import from_config
-from ..adapters.state import adapter_state_dict, warn_of_trained_base
+from ..adapters.state import adapter_values, warn_of_trained_base
 from ..adapters.variant import Variant
 from ..errors import CheckpointError, ConfigError
 from ..sites.site import Site
@@ -112,6 +113,7 @@ def save_lora_lite(
     file = as_path(path, "save_lora_lite(model, path)")
     refuse_stage(model, "A lora-lite file")
     warn_of_trained_base(model, "save_lora_lite")
+    warn_of_lost_buffers(model, "save_lora_lite writes", "llfx.save, whose files hold them")
     with gathered(model):
         data = _file_of(model, file, adapter, allow_nonfinite)
     write_once(model, lambda: write_atomically(file, data))
@@ -121,7 +123,7 @@ def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite:
     variant, placed = only_adapter(model, "A lora-lite file", adapter=adapter)
     sites = sites_of(model)
     form = _format_of(variant, [sites[placement.site] for placement in placed])
-    state = adapter_state_dict(model)
+    state = adapter_values(model)
     tensors: dict[str, Tensor] = {}
     for placement in placed:
         _check_site(model, variant, placement, sites[placement.site])

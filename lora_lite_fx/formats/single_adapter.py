@@ -20,7 +20,7 @@ from ..adapters.placement import (
     site_bias,
     site_weight,
 )
-from ..adapters.state import adapter_state_dict, check_unscaled, load_adapter_state_dict
+from ..adapters.state import adapter_values, check_unscaled, load_adapter_values
 from ..adapters.switches import known_names
 from ..adapters.variant import Variant
 from ..errors import CheckpointError, ConfigError
@@ -48,7 +48,7 @@ def only_adapter(
         AdapterError: it has none.
         ConfigError: it has several, or none of this name.
     """
-    adapter_state_dict(model)  # refuses a model without adapters
+    adapter_values(model)  # refuses a model without adapters
     check_unscaled(model)
     present = known_names(model, adapter_names(model) if adapter is None else adapter)
     if len(present) > 1:
@@ -92,7 +92,7 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
         return site_weight(model, site)
     module = model.get_submodule(site.name)
     assert isinstance(module, AdaptedLinear)
-    return site.kind.matrix(module.frozen_weight())
+    return site.kind.matrix(module.frozen_weight().detach())
 
 
 def sites_in(gm: fx.GraphModule) -> dict[str, Site]:
@@ -152,7 +152,7 @@ def insert_from_file(
     if prints is not None:
         check_base(gm, [(variant, targets)], prints, path, stacklevel=stacklevel + 1)
     first = insert_adapters(gm, [Plan(variant, targets)])
-    current = adapter_state_dict(gm)
+    current = adapter_values(gm)
     values = dict(current)
     for placement in placements(gm):
         if placement.adapter < first:
@@ -164,7 +164,7 @@ def insert_from_file(
         for name, tensor in tensors.items():
             qualified = placement.tensors[name]
             values[qualified] = tensor.to(current[qualified].dtype)
-    load_adapter_state_dict(gm, values)
+    load_adapter_values(gm, values)
 
 
 def _check_tensors(

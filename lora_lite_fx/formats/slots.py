@@ -60,4 +60,4 @@ def load_slot(
     """
     graph = graph_with_adapters(model)
     bank_placements(graph, slot, adapter)
-    put_slot(model, slot, load_any(remove(graph), path, revision=revision, subfolder=subfolder), adapter=adapter)
+    put_slot(model, slot, load_any(remove(graph).eval(), path, revision=revision, subfolder=subfolder), adapter=adapter)

@@ -9,8 +9,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..adapters.changed_buffers import moved_buffers
 from ..adapters.placement import Placement, placements
-from ..adapters.state import adapter_state_dict
+from ..adapters.state import adapter_values
 from ..distributed.split import Stage
 from ..errors import AdapterError, CheckpointError
 from ..graph.sharded import is_stage
@@ -24,11 +25,13 @@ class Held:
         placed: the adapters in their places.
         values: their tensors by qualified name.
         prints: the fingerprints of the frozen weights of their sites, by site.
+        buffers: those that differ from the base's, by qualified name.
     """
 
     placed: Sequence[Placement]
     values: Mapping[str, Tensor]
     prints: Mapping[str, str]
+    buffers: Mapping[str, Tensor]
 
 
 def held_by(model: nn.Module, adapter: str | None, prints_of: Callable[[nn.Module, list[str]], dict[str, str]]) -> Held:
@@ -47,8 +50,9 @@ def held_by(model: nn.Module, adapter: str | None, prints_of: Callable[[nn.Modul
     failure = ""
     values: dict[str, Tensor] = {}
     prints: dict[str, str] = {}
+    buffers = moved_buffers(model)
     try:
-        values = adapter_state_dict(model)
+        values = adapter_values(model)
         chosen = [placement for placement in placements(model) if adapter in (None, placement.adapter_name)]
         prints = prints_of(model, list(dict.fromkeys(placement.site for placement in chosen)))
     except AdapterError as error:
@@ -56,10 +60,11 @@ def held_by(model: nn.Module, adapter: str | None, prints_of: Callable[[nn.Modul
             raise
         failure = str(error)
     if stage_of is None:
-        return Held(placements(model), values, prints)
-    found: list[Any] = [(stage_of.index, values, prints, failure)]
+        return Held(placements(model), values, prints, buffers)
+    found: list[Any] = [(stage_of.index, values, prints, buffers, failure)]
     if dist.is_initialized():
-        own = (stage_of.index, {name: value.cpu() for name, value in values.items()}, prints, failure)
+        values, buffers = ({name: value.cpu() for name, value in each.items()} for each in (values, buffers))
+        own = (stage_of.index, values, prints, buffers, failure)
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, own)
     if failure := next((said for *_, said in found if said), ""):
@@ -70,9 +75,9 @@ def held_by(model: nn.Module, adapter: str | None, prints_of: Callable[[nn.Modul
             " was written. The way out: call save in all processes at once, each with its stage; or, where a process"
             " has several stages, torch.distributed.checkpoint.save of what adapter_state_dict returns for each."
         )
-    whole = Held(stage_of.placed, {}, {})
-    for _, values, prints, _ in found:
-        whole = Held(whole.placed, {**values, **whole.values}, {**prints, **whole.prints})
+    whole = Held(stage_of.placed, {}, {}, {})
+    for _, values, prints, buffers, _ in found:
+        whole = Held(whole.placed, {**values, **whole.values}, {**prints, **whole.prints}, {**buffers, **whole.buffers})
     return whole
 
 

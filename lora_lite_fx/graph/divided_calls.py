@@ -52,7 +52,7 @@ def beginning_together(mesh: DeviceMesh, names: Sequence[str]) -> Callable[..., 
     def begun_together(may_draw: Any, *values: Tensor | None) -> Tensor | None:
         given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
         if not is_wrapped(*given.values()):
-            _compare(mesh, given, bool(may_draw))
+            _compare(mesh, given, int(may_draw))
         if may_draw:
             module: Any = torch if mesh.device_type == "cpu" else torch.get_device_module(mesh.device_type)
             state = module.get_rng_state().to(mesh.device_type)
@@ -64,10 +64,10 @@ def beginning_together(mesh: DeviceMesh, names: Sequence[str]) -> Callable[..., 
 
 
 @torch.no_grad()
-def _compare(mesh: DeviceMesh, values: Mapping[str, Tensor], may_draw: bool) -> None:
-    """Raise CallError in all processes if one of them has other values."""
+def _compare(mesh: DeviceMesh, values: Mapping[str, Tensor], modes: int) -> None:
+    """Raise CallError in all processes if one of them has other values, or other modes, of which `modes` tells."""
     hashes = {name: hash_of(value) for name, value in values.items()}
-    hashes["the mode"] = torch.tensor(int(may_draw), device=mesh.device_type)
+    hashes["the mode"] = torch.tensor(modes, device=mesh.device_type)
     own = hash_of(torch.stack([*hashes.values()]))
     extremes = torch.stack([own, -own])
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.get_group())

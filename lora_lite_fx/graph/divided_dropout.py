@@ -14,8 +14,10 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..compat.torch import OpOverload
+from .modes import begin_with, is_flag
 from .queries import argument_of
 from .sharded import is_dtensor
+from .walk import ancestors
 
 DROPOUT = torch.ops.aten.dropout.default
 
@@ -34,16 +36,25 @@ def let_dropouts_agree(graph: fx.Graph) -> tuple[set[fx.Node], fx.Node | bool]:
         graph: changed in place. Attention that drops is left to `attention_with_dropout`.
 
     Returns:
-        The nodes that draw; and whether a call draws, or the mode that says so.
+        The nodes that draw; and whether a call draws, or the node that says so by the modes.
     """
     drawing = [node for node in graph.nodes if draws(node)]
     flags = [argument_of(node, "train", "dropout_p") for node in drawing]
     for node in drawing:
         if node.target is DROPOUT:
             node.target = dropout_of_parts
-    modes = [node for node in graph.find_nodes(op="get_attr") if node.target == "training"]
-    follows_mode = modes and all(isinstance(flag, fx.Node) or not flag for flag in flags)
-    return set(drawing), modes[0] if drawing and follows_mode else bool(drawing)
+    if not all(isinstance(flag, fx.Node) or not flag for flag in flags):
+        return set(drawing), True
+    modes = sorted({node for node in ancestors(flags) if is_flag(node)})
+    if not modes:
+        return set(drawing), bool(drawing)
+    with graph.inserting_after(begin_with(graph, modes)):
+        return set(drawing), graph.call_function(number_of_modes, tuple(modes))
+
+
+def number_of_modes(*flags: bool) -> int:
+    """Return a number that is another one where other parts are in training mode; 0 if none is."""
+    return 1 + hash(flags) % 2**62 if any(flags) else 0
 
 
 def dropout_of_parts(x: Tensor, p: float, training: bool) -> Tensor:

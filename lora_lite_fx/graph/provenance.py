@@ -30,6 +30,8 @@ OUTLET = "outlet"
 """Part of the nodes after it: the last of them replaces its output."""
 TENSOR = "tensor"
 """Part of the nodes that replace its weight or bias: the last of them is `type_as(new, frozen)`."""
+PASSED = "passed"
+"""Part of the nodes that make the weight or bias that an adapter around it reads: the last is `type_as(new, below)`."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Provenance:
         position: index of the adapter among those of its name at the site; its tensors carry it as a suffix.
         call: number of the insertion; one adapter of a site that runs twice has two.
         names: of the adapter's tensors, as its variant calls them.
-        part: `INLET`, `OUTLET` or `TENSOR`.
+        part: `INLET`, `OUTLET`, `TENSOR` or `PASSED`.
         by: the pass that inserted it.
         config: the adapter's config as JSON, on every node, because another pass may replace any of them.
         adapter_name: the name that the user gave the adapter.
@@ -164,6 +166,15 @@ class Insertion:
         replaced = ((node, replaced_tensor(node)) for node in self.nodes)
         return {node: frozen for node, frozen in replaced if frozen is not None}
 
+    @property
+    def tensors_passed(self) -> dict[fx.Node, fx.Node]:
+        """The nodes that are weights and biases for adapters around it, each with what it makes them of."""
+        return {
+            node: node.args[1]
+            for node in self._side(PASSED)
+            if node.target is torch.ops.aten.type_as.default and isinstance(node.args[1], fx.Node)
+        }
+
     def is_outside(self, node: fx.Node) -> bool:
         """Check that `node` is not one of the adapter's nodes."""
         return node not in self.nodes
@@ -249,7 +260,8 @@ def take_out(inserted: Iterable[Insertion]) -> dict[fx.Node, fx.Node]:
     replaced: dict[fx.Node, fx.Node] = {}
     for insertion in inserted:
         sides = ((insertion.inlet, insertion.x), (insertion.outlet, insertion.y))
-        for leaving, entered in (*insertion.tensors_replaced.items(), *sides):
+        tensors = (*insertion.tensors_replaced.items(), *insertion.tensors_passed.items())
+        for leaving, entered in (*tensors, *sides):
             if leaving is not None and entered is not None:
                 leaving.replace_all_uses_with(entered, delete_user_cb=insertion.is_outside)
                 replaced[leaving] = entered
@@ -278,8 +290,10 @@ def leads_only_to(node: fx.Node, ends: Container[fx.Node]) -> bool:
 
 
 def _is_data(node: fx.Node) -> bool:
-    """Check whether `node` is neither a number nor a tensor of the module, perhaps reshaped or cast."""
+    """Check whether `node` is neither a number nor a tensor of the module, perhaps reshaped or cast or adapted."""
     if is_size(node):
+        return False
+    if (provenance := recorded(node)) is not None and provenance.part == PASSED:
         return False
     while node.op == "call_function":
         read = [operand for operand in node.all_input_nodes if not is_size(operand)]

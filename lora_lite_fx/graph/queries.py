@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Container
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from .provenance import is_inserted
 from .regions import closes_region, opens_region
 from .tensors import attribute_of, tensor_of
 from .writes import written
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def reads_tensor(gm: nn.Module, node: fx.Node) -> bool:
@@ -143,3 +146,11 @@ def is_deterministic(node: fx.Node) -> bool:
         and not node.is_impure()
         and torch.Tag.nondeterministic_seeded not in node.target.tags
     )
+
+
+def line_of(node: fx.Node) -> str:
+    """Return the last line of the model's own code that made `node`, in parentheses; empty if it is not known."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    frames = [" ".join(lines[i : i + 2]) for i in range(0, len(lines) - 1, 2)]
+    own = [frame for frame in frames if f'File "{_TORCH}' not in frame]
+    return f" ({own[-1]})" if own else ""

@@ -86,14 +86,23 @@ def name_tensors(gm: fx.GraphModule, names: Mapping[int, str]) -> None:
             node.target = name
 
 
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """Return the module at `path`; make the modules on the way if need be, in the mode of the module around them."""
+    module = root
+    for name in path.split(".") if path else ():
+        child = getattr(module, name, None)  # a wrapper of torch.compile has it as an attribute
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            child.training = module.training
+            module.add_module(name, child)
+        module = child
+    return module
+
+
 def register_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
     """Register `tensor` itself, and not a copy, under a qualified name; make the modules on the way if need be."""
     path, _, leaf = name.rpartition(".")
-    module = gm
-    for part in path.split(".") if path else ():
-        if not isinstance(getattr(module, part, None), nn.Module):  # a wrapper of torch.compile has it as an attribute
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
+    module = module_at(gm, path)
     if isinstance(tensor, nn.Parameter):
         buffers_of(module).pop(leaf, None)
         module.register_parameter(leaf, tensor)
@@ -130,6 +139,4 @@ def keep_registration(source: nn.Module, gm: fx.GraphModule) -> None:
     for name, parameter in source.named_parameters(remove_duplicate=False):
         if id(parameter) in known and name not in names:
             path, _, leaf = name.rpartition(".")
-            if path not in dict(gm.named_modules()):
-                gm.add_submodule(path, nn.Module())
-            gm.get_submodule(path).register_parameter(leaf, parameter)
+            module_at(gm, path).register_parameter(leaf, parameter)

@@ -15,7 +15,7 @@ from torch import fx
 
 from ..adapters.placement import placements
 from ..adapters.quantized_base import check_gradients
-from ..adapters.state import adapter_state_dict
+from ..adapters.state import adapter_values
 from ..adapters.switches import HasSwitches, Switches
 from ..capture.capture import Inputs
 from ..capture.hooks import refuse_offloading
@@ -28,6 +28,7 @@ from ..execution.optimize import execution_of
 from ..formats.any_file import load_any
 from ..formats.files import read_json
 from ..formats.peft.hub import CONFIG
+from ..graph.modes import modes_of, set_modes
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration
 from ..rewriting.config import Config, as_adapters
@@ -73,12 +74,12 @@ def adapt(
         verify: compare each graph with the model when it is captured, as `capture` does.
 
     Returns:
-        The copy, in the model's mode. Only the adapters' parameters require grad. Its parts (`get_encoder()`, the
-        model without its head) run graphs of their own, and so do modules with an adapter, as a layer calls them that
-        is called by itself. A module that is replaced, or a number of one that is set (`dropout.p = 0`), acts in the
-        next call, for which a graph is captured again; calls that torch.compile has compiled before see it in configs
-        alone. `save_pretrained` writes the adapters alone; `gradient_checkpointing_enable` checkpoints the layers of
-        graphs.
+        The copy, each module in the mode of the model's, or of the graph's. Only the adapters' parameters require grad.
+        Its parts (`get_encoder()`, the model without its head) run graphs of their own, and so do modules with an
+        adapter, as a layer calls them that is called by itself. A module that is replaced, or a number of one that is
+        set (`dropout.p = 0`), acts in the next call, for which a graph is captured again; calls that torch.compile has
+        compiled before see it in configs alone. `save_pretrained` writes the adapters alone;
+        `gradient_checkpointing_enable` checkpoints the layers of graphs.
 
     Raises:
         AdapterError: `model` is not one of transformers or diffusers, or is adapted already; or it is a graph without
@@ -111,7 +112,10 @@ def adapt(
     if example_inputs is not None:
         check_inputs(example_inputs)
     if placements(model):
-        raise AdapterError(f"{type(model).__name__} is adapted already. The way out: pass several configs at once.")
+        raise AdapterError(
+            f"{type(model).__name__} is adapted already. The way out: llfx.add(model, {{'name': cfg}}) gives it a"
+            " further adapter; or pass several configs at once."
+        )
     if type(max_graphs) is not int or max_graphs < 1:
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
     check_gradients(model)
@@ -126,7 +130,10 @@ def adapt(
     else:
         graphs.start(lambda base, _: share_adapters(graph, base), None)
         graphs.switches = graph.switches if isinstance(graph, HasSwitches) else Switches()
-    return _adopted(graphs).train(graph.training if graph is not None else model.training)
+    adopted = _adopted(graphs)
+    if graph is not None:
+        set_modes(adopted, modes_of(graph))
+    return adopted
 
 
 def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.GraphModule:
@@ -146,7 +153,7 @@ def _adopted(graphs: GraphCache) -> Any:
     model._graphs, model._path = graphs, ""
     model.let_parts_run()
     graphs.follow_model()
-    trained = adapter_state_dict(model)
+    trained = adapter_values(model)
     if kind is LoadableModel:
         from ..compat.transformers import KEYS_TO_IGNORE_ON_SAVE
 

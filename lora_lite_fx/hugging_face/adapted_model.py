@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..adapters.bank import IDS, check_ids
+from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, copy_over_tensors, next_index
 from ..adapters.state import trainable_parameters
@@ -25,7 +26,7 @@ from ..compat.torch import SeesMoves, children_of
 from ..errors import AdapterError, ConfigError
 from ..execution.compiling import LayerCompiler
 from ..execution.frozen import changed_inside, frozen
-from ..execution.layer import RunsParts, plain_class, running_parts
+from ..execution.layer import WRAPPED, RunsParts, plain_class, running_parts
 from ..execution.memory import Memory, MemoryPlan
 from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
@@ -33,13 +34,13 @@ from ..formats.peft.directory import save_peft
 from ..formats.peft.hub import CONFIG, TENSORS
 from ..graph.layers import is_layer
 from ..graph.sharded import is_sharded, refuse_sharded
+from ..graph.tensors import register_tensor, tensor_of
 from ..log import logger
 from ..rewriting.calibration import Batches
 from ..rewriting.named import as_named
 from ..storage.dequantized import restore_quantized
 from .graph_cache import GraphCache
 from .merge_into_model import fold_into
-from .model_state import WRAPPED
 from .named_adapters import NamedAdapters
 from .own_forward import forget_replaced_forward
 
@@ -133,6 +134,11 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
         self._graphs.switches = switches
 
     @property
+    def base_buffers(self) -> BaseBuffers:
+        """The buffers of the user's model that calls of this one change in copies, by name."""
+        return self._graphs.base_buffers
+
+    @property
     def adapter_ids(self) -> Tensor | None:
         """For banks, the slot of each row of the batch, as `by_row` says; the graphs read it that keep values."""
         return self.switches.ids
@@ -180,7 +186,7 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
         modules: dict[str, Any] = dict(self.named_modules())  # type: ignore[attr-defined]
         for name in {placement.site for placement in self.placements} & modules.keys():
             module = modules[name]
-            if "_graphs" not in vars(module):
+            if not isinstance(module, (AdaptedLayer, AdaptedPart)):
                 module.__class__ = running_parts(plain_class(type(module)), AdaptedLayer)
                 module._graphs, module._path = self._graphs, name
 
@@ -223,6 +229,9 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
         way_out = "do this before it is sharded; or save the adapters, and load them onto the whole model"
         refuse_sharded(self, f"{'merge' if fold else 'remove'} does not take a model", way_out)
         plain = self._graphs.plain()
+        for name, base in self.base_buffers.items():
+            now = tensor_of(plain, name)
+            register_tensor(plain, name, (now if fold or base is None else base.to(now)).clone())
         if fold:
             acting = coefficients(self, "merge")  # type: ignore[arg-type]
             fold_into(plain, self.adapted_graph(), acting, requantise)

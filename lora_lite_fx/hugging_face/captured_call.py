@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.export import Dim
 
 from ..capture.decisions import decisions_on_inputs
-from ..capture.example_inputs import decide_problem_type
+from ..capture.default_dtype import other_default_dtype
 from ..capture.export import images_in, take_for_one, take_guards
+from ..capture.held_answers import HeldAnswer, held_answers, other_than_held
 from ..capture.hugging_face import batch_only_arguments
 from ..capture.layouts import layouts_in
 from ..capture.signature import names_of_results
 from ..execution.module import AdaptedGraphModule
-from ..rewriting.capture import capture
+from ..rewriting.capture import base_graph
 from .call_structure import CACHES, Leaves, Structure, Tree, assemble, cached_layers, differences, disassemble, restore
-from .causal_lm import Decoder, NormalizedCall, caches, join_mask, loss_of, normalize_call
+from .causal_lm import NormalizedCall, caches, join_mask, with_loss
 from .config_reads import ConfigValues
 from .example_calls import examples
 from .sliding_window import cut_windows, uncut_windows
@@ -44,16 +45,8 @@ class CapturedCall:
     leaves: Leaves
 
     @classmethod
-    def of(
-        cls, part: Any, decoder: Decoder | None, arguments: dict[str, Any], fuses_loss: bool = False
-    ) -> CapturedCall:
-        """Return a call of `part`, a model or one of its modules, with these arguments.
-
-        Args:
-            decoder: what a run of `part` has shown, if it is a causal language model.
-            fuses_loss: whether the graph is to compute the loss, as one operation with the head.
-        """
-        normalized = normalize_call(part, decoder, arguments, fuses_loss)
+    def of(cls, part: Any, normalized: NormalizedCall) -> CapturedCall:
+        """Return a call of `part`, a model or one of its modules, that is in normal form."""
         leaves: Leaves = {}
         names = sorted(normalized.arguments)
         parts = tuple(disassemble(normalized.arguments[name], name, leaves) for name in names)
@@ -83,6 +76,7 @@ class CapturedGraph:
         result: the result without its leaves.
         given: the state of the caller's objects after the call, without its leaves.
         config: what it has of the configs of the model.
+        held: the answers of the process that it holds for.
     """
 
     gm: AdaptedGraphModule
@@ -94,11 +88,19 @@ class CapturedGraph:
     result: Structure
     given: dict[str, Structure]
     config: ConfigValues = field(default_factory=ConfigValues)
+    held: tuple[HeldAnswer, ...] = ()
+
+    def change(self) -> str:
+        """Return in words what has changed that the graph was captured under; empty if nothing has."""
+        assert self.gm.execution is not None
+        return (
+            self.config.change() or other_default_dtype(self.gm.execution.default_dtype) or other_than_held(self.held)
+        )
 
     def refuses(self, leaves: Leaves) -> str:
         """Return the reason why the graph does not hold for `leaves`; empty if it does."""
         reads_values = not torch.compiler.is_dynamo_compiling()  # the graph itself asserts what depends on them there
-        if change := self.config.change():
+        if change := self.change():
             return change
         for name, layout in self.layouts.items() if reads_values else ():
             if not torch.equal(leaves[name], layout):
@@ -116,6 +118,7 @@ class CapturedGraph:
         Args:
             return_dict: whether a `ModelOutput` stays one, and is not made a tuple.
         """
+        self.config.decide()
         self.gm.training = part.training
         leaves = self.gm(**call.leaves)
         given: dict[str, Any] = {}
@@ -128,9 +131,7 @@ class CapturedGraph:
             else:
                 given[name] = assemble(structure, leaves) if call.normalized.keeps_cache else None
         cut_windows(given)
-        result = assemble(self.result, leaves, given)
-        if call.normalized.loss is not None:
-            result = type(result)(**{**result, "loss": loss_of(part, result.logits, call.normalized.loss)})
+        result = with_loss(part, call.normalized, assemble(self.result, leaves, given))
         return result if return_dict or not hasattr(result, "to_tuple") else result.to_tuple()
 
 
@@ -150,7 +151,13 @@ def attempts(model: Any, call: CapturedCall, by_values: bool) -> Iterator[tuple[
 
 
 def capture_call(
-    shadow: Any, call: CapturedCall, example: Leaves, fixed: Collection[str], verify: bool, fuse_loss: bool
+    shadow: Any,
+    call: CapturedCall,
+    example: Leaves,
+    fixed: Collection[str],
+    verify: bool,
+    fuse_loss: bool,
+    with_autocast: bool = False,
 ) -> CapturedGraph:
     """Capture a call of a model.
 
@@ -160,28 +167,38 @@ def capture_call(
         example: the leaves to capture it with.
         fixed: the names of those of which the batch alone is to be dynamic.
         verify, fuse_loss: as for `capture`.
+        with_autocast: whether the model is to find autocast as it is now.
 
     Raises:
         CaptureError: the call cannot be captured.
     """
     outcomes: Outcomes = {}
-    if "labels" in call.leaves:
-        decide_problem_type(shadow.config, call.leaves["labels"])
     shadow.__class__ = _flat(type(shadow), call, outcomes, _as_long(call.structure, example))
+    example = {name: _outside_autocast(leaf, shadow) for name, leaf in example.items()}
     layouts = layouts_in(example)
     dynamic = {name: _dynamic(name, leaf, name in fixed) for name, leaf in example.items() if name not in layouts}
     with ExitStack() as stack:
         # Leave the modes that the call runs under out of the graph.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
+        if not with_autocast:
+            stack.enter_context(torch.autocast(shadow.device.type, enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        gm = capture(shadow, example, dynamic_shapes=dynamic, fuse_loss=fuse_loss, verify=verify)
+        gm = base_graph(shadow, example, dynamic_shapes=dynamic, fuse_loss=fuse_loss, verify=verify, made=True)
     assert isinstance(gm, AdaptedGraphModule)
-    guards, decisions = take_guards(gm), decisions_on_inputs(gm)
+    guards, decisions, held = take_guards(gm), decisions_on_inputs(gm), held_answers(gm.graph)
     # A capture may run the model with fewer layers too, which returns fewer caches.
     result, given = outcomes[frozenset(names_of_results(gm.graph))]
-    return CapturedGraph(gm, call, captured_with(example, fixed), layouts, guards, decisions, result, given)
+    of_example = captured_with(example, fixed)
+    return CapturedGraph(gm, call, of_example, layouts, guards, decisions, result, given, held=held)
+
+
+def _outside_autocast(leaf: Any, model: Any) -> Any:
+    """Return a leaf in the type of the model if autocast made it, as it makes caches, because captures go without."""
+    device = model.device.type
+    if not isinstance(leaf, Tensor) or not torch.is_autocast_enabled(device):
+        return leaf
+    return leaf.to(model.dtype) if leaf.dtype == torch.get_autocast_dtype(device) else leaf
 
 
 def captured_with(example: Leaves, fixed: Collection[str]) -> Any:

@@ -1,12 +1,11 @@
 """Bring the calls of a causal language model that train, prefill and decode into one form.
 
 In that form a call has a cache (empty at first), a mask, positions, and the positions whose logits are wanted; the
-loss is computed from the logits. A small run of the model shows which of these steps mean the same to it.
+loss is computed from the logits. `forms.py` finds out which of these steps mean the same to the model.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from ..capture.forward_signature import forward_signature
 from ..execution.layer import plain_class
+from .decoder import Decoder
 
-# Every dynamic dimension of an example has a size of its own, and none is one: torch.export specializes ones.
-BATCH, LENGTH, PAST = 3, 7, 5
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 """Arguments that `generate` reads, for its stop strings, and passes on to models, which do not."""
 
@@ -40,42 +38,16 @@ _OF_TEXT = (
 """Arguments with a tensor that is as long as the text."""
 
 
-class EmptyLayer(NamedTuple):
-    """A layer of a cache that has seen no token.
+class Form(NamedTuple):
+    """What is done to a call of a kind, as far as that means the same to the model.
 
     Args:
-        keys, values: `(1, heads, 0, d)`.
-        sliding_window: how many tokens it keeps; None for all.
+        counts: positions that are not given are those from the number of cached tokens on, padding included.
+        loss_apart: the loss is the model's `loss_function` of all logits, and is computed from these.
     """
 
-    keys: Tensor
-    values: Tensor
-    sliding_window: int | None
-
-    def made(self) -> Any:
-        """Return a layer of this kind, which is not initialized."""
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-        if self.sliding_window is None:
-            return DynamicLayer()
-        return DynamicSlidingWindowLayer(sliding_window=self.sliding_window)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The facts that a run of a causal language model has shown.
-
-    Args:
-        layers: those of its cache, which may be more than its config says: Dory adds some for layers that run twice.
-        parameters: names of the arguments that it takes.
-        counts_positions: whether no positions mean those from the number of cached tokens on, padding included.
-        has_plain_loss: whether its loss is its `loss_function` of all logits.
-    """
-
-    layers: tuple[EmptyLayer, ...]
-    parameters: frozenset[str]
-    counts_positions: bool
-    has_plain_loss: bool
+    counts: bool
+    loss_apart: bool
 
 
 @dataclass
@@ -165,105 +137,6 @@ def caches(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if isinstance(value, Cache)}
 
 
-@torch.no_grad()
-def probe(model: Any) -> Decoder | None:
-    """Run `model` on a few tokens, left-padded, and on one more.
-
-    Returns:
-        What that shows. None if the model is not a causal language model that appends tokens, and these alone, to its
-        cache: GIT widens masks by the tokens of an image. None too if tokens see those behind them in texts without
-        padding alone: `is_causal = False` on a module of attention says so, and with a mask it has no effect.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    from ..compat.transformers import CACHE
-
-    signature = forward_signature(type(model)).parameters
-    takes_cache = {"input_ids", "attention_mask", CACHE, "use_cache"} <= signature.keys()
-    # Encoders and classifiers take a cache too, but theirs is another result than logits for each token.
-    if not takes_cache or not model.can_generate() or model.config.is_encoder_decoder:
-        return None
-    text = model.config.get_text_config(decoder=True)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(text.vocab_size, (BATCH, LENGTH), generator=generator).to(model.device)
-    ids[2] = ids[1]
-    ids[2, -1] = (ids[1, -1] + 1) % text.vocab_size  # for `_sees_behind`
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-
-    def run(**more: Any) -> Any:
-        cache = DynamicCache(config=text)
-        return _tried(model, **{"input_ids": ids, "attention_mask": mask, CACHE: cache, "use_cache": True, **more})
-
-    training = model.training
-    model.eval()
-    try:
-        plain = run()
-        if not isinstance(getattr(plain, CACHE, None), DynamicCache):
-            return None  # BertLMHeadModel that is not a decoder
-        without_padding = run(attention_mask=None)
-        if without_padding is not None and _sees_behind(without_padding.logits) != _sees_behind(plain.logits):
-            return None
-        longer = torch.cat([mask, mask[:, -1:]], dim=1)
-        if run(input_ids=ids[:, :1], attention_mask=longer, **{CACHE: copy.deepcopy(plain[CACHE])}) is None:
-            return None
-        layers = plain[CACHE].layers
-        if not all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers
-        ):
-            return None
-        empty = tuple(
-            EmptyLayer(layer.keys[:1, :, :0], layer.values[:1, :, :0], getattr(layer, "sliding_window", None))
-            for layer in layers
-        )
-        positions = torch.arange(LENGTH, device=model.device).repeat(BATCH, 1)  # some models take a flat view
-        placed = run(position_ids=positions) if "position_ids" in signature else None
-        return Decoder(
-            empty,
-            frozenset(signature),
-            placed is not None and _same(placed.logits, plain.logits),
-            "labels" in signature and _has_plain_loss(model, run, ids),
-        )
-    finally:
-        model.train(training)
-
-
-def _tried(model: Any, **arguments: Any) -> Any:
-    """Return what the model returns; None if it raises.
-
-    Kyutai's speech models take tokens in another form, with a column for each code. With labels GIT leaves out the
-    logits of an image, although there is none.
-    """
-    try:
-        return model(**arguments)
-    except Exception:
-        return None
-
-
-def _has_plain_loss(model: Any, run: Any, ids: Tensor) -> bool:
-    labels = ids.where(ids % 3 > 0, -100)
-    labels[0, :3] = -100  # what padding predicts may be anything
-    arguments: dict[str, Any] = {"labels": labels}
-    if any(p.kind is p.VAR_KEYWORD for p in forward_signature(type(model)).parameters.values()):
-        arguments["num_items_in_batch"] = 5
-    result = run(**arguments)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    if result is None or result.logits.shape != (*labels.shape, vocabulary):  # Higgs Audio's are those of codes
-        return False
-    return torch.equal(result.loss, loss_of(model, result.logits, arguments))
-
-
-def _sees_behind(logits: Tensor) -> bool:
-    """Return whether tokens before the last see it: it is what distinguishes the second text from the third."""
-    one, other = logits[1, :-1], logits[2, :-1]
-    return not torch.allclose(one, other, rtol=0, atol=0.01 * float(one.nan_to_num().abs().max()), equal_nan=True)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Compare bit for bit, with NaN equal to itself: some models compute NaN where there is nothing to attend to."""
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
 def loss_of(model: Any, logits: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """Compute the loss as the model does."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -271,22 +144,30 @@ def loss_of(model: Any, logits: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     return loss
 
 
+def with_loss(model: Any, call: NormalizedCall, result: Any) -> Any:
+    """Return the result with the loss, if that is left to compute."""
+    if call.loss is None:
+        return result
+    return type(result)(**{**result, "loss": loss_of(model, result.logits, call.loss)})
+
+
 def normalize_call(
-    model: Any, decoder: Decoder | None, arguments: dict[str, Any], fuses_loss: bool = False
+    model: Any, decoder: Decoder | None, arguments: dict[str, Any], form: Form | None, fuses_loss: bool = False
 ) -> NormalizedCall:
-    """Return the call in its normal form; as it is where that form would mean something else.
+    """Return the call in its normal form; as it is if it has none.
 
     Args:
         model: the model that is called.
         decoder: what a run of it has shown.
         arguments: by name; none is None.
+        form: that of calls of this kind, see `find_form`.
         fuses_loss: whether the graph is to compute the loss, if there are labels, and not we from its logits.
     """
     from ..compat.transformers import CACHE
 
     as_it_is = NormalizedCall(arguments, caches(arguments))
     tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
-    if decoder is None or tokens is None:
+    if decoder is None or form is None or tokens is None:
         return as_it_is
     arguments = dict(arguments)
     cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
@@ -294,8 +175,6 @@ def normalize_call(
     use_cache = arguments.get("use_cache", True)
     if cache is None and mask is None and "position_ids" in arguments and not use_cache:
         return as_it_is  # positions that start again mark several texts in one row
-    if "token_type_ids" in arguments and (cache is None or not cache.is_initialized):
-        return as_it_is  # PaliGemma and Gemma 3 read types of tokens if the cache has not been opened yet
     batch, length = tokens.shape[:2]
     keeps_cache, callers_caches = cache is not None or bool(use_cache), caches(arguments)
     cache = _opened(cache, text, decoder, batch, tokens.device)
@@ -306,7 +185,7 @@ def normalize_call(
             mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
         if mask.dim() == 2 and mask.shape[1] >= length:
             arguments["cached_mask"], arguments["attention_mask"] = mask[:, :-length], mask[:, -length:]
-        if decoder.counts_positions and "position_ids" not in arguments:
+        if form.counts and "position_ids" not in arguments:
             arguments["position_ids"] = torch.arange(past, past + length, device=tokens.device).repeat(batch, 1)
     if fuses_loss and "labels" in arguments:
         return NormalizedCall(arguments, callers_caches, None, keeps_cache)
@@ -316,7 +195,7 @@ def normalize_call(
     if "logits_to_keep" in decoder.parameters and isinstance(keep, int) and only_text:
         arguments["logits_to_keep"] = torch.arange(length, device=tokens.device)[-keep:]
     loss = None
-    if decoder.has_plain_loss and "labels" in arguments:
+    if form.loss_apart and "labels" in arguments:
         loss = {name: arguments.pop(name) for name in _LOSS_ARGUMENTS if name in arguments}
     return NormalizedCall(arguments, callers_caches, loss, keeps_cache)
 

@@ -15,6 +15,8 @@ from torch import nn
 _CALLS_FOLLOW = frozenset(("use_cache", "use_mems_eval", "use_mems_train", "return_dict"))
 """What `arguments_of` makes an argument of each call, so that it is no part of a graph besides."""
 
+_PROBLEM = "problem_type"
+
 Reads = set[tuple[type, str]]
 """Classes of configs, and attributes of theirs."""
 
@@ -72,14 +74,24 @@ class ConfigValues:
     Args:
         configs: the attributes of what has a config, the name of that attribute, and the config.
         values: the attributes of a config, the name of one of them, and its value.
+        decided: the config in which a call with labels decides the kind of loss, if that is open, and that kind.
     """
 
     configs: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
     values: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
+    decided: tuple[Any, str] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, reads: Reads) -> ConfigValues:
-        """Return the numbers among what was read, as the configs of `model` have them now."""
+    def of(cls, model: nn.Module, reads: Reads, decided: tuple[Any, str] | None) -> ConfigValues:
+        """Return the numbers among what was read, as the configs of `model` have them now.
+
+        Args:
+            model: the model that was copied to be captured.
+            reads: what the capture read.
+            decided: as in the class; dropped if the capture did not read it.
+        """
+        if decided is not None and (type(decided[0]), _PROBLEM) not in reads:
+            decided = None
         configs = _configs_of(model)
         values: list[tuple[Mapping[str, Any], str, Any]] = []
         for config in {id(config): config for _, _, config in configs}.values():
@@ -92,7 +104,20 @@ class ConfigValues:
                 value = vars(config).get(name, _ABSENT)
                 if value is _ABSENT or _is_plain(value):
                     values.append((vars(config), name, value if value is _ABSENT else copy.deepcopy(value)))
-        return cls(configs, values)
+        captured = cls(configs, [], decided)
+        captured.values = [(has, name, captured._seen(has, name, value)) for has, name, value in values]
+        return captured
+
+    def decide(self) -> None:
+        """Write the kind of loss to the config where it is open, as the model does, for all later calls too."""
+        if self.decided is not None and getattr(self.decided[0], _PROBLEM) is None:
+            setattr(self.decided[0], _PROBLEM, self.decided[1])
+
+    def _seen(self, attributes: Mapping[str, Any], name: str, value: Any) -> Any:
+        """Return what a call sees of a value: where the kind of loss is open, that which the call decides for."""
+        if value is None and name == _PROBLEM and self.decided is not None and attributes is vars(self.decided[0]):
+            return self.decided[1]
+        return value
 
     def change(self) -> str:
         """Return in words what is different now; empty if nothing is. Calls that torch.compile traces ask, too."""
@@ -100,7 +125,8 @@ class ConfigValues:
             if attributes.get(name) is not config:
                 return f"{name} is another object than before"
         for attributes, name, value in self.values:
-            if (now := attributes.get(name, _ABSENT)) is not value and now != value:
+            now = self._seen(attributes, name, attributes.get(name, _ABSENT))
+            if now is not value and now != value:
                 return f"config.{name} {_difference(now, value)}"
         return ""
 

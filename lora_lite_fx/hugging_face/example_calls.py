@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..capture.export import double_batch_of_one
 from .call_structure import CACHES, Leaves, Structure, cached_layers
-from .causal_lm import BATCH, LENGTH, PAST
+from .decoder import BATCH, LENGTH, PAST
 
 
 def examples(structure: Structure, leaves: Leaves, by_values: bool) -> Iterator[Leaves]:

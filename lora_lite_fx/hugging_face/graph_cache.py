@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.placement import Placement, placements
 from ..adapters.switches import Switches
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs, without_what_cannot_be
 from ..capture.decisions import is_other_decision
-from ..capture.example_inputs import example_inputs_of
+from ..capture.example_inputs import example_inputs_of, problem_type_of
+from ..capture.held_answers import other_than_held
 from ..capture.hooks import take_hooks_off
 from ..capture.hugging_face import is_diffusers, is_hugging_face
 from ..compat.torch import not_compiled
@@ -26,7 +28,8 @@ from ..execution.compiling import LayerCompiler
 from ..execution.memory import Memory, MemoryPlan, check_memory
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, draft_of
-from ..graph.sharded import refuse_sharded
+from ..graph.modes import add_flagged_modules
+from ..graph.sharded import is_sharded, refuse_sharded
 from ..graph.tensors import delete_tensor, register_tensor, tensor_of
 from ..graph.turns import calling, tracing
 from ..graph.writes import written_buffers
@@ -36,15 +39,20 @@ from ..rewriting.calibration import Batches
 from ..rewriting.plan import make_plans
 from ..rewriting.rewrite import insert_new, insert_placed
 from ..sites.finding import find_sites
+from .around_parts import has_parts, run_around_parts, try_around_parts
 from .call_structure import Leaves
 from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, captured_with
-from .causal_lm import Decoder, arguments_of, probe
+from .causal_lm import arguments_of, caches, normalize_call
 from .config_reads import ConfigValues, recorded_reads
+from .decoder import Decoder, probe
 from .diffusers import prepare_arguments
+from .forms import Forms, Kind, kind_of
 from .kept_graphs import KeptGraphs
 from .model_state import ModelState
 from .own_forward import check_is_whole
 from .plain_copy import plain_copy
+from .positions import count_positions, forget_positions
+from .written_by_calls import warn_of_writes
 
 Insert = Callable[[fx.GraphModule, Batches | None], fx.GraphModule]
 """A function that inserts adapters into a base graph, with calibration data in the form that the graph takes."""
@@ -81,6 +89,7 @@ class GraphCache:
         self.keeps_values = False
         self.compiler: LayerCompiler | None = None
         self.memory: Memory = "fast"
+        self.base_buffers: BaseBuffers = {}  # of the user's model; the graphs write to those of this one
         self._owned: set[str] = set()
         self._bound_for: type | None = None
         self.drop()
@@ -94,22 +103,41 @@ class GraphCache:
             return self
         twin = memo[id(self)] = object.__new__(GraphCache)
         twin.__dict__.update(self.__dict__, keeps_values=False)
-        twin.drop()
         twin._owned = {*self._owned}
         twin.model = copy.deepcopy(self.model, memo)
+        twin.drop()
         return twin
 
     def drop(self) -> None:
         """Forget all graphs, because devices, dtypes, and what `ModelState` sees are part of them."""
         self._kept = KeptGraphs(type(self.model).__name__, self.limit)
+        self._forms = Forms(self.model, self._shadow)
+        self._around_parts: list[Kind] = []  # kinds of calls with a loss that cannot be captured
         self._state: ModelState | None = None  # of the time of the first of them
-        self.__dict__.pop("decoder", None)
+        self._decoders: dict[torch.dtype | None, Decoder | None] = {}  # by what autocast computes in
         self.__dict__.pop("_first_call", None)
 
-    @functools.cached_property
-    def decoder(self) -> Decoder | None:
-        """The facts that a run of the model has shown, if it is a causal language model."""
-        return probe(self._shadow())
+    def _decoder_for(self, part: Any, arguments: Mapping[str, Any]) -> Decoder | None:
+        """Return the facts that a run of the model has shown, if it is a causal language model, and is called whole.
+
+        Under autocast its cache has other types. The cache of a training call is read by no later one, and such calls
+        have one graph with and without autocast. Of a model that is sharded no copy can be run.
+        """
+        if part is not self.model:
+            return None
+        device, dtype = self.model.device.type, None
+        has_later_calls = not part.training or bool(caches(arguments))
+        if torch.is_autocast_enabled(device) and has_later_calls and not is_sharded(self.model):
+            dtype = torch.get_autocast_dtype(device)
+        if dtype not in self._decoders:
+            self._probe_now(dtype)
+        return self._decoders[dtype]
+
+    @not_compiled
+    def _probe_now(self, dtype: torch.dtype | None) -> None:
+        device = self.model.device.type
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            self._decoders[dtype] = probe(self._shadow())
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -134,16 +162,34 @@ class GraphCache:
             self.bind()
         if not self.keeps_values and not torch.compiler.is_dynamo_compiling():
             self.follow_model()
+        if "labels" in arguments and kind_of(part, arguments) in self._around_parts:
+            return run_around_parts(part, arguments, return_dict)
         call = self._call(part, arguments)
-        graph = self._graph_for(call)
+        try:
+            graph = self._graph_for(call)
+        except CaptureError as error:
+            if "labels" not in arguments or not has_parts(self.model, part, self.placements):
+                raise
+            return self._tried_around_parts(part, arguments, return_dict, error)
         return graph.run(part, call, return_dict)
+
+    @not_compiled
+    def _tried_around_parts(self, part: Any, arguments: dict[str, Any], return_dict: bool, reason: CaptureError) -> Any:
+        result = try_around_parts(part, arguments, return_dict, reason)
+        self._around_parts.append(kind_of(part, arguments))
+        return result
 
     def _call(self, part: Any, arguments: dict[str, Any], is_first: bool = False) -> CapturedCall:
         if is_diffusers(part):
             arguments = prepare_arguments(part, arguments)
         # The first graph is for training if the loss is to be fused, in whichever mode the model is adapted.
         fuses_loss = self.fuse_loss and (self.model.training or is_first)
-        return CapturedCall.of(part, self.decoder if part is self.model else None, arguments, fuses_loss)
+        counted = count_positions(part, arguments)
+        decoder = self._decoder_for(part, arguments)
+        form = self._forms.of(part, decoder, arguments, counted, fuses_loss)
+        if counted.positions is not None:
+            arguments = {**arguments, "position_ids": counted.positions}
+        return CapturedCall.of(part, normalize_call(part, decoder, arguments, form, fuses_loss))
 
     def _graph_for(self, call: CapturedCall) -> CapturedGraph:
         """Return the graph for this call; capture it if there is none."""
@@ -227,6 +273,7 @@ class GraphCache:
         adapted = insert(graph.gm, batches)
         assert isinstance(adapted, AdaptedGraphModule)
         graph.gm = adapted
+        self._owned.clear()  # the buffers that calls change are those of this graph, which a file may have brought
         self._bind(graph.gm)
         graph.gm.run_on(self.model)
         self.placements = placements(graph.gm)
@@ -314,6 +361,7 @@ class GraphCache:
         """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls."""
         copied = self.plain()
         take_hooks_off(copied)
+        forget_positions(copied)
         return copied
 
     def _capture_for(self, call: CapturedCall) -> CapturedGraph:
@@ -324,7 +372,7 @@ class GraphCache:
             f"A call with {names} has no graph yet, and none can be captured of a model",
             "call the model once like this before it is sharded, which then has its graph",
         )
-        same = [graph for graph in self._kept if graph.call.signature == call.signature and not graph.config.change()]
+        same = [graph for graph in self._kept if graph.call.signature == call.signature and not graph.change()]
         decides = [is_other_decision(graph.refuses(call.leaves)) for graph in same]
         seen = [graph.example for graph, otherwise in zip(same, decides, strict=True) if not otherwise]
         errors = []
@@ -348,10 +396,19 @@ class GraphCache:
         raise CaptureError(f"In a call with {names}: {errors[-1]}") from errors[-1]
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: tuple[str, ...]) -> CapturedGraph:
-        shadow = self._shadow()
-        with recorded_reads(shadow) as reads:
-            graph = capture_call(shadow, call, example, fixed, self.verify, self.fuse_loss)
-        graph.config = ConfigValues.of(self.model, reads)
+        labels = call.leaves.get("labels")
+        for with_autocast in (False, True):
+            shadow, decided = self._shadow(), None
+            if labels is not None and (problem := problem_type_of(shadow.config, labels)):
+                shadow.config.problem_type = shadow.config.problem_type or problem
+                decided = self.model.config, problem
+            with recorded_reads(shadow) as reads:
+                graph = capture_call(shadow, call, example, fixed, self.verify, self.fuse_loss, with_autocast)
+            if not other_than_held(graph.held):
+                break
+        if self.verify:
+            warn_of_writes(shadow, example, self.model.training)
+        graph.config = ConfigValues.of(self.model, reads, decided)
         self._insert_again(graph.gm)
         if self.compiler is not None:
             graph.gm.compile_layers_by(self.compiler)
@@ -404,7 +461,11 @@ class GraphCache:
         What runs reads the tensors of the model. Passes, `merge` and files read those of the graph.
         """
         adapters = {name for placement in placements(gm) for name in placement.tensors.values()}
-        written = {*written_buffers(gm)} - self._owned
+        written = [
+            name for name in {**dict.fromkeys(written_buffers(gm)), **gm.base_buffers} if name not in self._owned
+        ]
+        self.base_buffers = {**{name: gm.base_buffers.get(name) for name in written}, **self.base_buffers}
+        gm.base_buffers = self.base_buffers
         for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
             of_model = _find(self.model, name)
             if name in written or (of_model is None and name in adapters):
@@ -414,6 +475,7 @@ class GraphCache:
                 register_tensor(gm, name, nn.Parameter(of_model.detach(), requires_grad=False))  # parametrized since
             elif of_model is not None:
                 register_tensor(gm, name, of_model)
+        add_flagged_modules(self.model, gm.graph)  # of adapters at what the model has no module for
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -1,4 +1,5 @@
-"""See what a model is besides its tensors: its modules, and the numbers and functions that these have.
+"""See what a model is besides the values of its tensors: its modules, their classes, numbers and functions, and which
+tensors they have.
 
 A graph has them as they were when it was captured, whereas it reads the tensors in each call.
 """
@@ -7,17 +8,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from operator import itemgetter
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from itertools import chain, repeat
+from operator import getitem, is_
 from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..adapters.placement import adapter_tensor_names
 from ..capture.hooks import weight_hooks_on
-from ..compat.torch import FORWARD_PRE_HOOKS, MODULES, buffers_of, children_of, hooks_of, parameters_of
-from ..execution.layer import plain_class
+from ..compat.torch import FORWARD_PRE_HOOKS, buffers_of, children_of, hooks_of, parameters_of
+from ..execution.layer import WRAPPED, plain_class, user_classes
 from ..graph.layers import is_layer
 
 _NUMBERS = (bool, int, float, str, type(None))
@@ -33,21 +37,15 @@ _NO_PART_OF_GRAPHS = frozenset(
 _LATER = ("_loss_function",)
 """Attributes that a model may get when it has them already in another way: `model.loss_function = f` sets this one."""
 
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
-"""The names under which the wrappers of torch.compile and of checkpointing keep the module that computes."""
-
 
 class _Module(NamedTuple):
     """A module as it was.
 
     Args:
         module: itself.
-        kind: its class, as the user knows it.
-        tensors: the names of its own parameters and buffers.
+        kind: its class.
+        tensors: the names of its own parameters and buffers that it has, without those of adapters.
         settings: its numbers and functions by name, and lists, tuples and dicts of numbers.
-        read: returns of its attributes those that a call compares, its children among them.
-        was: what `read` returned.
-        size: the number of its attributes.
         has_own_forward: whether `forward` of its class is replaced on it.
     """
 
@@ -55,38 +53,27 @@ class _Module(NamedTuple):
     kind: type
     tensors: frozenset[str]
     settings: dict[str, Any]
-    read: Callable[[dict[str, Any]], Any]
-    was: Any
-    size: int
     has_own_forward: bool
 
     @classmethod
-    def of(cls, module: nn.Module) -> _Module:
-        """Return what `module` is now."""
-        kind: Any = type(module)
+    def of(cls, module: nn.Module, adapters: Collection[str]) -> _Module:
+        """Return what `module` is now, which has the tensors of these names from adapters."""
         attributes = vars(module)
         named = (*parameters_of(module).items(), *buffers_of(module).items())
-        computed: Any = ()
-        if is_parametrized(module):
-            computed, kind = module.parametrizations, kind.__base__
-        tensors = frozenset((*(name for name, tensor in named if tensor is not None), *computed))
+        computed: Any = module.parametrizations if is_parametrized(module) else ()
+        tensors = frozenset((*(name for name, tensor in named if tensor is not None), *computed)).difference(adapters)
         present = {name: _kept(value) for name, value in attributes.items() if _is_setting(name, value)}
         settings = (
             {name: attributes.get(name) for name in _LATER} | present | {FORWARD_PRE_HOOKS: weight_hooks_on(module)}
         )
-        read = itemgetter(MODULES, FORWARD_PRE_HOOKS, *present)
-        copies = {MODULES: dict(children_of(module)), FORWARD_PRE_HOOKS: dict(hooks_of(module, FORWARD_PRE_HOOKS))}
-        was = read(copies | present)
-        size, has_own_forward = len(attributes), "forward" in attributes
-        return cls(module, plain_class(kind), tensors, settings, read, was, size, has_own_forward)
+        return cls(module, type(module), tensors, settings, "forward" in attributes)
 
     def change(self, now: _Module) -> str:
         """Return in words how the module that has this one's place now differs from it; empty if it does not."""
-        if now.module is not self.module:  # the class of a module itself changes without effect, as by fully_shard
-            if now.kind is not self.kind:
-                return f" is a {now.kind.__name__}, and was a {self.kind.__name__}"
-            for name in sorted(self.tensors ^ now.tensors):
-                return f".{name} was {'taken away' if name in self.tensors else 'added'}"
+        if not self._computes_like(now):
+            return f" is a {now.kind.__name__}, and was a {self.kind.__name__}"
+        for name in sorted(self.tensors ^ now.tensors):
+            return f".{name} was {'taken away' if name in self.tensors else 'added'}"
         for name, value in self.settings.items():
             if name not in now.settings:
                 if value is None:  # a tensor now, as models remember some for the next call
@@ -95,6 +82,13 @@ class _Module(NamedTuple):
             if now.settings[name] != value:
                 return f".{name} is {_shown(now.settings[name])}, and was {_shown(value)}"
         return ""
+
+    def _computes_like(self, now: _Module) -> bool:
+        """Return whether the class of `now` has all that this one's has, whatever it adds, as `fully_shard` does."""
+        if now.kind is self.kind:
+            return True
+        then, later = _found_in(self.kind), _found_in(now.kind)
+        return all(later.get(name) is value for name, value in then.items() if name not in self.tensors)
 
 
 class ModelState:
@@ -109,9 +103,16 @@ class ModelState:
         self._look()
 
     def is_as_it_was(self) -> bool:
-        """Return False if anything may have changed. Each call asks, so it costs a third of a microsecond a module."""
+        """Return False if anything may have changed. Each call asks, so it costs a fifth of a microsecond a module."""
         try:
-            return all(read(has) == was and len(has) == size for has, read, was, size in self._compared)
+            return (
+                [*map(type, self._all)] == self._types
+                and [*map(len, self._sized)] == self._sizes
+                and self._registries == self._registered
+                and [*map(getitem, self._owners, self._names)] == self._values
+                and [*map(is_, chain.from_iterable(self._tensors), repeat(None))] == self._is_none
+                and [kind.forward for kind in self._kinds] == self._forwards
+            )
         except KeyError:  # an attribute was taken away
             return False
 
@@ -122,9 +123,12 @@ class ModelState:
             UserWarning: `forward` of a module in a layer or outside of layers was replaced on the instance, which does
                 not act. That of a layer is called by programs.
         """
-        before = self._modules
+        before, forwards = self._modules, dict(zip(self._kinds, self._forwards, strict=True))
         self._look()
         self._warn_of_forwards(before)
+        for kind, forward in zip(self._kinds, self._forwards, strict=True):
+            if forwards.get(kind, forward) is not forward:
+                return f"forward of {kind.__name__} is another function"
         for name in sorted(before.keys() ^ self._modules.keys()):
             return f"{name} was {'taken away' if name in before else 'added'}"
         for name, module in before.items():
@@ -133,8 +137,31 @@ class ModelState:
         return ""
 
     def _look(self) -> None:
-        self._modules = {name: _Module.of(module) for name, module in _modules_of(self.model)}
-        self._compared = [(vars(each.module), each.read, each.was, each.size) for each in self._modules.values()]
+        adapters = defaultdict(set)
+        for name in adapter_tensor_names(self.model):
+            path, _, leaf = name.rpartition(".")
+            adapters[path].add(leaf)
+        modules = dict(_modules_of(self.model))
+        self._modules = {name: _Module.of(module, adapters[name]) for name, module in modules.items()}
+        # Flat lists, which `is_as_it_was` compares, because a step of Python for each module would cost more.
+        self._all = [*modules.values()]
+        self._types = [*map(type, self._all)]
+        self._registries: list[dict[Any, Any]] = [
+            registry for module in self._all for registry in (children_of(module), hooks_of(module, FORWARD_PRE_HOOKS))
+        ]
+        self._registered = [registry.copy() for registry in self._registries]
+        tensors: list[dict[str, Any]] = [
+            registry for module in self._all for registry in (parameters_of(module), buffers_of(module))
+        ]
+        self._tensors = [registry.values() for registry in tensors if registry]
+        self._is_none = [tensor is None for registered in self._tensors for tensor in registered]
+        self._sized = [*map(vars, self._all), *tensors]
+        self._sizes = [*map(len, self._sized)]
+        settings = [(vars(each), *item) for each in self._all for item in vars(each).items() if _is_setting(*item)]
+        self._owners, self._names = [owner for owner, *_ in settings], [name for _, name, _ in settings]
+        self._values = [_kept(value) for *_, value in settings]
+        self._kinds = {plain_class(kind): None for kind in self._types}
+        self._forwards = [kind.forward for kind in self._kinds]
 
     def _warn_of_forwards(self, before: dict[str, _Module]) -> None:
         new = [
@@ -168,6 +195,14 @@ def _modules_of(model: nn.Module, name: str = "", above: tuple[nn.Module, ...] =
         of_tensors = type(child) is nn.Module or (key == "parametrizations" and is_parametrized(model))
         if child is not None and not of_tensors and child not in above:
             yield from _modules_of(child, f"{name}.{key}" if name else key, (*above, model))
+
+
+def _found_in(kind: type) -> dict[str, Any]:
+    """Return what a class and its bases define, as instances find it: without special methods and `nn.Module`."""
+    found: dict[str, Any] = {}
+    for base in reversed(user_classes(kind)):
+        found |= {name: value for name, value in vars(base).items() if not name.startswith("__") or name == "__call__"}
+    return found
 
 
 def _is_setting(name: str, value: Any) -> bool:

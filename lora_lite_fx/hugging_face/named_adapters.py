@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from ..adapters.changed_buffers import check_same_buffers, moved_buffers
 from ..adapters.placement import adapter_names
 from ..adapters.switches import active, scaled
-from ..errors import ConfigError, is_instance_of
+from ..errors import CheckpointError, ConfigError, is_instance_of
 from ..formats.any_file import load_any
 from ..formats.peft.config import from_peft_config
 from ..graph.provenance import DEFAULT
@@ -104,7 +105,8 @@ class NamedAdapters:
         check_free([check_name(adapter_name)], adapter_names(self))
         acting = acting_now(self)
         first = self._graphs.first_graph()
-        loaded = load_any(remove(first), peft_model_id, revision=revision, subfolder=subfolder)
+        loaded = load_any(remove(first).eval(), peft_model_id, revision=revision, subfolder=subfolder)
+        check_same_buffers(self, moved_buffers(loaded), peft_model_id, CheckpointError)
         self.insert_from(loaded, adapter_name)
         act_as_before(self, acting)
 

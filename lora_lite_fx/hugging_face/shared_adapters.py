@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from ..adapters.changed_buffers import HasBaseBuffers, base_buffers_of
 from ..adapters.placement import placements
 from ..capture.mistakes import graph_hint
 from ..errors import AdapterError
 from ..execution.optimize import execution_of
-from ..graph.tensors import register_tensor, tensor_of
+from ..graph.tensors import has_attribute, register_tensor, tensor_of
 from ..rewriting.rewrite import insert_placed
 from ..sites.finding import find_sites
 
@@ -44,6 +45,11 @@ def share_adapters(gm: fx.GraphModule, base: fx.GraphModule) -> fx.GraphModule:
             raise AdapterError(f"The adapter at {old.site!r} has other tensors in the graph than in its model.")
         for name, own in new.tensors.items():
             register_tensor(base, own, tensor_of(gm, old.tensors[name]))
+    shared = {name: buffer for name, buffer in base_buffers_of(gm).items() if has_attribute(base, name)}
+    for name in shared:
+        register_tensor(base, name, tensor_of(gm, name))
+    assert isinstance(base, HasBaseBuffers)
+    base.base_buffers = shared
     return base
 
 

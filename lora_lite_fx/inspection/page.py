@@ -20,6 +20,7 @@ from .picture import (
 )
 
 if TYPE_CHECKING:
+    from ..rewriting.left_out import Unadapted
     from .rows import LeftOutRow, SiteRow
 
 
@@ -38,6 +39,8 @@ class PageData(Protocol):
     def sizes(self) -> Mapping[str, int]: ...
     @property
     def left_out(self) -> tuple[LeftOutRow, ...]: ...
+    @property
+    def unadapted(self) -> tuple[Unadapted, ...]: ...
 
 
 _UNKNOWN = "the dataflow leaves a doubt, so nothing is guessed"
@@ -65,7 +68,7 @@ def render(table: PageData) -> str:
         "legend": _legend(table),
         "blocks": "\n".join(_card(block, most, table) for block in all_blocks),
         "rows": "\n".join(_row(index, row) for index, row in enumerate(table.rows)),
-        "left_out": _left_out(table.left_out),
+        "left_out": _left_out(table.left_out) + _unadapted(table.unadapted),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # One substitution for all fields, because the text of a field may look like a field itself.
@@ -131,6 +134,11 @@ def _row(index: int, row: SiteRow) -> str:
 def _left_out(rows: tuple[LeftOutRow, ...]) -> str:
     items = "".join(f"<li><code>{escape(row.name)}</code> {escape(row.reason)}</li>" for row in rows)
     return f"\n<h3>Not sites, though they multiply data</h3>\n<ul>{items}</ul>" if rows else ""
+
+
+def _unadapted(sorts: tuple[Unadapted, ...]) -> str:
+    items = "".join(f"<li>{escape(sort.told())}</li>" for sort in sorts)
+    return f"\n<h3>Without an adapter, because default targets leave them out</h3>\n<ul>{items}</ul>" if sorts else ""
 
 
 def _short(number: int) -> str:

@@ -39,7 +39,7 @@ def program(model: nn.Module, name: Program = "inference", *, without: Sequence[
 
     Returns:
         A `GraphModule` with the parameters of the model, not copies of them. It is in evaluation mode for `inference`,
-        in training mode for `checkpointed`, else in the mode of the model. Changes of its graph change nothing else.
+        in training mode for `checkpointed`, else in the modes of the model. Changes of its graph change nothing else.
 
     Raises:
         AdapterError: `model` is not an adapted graph, or there is no such program.
@@ -62,7 +62,9 @@ def program(model: nn.Module, name: Program = "inference", *, without: Sequence[
         left_out = tuple(argument for argument in signature.captured if argument in left_out)
     result, reports = graph.program_graph(name, left_out)
     result.meta["report"] = ProgramReport(name, tuple(reports))
-    return result.train({"inference": False, "checkpointed": True}.get(name, graph.training))
+    if name in ("inference", "checkpointed"):
+        result.train(name == "checkpointed")
+    return result
 
 
 def _hint(model: object) -> str:

@@ -15,12 +15,14 @@ from torch.export import ExportedProgram
 from ..adapters.accounting import account_for
 from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture import Inputs
+from ..errors import counted
 from ..execution.module import AdaptedGraphModule
 from ..formats.writing import write_atomically
 from ..graph.provenance import DEFAULT, Insertion, surrounding
 from ..graph.queries import model_name
 from ..graph.tensors import tensor_of
 from ..rewriting.capture import base_graph
+from ..rewriting.left_out import Unadapted, find_unadapted
 from ..sites.computed import Computation
 from ..sites.left_out import find_left_out
 from ..sites.roles import ROLES
@@ -45,6 +47,7 @@ class SiteTable(Sequence[SiteRow]):
         programs: the reports of the passes, by program; empty unless `inspect` was asked for them.
         left_out: one for each weight that multiplies data and is not a site, of the kinds asked for.
         repeated: number of parameters that train and that a row before has counted, because sites share them.
+        unadapted: the sites without an adapter that default targets leave out although a user may expect them, by sort.
     """
 
     rows: tuple[SiteRow, ...]
@@ -55,6 +58,7 @@ class SiteTable(Sequence[SiteRow]):
     programs: tuple[ProgramReport, ...] = ()
     left_out: tuple[LeftOutRow, ...] = ()
     repeated: int = 0
+    unadapted: tuple[Unadapted, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -72,7 +76,8 @@ class SiteTable(Sequence[SiteRow]):
         Returns:
             `model`, `parameters` (of the whole model), `trainable`, and `sites`: one dict for each row, with the
             fields of `SiteRow` as keys. With weights that are not sites also `left_out`: one dict for each
-            `LeftOutRow`. With reports of passes also `programs`: one dict for each `ProgramReport`.
+            `LeftOutRow`. With sites that default targets leave out also `unadapted`: one dict for each sort. With
+            reports of passes also `programs`: one dict for each `ProgramReport`.
         """
         data = {
             "model": self.model,
@@ -82,6 +87,8 @@ class SiteTable(Sequence[SiteRow]):
         }
         if self.left_out:
             data["left_out"] = [asdict(row) for row in self.left_out]
+        if self.unadapted:
+            data["unadapted"] = [asdict(sort) for sort in self.unadapted]
         if self.programs:
             data["programs"] = [report.to_dict() for report in self.programs]
         return data
@@ -130,7 +137,8 @@ class SiteTable(Sequence[SiteRow]):
         share = 100 * self.trainable / self.total if self.total else 0.0
         outside = f", {self.unfrozen:,} of them outside the adapters" if self.unfrozen else ""
         lines.append(
-            f"{len(self.rows)} sites; {self.trainable:,} of {self.total:,} parameters train ({share:.3f}%){outside}"
+            f"{counted(len(self.rows), 'site')}; {self.trainable:,} of {self.total:,} parameters train"
+            f" ({share:.3f}%){outside}"
         )
         held, entries = (
             sum(row.bytes for row in self.rows),
@@ -140,6 +148,8 @@ class SiteTable(Sequence[SiteRow]):
             lines.append(f"the weights of the sites take {held:,} bytes, {8 * held / entries:.2f} bits each")
         lines += ["", "not sites, though they multiply data:"] if self.left_out else []
         lines += [f"  {row.name}: {row.reason}" for row in self.left_out]
+        lines += ["", "without an adapter, because default targets leave them out:"] if self.unadapted else []
+        lines += [f"  {sort.told()}" for sort in self.unadapted]
         text = "\n".join(line.rstrip() for line in lines)
         return "\n\n".join([text, *map(str, self.programs)])
 
@@ -213,6 +223,8 @@ def inspect(
         assert isinstance(running, AdaptedGraphModule)
         assert running.execution is not None
         programs = tuple(program(running, which).meta["report"] for which in running.execution.programs)
+    not_sites = find_left_out(gm, account.sites)
+    unadapted = find_unadapted(gm, account.sites, not_sites, {row.name for row in rows if row.adapters})
     left_out = tuple(
         LeftOutRow(
             name=weight.name,
@@ -221,10 +233,11 @@ def inspect(
             roles=tuple(role for role in ROLES if role in weight.roles),
             kind=weight.kind.name,
         )
-        for weight in find_left_out(gm, account.sites)
+        for weight in not_sites
         if weight.kind.name in kinds
     )
-    return SiteTable(tuple(rows), total, _class_name(model, gm), sizes, unfrozen, programs, left_out, repeated)
+    name = _class_name(model, gm)
+    return SiteTable(tuple(rows), total, name, sizes, unfrozen, programs, left_out, repeated, tuple(unadapted))
 
 
 def _weight(gm: fx.GraphModule, site: Site) -> tuple[torch.dtype, int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,10 @@ from .saved_values import apart, together
 class DroppedProduct:
     """`x, a, training, *sources -> t`: `t = dropout(x) a^T`.
 
-    For the backward pass it saves `a`, a bit of the mask for each element, and the sources of `x` if there are any, or
-    `x`. The mask is drawn as the plain operations draw it, so that the numbers are theirs for every seed. To draw it
-    again from the state of the generator would save the bits, and takes ten times as long on a CPU. It computes the
-    plain operations under `torch.compile`, which chooses what to save itself, and in transforms.
+    For the backward pass it saves `a` and a bit of the mask for each element; and for the gradient of `a` the sources
+    of `x` if there are any, or `x`. The mask is drawn as the plain operations draw it, so that the numbers are theirs
+    for every seed. To draw it again from the state of the generator would save the bits, and takes ten times as long on
+    a CPU. It computes the plain operations under `torch.compile`, which chooses what to save itself, and in transforms.
 
     Args:
         probability: of dropping an element.
@@ -63,9 +64,9 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, product: DroppedProduct, x: Tensor, a: Tensor, *sources: Any) -> Tensor:
         factors = F.dropout(torch.ones_like(x), product.probability)
         kept = sources if product.recipe is not None else (x,)
-        saved, ctx.others = apart(kept)
+        saved, ctx.others = apart(kept if ctx.needs_input_grad[2] else ())
         ctx.save_for_backward(a, _packed(factors), *saved)
-        ctx.product, ctx.count = product, len(sources)
+        ctx.product, ctx.dtype, ctx.count = product, x.dtype, len(sources)
         ctx.autocast = autocast_of(x.device.type)
         return F.linear(x * factors, a)
 
@@ -76,11 +77,12 @@ class _Function(torch.autograd.Function):
         kept = together(saved, ctx.others)
         _, x_needed, a_needed, *_ = ctx.needs_input_grad
         with torch.autocast(**ctx.autocast):
-            x = kept[0] if product.recipe is None else product.recipe(None, *kept)[0]
-            factors = _unpacked(bits, x) / (1 - product.probability)
-            of_x = (of_t @ a.to(of_t.dtype)).type_as(x) * factors if x_needed else None
+            shape = (*of_t.shape[:-1], a.shape[-1])
+            factors = _unpacked(bits, shape, ctx.dtype) / (1 - product.probability)
+            of_x = (of_t @ a.to(of_t.dtype)).to(ctx.dtype) * factors if x_needed else None
             of_a = None
             if a_needed:
+                x = kept[0] if product.recipe is None else product.recipe(None, *kept)[0]
                 dropped = (x * factors).to(of_t.dtype)
                 of_a = (of_t.flatten(0, -2).mT @ dropped.flatten(0, -2)).type_as(a)
         return None, of_x, of_a, *[None] * ctx.count
@@ -96,10 +98,10 @@ def _packed(factors: Tensor) -> Tensor:
     return (kept << _places(kept)).sum(0, dtype=torch.uint8)
 
 
-def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
-    """Return ones and zeros in the shape and type of `like`, of what `_packed` returned."""
+def _unpacked(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return ones and zeros of a shape and type, of what `_packed` returned."""
     kept = (bits >> _places(bits)) & 1
-    return kept.flatten()[: like.numel()].view(like.shape).to(like.dtype)
+    return kept.flatten()[: math.prod(shape)].view(shape).to(dtype)
 
 
 def _places(bits: Tensor) -> Tensor:

@@ -64,10 +64,11 @@ def unflatten(fields: Sequence[Any]) -> list[Branch[Any]]:
 class LowRankProducts:
     """`x, a, *sources, *flatten(branches) -> t, *ys`: `t = x a^T`, and `y = c (x W^T + b + alpha t_i B^T)` per branch.
 
-    For the backward pass it saves `t`; the sources of `x` if there are any, else `x`; and for the gradient of a `c` the
-    result `y`, which the operations that follow may save as well. It computes the plain products under
-    `torch.compile`, which chooses what to save itself, in transforms (`torch.func`, forward mode), and where a weight
-    is trained or is not an ordinary tensor.
+    For the backward pass it saves `t` for the gradient of a `B`; the sources of `x` if there are any, else `x`, for
+    that of `a`; and for that of a `c` the result `y`, which the operations that follow may save as well. A frozen
+    factor has no gradient, so that nothing is saved for it. It computes the plain products under `torch.compile`,
+    which chooses what to save itself, in transforms (`torch.func`, forward mode), and where a weight is trained or is
+    not an ordinary tensor.
 
     Args:
         ranks: how many columns of `t` each branch reads, one after the other; empty for `t` alone.
@@ -231,7 +232,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, products: LowRankProducts, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        _, branches = products.split(rest)
+        sources, branches = products.split(rest)
+        a_needed = ctx.needs_input_grad[2]
         _, needed = products.split(ctx.needs_input_grad[3:])
         # A scale that gets a gradient must not be zero, because the backward pass divides by it.
         used = [
@@ -240,11 +242,12 @@ class _Function(torch.autograd.Function):
         ]
         results = products.accumulated(x, a, used)
         t, *ys = results
-        saved, ctx.others = apart(rest)
+        kept = sources if a_needed else [None] * len(sources)
+        saved, ctx.others = apart([*kept, *flatten(branches)])
         ctx.save_for_backward(
             a,
-            None if products.recipe else x,
-            t if branches else None,
+            x if a_needed and products.recipe is None else None,
+            t if any(need.b for need in needed) else None,
             *(y if need.scale else None for y, need in zip(ys, needed, strict=True)),
             *saved,
         )
@@ -256,6 +259,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_t: Tensor | None, *of_ys: Tensor | None) -> tuple[Tensor | None, ...]:
         products: LowRankProducts = ctx.products
+        given = [gradient for gradient in (of_t, *of_ys) if gradient is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
         a, x, t, *saved = ctx.saved_tensors  # which can be read only once
         ys, saved = saved[: len(products.ranks)], saved[len(products.ranks) :]
         rest = together(saved, ctx.others)
@@ -263,15 +269,16 @@ class _Function(torch.autograd.Function):
         _, x_needed, a_needed, *rest_needed = ctx.needs_input_grad
         _, needed = products.split(rest_needed)
         with torch.autocast(**ctx.autocast):
-            if products.recipe and (a_needed or torch.is_grad_enabled()):
+            if products.recipe and a_needed:
                 (x,) = products.recipe(None, *sources)
-            if branches and torch.is_grad_enabled():  # for gradients of gradients, which go through t
-                t = _product(x, a)
-            in_place = torch.compiler.is_compiling() or not is_wrapped(*(g for g in (of_t, *of_ys) if g is not None))
-            given: Any = t if branches else of_t
-            shape = (*given.shape[:-1], a.shape[-1])
-            t = _as_matrix(given, a)
-            of_t = torch.zeros_like(t) if of_t is None else _as_matrix(of_t, a).clone() if branches else t
+            in_place = torch.compiler.is_compiling() or not is_wrapped(*given)
+            shape = (*given[0].shape[:-1], a.shape[-1])
+            if of_t is None:
+                rows = _as_matrix(given[0], a)
+                of_t = rows.new_zeros(*rows.shape[:-1], a.shape[-2])
+            else:
+                of_t = _as_matrix(of_t, a).clone() if branches else _as_matrix(of_t, a)
+            t = of_t if t is None else _as_matrix(t, a)  # no gradient of a B reads it then
             gradients: list[Branch[Tensor | None]] = []
             reached: list[tuple[Tensor, Tensor]] = []
             of_columns: list[Tensor] = []

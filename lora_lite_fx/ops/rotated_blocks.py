@@ -20,10 +20,10 @@ class RotatedBlocks:
     """`x, blocks, *sources -> x + x B`, where `B` has the blocks on its diagonal.
 
     A batched product wants the blocks first and the rows second, and values are the other way round. This multiplies
-    where they are, and adds to a copy of `x`. For the backward pass it saves the blocks, and the sources of `x` if
-    there are any, else `x`. It computes the plain operations under `torch.compile`, which chooses what to save itself,
-    under autocast, in transforms, for tensors of several types, and in half precision on a CPU, where a product that
-    adds would round more than once.
+    where they are, and adds to a copy of `x`. For the backward pass it saves the blocks, and for their gradient the
+    sources of `x` if there are any, else `x`. It computes the plain operations under `torch.compile`, which chooses
+    what to save itself, under autocast, in transforms, for tensors of several types, and in half precision on a CPU,
+    where a product that adds would round more than once.
 
     Args:
         recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with. None where `x` is saved.
@@ -100,7 +100,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rotation: RotatedBlocks, x: Tensor, blocks: Tensor, *sources: Any) -> Tensor:
         kept = (x,) if rotation.recipe is None else sources
-        saved, ctx.others = apart(kept)
+        saved, ctx.others = apart(kept if ctx.needs_input_grad[2] else ())
         ctx.save_for_backward(blocks, *saved)
         ctx.rotation, ctx.count = rotation, len(sources)
         return _rotated(x, blocks)

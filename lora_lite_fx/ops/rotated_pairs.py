@@ -43,7 +43,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pairs: Tensor, straight: Tensor, crossed: Tensor) -> Tensor:
-        ctx.save_for_backward(pairs, straight, crossed)
+        ctx.save_for_backward(pairs if any(ctx.needs_input_grad[1:]) else None, straight, crossed)
         return _rotated(pairs, straight, crossed)
 
     @staticmethod

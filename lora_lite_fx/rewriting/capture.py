@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.changed_buffers import base_buffers_of
 from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import adapter_tensors
 from ..capture.capture import Capture, Inputs, capture_model, without_what_cannot_be
-from ..capture.compare import require_equal
+from ..capture.compare import follows_each_part, require_equal
+from ..capture.default_dtype import default_dtype_of
 from ..capture.hooks import check_hooks
+from ..capture.python_state import state_put_back
 from ..capture.signature import call_like_the_model
 from ..capture.source import Source
 from ..errors import CaptureError
+from ..execution.graph_modules import absent_tensors
 from ..execution.module import AdaptedGraphModule
 from ..execution.optimize import checkpoints_layers, execution_of
 from ..execution.pieces import require_layers
-from ..graph.tensors import keep_registration, outside_inference_mode
-from ..graph.writes import own_written_buffers
+from ..graph.modes import let_modes_be_one, set_modes
+from ..graph.tensors import keep_registration, outside_inference_mode, tensor_of
+from ..graph.writes import own_buffers, written_buffers
 from ..passes import (
+    DropEmptyParts,
     DropMetadataAsserts,
     FollowMode,
     InlineRegions,
@@ -61,21 +69,24 @@ def capture(
         fuse_loss: compute head and loss as one operation in training mode, as `rewrite` does. None to do as `model`
             does, if that is a graph.
         verify: compare the graph with the model on the example inputs, in training and in evaluation mode. That takes
-            a forward pass each of model and graph, and finds models that compute something else while they are traced.
-            It is left out without example inputs, and for models without data (on the meta device).
+            a forward pass each of model and graph, and finds models that compute something else while they are traced,
+            or that ask the process how they are called, as whether autocast is on. It is left out without example
+            inputs, and for models without data (on the meta device).
 
     Returns:
-        A graph module over the model's own weights, in the model's mode; no parameter requires grad but those of
-        adapters. It is called like the model: optional arguments stay optional. Buffers that the graph writes to are
-        copies, so that training it leaves the model alone.
+        A graph module over the model's own weights, each part in the mode of the model's; no parameter requires grad
+        but those of adapters. It is called like the model: optional arguments stay optional. Buffers that the graph
+        writes to are copies, so that training it leaves the model alone.
 
     Raises:
         CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or the
             graph computes something else than the model; the message names the first module whose output differs; or
-            hooks of accelerate stand on it.
+            hooks of accelerate stand on it. Or the model itself raises for the example inputs in both modes; or it asks
+            the process, or keeps in Python for its next call, what a graph would have as a constant.
 
     Warns:
-        UserWarning: a hook stands on a module of the model. It was traced; the message says what that means.
+        UserWarning: a hook stands on a module of the model. It was traced; the message says what that means. Or the
+            model counts its calls, and two calls in a row compute the same.
     """
     if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
         check_hooks(model)
@@ -114,32 +125,46 @@ def base_graph(
     checkpoint_layers: bool | None = None,
     fuse_loss: bool | None = None,
     verify: bool = True,
+    made: bool = False,
 ) -> fx.GraphModule:
-    """Do the work of `capture`, without a warning of hooks: for those who read the graph and do not run it."""
+    """Do the work of `capture`, without a warning of hooks: for those who read the graph and do not run it.
+
+    Args:
+        made: whether the example inputs are not the user's, so that it is no mistake of theirs if the model raises.
+    """
     if isinstance(model, ExportedProgram):
         model = model.module()
     adapter_names = adapter_tensor_names(model) if isinstance(model, nn.Module) else []
     if adapter_names and not isinstance(model, fx.GraphModule):
         raise CaptureError(
             f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
-            " it was made of, and pass several configs at once."
+            " it was made of, and pass several configs at once; or, to give an adapted model a further adapter,"
+            " llfx.add(model, {'name': cfg})."
         )
     if adapter_names:
         adapter_tensors(model)  # refuses a graph around the adapted one, as torch.export makes it
     _require_free_names(model)
 
     def attempt(without: Sequence[str]) -> fx.GraphModule:
-        captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names, without)
-        return _graph_of(model, captured, checkpoint_layers, fuse_loss, verify)
+        with torch.enable_grad():  # which a model may ask; it is compared without gradients
+            captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names, without, made)
+        return _graph_of(model, captured, checkpoint_layers, fuse_loss, verify, made or example_inputs is None)
 
-    return without_what_cannot_be(model, example_inputs, attempt)
+    # Runs and traces may change what the user's classes and files hold.
+    with state_put_back(model) if isinstance(model, nn.Module) else nullcontext():
+        return without_what_cannot_be(model, example_inputs, attempt)
 
 
 def _graph_of(
-    model: nn.Module, captured: Capture, checkpoint_layers: bool | None, fuse_loss: bool | None, verify: bool
+    model: nn.Module,
+    captured: Capture,
+    checkpoint_layers: bool | None,
+    fuse_loss: bool | None,
+    verify: bool,
+    made: bool,
 ) -> fx.GraphModule:
     """Return a captured model as one graph for both modes, with what it runs by; compared with the model."""
-    plain = Pipeline((InlineRegions(), DropMetadataAsserts()))
+    plain = Pipeline((InlineRegions(), DropMetadataAsserts(), DropEmptyParts()))
     plain.run(captured.gm)
     if captured.eval_gm is not None:
         plain.run(captured.eval_gm)
@@ -153,15 +178,33 @@ def _graph_of(
     if fuse_loss is not None:
         execution = replace(execution, fuse_loss=fuse_loss)
     if not isinstance(model, fx.GraphModule):
-        execution = replace(execution, source=Source.of(model))
+        execution = replace(execution, source=Source.of(model), held=captured.held)
+    if captured.source is not None:
+        default_dtype = default_dtype_of(captured.gm, captured.source)
+        execution = replace(execution, absent=absent_tensors(captured.source), default_dtype=default_dtype)
     if captured.signature is not None:
         execution = replace(execution, signature=captured.signature)
         call_like_the_model(captured.gm.graph, captured.signature)
     gm = AdaptedGraphModule(captured.gm, captured.gm.graph, execution)
     keep_registration(captured.gm, gm)
-    own_written_buffers(gm)
+    _own_what_calls_change(gm, model)
+    set_modes(gm, captured.modes)
     if isinstance(model, AdaptedGraphModule):
         gm.switches = model.switches
     if verify and captured.source is not None and captured.calls:
-        require_equal(gm, captured.source, captured.calls, captured.hint)
-    return gm.train(captured.training)
+        require_equal(gm, captured.source, captured.calls, captured.hint, made)
+        if not follows_each_part(gm, captured.source, captured.calls[0]):
+            let_modes_be_one(gm, captured.modes)
+            set_modes(gm, captured.modes)
+    return gm
+
+
+def _own_what_calls_change(gm: AdaptedGraphModule, model: nn.Module) -> None:
+    """Give `gm` copies of the buffers that calls change, and note the base's: `model` knows them if it has adapters."""
+    names = written_buffers(gm)
+    if adapter_tensor_names(model):
+        known = base_buffers_of(model)
+        gm.base_buffers = {name: known.get(name) for name in dict.fromkeys((*names, *known))}
+    else:
+        gm.base_buffers = {name: tensor_of(gm, name) for name in names}
+    own_buffers(gm, gm.base_buffers)

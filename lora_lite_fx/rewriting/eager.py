@@ -6,13 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from ..adapters.adapted_site import FrozenSite
 from ..adapters.bank import check_rows, check_slots, ids_of
+from ..adapters.beneath import is_beneath, require_tensors, rows_of_replaced
+from ..adapters.changed_buffers import moved_buffers, put_buffers, warn_of_moving_buffers
+from ..adapters.contract import rehearse
 from ..adapters.placement import Placement, adapter_tensor_names, placements
-from ..adapters.state import adapter_state_dict, load_adapter_state_dict
+from ..adapters.reads import Reads
+from ..adapters.state import adapter_values, load_adapter_values
 from ..adapters.switches import Switches
 from ..adapters.variant import adapter_namespace
 from ..capture.capture import Inputs
@@ -29,7 +34,8 @@ from ..graph.writes import own_buffers, written_buffers
 from ..sites.computed import Computation, frozen_values
 from ..sites.dataflow import SIZES, op_name
 from ..sites.finding import find_sites
-from ..sites.rows import batch_dim
+from ..sites.row_flow import RowFlow
+from ..sites.rows import batch_dim, follow_rows
 from ..sites.site import Site, is_called, span
 from ..storage.dequantized import DequantizedLinear
 from .calibration import Batches, check_calibration
@@ -68,13 +74,14 @@ def wrap(
     if isinstance(model, fx.GraphModule):
         model = _source_of(model)
     plans = make_plans(gm, adapters, calibration)
-    wrapped = _copy(model, gm)
+    wrapped, flow = _copy(model, gm), _flow(gm)
+    warn_of_moving_buffers(wrapped, stacklevel=3)
     for adapter, plan in enumerate(plans):
         for site in plan.sites:
             module = _adapted(wrapped, site)
             inner = [each.adapter_name for each in module.placements]
             placement = Placement.of(plan.variant, adapter, site, inner, plan.adapter_name)
-            weight = _add(module, placement, wrapped, site)
+            weight = _add(module, placement, wrapped, site, gm, flow)
             bias = site.own_bias(module.frozen_bias())
             placement.initialize(wrapped, site, weight, bias, plan.statistics.get(site.name))
     return wrapped
@@ -92,15 +99,16 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
         ConfigError: a site is not a module of its own.
     """
     sites = {site.name: site for site in find_sites(gm)}
-    wrapped = _copy(model, gm)
+    wrapped, flow = _copy(model, gm), _flow(gm)
     modules = dict(model.named_modules())
     for placement in placements(gm):
         site = sites.get(placement.site)
         if site is None or placement.site.partition(".sites.")[0] not in modules:
             missing = f"{type(model).__name__} has no site {placement.site!r}, at which the graph has an adapter."
             raise AdapterError(f"{missing} The way out: pass the model that the graph was made of.")
-        _add(_adapted(wrapped, site), placement, wrapped, site)
-    load_adapter_state_dict(wrapped, adapter_state_dict(gm))
+        _add(_adapted(wrapped, site), placement, wrapped, site, gm, flow)
+    load_adapter_values(wrapped, adapter_values(gm))
+    put_buffers(wrapped, moved_buffers(gm))
     if isinstance(gm, AdaptedGraphModule):
         vars(wrapped)["switches"] = gm.switches
     return wrapped
@@ -110,26 +118,64 @@ def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     """Return a copy of `model` over the same weights, with buffers of its own where its graph `gm` writes to them."""
     copied: nn.Module = share(model)
     leave_out_clamps(copied)
-    own = dict(copied.named_buffers(remove_duplicate=False))  # a constant that was lifted into the graph is none
-    own_buffers(copied, filter(own.__contains__, written_buffers(gm)))
+    buffers = dict(copied.named_buffers(remove_duplicate=False))  # a constant that was lifted into the graph is none
+    base = {name: buffers[name] for name in written_buffers(gm) if name in buffers}
+    own_buffers(copied, base)
+    vars(copied)["base_buffers"] = base
     vars(copied)["switches"] = Switches()
     return copied
 
 
-def _add(module: AdaptedLinear, placement: Placement, wrapped: nn.Module, site: Site) -> Tensor:
-    """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there."""
+def _flow(gm: fx.GraphModule) -> RowFlow | str:
+    """Return where the rows of the batch are in the graph of a model, or why that cannot be told."""
+    try:
+        return follow_rows(gm.graph)
+    except AdapterError as error:
+        return str(error)
+
+
+def _add(
+    module: AdaptedLinear,
+    placement: Placement,
+    wrapped: nn.Module,
+    site: Site,
+    gm: fx.GraphModule,
+    flow: RowFlow | str,
+) -> Tensor:
+    """Add an adapter, whose tensors are not filled yet, to a wrapper in `wrapped`; return the frozen weight there.
+
+    Args:
+        module: the wrapper.
+        placement: the adapter.
+        wrapped: the model that gets its tensors.
+        site: its site in `gm`.
+        gm: the graph of the model.
+        flow: the rows of the batch in `gm`, or why they cannot be told.
+    """
+    module.batch = _rows(flow, site)
     if placement.local.slots:
-        dims = {batch_dim(call.y, site.name) for call in site.calls}
-        if len(dims) > 1:
-            raise ConfigError(
-                f"{site.name!r} has the rows of the batch in several dimensions of its calls, so a bank there cannot be"
-                " wrapped eagerly; rewrite can adapt it."
-            )
-        module.batch = dims.pop()
-    weight = module.site.kind.matrix(module.frozen_weight())
+        module._dim_of_rows()
+    weight = module.site.kind.matrix(module.frozen_weight().detach())
     placement.register(wrapped, module.site, weight)
-    module.add(placement, wrapped)
+    slots = placement.local.slots
+    module.add(placement, wrapped, rehearse(placement.local, site.with_bank(slots) if slots else site, gm))
     return weight
+
+
+def _rows(flow: RowFlow | str, site: Site) -> int | str:
+    """Return the dimension that counts the rows of the batch in all calls of a site, or why it cannot be told."""
+    if isinstance(flow, str):
+        return flow
+    try:
+        dims = {batch_dim(flow, call.y, site.name) for call in site.calls}
+    except AdapterError as error:
+        return str(error)
+    if len(dims) == 1:
+        return dims.pop()
+    return (
+        f"{site.name!r} has the rows of the batch in several dimensions of its calls, so a bank, or coefficients of"
+        " rows, cannot be wrapped eagerly there; rewrite can adapt it."
+    )
 
 
 def _source_of(graph: fx.GraphModule) -> nn.Module:
@@ -160,26 +206,56 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.site = replace(site, calls=())  # nodes of a graph, which a copy of this module would copy
         self.placements: list[Placement] = []
-        self.batch = 0  # the dimension of the input that counts the rows of the batch; for banks
+        self.batch: int | str = 0  # the dimension that counts the rows of the batch, or why it is not known
+        self.reads: dict[int, Reads] = {}  # by the index of an adapter
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
-        self.train(base.training)
+        # A quantized linear casts its input to the type in which it multiplies, and the site is between the casts.
+        self.inner_dtype: torch.dtype | None = None
+        if isinstance(base, DequantizedLinear) and "val" in site.calls[0].x.meta:
+            self.inner_dtype = base.compute_dtype
+        self.training = base.training
         # Without a hook, nn.TransformerEncoderLayer may take its fast path, which reads the weights of its linears.
         self.register_forward_hook(_keep)
 
-    def add(self, placement: Placement, model: nn.Module) -> None:
-        """Put an adapter around the present ones. Its tensors must be registered in `model`, which contains this."""
+    def add(self, placement: Placement, model: nn.Module, reads: Reads) -> None:
+        """Put an adapter around the present ones.
+
+        Args:
+            placement: the adapter. Its tensors are registered in `model`.
+            model: contains this.
+            reads: what its `forward` reads.
+
+        Raises:
+            ConfigError: it reads a weight, and the adapters below it leave none.
+        """
+        self.reads[placement.adapter] = reads
+        for inner in self._beneath(placement, self.placements):
+            require_tensors(inner.local, self.site, type(placement.variant).__name__)
         self.placements.append(placement)
         # Not a submodule: a tensor that all sites share is the model's alone, and read there when it is used.
         vars(self)["adapted_model"] = model
 
+    def _dim_of_rows(self) -> int:
+        """Return the dimension of the input and the output that counts the rows of the batch.
+
+        Raises:
+            AdapterError: the graph of the model does not tell which row is which there.
+        """
+        if isinstance(self.batch, str):
+            raise AdapterError(self.batch)
+        return self.batch
+
     def frozen_weight(self) -> Tensor:
-        """Return the frozen weight as the site stores it: the module's, or computed from the module's tensors."""
-        return self.weight.detach() if self.computed_weight is None else self.computed_weight.run(self.base)
+        """Return the frozen weight as the site stores it: the module's, or computed from the module's tensors.
+
+        With its gradient, for a parameter of the base that trains.
+        """
+        return self.weight if self.computed_weight is None else self.computed_weight.value(self.base)
 
     def frozen_bias(self) -> Tensor | None:
         """Return the frozen bias as the site stores it, or None."""
-        return self.bias if self.computed_bias is None else self.computed_bias.run(self.base)
+        return self.bias if self.computed_bias is None else self.computed_bias.value(self.base)
 
     @property
     def weight(self) -> Tensor:
@@ -207,25 +283,42 @@ class AdaptedLinear(nn.Module):
         switches: Switches = vars(self)["adapted_model"].switches
         frozen = FrozenSite(self.site, self.frozen_weight(), self.frozen_bias(), self.training)
         call: Callable[..., Tensor] = self._call
-        for placement in self.placements:
-            if switches.acts(placement.adapter_name):
-                call = self._adapted(call, frozen, placement, switches)
-        return call(x)
+        acting = [placement for placement in self.placements if switches.acts(placement.adapter_name)]
+        for index, placement in enumerate(acting):
+            read = frozen
+            for inner in self._beneath(placement, acting[:index]):
+                own = inner.adapter_name == placement.adapter_name
+                scale = None if own else switches.scales.get(inner.adapter_name)
+                if scale is not None and scale.dim():
+                    raise rows_of_replaced(self.site.name, inner.adapter_name, placement.adapter_name)
+                read = read.with_adapter(inner.local, self._tensors(inner), scale)
+            call = self._adapted(call, read, placement, switches)
+        if self.inner_dtype in (None, x.dtype):
+            return call(x)
+        return call(x.to(self.inner_dtype)).to(x.dtype)
+
+    def _beneath(self, placement: Placement, inner: list[Placement]) -> list[Placement]:
+        """Return those of the adapters `inner` that make the weight and the bias that `placement` reads."""
+        if not self.reads[placement.adapter].tensors:
+            return []
+        name = placement.adapter_name
+        return [each for each in inner if is_beneath(each.adapter_name, self.reads[each.adapter].replaces, name)]
 
     def _adapted(
         self, call: Callable[..., Tensor], frozen: FrozenSite, placement: Placement, switches: Switches
     ) -> Callable[..., Tensor]:
         """Return the function `call` of the input with an adapter around it."""
         p, scale = self._tensors(placement), switches.scales.get(placement.adapter_name)
+        rows = self._dim_of_rows() if placement.local.slots or (scale is not None and scale.dim()) else 0
         if placement.local.slots is None:
-            return lambda x, **given: frozen.adapted(call, placement.local, p, x, scale=scale, **given)
-        banked = replace(frozen, site=frozen.site.with_bank(placement.local.slots, self.batch))
+            return lambda x, **given: frozen.adapted(call, placement.local, p, x, scale=scale, rows=rows, **given)
+        banked = replace(frozen, site=frozen.site.with_bank(placement.local.slots, rows))
         ids = ids_of(switches.ids)
         check_slots(ids, placement.local.slots)
 
         def adapted(x: Tensor, **given: Tensor) -> Tensor:
-            check_rows(ids, x.shape[self.batch])
-            return banked.adapted(call, placement.local, p, x, ids, scale=scale, **given)
+            check_rows(ids, x.shape[rows])
+            return banked.adapted(call, placement.local, p, x, ids, scale=scale, rows=rows, **given)
 
         return adapted
 
@@ -233,8 +326,21 @@ class AdaptedLinear(nn.Module):
         """Call the wrapped module, with a weight or bias in place of its own if they are given."""
         if given and isinstance(self.base, DequantizedLinear):  # which has no dense parameter to replace
             return self.base.product(x, **given)
+        computed = {"weight": self.computed_weight, "bias": self.computed_bias}
+        if any(computed[name] is not None for name in given):  # the module would compute its own
+            weight, bias = given.get("weight"), given.get("bias")
+            weight = self.frozen_weight() if weight is None else weight
+            return self._product(x, weight, self.frozen_bias() if bias is None else bias)
         output: Tensor = functional_call(self.base, given, (x,)) if given else self.base(x)
         return output
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the wrapped module would compute with this weight and bias, given as it stores them."""
+        kind = self.site.kind
+        entered = kind.enter(x, weight.dtype, self.site.name)
+        y = kind.result(kind.multiply(x, kind.factor(weight)), entered)
+        bias = self.site.own_bias(bias)
+        return kind.leave(y if bias is None else y + bias.type_as(y))
 
     def _tensors(self, placement: Placement) -> Any:
         # The qualified names end in the names of attributes here, wherever in the model this module is. Those without
@@ -298,13 +404,16 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
         ConfigError: the site is not a module that can be wrapped.
     """
     is_norm = site.kind.name == "norm"  # only its tensors are replaced, whatever else the module computes
-    module = model.get_submodule(site.name) if is_called(model, site) and (is_norm or _is_all(site)) else None
+    computed = site.computed_weight is not None or site.computed_bias is not None
+    module = model.get_submodule(site.name) if is_called(model, site) else None
     if isinstance(module, AdaptedLinear):
         return module
+    if not (is_norm or isinstance(module, DequantizedLinear) or _is_all(site)):
+        module = None
     weight = getattr(module, "weight", None)
     simple = module is not None and (
         site.kind.name == "linear"
-        or is_norm
+        or (is_norm and not computed)  # which the module would compute again
         or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
     )
     named = isinstance(weight, Tensor) or site.computed_weight is not None

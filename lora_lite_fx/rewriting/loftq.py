@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.placement import Placement, graph_of, placements, site_weight
-from ..adapters.state import adapter_state_dict, load_adapter_state_dict
+from ..adapters.state import adapter_values, load_adapter_values
 from ..errors import AdapterError, ConfigError
 from ..graph.tensors import outside_inference_mode
 from ..sites.finding import find_sites
@@ -52,7 +52,7 @@ def loftq(model: nn.Module, dense: nn.Module | Mapping[str, Tensor]) -> dict[str
             state |= {placement.tensors[name]: tensor for name, tensor in factors.items()}
     if not state:
         raise AdapterError("loftq: the model has no adapter at a quantized site, so there is no error to start from.")
-    load_adapter_state_dict(model, {**adapter_state_dict(model), **state})
+    load_adapter_values(model, {**adapter_values(model), **state})
     return distances
 
 

@@ -21,7 +21,7 @@ from ..sites.finding import find_sites
 from ..sites.left_out import LeftOut, find_left_out
 from ..sites.site import Site
 from .calibration import Batches, check_observable, run_calibration
-from .left_out import covered, describe, warn_of_left_out
+from .left_out import covered, describe, tell_of_left_out
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def make_plans(gm: fx.GraphModule, adapters: Sequence[tuple[str, Variant]], cali
         details.append(f"{len(sites)} in the model")
     variants = [variant for _, variant in adapters]
     chosen = [(variant, _select(variant, sites, left_out)) for variant in variants]
-    warn_of_left_out(variants, sites, left_out)
+    tell_of_left_out(gm, variants, sites, left_out)
     for variant in variants:
         warn_of_unused_patterns(variant, sites, [weight.name for weight in left_out], stacklevel=4)
     statistics: list[dict[str, Statistic]] = [{} for _ in chosen]

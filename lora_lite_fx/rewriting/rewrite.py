@@ -17,9 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..adapters.adapted_site import FrozenSite
+from ..adapters.beneath import is_beneath
+from ..adapters.changed_buffers import give_back_buffers, warn_of_moving_buffers
+from ..adapters.contract import rehearse
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import (
     HasGraphs,
@@ -27,8 +32,6 @@ from ..adapters.placement import (
     adapter_names,
     next_index,
     placements,
-    site_bias,
-    site_weight,
 )
 from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_tensors
@@ -36,6 +39,7 @@ from ..adapters.switches import HasSwitches, Switches, coefficients
 from ..capture.capture import Inputs
 from ..errors import AdapterError
 from ..execution.memory import Memory, check_memory
+from ..execution.module import AdaptedGraphModule
 from ..execution.planning import plan_memory
 from ..graph.tensors import outside_inference_mode
 from ..log import phase, progress
@@ -46,6 +50,7 @@ from ..passes import (
     RemoveAdapters,
     without_gradient,
 )
+from ..sites.site import Site, stored_bias, stored_weight
 from .calibration import Batches, check_calibration
 from .capture import capture
 from .config import Config, as_adapters, check_free
@@ -140,18 +145,38 @@ def insert_new(gm: fx.GraphModule, plans: Sequence[Plan], stacklevel: int = 2) -
         ConfigError: as `insert_adapters`.
     """
     _warn_of_no_gradient(gm, plans, stacklevel + 1)
+    if not placements(gm):
+        warn_of_moving_buffers(gm, stacklevel + 1)
     _initialize(gm, plans, insert_adapters(gm, plans))
 
 
 def _initialize(gm: fx.GraphModule, plans: Sequence[Plan], first: int) -> None:
     """Fill the tensors of the adapters that `plans` asked for, the first of which has the index `first`."""
     sites = {site.name: site for plan in plans for site in plan.sites}
-    inserted = [placement for placement in placements(gm) if placement.adapter >= first]
+    present = placements(gm)
+    inserted = [placement for placement in present if placement.adapter >= first]
     with phase("computed the adapters' start values"):
         for placement in progress(inserted, "start values"):
             site, plan = sites[placement.site], plans[placement.adapter - first]
-            weight, bias = site_weight(gm, site), site_bias(gm, site)
+            # Those that are new too start as the identity.
+            frozen = _beneath(gm, site, placement, [each for each in present if each.adapter < first])
+            weight, bias = site.kind.matrix(frozen.weight), site.own_bias(frozen.bias)
             placement.initialize(gm, site, weight, bias, plan.statistics.get(site.name))
+
+
+@torch.no_grad()
+def _beneath(gm: fx.GraphModule, site: Site, placement: Placement, present: Iterable[Placement]) -> FrozenSite:
+    """Return the weight and the bias of `site` that `placement` reads, around the adapters that are `present`."""
+    frozen = FrozenSite(site, stored_weight(gm, site), stored_bias(gm, site))
+    slots = placement.local.slots
+    below = [each for each in present if each.site == site.name]
+    if not below or not rehearse(placement.local, site.with_bank(slots) if slots else site, gm).tensors:
+        return frozen
+    for each in below:
+        replaces = not each.local.slots and rehearse(each.local, site, gm).replaces
+        if is_beneath(each.adapter_name, replaces, placement.adapter_name):
+            frozen = frozen.with_adapter(each.local, each.namespace(gm))
+    return frozen
 
 
 def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan], stacklevel: int) -> None:
@@ -190,14 +215,28 @@ def merge(model: nn.Module, *, requantise: bool = False) -> Any:
 def remove(model: nn.Module) -> Any:
     """Return the model without its adapters: the base graph node for node, over the base weights bit for bit.
 
+    Buffers that training has changed, as the statistics of batch norm, have the base's values again.
+
     Args:
         model: a result of `rewrite`, `adapt` or `load`, or the module of an exported program; it is not changed. For
             an adapted Hugging Face model the result is a model of its class.
 
     Raises:
         AdapterError: the model has no adapters.
+
+    Warns:
+        UserWarning: a graph from a file writes to buffers, whose values in the base are not known.
     """
-    return _without_adapters(model, fold=False)
+    removed = _without_adapters(model, fold=False)
+    if isinstance(removed, AdaptedGraphModule):
+        give_back_buffers(removed)
+    return removed
+
+
+def without_adapters(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph without its adapters, and with the buffers as training has changed them."""
+    removed: fx.GraphModule = _without_adapters(graph, fold=False)
+    return removed
 
 
 @outside_inference_mode()

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
+from ..adapters.changed_buffers import check_same_buffers, moved_buffers
 from ..adapters.placement import Placement, placements, site_bias, site_weight
 from ..adapters.slots import bank_placements
 from ..adapters.start_values import initialize
 from ..adapters.variant import Variant, one_of
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..graph.provenance import DEFAULT, SHARED
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..variants import LoRA
-from .rewrite import insert_placed, remove
+from .rewrite import insert_placed, without_adapters
 from .sums import change_of, graph_with_adapters, write_into_room
 
 
@@ -50,7 +51,7 @@ def take_slot(model: nn.Module, slot: int, *, adapter: str | None = None) -> fx.
             placed.append(new)
             for own, path in old.tensors.items():
                 tensors.setdefault(new.tensors[own], _copy_of(tensor_of(graph, path), own, slot))
-    base: fx.GraphModule = remove(graph)
+    base = without_adapters(graph)
     insert_placed(base, placed, {}, tensors)
     return base
 
@@ -77,6 +78,7 @@ def put_slot(model: nn.Module, slot: int, source: nn.Module, *, adapter: str | N
     bank = bank_placements(graph, slot, adapter)
     given = graph_with_adapters(source)
     own = placements(given)
+    check_same_buffers(graph, moved_buffers(given), f"Slot {slot}")
     if values := _same_adapter(bank, own, graph, given, slot):
         for place, value in values:
             place.copy_(value)
@@ -84,9 +86,9 @@ def put_slot(model: nn.Module, slot: int, source: nn.Module, *, adapter: str | N
     if {type(each.variant) for each in bank} != {LoRA}:
         kinds = " and ".join(dict.fromkeys(type(each.variant).__name__ for each in own))
         raise ConfigError(
-            f"The adapter is {kinds} at {len(own)} sites, and the bank has slots of"
-            f" {type(bank[0].variant).__name__} at {len(bank)} sites. The way out: an adapter of the bank's config, or"
-            " a bank of LoRA, which takes others too."
+            f"The adapter is {kinds} at {counted(len(own), 'site')}, and the bank has slots of"
+            f" {type(bank[0].variant).__name__} at {counted(len(bank), 'site')}. The way out: an adapter of the bank's"
+            " config, or a bank of LoRA, which takes others too."
         )
     write_into_room(graph, bank[0].adapter_name, change_of(source), slot)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
+from ..adapters.changed_buffers import check_same_buffers, moved_buffers
 from ..adapters.placement import Placement, adapter_names, graph_of, placements, refuse_banks
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import coefficients, known_names
@@ -32,7 +33,7 @@ from ..variants import LoRA
 from .config import check_free, check_name
 from .named import ChangesGraphs, act_as_before, acting_now, insert_as
 from .plan import Plan
-from .rewrite import insert_adapters, remove
+from .rewrite import insert_adapters, without_adapters
 
 Method = Literal["linear", "ties", "dare", "dare_ties"]
 """How changes of a weight are summed:
@@ -177,6 +178,7 @@ def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
     """
     adapter_tensors(model)
     (name,) = known_names(model, name)
+    check_same_buffers(model, moved_buffers(source), "The source of swap")
     write_into_room(model, name, change_of(source))
 
 
@@ -368,7 +370,7 @@ def _as_lora(graph: fx.GraphModule, found: Mapping[str, Factors]) -> fx.GraphMod
     """Return a copy of a graph whose one adapter is a `LoRA` with these factors."""
     if not found:
         raise AdapterError("No adapter acts, so that there is none to convert. The way out: active(model, names).")
-    base: fx.GraphModule = remove(graph)
+    base = without_adapters(graph)
     sites = {site.name: site for site in account_for(base).sites if site.name in found}
     ranks = {name: factors.rank for name, factors in found.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]

@@ -13,14 +13,16 @@ from ..capture.mistakes import check_model
 from ..capture.outputs import has_data
 from ..capture.share import share
 from ..errors import AdapterError, CaptureError, shown
+from ..graph.modes import modes_of, set_modes
 from .eager import wrap_again
 
 
 def verify(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> DifferenceTable:
-    """Compare a graph with its model on inputs of your own, in training and in evaluation mode.
+    """Compare a graph with its model on inputs of your own, in training, in evaluation, and as their parts are.
 
     `capture` does so on its example inputs. A model that looks at the values of its inputs may compute something else
-    for others. A graph with adapters is compared with the eager wrapper of the model that has the same adapters.
+    for others. A graph with adapters is compared with the eager wrapper of the model that has the same adapters. Where
+    parts of the graph or of the model are in other modes than the rest, the two are compared in these modes too.
 
     Args:
         gm: the result of `capture`, `rewrite` or `load`; it is not changed.
@@ -47,6 +49,8 @@ def verify(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> DifferenceTa
     twin = wrap_again(gm, model) if placements(gm) else share(model)
     if is_hugging_face(twin):
         prepare_for_capture(twin)
+    if len(set((modes := modes_of(gm)).values())) > 1:
+        set_modes(twin, modes)
     call = split_inputs(twin, inputs)
     if not has_data(twin, call):
         raise CaptureError(f"{type(model).__name__} or its inputs have no data, so there is nothing to compare.")

@@ -61,9 +61,13 @@ class Computation:
     @torch.no_grad()
     def run(self, module: nn.Module) -> Tensor:
         """Return the tensor, computed from the tensors of these names that `module` has now, gathered if need be."""
+        return self.value(module).detach()
+
+    def value(self, module: nn.Module) -> Tensor:
+        """Return the same with its gradient, which the tensors get that it is computed from."""
         (value,) = _OfWholeTensors(module, garbage_collect_values=False, graph=self.graph).run()
         assert isinstance(value, Tensor)
-        return value.detach()
+        return value
 
     @property
     def text(self) -> str:

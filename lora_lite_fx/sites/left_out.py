@@ -25,12 +25,13 @@ from .kinds.embedding import Lookup
 from .kinds.experts import Experts
 from .kinds.linear import SiteKind
 from .kinds.norm import Norm
-from .roles import GROUPS, infer_roles
+from .roles import FINE, infer_roles
 from .site import Site
 
 _MATRIX_PRODUCTS = PRODUCTS | {"linear", "mm", "addmm", "addbmm", "mv", "addmv", "tensordot", "inner", "bilinear"}
 _LOOKUPS = {"embedding", "embedding_bag"}
 _EMBEDDINGS = {"embedding", "embeddingbag"}
+_GATHERS = {"index", "index_select", "gather", "getitem"}
 _GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _OWN = ("torch", "_operator", "operator", "math", "builtins", "lora_lite_fx")
@@ -104,7 +105,7 @@ def find_left_out(gm: fx.GraphModule, sites: Iterable[Site]) -> list[LeftOut]:
     known = {site.weight for site in sites}
     found: dict[str, LeftOut] = {}
     for use in uses:
-        roles = {role for group in GROUPS.values() for role in group} if use.opaque else set()
+        roles = set(FINE) if use.opaque else set()
         roles |= use.linear.reasons.keys() if use.linear is not None else set()
         for weight in use.weights.keys() - known if use.opaque else use.weights:
             name = name_of_weight(weight)
@@ -159,6 +160,9 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         quantized = any(map(is_quantized, weights.values()))
         why = "whose rows are stored quantized" if quantized else "with a weight that is computed, split or summed over"
         return _Use(node, weights, f"{name} {why}", Lookup())
+    if name in _GATHERS and all(weight.dim() > 2 for weight in weights.values()):
+        way_out = "experts_implementation='grouped_mm' of from_pretrained makes it a site"
+        return _Use(node, weights, f"its matrices are gathered for each token; {way_out}", Experts())
     if name in _GROUPED:
         return _Use(node, weights, "a product of experts with a weight that is not a parameter", Experts())
     if name in _RECURRENT:

@@ -48,6 +48,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 """Names for several roles at once."""
 
+FINE = frozenset(role for group in GROUPS.values() for role in group)
+"""The roles of attentions and feed-forwards."""
+
 COARSE = frozenset({"reader", "writer", "inner"})
 """The roles that say nothing but where a linear is: a site with these alone is of unknown role."""
 
@@ -149,7 +152,7 @@ def _give_router_role(flow: Dataflow) -> None:
 
 def _give_head_role(flow: Dataflow) -> None:
     """Give the role head to linears whose output the model returns, and from which at most a loss is computed."""
-    body = {role for group in GROUPS.values() for role in group} | {"router", "writer"}
+    body = FINE | {"router", "writer"}
     for linear in flow.linears:
         if body.isdisjoint(linear.reasons):
             ahead = flow.ahead(linear.y, CARRY | ACTIVATIONS | SOFTMAXES)

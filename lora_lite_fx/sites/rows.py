@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..errors import AdapterError
+from ..graph.queries import line_of
+from .row_flow import ROWS_LOST, RowFlow
+from .row_states import Lost, Rows
 
 
 def batch_sizes(graph: fx.Graph) -> dict[str, torch.SymInt]:
@@ -40,6 +44,15 @@ def batch_sizes(graph: fx.Graph) -> dict[str, torch.SymInt]:
     )
 
 
+def follow_rows(graph: fx.Graph) -> RowFlow:
+    """Return where the rows of the batch are in the values of a graph.
+
+    Raises:
+        AdapterError: as `batch_sizes`.
+    """
+    return RowFlow(graph, batch_sizes(graph))
+
+
 def inputs_with_rows(graph: fx.Graph) -> tuple[int, ...]:
     """Return the indices of the inputs whose first dimension is the batch.
 
@@ -55,25 +68,59 @@ def inputs_with_rows(graph: fx.Graph) -> tuple[int, ...]:
     )
 
 
-def batch_dim(node: fx.Node, site: str) -> int:
-    """Return the dimension of a value that counts the rows of the batch.
+def batch_dim(flow: RowFlow, node: fx.Node, site: str) -> int:
+    """Return the dimension of a value that counts the rows of the batch, in the order of the inputs.
 
     Args:
+        flow: follows the rows through the graph, see `follow_rows`.
         node: the value, an output of a site.
         site: the name of the site, for messages.
 
     Raises:
-        AdapterError: as `batch_sizes`; or not one dimension has that size: the rows are joined with other dimensions,
-            or are not those of the batch.
+        AdapterError: the graph does not prove which row is which there.
     """
-    sizes = batch_sizes(node.graph)
+    state, why = flow.at(node), _why_unknown(flow, node)
+    if not why and isinstance(state, Rows):
+        if not (other := flow.others_asked(state)):
+            return state.dim
+        why = (
+            f"its rows are those of {state.source}, which nothing shows to be those of {other}, as at other sites; one"
+            " torch.export.Dim for both in dynamic_shapes would show it"
+        )
     value = node.meta.get("val")
-    shape = value.shape if isinstance(value, Tensor) else ()
-    found = [dim for dim, own in enumerate(shape) if str(own) in sizes]
-    if len(found) == 1:
-        return found[0]
+    shape = f", whose output is ({', '.join(map(str, value.shape))})" if isinstance(value, Tensor) else ""
     raise AdapterError(
-        f"The rows of the batch cannot be told at {site!r}, whose output is ({', '.join(map(str, shape))}) where the"
-        f" batch is {' or '.join(sizes)}: they are joined with other dimensions, or are not those of the batch. The way"
-        " out: one coefficient or adapter for all rows, or leave the site out by exclude_names."
+        f"The rows of the batch cannot be told at {site!r}{shape}: {why}. The way out: one coefficient or adapter for"
+        " all rows, or leave the site out by exclude_names."
     )
+
+
+def note_lost_rows(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Note on values that other graphs take as inputs if it is not proven there which row is which.
+
+    Args:
+        graph: computes the values.
+        nodes: the values, in whose `meta` it is noted.
+    """
+    try:
+        flow = follow_rows(graph)
+    except AdapterError as error:
+        reasons = {node: str(error) for node in nodes}
+    else:
+        reasons = {node: _why_unknown(flow, node) for node in nodes if flow.at(node) is not None}
+    for node, why in reasons.items():
+        if why:
+            node.meta[ROWS_LOST] = f"an earlier stage, where {why}"
+
+
+def _why_unknown(flow: RowFlow, node: fx.Node) -> str:
+    """Return why no dimension of a value is known to count the rows alone, in order; empty if one is."""
+    state = flow.at(node)
+    if isinstance(state, Lost):
+        one = f"{state.why} makes one value of all rows"
+        return one if state.is_one else f"nothing proves which row is which after {state.why}"
+    if not isinstance(state, Rows):
+        return "what it computes does not depend on them"
+    if state.order is not None:
+        return f"they are in the order of {state.order.name}{line_of(state.order)}"
+    return "" if flow.is_whole(node, state) else "they are joined with other dimensions"

@@ -40,7 +40,10 @@ def _four_bit(module: Any) -> StoredWeight:
         raise _not_quantized("Linear4bit")
     if getattr(state, "packing_format_for_cpu", False):
         packed, state = unpacked_for_cpu(packed, copy.copy(state))
-    tensors = {"weight": packed, "weight_absmax": state.absmax}
+    absmax = state.absmax
+    if absmax.dim() == 2:  # the packing for that call transposes the scales and rounds them, and nothing undoes that
+        absmax = absmax.T.reshape(-1).float()
+    tensors = {"weight": packed, "weight_absmax": absmax}
     nested = state.state2 if state.nested else None
     if nested is not None:
         tensors |= {"weight_code": nested.code.to(packed.device), "weight_absmax_of_absmax": nested.absmax}

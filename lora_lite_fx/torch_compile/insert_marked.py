@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from ..adapters.placement import Placement
 from ..adapters.variant import Variant
 from ..errors import AdapterError
+from ..graph.modes import is_flag
 from ..graph.provenance import Provenance, is_inserted, recorded
 from ..log import phase
 from ..passes import InsertAdapter, Pipeline
@@ -73,5 +74,5 @@ def _replace(node: fx.Node, constant: bool) -> None:
 
 
 def _mode_flags(gm: fx.GraphModule) -> list[fx.Node]:
-    """Return the nodes by which inserted adapters read whether the model is in training mode."""
-    return [node for node in gm.graph.find_nodes(op="get_attr", target="training") if is_inserted(node)]
+    """Return the nodes by which inserted adapters read whether the module of their site is in training mode."""
+    return [node for node in gm.graph.find_nodes(op="get_attr") if is_flag(node) and is_inserted(node)]

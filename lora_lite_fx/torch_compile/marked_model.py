@@ -55,10 +55,13 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan], called: Container[str]) 
         ConfigError: a site is not a module that is called, so that a run of it could not be noticed.
     """
     copy: nn.Module = share(model)
-    for module in copy.modules():
+    base: dict[str, Tensor] = {}
+    for path, module in copy.named_modules():
         for name, buffer in buffers_of(module).items():
             if buffer is not None:
+                base[f"{path}.{name}" if path else name] = buffer
                 buffers_of(module)[name] = buffer.clone()
+    vars(copy)["base_buffers"] = base
     vars(copy)["not_pickled"] = NotPickled()
     vars(copy)["switches"] = Switches()
     with phase("inserted the adapters") as details:

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...adapters.accounting import account_for
+from ...adapters.beneath import is_beneath, tensors_with
+from ...adapters.contract import rehearse
 from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.placement import Placement, placements, refuse_banks, site_bias, site_weight
 from ...adapters.promotion import adapt
+from ...adapters.reads import Reads
 from ...adapters.variant import Variant, adapter_namespace, one_of
 from ...errors import AdapterError
 from ...sites.kinds.contraction import Contraction
@@ -49,6 +52,23 @@ class MergedSite:
             return None
         stored = self.bias if current is None else self.site.stored_bias(self.bias, current.detach())
         return nn.Parameter(stored, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """One adapter of a matrix: its config, tensors, coefficient and name, and what its `forward` reads."""
+
+    variant: Variant
+    p: Any
+    scale: float
+    name: str
+    reads: Reads
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, site: Site, placement: Placement) -> _Adapter:
+        """Return the adapter that a graph has at a site."""
+        reads = rehearse(placement.local, site, gm)
+        return cls(placement.local, placement.namespace(gm), placement.scale, placement.adapter_name, reads)
 
 
 @torch.no_grad()
@@ -96,18 +116,19 @@ def weight_change(gm: fx.GraphModule, site: Site, placed: Sequence[Placement]) -
     """
     weight, bias = site_weight(gm, site).double(), site_bias(gm, site)
     bias = None if bias is None else bias.double()
-    adapters = [(placement.local, _in_float64(placement.namespace(gm)), placement.scale) for placement in placed]
+    adapters = [_Adapter.of(gm, site, placement) for placement in placed]
+    adapters = [replace(adapter, p=_in_float64(adapter.p)) for adapter in adapters]
     matrix, shift = _folded(site, weight, bias, adapters)
     return matrix - weight, shift if bias is None else shift - bias
 
 
 def _merge_site(gm: fx.GraphModule, site: Site, around: list[Placement]) -> MergedSite:
     weight, bias = site_weight(gm, site), site_bias(gm, site)
-    adapters = [(placement.local, placement.namespace(gm), placement.scale) for placement in around]
+    adapters = [_Adapter.of(gm, site, placement) for placement in around]
     if not site.experts:
         return MergedSite(site, *_merge_matrix(site, weight, bias, adapters))
     merged = [
-        _merge_matrix(site, matrix, None, [(variant, one_of(p, expert), c) for variant, p, c in adapters])
+        _merge_matrix(site, matrix, None, [replace(each, p=one_of(each.p, expert)) for each in adapters])
         for expert, matrix in enumerate(weight)
     ]
     has_bias = any(bias is not None for _, bias in merged)
@@ -116,12 +137,9 @@ def _merge_site(gm: fx.GraphModule, site: Site, around: list[Placement]) -> Merg
 
 
 def _merge_matrix(
-    site: Site, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Variant, Any, float]]
+    site: Site, weight: Tensor, bias: Tensor | None, adapters: list[_Adapter]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return `W'` and `b'` of one matrix `weight (d_out, d_in)` with the `adapters`, the innermost first.
-
-    Each is there with its tensors and its coefficient.
-    """
+    """Return `W'` and `b'` of one matrix `weight (d_out, d_in)` with the `adapters`, the innermost first."""
     # In float32 at least, so that folding into a half-precision weight rounds once.
     exact = torch.promote_types(weight.dtype, torch.float32)
     matrix, shift = _folded(site, weight.to(exact), None if bias is None else bias.to(exact), adapters)
@@ -130,20 +148,36 @@ def _merge_matrix(
     return merged, _rounded(site, "bias", shift, weight if bias is None else bias) if needs_bias else None
 
 
-def _folded(
-    site: Site, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Variant, Any, float]]
-) -> tuple[Tensor, Tensor]:
+def _folded(site: Site, weight: Tensor, bias: Tensor | None, adapters: list[_Adapter]) -> tuple[Tensor, Tensor]:
     """Return `W'` and `b'` in the type of `weight`."""
     matrix, shift = weight, bias
-    frozen = FrozenLinear(lambda x: x, matrix, shift, site, training=False)
     tolerance = _ROUNDINGS * torch.finfo(weight.dtype).eps
     with torch.autocast(weight.device.type, enabled=False):
-        for variant, p, scale in adapters:
-            folded, added = _fold(variant, p, frozen, matrix, shift, tolerance)
+        for index, adapter in enumerate(adapters):
+            read = _beneath(adapters[:index], adapter, site, weight, bias)
+            frozen = FrozenLinear(lambda x: x, *read, site, training=False)
+            folded, added = _fold(adapter.variant, adapter.p, frozen, matrix, shift, tolerance)
             before = added.new_zeros(()) if shift is None else shift
-            matrix, shift = torch.lerp(matrix, folded, scale), torch.lerp(before.expand_as(added), added, scale)
+            matrix = torch.lerp(matrix, folded, adapter.scale)
+            shift = torch.lerp(before.expand_as(added), added, adapter.scale)
     assert shift is not None
     return matrix, shift
+
+
+def _beneath(
+    inner: list[_Adapter], adapter: _Adapter, site: Site, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and the bias that `adapter` reads around those of `inner` that count as its linear's."""
+    if not adapter.reads.tensors:
+        return weight, bias
+    for below in inner:
+        if not is_beneath(below.name, below.reads.replaces, adapter.name):
+            continue
+        scale = 1.0 if below.name == adapter.name else below.scale
+        new, added = tensors_with(below.variant, below.p, site, weight, bias)
+        weight = torch.lerp(weight, new.to(weight), scale)
+        bias = bias if bias is None or added is None else torch.lerp(bias, added.to(bias), scale)
+    return weight, bias
 
 
 def _fold(
@@ -201,7 +235,7 @@ def _fold(
         if x is zeros and product is y:  # the product itself, with other tensors: these are it, bit for bit
             return used, weight.new_zeros(site.d_out) if added is None else added.to(weight)
     shift = y.reshape(site.d_out)
-    identity = site.kind.identity(site.d_in, weight.dtype, weight.device)
+    identity = site.kind.identity(weight)
     if isinstance(identity, Tensor):
         identity = identity.reshape(*ones[1:], *identity.shape)
     matrix = (rows(identity) - shift).t().contiguous()

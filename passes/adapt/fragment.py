@@ -57,9 +57,13 @@ class Operands(Generic[T]):
         bias = [] if self.bias is None else [self.bias]
         return [self.x, self.weight, *bias, *self.tensors.values(), *self.routing, self.factor]
 
+    def frozen(self) -> tuple[T, ...]:
+        """Return the frozen weight and, if there is one, the frozen bias."""
+        return (self.weight, *(() if self.bias is None else (self.bias,)))
+
     def not_data(self) -> set[T]:
         """Return the frozen tensors and those of the adapter."""
-        return {self.weight, *({self.bias} if self.bias is not None else ()), *self.tensors.values()}
+        return {*self.frozen(), *self.tensors.values()}
 
     def filled_with(self, values: Iterable[S]) -> Operands[S]:
         """Return the same operands with other values, which come in the order of `in_order`."""
@@ -121,7 +125,7 @@ class Fragments:
         tensors = vars(placement.namespace(gm))
         operands = [x, weight, *([] if bias is None else [bias]), *tensors.values()]
         config = json.dumps(to_config(placement.local))
-        key = (has_shape, *map(_layout, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
+        key = (has_shape, *map(layout_of, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
         fragments = self._traced[key]
         fragment = next((earlier for earlier in fragments if earlier.reads.hold_at(site)), None)
         if fragment is None:
@@ -132,7 +136,7 @@ class Fragments:
         return fragment
 
 
-def _layout(tensor: Tensor) -> Hashable:
+def layout_of(tensor: Tensor) -> Hashable:
     """Return what a trace depends on of an operand: all but its values."""
     # As text, because comparing symbols would add guards.
     return str(tuple(tensor.shape)), str(tensor.stride()), tensor.dtype, tensor.device, type(tensor)

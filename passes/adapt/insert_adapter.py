@@ -16,11 +16,11 @@ The adapter's tensors are registered before step 2. `rewrite` fills them after t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ...adapters.accounting import account_for
 from ...adapters.placement import Placement, site_weight
@@ -28,10 +28,12 @@ from ...adapters.promotion import not_innermost
 from ...adapters.registry import to_config
 from ...adapters.variant import Variant
 from ...errors import ConfigError
+from ...graph.modes import flag_name, is_flag
 from ...graph.provenance import (
     DEFAULT,
     INLET,
     OUTLET,
+    PASSED,
     TENSOR,
     Provenance,
     is_inserted,
@@ -40,14 +42,15 @@ from ...graph.provenance import (
     surrounding,
 )
 from ...graph.queries import operation_name, reads_tensor
-from ...graph.tensors import register_tensor, tensor_of
+from ...graph.tensors import module_at, register_tensor, tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import written_roots
-from ...sites.rows import batch_dim
+from ...sites.rows import batch_dim, follow_rows
 from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
 from .bank_ids import ids_input
 from .fragment import Fragment, Fragments
+from .passed_tensors import Below, Traced, beneath
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ class InsertAdapter(GraphPass):
         account = account_for(gm)
         present = [insertion for around in account.insertions.values() for insertion in around]
         number = first_number = 1 + max((insertion.call for insertion in present), default=-1)
-        fragments = Fragments()
+        fragments, traced = Fragments(), Traced()
         config = json.dumps(to_config(self.variant))
+        flow = follow_rows(gm.graph) if self.variant.slots else None
         moved: dict[fx.Node, fx.Node] = {}  # an adapted output may be the input of a call found before
         for site in account.sites:
             if site.name not in self.names:
@@ -91,10 +95,10 @@ class InsertAdapter(GraphPass):
             self._register(gm, site, placement)
             slots = placement.local.slots
             for call in site.calls:
-                _, x, y = surrounding(account.around(site), moved.get(call.x, call.x), call.y)
+                here, x, y = surrounding(account.around(site), moved.get(call.x, call.x), call.y)
                 around, at_call = replace(call, x=x, y=y), site
-                if slots:
-                    at_call = site.with_bank(slots, batch_dim(call.y, site.name))
+                if slots and flow is not None:
+                    at_call = site.with_bank(slots, batch_dim(flow, call.y, site.name))
                     around = replace(around, routing=(ids_input(gm.graph),))
                 fragment = fragments.at(gm, at_call, placement, around)
                 if fragment.replaced and inner:
@@ -103,24 +107,28 @@ class InsertAdapter(GraphPass):
                 provenance = Provenance(
                     *place, number, placement.names, by=self.name, config=config, adapter_name=self.adapter_name
                 )
-                moved[y] = _splice(gm, at_call, around, placement, fragment, provenance)
+                below = beneath(gm, site, here, placement, traced) if fragment.reads.tensors else []
+                moved[y] = _splice(gm, at_call, around, placement, fragment, provenance, below)
                 number += 1
         return number - first_number
 
     def _register(self, gm: fx.GraphModule, site: Site, placement: Placement) -> None:
+        module_at(gm, site.name)  # which the graph needs for no tensor of the base perhaps, and for the mode
         if self.tensors:
             for name in placement.tensors.values():
                 register_tensor(gm, name, self.tensors[name])
             return
-        try:
-            gm.get_submodule(site.name)
-        except AttributeError:  # the graph needs no other tensor of it
-            gm.add_submodule(site.name, nn.Module())
         placement.register(gm, site, site_weight(gm, site))
 
 
 def _splice(
-    gm: fx.GraphModule, site: Site, call: Call, placement: Placement, fragment: Fragment, provenance: Provenance
+    gm: fx.GraphModule,
+    site: Site,
+    call: Call,
+    placement: Placement,
+    fragment: Fragment,
+    provenance: Provenance,
+    below: Sequence[Below],
 ) -> fx.Node:
     """Copy `fragment` into the graph around `call`, and return the adapted output.
 
@@ -150,7 +158,7 @@ def _splice(
                 tensor = _Copier(graph, stand_ins, parameters, stack, provenance).copy(new, TENSOR)
             for reader in readers:
                 reader.replace_input_with(read, tensor)
-    copier = _Copier(graph, values, parameters, stack, provenance)
+    copier = _Copier(graph, values, parameters, stack, provenance, inputs.frozen(), below)
     frozen = span(call.x, call.y)
     # All but what makes the tensors that replace frozen ones; writes in place have no readers, and belong to it.
     done = replacing.difference(ancestors([fragment.base_input, fragment.result]))
@@ -227,6 +235,8 @@ class _Copier:
             names of these, or with the nodes of the graph that compute them from tensors of the module.
         module_stack: the modules that the copies count as part of, as fx notes them.
         provenance: the record for each copy, to which its part is added.
+        frozen: the placeholders for the frozen weight and bias.
+        below: the adapters that change these before the copies read them, the innermost first.
     """
 
     def __init__(
@@ -236,12 +246,15 @@ class _Copier:
         parameters: Mapping[fx.Node, str | fx.Node],
         module_stack: dict[str, Any] | None,
         provenance: Provenance,
+        frozen: tuple[fx.Node, ...] = (),
+        below: Sequence[Below] = (),
     ) -> None:
         self.graph = graph
         self.copies = dict(values)
         self.parameters = parameters
         self.module_stack = module_stack
         self.provenance = provenance
+        self.frozen, self.below = frozen, below
         self.inserted: set[fx.Node] = set()
 
     def copy_all(self, nodes: Iterable[fx.Node], part: str) -> None:
@@ -251,14 +264,18 @@ class _Copier:
 
     def copy(self, node: fx.Node, part: str) -> fx.Node:
         """Return the node of the graph that `node` stands for; insert it if it is not there yet."""
+        if self.below and node in self.frozen:
+            self._read_below(part)
         if node not in self.copies:
             source = self.parameters.get(node)
+            if is_flag(node):  # the site's module has a mode of its own
+                source = flag_name(self.provenance.site)
             if isinstance(source, fx.Node):
                 # A copy of the computation is parameter work, as what reads it; and it may stand before the original.
                 copied = self.graph.node_copy(source, lambda operand: self.copy(operand, part))
             elif source is not None:
                 copied = self.graph.create_node("get_attr", source, name=source.replace(".", "_"))
-                copied.meta["val"] = node.meta["val"]
+                copied.meta |= {"val": node.meta["val"]} if "val" in node.meta else {}
             else:
                 operands = fx.node.map_arg((node.args, node.kwargs), lambda operand: self.copy(operand, part))
                 copied = self.graph.create_node(node.op, node.target, *operands, name=self._name(node))
@@ -269,6 +286,21 @@ class _Copier:
             self.inserted.add(copied)
             self.copies[node] = copied
         return self.copies[node]
+
+    def _read_below(self, part: str) -> None:
+        """Let the copies read what the adapters below make of the frozen tensors.
+
+        These nodes are of the adapters below: without one of them, the next reads what that one read.
+        """
+        below, self.below = self.below, ()
+        read = [self.copy(node, part) for node in self.frozen]
+        for each in below:
+            tensors = {node: each.placement.tensors[name] for name, node in each.passed.tensors.items()}
+            values = dict(zip(each.passed.frozen, read, strict=True))
+            copier = _Copier(self.graph, values, tensors, self.module_stack, each.provenance)
+            read = [copier.copy(result, PASSED) for result in each.passed.results]
+            self.inserted |= copier.inserted
+        self.copies.update(zip(self.frozen, read, strict=True))
 
     def _name(self, node: fx.Node) -> str:
         """Return a name that says the site, the tensor of the adapter that `node` reads if any, and the operation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from ...adapters.accounting import account_for
+from ...adapters.beneath import rows_of_replaced
 from ...capture.signature import add_input
 from ...capture.tracing import fake_like
 from ...compat.torch import TO_COPY
-from ...graph.provenance import OUTLET, Insertion, Provenance, record, recorded, surrounding
+from ...graph.provenance import OUTLET, PASSED, Insertion, Provenance, record, recorded, surrounding
 from ...graph.tensors import HALF
 from ...graph.walk import walk
-from ...sites.rows import batch_dim, batch_sizes
+from ...sites.rows import batch_dim, batch_sizes, follow_rows
 from ...sites.site import Site
 from ..pipeline import GraphPass
 
@@ -42,6 +44,8 @@ class ScaleAdapters(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> int:
         account = account_for(gm)
+        is_by_row = any(isinstance(scale, Tensor) and scale.dim() for scale in self.scales.values())
+        flow = follow_rows(gm.graph) if is_by_row else None
         inputs = {
             name: add_input(gm.graph, input_name(name), _stand_in(gm, scale))
             for name, scale in self.scales.items()
@@ -57,9 +61,11 @@ class ScaleAdapters(GraphPass):
                     if scale is None:
                         y = adapted
                         continue
-                    by_row = isinstance(scale, Tensor) and scale.dim() == 1
+                    rows = None
+                    if flow is not None and isinstance(scale, Tensor) and scale.dim():
+                        rows = batch_dim(flow, call.y, site.name)
                     given = scale if isinstance(scale, float) else inputs[insertion.adapter_name]
-                    y = _scale(site, insertion, y, adapted, given, by_row)
+                    y = _scale(site, insertion, y, adapted, given, rows)
                     edits += 1
         return edits
 
@@ -81,7 +87,7 @@ def _stand_in(gm: fx.GraphModule, scale: Tensor) -> Tensor | None:
 
 
 def _scale(
-    site: Site, insertion: Insertion, y: fx.Node, adapted: fx.Node, scale: fx.Node | float, by_row: bool
+    site: Site, insertion: Insertion, y: fx.Node, adapted: fx.Node, scale: fx.Node | float, rows: int | None
 ) -> fx.Node:
     """Scale one adapter, and return its new output.
 
@@ -91,7 +97,7 @@ def _scale(
         y: the output of the call inside the adapter.
         adapted: the output with it; `y` itself if it changes the input or a frozen tensor alone.
         scale: the coefficient, as a number or as an input of the graph.
-        by_row: whether there is one for each row of the batch.
+        rows: the dimension of the output that counts the rows of the batch, if there is one for each; or None.
     """
     provenance = recorded(insertion.nodes[0])
     assert provenance is not None
@@ -101,7 +107,8 @@ def _scale(
             own = recorded(node)
             assert own is not None
             record(node, replace(own, scale=provenance.scale))
-    build = _Builder(site, provenance, scale, by_row, y)
+    build = _Builder(site, provenance, scale, rows, y)
+    _scale_passed(insertion, build)
     if (found := _branch(insertion, y, adapted)) is not None:
         branch, total = found
         with y.graph.inserting_before(total):
@@ -112,6 +119,26 @@ def _scale(
         result = build.between(base, adapted)
     adapted.replace_all_uses_with(result, delete_user_cb=lambda user: user not in build.inserted)
     return result
+
+
+def _scale_passed(insertion: Insertion, build: _Builder) -> None:
+    """Scale the weight and the bias that an adapter replaces for adapters of other names around it.
+
+    Raises:
+        AdapterError: there is a coefficient for each row.
+    """
+    build = copy(build)
+    build.provenance = replace(build.provenance, part=PASSED)
+    for made, below in insertion.tensors_passed.items():
+        readers = (recorded(user) for user in made.users if insertion.is_outside(user))
+        reader = next((by for by in readers if by is not None), None)
+        if reader is None or reader.adapter_name == insertion.adapter_name:
+            continue
+        if build.rows is not None:
+            raise rows_of_replaced(build.site.name, insertion.adapter_name, reader.adapter_name)
+        with made.graph.inserting_before(made.next):
+            result = build.call(aten.type_as.default, (build.between(below, made), below), made.meta.get("val"))
+        made.replace_all_uses_with(result, delete_user_cb=lambda user: user not in build.inserted)
 
 
 def _branch(insertion: Insertion, y: fx.Node, adapted: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -157,26 +184,26 @@ class _Builder:
     """Inserts nodes of one adapter at the place where the graph inserts, and records them as the adapter's.
 
     Args:
-        site, scale, by_row: as of `_scale`.
+        site, scale, rows: as of `_scale`.
         provenance: the record of the adapter.
         output: a value of the shape and in the modules of the site's output, which stands before what is inserted.
     """
 
     def __init__(
-        self, site: Site, provenance: Provenance, scale: fx.Node | float, by_row: bool, output: fx.Node
+        self, site: Site, provenance: Provenance, scale: fx.Node | float, rows: int | None, output: fx.Node
     ) -> None:
         self.site = site
         self.provenance = replace(provenance, part=OUTLET)
         self.scale = scale
-        self.by_row = by_row
+        self.rows = rows
         self.output = output
         self.inserted: set[fx.Node] = set()
 
     def product(self, branch: fx.Node) -> fx.Node:
         """Insert `c branch`."""
         # A number () takes part in a product in the type of the other factor.
-        scale = self._beside(branch) if self.by_row else self.scale
-        return self._call(aten.mul.Tensor, (branch, scale), branch.meta.get("val"))
+        scale = self.scale if self.rows is None else self._beside(branch)
+        return self.call(aten.mul.Tensor, (branch, scale), branch.meta.get("val"))
 
     def between(self, base: fx.Node, adapted: fx.Node) -> fx.Node:
         """Insert `base + c (adapted - base)`, which is one of the two to the bit at 0 and 1."""
@@ -185,8 +212,8 @@ class _Builder:
         ends = [self._wide(base), self._wide(adapted)] if is_half else [base, adapted]
         scale = self._beside(ends[1])
         lerp = aten.lerp.Tensor if isinstance(scale, fx.Node) else aten.lerp.Scalar
-        result = self._call(lerp, (*ends, scale), ends[1].meta.get("val"))
-        return self._call(aten.type_as.default, (result, adapted), value) if is_half else result
+        result = self.call(lerp, (*ends, scale), ends[1].meta.get("val"))
+        return self.call(aten.type_as.default, (result, adapted), value) if is_half else result
 
     def copy(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """Insert a copy of a node, whose operands are copies where there are any."""
@@ -194,7 +221,7 @@ class _Builder:
         return self._recorded(copied)
 
     def _wide(self, node: fx.Node) -> fx.Node:
-        return self._call(aten.to.dtype, (node, torch.float32), node.meta["val"].to(torch.float32))
+        return self.call(aten.to.dtype, (node, torch.float32), node.meta["val"].to(torch.float32))
 
     def _beside(self, other: fx.Node) -> fx.Node | float:
         """Return the coefficient in the type of `other` and, if there is one for each row, in the shape of the output.
@@ -205,17 +232,18 @@ class _Builder:
             return self.scale
         value, given = other.meta.get("val"), self.scale.meta.get("val")
         known = None if value is None or given is None else given.to(value.dtype)
-        scale = self._call(aten.type_as.default, (self.scale, other), known)
-        if not self.by_row:
+        scale = self.call(aten.type_as.default, (self.scale, other), known)
+        if self.rows is None:
             return scale
-        dim, ones = batch_dim(self.output, self.site.name), [1] * self.output.meta["val"].dim()
+        dim, ones = self.rows, [1] * self.output.meta["val"].dim()
         # Not -1, so that another number of coefficients than of rows is an error, and is not broadcast.
-        rows = self._call(aten.sym_size.int, (self.output, dim), self.output.meta["val"].shape[dim])
+        rows = self.call(aten.sym_size.int, (self.output, dim), self.output.meta["val"].shape[dim])
         shape = [*ones[:dim], rows, *ones[dim + 1 :]]
         known = None if known is None else known.view([*ones[:dim], -1, *ones[dim + 1 :]])
-        return self._call(aten.view.default, (scale, shape), known)
+        return self.call(aten.view.default, (scale, shape), known)
 
-    def _call(self, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
+    def call(self, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
+        """Insert the call of an operation that returns a tensor like `value`."""
         node = self.output.graph.call_function(target, args)
         node.meta = {key: entry for key, entry in self.output.meta.items() if key not in ("val", "custom")}
         if value is not None:

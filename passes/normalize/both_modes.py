@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...capture.unprinted import failures_unlogged
-from ...graph.modes import by_mode, writes_outside
+from ...graph.modes import by_mode, is_flag, one_mode, owner_of, read_flag, writes_outside
 from ...graph.queries import dtype_of
 from ...graph.writes import written_roots
 
 aten = torch.ops.aten
+_DROPOUT = aten.dropout.default
 
 
 def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
@@ -39,10 +41,11 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
     for node in graph.nodes:
         if not node.is_impure() and (node.op == "get_attr" or node not in overwritten):
             known.setdefault(_key(node, {}), node)
-    with graph.inserting_before(next(iter(graph.nodes))):
-        flag = graph.create_node("get_attr", "training")
-    if not _writes_only_counters(graph, flag):
+    shared: set[fx.Node] = set()
+    following = _let_follow(graph, evaluation)
+    if following is None:
         return None
+    of_training = list(graph.nodes)
     output = graph.output_node()
     added = 0
     with graph.inserting_before(output):
@@ -57,6 +60,7 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
                 and (node.op == "get_attr" or node not in overwritten)
             ):
                 twin[node] = same
+                shared.add(same)
             elif node.op == "call_module" or (writes_outside(node) and not _only_reads_statistics(node)):
                 return None
             elif "assert" in str(node.target) or "constrain" in str(node.target):  # of sizes, which training has too
@@ -67,6 +71,8 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
                     return None
                 _revalue(twin[node])
                 added += 1
+        own = (node for node in evaluation.nodes if twin.get(node) not in shared)
+        flag = _flag(graph, (node for node in of_training if node not in shared), own, following)
         theirs = fx.map_arg(evaluation.output_node().args[0], twin.__getitem__)
         results = _choose(graph, flag, output.args[0], theirs)
         if results is None:
@@ -75,9 +81,30 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
     return added
 
 
-def _key(node: fx.Node, twin: dict[fx.Node, fx.Node]) -> str:
-    """Return what a node computes, and of what, in words."""
-    names = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: twin.get(operand, operand))
+def _flag(
+    graph: fx.Graph, in_training: Iterable[fx.Node], in_evaluation: Iterable[fx.Node], following: Iterable[str]
+) -> fx.Node:
+    """Return the node that says whether the parts are in training mode that run something else in evaluation mode.
+
+    Args:
+        graph: gets the node, before its output.
+        in_training, in_evaluation: what is computed in one of the modes alone.
+        following: the parts whose modes what training computes follows; what evaluation computes does not.
+    """
+    sides: tuple[dict[str, list[str]], ...] = ({}, {})
+    for side, nodes in zip(sides, (in_training, in_evaluation), strict=True):
+        for node in nodes:
+            if node.op.startswith("call_") and not _follows(node):
+                side.setdefault(owner_of(node), []).append(_key(node, {}, operands=False))
+    ours, theirs = sides
+    paths = tuple(path for path in ours | theirs if ours.get(path) != theirs.get(path)) or ("",)
+    others = tuple(path for path in following if path not in paths)
+    return graph.call_function(one_mode, (paths, others, *(read_flag(graph, path) for path in (*paths, *others))))
+
+
+def _key(node: fx.Node, twin: dict[fx.Node, fx.Node], operands: bool = True) -> str:
+    """Return what a node computes, and of what, in words; without `operands`, of anything."""
+    names = fx.map_arg((node.args, dict(node.kwargs)), lambda read: twin.get(read, read) if operands else None)
     return f"{node.op} {node.target} {names}"
 
 
@@ -117,18 +144,35 @@ def _take_what_is_read(gm: fx.GraphModule, theirs: fx.Node, ours: fx.Node) -> bo
     return True
 
 
-def _writes_only_counters(graph: fx.Graph, flag: fx.Node) -> bool:
-    """Let what training writes follow the mode, because the graph itself runs in either; tell whether it can."""
-    for node in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
-        if node.args[5] is True:
-            node.update_arg(5, flag)
-    for node in graph.nodes:
-        if node.target is aten.batch_norm.default or not writes_outside(node):
-            continue
-        if node.target is not aten.add_.Tensor or node.args[1] != 1:
-            return False
-        node.update_arg(1, flag)
-    return True
+def _let_follow(graph: fx.Graph, evaluation: fx.Graph) -> list[str] | None:
+    """Let batch norms, their counters and dropouts of training follow the modes of their modules.
+
+    The graph itself runs in either mode, so it must not write in evaluation. And a part may be in evaluation mode in a
+    model in training.
+
+    Returns:
+        The qualified names of these modules; None if training writes to something else.
+    """
+    always = {owner_of(node) for node in evaluation.nodes if node.target is _DROPOUT and node.args[2] is True}
+    following: dict[str, None] = {}
+    for node in list(graph.nodes):
+        if node.target is aten.batch_norm.default:
+            place = 5 if node.args[5] is True else None
+        elif writes_outside(node):
+            if node.target is not aten.add_.Tensor or node.args[1] != 1:
+                return None
+            place = 1
+        else:
+            place = 2 if node.target is _DROPOUT and node.args[2] is True and owner_of(node) not in always else None
+        if place is not None:
+            node.update_arg(place, read_flag(graph, owner_of(node)))
+            following[owner_of(node)] = None
+    return [*following]
+
+
+def _follows(node: fx.Node) -> bool:
+    """Check whether a node follows the mode of its module, or is the one of evaluation that stands for such a node."""
+    return any(map(is_flag, node.all_input_nodes)) or node.target in (aten.batch_norm.default, _DROPOUT)
 
 
 def _only_reads_statistics(node: fx.Node) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from torch import fx
 from ...compat.torch import OpOverload, schema_of
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ...graph.copies import copy_graph
+from ...graph.modes import add_flagged_modules, owner_of, read_flag
+from ...graph.queries import line_of
 from ..pipeline import GraphPass, eliminate_dead_code
 from .both_modes import take_both
 
 aten = torch.ops.aten
-_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class FollowMode(GraphPass):
 
     Safe because both graphs were captured from one function, and the pass compares them node by node. They may differ
     in literals (the flags of dropout and batch norm, the dropout probability of attention), in the counters that batch
-    norm keeps in training, and in dropouts that evaluation leaves out. Each difference becomes an expression of
-    `self.training`, which `torch.compile` guards on and `torch.export` freezes. Where they differ otherwise, as by
-    stochastic depth, the graph computes both and chooses, and the programs derived from it compute one.
+    norm keeps in training, and in dropouts that evaluation leaves out. Each difference becomes an expression of the
+    flag `training` of the module that ran the operation, which `torch.compile` guards on and `torch.export` freezes.
+    Where they differ otherwise, as by stochastic depth, the graph computes both and chooses, and the programs derived
+    from it compute one.
 
     Args:
         eval_graph: the graph of the same function, captured in evaluation mode.
@@ -45,13 +46,15 @@ class FollowMode(GraphPass):
                 eliminate_dead_code(module)  # such as a cast of what only the other mode reads
         before = copy_graph(gm.graph)
         try:
-            return follow_mode(gm.graph, self.eval_graph)
+            edits = follow_mode(gm.graph, self.eval_graph)
         except ModesDiffer as error:
             gm.graph = before
             added = take_both(gm, self.eval_graph)
             if added is None:
                 raise CaptureError(str(error)) from None
-            return added
+            edits = added
+        add_flagged_modules(gm, gm.graph)
+        return edits
 
 
 def follow_mode(train_graph: fx.Graph, eval_graph: fx.Graph) -> int:
@@ -81,7 +84,7 @@ class _TwoModes:
         self.graph = graph
         self.twin: dict[fx.Node, fx.Node] = {}
         self.edits = 0
-        self.flag: fx.Node | None = None
+        self.flags: dict[str, fx.Node] = {}
         self.skipped: set[fx.Node] = set()
         self.counted: set[fx.Node] = set()
 
@@ -113,7 +116,7 @@ class _TwoModes:
         if node.op == "get_attr" or _is_layout(node):
             return
         if node.target is aten.dropout.default and node.args[2] is True:
-            node.update_arg(2, self._training())
+            node.update_arg(2, self._flag(node))
             self.skipped.add(node)
             self.edits += 1
             return
@@ -146,12 +149,15 @@ class _TwoModes:
         if not all(isinstance(value, (bool, int, float)) for value in (in_train, in_eval)):
             raise _modes_differ(node)
         self.edits += 1
+        flag = self._flag(node)
         if in_train is True and in_eval is False:
-            return self._training()
-        flag = self._training()
+            return flag
         with self.graph.inserting_before(node):
             value = self.graph.call_function(operator.mul, (flag, in_train - in_eval))
-            return self.graph.call_function(operator.add, (value, in_eval)) if in_eval else value
+            total = self.graph.call_function(operator.add, (value, in_eval)) if in_eval else value
+        for number in {value, total} if (stack := node.meta.get("nn_module_stack")) else ():
+            number.meta["nn_module_stack"] = stack  # so that the layer computes it itself
+        return total
 
     def _passed_on(self, node: fx.Node) -> fx.Node:
         """Return the node that has the value of `node` in evaluation, apart from its layout."""
@@ -169,11 +175,12 @@ class _TwoModes:
         size = tensor.meta["val"].shape[in_eval.args[1]]
         return statically_known_true(size == in_train.meta["val"])
 
-    def _training(self) -> fx.Node:
-        if self.flag is None:
-            with self.graph.inserting_before(next(iter(self.graph.nodes))):
-                self.flag = self.graph.create_node("get_attr", "training")
-        return self.flag
+    def _flag(self, node: fx.Node) -> fx.Node:
+        """Return the flag that the operation of `node` depends on: that of the module which ran it."""
+        path = owner_of(node)
+        if path not in self.flags:
+            self.flags[path] = read_flag(self.graph, path)
+        return self.flags[path]
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -208,16 +215,8 @@ class ModesDiffer(Exception):
         self.node = node
 
 
-def _line_of(node: fx.Node) -> str:
-    """Return the last line of the model's own code that made `node`, in parentheses; empty if it is not known."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    frames = [" ".join(lines[i : i + 2]) for i in range(0, len(lines) - 1, 2)]
-    own = [frame for frame in frames if f'File "{_TORCH}' not in frame]
-    return f" ({own[-1]})" if own else ""
-
-
 def _modes_differ(node: fx.Node) -> ModesDiffer:
-    where = _line_of(node)
+    where = line_of(node)
     message = (
         f"The model runs other operations in training than in evaluation, from `{node.format_node()}`{where} on."
         " One graph cannot follow both. The way out: switch off what draws random decisions in training"

@@ -39,7 +39,11 @@ class HoistParameterWork(GraphPass):
             if not work.issuperset(node.users) and (why := _why_not_cached(node, sizes)):
                 work.remove(node)
                 declined.setdefault(place_of(node), Declined.at([node], why))
-        return Outcome(move_to_front(gm.graph, sorted(work)), tuple(declined.values()))
+        hoisted: dict[fx.Node, None] = {}  # in the order of the graph, without what is computed of values that stay
+        for node in sorted(work):
+            if all(operand in hoisted or operand.op == "get_attr" for operand in node.all_input_nodes):
+                hoisted[node] = None
+        return Outcome(move_to_front(gm.graph, hoisted), tuple(declined.values()))
 
 
 def _adapter_tensors(graph: fx.Graph) -> set[str]:

@@ -8,15 +8,17 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from ...graph.modes import is_flag
 from ..pipeline import Declined, GraphPass, Outcome, Program
 
 
 @dataclass(frozen=True)
 class LeaveOutDropout(GraphPass):
-    """Replace each dropout that follows the mode of the module by its input.
+    """Replace each dropout that follows the mode of a module by its input.
 
     Adapters with dropout then read the input of their site like the others, so that they can share products. Safe
-    because the pass is for the inference program, which runs in evaluation mode alone: there dropout returns its input.
+    because the pass is for the inference program, which runs where all parts are in evaluation mode alone: there
+    dropout returns its input.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"inference"})
@@ -26,7 +28,7 @@ class LeaveOutDropout(GraphPass):
         declined = []
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
             x, _, mode = node.args
-            if isinstance(mode, fx.Node) and mode.op == "get_attr":  # the mode flag of the module
+            if is_flag(mode):
                 node.replace_all_uses_with(x)
                 gm.graph.erase_node(node)
                 edits += 1

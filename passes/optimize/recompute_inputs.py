@@ -92,7 +92,7 @@ class RecomputeInputs(GraphPass):
     alone. The pass stands after `GatherProducts`.
 
     An input that an adapter drops elements of is saved before that, as one tensor for q, k and v, or not at all; of the
-    mask a bit is saved for each element (`DroppedProduct`).
+    mask a bit is saved for each element (`DroppedProduct`), also where `A` is frozen.
 
     Safe because the same operations compute `x` again from the same tensors, to the same bits. Other random operations,
     and expensive ones, are not repeated. A graph that overwrites anything but its own buffers is left alone, because it
@@ -108,7 +108,7 @@ class RecomputeInputs(GraphPass):
         edits = 0
         declined = []
         for node in reversed([node for node in gm.graph.nodes if node not in once]):
-            if (dropout := _dropout_before(node)) is not None and not overwritten and node.args[1] in needing:
+            if (dropout := _dropout_before(node)) is not None and not overwritten and node in needing:
                 _gather_dropout(gm, node, dropout, saved | once)
                 edits += 1
                 continue

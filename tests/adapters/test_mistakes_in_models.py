@@ -211,13 +211,15 @@ MISTAKES: list[Mistake] = [
     (
         lambda: anything.adapt(chat(), CFG),
         llfx.AdapterError,
-        "LlamaForCausalLM is adapted already. The way out: pass several configs at once.",
+        "LlamaForCausalLM is adapted already. The way out: llfx.add(model, {'name': cfg}) gives it a further adapter;"
+        " or pass several configs at once.",
     ),
     (
         lambda: anything.rewrite(chat(), CFG),
         llfx.CaptureError,
         "LlamaForCausalLM is wrapped eagerly already, or adapted. The way out: start from the model that it was made"
-        " of, and pass several configs at once.",
+        " of, and pass several configs at once; or, to give an adapted model a further adapter,"
+        " llfx.add(model, {'name': cfg}).",
     ),
     (
         lambda: anything.optimize(chat()),

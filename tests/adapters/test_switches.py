@@ -197,6 +197,20 @@ def test_rows_that_are_joined_or_of_a_fixed_batch_are_refused() -> None:
             gm(x)
 
 
+@pytest.mark.parametrize("rows", [2, 4])
+def test_another_number_of_coefficients_than_of_rows_is_an_error(rows: int, capsys: pytest.CaptureFixture[str]) -> None:
+    gm, wrapped, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))
+    uses: list[Any] = [lambda m: llfx.scaled(m, torch.ones(rows)), lambda m: llfx.by_row(m, ["fr"] * rows)]
+    for model in (gm, wrapped):
+        for use in uses:
+            with (
+                use(model),
+                pytest.raises(llfx.CallError, match=f"There are {rows} coefficients .* and 3 rows. The way out"),
+            ):
+                model(ids(3, 4))
+    assert not capsys.readouterr().err  # torch.fx prints the line of a graph that fails
+
+
 def test_switches_hold_at_tied_weights_and_with_checkpointed_layers() -> None:
     model = net(GatedMLP, ResidualMLP, tied=True).double()
     gm: Any = llfx.rewrite(model, SPEC, (ids(2, 5),), checkpoint_layers=True)

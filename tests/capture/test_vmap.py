@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 import lora_lite_fx as llfx
+from lora_lite_fx.compat import dynamo
 from tests.support.conformance import check_rewrite_equals_wrap, close, output, randomise, small
 from tests.support.selection import broad_after
 
@@ -55,6 +56,12 @@ class Indexed(nn.Module):
             rows, columns = torch.arange(x.shape[0]), torch.arange(x.shape[1])
             result: Tensor = torch.vmap(lambda row: torch.vmap(lambda column: cell(row, column))(columns))(rows)
         return result
+
+
+def test_a_release_that_calls_the_indexing_function_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamo, "MOD_INDEX", "")
+    with pytest.raises(llfx.CaptureError, match=r"recorded torch\.\S+ModIndex by its name.* The way out"):
+        llfx.capture(Indexed(), (torch.randn(3, 7, 8), torch.rand(3, 7) > 0.3))
 
 
 def test_what_is_indexed_inside_vmap_compiles() -> None:

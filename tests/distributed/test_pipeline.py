@@ -197,6 +197,32 @@ def test_a_value_that_was_written_in_place_is_sent() -> None:
     assert [len(part.graph.find_nodes(op="placeholder")) for part in llfx.split(gm, 4)][1:] == [4, 4, 3]
 
 
+class _Turns(nn.Module):
+    """Layers, of which the third gets the rows in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.layers[1](self.layers[0](x)).flip(0)
+        return self.layers[3](self.layers[2](x))
+
+
+def test_rows_that_an_earlier_stage_reorders_are_refused_in_a_later_one() -> None:
+    gm = llfx.rewrite(_Turns(), {"fr": llfx.LoRA(r=2, target_names="layers")}, X)
+    first, last = llfx.split(gm, 2)
+    x = torch.randn(2, 4)
+    with llfx.by_row(first, ["fr", None]):
+        received = first(x=x)
+    with (
+        llfx.by_row(last, ["fr", None]),
+        pytest.raises(llfx.AdapterError, match=r"'layers.2'.* after an earlier stage, where .*flip"),
+    ):
+        last(received, x=x)
+
+
 def _of_layer(layer: int, **options: Any) -> Any:
     return llfx.rewrite(graph_of("llama"), llfx.LoRA(r=2, layers=layer, **options))
 

@@ -14,9 +14,11 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import lora_lite_fx as llfx
 from lora_lite_fx.hugging_face.config_reads import recorded_reads
+from lora_lite_fx.hugging_face.model_state import ModelState
 from tests.support.conformance import randomise
 from tests.support.models import one_layer_llama
 from tests.support.selection import broad_after
@@ -51,7 +53,47 @@ def with_bias(model: Any) -> None:
     model.lm_head = nn.Linear(16, 32)
 
 
+def with_bias_alone(model: Any) -> None:
+    model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 32))
+
+
+def with_biased_site(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.bias = nn.Parameter(torch.linspace(-1, 1, 16))
+
+
+class OtherNorm(nn.Module):
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() * self.weight
+
+
+class OtherLayer(LlamaDecoderLayer):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states * 2, *args, **kwargs)
+
+
+class OtherLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.abs())
+
+
+class OtherHelper(LlamaMLP):
+    def forward(self, x: Tensor) -> Any:
+        return 3 * self.down_proj(self.up_proj(x))
+
+
+def of_class(path: str, kind: type) -> Callable[[Any], object]:
+    return lambda model: setattr(model.get_submodule(path), "__class__", kind)
+
+
 CHANGES: dict[str, Callable[[Any], object]] = {
+    "a bias where there was none": with_bias_alone,
+    "a class": of_class("model.norm", OtherNorm),
+    "a bias at an adapted site": with_biased_site,
+    "the class of a layer": of_class("model.layers.0", OtherLayer),
+    "the class of a part of a layer": of_class("model.layers.0.mlp", OtherHelper),
+    "the class of an adapted module": of_class("model.layers.0.mlp.up_proj", OtherLinear),
     "a norm of another class": lambda model: setattr(model.model, "norm", nn.LayerNorm(16)),
     "another activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.ReLU()),
     "a function for a module": lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.Sequential(nn.Tanh())),
@@ -61,7 +103,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", broad_after(2, CHANGES.values()), ids=CHANGES)
+@pytest.mark.parametrize("change", broad_after(3, CHANGES.values()), ids=CHANGES)
 def test_a_change_acts_in_the_next_call(change: Callable[[Any], object], caplog: pytest.LogCaptureFixture) -> None:
     model = adapted()
     plain = llfx.merge(model)
@@ -426,3 +468,100 @@ def test_reads_of_a_copied_config_and_of_its_copies_are_recorded_by_the_class_of
     count = len(reads)
     assert again.logit_scale_init_value
     assert len(reads) == count
+
+
+# What `ModelState` sees of any module.
+
+
+class Part(nn.Module):
+    table: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(2, 2, bias=False), nn.Linear(2, 2), nn.LayerNorm(2)
+        self.register_buffer("table", None)
+        self.register_buffer("mask", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helped(x)
+
+    def helped(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Helped(Part):
+    def helped(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Mixin:
+    """Adds a method and changes one of `nn.Module`, as the class that fully_shard puts before that of a module."""
+
+    def reshard(self) -> None: ...
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+
+class Mixed(Mixin, Part): ...
+
+
+SEEN: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a bias": (lambda model: setattr(model.up, "bias", nn.Parameter(torch.ones(2))), "up.bias was added"),
+    "no bias": (lambda model: setattr(model.down, "bias", None), "down.bias was taken away"),
+    "a bias by its registry": (lambda model: model.down._parameters.pop("bias"), "down.bias was taken away"),
+    "a buffer": (lambda model: setattr(model, "table", torch.ones(2)), "Part.table was added"),
+    "no buffer": (lambda model: setattr(model, "mask", None), "Part.mask was taken away"),
+    "a new buffer": (lambda model: model.norm.register_buffer("more", torch.ones(2)), "norm.more was added"),
+    "a class": (lambda model: setattr(model.down, "__class__", nn.Bilinear), "down is a Bilinear, and was a Linear"),
+    "a class with another method": (
+        lambda model: setattr(model, "__class__", Helped),
+        "Helped is a Helped, and was a Part",
+    ),
+}
+UNSEEN: dict[str, Callable[[Any], object]] = {
+    "a class that adds": lambda model: setattr(model, "__class__", Mixed),
+    "a parametrization": lambda model: parametrize.register_parametrization(model.down, "weight", nn.Identity()),
+    "another tensor": lambda model: setattr(model.down, "bias", nn.Parameter(torch.ones(2))),
+    "another buffer": lambda model: setattr(model, "mask", torch.zeros(3)),
+    "data": lambda model: setattr(model.down.bias, "data", torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), SEEN.values(), ids=SEEN)
+def test_what_a_module_has_and_of_which_class_it_is_is_seen(change: Callable[[Any], object], message: str) -> None:
+    model = Part()
+    state = ModelState(model)
+    assert state.is_as_it_was()
+    change(model)
+    assert not state.is_as_it_was()
+    assert state.change().startswith(message)
+    assert state.is_as_it_was()
+    assert state.change() == ""
+
+
+@pytest.mark.parametrize("change", UNSEEN.values(), ids=UNSEEN)
+def test_what_graphs_follow_by_themselves_is_not_a_change(change: Callable[[Any], object]) -> None:
+    model = Part()
+    state = ModelState(model)
+    change(model)
+    assert state.change() == ""
+    assert state.is_as_it_was()
+
+
+def test_a_function_that_is_put_into_a_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = ModelState(Part())
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: x)
+    assert not state.is_as_it_was()
+    assert state.change() == "forward of LayerNorm is another function"
+    assert state.is_as_it_was()
+
+
+@pytest.mark.broad
+def test_an_adapted_module_of_another_class_runs_alone_with_its_adapter() -> None:
+    model = adapted()
+    of_class("model.layers.0.mlp.up_proj", OtherLinear)(model)
+    model(IDS)
+    plain = llfx.merge(model)
+    x = torch.randn(2, 16)
+    assert same(model.model.layers[0].mlp.up_proj(x), plain.model.layers[0].mlp.up_proj(x))

@@ -191,3 +191,37 @@ def test_what_no_gradient_passes_is_of_each_mode() -> None:
             y = each(x)
             found.append([y, *torch.autograd.grad(y.sin().sum(), [*llfx.adapter_parameters(each)])])
         torch.testing.assert_close(*found)
+
+
+def test_parts_of_such_models_follow_their_modes_as_far_as_the_graph_can() -> None:
+    gm, wrapped, x = adapted()
+
+    def put(modes: dict[str, bool]) -> None:
+        for model in (gm, wrapped):
+            model.train()
+            for path, mode in modes.items():
+                model.get_submodule(path).train(mode)
+
+    norms = {f"layers.{i}.norm": False for i in range(3)}
+    for modes in (norms, {"layers.1.dropout": False, "head": False}, {"": False, "layers.2.linear": True}):
+        put(modes)
+        results = []
+        for model in (gm, wrapped):
+            torch.manual_seed(3)
+            y = model(x)
+            parameters = [*llfx.adapter_parameters(model)]
+            results.append(
+                [y, *torch.autograd.grad(y.sin().sum(), parameters), model.get_buffer("layers.1.norm.running_mean")]
+            )
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    for modes, names in (
+        ({"": False, "layers.1": True}, "layers.1 is in training mode and layers.2"),
+        ({"": False, "layers.1.dropout": True}, "layers.1.dropout is in training mode and layers.1 in evaluation"),
+    ):
+        put(modes)
+        with pytest.raises(llfx.CallError, match=names):
+            gm(x)
+        with torch.no_grad(), pytest.raises(llfx.CallError, match=names), llfx.frozen(gm):
+            gm(x)
+        with pytest.raises(llfx.CallError, match=names):
+            fx.Interpreter(gm).run(x)

@@ -51,7 +51,7 @@ def test_the_flag_of_dropout_follows_the_mode() -> None:
     followed, report = after(in_training, FollowMode(in_evaluation.graph))
     assert report.edits == 1
     (dropout,) = followed.graph.find_nodes(op="call_function", target=aten.dropout.default)
-    assert (dropout.args[2].op, dropout.args[2].target) == ("get_attr", "training")
+    assert (dropout.args[2].op, dropout.args[2].target) == ("get_attr", "0.training")
     (before,) = in_training.graph.find_nodes(op="call_function", target=aten.dropout.default)
     assert before.args[2] is True
 

@@ -20,12 +20,22 @@ KNOWN = {path.rpartition(".")[2] for path in NAMES}
 """The last parts of the names that are looked up."""
 OF_PYTHON = {"_replace", "_fields", "_asdict", "_getframe"}
 """Documented names of Python that look private."""
+LIBRARIES = {"torch", "torchvision", "transformers", "accelerate", "bitsandbytes", "optimum", "diffusers", "peft"}
+"""The libraries whose names a text may spell out, from the first part to the last."""
 READERS = {"getattr", "hasattr", "setattr", "delattr", "attrgetter", "itemgetter"}
 """Functions that read an attribute by a text."""
 
 
 def is_private(name: object) -> bool:
     return isinstance(name, str) and name.isidentifier() and name.startswith("_") and not name.startswith("__")
+
+
+def private_parts(text: object) -> list[str]:
+    """The private names in a dotted path of another library, such as the name of a logger; none in any other text."""
+    parts = text.split(".") if isinstance(text, str) else []
+    if len(parts) < 2 or parts[0] not in LIBRARIES or not all(part.isidentifier() for part in parts):
+        return []
+    return [part for part in parts if is_private(part)]
 
 
 def sources(root: Path) -> list[Path]:
@@ -75,6 +85,8 @@ def private_names(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
             if node.attr not in own or (node.attr in KNOWN and not _is_self(node.value)):
                 yield node.lineno, node.attr
+        elif isinstance(node, ast.Constant) and (parts := private_parts(node.value)):
+            yield from ((node.lineno, part) for part in parts)
         elif isinstance(node, ast.Constant) and is_private(node.value) and node.value in KNOWN:
             if id(node) not in ends:
                 yield node.lineno, str(node.value)
@@ -112,6 +124,9 @@ def test_private_names_are_read_in_compat_alone() -> None:
         'HOOKS = "_forward_pre_hooks"',
         'REPLACED = "_ignore_bidirectional_mask_sdpa"',
         'def f(module):\n    return vars(module)["_parameters"]',
+        'LOG = logging.getLogger("torch._subclasses.fake_tensor")',
+        'MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"',
+        'NAMED = {"transformers.masking_utils._any_name": 1}',
         "from operator import attrgetter\n\nread = attrgetter('_is_full_backward_hook')",
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lora_lite_fx.adapters import contract
 from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.sites.site import Site
 from tests.support.refusals import Mine
+from tests.support.selection import broad_after
 
 
 class OneGate(Mine):
@@ -170,3 +172,117 @@ def test_a_model_may_read_attributes_of_a_wrapped_layer() -> None:
     copied: Any = copy.deepcopy(layer)
     assert copied.factor == 0.5
     assert copied.base is not layer.base
+
+
+PARAMETRIZATIONS: dict[str, Any] = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "weight_norm by hooks": nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", broad_after(1, PARAMETRIZATIONS))
+@pytest.mark.parametrize(
+    "cfg",
+    [llfx.Full(target_names="a"), llfx.Full(weight=False, target_names="a"), llfx.HiRA(r=2, target_names="a")],
+    ids=["Full", "bias", "HiRA"],
+)
+def test_a_parametrized_weight_is_replaced_read_and_trained_as_in_a_graph(name: str, cfg: llfx.Variant) -> None:
+    model = Net()
+    PARAMETRIZATIONS[name](model.a)
+    models = start(llfx.rewrite(model, cfg, (X,))), start(llfx.wrap(model, cfg, (X,)))
+    outputs, slopes = [], []
+    for each in models:
+        each.requires_grad_(True)
+        outputs.append(each(X))
+        outputs[-1].sin().sum().backward()
+        slopes.append({path.replace("base.", ""): p.grad for path, p in each.named_parameters()})
+    assert not torch.allclose(outputs[0], model(X))
+    torch.testing.assert_close(*outputs)
+    assert slopes[0].keys() == slopes[1].keys()
+    for path, slope in slopes[0].items():
+        other = slopes[1][path]
+        assert (slope is None) == (other is None), path
+        if slope is not None:
+            torch.testing.assert_close(other, slope)
+
+
+def test_a_parametrized_convolution_is_replaced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3, padding=1)))
+    cfg, x = llfx.Full(target_names="0"), torch.randn(2, 2, 5, 5)
+    torch.testing.assert_close(start(llfx.wrap(model, cfg, (x,)))(x), start(llfx.rewrite(model, cfg, (x,)))(x))
+
+
+class TwiceRound(nn.Module):
+    """Runs its layers in another order than it has them in, and eleven of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(11))
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in reversed(self.layers):
+            x = layer(x).tanh()
+        return x
+
+
+FOUR = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        llfx.LoRA(r=2, target_names="."),
+        [llfx.Full(target_names="first"), llfx.DoRA(r=2, target_names="."), llfx.VeRA(r=2, target_names="2")],
+        {"fr": llfx.LoRA(r=2, target_names="."), "de": [llfx.IA3(target_names="1"), llfx.HRA(r=2, target_names=".")]},
+        llfx.Bank(llfx.LoRA(r=2, target_names="."), slots=2),
+    ],
+    ids=["one", "stack", "named", "bank"],
+)
+def test_parameters_have_one_order_by_site_and_name(cfg: Any, tmp_path: Path) -> None:
+    model = TwiceRound()
+    gm, wrapped = llfx.rewrite(model, cfg, (FOUR,)), llfx.wrap(model, cfg, (FOUR,))
+    names = list(llfx.adapter_state_dict(gm))
+    sites = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    shared = [""] if any("." not in name for name in names) else []
+    assert sites == [*shared, "first", *(f"layers.{i}" for i in range(11))]
+    for site in sites:
+        of_site = [name for name in names if name.rpartition(".")[0] == site]
+        assert of_site == sorted(of_site)
+    others = [wrapped]
+    if not getattr(cfg, "slots", None):
+        others.append(llfx.backend(cfg).adapt(model, FOUR))
+    if not isinstance(cfg, dict):
+        llfx.save(gm, tmp_path / "file")
+        others.append(llfx.load(model, tmp_path / "file", (FOUR,)))
+    for each in others:
+        assert list(llfx.adapter_state_dict(each)) == names
+        ours, theirs = llfx.adapter_parameters(each), llfx.adapter_parameters(gm)
+        assert [parameter.shape for parameter in ours] == [parameter.shape for parameter in theirs]
+
+
+def test_the_state_of_an_optimizer_by_index_goes_from_a_graph_to_the_wrapper() -> None:
+    cfg = [llfx.LoRA(r=2, target_names="."), llfx.IA3(target_names=".")]
+    ways = [start_by_name(way(TwiceRound(), cfg, (FOUR,))) for way in (llfx.rewrite, llfx.wrap)]
+    optimizers = [torch.optim.AdamW(llfx.adapter_parameters(model), lr=0.1) for model in ways]
+    ways[0](FOUR).sin().sum().backward()
+    optimizers[0].step()
+    llfx.load_adapter_state_dict(ways[1], {k: v.clone() for k, v in llfx.adapter_state_dict(ways[0]).items()})
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for model, optimizer in zip(ways, optimizers, strict=True):
+        model.zero_grad()
+        model(FOUR).sin().sum().backward()
+        optimizer.step()
+    for name, value in llfx.adapter_state_dict(ways[0]).items():
+        torch.testing.assert_close(llfx.adapter_state_dict(ways[1])[name], value)
+
+
+def start_by_name(model: nn.Module) -> nn.Module:
+    for i, (_, tensor) in enumerate(sorted(llfx.adapter_state_dict(model).items())):
+        tensor.normal_(generator=torch.Generator().manual_seed(i))
+    return model

@@ -1,8 +1,10 @@
-"""`rewrite` says which weights its targets include that are not sites, and which linears default roles leave out."""
+"""`rewrite` says which weights its targets include that are not sites, and which sites default roles leave out."""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -56,37 +58,59 @@ def warned(call: Callable[[], object]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    assert all(warning.filename == __file__ for warning in caught), "the warning points to the caller"
+    assert all(warning.filename == inspect.getfile(call) for warning in caught), "the warning points to the caller"
     return [str(warning.message) for warning in caught]
 
 
-def test_default_roles_name_the_linears_of_unknown_role_by_layer_pattern_and_how_to_target_them() -> None:
+def logged(call: Callable[[], object]) -> list[str]:
+    """Return the lines of the log that tell of sites without an adapter; there is no warning."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lora_lite_fx")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    try:
+        assert warned(call) == []
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+    return [line for line in lines if line.startswith("left without an adapter")]
+
+
+def test_a_few_linears_of_unknown_role_are_a_line_of_the_log_and_no_warning() -> None:
     _, base = model_and_base()
-    (message,) = warned(lambda: llfx.rewrite(base, llfx.LoRA(r=2)))
-    assert "leave out 3 linears" in message
-    assert "layers.*.mixer x 3" in message
-    assert r"LoRA(..., target_names=('mixer$',))" in message
-    assert "head" not in message
-    assert "target_roles=('attention', 'mlp') leaves them out without this warning" in message
+    (line,) = logged(lambda: llfx.rewrite(base, llfx.LoRA(r=2)))
+    assert "3 linears of unknown role (layers.*.mixer x 3; 192 parameters)" in line
+    assert "The sites that get an adapter hold 576 parameters" in line
+    assert r"LoRA(..., target_names=('mixer$',))" in line
+    assert "head" not in line
 
 
-class Projected(Model):
-    """The model with a projection before its layers, and a pooler after them."""
+class Wide(Model):
+    """The model with a projection before its layers that holds more than they do, and a pooler after them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.projection, self.pooler = nn.Linear(D, D), nn.Linear(4, 4)
+        self.projection, self.pooler = nn.Linear(60, D), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.pooler(super().forward(torch.cos(self.projection(x)))))
 
 
-def test_a_projection_before_the_layers_is_named_too_and_what_comes_after_them_is_not() -> None:
-    model = Projected()
-    (message,) = warned(lambda: llfx.rewrite(model, llfx.LoRA(r=2), (X,)))
-    assert "leave out 4 linears" in message
-    assert r"target_names=('projection$', 'mixer$')" in message
+def test_more_than_what_is_adapted_is_one_warning_that_names_how_to_target_it() -> None:
+    model = Wide()
+    cfgs = {"a": llfx.LoRA(r=2), "b": llfx.DoRA(r=2)}
+    (message,) = warned(lambda: llfx.rewrite(model, cfgs, (torch.randn(2, 5, 60),)))
+    assert "the default roles ('attention', 'mlp') leave out 4 linears of unknown role" in message
+    assert "(projection, layers.*.mixer x 3; 672 parameters)" in message
+    assert r"LoRA(..., target_names=('projection$', 'mixer$'))" in message
     assert "pooler" not in message
+    assert "target_roles=('attention', 'mlp') leaves them out without this warning" in message
+    adapted = llfx.rewrite(model, llfx.LoRA(r=2, target_names="projection"), (torch.randn(2, 5, 60),))
+    (line,) = logged(lambda: llfx.rewrite(adapted, llfx.LoRA(r=2)))
+    assert "projection" not in line, "it has an adapter already"
 
 
 @pytest.mark.parametrize(
@@ -105,8 +129,8 @@ def test_what_the_user_has_decided_is_not_warned_about(cfg: llfx.LoRA | list[llf
 
 def test_layers_that_are_not_asked_for_are_not_named() -> None:
     _, base = model_and_base()
-    (message,) = warned(lambda: llfx.rewrite(base, llfx.LoRA(r=2, layers=1)))
-    assert "leave out 1 linears" in message
+    (line,) = logged(lambda: llfx.rewrite(base, llfx.LoRA(r=2, layers=1)))
+    assert "1 linear of unknown role (layers.*.mixer; 64 parameters)" in line
 
 
 @pytest.mark.parametrize("front_door", [llfx.rewrite, llfx.wrap])

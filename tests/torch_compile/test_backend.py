@@ -144,6 +144,9 @@ def test_a_compiled_model_is_its_eager_wrapper(cfg: Any) -> None:
         close(model(inputs(2, 3)), base, 0, "the model itself")
         carrier.train(), wrapped.train()
         check(fast, carrier, wrapped, inputs(2, 3), 1e-5)
+        site = next(name for name, module in carrier.named_modules() if hasattr(module, "placements"))
+        carrier.get_submodule(site).eval(), wrapped.get_submodule(site).eval()  # which has a mode of its own
+        check(fast, carrier, wrapped, inputs(2, 3), 1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

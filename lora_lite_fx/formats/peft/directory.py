@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ...adapters.changed_buffers import warn_of_lost_buffers
 from ...adapters.placement import adapter_names
 from ...adapters.state import warn_of_trained_base
 from ...adapters.variant import Variant
@@ -89,6 +90,7 @@ def save_peft(
     folder = as_path(path, "save_peft(model, path)")
     refuse_stage(model, "A PEFT directory")
     warn_of_trained_base(model, "save_peft")  # refuses a model without adapters
+    warn_of_lost_buffers(model, "save_peft writes", "llfx.save, whose files hold them")
     names = adapter_names(model)
     with gathered(model, whole_tensors):
         if adapter is not None or len(names) == 1:

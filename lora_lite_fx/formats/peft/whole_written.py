@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...adapters.placement import Placement, adapter_tensor_names, by_config
-from ...adapters.state import adapter_state_dict
+from ...adapters.state import adapter_values
 from ...adapters.variant import as_tuple
 from ...errors import ConfigError
 from ...sites.site import Site
@@ -49,7 +49,7 @@ def write_whole(
     Raises:
         ConfigError: PEFT cannot hold them; the message says why.
     """
-    state = adapter_state_dict(model)
+    state = adapter_values(model)
     known_by_end = names if modules else ()  # without an adapter, a module is named in full
     adapted = {site.name for module in modules for site in module.sites}
     tensors: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...adapters.placement import Placement, adapter_names, placements
-from ...adapters.state import adapter_state_dict
+from ...adapters.state import adapter_values
 from ...adapters.variant import Variant, adapter_namespace
 from ...errors import ConfigError
 from ...rewriting.sums import to_lora
@@ -39,7 +39,7 @@ def as_written(
         ConfigError: it has several, or they cannot be represented.
     """
     variant, placed = only_adapter(model, "A PEFT directory", beside=BESIDE, adapter=adapter)
-    state: Mapping[str, Tensor] = adapter_state_dict(model)
+    state: Mapping[str, Tensor] = adapter_values(model)
     if type(variant) is LoRAXS:
         if as_lora is False:
             raise ConfigError("PEFT has no LoRAXS. It is written as a LoRA; leave as_lora out.")
@@ -91,7 +91,7 @@ def _converted(
         )
     lora, _ = to_lora(model, adapter=adapter or adapter_names(model)[0])
     placed = placements(lora)
-    state = adapter_state_dict(lora)
+    state = adapter_values(lora)
     sites = sites_of(lora)
     for placement in placed:
         rank, site = len(state[placement.tensors["lora_A"]]), sites[placement.site]

@@ -53,8 +53,9 @@ class Lookup(SiteKind):
     def result(self, y: Tensor, x: Any) -> Tensor:
         return y if x.kept is None else x.kept[..., None] * y
 
-    def identity(self, d_in: int, dtype: torch.dtype, device: torch.device) -> SiteInput:
-        return SiteInput(self, torch.arange(d_in, device=device), dtype, "")
+    def identity(self, matrix: Tensor) -> SiteInput:
+        ids = torch.ones_like(matrix[0], dtype=torch.int64).cumsum(0) - 1
+        return SiteInput(self, ids, matrix.dtype, "")
 
     def cast(self, x: SiteInput, dtype: torch.dtype) -> SiteInput:
         """Return the same ids in another dtype; a one is exact in any."""

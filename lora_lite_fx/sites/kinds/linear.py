@@ -117,6 +117,6 @@ class SiteKind:
         output: Tensor = y
         return output
 
-    def identity(self, d_in: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """Return the input whose products with `M` are the columns of `M`, one for each of its `d_in` entries."""
-        return torch.eye(d_in, dtype=dtype, device=device)
+    def identity(self, matrix: Tensor) -> Any:
+        """Return the input whose products with `matrix (d_out, d_in)`, or another such, are the columns of that."""
+        return torch.diag_embed(torch.ones_like(matrix[0]))

@@ -85,7 +85,7 @@ def test_an_adapter_that_trains_otherwise_is_warned_of(name: str) -> None:
 
 
 def test_an_adapter_that_trains_alike_is_not_warned_of(tmp_path: Path) -> None:
-    peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(str(tmp_path))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*trains otherwise")
         llfx.load_peft(mlp(), tmp_path)

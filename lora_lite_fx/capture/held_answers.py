@@ -1,0 +1,78 @@
+"""Let a graph hold for the answers alone that its model got from the process when it was captured.
+
+A model may ask whether autocast is on. Its graph goes one way, and refuses calls in which the model would go another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.fx.node import has_side_effect
+
+from ..errors import COMPILE_INSTEAD, CallError
+from .questions import AUTOCAST, DETERMINISTIC, DTYPE, INFERENCE
+
+_ANSWERS: dict[str, Callable[[str], Any]] = {
+    AUTOCAST: lambda device: torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+    INFERENCE: lambda device: torch.is_inference_mode_enabled(),
+    DTYPE: lambda device: torch.get_default_dtype(),
+    DETERMINISTIC: lambda device: torch.are_deterministic_algorithms_enabled(),
+}
+"""What a model may ask, with the answer of now for a type of device."""
+
+
+class HeldAnswer(NamedTuple):
+    """The arguments of `require_answer` in a graph."""
+
+    kind: str
+    device: str
+    answer: Any
+    message: str
+
+
+def other_answer(kind: str, device: str) -> AbstractContextManager[Any] | None:
+    """Return a context in which this thread gets another answer; None if the whole process would."""
+    if kind == INFERENCE:
+        return torch.inference_mode(not torch.is_inference_mode_enabled())
+    if kind == AUTOCAST and torch.amp.is_autocast_available(device):
+        return torch.autocast(device, torch.bfloat16, enabled=not torch.is_autocast_enabled(device))
+    return None
+
+
+@has_side_effect
+def require_answer(kind: str, device: str, answer: Any, message: str) -> None:
+    """Raise an error if the process answers otherwise in this call.
+
+    Raises:
+        CallError: with `message`.
+    """
+    if _ANSWERS[kind](device) != answer:
+        raise CallError(message)
+
+
+def hold_answer(gm: fx.GraphModule, model: nn.Module, kind: str, device: str, line: str) -> None:
+    """Insert a node into `gm` that refuses calls in which the process answers otherwise than now."""
+    answer = _ANSWERS[kind](device)
+    message = (
+        f"{type(model).__name__} asks {kind} at {line}, and its graph holds for the answer of its capture alone: it is"
+        f" {answer} there, and another one in this call. The way out: capture the model in the state in which it is"
+        f" called, or {COMPILE_INSTEAD}."
+    )
+    inputs = gm.graph.find_nodes(op="placeholder", sort=True)
+    with gm.graph.inserting_before(inputs[-1].next if inputs else gm.graph.output_node()):
+        gm.graph.call_function(require_answer, (kind, device, answer, message))
+    gm.recompile()
+
+
+def held_answers(graph: fx.Graph) -> tuple[HeldAnswer, ...]:
+    """Return the answers that a graph holds for."""
+    return tuple(HeldAnswer(*node.args) for node in graph.find_nodes(op="call_function", target=require_answer))
+
+
+def other_than_held(held: Iterable[HeldAnswer]) -> str:
+    """Return why a call of now is refused by these answers; empty if it is not."""
+    return next((each.message for each in held if _ANSWERS[each.kind](each.device) != each.answer), "")

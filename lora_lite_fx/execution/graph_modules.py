@@ -1,0 +1,125 @@
+"""See the modules of a graph change: it reads their tensors by name, and does not run their code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from ..adapters.placement import adapter_tensor_names
+from ..compat.torch import buffers_of, children_of, parameters_of
+from ..errors import AdapterError
+from .layer import WRAPPED, GraphLayer
+
+_TENSORS_ALONE = (nn.Linear, nn.Embedding)
+"""Classes of which an equal module differs in nothing but its tensors."""
+
+
+def absent_tensors(model: nn.Module) -> tuple[str, ...]:
+    """Return the names under which the modules of a model have a place for a parameter or buffer, and none in it."""
+    return tuple(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, tensor in (*parameters_of(module).items(), *buffers_of(module).items())
+        if tensor is None
+    )
+
+
+class GraphModules:
+    """The modules of a graph as they are, after a check that the graph computes what they say.
+
+    Args:
+        gm: the graph.
+        absent: the names of `absent_tensors` of the model that it was captured from.
+        called: the names of the modules that its programs call.
+
+    Raises:
+        AdapterError: a tensor is set where the model had none; or a module is another one.
+
+    Warns:
+        UserWarning: `forward` of a module was replaced that programs do not call.
+    """
+
+    def __init__(self, gm: fx.GraphModule, absent: Collection[str], called: Collection[str]) -> None:
+        read = dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
+        runs = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}  # with their own code
+        modules = {name: module for name, module in gm.named_modules() if name not in runs}
+        _check_tensors(modules, {*absent}.difference(read, adapter_tensor_names(gm)))
+        _check_classes(modules, {name.rpartition(".")[0] for name in read}, _classes_in(gm.graph))
+        _warn_of_forwards(
+            [
+                name
+                for name, module in modules.items()
+                if isinstance(module, GraphLayer) and name not in called and "forward" in vars(module)
+            ]
+        )
+        self._all = [*gm.modules()]
+        self._types = [*map(type, self._all)]
+        self._children = [*map(children_of, self._all)]
+        self._had = [*map(dict, self._children)]
+        self._sized: list[dict[str, Any]] = [*map(vars, self._all)]
+        self._sized += [registry for each in self._all for registry in (parameters_of(each), buffers_of(each))]
+        self._sizes = [*map(len, self._sized)]
+
+    def are_as_they_were(self) -> bool:
+        """Return False if anything may have changed. Each call asks."""
+        return (
+            [*map(type, self._all)] == self._types
+            and self._children == self._had
+            and [*map(len, self._sized)] == self._sizes
+        )
+
+
+def _check_tensors(modules: Mapping[str, nn.Module], absent: Collection[str]) -> None:
+    for name in sorted(absent):
+        path, _, leaf = name.rpartition(".")
+        if path in modules and getattr(modules[path], leaf, None) is not None:
+            raise AdapterError(
+                f"{name!r} is set, and the model had none there when the graph was captured, so that the graph does not"
+                " read it. The way out: set it in the model, and capture the model again."
+            )
+
+
+def _check_classes(modules: Mapping[str, nn.Module], owners: Collection[str], kinds: Mapping[str, str]) -> None:
+    """Raise AdapterError if a module has code that the graph does not run.
+
+    Args:
+        modules: those of the graph by name.
+        owners: the names of those of which it reads tensors.
+        kinds: the names of the classes in the model, of the modules that were called there.
+    """
+    for path, module in modules.items():
+        kind = type(module)
+        runs_no_code = isinstance(module, GraphLayer) or kind.forward is nn.Module.forward
+        is_equal = kind in _TENSORS_ALONE and kinds.get(path) == _name_of(kind)
+        is_around = any(name in children_of(module) for name in WRAPPED)
+        if path and (path in owners or path in kinds) and not (runs_no_code or is_equal or is_around):
+            raise AdapterError(
+                f"{path!r} is a {kind.__name__} since the graph was captured. The graph reads the tensors of modules by"
+                " name, and does not run their code. The way out: replace the tensors alone; or replace the module in"
+                " the model, and capture that again."
+            )
+
+
+def _classes_in(graph: fx.Graph) -> dict[str, str]:
+    """Return the names of the classes of the modules that a graph was captured in, by qualified name."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
+    return {
+        path: kind if isinstance(kind, str) else _name_of(kind) for stack in stacks for path, kind in stack.values()
+    }
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _warn_of_forwards(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"forward was replaced on {names[0]!r}{f' and {len(names) - 1} other modules' if names[1:] else ''}, and"
+            " does not act, because the graph does not call that. It acts on layers and on the graph. The way out:"
+            " replace it on the model, and capture that again.",
+            stacklevel=2,
+        )

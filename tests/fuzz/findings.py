@@ -1,0 +1,198 @@
+"""What the fuzzer has found, each as its smallest trial. What is mended stays as a test.
+
+An entry is taken over from the script that the fuzzer prints. `is_open=True` is to go when the finding is mended: its
+test fails from then on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lora_lite_fx as llfx
+from tests.fuzz import operations as ops
+from tests.fuzz.campaign import Finding
+from tests.fuzz.modules import Net
+from tests.fuzz.trial_calls import Call, Calls, Step
+from tests.fuzz.trial_defaults import Defaults
+from tests.fuzz.trial_models import Called, Models
+from tests.fuzz.trial_peft import Folder
+from tests.fuzz.trial_rows import Rows
+from tests.fuzz.trial_stacks import Stack
+from tests.fuzz.verdict import Trial, Verdict
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finding.
+
+    Args:
+        name: says what is wrong.
+        kind: of the trial.
+        trial: the smallest that shows it.
+        outcome: "WRONG" or "RAW".
+        aspect: which result is wrong, or the class of the error.
+        is_open: whether it is not mended yet.
+    """
+
+    name: str
+    kind: str
+    trial: Trial
+    aspect: str = "output"
+    outcome: str = "WRONG"
+    is_open: bool = False
+
+
+FROZEN_NORM, FROZEN_DROPOUT = ops.Mode("b0.norm", False), ops.Mode("b0.drop", False)
+NORM, DROPOUT, ACTIVATION = Net(("BatchNorm",)), Net(("Dropout",)), Net(("MLP",))
+
+
+def _folder(method: str, *targets: str, **fields: Any) -> Folder:
+    return Folder(method, tuple(fields.items()), targets or ("fc1", "fc2"))
+
+
+FINDINGS: tuple[Found, ...] = (
+    # Modes of parts.
+    Found("a norm's own eval() after rewrite", "calls", Calls(NORM, after=(FROZEN_NORM,), training=True), is_open=True),
+    Found(
+        "a norm's own eval() before rewrite",
+        "calls",
+        Calls(NORM, before=(FROZEN_NORM,), training=True),
+        is_open=True,
+    ),
+    Found(
+        "a dropout's own eval() in an adapted model",
+        "calls",
+        Calls(DROPOUT, "adapt", after=(FROZEN_DROPOUT,), training=True),
+        is_open=True,
+    ),
+    # Buffers that training changes.
+    Found(
+        "statistics of a norm are lost by save",
+        "calls",
+        Calls(NORM, after=(Step("reload"), ops.Mode("", False)), training=True),
+        is_open=True,
+    ),
+    Found(
+        "remove has other statistics than the base",
+        "calls",
+        Calls(NORM, after=(Step("remove"),), training=True),
+        "removed",
+        is_open=True,
+    ),
+    # What else a model is.
+    Found(
+        "a bias set where there was none",
+        "calls",
+        Calls(Net(("Biasless",)), "adapt", after=(ops.Bias("b0.fc"),)),
+        is_open=True,
+    ),
+    Found(
+        "a buffer set where there was none",
+        "calls",
+        Calls(Net(("Buffers",)), "adapt", after=(ops.Buffer("b0", "none"),)),
+        is_open=True,
+    ),
+    Found(
+        "another class of a module",
+        "calls",
+        Calls(ACTIVATION, "adapt", after=(ops.Exchange("b0.act", "class"),)),
+        is_open=True,
+    ),
+    Found("forward replaced on a graph's module", "calls", Calls(Net(), after=(ops.Forward("b0"),)), is_open=True),
+    Found(
+        "a pre-hook in an adapted model has a gradient without it",
+        "calls",
+        Calls(ACTIVATION, "adapt", before=(ops.Hook("b0.act", "pre"),)),
+        "gradient",
+        is_open=True,
+    ),
+    Found(
+        "a bias taken away beside Full",
+        "calls",
+        Calls(Net(), variant="Full", after=(ops.Bias("b0.fc"),)),
+        "RuntimeError",
+        "RAW",
+        is_open=True,
+    ),
+    # What a process says, and symbolic capture.
+    Found("autocast regions, traced", "calls", Calls(Net(("Autocast",), True), "traced"), is_open=True),
+    Found("no_grad regions, traced", "calls", Calls(Net(("NoGrad",)), "traced"), "gradient", is_open=True),
+    Found(
+        "is_grad_enabled asked, traced",
+        "calls",
+        Calls(Net(("AsksGrad",)), "traced", after=(Call("no_grad"),)),
+        is_open=True,
+    ),
+    Found(
+        "is_autocast_enabled asked",
+        "calls",
+        Calls(Net(("AsksAutocast",), True), after=(Call("autocast"),)),
+        is_open=True,
+    ),
+    Found("Python state, traced", "calls", Calls(Net(("Counts",)), "traced", after=(Call("grad"),)), is_open=True),
+    # Rows.
+    *(Found(f"rows: {name}", "rows", Rows((name,)), "output of rows", is_open=True) for name in ("flip", "roll")),
+    # Stacks and PEFT.
+    Found(
+        "HiRA and an unfrozen weight in wrap",
+        "stacks",
+        Stack((llfx.HiRA(r=2, target_names="."),), unfrozen=True),
+        "gradient of wrap",
+        is_open=True,
+    ),
+    Found(
+        "DoRA around a trained bias",
+        "stacks",
+        Stack((llfx.Full(weight=False, target_names="."), llfx.DoRA(r=2, target_names="."))),
+        "output of a stack",
+        is_open=True,
+    ),
+    Found(
+        "DoRA around LoRA",
+        "stacks",
+        Stack((llfx.LoRA(r=2, target_names="."), llfx.DoRA(r=2, target_names="."))),
+        "output of a stack",
+        is_open=True,
+    ),
+    Found("PEFT's BOFT with a bias", "peft", _folder("BOFT", boft_block_size=4, bias="all"), is_open=True),
+    Found("PEFT's GLoRA with a bias", "peft", _folder("GLoRA", r=4, bias="all"), is_open=True),
+    Found("PEFT's DoRA with a bias", "peft", _folder("LoRA", r=4, use_dora=True, bias="all"), is_open=True),
+    Found(
+        "PEFT's LoHa with effective convolutions",
+        "peft",
+        _folder("LoHa", "conv", r=4, alpha=6, use_effective_conv2d=True),
+        "file after a step",
+        is_open=True,
+    ),
+    Found(
+        "PEFT's LoRA in MultiheadAttention",
+        "peft",
+        _folder("LoRA", "attention", r=4, lora_alpha=6),
+        "file after a step",
+        is_open=True,
+    ),
+    # Models of transformers, and defaults.
+    Found(
+        "problem_type is not what the model would have made it",
+        "models",
+        Models("BertForSequenceClassification", (Called("labels"),)),
+        "config",
+        is_open=True,
+    ),
+    Found("experts are left out", "defaults", Defaults("Qwen3Moe"), "left out in silence", is_open=True),
+    Found(
+        "a new classifier is left out",
+        "defaults",
+        Defaults("a new classifier of Llama"),
+        "untrained weights left out in silence",
+        is_open=True,
+    ),
+)
+"""The findings."""
+
+
+def known_findings() -> list[Finding]:
+    """Return those that are open, for a campaign, which attributes trials to them."""
+    open_ones = [each for each in FINDINGS if each.is_open]
+    return [Finding(each.kind, each.trial, Verdict(each.outcome, each.aspect)) for each in open_ones]

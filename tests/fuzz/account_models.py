@@ -24,15 +24,19 @@ LORA = FORMULAS["LoRA"][0]
 def _default_dtype(dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
 def _deterministic() -> Any:
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

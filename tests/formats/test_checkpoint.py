@@ -332,7 +332,7 @@ class Wider(Net):
 
 
 def test_sites_that_the_model_lacks_are_named(tmp_path: Path) -> None:
-    refuses(Without(), saved(tmp_path), "1 sites that the model does not have (fc2", "the model has fc1")
+    refuses(Without(), saved(tmp_path), "1 site that the model does not have (fc2", "the model has fc1")
 
 
 def test_sites_of_another_size_are_refused(tmp_path: Path) -> None:

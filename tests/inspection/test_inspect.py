@@ -442,5 +442,5 @@ def test_a_file_that_runs_code_is_opened_only_if_it_is_trusted(
     assert "--trust" in err
     assert main(["inspect", str(path), "--trust"]) == 0
     out, err = capsys.readouterr()
-    assert "1 sites" in out
+    assert "1 site;" in out
     assert f"warning: --trust runs code that {path} may hold" in err

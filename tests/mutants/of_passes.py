@@ -235,7 +235,7 @@ MUTANTS = (
     # LeaveOutDropout
     _mutant(
         "leave_out_dropout",
-        'isinstance(mode, fx.Node) and mode.op == "get_attr"',
+        "is_flag(mode)",
         "mode is not False",
         "a dropout that drops in evaluation too is left out",
         "test_leave_out_dropout.py",

@@ -236,7 +236,7 @@ class Unregistered(Gate):
 # Each fault, the property that it breaks, and words of the message. A fault that insertion refuses already shows there.
 FAULTS: list[tuple[type[Gate], str, str]] = [
     (StartsElsewhere, "start", r"output: off by \d\.\d+e-02 of the largest value at \(3, 4, 20\), allowed 1e-05"),
-    (PythonRandom, "seed", r"blocks\.0\.gate\.lora_g \(12,\) starts from other values; draw random numbers with torch"),
+    (PythonRandom, "seed", r"blocks\.0\.down\.lora_g \(8,\) starts from other values; draw random numbers with torch"),
     (WritesToInput, "inserted", r"WritesToInput\.forward at 'blocks\.0\.gate' .* writes to x in place \(mul_\)"),
     (WritesToItsTensor, "inserted", r"writes to p\.lora_n in place \(add_\)"),
     (MixesPositions, "positions", r"at blocks\.0\.gate, 8 to 12: positions together and one by one: off by"),

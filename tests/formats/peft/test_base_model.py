@@ -137,7 +137,7 @@ class Net(nn.Module):
 
 def test_another_base_is_a_warning_as_in_load(tmp_path: Path) -> None:
     llfx.save_peft(llfx.rewrite(Net(), llfx.LoRA(r=2, target_names="fc")), tmp_path)
-    with pytest.warns(UserWarning, match="made for other weights than the model's, at 1 of 1 sites") as caught:
+    with pytest.warns(UserWarning, match="made for other weights than the model's, at 1 of 1 site") as caught:
         llfx.load_peft(Net(1), tmp_path)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():

@@ -70,7 +70,6 @@ def tensors() -> list[Row]:
 def modes() -> list[Row]:
     """Return the rows of training and evaluation mode."""
     norm, drop = "b0.norm", "b1.drop"
-    no_dropout = cells(NO_MODULE, traced=FOLLOWED)
     frozen: Any = {"subject": MODES, "training": True}
     return [
         Row("mode", "train() of the model", EVERYWHERE, MODES, ops.Mode("", True).of),
@@ -79,7 +78,7 @@ def modes() -> list[Row]:
         Row("mode", "eval() of a dropout, before capture", EVERYWHERE, before=ops.Mode(drop, False).of, **frozen),
         Row("mode", "train() of a norm, before capture", EVERYWHERE, MODES, before=ops.Mode(norm, True).of),
         Row("mode", "eval() of a norm, after capture", EVERYWHERE, change=ops.Mode(norm, False).of, **frozen),
-        Row("mode", "eval() of a dropout, after capture", no_dropout, change=ops.Mode(drop, False).of, **frozen),
+        Row("mode", "eval() of a dropout, after capture", EVERYWHERE, change=ops.Mode(drop, False).of, **frozen),
         Row("mode", "train() of a norm, after capture", EVERYWHERE, MODES, ops.Mode(norm, True).of),
     ]
 
@@ -145,8 +144,7 @@ def calls() -> list[Row]:
 def process() -> list[Row]:
     """Return the rows of what a process says."""
     asked = cells(f"refused: {ANSWER}", adapt=f"refused: {ANSWER}", wrap="refused: `wrap` captures the model")
-    asked_of_autocast = cells(f"refused: {ANSWER}")
-    held = cells(f"ignored: {ANSWER}", adapt=f"ignored: {ANSWER}")
+    held = cells(f"refused: {ANSWER}")
     line = "refused: the error names the line"
     counted = cells(line, adapt=line, wrap=line)
     return [
@@ -160,7 +158,7 @@ def process() -> list[Row]:
         Row(
             "process",
             "is_autocast_enabled(), asked",
-            asked_of_autocast,
+            held,
             Subject(("AsksAutocast", "MLP"), True),
             ask=Ask("autocast"),
         ),

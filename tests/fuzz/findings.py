@@ -53,53 +53,46 @@ def _folder(method: str, *targets: str, **fields: Any) -> Folder:
 
 FINDINGS: tuple[Found, ...] = (
     # Modes of parts.
-    Found("a norm's own eval() after rewrite", "calls", Calls(NORM, after=(FROZEN_NORM,), training=True), is_open=True),
+    Found("a norm's own eval() after rewrite", "calls", Calls(NORM, after=(FROZEN_NORM,), training=True)),
     Found(
         "a norm's own eval() before rewrite",
         "calls",
         Calls(NORM, before=(FROZEN_NORM,), training=True),
-        is_open=True,
     ),
     Found(
         "a dropout's own eval() in an adapted model",
         "calls",
         Calls(DROPOUT, "adapt", after=(FROZEN_DROPOUT,), training=True),
-        is_open=True,
     ),
     # Buffers that training changes.
     Found(
         "statistics of a norm are lost by save",
         "calls",
         Calls(NORM, after=(Step("reload"), ops.Mode("", False)), training=True),
-        is_open=True,
     ),
     Found(
         "remove has other statistics than the base",
         "calls",
         Calls(NORM, after=(Step("remove"),), training=True),
         "removed",
-        is_open=True,
     ),
     # What else a model is.
     Found(
         "a bias set where there was none",
         "calls",
         Calls(Net(("Biasless",)), "adapt", after=(ops.Bias("b0.fc"),)),
-        is_open=True,
     ),
     Found(
         "a buffer set where there was none",
         "calls",
         Calls(Net(("Buffers",)), "adapt", after=(ops.Buffer("b0", "none"),)),
-        is_open=True,
     ),
     Found(
         "another class of a module",
         "calls",
         Calls(ACTIVATION, "adapt", after=(ops.Exchange("b0.act", "class"),)),
-        is_open=True,
     ),
-    Found("forward replaced on a graph's module", "calls", Calls(Net(), after=(ops.Forward("b0"),)), is_open=True),
+    Found("forward replaced on a graph's module", "calls", Calls(Net(), after=(ops.Forward("b0"),))),
     Found(
         "a pre-hook in an adapted model has a gradient without it",
         "calls",
@@ -116,61 +109,54 @@ FINDINGS: tuple[Found, ...] = (
         is_open=True,
     ),
     # What a process says, and symbolic capture.
-    Found("autocast regions, traced", "calls", Calls(Net(("Autocast",), True), "traced"), is_open=True),
-    Found("no_grad regions, traced", "calls", Calls(Net(("NoGrad",)), "traced"), "gradient", is_open=True),
+    Found("autocast regions, traced", "calls", Calls(Net(("Autocast",), True), "traced")),
+    Found("no_grad regions, traced", "calls", Calls(Net(("NoGrad",)), "traced"), "gradient"),
     Found(
         "is_grad_enabled asked, traced",
         "calls",
         Calls(Net(("AsksGrad",)), "traced", after=(Call("no_grad"),)),
-        is_open=True,
     ),
     Found(
         "is_autocast_enabled asked",
         "calls",
         Calls(Net(("AsksAutocast",), True), after=(Call("autocast"),)),
-        is_open=True,
     ),
-    Found("Python state, traced", "calls", Calls(Net(("Counts",)), "traced", after=(Call("grad"),)), is_open=True),
+    Found("Python state, traced", "calls", Calls(Net(("Counts",)), "traced", after=(Call("grad"),))),
     # Rows.
-    *(Found(f"rows: {name}", "rows", Rows((name,)), "output of rows", is_open=True) for name in ("flip", "roll")),
+    *(Found(f"rows: {name}", "rows", Rows((name,)), "output of rows") for name in ("flip", "roll")),
     # Stacks and PEFT.
     Found(
         "HiRA and an unfrozen weight in wrap",
         "stacks",
         Stack((llfx.HiRA(r=2, target_names="."),), unfrozen=True),
         "gradient of wrap",
-        is_open=True,
     ),
     Found(
         "DoRA around a trained bias",
         "stacks",
         Stack((llfx.Full(weight=False, target_names="."), llfx.DoRA(r=2, target_names="."))),
         "output of a stack",
-        is_open=True,
     ),
     Found(
         "DoRA around LoRA",
         "stacks",
         Stack((llfx.LoRA(r=2, target_names="."), llfx.DoRA(r=2, target_names="."))),
         "output of a stack",
-        is_open=True,
     ),
-    Found("PEFT's BOFT with a bias", "peft", _folder("BOFT", boft_block_size=4, bias="all"), is_open=True),
-    Found("PEFT's GLoRA with a bias", "peft", _folder("GLoRA", r=4, bias="all"), is_open=True),
-    Found("PEFT's DoRA with a bias", "peft", _folder("LoRA", r=4, use_dora=True, bias="all"), is_open=True),
+    Found("PEFT's BOFT with a bias", "peft", _folder("BOFT", boft_block_size=4, bias="all")),
+    Found("PEFT's GLoRA with a bias", "peft", _folder("GLoRA", r=4, bias="all")),
+    Found("PEFT's DoRA with a bias", "peft", _folder("LoRA", r=4, use_dora=True, bias="all")),
     Found(
         "PEFT's LoHa with effective convolutions",
         "peft",
         _folder("LoHa", "conv", r=4, alpha=6, use_effective_conv2d=True),
         "file after a step",
-        is_open=True,
     ),
     Found(
         "PEFT's LoRA in MultiheadAttention",
         "peft",
         _folder("LoRA", "attention", r=4, lora_alpha=6),
         "file after a step",
-        is_open=True,
     ),
     # Models of transformers, and defaults.
     Found(
@@ -178,15 +164,13 @@ FINDINGS: tuple[Found, ...] = (
         "models",
         Models("BertForSequenceClassification", (Called("labels"),)),
         "config",
-        is_open=True,
     ),
-    Found("experts are left out", "defaults", Defaults("Qwen3Moe"), "left out in silence", is_open=True),
+    Found("experts are left out", "defaults", Defaults("Qwen3Moe"), "left out in silence"),
     Found(
         "a new classifier is left out",
         "defaults",
         Defaults("a new classifier of Llama"),
         "untrained weights left out in silence",
-        is_open=True,
     ),
 )
 """The findings."""

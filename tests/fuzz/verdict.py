@@ -103,8 +103,8 @@ def judge(trial: Trial) -> Verdict:
 
 
 def is_ours(heard: Any) -> bool:
-    """Return whether a warning is this library's and says that something does not act. These name a way out."""
-    says = any(words in str(heard.message) for words in ("The way out", "does not act"))
+    """Return whether a warning is this library's and says that something does not act, or acts otherwise."""
+    says = any(words in str(heard.message) for words in ("The way out", "does not act", "trains otherwise"))
     return issubclass(heard.category, UserWarning) and says
 
 

@@ -519,6 +519,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         checked = self.execution.passes.check is not None  # a check calls it
         training, chosen = modes
         derived = (fx.GraphModule if checked else Draft)(self, copy_graph(self.flat_graph))
+        derived.meta["called"] = hooked
         keep_mode(derived.graph, chosen)
         if left_out:
             assert self.execution.signature is not None
@@ -530,7 +531,6 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
             read_ids(derived, ids)
         reports: list[PassReport] = []
         if self.execution.fuse_loss and training:
-            derived.meta["called"] = hooked
             fusing = replace(self.execution.passes.of(program, "fuse_loss"), check=None)  # it leaves out a result
             reports += fusing.run(derived, program)
         passes = self._passes_for(program, left_out)

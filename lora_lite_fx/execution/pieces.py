@@ -6,13 +6,16 @@ A layer, as in the field `layers` of a config, is all modules with the same qual
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from itertools import accumulate
 
 from torch import fx
 
 from ..compat.torch import OpOverload
 from ..errors import CaptureError
-from ..graph.layers import layer_of, module_call_of
+from ..graph.layers import place_of
 from ..graph.writes import overwritten_tensors
 
 A_LAYER = (
@@ -40,9 +43,7 @@ def pieces_of(gm: fx.GraphModule, graph: fx.Graph, also: Collection[str] = ()) -
         The qualified name of the layer, and its nodes in graph order, for each piece. A layer that runs twice has two.
     """
 
-    def place(node: fx.Node) -> str | None:
-        return layer_of(node) or (module_call_of(node, also) if also else None)
-
+    place = partial(place_of, called=also)
     overwritten = overwritten_tensors(gm, graph)
     outside: set[fx.Node] = set()
     while True:
@@ -57,6 +58,28 @@ def pieces_of(gm: fx.GraphModule, graph: fx.Graph, also: Collection[str] = ()) -
         if not torn:
             return [(str(place(piece[0])).rpartition("@")[0], piece) for piece in pieces]
         outside |= torn
+
+
+def whole_of(gm: fx.GraphModule, also: Collection[str] = ()) -> frozenset[str]:
+    """Return the names of the modules that programs of `gm` call with all that the module computes.
+
+    Hooks on others do not act as on the model. They may still have a piece: beside what overwrites tensors, as a
+    batch norm its statistics, or beside layers inside.
+
+    Args:
+        gm: the graph.
+        also: as for `pieces_of`.
+    """
+    pieces = pieces_of(gm, gm.graph, also)
+    counts = Counter(path for path, _ in pieces)
+    sizes = Counter(name for node in gm.graph.nodes if node.op.startswith("call_") for name in _modules_around(node))
+    return frozenset(path for path, members in pieces if counts[path] == 1 and len(members) == sizes[path])
+
+
+def _modules_around(node: fx.Node) -> set[str]:
+    """Return the qualified names of the modules that `node` was captured in."""
+    paths = (path.split(".") for path, *_ in (node.meta.get("nn_module_stack") or {}).values())
+    return {name for path in paths for name in accumulate(path, "{}.{}".format)}
 
 
 def _pieces(graph: fx.Graph, outside: set[fx.Node], place: Callable[[fx.Node], str | None]) -> Iterator[list[fx.Node]]:

@@ -15,7 +15,7 @@ from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 from ..errors import AdapterError, is_instance_of
 from .graph_modules import GraphModules
 from .layer import GraphLayer
-from .pieces import pieces_of
+from .pieces import pieces_of, whole_of
 from .reading import Reader, reader_of
 
 
@@ -47,17 +47,15 @@ class Watch:
         Raises:
             AdapterError: as `GraphModules`.
         """
-        called = [path for path, _ in pieces_of(gm, gm.graph)]
-        modules = {name: module for name, module in host.named_modules() if name and called.count(name) != 1}
+        called = whole_of(gm)
+        modules = {name: module for name, module in host.named_modules() if name and name not in called}
         hooks = [hooks_of(module, kind) for module in modules.values() for kind in (*FORWARD_HOOKS, *BACKWARD_HOOKS)]
         names = defaultdict(list)
         for name, parameter in host.named_parameters(remove_duplicate=False):
             names[id(parameter)].append(name)
         ties = [group for group in names.values() if len(group) > 1]
         # A host that is not the graph looks itself at its modules, which have code.
-        of_graph = (
-            GraphModules(gm, absent, [name for name in called if called.count(name) == 1]) if host is gm else None
-        )
+        of_graph = GraphModules(gm, absent, called) if host is gm else None
         return cls(gm, modules, hooks, ties, reader_of(host, [name for group in ties for name in group]), of_graph)
 
     def holds(self) -> bool:
@@ -75,9 +73,9 @@ class Watch:
         if isinstance(module, GraphLayer):  # what computes a weight was put on it after the capture, which traces such
             hooks += weight_hooks_on(module)
         if hooks and name not in self._acting:
-            pieces = [path for path, _ in pieces_of(self.gm, self.gm.graph, (name,))]
-            calls, is_sharded = pieces.count(name), is_instance_of(module, "torch", "FSDPModule")
-            if is_sharded and not calls:
+            is_called = name in (path for path, _ in pieces_of(self.gm, self.gm.graph, (name,)))
+            is_sharded = is_instance_of(module, "torch", "FSDPModule")
+            if is_sharded and not is_called:
                 way_out = "call it on whole layers and on the model, as llfx.shard(model) does"
                 if "_checkpoint_wrapped_module" in name:  # as accelerate's activation_checkpointing wraps layers
                     way_out = "model.gradient_checkpointing_enable() in place of wrappers, as graphs run layers"
@@ -85,7 +83,8 @@ class Watch:
                     f"fully_shard was called on {name!r}, which the graph does not run as a module of its own, so that"
                     f" its parameters would not be gathered. The way out: {way_out}."
                 )
-            self._acting[name] = calls == 1 or is_sharded  # to gather twice is as good as once
+            # To gather twice is as good as once.
+            self._acting[name] = is_sharded or name in whole_of(self.gm, (name,))
             if not self._acting[name]:
                 warnings.warn(
                     f"A hook on {name!r} does not act: {', '.join(map(hook_name, hooks))}. The graph does not run that"

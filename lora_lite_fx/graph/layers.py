@@ -26,6 +26,16 @@ def is_layer(name: str) -> bool:
     return match is not None and match[0] == name
 
 
+def place_of(node: fx.Node, called: Container[str] = ()) -> str | None:
+    """Return the module that is called to run `node`, with the number of its call; None if none is.
+
+    Args:
+        node: the node.
+        called: the qualified names of modules that are called, besides layers.
+    """
+    return layer_of(node) or (module_call_of(node, called) if called else None)
+
+
 def module_call_of(node: fx.Node, names: Container[str]) -> str | None:
     """Return the outermost module among `names` that `node` was captured in, with the number of its call; or None."""
     if node.op.startswith("call_"):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from ...graph.layers import place_of
 from ...graph.parameter_work import parameter_work
 from ...graph.provenance import is_inserted
 from ...graph.queries import is_narrow, is_product, operation_name, reads_tensor, value_of
@@ -94,9 +95,10 @@ class RecomputeInputs(GraphPass):
     An input that an adapter drops elements of is saved before that, as one tensor for q, k and v, or not at all; of the
     mask a bit is saved for each element (`DroppedProduct`), also where `A` is frozen.
 
-    Safe because the same operations compute `x` again from the same tensors, to the same bits. Other random operations,
-    and expensive ones, are not repeated. A graph that overwrites anything but its own buffers is left alone, because it
-    might overwrite the saved values too.
+    Safe because the same operations compute `x` again from the same tensors, to the same bits. All of them stand in the
+    module that runs the adapter, because a hook on another module would act once and not the second time. Other random
+    operations, and expensive ones, are not repeated. A graph that overwrites anything but its own buffers is left
+    alone, because it might overwrite the saved values too.
     """
 
     programs: ClassVar[frozenset[Program]] = frozenset({"training"})
@@ -119,7 +121,7 @@ class RecomputeInputs(GraphPass):
             x, a, *sites = node.args
             if a not in needing:
                 continue
-            sources = "the graph overwrites tensors" if overwritten else _sources(gm, x, saved | once)
+            sources = "the graph overwrites tensors" if overwritten else _sources(gm, node, saved | once)
             if isinstance(sources, str):
                 if not is_narrow(x):
                     declined.append(Declined.at(_results(node), sources))
@@ -152,7 +154,7 @@ def _gather_dropout(gm: fx.GraphModule, product: fx.Node, dropout: fx.Node, save
     """Let a product and the dropout before it be one operation."""
     x: Any = dropout.args[0]
     probability, training = dropout.args[1:]
-    sources = _sources(gm, x, saved)
+    sources = _sources(gm, dropout, saved)
     recipe = None if isinstance(sources, str) else function_between(sources, [x])
     assert isinstance(probability, float)
     with gm.graph.inserting_before(product):
@@ -208,8 +210,13 @@ def _is_between_narrow(gm: fx.GraphModule, node: Any) -> bool:
     return value is not None and max(value.shape) <= _NARROW
 
 
-def _sources(gm: fx.GraphModule, x: Any, saved: set[fx.Node]) -> list[fx.Node] | str:
-    """Return saved values, tensors of the module, and sizes, from which `x` follows cheaply; or why there are none."""
+def _sources(gm: fx.GraphModule, user: fx.Node, saved: set[fx.Node]) -> list[fx.Node] | str:
+    """Return saved values, tensors of the module, and sizes, from which the input of `user` follows cheaply.
+
+    Returns:
+        Them, or why there are none.
+    """
+    x, called = user.args[0], gm.meta.get("called", ())
     if not isinstance(x, fx.Node) or x in saved:
         return "the input is saved anyway"
 
@@ -225,6 +232,8 @@ def _sources(gm: fx.GraphModule, x: Any, saved: set[fx.Node]) -> list[fx.Node] |
         repeated += 1
         if node.target not in _CHEAP and not _is_between_narrow(gm, node):
             return f"the input depends on {operation_name(node)}, which is neither saved nor repeated"
+        if place_of(node, called) != place_of(user, called):
+            return "the input comes from another module that is called, of which hooks may change it"
         if repeated > _LONGEST:
             return f"the input follows from saved values only in more than {_LONGEST} operations"
     return sources

@@ -156,6 +156,61 @@ def test_a_hook_that_cannot_act_is_warned_of_once(front_end: str) -> None:
         assert torch.equal(logits(model), before)
 
 
+class Inner(nn.Module):
+    """A module outside of layers, whose last computation alone is outside of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.tanh()
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = Inner(), nn.BatchNorm1d(6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.norm(self.inner(x)))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(Around, "norm"), (Around, "inner"), (lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6)), "0")],
+    ids=["norm", "around layers", "norm as layer"],
+)
+def test_a_hook_on_a_module_that_runs_in_parts_is_warned_of(model: Any, name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6)
+    gm = llfx.rewrite(model().eval(), llfx.LoRA(r=2, target_names=(".",)), (x,))
+    before = gm(x)
+    gm.get_submodule(name).register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.warns(UserWarning, match=f"A hook on '{name}' does not act"):
+        assert torch.equal(gm(x), before)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_an_input_is_not_recomputed_without_the_hook_that_changed_it(dropout: float) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 6)), torch.randn(3, 6)
+    cfg = llfx.LoRA(r=2, target_names=(".",), target_kinds="linear", dropout=dropout)
+    gm, wrapper = llfx.rewrite(base, cfg, (x,)).train(), llfx.wrap(base, cfg, (x,)).train()
+    randomise(gm, 1)
+    llfx.load_adapter_state_dict(wrapper, llfx.adapter_state_dict(gm))
+    gradients = []
+    for each in (gm, wrapper):
+        each.get_submodule("2").register_forward_hook(lambda module, args, output: output * 1.5)
+        torch.manual_seed(3)
+        gradients.append(torch.autograd.grad(each(x).square().sum(), llfx.adapter_parameters(each)))
+    for ours, expected in zip(*gradients, strict=True):
+        close(ours, expected, 1e-5, "gradient")
+
+
 def test_a_hook_that_computes_a_weight_of_a_graph_is_warned_of() -> None:
     model, _ = made("rewrite", llfx.LoRA(r=2))
     with warnings.catch_warnings():

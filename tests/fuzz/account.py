@@ -96,7 +96,7 @@ def _double(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
 
 
 def backward_hook(model: Any) -> None:
-    ops.part_of(model, "b0.down").register_full_backward_hook(_double)
+    ops.place_of(model, "b0.down").register_full_backward_hook(_double)
 
 
 def mask(model: Any) -> None:

@@ -98,7 +98,6 @@ FINDINGS: tuple[Found, ...] = (
         "calls",
         Calls(ACTIVATION, "adapt", before=(ops.Hook("b0.act", "pre"),)),
         "gradient",
-        is_open=True,
     ),
     Found(
         "a bias taken away beside Full",

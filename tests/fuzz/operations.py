@@ -14,16 +14,25 @@ from tests.fuzz.blocks import WIDTH
 from tests.fuzz.verdict import Void
 
 
-def part_of(model: nn.Module, name: str) -> Any:
-    """Return a part of a model by its name in the plain model.
+def place_of(model: nn.Module, name: str) -> Any:
+    """Return what stands in a model at a name: in the result of `wrap` the wrapper, which has all that is computed.
 
     Raises:
         Void: the model has no such part, as a graph has none of what has no tensors.
     """
     try:
-        module = model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError as error:
         raise Void(f"there is no {name}") from error
+
+
+def part_of(model: nn.Module, name: str) -> Any:
+    """Return a part of a model by its name in the plain model: in the result of `wrap` that which has the tensors.
+
+    Raises:
+        Void: as `place_of`.
+    """
+    module = place_of(model, name)
     return module.base if isinstance(module, AdaptedLinear) else module
 
 
@@ -242,7 +251,7 @@ class Hook(Change):
     kind: str = "forward"
 
     def of(self, model: nn.Module) -> None:
-        part = part_of(model, self.part)
+        part = place_of(model, self.part)
         if self.kind == "forward":
             part.register_forward_hook(_add_one)
         else:

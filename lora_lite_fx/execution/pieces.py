@@ -61,7 +61,7 @@ def pieces_of(gm: fx.GraphModule, graph: fx.Graph, also: Collection[str] = ()) -
 
 
 def whole_of(gm: fx.GraphModule, also: Collection[str] = ()) -> frozenset[str]:
-    """Return the names of the modules that programs of `gm` call with all that the module computes.
+    """Return the names of the modules that programs of `gm` call once, with all that the module computes.
 
     Hooks on others do not act as on the model. They may still have a piece: beside what overwrites tensors, as a
     batch norm its statistics, or beside layers inside.
@@ -70,10 +70,8 @@ def whole_of(gm: fx.GraphModule, also: Collection[str] = ()) -> frozenset[str]:
         gm: the graph.
         also: as for `pieces_of`.
     """
-    pieces = pieces_of(gm, gm.graph, also)
-    counts = Counter(path for path, _ in pieces)
     sizes = Counter(name for node in gm.graph.nodes if node.op.startswith("call_") for name in _modules_around(node))
-    return frozenset(path for path, members in pieces if counts[path] == 1 and len(members) == sizes[path])
+    return frozenset(path for path, members in pieces_of(gm, gm.graph, also) if len(members) == sizes[path])
 
 
 def _modules_around(node: fx.Node) -> set[str]:

@@ -8,7 +8,6 @@ def _cells(group: str, name: str, paths: tuple[str, ...], reason: str) -> dict[t
 
 
 OF_ACCOUNT: dict[tuple[str, str, str], str] = {
-    **_cells("modules", "another class, of an adapted module", ("backend",), "it changes nothing"),
     **_cells("hooks", "a forward pre-hook, before capture", ("adapt",), "a gradient is that without the hook"),
 }
 """Cells of the account, by group, name and path, that do otherwise today, and how."""

@@ -107,6 +107,12 @@ FINDINGS: tuple[Found, ...] = (
         "RuntimeError",
         "RAW",
     ),
+    Found(
+        "a bias taken away beside Full, in an adapted model",
+        "calls",
+        Calls(Net(), "adapt", "Full", after=(ops.Bias("b0.fc"),)),
+        is_open=True,
+    ),
     Found("a bias taken away beside Full, in wrap", "calls", Calls(Net(), "wrap", "Full", after=(ops.Bias("b0.fc"),))),
     Found("forward replaced on the model, traced", "calls", Calls(Net(), "traced", before=(ops.Forward(),))),
     # What a process says, and symbolic capture.

@@ -14,13 +14,14 @@ from ..graph.copies import share_signatures
 from ..graph.tensors import tensor_of
 from ..storage.compressed_tensors import put_decompression_aside
 from ..storage.dequantized import share_dequantized
+from .rebound import rebind_functions
 
 
 def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
     """Return a copy of `model` whose frozen parameters and buffers are new objects over the same storage.
 
     In the place of each quantized linear the copy has a `DequantizedLinear` over its tensors, whose weight is a value
-    that every capture can follow.
+    that every capture can follow. Functions that were put on modules, as a `forward`, call the modules of the copy.
 
     Args:
         model: left as it is; ties between its tensors are kept in the copy.
@@ -47,5 +48,6 @@ def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
             f"{type(model).__name__} cannot be copied with its weights shared, {error}."
             " Remove attributes that cannot be copied (locks, open files, generators) before rewriting."
         ) from error
+    rebind_functions(copied, memo)
     put_decompression_aside(copied)
     return copied

@@ -115,6 +115,12 @@ def symbolic_trace(model: nn.Module, values: Mapping[str, Any] = MappingProxyTyp
     Raises:
         CaptureError: the model cannot be traced.
     """
+    if "forward" in vars(model):  # torch.fx traces that of the class
+        raise CaptureError(
+            f"forward of this {type(model).__name__} was replaced on the instance, and symbolic tracing (no"
+            " example_inputs were given) follows that of its class. The way out: pass example_inputs, so that"
+            " torch.export captures the replaced one; or subclass the model."
+        )
     with torch.enable_grad():
         gm = recorded(model, values)
     try:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import repeat
+from operator import is_
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch.nn import functional
 
 from ..adapters.placement import adapter_tensor_names
-from ..compat.torch import buffers_of, children_of, parameters_of
+from ..compat.torch import OpOverload, buffers_of, children_of, parameters_of, schema_of
 from ..errors import AdapterError
 from .layer import WRAPPED, GraphLayer
 
@@ -36,7 +40,8 @@ class GraphModules:
         called: the names of the modules that its programs call.
 
     Raises:
-        AdapterError: a tensor is set where the model had none; or a module is another one.
+        AdapterError: a tensor is set where the model had none; one is taken away that more reads than its module's
+            operator; or a module is another one.
 
     Warns:
         UserWarning: `forward` of a module was replaced that programs do not call.
@@ -46,8 +51,11 @@ class GraphModules:
         read = dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
         runs = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}  # with their own code
         modules = {name: module for name, module in gm.named_modules() if name not in runs}
-        _check_tensors(modules, {*absent}.difference(read, adapter_tensor_names(gm)))
+        absent = {*absent}.difference(read, adapter_tensor_names(gm))
+        required = _required(gm.graph).difference(adapter_tensor_names(gm))
+        _check_tensors(modules, absent)
         _check_classes(modules, {name.rpartition(".")[0] for name in read}, _classes_in(gm.graph))
+        _check_required(modules, required)
         _warn_of_forwards(
             [
                 name
@@ -62,6 +70,13 @@ class GraphModules:
         self._sized: list[dict[str, Any]] = [*map(vars, self._all)]
         self._sized += [registry for each in self._all for registry in (parameters_of(each), buffers_of(each))]
         self._sizes = [*map(len, self._sized)]
+        places = [*_places(modules, (*absent, *required))]
+        self._registries = [registry for registry, _ in places]
+        self._names = [name for _, name in places]
+        self._is_none = self._absent_now()
+
+    def _absent_now(self) -> list[bool]:
+        return [*map(is_, map(dict.get, self._registries, self._names), repeat(None))]
 
     def are_as_they_were(self) -> bool:
         """Return False if anything may have changed. Each call asks."""
@@ -69,7 +84,33 @@ class GraphModules:
             [*map(type, self._all)] == self._types
             and self._children == self._had
             and [*map(len, self._sized)] == self._sizes
+            and self._absent_now() == self._is_none
         )
+
+
+def _places(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield for each name of a tensor the registries that have it, and the name there."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if path in modules:
+            registries: tuple[dict[str, Any], ...] = (parameters_of(modules[path]), buffers_of(modules[path]))
+            yield from ((registry, leaf) for registry in registries if leaf in registry)
+
+
+def _required(graph: fx.Graph) -> set[str]:
+    """Return the names of the tensors that a graph passes to what takes no None in their place."""
+    reads = graph.find_nodes(op="get_attr")
+    return {str(node.target) for node in reads if not all(_takes_none(user, node) for user in node.users)}
+
+
+def _takes_none(user: fx.Node, read: fx.Node) -> bool:
+    """Return whether `user`, an operator or a function of torch, has arguments that may be None wherever `read` is."""
+    if not isinstance(user.target, OpOverload):
+        return getattr(user.target, "__module__", None) == functional.__name__ and "bias" in str(read.target)
+    arguments = schema_of(user.target).arguments
+    given = {**dict(zip((argument.name for argument in arguments), user.args, strict=False)), **user.kwargs}
+    kinds = [argument.type for argument in arguments if given.get(argument.name) is read]
+    return bool(kinds) and all(isinstance(kind, torch.OptionalType) for kind in kinds)  # none: it is in a list
 
 
 def _check_tensors(modules: Mapping[str, nn.Module], absent: Collection[str]) -> None:
@@ -79,6 +120,16 @@ def _check_tensors(modules: Mapping[str, nn.Module], absent: Collection[str]) ->
             raise AdapterError(
                 f"{name!r} is set, and the model had none there when the graph was captured, so that the graph does not"
                 " read it. The way out: set it in the model, and capture the model again."
+            )
+
+
+def _check_required(modules: Mapping[str, nn.Module], required: Iterable[str]) -> None:
+    for name in sorted(required):
+        path, _, leaf = name.rpartition(".")
+        if path in modules and getattr(modules[path], leaf, None) is None:
+            raise AdapterError(
+                f"{name!r} was taken away, and the graph computes with it, as for adapters that replace a bias or scale"
+                " it (Full, DoRA). The way out: zeros in its place; or take it away in the model, and adapt that again."
             )
 
 

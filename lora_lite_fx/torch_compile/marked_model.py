@@ -128,7 +128,7 @@ def _marking(copy: nn.Module, site: Site) -> Any:
         module.is_site = True
         module.site = replace(site, calls=())
         # On the module and not in a hook, because Dynamo compiles the forward of a module that it compiles by itself.
-        module.unmarked_forward = module.forward
+        module.unmarked_forward = vars(module).get("forward")
         # A code object for each site, because torch.compile limits how often it compiles the same one.
         code = _marking_forward.__code__.replace(co_name=f"forward of {site.name}")
         module.forward = MethodType(FunctionType(code, _marking_forward.__globals__), module)
@@ -146,7 +146,10 @@ def _marking_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     ]
     switches = module.adapted_model.switches
     acting = SCALED if switches.scales else ALL if switches.acting is None else ",".join(switches.acting)
-    return module.unmarked_forward(MARK(x, tensors, module.training, module.mark_text, acting))
+    marked = MARK(x, tensors, module.training, module.mark_text, acting)
+    if module.unmarked_forward is None:
+        return type(module).forward(module, marked)  # of the class of now
+    return module.unmarked_forward(marked)
 
 
 # What a mark says, written and read.

@@ -12,6 +12,7 @@ from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..adapters.variant import Variant
+from ..errors import CallError
 from ..sites.site import Site
 
 
@@ -77,6 +78,11 @@ class Full(Variant):
             p.lora_bias.copy_(bias)
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
+        if self.bias and base.bias is None and base.site.bias is not None:
+            raise CallError(
+                f"The bias of {base.site.name!r} was taken away, and Full trains one in its place. The way out: zeros"
+                " in its place, which leave the trained one; or take it away in the model, and adapt that again."
+            )
         weight = base.site.kind.matrix(p.lora_weight) if self.weight else None
         bias = p.lora_bias if self.bias and base.bias is not None else None
         return base(x, weight=weight, bias=bias)

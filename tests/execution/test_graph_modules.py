@@ -170,6 +170,25 @@ def test_tensors_that_are_replaced_or_taken_away_act(change: Callable[[Any], obj
     assert not torch.allclose(gm(X), before, atol=1e-3)
 
 
+@pytest.mark.parametrize("adapt", [llfx.rewrite, llfx.wrap])
+@pytest.mark.parametrize("config", [llfx.Full(target_names="down"), llfx.DoRA(r=2, target_names="down")], ids=repr)
+def test_a_bias_that_an_adapter_computes_with_is_refused_by_name_when_it_is_taken_away(config: Any, adapt: Any) -> None:
+    base = captured(net, inputs=(X,))[0]
+    model = adapt(base, config, (X,))
+    expected = model(X)
+    site = model.layers[0].down
+    site, before = getattr(site, "base", site), site.bias
+    site.bias = None
+    if adapt is llfx.wrap and isinstance(config, llfx.DoRA):  # runs on the module as it is
+        assert not torch.allclose(model(X), expected, atol=1e-3)
+        return
+    for _ in range(2):
+        with pytest.raises(llfx.AdapterError, match=r"'layers\.0\.down.*' was taken away"):
+            model(X)
+    site.bias = before
+    assert torch.equal(model(X), expected)
+
+
 def test_a_forward_that_is_put_on_a_module_inside_is_told_of_and_one_on_a_layer_acts() -> None:
     gm = adapted()
     expected = gm(X)

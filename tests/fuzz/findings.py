@@ -105,8 +105,15 @@ FINDINGS: tuple[Found, ...] = (
         Calls(Net(), variant="Full", after=(ops.Bias("b0.fc"),)),
         "RuntimeError",
         "RAW",
+    ),
+    Found(
+        "a bias taken away beside Full, in an adapted model",
+        "calls",
+        Calls(Net(), "adapt", "Full", after=(ops.Bias("b0.fc"),)),
         is_open=True,
     ),
+    Found("a bias taken away beside Full, in wrap", "calls", Calls(Net(), "wrap", "Full", after=(ops.Bias("b0.fc"),))),
+    Found("forward replaced on the model, traced", "calls", Calls(Net(), "traced", before=(ops.Forward(),))),
     # What a process says, and symbolic capture.
     Found("autocast regions, traced", "calls", Calls(Net(("Autocast",), True), "traced")),
     Found("no_grad regions, traced", "calls", Calls(Net(("NoGrad",)), "traced"), "gradient"),

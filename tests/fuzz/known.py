@@ -2,12 +2,5 @@
 
 from __future__ import annotations
 
-
-def _cells(group: str, name: str, paths: tuple[str, ...], reason: str) -> dict[tuple[str, str, str], str]:
-    return {(group, name, path): reason for path in paths}
-
-
-OF_ACCOUNT: dict[tuple[str, str, str], str] = {
-    **_cells("modules", "another class, of an adapted module", ("backend",), "it changes nothing"),
-}
+OF_ACCOUNT: dict[tuple[str, str, str], str] = {}
 """Cells of the account, by group, name and path, that do otherwise today, and how."""

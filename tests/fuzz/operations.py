@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,14 +262,17 @@ class Hook(Change):
         return f"{self.kind} hook"
 
 
+def _one_more(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    return 1 + forward(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Forward(Change):
     """`forward` replaced on an instance."""
 
     def of(self, model: nn.Module) -> None:
         part = part_of(model, self.part)
-        before = part.forward
-        part.forward = lambda *args, **kwargs: 1 + before(*args, **kwargs)
+        part.forward = functools.partial(_one_more, part.forward)  # not a closure, which copies of a model would share
 
     def words(self) -> str:
         return "forward replaced"

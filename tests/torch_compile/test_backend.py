@@ -85,7 +85,7 @@ def eager_of(carrier: nn.Module) -> Any:
     reference: Any = copy.deepcopy(carrier)
 
     def adapted(module: Any, x: Tensor) -> Tensor:
-        call: Callable[[Tensor], Tensor] = module.unmarked_forward
+        call: Callable[[Tensor], Tensor] = module.unmarked_forward or functools.partial(type(module).forward, module)
         base = FrozenLinear(call, weight_of(module), getattr(module, "bias", None), module.site, module.training)
         for placement in module.placements:
             call = functools.partial(adapt, placement.local, call, base, placement.namespace(reference))

@@ -201,8 +201,22 @@ def _found_in(kind: type) -> dict[str, Any]:
     """Return what a class and its bases define, as instances find it: without special methods and `nn.Module`."""
     found: dict[str, Any] = {}
     for base in reversed(user_classes(kind)):
-        found |= {name: value for name, value in vars(base).items() if not name.startswith("__") or name == "__call__"}
+        above = kind.__mro__[kind.__mro__.index(base) + 1 :]
+        for name, value in vars(base).items():
+            inherited = next((vars(each)[name] for each in above if name in vars(each)), None)
+            if (not name.startswith("__") or name == "__call__") and not _wraps_once_more(value, inherited):
+                found[name] = value
     return found
+
+
+def _wraps_once_more(value: Any, inherited: Any) -> bool:
+    """Return whether a method is what the class inherits, in one more wrapper of the same kind.
+
+    Layers of transformers wrap `forward` of each subclass, also of one that `fully_shard` makes.
+    """
+    if not isinstance(value, FunctionType) or not isinstance(inherited, FunctionType):
+        return False
+    return vars(value).get("__wrapped__") is inherited and value.__code__ is inherited.__code__
 
 
 def _is_setting(name: str, value: Any) -> bool:

@@ -249,8 +249,9 @@ def test_a_layer_that_was_replaced_by_another_module_is_an_error() -> None:
         with pytest.raises(llfx.AdapterError) as error:
             logits(model)
         assert str(error.value) == (
-            "'model.layers.1' was replaced by a Identity after the graph was captured. The graph runs the layer that it"
-            " was captured from, with the tensors that stand at its names. The way out: capture the changed model."
+            "'model.layers.1' is a Identity since the graph was captured. The graph reads the tensors of modules by"
+            " name, and does not run their code. The way out: replace the tensors alone; or replace the module in the"
+            " model, and capture that again."
         )
 
 

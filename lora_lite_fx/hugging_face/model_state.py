@@ -216,7 +216,7 @@ def _wraps_once_more(value: Any, inherited: Any) -> bool:
     """
     if not isinstance(value, FunctionType) or not isinstance(inherited, FunctionType):
         return False
-    return vars(value).get("__wrapped__") is inherited and value.__code__ is inherited.__code__
+    return value.__code__ is inherited.__code__ and vars(value).get("__wrapped__") is inherited
 
 
 def _is_setting(name: str, value: Any) -> bool:

@@ -30,7 +30,7 @@ class HeldAnswer(NamedTuple):
 
     kind: str
     device: str
-    answer: Any
+    answer: object
     message: str
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..capture.differences import agree
 from ..capture.outputs import comparable
 from ..capture.share import share
-from ..compat.torch import not_compiled
+from ..compat.torch import constant_when_compiled, not_compiled
 from ..errors import CaptureError
 from ..graph.sharded import refuse_sharded
 from ..graph.turns import tracing
@@ -65,10 +65,18 @@ class Forms:
         if decoder is None and counted.positions is None:
             return None
         kind = self._kind(part, part.training, arguments, counted, fuses_loss)
-        for known, form in self._known:
-            if known == kind:
-                return form
+        if self._knows(kind):
+            return self._form_of(kind)
         return self._tried(part, decoder, arguments, counted, fuses_loss)
+
+    # What is known of a kind stays, so that torch.compile does not guard on what is known of others.
+    @constant_when_compiled
+    def _knows(self, kind: Kind) -> bool:
+        return any(known == kind for known, _ in self._known)
+
+    @constant_when_compiled
+    def _form_of(self, kind: Kind) -> Form | None:
+        return next(form for known, form in self._known if known == kind)
 
     @not_compiled
     def _tried(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -114,6 +114,7 @@ def test_rows_are_computed_by_the_wrappers_of_their_slots(name: str) -> None:
 @given(st.data())
 def test_any_ids_and_several_configs(data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(["LoRA", "DoRA", "IA3", "DeLoRA"]), min_size=1, max_size=2, unique=True))
+    assume("DoRA" not in names[1:])  # it reads the weight of the linear, and a bank below it makes one for each row
     cfg = [small(llfx.registry()[name], 2, alpha=3.0, **EVERYWHERE) for name in names]
     blocks = data.draw(st.sampled_from([ResidualMLP, GatedMLP]))
     gm, _ = banked(cfg, blocks)

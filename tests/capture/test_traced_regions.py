@@ -132,6 +132,7 @@ class Both(Layers):
 
 
 MODELS = [NoGrad, Nested, Within, Flagged, Functions, Decorated, Enabled, Detached, Autocast, Both]
+EXPORTED = [kind for kind in MODELS if kind is not Flagged]
 CALLERS: dict[str, Callable[[], Any]] = {
     "plain": lambda: torch.enable_grad(),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
@@ -185,11 +186,18 @@ def test_a_region_ends_where_it_ends_in_the_model() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The model runs")
-@pytest.mark.parametrize("kind", broad_unless({NoGrad, Nested, Decorated}.__contains__, MODELS))
+@pytest.mark.parametrize("kind", broad_unless({NoGrad, Nested, Decorated}.__contains__, EXPORTED))
 def test_regions_that_are_exported_equal_the_model(kind: Any) -> None:
     torch.manual_seed(0)
     callers = [caller for caller in CALLERS if not (kind in (Functions, Enabled) and caller == "no_grad")]
     require_same(kind(), (X[:2],), callers)
+
+
+@pytest.mark.broad
+@pytest.mark.xfail(strict=True, reason="open: in evaluation the graph has gradients that the region cuts in the model")
+def test_a_region_of_one_mode_alone_that_is_exported_equals_the_model() -> None:
+    torch.manual_seed(0)
+    require_same(Flagged(), (X[:2],))
 
 
 @pytest.mark.filterwarnings("ignore:The model runs")

@@ -183,7 +183,7 @@ class _Autocast(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             x = self.layers[1](self.layers[0](x))
-        return self.layers[2](x)
+        return self.layers[2](x.float())
 
 
 X = (torch.ones(3, 4),)

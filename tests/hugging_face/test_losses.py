@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -144,6 +144,16 @@ def _assigned(costs: Any) -> tuple[list[int], list[int]]:
     return [row for row, _ in pairs], [column for _, column in pairs]
 
 
+@pytest.fixture
+def doubles() -> Iterator[None]:
+    """Make new tensors double, because DETR makes the weights of its classes in each call."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("build", broad_after(1, [transcriber, detector]))
 def test_a_loss_that_no_graph_computes_is_the_models_own(
     build: Callable[[], tuple[Any, dict[str, Any], Any]], monkeypatch: pytest.MonkeyPatch

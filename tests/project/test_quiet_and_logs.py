@@ -31,7 +31,7 @@ from tests.support.models import ids as net_ids
 from tests.support.releases import since
 from tests.support.selection import slow_unless
 
-CFG = llfx.LoRA(r=2)
+CFG = llfx.LoRA(r=2, target_roles=("attention", "mlp"))  # by default a new head is warned of
 IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 TEXT = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}

@@ -178,6 +178,20 @@ FINDINGS: tuple[Found, ...] = (
         Defaults("a new classifier of Llama"),
         "untrained weights left out in silence",
     ),
+    # Open since the first campaign of the account.
+    Found(
+        "a pre-hook on a module that hands its input on in evaluation",
+        "calls",
+        Calls(Net(("Linear", "Linear", "AsksMode")), after=(Call("grad"), ops.Hook("b2", "pre"))),
+        is_open=True,
+    ),
+    Found(
+        "the type of a cache of a training call under autocast",
+        "models",
+        Models("LlamaForCausalLM", (Called(how="autocast"),), training=True),
+        "output of a model dtype",
+        is_open=True,
+    ),
 )
 """The findings."""
 

@@ -67,7 +67,7 @@ def _holders(model: nn.Module) -> Iterator[_Holder]:
         kinds |= dict.fromkeys(own)
         registries = [vars(module)[registry] for registry in REGISTRIES if registry != MODULES]
         for values in (vars(module), *registries):
-            read = partial(dict, values)  # a registry may be a mapping of another class
+            read: Callable[[], dict[str, Any]] = partial(dict, values)  # a registry may be a mapping of another class
             yield _Holder(f"{name}." if name else "self.", read, values.__setitem__, values.__delitem__, own)
     for kind in kinds:
         yield _Holder("", partial(vars, kind), partial(setattr, kind), partial(delattr, kind), (kind,))

@@ -46,15 +46,11 @@ def _written(model: nn.Module, leaves: Leaves, training: bool) -> dict[tuple[str
     twin = share(model, [name for name, _ in model.named_buffers()]).train(training)
     before = _values(twin)
     try:
-        with comparable(twin), torch.autocast(_device_of(twin), enabled=False):
+        with comparable(twin), torch.autocast(twin.device.type, enabled=False):
             twin(**{name: leaf.clone() if isinstance(leaf, Tensor) else leaf for name, leaf in leaves.items()})
     except Exception:  # the capture says it
         return {}
     return {place: value for place, value in _values(twin).items() if before.get(place, _ABSENT) is not value}
-
-
-def _device_of(model: nn.Module) -> str:
-    return next((tensor.device.type for tensor in model.parameters()), "cpu")
 
 
 def _values(model: nn.Module) -> dict[tuple[str, str], Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
+from tests.support.process import default_dtype, deterministic
 from tests.support.untouched import untouched
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
@@ -110,22 +111,9 @@ def test_a_graph_holds_for_the_autocast_of_its_capture() -> None:
 
 STATES: dict[Any, Any] = {
     AsksInference: torch.inference_mode,
-    AsksDtype: lambda: _Set(torch.set_default_dtype, torch.float64, torch.float32),
-    AsksDeterministic: lambda: _Set(torch.use_deterministic_algorithms, True, False),
+    AsksDtype: lambda: default_dtype(torch.float64),
+    AsksDeterministic: deterministic,
 }
-
-
-class _Set:
-    """A context in which the process has another setting."""
-
-    def __init__(self, change: Any, to: Any, back: Any) -> None:
-        self.change, self.to, self.back = change, to, back
-
-    def __enter__(self) -> None:
-        self.change(self.to)
-
-    def __exit__(self, *_: object) -> None:
-        self.change(self.back)
 
 
 @pytest.mark.parametrize("kind", STATES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,36 +16,17 @@ from tests.fuzz import asking
 from tests.fuzz.modules import Net
 from tests.fuzz.oracle import FORMULAS, gradients_of
 from tests.support.models import tiny_llama
+from tests.support.process import default_dtype, deterministic
 
 LORA = FORMULAS["LoRA"][0]
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def _deterministic() -> Any:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
 
 CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "": nullcontext,
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "float64": lambda: _default_dtype(torch.float64),
-    "deterministic": _deterministic,
+    "float64": lambda: default_dtype(torch.float64),
+    "deterministic": deterministic,
 }
 """What a process says while something runs."""
 

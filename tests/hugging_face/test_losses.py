@@ -14,6 +14,7 @@ from torch import Tensor
 import lora_lite_fx as llfx
 from tests.support.against_wrapper import EVERYWHERE, adapted_and_wrapped, require_equal
 from tests.support.conformance import randomise
+from tests.support.process import default_dtype
 from tests.support.selection import broad_after
 
 IDS = torch.randint(3, 99, (3, 6), generator=torch.Generator().manual_seed(0))
@@ -147,10 +148,8 @@ def _assigned(costs: Any) -> tuple[list[int], list[int]]:
 @pytest.fixture
 def doubles() -> Iterator[None]:
     """Make new tensors double, because DETR makes the weights of its classes in each call."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    with default_dtype(torch.float64):
+        yield
 
 
 @pytest.mark.usefixtures("doubles")

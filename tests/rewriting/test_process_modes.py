@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,28 +13,10 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
+from tests.support.process import default_dtype, deterministic
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 LORA = llfx.LoRA(r=2, target_names=("fc",))
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 class Plain(nn.Module):

@@ -128,28 +128,28 @@ def _slopes(inner: Given, outer: Given) -> dict[str, float]:
     return slopes
 
 
+def agrees_with_formula(inner: llfx.Variant, outer: llfx.Variant) -> None:
+    """Compare the outputs of a stack, by each way, with the formulas of the two one after the other."""
+    gm, wrapped = stack(inner, outer)
+    expected = composed(*parts(gm, inner, outer))
+    who = f"[{type(inner).__name__}, {type(outer).__name__}]"
+    agree(fx.Interpreter(gm).run(X), expected, f"{who} by rewrite")
+    agree(wrapped(X), expected, f"{who} by wrap")
+    agree(llfx.merge(gm)(X), expected, f"{who} merged")
+
+
 @pytest.mark.broad
 @pytest.mark.parametrize("name", READING)
 def test_every_variant_inside_one_that_reads_the_weight(name: str) -> None:
     for inner in [*LINEAR, BIAS]:
-        gm, wrapped = stack(inner, READING[name])
-        expected = composed(*parts(gm, inner, READING[name]))
-        who = f"[{type(inner).__name__}, {name}]"
-        agree(fx.Interpreter(gm).run(X), expected, f"{who} by rewrite")
-        agree(wrapped(X), expected, f"{who} by wrap")
-        agree(llfx.merge(gm)(X), expected, f"{who} merged")
+        agrees_with_formula(inner, READING[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OUTER)
 def test_all_pairs_of_variants(name: str) -> None:
     for inner in CONFIGS.values():
-        gm, wrapped = stack(inner, CONFIGS[name])
-        expected = composed(*parts(gm, inner, CONFIGS[name]))
-        who = f"[{type(inner).__name__}, {name}]"
-        agree(fx.Interpreter(gm).run(X), expected, f"{who} by rewrite")
-        agree(wrapped(X), expected, f"{who} by wrap")
-        agree(llfx.merge(gm)(X), expected, f"{who} merged")
+        agrees_with_formula(inner, CONFIGS[name])
 
 
 def test_three_adapters_and_the_program_without_one_of_them() -> None:

@@ -26,8 +26,7 @@ from ..log import phase, progress
 from .branches import Values, refuse_in_graph, refused_calls
 from .compare import own_error
 from .constant_answers import trace_without_constants
-from .depth import ByDepth
-from .example_inputs import example_inputs_of, warn_of, what_may_be_left_out
+from .depth.by_depth import ByDepth
 from .export import export
 from .foreign_graph import normalize
 from .forward_signature import name_arguments, signature_of
@@ -42,14 +41,15 @@ from .hugging_face import (
     require_same_without_caches,
     with_other_mask,
 )
-from .layouts import KnownWhileTraced, layouts_in, pass_layouts
+from .inputs.example_inputs import example_inputs_of, warn_of, what_may_be_left_out
+from .inputs.timm import example_images_of, images_of_one_size
 from .mistakes import check_inputs, check_model
 from .optional import call_signature
 from .outputs import Call
-from .randomness import without_python_random
+from .quirks.layouts import KnownWhileTraced, layouts_in, pass_layouts
+from .quirks.python_random import without_python_random
 from .share import share
 from .signature import CallSignature
-from .timm import example_images_of, images_of_one_size
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 Result = TypeVar("Result")

@@ -13,20 +13,20 @@ from ..compat.torch import assert_in_graph, check, pytree
 from ..errors import CaptureError
 from ..graph.turns import tracing
 from ..graph.writes import returns_what_it_writes
-from .autograd_functions import keeping_functions
-from .conversions import (
+from .forward_signature import signature_of
+from .outputs import has_data
+from .quirks.autocast_regions import autocast_regions_kept
+from .quirks.autograd_functions import keeping_functions
+from .quirks.conversions import (
     CopiesFollowed,
     DataFollowed,
     WithoutGeneratorOfNone,
     needless_checks_left_out,
     needless_conversions_left_out,
 )
-from .decisions import Decisions
-from .forward_signature import signature_of
-from .memories import forgetting
-from .outputs import has_data
-from .quirks.autocast_regions import autocast_regions_kept
+from .quirks.decisions import Decisions
 from .quirks.needless_masks import needless_masks_left_out
+from .quirks.remembered_results import forgetting
 from .refusal import refusal
 from .unprinted import failures_unlogged, quiet_export
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import CaptureError
 from ..graph.sharded import is_dtensor
 from .differences import TOLERANCES, distance, largest
-from .example_parts import attends_by_type
+from .inputs.parts import attends_by_type
 from .outputs import Call, has_data, outputs_of_model
 
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import pytree
+from .depth.stacks import shortened
 from .differences import agree
 from .forward_signature import signature_of
 from .hugging_face import with_other_mask, with_padding
 from .outputs import has_data, leaves_by_path
 from .share import share
 from .signature import CallSignature, Fill, Omission
-from .stacks import shortened
 
 # Enough for all models known; every further argument would double the number of sets that are compared.
 _MOST_OPTIONAL = 4

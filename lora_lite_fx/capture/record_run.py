@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..compat.torch import pytree
 from ..graph.tensors import name_tensors, tensor_names
 from ..log import phase
-from .conversions import CopiesFollowed
+from .quirks.conversions import CopiesFollowed
 from .share import share
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..compat.torch import FakeTensorMode
-from .conversions import CopiesFollowed
-from .memories import forgetting
+from .quirks.conversions import CopiesFollowed
+from .quirks.remembered_results import forgetting
 from .unprinted import failures_unlogged
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..capture.autograd_functions import Kept, keeping_functions
+from ..capture.quirks.autograd_functions import Kept, keeping_functions
 from ..capture.tracing import fake_like
 from ..compat.torch import FakeTensor
 from ..graph.subgraph import segment

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from torch.distributions.gumbel import Gumbel
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.conversions import CopiesFollowed
+from lora_lite_fx.capture.quirks.conversions import CopiesFollowed
 from lora_lite_fx.capture.record_run import record_run
 from lora_lite_fx.capture.unprinted import failures_unlogged
 

@@ -57,7 +57,7 @@ def in_full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fx.GraphModule]:
 
     def capture(*args: Any, **kwargs: Any) -> fx.GraphModule:
         with monkeypatch.context() as patch:
-            patch.setattr(importlib.import_module("lora_lite_fx.capture.depth"), "stacks_of", lambda model: {})
+            patch.setattr(importlib.import_module("lora_lite_fx.capture.depth.by_depth"), "stacks_of", lambda model: {})
             return llfx.capture(*args, **kwargs)
 
     return capture

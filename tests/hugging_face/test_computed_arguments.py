@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.example_inputs import example_inputs_of
+from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
 from lora_lite_fx.compat.transformers import CACHE
 from lora_lite_fx.hugging_face.positions import forget_positions
 from tests.support.against_wrapper import adapted_and_wrapped, require_equal

@@ -87,7 +87,7 @@ def test_decoders_with_caches_are_captured_in_part(name: str, caplog: pytest.Log
 @pytest.mark.parametrize("name", slow_unless("mistral".__eq__, MODELS))
 def test_their_graphs_are_those_of_a_capture_in_full(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_part = llfx.adapt(build(name), llfx.LoRA(r=2)).adapted_graph()
-    monkeypatch.setattr(importlib.import_module("lora_lite_fx.capture.depth"), "stacks_of", lambda model: {})
+    monkeypatch.setattr(importlib.import_module("lora_lite_fx.capture.depth.by_depth"), "stacks_of", lambda model: {})
     in_full = llfx.adapt(build(name), llfx.LoRA(r=2)).adapted_graph()
     assert described(in_part) == described(in_full)
     assert in_part.code == in_full.code

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.example_inputs import example_inputs_of
+from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
 from tests.support.conformance import close, randomise
 from tests.support.releases import cases_by_name
 from tests.support.selection import slow_unless

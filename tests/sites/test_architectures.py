@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.example_inputs import example_inputs_of
+from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.sites.roles import GROUPS
 from lora_lite_fx.sites.site import Site

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lora_lite_fx.capture.example_inputs import example_inputs_of
 from lora_lite_fx.capture.hugging_face import is_hugging_face, prepare_for_capture
+from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
 from lora_lite_fx.capture.share import share
 
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.example_inputs import example_inputs_of
+from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
 from lora_lite_fx.torch_compile.backend import adapt_compiled, backend
 from tests.sites.test_architectures import ARCHITECTURES, outputs_and_gradients, target_roles
 from tests.support.conformance import close, output, randomise

@@ -11,7 +11,7 @@ import transformers
 from transformers import masking_utils
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.example_inputs import example_inputs_of
+from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
 from lora_lite_fx.capture.quirks.needless_masks import MAKERS, makes_masks, needless_masks_left_out
 from lora_lite_fx.compat import transformers as names
 from lora_lite_fx.compat.transformers import MASK_QUESTION

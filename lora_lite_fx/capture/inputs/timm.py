@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch import FakeTensorMode
-from .forward_signature import signature_of
-from .without_data import without_data
+from ...compat.torch import FakeTensorMode
+from ..forward_signature import signature_of
+from ..without_data import without_data
 
 
 def example_images_of(model: nn.Module) -> dict[str, Any] | None:

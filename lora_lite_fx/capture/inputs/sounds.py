@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .example_values import BATCH, SEQUENCE, Inputs, Values, required
+from .config_values import BATCH, SEQUENCE, Inputs, Values, required
 
 SOUNDS = ("input_values", "input_features")
 """The arguments that sounds come in."""

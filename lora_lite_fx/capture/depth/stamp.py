@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..compat.torch import children_of, codegen_of, empty_like
-from ..graph.tensors import register_tensor, tensor_of
-from .export import GUARDS, guard_sizes
+from ...compat.torch import children_of, codegen_of, empty_like
+from ...graph.tensors import register_tensor, tensor_of
+from ..export import GUARDS, guard_sizes
+from ..signature import return_as
 from .graph_steps import CONSTANT, names_of_tensors, steps_of
 from .repeats import (
     Blocks,
@@ -26,7 +27,6 @@ from .repeats import (
     place_of_tensor,
     relations_of,
 )
-from .signature import return_as
 from .stamped_results import StampedResult
 
 _NUMBER = re.compile(r"_\d+$")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, nn
 
-from ..compat.torch import FakeTensor, FunctionalTensor
+from ...compat.torch import FakeTensor, FunctionalTensor
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .example_values import BATCH, SEQUENCE, Inputs, Values
+from .config_values import BATCH, SEQUENCE, Inputs, Values
 
 IMAGES = ("pixel_values", "flattened_patches")
 """The arguments that images come in."""

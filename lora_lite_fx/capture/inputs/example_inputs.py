@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CaptureError
-from .example_images import IMAGES, images, takes_images
-from .example_parts import with_parts
-from .example_series import episode, series, takes_episodes, takes_series
-from .example_sounds import SOUNDS, sounds, sounds_of_a_codec, takes_sound
-from .example_values import BATCH, CHOICES, READS_VALUES, SEQUENCE, Inputs, Values
-from .stacks import built_alike, shortened
+from ...errors import CaptureError
+from ..depth.stacks import built_alike, shortened
+from .config_values import BATCH, CHOICES, READS_VALUES, SEQUENCE, Inputs, Values
+from .images import IMAGES, images, takes_images
+from .parts import with_parts
+from .series import episode, series, takes_episodes, takes_series
+from .sounds import SOUNDS, sounds, sounds_of_a_codec, takes_sound
 
 
 def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:

@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from ..compat.torch import disable_current_modes
-from ..errors import COMPILE_INSTEAD, CaptureError
+from ...compat.torch import disable_current_modes
+from ...errors import COMPILE_INSTEAD, CaptureError
 
 
 @contextmanager

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..compat.torch import FakeTensor, FunctionalTensor, buffers_of, check, disable_current_modes, is_persistent, pytree
+from ...compat.torch import (
+    FakeTensor,
+    FunctionalTensor,
+    buffers_of,
+    check,
+    disable_current_modes,
+    is_persistent,
+    pytree,
+)
 
 Quotient = tuple[Any, int]
 """A size or a whole number, and the positive number that it is divided by."""

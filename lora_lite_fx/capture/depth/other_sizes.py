@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compat.torch import children_of
-from .export import GUARDS
+from ...compat.torch import children_of
+from ..export import GUARDS
 from .repeats import NotRepeated
 
 Sizes = Mapping[int, Sequence[int]]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graph.tensors import tensor_of
+from ...graph.tensors import tensor_of
 from .operators import value_key
 from .repeats import Block, NotRepeated, Place, Step, place_of_tensor
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, disable_current_modes, exporting, pytree
-from ..graph.copies import share_signatures
-from ..graph.turns import tracing
-from .autograd_functions import telling_functions
+from ...compat.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, disable_current_modes, exporting, pytree
+from ...graph.copies import share_signatures
+from ...graph.turns import tracing
+from ..quirks.autograd_functions import telling_functions
+from ..without_data import without_data
 from .dropouts import Dropout, WithoutDropouts
 from .repeats import NotRepeated, Result, Step, input_name
 from .watched_functions import WatchedFunctions, literal, literals
-from .without_data import without_data
 
 _MOST_VALUES = 1 << 20
 """A constant of more values than this is not compared by value."""

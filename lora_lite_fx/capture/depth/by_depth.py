@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..compat.torch import pytree
-from ..errors import CaptureError
-from ..graph.modes import put_in_mode
+from ...compat.torch import pytree
+from ...errors import CaptureError
+from ...graph.modes import put_in_mode
 from .dropouts import Dropout, has_contiguous_calls, with_other_dropouts
 from .operators import Run, StandIn
 from .other_sizes import Sizes, guessed_sizes, sizes_taken

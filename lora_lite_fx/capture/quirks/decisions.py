@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ..compat.torch import ASSERT_ASYNC, assert_async, disable_current_modes, pytree
-from ..errors import COMPILE_INSTEAD, CaptureError
-from ..graph.modes import modes_of
-from ..graph.queries import is_deterministic
-from ..graph.subgraph import extract, forward_of
-from ..graph.walk import ancestors
-from ..graph.writes import overwritten_tensors
-from .differences import TOLERANCES, distance, largest
-from .outputs import Call, Outputs, outputs_of_graph, outputs_of_model
+from ...compat.torch import ASSERT_ASYNC, assert_async, disable_current_modes, pytree
+from ...errors import COMPILE_INSTEAD, CaptureError
+from ...graph.modes import modes_of
+from ...graph.queries import is_deterministic
+from ...graph.subgraph import extract, forward_of
+from ...graph.walk import ancestors
+from ...graph.writes import overwritten_tensors
+from ..depth.watched_functions import READ_SIZES
+from ..differences import TOLERANCES, distance, largest
+from ..outputs import Call, Outputs, outputs_of_graph, outputs_of_model
 from .sizes_in_tensors import SizesInTensors
-from .watched_functions import READ_SIZES
 
 _DECIDED = "This graph was captured where"
 _MOST_INDICES = 1024

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .example_values import BATCH, SEQUENCE, Inputs, Values
+from .config_values import BATCH, SEQUENCE, Inputs, Values
 
 
 def takes_series(values: Values) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from ..compat.torch import validates_arguments
+from ...compat.torch import validates_arguments
 
 
 @contextmanager

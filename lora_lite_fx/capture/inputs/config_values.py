@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat.torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, buffers_of
-from ..graph.modes import in_mode
-from .forward_signature import signature_of
-from .without_data import without_data
+from ...compat.torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, buffers_of
+from ...graph.modes import in_mode
+from ..forward_signature import signature_of
+from ..without_data import without_data
 
 # Give every dynamic dimension a size of its own, because torch.export specializes ones and may equate equal sizes.
 BATCH, SEQUENCE, CHOICES = 3, 7, 4
@@ -118,7 +118,7 @@ class Values:
     @contextmanager
     def without_data(self, inputs: Inputs) -> Iterator[Inputs]:
         """Yield inputs without data for a run in which only the shapes are of interest."""
-        from ..compat.transformers import can_set_experts, experts_of
+        from ...compat.transformers import can_set_experts, experts_of
 
         experts = experts_of(self.config) if can_set_experts(self.model) else None
         if experts is not None:

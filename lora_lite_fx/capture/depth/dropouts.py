@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..graph.copies import Draft, copy_graph
-from ..graph.queries import argument_of, set_argument
+from ...graph.copies import Draft, copy_graph
+from ...graph.queries import argument_of, set_argument
 from .repeats import Step
 from .watched_functions import MadeContiguous
 

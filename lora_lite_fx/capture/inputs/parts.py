@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .example_images import IMAGES
-from .example_sounds import SOUNDS
-from .example_values import BATCH, READS_VALUES, Inputs, Values, required
-from .forward_signature import signature_of
+from ..forward_signature import signature_of
+from .config_values import BATCH, READS_VALUES, Inputs, Values, required
+from .images import IMAGES
+from .sounds import SOUNDS
 
 # The fields of a config that name such a token, and the methods of a model that compute the parts.
 _IMAGE_TOKENS = (

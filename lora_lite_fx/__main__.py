@@ -46,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--trust",
         action="store_true",
-        help="open a .pt2 file too that runs code when it is opened, which can do whatever you can: only if you trust"
-        " whoever made it",
+        help="open a .pt2 file, which may run code that can do whatever you can: only if you trust whoever made it",
     )
     options = parser.parse_args(arguments)
     package = sys.modules[__package__]

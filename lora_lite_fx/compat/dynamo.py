@@ -40,11 +40,6 @@ inductor_with: Callable[..., Any] = offered(
     "torch.compile(mode=..., options=...): no public function compiles a graph with them",
     "backend(mode=..., options=...) with Inductor",
 )
-load_pt2: Callable[[str], Any] = offered(
-    "torch.export.pt2_archive._package.load_pt2",
-    "torch.export.load: takes what it cannot read for a file of an older kind, with pickles, which may run code",
-    "Opening an exported program that is not trusted",
-)
 _mod_index = preferred(
     "torch._dynamo._trace_wrapped_higher_order_op.ModIndex",
     "Tensor.__getitem__: torch's modes put this function in its place inside vmap, and a graph names it. Without it, a"

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from ..capture.exported_file import open_exported
 from ..errors import AdapterError
 from ..formats.checkpoint import load
 from ..formats.files import MOST_TENSORS, check_regular, read_json
@@ -41,8 +41,6 @@ def run(options: argparse.Namespace, program: str) -> int:
     Returns:
         The exit status.
     """
-    if options.trust:
-        print(f"{program}: warning: --trust runs code that {options.model} may hold", file=sys.stderr)
     try:
         for module in options.modules:
             _import(module)
@@ -87,11 +85,25 @@ def _table(model: str, adapter: str | None, passes: bool, trust: bool) -> SiteTa
         if not Path(model).exists():
             raise _Refused(f"there is no {model}")
         check_regular(Path(model), MOST_TENSORS)
-        program = open_exported(Path(model), trust=trust)
+        if not trust:
+            raise _Refused(
+                f"{model} is not opened, because torch.export.load may run code from a .pt2 file. If you trust whoever"
+                " made it, pass --trust"
+            )
+        program = _exported(model)
         return inspect(program if adapter is None else _load(program, adapter), passes=passes)
     if adapter is not None:
         return inspect(_load(_with_weights(model), adapter), passes=passes)
     return _without_weights(model, passes)
+
+
+def _exported(model: str) -> ExportedProgram:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformers.modeling_outputs")  # whose classes torch finds by name
+    try:
+        return torch.export.load(model)
+    except Exception as error:
+        raise _Refused(f"{model} is not a readable exported program: {error}") from error
 
 
 def _load(model: Any, adapter: str) -> nn.Module:

@@ -376,11 +376,20 @@ llfx.save(llfx.rewrite(net, my_variants.Gate(), (x,)), "adapter.safetensors")
 """
     run = [sys.executable, "-W", "ignore", "-c", script]
     subprocess.run(run, cwd=tmp_path, check=True, capture_output=True)
-    command = [sys.executable, "-m", "lora_lite_fx", "inspect", "base.pt2", "--adapter", "adapter.safetensors"]
+    command = [
+        sys.executable,
+        "-m",
+        "lora_lite_fx",
+        "inspect",
+        "base.pt2",
+        "--trust",
+        "--adapter",
+        "adapter.safetensors",
+    ]
     done = subprocess.run([*command, "--json", "--import", "my_variants"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sites"][0]["adapters"] == ["Gate"], "what the module prints is not in the output"
-    options = ["inspect", str(tmp_path / "base.pt2"), "--adapter", str(tmp_path / "adapter.safetensors")]
+    options = ["inspect", str(tmp_path / "base.pt2"), "--trust", "--adapter", str(tmp_path / "adapter.safetensors")]
     assert main(options) == 2
     unknown = UNKNOWN.replace("notebook", "my_variants")
     assert capfd.readouterr().err == f"python -m lora_lite_fx: error: {tmp_path / 'adapter.safetensors'}: {unknown}\n"

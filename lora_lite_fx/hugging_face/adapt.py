@@ -34,7 +34,7 @@ from ..rewriting.calibration import Batches, check_calibration
 from ..rewriting.config import Config, as_adapters
 from ..rewriting.rewrite import rewrite
 from .adapted_model import Adapted, subclass
-from .diffusers import AdaptedDiffuser, require_example
+from .diffusers_models import AdaptedDiffuser, require_example
 from .graph_cache import GraphCache
 from .own_forward import forget_replaced_forward, warn_of_replaced_forward
 from .shared_adapters import model_of, share_adapters

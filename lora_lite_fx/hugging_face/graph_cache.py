@@ -45,7 +45,7 @@ from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, 
 from .causal_lm import arguments_of, caches, normalize_call
 from .config_reads import ConfigValues, recorded_reads
 from .decoder import Decoder, probe
-from .diffusers import prepare_arguments
+from .diffusers_models import prepare_arguments
 from .forms import Forms, Kind, kind_of
 from .kept_graphs import KeptGraphs
 from .model_state import ModelState

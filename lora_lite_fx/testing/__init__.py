@@ -6,7 +6,7 @@ def test_my_variant():
     check(MyVariant(r=4))
 """
 
-from .check import check
+from .conformance import check
 from .report import Report, Result
 
 __all__ = ["Report", "Result", "check"]

@@ -15,7 +15,7 @@ from ..capture.share import share
 from ..formats.checkpoint import load, save
 from ..rewriting.rewrite import merge, remove
 from ..sites.computed import frozen_values
-from .compare import close, distance, gradients, nudged, output, restored
+from .comparisons import close, distance, gradients, nudged, output, restored
 
 
 def check_mode(

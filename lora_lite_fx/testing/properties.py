@@ -22,7 +22,7 @@ from ..rewriting.eager import AdaptedLinear
 from ..rewriting.verify import verify
 from ..storage.dequantized import DequantizedLinear
 from ..variants.lora import LoRA
-from .compare import TOLERANCES, close, distance, gradients, output
+from .comparisons import TOLERANCES, close, distance, gradients, output
 from .graphs import check_export, check_file, check_merge, check_mode, check_remove
 from .trial import Skip, Trial
 

@@ -17,7 +17,7 @@ from ..passes import Pipeline
 from ..rewriting.capture import capture
 from ..rewriting.eager import AdaptedLinear, wrap
 from ..rewriting.rewrite import rewrite
-from .compare import TOLERANCES, difference, perturb, snapshot
+from .comparisons import TOLERANCES, difference, perturb, snapshot
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.testing.compare import close
+from lora_lite_fx.testing.comparisons import close
 from tests.support.conformance import randomise, small
 from tests.support.selection import broad_after
 

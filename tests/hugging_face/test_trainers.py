@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 import lora_lite_fx as llfx
-from lora_lite_fx.testing.compare import close
+from lora_lite_fx.testing.comparisons import close
 from tests.hugging_face.trainers import CASES, CONFIG, compare, nf4
 from tests.support.conformance import randomise
 from tests.support.selection import slow_unless

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.share import share
 from lora_lite_fx.storage.dequantized import DequantizedLinear, restore_quantized, stand_ins
-from lora_lite_fx.testing.compare import close
+from lora_lite_fx.testing.comparisons import close
 from tests.support.quantized import STORAGES, dequantized, effective_weight, held, library, quantized, storages
 from tests.support.saved import saved_bytes
 from tests.support.selection import broad_after, slow_unless

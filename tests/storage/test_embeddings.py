@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.share import share
 from lora_lite_fx.storage.dequantized import restore_quantized
-from lora_lite_fx.testing.compare import close
+from lora_lite_fx.testing.comparisons import close
 from tests.storage.test_merge import moved
 from tests.support.models import tiny_llama
 from tests.support.quantized import library

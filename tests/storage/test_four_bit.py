@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.share import share
 from lora_lite_fx.storage.dequantized import stand_ins
-from lora_lite_fx.testing.compare import close
+from lora_lite_fx.testing.comparisons import close
 from tests.support.conformance import randomise
 from tests.support.quantized import library
 from tests.support.selection import broad_after

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.testing.compare import close
+from lora_lite_fx.testing.comparisons import close
 from tests.storage.test_dequantized import Net, X, adapted
 from tests.support.quantized import STORAGES, dequantized, effective_weight, quantized, storages
 

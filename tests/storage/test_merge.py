@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.testing.compare import close
+from lora_lite_fx.testing.comparisons import close
 from tests.storage.test_dequantized import X, adapted, base
 from tests.support.models import tiny_llama
 from tests.support.quantized import STORAGES, dequantized, effective_weight, library, storages

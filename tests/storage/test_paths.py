@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.testing.compare import close
+from lora_lite_fx.testing.comparisons import close
 from tests.storage.test_dequantized import CFG, Net, X, adapted, base, result
 from tests.storage.test_merge import IDS, KINDS, logits, moved, quantized_llama
 from tests.support.quantized import dequantized, quantized, storages

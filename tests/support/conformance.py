@@ -14,11 +14,11 @@ from torch import fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.passes import Pipeline
-from lora_lite_fx.testing.compare import close as close
-from lora_lite_fx.testing.compare import gradients as gradients
-from lora_lite_fx.testing.compare import observe as observe
-from lora_lite_fx.testing.compare import output as output
-from lora_lite_fx.testing.compare import unchanged as unchanged
+from lora_lite_fx.testing.comparisons import close as close
+from lora_lite_fx.testing.comparisons import gradients as gradients
+from lora_lite_fx.testing.comparisons import observe as observe
+from lora_lite_fx.testing.comparisons import output as output
+from lora_lite_fx.testing.comparisons import unchanged as unchanged
 from lora_lite_fx.testing.graphs import check_export as check_export
 from lora_lite_fx.testing.graphs import check_file as check_file
 from lora_lite_fx.testing.graphs import check_merge as check_merge

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx import variants
-from lora_lite_fx.testing.compare import perturb
+from lora_lite_fx.testing.comparisons import perturb
 from tests.support.captured import captured
 from tests.support.selection import broad_unless
 from tests.variants.formula_parts import Array, Given, names_of

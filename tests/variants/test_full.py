@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import lora_lite_fx as llfx
-from lora_lite_fx.testing.compare import close, unchanged
+from lora_lite_fx.testing.comparisons import close, unchanged
 from lora_lite_fx.testing.graphs import check_export, check_file
 from tests.support.models import tiny_llama
 from tests.support.selection import broad_after

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.sites.site import Site
-from lora_lite_fx.testing.compare import close, perturb
+from lora_lite_fx.testing.comparisons import close, perturb
 from tests.support.captured import captured
 from tests.support.selection import broad_after
 from tests.variants.formula_parts import Array, Given, affine

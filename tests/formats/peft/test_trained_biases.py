@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.testing.compare import close
+from lora_lite_fx.testing.comparisons import close
 from tests.support.captured import captured
 from tests.support.peft_oracles import ORACLES, Oracle
 from tests.support.selection import broad_unless

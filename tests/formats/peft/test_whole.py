@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import lora_lite_fx as llfx
-from lora_lite_fx.testing.compare import unchanged
+from lora_lite_fx.testing.comparisons import unchanged
 from tests.support.conformance import randomise
 from tests.support.selection import broad_after
 

@@ -21,7 +21,7 @@ from ..graph.sharded import refuse_sharded
 from ..graph.tensors import keep_registration, tensor_of
 from ..graph.writes import overwritten_tensors
 from ..passes import LeaveOutInputs, Pipeline
-from ..sites.rows import note_lost_rows
+from ..sites.batch.batch_dimension import note_lost_rows
 
 
 @dataclass(frozen=True)

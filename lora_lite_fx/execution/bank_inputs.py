@@ -14,7 +14,7 @@ from ..adapters.placement import bank_slots
 from ..adapters.switches import Switches
 from ..capture.signature import count_arguments, leaves_of
 from ..compat.torch import trace_is_active
-from ..sites.rows import inputs_with_rows
+from ..sites.batch.batch_dimension import inputs_with_rows
 
 
 @dataclass(frozen=True)

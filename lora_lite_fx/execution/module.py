@@ -60,7 +60,7 @@ from ..passes import (
     input_name,
     read_ids,
 )
-from ..sites.rows import inputs_with_rows
+from ..sites.batch.batch_dimension import inputs_with_rows
 from .bank_inputs import BankInputs
 from .casting import follow_cast, follow_data
 from .cutting import cut

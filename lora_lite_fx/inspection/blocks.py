@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..sites.roles import GROUPS
 
 if TYPE_CHECKING:
-    from .rows import SiteRow
+    from .site_rows import SiteRow
 
 QKV = frozenset(["query", "key", "value"])
 _COARSE = ("reader", "writer", "inner")

@@ -21,7 +21,7 @@ from .picture import (
 
 if TYPE_CHECKING:
     from ..rewriting.left_out import Unadapted
-    from .rows import LeftOutRow, SiteRow
+    from .site_rows import LeftOutRow, SiteRow
 
 
 class PageData(Protocol):

@@ -11,7 +11,7 @@ from ..adapters.placement import graph_of, placements
 from ..errors import AdapterError, CallError, shown
 from ..execution.module import AdaptedGraphModule
 from ..passes import Program
-from .passes import ProgramReport
+from .pass_reports import ProgramReport
 
 
 def program(model: nn.Module, name: Program = "inference", *, without: Sequence[str] = ()) -> fx.GraphModule:

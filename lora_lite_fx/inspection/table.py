@@ -24,14 +24,14 @@ from ..graph.tensors import tensor_of
 from ..rewriting.capture import base_graph
 from ..rewriting.left_out import Unadapted, find_unadapted
 from ..sites.computed import Computation
-from ..sites.left_out import find_left_out
 from ..sites.roles import ROLES
 from ..sites.site import Site, stored_weight
+from ..sites.unmatched import find_left_out
 from ..text_table import text_table
 from .page import render
-from .passes import ProgramReport
+from .pass_reports import ProgramReport
 from .program import program
-from .rows import LeftOutRow, SiteRow
+from .site_rows import LeftOutRow, SiteRow
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ from ..graph.provenance import inner_name, is_inserted
 from ..graph.replacing import replace_modules
 from ..graph.tensors import outside_inference_mode
 from ..graph.writes import own_buffers, written_buffers
+from ..sites.batch.batch_dimension import batch_dim, follow_rows
+from ..sites.batch.follow_rows import RowFlow
 from ..sites.computed import Computation, frozen_values
 from ..sites.dataflow import SIZES, op_name
 from ..sites.finding import find_sites
-from ..sites.row_flow import RowFlow
-from ..sites.rows import batch_dim, follow_rows
 from ..sites.site import Site, is_called, span
 from ..storage.dequantized import DequantizedLinear
 from .calibration import Batches, check_calibration

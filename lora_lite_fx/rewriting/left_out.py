@@ -24,9 +24,9 @@ from ..errors import ConfigError
 from ..execution.optimize import execution_of
 from ..graph.tensors import tensor_of
 from ..log import logger
-from ..sites.left_out import LeftOut
 from ..sites.roles import COARSE, FINE, GROUPS
 from ..sites.site import Site
+from ..sites.unmatched import LeftOut
 
 _SHOWN = 5
 _NEW_HEAD = "linear of a head that was drawn at random"

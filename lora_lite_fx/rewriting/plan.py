@@ -18,8 +18,8 @@ from ..graph.provenance import DEFAULT
 from ..log import phase
 from ..passes import Observer
 from ..sites.finding import find_sites
-from ..sites.left_out import LeftOut, find_left_out
 from ..sites.site import Site
+from ..sites.unmatched import LeftOut, find_left_out
 from .calibration import Batches, check_observable, run_calibration
 from .left_out import covered, describe, tell_of_left_out
 

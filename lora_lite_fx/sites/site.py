@@ -15,7 +15,7 @@ from ..graph.sharded import whole
 from ..graph.tensors import tensor_of
 from ..graph.walk import walk
 from .computed import Computation
-from .kinds.bank import Banked
+from .kinds.banked_linear import Banked
 from .kinds.convolution import Convolution
 from .kinds.linear import SiteKind
 

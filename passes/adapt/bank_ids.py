@@ -10,7 +10,7 @@ from ...capture.signature import add_input, drop_input
 from ...errors import ConfigError
 from ...graph.parameter_work import first_input
 from ...graph.provenance import insertions
-from ...sites.rows import batch_sizes
+from ...sites.batch.batch_dimension import batch_sizes
 
 
 def ids_input(graph: fx.Graph) -> fx.Node:

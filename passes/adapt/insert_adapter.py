@@ -45,7 +45,7 @@ from ...graph.queries import operation_name, reads_tensor
 from ...graph.tensors import module_at, register_tensor, tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import written_roots
-from ...sites.rows import batch_dim, follow_rows
+from ...sites.batch.batch_dimension import batch_dim, follow_rows
 from ...sites.site import Call, Site, span
 from ..pipeline import GraphPass
 from .bank_ids import ids_input

@@ -18,7 +18,7 @@ from ...compat.torch import TO_COPY
 from ...graph.provenance import OUTLET, PASSED, Insertion, Provenance, record, recorded, surrounding
 from ...graph.tensors import HALF
 from ...graph.walk import walk
-from ...sites.rows import batch_dim, batch_sizes, follow_rows
+from ...sites.batch.batch_dimension import batch_dim, batch_sizes, follow_rows
 from ...sites.site import Site
 from ..pipeline import GraphPass
 

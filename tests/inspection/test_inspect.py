@@ -21,7 +21,7 @@ from torch import nn
 import lora_lite_fx as llfx
 from lora_lite_fx.__main__ import main
 from lora_lite_fx.inspection.blocks import Block, blocks, ranges
-from lora_lite_fx.inspection.rows import SiteRow
+from lora_lite_fx.inspection.site_rows import SiteRow
 from lora_lite_fx.inspection.table import SiteTable
 from tests.sites.test_roles_of_models import build
 from tests.support.selection import broad_after

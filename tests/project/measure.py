@@ -71,10 +71,9 @@ def code_run_by(action: Callable[[], Any]) -> set[tuple[str, str]]:
 def ways() -> dict[str, set[tuple[str, str]]]:
     """Return the code that each way of a user runs, on a tiny Llama of four layers."""
     import torch
-
-    import lora_lite_fx as llfx
     from transformers import LlamaForCausalLM
 
+    import lora_lite_fx as llfx
     from tests.support.models import tiny_llama
 
     torch.manual_seed(0)

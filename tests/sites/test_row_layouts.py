@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
+from lora_lite_fx.sites.batch.batch_dimension import batch_dim, batch_sizes, follow_rows
 from lora_lite_fx.sites.finding import find_sites
-from lora_lite_fx.sites.rows import batch_dim, batch_sizes, follow_rows
 from tests.adapters.test_switches import fill
 from tests.sites.row_layouts import FOLLOWED, PARTIAL, REFUSED
 from tests.support.architectures import DECODERS

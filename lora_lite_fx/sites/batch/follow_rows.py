@@ -1,7 +1,7 @@
 """Follow the rows of the batch through a graph: which dimension of each value counts them, and in which order.
 
 An adapter of one row may be used only where the graph proves which row a slice is. A size proves nothing, because a
-permutation keeps it. So each operator is asked what it does to rows; `row_operators.py` has the classes of operators.
+permutation keeps it. So each operator is asked what it does to rows, see `operator_rules.py`.
 
 - It computes each row of the same row of its operands, whichever dimension counts them. Then the one dimension of its
   result that has the size of the rows counts them.
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..graph.provenance import insertions, is_inserted
-from ..graph.regions import AUTOCAST_REGION, GRAD_REGION
-from ..graph.tensors import attribute_of
-from ..graph.writes import may_return_a_view, written_operands
-from .row_operators import SHAPE_OF_OTHER, STATISTICS, plain_name
-from .row_rules import RowRules, lost
+from ...graph.provenance import insertions, is_inserted
+from ...graph.regions import AUTOCAST_REGION, GRAD_REGION
+from ...graph.tensors import attribute_of
+from ...graph.writes import may_return_a_view, written_operands
+from .operator_classes import SHAPE_OF_OTHER, STATISTICS, plain_name
+from .operator_rules import RowRules, lost
 from .row_states import BATCH, Lost, Rows, Sizes, State
 
 ROWS_LOST = "lora_lite_fx_rows_lost"

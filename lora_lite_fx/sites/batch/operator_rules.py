@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graph.modes import by_mode
-from ..graph.queries import argument_of, line_of
-from .row_operators import (
+from ...graph.modes import by_mode
+from ...graph.queries import argument_of, line_of
+from .operator_classes import (
     CASTS,
     CONSTANTS,
     PLACED_BY_VALUE,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..errors import AdapterError
-from ..graph.queries import line_of
-from .row_flow import ROWS_LOST, RowFlow
+from ...errors import AdapterError
+from ...graph.queries import line_of
+from .follow_rows import ROWS_LOST, RowFlow
 from .row_states import Lost, Rows
 
 

@@ -1,4 +1,4 @@
-"""Say by class what operators do to the dimensions of their operands, for `row_flow.py`.
+"""Say by class what operators do to the dimensions of their operands, for `follow_rows.py`.
 
 Operators are known by the name that `plain_name` returns. One that is in no class may do anything.
 """
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compat.torch import OpOverload, schema_of
-from ..graph.queries import argument_of
-from .dataflow import op_name
+from ...compat.torch import OpOverload, schema_of
+from ...graph.queries import argument_of
+from ..dataflow import op_name
 
 # fmt: off
 SAME_ELEMENTS = frozenset({

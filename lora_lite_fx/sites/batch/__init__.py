@@ -1,0 +1,1 @@
+"""The rows of the batch: which dimension of a value counts them, and in which order."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import fx, nn
 
 from .checkpoint import load
-from .diffusers import FILE, load_diffusers
+from .diffusers_files import FILE, load_diffusers
 from .peft.directory import load_peft
 from .peft.hub import CONFIG
 

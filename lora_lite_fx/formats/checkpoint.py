@@ -45,13 +45,13 @@ from ..rewriting.plan import Plan
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site, stored_weight
-from .files import read_safetensors
+from .atomic_writing import write_atomically
+from .filed_adapter import AdapterFile, loader
 from .finite import check_finite
 from .gathered import gathered, write_once
-from .loading import AdapterFile, loader
 from .mistakes import as_path, check_file, foreign_file_hint
 from .stages import held_by
-from .writing import write_atomically
+from .untrusted_files import read_safetensors
 
 FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
 VERSION = 1

@@ -35,10 +35,10 @@ from ..variants import (
     PiSSA,
     RoAd,
 )
-from .files import read_safetensors
+from .atomic_writing import write_atomically
+from .filed_adapter import AdapterFile, loader
 from .finite import check_finite
 from .gathered import gathered, write_once
-from .loading import AdapterFile, loader
 from .mistakes import as_path
 from .single_adapter import (
     insert_from_file,
@@ -48,7 +48,7 @@ from .single_adapter import (
     weight_of,
 )
 from .stages import refuse_stage
-from .writing import write_atomically
+from .untrusted_files import read_safetensors
 
 
 @dataclass(frozen=True)

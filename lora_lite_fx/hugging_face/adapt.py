@@ -26,8 +26,8 @@ from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import plain_class
 from ..execution.optimize import execution_of
 from ..formats.any_file import load_any
-from ..formats.files import read_json
 from ..formats.peft.hub import CONFIG
+from ..formats.untrusted_files import read_json
 from ..graph.modes import modes_of, set_modes
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration

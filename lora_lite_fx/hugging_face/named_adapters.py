@@ -12,7 +12,7 @@ from ..adapters.placement import adapter_names
 from ..adapters.switches import active, scaled
 from ..errors import CheckpointError, ConfigError, is_instance_of
 from ..formats.any_file import load_any
-from ..formats.peft.config import from_peft_config
+from ..formats.peft.peft_config import from_peft_config
 from ..graph.provenance import DEFAULT
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.config import check_free, check_name

@@ -20,8 +20,8 @@ from torch.export import ExportedProgram
 
 from ..errors import AdapterError
 from ..formats.checkpoint import load
-from ..formats.files import MOST_TENSORS, check_regular, read_json
 from ..formats.peft.directory import load_peft
+from ..formats.untrusted_files import MOST_TENSORS, check_regular, read_json
 from .table import SiteTable, inspect
 
 _MOST_REAL = 10**9  # parameters to fill at random, 4 GB of them

@@ -17,7 +17,7 @@ from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture import Inputs
 from ..errors import counted
 from ..execution.module import AdaptedGraphModule
-from ..formats.writing import write_atomically
+from ..formats.atomic_writing import write_atomically
 from ..graph.provenance import DEFAULT, Insertion, surrounding
 from ..graph.queries import model_name
 from ..graph.tensors import tensor_of

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from lora_lite_fx import CheckpointError
-from lora_lite_fx.formats import writing
-from lora_lite_fx.formats.writing import write_atomically, write_together
+from lora_lite_fx.formats import atomic_writing
+from lora_lite_fx.formats.atomic_writing import write_atomically, write_together
 
 LITTER = ".lora_lite_fx-0123456789abcdef"
 
@@ -67,7 +67,7 @@ def test_an_owner_that_cannot_be_kept_is_an_error(tmp_path: Path, monkeypatch: p
     path.write_bytes(b"old")
     real = os.stat(path)
     others = os.stat_result((*real[:4], real.st_uid + 1, *real[5:10]))
-    monkeypatch.setattr(writing, "_replaceable", lambda _: others)
+    monkeypatch.setattr(atomic_writing, "_replaceable", lambda _: others)
     monkeypatch.setattr(os, "fchown", failing(errno.EPERM))
     with pytest.raises(CheckpointError, match=rf"belongs to user {real.st_uid + 1} .*write elsewhere"):
         write_atomically(path, b"new")
@@ -224,8 +224,8 @@ def test_what_a_crash_left_is_removed_by_the_next_write(tmp_path: Path) -> None:
 
 def test_a_file_that_another_writer_holds_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "O_TMPFILE")
-    monkeypatch.setattr(writing, "_LOCKED_AFTER", -1.0)
-    with writing._NewFile(tmp_path / "file") as slow:
+    monkeypatch.setattr(atomic_writing, "_LOCKED_AFTER", -1.0)
+    with atomic_writing._NewFile(tmp_path / "file") as slow:
         slow.write(b"slow")
         write_atomically(tmp_path / "file", b"fast")
         slow.take_place()

@@ -23,28 +23,28 @@ from ...errors import CheckpointError, ConfigError
 from ...graph.provenance import DEFAULT, SHARED
 from ...sites.site import Site
 from ...variants import TinyLoRA
+from ..atomic_writing import make_folder, write_together
 from ..checkpoint import fingerprints
-from ..files import read_json, read_safetensors
+from ..filed_adapter import AdapterFile, loader
 from ..finite import check_finite
 from ..gathered import gathered, write_once
-from ..loading import AdapterFile, loader
 from ..mistakes import as_path, check_directory
 from ..single_adapter import insert_from_file, module_names, sites_in, sites_of
 from ..stages import refuse_stage
 from ..tensor_bytes import tensor_bytes
-from ..writing import make_folder, write_together
+from ..untrusted_files import read_json, read_safetensors
+from .adapted_modules import PeftModule, by_site, exactly, peft_modules
 from .base_model import FINGERPRINTS, base_fields, compare_names, prints_in
-from .config import config_for, read_config
-from .format import PeftFormat
+from .beside import WholeFields, insert_whole, is_whole
+from .form import PeftFormat
 from .hub import CONFIG, TENSORS, directory_of
-from .modules import PeftModule, by_site, exactly, peft_modules
+from .peft_config import config_for, read_config
 from .sites import check_site
 from .tinylora import with_vectors_at_modules
 from .variants import format_of
-from .whole import WholeFields, insert_whole, is_whole
 from .whole_only import WHOLE_ONLY, as_beside, as_own, method_of
 from .whole_written import trains_whole_only, whole_placements, write_whole
-from .written import as_written
+from .written_form import as_written
 
 PREFIX = "base_model.model."
 _DIGEST = "lora_lite_fx.config"  # the key of the config's digest in the metadata of the tensors
@@ -223,7 +223,7 @@ def adapter_of(
         sites = sites_in(gm)
         targets = config.get("target_parameters") or ()
         found = by_site(gm, sites, modules, targets, path)
-        if prints is not None:  # zeros may fill up an attention module, see `modules.py`
+        if prints is not None:  # zeros may fill up an attention module, see `adapted_modules.py`
             found = {name: module for name, module in found.items() if name in prints or not module.is_empty}
 
         def check(variant: Variant, site: Site) -> None:

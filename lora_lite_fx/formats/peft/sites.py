@@ -13,7 +13,7 @@ from ...sites.dataflow import op_name
 from ...sites.kinds.convolution import Convolution
 from ...sites.site import Call, Site
 from ...variants import IA3, OFT, FourierFT, SHiRA, WaveFT
-from .format import PeftFormat
+from .form import PeftFormat
 from .variants import format_of
 
 

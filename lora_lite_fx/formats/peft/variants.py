@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...adapters.variant import Variant
 from ...errors import ConfigError
-from .format import PeftFormat
+from .form import PeftFormat
 from .methods.low_rank import LOW_RANK
 from .methods.matrices import MATRICES
 from .methods.rotations import ROTATIONS

@@ -1,6 +1,6 @@
 """PEFT's methods that train weights themselves and nothing beside them: LN-tuning and trainable tokens.
 
-What they train is what `whole.py` has beside an adapter, under other keys. So a directory is read and written by way of
+What they train is what `beside.py` has beside an adapter, under other keys. So a directory is read and written by way of
 that: here are the keys and the configs.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
 from ...variants import Full, TrainableTokens
-from .targets import START, covering, name_patterns, target_patterns
-from .whole import PREFIX, TOKENS, WholeFields
+from .beside import PREFIX, TOKENS, WholeFields
+from .target_modules import START, covering, name_patterns, target_patterns
 
 _LAYER = ".ln_tuning_layers."
 _OF_COPY = re.compile(re.escape(_LAYER) + r"(default\.)?")

@@ -14,8 +14,8 @@ from ...errors import ConfigError
 from ...sites.site import Site
 from ...variants import TrainableTokens
 from ..single_adapter import module_names
-from .modules import PeftModule
-from .whole import BASE, BESIDE, PREFIX, TOKENS
+from .adapted_modules import PeftModule
+from .beside import BASE, BESIDE, PREFIX, TOKENS
 
 
 def whole_placements(model: nn.Module, adapter: str | None = None) -> list[Placement]:

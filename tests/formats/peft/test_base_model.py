@@ -27,9 +27,9 @@ from transformers import (
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.source import Source
-from lora_lite_fx.formats.files import read_safetensors
 from lora_lite_fx.formats.peft.base_model import base_fields
 from lora_lite_fx.formats.tensor_bytes import tensor_bytes
+from lora_lite_fx.formats.untrusted_files import read_safetensors
 from tests.support.conformance import randomise
 from tests.support.peft_models import CASES, captured, llama
 from tests.support.selection import broad_after

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ....adapters.variant import Variant
 from ....variants import EVA, AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoRA, MiSS, OLoRA, PiSSA
-from ..format import BOTH_PATTERNS, GAUSSIAN, PeftField, PeftFormat, PeftTensor, R, as_patches, as_points, as_rows
+from ..form import BOTH_PATTERNS, GAUSSIAN, PeftField, PeftFormat, PeftTensor, R, as_patches, as_points, as_rows
 
 _FACTORS = {
     "lora_A": PeftTensor("lora_A.weight", as_rows, embedding="lora_embedding_A", conv=as_patches),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....variants import C3A, FourierFT, GLoRA, LoHa, LoKr, SHiRA, WaveFT
-from ..format import BOTH_PATTERNS, R_ALPHA, PeftField, PeftFormat, PeftTensor, R, as_rows
+from ..form import BOTH_PATTERNS, R_ALPHA, PeftField, PeftFormat, PeftTensor, R, as_rows
 
 _UPDATE_DROPOUT = {
     "rank_dropout": PeftField("rank_dropout", 0.0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....variants import BOFT, HRA, IA3, OFT, PSOFT, RoAd
-from ..format import PeftField, PeftFormat, PeftTensor, R
+from ..form import PeftField, PeftFormat, PeftTensor, R
 
 
 def _hra(orthogonal: bool) -> PeftFormat:

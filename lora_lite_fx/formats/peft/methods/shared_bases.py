@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ....variants import RandLoRA, TinyLoRA, VBLoRA, VeRA
-from ..format import PeftField, PeftFormat, PeftTensor
+from ..form import PeftField, PeftFormat, PeftTensor
 
 
 def _randlora(basis: str) -> PeftFormat:

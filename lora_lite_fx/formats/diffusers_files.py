@@ -23,16 +23,16 @@ from ..adapters.changed_buffers import warn_of_lost_buffers
 from ..adapters.state import warn_of_trained_base
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
-from .files import read_safetensors
+from .atomic_writing import make_folder, write_atomically
+from .filed_adapter import AdapterFile, loader
 from .finite import check_finite
 from .gathered import gathered, write_once
-from .loading import AdapterFile, loader
 from .mistakes import as_path
 from .peft.base_model import source_of
 from .peft.directory import PREFIX, adapter_of, peft_form
 from .stages import refuse_stage
 from .tensor_bytes import tensor_bytes
-from .writing import make_folder, write_atomically
+from .untrusted_files import read_safetensors
 
 FILE = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_adapter_metadata"

@@ -12,7 +12,7 @@ import safetensors
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .writing import kind_of
+from .atomic_writing import kind_of
 
 MOST_JSON = 4 * 2**20
 """The bytes that a JSON document may have. An adapter's config has some thousand."""

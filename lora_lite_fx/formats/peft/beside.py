@@ -20,7 +20,7 @@ from ...errors import CheckpointError, ConfigError
 from ...graph.tensors import tensor_of
 from ...variants import Full, TrainableTokens
 from ..single_adapter import insert_from_file, sites_in
-from .modules import exactly
+from .adapted_modules import exactly
 
 FIELDS = frozenset({"modules_to_save", "bias", "trainable_token_indices"})
 """The fields of a config that name what trains beside the adapter."""

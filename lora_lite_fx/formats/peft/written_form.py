@@ -20,8 +20,8 @@ from ...rewriting.sums import to_lora
 from ...variants import PSOFT, LoRA, LoRAXS, TinyLoRA
 from ...variants.pissa import FromWeight
 from ..single_adapter import only_adapter, sites_of, weight_of
+from .beside import BESIDE
 from .variants import format_of
-from .whole import BESIDE
 from .whole_written import whole_placements
 
 

@@ -13,13 +13,13 @@ from ...adapters.patterns import occurs
 from ...adapters.variant import Variant
 from ...errors import ConfigError
 from ...variants import EVA, IA3
+from .adapted_modules import PeftModule
+from .beside import FIELDS, TIED, WholeFields
 from .default_targets import with_targets_of
-from .format import PeftFormat
-from .modules import PeftModule
+from .form import PeftFormat
 from .sites import check_site
-from .targets import START, covering, listed, name_patterns, target_patterns, with_flags_inside
+from .target_modules import START, covering, listed, name_patterns, target_patterns, with_flags_inside
 from .variants import FORMATS, format_of
-from .whole import FIELDS, TIED, WholeFields
 from .whole_only import WHOLE_ONLY, method_of, own_fields, whole_config
 
 # Fields that say where an adapter comes from, or how PEFT is to run it.

@@ -40,7 +40,7 @@ import transformers
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.share import share
+from lora_lite_fx.capture.shared_copy import shared_copy
 from lora_lite_fx.storage.dequantized import stand_ins
 
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -246,7 +246,7 @@ def with_peft(model: Any) -> Any:
 
 def gradient_error(model: Any) -> float:
     """Return how far the gradients of adapters are from those on the dense weights that `model` stands for."""
-    holder = share(model)  # in which stand-ins say what the weights are
+    holder = shared_copy(model)  # in which stand-ins say what the weights are
     weights = {name: stand_in.effective_weight() for name, stand_in in stand_ins(holder).items()}
     dense = copy.deepcopy(holder)
     for name, weight in weights.items():

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from ..capture.capture import Inputs
-from ..capture.mistakes import check_inputs
+from ..capture.origins.mistakes import check_inputs
 from ..compat.torch import is_transform
 from ..errors import AdapterError, ConfigError, shown
 from ..graph.provenance import place_of

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..capture.rehearsal import has_values
+from ..capture.function_tracing.rehearsal import has_values
 from ..errors import AdapterError, ConfigError
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear

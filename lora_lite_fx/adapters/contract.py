@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.rehearsal import Refused, Stage, first_difference
+from ..capture.function_tracing.rehearsal import Refused, Stage, first_difference
 from ..compat.torch import version_of
 from ..errors import ConfigError, shown
 from ..graph.provenance import SHARED

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..capture.rehearsal import Refused
+from ..capture.function_tracing.rehearsal import Refused
 from ..errors import AdapterError, ConfigError
 from ..sites.site import Site
 

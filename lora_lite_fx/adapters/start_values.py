@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.rehearsal import Watch, has_values
+from ..capture.function_tracing.rehearsal import Watch, has_values
 from ..errors import ConfigError, shown
 from ..graph.provenance import SHARED
 from ..sites.site import Site

@@ -23,14 +23,16 @@ from ..errors import CaptureError
 from ..graph.modes import held_modes, modes_of, put_in_mode, set_modes
 from ..graph.tensors import keep_registration
 from ..log import phase, progress
-from .branches import Values, refuse_in_graph, refused_calls
 from .compare import own_error
 from .constant_answers import trace_without_constants
 from .depth.by_depth import ByDepth
 from .export import export
-from .foreign_graph import normalize
 from .forward_signature import name_arguments, signature_of
-from .hugging_face import (
+from .inputs.example_inputs import example_inputs_of, warn_of, what_may_be_left_out
+from .omissions import call_signature
+from .origins.mistakes import check_inputs, check_model
+from .origins.timm_model import example_images_of, images_of_one_size
+from .origins.transformers_model import (
     accepted_arguments,
     batch_only_arguments,
     forget_checkpointing,
@@ -41,15 +43,13 @@ from .hugging_face import (
     require_same_without_caches,
     with_other_mask,
 )
-from .inputs.example_inputs import example_inputs_of, warn_of, what_may_be_left_out
-from .inputs.timm import example_images_of, images_of_one_size
-from .mistakes import check_inputs, check_model
-from .optional import call_signature
 from .outputs import Call
 from .quirks.layouts import KnownWhileTraced, layouts_in, pass_layouts
 from .quirks.python_random import without_python_random
-from .share import share
+from .shared_copy import shared_copy
 from .signature import CallSignature
+from .symbolic_tracing.branches import Values, refuse_in_graph, refused_calls
+from .symbolic_tracing.foreign_graph import normalize
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 Result = TypeVar("Result")
@@ -132,12 +132,12 @@ def capture_model(
     check_model(model)
     assert isinstance(model, nn.Module)
     if isinstance(model, fx.GraphModule):
-        graph = share(model, own)
+        graph = shared_copy(model, own)
         normalize(graph)
         _name_modules_once(model, graph.graph)
         return Capture(graph, None, modes_of(model))
 
-    shadow, modes = share(model), modes_of(model)
+    shadow, modes = shared_copy(model), modes_of(model)
     made = made or example_inputs is None
     accepted: dict[str, Any] = {}
     signature = None

@@ -14,10 +14,10 @@ from torch import fx, nn
 
 from ..compat.torch import SET_GRAD_ENABLED, buffers_of
 from ..errors import COMPILE_INSTEAD, CaptureError
-from .branches import same_graphs
 from .python_state import PythonState, state_put_back, warn_of_count
 from .questions import AUTOCAST, GRAD, INFERENCE_REGION, Questions, device_of
-from .symbolic import recorded, symbolic_trace
+from .symbolic_tracing.branches import same_graphs
+from .symbolic_tracing.tracer import recorded, symbolic_trace
 
 
 def trace_without_constants(model: nn.Module) -> fx.GraphModule:

@@ -15,6 +15,7 @@ from ..graph.turns import tracing
 from ..graph.writes import returns_what_it_writes
 from .forward_signature import signature_of
 from .outputs import has_data
+from .quiet_torch import failures_unlogged, quiet_export
 from .quirks.autocast_regions import autocast_regions_kept
 from .quirks.autograd_functions import keeping_functions
 from .quirks.conversions import (
@@ -28,7 +29,6 @@ from .quirks.decisions import Decisions
 from .quirks.needless_masks import needless_masks_left_out
 from .quirks.remembered_results import forgetting
 from .refusal import refusal
-from .unprinted import failures_unlogged, quiet_export
 
 
 def export(

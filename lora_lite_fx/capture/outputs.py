@@ -21,7 +21,7 @@ from ..graph.tensors import tensor_of
 from ..graph.writes import written_attributes
 from .python_state import Change, PythonState, state_put_back
 from .questions import Questions
-from .share import share
+from .shared_copy import shared_copy
 from .signature import values_of_call
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -91,7 +91,7 @@ def outputs_of_model(
         for name, value in vars(module).items()
         if isinstance(value, Tensor) and value.is_leaf
     ]
-    twin = share(model, [*(name for name, _ in model.named_buffers()), *loose, *writes])
+    twin = shared_copy(model, [*(name for name, _ in model.named_buffers()), *loose, *writes])
     put(twin, mode)
     modules: dict[str, list[Tensor]] = {}
     calls: dict[str, int] = {}

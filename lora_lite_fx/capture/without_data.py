@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..compat.torch import FakeTensorMode
+from .quiet_torch import failures_unlogged
 from .quirks.conversions import CopiesFollowed
 from .quirks.remembered_results import forgetting
-from .unprinted import failures_unlogged
 
 
 @contextmanager

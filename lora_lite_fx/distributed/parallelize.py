@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..adapters.placement import graph_of, placements
 from ..adapters.state import adapter_tensors
-from ..capture.attention_module import attend_heads
+from ..capture.symbolic_tracing.attention_module import attend_heads
 from ..errors import AdapterError, shown
 from ..execution.execution import Execution
 from ..execution.module import AdaptedGraphModule

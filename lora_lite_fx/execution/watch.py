@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.hooks import hook_name, hooks_on, weight_hooks_on
+from ..capture.origins.hooks import hook_name, hooks_on, weight_hooks_on
 from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 from ..errors import AdapterError, is_instance_of
 from .graph_modules import GraphModules

@@ -18,10 +18,10 @@ from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_values
 from ..adapters.switches import HasSwitches, Switches
 from ..capture.capture import Inputs
-from ..capture.hooks import refuse_offloading
-from ..capture.hugging_face import is_diffusers, is_hugging_face
-from ..capture.mistakes import check_inputs, check_model, graph_hint
-from ..capture.share import share
+from ..capture.origins.hooks import refuse_offloading
+from ..capture.origins.mistakes import check_inputs, check_model, graph_hint
+from ..capture.origins.transformers_model import is_diffusers, is_hugging_face
+from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import plain_class
 from ..execution.optimize import execution_of
@@ -120,7 +120,7 @@ def adapt(
         raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
     check_gradients(model)
     refuse_offloading(model)
-    copied = share(model)
+    copied = shared_copy(model)
     warn_of_replaced_forward(model, forget_replaced_forward(copied))
     if fuse_loss is None:
         fuse_loss = graph is not None and execution_of(graph).fuse_loss

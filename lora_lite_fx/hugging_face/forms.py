@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..capture.differences import agree
 from ..capture.outputs import comparable
-from ..capture.share import share
+from ..capture.shared_copy import shared_copy
 from ..compat.torch import constant_when_compiled, not_compiled
 from ..errors import CaptureError
 from ..graph.sharded import refuse_sharded
@@ -90,7 +90,7 @@ class Forms:
         with tracing():
             model = self._copied()
             # A run may write to buffers.
-            model = share(model, [name for name, _ in model.named_buffers()])
+            model = shared_copy(model, [name for name, _ in model.named_buffers()])
             model.config.return_dict = True
             plain = model.get_submodule(path_of(part))
             counted.recall(plain)

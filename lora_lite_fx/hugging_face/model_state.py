@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.placement import adapter_tensor_names
-from ..capture.hooks import weight_hooks_on
+from ..capture.origins.hooks import weight_hooks_on
 from ..compat.torch import FORWARD_PRE_HOOKS, buffers_of, children_of, hooks_of, parameters_of
 from ..execution.layer import WRAPPED, plain_class, user_classes
 from ..graph.layers import is_layer

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.placement import Placement
-from ..capture.hugging_face import is_hugging_face
-from ..capture.share import share
+from ..capture.origins.transformers_model import is_hugging_face
+from ..capture.shared_copy import shared_copy
 from ..execution.layer import plain_class
 from ..graph.tensors import delete_tensor, has_attribute
 from .own_forward import forget_replaced_forward
@@ -23,7 +23,7 @@ def plain_copy(model: Any, placements: Sequence[Placement]) -> Any:
         model: is not changed.
         placements: its adapters.
     """
-    copied = share(model)
+    copied = shared_copy(model)
     for name in (name for placement in placements for name in placement.tensors.values()):
         if has_attribute(copied, name):  # some are shared by several sites, as are modules
             delete_tensor(copied, name)

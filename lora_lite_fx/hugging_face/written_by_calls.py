@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..capture.differences import agree
 from ..capture.outputs import comparable
-from ..capture.share import share
+from ..capture.shared_copy import shared_copy
 from .call_structure import CACHES, Leaves
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
@@ -43,7 +43,7 @@ def warn_of_writes(model: nn.Module, leaves: Leaves, training: bool) -> None:
 
 def _written(model: nn.Module, leaves: Leaves, training: bool) -> dict[tuple[str, str], Any]:
     """Return what a call writes to a copy of a model, by the module and the name of the attribute."""
-    twin = share(model, [name for name, _ in model.named_buffers()]).train(training)
+    twin = shared_copy(model, [name for name, _ in model.named_buffers()]).train(training)
     before = _values(twin)
     try:
         with comparable(twin), torch.autocast(twin.device.type, enabled=False):

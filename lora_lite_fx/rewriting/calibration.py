@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..adapters.variant import Variant
-from ..capture.share import share
+from ..capture.shared_copy import shared_copy
 from ..errors import CaptureError, ConfigError, shown
 from ..graph.writes import own_written_buffers
 from ..log import progress
@@ -62,7 +62,7 @@ def run_calibration(gm: fx.GraphModule, observers: Sequence[Mapping[str, Observe
     for of_variant in observers:
         for name, observer in of_variant.items():
             by_site.setdefault(name, []).append(observer)
-    observed = share(gm)
+    observed = shared_copy(gm)
     own_written_buffers(observed)
     Pipeline((ObserveInputs(by_site),)).run(observed)
     observed.eval()

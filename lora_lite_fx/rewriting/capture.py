@@ -17,10 +17,10 @@ from ..adapters.state import adapter_tensors
 from ..capture.capture import Capture, Inputs, capture_model, without_what_cannot_be
 from ..capture.compare import follows_each_part, require_equal
 from ..capture.default_dtype import default_dtype_of
-from ..capture.hooks import check_hooks
+from ..capture.origins.hooks import check_hooks
+from ..capture.origins.model_reference import ModelReference
 from ..capture.python_state import state_put_back
 from ..capture.signature import call_like_the_model
-from ..capture.source import Source
 from ..errors import CaptureError
 from ..execution.graph_modules import absent_tensors
 from ..execution.module import AdaptedGraphModule
@@ -178,7 +178,7 @@ def _graph_of(
     if fuse_loss is not None:
         execution = replace(execution, fuse_loss=fuse_loss)
     if not isinstance(model, fx.GraphModule):
-        execution = replace(execution, source=Source.of(model), held=captured.held)
+        execution = replace(execution, source=ModelReference.of(model), held=captured.held)
     if captured.source is not None:
         default_dtype = default_dtype_of(captured.gm, captured.source)
         execution = replace(execution, absent=absent_tensors(captured.source), default_dtype=default_dtype)

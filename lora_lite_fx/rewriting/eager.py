@@ -21,8 +21,8 @@ from ..adapters.state import adapter_values, load_adapter_values
 from ..adapters.switches import Switches
 from ..adapters.variant import adapter_namespace
 from ..capture.capture import Inputs
-from ..capture.hugging_face import leave_out_clamps
-from ..capture.share import share
+from ..capture.origins.transformers_model import leave_out_clamps
+from ..capture.shared_copy import shared_copy
 from ..compat.torch import MODULES
 from ..errors import AdapterError, ConfigError
 from ..execution.module import AdaptedGraphModule
@@ -116,7 +116,7 @@ def wrap_again(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
 
 def _copy(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     """Return a copy of `model` over the same weights, with buffers of its own where its graph `gm` writes to them."""
-    copied: nn.Module = share(model)
+    copied: nn.Module = shared_copy(model)
     leave_out_clamps(copied)
     buffers = dict(copied.named_buffers(remove_duplicate=False))  # a constant that was lifted into the graph is none
     base = {name: buffers[name] for name in written_buffers(gm) if name in buffers}

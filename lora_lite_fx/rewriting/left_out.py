@@ -19,7 +19,7 @@ from ..adapters.patterns import occurs
 from ..adapters.placement import placements
 from ..adapters.selection import would_select
 from ..adapters.variant import Variant
-from ..capture.source import Source
+from ..capture.origins.model_reference import ModelReference
 from ..errors import ConfigError
 from ..execution.optimize import execution_of
 from ..graph.tensors import tensor_of
@@ -89,7 +89,7 @@ def find_unadapted(
         variants: the configs; without one, default targets are meant.
     """
     source = execution_of(gm).source
-    new = source.new_head if isinstance(source, Source) else ()
+    new = source.new_head if isinstance(source, ModelReference) else ()
 
     def included(site: Site, roles: Iterable[str], in_layers: bool = True) -> bool:
         asked = variants if in_layers else [replace(variant, layers=None) for variant in variants]

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from ..capture.share import share
+from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError
 from ..execution.optimize import execution_of
 from ..sites.finding import find_sites
@@ -36,7 +36,7 @@ class Requantised:
                 "merge(requantise=True) asks the modules of the quantized model how to quantize, and the model that the"
                 " graph was captured from does not exist any more. The way out: keep it, or merge without requantise."
             )
-        modules = stand_ins(share(source))
+        modules = stand_ins(shared_copy(source))
         owners = {site.name: site.weight.rpartition(".")[0] for site in find_sites(gm)}
         self.errors: dict[str, float] = {}
         self.by_site: dict[str, Callable[[Tensor], Mapping[str, Tensor]]] = {

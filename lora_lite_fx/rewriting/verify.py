@@ -8,10 +8,10 @@ from ..adapters.placement import placements
 from ..capture.capture import Inputs, split_inputs
 from ..capture.compare import differences
 from ..capture.differences import DifferenceTable
-from ..capture.hugging_face import is_hugging_face, prepare_for_capture
-from ..capture.mistakes import check_model
+from ..capture.origins.mistakes import check_model
+from ..capture.origins.transformers_model import is_hugging_face, prepare_for_capture
 from ..capture.outputs import has_data
-from ..capture.share import share
+from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError, CaptureError, shown
 from ..graph.modes import modes_of, set_modes
 from .eager import wrap_again
@@ -46,7 +46,7 @@ def verify(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> DifferenceTa
             " verify(rewrite(model, cfg), model, inputs)."
         )
     check_model(model)
-    twin = wrap_again(gm, model) if placements(gm) else share(model)
+    twin = wrap_again(gm, model) if placements(gm) else shared_copy(model)
     if is_hugging_face(twin):
         prepare_for_capture(twin)
     if len(set((modes := modes_of(gm)).values())) > 1:

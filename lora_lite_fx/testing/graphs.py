@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from ..adapters.state import adapter_state_dict
-from ..capture.share import share
+from ..capture.shared_copy import shared_copy
 from ..formats.checkpoint import load, save
 from ..rewriting.rewrite import merge, remove
 from ..sites.computed import frozen_values
@@ -76,7 +76,7 @@ def check_remove(gm: fx.GraphModule, base: fx.GraphModule, model: nn.Module) -> 
     removed = remove(gm)
     assert str(removed.graph) == str(base.graph), "the graph without adapters is not the base"
     assert removed.state_dict().keys() == base.state_dict().keys(), "removal leaves tensors, or takes some of the base"
-    own = share(model)  # in which the tensors of quantized weights have the names of the graph
+    own = shared_copy(model)  # in which the tensors of quantized weights have the names of the graph
     for name, parameter in removed.named_parameters():
         assert parameter.data_ptr() == own.get_parameter(name).data_ptr(), f"{name} is a copy"
         assert not parameter.requires_grad, f"{name} trains after removal"

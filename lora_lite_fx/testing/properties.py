@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..adapters.registry import registry
 from ..adapters.state import adapter_parameters, adapter_state_dict
-from ..capture.share import share
+from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError
 from ..execution.frozen import frozen
 from ..rewriting.eager import AdaptedLinear
@@ -158,7 +158,7 @@ def bfloat16(trial: Trial) -> str:
     """Works on a bfloat16 model, where its tensors are float32, and is as exact as that dtype."""
     if any(variant.dtype is not None for variant in trial.variants):
         raise Skip("its config sets dtype")
-    if any(isinstance(module, DequantizedLinear) for module in share(trial.model).modules()):
+    if any(isinstance(module, DequantizedLinear) for module in shared_copy(trial.model).modules()):
         raise Skip("the base is quantized, and not of another dtype for being cast")
     half, exact = trial.in_dtype(torch.bfloat16), trial.in_dtype(torch.float64)
     values = adapter_state_dict(half.adapted)

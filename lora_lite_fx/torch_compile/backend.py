@@ -18,7 +18,6 @@ from ..adapters.bank import check_no_bank
 from ..adapters.quantized_base import check_gradients
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
-from ..capture.record_run import record_run
 from ..errors import AdapterError, ConfigError, shown
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import outside_inference_mode
@@ -29,6 +28,7 @@ from .dynamo_graph import Compiled, Compiler
 from .inner import Inner
 from .marked_graph import compile_marked, has_marks
 from .marked_model import ORIGINALS, mark_sites
+from .record_run import record_run
 
 NAME = "lora_lite_fx"
 """The name under which torch.compile knows the backend for models that carry their adapters."""

@@ -22,7 +22,7 @@ from ..adapters.placement import Placement, site_bias, site_weight
 from ..adapters.registry import recorded_variant, to_config
 from ..adapters.switches import Switches
 from ..adapters.variant import Variant
-from ..capture.share import share
+from ..capture.shared_copy import shared_copy
 from ..compat.torch import buffers_of
 from ..errors import AdapterError, ConfigError, is_instance_of
 from ..log import phase
@@ -54,7 +54,7 @@ def mark_sites(model: nn.Module, plans: Sequence[Plan], called: Container[str]) 
     Raises:
         ConfigError: a site is not a module that is called, so that a run of it could not be noticed.
     """
-    copy: nn.Module = share(model)
+    copy: nn.Module = shared_copy(model)
     base: dict[str, Tensor] = {}
     for path, module in copy.named_modules():
         for name, buffer in buffers_of(module).items():

@@ -20,7 +20,7 @@ from ...adapters.placement import Placement
 from ...adapters.reads import PassedRuns, Reads
 from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
-from ...capture.tracing import fake_input, fake_like, fake_of, trace
+from ...capture.function_tracing.trace import fake_input, fake_like, fake_of, trace
 from ...errors import ConfigError
 from ...sites.site import Call, Site, stored_bias, stored_weight
 from ..normalize.follow_mode import ModesDiffer, follow_mode

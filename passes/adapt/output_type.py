@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...capture.tracing import run_on_fixed_sizes
+from ...capture.function_tracing.trace import run_on_fixed_sizes
 from ...graph.tensors import HALF
 
 

@@ -17,7 +17,7 @@ from ...adapters.placement import Placement
 from ...adapters.reads import Reads
 from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
-from ...capture.tracing import fake_like, fake_of, trace
+from ...capture.function_tracing.trace import fake_like, fake_of, trace
 from ...graph.provenance import PASSED, Insertion, Provenance, recorded
 from ...sites.site import Site, stored_bias, stored_weight
 from .fragment import layout_of

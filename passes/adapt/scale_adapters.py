@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from ...adapters.accounting import account_for
 from ...adapters.beneath import rows_of_replaced
+from ...capture.function_tracing.trace import fake_like
 from ...capture.signature import add_input
-from ...capture.tracing import fake_like
 from ...compat.torch import TO_COPY
 from ...graph.provenance import OUTLET, PASSED, Insertion, Provenance, record, recorded, surrounding
 from ...graph.tensors import HALF

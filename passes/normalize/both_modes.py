@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...capture.unprinted import failures_unlogged
+from ...capture.quiet_torch import failures_unlogged
 from ...graph.modes import by_mode, is_flag, one_mode, owner_of, read_flag, writes_outside
 from ...graph.queries import dtype_of
 from ...graph.writes import written_roots

@@ -12,9 +12,9 @@ from torch.distributions import Distribution
 from torch.distributions.gumbel import Gumbel
 
 import lora_lite_fx as llfx
+from lora_lite_fx.capture.quiet_torch import failures_unlogged
 from lora_lite_fx.capture.quirks.conversions import CopiesFollowed
-from lora_lite_fx.capture.record_run import record_run
-from lora_lite_fx.capture.unprinted import failures_unlogged
+from lora_lite_fx.torch_compile.record_run import record_run
 
 
 class Choosing(nn.Linear):

@@ -16,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.hugging_face import prepare_for_capture
 from lora_lite_fx.capture.inputs.config_values import Values
 from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
+from lora_lite_fx.capture.origins.transformers_model import prepare_for_capture
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama

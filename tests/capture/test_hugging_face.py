@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.hugging_face import batch_only_arguments
+from lora_lite_fx.capture.origins.transformers_model import batch_only_arguments
 from tests.support.releases import cases_by_name
 
 CASES = cases_by_name()

@@ -13,7 +13,7 @@ from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import _REGISTRY
-from lora_lite_fx.capture.tracing import trace
+from lora_lite_fx.capture.function_tracing.trace import trace
 from lora_lite_fx.graph.layers import layer_of
 from lora_lite_fx.graph.provenance import INLET, OUTLET, insertions, is_inserted, recorded
 from lora_lite_fx.passes import (

@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 import lora_lite_fx as llfx
 from lora_lite_fx import log
 from lora_lite_fx.adapters.listing import describe_adapters
-from lora_lite_fx.capture.unprinted import quiet_export
+from lora_lite_fx.capture.quiet_torch import quiet_export
 from lora_lite_fx.execution.execution import Execution
 from lora_lite_fx.execution.module import AdaptedGraphModule
 from tests.support.models import GatedMLP, Net, tiny_llama

@@ -12,7 +12,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.source import Source
+from lora_lite_fx.capture.origins.model_reference import ModelReference
 from tests.rewriting.test_left_out import logged, warned
 from tests.support.captured import captured
 
@@ -41,7 +41,7 @@ def encoder() -> Any:
 
 
 def drawn(model: Any) -> tuple[str, ...]:
-    return Source.of(model).new_head
+    return ModelReference.of(model).new_head
 
 
 def test_experts_that_default_roles_leave_out_are_one_warning_with_the_way_to_adapt_them() -> None:

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.share import share
+from lora_lite_fx.capture.shared_copy import shared_copy
 from lora_lite_fx.storage.dequantized import DequantizedLinear, restore_quantized, stand_ins
 from lora_lite_fx.testing.comparisons import close
 from tests.support.quantized import STORAGES, dequantized, effective_weight, held, library, quantized, storages
@@ -121,7 +121,7 @@ def test_training_leaves_the_base_as_it_is_and_remove_gives_it_back(storage: str
 @pytest.mark.parametrize("storage", broad_after(12, slow_unless(lambda name: name != "quanto int4", STORAGES)))
 def test_the_weight_is_read_to_the_bits_of_its_library(storage: str) -> None:
     model = base(storage)
-    for name, stand_in in share(model).named_modules():
+    for name, stand_in in shared_copy(model).named_modules():
         if isinstance(stand_in, DequantizedLinear):
             exact = effective_weight(model.get_submodule(name))
             close(stand_in.effective_weight(), exact, 1e-7 if storage == "int8" else 0, name)
@@ -134,7 +134,7 @@ def test_cut_blocks_and_exponents_of_fp8_are_read_to_the_bit() -> None:
         generator = torch.Generator().manual_seed(0)
         module.weight.copy_(torch.randn(24, 40, generator=generator))
         module.weight_scale_inv.copy_(2.0 ** torch.randint(-4, 4, (2, 3), generator=generator))
-        (stand_in,) = stand_ins(share(nn.Sequential(module))).values()
+        (stand_in,) = stand_ins(shared_copy(nn.Sequential(module))).values()
         assert torch.equal(stand_in.effective_weight(), effective_weight(module))
 
 
@@ -147,7 +147,7 @@ def test_the_groups_of_quanto_are_read_to_the_bit(zero_point: bool, dtype: torch
     model = nn.Sequential(nn.Linear(256, 32, dtype=dtype))  # quanto keeps bfloat16 in an order of its own
     quanto.quantize(model, weights="qint4", optimizer=partial(quanto.MaxOptimizer(), zeropoint=zero_point))
     quanto.freeze(model)
-    (stand_in,) = stand_ins(share(model)).values()
+    (stand_in,) = stand_ins(shared_copy(model)).values()
     assert torch.equal(stand_in.effective_weight(), effective_weight(model[0]))
     assert stand_in.tensors["weight"].nbytes == 256 * 32 / 2
 
@@ -286,7 +286,7 @@ class Listed(nn.Module):
 
 def test_a_quantized_module_that_a_list_holds_is_stood_for_and_put_back_there() -> None:
     model = Listed(quantized("nf4", nn.Sequential(nn.Linear(32, 32))).get_submodule("0"))
-    copy: Any = share(model)
+    copy: Any = shared_copy(model)
     assert isinstance(copy.linear, DequantizedLinear)
     assert copy.layers == [copy.linear]
     restore_quantized(copy)

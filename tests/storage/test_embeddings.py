@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.share import share
+from lora_lite_fx.capture.shared_copy import shared_copy
 from lora_lite_fx.storage.dequantized import restore_quantized
 from lora_lite_fx.testing.comparisons import close
 from tests.storage.test_merge import moved
@@ -111,7 +111,7 @@ def test_it_is_exported_and_comes_back_quantized(kind: str) -> None:
     close(torch.export.load(file).module()(IDS), gm(IDS), 1e-6, "loaded")
     close(llfx.merge(gm)(IDS), gm(IDS), 1e-5, "merged")
     close(llfx.remove(gm)(IDS), dense(IDS), 1e-6, "removed")
-    again = share(model)
+    again = shared_copy(model)
     restore_quantized(again)
     assert type(again.embed) is type(model.embed)
     assert torch.equal(again(IDS), model(IDS))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.share import share
+from lora_lite_fx.capture.shared_copy import shared_copy
 from lora_lite_fx.storage.dequantized import stand_ins
 from lora_lite_fx.testing.comparisons import close
 from tests.support.conformance import randomise
@@ -38,7 +38,7 @@ def packed(module: Any) -> Any:
 
 def read(module: nn.Module) -> Tensor:
     """Return the weight as this library reads it."""
-    (stand_in,) = stand_ins(share(nn.Sequential(module))).values()
+    (stand_in,) = stand_ins(shared_copy(nn.Sequential(module))).values()
     return stand_in.effective_weight()
 
 

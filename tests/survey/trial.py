@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.hugging_face import is_diffusers, is_hugging_face
 from lora_lite_fx.capture.inputs.images import IMAGES
 from lora_lite_fx.capture.inputs.sounds import SOUNDS
+from lora_lite_fx.capture.origins.transformers_model import is_diffusers, is_hugging_face
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 

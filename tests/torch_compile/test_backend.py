@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.frozen_linear import FrozenLinear
 from lora_lite_fx.adapters.promotion import adapt
-from lora_lite_fx.capture.record_run import record_run
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.sites.site import Site
 from lora_lite_fx.torch_compile.backend import backend, compile_graph
+from lora_lite_fx.torch_compile.record_run import record_run
 from tests.support.conformance import close, gradients, randomise, small
 from tests.support.own_variants import registered
 from tests.support.selection import broad_after

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ...capture.hugging_face import is_diffusers, is_hugging_face
-from ...capture.source import Source
+from ...capture.origins.model_reference import ModelReference
+from ...capture.origins.transformers_model import is_diffusers, is_hugging_face
 from ...errors import CheckpointError, shown
 from ...execution.optimize import execution_of
 
@@ -31,12 +31,12 @@ FINGERPRINTS = "lora_lite_fx.base"
 """The key, in the metadata of the tensors, of the fingerprints of the base's weights by site. PEFT ignores it."""
 
 
-def source_of(model: nn.Module) -> Source | None:
+def source_of(model: nn.Module) -> ModelReference | None:
     """Return the source of an adapted model, or None if it is not known."""
     if is_hugging_face(model) or is_diffusers(model):
-        return Source.of(model)
+        return ModelReference.of(model)
     source = execution_of(model).source
-    return source if isinstance(source, Source) else None
+    return source if isinstance(source, ModelReference) else None
 
 
 def base_fields(model: nn.Module) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def base_fields(model: nn.Module) -> dict[str, Any]:
     return fields
 
 
-def _task(source: Source) -> str | None:
+def _task(source: ModelReference) -> str | None:
     """Return PEFT's task for the class of a model; None if PEFT has none, or would call the model in another way."""
     if source.reads != "input_ids":
         return None

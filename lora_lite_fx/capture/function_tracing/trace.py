@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..compat.torch import FakeTensor, FakeTensorMode
-from ..graph.turns import tracing
-from .quirks.autograd_functions import keeping_functions
+from ...compat.torch import FakeTensor, FakeTensorMode
+from ...graph.turns import tracing
+from ..quirks.autograd_functions import keeping_functions
 
 T = TypeVar("T")
 

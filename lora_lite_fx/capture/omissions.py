@@ -22,9 +22,9 @@ from ..compat.torch import pytree
 from .depth.stacks import shortened
 from .differences import agree
 from .forward_signature import signature_of
-from .hugging_face import with_other_mask, with_padding
+from .origins.transformers_model import with_other_mask, with_padding
 from .outputs import has_data, leaves_by_path
-from .share import share
+from .shared_copy import shared_copy
 from .signature import CallSignature, Fill, Omission
 
 # Enough for all models known; every further argument would double the number of sets that are compared.
@@ -112,7 +112,7 @@ class _Comparison:
     """Compares a model's answers to calls that leave arguments out with those to a constant in their place."""
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], graph: fx.Graph) -> None:
-        self.model = share(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
+        self.model = shared_copy(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
         padded = with_padding(model, dict(inputs))
         self.inputs = [padded]
         if (other := with_other_mask(model, padded)) is not None:

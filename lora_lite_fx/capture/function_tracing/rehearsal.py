@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..compat.torch import (
+from ...compat.torch import (
     LOCAL_SCALAR_DENSE,
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -23,10 +23,10 @@ from ..compat.torch import (
     disable_current_modes,
     pytree,
 )
-from ..errors import ConfigError
-from ..graph.turns import tracing
-from ..graph.writes import written_arguments
-from .unprinted import failures_unlogged
+from ...errors import ConfigError
+from ...graph.turns import tracing
+from ...graph.writes import written_arguments
+from ..quiet_torch import failures_unlogged
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..errors import CaptureError, is_instance_of, shown
-from ..graph.sharded import is_stage
+from ...errors import CaptureError, is_instance_of, shown
+from ...graph.sharded import is_stage
 
 _PREPARES_INPUTS = ("PreTrainedTokenizerBase", "ProcessorMixin", "FeatureExtractionMixin", "ImageProcessingMixin")
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")

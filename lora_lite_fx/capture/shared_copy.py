@@ -17,7 +17,7 @@ from ..storage.dequantized import share_dequantized
 from .rebound import rebind_functions
 
 
-def share(model: nn.Module, own: Sequence[str] = ()) -> Any:
+def shared_copy(model: nn.Module, own: Sequence[str] = ()) -> Any:
     """Return a copy of `model` whose frozen parameters and buffers are new objects over the same storage.
 
     In the place of each quantized linear the copy has a `DequantizedLinear` over its tensors, whose weight is a value

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..capture.quirks.conversions import CopiesFollowed
+from ..capture.shared_copy import shared_copy
 from ..compat.torch import pytree
 from ..graph.tensors import name_tensors, tensor_names
 from ..log import phase
-from .quirks.conversions import CopiesFollowed
-from .share import share
 
 
 def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -29,7 +29,7 @@ def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Returns:
         The graph; `meta["called"]` has the names of the modules that were called.
     """
-    shadow = share(model).eval()
+    shadow = shared_copy(model).eval()
     names = {id(module): name for name, module in shadow.named_modules()}
     leaves, spec = pytree.tree_flatten((args, kwargs))
     others = [None if isinstance(leaf, Tensor) else copy.deepcopy(leaf) for leaf in leaves]

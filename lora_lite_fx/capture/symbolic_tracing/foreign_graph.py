@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, pytree
-from ..errors import CaptureError
-from ..graph.tensors import attribute_of, name_tensors, tensor_names
-from ..graph.walk import ancestors
-from .hooks import hooks_on
-from .symbolic import INLINED, trace_into_linears, use_aten
+from ...compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, pytree
+from ...errors import CaptureError
+from ...graph.tensors import attribute_of, name_tensors, tensor_names
+from ...graph.walk import ancestors
+from ..origins.hooks import hooks_on
+from .tracer import INLINED, trace_into_linears, use_aten
 
 # Dynamo names a module by the expression for it in the code that it traced: the argument self, or a global.
 _EXPRESSION = re.compile(r"^[LG]\['\w+'\]\.?")

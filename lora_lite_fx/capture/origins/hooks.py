@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..compat.accelerate import offloading_hook_of
-from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, FORWARD_PRE_HOOKS, hooks_of
-from ..errors import CaptureError
+from ...compat.accelerate import offloading_hook_of
+from ...compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, FORWARD_PRE_HOOKS, hooks_of
+from ...errors import CaptureError
 
 
 def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:

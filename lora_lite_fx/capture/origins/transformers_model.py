@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError
-from ..graph.sharded import is_dtensor
-from .differences import TOLERANCES, distance, largest
-from .inputs.parts import attends_by_type
-from .outputs import Call, has_data, outputs_of_model
+from ...errors import CaptureError
+from ...graph.sharded import is_dtensor
+from ..differences import TOLERANCES, distance, largest
+from ..inputs.parts import attends_by_type
+from ..outputs import Call, has_data, outputs_of_model
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -68,7 +68,7 @@ def prepare_for_capture(model: Any) -> None:
         CaptureError: the model drops whole layers at random, masks random spans by numpy (SpecAugment), or
             changes its weights in evaluation (RWKV) or in training (Gemma 3n).
     """
-    from ..compat.transformers import experts_of, set_experts, tells_experts
+    from ...compat.transformers import experts_of, set_experts, tells_experts
 
     leave_out_clamps(model)
     for module in model.modules():
@@ -232,7 +232,7 @@ def input_hint(model: nn.Module, inputs: dict[str, Any]) -> str:
     if attends_by_type(model) and "token_type_ids" not in inputs:
         return " pass token_type_ids in example_inputs too, which say where tokens see those behind them,"
     config: Any = model.config
-    from ..compat.transformers import attention_of
+    from ...compat.transformers import attention_of
 
     if attention_of(config) != "sdpa":
         return ""

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .hugging_face import is_hugging_face, new_head
+from .transformers_model import is_hugging_face, new_head
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelReference:
     """A weak reference to a model, and how a Hugging Face model is found again. Calling it returns the model, or None.
 
     Args:
@@ -38,11 +38,11 @@ class Source:
     new_head: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Source:
+    def of(cls, model: nn.Module) -> ModelReference:
         """Return the source of a graph that is captured from `model`."""
         known: dict[str, Any] = {}
         if is_hugging_face(model):
-            from ..compat.transformers import revision_of
+            from ...compat.transformers import revision_of
 
             config: Any = model.config
             known = {

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
-from ..errors import CallError, CaptureError
-from .python_state import state_put_back
-from .symbolic import symbolic_trace
+from ...errors import CallError, CaptureError
+from ..python_state import state_put_back
+from .tracer import symbolic_trace
 
 Values = tuple[tuple[str, bool | None], ...]
 """Arguments with the values that they are called with."""

@@ -153,7 +153,7 @@ def capture_model(
         example_inputs, one_size = images, tuple(images)
     inputs = None
     if example_inputs is not None:  # else its forward is traced as it is written
-        name_arguments(shadow)
+        name_arguments(shadow, example_inputs)
         inputs = split_inputs(shadow, example_inputs)
     if inputs is not None and is_hugging_face(shadow):
         require_same_without_caches(model, shadow, inputs)

@@ -72,8 +72,18 @@ def give_signature(model: nn.Module, signature: inspect.Signature) -> None:
     model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
-def name_arguments(model: nn.Module) -> None:
-    """Give `model`, a copy of the user's, the names of arguments that its `forward` takes without a name."""
+def name_arguments(model: nn.Module, inputs: Any) -> None:
+    """Give `model`, a copy of the user's, the names of arguments that its `forward` takes without a name.
+
+    Args:
+        model: gets the names that `forward` of its class inherits, and those of `inputs` that go to `**kwargs`.
+        inputs: a tuple of positional or a dict of keyword arguments.
+    """
     signature = forward_signature(type(model))
+    *named, last = signature.parameters.values()
+    if last.kind is _VAR_KEYWORD and isinstance(inputs, dict):  # torch.export takes no dynamic shapes for such a bundle
+        bundled = inputs.keys() - signature.parameters.keys()
+        more = [inspect.Parameter(name, _KEYWORD_ONLY, default=None) for name in sorted(bundled)]
+        signature = signature.replace(parameters=[*named, *more, last])
     if "forward" not in vars(model) and signature != inspect.signature(type(model).forward):
         give_signature(model, signature)

@@ -152,8 +152,10 @@ def one_mode(paths: Sequence[str], others: Sequence[str], *flags: bool) -> bool:
         raise CallError(
             f"{first[True]} is in training mode and {first[False]} in evaluation mode. This graph takes no calls where"
             " such parts differ, because what the model computes in one of them depends on the mode of another, or"
-            " because it runs other operations in training than in evaluation. The way out: put them in one mode, by"
-            " train() or eval(); or wrap in place of rewrite, which runs the model's own code."
+            " because it runs other operations in training than in evaluation, as for stochastic depth. The way out:"
+            " put them in one mode, by train() or eval(). For dropout in evaluation (MC dropout), capture the model"
+            " with a rate of 0 for stochastic depth (drop_path_rate=0 in its config); or use wrap in place of rewrite,"
+            " which runs the model's own code."
         )
     return mode
 

@@ -71,10 +71,12 @@ def adapt(
         max_graphs: the most graphs to keep, of the model and of each part that is called by itself; the one that was
             not used for longest is dropped for a new one.
         fuse_loss: as for `rewrite`. None follows `model`, if that is a graph.
-        verify: compare each graph with the model when it is captured, as `capture` does.
+        verify: compare each graph with the model when it is captured, as `capture` does. With False nobody notices a
+            model that asks the process how it is called, as whether autocast is on.
 
     Returns:
         The copy, each module in the mode of the model's, or of the graph's. Only the adapters' parameters require grad.
+        A training call returns caches in the dtype of the weights, also under autocast, because one graph serves both.
         Its parts (`get_encoder()`, the model without its head) run graphs of their own, and so do modules with an
         adapter, as a layer calls them that is called by itself. A module that is replaced, or a number of one that is
         set (`dropout.p = 0`), acts in the next call, for which a graph is captured again; calls that torch.compile has

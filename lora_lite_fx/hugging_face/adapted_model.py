@@ -68,7 +68,15 @@ def subclass(kind: Any, cls: Any) -> type:
 
         @functools.wraps(cls.generate)
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with _of_rows(self, kwargs, _copies_of_a_row(self, kwargs)), frozen(self):
+            copies = _copies_of_a_row(self, kwargs)
+            by_rows = kwargs.get("adapter_names", kwargs.get(IDS)) is not None
+            if copies > 1 and by_rows and self.config.is_encoder_decoder:
+                raise AdapterError(
+                    f"generate of {cls.__name__} with beams or several sequences calls the encoder with one row of each"
+                    f" text and the decoder with {copies}, so that rows cannot have adapters of their own. The way out:"
+                    " num_beams=1 and one sequence; or one generate for each adapter, as with active(model, name)."
+                )
+            with _of_rows(self, kwargs, copies), frozen(self):
                 return cls.generate(self, *args, **kwargs)
 
         adapted.generate = generate

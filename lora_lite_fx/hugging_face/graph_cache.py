@@ -39,6 +39,7 @@ from ..rewriting.calibration import Batches
 from ..rewriting.plan import make_plans
 from ..rewriting.rewrite import insert_new, insert_placed
 from ..sites.finding import find_sites
+from ..sites.site import Site
 from .around_parts import has_parts, run_around_parts, try_around_parts
 from .call_structure import Leaves
 from .captured_call import CapturedCall, CapturedGraph, attempts, capture_call, captured_with
@@ -425,6 +426,9 @@ class GraphCache:
             return
         sites = {site.name: site for site in find_sites(base)}
         self._check(base, sites.keys())
+        for placement in self.placements:
+            if placement.site in sites:
+                _check_tensors(placement, sites[placement.site])
         insert_placed(base, self.placements, self._roles(), self._adapter_tensors())
 
     def _roles(self) -> dict[str, frozenset[str]]:
@@ -476,6 +480,17 @@ class GraphCache:
             elif of_model is not None:
                 register_tensor(gm, name, of_model)
         add_flagged_modules(self.model, gm.graph)  # of adapters at what the model has no module for
+
+
+def _check_tensors(placement: Placement, site: Site) -> None:
+    """Raise AdapterError if the adapter would have other tensors at the site as it is now: Full trains its bias."""
+    needed = placement.local.tensor_specs(site).keys()
+    for name in sorted(needed ^ set(placement.names)):
+        what, instead = ("has no place for", "zeros in its place") if name in placement.names else ("needs", "None")
+        raise AdapterError(
+            f"{site.name!r} {what} {name} of {type(placement.variant).__name__} since its bias is another than at"
+            f" adapt. The way out: {instead}, which leaves the adapter as it was; or change the bias before adapt."
+        )
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -71,7 +71,8 @@ def capture(
         verify: compare the graph with the model on the example inputs, in training and in evaluation mode. That takes
             a forward pass each of model and graph, and finds models that compute something else while they are traced,
             or that ask the process how they are called, as whether autocast is on. It is left out without example
-            inputs, and for models without data (on the meta device).
+            inputs, and for models without data (on the meta device). With False nobody notices such models: the graph
+            has the answers of its capture, and gives them in every call.
 
     Returns:
         A graph module over the model's own weights, each part in the mode of the model's; no parameter requires grad

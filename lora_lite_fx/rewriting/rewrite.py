@@ -99,7 +99,7 @@ def rewrite(
             cross-entropy of a head's logits stay as they are, `llfx.program(gm, "training").meta["report"]` says why.
             None follows `model`, if that is a graph.
         verify: compare the captured graph with the model on the example inputs before adapters are inserted, as
-            `capture` does.
+            `capture` does. With False nobody notices a model that asks the process how it is called.
 
     Returns:
         A graph module over the model's own frozen weights, in the model's mode. Only the adapters' parameters

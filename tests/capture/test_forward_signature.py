@@ -165,3 +165,22 @@ def test_a_subclass_is_adapted(subclass: Any) -> None:
             torch.testing.assert_close(ours.loss, theirs.loss)
         settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
         assert torch.equal(chat.generate(x, **settings), wrapped.generate(x, **settings))
+
+
+class Bundle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        y: Tensor = self.linear(x) * kwargs["scale"]
+        return y.relu() if kwargs.get("positive") else y
+
+
+def test_arguments_without_a_name_are_inputs_and_constants_like_others() -> None:
+    model, scale = Bundle(), torch.tensor(2.0)
+    gm = llfx.capture(model, {"x": torch.randn(2, 3), "scale": scale, "positive": True})
+    x = torch.randn(5, 3)
+    assert torch.equal(gm(x=x, scale=3 * scale, positive=True), model(x, scale=3 * scale, positive=True))
+    with pytest.raises(llfx.CallError, match="positive=None differs from positive=True"):
+        gm(x=x, scale=scale)

@@ -73,6 +73,10 @@ class Subject:
         """Return the inputs of a call."""
         return {"x": Net(self.blocks, self.single).inputs(3, seed=1).to(dtype)}
 
+    def fields(self, output: Any) -> dict[str, Tensor]:
+        """Return the tensors of an output that count."""
+        return _fields(output)
+
     @property
     def tolerance(self) -> float:
         """How far results may be apart."""
@@ -114,6 +118,18 @@ class Llama(Subject):
         return {"input_ids": torch.arange(3, 27).reshape(3, 8)}
 
 
+@dataclass(frozen=True)
+class TypesOfCaches(Llama):
+    """A model of transformers in float32, of which the types of the caches count that a call returns."""
+
+    def build(self, path: str) -> Any:
+        return super().build(path).float()
+
+    def fields(self, output: Any) -> dict[str, Tensor]:
+        layers = output.past_key_values.layers
+        return {f"{name} {i}": getattr(each, name)[:0] for i, each in enumerate(layers) for name in ("keys", "values")}
+
+
 def adapted(path: str, subject: Subject, model: Any) -> Any:
     """Return the model as this path adapts it."""
     with CONTEXTS[subject.within]():
@@ -140,7 +156,7 @@ def result_of(model: Any, path: str, subject: Subject, ask: Ask, tensors: dict[s
         for _ in range(ask.times):
             torch.manual_seed(0)
             output = call(**arguments)
-    fields = {"output": output} if isinstance(output, Tensor) else _fields(output)
+    fields = {"output": output} if isinstance(output, Tensor) else subject.fields(output)
     main = next(iter(fields.values()))
     gradients = gradients_of(main, tensors)
     return {**{name: field.detach() for name, field in fields.items()}, **gradients}

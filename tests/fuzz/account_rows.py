@@ -25,7 +25,7 @@ from tests.fuzz.account import (
     parametrized,
     untied,
 )
-from tests.fuzz.account_models import Ask, Llama, Scaled, Subject
+from tests.fuzz.account_models import Ask, Llama, Scaled, Subject, TypesOfCaches
 
 MODES = Subject(("BatchNorm", "Dropout", "MLP"))
 MLP = Subject(("MLP",))
@@ -145,12 +145,22 @@ def process() -> list[Row]:
     """Return the rows of what a process says."""
     asked = cells(f"refused: {ANSWER}", adapt=f"refused: {ANSWER}", wrap="refused: `wrap` captures the model")
     held = cells(f"refused: {ANSWER}")
+    no_cache = "n/a: `rewrite` leaves caches out of its graph"
+    one_type = "ignored: one graph serves training with and without autocast, and no later call reads this cache"
     line = "refused: the error names the line"
     counted = cells(line, adapt=line, wrap=line)
     return [
         Row("process", "no_grad at the call", EVERYWHERE, ask=Ask("no_grad")),
         Row("process", "inference_mode at the call", EVERYWHERE, ask=Ask("inference")),
         Row("process", "autocast at the call", EVERYWHERE, IN_SINGLE, ask=Ask("autocast")),
+        Row(
+            "process",
+            "autocast at a training call, and the type of the cache that it returns",
+            cells(no_cache, adapt=one_type, traced=NO_TRACE),
+            TypesOfCaches(),
+            ask=Ask("autocast"),
+            training=True,
+        ),
         Row("process", "autocast at the capture alone", EVERYWHERE, Subject(("MLP",), True, within="autocast")),
         Row("process", "no_grad at the capture alone", EVERYWHERE, Subject(("MLP",), within="no_grad")),
         Row("process", "inference_mode at the capture alone", EVERYWHERE, Subject(("MLP",), within="inference")),

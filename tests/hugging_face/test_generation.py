@@ -260,3 +260,24 @@ def test_smollm2_generates_the_same_text() -> None:
     inputs = tokenizer(["The nonlocal statement", "A generator is a function that"], return_tensors="pt", padding=True)
     assert_same(adapted, merged, dict(inputs), num_beams=2)
     assert len(adapted._graphs) == 1
+
+
+def test_rows_of_an_encoder_decoder_have_adapters_of_their_own() -> None:
+    torch.manual_seed(0)
+    lora = llfx.LoRA(r=R, alpha=ALPHA, target_names=".")
+    model = llfx.adapt(hf.T5ForConditionalGeneration(tiny_t5()).eval(), {"a": lora, "b": lora})
+    randomise(model, 0)
+    ids = torch.randint(3, 30, (3, 6))
+    options: Any = {"max_new_tokens": 5, "do_sample": False}
+    names = ["b", None, "a"]
+    expected = []
+    for i, name in enumerate(names):
+        with llfx.active(model, name):
+            expected.append(model.generate(ids, **options)[i])
+    mixed = model.generate(ids, adapter_names=[name or "__base__" for name in names], **options)
+    assert torch.equal(mixed, torch.stack(expected))
+    assert not torch.equal(expected[0][1:], expected[2][1:])
+    with pytest.raises(llfx.AdapterError, match="3, so that rows cannot have adapters of their own"):
+        model.generate(ids, adapter_names=["b", "__base__", "a"], num_beams=3, **options)
+    with llfx.active(model, "a"):
+        assert model.generate(ids, num_beams=3, **options).shape[0] == 3

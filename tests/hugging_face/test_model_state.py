@@ -565,3 +565,20 @@ def test_an_adapted_module_of_another_class_runs_alone_with_its_adapter() -> Non
     plain = llfx.merge(model)
     x = torch.randn(2, 16)
     assert same(model.model.layers[0].mlp.up_proj(x), plain.model.layers[0].mlp.up_proj(x))
+
+
+@pytest.mark.parametrize("had", [True, False])
+def test_a_bias_that_full_trains_or_would_train_is_not_taken_away_or_added(had: bool) -> None:
+    plain = one_layer_llama()
+    head = plain.lm_head
+    bias = nn.Parameter(torch.linspace(-1, 1, 32))
+    head.bias = bias if had else None
+    model = llfx.adapt(plain.eval(), llfx.Full(target_names="lm_head"))
+    expected = model(IDS).logits
+    model.lm_head.bias = None if had else bias
+    with pytest.raises(
+        llfx.AdapterError, match=f"'lm_head' {'has no place for' if had else 'needs'} lora_bias of Full"
+    ):
+        model(IDS)
+    model.lm_head.bias = nn.Parameter(torch.zeros(32)) if had else None
+    assert same(model(IDS).logits, expected)

@@ -225,3 +225,16 @@ def test_parts_of_such_models_follow_their_modes_as_far_as_the_graph_can() -> No
             gm(x)
         with pytest.raises(llfx.CallError, match=names):
             fx.Interpreter(gm).run(x)
+
+
+def test_dropout_in_evaluation_needs_a_rate_of_zero_for_stochastic_depth() -> None:
+    x = torch.randn(6, WIDTH)
+    for rate in (0.0, 0.4):
+        model = nn.Sequential(Block(rate), nn.Dropout(0.5))
+        gm = llfx.capture(model, (x,)).eval()
+        gm.get_submodule("1").train()
+        if rate:
+            with pytest.raises(llfx.CallError, match=r"1 is in training mode and 0 in evaluation mode.*MC dropout"):
+                gm(x)
+        else:
+            assert (gm(x) == 0).any()

@@ -16,13 +16,14 @@ def _is_program() -> bool:
 
 
 if not _is_program():  # else the program imports this again, when it has read its options
+    from .adapters.adapted_site import AdaptedSite
     from .adapters.bank import Bank
     from .adapters.frozen_linear import FrozenLinear
     from .adapters.hyperparameters import WithDropout, WithRank, WithScale
-    from .adapters.listing import AdaptedSite, AdapterRow, AdapterTable, adapters
+    from .adapters.listing import AdapterRow, AdapterTable, adapters
     from .adapters.param_spec import ParamSpec
     from .adapters.registry import register, registry
-    from .adapters.slots import SlotOptimizer
+    from .adapters.slot_optimizer import SlotOptimizer
     from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
     from .adapters.switches import active, by_row, scaled
     from .adapters.variant import Batch, Statistic, Variant
@@ -53,13 +54,13 @@ if not _is_program():  # else the program imports this again, when it has read i
     from .hugging_face.adapt import adapt
     from .inspection.program import program
     from .inspection.table import inspect
+    from .rewriting.bank_slots import put_slot, reset_slot, take_slot
     from .rewriting.capture import capture
     from .rewriting.eager import wrap
     from .rewriting.loftq import loftq
     from .rewriting.named import add, delete
     from .rewriting.reconfigure import reconfigure
     from .rewriting.rewrite import merge, remove, rewrite
-    from .rewriting.slots import put_slot, reset_slot, take_slot
     from .rewriting.sums import combine, swap, to_lora
     from .rewriting.verify import verify
     from .torch_compile.backend import backend

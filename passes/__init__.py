@@ -5,14 +5,14 @@ every pass needs around each.
 """
 
 from ..graph.regions import without_gradient
-from .adapt.bank_ids import read_ids
-from .adapt.folding import MergedSite, merge_sites, weight_change
-from .adapt.insert_adapter import InsertAdapter
-from .adapt.leave_out_adapters import LeaveOutAdapters
-from .adapt.merge_adapters import MergeAdapters
-from .adapt.observe_inputs import ObserveInputs, Observer
-from .adapt.remove_adapters import RemoveAdapters
-from .adapt.scale_adapters import ScaleAdapters, input_name
+from .adaptation.bank_ids import read_ids
+from .adaptation.folding import MergedSite, merge_sites, weight_change
+from .adaptation.insert_adapter import InsertAdapter
+from .adaptation.leave_out_adapters import LeaveOutAdapters
+from .adaptation.merge_adapters import MergeAdapters
+from .adaptation.observe_inputs import ObserveInputs, Observer
+from .adaptation.remove_adapters import RemoveAdapters
+from .adaptation.scale_adapters import ScaleAdapters, input_name
 from .normalize.drop_empty_parts import DropEmptyParts
 from .normalize.drop_metadata_asserts import DropMetadataAsserts
 from .normalize.follow_mode import FollowMode

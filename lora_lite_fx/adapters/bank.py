@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, CallError, ConfigError, shown
 from ..graph.direct_calls import can_read_values
-from .mistakes import not_a_variant
+from .named_configs import not_a_variant
 from .variant import Variant
 
 IDS = "adapter_ids"

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from ..capture.function_tracing.rehearsal import has_values
 from ..errors import AdapterError, ConfigError
 from ..sites.site import Site
+from .dependencies import Dependencies
 from .frozen_linear import FrozenLinear
 from .maths import cast, wide
-from .promotion import adapt
-from .reads import Reads
+from .promotion import call_forward
 from .variant import Variant, adapter_namespace
 
 
@@ -99,7 +99,7 @@ def _is_affine(variant: Variant, site: Site) -> bool:
         return F.linear(x, given.get("weight", weight), given.get("bias", bias))
 
     def f(x: Tensor) -> Tensor:
-        y: Tensor = adapt(variant, call, FrozenLinear(call, weight, bias, site), adapter_namespace(tensors), x)
+        y: Tensor = call_forward(variant, call, FrozenLinear(call, weight, bias, site), adapter_namespace(tensors), x)
         return y
 
     terms = [f(x + z), f(x), f(z), f(torch.zeros_like(x))]
@@ -108,7 +108,7 @@ def _is_affine(variant: Variant, site: Site) -> bool:
 
 
 def tensors_with(
-    variant: Variant, p: Any, site: Site, weight: Tensor, bias: Tensor | None, reads: Reads | None = None
+    variant: Variant, p: Any, site: Site, weight: Tensor, bias: Tensor | None, dependencies: Dependencies | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the weight `(d_out, d_in)` and bias `(d_out,)` of a linear with an adapter, without dropout.
 
@@ -120,7 +120,7 @@ def tensors_with(
         site: the site.
         weight, bias: those of the linear. Where it has no bias, the result has none. The result has those that the
             adapter leaves as they are.
-        reads: if given, notes what the variant reads apart from tensors.
+        dependencies: if given, notes what the variant reads apart from tensors.
     """
     products: list[tuple[Any, Tensor, dict[str, Tensor]]] = []
     exact = wide(weight)
@@ -136,10 +136,10 @@ def tensors_with(
         return y
 
     base = FrozenLinear(call, exact, bias, site)
-    base = base if reads is None else reads.watch(base)
-    columns = adapt(variant, call, base, p, unit)
+    base = base if dependencies is None else dependencies.watch(base)
+    columns = call_forward(variant, call, base, p, unit)
     x, product, given = products[0]
     if x is unit and columns is product:  # the adapter only replaces tensors: these are they
         return given.get("weight", weight), given.get("bias", bias)
-    shift = adapt(variant, call, base, p, torch.zeros_like(exact[:1])).flatten()
+    shift = call_forward(variant, call, base, p, torch.zeros_like(exact[:1])).flatten()
     return (columns - shift).t(), None if bias is None else shift

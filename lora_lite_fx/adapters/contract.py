@@ -22,18 +22,18 @@ from ..errors import ConfigError, shown
 from ..graph.provenance import SHARED
 from ..sites.kinds.norm import Norm
 from ..sites.site import Site, stored_bias, stored_weight
-from .adapted_site import FrozenSite
 from .declaration import check_fields
+from .dependencies import Dependencies, PassedRuns
+from .frozen_site import FrozenSite
 from .naming import described, naming
 from .param_spec import ParamSpec
 from .placement import adapter_tensor_names
 from .promotion import not_innermost
-from .reads import PassedRuns, Reads
 from .variant import Statistic, Variant, adapter_namespace
 
 _OF_THE_SITE = frozenset(
     f"{prefix}{name}" for prefix in ("", "frozen_", "computed_") for name in ("weight", "bias")
-) | {"training", "base", "site", "placements", "add", "adapted_model", "batch", "reads", "inner_dtype"}
+) | {"training", "base", "site", "placements", "add", "adapted_model", "batch", "dependencies", "inner_dtype"}
 """Names that a site's module or its eager wrapper has, besides those that every module has."""
 
 
@@ -187,7 +187,7 @@ def _example(site: Site, stored: Tensor) -> Tensor:
 _rehearsed = PassedRuns()
 
 
-def rehearse(variant: Variant, site: Site, model: nn.Module) -> Reads:
+def rehearse(variant: Variant, site: Site, model: nn.Module) -> Dependencies:
     """Return what `forward` reads at `site`. It is run once in a process for all sites that it cannot tell apart.
 
     Args:
@@ -197,14 +197,14 @@ def rehearse(variant: Variant, site: Site, model: nn.Module) -> Reads:
         ConfigError: as `_run_through`.
     """
     operands = operands_of(variant, site, model)
-    reads = _rehearsed.at(operands, site)
-    if reads is None:
-        reads = _run_through(variant, site, model)
-        _rehearsed.add(operands, reads)
-    return reads
+    dependencies = _rehearsed.at(operands, site)
+    if dependencies is None:
+        dependencies = _run_through(variant, site, model)
+        _rehearsed.add(operands, dependencies)
+    return dependencies
 
 
-def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
+def _run_through(variant: Variant, site: Site, model: nn.Module) -> Dependencies:
     """Run `forward` on stand-ins: twice in training mode and, if it reads the mode, in evaluation mode.
 
     Args:
@@ -229,8 +229,8 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
     with naming(variant, "params", site):
         specs, of_adapter = variant.tensor_specs(site).items(), variant.param_dtype(stored.dtype)
         tensors = stage.make(lambda: {name: spec.empty(of_adapter, stored.device).detach() for name, spec in specs})
-    reads = Reads()
-    frozen = FrozenSite(site, stage.like(stored), None if bias is None else stage.like(bias), reads=reads)
+    dependencies = Dependencies()
+    frozen = FrozenSite(site, stage.like(stored), None if bias is None else stage.like(bias), dependencies=dependencies)
     read_only = {"x": x, "base.weight": frozen.weight, "base.bias": frozen.bias}
     read_only |= {f"p.{name}": tensor for name, tensor in tensors.items()}
 
@@ -243,7 +243,7 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
             if value.shape != x.shape:
                 raise Refused(f"calls base on an input {tuple(value.shape)}, and x is {tuple(x.shape)}")
             y = site.kind.multiply(value, factor, *routing)
-            reads.replaces |= bool(given)
+            dependencies.replaces |= bool(given)
             calls.append(_BaseCall(value, y, y.shape, y.dtype, version_of(y)))
             return y
 
@@ -253,7 +253,7 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
             raise Refused(f"must call base(...) exactly once; it called it {len(calls)} times")
         _check_result(y, calls[0])
         unchanged = y is calls[0].y and version_of(y) == calls[0].version and calls[0].x is x
-        if training and unchanged and not reads.replaces:
+        if training and unchanged and not dependencies.replaces:
             raise Refused("returns base(x) unchanged")
 
     def run(training: bool) -> list[str]:
@@ -266,9 +266,9 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Reads:
             f" {differ[1]} the next time. A graph keeps the first. The way out: draw random numbers with torch, such as"
             " torch.rand_like(x), and keep what is the same at each call in fields of the config."
         )
-    if reads.training:
+    if dependencies.training:
         run(training=False)
-    return reads
+    return dependencies
 
 
 def _returning_values(variant: Variant, kind: type) -> Variant:

@@ -12,29 +12,12 @@ from torch import fx, nn
 from ..graph.provenance import DEFAULT, insertions
 from ..graph.tensors import tensor_of
 from ..text_table import text_table
+from .adapted_site import AdaptedSite
 from .placement import placements
 from .registry import recorded_variant, to_config
 from .state import adapter_tensors
 from .switches import HasSwitches
 from .variant import Variant
-
-
-@dataclass(frozen=True)
-class AdaptedSite:
-    """One site of an adapter.
-
-    Args:
-        name: qualified name.
-        tensors: the qualified name of each of the adapter's tensors at it, by the variant's own name.
-        trainable: number of parameters at it that train now.
-        parameters: number of elements of all its tensors, frozen ones included. A tensor that sites share counts at
-            each of them.
-    """
-
-    name: str
-    tensors: Mapping[str, str]
-    trainable: int
-    parameters: int
 
 
 @dataclass(frozen=True)

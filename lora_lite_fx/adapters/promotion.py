@@ -33,7 +33,9 @@ _PRODUCTS: frozenset[Any] = frozenset(
 )
 
 
-def adapt(variant: Variant, call: Callable[..., Any], base: FrozenLinear, p: Any, x: Any, **given: Tensor) -> Any:
+def call_forward(
+    variant: Variant, call: Callable[..., Any], base: FrozenLinear, p: Any, x: Any, **given: Tensor
+) -> Any:
     """Return what `variant` makes of a function: its `forward`, with the types of inputs and results as they must be.
 
     Args:

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
 from ..adapters.contract import check_contract
+from ..adapters.named_configs import check_name
 from ..adapters.placement import Placement, configs_of, graph_of, placements
 from ..adapters.registry import check_saving, from_config, to_config
 from ..adapters.state import (
@@ -39,7 +40,6 @@ from ..graph.provenance import DEFAULT
 from ..graph.sharded import whole
 from ..graph.tensors import tensor_of
 from ..log import phase
-from ..rewriting.config import check_name
 from ..rewriting.eager import AdaptedLinear
 from ..rewriting.plan import Plan
 from ..rewriting.rewrite import insert_adapters

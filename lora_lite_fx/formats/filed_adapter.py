@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from ..adapters.changed_buffers import check_same_buffers, put_buffers, warn_of_moving_buffers
 from ..adapters.listing import describe_adapters
+from ..adapters.named_configs import check_free, check_name
 from ..adapters.placement import adapter_names, adapter_tensor_names
 from ..capture.capture import Inputs
 from ..errors import AdapterError, CheckpointError
@@ -22,7 +23,6 @@ from ..execution.optimize import draft_of
 from ..graph.provenance import DEFAULT
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.capture import capture
-from ..rewriting.config import check_free, check_name
 from ..rewriting.named import act_as_before, acting_now, insert_as
 from ..rewriting.rewrite import remove
 from .finite import check_finite

@@ -6,9 +6,9 @@ import os
 
 from torch import nn
 
-from ..adapters.slots import bank_placements
+from ..adapters.slot_optimizer import bank_placements
+from ..rewriting.bank_slots import put_slot, take_slot
 from ..rewriting.rewrite import remove
-from ..rewriting.slots import put_slot, take_slot
 from ..rewriting.sums import graph_with_adapters
 from .any_file import load_any
 from .checkpoint import save

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 
+from ..adapters.named_configs import Config, as_adapters
 from ..adapters.placement import placements
 from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_values
@@ -31,7 +32,6 @@ from ..formats.untrusted_files import read_json
 from ..graph.modes import modes_of, set_modes
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration
-from ..rewriting.config import Config, as_adapters
 from ..rewriting.rewrite import rewrite
 from .adapted_model import Adapted, subclass
 from .diffusers_models import AdaptedDiffuser, require_example

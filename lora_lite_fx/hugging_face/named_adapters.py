@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..adapters.changed_buffers import check_same_buffers, moved_buffers
+from ..adapters.named_configs import check_free, check_name
 from ..adapters.placement import adapter_names
 from ..adapters.switches import active, scaled
 from ..errors import CheckpointError, ConfigError, is_instance_of
@@ -15,7 +16,6 @@ from ..formats.any_file import load_any
 from ..formats.peft.peft_config import from_peft_config
 from ..graph.provenance import DEFAULT
 from ..graph.tensors import outside_inference_mode
-from ..rewriting.config import check_free, check_name
 from ..rewriting.named import act_as_before, acting_now, add, delete
 from ..rewriting.rewrite import remove
 

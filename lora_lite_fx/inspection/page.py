@@ -20,7 +20,7 @@ from .picture import (
 )
 
 if TYPE_CHECKING:
-    from ..rewriting.left_out import Unadapted
+    from ..rewriting.unadapted import Unadapted
     from .site_rows import LeftOutRow, SiteRow
 
 

@@ -22,7 +22,7 @@ from ..graph.provenance import DEFAULT, Insertion, surrounding
 from ..graph.queries import model_name
 from ..graph.tensors import tensor_of
 from ..rewriting.capture import base_graph
-from ..rewriting.left_out import Unadapted, find_unadapted
+from ..rewriting.unadapted import Unadapted, find_unadapted
 from ..sites.computed import Computation
 from ..sites.roles import ROLES
 from ..sites.site import Site, stored_weight

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from ..adapters.adapted_site import FrozenSite
 from ..adapters.bank import check_rows, check_slots, ids_of
 from ..adapters.beneath import is_beneath, require_tensors, rows_of_replaced
 from ..adapters.changed_buffers import moved_buffers, put_buffers, warn_of_moving_buffers
 from ..adapters.contract import rehearse
+from ..adapters.dependencies import Dependencies
+from ..adapters.frozen_site import FrozenSite
+from ..adapters.named_configs import Config, as_adapters
 from ..adapters.placement import Placement, adapter_tensor_names, placements
-from ..adapters.reads import Reads
 from ..adapters.state import adapter_values, load_adapter_values
 from ..adapters.switches import Switches
 from ..adapters.variant import adapter_namespace
@@ -40,7 +41,6 @@ from ..sites.site import Site, is_called, span
 from ..storage.dequantized import DequantizedLinear
 from .calibration import Batches, check_calibration
 from .capture import base_graph
-from .config import Config, as_adapters
 from .plan import make_plans
 
 
@@ -207,7 +207,7 @@ class AdaptedLinear(nn.Module):
         self.site = replace(site, calls=())  # nodes of a graph, which a copy of this module would copy
         self.placements: list[Placement] = []
         self.batch: int | str = 0  # the dimension that counts the rows of the batch, or why it is not known
-        self.reads: dict[int, Reads] = {}  # by the index of an adapter
+        self.dependencies: dict[int, Dependencies] = {}  # by the index of an adapter
         self.computed_weight = _inside(site, site.computed_weight)
         self.computed_bias = _inside(site, site.computed_bias)
         # A quantized linear casts its input to the type in which it multiplies, and the site is between the casts.
@@ -218,18 +218,18 @@ class AdaptedLinear(nn.Module):
         # Without a hook, nn.TransformerEncoderLayer may take its fast path, which reads the weights of its linears.
         self.register_forward_hook(_keep)
 
-    def add(self, placement: Placement, model: nn.Module, reads: Reads) -> None:
+    def add(self, placement: Placement, model: nn.Module, dependencies: Dependencies) -> None:
         """Put an adapter around the present ones.
 
         Args:
             placement: the adapter. Its tensors are registered in `model`.
             model: contains this.
-            reads: what its `forward` reads.
+            dependencies: what its `forward` reads.
 
         Raises:
             ConfigError: it reads a weight, and the adapters below it leave none.
         """
-        self.reads[placement.adapter] = reads
+        self.dependencies[placement.adapter] = dependencies
         for inner in self._beneath(placement, self.placements):
             require_tensors(inner.local, self.site, type(placement.variant).__name__)
         self.placements.append(placement)
@@ -299,10 +299,10 @@ class AdaptedLinear(nn.Module):
 
     def _beneath(self, placement: Placement, inner: list[Placement]) -> list[Placement]:
         """Return those of the adapters `inner` that make the weight and the bias that `placement` reads."""
-        if not self.reads[placement.adapter].tensors:
+        if not self.dependencies[placement.adapter].tensors:
             return []
         name = placement.adapter_name
-        return [each for each in inner if is_beneath(each.adapter_name, self.reads[each.adapter].replaces, name)]
+        return [each for each in inner if is_beneath(each.adapter_name, self.dependencies[each.adapter].replaces, name)]
 
     def _adapted(
         self, call: Callable[..., Tensor], frozen: FrozenSite, placement: Placement, switches: Switches

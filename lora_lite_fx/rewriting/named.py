@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, fx, nn
 
+from ..adapters.named_configs import as_adapters, check_free
 from ..adapters.placement import Placement, adapter_names, adapter_tensor_names, next_index, placements
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, known_names
@@ -24,7 +25,6 @@ from ..graph.sharded import refuse_sharded
 from ..graph.tensors import delete_tensor, outside_inference_mode, tensor_of
 from ..passes import Pipeline, RemoveAdapters
 from .calibration import Batches, check_calibration
-from .config import as_adapters, check_free
 from .eager import AdaptedLinear
 from .plan import make_plans
 from .rewrite import insert_new, insert_placed

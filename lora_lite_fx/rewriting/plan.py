@@ -21,7 +21,7 @@ from ..sites.finding import find_sites
 from ..sites.site import Site
 from ..sites.unmatched import LeftOut, find_left_out
 from .calibration import Batches, check_observable, run_calibration
-from .left_out import covered, describe, tell_of_left_out
+from .unadapted import covered, describe, tell_of_left_out
 
 
 @dataclass(frozen=True)

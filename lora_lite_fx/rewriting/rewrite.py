@@ -4,7 +4,7 @@
 
 1. Capture the model (`capture`).
 2. Plan: select the sites of each variant, and run the calibration data if there is any (`make_plans`).
-3. Insert each variant at its sites with the pass `InsertAdapter` (`passes/adapt/insert_adapter.py`).
+3. Insert each variant at its sites with the pass `InsertAdapter` (`passes/adaptation/insert_adapter.py`).
 4. Fill the tensors of the new adapters (`Placement.initialize`).
 
 `merge` and `remove` run one pass each on a copy of the graph.
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..adapters.adapted_site import FrozenSite
 from ..adapters.beneath import is_beneath
 from ..adapters.changed_buffers import give_back_buffers, warn_of_moving_buffers
 from ..adapters.contract import rehearse
+from ..adapters.frozen_site import FrozenSite
 from ..adapters.listing import describe_adapters
+from ..adapters.named_configs import Config, as_adapters, check_free
 from ..adapters.placement import (
     HasGraphs,
     Placement,
@@ -53,7 +54,6 @@ from ..passes import (
 from ..sites.site import Site, stored_bias, stored_weight
 from .calibration import Batches, check_calibration
 from .capture import capture
-from .config import Config, as_adapters, check_free
 from .plan import Plan, make_plans
 from .requantise import Requantised
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
 from ..adapters.changed_buffers import check_same_buffers, moved_buffers
+from ..adapters.named_configs import check_free, check_name
 from ..adapters.placement import Placement, adapter_names, graph_of, placements, refuse_banks
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import coefficients, known_names
@@ -30,7 +31,6 @@ from ..graph.tensors import outside_inference_mode, tensor_of
 from ..passes import weight_change
 from ..sites.site import Site
 from ..variants import LoRA
-from .config import check_free, check_name
 from .named import ChangesGraphs, act_as_before, acting_now, insert_as
 from .plan import Plan
 from .rewrite import insert_adapters, without_adapters

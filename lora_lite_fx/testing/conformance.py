@@ -15,9 +15,9 @@ from torch import nn
 
 from .. import passes
 from ..adapters.bank import check_no_bank
+from ..adapters.named_configs import as_adapters
 from ..adapters.variant import Variant
 from ..errors import AdapterError
-from ..rewriting.config import as_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
 from .models import Attention, GatedMLP, Net, ResidualMLP, SharedLinear, ids

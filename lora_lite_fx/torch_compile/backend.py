@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from ..adapters.bank import check_no_bank
+from ..adapters.named_configs import Config, as_adapters
 from ..adapters.quantized_base import check_gradients
 from ..adapters.variant import Variant
 from ..capture.capture import Inputs
@@ -22,7 +23,6 @@ from ..errors import AdapterError, ConfigError, shown
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import outside_inference_mode
 from ..log import phase
-from ..rewriting.config import Config, as_adapters
 from ..rewriting.plan import make_plans
 from .dynamo_graph import Compiled, Compiler
 from .inner import Inner

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.adapters.reads import Reads
-from lora_lite_fx.passes.adapt import fragment
+from lora_lite_fx.adapters.dependencies import Dependencies
+from lora_lite_fx.passes.adaptation import fragment
 from lora_lite_fx.sites.site import Site
 from tests.support.conformance import close, for_any_linear, gradients, randomise, rewrite_and_wrap, small
 from tests.support.own_variants import registered
@@ -191,22 +191,22 @@ def test_our_own_variants_are_traced_once_for_sites_of_one_shape(
 def test_reads_are_values_and_what_reads_all_notes_all() -> None:
     site = Site("layers.3.q", 4, 6, frozenset({"query"}))
     frozen = llfx.FrozenLinear(lambda x: x, torch.zeros(6, 4), None, site)
-    reads = Reads()
-    watched = reads.watch(frozen)
-    assert reads.site == {}
-    assert not reads.training
+    dependencies = Dependencies()
+    watched = dependencies.watch(frozen)
+    assert dependencies.site == {}
+    assert not dependencies.training
     assert watched.site.layer == 3
     assert "query" in watched.site.roles
-    assert reads.site == {"layer": 3, "roles": frozenset({"query"})}
-    assert reads.hold_at(Site("other.3.k", 1, 1, frozenset({"query"})))
-    assert not reads.hold_at(Site("other.4.k", 1, 1, frozenset({"query"})))
+    assert dependencies.site == {"layer": 3, "roles": frozenset({"query"})}
+    assert dependencies.hold_at(Site("other.3.k", 1, 1, frozenset({"query"})))
+    assert not dependencies.hold_at(Site("other.4.k", 1, 1, frozenset({"query"})))
     assert not watched.training
-    assert reads.training
+    assert dependencies.training
     assert isinstance(watched.site, Site)
     for reading_all in (vars, repr, hash, lambda site: site.own_bias(None)):
-        reads.site.clear()
+        dependencies.site.clear()
         reading_all(watched.site)
-        assert reads.site["name"] == "layers.3.q"
+        assert dependencies.site["name"] == "layers.3.q"
     assert watched.site == site
 
 

@@ -19,7 +19,7 @@ from lora_lite_fx.graph.provenance import INLET, OUTLET, insertions, is_inserted
 from lora_lite_fx.passes import (
     InsertAdapter,
 )
-from lora_lite_fx.passes.adapt import fragment
+from lora_lite_fx.passes.adaptation import fragment
 from tests.passes.test_pipeline import EXAMPLE, Down
 from tests.support.conformance import check_rewrite_equals_wrap
 from tests.support.models import Attention, GatedMLP, Net, ids

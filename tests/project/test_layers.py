@@ -35,8 +35,8 @@ ROWS: tuple[frozenset[str], ...] = (
 FLOOR = {wing: floor for floor, row in enumerate(ROWS) for wing in row}
 
 # A pass knows no other family of passes. One exception: a traced adapter follows the mode as a captured model does.
-FAMILIES = frozenset({"normalize", "adapt", "optimize"})
-BETWEEN_FAMILIES = {("passes.adapt.fragment", "passes.normalize.follow_mode")}
+FAMILIES = frozenset({"normalize", "adaptation", "optimize"})
+BETWEEN_FAMILIES = {("passes.adaptation.fragment", "passes.normalize.follow_mode")}
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,11 @@ def test_the_wheel_holds_the_package_with_its_passes_and_nothing_else(wheel: Pat
         files = {info.filename: info for info in archive.infolist() if not info.is_dir()}
         modules = {name for name in files if ".dist-info/" not in name}
         assert modules == expected_modules(sources())
-        assert {f"{NAME}/py.typed", f"{NAME}/passes/__init__.py", f"{NAME}/passes/adapt/insert_adapter.py"} <= modules
+        assert {
+            f"{NAME}/py.typed",
+            f"{NAME}/passes/__init__.py",
+            f"{NAME}/passes/adaptation/insert_adapter.py",
+        } <= modules
         assert {name.split("/")[0] for name in files} == {NAME, f"{NAME}-{version(archive)}.dist-info"}
         for name in modules:
             assert archive.read(name) == (ROOT / name).read_bytes(), name
@@ -189,7 +193,7 @@ print({NAME}.__file__, {NAME}.passes.__file__, {NAME}.passes.InsertAdapter.__mod
     home = environment.site_packages if environment == installed else copy
     assert Path(package).resolve() == home / NAME / "__init__.py"
     assert Path(passes).resolve() == (home / NAME / "passes" / "__init__.py").resolve()
-    assert module == f"{NAME}.passes.adapt.insert_adapter"
+    assert module == f"{NAME}.passes.adaptation.insert_adapter"
 
 
 @pytest.mark.parametrize("name", ["passes", "tests", "examples"])

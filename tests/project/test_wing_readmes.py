@@ -21,7 +21,7 @@ def named_files(text: str) -> list[str]:
 
 def missing_files(readme: Path) -> list[str]:
     """Return the files that a README names and that neither its wing, nor the package, nor the passes have."""
-    folders = [readme.parent, ROOT / NAME, *(PASSES / family for family in ("normalize", "adapt", "optimize"))]
+    folders = [readme.parent, ROOT / NAME, *(PASSES / family for family in ("normalize", "adaptation", "optimize"))]
     names = named_files(readme.read_text(encoding="utf-8"))
     return [name for name in names if not any((folder / name).exists() for folder in folders)]
 

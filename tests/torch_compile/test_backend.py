@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.frozen_linear import FrozenLinear
-from lora_lite_fx.adapters.promotion import adapt
+from lora_lite_fx.adapters.promotion import call_forward
 from lora_lite_fx.sites.finding import find_sites
 from lora_lite_fx.sites.site import Site
 from lora_lite_fx.torch_compile.backend import backend, compile_graph
@@ -88,7 +88,7 @@ def eager_of(carrier: nn.Module) -> Any:
         call: Callable[[Tensor], Tensor] = module.unmarked_forward or functools.partial(type(module).forward, module)
         base = FrozenLinear(call, weight_of(module), getattr(module, "bias", None), module.site, module.training)
         for placement in module.placements:
-            call = functools.partial(adapt, placement.local, call, base, placement.namespace(reference))
+            call = functools.partial(call_forward, placement.local, call, base, placement.namespace(reference))
         return call(x)
 
     for module in reference.modules():

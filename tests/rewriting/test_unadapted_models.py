@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.origins.model_reference import ModelReference
-from tests.rewriting.test_left_out import logged, warned
+from tests.rewriting.test_unadapted import logged, warned
 from tests.support.captured import captured
 
 hf: Any = transformers

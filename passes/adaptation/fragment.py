@@ -13,11 +13,11 @@ from typing import Generic, TypeVar, cast
 
 from torch import Tensor, fx
 
-from ...adapters.adapted_site import FrozenSite
 from ...adapters.contract import operands_of
+from ...adapters.dependencies import Dependencies, PassedRuns
+from ...adapters.frozen_site import FrozenSite
 from ...adapters.naming import naming
 from ...adapters.placement import Placement
-from ...adapters.reads import PassedRuns, Reads
 from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
 from ...capture.function_tracing.trace import fake_input, fake_like, fake_of, trace
@@ -89,7 +89,7 @@ class Fragment:
         base_input: the node that the frozen linear is called on.
         result: the node that `forward` returns.
         replaced: the nodes that replace the frozen weight and bias in the call, by these names.
-        reads: what `forward` read apart from its operands. Where these values differ, it may compute something else.
+        dependencies: what `forward` read apart from its operands. With other values it may compute something else.
     """
 
     graph: fx.Graph
@@ -98,7 +98,7 @@ class Fragment:
     base_input: fx.Node
     result: fx.Node
     replaced: Mapping[str, fx.Node]
-    reads: Reads
+    dependencies: Dependencies
 
 
 class Fragments:
@@ -127,7 +127,7 @@ class Fragments:
         config = json.dumps(to_config(placement.local))
         key = (has_shape, *map(layout_of, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
         fragments = self._traced[key]
-        fragment = next((earlier for earlier in fragments if earlier.reads.hold_at(site)), None)
+        fragment = next((earlier for earlier in fragments if earlier.dependencies.hold_at(site)), None)
         if fragment is None:
             if not has_shape:
                 _require_same_for_other_ranks(gm, site, placement)
@@ -159,11 +159,11 @@ def _require_same_for_other_ranks(gm: fx.GraphModule, site: Site, placement: Pla
         return
     example, _ = site.kind.example(stored_weight(gm, site))
 
-    def traced(more: int) -> tuple[list[str | None], Reads]:
+    def traced(more: int) -> tuple[list[str | None], Dependencies]:
         trace_of = _trace(gm, site, placement, fake_of(example, None, more))
-        return [node.format_node() for node in trace_of.graph.nodes], trace_of.reads
+        return [node.format_node() for node in trace_of.graph.nodes], trace_of.dependencies
 
-    usual, reads = traced(0)
+    usual, dependencies = traced(0)
     for more in site.kind.other_ranks:
         try:
             same = traced(more)[0] == usual
@@ -176,7 +176,7 @@ def _require_same_for_other_ranks(gm: fx.GraphModule, site: Site, placement: Pla
                 " example_inputs; or count dimensions from the last, as x.shape[-1], x.unflatten(-1, (heads, -1)) and"
                 " y.flatten(-2)."
             )
-    _same_for_other_ranks.add(operands, reads)
+    _same_for_other_ranks.add(operands, dependencies)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class _Trace:
     graph: fx.Graph
     stand_ins: Operands[Tensor]
     replaced: tuple[str, ...]
-    reads: Reads
+    dependencies: Dependencies
 
 
 def trace_fragment(
@@ -222,7 +222,7 @@ def trace_fragment(
     (base_input,) = [n for n in calls[0].all_input_nodes if n not in (inputs.factor, *inputs.routing)]
     result, *tensors = cast(list[fx.Node], graph.output_node().args[0])
     replaced = dict(zip(trace_of.replaced, tensors, strict=True))
-    return Fragment(graph, inputs, calls[0], base_input, result, replaced, trace_of.reads)
+    return Fragment(graph, inputs, calls[0], base_input, result, replaced, trace_of.dependencies)
 
 
 def _trace(
@@ -244,7 +244,7 @@ def _trace(
         routing=tuple(fake_input(node) for node in routing),
         factor=fake_like(site.kind.factor(weight).to(dtype), x),
     )
-    reads = Reads()
+    dependencies = Dependencies()
     replaced: dict[str, Tensor] = {}
 
     def adapted(operands: Operands[Tensor], training: bool) -> list[Tensor]:
@@ -253,7 +253,7 @@ def _trace(
             replaced.update(given)
             return site.kind.multiply(value, operands.factor, *operands.routing)
 
-        frozen = FrozenSite(site, operands.weight, operands.bias, training, reads)
+        frozen = FrozenSite(site, operands.weight, operands.bias, training, dependencies)
         p = adapter_namespace(operands.tensors)
         y = frozen.adapted(base, placement.local, p, operands.x, *operands.routing)
         return [y, *replaced.values()]
@@ -263,7 +263,7 @@ def _trace(
             return trace(lambda *values: adapted(stand_ins.filled_with(values), training), stand_ins.in_order())
 
     graph = trace_in(training=True)
-    if reads.training:
+    if dependencies.training:
         try:
             follow_mode(graph, trace_in(training=False))
         except ModesDiffer as error:
@@ -274,4 +274,4 @@ def _trace(
                 " `if base.training: x = x + noise`; or F.dropout(x, rate, base.training)."
             ) from error
     graph.eliminate_dead_code()  # views of the weight that were not needed
-    return _Trace(graph, stand_ins, tuple(replaced), reads)
+    return _Trace(graph, stand_ins, tuple(replaced), dependencies)

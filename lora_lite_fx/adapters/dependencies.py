@@ -21,7 +21,7 @@ _VALUES = _FIELDS | {
 
 
 @dataclass
-class Reads:
+class Dependencies:
     """What a `forward` has read so far.
 
     Args:
@@ -42,7 +42,7 @@ class Reads:
 
     def watch(self, base: FrozenLinear) -> FrozenLinear:
         """Return `base` in a form that notes here what is read of it."""
-        return _WatchedLinear(**{**vars(base), "site": _WatchedSite(base.site, self)}, reads=self)
+        return _WatchedLinear(**{**vars(base), "site": _WatchedSite(base.site, self)}, dependencies=self)
 
 
 _REMEMBERED = 512
@@ -52,41 +52,43 @@ class PassedRuns:
     """The runs of `forward` that passed a check in this process, each with what `forward` read."""
 
     def __init__(self) -> None:
-        self._reads: dict[Hashable, tuple[Reads, ...]] = {}
+        self._reads: dict[Hashable, tuple[Dependencies, ...]] = {}
 
-    def at(self, operands: Hashable, site: Site) -> Reads | None:
+    def at(self, operands: Hashable, site: Site) -> Dependencies | None:
         """Return what was read in a run with the same `operands` that `forward` cannot tell from one at `site`."""
-        return next((reads for reads in self._reads.get(operands, ()) if reads.hold_at(site)), None)
+        return next(
+            (dependencies for dependencies in self._reads.get(operands, ()) if dependencies.hold_at(site)), None
+        )
 
-    def add(self, operands: Hashable, reads: Reads) -> None:
+    def add(self, operands: Hashable, dependencies: Dependencies) -> None:
         """Remember a run."""
         if len(self._reads) >= _REMEMBERED:
             self._reads.clear()
-        self._reads[operands] = (*self._reads.get(operands, ()), reads)
+        self._reads[operands] = (*self._reads.get(operands, ()), dependencies)
 
 
 @dataclass(frozen=True, eq=False)
 class _WatchedLinear(FrozenLinear):
     """A frozen linear that notes whether its mode is read, and whether its tensors are."""
 
-    reads: Reads = field(default_factory=Reads)
+    dependencies: Dependencies = field(default_factory=Dependencies)
 
     def __getattribute__(self, name: str) -> Any:
         if name == "training":
-            object.__getattribute__(self, "reads").training = True
+            object.__getattribute__(self, "dependencies").training = True
         elif name in ("weight", "bias"):
-            object.__getattribute__(self, "reads").tensors = True
+            object.__getattribute__(self, "dependencies").tensors = True
         return object.__getattribute__(self, name)
 
 
 class _WatchedSite(Site):
     """A site that notes which of its values are read. What reads it as a whole, such as a method, reads all fields."""
 
-    def __init__(self, site: Site, reads: Reads) -> None:
-        object.__setattr__(self, "_watched", (site, reads))
+    def __init__(self, site: Site, dependencies: Dependencies) -> None:
+        object.__setattr__(self, "_watched", (site, dependencies))
 
     def __getattribute__(self, name: str) -> Any:
-        site, reads = object.__getattribute__(self, "_watched")
+        site, dependencies = object.__getattribute__(self, "_watched")
         for read in [name] if name in _VALUES else _FIELDS:
-            reads.site[read] = getattr(site, read)
+            dependencies.site[read] = getattr(site, read)
         return getattr(site, name)

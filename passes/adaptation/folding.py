@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from ...adapters.accounting import account_for
 from ...adapters.beneath import is_beneath, tensors_with
 from ...adapters.contract import rehearse
+from ...adapters.dependencies import Dependencies
 from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.placement import Placement, placements, refuse_banks, site_bias, site_weight
-from ...adapters.promotion import adapt
-from ...adapters.reads import Reads
+from ...adapters.promotion import call_forward
 from ...adapters.variant import Variant, adapter_namespace, one_of
 from ...errors import AdapterError
 from ...sites.kinds.contraction import Contraction
@@ -62,13 +62,13 @@ class _Adapter:
     p: Any
     scale: float
     name: str
-    reads: Reads
+    dependencies: Dependencies
 
     @classmethod
     def of(cls, gm: fx.GraphModule, site: Site, placement: Placement) -> _Adapter:
         """Return the adapter that a graph has at a site."""
-        reads = rehearse(placement.local, site, gm)
-        return cls(placement.local, placement.namespace(gm), placement.scale, placement.adapter_name, reads)
+        dependencies = rehearse(placement.local, site, gm)
+        return cls(placement.local, placement.namespace(gm), placement.scale, placement.adapter_name, dependencies)
 
 
 @torch.no_grad()
@@ -168,10 +168,10 @@ def _beneath(
     inner: list[_Adapter], adapter: _Adapter, site: Site, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the weight and the bias that `adapter` reads around those of `inner` that count as its linear's."""
-    if not adapter.reads.tensors:
+    if not adapter.dependencies.tensors:
         return weight, bias
     for below in inner:
-        if not is_beneath(below.name, below.reads.replaces, adapter.name):
+        if not is_beneath(below.name, below.dependencies.replaces, adapter.name):
             continue
         scale = 1.0 if below.name == adapter.name else below.scale
         new, added = tensors_with(below.variant, below.p, site, weight, bias)
@@ -213,7 +213,7 @@ def _fold(
         calls.append((x, y := nn.functional.linear(x, used, added), used, added))
         return y
 
-    adapted: Callable[[Any], Tensor] = partial(adapt, variant, call, frozen, p)
+    adapted: Callable[[Any], Tensor] = partial(call_forward, variant, call, frozen, p)
 
     def output(x: Any) -> Tensor:
         try:

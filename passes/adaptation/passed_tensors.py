@@ -10,11 +10,11 @@ from typing import cast
 
 from torch import Tensor, fx
 
-from ...adapters.adapted_site import FrozenSite
 from ...adapters.beneath import is_beneath, require_tensors
+from ...adapters.dependencies import Dependencies
+from ...adapters.frozen_site import FrozenSite
 from ...adapters.naming import naming
 from ...adapters.placement import Placement
-from ...adapters.reads import Reads
 from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
 from ...capture.function_tracing.trace import fake_like, fake_of, trace
@@ -32,14 +32,14 @@ class PassedTensors:
         frozen: the placeholders of the weight and, if there is one, the bias, as the model stores them.
         tensors: the placeholders of the adapter's tensors, by the variant's own names.
         results: the nodes of the new weight and, if there is one, the new bias, as the model stores them.
-        reads: what the adapter's `forward` read apart from tensors.
+        dependencies: what the adapter's `forward` read apart from tensors.
     """
 
     graph: fx.Graph
     frozen: tuple[fx.Node, ...]
     tensors: Mapping[str, fx.Node]
     results: tuple[fx.Node, ...]
-    reads: Reads
+    dependencies: Dependencies
 
 
 def trace_passed(gm: fx.GraphModule, site: Site, placement: Placement) -> PassedTensors:
@@ -50,10 +50,10 @@ def trace_passed(gm: fx.GraphModule, site: Site, placement: Placement) -> Passed
     frozen = [stand_in, *([] if bias is None else [fake_like(bias, stand_in)])]
     operands = [*frozen, *(fake_like(tensor, stand_in) for tensor in adapter.values())]
 
-    reads = Reads()
+    dependencies = Dependencies()
 
     def passed(*values: Tensor) -> list[Tensor]:
-        below = FrozenSite(site, values[0], None if bias is None else values[1], reads=reads)
+        below = FrozenSite(site, values[0], None if bias is None else values[1], dependencies=dependencies)
         p = adapter_namespace(dict(zip(adapter, values[len(frozen) :], strict=True)))
         made = below.with_adapter(placement.local, p)
         return [made.weight, *([] if made.bias is None else [made.bias])]
@@ -66,7 +66,7 @@ def trace_passed(gm: fx.GraphModule, site: Site, placement: Placement) -> Passed
     inputs = list(graph.find_nodes(op="placeholder"))
     results = cast(list[fx.Node], graph.output_node().args[0])
     tensors = dict(zip(adapter, inputs[len(frozen) :], strict=True))
-    return PassedTensors(graph, tuple(inputs[: len(frozen)]), tensors, tuple(results), reads)
+    return PassedTensors(graph, tuple(inputs[: len(frozen)]), tensors, tuple(results), dependencies)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Traced:
         config = json.dumps(to_config(placement.local))
         key = (*map(layout_of, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
         earlier = self._traced[key]
-        found = next((each for each in earlier if each.reads.hold_at(site)), None)
+        found = next((each for each in earlier if each.dependencies.hold_at(site)), None)
         if found is None:
             found = trace_passed(gm, site, placement)
             earlier.append(found)

@@ -107,7 +107,7 @@ class InsertAdapter(GraphPass):
                 provenance = Provenance(
                     *place, number, placement.names, by=self.name, config=config, adapter_name=self.adapter_name
                 )
-                below = beneath(gm, site, here, placement, traced) if fragment.reads.tensors else []
+                below = beneath(gm, site, here, placement, traced) if fragment.dependencies.tensors else []
                 moved[y] = _splice(gm, at_call, around, placement, fragment, provenance, below)
                 number += 1
         return number - first_number

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ..adapters.accounting import account_for
 from ..adapters.changed_buffers import check_same_buffers, moved_buffers
 from ..adapters.placement import Placement, placements, site_bias, site_weight
-from ..adapters.slots import bank_placements
+from ..adapters.slot_optimizer import bank_placements
 from ..adapters.start_values import initialize
 from ..adapters.variant import Variant, one_of
 from ..errors import ConfigError, counted

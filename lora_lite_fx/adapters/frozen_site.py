@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.rehearsal import Refused
+from ..capture.function_tracing.rehearsal import Refused
 from ..graph.provenance import SHARED
 from ..sites.site import Site
 from .bank import check_coefficients

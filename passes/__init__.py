@@ -29,11 +29,9 @@ from .optimize.hoist_parameter_work import HoistParameterWork
 from .optimize.leave_out_dropout import LeaveOutDropout
 from .optimize.leave_out_mask import LeaveOutMask
 from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
-from .optimize.narrow_parameter_work import NarrowParameterWork
+from .optimize.put_fast_forms import PutFastForms
 from .optimize.recompute_inputs import RecomputeInputs
 from .optimize.recompute_weights import RecomputeWeights
-from .optimize.rotate_blocks import RotateBlocks
-from .optimize.rotate_pairs import RotatePairs
 from .optimize.share_siblings import ShareSiblings
 from .pipeline import (
     Declined,
@@ -57,9 +55,7 @@ OPTIMIZATIONS = Pipeline(
         ShareSiblings(),
         FoldScaleIntoAddition(),
         HoistParameterWork(),
-        NarrowParameterWork(),
-        RotatePairs(),
-        RotateBlocks(),
+        PutFastForms(),
         RecomputeWeights(),
         GatherProducts(),
         GatherBankProducts(),
@@ -95,7 +91,6 @@ __all__ = [
     "MergeAdapters",
     "MergedSite",
     "MoveBranchesToOutputs",
-    "NarrowParameterWork",
     "ObserveInputs",
     "Observer",
     "Outcome",
@@ -103,11 +98,10 @@ __all__ = [
     "PassReport",
     "Pipeline",
     "Program",
+    "PutFastForms",
     "RecomputeInputs",
     "RecomputeWeights",
     "RemoveAdapters",
-    "RotateBlocks",
-    "RotatePairs",
     "ScaleAdapters",
     "ShareSiblings",
     "input_name",

@@ -124,9 +124,6 @@ class Variant:
     need it."""
     ties_to_weight: ClassVar[bool] = False
     """Whether the values mean something only on the weights they were made for (loading elsewhere is an error)."""
-    double_for_autocast: ClassVar[bool] = False
-    """Whether `forward` computes with its tensors in float64 for one reason alone: autocast leaves that type as it is.
-    Their sums and products are in float32 then, where there is no autocast."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Check the arguments before the generated `__init__` sees them, because its errors name no way out."""

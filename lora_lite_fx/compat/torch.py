@@ -180,6 +180,14 @@ def trace_is_active() -> bool:
     return is_fx_symbolic_tracing() or get_proxy_mode() is not None
 
 
+def graph_of_trace() -> fx.Graph | None:
+    """Return the graph in which `make_fx`, or an export by it, records this call; None outside of such a trace."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.graph
+
+
 exporting: Callable[[], AbstractContextManager[Any]] = needed(
     "torch._export.utils._compiling_state_context",
     "torch.compiler.is_exporting, by which models ask: nothing public lets it answer yes outside of torch.export",

@@ -138,7 +138,7 @@ def obstacle_between(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> str:
 
 def is_deterministic(node: fx.Node) -> bool:
     """Check whether `node` computes the same from the same operands, and has no other effect."""
-    if node.target is operator.getitem:
+    if node.target is operator.getitem or getattr(node.target, "is_repeatable", False):
         return True
     return (
         node.op == "call_function"

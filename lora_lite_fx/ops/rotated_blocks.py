@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..compat.torch import is_wrapped
 from ..graph.direct_calls import is_plain_call
+from ..graph.operations import with_fast_form
 from ..graph.tensors import HALF
 from .saved_values import apart, together
 
 
 @dataclass(frozen=True)
 class RotatedBlocks:
-    """`x, blocks, *sources -> x + x B`, where `B` has the blocks on its diagonal.
+    """The fast form of `rotated_blocks`: `x, blocks, *sources -> x + x B`.
 
     A batched product wants the blocks first and the rows second, and values are the other way round. This multiplies
     where they are, and adds to a copy of `x`. For the backward pass it saves the blocks, and for their gradient the
@@ -47,14 +48,24 @@ class RotatedBlocks:
             sources: of `x`.
         """
         if not _is_usual(x, blocks):
-            return plain(x, blocks)
+            return rotated_blocks(x, blocks)
         return _apply(self, x, blocks, *sources) if torch.is_grad_enabled() else _rotated(x, blocks)
 
 
-def plain(x: Tensor, blocks: Tensor) -> Tensor:
-    """Return `x + x B` by plain operations."""
-    products = torch.einsum("...nk,nkc->...nc", x.unflatten(-1, (-1, blocks.shape[-1])), blocks)
-    return x + products.flatten(-2)
+@with_fast_form(RotatedBlocks())
+def rotated_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """Return `x + x B`, where `B` has the blocks on its diagonal.
+
+    Args:
+        x: `(..., n b)`.
+        blocks: `(n, b, b)`, what the rotation of each block adds.
+    """
+    return x + times_blocks(x.unflatten(-1, (-1, blocks.shape[-1])), blocks).flatten(-2)
+
+
+def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """Return each row of `x (..., n, b)` times its own block `(n, b, b)`."""
+    return torch.einsum("...nk,nkc->...nc", x, blocks)
 
 
 def _is_usual(x: Tensor, blocks: Tensor) -> bool:

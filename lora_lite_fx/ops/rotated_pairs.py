@@ -9,21 +9,30 @@ import torch
 from torch import Tensor
 
 from ..graph.direct_calls import is_plain_call
+from ..graph.operations import repeatable, with_fast_form
 
 
+@repeatable
+def rotated_pairs_at_once(pairs: Tensor, straight: Tensor, crossed: Tensor) -> Tensor:
+    """Return `rotated_pairs` of the same operands, for whose gradients autograd saves `pairs` and no flipped copy.
+
+    It computes the plain operations under `torch.compile`, which chooses what to save itself, in transforms, and for
+    tensors of several types.
+    """
+    if not _is_usual(pairs, straight, crossed):
+        return rotated_pairs(pairs, straight, crossed)
+    return _apply(pairs, straight, crossed) if torch.is_grad_enabled() else _rotated(pairs, straight, crossed)
+
+
+@with_fast_form(rotated_pairs_at_once)
 def rotated_pairs(pairs: Tensor, straight: Tensor, crossed: Tensor) -> Tensor:
     """Return `pairs * straight + pairs.flip(-2) * crossed`, where dimension -2 has the two of each pair.
-
-    Autograd saves `pairs`, and not a flipped copy beside it. It computes the plain operations under `torch.compile`,
-    which chooses what to save itself, in transforms, and for tensors of several types.
 
     Args:
         pairs: `(..., groups, 2, half)`.
         straight: `(groups, 1 or 2, half)`.
         crossed: `(groups, 2, half)`.
     """
-    if _is_usual(pairs, straight, crossed):
-        return _apply(pairs, straight, crossed) if torch.is_grad_enabled() else _rotated(pairs, straight, crossed)
     return pairs * straight + pairs.flip(-2) * crossed
 
 

@@ -17,8 +17,8 @@ from ..adapters.maths import identity_like, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..adapters.variant import Statistic
+from ..ops.skew_rotations import skew
 from ..sites.site import Site
-from .oft import skew
 
 
 @register

@@ -13,8 +13,9 @@ from ..adapters.hyperparameters import which_kept
 from ..adapters.maths import cast, through
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
+from ..ops.rotated_blocks import times_blocks
 from ..sites.site import Site
-from .oft import InBlocks, cayley, times_blocks
+from .oft import InBlocks, cayley
 
 
 @register

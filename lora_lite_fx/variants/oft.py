@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from ..adapters.maths import cast, identity_like, through
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..adapters.variant import Variant
+from ..ops.rotated_blocks import rotated_blocks
+from ..ops.skew_rotations import cayley_neumann, neumann_rotations, skew
 from ..sites.site import Site
 
 
@@ -73,8 +75,6 @@ class OFT(InBlocks):
         eps: that distance.
     """
 
-    double_for_autocast: ClassVar[bool] = True
-
     use_cayley_neumann: bool = True
     block_share: bool = False
     coft: bool = False
@@ -86,18 +86,25 @@ class OFT(InBlocks):
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         size = self.size_at(base.site)
-        # In double precision autocast leaves the small products alone.
-        q = skew(self._constrained(p.lora_oft_R.double()), size)
-        blocks = (cayley_neumann(q) if self.use_cayley_neumann else cayley(q)).to(p.lora_oft_R.dtype)
+        blocks = self._added(p.lora_oft_R, size)
         if self.block_share:
             blocks = blocks.expand(base.site.d_in // size, size, size)
 
         def turn(x: Tensor) -> Tensor:
-            wide_x = cast(x, blocks)
-            turned = times_blocks(wide_x.unflatten(-1, (-1, size)), blocks)
-            return (wide_x + turned.flatten(-2)).type_as(x)
+            return rotated_blocks(cast(x, blocks), blocks).type_as(x)
 
         return through(turn, x, base)
+
+    def _added(self, upper: Tensor, size: int) -> Tensor:
+        """Return what the rotations add, `R_i^T - I`: near the start it is small, and would be lost next to the ones.
+
+        Blocks act on rows, `x_i R_i^T`.
+        """
+        if self.use_cayley_neumann and not self.coft:
+            return neumann_rotations(upper)
+        # In double precision autocast leaves the small products alone.
+        q = skew(self._constrained(upper.double()), size)
+        return (cayley_neumann(q) if self.use_cayley_neumann else cayley(q)).to(upper.dtype)
 
     def _constrained(self, upper: Tensor) -> Tensor:
         """Return the upper triangles, cut to the length that `coft` allows; a matrix is the root of two as long."""
@@ -109,31 +116,7 @@ class OFT(InBlocks):
         return upper + cut
 
 
-# Blocks act on rows, `x_i R_i^T`, and are given as what they add, `R_i^T - I`: near the start it is small, and in half
-# precision it would be lost next to the ones.
-
-
-def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """Return each row of `x (..., n, b)` times its own block `(n, b, b)`."""
-    return torch.einsum("...nk,nkc->...nc", x, blocks)
-
-
 def cayley(q: Tensor) -> Tensor:
     """Return `(I - Q) (I + Q)^{-1} - I` for each of `q (..., b, b)`."""
     solution: Tensor = torch.linalg.solve(identity_like(q) + q, q)
     return -2 * solution
-
-
-def cayley_neumann(q: Tensor) -> Tensor:
-    """Return `2 Q + 2 Q^2 + 2 Q^3 + Q^4`, by two products."""
-    square = q @ q
-    sum_of_two = 2 * q + square
-    return sum_of_two + square + square @ sum_of_two
-
-
-def skew(upper: Tensor, size: int) -> Tensor:
-    """Return skew-symmetric matrices `(n, size, size)` from upper triangles by rows, `(n, size (size - 1) / 2)`."""
-    row, column = torch.triu_indices(size, size, 1, device=upper.device)
-    filled = upper.new_zeros(upper.shape[0], size * size).index_copy(1, row * size + column, upper)
-    matrix: Tensor = filled.unflatten(1, (size, size))
-    return matrix - matrix.mT

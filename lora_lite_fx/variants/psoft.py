@@ -14,8 +14,9 @@ from ..adapters.hyperparameters import WithDropout, WithRank
 from ..adapters.maths import identity_like, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
+from ..ops.skew_rotations import cayley_neumann, skew
 from ..sites.site import Site
-from .oft import cayley, cayley_neumann, skew
+from .oft import cayley
 
 
 @register

@@ -14,6 +14,7 @@ from ..adapters.maths import wide
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..adapters.variant import Variant
+from ..ops.rotated_pairs import rotated_pairs
 from ..sites.site import Site
 
 _PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
@@ -67,6 +68,4 @@ class RoAd(Variant):
         crossed = scale[:, sines] * theta[:, sines].sin()
         # The first of a pair takes the second negatively. Negate the sines: that is cheaper than negating outputs.
         signed = torch.cat((-crossed[:, :1], crossed[:, -1:]), 1)
-        pairs = y.unflatten(-1, (-1, 2, half))
-        result: Tensor = pairs * straight + pairs.flip(-2) * signed
-        return result.flatten(-3).type_as(y)
+        return rotated_pairs(y.unflatten(-1, (-1, 2, half)), straight, signed).flatten(-3).type_as(y)

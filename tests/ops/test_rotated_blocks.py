@@ -1,4 +1,4 @@
-"""`RotatedBlocks` against the plain operations: values, gradients of both orders, and the bytes that are saved."""
+"""The two forms of `rotated_blocks` against its formula: values, gradients of both orders, saved bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_lite_fx.ops.rotated_blocks import RotatedBlocks
+from lora_lite_fx.ops.rotated_blocks import RotatedBlocks, rotated_blocks
 from tests.ops.comparing import assert_same
 from tests.support.saved import saved_bytes
 
@@ -48,7 +48,8 @@ def test_it_equals_the_plain_operations(
     values = operands(shape, count, size)
     if is_transposed and len(shape) == 2:
         values[0] = values[0].detach().transpose(0, 1)
-    assert_same(rotated, plain, values, needed)
+    assert_same(rotated, rotated_blocks, values, needed)
+    assert_same(rotated_blocks, plain, values, needed)
 
 
 @pytest.mark.parametrize("function", [rotated, twice])

@@ -1,4 +1,4 @@
-"""`rotated_pairs` against the plain operations: values, gradients of both orders, and the bytes that are saved."""
+"""The two forms of `rotated_pairs` against its formula: values, gradients of both orders, saved bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_lite_fx.ops.rotated_pairs import rotated_pairs
+from lora_lite_fx.ops.rotated_pairs import rotated_pairs, rotated_pairs_at_once
 from tests.ops.comparing import assert_same
 from tests.support.saved import saved_bytes
 
@@ -36,29 +36,32 @@ def operands(shape: tuple[int, ...], groups: int, rows: int, half: int, seed: in
 def test_it_equals_the_plain_operations(
     shape: tuple[int, ...], groups: int, rows: int, half: int, needed: set[int]
 ) -> None:
-    assert_same(rotated_pairs, plain, operands(shape, groups, rows, half), needed)
+    values = operands(shape, groups, rows, half)
+    assert_same(rotated_pairs_at_once, rotated_pairs, values, needed)
+    assert_same(rotated_pairs, plain, values, needed)
 
 
 def test_gradients_have_gradients() -> None:
-    assert torch.autograd.gradgradcheck(rotated_pairs, operands((2,), 2, 1, 3))
+    assert torch.autograd.gradgradcheck(rotated_pairs_at_once, operands((2,), 2, 1, 3))
 
 
 def test_the_values_are_saved_once_and_nothing_else_of_their_size() -> None:
     values = operands((64,), 2, 1, 4)
-    assert saved_bytes(lambda: rotated_pairs(*values)) == sum(value.untyped_storage().nbytes() for value in values)
+    sizes = [value.untyped_storage().nbytes() for value in values]
+    assert saved_bytes(lambda: rotated_pairs_at_once(*values)) == sum(sizes)
 
 
 @pytest.mark.parametrize("of", ["types", "vmap", "jvp", "compiled"])
 def test_it_is_the_plain_operations_elsewhere(of: str) -> None:
     pairs, straight, crossed = (value.detach() for value in operands((3,), 2, 2, 4))
-    run: Any = rotated_pairs
+    run: Any = rotated_pairs_at_once
     if of == "types":
         pairs = pairs.bfloat16()
         assert run(pairs, straight, crossed).dtype == torch.float64
     elif of == "vmap":
-        run = torch.vmap(rotated_pairs, in_dims=(0, None, None))
+        run = torch.vmap(run, in_dims=(0, None, None))
     elif of == "compiled":
-        run = torch.compile(rotated_pairs, fullgraph=True, backend="eager")
+        run = torch.compile(run, fullgraph=True, backend="eager")
     else:
         tangent = torch.ones_like(pairs)
         ours, theirs = (

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
+from lora_lite_fx.ops.rotated_blocks import rotated_blocks
+from lora_lite_fx.ops.rotated_pairs import rotated_pairs
 from lora_lite_fx.passes import (
     ConvertMaskOnce,
     FoldScaleIntoAddition,
@@ -19,9 +22,8 @@ from lora_lite_fx.passes import (
     GroupHeads,
     LeaveOutMask,
     MoveBranchesToOutputs,
+    PutFastForms,
     RecomputeInputs,
-    RotateBlocks,
-    RotatePairs,
     ShareSiblings,
 )
 from tests.support.adapter_graphs import IN, check, exported, x
@@ -324,71 +326,106 @@ def test_dropout_is_not_drawn_again() -> None:
     check(exported(after_dropout, x(), base="dropout"), RecomputeInputs(), x(), edits=0)
 
 
-# RotateBlocks
+# PutFastForms
 
 
-def turned(m: Any, x: Tensor, equation: str = "...nk,nkc->...nc", sizes: tuple[int, ...] = (-1, 2)) -> Tensor:
-    return torch.einsum(equation, x.unflatten(-1, sizes), m.a.reshape(3, 2, 2)).flatten(-2)
+def blocks_of(m: Any) -> Tensor:
+    result: Tensor = m.a.reshape(3, 2, 2)
+    return result
 
 
-def written_between(m: Any, x: Tensor) -> Any:
-    x = x * 1.0
-    products = turned(m, x)
-    x.view(-1).mul_(2.0)
-    return x + products
+def pairs_of(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    return x.reshape(-1, 1, 2, 3), *m.a.reshape(2, 1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("compute", "edits"),
-    {
-        "a rotation": (lambda m, x: x + turned(m, x), 1),
-        "blocks from the other side": (lambda m, x: x + turned(m, x, "...nk,nck->...nc"), 0),
-        "a factor": (lambda m, x: torch.add(x, turned(m, x), alpha=0.5), 0),
-        "of another value": (lambda m, x: x.sin() + turned(m, x), 0),
-        "rows of one block": (lambda m, x: x + turned(m, x, sizes=(1, -1, 2)), 0),
-    }.values(),
-)
-def test_blocks_are_rotated_by_one_operation_where_that_is_the_same(compute: Any, edits: int) -> None:
-    check(exported(compute, x()), RotateBlocks(), x(), edits=edits)
+def set_argument(target: Any, place: int, value: Any) -> Callable[[fx.GraphModule], None]:
+    """Return a change of one argument of the node that calls `target`; the value may be a function of the graph."""
+
+    def change(gm: fx.GraphModule) -> None:
+        (node,) = gm.graph.find_nodes(op="call_function", target=target)
+        node.update_arg(place, value(gm) if callable(value) else value)
+
+    return change
 
 
-def test_products_of_blocks_are_not_moved_across_a_write() -> None:
-    check(exported(written_between, x()), RotateBlocks(), x(), edits=0, backward=False)
+def factor_of_sum(gm: fx.GraphModule) -> None:
+    (node,) = gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+    node.update_kwarg("alpha", 0.5)
 
 
-# RotatePairs
+def write_after(target: Any) -> Callable[[fx.GraphModule], None]:
+    """Return a change that overwrites the input of a graph after the node that calls `target`."""
+
+    def change(gm: fx.GraphModule) -> None:
+        copied = next(iter(gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)))
+        (node,) = gm.graph.find_nodes(op="call_function", target=target)
+        with gm.graph.inserting_after(node):
+            gm.graph.call_function(aten.mul_.Tensor, (copied, 2.0))
+
+    return change
 
 
-def rotated(m: Any, x: Tensor, alpha: float = 1.0, dim: int = -2, also: float = 0.0) -> Tensor:
-    straight, crossed = m.a.reshape(2, 1, 2, 3)
-    pairs = x.reshape(-1, 1, 2, 3)
-    kept, flipped = pairs * straight, (pairs + also if also else pairs).flip(dim) * crossed
-    return kept + flipped if alpha == 1.0 else torch.add(kept, flipped, alpha=alpha)
-
-
-def written_between_products(m: Any, x: Tensor) -> Any:
-    pairs = (x * 1.0).reshape(-1, 1, 2, 3)
-    straight, crossed = m.a.reshape(2, 1, 2, 3)
-    kept = pairs * straight
-    pairs.view(-1).mul_(2.0)
-    return kept + pairs.flip(-2) * crossed
+def sine(gm: fx.GraphModule) -> fx.Node:
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_after(x):
+        result = gm.graph.call_function(aten.sin.default, (x,))
+    result.meta["val"] = x.meta["val"]
+    return result
 
 
 @pytest.mark.parametrize(
-    ("compute", "edits"),
+    ("change", "edits"),
     {
-        "a rotation": (rotated, 1),
-        "a factor": (lambda m, x: rotated(m, x, alpha=0.5), 0),
-        "another order": (lambda m, x: rotated(m, x, dim=-1), 0),
-        "of two values": (lambda m, x: rotated(m, x, also=1.0), 0),
+        "a rotation": (lambda gm: None, 1),
+        "blocks from the other side": (set_argument(aten.einsum.default, 0, "...nk,nck->...nc"), 0),
+        "a factor": (factor_of_sum, 0),
+        "of another value": (set_argument(aten.add.Tensor, 0, sine), 0),
+        "rows of one block": (set_argument(aten.unflatten.int, 2, [1, -1, 2]), 0),
     }.values(),
 )
-def test_pairs_are_rotated_by_one_operation_where_that_is_the_same(compute: Any, edits: int) -> None:
-    check(exported(compute, x()), RotatePairs(), x(), edits=edits)
+def test_blocks_are_rotated_by_one_operation_where_that_is_the_same(change: Any, edits: int) -> None:
+    gm = exported(lambda m, x: rotated_blocks(x, blocks_of(m)), x())
+    change(gm)
+    gm.recompile()
+    check(gm, PutFastForms(), x(), edits=edits)
 
 
-def test_products_of_pairs_are_not_moved_across_a_write() -> None:
-    check(exported(written_between_products, x()), RotatePairs(), x(), edits=0, backward=False)
+@pytest.mark.parametrize(
+    ("change", "edits"),
+    {
+        "a rotation": (lambda gm: None, 1),
+        "a factor": (factor_of_sum, 0),
+        "another order": (set_argument(aten.flip.default, 1, [-1]), 0),
+        "of two values": (set_argument(aten.flip.default, 0, lambda gm: reshaped(gm, sine(gm))), 0),
+    }.values(),
+)
+def test_pairs_are_rotated_by_one_operation_where_that_is_the_same(change: Any, edits: int) -> None:
+    gm = exported(lambda m, x: rotated_pairs(*pairs_of(m, x)), x())
+    change(gm)
+    gm.recompile()
+    check(gm, PutFastForms(), x(), edits=edits)
+
+
+def reshaped(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Return `node` in pairs."""
+    (flip,) = gm.graph.find_nodes(op="call_function", target=aten.flip.default)
+    with gm.graph.inserting_before(flip):
+        return gm.graph.call_function(aten.reshape.default, (node, [-1, 1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("compute", "between"),
+    [
+        (lambda m, x: rotated_blocks(x * 1.0, blocks_of(m)), aten.flatten.using_ints),
+        (lambda m, x: rotated_pairs(*pairs_of(m, x * 1.0)), aten.flip.default),
+    ],
+    ids=["blocks", "pairs"],
+)
+def test_operations_are_not_moved_across_a_write(compute: Any, between: Any) -> None:
+    gm = exported(compute, x())
+    write_after(between)(gm)
+    gm.recompile()
+    check(gm, PutFastForms(), x(), edits=0, backward=False)
 
 
 # ShareSiblings

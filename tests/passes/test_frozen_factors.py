@@ -14,7 +14,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.ops.dropped_product import DroppedProduct
 from lora_lite_fx.ops.low_rank_products import Branch, LowRankProducts, flatten
 from lora_lite_fx.ops.rotated_blocks import RotatedBlocks
-from lora_lite_fx.ops.rotated_pairs import rotated_pairs
+from lora_lite_fx.ops.rotated_pairs import rotated_pairs_at_once
 from tests.support.conformance import close, randomise
 from tests.support.low_rank_llama import EVERYWHERE, llama, run, tokens
 from tests.support.programs import PLAIN
@@ -156,5 +156,5 @@ def test_frozen_rotations_save_no_input() -> None:
     assert saved_bytes(lambda: RotatedBlocks()(x, blocks), (blocks,)) == 0
     assert torch.autograd.gradcheck(lambda x: RotatedBlocks()(x, blocks), (x,))
     pairs, straight, crossed = tensor(7, 3, 2, 4), tensor(3, 1, 4, trained=False), tensor(3, 2, 4, trained=False)
-    assert saved_bytes(lambda: rotated_pairs(pairs, straight, crossed), (straight, crossed)) == 0
-    assert torch.autograd.gradcheck(lambda pairs: rotated_pairs(pairs, straight, crossed), (pairs,))
+    assert saved_bytes(lambda: rotated_pairs_at_once(pairs, straight, crossed), (straight, crossed)) == 0
+    assert torch.autograd.gradcheck(lambda pairs: rotated_pairs_at_once(pairs, straight, crossed), (pairs,))

@@ -13,17 +13,10 @@ from ..compat.torch import OpOverload, is_transform
 from ..graph.queries import argument_of, is_deterministic, operation_name
 from ..graph.regions import closes_region, opens_region
 from ..graph.writes import written_operands
-from ..ops.bank_products import BankProducts
-from ..ops.low_rank_products import LowRankProducts
-from ..ops.recomputed_product import RecomputedProduct
-from ..ops.rotated_blocks import RotatedBlocks
 from .cutting import call
 from .memory import Measured, MemoryPlan
 
 aten = torch.ops.aten
-
-_PURE = (LowRankProducts, BankProducts, RecomputedProduct, RotatedBlocks)
-"""The operations of this library that compute the same again."""
 
 
 def obstacle(graph: fx.Graph) -> str:
@@ -43,7 +36,7 @@ def obstacle(graph: fx.Graph) -> str:
 def _is_without_effects(node: fx.Node) -> bool:
     """Return whether a call is known to write to no tensor. An operator of torch says so itself."""
     target = node.target
-    if isinstance(target, (OpOverload, *_PURE)):
+    if isinstance(target, OpOverload):
         return True
     module, name = getattr(target, "__module__", ""), operation_name(node)
     if module == "_operator":
@@ -55,8 +48,6 @@ def _is_repeatable(node: fx.Node) -> bool:
     if node.target is _ATTENTION:
         dropout = argument_of(node, "dropout_p")
         return isinstance(dropout, float) and dropout == 0.0
-    if isinstance(node.target, _PURE):
-        return True
     # Operators of others need not say that they draw random numbers.
     is_foreign = isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims")
     return is_deterministic(node) and not is_foreign
@@ -170,7 +161,7 @@ class Recorder(fx.Interpreter):
 
 
 def _is_products(node: fx.Node) -> bool:
-    return isinstance(node.target, LowRankProducts)
+    return getattr(node.target, "results_are_apart", False)
 
 
 def address(tensor: Tensor) -> int:

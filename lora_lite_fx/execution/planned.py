@@ -15,7 +15,6 @@ from ..graph.direct_calls import ORDINARY
 from ..graph.subgraph import extract, function_of
 from ..log import logger
 from ..ops.autocast import autocast_of
-from ..ops.low_rank_products import LowRankProducts
 from .cutting import Values
 from .measuring import Recorder, address, obstacle, plan_of
 from .memory import Memory, MemoryPlan, choose
@@ -209,7 +208,7 @@ def _first_call(graph: fx.Graph, operands: Sequence[Any], own: int, memory: Memo
 def _without_unread(graph: fx.Graph) -> fx.Graph:
     """Leave out the sites of gathered products whose results nothing reads."""
     for node in graph.nodes:
-        if isinstance(node.target, LowRankProducts):
+        if getattr(node.target, "results_are_apart", False):
             node.args = node.target.without_unread(node.args, {user.args[1] for user in node.users})
     return graph
 

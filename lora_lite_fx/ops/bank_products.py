@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..graph.tensors import HALF
-from .low_rank_products import LowRankProducts, flatten, unflatten
+from .branches import flatten, unflatten
+from .low_rank_products import LowRankProducts
 
 _MOST_ROWS = 4
 """Factors are selected for each row as long as there are at most this many rows for each slot: else they are a copy of
@@ -46,6 +47,8 @@ class BankProducts:
     Args:
         products: the products of factors of rows.
     """
+
+    is_repeatable: ClassVar[bool] = True
 
     products: LowRankProducts
 

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from ..compat.torch import constant_when_compiled
 from ..graph.direct_calls import is_plain_call
 from .autocast import autocast_of
-from .saved_values import apart, together
+from .saved_values import Recomputing, apart, together
 
 
 @dataclass(frozen=True)
-class DroppedProduct:
-    """`x, a, training, *sources -> t`: `t = dropout(x) a^T`.
+class DroppedProduct(Recomputing):
+    """`x, a, *sources, training -> t`: `t = dropout(x) a^T`.
 
     For the backward pass it saves `a` and a bit of the mask for each element; and for the gradient of `a` the sources
     of `x` if there are any, or `x`. The mask is drawn as the plain operations draw it, so that the numbers are theirs
@@ -28,26 +28,25 @@ class DroppedProduct:
 
     Args:
         probability: of dropping an element.
-        recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with; None where `x` is saved.
+        recipe, sources: see `Recomputing`.
     """
 
     probability: float
-    recipe: Callable[..., tuple[Tensor]] | None = None
 
     @property
     def __name__(self) -> str:
         """Return the name that torch.fx gives to calls."""
         return "dropped_product"
 
-    def __call__(self, x: Tensor, a: Tensor, training: bool, *sources: Any) -> Tensor:
+    def __call__(self, x: Tensor, a: Tensor, *rest: Any) -> Tensor:
         """Return `t (..., r)`.
 
         Args:
             x: `(..., d_in)`.
             a: `(r, d_in)`.
-            training: whether elements are dropped.
-            sources: of `x`: tensors, or sizes.
+            rest: the sources of `x`, and whether elements are dropped.
         """
+        *sources, training = rest
         if not training or not torch.is_grad_enabled() or not is_plain_call(x, a):
             return F.linear(F.dropout(x, self._probability(), training), a)
         return _apply(self, x, a, *sources)
@@ -63,8 +62,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, product: DroppedProduct, x: Tensor, a: Tensor, *sources: Any) -> Tensor:
         factors = F.dropout(torch.ones_like(x), product.probability)
-        kept = sources if product.recipe is not None else (x,)
-        saved, ctx.others = apart(kept if ctx.needs_input_grad[2] else ())
+        saved, ctx.others = apart(product.kept(x, sources) if ctx.needs_input_grad[2] else ())
         ctx.save_for_backward(a, _packed(factors), *saved)
         ctx.product, ctx.dtype, ctx.count = product, x.dtype, len(sources)
         ctx.autocast = autocast_of(x.device.type)
@@ -82,8 +80,7 @@ class _Function(torch.autograd.Function):
             of_x = (of_t @ a.to(of_t.dtype)).to(ctx.dtype) * factors if x_needed else None
             of_a = None
             if a_needed:
-                x = kept[0] if product.recipe is None else product.recipe(None, *kept)[0]
-                dropped = (x * factors).to(of_t.dtype)
+                dropped = (product.input_of(kept) * factors).to(of_t.dtype)
                 of_a = (of_t.flatten(0, -2).mT @ dropped.flatten(0, -2)).type_as(a)
         return None, of_x, of_a, *[None] * ctx.count
 

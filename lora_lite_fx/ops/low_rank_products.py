@@ -10,58 +10,25 @@ tensors one by one: `flatten` and `unflatten` are the only places that know in w
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 
-from ..compat.torch import constant_when_compiled, is_wrapped
+from ..compat.torch import constant_when_compiled
 from ..graph.direct_calls import ORDINARY
 from ..graph.tensors import HALF
-from .autocast import autocast_of
-from .saved_values import apart, together
-
-_SMALLEST_SCALE = 1e-30
-"""Replaces a scale of zero where the result is divided by the scale again."""
-
-T = TypeVar("T")
-
-
-class Branch(NamedTuple, Generic[T]):
-    """One site and its adapter, `y = c (x W^T + b + alpha t B^T)`: its tensors, or one value for each of them.
-
-    Args:
-        weight: the frozen `W (d_out, d_in)`.
-        bias: the frozen `b (d_out,)`, or None.
-        b: the adapter's `B (d_out, r)`; or one for each row of the batch, `(batch, d_out, r)`.
-        scale: the adapter's `c (d_out,)`, or None.
-    """
-
-    weight: T
-    bias: T | None
-    b: T
-    scale: T | None
-
-
-def flatten(branches: Iterable[Branch[T]]) -> list[T | None]:
-    """Return the fields of all branches one after the other, as the operation takes them."""
-    return [field for branch in branches for field in branch]
-
-
-def unflatten(fields: Sequence[Any]) -> list[Branch[Any]]:
-    """Return the branches whose fields `flatten` put one after the other."""
-    size = len(Branch._fields)
-    return [Branch(*fields[start : start + size]) for start in range(0, len(fields), size)]
+from .branches import Branch, add_product, as_matrix, as_rows, flatten, unflatten
+from .low_rank_gradients import apply_with_gradients
+from .saved_values import Recomputing
 
 
 @dataclass(frozen=True)
-class LowRankProducts:
+class LowRankProducts(Recomputing):
     """`x, a, *sources, *flatten(branches) -> t, *ys`: `t = x a^T`, and `y = c (x W^T + b + alpha t_i B^T)` per branch.
 
     For the backward pass it saves `t` for the gradient of a `B`; the sources of `x` if there are any, else `x`, for
@@ -73,15 +40,15 @@ class LowRankProducts:
     Args:
         ranks: how many columns of `t` each branch reads, one after the other; empty for `t` alone.
         alphas: the factor of each branch.
-        recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with; a method that does not use its
-            object. None where `x` is saved.
-        sources: how many sources there are: tensors, or sizes.
+        recipe, sources: see `Recomputing`.
     """
+
+    is_repeatable: ClassVar[bool] = True
+    results_are_apart: ClassVar[bool] = True
+    """Each result can be computed without the others, by `without_unread`."""
 
     ranks: tuple[int, ...] = ()
     alphas: tuple[float, ...] = ()
-    recipe: Callable[..., tuple[Tensor]] | None = None
-    sources: int = 0
 
     def __post_init__(self) -> None:
         let_flops_be_counted()
@@ -104,9 +71,9 @@ class LowRankProducts:
         if not self._is_usual(x, a, rest):
             return self._plain(x, a, self.split(rest)[1])
         if torch.is_grad_enabled():
-            return _apply(self, x, a, *rest)
+            return apply_with_gradients(self, x, a, *rest)
         # As matrices, which take less time where there are few tokens.
-        shape, x = x.shape[:-1], _as_matrix(x, a)
+        shape, x = x.shape[:-1], as_matrix(x, a)
         if a.dim() == 2 and not (x.dtype in HALF and x.device.type == "cpu"):
             results = self._of_matrix(x, a, rest)
         else:
@@ -179,12 +146,12 @@ class LowRankProducts:
         """Return the results, added and scaled in place. None of them is a view, so that they may be overwritten."""
         t = _product(x, a)
         results: list[Any] = [t]
-        for branch, columns, alpha in self.with_columns(branches, _as_matrix(t, a)):
+        for branch, columns, alpha in self.with_columns(branches, as_matrix(t, a)):
             if branch.weight is None:
                 results.append(None)
                 continue
             y = _linear(x, branch.weight, branch.bias)
-            _add_product(_as_matrix(y, a), columns, branch.b.mT, alpha)
+            add_product(as_matrix(y, a), columns, branch.b.mT, alpha)
             results.append(y if branch.scale is None else y.mul_(branch.scale))
         return tuple(results)
 
@@ -220,142 +187,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None or x.dim() == 2 or not x.is_contiguous():
         return F.linear(x, weight, bias)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    torch.addmm(bias, _rows(x), weight.t(), out=_rows(y))
+    torch.addmm(bias, as_rows(x), weight.t(), out=as_rows(y))
     return y
-
-
-class _Function(torch.autograd.Function):
-    """The operation where gradients are computed by hand.
-
-    Its backward pass is made of differentiable operations, so that gradients of gradients are right too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, products: LowRankProducts, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        sources, branches = products.split(rest)
-        a_needed = ctx.needs_input_grad[2]
-        _, needed = products.split(ctx.needs_input_grad[3:])
-        # A scale that gets a gradient must not be zero, because the backward pass divides by it.
-        used = [
-            branch._replace(scale=_invertible(branch.scale)) if need.scale else branch
-            for branch, need in zip(branches, needed, strict=True)
-        ]
-        results = products.accumulated(x, a, used)
-        t, *ys = results
-        kept = sources if a_needed else [None] * len(sources)
-        saved, ctx.others = apart([*kept, *flatten(branches)])
-        ctx.save_for_backward(
-            a,
-            x if a_needed and products.recipe is None else None,
-            t if any(need.b for need in needed) else None,
-            *(y if need.scale else None for y, need in zip(ys, needed, strict=True)),
-            *saved,
-        )
-        ctx.products = products
-        ctx.autocast = autocast_of(x.device.type)
-        ctx.set_materialize_grads(False)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, of_t: Tensor | None, *of_ys: Tensor | None) -> tuple[Tensor | None, ...]:
-        products: LowRankProducts = ctx.products
-        given = [gradient for gradient in (of_t, *of_ys) if gradient is not None]
-        if not given:
-            return (None,) * len(ctx.needs_input_grad)
-        a, x, t, *saved = ctx.saved_tensors  # which can be read only once
-        ys, saved = saved[: len(products.ranks)], saved[len(products.ranks) :]
-        rest = together(saved, ctx.others)
-        sources, branches = products.split(rest)
-        _, x_needed, a_needed, *rest_needed = ctx.needs_input_grad
-        _, needed = products.split(rest_needed)
-        with torch.autocast(**ctx.autocast):
-            if products.recipe and a_needed:
-                (x,) = products.recipe(None, *sources)
-            in_place = torch.compiler.is_compiling() or not is_wrapped(*given)
-            shape = (*given[0].shape[:-1], a.shape[-1])
-            if of_t is None:
-                rows = _as_matrix(given[0], a)
-                of_t = rows.new_zeros(*rows.shape[:-1], a.shape[-2])
-            else:
-                of_t = _as_matrix(of_t, a).clone() if branches else _as_matrix(of_t, a)
-            t = of_t if t is None else _as_matrix(t, a)  # no gradient of a B reads it then
-            gradients: list[Branch[Tensor | None]] = []
-            reached: list[tuple[Tensor, Tensor]] = []
-            of_columns: list[Tensor] = []
-            for (branch, columns, alpha), narrow, need, y, of_y in zip(
-                products.with_columns(branches, t), _narrowed(of_t, products.ranks), needed, ys, of_ys, strict=True
-            ):
-                if of_y is None:
-                    of_columns.append(narrow)
-                    gradients.append(Branch(None, None, None, None))
-                    continue
-                of_sum, of_branch = _gradients(branch, columns, alpha, need, y, _as_matrix(of_y, a))
-                of_columns.append(_add_product(narrow, of_sum, branch.b, alpha, in_place))
-                gradients.append(of_branch)
-                reached.append((of_sum, branch.weight))
-            if branches and not in_place:
-                of_t = torch.cat(of_columns, -1)
-            of_a = of_t.mT @ _as_matrix(x, a) if a_needed else None
-            of_x = None
-            if x_needed:
-                of_x = _rows(of_t @ a)
-                for of_sum, weight in reached:
-                    of_x = _add_product(of_x, _rows(of_sum), weight, in_place=in_place)
-                of_x = of_x.view(shape)
-            of_rest = [*[None] * products.sources, *flatten(gradients)]
-            if not isinstance(ctx, BackwardCFunction):  # of compiled autograd, which takes no None where one is needed
-                triples = zip(of_rest, rest, rest_needed, strict=True)
-                of_rest = [torch.zeros_like(value) if of is None and need else of for of, value, need in triples]
-        return None, of_x, of_a, *of_rest
-
-
-_apply: Callable[..., tuple[Tensor, ...]] = _Function.apply
-
-
-def _gradients(
-    branch: Branch[Tensor], columns: Tensor, alpha: float, need: Branch[bool], y: Any, of_y: Tensor
-) -> tuple[Tensor, Branch[Tensor | None]]:
-    """Return the gradient of the sum that `c` scales, and those of the branch's tensors.
-
-    Args:
-        branch, columns, alpha: of `y = c (x W^T + b + alpha t B^T)`, with the columns of `t`.
-        need: which tensors need a gradient.
-        y: the result; None if `c` needs no gradient.
-        of_y: its gradient.
-    """
-    of_scale = None
-    if branch.scale is not None:
-        scale = _invertible(branch.scale) if need.scale else branch.scale
-        of_scale = (of_y * _rows(y)).sum(0) / scale if need.scale else None
-        of_y = of_y * scale
-    # The narrow matrix first: the other way round it takes up to twice the time.
-    of_b = alpha * (columns.mT @ of_y).mT if need.b else None
-    return of_y, Branch(None, None, of_b, of_scale)
-
-
-def _narrowed(tensor: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
-    """Yield views of these widths of the columns of `tensor`, each to be written to."""
-    for start, width in zip(itertools.accumulate(widths, initial=0), widths, strict=False):
-        yield tensor.narrow(-1, start, width)
-
-
-def _invertible(scale: Any) -> Tensor:
-    return torch.where(scale == 0, _SMALLEST_SCALE, scale)
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """Return `x M^T`, with one matrix or with one for each row of the batch."""
     return F.linear(x, matrix) if matrix.dim() == 2 else torch.bmm(x, matrix.mT)
-
-
-def _as_matrix(tensor: Tensor, a: Tensor) -> Tensor:
-    """Return `tensor` as a matrix; as it is if there is an `a` for each row of the batch."""
-    return _rows(tensor) if a.dim() == 2 else tensor
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return `tensor` as a matrix: a view, if it is the result of a product, which is contiguous."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 @functools.cache
@@ -378,14 +216,3 @@ def _flops_of_addition(total: Any, left: Any, right: Any, *_: Any, **__: Any) ->
 def _flops_of_additions(total: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
     """Return the FLOPs of in-place products of the rows of a batch."""
     return int(2 * left[0] * left[1] * left[2] * right[2])
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, in_place: bool = True) -> Tensor:
-    """Return `total + alpha left right`, formed in `total` unless a transform forbids that."""
-    of_rows = right.dim() == 3  # a matrix for each row of the batch
-    if not in_place:
-        return (torch.baddbmm if of_rows else torch.addmm)(total, left, right, alpha=alpha)
-    if total.dtype in HALF and total.device.type == "cpu":
-        # There addmm would round the sum more than once.
-        return total.add_(left @ right, alpha=alpha)
-    return total.baddbmm_(left, right, alpha=alpha) if of_rows else total.addmm_(left, right, alpha=alpha)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class RecomputedProduct:
     Args:
         recipe: `None, *sources -> (W,)`.
     """
+
+    is_repeatable: ClassVar[bool] = True
 
     recipe: Callable[..., tuple[Tensor]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from ..compat.torch import is_wrapped
 from ..graph.direct_calls import is_plain_call
 from ..graph.operations import with_fast_form
 from ..graph.tensors import HALF
-from .saved_values import apart, together
+from .saved_values import Recomputing, apart, together
 
 
 @dataclass(frozen=True)
-class RotatedBlocks:
+class RotatedBlocks(Recomputing):
     """The fast form of `rotated_blocks`: `x, blocks, *sources -> x + x B`.
 
     A batched product wants the blocks first and the rows second, and values are the other way round. This multiplies
@@ -27,12 +27,10 @@ class RotatedBlocks:
     where a product that adds would round more than once.
 
     Args:
-        recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with. None where `x` is saved.
-        sources: how many sources there are: tensors, or sizes.
+        recipe, sources: see `Recomputing`.
     """
 
-    recipe: Callable[..., tuple[Tensor]] | None = None
-    sources: int = 0
+    is_repeatable: ClassVar[bool] = True
 
     @property
     def __name__(self) -> str:
@@ -110,8 +108,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rotation: RotatedBlocks, x: Tensor, blocks: Tensor, *sources: Any) -> Tensor:
-        kept = (x,) if rotation.recipe is None else sources
-        saved, ctx.others = apart(kept if ctx.needs_input_grad[2] else ())
+        saved, ctx.others = apart(rotation.kept(x, sources) if ctx.needs_input_grad[2] else ())
         ctx.save_for_backward(blocks, *saved)
         ctx.rotation, ctx.count = rotation, len(sources)
         return _rotated(x, blocks)
@@ -127,8 +124,7 @@ class _Function(torch.autograd.Function):
                 in_place = not (torch.is_grad_enabled() or is_wrapped(of_y))
                 of_x = (_rotated if in_place else _rotated_anew)(of_y, blocks.mT)
             if blocks_needed:
-                kept = together(saved, ctx.others)
-                (x,) = kept if rotation.recipe is None else rotation.recipe(None, *kept)
+                x = rotation.input_of(together(saved, ctx.others))
                 of_blocks = _outer_products(x, of_y, blocks)
         return None, of_x, of_blocks, *[None] * ctx.count
 

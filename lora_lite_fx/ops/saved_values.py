@@ -1,11 +1,36 @@
-"""Keep the operands of an operation for its backward pass: autograd saves tensors alone, and some are sizes."""
+"""Keep the operands of an operation for its backward pass, or what the first of them is computed again from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recomputing:
+    """Base class of the operations `x, a, *sources, ...`, which may compute `x` again for the gradient of `a`.
+
+    `recompute_inputs` gives them the sources where `x` follows cheaply from values that are saved anyway.
+
+    Args:
+        recipe: `None, *sources -> (x,)`, by the operations that `x` was computed with; a method that does not use its
+            object. None where `x` is saved.
+        sources: how many sources there are: tensors, or sizes.
+    """
+
+    recipe: Callable[..., tuple[Tensor]] | None = None
+    sources: int = 0
+
+    def kept(self, x: Tensor, sources: Sequence[Any]) -> Sequence[Any]:
+        """Return what is kept for the gradient of `a`."""
+        return (x,) if self.recipe is None else sources
+
+    def input_of(self, kept: Sequence[Any]) -> Tensor:
+        """Return `x`, of what was kept."""
+        return kept[0] if self.recipe is None else self.recipe(None, *kept)[0]
 
 
 def is_tensor(value: Any) -> bool:

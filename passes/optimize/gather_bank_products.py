@@ -13,7 +13,8 @@ from ...graph.parameter_work import first_input
 from ...graph.provenance import is_inserted
 from ...graph.queries import obstacle_between, reads_tensor, value_of
 from ...ops.bank_products import BankProducts, rows_or_slots
-from ...ops.low_rank_products import Branch, LowRankProducts, flatten
+from ...ops.branches import Branch, flatten
+from ...ops.low_rank_products import LowRankProducts
 from ..pipeline import Declined, GraphPass, Outcome
 from .gather_products import insert_gathered
 

@@ -19,7 +19,7 @@ from ...graph.walk import ancestors
 from ...graph.writes import overwrites
 from ...ops.dropped_product import DroppedProduct
 from ...ops.low_rank_products import LowRankProducts
-from ...ops.rotated_blocks import RotatedBlocks
+from ...ops.saved_values import Recomputing
 from ..pipeline import Declined, GraphPass, Outcome, Program
 
 aten = torch.ops.aten
@@ -110,26 +110,26 @@ class RecomputeInputs(GraphPass):
         edits = 0
         declined = []
         for node in reversed([node for node in gm.graph.nodes if node not in once]):
-            if (dropout := _dropout_before(node)) is not None and not overwritten and node in needing:
-                _gather_dropout(gm, node, dropout, saved | once)
+            dropout = _dropout_before(node)
+            if dropout is not None and not overwritten and node in needing:
+                node = _gather_dropout(node, dropout)
                 edits += 1
-                continue
             alone = is_product(node)
             operation = LowRankProducts() if alone else node.target
-            if not isinstance(operation, (LowRankProducts, RotatedBlocks)) or operation.recipe:
+            if not isinstance(operation, Recomputing) or operation.recipe:
                 continue
-            x, a, *sites = node.args
+            x, a, *others = node.args
             if a not in needing:
                 continue
             sources = "the graph overwrites tensors" if overwritten else _sources(gm, node, saved | once)
             if isinstance(sources, str):
-                if not is_narrow(x):
+                if not is_narrow(x) and dropout is None:
                     declined.append(Declined.at(_results(node), sources))
                 continue
             recipe = function_between(sources, [x])
             recomputing = replace(operation, recipe=recipe, sources=len(sources))
             with gm.graph.inserting_before(node):
-                args = (x, a, *sources, *sites)
+                args = (x, a, *sources, *others)
                 call = gm.graph.create_node("call_function", recomputing, args, name=f"{node.name}_recomputing")
                 result = gm.graph.call_function(operator.getitem, (call, 0)) if alone else call
             call.meta, result.meta = dict(node.meta), dict(node.meta)
@@ -138,7 +138,7 @@ class RecomputeInputs(GraphPass):
                 call.meta.pop("tensor_meta", None)  # of the product itself
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)
-            edits += 1
+            edits += dropout is None
         return Outcome(edits, tuple(reversed(declined)))
 
 
@@ -150,28 +150,25 @@ def _dropout_before(node: fx.Node) -> fx.Node | None:
     return x if x.users.keys() == {node} else None
 
 
-def _gather_dropout(gm: fx.GraphModule, product: fx.Node, dropout: fx.Node, saved: set[fx.Node]) -> None:
-    """Let a product and the dropout before it be one operation."""
-    x: Any = dropout.args[0]
-    probability, training = dropout.args[1:]
-    sources = _sources(gm, dropout, saved)
-    recipe = None if isinstance(sources, str) else function_between(sources, [x])
+def _gather_dropout(product: fx.Node, dropout: fx.Node) -> fx.Node:
+    """Let a product and the dropout before it be one operation, and return its node."""
+    graph = product.graph
+    x, probability, training = dropout.args
     assert isinstance(probability, float)
-    with gm.graph.inserting_before(product):
-        args = (x, product.args[1], training, *(() if isinstance(sources, str) else sources))
-        operation = DroppedProduct(probability, recipe)
-        call = gm.graph.create_node("call_function", operation, args, name=f"{product.name}_with_dropout")
+    with graph.inserting_before(product):
+        args = (x, product.args[1], training)
+        name = f"{product.name}_with_dropout"
+        call = graph.create_node("call_function", DroppedProduct(probability), args, name=name)
     call.meta = dict(product.meta)
     product.replace_all_uses_with(call)
-    gm.graph.erase_node(product)
-    gm.graph.erase_node(dropout)
+    graph.erase_node(product)
+    graph.erase_node(dropout)
+    return call
 
 
 def _results(node: fx.Node) -> list[fx.Node]:
     """Return the results of gathered products `node`, which are of one site each; of another node the node itself."""
-    if not isinstance(node.target, LowRankProducts):
-        return [node]
-    return [user for user in node.users if user.target is operator.getitem and user.args[1] != 0]
+    return [user for user in node.users if user.target is operator.getitem and user.args[1] != 0] or [node]
 
 
 def _needing_gradients(gm: fx.GraphModule) -> set[fx.Node]:

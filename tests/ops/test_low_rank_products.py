@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from variants import flop_counter
 
 import lora_lite_fx as llfx
-from lora_lite_fx.ops.low_rank_products import Branch, LowRankProducts, flatten, unflatten
+from lora_lite_fx.ops.branches import Branch, flatten, unflatten
+from lora_lite_fx.ops.low_rank_products import LowRankProducts
 from tests.support.conformance import close, randomise
 from tests.support.low_rank_llama import LOW_RANK, adapted_llama, run
 from tests.support.programs import PLAIN

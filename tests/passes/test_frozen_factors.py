@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_lite_fx as llfx
+from lora_lite_fx.ops.branches import Branch, flatten
 from lora_lite_fx.ops.dropped_product import DroppedProduct
-from lora_lite_fx.ops.low_rank_products import Branch, LowRankProducts, flatten
+from lora_lite_fx.ops.low_rank_products import LowRankProducts
 from lora_lite_fx.ops.rotated_blocks import RotatedBlocks
 from lora_lite_fx.ops.rotated_pairs import rotated_pairs_at_once
 from tests.support.conformance import close, randomise
@@ -136,7 +137,9 @@ def test_sources_of_the_input_are_not_saved_for_a_frozen_a() -> None:
         return (source.sin(),)
 
     assert saved_bytes(lambda: LowRankProducts(recipe=recipe, sources=1)(x, a, source), (a,)) == 0
-    assert saved_bytes(lambda: DroppedProduct(0.5, recipe)(x, a, True, source), (a,)) == 5  # a bit for each element
+    assert (
+        saved_bytes(lambda: DroppedProduct(0.5, recipe=recipe, sources=1)(x, a, source, True), (a,)) == 5
+    )  # a bit for each element
 
 
 def test_dropout_before_a_frozen_factor_saves_the_mask_alone() -> None:

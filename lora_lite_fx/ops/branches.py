@@ -1,0 +1,61 @@
+"""The record of a site and its adapter, which `LowRankProducts` gets of each, and sums of products in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..graph.tensors import HALF
+
+T = TypeVar("T")
+
+
+class Branch(NamedTuple, Generic[T]):
+    """One site and its adapter, `y = c (x W^T + b + alpha t B^T)`: its tensors, or one value for each of them.
+
+    Args:
+        weight: the frozen `W (d_out, d_in)`.
+        bias: the frozen `b (d_out,)`, or None.
+        b: the adapter's `B (d_out, r)`; or one for each row of the batch, `(batch, d_out, r)`.
+        scale: the adapter's `c (d_out,)`, or None.
+    """
+
+    weight: T
+    bias: T | None
+    b: T
+    scale: T | None
+
+
+def flatten(branches: Iterable[Branch[T]]) -> list[T | None]:
+    """Return the fields of all branches one after the other, as the operation takes them."""
+    return [field for branch in branches for field in branch]
+
+
+def unflatten(fields: Sequence[Any]) -> list[Branch[Any]]:
+    """Return the branches whose fields `flatten` put one after the other."""
+    size = len(Branch._fields)
+    return [Branch(*fields[start : start + size]) for start in range(0, len(fields), size)]
+
+
+def as_matrix(tensor: Tensor, a: Tensor) -> Tensor:
+    """Return `tensor` as a matrix; as it is if there is an `a` for each row of the batch."""
+    return as_rows(tensor) if a.dim() == 2 else tensor
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """Return `tensor` as a matrix: a view, if it is the result of a product, which is contiguous."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, in_place: bool = True) -> Tensor:
+    """Return `total + alpha left right`, formed in `total` unless a transform forbids that."""
+    of_rows = right.dim() == 3  # a matrix for each row of the batch
+    if not in_place:
+        return (torch.baddbmm if of_rows else torch.addmm)(total, left, right, alpha=alpha)
+    if total.dtype in HALF and total.device.type == "cpu":
+        # There addmm would round the sum more than once.
+        return total.add_(left @ right, alpha=alpha)
+    return total.baddbmm_(left, right, alpha=alpha) if of_rows else total.addmm_(left, right, alpha=alpha)

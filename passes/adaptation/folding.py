@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,15 +16,10 @@ from ...adapters.contract import rehearse
 from ...adapters.dependencies import Dependencies
 from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.placement import Placement, placements, refuse_banks, site_bias, site_weight
-from ...adapters.promotion import call_forward
-from ...adapters.variant import Variant, adapter_namespace, one_of
+from ...adapters.variant import Variant, one_of
 from ...errors import AdapterError
-from ...sites.kinds.contraction import Contraction
 from ...sites.site import Site
-
-_ROUNDINGS = 1024
-"""An affine variant may differ by so many roundings of the dtype from what it is folded into."""
-_WAY_OUT = " The way out: keep the adapter; files, exports, torch.compile and generation take it like any other."
+from .affine_form import Affine, fold, in_float64
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ def merge_sites(
         coefficients: by name of an adapter, the number by which it acts; the others do not act. None for all, fully.
 
     Raises:
-        AdapterError: the graph records an adapter at a site that is not found; or a variant is not affine, see `_fold`;
+        AdapterError: the graph records an adapter at a site that is not found; or a variant is not affine, see `fold`;
             or a merged value is not finite, or too large for the dtype of the base. The message names the site.
     """
     adapted = account_for(gm, sites).adapted("merge")
@@ -112,12 +106,12 @@ def weight_change(gm: fx.GraphModule, site: Site, placed: Sequence[Placement]) -
         `(d_out, d_in)` and `(d_out,)`.
 
     Raises:
-        AdapterError: a variant is not affine, see `_fold`.
+        AdapterError: a variant is not affine, see `fold`.
     """
     weight, bias = site_weight(gm, site).double(), site_bias(gm, site)
     bias = None if bias is None else bias.double()
     adapters = [_Adapter.of(gm, site, placement) for placement in placed]
-    adapters = [replace(adapter, p=_in_float64(adapter.p)) for adapter in adapters]
+    adapters = [replace(adapter, p=in_float64(adapter.p)) for adapter in adapters]
     matrix, shift = _folded(site, weight, bias, adapters)
     return matrix - weight, shift if bias is None else shift - bias
 
@@ -151,12 +145,11 @@ def _merge_matrix(
 def _folded(site: Site, weight: Tensor, bias: Tensor | None, adapters: list[_Adapter]) -> tuple[Tensor, Tensor]:
     """Return `W'` and `b'` in the type of `weight`."""
     matrix, shift = weight, bias
-    tolerance = _ROUNDINGS * torch.finfo(weight.dtype).eps
     with torch.autocast(weight.device.type, enabled=False):
         for index, adapter in enumerate(adapters):
             read = _beneath(adapters[:index], adapter, site, weight, bias)
             frozen = FrozenLinear(lambda x: x, *read, site, training=False)
-            folded, added = _fold(adapter.variant, adapter.p, frozen, matrix, shift, tolerance)
+            folded, added = fold(adapter.variant, adapter.p, frozen, Affine(matrix, shift))
             before = added.new_zeros(()) if shift is None else shift
             matrix = torch.lerp(matrix, folded, adapter.scale)
             shift = torch.lerp(before.expand_as(added), added, adapter.scale)
@@ -178,138 +171,6 @@ def _beneath(
         weight = torch.lerp(weight, new.to(weight), scale)
         bias = bias if bias is None or added is None else torch.lerp(bias, added.to(bias), scale)
     return weight, bias
-
-
-def _fold(
-    variant: Variant, p: Any, frozen: FrozenLinear, weight: Tensor, bias: Tensor | None, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Return `W'` and `b'` that compute what `variant` computes around `x W^T + b`, and check them.
-
-    They are `b' = f(0)` and `W' = (f(I) - b')^T`. That is right if `forward` is affine in `x` and treats the rows of
-    `x` alike, so it is compared with `forward` on the inputs of `_probes`. A function that is affine on all of these
-    and not elsewhere escapes: one that changes beyond 1e4, on a set of small probability, or by less than `tolerance`.
-    An embedding needs no check, because the rows of `I` are its only inputs.
-
-    Args:
-        variant: the config for the site.
-        p: its tensors.
-        frozen: the frozen linear as `forward` sees it, except for its `call`.
-        weight: `W (d_out, d_in)` with the adapters inside this one.
-        bias: `b (d_out,)` with these, or None.
-        tolerance: the largest deviation, see `_deviation`.
-
-    Raises:
-        AdapterError: the variant is not affine in `x`, or its `forward` fails.
-    """
-    site = frozen.site
-    refused = f"{type(variant).__name__} at {site.name!r} cannot be merged"
-    if not variant.affine:
-        raise AdapterError(f"{refused}, because it is not affine in its input (affine = False).{_WAY_OUT}")
-    calls: list[tuple[Any, Tensor, Tensor, Tensor | None]] = []
-
-    def call(x: Any, **given: Tensor) -> Tensor:
-        used, added = given.get("weight", weight).to(weight), given.get("bias", bias)
-        # A product with a matrix is the same with ordinary inputs, whatever the kind of site.
-        calls.append((x, y := nn.functional.linear(x, used, added), used, added))
-        return y
-
-    adapted: Callable[[Any], Tensor] = partial(call_forward, variant, call, frozen, p)
-
-    def output(x: Any) -> Tensor:
-        try:
-            return adapted(x)
-        except Exception as error:
-            raise AdapterError(
-                f"{refused}, because its forward fails on an input of shape {tuple(getattr(x, 'shape', ()))} in"
-                f" evaluation: {type(error).__name__}: {error}"
-            ) from error
-
-    def rows(x: Any) -> Tensor:
-        return output(x).reshape(-1, site.d_out)
-
-    ranks = _ranks(site)
-    ones = (1,) * (ranks[0] - 1)
-    zeros = weight.new_zeros(*ones, site.d_in)
-    y = output(zeros)
-    for x, product, used, added in calls:
-        if x is zeros and product is y:  # the product itself, with other tensors: these are it, bit for bit
-            return used, weight.new_zeros(site.d_out) if added is None else added.to(weight)
-    shift = y.reshape(site.d_out)
-    identity = site.kind.identity(weight)
-    if isinstance(identity, Tensor):
-        identity = identity.reshape(*ones[1:], *identity.shape)
-    matrix = (rows(identity) - shift).t().contiguous()
-    # What is not finite is refused as that, see `_rounded`.
-    if site.kind.name == "embedding" or weight.is_meta or not (matrix.isfinite().all() and shift.isfinite().all()):
-        return matrix, shift
-    for rank in ranks:
-        x = _probes(site.d_in, rank).to(weight)
-        off = _deviation(rows(x), x.reshape(-1, site.d_in), (matrix, shift), (weight, bias))
-        if off > tolerance:
-            refusal = AdapterError(
-                f"{refused}, because it is not affine in its input: on random inputs, what it computes differs from the"
-                f" weight and bias that would replace it by up to {off:.2g} of the output.{_WAY_OUT}"
-            )
-            if weight.dtype == torch.float64:
-                raise refusal
-            # It may be rounding: of large terms that cancel out, or of products in TF32.
-            try:
-                wide = [_in_float64(value) for value in (p, frozen, weight, bias)]
-                folded = _fold(variant, wide[0], wide[1], wide[2], wide[3], tolerance)
-            except Exception:
-                raise refusal from None
-            return folded[0].to(weight), folded[1].to(weight)
-    return matrix, shift
-
-
-def _in_float64(value: Any) -> Any:
-    """Return a tensor, the tensors of an adapter or a frozen linear in float64."""
-    if isinstance(value, FrozenLinear):
-        return replace(value, weight=_in_float64(value.weight), bias=_in_float64(value.bias))
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return value if value is None else adapter_namespace({name: _in_float64(t) for name, t in vars(value).items()})
-
-
-def _deviation(y: Tensor, x: Tensor, folded: tuple[Tensor, Tensor], frozen: tuple[Tensor, Tensor | None]) -> float:
-    """Return how far `y` is at most from what the `folded` weight and bias compute of `x`, in sizes of the output.
-
-    The size of an output is its root mean square over inputs of this length, `frozen` terms included, because they may
-    have cancelled out and left their rounding.
-    """
-    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    products = [nn.functional.linear(x, weight) for weight, _ in (folded, frozen)]
-    biases = [bias for _, bias in (folded, frozen) if bias is not None]
-    size = lengths * sum((product / lengths).square().mean(0).sqrt() for product in products)
-    size += sum(bias.abs() for bias in biases)
-    error = (y - products[0] - folded[1]).abs().nan_to_num(nan=torch.inf)
-    return float((error / size.clamp_min(torch.finfo(x.dtype).tiny)).max())
-
-
-def _ranks(site: Site) -> list[int]:
-    """Return the numbers of dimensions that inputs of `site` have in the graph, as a variant sees them."""
-    values = [call.x.meta.get("val") for call in site.calls] if site.kind.name == "linear" else []
-    own = len(site.kind.inputs) - 1 if isinstance(site.kind, Contraction) else 0
-    return sorted({max(value.dim() - own, 2) for value in values if isinstance(value, Tensor)}) or [2]
-
-
-@lru_cache(maxsize=8)
-def _probes(d_in: int, rank: int) -> Tensor:
-    """Return random inputs `(..., d_in)` of `rank` dimensions, the same ones each time.
-
-    At each of eight scales, from 1e-3 to 1e4, there are inputs of one sign, of the other, of both, and with about four
-    entries that are not zero. So a function is found out that is not affine far from zero or close to it, for one sign,
-    or in one coordinate. The rows are spread over all dimensions, so that a function that mixes them is found out too.
-    """
-    generator = torch.Generator().manual_seed(0)
-    on_cpu: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
-    x = torch.randn(8, 4, d_in, generator=generator, **on_cpu)
-    x[:, 0].abs_()
-    x[:, 1].abs_().neg_()
-    x[:, 3] *= torch.rand(8, d_in, generator=generator, **on_cpu) * d_in < 4
-    x *= torch.logspace(-3, 4, 8, **on_cpu)[:, None, None]
-    batch = [2] * min(rank - 2, 4) + [1] * (rank - 6)
-    return x.reshape(*batch, -1, d_in)
 
 
 def _rounded(site: Site, name: str, exact: Tensor, frozen: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -54,22 +54,15 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
                 twin[node] = next(placeholders)
             elif node.op == "output" or (node.op == "call_module" and not node.users):
                 continue
-            elif (
-                (same := known.get(_key(node, twin))) is not None
-                and _reads_same(node, same)
-                and (node.op == "get_attr" or node not in overwritten)
-            ):
+            elif (same := _same(node, known, twin, overwritten)) is not None:
                 twin[node] = same
                 shared.add(same)
-            elif node.op == "call_module" or (writes_outside(node) and not _only_reads_statistics(node)):
-                return None
             elif "assert" in str(node.target) or "constrain" in str(node.target):  # of sizes, which training has too
                 continue
+            elif (copied := _copied(gm, node, twin)) is None:
+                return None
             else:
-                twin[node] = graph.node_copy(node, twin.__getitem__)
-                if node.op == "get_attr" and not _take_what_is_read(gm, node, twin[node]):
-                    return None
-                _revalue(twin[node])
+                twin[node] = copied
                 added += 1
         own = (node for node in evaluation.nodes if twin.get(node) not in shared)
         flag = _flag(graph, (node for node in of_training if node not in shared), own, following)
@@ -79,6 +72,27 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
             return None
         output.args = (results,)
     return added
+
+
+def _same(
+    node: fx.Node, known: Mapping[str, fx.Node], twin: dict[fx.Node, fx.Node], overwritten: Container[fx.Node]
+) -> fx.Node | None:
+    """Return the node of training that computes what `node` does, of the same values; None if there is none."""
+    same = known.get(_key(node, twin))
+    if same is None or not _reads_same(node, same) or (node.op != "get_attr" and node in overwritten):
+        return None
+    return same
+
+
+def _copied(gm: fx.GraphModule, node: fx.Node, twin: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """Copy a node of evaluation to where the graph of `gm` inserts; return None if it writes to something outside."""
+    if node.op == "call_module" or (writes_outside(node) and not _only_reads_statistics(node)):
+        return None
+    copied = gm.graph.node_copy(node, twin.__getitem__)
+    if node.op == "get_attr" and not _take_what_is_read(gm, node, copied):
+        return None
+    _revalue(copied)
+    return copied
 
 
 def _flag(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.passes import MergeAdapters
-from lora_lite_fx.passes.adaptation import folding
+from lora_lite_fx.passes.adaptation import affine_form
 from tests.passes.test_pipeline import EXAMPLE, Down
 from tests.support.conformance import randomise
 from tests.support.models import one_layer_llama
@@ -87,7 +87,7 @@ def test_a_variant_that_says_so_is_refused_without_a_try(
     linear: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gm = llfx.rewrite(linear[1], Bottleneck(target_names="0"))
-    monkeypatch.setattr("lora_lite_fx.passes.adaptation.folding.adapt", None)  # which a try would call
+    monkeypatch.setattr("lora_lite_fx.passes.adaptation.affine_form.call_forward", None)  # which a try would call
     with pytest.raises(llfx.AdapterError) as caught:
         llfx.merge(gm)
     assert str(caught.value) == (
@@ -183,7 +183,7 @@ def test_a_forward_in_another_precision_is_refused(
 
 def test_the_default_device_is_not_asked(linear: tuple[nn.Module, Any]) -> None:
     gm = llfx.rewrite(linear[1], llfx.LoRA(r=2, target_names="0"))
-    folding._probes.cache_clear()
+    affine_form._probes.cache_clear()
     with torch.device("meta"):
         llfx.merge(gm)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import ConfigError, is_instance_of
-from ..storage.torchao import quantizes_input
+from ..errors import ConfigError
+from ..storage.storages import rounds_inputs
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -17,9 +17,8 @@ def check_gradients(model: nn.Module) -> None:
     Raises:
         ConfigError: they do not; the message names a weight.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    names = [name for name, tensor in tensors if quantizes_input(tensor)]
-    names += [name for name, module in model.named_modules() if is_instance_of(module, "torchao", *_MODULES)]
+    parts = [*model.named_parameters(), *model.named_buffers(), *model.named_modules()]
+    names = [name for name, part in parts if rounds_inputs(part)]
     if names:
         raise ConfigError(
             f"The base quantizes the inputs of {len(names)} of its products ({', '.join(names[:3])}, ...), and no right"
@@ -27,6 +26,3 @@ def check_gradients(model: nn.Module) -> None:
             " weights are quantized (torchao's Int8WeightOnlyConfig or IntxWeightOnlyConfig) or that is not quantized,"
             " and quantize the merged model."
         )
-
-
-_MODULES = ("Int8DynActInt4WeightLinear", "Int8DynActInt8WeightLinear")

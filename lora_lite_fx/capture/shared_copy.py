@@ -12,8 +12,7 @@ from ..compat.torch import buffers_of, parameters_of
 from ..errors import CaptureError
 from ..graph.copies import share_signatures
 from ..graph.tensors import tensor_of
-from ..storage.compressed_tensors import put_decompression_aside
-from ..storage.dequantized import share_dequantized
+from ..storage.dequantized import put_decompression_aside, share_dequantized
 from .rebound import rebind_functions
 
 

@@ -23,6 +23,7 @@ from ..graph.subgraph import extract
 from ..graph.tensors import tensor_of
 from ..graph.walk import ancestors
 from ..graph.writes import written, written_buffers
+from ..storage.storages import STORAGES
 from .dataflow import LOOKUPS, PRODUCTS, op_name
 
 _LINEARS = frozenset({"linear", "addmm", "mm"})
@@ -180,7 +181,7 @@ def obstacle(gm: fx.GraphModule, node: fx.Node, product: fx.Node) -> str:
 def _reads_storage(node: fx.Node) -> bool:
     """Return whether `node` is an operator that reads a quantized weight, see `storage`."""
     namespace = node.target.namespace if isinstance(node.target, OpOverload) else ""
-    return namespace in ("bitsandbytes", "torchao") and op_name(node).startswith("dequantize")
+    return op_name(node).startswith("dequantize") and any(storage.has(namespace) for storage in STORAGES)
 
 
 def _in_one_region(nodes: list[fx.Node], last: fx.Node) -> bool:

@@ -52,3 +52,28 @@ class Affine:
 
 def _joined(parts: Sequence[tuple[int, ...]]) -> list[int]:
     return [size for part in parts for size in part]
+
+
+@dataclass(frozen=True)
+class AffineRows:
+    """Rows of bytes `q`: `(q - z) s / divisor`, with a scale and a zero point for each group of columns.
+
+    Args:
+        groups: in a row.
+        dtype: of the rows.
+        divisor: of the scales.
+    """
+
+    groups: int
+    dtype: torch.dtype
+    divisor: float | None = None
+
+    def __call__(self, values: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Return the rows."""
+        scale = scale if self.divisor is None else scale / self.divisor
+        values = values.unflatten(-1, (self.groups, -1))
+        if self.divisor is None:
+            values = values.to(self.dtype)
+        if zero_point is not None:
+            values = values - zero_point.unsqueeze(-1).to(self.dtype)
+        return (values * scale.unsqueeze(-1)).flatten(-2).to(self.dtype)

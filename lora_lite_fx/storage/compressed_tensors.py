@@ -2,37 +2,33 @@
 
 transformers loads them compressed, and the first call of the model decompresses them for good. An adapted copy leaves
 them compressed, and computes the weight in each call.
-compressed-tensors need not be installed: its schemes are known by their classes and read by their attributes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch import FORWARD_PRE_HOOKS, hooks_of, parameters_of
-from ..errors import ConfigError, is_instance_of
+from ..compat.torch import parameters_of
+from ..errors import ConfigError
 from .affine import Affine
-from .stored_weight import StoredWeight, copy_over_tensors, detached, fields, not_supported
+from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, fields, not_supported
 
 _PLAIN = ("naive-quantized", "int-quantized", "float-quantized")
 _PACKED = "pack-quantized"
 _WORD = 32
-_HOOK = "ct_decompress_hook"
 
 
-def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
-    """Return the weight of a linear that compressed-tensors quantized; None for other modules.
-
-    Raises:
-        ConfigError: it rounds its inputs too, or its weight in each call; a call decompressed it; or its format is not
-            known.
-    """
-    scheme: Any = getattr(module, "quantization_scheme", None)
-    if not isinstance(module, nn.Linear) or not is_instance_of(scheme, "compressed_tensors"):
+def _read(module: Any, dtype: torch.dtype) -> StoredWeight | None:
+    scheme = module.quantization_scheme
+    if isinstance(module, nn.Embedding):
+        why = "compressed-tensors quantized it, and its rows are not read here"
+        raise not_supported(type(module).__name__, why, 'Quantize linears alone, with targets=["Linear"].')
+    if not isinstance(module, nn.Linear):
         return None
     if scheme.input_activations is not None or scheme.output_activations is not None:
         raise _refused("it rounds its inputs or outputs, and no right gradient passes through that")
@@ -56,7 +52,7 @@ def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
         tensors |= {"weight_zero_point": layer.weight_zero_point}
     affine = Affine(shape, _sizes(scheme.weights, shape), scale.dtype, scale.dtype)
     dequantize = Packed(affine, bits) if packed else affine
-    return StoredWeight(f"{kind} {bits} bits", detached(tensors), dequantize, Again(layer))
+    return StoredWeight(f"{kind} {bits} bits", detached(tensors), dequantize, partial(_quantized_like, layer))
 
 
 def _refused(why: str, way_out: str = "load it with CompressedTensorsConfig(dequantize=True).") -> ConfigError:
@@ -102,30 +98,23 @@ class Packed:
         return values.flatten(1)[:, :columns] - (1 << (self.bits - 1))
 
 
-@dataclass(frozen=True, eq=False)
-class Again:
-    """Makes modules like one, with other values."""
+def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
+    from compressed_tensors.compressors import compress_module
+    from compressed_tensors.quantization.utils import calculate_qparams
 
-    like: Any
-
-    def __call__(self, weight: Tensor) -> nn.Module:
-        """Return a module that holds `weight`, quantized as that of the module is."""
-        from compressed_tensors.compressors import compress_module
-        from compressed_tensors.quantization.utils import calculate_qparams
-
-        module = copy_over_tensors(self.like)
-        weights, shape = module.quantization_scheme.weights, tuple(weight.shape)
-        dense = weight.to(module.weight_scale.dtype)
-        least, largest = _extremes(dense, _sizes(weights, shape))
-        scale, zero_point = calculate_qparams(least, largest, weights)
-        for name in ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"):
-            parameters_of(module).pop(name, None)
-        module.weight = nn.Parameter(dense, requires_grad=False)
-        module.weight_scale = nn.Parameter(scale.reshape(self.like.weight_scale.shape), requires_grad=False)
-        if not weights.symmetric:
-            module.weight_zero_point = nn.Parameter(zero_point.reshape(module.weight_scale.shape), requires_grad=False)
-        compress_module(module)
-        return module  # type: ignore[no-any-return]
+    module = copy_over_tensors(like)
+    weights, shape = module.quantization_scheme.weights, tuple(weight.shape)
+    dense = weight.to(module.weight_scale.dtype)
+    least, largest = _extremes(dense, _sizes(weights, shape))
+    scale, zero_point = calculate_qparams(least, largest, weights)
+    for name in ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"):
+        parameters_of(module).pop(name, None)
+    module.weight = nn.Parameter(dense, requires_grad=False)
+    module.weight_scale = nn.Parameter(scale.reshape(like.weight_scale.shape), requires_grad=False)
+    if not weights.symmetric:
+        module.weight_zero_point = nn.Parameter(zero_point.reshape(module.weight_scale.shape), requires_grad=False)
+    compress_module(module)
+    return module  # type: ignore[no-any-return]
 
 
 def _extremes(weight: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -136,16 +125,4 @@ def _extremes(weight: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return blocks.amin((1, 3)), blocks.amax((1, 3))
 
 
-def put_decompression_aside(model: nn.Module) -> None:
-    """Take the hook off `model`, a copy, that decompresses it in its first call: the copy has stand-ins."""
-    for module in model.modules():
-        handle = vars(module).pop(_HOOK, None)
-        if handle is not None:
-            vars(module)[f"_{_HOOK}"] = hooks_of(module, FORWARD_PRE_HOOKS).pop(handle.id)
-
-
-def put_decompression_back(model: nn.Module) -> None:
-    """Put the hook back that `put_decompression_aside` took off."""
-    for module in model.modules():
-        if hook := vars(module).pop(f"_{_HOOK}", None):
-            vars(module)[_HOOK] = module.register_forward_pre_hook(hook)
+COMPRESSED_TENSORS = Storage(("compressed_tensors.",), _read, hook="ct_decompress_hook")

@@ -10,44 +10,71 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat.torch import FORWARD_HOOKS, FORWARD_PRE_HOOKS, HOOKS_WITH_KEYWORDS, hooks_of
 from ..errors import AdapterError
 from ..graph.replacing import replace_modules
 from ..ops.recomputed_product import RecomputedProduct
-from . import bitsandbytes, compressed_tensors, fp8, hqq, quanto, torchao, unreadable
-from .embedding import DequantizedEmbedding, stored_rows
-from .stand_in import StandIn
-from .stored_weight import StoredWeight
+from .storages import STORAGES, stored_weight_of
+from .stored_weight import StoredWeight, copy_over_tensors
 
-STORAGES: tuple[Callable[[nn.Module, torch.dtype], StoredWeight | None], ...] = (
-    torchao.stored_weight,
-    bitsandbytes.stored_weight,
-    hqq.stored_weight,
-    quanto.stored_weight,
-    compressed_tensors.stored_weight,
-    fp8.stored_weight,
-    unreadable.stored_weight,
-)
-"""The storages. Each takes a module, and the type that weights have where a storage does not know; see `StoredWeight`.
-"""
+
+class Original:
+    """The module that a stand-in stands for. Copies of the stand-in share it.
+
+    Args:
+        module: the module.
+        again: makes a module like it that holds another weight; None if nothing can.
+    """
+
+    def __init__(self, module: nn.Module, again: Callable[[Tensor], nn.Module] | None) -> None:
+        self.module = module
+        self.again = again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Original:
+        return self
+
+
+class StandIn(nn.Module):
+    """Has the tensors, the hooks and the mode of a quantized module, and computes in plain sight.
+
+    Args:
+        module: the quantized module, which stays as it is. Its tensors are shared.
+        stored: its weight.
+    """
+
+    def __init__(self, module: nn.Module, stored: StoredWeight) -> None:
+        super().__init__()
+        self.kind, self.dequantize, self.names = stored.kind, stored.dequantize, tuple(stored.tensors)
+        for name, tensor in stored.tensors.items():
+            # Parameters, because Dynamo takes inputs that are not parameters for data.
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        for registry in (*FORWARD_HOOKS, *HOOKS_WITH_KEYWORDS):
+            hooks_of(self, registry).update(hooks_of(module, registry))
+        self.original = Original(copy_over_tensors(module), stored.again)  # as it is now
+        self.train(module.training)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that hold the weight, by their names here."""
+        return {name: getattr(self, name) for name in self.names}
+
+    def restored(self) -> nn.Module:
+        """Return a module as the quantized one was, over the same tensors."""
+        module: nn.Module = copy_over_tensors(self.original.module).train(self.training)
+        return module
 
 
 class DequantizedLinear(StandIn):
     """`y = x W^T + b` with a `W` that is computed in each call, of the tensors in which a module stores it.
 
     The backward pass computes `W` again. It saves neither `W` nor `x`.
-
-    Args:
-        module: the quantized linear, which stays as it is. Its tensors are shared.
-        stored: its weight.
     """
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, module: nn.Module, stored: StoredWeight) -> None:
-        super().__init__(module, stored.tensors, stored.again)
-        self.kind = stored.kind
-        self.dequantize = stored.dequantize
+        super().__init__(module, stored)
         self.compute_dtype = stored.compute_dtype
         bias: Any = module.bias
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -55,7 +82,7 @@ class DequantizedLinear(StandIn):
 
     def effective_weight(self) -> Tensor:
         """Return `W (d_out, d_in)`."""
-        return self.dequantize(*(getattr(self, name) for name in self.names))
+        return self.dequantize(*self.tensors.values())
 
     def requantized(self, weight: Tensor) -> DequantizedLinear:
         """Return the stand-in of a module that holds another `W (d_out, d_in)`, quantized in the same way.
@@ -83,22 +110,45 @@ class DequantizedLinear(StandIn):
     def product(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Return `x W^T + b`, with a dense `weight` or a `bias` in place of the frozen ones if they are given."""
         bias = self.bias if bias is None else bias
-        tensors = [getattr(self, name) for name in self.names]
         if not isinstance(x, Tensor):  # symbolic tracing knows no types
-            return F.linear(x, self.dequantize(*tensors), bias)
+            return F.linear(x, self.effective_weight(), bias)
         compute = self.compute_dtype or x.dtype
         inside = x if x.dtype is compute else x.to(compute)
         bias = bias if bias is None or bias.dtype is compute else bias.to(compute)
         if weight is None and not torch.compiler.is_compiling():  # which chooses itself what to save
-            y = RecomputedProduct(Weight(self.dequantize, compute))(inside, bias, *tensors)
+            y = RecomputedProduct(Weight(self.dequantize, compute))(inside, bias, *self.tensors.values())
         else:
-            dense = self.dequantize(*tensors) if weight is None else weight
+            dense = self.effective_weight() if weight is None else weight
             y = F.linear(inside, dense if dense.dtype is compute else dense.to(compute), bias)
         return y if y.dtype is x.dtype or x.dtype is compute else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Return the line that `repr` shows."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.kind}"
+
+
+class DequantizedEmbedding(StandIn):
+    """Looks up rows of the tensors in which a quantized embedding stores its table, and dequantizes those.
+
+    It is frozen, and is not a site, because an adapter has no table of numbers to read there.
+    """
+
+    def __init__(self, module: nn.Module, stored: StoredWeight) -> None:
+        super().__init__(module, stored)
+        layer: Any = module
+        self.num_embeddings, self.embedding_dim = int(layer.num_embeddings), int(layer.embedding_dim)
+        self.padding_idx = layer.padding_idx
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of the ids `input`, `(..., embedding_dim)`."""
+        weight, *others = self.names
+        # By index, because an embedding of numbers would be a site.
+        rows = [getattr(self, name) if name == "code" else getattr(self, name)[input] for name in others]
+        return self.dequantize(F.embedding(input, getattr(self, weight)), *rows)
+
+    def extra_repr(self) -> str:
+        """Return the line that `repr` shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -115,8 +165,7 @@ class Weight:
 
 
 def share_dequantized(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Prepare `memo` such that `copy.deepcopy(model, memo)` has a stand-in for each quantized linear and
-    embedding of `model`.
+    """Prepare `memo` such that `copy.deepcopy(model, memo)` has a stand-in for each quantized linear and embedding.
 
     Raises:
         ConfigError: such a module has no weight that can be read.
@@ -126,14 +175,16 @@ def share_dequantized(model: nn.Module, memo: dict[int, Any]) -> None:
     dtype = next(plain, torch.get_default_dtype())
     for module in model.modules():
         if (stored := stored_weight_of(module, dtype)) is not None:
-            memo[id(module)] = DequantizedLinear(module, stored)
-        elif (rows := stored_rows(module)) is not None:
-            memo[id(module)] = DequantizedEmbedding(module, rows)
+            stand_in = DequantizedEmbedding if isinstance(module, nn.Embedding) else DequantizedLinear
+            memo[id(module)] = stand_in(module, stored)
 
 
-def stored_weight_of(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
-    """Return the weight of a quantized linear; None for other modules."""
-    return next((stored for storage in STORAGES if (stored := storage(module, dtype)) is not None), None)
+def put_decompression_aside(model: nn.Module) -> None:
+    """Take hooks off `model`, a copy, that decompress weights in its first call: the copy has stand-ins."""
+    for module in model.modules():
+        for name in filter(None, (storage.hook for storage in STORAGES)):
+            if (handle := vars(module).pop(name, None)) is not None:
+                vars(module)[f"_{name}"] = hooks_of(module, FORWARD_PRE_HOOKS).pop(handle.id)
 
 
 def restore_quantized(model: nn.Module) -> None:
@@ -146,7 +197,10 @@ def restore_quantized(model: nn.Module) -> None:
             if isinstance(stand_in, DequantizedLinear):
                 module.bias = stand_in.bias  # which an adapter may have changed
     replace_modules(model, restored)
-    compressed_tensors.put_decompression_back(model)
+    for module in model.modules():
+        for name in filter(None, (storage.hook for storage in STORAGES)):
+            if hook := vars(module).pop(f"_{name}", None):
+                vars(module)[name] = module.register_forward_pre_hook(hook)
 
 
 def stand_ins(model: nn.Module) -> dict[str, DequantizedLinear]:

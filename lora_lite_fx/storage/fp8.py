@@ -7,6 +7,7 @@ rounded, so that the gradient is right. transformers dequantizes such a model wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,25 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import is_instance_of
 from .affine import Affine
-from .stored_weight import StoredWeight, copy_over_tensors, detached, not_supported
+from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, not_supported
 
 
-def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
-    """Return the weight of an `FP8Linear`; None for other modules, and for one whose weight is dense.
-
-    Args:
-        module: any module.
-        dtype: the type of the weight, which the module does not know.
-
-    Raises:
-        ConfigError: its values have 4 bits.
-    """
-    if not is_instance_of(module, "transformers", "FP8Linear") or is_instance_of(
-        module, "transformers", "FP8GroupedLinear"
-    ):
-        return None
-    layer: Any = module
-    if layer.weight.element_size() > 1:
+def _read(layer: Any, dtype: torch.dtype) -> StoredWeight | None:
+    is_linear = is_instance_of(layer, "transformers", "FP8Linear")
+    if not is_linear or is_instance_of(layer, "transformers", "FP8GroupedLinear") or layer.weight.element_size() > 1:
         return None
     if not layer.weight.dtype.is_floating_point:
         raise not_supported(
@@ -44,7 +32,7 @@ def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
     affine = Affine(shape, tuple(layer.block_size or shape), torch.float32, dtype)
     # No cast that does nothing, because torch.export takes its result for the stored scale from then on.
     dequantize = affine if layer.weight_scale_inv.dtype is torch.float32 else OfExponents(affine)
-    return StoredWeight("fp8", detached(tensors), dequantize, Again(layer))
+    return StoredWeight("fp8", detached(tensors), dequantize, partial(_quantized_like, layer))
 
 
 @dataclass(frozen=True)
@@ -62,28 +50,20 @@ class OfExponents:
         return self.affine(values, scale.to(torch.float32))
 
 
-@dataclass(frozen=True, eq=False)
-class Again:
-    """Makes modules like one, with other values."""
+def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-    like: Any
+    old = like.weight_scale_inv
+    form = "float" if old.dtype is torch.float32 else "ue8m0"
+    config = SimpleNamespace(weight_block_size=like.block_size, scale_fmt=form)
+    quantize: Any = Fp8Quantize(SimpleNamespace(quantization_config=config))
+    made = quantize.convert({"weight": weight})
+    if "weight_scale_inv" not in made:
+        raise NotImplementedError("its blocks do not divide it")
+    module = copy_over_tensors(like)
+    module.weight = nn.Parameter(made["weight"], requires_grad=False)
+    module.weight_scale_inv = nn.Parameter(made["weight_scale_inv"].reshape(old.shape), requires_grad=False)
+    return module  # type: ignore[no-any-return]
 
-    def __call__(self, weight: Tensor) -> nn.Module:
-        """Return a module that holds `weight`, quantized as transformers quantizes.
 
-        Raises:
-            NotImplementedError: the blocks do not divide the weight.
-        """
-        from transformers.integrations.finegrained_fp8 import Fp8Quantize
-
-        old = self.like.weight_scale_inv
-        form = "float" if old.dtype is torch.float32 else "ue8m0"
-        config = SimpleNamespace(weight_block_size=self.like.block_size, scale_fmt=form)
-        quantize: Any = Fp8Quantize(SimpleNamespace(quantization_config=config))
-        made = quantize.convert({"weight": weight})
-        if "weight_scale_inv" not in made:
-            raise NotImplementedError("its blocks do not divide it")
-        module = copy_over_tensors(self.like)
-        module.weight = nn.Parameter(made["weight"], requires_grad=False)
-        module.weight_scale_inv = nn.Parameter(made["weight_scale_inv"].reshape(old.shape), requires_grad=False)
-        return module  # type: ignore[no-any-return]
+FP8 = Storage(("transformers.integrations.",), _read)

@@ -1,28 +1,24 @@
-"""Weights of HQQ: `HQQLinear`, with 8 to 1 bits. transformers 5 has its `HqqConfig` switched off, so hqq makes them.
-
-hqq need not be installed: its module is known by its name and read by its attributes.
-"""
+"""Weights of HQQ: `HQQLinear`, with 8 to 1 bits. transformers 5 has its `HqqConfig` switched off, so hqq makes them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import is_instance_of
-from .stored_weight import StoredWeight, copy_over_tensors, detached, fields, not_supported
+from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, fields, not_supported
 
 _PACKED = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 """The bits of a value, and how many values an element holds, by the name that HQQ gives to the packing."""
 
 
-def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
-    """Return the weight of an `HQQLinear`; None for other modules."""
-    if not is_instance_of(module, "hqq", "HQQLinear"):
+def _read(layer: Any, dtype: torch.dtype) -> StoredWeight | None:
+    if not is_instance_of(layer, "hqq", "HQQLinear"):
         return None
-    layer: Any = module
     meta = layer.meta
     if not layer.ready or meta is None:
         raise not_supported("HQQLinear", "it is not initialized yet", "Quantize it first.")
@@ -39,7 +35,8 @@ def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
     held = layer.W_q.view(meta["unpack_view_dtype"]) if meta.get("view_as_float") else layer.W_q
     tensors = {"weight": held, "weight_scale": meta["scale"], "weight_zero": meta["zero"]}
     dequantize = Unpacked(tuple(meta["shape"]), bits, values, _rows(meta), meta["compute_dtype"])
-    return StoredWeight(f"hqq {meta['nbits']} bits", detached(tensors), dequantize, Again(layer), layer.compute_dtype)
+    again = partial(_quantized_like, layer)
+    return StoredWeight(f"hqq {meta['nbits']} bits", detached(tensors), dequantize, again, layer.compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -75,22 +72,14 @@ def _rows(meta: dict[str, Any]) -> int:
     return int(meta["group_size"] if meta["axis"] == 0 else size // meta["group_size"])
 
 
-@dataclass(frozen=True, eq=False)
-class Again:
-    """Makes modules like one, with other values."""
+def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
+    if not like.quant_config:
+        raise NotImplementedError("this HQQLinear was loaded, and does not say how it was quantized")
+    module = copy_over_tensors(like)
+    del module.W_q  # a parameter, to which HQQ assigns a tensor
+    module.quantize(weight, **like.quant_config)
+    module.W_q = nn.Parameter(module.W_q, requires_grad=False)
+    return module  # type: ignore[no-any-return]
 
-    like: Any
 
-    def __call__(self, weight: Tensor) -> nn.Module:
-        """Return a module that holds `weight`, quantized as that of the module is.
-
-        Raises:
-            NotImplementedError: the module does not know how it was quantized.
-        """
-        if not self.like.quant_config:
-            raise NotImplementedError("this HQQLinear was loaded, and does not say how it was quantized")
-        module = copy_over_tensors(self.like)
-        del module.W_q  # a parameter, to which HQQ assigns a tensor
-        module.quantize(weight, **self.like.quant_config)
-        module.W_q = nn.Parameter(module.W_q, requires_grad=False)
-        return module  # type: ignore[no-any-return]
+HQQ = Storage(("hqq.",), _read)

@@ -1,4 +1,4 @@
-"""A stored weight: the tensors that hold it, and the function that makes the weight of them."""
+"""A storage: how a library keeps quantized weights; and what it reads of a module, the tensors and their formula."""
 
 from __future__ import annotations
 
@@ -15,22 +15,47 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class StoredWeight:
-    """A quantized weight `W (d_out, d_in)` of a module.
+    """A quantized weight `W (d_out, d_in)` of a linear, or the table of an embedding.
 
     Args:
         kind: what people call the storage, such as `nf4`.
-        tensors: those that hold it, by names that a module may give them. The first one is called `weight`.
-        dequantize: makes `W` of these tensors, passed by position. It is a frozen object that compares by value, holds
-            no tensors, and runs operations that every capture can record.
-        again: makes a module like this one that holds another `W (d_out, d_in)`, quantized in the same way.
+        tensors: those that hold it, by names that a module may give them. The first one is called `weight`. Those of
+            an embedding have a row for each id, but for one called `code`.
+        dequantize: makes `W`, or rows of the table of rows of the tensors. It takes the tensors by position, is a
+            frozen object that compares by value, holds no tensors, and runs operations that every capture can record.
+        again: makes a module like this one that holds another `W (d_out, d_in)`, quantized in the same way, or raises
+            NotImplementedError. None for an embedding.
         compute_dtype: the type in which the module multiplies; None for that of its input.
     """
 
     kind: str
     tensors: Mapping[str, Tensor]
     dequantize: Callable[..., Tensor]
-    again: Callable[[Tensor], nn.Module]
+    again: Callable[[Tensor], nn.Module] | None = None
     compute_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a library stores weights. Its classes are known by their names, so that it need not be installed.
+
+    Args:
+        packages: the packages of the classes that show it, each with a dot at the end: the class of the module, of its
+            weight or of its `quantization_scheme`.
+        read: takes such a module, and the type that weights have where the storage does not know it. Returns the
+            stored weight, or None if it is dense. Raises ConfigError if it cannot be read.
+        rounds_inputs: takes a module or tensor of the library. Tells whether its product rounds the input too.
+        hook: the attribute of a model for the handle of a hook that decompresses its weights in its first call.
+    """
+
+    packages: tuple[str, ...]
+    read: Callable[[Any, torch.dtype], StoredWeight | None]
+    rounds_inputs: Callable[[Any], bool] | None = None
+    hook: str = ""
+
+    def has(self, name: str) -> bool:
+        """Tell whether the library has this Python module, or namespace of operators."""
+        return f"{name}.".startswith(self.packages)
 
 
 def not_supported(name: str, why: str, way_out: str) -> ConfigError:
@@ -69,7 +94,5 @@ def copy_over_tensors(module: nn.Module) -> Any:
         memo[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad) if is_plain else tensor
     for value in vars(module).values():
         inside = value if isinstance(value, dict) else vars(value) if hasattr(value, "__dict__") else {}
-        for inner in inside.values():
-            if isinstance(inner, Tensor):
-                memo[id(inner)] = inner
+        memo |= {id(inner): inner for inner in inside.values() if isinstance(inner, Tensor)}
     return copy.deepcopy(module, memo)

@@ -1,54 +1,60 @@
-"""Weights that torchao's `quantize_` made: tensor subclasses in the place of a parameter.
-
-torchao need not be installed: its classes are known by their names and read by their attributes.
-"""
+"""Weights that torchao's `quantize_` made: tensor subclasses in the place of a parameter."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import is_instance_of
-from .affine import Affine
-from .stored_weight import StoredWeight, copy_over_tensors, detached
+from .affine import Affine, AffineRows
+from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached
 
 _QUANTIZED_INPUTS = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
 """Attributes of torchao's tensors that are not None if the product quantizes its input too."""
 
+_ROUNDING_CLASSES = ("LinearActivationQuantizedTensor", "Int8DynActInt4WeightLinear", "Int8DynActInt8WeightLinear")
 _AFFINE = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 
-def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
-    """Return the weight of a linear of which torchao quantized the weight and nothing else; None for other modules."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear) or not is_instance_of(weight, "torchao"):
-        return None
-    assert isinstance(weight, Tensor)
-    if quantizes_input(weight) or not hasattr(weight, "__tensor_flatten__"):
+def _read(module: Any, dtype: torch.dtype) -> StoredWeight | None:
+    """Return the weight of a linear of which torchao quantized the weight and nothing else, or the rows of a table."""
+    weight = module.weight if isinstance(module, (nn.Linear, nn.Embedding)) else None
+    if isinstance(module, nn.Embedding):
+        is_known = is_instance_of(weight, "torchao", "Int8Tensor", "IntxUnpackedToInt8Tensor")
+        return _rows(module) if is_known and weight.block_size[0] == 1 else None
+    if weight is None or _rounds_inputs(weight) or not hasattr(weight, "__tensor_flatten__"):
         return None
     names, context = weight.__tensor_flatten__()
-    tensors = {_name(index, name): getattr(weight, name) for index, name in enumerate(names)}
+    tensors = {f"weight_{name}" if index else "weight": getattr(weight, name) for index, name in enumerate(names)}
     if is_instance_of(weight, "torchao", *_AFFINE):
-        sizes = tuple(weight.block_size)  # type: ignore[attr-defined]
+        sizes = tuple(weight.block_size)
         exact = torch.float32 if is_instance_of(weight, "torchao", "Float8Tensor") else weight.dtype
         dequantize: Any = Affine(tuple(weight.shape), sizes, exact, weight.dtype)
     else:
         dequantize = Rebuilt(type(weight), tuple(names), _Context(context), tuple(weight.shape), weight.stride())
-    return StoredWeight(_kind(weight), detached(tensors), dequantize, Again(module))
+    return StoredWeight(_kind(weight), detached(tensors), dequantize, partial(_quantized_like, module))
 
 
-def quantizes_input(tensor: Tensor) -> bool:
-    """Return whether a product with `tensor` rounds its input too, through which no gradient passes."""
-    if not is_instance_of(tensor, "torchao"):
-        return False
-    inner = getattr(tensor, "original_weight_tensor", None)
+def _rows(module: nn.Embedding) -> StoredWeight:
+    weight: Any = module.weight
+    count, width = weight.shape
+    tensors = {"weight": weight.qdata, "weight_scale": weight.scale.reshape(count, -1)}
+    if (zero_point := getattr(weight, "zero_point", None)) is not None:
+        tensors |= {"weight_zero_point": zero_point.reshape(count, -1)}
+    dequantize = AffineRows(width // weight.block_size[1], weight.dtype)
+    return StoredWeight(type(module).__name__, detached(tensors), dequantize)
+
+
+def _rounds_inputs(value: Any) -> bool:
+    inner = getattr(value, "original_weight_tensor", None)
     return (
-        is_instance_of(tensor, "torchao", "LinearActivationQuantizedTensor")
-        or any(getattr(tensor, name, None) is not None for name in _QUANTIZED_INPUTS)
-        or (isinstance(inner, Tensor) and quantizes_input(inner))
+        is_instance_of(value, "torchao", *_ROUNDING_CLASSES)
+        or any(getattr(value, name, None) is not None for name in _QUANTIZED_INPUTS)
+        or (is_instance_of(inner, "torchao") and _rounds_inputs(inner))
     )
 
 
@@ -84,43 +90,28 @@ class _Context:
         return hash(repr(self.value))
 
 
-@dataclass(frozen=True, eq=False)
-class Again:
-    """Makes modules like one, with other values."""
+def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
+    old = like.weight
+    kind, dense, sizes = type(old), weight.to(old.dtype), tuple(old.block_size)
+    row = (1, old.shape[1])
+    if is_instance_of(old, "torchao", "IntxUnpackedToInt8Tensor"):
+        made = kind.from_hp(dense, sizes, old.target_dtype)
+    elif is_instance_of(old, "torchao", "Int8Tensor", "Float8Tensor") and sizes in (row, tuple(old.shape)):
+        from torchao.quantization import PerRow, PerTensor
 
-    like: Any
-
-    def __call__(self, weight: Tensor) -> nn.Module:
-        """Return a module that holds `weight`, quantized as that of the module is.
-
-        Raises:
-            NotImplementedError: the class of the weight does not say how it was quantized.
-        """
-        old = self.like.weight
-        kind, dense, sizes = type(old), weight.to(old.dtype), tuple(old.block_size)
-        if is_instance_of(old, "torchao", "IntxUnpackedToInt8Tensor"):
-            made = kind.from_hp(dense, sizes, old.target_dtype)
-        elif is_instance_of(old, "torchao", "Int8Tensor", "Float8Tensor") and sizes in (_row(old), tuple(old.shape)):
-            from torchao.quantization import PerRow, PerTensor
-
-            granularity: Any = PerRow() if sizes == _row(old) else PerTensor()
-            options = {"float8_dtype": old.qdata.dtype} if is_instance_of(old, "torchao", "Float8Tensor") else {}
-            made = kind.from_hp(dense, granularity=granularity, **options)
-        else:
-            raise NotImplementedError(f"{kind.__name__} with blocks of {sizes} cannot be quantized again")
-        module = copy_over_tensors(self.like)
-        module.weight = nn.Parameter(made, requires_grad=False)
-        return module  # type: ignore[no-any-return]
-
-
-def _row(weight: Tensor) -> tuple[int, ...]:
-    return (1, weight.shape[1])
-
-
-def _name(index: int, name: str) -> str:
-    return "weight" if index == 0 else f"weight_{name}"
+        granularity: Any = PerRow() if sizes == row else PerTensor()
+        options = {"float8_dtype": old.qdata.dtype} if is_instance_of(old, "torchao", "Float8Tensor") else {}
+        made = kind.from_hp(dense, granularity=granularity, **options)
+    else:
+        raise NotImplementedError(f"{kind.__name__} with blocks of {sizes} cannot be quantized again")
+    module = copy_over_tensors(like)
+    module.weight = nn.Parameter(made, requires_grad=False)
+    return module  # type: ignore[no-any-return]
 
 
 def _kind(weight: Any) -> str:
     kind = getattr(weight, "target_dtype", None) or getattr(getattr(weight, "qdata", None), "dtype", None)
     return type(weight).__name__ if kind is None else f"torchao {str(kind).removeprefix('torch.')}"
+
+
+TORCHAO = Storage(("torchao.",), _read, _rounds_inputs)

@@ -8,7 +8,7 @@ from torch import nn
 from ..compat.torch import buffers_of, parameters_of
 from ..errors import is_instance_of
 from ..graph.tensors import is_quantized
-from .stored_weight import not_supported
+from .stored_weight import Storage, not_supported
 
 _PACKAGES = {
     "aqlm": "AQLM",
@@ -23,27 +23,24 @@ _PACKAGES = {
     "spqr_quant": "SpQR",
     "vptq": "VPTQ",
 }
-_IN_TRANSFORMERS = "transformers.integrations"
 _WAY_OUT = (
     "Load the model with dense weights (some configs have dequantize=True), or quantized by bitsandbytes, torchao, HQQ,"
     " quanto or compressed-tensors."
 )
 
 
-def stored_weight(module: nn.Module, dtype: torch.dtype) -> None:
-    """Raise ConfigError for a module that holds quantized weights in a form that is not known here; return None.
-
-    To be asked after all other storages.
-    """
-    package = next((package for package in _PACKAGES if is_instance_of(module, package)), None)
-    # Every model of transformers inherits from a mixin of PEFT's integration, which is not a module.
-    modules = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module)]
-    is_integration = any(cls.__module__.startswith(_IN_TRANSFORMERS) for cls in modules)
-    if (package is None and not is_integration) or isinstance(module, nn.Embedding):
+def _read(module: nn.Module, dtype: torch.dtype) -> None:
+    """Raise ConfigError for a module that holds quantized weights in a form that is not known here."""
+    if isinstance(module, nn.Embedding):
         return
     tensors = (*parameters_of(module).values(), *buffers_of(module).values())
     if any(tensor is not None and tensor.dim() > 1 and is_quantized(tensor) for tensor in tensors):
-        form = f"the form of {_PACKAGES[package]}" if package else "a form"
+        known = (name for package, name in _PACKAGES.items() if is_instance_of(module, package))
+        form = next((f"the form of {name}" for name in known), "a form")
         raise not_supported(
             type(module).__name__, f"it keeps its weight in {form} that this library cannot read", _WAY_OUT
         )
+
+
+UNREADABLE = Storage((*(f"{package}." for package in _PACKAGES), "transformers.integrations."), _read)
+"""What no other storage reads, so that it is asked last."""

@@ -11,6 +11,7 @@ from torch import nn
 from ...compat.accelerate import offloading_hook_of
 from ...compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, FORWARD_PRE_HOOKS, hooks_of
 from ...errors import CaptureError
+from ...storage.storages import STORAGES
 
 
 def hooks_on(module: nn.Module, kinds: tuple[str, ...]) -> list[Any]:
@@ -87,7 +88,7 @@ def _place(name: str, model: nn.Module) -> str:
 
 
 def _belongs_to_model(hook: Any) -> bool:
-    return _is_of(hook, *_OF_MODELS)
+    return _is_of(hook, *_OF_MODELS) or any(_is_of(hook, *each.packages) for each in STORAGES if each.hook)
 
 
 def _is_of(hook: Any, *packages: str) -> bool:
@@ -95,4 +96,4 @@ def _is_of(hook: Any, *packages: str) -> bool:
 
 
 _OF_WEIGHTS = "torch.nn.utils"
-_OF_MODELS = (_OF_WEIGHTS, "transformers.utils.output_capturing", "compressed_tensors")
+_OF_MODELS = (_OF_WEIGHTS, "transformers.utils.output_capturing")

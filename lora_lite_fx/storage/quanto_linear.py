@@ -1,11 +1,9 @@
-"""Weights of optimum-quanto: `QLinear` with `qint8`, `qint4`, `qint2` or `qfloat8`, weights only.
-
-quanto need not be installed: its classes are known by their names and read by their attributes.
-"""
+"""Weights of optimum-quanto: `QLinear` with `qint8`, `qint4`, `qint2` or `qfloat8`, weights only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +11,12 @@ from torch import Tensor, nn
 
 from ..compat.quanto import in_plain_order, packed_data, rows_of, scale_of, shift_of
 from ..errors import is_instance_of
-from .stored_weight import StoredWeight, copy_over_tensors, detached, fields, not_supported
+from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, fields, not_supported
 
 
-def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
-    """Return the weight of a `QLinear`; None for other modules.
-
-    Raises:
-        ConfigError: it rounds its inputs and outputs too, or its weight in each call.
-    """
-    if not is_instance_of(module, "optimum", "QLinear"):
+def _read(layer: Any, dtype: torch.dtype) -> StoredWeight | None:
+    if not is_instance_of(layer, "optimum", "QLinear"):
         return None
-    layer: Any = module
     if layer.activation_qtype is not None:
         why = f"it rounds its input and output to {layer.activation_qtype}, and no right gradient passes through that"
         raise not_supported("QLinear", why, "Quantize weights alone, without activations.")
@@ -32,15 +24,15 @@ def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
         raise not_supported("QLinear", "it does not quantize its weight", "Use nn.Linear.")
     if not layer.frozen:
         raise not_supported("QLinear", "it quantizes its weight in each call", "optimum.quanto.freeze(model).")
-    weight = layer.weight
-    weight = in_plain_order(weight)
+    weight = in_plain_order(layer.weight)
     tensors = {"weight": packed_data(weight), "weight_scale": scale_of(weight)}
     bits, zero_point = weight.qtype.bits, False
     if bits < 8:
         tensors["weight_shift"] = shift = shift_of(weight)
         zero_point = not shift.dtype.is_floating_point
     dequantize = Grouped(tuple(weight.shape), rows_of(weight), bits, weight.dtype, zero_point)
-    return StoredWeight(f"quanto {weight.qtype.name}", detached(tensors), dequantize, Again(layer))
+    again = partial(_quantized_like, layer)
+    return StoredWeight(f"quanto {weight.qtype.name}", detached(tensors), dequantize, again)
 
 
 @dataclass(frozen=True)
@@ -71,16 +63,12 @@ class Grouped:
         return (scale * q - shift).reshape(self.shape)
 
 
-@dataclass(frozen=True, eq=False)
-class Again:
-    """Makes modules like one, with other values."""
+def _quantized_like(like: Any, weight: Tensor) -> nn.Module:
+    module = copy_over_tensors(like)
+    module.weight = nn.Parameter(weight.to(like.weight.dtype), requires_grad=False)
+    module.freeze()
+    module.weight.requires_grad_(False)
+    return module  # type: ignore[no-any-return]
 
-    like: Any
 
-    def __call__(self, weight: Tensor) -> nn.Module:
-        """Return a module that holds `weight`, quantized as that of the module is."""
-        module = copy_over_tensors(self.like)
-        module.weight = nn.Parameter(weight.to(self.like.weight.dtype), requires_grad=False)
-        module.freeze()
-        module.weight.requires_grad_(False)
-        return module  # type: ignore[no-any-return]
+QUANTO = Storage(("optimum.",), _read)

@@ -1,4 +1,4 @@
-"""Weights of bitsandbytes: `Linear4bit` (NF4 and FP4, with doubly quantized scales too) and `Linear8bitLt`.
+"""Weights of bitsandbytes: `Linear4bit` (NF4 and FP4, with doubly quantized scales too), `Linear8bitLt`, embeddings.
 
 bitsandbytes is imported by whoever makes these modules. The graph calls its operators, so it has to be imported before
 a graph with 4-bit weights comes back from a file.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,22 +17,18 @@ from torch import Tensor, nn
 
 from ..compat.bitsandbytes import unpacked_for_cpu
 from ..errors import is_instance_of
-from .stored_weight import StoredWeight, copy_over_tensors, detached, not_supported
+from .affine import AffineRows
+from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, fields, not_supported
 
 
-def stored_weight(module: nn.Module, dtype: torch.dtype) -> StoredWeight | None:
-    """Return the weight of a linear of bitsandbytes; None for other modules.
-
-    Args:
-        module: any module.
-        dtype: the type of the weight, for an 8-bit one, which does not know it.
-
-    Raises:
-        ConfigError: it quantizes a dense weight in each call, or is not quantized yet.
-    """
+def _read(module: Any, dtype: torch.dtype) -> StoredWeight | None:
     if is_instance_of(module, "bitsandbytes", "Linear4bit"):
         return _four_bit(module)
-    return _eight_bit(module, dtype) if is_instance_of(module, "bitsandbytes", "Linear8bitLt") else None
+    if is_instance_of(module, "bitsandbytes", "Linear8bitLt"):
+        return _eight_bit(module, dtype)
+    if is_instance_of(module, "bitsandbytes", "Embedding4bit"):
+        return _four_bit_rows(module)
+    return _eight_bit_rows(module) if is_instance_of(module, "bitsandbytes", "Embedding8bit") else None
 
 
 def _four_bit(module: Any) -> StoredWeight:
@@ -51,8 +48,8 @@ def _four_bit(module: Any) -> StoredWeight:
     dequantize = FourBit(
         tuple(state.shape), state.dtype, state.blocksize, state.quant_type, nested.blocksize if nested else 0
     )
-    compute = module.compute_dtype
-    return StoredWeight(state.quant_type, detached(tensors), dequantize, FourBitAgain(module, dequantize), compute)
+    again = partial(_four_bit_like, module, dequantize)
+    return StoredWeight(state.quant_type, detached(tensors), dequantize, again, module.compute_dtype)
 
 
 def _eight_bit(module: Any, dtype: torch.dtype) -> StoredWeight:
@@ -66,7 +63,28 @@ def _eight_bit(module: Any, dtype: torch.dtype) -> StoredWeight:
     if scale is None or module.weight.dtype is not torch.int8:
         raise _not_quantized("Linear8bitLt")
     tensors = {"weight": module.weight.data, "weight_scale": scale}
-    return StoredWeight("int8", detached(tensors), EightBit(dtype), EightBitAgain(module))
+    return StoredWeight("int8", detached(tensors), EightBit(dtype), partial(_eight_bit_like, module))
+
+
+def _four_bit_rows(module: Any) -> StoredWeight:
+    state, name = module.weight.quant_state, type(module).__name__
+    if state is None:
+        raise _not_quantized(name)
+    count, width = module.num_embeddings, module.embedding_dim
+    if width % state.blocksize or state.nested:
+        why = f"blocks of {state.blocksize} cross its rows of {width}, or its scales are quantized"
+        raise not_supported(name, why, "Leave the embedding dense.")
+    packed = module.weight.data.view(torch.uint8).view(count, width // 2)
+    tensors = {"weight": packed, "weight_absmax": state.absmax.view(count, -1), "code": state.code.to(packed.device)}
+    return StoredWeight(name, detached(tensors), FourBitRows(width // state.blocksize, module.dtype))
+
+
+def _eight_bit_rows(module: Any) -> StoredWeight:
+    scale, name = getattr(module.weight, "SCB", None), type(module).__name__
+    if scale is None:
+        raise _not_quantized(name)
+    tensors = {"weight": module.weight.data, "weight_scale": scale.view(-1, 1)}
+    return StoredWeight(name, detached(tensors), AffineRows(1, module.dtype, 127.0))
 
 
 def _not_quantized(name: str) -> Exception:
@@ -102,29 +120,6 @@ class FourBit:
         return weight
 
 
-@dataclass(frozen=True, eq=False)
-class FourBitAgain:
-    """Makes modules like one, with other values."""
-
-    like: Any
-    form: FourBit
-
-    def __call__(self, weight: Tensor) -> nn.Module:
-        """Return a module that holds `weight`, quantized as that of the module is."""
-        library: Any = importlib.import_module("bitsandbytes")
-        module, form = copy_over_tensors(self.like), self.form
-        module.weight = library.nn.Params4bit(
-            weight.to(form.dtype),
-            requires_grad=False,
-            blocksize=form.block,
-            compress_statistics=bool(form.nested),
-            quant_type=form.quant_type,
-            quant_storage=self.like.quant_storage,
-            module=module,
-        ).to(weight.device)
-        return module  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
 class EightBit:
     """`W` of values of 8 bits, with a scale for each row: the largest magnitude there, which is stored as 127.
@@ -140,18 +135,47 @@ class EightBit:
         return (quantized.to(torch.float32) * (scale.unsqueeze(1) * (1.0 / 127.0))).to(self.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class EightBitAgain:
-    """Makes modules like one, with other values."""
+@dataclass(frozen=True)
+class FourBitRows:
+    """Rows of values of 4 bits, two in a byte, the first one in the high bits: `code[q] s`, a scale for each block.
 
-    like: Any
+    Args:
+        blocks: in a row.
+        dtype: of the rows.
+    """
 
-    def __call__(self, weight: Tensor) -> nn.Module:
-        """Return a module that holds `weight`, quantized as that of the module is."""
-        library: Any = importlib.import_module("bitsandbytes")
-        module = copy_over_tensors(self.like)
-        module.state.reset_grads()
-        module.weight = library.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(
-            weight.device
-        )
-        return module  # type: ignore[no-any-return]
+    blocks: int
+    dtype: torch.dtype
+
+    def __call__(self, packed: Tensor, scale: Tensor, code: Tensor) -> Tensor:
+        """Return the rows."""
+        values: Tensor = code[torch.stack(fields(packed, 4, (4, 0)), -1).flatten(-2).long()]
+        values = values.unflatten(-1, (self.blocks, -1))
+        return (values * scale.unsqueeze(-1)).flatten(-2).to(self.dtype)
+
+
+def _four_bit_like(like: Any, form: FourBit, weight: Tensor) -> nn.Module:
+    library: Any = importlib.import_module("bitsandbytes")
+    module = copy_over_tensors(like)
+    module.weight = library.nn.Params4bit(
+        weight.to(form.dtype),
+        requires_grad=False,
+        blocksize=form.block,
+        compress_statistics=bool(form.nested),
+        quant_type=form.quant_type,
+        quant_storage=like.quant_storage,
+        module=module,
+    ).to(weight.device)
+    return module  # type: ignore[no-any-return]
+
+
+def _eight_bit_like(like: Any, weight: Tensor) -> nn.Module:
+    library: Any = importlib.import_module("bitsandbytes")
+    module = copy_over_tensors(like)
+    module.state.reset_grads()
+    parameter = library.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    module.weight = parameter.to(weight.device)
+    return module  # type: ignore[no-any-return]
+
+
+BITSANDBYTES = Storage(("bitsandbytes.",), _read)

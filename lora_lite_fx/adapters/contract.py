@@ -20,7 +20,6 @@ from ..capture.function_tracing.rehearsal import Refused, Stage, first_differenc
 from ..compat.torch import version_of
 from ..errors import ConfigError, shown
 from ..graph.provenance import SHARED
-from ..sites.kinds.norm import Norm
 from ..sites.site import Site, stored_bias, stored_weight
 from .declaration import check_fields
 from .dependencies import Dependencies, PassedRuns
@@ -60,7 +59,7 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module, in
     checked: list[tuple[Variant, Site]] = []
     for site in sites:
         local = variant.for_site(site.name)
-        if site.kind.name == "grouped_conv" and not variant.by_update:
+        if site.kind.by_update_only and not variant.by_update:
             raise ConfigError(
                 f"{type(variant).__name__} cannot adapt {site.name!r}, which is {site.kind.article}: its factors have"
                 " no rows that belong to a group. Variants whose update has the shape of the weight can, as LoHa."
@@ -78,7 +77,7 @@ def check_contract(variant: Variant, sites: Iterable[Site], model: nn.Module, in
         replaces = rehearse(local, site, model).replaces
         if replaces and site.name in inside:
             raise not_innermost(type(variant).__name__, site.name)
-        if isinstance(site.kind, Norm) and not replaces:
+        if site.kind.replaced_only and not replaces:
             raise ConfigError(f"{type(variant).__name__} cannot adapt {site.name!r}, a norm: {site.kind.why}.")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..errors import SelectionError, counted
-from ..sites.kinds.linear import SiteKind
+from ..sites.kinds.linear import Linear
 from ..sites.roles import FINE, GROUPS
 from ..sites.site import Site
 from .patterns import occurs
@@ -41,7 +41,7 @@ def select(variant: Variant, sites: Iterable[Site]) -> list[Site]:
 
 def would_select(variant: Variant, site: Site, roles: Iterable[str]) -> bool:
     """Return whether the config's targets would include `site` if it were a linear in these roles."""
-    return variant.selects(replace(site, kind=SiteKind(), roles=frozenset(roles)))
+    return variant.selects(replace(site, kind=Linear(), roles=frozenset(roles)))
 
 
 def warn_of_unused_patterns(
@@ -117,7 +117,7 @@ def _nothing_matched(variant: Variant, sites: list[Site]) -> str:
     way_out = ""
     if experts:
         way_out = f' The way out: target_kinds="experts"{instead}, for {_first(experts)}.'
-    elif variant.target_roles and all(site.kind.name != "linear" for site in sites):
+    elif variant.target_roles and not any(site.kind.has_roles for site in sites):
         way_out = " The way out: leave target_roles out, because only linears have roles."
     elif variant.target_names is None and any(would_select(variant, site, FINE) for site in sites):
         way_out = f' The way out: target_names="."{instead} for all of them, or their names: target_names={names[0]!r}.'

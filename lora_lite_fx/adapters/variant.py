@@ -34,7 +34,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..graph.provenance import SHARED
 from ..graph.tensors import HALF
-from ..sites.kinds.linear import KINDS
+from ..sites.dialects import KINDS
 from ..sites.roles import GROUPS, ROLES
 from ..sites.site import Site
 from .adapter_tensors import AdapterTensors
@@ -344,7 +344,7 @@ class Variant:
             return False
         roles = self.target_roles
         if roles is None:
-            if named or site.kind.name != "linear":
+            if named or not site.kind.has_roles:
                 return True
             roles = self.default_roles
         wanted = {member for role in roles for member in GROUPS.get(role, (role,))}

@@ -24,7 +24,6 @@ from ..graph.sharded import is_dtensor, is_sharded, is_stage
 from ..graph.tensors import register_tensor, tensor_of
 from ..passes import Pipeline, RecomputeInputs
 from ..sites.finding import find_sites
-from ..sites.kinds.linear import SiteKind
 from ..sites.site import Site
 from .agreement import agree, broadcast_adapters
 from .sum_at_sites import SumAtSites
@@ -169,7 +168,7 @@ def _places(gm: fx.GraphModule, dims: Mapping[str, int]) -> dict[str, Placement]
 
 
 def _can_be_divided(gm: fx.GraphModule, site: Site) -> bool:
-    is_plain = type(site.kind) is SiteKind and site.computed_weight is None
+    is_plain = site.is_plain_linear and site.computed_weight is None
     return is_plain and type(tensor_of(gm, site.weight)) is nn.Parameter and tensor_of(gm, site.weight).dim() == 2
 
 

@@ -204,7 +204,7 @@ def _format_of(variant: Variant, sites: list[Site]) -> _Format:
 
 def _check_site(model: nn.Module, variant: Variant, placement: Placement, site: Site) -> None:
     name = type(variant).__name__
-    if site.kind.name != "linear" or site.transposed or not site.weight.startswith(f"{site.name}."):
+    if not site.kind.vector_dims or site.transposed or not site.weight.startswith(f"{site.name}."):
         raise ConfigError(f"{name}: lora-lite adapts ordinary linear modules, and site {site.name!r} is not one.")
     if variant.overrides(site.name):
         raise ConfigError(f"{name}: lora-lite has one rank and one alpha for all sites, and this adapter has several.")

@@ -16,7 +16,6 @@ from ..errors import CaptureError, ConfigError, shown
 from ..graph.writes import own_written_buffers
 from ..log import progress
 from ..passes import ObserveInputs, Observer, Pipeline
-from ..sites.kinds.contraction import Contraction
 from ..sites.site import Site
 
 Batches = Iterable[tuple[Any, ...] | Mapping[str, Any] | Tensor]
@@ -28,8 +27,7 @@ def check_observable(variant: Variant, site: Site) -> None:
     Raises:
         ConfigError: it is not.
     """
-    plain = site.kind.name == "linear" and not (isinstance(site.kind, Contraction) and len(site.kind.inputs) > 1)
-    if not plain and type(variant).observer is not Variant.observer:
+    if site.kind.vector_dims != 1 and type(variant).observer is not Variant.observer:
         raise ConfigError(
             f"{type(variant).__name__}: only the inputs of plain linears can be observed on calibration data, and"
             f" {site.name!r} is {site.kind.article}."

@@ -403,17 +403,17 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
     Raises:
         ConfigError: the site is not a module that can be wrapped.
     """
-    is_norm = site.kind.name == "norm"  # only its tensors are replaced, whatever else the module computes
+    replaced_only = site.kind.replaced_only  # whatever else the module computes
     computed = site.computed_weight is not None or site.computed_bias is not None
     module = model.get_submodule(site.name) if is_called(model, site) else None
     if isinstance(module, AdaptedLinear):
         return module
-    if not (is_norm or isinstance(module, DequantizedLinear) or _is_all(site)):
+    if not (replaced_only or isinstance(module, DequantizedLinear) or _is_all(site)):
         module = None
     weight = getattr(module, "weight", None)
     simple = module is not None and (
-        site.kind.name == "linear"
-        or (is_norm and not computed)  # which the module would compute again
+        site.kind.vector_dims > 0
+        or (replaced_only and not computed)  # which the module would compute again
         or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
     )
     named = isinstance(weight, Tensor) or site.computed_weight is not None

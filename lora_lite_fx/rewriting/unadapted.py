@@ -99,7 +99,7 @@ def find_unadapted(
     heads = [site for site in free if site.name in new and not site.roles & FINE and included(site, FINE, False)]
     told = {site.name for site in heads} | {site.name for site in sites if site.name in adapted}
     experts = [site for site in free if site.experts and included(site, GROUPS["mlp"])]
-    stacks = [weight for weight in left_out if weight.kind.name == "experts" and included(weight.site, GROUPS["mlp"])]
+    stacks = [weight for weight in left_out if weight.kind.is_stack and included(weight.site, GROUPS["mlp"])]
     inner = [site for site in _up_to_the_last_layer(sites) if site.name not in told]
     unknown = [site for site in inner if _is_unknown(site) and included(site, FINE)]
     sizes = [tensor_of(gm, weight.weight).numel() for weight in stacks]
@@ -187,7 +187,7 @@ def _up_to_the_last_layer(sites: Sequence[Site]) -> list[Site]:
 
 
 def _is_unknown(site: Site) -> bool:
-    return site.kind.name == "linear" and site.roles <= COARSE
+    return site.kind.has_roles and site.roles <= COARSE
 
 
 def _size(site: Site) -> int:

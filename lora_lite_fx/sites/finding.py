@@ -18,10 +18,10 @@ from ..graph.provenance import inner_name
 from ..graph.tensors import tensor_of
 from .computed import frozen_values
 from .dataflow import LinearNode
-from .dialects import Match, match_site
-from .kinds.contraction import Contraction
-from .kinds.experts import Experts
-from .kinds.linear import SiteKind
+from .dialects import match_site
+from .kinds.linear import Linear
+from .kinds.site_kind import SiteKind
+from .matching import FrozenReader, Match
 from .roles import infer_roles
 from .site import Site
 
@@ -32,26 +32,26 @@ _Group = tuple[str, str, SiteKind, Hashable]
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """Return the sites of a graph in order of first execution, adapted or not. Adapters' own linears are not sites."""
     constants = _constants(gm.graph)
-    frozen = frozen_values(gm.graph)
-    matches = [match for node in gm.graph.nodes if (match := match_site(gm, node, frozen)) is not None]
+    reader = FrozenReader(gm, frozen_values(gm.graph))
+    matches = [match for node in gm.graph.nodes if (match := match_site(reader, node)) is not None]
     # A weight that only multiplies constants is not a site. One that multiplies data at least once is a site with all
     # its calls.
-    with_data = {(match.source.identity, match.kind) for match in matches if match.call.x not in constants}
-    matches = [match for match in matches if (match.source.identity, match.kind) in with_data]
-    linears = {id(match): LinearNode(match.call.x, match.call.y) for match in matches if match.kind.name == "linear"}
+    with_data = {(match.weight.identity, match.kind) for match in matches if match.call.x not in constants}
+    matches = [match for match in matches if (match.weight.identity, match.kind) in with_data]
+    linears = {id(match): LinearNode(match.call.x, match.call.y) for match in matches if match.kind.has_roles}
     infer_roles(gm.graph, [linear for linear in linears.values() if linear.x not in constants])
 
     groups: dict[_Group, list[Match]] = defaultdict(list)
     for match in matches:
-        tensors = tuple(source.identity for source in (match.source, match.bias) if source is not None)
-        groups[_name(match), match.weight, match.kind, tensors].append(match)
+        tensors = tuple(source.identity for source in (match.weight, match.bias) if source is not None)
+        groups[_name(match), match.weight.name, match.kind, tensors].append(match)
     sites = []
     for ((_, weight, kind, _), members), name in zip(groups.items(), _names(groups), strict=True):
-        if kind.name == "embedding" and _is_same(gm, f"{name}.weight", weight):
+        if kind.token_dim == 1 and _is_same(gm, f"{name}.weight", weight):
             weight = f"{name}.weight"  # the graph may read it by the name of a head that is tied to it
         roles = (linears[id(match)].reasons for match in members if id(match) in linears)
         reasons = {role: reason for of_call in roles for role, reason in of_call.items()}
-        *experts, d_out, d_in = kind.matrix(torch.empty(tuple(members[0].source.shape), device="meta")).shape
+        *experts, d_out, d_in = kind.matrix(torch.empty(tuple(members[0].weight.shape), device="meta")).shape
         sites.append(
             Site(
                 name,
@@ -86,13 +86,13 @@ def _names(groups: Mapping[_Group, list[Match]]) -> list[str]:
     Args:
         groups: the calls of each site.
     """
-    among = Counter((name, kind.name == "linear") for name, _, kind, _ in groups)
+    among = Counter((name, kind.has_roles) for name, _, kind, _ in groups)
     names = {}
     for key in groups:
         name, weight, kind, _ = key
-        if name in ("", weight) or among[name, kind.name == "linear"] > 1:  # no module of its own, or one of several
+        if name in ("", weight) or among[name, kind.has_roles] > 1:  # no module of its own, or one of several
             names[key] = _name_in_module(weight, kind)
-        elif kind.name != "linear" and among[name, True]:  # an embedding whose weight is a head too
+        elif not kind.has_roles and among[name, True]:  # an embedding whose weight is a head too
             names[key] = f"{name}.sites.{kind.name}"
         else:
             names[key] = name
@@ -114,7 +114,7 @@ def _names(groups: Mapping[_Group, list[Match]]) -> list[str]:
 
 def _runs_elsewhere(calls: list[Match]) -> bool:
     """Return whether a call runs outside the module that owns its weight."""
-    return any(inner_name(match.call.node) != match.weight.rpartition(".")[0] for match in calls)
+    return any(inner_name(match.call.node) != match.weight.name.rpartition(".")[0] for match in calls)
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
@@ -134,10 +134,10 @@ def _name(match: Match) -> str:
     for a tied weight, where the stack is right, and for a module that uses a child's weight functionally, where the
     owner is right.
     """
-    owner, _, leaf = _as_attribute(match.weight).rpartition(".")
+    owner, _, leaf = _as_attribute(match.weight.name).rpartition(".")
     stack = inner_name(match.call.node)
-    if isinstance(match.kind, Experts) or (isinstance(match.kind, Contraction) and leaf != "weight"):
-        return match.weight
+    if match.kind.is_named_after(leaf):
+        return match.weight.name
     if stack is None or owner == stack or owner.startswith(f"{stack}." if stack else ""):
         return owner if leaf == "weight" or not leaf.endswith("weight") else f"{owner}.{leaf[: -len('_weight')]}"
     return stack
@@ -146,7 +146,7 @@ def _name(match: Match) -> str:
 def name_of_weight(parameter: str) -> str:
     """Return the name of the site that a parameter would be the weight of, if it were the only one in its module."""
     owner, _, leaf = _as_attribute(parameter).rpartition(".")
-    return owner if leaf == "weight" and owner else _name_in_module(parameter, SiteKind()) if owner else parameter
+    return owner if leaf == "weight" and owner else _name_in_module(parameter, Linear()) if owner else parameter
 
 
 def _as_attribute(parameter: str) -> str:

@@ -16,30 +16,9 @@ from ..graph.tensors import tensor_of
 from ..graph.walk import walk
 from .computed import Computation
 from .kinds.banked_linear import Banked
-from .kinds.convolution import Convolution
-from .kinds.linear import SiteKind
-
-
-@dataclass(frozen=True)
-class Call:
-    """One execution of a site in the graph: from its input node `x` to its output node `y`.
-
-    Args:
-        x: the input.
-        y: the output.
-        node: the product in between. It is not `y` if the product is wrapped in reshapes (`Conv1D`) or followed by a
-            separate bias addition.
-        routing: the other inputs of the product. A grouped product takes the end of each expert's tokens.
-        computed_weight: the node that is the stored weight, if the graph computes it; None for a parameter.
-        computed_bias: the node that is the bias, if the graph computes it; None for a parameter.
-    """
-
-    x: fx.Node
-    y: fx.Node
-    node: fx.Node
-    routing: tuple[fx.Node, ...] = ()
-    computed_weight: fx.Node | None = None
-    computed_bias: fx.Node | None = None
+from .kinds.linear import Linear
+from .kinds.site_kind import SiteKind
+from .matching import Call
 
 
 @dataclass(frozen=True)
@@ -70,7 +49,7 @@ class Site:
     roles: frozenset[str] = frozenset()
     weight: str = ""
     bias: str | None = None
-    kind: SiteKind = field(default_factory=SiteKind)
+    kind: SiteKind = field(default_factory=Linear)
     bias_rows: tuple[int, int] | None = None
     experts: int = 0
     tied: tuple[str, ...] = field(default=(), compare=False)
@@ -81,6 +60,11 @@ class Site:
     def transposed(self) -> bool:
         """Tell whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does."""
         return self.kind.transposed
+
+    @property
+    def is_plain_linear(self) -> bool:
+        """Tell whether it is a linear over the last dimension, with one adapter for all rows."""
+        return type(self.kind) is Linear
 
     @property
     def computed_weight(self) -> fx.Node | None:
@@ -113,7 +97,7 @@ class Site:
         Raises:
             ConfigError: it is not a plain linear.
         """
-        if type(self.kind) is not SiteKind:
+        if not self.is_plain_linear:
             raise ConfigError(
                 f"{self.name!r} is {self.kind.article}, and a bank has its adapters at plain linears. The way out:"
                 " leave the site out by exclude_names, or one adapter for all rows."
@@ -123,7 +107,8 @@ class Site:
     @property
     def kernel(self) -> tuple[int, ...]:
         """The size of the kernel of a convolution; empty at other sites."""
-        return self.kind.kernel if isinstance(self.kind, Convolution) else ()
+        kernel: tuple[int, ...] = getattr(self.kind, "kernel", ())
+        return kernel
 
     @property
     def channels(self) -> int:

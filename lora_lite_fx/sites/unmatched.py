@@ -23,8 +23,9 @@ from .kinds.contraction import contraction
 from .kinds.convolution import Convolution
 from .kinds.embedding import Lookup
 from .kinds.experts import Experts
-from .kinds.linear import SiteKind
+from .kinds.linear import Linear
 from .kinds.norm import Norm
+from .kinds.site_kind import SiteKind
 from .roles import FINE, infer_roles
 from .site import Site
 
@@ -57,7 +58,7 @@ class LeftOut:
     weight: str
     reason: str
     roles: frozenset[str] = frozenset()
-    kind: SiteKind = field(default_factory=SiteKind)
+    kind: SiteKind = field(default_factory=Linear)
     opaque: bool = False
 
     @property
@@ -80,7 +81,7 @@ class _Use:
     node: fx.Node
     weights: Mapping[str, Tensor]
     reason: str
-    kind: SiteKind = field(default_factory=SiteKind)
+    kind: SiteKind = field(default_factory=Linear)
     opaque: bool = False
     linear: LinearNode | None = None
 
@@ -100,7 +101,7 @@ def find_left_out(gm: fx.GraphModule, sites: Iterable[Site]) -> list[LeftOut]:
     uses = [replace(use, reason=_COMPLEX) if _is_complex(gm, use, frozen) else use for use in uses]
     linears = [use.linear for use in uses if use.linear is not None]
     if linears:
-        calls = (call for site in sites if site.kind.name == "linear" for call in site.calls if call.x not in frozen)
+        calls = (call for site in sites if site.kind.has_roles for call in site.calls if call.x not in frozen)
         infer_roles(gm.graph, sorted([*linears, *(LinearNode(call.x, call.y) for call in calls)], key=lambda n: n.y))
     known = {site.weight for site in sites}
     found: dict[str, LeftOut] = {}
@@ -130,10 +131,10 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         if type(module).__module__.startswith("torch.nn.") and not called.startswith(
             ("MultiheadAttention", "Transformer")
         ):
-            kind = Convolution() if name.startswith("conv") else Lookup() if name in _EMBEDDINGS else SiteKind()
+            module_kind = Convolution() if name.startswith("conv") else Lookup() if name in _EMBEDDINGS else Linear()
             is_site = called in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d") and _is_hooked(module)
             reason = "a hook stands on the module" if is_site else f"{called} is not a kind of site"
-            return _Use(node, weights, reason, kind)
+            return _Use(node, weights, reason, module_kind)
         return _Use(node, weights, f"symbolic tracing does not look into {called}; {_EXAMPLES}", opaque=True)
     operands = {operand: _weights(gm, operand) for operand in node.all_input_nodes if operand in frozen}
     operands = {operand: weights for operand, weights in operands.items() if weights}
@@ -149,9 +150,9 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
             return None
         operand = next(iter(operands))
         main = largest(operands[operand])
-        kind = Experts() if operands[operand][main].dim() > 2 and name in ("bmm", "matmul") else SiteKind()
+        kind: SiteKind = Experts() if operands[operand][main].dim() > 2 and name in ("bmm", "matmul") else Linear()
         reason = obstacle(gm, operand, node) or _why_not_linear(gm, node, name, operand, data)
-        linear = LinearNode(data[0], node) if kind.name == "linear" else None
+        linear = LinearNode(data[0], node) if kind.has_roles else None
         return _Use(node, {main: operands[operand][main]}, reason, kind, linear=linear)
     if name.startswith("conv"):
         computed = next((why for operand in operands if (why := obstacle(gm, operand, node))), "")

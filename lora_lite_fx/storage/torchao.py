@@ -22,7 +22,7 @@ _AFFINE = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 def _read(module: Any, dtype: torch.dtype) -> StoredWeight | None:
     """Return the weight of a linear of which torchao quantized the weight and nothing else, or the rows of a table."""
-    weight = module.weight if isinstance(module, (nn.Linear, nn.Embedding)) else None
+    weight: Any = module.weight if isinstance(module, (nn.Linear, nn.Embedding)) else None
     if isinstance(module, nn.Embedding):
         is_known = is_instance_of(weight, "torchao", "Int8Tensor", "IntxUnpackedToInt8Tensor")
         return _rows(module) if is_known and weight.block_size[0] == 1 else None

@@ -110,7 +110,7 @@ class Trial:
     def sites_of(wrapped: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
         """Yield the linears that `wrap` has wrapped, by name; other kinds of sites take no vectors."""
         for name, module in wrapped.named_modules():
-            if isinstance(module, AdaptedLinear) and module.site.kind.name == "linear":
+            if isinstance(module, AdaptedLinear) and module.site.kind.vector_dims:
                 yield name, module
 
     def vectors(self, module: AdaptedLinear, *shape: int, seed: int = 0) -> Tensor:

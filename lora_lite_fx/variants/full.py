@@ -50,7 +50,7 @@ class Full(Variant):
         if not self.weight and site.bias is None:
             return False
         by_default = self.target_names is None and "linear" in self.target_kinds
-        return (site.kind.name == "linear" or not by_default) and super().selects(site)
+        return (site.kind.has_roles or not by_default) and super().selects(site)
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -16,7 +16,6 @@ from ..adapters.param_spec import ParamSpec
 from ..adapters.patterns import occurs
 from ..adapters.registry import register
 from ..adapters.variant import Variant, as_tuple
-from ..sites.kinds.convolution import Convolution
 from ..sites.site import Site
 
 
@@ -44,12 +43,12 @@ class IA3(Variant):
         self._check_names("feedforward_names")
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
-        inputs = site.channels * site.kind.groups if isinstance(site.kind, Convolution) else site.d_in
+        inputs = site.kind.input_channels(site.d_in)
         return {"lora_g": ParamSpec((inputs if self.gates_input(site) else site.d_out,), init="ones")}
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         if self.gates_input(base.site):
-            if isinstance(base.site.kind, Convolution):  # whose input has no entry for each of `d_in`
+            if base.site.kernel:  # whose input has no entry for each of `d_in`
                 update = base.weight * (self._by_weight(p.lora_g, base.site) - 1)
                 return base(x) + F.linear(cast(x, update), update)
             return base(x * p.lora_g)

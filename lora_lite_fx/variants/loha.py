@@ -46,7 +46,7 @@ class LoHa(WithUpdateDropout, WithScale, WithRank):
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y, site = base(x), base.site
-        plain = not has_core(self.effective_conv, site) and site.kind.name != "grouped_conv"
+        plain = not has_core(self.effective_conv, site) and not site.kind.by_update_only
         if plain and self.r**2 * (site.d_in + site.d_out) < site.d_in * site.d_out:
             # The product is one of factors of rank r^2: all products of a row of A1 and one of A2, of columns of B.
             a = (p.lora_A1[:, None] * p.lora_A2).flatten(0, 1)

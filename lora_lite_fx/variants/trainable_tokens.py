@@ -47,12 +47,12 @@ class TrainableTokens(Variant):
         if super().selects(site):
             return True
         tied = (replace(site, name=name, kind=Lookup(), tied=()) for name in site.tied)
-        return site.kind.name == "linear" and any(map(super().selects, tied))
+        return site.kind.has_roles and any(map(super().selects, tied))
 
     def check(self, site: Site) -> None:
         super().check(site)
         self._require(
-            site.kind.name in ("embedding", "linear") and site.kind.rows is None,
+            site.kind.token_dim is not None and site.kind.rows is None,
             f"{site.name!r} is {site.kind.article}, and its weight has no rows for tokens",
         )
         rows, largest = self._sizes(site)[0], max(as_tuple(self.token_indices))
@@ -89,7 +89,7 @@ class TrainableTokens(Variant):
 
     def _dim(self, site: Site) -> int:
         """Return the dimension of `W (d_out, d_in)` that tokens are along."""
-        return 1 if site.kind.name == "embedding" else 0
+        return site.kind.token_dim or 0
 
     def _sizes(self, site: Site) -> tuple[int, int]:
         """Return the number of rows and their width."""

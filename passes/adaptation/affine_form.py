@@ -14,7 +14,6 @@ from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.promotion import call_forward
 from ...adapters.variant import Variant, adapter_namespace
 from ...errors import AdapterError
-from ...sites.kinds.contraction import Contraction
 from ...sites.site import Site
 
 _ROUNDINGS = 1024
@@ -70,7 +69,7 @@ def fold(
     matrix = (output(identity).reshape(-1, site.d_out) - shift).t().contiguous()
     folded = matrix, shift
     # What is not finite is refused as that by the caller.
-    if site.kind.name == "embedding" or weight.is_meta or not all(bool(value.isfinite().all()) for value in folded):
+    if site.kind.is_known_by_identity or weight.is_meta or not all(bool(value.isfinite().all()) for value in folded):
         return folded
     for rank in ranks:
         x = _probes(site.d_in, rank).to(weight)
@@ -160,8 +159,8 @@ def _deviation(y: Tensor, x: Tensor, folded: tuple[Tensor, Tensor], frozen: Affi
 
 def _ranks(site: Site) -> list[int]:
     """Return the numbers of dimensions that inputs of `site` have in the graph, as a variant sees them."""
-    values = [call.x.meta.get("val") for call in site.calls] if site.kind.name == "linear" else []
-    own = len(site.kind.inputs) - 1 if isinstance(site.kind, Contraction) else 0
+    values = [call.x.meta.get("val") for call in site.calls] if site.kind.vector_dims else []
+    own = site.kind.vector_dims - 1
     return sorted({max(value.dim() - own, 2) for value in values if isinstance(value, Tensor)}) or [2]
 
 

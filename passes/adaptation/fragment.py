@@ -22,7 +22,8 @@ from ...adapters.registry import to_config
 from ...adapters.variant import adapter_namespace
 from ...capture.function_tracing.trace import fake_input, fake_like, fake_of, trace
 from ...errors import ConfigError
-from ...sites.site import Call, Site, stored_bias, stored_weight
+from ...sites.matching import Call
+from ...sites.site import Site, stored_bias, stored_weight
 from ..normalize.follow_mode import ModesDiffer, follow_mode
 from .output_type import keep_type_under_autocast
 from .plain_products import normalize_products

@@ -46,7 +46,8 @@ from ...graph.tensors import module_at, register_tensor, tensor_of
 from ...graph.walk import ancestors
 from ...graph.writes import written_roots
 from ...sites.batch.batch_dimension import batch_dim, follow_rows
-from ...sites.site import Call, Site, span
+from ...sites.matching import Call
+from ...sites.site import Site, span
 from ..pipeline import GraphPass
 from .bank_ids import ids_input
 from .fragment import Fragment, Fragments

@@ -16,7 +16,7 @@ from ...graph.tensors import register_tensor, tensor_of
 from ...sites.computed import Computation, frozen_values
 from ...sites.dialects import match_site
 from ...sites.finding import find_sites
-from ...sites.kinds.convolution import Convolution
+from ...sites.matching import FrozenReader
 from ...sites.site import Site, frozen_tensor, stored_bias, stored_weight
 from ..pipeline import GraphPass, eliminate_dead_code
 from .folding import MergedSite, merge_sites
@@ -61,10 +61,10 @@ def _require_read(gm: fx.GraphModule, merged: MergedSite) -> None:
         AdapterError: a call does not, because the weight reaches it through nodes that other sites read too.
     """
     site = merged.site
-    frozen = frozen_values(gm.graph)
+    reader = FrozenReader(gm, frozen_values(gm.graph))
     for call in site.calls:
-        match = match_site(gm, call.node, frozen)
-        weight = None if match is None else frozen_tensor(gm, match.weight, match.call.computed_weight)
+        match = match_site(reader, call.node)
+        weight = None if match is None else frozen_tensor(gm, match.weight.name, match.call.computed_weight)
         if weight is None or not _same(site.kind.matrix(weight), merged.weight):
             raise AdapterError(
                 f"{site.name!r} cannot be merged: its call {call.node.name} reads the weight {site.weight!r} through"
@@ -151,7 +151,7 @@ def _add_bias(gm: fx.GraphModule, site: Site, bias: nn.Parameter) -> None:
     for call in site.calls:
         with gm.graph.inserting_before(call.node):
             added = gm.graph.get_attr(path)
-        if call.node.target is aten.linear.default or isinstance(site.kind, Convolution):
+        if call.node.target is aten.linear.default or site.kind.takes_bias:
             call.node.args = (*call.node.args[:2], added, *call.node.args[3:])
             continue
         with gm.graph.inserting_after(call.y):

@@ -230,7 +230,7 @@ def _is_plain_parameter(site: Site) -> bool:
     owner = site.weight.rpartition(".")[0]
     runs = {inner_name(call.node) for call in site.calls}
     unknown = name not in ("", "MultiheadAttention") and name not in _ADAPTED
-    return site.kind.name == "linear" and site.kind.rows is None and unknown and runs == {owner}
+    return site.kind.vector_dims > 0 and site.kind.rows is None and unknown and runs == {owner}
 
 
 def _check_module(variant: Variant, site: Site) -> None:

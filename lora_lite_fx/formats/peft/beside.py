@@ -176,7 +176,7 @@ def _insert_tokens(gm: fx.GraphModule, tensors: Mapping[str, Tensor], fields: Wh
     """Insert the trained tokens of a file, at embeddings and the heads that are tied to them."""
     taken: dict[str, Tensor] = {}
     named = {key: key.removeprefix(PREFIX).removesuffix(TOKENS) for key in tensors}
-    embeddings = {site.name for site in sites_in(gm).values() if site.kind.name == "embedding"}
+    embeddings = {site.name for site in sites_in(gm).values() if site.kind.token_dim == 1}
     for key in sorted(tensors, key=lambda key: named[key] not in embeddings):  # a tied head comes after its embedding
         name, tensor = named[key], tensors[key]
         ids = next((ids for end, ids in fields.tokens.items() if name.endswith(end)), None)

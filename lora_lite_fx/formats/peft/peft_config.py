@@ -325,7 +325,7 @@ def config_for(variant: Variant, modules: Sequence[PeftModule], names: Iterable[
             config[key] = others
     if form.conv1d:
         whole = [site for module in modules for site in module.sites if not module.is_parameter]
-        layouts = {site.transposed for site in whole if site.kind.name == "linear"}
+        layouts = {site.transposed for site in whole if site.kind.vector_dims}
         config["fan_in_fan_out"] = layouts == {True}
     if isinstance(variant, IA3):
         feedforward = [re.escape(site.name) for site in sites if variant.gates_input(site)]

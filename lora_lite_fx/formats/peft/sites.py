@@ -11,7 +11,8 @@ from ...errors import ConfigError
 from ...graph.provenance import inner_name
 from ...sites.dataflow import op_name
 from ...sites.kinds.convolution import Convolution
-from ...sites.site import Call, Site
+from ...sites.matching import Call
+from ...sites.site import Site
 from ...variants import IA3, OFT, FourierFT, SHiRA, WaveFT
 from .form import PeftFormat
 from .variants import format_of

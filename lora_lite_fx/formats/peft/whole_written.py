@@ -60,7 +60,7 @@ def write_whole(
         site, name = sites[placement.site], placement.site
         _check_module(site, modules, names)
         if isinstance(placement.variant, TrainableTokens):
-            if site.kind.name == "embedding" or not site.tied:  # PEFT finds what is tied to it
+            if site.kind.token_dim == 1 or not site.tied:  # PEFT finds what is tied to it
                 _check_saved(site, adapted, known_by_end)
                 tokens[name] = list(as_tuple(placement.variant.token_indices))
                 tensors[f"{PREFIX}{name}{TOKENS}"] = state[placement.tensors["lora_shared_tokens"]]

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .expert_values import PerExpert, Routed
-from .linear import SiteKind
+from .linear import Linear
 
 
 @dataclass(frozen=True)
-class Banked(SiteKind):
+class Banked(Linear):
     """A linear whose adapter is a bank. The frozen weight is one for all slots; the adapter's tensors have a slot each.
 
     Its routing is `adapter_ids (batch,)`: the slot of each row of the batch, and -1 for the frozen linear alone.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from .linear import SiteKind
+from ..matching import Call, Dialect, FrozenReader, Match
+from .linear import Linear
 
 
 @dataclass(frozen=True)
-class Contraction(SiteKind):
+class Contraction(Linear):
     """A linear from the last dimensions of `x` to the last dimensions of `y`, such as `einsum("bsd,dhk->bshk", x, W)`.
 
     A variant sees these dimensions as one: `d_in` is the product of the sizes that are summed over, `d_out` of those
@@ -31,6 +32,13 @@ class Contraction(SiteKind):
     equation: str = "...i,oi->...o"
 
     article: ClassVar[str] = "a linear over several dimensions"
+
+    @property
+    def vector_dims(self) -> int:  # type: ignore[override]
+        return len(self.inputs)
+
+    def is_named_after(self, parameter: str) -> bool:
+        return parameter != "weight"
 
     def matrix(self, stored: Tensor) -> Tensor:
         return stored.permute(self.order).reshape(math.prod(self.outputs), math.prod(self.inputs))
@@ -100,3 +108,16 @@ def contraction(equation: str, weight_first: bool, sizes: tuple[int, ...]) -> Co
         inputs=tuple(sizes[weight.index(index)] for index in inputs),
         equation=f"...{inputs},{weight}->...{outputs}",
     )
+
+
+def _einsum(reader: FrozenReader, node: fx.Node) -> Match | None:
+    equation, operands, *_ = cast(tuple[str, list[fx.Node]], node.args)
+    for operand, x in (operands, operands[::-1]) if len(operands) == 2 else ():
+        weight = next((t for dim in (2, 3, 4) if (t := reader.tensor(operand, dim, node, exact=True))), None)
+        if weight is not None:
+            kind = contraction(equation, operand is operands[0], tuple(weight.shape))
+            return None if isinstance(kind, str) else Match(Call(x, node, node), weight, kind)
+    return None
+
+
+EINSUM = Dialect((torch.ops.aten.einsum.default,), _einsum, (Contraction,))

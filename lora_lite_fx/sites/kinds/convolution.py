@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
-from .linear import SiteKind
+from ..matching import Call, Dialect, FrozenReader, Match, arguments_of
 from .site_input import SiteInput
+from .site_kind import SiteKind
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Convolution(SiteKind):
     article: ClassVar[str] = "a convolution"
     other_ranks: ClassVar[tuple[int, ...]] = (-1,)
     why: ClassVar[str] = "the patches that a convolution multiplies are never formed"
+    takes_bias: ClassVar[bool] = True
+
+    def input_channels(self, d_in: int) -> int:
+        return d_in // math.prod(self.kernel) * self.groups
 
     @property
     def _channels(self) -> int:
@@ -101,8 +108,44 @@ class GroupedConvolution(Convolution):
 
     name: ClassVar[str] = "grouped_conv"
     article: ClassVar[str] = "a grouped convolution"
+    by_update_only: ClassVar[bool] = True
 
     def linear(self, x: SiteInput, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         if matrix.shape[0] != self.outputs:
             x._refuse(f"a product with a matrix of {matrix.shape[0]} rows, which belong to no group")
         return super().linear(x, matrix, bias)
+
+
+_DIMENSIONS: dict[object, int] = {
+    operator: dims
+    for dims, packet in enumerate((aten.conv1d, aten.conv2d, aten.conv3d), 1)
+    for operator in (packet.default, packet.padding)
+}
+"""The number of dimensions that a kernel has, by operator."""
+
+
+def _convolution(reader: FrozenReader, node: fx.Node) -> Match | None:
+    args = arguments_of(node)
+    dims = _DIMENSIONS.get(node.target) or len(args["stride"])
+    weight = reader.tensor(args["weight"], 2 + dims, node)
+    bias = reader.tensor(args["bias"], 1, node) if args["bias"] is not None else None
+    transposed = args.get("transposed") or dims not in (1, 2, 3)
+    if weight is None or (args["bias"] is not None and bias is None) or transposed:
+        return None
+    steps = {key: _for_each_dimension(args[key], dims) for key in ("stride", "padding", "dilation")}
+    kernel, groups = tuple(weight.shape[2:]), args["groups"]
+    kind = Convolution(kernel=kernel, groups=groups, **steps)
+    if groups > 1:
+        kind = GroupedConvolution(kernel=kernel, groups=groups, outputs=weight.shape[0], **steps)
+    return Match(Call(args["input"], node, node), weight, kind, bias)
+
+
+def _for_each_dimension(value: Any, dims: int) -> Any:
+    """Return a setting of a convolution as one value for each dimension; "same" and "valid" stay."""
+    if isinstance(value, str):
+        return value
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * dims if len(values) == 1 else values
+
+
+CONVOLUTION = Dialect((*_DIMENSIONS, aten.convolution.default), _convolution, (Convolution, GroupedConvolution))

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
-from .linear import SiteKind
+from ...graph.tensors import is_quantized
+from ..matching import Call, Dialect, FrozenReader, Match, arguments_of
 from .site_input import SiteInput
+from .site_kind import SiteKind
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Lookup(SiteKind):
     name: ClassVar[str] = "embedding"
     article: ClassVar[str] = "an embedding"
     why: ClassVar[str] = "the input of an embedding is ids"
+    token_dim: ClassVar[int | None] = 1
+    other_ranks: ClassVar[tuple[int, ...]] = (-1, 1)
+    is_known_by_identity: ClassVar[bool] = True
 
     def matrix(self, stored: Tensor) -> Tensor:
         return stored.t()
@@ -71,3 +76,14 @@ class Lookup(SiteKind):
         """Return `x M^T + bias`: rows of `M^T`."""
         y = self.result(self.multiply(x.value, matrix.t()), x)
         return y if bias is None else y + bias
+
+
+def _embedding(reader: FrozenReader, node: fx.Node) -> Match | None:
+    args = arguments_of(node)
+    weight = reader.parameter(args["weight"], dim=2)
+    if weight is None or weight.flipped or weight.rows or is_quantized(reader.gm.get_parameter(weight.name)):
+        return None
+    return Match(Call(args["indices"], node, node), weight, Lookup(padding=args["padding_idx"]))
+
+
+EMBEDDING = Dialect((torch.ops.aten.embedding.default,), _embedding, (Lookup,))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator as operators
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ...compat.torch import GROUPED_MM
+from ..dataflow import op_name
+from ..matching import Dialect, FrozenReader, Match
 from .expert_values import PerExpert, Routed
-from .linear import SiteKind
+from .site_kind import SiteKind
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Experts(SiteKind):
 
     name: ClassVar[str] = "experts"
     article: ClassVar[str] = "a stack of experts"
-    other_ranks: ClassVar[tuple[int, ...]] = ()
+    is_stack: ClassVar[bool] = True
     value_type: ClassVar[type] = Routed
 
     @property
@@ -83,3 +88,23 @@ class Experts(SiteKind):
         # Tokens after the last end belong to no expert. They get any expert, because nothing reads their outputs.
         expert = torch.searchsorted(ends, tokens, right=True).clamp_max(tensor.shape[0] - 1)
         return tensor[expert]
+
+
+GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+"""The plain names of grouped products."""
+
+
+def _experts(reader: FrozenReader, node: fx.Node) -> Match | None:
+    operands: list[Any] = [operand for operand in (*node.args, *node.kwargs.values()) if operand is not None]
+    x, weight, *routing = operands
+    stack = reader.parameter(weight, dim=3)
+    known = isinstance(x, fx.Node) and all("val" in getattr(operand, "meta", ()) for operand in routing)
+    if stack is None or stack.rows or not known or len(routing) != (op_name(node) in GROUPED):
+        return None
+    call = replace(reader.between_reshapes(x, node, all_dimensions=True), routing=tuple(routing))
+    return Match(call, stack, Experts(transposed=not stack.flipped, operator=node.target))
+
+
+EXPERTS = Dialect(
+    (*GROUPED, aten.matmul.default, aten.mm.default, operators.matmul, aten.bmm.default), _experts, (Experts,)
+)

@@ -1,4 +1,4 @@
-"""The factors of norms as sites."""
+"""The factors of norms as sites. A norm is one operator, or written out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...errors import ConfigError
-from .linear import SiteKind
+from ...graph.provenance import is_size, replaced_tensor
+from ..dataflow import CASTS, op_name
+from ..matching import Call, Dialect, FrozenReader, FrozenTensor, Match
 from .site_input import SiteInput
+from .site_kind import SiteKind
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Norm(SiteKind):
 
     name: ClassVar[str] = "norm"
     article: ClassVar[str] = "a norm"
-    other_ranks: ClassVar[tuple[int, ...]] = ()
+    replaced_only: ClassVar[bool] = True
     why: ClassVar[str] = "a norm has no matrix; only a variant that replaces its weight and bias, as Full does, fits"
 
     def matrix(self, stored: Tensor) -> Tensor:
@@ -51,3 +56,53 @@ class Norm(SiteKind):
         raise ConfigError(f"{x.who}, which is {self.article}: {self.why}.")
 
     cast = dropout = linear = _refuse
+
+
+_POSITIONS: dict[object, int] = {  # of the weight among the arguments; the bias comes next
+    aten.layer_norm.default: 2,
+    aten.rms_norm.default: 2,
+    aten.group_norm.default: 2,
+    aten.batch_norm.default: 1,
+    aten.instance_norm.default: 1,
+}
+
+
+def _norm(reader: FrozenReader, node: fx.Node) -> Match | None:
+    """Return the match of the weight of a norm. The `x` of one that is written out is what the weight multiplies."""
+    args: tuple[Any, ...] = node.args
+    if node.target in _POSITIONS:
+        at = _POSITIONS[node.target]
+        weight, bias = (_vector(reader, value) for value in (*args[at : at + 2], None, None)[:2])
+        bias = None if node.target is aten.rms_norm.default else bias
+        return None if weight is None else Match(Call(args[0], node, node), weight, Norm(), bias)
+    for factor, x in (args, args[::-1]) if len(args) == 2 else ():
+        if isinstance(x, fx.Node) and x not in reader.frozen and _is_normalized(x):
+            weight = _vector(reader, factor)
+            return None if weight is None else Match(Call(x, node, node), weight, Norm())
+    return None
+
+
+def _is_normalized(x: fx.Node) -> bool:
+    """Check whether `x` is something divided by a root, such as `h * rsqrt(mean(h ** 2) + eps)`, perhaps cast."""
+    x = _uncast(x)
+    if op_name(x) not in ("mul", "div"):
+        return False
+    roots = ("rsqrt",) if op_name(x) == "mul" else ("sqrt", "linalg_vector_norm")
+    return any(op_name(_uncast(operand)) in roots for operand in x.all_input_nodes)
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while op_name(node) in CASTS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _vector(reader: FrozenReader, node: object) -> FrozenTensor | None:
+    """Return the one parameter of one dimension that `node` is computed from, as `1 + w`; else None."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        read = [operand for operand in node.all_input_nodes if not is_size(operand)]
+        node = replaced_tensor(node) or (read[0] if len(read) == 1 else None)
+    return reader.parameter(node, dim=1) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+NORM = Dialect((*_POSITIONS, aten.mul.Tensor), _norm, (Norm,))

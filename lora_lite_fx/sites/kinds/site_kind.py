@@ -1,4 +1,4 @@
-"""The kinds of sites, and the plain linear.
+"""A kind of site: what is special about its product.
 
 A site computes `y = P(x, W) + b` with a product `P` that is linear in a matrix `W (d_out, d_in)`. Kinds differ in `P`:
 an embedding picks columns of `W`, a convolution applies `W` to patches, and each expert has a `W`. A variant is written
@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KINDS = ("linear", "embedding", "conv", "grouped_conv", "experts", "norm")
-"""The kinds of sites, as `Variant.target_kinds` names them."""
-
 
 @dataclass(frozen=True)
 class SiteKind:
-    """A kind of site: how it multiplies its input with its matrix. This class is the plain linear, the base of all.
+    """A kind of site: how it multiplies its input with its matrix. Each kind says how it differs from a plain linear.
 
     Args:
         transposed: whether the weight is stored as `(d_in, d_out)`, as GPT-2's `Conv1D` does.
@@ -32,12 +29,40 @@ class SiteKind:
     transposed: bool = False
     rows: tuple[int, int] | None = None
 
-    name: ClassVar[str] = "linear"
-    article: ClassVar[str] = "a linear"
-    other_ranks: ClassVar[tuple[int, ...]] = (-1, 1)
+    name: ClassVar[str]
+    """As `Variant.target_kinds` has it."""
+    article: ClassVar[str]
+    """As errors call a site."""
+    why: ClassVar[str] = ""
+    """Why its input is not a tensor `(..., d_in)`, or its weight not a matrix."""
+    has_roles: ClassVar[bool] = False
+    """Whether its sites have roles in the model. Targets by role, and default targets, concern these alone."""
+    vector_dims: ClassVar[int] = 0
+    """How many of the last dimensions of the input are one vector of `d_in`; 0 if a variant gets no such tensor."""
+    token_dim: ClassVar[int | None] = None
+    """The dimension of `W (d_out, d_in)` that counts tokens, if it may be that of an embedding or a head."""
+    is_stack: ClassVar[bool] = False
+    """Whether the weight holds a matrix for each of several experts."""
+    by_update_only: ClassVar[bool] = False
+    """Whether its product is defined for updates of the size of `W` alone, and not for low-rank factors."""
+    replaced_only: ClassVar[bool] = False
+    """Whether a variant can replace its weight and bias, and do no more."""
+    is_known_by_identity: ClassVar[bool] = False
+    """Whether `identity` holds all inputs that there are, so that no other input has to be tried."""
+    takes_bias: ClassVar[bool] = False
+    """Whether its operator takes a bias as its third argument."""
+    other_ranks: ClassVar[tuple[int, ...]] = ()
     """How many dimensions more than `example` an input may have, besides none."""
     value_type: ClassVar[type] = Tensor
     """The type of the object that a variant gets for the output."""
+
+    def is_named_after(self, parameter: str) -> bool:
+        """Tell whether a site is called like its weight, which has this name in its module, and not like the module."""
+        return self.is_stack
+
+    def input_channels(self, d_in: int) -> int:
+        """Return how many channels the input has, for rows of `W` of this size."""
+        return d_in
 
     # The weight as a matrix.
 

@@ -18,6 +18,7 @@ from ..compat.torch import pytree
 from ..errors import COMPILE_INSTEAD, CaptureError
 from ..graph.modes import modes_of, parts_with_flags
 from ..log import phase
+from .asserted_decisions import is_other_decision
 from .differences import TOLERANCES, Difference, distance, largest
 from .held_answers import hold_answer, other_answer
 from .outputs import (
@@ -32,7 +33,6 @@ from .outputs import (
 )
 from .python_state import warn_of_count
 from .questions import GRAD, INFERENCE_REGION, Questions, device_of
-from .quirks.decisions import is_other_decision
 from .refusal import line_of_error
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.

@@ -13,21 +13,11 @@ from ..compat.torch import assert_in_graph, check, pytree
 from ..errors import CaptureError
 from ..graph.turns import tracing
 from ..graph.writes import returns_what_it_writes
+from .autograd_functions import keeping_functions
 from .forward_signature import signature_of
-from .outputs import has_data
 from .quiet_torch import failures_unlogged, quiet_export
-from .quirks.autocast_regions import autocast_regions_kept
-from .quirks.autograd_functions import keeping_functions
-from .quirks.conversions import (
-    CopiesFollowed,
-    DataFollowed,
-    WithoutGeneratorOfNone,
-    needless_checks_left_out,
-    needless_conversions_left_out,
-)
-from .quirks.decisions import Decisions
-from .quirks.needless_masks import needless_masks_left_out
-from .quirks.remembered_results import forgetting
+from .quirks import all_quirks
+from .quirks.quirk import Quirk
 from .refusal import refusal
 
 
@@ -83,37 +73,29 @@ def images_in(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+    quirks = all_quirks.concerning(model)
     try:
-        return _trace(model, args, kwargs, dynamic_shapes)
+        gm, check_quirks = _trace(model, args, kwargs, dynamic_shapes, quirks)
     except CaptureError as error:
-        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-        if not (isinstance(error.__cause__, GuardOnDataDependentSymNode) and has_data(model, (args, kwargs))):
-            raise
+        quirks += all_quirks.concerning(model, error)
         try:
-            decisions = Decisions(model, (args, kwargs))
-            with decisions.followed():
-                gm = _trace(model, args, kwargs, dynamic_shapes)
+            gm, check_quirks = _trace(model, args, kwargs, dynamic_shapes, quirks)
         except Exception as other:
             raise error from other
-        decisions.check(gm)
-        return gm
+    check_quirks(gm)
+    return gm
 
 
 @tracing()
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, quirks: Sequence[Quirk]
+) -> tuple[fx.GraphModule, Callable[[fx.GraphModule], None]]:
+    """Return the graph, and a function that checks what the quirks have done to it."""
     from ..compat.dynamo import without_fake_tensor_cache
 
     with (
         keeping_functions() as kept,
-        needless_conversions_left_out(model),
-        needless_masks_left_out(model),
-        autocast_regions_kept(model),
-        needless_checks_left_out(),
-        forgetting(model),
-        WithoutGeneratorOfNone(),
-        DataFollowed(),
-        CopiesFollowed(),
+        all_quirks.entered(quirks, model, (args, kwargs)) as check_quirks,
         quiet_export(),
         failures_unlogged(),
         # A trace of few layers makes more entries of this cache than it reads, and each takes as long as an operator.
@@ -129,7 +111,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         kept.put_calls(gm)
         _leave_out_needless_copies(gm)
         _index_by_operator(gm)
-    return gm
+    return gm, check_quirks
 
 
 def _index_by_operator(gm: fx.GraphModule) -> None:

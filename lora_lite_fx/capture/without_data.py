@@ -9,8 +9,7 @@ from torch import nn
 
 from ..compat.torch import FakeTensorMode
 from .quiet_torch import failures_unlogged
-from .quirks.conversions import CopiesFollowed
-from .quirks.remembered_results import forgetting
+from .quirks import all_quirks
 
 
 @contextmanager
@@ -24,5 +23,5 @@ def without_data(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
         mode: makes the tensors without data. With a `ShapeEnv`, sizes that follow from values are symbols; without, an
             operator with such sizes raises.
     """
-    with failures_unlogged(), forgetting(model), mode, CopiesFollowed():
+    with failures_unlogged(), mode, all_quirks.entered(all_quirks.OF_RUNS, model, ((), {})):
         yield

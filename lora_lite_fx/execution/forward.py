@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..capture.asserted_decisions import is_other_decision
 from ..capture.export import failed_guard
-from ..capture.quirks.decisions import is_other_decision
 from ..errors import CallError
 from ..graph.sharded import is_sharded
 from ..graph.turns import calling

@@ -21,9 +21,9 @@ from ..adapters.listing import describe_adapters
 from ..adapters.placement import Recorded, adapter_tensor_names
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
+from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture import call_of
 from ..capture.default_dtype import other_default_dtype
-from ..capture.quirks.autograd_functions import warn_of_trace
 from ..capture.signature import leaves_of, left_out_of_export, return_as, return_without, take_further_inputs_from
 from ..compat.torch import (
     SeesMoves,

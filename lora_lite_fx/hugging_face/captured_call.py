@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from ..capture.asserted_decisions import decisions_on_inputs
 from ..capture.default_dtype import other_default_dtype
 from ..capture.export import images_in, take_for_one, take_guards
 from ..capture.held_answers import HeldAnswer, held_answers, other_than_held
 from ..capture.origins.transformers_model import batch_only_arguments
-from ..capture.quirks.decisions import decisions_on_inputs
 from ..capture.quirks.layouts import layouts_in
 from ..capture.signature import names_of_results
 from ..execution.module import AdaptedGraphModule

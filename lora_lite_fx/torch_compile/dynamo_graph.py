@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..capture.autograd_functions import Kept, keeping_functions
 from ..capture.function_tracing.trace import fake_like
-from ..capture.quirks.autograd_functions import Kept, keeping_functions
 from ..compat.torch import FakeTensor
 from ..graph.subgraph import segment
 from ..graph.tensors import attribute_of, register_tensor

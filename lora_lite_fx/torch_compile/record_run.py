@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..capture.quirks.conversions import CopiesFollowed
+from ..capture.quirks import all_quirks
 from ..capture.shared_copy import shared_copy
 from ..compat.torch import pytree
 from ..graph.tensors import name_tensors, tensor_names
@@ -62,7 +62,12 @@ def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for whole layers, in which no linear is to be seen
     try:
         with phase(f"recorded a run of {type(model).__name__}") as details:
-            with torch.no_grad(), torch.random.fork_rng(), fx.traceback.preserve_node_meta(), CopiesFollowed():
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(),
+                fx.traceback.preserve_node_meta(),
+                all_quirks.entered(all_quirks.OF_RUNS, shadow, (args, kwargs)),
+            ):
                 gm = tracer(*copies.values())
             details.append(f"{len(gm.graph.nodes)} nodes")
     finally:

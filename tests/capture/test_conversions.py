@@ -13,7 +13,7 @@ from torch.distributions.gumbel import Gumbel
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.quiet_torch import failures_unlogged
-from lora_lite_fx.capture.quirks.conversions import CopiesFollowed
+from lora_lite_fx.capture.quirks.deep_copies import DeepCopiesAreClones
 from lora_lite_fx.torch_compile.record_run import record_run
 
 
@@ -88,7 +88,7 @@ def test_deep_copies_are_in_the_graph() -> None:
 
 def test_deep_copies_of_tensors_without_data_have_none() -> None:
     torch.manual_seed(0)
-    with CopiesFollowed(), FakeTensorMode(), failures_unlogged():
+    with DeepCopiesAreClones(), FakeTensorMode(), failures_unlogged():
         constant = torch.tensor(4)
         twice = copy.deepcopy([constant, constant])
     assert twice[0] is twice[1]

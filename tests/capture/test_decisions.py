@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.quirks.decisions import decisions_on_inputs
+from lora_lite_fx.capture.asserted_decisions import decisions_on_inputs
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 from tests.support.releases import cases_by_name

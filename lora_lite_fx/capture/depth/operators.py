@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...compat.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, disable_current_modes, exporting, pytree
 from ...graph.copies import share_signatures
 from ...graph.turns import tracing
-from ..quirks.autograd_functions import telling_functions
+from ..autograd_functions import telling_functions
 from ..without_data import without_data
 from .dropouts import Dropout, WithoutDropouts
 from .repeats import NotRepeated, Result, Step, input_name

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ...compat.torch import FakeTensor, FakeTensorMode
 from ...graph.turns import tracing
-from ..quirks.autograd_functions import keeping_functions
+from ..autograd_functions import keeping_functions
 
 T = TypeVar("T")
 

@@ -1,1 +1,1 @@
-"""What few models need of a capture: one file per cause, each of which can be taken out."""
+"""What a few models need while they are captured: one file for each cause, each removable. See README.md."""

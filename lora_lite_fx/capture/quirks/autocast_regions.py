@@ -2,12 +2,14 @@
 
 `maybe_autocast(device, enabled=False)` is a region where autocast is on, and nothing where it is off. A model is
 captured with autocast off. In a call under autocast its graph would compute in half precision what the model does not.
-Before 5.20 the position embeddings of nearly all decoders are such a region.
+
+Needed by nearly all decoders before transformers 5.20, whose position embeddings are such a region, and since then by
+GPT-2, Nemotron, ERNIE 4.5, Phi-4 multimodal and some more: in a call under autocast, their graphs would compute in half
+precision what the model does not.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +18,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from .quirk import ANSWERED, Call, Quirk, files_of
+
 REPLACED = "maybe_autocast"
 """The function, of `transformers.utils.generic`, that the files of models import by name."""
 
 
+def makes_regions(model: nn.Module, error: Exception | None) -> bool:
+    """Tell whether a file of the model's classes imports the function."""
+    return error is None and any(REPLACED in vars(file) for file in files_of(model))
+
+
 @contextmanager
-def autocast_regions_kept(model: nn.Module) -> Iterator[None]:
+def autocast_regions_kept(model: nn.Module, call: Call) -> Iterator[None]:
     """Let the files of the model's classes make these regions, in this thread and in the body."""
-    files = {id(file): file for module in model.modules() if (file := sys.modules.get(type(module).__module__))}
-    asking = [(vars(file), vars(file)[REPLACED]) for file in files.values() if REPLACED in vars(file)]
+    asking = [(vars(file), vars(file)[REPLACED]) for file in files_of(model) if REPLACED in vars(file)]
     tracing = threading.get_ident()
 
     def kept(original: Any) -> Any:
@@ -42,3 +50,7 @@ def autocast_regions_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for names, original in asking:
             names[REPLACED] = original
+
+
+ANSWERED.add(REPLACED)
+QUIRK = Quirk(makes_regions, autocast_regions_kept)

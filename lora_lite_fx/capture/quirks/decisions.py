@@ -6,7 +6,10 @@ Three constructs are followed, each so that no call gets a wrong value:
 - `for index in hit.nonzero():` over a vector of fixed size, as mixtures of experts run the experts that a token chose,
   becomes a loop over all indices. That is the same where the body does nothing for an index without entries. The graph
   is compared with the model to see it, on inputs that leave indices out.
-- `torch.div` of sizes is a number, as `//` is; and so is a tensor of one number that is computed of sizes.
+- `torch.div` of sizes is a number, as `//` is.
+
+Needed by mixtures of experts with loops over the experts that occur, as in transformers before 5.0 and in files from
+the hub (`trust_remote_code`), and by models that look whether a mask shows all, or hides some token.
 """
 
 from __future__ import annotations
@@ -23,19 +26,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ...compat.torch import ASSERT_ASYNC, assert_async, disable_current_modes, pytree
+from ...compat.torch import disable_current_modes, pytree
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ...graph.modes import modes_of
-from ...graph.queries import is_deterministic
-from ...graph.subgraph import extract, forward_of
-from ...graph.walk import ancestors
-from ...graph.writes import overwritten_tensors
+from ..asserted_decisions import assert_decision
 from ..depth.watched_functions import READ_SIZES
 from ..differences import TOLERANCES, distance, largest
-from ..outputs import Call, Outputs, outputs_of_graph, outputs_of_model
-from .sizes_in_tensors import SizesInTensors
+from ..outputs import Call, Outputs, has_data, outputs_of_graph, outputs_of_model
+from .quirk import Quirk, after_undecided
 
-_DECIDED = "This graph was captured where"
 _MOST_INDICES = 1024
 _TO_TRUTH: dict[Any, Callable[..., Tensor]] = {
     Tensor.__bool__: lambda value: value,
@@ -47,42 +46,6 @@ _TO_TRUTH: dict[Any, Callable[..., Tensor]] = {
 _NONZERO = (Tensor.nonzero, torch.nonzero)
 _DRAWS = (torch.rand, torch.randn, torch.randint, torch.bernoulli, Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_)
 _RESHAPE = (Tensor.squeeze, torch.squeeze, Tensor.flatten, torch.flatten, Tensor.view, Tensor.reshape)
-
-
-def is_other_decision(error: Exception | str) -> bool:
-    """Tell whether `error` of a graph says that the model decides otherwise for a call than for the example."""
-    return _DECIDED in str(error)
-
-
-def decisions_on_inputs(gm: fx.GraphModule) -> Callable[..., str]:
-    """Return a function that tells whether the model decides on the inputs of a call as on those of the example.
-
-    It knows the decisions that follow from inputs and buffers alone. The others come out only when the graph runs.
-
-    Returns:
-        A function of a module with the tensors of `gm`, and of the inputs of the graph. It returns what the graph would
-        raise, or an empty text.
-    """
-    asserts = gm.graph.find_nodes(op="call_function", target=ASSERT_ASYNC)
-    decided = {node.args[0]: str(node.args[1]) for node in asserts if str(node.args[1]).startswith(_DECIDED)}
-    if not decided:
-        return lambda module, *inputs: ""
-    overwritten = [node for node, _ in overwritten_tensors(gm, gm.graph)]  # as `extract` does not follow writes
-    parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
-
-    def is_known(node: fx.Node) -> bool:
-        if node.op == "get_attr":
-            return node.target not in parameters and all(other and other.target != node.target for other in overwritten)
-        return node not in overwritten and (node.op == "placeholder" or is_deterministic(node))
-
-    known = {node: message for node, message in decided.items() if all(map(is_known, ancestors([node])))}
-    conditions = forward_of(gm, extract(gm.graph.find_nodes(op="placeholder"), list(known)))
-
-    def refusal(module: nn.Module, *inputs: Any) -> str:
-        found = zip(known.values(), conditions(module, *inputs), strict=True)
-        return next((message for message, holds in found if not holds), "")
-
-    return refusal
 
 
 class Decisions:
@@ -98,11 +61,9 @@ class Decisions:
         self._watch = _Watch(unrolled=True)
         self._run(call, self._watch)
 
-    @contextmanager
-    def followed(self) -> Iterator[None]:
-        """Let a trace in the body decide as the model did."""
-        with _Follow(self._watch.taken, SizesInTensors(self._model), self._watch.functions):
-            yield
+    def followed(self) -> _Follow:
+        """Return a context in which a trace decides as the model did."""
+        return _Follow(self._watch.taken, self._watch.functions)
 
     def check(self, gm: fx.GraphModule) -> None:
         """Check that loops of a traced graph over all indices do nothing for those that do not occur.
@@ -235,23 +196,17 @@ class _Follow(_Watch):
 
     Args:
         taken: the decisions.
-        sizes: of the model.
         functions: those with loops over indices that occur. They may skip an index without entries, and
             `Decisions.check` sees that they may as well not: here no tensor in them is empty.
     """
 
-    def __init__(self, taken: list[tuple[str, bool]], sizes: SizesInTensors, functions: Set[CodeType]) -> None:
+    def __init__(self, taken: list[tuple[str, bool]], functions: Set[CodeType]) -> None:
         super().__init__(unrolled=True)
         self._next = iter(taken)
-        self._sizes = sizes
         self._not_empty = functions
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (truth := self._sizes.truth(func, args)) is not None:
-            return truth
-        args = self._sizes.put(func, args)
         result = super().__torch_function__(func, types, args, kwargs)
-        self._sizes.follow(func, args, kwargs or {}, result)
         if func in READ_SIZES and (frame := _frame()) is not None and frame.f_code in self._not_empty:
             return torch.Size(map(_entries, result)) if isinstance(result, torch.Size) else _entries(result)
         return result
@@ -263,9 +218,7 @@ class _Follow(_Watch):
             raise CaptureError(f"The model decides at {where} while it is traced, and not at this point before.")
         truth = _TO_TRUTH[func](*args) if func in _TO_TRUTH else args[0]
         truth = truth if truth.dtype == torch.bool else truth != 0
-        message = f"{_DECIDED} {where} goes by {expected}, and is {not expected} in this call. The way out: pass"
-        message += " example_inputs of this kind, and capture a graph for them."
-        assert_async(truth if expected else truth.logical_not(), message)
+        assert_decision(truth, expected, where)
         return expected
 
     def loop(self, found: Tensor, every: Tensor) -> tuple[Tensor, ...]:
@@ -312,3 +265,17 @@ def _is_of_torch(frame: FrameType) -> bool:
 
 _TORCH = os.path.dirname(torch.__file__)
 _BETWEEN = (__file__, os.path.join(_TORCH, "_tensor.py"), os.path.join(_TORCH, "overrides.py"))
+
+
+@contextmanager
+def _decided(model: nn.Module, call: Call) -> Iterator[Decisions]:
+    decisions = Decisions(model, call)
+    with decisions.followed():
+        yield decisions
+
+
+QUIRK = Quirk(
+    lambda model, error: after_undecided(model, error) and has_data(model, ()),
+    _decided,
+    lambda decisions, gm: decisions.check(gm),
+)

@@ -1,40 +1,43 @@
 """Let functions and modules forget what they remember of a run without data, which a later call would get as values.
 
 `functools.lru_cache` keeps results by arguments such as sizes, for all models of a class.
+
+Needed by DINOv3, whose positions are remembered by sizes, and by Clvp, RecurrentGemma and Funnel, which keep rotations,
+states and a length in modules. Entered for every model, because the user's own model would return tensors without data.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, nn
 
 from ...compat.torch import FakeTensor, FunctionalTensor
+from .quirk import Call, Quirk, always, files_of
 
 
 @contextmanager
-def forgetting(model: nn.Module) -> Iterator[None]:
+def forgetting(model: nn.Module, call: Call) -> Iterator[None]:
     """Let the functions in the modules of `model`'s classes forget what they learn in the body; and modules theirs.
 
     Safe because what a function learns from calls of a model saves time and nothing else, and modules get back what
     they had before. A function that learns nothing in the body keeps all, as one that holds the models of a script.
     """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    places = {type(module).__module__ for module in model.modules()}
-    before = {function: function.cache_info().misses for function in _remembering(places)}
+    files = [*files_of(model)]
+    before = {function: function.cache_info().misses for function in _remembering(files)}
     try:
         yield
     finally:
-        for now, then in attributes:  # as Clvp keeps its rotations, RecurrentGemma its states, and Funnel a length
+        for now, then in attributes:
             for name in [name for name, value in now.items() if isinstance(value, _WITHOUT_DATA)]:
                 del now[name]
                 now.update({name: then[name]} if name in then else {})
-        for function in _remembering(places):
+        for function in _remembering(files):
             if function.cache_info().misses != before.get(function, 0):
                 function.cache_clear()
 
@@ -42,12 +45,11 @@ def forgetting(model: nn.Module) -> Iterator[None]:
 _WITHOUT_DATA = (FakeTensor, FunctionalTensor, SymInt, SymFloat, SymBool)
 
 
-def _remembering(places: Iterable[str]) -> Iterator[Any]:
-    """Yield the functions with a memory in the Python modules of these names, and in their classes."""
-    for place in places:
-        module = sys.modules.get(place)
-        values = [] if module is None else list(vars(module).values())  # of classes that were made without one
-        classes = [value for value in values if isinstance(value, type) and value.__module__ == place]
+def _remembering(files: Iterable[ModuleType]) -> Iterator[Any]:
+    """Yield the functions with a memory in these files, and in their classes."""
+    for file in files:
+        values = list(vars(file).values())
+        classes = [value for value in values if isinstance(value, type) and value.__module__ == file.__name__]
         for value in (*values, *(value for kind in classes for value in vars(kind).values())):
             function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
             # A decorator may hold the function that remembers.
@@ -66,3 +68,6 @@ def _has_contents(cell: Any) -> bool:
     except ValueError:  # not bound yet
         return False
     return True
+
+
+QUIRK = Quirk(always, forgetting)

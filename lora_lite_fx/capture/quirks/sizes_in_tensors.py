@@ -4,6 +4,8 @@ A trace knows no values of tensors, and `F.pad(x, (0, extra))` needs them. `extr
 made of sizes of inputs and of numbers that the model keeps: non-persistent buffers, and tensors that are no buffers.
 So are the elements of `torch.tensor(sizes)`, as detectors keep the heights and widths of their features.
 It is computed a second time here, of sizes and whole numbers, and exactly.
+
+Needed by Encodec, Mimi and Pocket TTS, which compute how much they pad, and by Sam 3 and other detectors.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from ...compat.torch import (
     FakeTensor,
@@ -25,6 +28,7 @@ from ...compat.torch import (
     is_persistent,
     pytree,
 )
+from .quirk import Quirk, after_undecided
 
 Quotient = tuple[Any, int]
 """A size or a whole number, and the positive number that it is divided by."""
@@ -76,14 +80,15 @@ _OF_SIZES = (torch.arange,)
 """Functions that take sizes after a tensor, and those that take nothing else."""
 
 
-class SizesInTensors:
-    """What is known of the tensors of one number in a trace.
+class SizesInTensors(TorchFunctionMode):
+    """Knows the values of tensors of one number in a trace, and puts sizes in their place.
 
     Args:
         model: which is to be traced, with its data.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self._kept = [
             (module, name, int(buffer))
             for module in model.modules()
@@ -95,13 +100,15 @@ class SizesInTensors:
         self._truths: dict[int, tuple[Tensor, Any]] = {}
         self._tables: dict[int, tuple[Tensor, Any]] = {}
 
-    def truth(self, func: Any, args: tuple[Any, ...]) -> bool | None:
-        """Return the value of a comparison of sizes, of which `func` asks; None if it is not known."""
-        if func is not Tensor.__bool__ or id(args[0]) not in self._truths:
-            return None
-        return bool(self._truths[id(args[0])][1])
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and id(args[0]) in self._truths:
+            return bool(self._truths[id(args[0])][1])
+        args = self._with_sizes(func, args)
+        result = func(*args, **(kwargs or {}))
+        self._follow(func, args, kwargs or {}, result)
+        return result
 
-    def put(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _with_sizes(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of `func` with sizes in the place of tensors, where it takes sizes."""
         if func not in (*_TAKES_SIZES, *_OF_SIZES):
             return args
@@ -115,7 +122,7 @@ class SizesInTensors:
         first = 0 if func in _OF_SIZES else 1
         return (*args[:first], *pytree.tree_map(size, args[first:]))
 
-    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Note what `result` of `func` is, if it is made of what is known."""
         if func is torch.tensor and isinstance(args[0], (list, tuple)) and not result.is_floating_point():
             self._tables[id(result)] = result, args[0]
@@ -167,3 +174,6 @@ class SizesInTensors:
 
 def _is_whole(tensor: Tensor) -> bool:
     return not tensor.dim() and not tensor.is_floating_point() and tensor.dtype != torch.bool and not tensor.is_meta
+
+
+QUIRK = Quirk(after_undecided, lambda model, call: SizesInTensors(model))

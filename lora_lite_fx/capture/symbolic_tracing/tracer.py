@@ -15,8 +15,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ...compat.torch import schema_of
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ...graph.turns import tracing
+from ..autograd_functions import keeping_functions
 from ..python_state import PythonState
-from ..quirks.autograd_functions import keeping_functions
 from ..refusal import refusal
 from ..traced_regions import LeftChanged, RecordedRegions, changes_gradients, go_back_to_the_caller
 from .attention_module import attend, attend_in_function, is_attention

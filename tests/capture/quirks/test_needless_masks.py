@@ -12,7 +12,8 @@ from transformers import masking_utils
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
-from lora_lite_fx.capture.quirks.needless_masks import MAKERS, makes_masks, needless_masks_left_out
+from lora_lite_fx.capture.quirks.all_quirks import concerning, entered
+from lora_lite_fx.capture.quirks.needless_masks import MAKERS, makes_masks
 from lora_lite_fx.compat import transformers as names
 from lora_lite_fx.compat.transformers import MASK_QUESTION
 from tests.support.models import tiny_llama
@@ -66,7 +67,7 @@ def test_a_model_that_makes_no_such_masks_replaces_nothing() -> None:
     llama = transformers.LlamaForCausalLM(tiny_llama())
     for model, asks in ((llama, False), (CASES["vit"].builder()(), True)):
         assert makes_masks(model) == asks
-        with needless_masks_left_out(model):
+        with entered(concerning(model), model, ((), {})):
             assert (getattr(masking_utils, MASK_QUESTION) is not before) == asks
         assert getattr(masking_utils, MASK_QUESTION) is before
     llama.config.is_causal = False

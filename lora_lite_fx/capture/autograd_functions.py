@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...compat.torch import pytree, trace_is_active, transform_is_active, version_of
-from ...errors import COMPILE_INSTEAD, CaptureError
+from ..compat.torch import pytree, trace_is_active, transform_is_active, version_of
+from ..errors import COMPILE_INSTEAD, CaptureError
 
 _IN_GRAPHS = (*fx.node.base_types, type(None), type(...), fx.Proxy)
 """What a graph can hold as an argument."""

@@ -8,8 +8,8 @@ Three constructs are followed, each so that no call gets a wrong value:
   is compared with the model to see it, on inputs that leave indices out.
 - `torch.div` of sizes is a number, as `//` is.
 
-Needed by mixtures of experts with loops over the experts that occur, as in transformers before 5.0 and in files from
-the hub (`trust_remote_code`), and by models that look whether a mask shows all, or hides some token.
+Needed by Ovis2, which looks whether a prompt has images, by Phi-3 with long contexts, and by mixtures of experts that
+loop over the chosen ones, as files from the hub do.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.quirks.deep_copies import WithoutGeneratorOfNone
+from lora_lite_fx.capture.quirks.generator_of_none import WithoutGeneratorOfNone
 from lora_lite_fx.capture.quirks.layouts import KnownWhileTraced
 from tests.support.conformance import check_rewrite_equals_wrap, small
 from tests.support.selection import broad_after

@@ -275,7 +275,7 @@ def _decided(model: nn.Module, call: Call) -> Iterator[Decisions]:
 
 
 QUIRK = Quirk(
-    lambda model, error: after_undecided(model, error) and has_data(model, ()),
+    lambda model, error: after_undecided(model, error) and has_data(model, ((), {})),
     _decided,
     lambda decisions, gm: decisions.check(gm),
 )

@@ -45,12 +45,12 @@ if not _is_program():  # else the program imports this again, when it has read i
     from .execution.memory import MemoryPlan
     from .execution.optimize import optimize
     from .execution.planning import memory_plan, plan_memory
+    from .formats.any_file import load_slot, save_slot
     from .formats.checkpoint import load, save
     from .formats.diffusers_files import load_diffusers, save_diffusers
     from .formats.lora_lite import load_lora_lite, save_lora_lite
     from .formats.peft.directory import load_peft, save_peft, to_peft_config
     from .formats.peft.peft_config import from_peft_config
-    from .formats.slot_files import load_slot, save_slot
     from .hugging_face.adapt import adapt
     from .inspection.program import program
     from .inspection.table import inspect

@@ -14,7 +14,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -24,18 +24,6 @@ _NAMED_LATE = ".lora_lite_fx-{}.new"  # it was locked before it got this name
 _NAMED_EARLY = ".lora_lite_fx-{}.part"  # where the filesystem does not make files without names
 _IS_TEMPORARY = re.compile(r"\.lora_lite_fx-[0-9a-f]{16}\.(?:new|part)")
 _LOCKED_AFTER = 60.0  # seconds; by then the writer of a file that was named early has locked it
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those that it is in, if it is not there.
-
-    Raises:
-        CheckpointError: it cannot be made, or is a file.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -86,6 +74,21 @@ def write_together(contents: Iterable[tuple[Path, bytes]]) -> None:
                 file.sync_folder()
         except OSError as error:
             raise CheckpointError(f"{path} could not be written: {error}. {outcome}") from error
+
+
+def write_folders(folders: Iterable[Sequence[tuple[Path, bytes]]]) -> None:
+    """Write the files of each folder as `write_together`, and make the folders that are not there.
+
+    Raises:
+        CheckpointError: as for `write_together`; or a folder cannot be made, or is a file.
+    """
+    for contents in folders:
+        folder = contents[0][0].parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be a directory: {error}.") from error
+        write_together(contents)
 
 
 class _NewFile(contextlib.AbstractContextManager["_NewFile"]):

@@ -10,48 +10,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
-from ..adapters.accounting import account_for
 from ..adapters.contract import check_contract
 from ..adapters.named_configs import check_name
-from ..adapters.placement import Placement, configs_of, graph_of, placements
+from ..adapters.placement import Placement, configs_of
 from ..adapters.registry import check_saving, from_config, to_config
-from ..adapters.state import (
-    adapter_values,
-    check_fit,
-    check_unscaled,
-    load_adapter_values,
-    warn_of_trained_base,
-)
+from ..adapters.state import check_fit, check_unscaled, warn_of_trained_base
 from ..adapters.switches import known_names
 from ..adapters.variant import Variant
+from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError, counted
 from ..graph.provenance import DEFAULT
-from ..graph.sharded import whole
-from ..graph.tensors import tensor_of
-from ..log import phase
-from ..rewriting.eager import AdaptedLinear
+from ..graph.tensors import outside_inference_mode
+from ..rewriting.capture import capture
 from ..rewriting.plan import Plan
-from ..rewriting.rewrite import insert_adapters
-from ..sites.finding import find_sites
-from ..sites.site import Site, stored_weight
+from ..sites.site import stored_weight
 from .atomic_writing import write_atomically
-from .filed_adapter import AdapterFile, loader
-from .finite import check_finite
-from .gathered import gathered, write_once
-from .mistakes import as_path, check_file, foreign_file_hint
-from .stages import held_by
-from .untrusted_files import read_safetensors
+from .base_fingerprints import check_base
+from .filed_adapter import FiledAdapter, insert_filed, sites_in
+from .gathered import gathered, held_by, write_once
+from .safetensors_files import check_finite
+from .untrusted_files import as_path, check_file, foreign_file_hint, read_safetensors
 
 FORMAT = "lora_lite_fx"  # the key of the document; one key, since the order of several would differ between runs
 VERSION = 1
@@ -94,7 +83,7 @@ def save(
 
 
 def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite: bool) -> bytes:
-    held = held_by(model, adapter, fingerprints)
+    held = held_by(model, adapter)
     values = held.values
     if adapter is not None and all(placement.adapter_name != adapter for placement in held.placed):
         known_names(model, adapter)  # says which names there are
@@ -136,69 +125,136 @@ def _as_written(configs: Sequence[tuple[Variant, Sequence[Placement]]]) -> list[
     return written
 
 
-@loader
-def load(file: Path) -> AdapterFile:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that `save` wrote.
+
+    Args:
+        path: of the file.
+        adapters: the name, the config and the names of the sites of each config.
+        tensors: all that it holds, by the names that a model with these adapters alone gives them.
+        buffers: the buffers of the model among them.
+        document: the metadata.
+    """
+
+    path: Path
+    adapters: Sequence[tuple[str, Variant, Sequence[str]]]
+    tensors: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    document: Mapping[str, Any]
+
+
+def load(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    name: str | None = None,
+    stack: bool = False,
+    allow_nonfinite: bool = False,
+    fuse_loss: bool | None = None,
+) -> fx.GraphModule:
     """Capture a model and insert the adapters of a file that `save` wrote, with their saved values.
 
     It is an error if the base's weights are others than those that a variant was made for, and a warning if the variant
-    does not depend on them. The graph gets the buffers of the file, which are its own then.
+    does not depend on them. The graph gets the buffers of the file, which are its own then. Only safetensors and JSON
+    are read.
+
+    Args:
+        model: the base, which is not changed.
+        path: of the file or directory.
+        example_inputs: as for `capture`.
+        name: the name that the adapter gets, in place of the one that it has in the file. Beside the adapters of the
+            model it does not act until `active` names it.
+        stack: whether an adapter without a name goes around those that the model has, so that both act; else that is an
+            error. `load(remove(model), path)` loads it in their place, and `load_adapter_state_dict` copies values
+            into the present ones.
+        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
+        fuse_loss: as for `rewrite`.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, config or sites do not fit the
+            model; or a value is not finite; or the adapter does something that cannot be represented here. The message
+            says what.
+        AdapterError: the model has adapters, and neither `name` nor `stack` is given.
+        ConfigError: the name is taken; or the file has adapters of several names, and `name` is given.
+        CaptureError: the model cannot be captured.
     """
-    check_file(file)
-    state, metadata = read_safetensors(file)
-    chosen, document = _parse(metadata, file)
-    names = tuple(dict.fromkeys(name for name, _, _ in chosen))
-    buffers = _buffers_in(state, document, file)
-    return AdapterFile(state, lambda gm: _insert(gm, chosen, document, state, file), names, buffers)
+    file = read_checkpoint(as_path(path, "load(model, path)"))
+    with outside_inference_mode():
+        gm = capture(model, example_inputs, fuse_loss=fuse_loss)
+        buffers, adapters = _buffers_read_by(gm, model, file), _fitted(gm, file)
+        if not allow_nonfinite:
+            check_finite(file.tensors, file.path, "it is not loaded")
+        return insert_filed(gm, adapters, file.path, "load", name=name, stack=stack, buffers=buffers)
 
 
-def _insert(
-    gm: fx.GraphModule,
-    chosen: Sequence[tuple[str, Variant, list[str]]],
-    document: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    path: Path,
-) -> None:
-    """Insert the adapters of a file into a graph, after checks of everything that can be wrong."""
-    with phase("found the sites") as details:
-        sites = {site.name: site for site in find_sites(gm)}
-        details.append(f"{len(sites)} in the model")
-    placed = [Plan(variant, _existing(sites, names, path), {}, name) for name, variant, names in chosen]
+def _buffers_read_by(gm: fx.GraphModule, model: object, file: Checkpoint) -> dict[str, Tensor]:
+    """Return those buffers of a file that the graph reads.
+
+    Raises:
+        CheckpointError: the model lacks one, or has it in another form.
+    """
+    known = dict(model.named_buffers(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
+    read = dict(gm.named_buffers(remove_duplicate=False))
+    for name, value in file.buffers.items():
+        now = read.get(name, known.get(name))
+        if now is None:
+            raise CheckpointError(f"{file.path} holds the buffer {name!r}, which the model does not have.")
+        if (now.shape, now.is_floating_point()) != (value.shape, value.is_floating_point()):
+            raise CheckpointError(
+                f"{file.path} holds the buffer {name!r} of shape {tuple(value.shape)} in {value.dtype}, and the model"
+                f" has it of {tuple(now.shape)} in {now.dtype}."
+            )
+    return {name: value for name, value in file.buffers.items() if name in read}
+
+
+def _fitted(gm: fx.GraphModule, file: Checkpoint) -> list[FiledAdapter]:
+    """Return the adapters of a file at the sites of a graph, after checks of everything that can be wrong."""
+    sites = sites_in(gm)
+    for _, _, names in file.adapters:
+        if missing := [name for name in names if name not in sites]:
+            raise CheckpointError(
+                f"{file.path} adapts {counted(len(missing), 'site')} that the model does not have"
+                f" ({', '.join(missing[:3])}, ...); the model has {', '.join(list(sites)[:3])}, ..."
+            )
+    plans = [Plan(variant, [sites[each] for each in names], {}, name) for name, variant, names in file.adapters]
+    expected: dict[str, Tensor] = {}
+    places: list[dict[str, dict[str, str]]] = []
+    inner: dict[str, list[str]] = defaultdict(list)  # the names of the adapters that are at a site already
     try:
-        for plan in placed:
+        for index, plan in enumerate(plans):
             for site in plan.sites:
                 plan.variant.for_site(site.name).check(site)
             check_contract(plan.variant, plan.sites, gm)
-        expected = _expected(gm, placed)
+            places.append({})
+            for site in plan.sites:
+                placement = Placement.of(plan.variant, index, site, inner[site.name], plan.adapter_name)
+                inner[site.name].append(plan.adapter_name)
+                specs = placement.local.tensor_specs(site)
+                dtype = plan.variant.param_dtype(stored_weight(gm, site).dtype)
+                places[-1][site.name] = placement.tensors
+                for name, qualified in placement.tensors.items():
+                    expected[qualified] = specs[name].empty(dtype, torch.device("meta"))
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    check_base(gm, [(plan.variant, list(plan.sites)) for plan in placed], document["fingerprint"], path)
+        raise CheckpointError(f"{file.path}: {error}") from error
+    base = [(plan.variant, plan.sites) for plan in plans]
+    check_base(gm, base, file.document["fingerprint"], file.path, stacklevel=4)
     try:
         # Before any tensor is made: a damaged config may ask for more of them than there is memory.
-        check_fit(expected, {name: value for name, value in state.items() if name not in document.get("buffers", ())})
+        check_fit(expected, {name: value for name, value in file.tensors.items() if name not in file.buffers})
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    first = insert_adapters(gm, placed)
-    values = adapter_values(gm)
-    for placement in placements(gm):
-        if placement.adapter >= first:
-            written = _in_file(placed, placement.adapter - first, sites[placement.site])
-            values |= {own: state[written.tensors[name]] for name, own in placement.tensors.items()}
-    load_adapter_values(gm, values)
-    if document.get("checksum") != _checksum(document, state):
-        raise CheckpointError(f"{path} is corrupt: it does not hold what was saved.")
-
-
-def fingerprints(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
-    """Return the fingerprints of the frozen weights of an adapted model's sites, by name."""
-    weights = _frozen_weights(graph_of(model), dict.fromkeys(sites))
-    return {name: fingerprint(weight) for name, weight in weights.items()}
-
-
-def fingerprint(weight: Tensor) -> str:
-    """Return a hash of a weight's shape and values. A base in float32 and its cast to bfloat16 have the same."""
-    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(weight.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+        raise CheckpointError(f"{file.path}: {error}") from error
+    if file.document.get("checksum") != _checksum(file.document, file.tensors):
+        raise CheckpointError(f"{file.path} is corrupt: it does not hold what was saved.")
+    by_site = [
+        {site: {own: file.tensors[path] for own, path in names.items()} for site, names in of_plan.items()}
+        for of_plan in places
+    ]
+    return [FiledAdapter(plan, tensors) for plan, tensors in zip(plans, by_site, strict=True)]
 
 
 def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
@@ -211,11 +267,14 @@ def _checksum(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# Reading.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a file that `save` wrote, without a model.
 
-
-def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[str, Variant, list[str]]], dict[str, Any]]:
-    """Return the configs with the names of their adapters and of their sites, and the whole document."""
+    Raises:
+        CheckpointError: it is not there, or is another file, or damaged.
+    """
+    check_file(path)
+    tensors, metadata = read_safetensors(path)
     if FORMAT not in metadata:
         raise CheckpointError(
             f"{path} was not written by lora_lite_fx.save: its metadata has no {FORMAT!r}."
@@ -227,106 +286,19 @@ def _parse(metadata: Mapping[str, str], path: Path) -> tuple[list[tuple[str, Var
             raise CheckpointError(
                 f"{path} has version {document['version']!r}; this library reads version {VERSION!r}."
             )
-        records, prints = document["adapters"], document["fingerprint"]
+        records, prints, buffers = document["adapters"], document["fingerprint"], document.get("buffers", [])
         if not isinstance(prints, dict) or not records:
             raise TypeError("adapters must be a list that is not empty, fingerprint an object")
-        chosen = []
+        if not isinstance(buffers, list) or not all(isinstance(name, str) and name in tensors for name in buffers):
+            raise CheckpointError(f"{path}: its metadata is damaged: buffers must be a list of names of tensors.")
+        adapters = []
         for record in records:
             config, names = record["config"], record["sites"]
             if not isinstance(config, dict) or not all(isinstance(name, str) for name in [*names, *config]):
                 raise TypeError("config must be an object, sites a list of names")
-            chosen.append((check_name(record.get("name", DEFAULT)), from_config(config), list(dict.fromkeys(names))))
-        return chosen, document
+            adapters.append((check_name(record.get("name", DEFAULT)), from_config(config), list(dict.fromkeys(names))))
+        return Checkpoint(path, adapters, tensors, {name: tensors[name] for name in buffers}, document)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged: {type(error).__name__}: {error}.") from error
-
-
-def _buffers_in(state: Mapping[str, Tensor], document: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that are buffers of the model."""
-    names = document.get("buffers", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) and name in state for name in names):
-        raise CheckpointError(f"{path}: its metadata is damaged: buffers must be a list of names of tensors.")
-    return {name: state[name] for name in names}
-
-
-def _existing(sites: Mapping[str, Site], names: list[str], path: str | os.PathLike[str]) -> list[Site]:
-    missing = [name for name in names if name not in sites]
-    if missing:
-        raise CheckpointError(
-            f"{path} adapts {counted(len(missing), 'site')} that the model does not have"
-            f" ({', '.join(missing[:3])}, ...); the model has {', '.join(list(sites)[:3])}, ..."
-        )
-    return [sites[name] for name in names]
-
-
-def check_base(
-    gm: fx.GraphModule,
-    placed: list[tuple[Variant, list[Site]]],
-    prints: Mapping[str, str],
-    path: object,
-    stacklevel: int = 5,
-) -> None:
-    """Compare the weights of a graph with those that adapters were made for; a difference is a warning.
-
-    Args:
-        gm: the graph.
-        placed: the adapters with their sites.
-        prints: the fingerprints of the weights that they were made for, by site.
-        path: of the file, for messages.
-        stacklevel: as for `warnings.warn`.
-
-    Raises:
-        CheckpointError: they differ, and a variant means nothing on other weights.
-    """
-    names = {site.name: site for _, targets in placed for site in targets}
-    now = {name: fingerprint(stored_weight(gm, site)) for name, site in names.items()}
-    other = {name for name in names if prints.get(name) != now[name]}
-    for variant, targets in placed:
-        differ = [site.name for site in targets if site.name in other]
-        if not differ:
-            continue
-        message = (
-            f"{path}: the {type(variant).__name__} adapter was made for other weights than the model's, at"
-            f" {len(differ)} of {counted(len(targets), 'site')} ({differ[0]}, ...)"
-        )
-        if variant.ties_to_weight:
-            raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")
-        warnings.warn(f"{message}.", stacklevel=stacklevel)
-
-
-def _expected(gm: fx.GraphModule, placed: Sequence[Plan]) -> dict[str, Tensor]:
-    """Return the tensors that a file with these adapters holds, without data."""
-    expected: dict[str, Tensor] = {}
-    for adapter, plan in enumerate(placed):
-        for site in plan.sites:
-            placement = _in_file(placed, adapter, site)
-            specs = placement.local.tensor_specs(site)
-            dtype = plan.variant.param_dtype(stored_weight(gm, site).dtype)
-            for name, qualified in placement.tensors.items():
-                expected[qualified] = specs[name].empty(dtype, torch.device("meta"))
-    return expected
-
-
-def _in_file(placed: Sequence[Plan], adapter: int, site: Site) -> Placement:
-    """Return the placement as the file has it: a model that has adapters already may give its tensors other names."""
-    inner = [plan.adapter_name for plan in placed[:adapter] if site.name in {target.name for target in plan.sites}]
-    return Placement.of(placed[adapter].variant, adapter, site, inner, placed[adapter].adapter_name)
-
-
-# Writing.
-
-
-def _frozen_weights(model: nn.Module, names: Mapping[str, None]) -> dict[str, Tensor]:
-    """Return the frozen weight of each site, as the model stores it."""
-    if isinstance(model, fx.GraphModule):
-        adapted = account_for(model).adapted("save")
-        return {site.name: stored_weight(model, site) for site in adapted if site.name in names}
-    modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
-    return {
-        name: whole(
-            module.frozen_weight().detach() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight")
-        )
-        for name, module in modules.items()
-    }

@@ -23,16 +23,18 @@ from ..adapters.changed_buffers import warn_of_lost_buffers
 from ..adapters.state import warn_of_trained_base
 from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
-from .atomic_writing import make_folder, write_atomically
-from .filed_adapter import AdapterFile, loader
-from .finite import check_finite
-from .gathered import gathered, write_once
-from .mistakes import as_path
+from ..graph.tensors import outside_inference_mode
+from ..rewriting.capture import capture
+from .atomic_writing import write_folders
+from .filed_adapter import insert_filed
+from .gathered import gathered, refuse_stage, write_once
 from .peft.base_model import source_of
-from .peft.directory import PREFIX, adapter_of, peft_form
-from .stages import refuse_stage
-from .tensor_bytes import tensor_bytes
-from .untrusted_files import read_safetensors
+from .peft.beside import PREFIX
+from .peft.form import PeftAdapter
+from .peft.read_adapter import adapters_at_sites, read_adapter
+from .peft.written_form import written_form
+from .safetensors_files import check_finite, tensor_bytes
+from .untrusted_files import as_path, read_safetensors
 
 FILE = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_adapter_metadata"
@@ -74,7 +76,7 @@ def save_diffusers(
     folder = as_path(path, "save_diffusers(model, path)")
     refuse_stage(model, "A file of diffusers")
     with gathered(model):
-        config, tensors, _ = peft_form(model, None, adapter)
+        config, tensors, _ = written_form(model, None, adapter)
     warn_of_trained_base(model, "save_diffusers")
     warn_of_lost_buffers(model, "save_diffusers writes", "llfx.save, whose files hold them")
     if config["peft_type"] != "LORA":
@@ -92,12 +94,8 @@ def save_diffusers(
     if not allow_nonfinite:
         check_finite(named, folder / FILE, "nothing was written")
     metadata = {"format": "pt", _CONFIG: json.dumps(fields, indent=2, sort_keys=True)}
-
-    def write() -> None:
-        make_folder(folder)
-        write_atomically(folder / FILE, tensor_bytes(named, metadata))
-
-    write_once(model, write)
+    data = tensor_bytes(named, metadata)
+    write_once(model, lambda: write_folders([[(folder / FILE, data)]]))
 
 
 def load_diffusers(
@@ -132,17 +130,18 @@ def load_diffusers(
             of another library (kohya's `lora_unet_...`).
     """
     wanted = component or (_component_of(model) if isinstance(model, nn.Module) else None)
-    parts = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    parts = {key.partition(".")[0] for key, _ in model.named_parameters()}
+    file = as_path(path, "load_diffusers(model, path)")
+    adapter = _read(file / FILE if file.is_dir() else file, wanted, parts)
+    if not allow_nonfinite:
+        check_finite(adapter.tensors, adapter.path, "it is not loaded")
+    with outside_inference_mode():
+        gm = capture(model, example_inputs, fuse_loss=fuse_loss)
+        adapters = adapters_at_sites(gm, adapter)
+        return insert_filed(gm, adapters, adapter.path, "load_diffusers", name=name, stack=stack)
 
-    def read(file: Path) -> AdapterFile:
-        return _read(file / FILE if file.is_dir() else file, wanted, parts)
 
-    load = loader(read, "load_diffusers")
-    options: Any = {"name": name, "stack": stack, "allow_nonfinite": allow_nonfinite, "fuse_loss": fuse_loss}
-    return load(model, path, example_inputs, **options)
-
-
-def _read(file: Path, component: str | None, parts: Collection[str]) -> AdapterFile:
+def _read(file: Path, component: str | None, parts: Collection[str]) -> PeftAdapter:
     """Return the adapter in `file` of a component, or of the model alone if all keys begin with the model's `parts`."""
     state, metadata = read_safetensors(file)
     if foreign := [key for key in state if key.startswith(("lora_unet_", "lora_te", "lora_transformer_"))]:
@@ -163,7 +162,7 @@ def _read(file: Path, component: str | None, parts: Collection[str]) -> AdapterF
     tensors = {_new_key(key.removeprefix(start)): value for key, value in state.items() if key.startswith(start)}
     alphas = {key.removesuffix(_ALPHA): tensors.pop(key) for key in list(tensors) if key.endswith(_ALPHA)}
     config = _config_in(metadata, start, file) or _config_of(tensors, alphas, file)
-    return adapter_of(config, {PREFIX + key: value for key, value in tensors.items()}, file, file)
+    return read_adapter(config, {PREFIX + key: value for key, value in tensors.items()}, file, file)
 
 
 def _new_key(key: str) -> str:

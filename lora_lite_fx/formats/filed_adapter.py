@@ -1,179 +1,200 @@
-"""The one signature of the functions that load adapters: `load`, `load_peft`, `load_lora_lite`."""
+"""Adapters as a file has them, and how they get into a graph.
+
+Each function that loads takes the same steps: read the file, capture the model, find its sites, turn what was read into
+a list of `FiledAdapter` (here or in the reader's own file, where everything is checked), and `insert_filed`.
+"""
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, get_type_hints
+from types import MappingProxyType
 
-from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+import torch
+from torch import Tensor, fx
 
 from ..adapters.changed_buffers import check_same_buffers, put_buffers, warn_of_moving_buffers
+from ..adapters.contract import check_contract, finalize
 from ..adapters.listing import describe_adapters
 from ..adapters.named_configs import check_free, check_name
-from ..adapters.placement import adapter_names, adapter_tensor_names
-from ..capture.capture import Inputs
-from ..errors import AdapterError, CheckpointError
-from ..execution.module import AdaptedGraphModule
-from ..execution.optimize import draft_of
+from ..adapters.param_spec import ParamSpec
+from ..adapters.placement import adapter_names, placements, site_bias, site_weight
+from ..adapters.variant import Variant
+from ..errors import AdapterError, CheckpointError, ConfigError
 from ..graph.provenance import DEFAULT
-from ..graph.tensors import outside_inference_mode
-from ..rewriting.capture import capture
-from ..rewriting.named import act_as_before, acting_now, insert_as
-from ..rewriting.rewrite import remove
-from .finite import check_finite
-from .mistakes import as_path
+from ..graph.sharded import copy_values
+from ..graph.tensors import tensor_of
+from ..log import phase
+from ..rewriting.named import act_as_before, acting_now
+from ..rewriting.plan import Plan
+from ..rewriting.rewrite import insert_adapters
+from ..sites.finding import find_sites
+from ..sites.site import Site
 
 
 @dataclass(frozen=True)
-class AdapterFile:
-    """What a reader of files returns.
+class FiledAdapter:
+    """An adapter of a file that fits a graph.
 
     Args:
-        tensors: those of the file.
-        insert: checks that the adapters of the file fit a captured model, and inserts them.
-        names: of its adapters.
-        buffers: the buffers of the model among the tensors.
+        plan: its config, its sites in the graph, and its name.
+        tensors: its tensors by site and by the variant's names. Those that are left out follow from the weight or the
+            config.
     """
 
-    tensors: Mapping[str, Tensor]
-    insert: Callable[[fx.GraphModule], None]
-    names: tuple[str, ...] = (DEFAULT,)
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    plan: Plan
+    tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-class Load(Protocol):
-    """A function that loads adapters."""
-
-    def __call__(
-        self,
-        model: nn.Module | ExportedProgram,
-        path: str | os.PathLike[str],
-        example_inputs: Inputs | None = None,
-        *,
-        name: str | None = None,
-        stack: bool = False,
-        allow_nonfinite: bool = False,
-        fuse_loss: bool | None = None,
-    ) -> fx.GraphModule: ...
+def sites_in(gm: fx.GraphModule) -> dict[str, Site]:
+    """Return the sites of a graph by name."""
+    with phase("found the sites") as details:
+        sites = {site.name: site for site in find_sites(gm)}
+        details.append(f"{len(sites)} in the model")
+    return sites
 
 
-_DOC = """
-    Only safetensors and JSON are read.
+def fitted(
+    gm: fx.GraphModule,
+    sites: Mapping[str, Site],
+    variant: Variant,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    path: Path,
+    *,
+    rest: Collection[str] = (),
+    inside: Collection[str] = (),
+) -> FiledAdapter:
+    """Check that the adapter of another library's file fits a graph.
 
     Args:
-        model: the base, which is not changed.
-        path: of the file or directory.
-        example_inputs: as for `capture`.
-        name: the name that the adapter gets, in place of the one that it has in the file. Beside the adapters of the
-            model it does not act until `active` names it.
-        stack: whether an adapter without a name goes around those that the model has, so that both act; else that is an
-            error. `load(remove(model), path)` loads it in their place, and `load_adapter_state_dict` copies values
-            into the present ones.
-        allow_nonfinite: load values that are NaN or infinite too, in place of an error.
-        fuse_loss: as for `rewrite`.
+        gm: the graph.
+        sites: its sites by name.
+        variant: the config.
+        tensors: those of each site, by the variant's names.
+        path: of the file, for messages.
+        rest: names of tensors that the file may lack, because they follow from the frozen weight or the config.
+        inside: the names of sites that get another adapter of the file before this one.
+
+    Raises:
+        CheckpointError: the file's sites or tensors do not fit the model or the config.
+    """
+    if not tensors:
+        raise CheckpointError(f"{path} holds no adapter.")
+    if missing := [name for name in tensors if name not in sites]:
+        raise CheckpointError(
+            f"{path} adapts {len(missing)} modules that are not a linear site of the model ({', '.join(missing[:3])});"
+            f" it has {', '.join(list(sites)[:3])}, ..."
+        )
+    targets = [site for name, site in sites.items() if name in tensors]
+    try:
+        variant = finalize(variant, targets, {})
+        for site in targets:
+            local = variant.for_site(site.name)
+            local.check(site)
+            _check_tensors(local.tensor_specs(site), tensors[site.name], rest, f"{path}: {site.name}")
+        check_contract(variant, targets, gm, inside)  # after the sizes are known, because it makes tensors
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return FiledAdapter(Plan(variant, targets), tensors)
+
+
+def _check_tensors(
+    specs: Mapping[str, ParamSpec], tensors: Mapping[str, Tensor], rest: Collection[str], where: str
+) -> None:
+    """Raise `CheckpointError` unless the tensors that a file has for a site are those that its config asks for.
+
+    Before any is made: a config may ask for more than there is memory.
+    """
+    if lacking := specs.keys() - tensors.keys() - set(rest):
+        raise CheckpointError(f"{where} lacks {', '.join(sorted(lacking))}.")
+    if foreign := tensors.keys() - specs.keys():
+        raise CheckpointError(f"{where} has {', '.join(sorted(foreign))}, against its config.")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != specs[name].shape:
+            raise CheckpointError(
+                f"{where} has {name} of shape {tuple(tensor.shape)}; its config asks for {specs[name].shape}."
+            )
+        wanted = specs[name].dtype
+        if wanted is not None and not wanted.is_floating_point:
+            if tensor.dtype != wanted:
+                raise CheckpointError(f"{where} has {name} in {tensor.dtype}; its config asks for {wanted}.")
+        elif not tensor.is_floating_point():
+            raise CheckpointError(f"{where} has {name} in {tensor.dtype}, which is not a floating-point type.")
+
+
+def insert_filed(
+    gm: fx.GraphModule,
+    adapters: Sequence[FiledAdapter],
+    path: Path,
+    called: str,
+    *,
+    name: str | None,
+    stack: bool,
+    buffers: Mapping[str, Tensor] = MappingProxyType({}),
+) -> fx.GraphModule:
+    """Insert the adapters of a file into a graph, with their values.
+
+    Args:
+        gm: the graph, which is changed.
+        adapters: they fit the graph.
+        path: of the file, for messages.
+        called: the name of the function that loads, for messages.
+        name, stack: as for `load`.
+        buffers: those that differ from the base's where the adapters were trained.
 
     Returns:
-        A graph module as `rewrite` returns it.
+        The graph.
 
     Raises:
-        CheckpointError: the file is unreadable or foreign, or its keys, shapes, dtypes, config or sites do not fit the
-            model; or a value is not finite; or the adapter does something that cannot be represented here. The message
-            says what.
-        AdapterError: the model has adapters, and neither `name` nor `stack` is given.
-        ConfigError: the name is taken; or the file has adapters of several names, and `name` is given.
-        CaptureError: the model cannot be captured.
+        AdapterError, CheckpointError, ConfigError: as `load`.
     """
-
-
-def loader(read: Callable[[Path], AdapterFile], called: str = "") -> Load:
-    """Make a function that loads adapters out of one that reads a file. For decorating.
-
-    Args:
-        read: reads and checks a file without a model. Its name and docstring become those of the result, and the
-            documentation of the common arguments is put after the docstring.
-        called: what the function is called in messages, if not like `read`.
-    """
-    called = called or read.__name__
-
-    @functools.wraps(read)
-    def load(
-        model: nn.Module | ExportedProgram,
-        path: str | os.PathLike[str],
-        example_inputs: Inputs | None = None,
-        *,
-        name: str | None = None,
-        stack: bool = False,
-        allow_nonfinite: bool = False,
-        fuse_loss: bool | None = None,
-    ) -> fx.GraphModule:
-        file = as_path(path, f"{called}(model, path)")
-        found = read(file)
-        with outside_inference_mode():
-            gm = capture(model, example_inputs, fuse_loss=fuse_loss)
-            assert isinstance(gm, AdaptedGraphModule)
-            present, acting = adapter_names(gm), acting_now(gm)
-            buffers = _fitting_buffers(gm, model, found.buffers, file)
-            if name is not None:
-                check_free([check_name(name)], present)
-                if present:
-                    check_same_buffers(gm, buffers, file, CheckpointError)
-                loaded = remove(gm) if present else draft_of(gm)
-                found.insert(loaded)
-                insert_as(gm, loaded, name)
-            else:
-                if found.names == (DEFAULT,) and not stack:
-                    _check_plain(gm, called, file)
-                check_free((each for each in found.names if each != DEFAULT), present)
-                if present:
-                    check_same_buffers(gm, buffers, file, CheckpointError)
-                found.insert(gm)
-            if stack and acting is not None:
-                acting = (*acting, *found.names)
-            if not present:
-                put_buffers(gm, buffers)
-                warn_of_moving_buffers(gm)
-            act_as_before(gm, acting)
-        if not allow_nonfinite:
-            check_finite(found.tensors, file, "it is not loaded")
-        return gm
-
-    del load.__dict__["__wrapped__"]  # its signature is not that of the result
-    load.__annotations__ = get_type_hints(Load.__call__)  # resolved here, because `read` is of another module
-    load.__doc__ = f"{(read.__doc__ or '').rstrip()}\n{_DOC}"
-    return load
-
-
-def _fitting_buffers(gm: fx.GraphModule, model: object, buffers: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return those buffers of a file that the graph reads.
-
-    Raises:
-        CheckpointError: the model lacks one, or has it in another form.
-    """
-    known = dict(model.named_buffers(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
-    read = dict(gm.named_buffers(remove_duplicate=False))
-    for name, value in buffers.items():
-        now = read.get(name, known.get(name))
-        if now is None:
-            raise CheckpointError(f"{path} holds the buffer {name!r}, which the model does not have.")
-        if (now.shape, now.is_floating_point()) != (value.shape, value.is_floating_point()):
-            raise CheckpointError(
-                f"{path} holds the buffer {name!r} of shape {tuple(value.shape)} in {value.dtype}, and the model has it"
-                f" of {tuple(now.shape)} in {now.dtype}."
+    present, acting = adapter_names(gm), acting_now(gm)
+    names = list(dict.fromkeys(adapter.plan.adapter_name for adapter in adapters))
+    if name is not None:
+        if len(names) > 1:
+            raise ConfigError(
+                f"{path} has the adapters {', '.join(map(repr, names))}, and name={name!r} names one. The way out: load"
+                " it without name."
             )
-    return {name: value for name, value in buffers.items() if name in read}
+        check_free([check_name(name)], present)
+        adapters = [replace(each, plan=replace(each.plan, adapter_name=name)) for each in adapters]
+    elif names == [DEFAULT] and present and not stack:
+        raise _has_adapters(gm, called, path)
+    else:
+        check_free((each for each in names if each != DEFAULT), present)
+    if present:
+        check_same_buffers(gm, buffers, path, CheckpointError)
+    _insert(gm, adapters)
+    if not present:
+        put_buffers(gm, buffers)
+        warn_of_moving_buffers(gm, stacklevel=3)
+    elif stack and name is None and acting is not None:
+        acting = (*acting, *names)
+    act_as_before(gm, acting)
+    return gm
 
 
-def _check_plain(gm: fx.GraphModule, name: str, path: Path) -> None:
-    """Raise `AdapterError` if the graph has adapters, because a second load would add up in silence."""
-    if not adapter_tensor_names(gm):
-        return
-    call = f"llfx.{name}({{}}, {str(path)!r}{{}})"
-    raise AdapterError(
+def _insert(gm: fx.GraphModule, adapters: Sequence[FiledAdapter]) -> None:
+    first = insert_adapters(gm, [adapter.plan for adapter in adapters])
+    for placement in placements(gm):
+        if placement.adapter < first:
+            continue
+        filed = adapters[placement.adapter - first]
+        tensors = filed.tensors[placement.site]
+        if set(placement.names) - tensors.keys():
+            site = next(site for site in filed.plan.sites if site.name == placement.site)
+            placement.initialize(gm, site, site_weight(gm, site), site_bias(gm, site))
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                target = tensor_of(gm, placement.tensors[name])
+                copy_values(target, tensor.to(target.dtype))
+
+
+def _has_adapters(gm: fx.GraphModule, called: str, path: Path) -> AdapterError:
+    """Return the error for a graph that has adapters, because those of the file would add to them silently."""
+    call = f"llfx.{called}({{}}, {str(path)!r}{{}})"
+    return AdapterError(
         f"The model has adapters already: {'; '.join(describe_adapters(gm))}. To put those of {path} around them, so"
         f" that both act: {call.format('model', ', stack=True')}. To load them beside the present ones, and let"
         f" llfx.active choose: {call.format('model', ', name=...')}. To load them in place of the present ones:"

@@ -13,7 +13,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from ..adapters.changed_buffers import warn_of_lost_buffers
 from ..adapters.maths import wide
@@ -21,34 +22,18 @@ from ..adapters.placement import Placement
 from ..adapters.registry import from_config
 from ..adapters.state import adapter_values, warn_of_trained_base
 from ..adapters.variant import Variant
+from ..capture.capture import Inputs
 from ..errors import CheckpointError, ConfigError
+from ..graph.tensors import outside_inference_mode
+from ..rewriting.capture import capture
 from ..sites.site import Site
-from ..variants import (
-    EVA,
-    HRA,
-    IA3,
-    AntiPaSTO,
-    DeLoRA,
-    DoRA,
-    LoRA,
-    LoRAXS,
-    PiSSA,
-    RoAd,
-)
+from ..variants import EVA, HRA, IA3, AntiPaSTO, DeLoRA, DoRA, LoRA, LoRAXS, PiSSA, RoAd
 from .atomic_writing import write_atomically
-from .filed_adapter import AdapterFile, loader
-from .finite import check_finite
-from .gathered import gathered, write_once
-from .mistakes import as_path
-from .single_adapter import (
-    insert_from_file,
-    only_adapter,
-    sites_in,
-    sites_of,
-    weight_of,
-)
-from .stages import refuse_stage
-from .untrusted_files import read_safetensors
+from .filed_adapter import fitted, insert_filed, sites_in
+from .gathered import gathered, refuse_stage, write_once
+from .safetensors_files import check_finite
+from .single_adapter import only_adapter, sites_of, weight_of
+from .untrusted_files import as_path, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -146,19 +131,49 @@ def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite:
     return safetensors.torch.save(tensors, {"cfg": json.dumps(config)})
 
 
-@loader
-def load_lora_lite(file: Path) -> AdapterFile:
-    """Capture a model and insert the adapter of a lora-lite file, with its values, in the dtype that they have."""
-    state, metadata = read_safetensors(file)
+def load_lora_lite(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    name: str | None = None,
+    stack: bool = False,
+    allow_nonfinite: bool = False,
+    fuse_loss: bool | None = None,
+) -> fx.GraphModule:
+    """Capture a model and insert the adapter of a lora-lite file, with its values, in the dtype that they have.
+
+    Args:
+        model: the base, which is not changed.
+        path: of the file.
+        example_inputs: as for `capture`.
+        name: as for `load`.
+        stack: as for `load`.
+        allow_nonfinite: as for `load`.
+        fuse_loss: as for `rewrite`.
+
+    Returns:
+        A graph module as `rewrite` returns it.
+
+    Raises:
+        CheckpointError, AdapterError, ConfigError, CaptureError: as for `load`.
+    """
+    file = as_path(path, "load_lora_lite(model, path)")
+    tensors, metadata = read_safetensors(file)
     by_site: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        site, _, name = key.rpartition(".")
-        by_site.setdefault(site, {})[name] = tensor
+    for key, tensor in tensors.items():
+        site, _, own = key.rpartition(".")
+        by_site.setdefault(site, {})[own] = tensor
     try:
         variant, form = _variant(metadata, sorted(by_site))
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: its config cannot be read: {error}") from error
-    return AdapterFile(state, lambda gm: insert_from_file(gm, sites_in(gm), variant, by_site, form.rest, file))
+    if not allow_nonfinite:
+        check_finite(tensors, file, "it is not loaded")
+    with outside_inference_mode():
+        gm = capture(model, example_inputs, fuse_loss=fuse_loss)
+        adapter = fitted(gm, sites_in(gm), variant, by_site, file, rest=form.rest)
+        return insert_filed(gm, [adapter], file, "load_lora_lite", name=name, stack=stack)
 
 
 def _variant(metadata: Mapping[str, str], sites: list[str]) -> tuple[Variant, _Format]:

@@ -27,7 +27,7 @@ from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import plain_class
 from ..execution.optimize import execution_of
 from ..formats.any_file import load_any
-from ..formats.peft.hub import CONFIG
+from ..formats.peft.directory import CONFIG
 from ..formats.untrusted_files import read_json
 from ..graph.modes import modes_of, set_modes
 from ..graph.tensors import outside_inference_mode

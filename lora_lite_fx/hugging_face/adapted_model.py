@@ -30,8 +30,7 @@ from ..execution.layer import WRAPPED, RunsParts, plain_class, running_parts
 from ..execution.memory import Memory, MemoryPlan
 from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
-from ..formats.peft.directory import save_peft
-from ..formats.peft.hub import CONFIG, TENSORS
+from ..formats.peft.directory import CONFIG, TENSORS, save_peft
 from ..graph.layers import is_layer
 from ..graph.sharded import is_sharded, refuse_sharded
 from ..graph.tensors import register_tensor, tensor_of

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.changed_buffers import moved_buffers
-from lora_lite_fx.formats.checkpoint import fingerprints
-from lora_lite_fx.formats.stages import held_by
+from lora_lite_fx.formats.gathered import held_by
 from tests.support.statistics import LORA, X, counted, graph, silent, trained
 from tests.support.untouched import untouched
 
@@ -296,9 +295,9 @@ def test_the_stages_of_a_pipeline_give_the_statistics_of_all(monkeypatch: pytest
         for stage in stages:  # as two processes that gather what both give
             patched.setattr("torch.distributed.all_gather_object", lambda found, own: given.append(own))
             with pytest.raises(TypeError):  # nothing was gathered
-                held_by(stage, None, fingerprints)
+                held_by(stage, None)
         patched.setattr("torch.distributed.all_gather_object", lambda found, own: found.__setitem__(slice(2), given))
-        held = held_by(stages[0], None, fingerprints)
+        held = held_by(stages[0], None)
     assert held.buffers.keys() == moved_buffers(gm).keys()
     assert len(held.buffers) == 6
 

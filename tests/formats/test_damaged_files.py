@@ -242,7 +242,7 @@ def test_a_config_that_asks_for_more_than_the_file_holds_is_refused_before_any_t
     def insert(*_: Any) -> None:
         raise AssertionError("tensors were about to be made")
 
-    monkeypatch.setattr("lora_lite_fx.formats.checkpoint.insert_adapters", insert)
+    monkeypatch.setattr("lora_lite_fx.formats.filed_adapter.insert_adapters", insert)
     refuses(graph, path, "shape of", "1000000000")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.formats.finite import check_finite
+from lora_lite_fx.formats.safetensors_files import check_finite
 
 SAVE: dict[str, Callable[..., None]] = {
     "save": llfx.save,

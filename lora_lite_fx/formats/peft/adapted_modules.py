@@ -6,7 +6,6 @@ module of a parameter (`target_parameters`, for stacks of experts), several time
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,13 +21,13 @@ from ...errors import CheckpointError, ConfigError
 from ...graph.provenance import inner_name
 from ...sites.site import Site
 from ...variants import LoRA
-from .variants import format_of
+from .form import PeftForm
 
 _WRAPPER = ".base_layer"  # stands in a path for each module that PEFT puts around another
 _PROJECTIONS = "in_proj_weight"
 _TIMES = 2
 """How often PEFT 0.21 adds the update of an attention module's output projection to its weight."""
-Tensors = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,14 @@ class PeftModule:
 # Reading.
 
 
-def by_site(
-    model: nn.Module, sites: Mapping[str, Site], modules: Mapping[str, Tensors], targets: Iterable[str], path: object
+def modules_at_sites(
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    targets: Iterable[str],
+    path: object,
 ) -> dict[str, PeftModule]:
-    """Return what a file has for each site, by the site's name; also for modules that are not a site.
+    """Return what a file has for each site of a graph, by the site's name; also for modules that are not a site.
 
     Args:
         model: the graph.
@@ -78,7 +81,8 @@ def by_site(
     """
     wrapped = {place: name for name, place in _wrapped(model, targets).items()}
     of_weight = {site.weight: site for site in sites.values()}
-    found: dict[str, PeftModule] = {}
+    at_sites: dict[str, PeftModule] = {}
+    attention: set[str] = set()
     for module, tensors in modules.items():
         name = module.replace(_WRAPPER, "")
         projections = [site for site in sites.values() if site.weight == f"{name}.{_PROJECTIONS}"]
@@ -88,26 +92,28 @@ def by_site(
             if site is None:
                 raise CheckpointError(f"{path} adapts the parameter {parameter}, which is not a site of the model.")
             factors = _of_parameter(site, *_factors(tensors, parameter, path), path)
-            found[site.name] = PeftModule(module, parameter, factors, (site,), is_parameter=True)
+            at_sites[site.name] = PeftModule(module, parameter, factors, (site,), is_parameter=True)
         elif projections and module not in sites:
+            attention.add(name)
             a, b = _factors(tensors, name, path)
             for site in projections:
                 factors = {"lora_A": a, "lora_B": b[slice(*(site.kind.rows or (None,)))]}
-                found[site.name] = PeftModule(module, name, factors, (site,))
+                at_sites[site.name] = PeftModule(module, name, factors, (site,))
         elif name != module and name in sites:  # the output projection of an attention module
+            owner = name.rpartition(".")[0]
+            attention.add(owner)
             a, b = _factors(tensors, name, path)
-            factors = {"lora_A": a, "lora_B": _TIMES * b}
-            found[name] = PeftModule(module, name.rpartition(".")[0], factors, (sites[name],))
+            at_sites[name] = PeftModule(module, owner, {"lora_A": a, "lora_B": _TIMES * b}, (sites[name],))
         else:
-            found[module] = PeftModule(module, module, tensors, (sites[module],) if module in sites else ())
-    if attention := sorted({held.name for held in found.values() if not held.is_parameter and held.name not in sites}):
+            at_sites[module] = PeftModule(module, module, tensors, (sites[module],) if module in sites else ())
+    for name in sorted(attention)[:1]:
         warnings.warn(
-            f"The adapter of {attention[0]!r} computes the same here as in PEFT, and trains otherwise, because PEFT has"
-            " one lora_A for the query, key and value of an attention module, where each has its own here, and adds the"
+            f"The adapter of {name!r} computes the same here as in PEFT, and trains otherwise, because PEFT has one"
+            " lora_A for the query, key and value of an attention module, where each has its own here, and adds the"
             f" update of the output projection {_TIMES} times, where it is added once here.",
-            stacklevel=8,
+            stacklevel=4,
         )
-    return found
+    return at_sites
 
 
 def _factors(tensors: Tensors, name: str, path: object) -> tuple[Tensor, Tensor]:
@@ -157,6 +163,7 @@ def _of_parameter(site: Site, a: Tensor, b: Tensor, path: object) -> Tensors:
 
 def peft_modules(
     model: nn.Module,
+    form: PeftForm,
     variant: Variant,
     placed: Sequence[Placement],
     sites: Mapping[str, Site],
@@ -166,7 +173,8 @@ def peft_modules(
 
     Args:
         model: the adapted model.
-        variant: the config of the adapter.
+        form: the form of the adapter.
+        variant: its config.
         placed: its places.
         sites: the model's adapted sites by name.
         state: its tensors.
@@ -179,13 +187,13 @@ def peft_modules(
     parameters: list[tuple[Site, Tensors]] = []
     for placement in placed:
         site = sites[placement.site]
-        tensors = {name: state[qualified] for name, qualified in placement.tensors.items() if qualified in state}
+        tensors: Tensors = {own: state[path] for own, path in placement.tensors.items() if path in state}
         if _class_at(site) == "MultiheadAttention":
             attention[_attention_of(site)].append((site, tensors))
         elif site.experts or _is_plain_parameter(site):
             parameters.append((site, tensors))
         else:
-            _check_module(variant, site)
+            _check_module(form, site)
             modules.append(PeftModule(site.name, site.name, tensors, (site,), variant.overrides(site.name)))
     for name, members in attention.items():
         modules += _attention(variant, name, members)
@@ -233,8 +241,8 @@ def _is_plain_parameter(site: Site) -> bool:
     return site.kind.vector_dims > 0 and site.kind.rows is None and unknown and runs == {owner}
 
 
-def _check_module(variant: Variant, site: Site) -> None:
-    name = type(variant).__name__
+def _check_module(form: PeftForm, site: Site) -> None:
+    name = form.name
     if not site.weight.startswith(f"{site.name}."):
         raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is not a module of its own.")
     if any(inner_name(call.node) not in (None, site.name) for call in site.calls):
@@ -242,7 +250,7 @@ def _check_module(variant: Variant, site: Site) -> None:
             f"{name}: PEFT adapts the calls of modules, and the model reads the weight of {site.name!r} without"
             " calling that module."
         )
-    if site.transposed and not format_of(variant).conv1d:  # a file is read there: it is of an ordinary linear
+    if site.transposed and not form.conv1d:  # a file is read there: it is of an ordinary linear
         raise ConfigError(f"{name}: PEFT has it for ordinary linears only, and {site.name!r} is a Conv1D.")
 
 
@@ -316,8 +324,3 @@ def _as_parameter(site: Site, tensors: Tensors) -> Tensors:
             " another in PEFT."
         )
     return {"lora_A": a.flatten(0, 1), "lora_B": b.permute(1, 2, 0).flatten(1)}
-
-
-def exactly(names: Iterable[str]) -> tuple[str, ...]:
-    """Return patterns for these names and no others."""
-    return tuple(f"^{re.escape(name)}$" for name in names)

@@ -95,5 +95,5 @@ def compare_names(gm: nn.Module, config: Mapping[str, Any], folder: PurePath) ->
         warnings.warn(
             f"{folder}: the adapter was made for {theirs!r}, and the model was loaded from {ours!r}. If these are not"
             " the same weights, it computes something else than where it was trained.",
-            stacklevel=5,
+            stacklevel=4,
         )

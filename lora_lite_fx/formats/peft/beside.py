@@ -1,29 +1,28 @@
 """What PEFT's directories hold beside an adapter: `modules_to_save`, trained biases, trained tokens, saved embeddings.
 
 Here the first three are adapters of their own, `Full` and `TrainableTokens`, inside the one that the directory is
-called by. Saved embeddings are not trained, and are compared with the base. `whole_written.py` is the way back.
+called by. Saved embeddings are not trained, and are compared with the base. `beside_written.py` is the way back.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ...adapters.patterns import occurs
 from ...adapters.variant import Variant
 from ...errors import CheckpointError, ConfigError
 from ...graph.tensors import tensor_of
+from ...sites.site import Site
 from ...variants import Full, TrainableTokens
-from ..single_adapter import insert_from_file, sites_in
-from .adapted_modules import exactly
-
-FIELDS = frozenset({"modules_to_save", "bias", "trainable_token_indices"})
-"""The fields of a config that name what trains beside the adapter."""
+from ..filed_adapter import FiledAdapter, fitted
+from .target_modules import START, exactly, name_patterns
 
 BESIDE = (Full, TrainableTokens)
 """The variants that a directory can hold beside another."""
@@ -45,8 +44,8 @@ _HEADS = {
 
 
 @dataclass(frozen=True)
-class WholeFields:
-    """What a config says of whole tensors.
+class BesideFields:
+    """What a config says of the tensors beside an adapter.
 
     Args:
         modules: the ends of the names of modules.
@@ -54,12 +53,12 @@ class WholeFields:
         tokens: the ids of tokens that train, by the end of the name of their embedding; of the model's own if empty.
     """
 
-    modules: tuple[str, ...]
-    bias: str
-    tokens: Mapping[str, tuple[int, ...]]
+    modules: tuple[str, ...] = ()
+    bias: str = "none"
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], variant: str) -> WholeFields:
+    def of(cls, config: Mapping[str, Any], variant: str) -> BesideFields:
         """Read the fields.
 
         Raises:
@@ -85,6 +84,19 @@ class WholeFields:
         """Return whether PEFT saves the module of that name, because a module that it is or is in ends so."""
         parts = module.split(".")
         return any(".".join(parts[:count]).endswith(self.modules) for count in range(1, len(parts) + 1))
+
+    def are_tied(self, config: Mapping[str, Any], name: str) -> bool:
+        """Return whether PEFT has one adapter for an embedding and the head that is tied to it.
+
+        Trained tokens are tied here without being asked.
+        """
+        if not config.get("ensure_weight_tying"):
+            return False
+        targets = config.get("target_modules") or ()
+        if isinstance(targets, str):
+            pattern = name_patterns(targets, "target_modules", name, START)
+            targets = [embedding for embedding in TIED if occurs(pattern, embedding)]
+        return any(str(end).rpartition(".")[2] in TIED for end in (*targets, *self.modules))
 
     def configs(self, adapter: Variant) -> list[Variant]:
         """Return the configs of new adapters beside `adapter`, whose biases are those meant by `lora_only`."""
@@ -112,42 +124,36 @@ def _tokens(config: Mapping[str, Any], variant: str) -> dict[str, tuple[int, ...
     return {str(end): tuple(ids) for end, ids in by_end.items()}
 
 
-# Reading.
-
-
-def is_whole(key: str) -> bool:
+def is_beside(key: str) -> bool:
     """Return whether a key of a file may be that of a weight or bias of the model, or of rows of one."""
     return key.startswith(PREFIX) and (key.rpartition(".")[2] in ("weight", "bias") or key.endswith(TOKENS))
 
 
-def insert_whole(
-    gm: fx.GraphModule,
-    tensors: Mapping[str, Tensor],
-    fields: WholeFields,
-    path: Path,
-    prints: Mapping[str, str] | None,
-) -> None:
-    """Insert the whole tensors of a file that train, and check that the others are those of the base.
+def adapters_beside(
+    gm: fx.GraphModule, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], fields: BesideFields, path: Path
+) -> list[FiledAdapter]:
+    """Return the tensors of a file that train beside its adapter as adapters, and check that the others are the base's.
 
     Args:
-        gm: the graph, without the adapter of the file; it is changed.
-        tensors: those of the file whose keys `is_whole` takes and the adapter does not have.
-        fields: what the config says.
+        gm: the graph.
+        sites: its sites by name.
+        tensors: those of the file whose keys `is_beside` takes and the adapter does not have.
+        fields: what the config says of them.
         path: of the file, for messages.
-        prints: as for `insert_from_file`.
 
     Raises:
         CheckpointError: one is not a weight or bias of the model, has another shape, or should be the base's and
             differs.
     """
+    tokens = {key: tensor for key, tensor in tensors.items() if key.endswith(TOKENS)}
+    adapters = _tokens_of(gm, sites, tokens, fields, path)
     places: dict[str, tuple[str, str]] = {}
-    _insert_tokens(gm, {key: tensor for key, tensor in tensors.items() if key.endswith(TOKENS)}, fields, path)
-    for site in sites_in(gm).values():
+    for site in sites.values():
         of_site = (("lora_weight", f"{site.name}.weight"), ("lora_weight", site.weight), ("lora_bias", site.bias))
         places |= {name: (site.name, tensor) for tensor, name in of_site if name and name not in places}
     by_site: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if key.endswith(TOKENS) or (_DOUBLE.search(key) and _DOUBLE.sub(".", key, 1) in tensors):
+        if key in tokens or (_DOUBLE.search(key) and _DOUBLE.sub(".", key, 1) in tensors):
             continue
         name = key.removeprefix(PREFIX).replace(BASE, ".")
         module, _, leaf = name.rpartition(".")
@@ -155,35 +161,38 @@ def insert_whole(
         frozen = _frozen(gm, name)
         if frozen is not None and frozen.shape != tensor.shape:
             raise CheckpointError(f"{path}: {_other_shape(name, tensor, frozen)}")
-        if not trains and (frozen is None or not _same(tensor, frozen)):
-            raise CheckpointError(f"{path}: {_not_of_the_base(key, name, frozen)}")
         if trains and name in places:
             site_name, own = places[name]
             by_site.setdefault(site_name, {})[own] = tensor
-        elif trains and (frozen is None or not _same(tensor, frozen)):
+        elif frozen is None or not _same(tensor, frozen):
             raise CheckpointError(
                 f"{path} trains {name}, which is not the weight or bias of a linear, embedding, convolution or norm of"
                 " the model, so that it cannot be represented here."
+                if trains
+                else f"{path}: {_not_of_the_base(key, name, frozen)}"
             )
     for weight in (True, False):
-        chosen = {name: own for name, own in by_site.items() if ("lora_weight" in own) == weight}
-        if chosen:
+        if chosen := {name: own for name, own in by_site.items() if ("lora_weight" in own) == weight}:
+            inside = [site for adapter in adapters for site in adapter.tensors]
             full = Full(weight=weight, target_names=exactly(chosen))
-            insert_from_file(gm, sites_in(gm), full, chosen, (), path, prints, stacklevel=6)
+            adapters.append(fitted(gm, sites, full, chosen, path, inside=inside))
+    return adapters
 
 
-def _insert_tokens(gm: fx.GraphModule, tensors: Mapping[str, Tensor], fields: WholeFields, path: Path) -> None:
-    """Insert the trained tokens of a file, at embeddings and the heads that are tied to them."""
+def _tokens_of(
+    gm: fx.GraphModule, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], fields: BesideFields, path: Path
+) -> list[FiledAdapter]:
+    """Return the trained tokens of a file, at embeddings and the heads that are tied to them."""
+    adapters: list[FiledAdapter] = []
     taken: dict[str, Tensor] = {}
     named = {key: key.removeprefix(PREFIX).removesuffix(TOKENS) for key in tensors}
-    embeddings = {site.name for site in sites_in(gm).values() if site.kind.token_dim == 1}
+    embeddings = {site.name for site in sites.values() if site.kind.token_dim == 1}
     for key in sorted(tensors, key=lambda key: named[key] not in embeddings):  # a tied head comes after its embedding
         name, tensor = named[key], tensors[key]
         ids = next((ids for end, ids in fields.tokens.items() if name.endswith(end)), None)
         if ids is None:
             raise CheckpointError(f"{path} has {key}, and its config names no tokens for it.")
         variant = TrainableTokens(token_indices=ids, target_names=exactly([name]), target_kinds=("embedding", "linear"))
-        sites = sites_in(gm)
         chosen = [site.name for site in sites.values() if variant.selects(site)]
         if twice := taken.keys() & chosen:
             if all(site in taken and torch.equal(taken[site], tensor) for site in chosen):
@@ -191,7 +200,10 @@ def _insert_tokens(gm: fx.GraphModule, tensors: Mapping[str, Tensor], fields: Wh
             raise CheckpointError(f"{path} trains tokens of {', '.join(twice)} twice, because its weight is tied.")
         taken |= dict.fromkeys(chosen, tensor)
         by_site = {site: {"lora_shared_tokens": tensor} for site in chosen or [name]}
-        insert_from_file(gm, sites, variant, by_site, ("lora_shared_ids",), path)
+        adapters.append(
+            fitted(gm, sites, variant, by_site, path, rest=("lora_shared_ids",), inside=taken.keys() - by_site)
+        )
+    return adapters
 
 
 def _frozen(gm: nn.Module, name: str) -> Tensor | None:

@@ -1,90 +1,85 @@
-"""The form in which an adapter is written: another one where PEFT or a server would compute something else."""
+"""Write an adapter in the form in which PEFT has it: its config, and its tensors by PEFT's keys."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...adapters.placement import Placement, adapter_names, placements
 from ...adapters.state import adapter_values
-from ...adapters.variant import Variant, adapter_namespace
+from ...adapters.variant import Variant
 from ...errors import ConfigError
 from ...rewriting.sums import to_lora
-from ...variants import PSOFT, LoRA, LoRAXS, TinyLoRA
-from ...variants.pissa import FromWeight
-from ..single_adapter import only_adapter, sites_of, weight_of
+from ...variants import LoRA
+from ..single_adapter import module_names, only_adapter, sites_of
+from .adapted_modules import PeftModule, peft_modules
+from .base_model import base_fields
 from .beside import BESIDE
-from .variants import format_of
-from .whole_written import whole_placements
+from .beside_written import placements_beside, trains_beside_only, write_beside
+from .form import PeftForm, check_site
+from .methods.peft_tuned_weights import as_method
+from .peft_config import form_of
+from .target_modules import covering
 
 
-def as_written(
+def written_form(
+    model: nn.Module, as_lora: bool | None, adapter: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """Return the config and the tensors of an adapter of `model`, as PEFT writes them, and the names of its sites.
+
+    Raises:
+        AdapterError, ConfigError: as for `save_peft`.
+    """
+    names = list(dict.fromkeys(module_names(model).values()))
+    beside = [placement.site for placement in placements_beside(model, adapter)]
+    if trains_beside_only(model, adapter):
+        config, tensors = as_method(*write_beside(model, sites_of(model), (), names, adapter), names)
+        return config | base_fields(model), _to_write(tensors), beside
+    placed, variant, state = _as_written(model, as_lora, adapter)
+    form, sites = form_of(variant), sites_of(model)
+    modules = peft_modules(model, form, variant, placed, sites, state)
+    fields, tensors = write_beside(model, sites, modules, names, adapter)
+    for module in modules:
+        site = module.sites[0]
+        for name, tensor in module.tensors.items():
+            if name in form.tensors:
+                in_peft = form.tensor_to_peft(variant, site, name, tensor)
+                tensors[form.key_of(name, module.path, site)] = in_peft
+    config = _config_of(form, variant, modules, names) | base_fields(model) | fields
+    return config, _to_write(tensors), [*(placement.site for placement in placed), *beside]
+
+
+def _to_write(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+
+
+def _as_written(
     model: nn.Module, as_lora: bool | None, adapter: str | None
 ) -> tuple[Sequence[Placement], Variant, Mapping[str, Tensor]]:
     """Return the placements of the model's one adapter, and its config and tensors as they are written.
-
-    Args:
-        model: an adapted model.
-        as_lora, adapter: as for `save_peft`.
 
     Raises:
         AdapterError: the model has no adapters.
         ConfigError: it has several, or they cannot be represented.
     """
     variant, placed = only_adapter(model, "A PEFT directory", beside=BESIDE, adapter=adapter)
-    state: Mapping[str, Tensor] = adapter_values(model)
-    if type(variant) is LoRAXS:
-        if as_lora is False:
-            raise ConfigError("PEFT has no LoRAXS. It is written as a LoRA; leave as_lora out.")
-        return placed, *_as_lora(variant, placed, state)
-    form = format_of(variant)  # refuses a class of the user's own, which may compute something else than its parent
-    if isinstance(variant, FromWeight):
-        if as_lora is not False:
-            return placed, *_as_lora(variant, placed, state)
-    elif as_lora and type(variant) is not LoRA:
+    state = adapter_values(model)
+    form = form_of(variant)  # refuses a class of the user's own, which may compute something else than its parent
+    if as_lora is not False and (lora := form.as_lora(placed, state)) is not None:
+        return placed, *lora
+    if as_lora and type(variant) is not LoRA:
         return _converted(model, variant, adapter)
-    if form.same_rank:
-        return placed, *_of_one_rank(variant, placed, state)
-    if isinstance(variant, TinyLoRA) and not variant.tied:
-        raise ConfigError(
-            "TinyLoRA: PEFT's files number the vectors by the order of the modules in the model, which a graph does not"
-            " keep. They hold TinyLoRA(tied=True), which has one vector for all."
-        )
-    if isinstance(variant, PSOFT):
-        _check_factors(model, placed, state)
-    return placed, variant, state
-
-
-def _check_factors(model: nn.Module, placed: Sequence[Placement], state: Mapping[str, Tensor]) -> None:
-    """Check that PEFT gets the frozen factors of `PSOFT` from the base, which its files lack.
-
-    Singular vectors have the signs that the algorithm gives them, which another device or library may choose otherwise.
-    """
-    sites = sites_of(model)
-    for placement in placed:
-        weight = weight_of(model, sites[placement.site]).detach()
-        ours = {name: state[placement.tensors[name]] for name in ("lora_A", "lora_B")}
-        theirs = {name: torch.empty_like(tensor) for name, tensor in ours.items()}
-        placement.local.init(sites[placement.site], weight.float(), adapter_namespace(theirs))
-        if not all(torch.allclose(ours[name], theirs[name].to(ours[name]), atol=1e-3) for name in ours):
-            raise ConfigError(
-                f"PSOFT: PEFT computes the frozen factors anew from the base, and at {placement.site!r} they are others"
-                " here than those of this adapter: it was made on another device, or for another base."
-            )
+    return placed, *form.as_written(model, variant, placed, state)
 
 
 def _converted(
     model: nn.Module, variant: Variant, adapter: str | None
 ) -> tuple[Sequence[Placement], Variant, Mapping[str, Tensor]]:
     """Return an adapter of any variant as `LoRA`, exactly."""
-    if beside := whole_placements(model, adapter):
+    if beside := placements_beside(model, adapter):
         raise ConfigError(
             f"as_lora: the adapter trains {beside[0].site!r} whole beside {type(variant).__name__}. The way out: write"
             " it without as_lora, or give the two names of their own."
@@ -104,57 +99,44 @@ def _converted(
     return placed, placed[0].variant, state
 
 
-def _as_lora(
-    variant: FromWeight | LoRAXS, placed: Sequence[Placement], state: Mapping[str, Tensor]
-) -> tuple[Variant, dict[str, Tensor]]:
-    """Return the same update as a `LoRA`, and its tensors.
+def _config_of(form: PeftForm, variant: Variant, modules: Sequence[PeftModule], names: Iterable[str]) -> dict[str, Any]:
+    """Return the config of `variant` in these modules of a model whose modules have these names.
 
-    Of PiSSA and OLoRA it has twice the rank, `s (B A - B0 A0) = s [B, -B0] [A; A0]`; of LoRA-XS, `B R` is its `B`.
+    It lacks the fields that name the base, see `base_fields`.
+
+    Raises:
+        ConfigError: it cannot be represented.
     """
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    stabilized = not isinstance(variant, LoRAXS) and variant.rank_stabilized
-    for placement in placed:
-        local: Any = placement.local
-        a, b, *others = (state[name] for name in placement.tensors.values())
-        if isinstance(variant, LoRAXS):
-            b = b @ others[0]
-        else:
-            a, b = torch.cat([a, others[0]], dim=-2), torch.cat([b, -others[1]], dim=-1)
-        if (width := min(a.shape[-1], b.shape[-2])) < a.shape[-2]:  # no site has a rank above its smaller side
-            eye = torch.eye(width, dtype=a.dtype, device=a.device).expand(*a.shape[:-2], -1, -1)
-            a, b = (eye, b @ a) if width == a.shape[-1] else (b @ a, eye)
-        tensors |= {placement.tensors["lora_A"]: a, placement.tensors["lora_B"]: b}
-        ranks[placement.site] = rank = a.shape[-2]
-        alphas[placement.site] = local.scale * (rank**0.5 if stabilized else rank)
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    plain = LoRA(
-        r=int(r),
-        alpha=alpha,
-        rank_stabilized=stabilized,
-        rank_pattern={f"^{re.escape(site)}$": rank for site, rank in ranks.items() if rank != r},
-        alpha_pattern={f"^{re.escape(site)}$": other for site, other in alphas.items() if other != alpha},
-        target_names=(".",),
-    )
-    return plain, tensors
+    sites = [site for module in modules if not module.is_parameter for site in module.sites]
+    for site in sites:
+        check_site(form, variant, site)
+    config = form.config_of(variant, sites)
+    targets = dict.fromkeys(module.name for module in modules if not module.is_parameter)
+    config["target_modules"] = covering(list(targets), names) if targets else []
+    if parameters := sorted(module.name for module in modules if module.is_parameter):
+        config["target_parameters"] = parameters
+    for key in sorted(form.patterns | {"rank_pattern", "alpha_pattern"}):
+        others = _values_by_name(form.name, key, modules)
+        if key in form.patterns:
+            config[key] = others
+        elif others:
+            raise ConfigError(
+                f"{form.name}: PEFT has one {_field_of(key)} for all sites, and this adapter has several."
+            )
+    return config
 
 
-def _of_one_rank(
-    variant: Any, placed: Sequence[Placement], state: Mapping[str, Tensor]
-) -> tuple[Variant, dict[str, Tensor]]:
-    """Return the adapter with the largest of its ranks everywhere; products with the zeros that are added are zero.
+def _field_of(key: str) -> str:
+    return {"rank_pattern": "r", "alpha_pattern": "alpha"}.get(key, key.removesuffix("_pattern"))
 
-    The scale of AdaLoRA depends on the rank, so its `E` makes up for the difference.
-    """
-    r = max(state[placement.tensors["lora_A"]].shape[0] for placement in placed)
-    tensors = {}
-    for placement in placed:
-        for name, qualified in placement.tensors.items():
-            tensor = state[qualified]
-            lacking = r - tensor.shape[0 if name in ("lora_A", "lora_E") else 1]
-            if name == "lora_E":
-                before: Any = placement.local
-                tensor = tensor * ((r + 1e-5) / (before.r + 1e-5))
-            tensors[qualified] = F.pad(tensor, (0, 0, 0, lacking) if name == "lora_A" else (0, lacking))
-    return dataclasses.replace(variant, r=r, rank_pattern=()), tensors
+
+def _values_by_name(name: str, key: str, modules: Sequence[PeftModule]) -> dict[str, Any]:
+    """Return the values of a field at the modules that have another than the config, by the patterns of their names."""
+    field = _field_of(key)
+    values = {module.name: module.overrides[field] for module in modules if field in module.overrides}
+    if key in ("rank_pattern", "alpha_pattern"):
+        return {f"^{re.escape(module)}": value for module, value in values.items()}
+    # PEFT puts a dot before the patterns of its own fields, and takes names that are there in full.
+    if any(module.name.endswith(f".{other}") for module in modules for other in values):
+        raise ConfigError(f"{name}: PEFT would take a {field} for all modules whose names end alike.")
+    return values

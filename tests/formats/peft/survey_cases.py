@@ -27,8 +27,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_lite_fx.formats.peft.variants import FORMATS
-from lora_lite_fx.formats.peft.whole_only import WHOLE_ONLY
+from lora_lite_fx.formats.peft.methods import FORMS
 from tests.support.peft_round_trip import Outcome, round_trip
 
 TABLE = Path(__file__).with_name("cases.md")
@@ -114,7 +113,7 @@ def main() -> None:
 
 def summary(results: list[Result]) -> str:
     """Return the counts, of all cases and of those of methods that there are here."""
-    known = {*WHOLE_ONLY, *(form.peft_type for form in FORMATS)}
+    known = {form.peft_type for form in FORMS}
     ours = [result for result in results if result.method in known]
     lines = []
     for what, members in (("methods that are here", ours), ("all methods", results)):

@@ -28,7 +28,7 @@ from transformers import (
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.origins.model_reference import ModelReference
 from lora_lite_fx.formats.peft.base_model import base_fields
-from lora_lite_fx.formats.tensor_bytes import tensor_bytes
+from lora_lite_fx.formats.safetensors_files import tensor_bytes
 from lora_lite_fx.formats.untrusted_files import read_safetensors
 from tests.support.conformance import randomise
 from tests.support.peft_models import CASES, captured, llama

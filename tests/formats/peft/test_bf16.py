@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 
-import peft
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
 from tests.support.peft_models import CASES, captured
-from tests.support.peft_oracles import ORACLES, Oracle, Pair, targets_of
+from tests.support.peft_oracles import ORACLES, Oracle, loaded, peft_model, randomise
 from tests.support.selection import broad_after, slow_unless
 
 PAIRS = [(case, name) for case in ("mlp", "llama") for name, oracle in ORACLES.items() if case in oracle.cases]
@@ -46,16 +45,12 @@ def inputs(name: str, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def adapted(name: str, oracle: Oracle) -> tuple[nn.Module, nn.Module, nn.Module]:
     """The same adapter by us, by PEFT, and in double precision; of such a size that little is amplified."""
     half, graph, exact = bases(name)
-    theirs_targets, ours_targets = targets_of(name, oracle)
-    cfg = oracle.cls(**oracle.fields, **ours_targets)
-    torch.manual_seed(1)
-    theirs = peft.get_peft_model(copy.deepcopy(half), oracle.config(**theirs_targets)).eval()
-    size = 0.03 if oracle.cls is llfx.RandLoRA else 0.25  # of full rank, it is much larger than others of such values
-    pairs = [Pair(oracle, CASES[name], half, llfx.rewrite(base, cfg).eval(), theirs, size) for base in (exact, graph)]
-    for pair in pairs:
-        pair.randomise()
-    assert {p.dtype for p in llfx.adapter_parameters(pairs[1].ours)} == {torch.float32}
-    return pairs[1].ours, theirs, pairs[0].ours
+    theirs = peft_model(name, oracle, half)
+    # Of full rank, RandLoRA is much larger than others of such values.
+    randomise(theirs, 0.03 if oracle.cls is llfx.RandLoRA else 0.25)
+    ours = loaded(theirs, graph)
+    assert {p.dtype for p in llfx.adapter_parameters(ours)} == {torch.float32}
+    return ours, theirs, loaded(theirs, exact)
 
 
 def output(model: nn.Module, name: str, length: int, dtype: torch.dtype) -> Tensor:

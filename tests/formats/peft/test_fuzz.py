@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite_fx as llfx
 from lora_lite_fx.formats.lora_lite import _FORMATS as LORA_LITE
-from lora_lite_fx.formats.peft.variants import FORMATS
+from lora_lite_fx.formats.peft.methods import FORMS as FORMATS
 from tests.support.selection import is_distinct, slow_unless
 from tests.support.untouched import untouched
 

@@ -18,24 +18,24 @@ from .adapted_modules import PeftModule
 from .beside import BASE, BESIDE, PREFIX, TOKENS
 
 
-def whole_placements(model: nn.Module, adapter: str | None = None) -> list[Placement]:
+def placements_beside(model: nn.Module, adapter: str | None) -> list[Placement]:
     """Return the places of the whole tensors that a model trains; of the adapter of one name if that is given."""
     configs = by_config(model, adapter)
     return [placement for variant, members in configs if isinstance(variant, BESIDE) for placement in members]
 
 
-def trains_whole_only(model: nn.Module, adapter: str | None = None) -> bool:
+def trains_beside_only(model: nn.Module, adapter: str | None) -> bool:
     """Return whether a model, or its adapter of this name, trains whole tensors and nothing else."""
     held = list(by_config(model, adapter))
     return bool(held) and all(isinstance(variant, BESIDE) for variant, _ in held)
 
 
-def write_whole(
+def write_beside(
     model: nn.Module,
     sites: Mapping[str, Site],
     modules: Sequence[PeftModule],
     names: Collection[str],
-    adapter: str | None = None,
+    adapter: str | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the fields of the config for the whole tensors of `model`, and the tensors by PEFT's keys.
 
@@ -56,7 +56,7 @@ def write_whole(
     saved: list[str] = []
     biases: set[str] = set()
     tokens: dict[str, list[int]] = {}
-    for placement in whole_placements(model, adapter):
+    for placement in placements_beside(model, adapter):
         site, name = sites[placement.site], placement.site
         _check_module(site, modules, names)
         if isinstance(placement.variant, TrainableTokens):
@@ -109,7 +109,7 @@ def _biases(
     in_base = module_names(model)
     names = {name for name, _ in model.named_parameters() if name.endswith("bias") and name not in own}
     every = {in_base[name.rpartition(".")[0]] for name in names}
-    if every <= {placement.site for placement in whole_placements(model, adapter)}:
+    if every <= {placement.site for placement in placements_beside(model, adapter)}:
         return "all"
     if biases == {name for name in adapted if sites[name].bias is not None}:
         return "lora_only"

@@ -1,25 +1,48 @@
-"""The trained vectors of TinyLoRA in PEFT's files, which number them by the order of the modules in the model.
+"""TinyLoRA in PEFT.
 
-A graph does not keep that order. But PEFT draws the projections of a module from the seed and the same number, and
-writes them beside it, so that they say which number it has.
+PEFT's files number the trained vectors by the order of the modules in the model, which a graph does not keep. But PEFT
+draws the projections of a module from the seed and the same number, and writes them beside it, so that they say which
+number it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...errors import CheckpointError
+from ....adapters.placement import Placement
+from ....adapters.variant import Variant
+from ....errors import CheckpointError, ConfigError
+from ....variants import TinyLoRA
+from ..fields_and_tensors import PeftField, PeftTensor
+from ..form import PeftAdapter, PeftForm
 
 _VECTOR = "base_model.tinylora_v."
 _PROJECTIONS = ".tinylora_P"
 
 
-def with_vectors_at_modules(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+class _TinyLoRA(PeftForm):
+    def read(self, adapter: PeftAdapter) -> PeftAdapter:
+        tensors = _with_vectors_at_modules(adapter.config, adapter.tensors, adapter.path)
+        return super().read(replace(adapter, tensors=tensors))
+
+    def as_written(
+        self, model: nn.Module, variant: Variant, placed: Sequence[Placement], state: Mapping[str, Tensor]
+    ) -> tuple[Variant, Mapping[str, Tensor]]:
+        if not self.fixed["tied"]:
+            raise ConfigError(
+                "TinyLoRA: PEFT's files number the vectors by the order of the modules in the model, which a graph does"
+                " not keep. They hold TinyLoRA(tied=True), which has one vector for all."
+            )
+        return variant, state
+
+
+def _with_vectors_at_modules(config: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file in which each module has a vector of its own, the vector's key at its module.
 
     Args:
@@ -68,3 +91,31 @@ def _drawn(seed: Any, number: str, like: Tensor) -> Tensor:
 
 def _values(tensor: Tensor) -> tuple[float, ...]:
     return tuple(tensor.flatten().tolist())
+
+
+def _form(tied: bool) -> PeftForm:
+    vector = {"lora_shared_tinylora_v": PeftTensor("tinylora_v.0")} if tied else {"lora_v": PeftTensor("tinylora_v")}
+    return _TinyLoRA(
+        TinyLoRA,
+        "TINYLORA",
+        {
+            "r": PeftField("r", 2),
+            "u": PeftField("u", 64),
+            "dropout": PeftField("tinylora_dropout", 0.0),
+            "projection_seed": PeftField("projection_seed", 42),
+        },
+        {
+            "lora_A": PeftTensor("tinylora_A"),
+            "lora_B": PeftTensor("tinylora_B"),
+            "lora_P": PeftTensor("tinylora_P"),
+            **vector,
+        },
+        fixed={"tied": tied},
+        constants={"weight_tying": float(tied)},
+        written={"save_projection": True},
+        unread=frozenset({"init_v_bound"}),
+        conv1d=True,
+    )
+
+
+FORMS = (_form(tied=False), _form(tied=True))

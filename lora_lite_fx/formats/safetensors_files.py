@@ -1,14 +1,34 @@
-"""Refuse adapters with values that are not finite, which training that diverged leaves behind."""
+"""Safetensors files of adapters: the same bytes for the same content, and no value that is NaN or infinite."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+
+_ALIGNMENT = 8
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file with its metadata in order. The library writes several entries in a random one.
+
+    Args:
+        tensors: contiguous, on the CPU.
+        metadata: entries of any number.
+    """
+    data = safetensors.torch.save(dict(tensors), dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path, what: str) -> None:

@@ -1,0 +1,74 @@
+"""Fingerprints of the frozen weights that an adapter was made for, which its file holds by site."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..adapters.accounting import account_for
+from ..adapters.placement import graph_of
+from ..adapters.variant import Variant
+from ..errors import CheckpointError, counted
+from ..graph.sharded import whole
+from ..graph.tensors import tensor_of
+from ..rewriting.eager import AdaptedLinear
+from ..sites.site import Site, stored_weight
+
+
+def fingerprint(weight: Tensor) -> str:
+    """Return a hash of a weight's shape and values. A base in float32 and its cast to bfloat16 have the same."""
+    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
+    digest.update(weight.detach().to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
+    """Return the fingerprints of the frozen weights of an adapted model's sites, by name."""
+    model, names = graph_of(model), dict.fromkeys(sites)
+    if isinstance(model, fx.GraphModule):
+        adapted = account_for(model).adapted("save")
+        return {site.name: fingerprint(stored_weight(model, site)) for site in adapted if site.name in names}
+    modules = {name: model.get_submodule(name) for name in names}  # wrapped, or themselves
+    weights = {
+        name: module.frozen_weight() if isinstance(module, AdaptedLinear) else tensor_of(module, "weight")
+        for name, module in modules.items()
+    }
+    return {name: fingerprint(whole(weight.detach())) for name, weight in weights.items()}
+
+
+def check_base(
+    gm: fx.GraphModule,
+    placed: Sequence[tuple[Variant, Sequence[Site]]],
+    prints: Mapping[str, str],
+    path: object,
+    stacklevel: int,
+) -> None:
+    """Compare the weights of a graph with those that adapters were made for; a difference is a warning.
+
+    Args:
+        gm: the graph.
+        placed: the adapters with their sites.
+        prints: the fingerprints of the weights that they were made for, by site.
+        path: of the file, for messages.
+        stacklevel: as for `warnings.warn`, seen from here.
+
+    Raises:
+        CheckpointError: they differ, and a variant means nothing on other weights.
+    """
+    sites = {site.name: site for _, targets in placed for site in targets}
+    other = {name for name, site in sites.items() if prints.get(name) != fingerprint(stored_weight(gm, site))}
+    for variant, targets in placed:
+        differ = [site.name for site in targets if site.name in other]
+        if not differ:
+            continue
+        message = (
+            f"{path}: the {type(variant).__name__} adapter was made for other weights than the model's, at"
+            f" {len(differ)} of {counted(len(targets), 'site')} ({differ[0]}, ...)"
+        )
+        if variant.ties_to_weight:
+            raise CheckpointError(f"{message}; it means nothing on these. Load it on the base it was made for.")
+        warnings.warn(f"{message}.", stacklevel=stacklevel)

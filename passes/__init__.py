@@ -28,7 +28,6 @@ from .optimize.group_heads import GroupHeads
 from .optimize.hoist_parameter_work import HoistParameterWork
 from .optimize.leave_out_dropout import LeaveOutDropout
 from .optimize.leave_out_mask import LeaveOutMask
-from .optimize.move_branches_to_outputs import MoveBranchesToOutputs
 from .optimize.put_fast_forms import PutFastForms
 from .optimize.recompute_inputs import RecomputeInputs
 from .optimize.recompute_weights import RecomputeWeights
@@ -50,7 +49,6 @@ OPTIMIZATIONS = Pipeline(
         ConvertMaskOnce(),
         GroupHeads(),
         LeaveOutDropout(),
-        MoveBranchesToOutputs(),
         AssociateProducts(),
         ShareSiblings(),
         FoldScaleIntoAddition(),
@@ -90,7 +88,6 @@ __all__ = [
     "LeaveOutMask",
     "MergeAdapters",
     "MergedSite",
-    "MoveBranchesToOutputs",
     "ObserveInputs",
     "Observer",
     "Outcome",

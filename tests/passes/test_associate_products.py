@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import lora_lite_fx as llfx
+from lora_lite_fx.graph.provenance import is_inserted
+from lora_lite_fx.ops.low_rank_products import LowRankProducts
 from lora_lite_fx.passes import (
     OPTIMIZATIONS,
     AssociateProducts,
 )
+from tests.passes.test_pipeline import EXAMPLE, Down
 from tests.support.conformance import randomise
+from tests.support.low_rank_llama import LOW_RANK, adapted_llama, gathered
 from tests.support.programs import (
     after,
+    derived,
     in_calls,
     reasons,
 )
+from tests.support.selection import broad_after
 
 T, IN, OUT, R, BLOCK = 256, 192, 160, 8, 8
 
@@ -58,3 +66,74 @@ def test_the_reason_is_the_cost(cfg: llfx.Variant, why: str) -> None:
     _, report = after(gm, AssociateProducts())
     assert report.edits == 0
     assert {each.why for each in report.declined} == {why}
+
+
+# Branches at the input of a site.
+
+
+def test_in_inference_all_low_rank_variants_run_the_same_operations() -> None:
+    counts = {}
+    for name in LOW_RANK:
+        gm = derived(adapted_llama(name), OPTIMIZATIONS.of("inference"))
+        nodes = list(gm.graph.nodes)
+        first = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
+        assert [len(node.target.ranks) for node in gathered(gm)] == 2 * [3, 1, 2, 1]
+        targets = (type(n.target) if isinstance(n.target, LowRankProducts) else n.target for n in nodes[first:])
+        counts[name] = Counter(target for target in targets if target is not aten.type_as.default)
+    assert counts["LoRA"] == counts["DoRA"] == counts["DeLoRA"] == counts["HRA"]
+
+
+GATE = llfx.IA3(target_names=("proj",))
+HALF = llfx.HRA(r=2, dtype=torch.bfloat16)
+
+
+def reflected(cfg: llfx.Variant, dtype: torch.dtype = torch.float32, d_out: int = 5) -> fx.GraphModule:
+    model = nn.Sequential(nn.Linear(6, d_out)).to(dtype)
+    gm = llfx.rewrite(model, dataclasses.replace(cfg, target_names=(".",)), (torch.ones(2, 6, dtype=dtype),))
+    randomise(gm, 1)
+    return gm
+
+
+def sites_of(gm: fx.GraphModule) -> list[fx.Node]:
+    linears = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    return [node for node in linears if not is_inserted(node)]
+
+
+def test_the_sum_moves_behind_the_site() -> None:
+    gm = reflected(llfx.HRA(r=2))
+    moved, report = after(gm, AssociateProducts())
+    assert [why for why in reasons(report) if "narrow" not in why] == []
+    sites = [*sites_of(gm), *sites_of(moved)]
+    assert [is_inserted(site.args[0]) for site in sites] == [True, False]
+    assert (in_calls(gm)[aten.type_as.default], in_calls(moved)[aten.type_as.default]) == (0, 0)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(moved(x), gm(x))
+
+
+@pytest.mark.parametrize(
+    ("gm", "why"),
+    broad_after(
+        2,
+        [
+            (lambda: reflected(llfx.OFT(block_size=2)), "the adapter adds no low-rank branch to the input"),
+            (
+                lambda: llfx.rewrite(Down(), GATE, EXAMPLE),
+                "the adapter does not add to the input",
+            ),
+            (lambda: reflected(llfx.HRA(r=2), torch.bfloat16), "the weight and B have different types"),
+            (
+                lambda: reflected(llfx.HRA(r=2, dtype=torch.bfloat16), torch.bfloat16),
+                "in half precision W B would be rounded",
+            ),
+            (lambda: reflected(llfx.HRA(r=2), d_out=25), "the output is more than 4 times as wide as the input"),
+        ],
+        several=True,
+    ),
+    ids=["no branch", "no sum", "types", "half", "wide"],
+)
+def test_the_reason_is_given_for_each_site(gm: Callable[[], fx.GraphModule], why: str) -> None:
+    before = gm()
+    moved, report = after(before, AssociateProducts())
+    inputs = [[site.args[0] for site in sites_of(each)] for each in (before, moved)]
+    assert [*map(is_inserted, inputs[0])] == [*map(is_inserted, inputs[1])]
+    assert [each.why for each in report.declined if "two narrow products" not in each.why] == [why]

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from lora_lite_fx.ops.rotated_blocks import rotated_blocks
 from lora_lite_fx.ops.rotated_pairs import rotated_pairs
 from lora_lite_fx.passes import (
+    AssociateProducts,
     ConvertMaskOnce,
     FoldScaleIntoAddition,
     GatherProducts,
     GroupHeads,
     LeaveOutMask,
-    MoveBranchesToOutputs,
     PutFastForms,
     RecomputeInputs,
     ShareSiblings,
@@ -272,7 +272,7 @@ def test_keys_that_a_slice_leaves_out_are_not_read() -> None:
     check(exported(compute, *inputs), GroupHeads(), *inputs, edits=1)
 
 
-# MoveBranchesToOutputs
+# AssociateProducts
 
 
 def reflected(m: Any, x: Tensor) -> Any:
@@ -312,7 +312,7 @@ def overwritten_input(m: Any, x: Tensor) -> Any:
     ids=["moves", "factor", "read elsewhere", "weight", "write"],
 )
 def test_a_branch_moves_to_the_output_where_that_is_the_same(compute: Any, base: str, edits: int) -> None:
-    check(exported(compute, x(), base=base), MoveBranchesToOutputs(), x(), edits=edits, backward=False)
+    check(exported(compute, x(), base=base), AssociateProducts(), x(), edits=edits, backward=False)
 
 
 # RecomputeInputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +15,18 @@ from .autocast import autocast_of
 from .branches import Branch, add_product, as_matrix, as_rows, flatten
 from .saved_values import apart, together
 
-if TYPE_CHECKING:
-    from .low_rank_products import LowRankProducts
-
 _SMALLEST_SCALE = 1e-30
 """Replaces a scale of zero where the result is divided by the scale again."""
 
 
 class _Function(torch.autograd.Function):
-    """The operation where gradients are computed by hand.
+    """The operation `products`, a `LowRankProducts`, with gradients that are computed by hand.
 
     Its backward pass is made of differentiable operations, so that gradients of gradients are right too.
     """
 
     @staticmethod
-    def forward(ctx: Any, products: LowRankProducts, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, products: Any, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         sources, branches = products.split(rest)
         a_needed = ctx.needs_input_grad[2]
         _, needed = products.split(ctx.needs_input_grad[3:])
@@ -56,7 +53,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_t: Tensor | None, *of_ys: Tensor | None) -> tuple[Tensor | None, ...]:
-        products: LowRankProducts = ctx.products
+        products = ctx.products
         given = [gradient for gradient in (of_t, *of_ys) if gradient is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)

@@ -17,16 +17,16 @@ import lora_lite_fx as llfx
 from tests.support.conformance import (
     calibration,
     close,
-    for_any_linear,
     output,
     randomise,
+    representatives,
     rewrite_and_wrap,
     small,
     unchanged,
 )
 from tests.support.models import GatedMLP, Normed, ResidualMLP, ids, net, tiny_t5
 from tests.support.releases import since
-from tests.support.selection import broad_after, broad_unless, is_distinct, is_typical, slow_unless
+from tests.support.selection import broad_after, broad_unless, is_typical, slow_unless
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -44,7 +44,7 @@ CAUSAL: dict[str, Any] = {
     "gpt_neox": hf.GPTNeoXConfig(**SMALL),
 }
 BERT = hf.BertConfig(**{**SMALL, "num_hidden_layers": 1})
-VARIANTS = list(for_any_linear().values())
+VARIANTS = list(representatives().values())
 
 
 def causal(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> Any:
@@ -145,9 +145,7 @@ def data_for(cls: type[llfx.Variant]) -> list[dict[str, torch.Tensor]] | None:
 
 
 @pytest.mark.parametrize("name", slow_unless(("llama",).__contains__, ["llama", "gpt2"]))
-@pytest.mark.parametrize(
-    "cls", broad_unless(is_typical, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__
-)
+@pytest.mark.parametrize("cls", broad_unless(is_typical, VARIANTS), ids=lambda cls: cls.__name__)
 def test_adapted_language_models_equal_the_eager_wrapper(name: str, cls: type[llfx.Variant]) -> None:
     model, graph = captured(name, torch.float64)
     with unchanged(model):
@@ -255,9 +253,7 @@ def test_the_graph_has_the_models_mode() -> None:
 # Dtypes.
 
 
-@pytest.mark.parametrize(
-    "cls", broad_unless(is_typical, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__
-)
+@pytest.mark.parametrize("cls", broad_unless(is_typical, VARIANTS), ids=lambda cls: cls.__name__)
 def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
     model, graph = captured("llama", torch.bfloat16)
     gm, wrapped = rewrite_and_wrap(graph, two_sites(cls), data_for(cls))
@@ -271,9 +267,7 @@ def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: ty
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in llfx.adapter_parameters(gm))
 
 
-@pytest.mark.parametrize(
-    "cls", broad_unless(is_typical, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__
-)
+@pytest.mark.parametrize("cls", broad_unless(is_typical, VARIANTS), ids=lambda cls: cls.__name__)
 def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: type[llfx.Variant]) -> None:
     gm, wrapped = rewrite_and_wrap(captured("llama")[1], two_sites(cls), data_for(cls))
     randomise(gm, 0)
@@ -300,7 +294,7 @@ def test_the_adapters_dtype_can_be_chosen() -> None:
 
 
 @since("transformers", "5.24", "Positions are computed without a region, whose sizes torch.compile does not take")
-@pytest.mark.parametrize("cls", broad_after(1, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", broad_after(1, VARIANTS), ids=lambda cls: cls.__name__)
 def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[llfx.Variant]) -> None:
     _, graph = captured("llama")
     gm = llfx.rewrite(graph, two_sites(cls), calibration=data_for(cls))

@@ -26,10 +26,10 @@ from transformers import (
 import lora_lite_fx as llfx
 from lora_lite_fx.ops import chunked_loss
 from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
-from tests.support.conformance import calibration, for_any_linear, randomise, small
+from tests.support.conformance import calibration, randomise, representatives, small
 from tests.support.models import tiny_t5
 from tests.support.saved import saved_by
-from tests.support.selection import broad_after, is_distinct, slow_unless
+from tests.support.selection import broad_after, slow_unless
 
 CLASSES = 99
 LLAMA: dict[str, Any] = {
@@ -210,7 +210,7 @@ IN_BLOCKS = {"C3A", "GraLoRA", "LoKr", "RoAd"}
 """Variants that compute parts of a row of logits apart, and join them."""
 
 
-@pytest.mark.parametrize("name", broad_after(2, slow_unless(is_distinct, for_any_linear())))
+@pytest.mark.parametrize("name", broad_after(2, dict.fromkeys([*representatives(), *sorted(IN_BLOCKS)])))
 def test_every_variant_may_adapt_the_head(name: str) -> None:
     model, inputs, graph = small_model()
     cfg = small(llfx.registry()[name], 4, alpha=2.0, target_names=("head", "body"))

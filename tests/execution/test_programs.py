@@ -27,20 +27,20 @@ from tests.support.conformance import (
     check_remove,
     close,
     configs,
-    for_any_linear,
     gradients,
     innermost_first,
     output,
     randomise,
+    representatives,
     small,
 )
 from tests.support.models import Attention, GatedMLP, ids
 from tests.support.programs import MIXED, PAIR, PLAIN, X, adapted, base, counted, derived, edits, in_calls, pair
-from tests.support.selection import broad_after, is_distinct, slow_unless
+from tests.support.selection import broad_after
 
 aten = torch.ops.aten
 NAMES = [graph_pass.name for graph_pass in OPTIMIZATIONS]
-VARIANTS = list(for_any_linear().values())
+VARIANTS = list(representatives().values())
 
 
 QUICKLY = settings(
@@ -72,7 +72,7 @@ def assert_computes_the_same(gm: fx.GraphModule, plain: fx.GraphModule, toleranc
 # The same outputs and gradients.
 
 
-@pytest.mark.parametrize("cls", broad_after(3, slow_unless(is_distinct, VARIANTS)), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", broad_after(3, VARIANTS), ids=lambda cls: cls.__name__)
 @settings(QUICKLY, max_examples=1)
 @given(data=st.data())
 def test_every_variant_computes_the_same(cls: type[llfx.Variant], data: st.DataObject) -> None:

@@ -15,8 +15,8 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lite_fx as llfx
-from tests.support.conformance import calibration, close, for_any_linear, randomise, small
-from tests.support.selection import broad_after, is_distinct, slow_unless
+from tests.support.conformance import calibration, close, randomise, representatives, small
+from tests.support.selection import broad_after
 
 WIDTH = 8
 
@@ -145,7 +145,7 @@ TRANSFORMS: list[Callable[[nn.Module], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("variant", broad_after(2, slow_unless(is_distinct, for_any_linear())))
+@pytest.mark.parametrize("variant", broad_after(2, representatives()))
 def test_transforms_give_what_the_wrapper_gives(variant: str) -> None:
     gm, wrapper = graph_and_wrapper(variant)
     failures = {}

@@ -22,14 +22,14 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import from_config
 from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.passes import Pipeline
-from tests.support.conformance import calibration, for_any_linear, small
+from tests.support.conformance import calibration, for_any_linear, representatives, small
 from tests.support.selection import broad_after, broad_unless, is_distinct, is_typical, slow_unless
 from tests.support.untouched import untouched
 
 ALL: dict[str, Any] = {"target_names": ("fc",)}
 VARIANTS = {name: small(cls, 2, **ALL) for name, cls in for_any_linear().items()}
 STACK = [llfx.LoRA(r=2, dropout=0.1, target_names="fc1"), llfx.DoRA(r=4, dtype=torch.float64, **ALL)]
-CONFIGS: dict[str, Any] = {**VARIANTS, "stack": STACK}
+CONFIGS: dict[str, Any] = {**{name: VARIANTS[name] for name in representatives()}, "stack": STACK}
 
 
 class Net(nn.Module):
@@ -108,10 +108,7 @@ def refuses(model: nn.Module, path: Path, *parts: str, error: type[Exception] = 
 )
 @pytest.mark.parametrize(
     "name",
-    broad_unless(
-        lambda name: name == "stack" or is_typical(name),
-        slow_unless(lambda name: name == "stack" or is_distinct(name), CONFIGS),
-    ),
+    broad_unless(lambda name: name == "stack" or is_typical(name), CONFIGS),
 )
 def test_a_file_brings_back_tensors_and_outputs_bit_for_bit(
     name: str, adapt: Callable[..., nn.Module], example: Any, tmp_path: Path
@@ -209,7 +206,7 @@ def test_loading_pissa_factorizes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 # Another base.
 
 
-@pytest.mark.parametrize("name", broad_unless(is_typical, slow_unless(is_distinct, VARIANTS)))
+@pytest.mark.parametrize("name", broad_unless(is_typical, representatives()))
 def test_on_other_weights_a_variant_that_needs_its_own_is_refused_and_others_warn(name: str, tmp_path: Path) -> None:
     path, other = saved(tmp_path, VARIANTS[name]), Net(seed=1)
     expected = f"the {name} adapter was made for other weights than the model's, at 2 of 2 sites (fc1, ...)"

@@ -31,8 +31,8 @@ from tests.sites.test_roles_blocks import (
     split_heads,
 )
 from tests.sites.test_roles_of_models import check_table, parse, roles_of
-from tests.support.conformance import calibration, for_any_linear
-from tests.support.selection import broad_after, is_distinct, slow_unless
+from tests.support.conformance import calibration, representatives
+from tests.support.selection import broad_after
 
 # Blocks that look like attention or feed-forward, and are neither.
 
@@ -217,7 +217,7 @@ def config(cls: type[llfx.Variant], r: int = 4) -> llfx.Variant:
     return cls(target_names=("layers",), target_kinds=("linear",), **sizes)
 
 
-CONFIGS = [[config(cls)] for cls in for_any_linear().values()] + [[config(llfx.LoRA, 2), config(llfx.HRA, 2)]]
+CONFIGS = [[config(cls)] for cls in representatives().values()] + [[config(llfx.LoRA, 2), config(llfx.HRA, 2)]]
 
 
 @functools.cache
@@ -230,7 +230,7 @@ def captured(exported: bool) -> nn.Module:
 @both_captures
 @pytest.mark.parametrize(
     "cfg",
-    broad_after(1, slow_unless(lambda cfg: is_distinct(type(cfg[0])), CONFIGS)),
+    broad_after(1, CONFIGS),
     ids=lambda cfg: "+".join(type(variant).__name__ for variant in cfg),
 )
 def test_inserting_adapters_changes_no_role(cfg: list[llfx.Variant], exported: bool) -> None:

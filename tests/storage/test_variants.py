@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 import lora_lite_fx as llfx
 from lora_lite_fx.testing import check
-from tests.support.conformance import configs, for_any_linear
+from tests.support.conformance import configs, representatives
 from tests.support.models import Attention, GatedMLP, Net, ids
 from tests.support.quantized import installed, quantized
 from tests.support.selection import broad_after
 
-VARIANTS = list(for_any_linear().values())
+VARIANTS = list(representatives().values())
 
 
 def check_on(storage: str, cls: type[llfx.Variant], data: st.DataObject) -> None:

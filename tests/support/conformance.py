@@ -24,6 +24,7 @@ from lora_lite_fx.testing.graphs import check_file as check_file
 from lora_lite_fx.testing.graphs import check_merge as check_merge
 from lora_lite_fx.testing.graphs import check_mode
 from lora_lite_fx.testing.graphs import check_remove as check_remove
+from tests.support.selection import is_distinct
 
 Config = llfx.Variant | Sequence[llfx.Variant]
 IN_EACH_BLOCK = "(in|gate|fc|q|qkv|mix|one|head)$"
@@ -37,6 +38,11 @@ _OF_BLOCKS = ("_size", "_length")
 def for_any_linear() -> dict[str, type[llfx.Variant]]:
     """Return the registered variants that can adapt every linear of a model, by name."""
     return {name: cls for name, cls in llfx.registry().items() if cls is not llfx.TrainableTokens}
+
+
+def representatives() -> dict[str, type[llfx.Variant]]:
+    """Return one variant of each form, by name: conformance is checked of every variant, most else of these."""
+    return {name: cls for name, cls in for_any_linear().items() if is_distinct(name)}
 
 
 def innermost_first(variants: Sequence[type[llfx.Variant]]) -> list[type[llfx.Variant]]:

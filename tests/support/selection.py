@@ -14,8 +14,8 @@ TYPICAL = frozenset(("LoRA", "DoRA", "OFT", "VeRA"))
 DISTINCT = TYPICAL | {"PiSSA", "HRA", "IA3", "LoKr", "Full", "AntiPaSTO"}
 """Variants of which each has another form: those of `TYPICAL`, a start from the weight, reflections, gates, an update
 of full rank, a replaced weight, a decomposed weight.
-What is checked of every variant in the everyday run is its conformance; most other checks are made of `TYPICAL` there,
-of these in the broad run, and of all in the slow one."""
+Conformance and a few others are checked of all variants; most checks are made of `TYPICAL` in the everyday run, and of
+these in the broad one (`conformance.representatives`)."""
 
 
 def is_typical(variant: Any) -> bool:

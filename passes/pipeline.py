@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from ..capture.capture import Inputs
-from ..capture.origins.mistakes import check_inputs
+from ..capture.capture_model import Inputs
+from ..capture.origins.wrong_arguments import check_inputs
 from ..compat.torch import is_transform
 from ..errors import AdapterError, ConfigError, shown
 from ..graph.provenance import place_of

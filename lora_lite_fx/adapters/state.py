@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from ..capture.origins.mistakes import model_hint, wrapper_hint
+from ..capture.origins.wrong_arguments import model_hint, wrapper_hint
 from ..errors import AdapterError, CheckpointError, shown
 from ..graph.sharded import copy_values, reshard
 from ..graph.tensors import tensor_of

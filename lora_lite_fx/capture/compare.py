@@ -40,6 +40,7 @@ _MORE_THAN_A_BIT = 4.0
 _HALF = TOLERANCES[torch.bfloat16]
 """How far results may be apart under autocast, relative to the largest value."""
 _NOTHING = object()
+_OF_PARTS = "the modes of its parts"
 
 
 def own_error(model: nn.Module, call: Call) -> CaptureError | None:
@@ -53,7 +54,7 @@ def own_error(model: nn.Module, call: Call) -> CaptureError | None:
         return None
     for training in (False, True):
         try:
-            outputs_of_model(model, call, training, (), by_module=False, in_any_order=False)
+            outputs_of_model(model, call, training, in_any_order=False)
         except Exception as error:
             raised = error
         else:
@@ -89,11 +90,10 @@ def require_equal(
         return
     questions, raising = Questions(), list[_ModelRaises]()
     with phase(f"compared the graph of {name} with the model") as details:
-        _, *others = _modes(model)
-        for call, where in [*((call, False) for call in calls), *((calls[0], where) for where in others)]:
-            mode = _name_of(where)
+        first, *others = _modes(model)
+        for call, (mode, where) in [*((call, first) for call in calls), *((calls[0], each) for each in others)]:
             try:
-                rows = _all_rows(gm, model, call, where, questions)
+                rows = _all_rows(gm, model, call, mode, where, questions)
             except CaptureError:
                 raise
             except _ModelRaises as reason:
@@ -111,8 +111,7 @@ def require_equal(
                     f" {type(error).__name__}: {first_line}\nThe way out: {COMPILE_INSTEAD}."
                 ) from error
             if wrong := [row for row in rows if row.is_result and not row.ok]:
-                first = next(row for row in rows if not row.ok)
-                raise _differs(name, model, wrong[0], first, hint, questions)
+                raise _differs(name, model, wrong[0], next(row for row in rows if not row.ok), hint, questions)
             details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
         if len(raising) == 1 + len(others) and not made:
             raise _raises_itself(model, raising[0].__cause__ or raising[0]) from raising[0].__cause__
@@ -148,7 +147,7 @@ def _hold_answers(gm: fx.GraphModule, model: nn.Module, call: Call, questions: Q
 
 def _computes_the_same(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
     """Tell whether graph and model agree in evaluation as far as half precision goes, in whatever types of results."""
-    expected = outputs_of_model(model, call, False, (), by_module=False, in_any_order=False).results
+    expected = outputs_of_model(model, call, False, in_any_order=False).results
     actual = outputs_of_graph(gm, model, call, False, by_module=False, in_any_order=False).results
     for name, theirs in expected.items():
         ours = actual.get(name)
@@ -174,7 +173,7 @@ def follows_each_part(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
     if len(set(modes.values())) < 2 or not has_data(model, call):
         return True
     try:
-        return all(row.ok for row in _all_rows(gm, model, call, modes))
+        return all(row.ok for row in _all_rows(gm, model, call, _OF_PARTS, modes))
     except Exception:  # then nothing has shown it
         return False
 
@@ -194,11 +193,11 @@ def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[
     """
     rows: list[Difference] = []
     notes: list[str] = []
-    for mode in _modes(model):
+    for mode, where in _modes(model):
         try:
-            rows += _compare(gm, model, call, mode, by_module=True, as_called=True)
+            rows += _compare(gm, model, call, mode, where, by_module=True, as_called=True)
         except _ModelRaises as reason:
-            notes.append(f"not compared in {_name_of(mode)}, where the model raises {reason}")
+            notes.append(f"not compared in {mode}, where the model raises {reason}")
     if not rows:
         raise CaptureError(
             f"The model raises {notes[0].partition('raises ')[2]}. The way out: pass inputs that it takes."
@@ -207,18 +206,19 @@ def differences(gm: fx.GraphModule, model: nn.Module, call: Call) -> tuple[list[
 
 
 def _all_rows(
-    gm: fx.GraphModule, model: nn.Module, call: Call, mode: Mode, questions: Questions | None = None
+    gm: fx.GraphModule, model: nn.Module, call: Call, mode: str, where: Mode, questions: Questions | None = None
 ) -> list[Difference]:
     """Return the differences of the results; if one is not explained by rounding, those of all modules too."""
-    rows = _compare(gm, model, call, mode, by_module=False, questions=questions)
-    return rows if all(row.ok for row in rows) else _compare(gm, model, call, mode, by_module=True)
+    rows = _compare(gm, model, call, mode, where, by_module=False, questions=questions)
+    return rows if all(row.ok for row in rows) else _compare(gm, model, call, mode, where, by_module=True)
 
 
 def _compare(
     gm: fx.GraphModule,
     model: nn.Module,
     call: Call,
-    mode: Mode,
+    mode: str,
+    where: Mode,
     by_module: bool,
     as_called: bool = False,
     questions: Questions | None = None,
@@ -226,8 +226,8 @@ def _compare(
     writes = [name for name in written_tensors(gm) if name in dict(model.named_parameters())]
     try:
         # Compare without the modules first, and in any order of draws only if that finds a difference.
-        expected = outputs_of_model(model, call, mode, writes, by_module, in_any_order=by_module, questions=questions)
-        nudged = [outputs_of_model(model, call, mode, writes, True, sign) for sign in (1, -1) if by_module]
+        expected = outputs_of_model(model, call, where, writes, by_module, in_any_order=by_module, questions=questions)
+        nudged = [outputs_of_model(model, call, where, writes, True, sign) for sign in (1, -1) if by_module]
     except Exception as error:
         raise _ModelRaises(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
     if expected.remembered is not None:
@@ -238,13 +238,13 @@ def _compare(
         )
     if expected.counted is not None and questions is not None:
         questions.counted = expected.counted
-    actual = outputs_of_graph(gm, model, call, mode, by_module, in_any_order=by_module)
+    actual = outputs_of_graph(gm, model, call, where, by_module, in_any_order=by_module)
     if as_called:
-        called = outputs_of_program(gm, call, mode)
+        called = outputs_of_program(gm, call, where)
         # A call leaves logits out if its loss is fused; those of the flat graph stand for them.
         made = {name: value for name, value in called.results.items() if value is not None}
         actual = Outputs({**actual.results, **made}, called.buffers, actual.modules)
-    return list(_rows(expected, actual, nudged, model, _name_of(mode), tolerance_for(model, call)))
+    return list(_rows(expected, actual, nudged, model, mode, tolerance_for(model, call)))
 
 
 def tolerance_for(model: nn.Module, call: Call) -> float:
@@ -307,16 +307,11 @@ class _ModelRaises(Exception):
     """The model raises for the inputs; the message says what."""
 
 
-def _modes(model: nn.Module) -> list[Mode]:
-    """Return the modes to compare in: evaluation, training, and those that the parts have if they differ."""
+def _modes(model: nn.Module) -> list[tuple[str, Mode]]:
+    """Return the modes to compare in, by name: evaluation, training, and those that the parts have if they differ."""
     modes = modes_of(model)
-    return [False, True, *([modes] if len(set(modes.values())) > 1 else [])]
-
-
-def _name_of(mode: Mode) -> str:
-    if not isinstance(mode, bool):
-        return "the modes of its parts"
-    return "training" if mode else "evaluation"
+    of_parts = [(_OF_PARTS, modes)] if len(set(modes.values())) > 1 else []
+    return [("evaluation", False), ("training", True), *of_parts]
 
 
 def _differs(

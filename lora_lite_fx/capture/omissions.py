@@ -22,7 +22,7 @@ from ..compat.torch import pytree
 from .depth.stacks import shortened
 from .differences import agree
 from .forward_signature import signature_of
-from .origins.transformers_model import with_other_mask, with_padding
+from .origins.origin import PlainModule
 from .outputs import has_data, leaves_by_path
 from .shared_copy import shared_copy
 from .signature import CallSignature, Fill, Omission
@@ -39,21 +39,21 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 def call_signature(
+    origin: PlainModule,
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     graph: fx.Graph,
-    accepted: Mapping[str, Any],
     has_constants: bool,
     few_layers: Mapping[str, int],
 ) -> CallSignature | None:
     """Find out how the graph of `model` may be called; None if its arguments have no names.
 
     Args:
+        origin: of the model.
         model: what was captured, in evaluation mode; it runs on copies of its buffers.
         args, kwargs: what it was captured with.
         graph: what it was captured as.
-        accepted: as in `CallSignature`.
         has_constants: whether arguments that are not tensors were made part of the graph.
         few_layers: how many layers of each stack show what all do, by the name of the stack; empty if not known.
     """
@@ -70,7 +70,7 @@ def call_signature(
     omissions: dict[frozenset[str], Omission] = {}
     refusals = dict.fromkeys(optional, "the model has no data, so that a call without it could not be tried")
     if optional and has_data(model, (args, kwargs)):
-        omissions, refusals = _tried(_Comparison(model, inputs, graph), optional, few_layers)
+        omissions, refusals = _tried(_Comparison(origin, model, inputs, graph), optional, few_layers)
     positional = tuple(name for name, parameter in parameters.items() if parameter.kind is not _KEYWORD_ONLY)
     return CallSignature(
         type(model).__name__,
@@ -78,7 +78,7 @@ def call_signature(
         positional,
         tuple(inputs),
         constants,
-        dict(accepted),
+        origin.accepted(),
         omissions,
         refusals,
         tensors=frozenset(tensors),
@@ -111,12 +111,11 @@ def _tried(
 class _Comparison:
     """Compares a model's answers to calls that leave arguments out with those to a constant in their place."""
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], graph: fx.Graph) -> None:
+    def __init__(self, origin: PlainModule, model: nn.Module, inputs: Mapping[str, Any], graph: fx.Graph) -> None:
         self.model = shared_copy(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
-        padded = with_padding(model, dict(inputs))
-        self.inputs = [padded]
-        if (other := with_other_mask(model, padded)) is not None:
-            self.inputs.append(other)
+        padded = _with_padding(model, dict(inputs))
+        other = origin.with_other_mask(padded)
+        self.inputs = [padded] if other is None else [padded, other]
         leaves = (len(pytree.tree_leaves(value)) for value in inputs.values())
         self.places = dict(zip(inputs, itertools.accumulate(leaves, initial=0), strict=False))
         self.values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
@@ -194,6 +193,17 @@ class _Comparison:
                 raise _Differs(f"the model then raises {type(error).__name__}: {first}".rstrip(": .")) from error
             self.answers[key] = _Answer(*leaves_by_path(result))
         return self.answers[key]
+
+
+def _with_padding(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return `inputs` with padding among the tokens: some models look for it where they are given no mask."""
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2 or not isinstance(padding, int):
+        return inputs
+    ids = ids.clone()
+    ids[0, -1] = padding
+    return {**inputs, "input_ids": ids}
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from ..compat.torch import FakeTensor, TorchDispatchMode, is_wrapped, pytree
 from ..graph.modes import set_modes
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_attributes
+from .graph_calls import values_of_call
 from .python_state import Change, PythonState, state_put_back
 from .questions import Questions
 from .shared_copy import shared_copy
-from .signature import values_of_call
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """The positional and the keyword arguments of a call."""
@@ -63,8 +63,8 @@ def outputs_of_model(
     model: nn.Module,
     call: Call,
     mode: Mode,
-    writes: Sequence[str],
-    by_module: bool,
+    writes: Sequence[str] = (),
+    by_module: bool = False,
     nudge: int = 0,
     watch: AbstractContextManager[Any] | None = None,
     in_any_order: bool = True,
@@ -83,7 +83,8 @@ def outputs_of_model(
         watch: is entered around the call alone.
         in_any_order: whether random numbers are the same in whatever order they are drawn. That takes some time for
             each operator; without, they are the same for those who draw the same ones in the same order.
-        questions: get what the model asks of the process.
+        questions: get what the model asks of the process. With them, a call that leaves something in Python is run
+            again, unless `by_module`.
     """
     loose = [
         f"{path}.{name}" if path else name
@@ -93,41 +94,55 @@ def outputs_of_model(
     ]
     twin = shared_copy(model, [*(name for name, _ in model.named_buffers()), *loose, *writes])
     put(twin, mode)
-    modules: dict[str, list[Tensor]] = {}
-    calls: dict[str, int] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            index = calls[name] = calls.get(name, -1) + 1
-            tensors = [leaf for leaf in pytree.tree_leaves(output) if _can_be_kept(leaf)]
-            modules[_call_name(name, index)] = [tensor.clone() for tensor in tensors]
-
-        return hook
-
-    for name, module in twin.named_modules():
-        if nudge and not list(module.children()):
-            module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
-        if by_module and name:
-            module.register_forward_hook(keep(name))
+    if nudge:
+        for module in twin.modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda module, args, output: _nudged(output, nudge))
+    modules = _kept_outputs(twin) if by_module else {}
     watching = watch or (nullcontext() if questions is None else questions.watched())
     with state_put_back(twin) as before:
         args, kwargs = copied(call)
         with comparable(model, in_any_order=in_any_order), watching:
             returned = twin(*args, **kwargs)
         outputs = Outputs(results_of(returned), buffers_of(twin), modules)
-        there = dict(twin.named_buffers(remove_duplicate=False))
-        left = [change for change in before.changes() if change.name not in there]
-        if left and not (by_module or nudge or watch):
-            args, kwargs = copied(call)
-            buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in there}
-            later = PythonState(twin)
-            with comparable(model, in_any_order=in_any_order):
-                again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
-            if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
-                outputs.remembered = left[0]
-            changed = (change for change in later.changes() if change.is_count and change.name not in there)
-            outputs.counted = next(changed, None)
+        if questions is not None and not by_module:
+            _look_at_the_same_call_again(outputs, twin, before, model, call)
     return outputs
+
+
+def _kept_outputs(twin: nn.Module) -> dict[str, list[Tensor]]:
+    """Let the modules of `twin` put what they return into the result, which is empty until it runs."""
+    modules: dict[str, list[Tensor]] = {}
+    calls: dict[str, int] = {}
+
+    def keep(name: str, output: Any) -> None:
+        index = calls[name] = calls.get(name, -1) + 1
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if _can_be_kept(leaf)]
+        modules[_call_name(name, index)] = [tensor.clone() for tensor in tensors]
+
+    for name, module in twin.named_modules():
+        if name:
+            module.register_forward_hook(lambda module, args, output, name=name: keep(name, output))
+    return modules
+
+
+def _look_at_the_same_call_again(
+    outputs: Outputs, twin: nn.Module, before: PythonState, model: nn.Module, call: Call
+) -> None:
+    """Note in `outputs` what a run left in Python, if the same call has other results then, or changes it again."""
+    names = dict(twin.named_buffers(remove_duplicate=False)).keys()
+    left = [change for change in before.changes() if change.name not in names]
+    if not left:
+        return
+    args, kwargs = copied(call)
+    buffers = {name: buffer for name, buffer in buffers_of(model).items() if name in names}
+    later = PythonState(twin)
+    with comparable(model, in_any_order=False):
+        again = results_of(torch.func.functional_call(twin, buffers, args, kwargs))
+    if not all(_is_same(value, again.get(path)) for path, value in outputs.results.items()):
+        outputs.remembered = left[0]
+    changed = (change for change in later.changes() if change.is_count and change.name not in names)
+    outputs.counted = next(changed, None)
 
 
 def put(model: nn.Module, mode: Mode) -> None:

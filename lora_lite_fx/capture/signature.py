@@ -1,24 +1,22 @@
-"""Call a captured graph by the arguments of its model, of which some may be left out.
+"""The arguments of a captured graph, as those of its model, of which some may be left out.
 
 A graph has an input for every argument that it was captured with. A model's optional arguments stay optional all the
-same: `optional.py` finds the sets of arguments that may be left out, and a constant for each of them. Such calls are
+same: `omissions.py` finds the sets of arguments that may be left out, and a constant for each of them. Such calls are
 served by a program that has the constants built in and computes only the results that the model returns then.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from ..compat.torch import PyTreeCodeGen, assert_async, codegen_of, pytree
-from ..errors import AdapterError, CallError, shown
+from ..compat.torch import assert_async, pytree
+from ..errors import CallError, shown
 from ..graph.direct_calls import can_read_values
 
 
@@ -62,247 +60,8 @@ class Omission:
         return pytree.tree_unflatten(list(results), self.out_spec)
 
 
-def return_as(graph: fx.Graph, out_spec: pytree.TreeSpec | None) -> None:
-    """Let `graph` return its results in this structure, or as a flat tuple, and take all its inputs.
-
-    It forgets the structure and the optional arguments that capture recorded.
-    """
-    codegen = codegen_of(graph)
-    if isinstance(codegen, PyTreeCodeGen):
-        info, further = codegen.pytree_info._replace(out_spec=out_spec), further_inputs(graph)
-        graph.set_codegen(_WithFurtherInputs(info, further) if further else PyTreeCodeGen(info))
-
-
-def names_of_results(graph: fx.Graph) -> tuple[str, ...]:
-    """Return the keys of the dict that `graph` returns."""
-    codegen = codegen_of(graph)
-    return tuple(codegen.pytree_info.out_spec.context)
-
-
-def add_input(graph: fx.Graph, name: str, value: Tensor | None) -> fx.Node:
-    """Let `graph` take a further input, the last one, by keyword.
-
-    Args:
-        graph: changed in place.
-        name: of the input.
-        value: a tensor like it, without data, if that is known.
-
-    Raises:
-        AdapterError: the graph has an input of that name.
-    """
-    present = graph.find_nodes(op="placeholder")
-    if any(node.target == name for node in present):
-        raise AdapterError(
-            f"The model has an input {name!r}, and this library would add one of that name. The way out: another name"
-            " for the adapter, or a module around the model that calls its argument otherwise."
-        )
-    with graph.inserting_after(present[-1]):
-        node = graph.placeholder(name)
-    if value is not None:
-        node.meta["val"] = value
-    codegen = codegen_of(graph)
-    if isinstance(codegen, PyTreeCodeGen):
-        _set_further(graph, (*further_inputs(graph), name))
-    return node
-
-
-def drop_input(graph: fx.Graph, node: fx.Node) -> None:
-    """Undo `add_input`: take an input, which nothing reads any more, out of `graph`."""
-    graph.erase_node(node)
-    if isinstance(codegen_of(graph), PyTreeCodeGen):
-        _set_further(graph, tuple(name for name in further_inputs(graph) if name != node.target))
-
-
-def further_inputs(graph: fx.Graph) -> tuple[str, ...]:
-    """Return the names of the inputs that `add_input` has given a graph which has a structure of inputs."""
-    codegen = codegen_of(graph)
-    return codegen.further if isinstance(codegen, _WithFurtherInputs) else ()
-
-
-def leaves_of(values: Any) -> list[Any]:
-    """Return the leaves of nested inputs in the order of the inputs of a graph. None is one."""
-    return pytree.tree_leaves(values)
-
-
-def count_arguments(graph: fx.Graph) -> int:
-    """Return how many arguments `graph` takes, however they are nested."""
-    codegen = codegen_of(graph)
-    if isinstance(codegen, PyTreeCodeGen):
-        return len(codegen.pytree_info.orig_args)
-    return len(graph.find_nodes(op="placeholder"))
-
-
-def _set_further(graph: fx.Graph, further: tuple[str, ...]) -> None:
-    codegen = codegen_of(graph)
-    info, before = codegen.pytree_info, further_inputs(graph)
-    info = info._replace(orig_args=[*(name for name in info.orig_args if name not in before), *further])
-    if isinstance(codegen, _CalledLikeTheModel):
-        graph.set_codegen(_CalledLikeTheModel(info, codegen.signature, further))
-    else:
-        graph.set_codegen(_WithFurtherInputs(info, further) if further else PyTreeCodeGen(info))
-
-
-class _WithFurtherInputs(PyTreeCodeGen):
-    """Writes a function that has inputs beside those which the structure of the module's inputs tells."""
-
-    def __init__(self, pytree_info: Any, further: tuple[str, ...]) -> None:
-        super().__init__(pytree_info)
-        self.further = further
-
-    def gen_var_bindings(self, fn_args: list[str], free_vars: list[str], expanded_def: bool) -> str:
-        if not self.further:
-            return super().gen_var_bindings(fn_args, free_vars, expanded_def)
-        nested = [name for name in free_vars if name.split(":")[0].strip() not in self.further]
-        return super().gen_var_bindings(fn_args[: -len(self.further)], nested, expanded_def)
-
-
-class _CalledLikeTheModel(_WithFurtherInputs):
-    """Lets `torch.fx.Interpreter`, and so `torch.export`, call a graph as its model is called.
-
-    Both hand a graph the values of the arguments. Arguments that are left out become constants before the graph runs,
-    and the results that the model does not return without them are not returned.
-    """
-
-    def __init__(self, pytree_info: Any, signature: CallSignature, further: tuple[str, ...] = ()) -> None:
-        super().__init__(pytree_info, further)
-        self.signature = signature
-        self.omission: Omission | None = None
-        self.returns_all = True
-        self.module: Callable[[], Any] = lambda: None
-
-    def process_inputs(self, *inputs: Any) -> Any:
-        if torch.compiler.is_exporting():
-            args, kwargs = _exported_call(self.signature, inputs)
-        else:
-            own, more = inputs[: len(self.signature.captured)], inputs[len(self.signature.captured) :]
-            if len(more) > len(self.further):
-                own, more = inputs, ()  # too many, which the signature says
-            args, kwargs = (), self.signature.by_position(own) | dict(zip(self.further, more, strict=False))
-        further = [self._further_input(name, kwargs) for name in self.further]
-        values, left_out = self.signature.bind(
-            args, {name: kwargs[name] for name in kwargs if name not in self.further}
-        )
-        flat = [*super().process_inputs(*values), *further]
-        self.omission = self.signature.omission(left_out) if left_out else None
-        if self.omission is not None:
-            for place, fill in self.omission.fills.items():
-                flat[place] = fill.tensor(flat)
-        return flat
-
-    def _further_input(self, name: str, kwargs: Mapping[str, Any]) -> Any:
-        """Return an input that the call has, or the module: an export must not keep that of the module."""
-        value, module = kwargs.get(name), self.module()
-        if value is None and module is not None:
-            value = None if torch.compiler.is_exporting() else getattr(module, name, None)
-            if value is None and any(n.target == name and n.users for n in module.graph.find_nodes(op="placeholder")):
-                raise CallError(f"{name} is missing, which is an input of this graph.")
-        return value
-
-    def process_outputs(self, out: Any) -> Any:
-        if self.omission is None:
-            return super().process_outputs(out)
-        return self.omission.returned([out[index] for index in self.omission.outputs] if self.returns_all else out)
-
-
 _NO_TENSORS = (Mapping, list, tuple, str, bytes, bool, int, float)
 """What is passed by mistake where a graph takes a tensor."""
-
-
-class _NotesExport(inspect.Signature):
-    """The signature of a `forward` method, which notes how a call that is exported passes its arguments.
-
-    torch.export interprets a graph module on the values of its keyword arguments, in the order in which the caller
-    wrote them, and without their names. Written in another order they would take each other's places unnoticed. But
-    before that it binds the call to the signature of `forward`.
-    """
-
-    call_signature: CallSignature
-
-    def replace(self, **changes: Any) -> _NotesExport:
-        """Return a signature with these changes, as `inspect` makes one without `self`."""
-        changed = super().replace(**changes)
-        changed.call_signature = self.call_signature
-        return changed
-
-    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        """Bind a call, and note it."""
-        bound = super().bind(*args, **kwargs)
-        own = self.call_signature
-        left_out = (name for name in own.captured if name not in own.constants and bound.arguments.get(name) is None)
-        _noted.call = own, len(args), tuple(kwargs), tuple(left_out)
-        return bound
-
-
-_noted = threading.local()
-_NO_CALL: Any = None, 0, (), ()
-
-
-def left_out_of_export(signature: CallSignature | None) -> tuple[str, ...]:
-    """Return the arguments that the call leaves out which torch.export is about to trace."""
-    noted, _, _, left_out = getattr(_noted, "call", _NO_CALL)
-    return left_out if noted is signature else ()
-
-
-def return_without(graph: fx.Graph, omission: Omission) -> None:
-    """Let `graph`, which is called like the model, compute only what a call returns that leaves these arguments out."""
-    output, codegen = graph.output_node(), codegen_of(graph)
-    results: Any = output.args[0]
-    output.args = (tuple(results[index] for index in omission.outputs),)
-    graph.eliminate_dead_code()
-    assert isinstance(codegen, _CalledLikeTheModel)
-    codegen.returns_all = False
-
-
-def _exported_call(signature: CallSignature, inputs: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
-    """Return the positional and the keyword arguments of the call that torch.export traces, from their values.
-
-    Raises:
-        CallError: torch.export has not bound the call to the signature before.
-    """
-    noted, count, names, _ = vars(_noted).pop("call", _NO_CALL)  # not for another export, if that binds none
-    if noted is not signature or count + len(names) != len(inputs):
-        raise CallError(
-            "The names of the arguments of this export are not known, because torch.export of torch"
-            f" {torch.__version__} does not bind them to the signature of forward. The way out:"
-            " torch.export.export(graph, args, kwargs, strict=True), or another release of torch."
-        )
-    return inputs[:count], dict(zip(names, inputs[count:], strict=True))
-
-
-def take_further_inputs_from(module: fx.GraphModule, graph: fx.Graph) -> None:
-    """Let what interprets `graph`, that of `module`, take further inputs that a call does not have from `module`."""
-    codegen = codegen_of(graph)
-    if isinstance(codegen, _CalledLikeTheModel):
-        codegen.module = weakref.ref(module)
-
-
-def call_like_the_model(graph: fx.Graph, signature: CallSignature) -> None:
-    """Let what interprets `graph` call it by `signature`."""
-    codegen = codegen_of(graph)
-    if isinstance(codegen, PyTreeCodeGen):
-        graph.set_codegen(_CalledLikeTheModel(codegen.pytree_info, signature))
-
-
-def values_of_call(
-    graph: fx.Graph, parameters: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[Any]:
-    """Return the arguments of a call as `torch.fx.Interpreter` takes them for `graph`: by position.
-
-    Args:
-        graph: the graph.
-        parameters: the signature of the model's `forward`, which a graph has that was traced symbolically.
-        args, kwargs: as the model takes them.
-
-    Raises:
-        CallError: the graph does not serve the call.
-    """
-    codegen = codegen_of(graph)
-    if isinstance(codegen, _CalledLikeTheModel):
-        return codegen.signature.bind(args, kwargs)[0]
-    if isinstance(codegen, PyTreeCodeGen):
-        return [*args, *kwargs.values()]
-    bound = parameters.bind(*args, **kwargs)
-    return [*bound.args, *bound.kwargs.values()]
 
 
 @dataclass(frozen=True)
@@ -341,13 +100,6 @@ class CallSignature:
         """The signature of a `forward` method: that of the model's, less `**kwargs`."""
         itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return inspect.Signature([itself, *self.parameters.values()])
-
-    def of_method_with(self, further: Sequence[str]) -> inspect.Signature:
-        """Return the signature of a `forward` method that takes further arguments, by keyword."""
-        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in further]
-        signature = _NotesExport([*self.of_method.parameters.values(), *more])
-        signature.call_signature = self
-        return signature
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
         """Return the graph's arguments in its order, and the names of those that the call leaves out.

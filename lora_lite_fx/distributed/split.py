@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ..adapters.placement import Placement, graph_of, placements
 from ..adapters.state import adapter_tensors
-from ..capture.signature import count_arguments, return_as
+from ..capture.graph_calls import count_arguments, return_as
 from ..errors import AdapterError, CallError, shown
 from ..execution.execution import Execution
 from ..execution.module import AdaptedGraphModule

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from ..adapters.bank import IDS, check_ids, check_rows, check_slots, ids_of
 from ..adapters.placement import bank_slots
 from ..adapters.switches import Switches
-from ..capture.signature import count_arguments, leaves_of
-from ..compat.torch import trace_is_active
+from ..capture.graph_calls import count_arguments
+from ..compat.torch import pytree, trace_is_active
 from ..sites.batch.batch_dimension import inputs_with_rows
 
 
@@ -73,7 +73,7 @@ class BankInputs:
         # An export or a trace would keep the ids of the switches as a constant.
         of_switches = None if torch.compiler.is_exporting() or trace_is_active() else switches.ids
         checked = check_ids(ids_of(of_switches if ids is None else ids))
-        leaves = leaves_of(values)
+        leaves = pytree.tree_leaves(values)
         for index in self.with_rows:
             if isinstance(leaves[index], Tensor):
                 check_rows(checked, leaves[index].shape[0])

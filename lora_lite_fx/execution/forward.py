@@ -10,6 +10,7 @@ import torch
 
 from ..capture.asserted_decisions import is_other_decision
 from ..capture.export import failed_guard
+from ..capture.graph_calls import method_signature
 from ..errors import CallError
 from ..graph.sharded import is_sharded
 from ..graph.turns import calling
@@ -72,5 +73,5 @@ def forward_of_programs(
     forward.__code__ = forward.__code__.replace()
     forward = functools.update_wrapper(forward, plain)  # the signature of `plain` shows
     if signature is not None:
-        forward.__signature__ = signature.of_method_with(further)  # type: ignore[attr-defined]
+        forward.__signature__ = method_signature(signature, further)  # type: ignore[attr-defined]
     return forward

@@ -22,13 +22,14 @@ from ..adapters.placement import Recorded, adapter_tensor_names
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
-from ..capture.capture import call_of
+from ..capture.capture_model import call_of
 from ..capture.default_dtype import other_default_dtype
-from ..capture.signature import leaves_of, left_out_of_export, return_as, return_without, take_further_inputs_from
+from ..capture.graph_calls import left_out_of_export, return_as, return_without, take_further_inputs_from
 from ..compat.torch import (
     SeesMoves,
     constant_when_compiled,
     outside_symbolic_trace,
+    pytree,
     trace_is_active,
     transform_is_active,
 )
@@ -484,7 +485,7 @@ class AdaptedGraphModule(SeesMoves, LayerSettings):
         scales = self.switches.scales_of(self._names)
         by_row = [scale for scale in scales.values() if scale.dim()]
         if by_row:
-            leaves = leaves_of(values)
+            leaves = pytree.tree_leaves(values)
             for index, name in self._inputs_with_rows():
                 value: Any = leaves[index] if index < len(leaves) else named.get(name)
                 for scale in by_row if isinstance(value, Tensor) else ():

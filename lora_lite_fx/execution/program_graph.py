@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.signature import CallSignature, further_inputs
+from ..capture.graph_calls import further_inputs
+from ..capture.signature import CallSignature
 from ..errors import CallError
 from ..graph.copies import share_signatures
 from ..graph.modes import modes_of, set_modes

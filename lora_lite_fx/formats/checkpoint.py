@@ -28,7 +28,7 @@ from ..adapters.registry import check_saving, from_config, to_config
 from ..adapters.state import check_fit, check_unscaled, warn_of_trained_base
 from ..adapters.switches import known_names
 from ..adapters.variant import Variant
-from ..capture.capture import Inputs
+from ..capture.capture_model import Inputs
 from ..errors import CheckpointError, ConfigError, counted
 from ..graph.provenance import DEFAULT
 from ..graph.tensors import outside_inference_mode

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from ..adapters.changed_buffers import warn_of_lost_buffers
 from ..adapters.state import warn_of_trained_base
-from ..capture.capture import Inputs
+from ..capture.capture_model import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.capture import capture

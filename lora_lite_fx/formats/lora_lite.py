@@ -22,7 +22,7 @@ from ..adapters.placement import Placement
 from ..adapters.registry import from_config
 from ..adapters.state import adapter_values, warn_of_trained_base
 from ..adapters.variant import Variant
-from ..capture.capture import Inputs
+from ..capture.capture_model import Inputs
 from ..errors import CheckpointError, ConfigError
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.capture import capture

@@ -18,10 +18,10 @@ from ..adapters.placement import placements
 from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_values
 from ..adapters.switches import HasSwitches, Switches
-from ..capture.capture import Inputs
+from ..capture.capture_model import Inputs
 from ..capture.origins.hooks import refuse_offloading
-from ..capture.origins.mistakes import check_inputs, check_model, graph_hint
-from ..capture.origins.transformers_model import is_diffusers, is_hugging_face
+from ..capture.origins.origin import is_diffusers, is_hugging_face
+from ..capture.origins.wrong_arguments import check_inputs, check_model, graph_hint
 from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..execution.layer import plain_class

@@ -21,7 +21,7 @@ from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches, by_row, coefficients
 from ..adapters.variant import Variant
 from ..capture.forward_signature import forward_signature
-from ..capture.origins.transformers_model import is_hugging_face
+from ..capture.origins.origin import is_hugging_face
 from ..compat.torch import SeesMoves, children_of
 from ..errors import AdapterError, ConfigError
 from ..execution.compiling import LayerCompiler

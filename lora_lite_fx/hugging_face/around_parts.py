@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.placement import Placement
 from ..capture.differences import agree
-from ..capture.origins.transformers_model import is_hugging_face
+from ..capture.origins.origin import is_hugging_face
 from ..errors import CaptureError
 from ..execution.layer import plain_class
 from ..log import logger

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.export import Dim
 
 from ..capture.asserted_decisions import decisions_on_inputs
+from ..capture.capture_model import origin_of
 from ..capture.default_dtype import other_default_dtype
 from ..capture.export import images_in, take_for_one, take_guards
+from ..capture.graph_calls import names_of_results
 from ..capture.held_answers import HeldAnswer, held_answers, other_than_held
-from ..capture.origins.transformers_model import batch_only_arguments
 from ..capture.quirks.layouts import layouts_in
-from ..capture.signature import names_of_results
 from ..execution.module import AdaptedGraphModule
 from ..rewriting.capture import base_graph
 from .call_structure import CACHES, Leaves, Structure, Tree, assemble, cached_layers, differences, disassemble, restore
@@ -143,7 +143,7 @@ def attempts(model: Any, call: CapturedCall, by_values: bool) -> Iterator[tuple[
         call: to capture.
         by_values: whether the model is known to decide by values, for which the example has to have those of the call.
     """
-    windows = batch_only_arguments(model)
+    windows = origin_of(model).batch_only(made=True)
     images = images_in({name: leaf for name, leaf in call.leaves.items() if not name.startswith(CACHES)})
     for fixed in dict.fromkeys((windows, (*windows, *images))):
         for example in examples(call.structure, call.leaves, by_values):

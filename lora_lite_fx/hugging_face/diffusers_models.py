@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..capture.capture import Inputs
+from ..capture.capture_model import Inputs
 from ..capture.forward_signature import forward_signature
 from ..errors import AdapterError, CaptureError
 

@@ -17,11 +17,12 @@ from ..adapters.placement import Placement, placements
 from ..adapters.switches import Switches
 from ..adapters.variant import Variant
 from ..capture.asserted_decisions import is_other_decision
-from ..capture.capture import Inputs, without_what_cannot_be
+from ..capture.capture_model import Inputs, without_what_cannot_be
 from ..capture.held_answers import other_than_held
-from ..capture.inputs.example_inputs import example_inputs_of, problem_type_of
+from ..capture.inputs.example_inputs import example_inputs_of
+from ..capture.inputs.labels import problem_type_of
 from ..capture.origins.hooks import take_hooks_off
-from ..capture.origins.transformers_model import is_diffusers, is_hugging_face
+from ..capture.origins.origin import is_diffusers, is_hugging_face
 from ..compat.torch import not_compiled
 from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
 from ..execution.compiling import LayerCompiler

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..adapters.placement import Placement
-from ..capture.origins.transformers_model import is_hugging_face
+from ..capture.origins.origin import is_hugging_face
 from ..errors import AdapterError
 
 _FORWARD = ("forward", "_original_forward")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.placement import Placement
-from ..capture.origins.transformers_model import is_hugging_face
+from ..capture.origins.origin import is_hugging_face
 from ..capture.shared_copy import shared_copy
 from ..execution.layer import plain_class
 from ..graph.tensors import delete_tensor, has_attribute

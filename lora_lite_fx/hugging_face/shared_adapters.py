@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from ..adapters.changed_buffers import HasBaseBuffers, base_buffers_of
 from ..adapters.placement import placements
-from ..capture.origins.mistakes import graph_hint
+from ..capture.origins.wrong_arguments import graph_hint
 from ..errors import AdapterError
 from ..execution.optimize import execution_of
 from ..graph.tensors import has_attribute, register_tensor, tensor_of

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from ..adapters.accounting import account_for
 from ..adapters.placement import adapter_tensor_names, graph_of
-from ..capture.capture import Inputs
+from ..capture.capture_model import Inputs
 from ..errors import counted
 from ..execution.module import AdaptedGraphModule
 from ..formats.atomic_writing import write_atomically

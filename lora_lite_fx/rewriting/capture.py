@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +13,13 @@ from torch.export import ExportedProgram
 from ..adapters.changed_buffers import base_buffers_of
 from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import adapter_tensors
-from ..capture.capture import Capture, Inputs, capture_model, without_what_cannot_be
+from ..capture.capture_model import Capture, Inputs, capture_model, without_what_cannot_be
 from ..capture.compare import follows_each_part, require_equal
 from ..capture.default_dtype import default_dtype_of
+from ..capture.graph_calls import call_like_the_model
 from ..capture.origins.hooks import check_hooks
-from ..capture.origins.model_reference import ModelReference
+from ..capture.origins.wrong_arguments import check_model
 from ..capture.python_state import state_put_back
-from ..capture.signature import call_like_the_model
 from ..errors import CaptureError
 from ..execution.graph_modules import absent_tensors
 from ..execution.module import AdaptedGraphModule
@@ -105,12 +104,16 @@ _TAKEN = {name for name in dir(AdaptedGraphModule) if not hasattr(nn.Module, nam
 """The attributes of a graph module that other modules do not have; torch.fx sets `meta` on each."""
 
 
-def _require_free_names(model: object) -> None:
-    """Raise `CaptureError` if the model has something at its root under a name that a graph module needs."""
-    if not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
-        return
-    of_model = (model.named_children(), model.named_parameters(recurse=False), model.named_buffers(recurse=False))
-    if taken := [name for named in of_model for name, _ in named if name in _TAKEN]:
+def _check_can_be_a_graph(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Raise `CaptureError` if a module has adapters, or at its root a name that a graph module needs."""
+    if adapter_names:
+        raise CaptureError(
+            f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
+            " it was made of, and pass several configs at once; or, to give an adapted model a further adapter,"
+            " llfx.add(model, {'name': cfg})."
+        )
+    at_root = (model.named_children(), model.named_parameters(recurse=False), model.named_buffers(recurse=False))
+    if taken := [name for named in at_root for name, _ in named if name in _TAKEN]:
         raise CaptureError(
             f"{type(model).__name__} has {taken[0]!r} at its root, and a graph module has an attribute of that name, so"
             f" the graph could not read it. The way out: rename it, or capture a module that holds the model, such as"
@@ -133,27 +136,21 @@ def base_graph(
     Args:
         made: whether the example inputs are not the user's, so that it is no mistake of theirs if the model raises.
     """
-    if isinstance(model, ExportedProgram):
-        model = model.module()
-    adapter_names = adapter_tensor_names(model) if isinstance(model, nn.Module) else []
-    if adapter_names and not isinstance(model, fx.GraphModule):
-        raise CaptureError(
-            f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
-            " it was made of, and pass several configs at once; or, to give an adapted model a further adapter,"
-            " llfx.add(model, {'name': cfg})."
-        )
-    if adapter_names:
-        adapter_tensors(model)  # refuses a graph around the adapted one, as torch.export makes it
-    _require_free_names(model)
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    check_model(module)
+    adapter_names = adapter_tensor_names(module)
+    if not isinstance(module, fx.GraphModule):
+        _check_can_be_a_graph(module, adapter_names)
+    elif adapter_names:
+        adapter_tensors(module)  # refuses a graph around the adapted one, as torch.export makes it
 
     def attempt(without: Sequence[str]) -> fx.GraphModule:
         with torch.enable_grad():  # which a model may ask; it is compared without gradients
-            captured = capture_model(model, example_inputs, dynamic_shapes, adapter_names, without, made)
-        return _graph_of(model, captured, checkpoint_layers, fuse_loss, verify, made or example_inputs is None)
+            captured = capture_model(module, example_inputs, dynamic_shapes, adapter_names, without, made)
+        return _graph_of(module, captured, checkpoint_layers, fuse_loss, verify, made or example_inputs is None)
 
-    # Runs and traces may change what the user's classes and files hold.
-    with state_put_back(model) if isinstance(model, nn.Module) else nullcontext():
-        return without_what_cannot_be(model, example_inputs, attempt)
+    with state_put_back(module):  # runs and traces may change what the user's classes and files hold
+        return without_what_cannot_be(module, example_inputs, attempt)
 
 
 def _graph_of(
@@ -178,11 +175,14 @@ def _graph_of(
     execution = replace(execution_of(model), checkpoint_layers=checkpoint_layers)
     if fuse_loss is not None:
         execution = replace(execution, fuse_loss=fuse_loss)
-    if not isinstance(model, fx.GraphModule):
-        execution = replace(execution, source=ModelReference.of(model), held=captured.held)
-    if captured.source is not None:
-        default_dtype = default_dtype_of(captured.gm, captured.source)
-        execution = replace(execution, absent=absent_tensors(captured.source), default_dtype=default_dtype)
+    if captured.source is not None and captured.reference is not None:  # else `model` is a graph, and has these
+        execution = replace(
+            execution,
+            source=captured.reference,
+            held=captured.held,
+            absent=absent_tensors(captured.source),
+            default_dtype=default_dtype_of(captured.gm, captured.source),
+        )
     if captured.signature is not None:
         execution = replace(execution, signature=captured.signature)
         call_like_the_model(captured.gm.graph, captured.signature)

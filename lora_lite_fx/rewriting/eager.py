@@ -21,7 +21,7 @@ from ..adapters.placement import Placement, adapter_tensor_names, placements
 from ..adapters.state import adapter_values, load_adapter_values
 from ..adapters.switches import Switches
 from ..adapters.variant import adapter_namespace
-from ..capture.capture import Inputs
+from ..capture.capture_model import Inputs
 from ..capture.origins.transformers_model import leave_out_clamps
 from ..capture.shared_copy import shared_copy
 from ..compat.torch import MODULES

@@ -37,7 +37,7 @@ from ..adapters.placement import (
 from ..adapters.quantized_base import check_gradients
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, Switches, coefficients
-from ..capture.capture import Inputs
+from ..capture.capture_model import Inputs
 from ..errors import AdapterError
 from ..execution.memory import Memory, check_memory
 from ..execution.module import AdaptedGraphModule

@@ -19,7 +19,7 @@ from ..adapters.patterns import occurs
 from ..adapters.placement import placements
 from ..adapters.selection import would_select
 from ..adapters.variant import Variant
-from ..capture.origins.model_reference import ModelReference
+from ..capture.origins.origin import ModelReference
 from ..errors import ConfigError
 from ..execution.optimize import execution_of
 from ..graph.tensors import tensor_of

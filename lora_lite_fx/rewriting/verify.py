@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ..adapters.placement import placements
-from ..capture.capture import Inputs, split_inputs
+from ..capture.capture_model import Inputs, origin_of, split_inputs
 from ..capture.compare import differences
 from ..capture.differences import DifferenceTable
-from ..capture.origins.mistakes import check_model
-from ..capture.origins.transformers_model import is_hugging_face, prepare_for_capture
+from ..capture.origins.wrong_arguments import check_model
 from ..capture.outputs import has_data
 from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError, CaptureError, shown
@@ -47,8 +46,7 @@ def verify(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> DifferenceTa
         )
     check_model(model)
     twin = wrap_again(gm, model) if placements(gm) else shared_copy(model)
-    if is_hugging_face(twin):
-        prepare_for_capture(twin)
+    origin_of(model).prepare(twin)
     if len(set((modes := modes_of(gm)).values())) > 1:
         set_modes(twin, modes)
     call = split_inputs(twin, inputs)

@@ -18,7 +18,7 @@ from ..adapters.bank import check_no_bank
 from ..adapters.named_configs import Config, as_adapters
 from ..adapters.quantized_base import check_gradients
 from ..adapters.variant import Variant
-from ..capture.capture import Inputs
+from ..capture.capture_model import Inputs
 from ..errors import AdapterError, ConfigError, shown
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import outside_inference_mode

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from ...adapters.bank import IDS
-from ...capture.signature import add_input, drop_input
+from ...capture.graph_calls import add_input, drop_input
 from ...errors import ConfigError
 from ...graph.parameter_work import first_input
 from ...graph.provenance import insertions

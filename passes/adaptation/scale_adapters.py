@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ...adapters.accounting import account_for
 from ...adapters.beneath import rows_of_replaced
 from ...capture.function_tracing.trace import fake_like
-from ...capture.signature import add_input
+from ...capture.graph_calls import add_input
 from ...compat.torch import TO_COPY
 from ...graph.provenance import OUTLET, PASSED, Insertion, Provenance, record, recorded, surrounding
 from ...graph.tensors import HALF

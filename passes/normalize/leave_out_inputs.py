@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ...capture.signature import Omission, return_as
+from ...capture.graph_calls import return_as
+from ...capture.signature import Omission
 from ..pipeline import GraphPass
 
 aten = torch.ops.aten

@@ -16,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import lora_lite_fx as llfx
+from lora_lite_fx.capture.capture_model import origin_of
 from lora_lite_fx.capture.inputs.config_values import Values
 from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
-from lora_lite_fx.capture.origins.transformers_model import prepare_for_capture
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
@@ -343,13 +343,13 @@ def test_compiled_and_traced_calls_check_the_layout_of_images_too() -> None:
 
 def test_what_a_graph_cannot_draw_is_refused_with_the_way_out() -> None:
     model = CASES["wavlm"].builder()()
-    prepare_for_capture(model)
+    origin_of(model).prepare(model)
     model.config.apply_spec_augment, model.config.mask_time_prob = True, 0.05
     with pytest.raises(llfx.CaptureError, match=r"SpecAugment|numpy.*apply_spec_augment = False"):
-        prepare_for_capture(model)
+        origin_of(model).prepare(model)
     model.config.apply_spec_augment, model.config.layerdrop = False, 0.1
     with pytest.raises(llfx.CaptureError, match=r"layerdrop = 0"):
-        prepare_for_capture(model)
+        origin_of(model).prepare(model)
 
 
 @pytest.mark.broad

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.origins.transformers_model import batch_only_arguments
+from lora_lite_fx.capture.capture_model import origin_of
 from tests.support.releases import cases_by_name
 
 CASES = cases_by_name()
@@ -13,7 +13,7 @@ CASES = cases_by_name()
 
 @pytest.mark.parametrize(("name", "fixed"), [("sam2", ("pixel_values",)), ("swin", ("pixel_values",)), ("vit", ())])
 def test_images_that_are_cut_into_windows_have_one_size(name: str, fixed: tuple[str, ...]) -> None:
-    assert batch_only_arguments(CASES[name].builder()()) == fixed
+    assert origin_of(CASES[name].builder()()).batch_only(made=True) == fixed
 
 
 @pytest.mark.broad

@@ -104,7 +104,7 @@ def test_a_model_is_captured_once_if_dropouts_alone_tell_the_modes_apart(
 
 def count_exports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows with each export."""
-    capturing: Any = importlib.import_module("lora_lite_fx.capture.capture")
+    capturing: Any = importlib.import_module("lora_lite_fx.capture.capture_model")
     calls: list[int] = []
     original = capturing.export
 

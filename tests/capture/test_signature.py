@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.signature import _NotesExport
+from lora_lite_fx.capture.graph_calls import _NotesExport
 from lora_lite_fx.compat.transformers import CACHE
 from lora_lite_fx.execution.optimize import checkpoints_layers
 from tests.support.conformance import randomise

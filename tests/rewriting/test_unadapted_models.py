@@ -12,7 +12,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.origins.model_reference import ModelReference
+from lora_lite_fx.capture.capture_model import origin_of
 from tests.rewriting.test_unadapted import logged, warned
 from tests.support.captured import captured
 
@@ -41,7 +41,7 @@ def encoder() -> Any:
 
 
 def drawn(model: Any) -> tuple[str, ...]:
-    return ModelReference.of(model).new_head
+    return origin_of(model).reference().new_head
 
 
 def test_experts_that_default_roles_leave_out_are_one_warning_with_the_way_to_adapt_them() -> None:

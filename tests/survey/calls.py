@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lora_lite_fx.capture.capture_model import origin_of
 from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
-from lora_lite_fx.capture.origins.transformers_model import is_hugging_face, prepare_for_capture
+from lora_lite_fx.capture.origins.origin import is_hugging_face
 from lora_lite_fx.capture.shared_copy import shared_copy
 
 
@@ -51,7 +52,7 @@ def example_of(model: Any, given: bool, without: Collection[str] = ()) -> dict[s
         return _in_dtype_of(model, given_calls(model)["example"])
     if is_hugging_face(model):
         prepared = shared_copy(model)
-        prepare_for_capture(prepared)
+        origin_of(prepared).prepare(prepared)
         inputs = example_inputs_of(prepared, without)
         return _in_dtype_of(model, inputs)
     size = model.pretrained_cfg["input_size"]  # of timm

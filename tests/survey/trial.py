@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.inputs.images import IMAGES
-from lora_lite_fx.capture.inputs.sounds import SOUNDS
-from lora_lite_fx.capture.origins.transformers_model import is_diffusers, is_hugging_face
+from lora_lite_fx.capture.inputs.other_media import SOUNDS
+from lora_lite_fx.capture.origins.origin import is_diffusers, is_hugging_face
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 

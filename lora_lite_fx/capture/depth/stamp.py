@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from ...compat.torch import children_of, codegen_of, empty_like
 from ...graph.tensors import register_tensor, tensor_of
 from ..export import GUARDS, guard_sizes
-from ..signature import return_as
+from ..graph_calls import return_as
 from .graph_steps import CONSTANT, names_of_tensors, steps_of
 from .repeats import (
     Blocks,

@@ -46,12 +46,9 @@ class Values:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.parameters = signature_of(model).parameters
+        self.required = required(model.forward)
         self.config = model.config
         self.generator = torch.Generator().manual_seed(0)
-
-    def required(self) -> list[str]:
-        """Return the names of the arguments that have no default."""
-        return required(self.model.forward)
 
     def field(self, *names: str) -> Any:
         """Return the first of the fields that the config has, or the config of a part; None if none has."""

@@ -21,9 +21,9 @@ _PLACES = ("image_position_ids", "pixel_position_ids")
 def takes_images(values: Values) -> bool:
     """Tell whether the model computes something of images."""
     names = [name for name in IMAGES if name in values.parameters]
-    if "grid_thw" in values.required():  # a tower for images alone
+    if "grid_thw" in values.required:  # a tower for images alone
         return True
-    is_main = any(name == values.model.main_input_name or name in values.required() for name in names)
+    is_main = any(name == values.model.main_input_name or name in values.required for name in names)
     return bool(names) and (is_main or values.field("vision_config", "patch_size", "image_size") is not None)
 
 
@@ -77,7 +77,7 @@ def _patches_with_grid(values: Values) -> Iterator[Inputs]:
     for name in ("image_merge_sizes", "merge_sizes"):
         if name in values.parameters:
             layout[name] = torch.full((BATCH,), merge, device=values.model.device)
-    patches = "hidden_states" if "hidden_states" in values.required() else "pixel_values"
+    patches = "hidden_states" if "hidden_states" in values.required else "pixel_values"
     frames = values.field("temporal_patch_size", "patch_temporal") or 1
     shapes = (
         (count, _numbers(values) * frames),

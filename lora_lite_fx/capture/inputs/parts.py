@@ -12,7 +12,7 @@ from torch import Tensor
 from ..forward_signature import signature_of
 from .config_values import BATCH, READS_VALUES, Inputs, Values, required
 from .images import IMAGES
-from .sounds import SOUNDS
+from .other_media import SOUNDS
 
 # The fields of a config that name such a token, and the methods of a model that compute the parts.
 _IMAGE_TOKENS = (

@@ -1,8 +1,8 @@
-"""Make example inputs for a model of timm from what it says about images."""
+"""A model of timm: example images from what it says about them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,42 +11,37 @@ from torch import Tensor, nn
 from ...compat.torch import FakeTensorMode
 from ..forward_signature import signature_of
 from ..without_data import without_data
+from .origin import PlainModule
 
 
-def example_images_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return two random images of the size that a timm model takes, as its first argument.
+class TimmModel(PlainModule):
+    """A model that has what timm gives each, with or without published weights: a dict `pretrained_cfg`."""
 
-    Args:
-        model: a copy of the user's, left in evaluation mode.
+    model: Any
 
-    Returns:
-        None for other models, and for a timm model that says the size of other images than it takes.
-    """
-    size = _images(model).get("input_size")
-    if not isinstance(size, (tuple, list)) or len(size) != 3:
-        return None
-    # It says what its published weights were trained on; a model may be made for other images.
-    convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = size[0] if convolution is None else convolution.in_channels
-    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size[1:]
-    weight = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.zeros(()))
-    images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
-    images = images.to(weight.device, weight.dtype)
-    if not _takes(model.eval(), images):
-        return None
-    return {next(iter(signature_of(model).parameters)): images}
+    def example_inputs(self, copied: Any, without: Collection[str] = ()) -> dict[str, Any] | None:
+        """Return two random images of the size that the model takes, as its first argument.
 
+        None for a model that says the size of other images than it takes.
+        """
+        size = copied.pretrained_cfg.get("input_size")
+        if not isinstance(size, (tuple, list)) or len(size) != 3:
+            return None
+        # It says what its published weights were trained on; a model may be made for other images.
+        convolution = next((module for module in copied.modules() if isinstance(module, nn.Conv2d)), None)
+        channels = size[0] if convolution is None else convolution.in_channels
+        height, width = getattr(getattr(copied, "patch_embed", None), "img_size", None) or size[1:]
+        weight = next((tensor for tensor in copied.parameters() if tensor.is_floating_point()), torch.zeros(()))
+        images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+        images = images.to(weight.device, weight.dtype)
+        return {self._first_argument(): images} if _takes(copied.eval(), images) else None
 
-def images_of_one_size(model: nn.Module) -> tuple[str, ...]:
-    """Return the name of the images of a timm model that takes those of one height and width alone."""
-    fixed = _images(model).get("fixed_input_size")
-    return tuple(signature_of(model).parameters)[:1] if fixed else ()
+    def batch_only(self, made: bool) -> tuple[str, ...]:
+        """Return the images, where the model takes those of one height and width alone or nothing shows others."""
+        return (self._first_argument(),) if made or self.model.pretrained_cfg.get("fixed_input_size") else ()
 
-
-def _images(model: nn.Module) -> Mapping[str, Any]:
-    """Return what a model says about its images: timm gives each a `pretrained_cfg`, with or without such weights."""
-    said = getattr(model, "pretrained_cfg", None)
-    return said if isinstance(said, Mapping) else {}
+    def _first_argument(self) -> str:
+        return next(iter(signature_of(self.model).parameters))
 
 
 def _takes(model: nn.Module, images: Tensor) -> bool:

@@ -98,7 +98,7 @@ class Decisions:
             )
 
     def _run(self, call: Call, watch: _Watch) -> Outputs:
-        return outputs_of_model(self._model, call, modes_of(self._model), (), by_module=False, watch=watch)
+        return outputs_of_model(self._model, call, modes_of(self._model), watch=watch)
 
 
 def _is_equal(expected: Any, actual: Any) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ...capture.origins.model_reference import ModelReference
-from ...capture.origins.transformers_model import is_diffusers, is_hugging_face
+from ...capture.capture_model import origin_of
+from ...capture.origins.origin import ModelReference, is_diffusers, is_hugging_face
 from ...errors import CheckpointError, shown
 from ...execution.optimize import execution_of
 
@@ -34,7 +34,7 @@ FINGERPRINTS = "lora_lite_fx.base"
 def source_of(model: nn.Module) -> ModelReference | None:
     """Return the source of an adapted model, or None if it is not known."""
     if is_hugging_face(model) or is_diffusers(model):
-        return ModelReference.of(model)
+        return origin_of(model).reference()
     source = execution_of(model).source
     return source if isinstance(source, ModelReference) else None
 

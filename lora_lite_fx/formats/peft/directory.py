@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from ...adapters.changed_buffers import warn_of_lost_buffers
 from ...adapters.placement import adapter_names
 from ...adapters.state import warn_of_trained_base
-from ...capture.capture import Inputs
+from ...capture.capture_model import Inputs
 from ...errors import CheckpointError
 from ...graph.provenance import DEFAULT
 from ...graph.tensors import outside_inference_mode

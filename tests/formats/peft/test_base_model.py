@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.origins.model_reference import ModelReference
+from lora_lite_fx.capture.capture_model import origin_of
 from lora_lite_fx.formats.peft.base_model import base_fields
 from lora_lite_fx.formats.safetensors_files import tensor_bytes
 from lora_lite_fx.formats.untrusted_files import read_safetensors
@@ -187,7 +187,7 @@ def test_without_fingerprints_the_names_are_compared(tmp_path: Path) -> None:
 
     def load_onto(name: str | None) -> None:
         base: Any = llfx.capture(graph)
-        base.execution = replace(base.execution, source=replace(ModelReference.of(model), name=name))
+        base.execution = replace(base.execution, source=replace(origin_of(model).reference(), name=name))
         llfx.load_peft(base, tmp_path)
 
     with warnings.catch_warnings():

@@ -1,0 +1,132 @@
+"""What capture has to know of where a model comes from; and the reference by which a graph finds it again."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..outputs import Call
+
+
+def is_hugging_face(model: object) -> bool:
+    """Tell whether `model` is a transformers model, without importing transformers."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def is_diffusers(model: object) -> bool:
+    """Tell whether `model` is a model of diffusers (a UNet, a transformer), without importing diffusers."""
+    models = sys.modules.get("diffusers.models.modeling_utils")
+    return models is not None and isinstance(model, models.ModelMixin)
+
+
+class PlainModule:
+    """A module of which nothing is known. Each subclass says what is special about the models of a library.
+
+    Args:
+        model: of the user, which is not changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def prepare(self, copied: nn.Module) -> None:
+        """Switch off in `copied`, a copy of the model, what a graph cannot have.
+
+        Raises:
+            CaptureError: it cannot be switched off without a change of results; the message says how.
+        """
+
+    def example_inputs(self, copied: nn.Module, without: Collection[str] = ()) -> dict[str, Any] | None:
+        """Return keyword arguments to capture the prepared copy with; None if nothing tells any.
+
+        Args:
+            copied: the prepared copy.
+            without: `"images"` or `"sound"` to leave them out, also where the model takes them.
+        """
+        return None
+
+    def left_out_in_turn(self) -> tuple[tuple[str, ...], ...]:
+        """Return which of images and sound `example_inputs` may go without, the least first."""
+        return ()
+
+    def check_call(self, prepared: nn.Module, call: Call) -> None:
+        """Raise `CaptureError` if the prepared copy computes something else for a call than the model."""
+
+    def with_other_mask(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return keyword arguments with a mask of the other kind, for which the graph has to hold too; or None."""
+        return None
+
+    def layouts(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return those of the arguments whose values become a part of the graph because they say how images lie."""
+        return {}
+
+    def batch_only(self, made: bool) -> tuple[str, ...]:
+        """Return the names of the arguments of which the batch alone is to be dynamic.
+
+        Args:
+            made: whether `example_inputs` made them.
+        """
+        return ()
+
+    def accepted(self) -> dict[str, Any]:
+        """Return values of arguments that ask for what the graph computes anyway; a call may pass them."""
+        return {}
+
+    def hint(self, inputs: Mapping[str, Any]) -> str:
+        """Return what to do about inputs for which a graph differs from the model, after a space; often empty."""
+        return ""
+
+    def reference(self) -> ModelReference:
+        """Return what a graph keeps of the model."""
+        return ModelReference(weakref.ref(self.model), type(self.model).__name__, type(self.model).__module__)
+
+
+class DiffusersModel(PlainModule):
+    """A model of diffusers."""
+
+    def prepare(self, copied: nn.Module) -> None:
+        """Switch checkpointing off."""
+        forget_checkpointing(copied)
+
+
+def forget_checkpointing(model: nn.Module) -> None:
+    """Switch checkpointing off, in place, because capture loses it, and the graph does it itself."""
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A weak reference to a model, and how a Hugging Face model is found again. Calling it returns the model, or None.
+
+    Args:
+        model: the reference.
+        class_name: of the model.
+        module: the Python module in which the class is.
+        name: under which the model was loaded, a hub id or a folder; None if it was not loaded.
+        revision: the commit at the hub that was loaded, or None.
+        reads: the name of its main input, such as `input_ids`; empty for another model than one of transformers.
+        generates: whether it has what `generate` needs.
+        has_encoder: whether it is an encoder with a decoder.
+        new_head: the modules of its head that were drawn at random, see `transformers_model.new_head`.
+    """
+
+    model: weakref.ref[nn.Module]
+    class_name: str
+    module: str
+    name: str | None = None
+    revision: str | None = None
+    reads: str = ""
+    generates: bool = False
+    has_encoder: bool = False
+    new_head: tuple[str, ...] = ()
+
+    def __call__(self) -> nn.Module | None:
+        return self.model()

@@ -11,7 +11,7 @@ from torch.export import Dim
 
 from ..compat.torch import assert_in_graph, check, pytree
 from ..errors import CaptureError
-from ..graph.turns import tracing
+from ..graph.calls_and_traces import tracing
 from ..graph.writes import returns_what_it_writes
 from .autograd_functions import keeping_functions
 from .forward_signature import signature_of

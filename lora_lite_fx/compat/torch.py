@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -233,9 +234,8 @@ def is_transform(node: fx.Node) -> bool:
 needed("torch.Tensor._version", "nothing: the documentation of autograd calls the counter by this name")
 
 
-def version_of(tensor: Tensor) -> int:
-    """Return how often `tensor` was written to in place."""
-    return tensor._version
+version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
+"""Return how often a tensor was written to in place. `frozen` asks this of every parameter in each call."""
 
 
 needed(

@@ -16,7 +16,7 @@ from ..adapters.state import adapter_tensors
 from ..adapters.variant import adapter_namespace
 from ..compat.torch import change_tensors
 from ..errors import AdapterError, shown
-from ..execution.module import AdaptedGraphModule
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..graph.provenance import SHARED
 from ..graph.sharded import copy_values, is_dtensor, is_sharded
 from ..graph.tensors import register_tensor, tensor_of

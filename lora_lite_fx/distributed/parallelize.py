@@ -16,8 +16,8 @@ from ..adapters.placement import graph_of, placements
 from ..adapters.state import adapter_tensors
 from ..capture.symbolic_tracing.attention_module import attend_heads
 from ..errors import AdapterError, shown
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.execution import Execution
-from ..execution.module import AdaptedGraphModule
 from ..graph.divided import put_borders
 from ..graph.divided_dropout import DROPOUT, draws
 from ..graph.sharded import is_dtensor, is_sharded, is_stage

@@ -11,9 +11,9 @@ from ..adapters.placement import Placement, graph_of, placements
 from ..adapters.state import adapter_tensors
 from ..capture.graph_calls import count_arguments, return_as
 from ..errors import AdapterError, CallError, shown
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.execution import Execution
-from ..execution.module import AdaptedGraphModule
-from ..execution.pieces import A_LAYER, pieces_of
+from ..execution.layer_nodes import A_LAYER, pieces_of
 from ..graph.copies import copy_graph
 from ..graph.cut import Part, cut_at, spans_of, value_is_tensor
 from ..graph.queries import reads_tensor

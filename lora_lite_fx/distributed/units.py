@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import fx, nn
 
 from ..adapters.placement import graph_of
-from ..execution.module import AdaptedGraphModule
-from ..execution.pieces import pieces_of
+from ..execution.adapted_graph_module import AdaptedGraphModule
+from ..execution.layer_nodes import pieces_of
 from ..graph.sharded import is_sharded
 
 

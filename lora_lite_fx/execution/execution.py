@@ -12,8 +12,8 @@ from torch import fx, nn
 from ..adapters.changed_buffers import BaseBuffers
 from ..capture.signature import CallSignature
 from ..passes import OPTIMIZATIONS, Pipeline, Program
-from .compiling import LayerCompiler
-from .memory import Memory
+from .compile_layers import LayerCompiler
+from .memory_plan import Memory
 
 
 @dataclass(frozen=True)

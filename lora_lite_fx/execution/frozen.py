@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -14,51 +13,38 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..adapters.placement import placements
 from ..compat.torch import version_of
 from ..errors import AdapterError, shown
+from ..graph.calls_and_traces import tracing
 from ..graph.direct_calls import ORDINARY
 from ..graph.sharded import is_sharded, reshard
-from ..graph.turns import tracing
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass
 class KeptValues:
-    """The values of one graph that are kept while a scope is open.
+    """The values that a program needs of modules, kept while a scope is open.
 
     Args:
-        by_program: for each program that has run, what it needs of each module.
-        autocast: for each of them, the mode of autocast that its values were computed in.
+        values: for the rest of the program, and for each of its pieces.
+        tensors: those that the values were computed from.
         ids: of banks, the slots of the rows that the values are for.
-        parts: the attributes of the modules on whose modes a value of the graph depends, as of the first call.
     """
 
-    by_program: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
-    autocast: dict[str, Any] = field(default_factory=dict)
-    ids: Tensor | None = None
-    parts: list[dict[str, Any]] | None = None
-    _tensors: list[Tensor] = field(default_factory=list)
-    _versions: list[int] = field(default_factory=list)
-
-    def keep(self, program: str, values: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> None:
-        """Keep the values of a program, which were computed from `tensors`, in the mode of autocast of now."""
+    def __init__(self, values: list[tuple[Any, ...]], tensors: Iterable[Any], ids: Tensor | None) -> None:
+        self.values, self.ids = values, ids
+        self._autocast = _autocast_mode()
         # Tensors that were made in inference mode count no versions: writes to them are not noticed.
-        watched = [tensor for tensor in tensors if type(tensor) in ORDINARY and not tensor.is_inference()]
-        self._tensors += watched
-        self._versions += map(version_of, watched)
-        self.autocast[program] = _autocast_mode()
-        self.by_program[program] = list(values)
+        self._tensors = [tensor for tensor in tensors if type(tensor) in ORDINARY and not tensor.is_inference()]
+        self._versions = [*map(version_of, self._tensors)]
 
-    def fit(self, program: str) -> bool:
-        """Check whether a call may use the values of a program.
-
-        It may not in another mode of autocast, on which their types depend, nor after a write.
+    def fit(self) -> bool:
+        """Check whether a call may use the values: not in another mode of autocast, on which their types depend.
 
         Raises:
             AdapterError: a tensor that values were computed from was written to.
         """
         if not torch.compiler.is_compiling() and list(map(version_of, self._tensors)) != self._versions:
             raise changed_inside("A parameter was written to")
-        return bool(self.autocast[program] == _autocast_mode())
+        return bool(self._autocast == _autocast_mode())
 
 
 def _autocast_mode() -> tuple[Any, ...]:

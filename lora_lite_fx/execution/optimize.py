@@ -14,8 +14,8 @@ from ..errors import AdapterError, ConfigError, shown
 from ..graph.copies import copy_graph
 from ..graph.tensors import keep_registration
 from ..passes import OPTIMIZATIONS, Pipeline
+from .adapted_graph_module import AdaptedGraphModule
 from .execution import Execution
-from .module import AdaptedGraphModule
 
 
 def optimize(model: fx.GraphModule | ExportedProgram, passes: Pipeline = OPTIMIZATIONS) -> fx.GraphModule:

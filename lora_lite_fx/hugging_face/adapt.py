@@ -24,7 +24,7 @@ from ..capture.origins.origin import is_diffusers, is_hugging_face
 from ..capture.origins.wrong_arguments import check_inputs, check_model, graph_hint
 from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
-from ..execution.layer import plain_class
+from ..execution.layer_modules import plain_class
 from ..execution.optimize import execution_of
 from ..formats.any_file import load_any
 from ..formats.peft.directory import CONFIG

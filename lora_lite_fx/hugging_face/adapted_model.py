@@ -24,10 +24,10 @@ from ..capture.forward_signature import forward_signature
 from ..capture.origins.origin import is_hugging_face
 from ..compat.torch import SeesMoves, children_of
 from ..errors import AdapterError, ConfigError
-from ..execution.compiling import LayerCompiler
+from ..execution.compile_layers import LayerCompiler
 from ..execution.frozen import changed_inside, frozen
-from ..execution.layer import WRAPPED, RunsParts, plain_class, running_parts
-from ..execution.memory import Memory, MemoryPlan
+from ..execution.layer_modules import WRAPPED, RunsParts, plain_class, running_parts
+from ..execution.memory_plan import Memory, MemoryPlan
 from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
 from ..formats.peft.directory import CONFIG, TENSORS, save_peft

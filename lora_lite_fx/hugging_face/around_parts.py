@@ -17,7 +17,7 @@ from ..adapters.placement import Placement
 from ..capture.differences import agree
 from ..capture.origins.origin import is_hugging_face
 from ..errors import CaptureError
-from ..execution.layer import plain_class
+from ..execution.layer_modules import plain_class
 from ..log import logger
 
 

@@ -19,7 +19,7 @@ from ..capture.export import images_in, take_for_one, take_guards
 from ..capture.graph_calls import names_of_results
 from ..capture.held_answers import HeldAnswer, held_answers, other_than_held
 from ..capture.quirks.layouts import layouts_in
-from ..execution.module import AdaptedGraphModule
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..rewriting.capture import base_graph
 from .call_structure import CACHES, Leaves, Structure, Tree, assemble, cached_layers, differences, disassemble, restore
 from .causal_lm import NormalizedCall, caches, join_mask, with_loss

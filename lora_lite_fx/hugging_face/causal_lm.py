@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..capture.forward_signature import forward_signature
-from ..execution.layer import plain_class
+from ..execution.layer_modules import plain_class
 from .decoder import Decoder
 
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")

@@ -19,8 +19,8 @@ from ..capture.outputs import comparable
 from ..capture.shared_copy import shared_copy
 from ..compat.torch import constant_when_compiled, not_compiled
 from ..errors import CaptureError
+from ..graph.calls_and_traces import tracing
 from ..graph.sharded import refuse_sharded
-from ..graph.turns import tracing
 from .call_structure import Leaves, assemble, disassemble
 from .causal_lm import Form, NormalizedCall, caches, join_mask, normalize_call, with_loss
 from .decoder import BATCH, LENGTH, PAST, Decoder

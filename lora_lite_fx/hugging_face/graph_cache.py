@@ -25,14 +25,14 @@ from ..capture.origins.hooks import take_hooks_off
 from ..capture.origins.origin import is_diffusers, is_hugging_face
 from ..compat.torch import not_compiled
 from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
-from ..execution.compiling import LayerCompiler
-from ..execution.memory import Memory, MemoryPlan, check_memory
-from ..execution.module import AdaptedGraphModule
+from ..execution.adapted_graph_module import AdaptedGraphModule
+from ..execution.compile_layers import LayerCompiler
+from ..execution.memory_plan import Memory, MemoryPlan, check_memory
 from ..execution.optimize import checkpoints_layers, draft_of
+from ..graph.calls_and_traces import calling, tracing
 from ..graph.modes import add_flagged_modules
 from ..graph.sharded import is_sharded, refuse_sharded
 from ..graph.tensors import delete_tensor, register_tensor, tensor_of
-from ..graph.turns import calling, tracing
 from ..graph.writes import written_buffers
 from ..log import logger
 from ..passes import Pipeline, RemoveAdapters

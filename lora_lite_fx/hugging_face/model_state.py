@@ -6,12 +6,9 @@ A graph has them as they were when it was captured, whereas it reads the tensors
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from itertools import chain, repeat
-from operator import getitem, is_
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -21,7 +18,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..adapters.placement import adapter_tensor_names
 from ..capture.origins.hooks import weight_hooks_on
 from ..compat.torch import FORWARD_PRE_HOOKS, buffers_of, children_of, hooks_of, parameters_of
-from ..execution.layer import WRAPPED, plain_class, user_classes
+from ..execution.layer_modules import WRAPPED, user_classes
+from ..execution.snapshot import Snapshot, value_to_compare
 from ..graph.layers import is_layer
 
 _NUMBERS = (bool, int, float, str, type(None))
@@ -62,7 +60,7 @@ class _Module(NamedTuple):
         named = (*parameters_of(module).items(), *buffers_of(module).items())
         computed: Any = module.parametrizations if is_parametrized(module) else ()
         tensors = frozenset((*(name for name, tensor in named if tensor is not None), *computed)).difference(adapters)
-        present = {name: _kept(value) for name, value in attributes.items() if _is_setting(name, value)}
+        present = {name: value_to_compare(value) for name, value in attributes.items() if _is_setting(name, value)}
         settings = (
             {name: attributes.get(name) for name in _LATER} | present | {FORWARD_PRE_HOOKS: weight_hooks_on(module)}
         )
@@ -103,18 +101,8 @@ class ModelState:
         self._look()
 
     def is_as_it_was(self) -> bool:
-        """Return False if anything may have changed. Each call asks, so it costs a fifth of a microsecond a module."""
-        try:
-            return (
-                [*map(type, self._all)] == self._types
-                and [*map(len, self._sized)] == self._sizes
-                and self._registries == self._registered
-                and [*map(getitem, self._owners, self._names)] == self._values
-                and [*map(is_, chain.from_iterable(self._tensors), repeat(None))] == self._is_none
-                and [kind.forward for kind in self._kinds] == self._forwards
-            )
-        except KeyError:  # an attribute was taken away
-            return False
+        """Return False if anything may have changed. Each call asks."""
+        return self._snapshot.holds()
 
     def change(self) -> str:
         """Return in words what has changed of that which graphs have for good; empty if nothing has.
@@ -123,12 +111,11 @@ class ModelState:
             UserWarning: `forward` of a module in a layer or outside of layers was replaced on the instance, which does
                 not act. That of a layer is called by programs.
         """
-        before, forwards = self._modules, dict(zip(self._kinds, self._forwards, strict=True))
+        before, earlier = self._modules, self._snapshot
         self._look()
         self._warn_of_forwards(before)
-        for kind, forward in zip(self._kinds, self._forwards, strict=True):
-            if forwards.get(kind, forward) is not forward:
-                return f"forward of {kind.__name__} is another function"
+        if kind := self._snapshot.replaced_forward(earlier):
+            return f"forward of {kind} is another function"
         for name in sorted(before.keys() ^ self._modules.keys()):
             return f"{name} was {'taken away' if name in before else 'added'}"
         for name, module in before.items():
@@ -143,25 +130,12 @@ class ModelState:
             adapters[path].add(leaf)
         modules = dict(_modules_of(self.model))
         self._modules = {name: _Module.of(module, adapters[name]) for name, module in modules.items()}
-        # Flat lists, which `is_as_it_was` compares, because a step of Python for each module would cost more.
-        self._all = [*modules.values()]
-        self._types = [*map(type, self._all)]
-        self._registries: list[dict[Any, Any]] = [
-            registry for module in self._all for registry in (children_of(module), hooks_of(module, FORWARD_PRE_HOOKS))
-        ]
-        self._registered = [registry.copy() for registry in self._registries]
-        tensors: list[dict[str, Any]] = [
-            registry for module in self._all for registry in (parameters_of(module), buffers_of(module))
-        ]
-        self._tensors = [registry.values() for registry in tensors if registry]
-        self._is_none = [tensor is None for registered in self._tensors for tensor in registered]
-        self._sized = [*map(vars, self._all), *tensors]
-        self._sizes = [*map(len, self._sized)]
-        settings = [(vars(each), *item) for each in self._all for item in vars(each).items() if _is_setting(*item)]
-        self._owners, self._names = [owner for owner, *_ in settings], [name for _, name, _ in settings]
-        self._values = [_kept(value) for *_, value in settings]
-        self._kinds = {plain_class(kind): None for kind in self._types}
-        self._forwards = [kind.forward for kind in self._kinds]
+        owners = [*map(vars, modules.values())]
+        self._snapshot = Snapshot(
+            modules,
+            registries=(hooks_of(module, FORWARD_PRE_HOOKS) for module in modules.values()),
+            settings=((owner, name) for owner in owners for name in owner if _is_setting(name, owner[name])),
+        )
 
     def _warn_of_forwards(self, before: dict[str, _Module]) -> None:
         new = [
@@ -226,11 +200,6 @@ def _is_setting(name: str, value: Any) -> bool:
         return (value is not None and isinstance(value, _NUMBERS)) or isinstance(value, FunctionType)
     parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
     return callable(value) or all(isinstance(part, _NUMBERS) for part in parts)
-
-
-def _kept(value: Any) -> Any:
-    """Return a value to compare with later: a copy of a container, which may change in place."""
-    return copy.copy(value) if type(value) in (list, dict) else value
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..adapters.placement import Placement
 from ..capture.origins.origin import is_hugging_face
 from ..capture.shared_copy import shared_copy
-from ..execution.layer import plain_class
+from ..execution.layer_modules import plain_class
 from ..graph.tensors import delete_tensor, has_attribute
 from .own_forward import forget_replaced_forward
 

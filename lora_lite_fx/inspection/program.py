@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ..adapters.placement import graph_of, placements
 from ..errors import AdapterError, CallError, shown
-from ..execution.module import AdaptedGraphModule
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..passes import Program
 from .pass_reports import ProgramReport
 

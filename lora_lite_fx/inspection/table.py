@@ -16,7 +16,7 @@ from ..adapters.accounting import account_for
 from ..adapters.placement import adapter_tensor_names, graph_of
 from ..capture.capture_model import Inputs
 from ..errors import counted
-from ..execution.module import AdaptedGraphModule
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..formats.atomic_writing import write_atomically
 from ..graph.provenance import DEFAULT, Insertion, surrounding
 from ..graph.queries import model_name

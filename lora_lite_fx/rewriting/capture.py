@@ -21,10 +21,10 @@ from ..capture.origins.hooks import check_hooks
 from ..capture.origins.wrong_arguments import check_model
 from ..capture.python_state import state_put_back
 from ..errors import CaptureError
-from ..execution.graph_modules import absent_tensors
-from ..execution.module import AdaptedGraphModule
+from ..execution.adapted_graph_module import AdaptedGraphModule
+from ..execution.layer_nodes import require_layers
+from ..execution.module_checks import absent_tensors
 from ..execution.optimize import checkpoints_layers, execution_of
-from ..execution.pieces import require_layers
 from ..graph.modes import let_modes_be_one, set_modes
 from ..graph.tensors import keep_registration, outside_inference_mode, tensor_of
 from ..graph.writes import own_buffers, written_buffers

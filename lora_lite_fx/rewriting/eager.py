@@ -26,7 +26,7 @@ from ..capture.origins.transformers_model import leave_out_clamps
 from ..capture.shared_copy import shared_copy
 from ..compat.torch import MODULES
 from ..errors import AdapterError, ConfigError
-from ..execution.module import AdaptedGraphModule
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.optimize import execution_of
 from ..graph.provenance import inner_name, is_inserted
 from ..graph.replacing import replace_modules

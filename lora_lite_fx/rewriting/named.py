@@ -19,7 +19,7 @@ from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, known_names
 from ..adapters.variant import Variant
 from ..errors import AdapterError, ConfigError, shown
-from ..execution.module import AdaptedGraphModule
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.optimize import draft_of
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import delete_tensor, outside_inference_mode, tensor_of

@@ -39,9 +39,9 @@ from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, Switches, coefficients
 from ..capture.capture_model import Inputs
 from ..errors import AdapterError
-from ..execution.memory import Memory, check_memory
-from ..execution.module import AdaptedGraphModule
-from ..execution.planning import plan_memory
+from ..execution.adapted_graph_module import AdaptedGraphModule
+from ..execution.memory_plan import Memory, check_memory
+from ..execution.plan_memory import plan_memory
 from ..graph.tensors import outside_inference_mode
 from ..log import phase, progress
 from ..passes import (

@@ -23,7 +23,7 @@ from ..adapters.placement import Placement, adapter_names, graph_of, placements,
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import coefficients, known_names
 from ..errors import AdapterError, ConfigError, shown
-from ..execution.module import AdaptedGraphModule
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.optimize import draft_of
 from ..graph.provenance import DEFAULT
 from ..graph.sharded import refuse_sharded

@@ -156,6 +156,35 @@ def test_a_hook_that_cannot_act_is_warned_of_once(front_end: str) -> None:
         assert torch.equal(logits(model), before)
 
 
+class DoublesInTraining(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if self.training else x
+
+
+class ReturnsItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.lin = DoublesInTraining(), nn.Linear(3, 3)
+        self.layers = nn.ModuleList([DoublesInTraining()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers[0](self.lin(self.part(x)))
+        return result
+
+
+@pytest.mark.parametrize("path", ["part", "layers.0"])
+def test_a_hook_on_a_module_that_returns_its_input_in_evaluation_acts_in_training_and_warns(path: str) -> None:
+    gm: Any = llfx.rewrite(ReturnsItsInput(), llfx.LoRA(r=2, target_names="lin"), (torch.randn(2, 3),))
+    seen: list[bool] = []
+    gm.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    x = torch.randn(2, 3)
+    with pytest.warns(UserWarning, match=f"A hook on '{path}' does not act in evaluation mode"):
+        gm.eval()(x)
+    assert seen == []
+    gm.train()(x)
+    assert seen == [True]
+
+
 class Inner(nn.Module):
     """A module outside of layers, whose last computation alone is outside of its layers."""
 
@@ -275,8 +304,8 @@ def test_a_tied_parameter_that_is_replaced_under_one_name_is_an_error() -> None:
 def test_equal_layers_have_one_function(cfg: llfx.Variant) -> None:
     model, _ = made("rewrite", cfg, layers=5)
     logits(model)
-    (derived,) = model.derived.values()
-    functions = [piece.rest for piece in derived.pieces]
+    (program,) = model.derived.programs.values()
+    functions = [piece.rest for piece in program.pieces]
     # The first layer differs: its input needs no gradient, so there is nothing to compute again in the backward pass.
     assert len(functions) == 5
     assert len(set(functions)) <= 2

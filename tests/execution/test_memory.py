@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import lora_lite_fx as llfx
-from lora_lite_fx.execution.module import AdaptedGraphModule
+from lora_lite_fx.execution.adapted_graph_module import AdaptedGraphModule
 from tests.support.models import tiny_llama
 
 CYCLES = 6

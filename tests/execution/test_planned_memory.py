@@ -15,8 +15,8 @@ from live_bytes import LiveBytes
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.execution.cutting import call
-from lora_lite_fx.execution.measuring import Recorder, obstacle
+from lora_lite_fx.execution.cut_program import call
+from lora_lite_fx.execution.measured_layer import Recorder, obstacle
 from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.execution.test_checkpointing import MODELS, VOCABULARY, InPlace, assert_same, llama, step, t5, tokens
 from tests.support.captured import captured

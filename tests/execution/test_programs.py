@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
 
 import lora_lite_fx as llfx
+from lora_lite_fx.execution.adapted_graph_module import AdaptedGraphModule
 from lora_lite_fx.execution.execution import Execution
-from lora_lite_fx.execution.module import AdaptedGraphModule
 from lora_lite_fx.execution.optimize import run_as
 from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.support.conformance import (

@@ -182,7 +182,6 @@ FINDINGS: tuple[Found, ...] = (
         "a pre-hook on a module that hands its input on in evaluation",
         "calls",
         Calls(Net(("Linear", "Linear", "AsksMode")), after=(Call("grad"), ops.Hook("b2", "pre"))),
-        is_open=True,
     ),
 )
 """The findings."""

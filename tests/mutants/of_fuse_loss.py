@@ -58,9 +58,9 @@ MUTANTS = (
         "test_logits_that_are_no_wider_than_their_input_stay",
     ),
     Mutant(
-        "lora_lite_fx/execution/module.py",
-        "or (self.execution is not None and self.execution.fuse_loss)",
-        "",
+        "lora_lite_fx/execution/choose_program.py",
+        "execution.fuse_loss and gm.training",
+        "execution.fuse_loss",
         "evaluation has no logits, because it runs the program of training",
         "tests/execution/test_fused_loss.py::test_in_evaluation_and_without_labels_logits_are_as_ever",
     ),

@@ -3,7 +3,7 @@
 from .mutant import Mutant
 
 _GRAPH = "lora_lite_fx/graph/"
-_PIECES = "lora_lite_fx/execution/pieces.py"
+_PIECES = "lora_lite_fx/execution/layer_nodes.py"
 
 
 def _mutant(name: str, text: str, replacement: str, why: str, test: str = "") -> Mutant:
@@ -159,7 +159,7 @@ MUTANTS = (
         "            if may_return_a_view(node):\n",
         "            if False:\n",
         "a write to a view is not seen",
-        "tests/execution/test_pieces.py::test_what_is_overwritten_through_a_view_is_not_read_again",
+        "tests/execution/test_layer_nodes.py::test_what_is_overwritten_through_a_view_is_not_read_again",
     ),
     _mutant(
         "writes",

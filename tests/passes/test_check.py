@@ -253,16 +253,15 @@ def test_a_check_sees_buffers_and_changes_nothing_of_the_model() -> None:
 )
 def test_the_passes_of_this_package_are_right(cfg: llfx.Variant) -> None:
     optimized: Any = llfx.optimize(adapted(cfg, blocks=MIXED), Pipeline(OPTIMIZATIONS.passes, check=(ids(2, 5),)))
-    assert {*optimized.derived} == {"_run_training", "_run_inference"}
+    assert {key.kind for key in optimized.derived.programs} == {"training", "inference"}
 
 
 def test_the_inputs_may_leave_arguments_out() -> None:
     gm = llfx.rewrite(Masked(), llfx.LoRA(r=2, target_names=("fc",)), copy.copy(INPUTS))
     randomise(gm, 1)
     optimized: Any = llfx.optimize(gm, Pipeline((Returns(0),), check={"x": INPUTS["x"]}))
-    assert {*optimized.derived} == {
-        f"_run_{program}_without_mask_without_labels" for program in ("training", "inference")
-    }
+    programs = {(key.kind, key.left_out) for key in optimized.derived.programs}
+    assert programs == {(kind, ("mask", "labels")) for kind in ("training", "inference")}
     for check, result in (({"x": INPUTS["x"]}, "0"), ((INPUTS["x"],), "0"), (INPUTS, "logits")):
         with pytest.raises(
             PassError, match=f"^Pass negate_head changes what the graph computes: the result {result} in"

@@ -24,8 +24,8 @@ import lora_lite_fx as llfx
 from lora_lite_fx import log
 from lora_lite_fx.adapters.listing import describe_adapters
 from lora_lite_fx.capture.quiet_torch import quiet_export
+from lora_lite_fx.execution.adapted_graph_module import AdaptedGraphModule
 from lora_lite_fx.execution.execution import Execution
-from lora_lite_fx.execution.module import AdaptedGraphModule
 from tests.support.models import GatedMLP, Net, tiny_llama
 from tests.support.models import ids as net_ids
 from tests.support.releases import since

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ...compat.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, disable_current_modes, exporting, pytree
+from ...graph.calls_and_traces import tracing
 from ...graph.copies import share_signatures
-from ...graph.turns import tracing
 from ..autograd_functions import telling_functions
 from ..without_data import without_data
 from .dropouts import Dropout, WithoutDropouts

@@ -24,7 +24,7 @@ from ...compat.torch import (
     pytree,
 )
 from ...errors import ConfigError
-from ...graph.turns import tracing
+from ...graph.calls_and_traces import tracing
 from ...graph.writes import written_arguments
 from ..quiet_torch import failures_unlogged
 

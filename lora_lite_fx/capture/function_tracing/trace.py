@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ...compat.torch import FakeTensor, FakeTensorMode
-from ...graph.turns import tracing
+from ...graph.calls_and_traces import tracing
 from ..autograd_functions import keeping_functions
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ...compat.torch import schema_of
 from ...errors import COMPILE_INSTEAD, CaptureError
-from ...graph.turns import tracing
+from ...graph.calls_and_traces import tracing
 from ..autograd_functions import keeping_functions
 from ..python_state import PythonState
 from ..refusal import refusal

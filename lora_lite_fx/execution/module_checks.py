@@ -1,12 +1,9 @@
-"""See the modules of a graph change: it reads their tensors by name, and does not run their code."""
+"""Check the modules of a graph: it reads their tensors by name, and does not run their code."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import repeat
-from operator import is_
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import fx, nn
@@ -15,7 +12,8 @@ from torch.nn import functional
 from ..adapters.placement import adapter_tensor_names
 from ..compat.torch import OpOverload, buffers_of, children_of, parameters_of, schema_of
 from ..errors import AdapterError
-from .layer import WRAPPED, GraphLayer
+from .layer_modules import WRAPPED, GraphLayer
+from .snapshot import Snapshot
 
 _TENSORS_ALONE = (nn.Linear, nn.Embedding)
 """Classes of which an equal module differs in nothing but its tensors."""
@@ -31,8 +29,8 @@ def absent_tensors(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-class GraphModules:
-    """The modules of a graph as they are, after a check that the graph computes what they say.
+def check_modules(gm: fx.GraphModule, absent: Collection[str], called: Collection[str]) -> Snapshot:
+    """Check that a graph computes what its modules say now, and return a snapshot of them.
 
     Args:
         gm: the graph.
@@ -46,55 +44,27 @@ class GraphModules:
     Warns:
         UserWarning: `forward` of a module was replaced that programs do not call.
     """
-
-    def __init__(self, gm: fx.GraphModule, absent: Collection[str], called: Collection[str]) -> None:
-        read = dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
-        runs = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}  # with their own code
-        modules = {name: module for name, module in gm.named_modules() if name not in runs}
-        absent = {*absent}.difference(read, adapter_tensor_names(gm))
-        required = _required(gm.graph).difference(adapter_tensor_names(gm))
-        _check_tensors(modules, absent)
-        _check_classes(modules, {name.rpartition(".")[0] for name in read}, _classes_in(gm.graph))
-        _check_required(modules, required)
-        _warn_of_forwards(
-            [
-                name
-                for name, module in modules.items()
-                if isinstance(module, GraphLayer) and name not in called and "forward" in vars(module)
-            ]
+    read = dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
+    runs = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}  # with their own code
+    modules = {name: module for name, module in gm.named_modules() if name not in runs}
+    absent = {*absent}.difference(read, adapter_tensor_names(gm))
+    required = _required(gm.graph).difference(adapter_tensor_names(gm))
+    _check_tensors(modules, absent)
+    _check_classes(modules, {name.rpartition(".")[0] for name in read}, _classes_in(gm.graph))
+    _check_required(modules, required)
+    replaced = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, GraphLayer) and name not in called and "forward" in vars(module)
+    ]
+    if replaced:
+        others = f" and {len(replaced) - 1} other modules" if replaced[1:] else ""
+        warnings.warn(
+            f"forward was replaced on {replaced[0]!r}{others}, and does not act, because the graph does not call that."
+            " It acts on layers and on the graph. The way out: replace it on the model, and capture that again.",
+            stacklevel=2,
         )
-        self._all = [*gm.modules()]
-        self._types = [*map(type, self._all)]
-        self._children = [*map(children_of, self._all)]
-        self._had = [*map(dict, self._children)]
-        self._sized: list[dict[str, Any]] = [*map(vars, self._all)]
-        self._sized += [registry for each in self._all for registry in (parameters_of(each), buffers_of(each))]
-        self._sizes = [*map(len, self._sized)]
-        places = [*_places(modules, (*absent, *required))]
-        self._registries = [registry for registry, _ in places]
-        self._names = [name for _, name in places]
-        self._is_none = self._absent_now()
-
-    def _absent_now(self) -> list[bool]:
-        return [*map(is_, map(dict.get, self._registries, self._names), repeat(None))]
-
-    def are_as_they_were(self) -> bool:
-        """Return False if anything may have changed. Each call asks."""
-        return (
-            [*map(type, self._all)] == self._types
-            and self._children == self._had
-            and [*map(len, self._sized)] == self._sizes
-            and self._absent_now() == self._is_none
-        )
-
-
-def _places(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield for each name of a tensor the registries that have it, and the name there."""
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        if path in modules:
-            registries: tuple[dict[str, Any], ...] = (parameters_of(modules[path]), buffers_of(modules[path]))
-            yield from ((registry, leaf) for registry in registries if leaf in registry)
+    return Snapshot(dict(gm.named_modules()), tensors=absent | required)
 
 
 def _required(graph: fx.Graph) -> set[str]:
@@ -164,13 +134,3 @@ def _classes_in(graph: fx.Graph) -> dict[str, str]:
 
 def _name_of(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _warn_of_forwards(names: list[str]) -> None:
-    if names:
-        warnings.warn(
-            f"forward was replaced on {names[0]!r}{f' and {len(names) - 1} other modules' if names[1:] else ''}, and"
-            " does not act, because the graph does not call that. It acts on layers and on the graph. The way out:"
-            " replace it on the model, and capture that again.",
-            stacklevel=2,
-        )

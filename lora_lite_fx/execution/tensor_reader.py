@@ -46,6 +46,25 @@ class Reader:
             return tuple(_attribute(module, path) for path in self.paths)
 
 
+@dataclass(frozen=True)
+class Values:
+    """The values that a piece of a program needs of its module: what it has, and what is computed of that alone.
+
+    Args:
+        read: reads the tensors of the module.
+        work: `None, *tensors, *constants -> values`; some of the values are the tensors themselves.
+        constants: tensors and modules of the graph alone.
+    """
+
+    read: Reader
+    work: Callable[..., tuple[Any, ...]]
+    constants: tuple[Any, ...] = ()
+
+    def of(self, module: nn.Module) -> tuple[Any, ...]:
+        """Return the values for the tensors that `module` has now."""
+        return self.work(None, *self.read(module), *self.constants)
+
+
 def reader_of(module: nn.Module, names: Sequence[str]) -> Reader:
     """Return a reader of the tensors and submodules of these qualified names, for modules like `module`."""
     paths = tuple(tuple(name.split(".")) for name in names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from lora_lite_fx.graph.turns import calling, tracing
+from lora_lite_fx.graph.calls_and_traces import calling, tracing
 
 WAIT = 0.2  # long enough for a thread that does not wait to be done
 

@@ -13,8 +13,8 @@ from ..compat.torch import OpOverload, is_transform
 from ..graph.queries import argument_of, is_deterministic, operation_name
 from ..graph.regions import closes_region, opens_region
 from ..graph.writes import written_operands
-from .cutting import call
-from .memory import Measured, MemoryPlan
+from .cut_program import call
+from .memory_plan import Measured, MemoryPlan
 
 aten = torch.ops.aten
 

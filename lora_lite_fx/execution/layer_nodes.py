@@ -60,18 +60,17 @@ def pieces_of(gm: fx.GraphModule, graph: fx.Graph, also: Collection[str] = ()) -
         outside |= torn
 
 
-def whole_of(gm: fx.GraphModule, also: Collection[str] = ()) -> frozenset[str]:
-    """Return the names of the modules that programs of `gm` call once, with all that the module computes.
+def whole_of(gm: fx.GraphModule, graph: fx.Graph, also: Collection[str] = ()) -> frozenset[str]:
+    """Return the names of the modules that a program calls once, with all that the module computes.
 
     Hooks on others do not act as on the model. They may still have a piece: beside what overwrites tensors, as a
     batch norm its statistics, or beside layers inside.
 
     Args:
-        gm: the graph.
-        also: as for `pieces_of`.
+        gm, graph, also: as for `pieces_of`.
     """
-    sizes = Counter(name for node in gm.graph.nodes if node.op.startswith("call_") for name in _modules_around(node))
-    return frozenset(path for path, members in pieces_of(gm, gm.graph, also) if len(members) == sizes[path])
+    sizes = Counter(name for node in graph.nodes if node.op.startswith("call_") for name in _modules_around(node))
+    return frozenset(path for path, members in pieces_of(gm, graph, also) if len(members) == sizes[path])
 
 
 def _modules_around(node: fx.Node) -> set[str]:

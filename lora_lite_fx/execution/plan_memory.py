@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import nn
 
 from ..errors import AdapterError, shown
-from .memory import Memory, MemoryPlan
+from .memory_plan import Memory, MemoryPlan
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -15,10 +15,9 @@ from ..graph.direct_calls import ORDINARY
 from ..graph.subgraph import extract, function_of
 from ..log import logger
 from ..ops.autocast import autocast_of
-from .cutting import Values
-from .measuring import Recorder, address, obstacle, plan_of
-from .memory import Memory, MemoryPlan, choose
-from .reading import Reader
+from .measured_layer import Recorder, address, obstacle, plan_of
+from .memory_plan import Memory, MemoryPlan, choose
+from .tensor_reader import Reader, Values
 
 
 class PlannedPart:

@@ -13,18 +13,22 @@ from torch import fx, nn
 from ..capture.origins.hooks import hook_name, hooks_on, weight_hooks_on
 from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 from ..errors import AdapterError, is_instance_of
-from .graph_modules import GraphModules
-from .layer import GraphLayer
-from .pieces import pieces_of, whole_of
-from .reading import Reader, reader_of
+from ..graph.copies import copy_graph
+from ..graph.modes import has_modes, keep_mode
+from .layer_modules import GraphLayer
+from .layer_nodes import pieces_of, whole_of
+from .module_checks import check_modules
+from .snapshot import Snapshot
+from .tensor_reader import Reader, reader_of
 
 
 @dataclass(frozen=True)
-class Watch:
+class HooksAndTies:
     """The modules of a model that its programs do not call as modules, and the parameters that have several names.
 
     Args:
         gm: the graph.
+        graphs: the flat graph; or what it is in each mode if it runs other operations there, by words for the mode.
         modules: these modules by qualified name.
         hooks: their registries of hooks.
         ties: groups of names of one parameter.
@@ -33,21 +37,27 @@ class Watch:
     """
 
     gm: fx.GraphModule
+    graphs: dict[str, fx.Graph]
     modules: dict[str, nn.Module]
     hooks: list[dict[int, Any]]
     ties: list[list[str]]
     read: Reader
-    of_graph: GraphModules | None
+    of_graph: Snapshot | None
     _acting: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, host: nn.Module, absent: Collection[str] = ()) -> Watch:
-        """Return the watch of the programs of `gm` that run on `host`.
+    def of(cls, gm: fx.GraphModule, host: nn.Module, absent: Collection[str] = ()) -> HooksAndTies:
+        """Return those of the programs of `gm` that run on `host`.
 
         Raises:
-            AdapterError: as `GraphModules`.
+            AdapterError: as `check_modules`.
         """
-        called = whole_of(gm)
+        graphs = {"": gm.graph}
+        if has_modes(gm.graph):
+            graphs = {" in training mode": copy_graph(gm.graph), " in evaluation mode": copy_graph(gm.graph)}
+            for training, graph in zip((True, False), graphs.values(), strict=True):
+                keep_mode(graph, training)
+        called = frozenset.intersection(*(whole_of(gm, graph) for graph in graphs.values()))
         modules = {name: module for name, module in host.named_modules() if name and name not in called}
         hooks = [hooks_of(module, kind) for module in modules.values() for kind in (*FORWARD_HOOKS, *BACKWARD_HOOKS)]
         names = defaultdict(list)
@@ -55,12 +65,14 @@ class Watch:
             names[id(parameter)].append(name)
         ties = [group for group in names.values() if len(group) > 1]
         # A host that is not the graph looks itself at its modules, which have code.
-        of_graph = GraphModules(gm, absent, called) if host is gm else None
-        return cls(gm, modules, hooks, ties, reader_of(host, [name for group in ties for name in group]), of_graph)
+        of_graph = check_modules(gm, absent, called) if host is gm else None
+        return cls(
+            gm, graphs, modules, hooks, ties, reader_of(host, [name for group in ties for name in group]), of_graph
+        )
 
-    def holds(self) -> bool:
+    def hold(self) -> bool:
         """Return False if modules of the graph may have changed since."""
-        return self.of_graph is None or self.of_graph.are_as_they_were()
+        return self.of_graph is None or self.of_graph.holds()
 
     def hooked(self) -> tuple[str, ...]:
         """Return the names of the modules outside layers on which hooks stand; warn of hooks elsewhere, once each."""
@@ -84,12 +96,17 @@ class Watch:
                     f" its parameters would not be gathered. The way out: {way_out}."
                 )
             # To gather twice is as good as once.
-            self._acting[name] = is_sharded or name in whole_of(self.gm, (name,))
-            if not self._acting[name]:
+            idle = [mode for mode, graph in self.graphs.items() if name not in whole_of(self.gm, graph, (name,))]
+            self._acting[name] = is_sharded or len(idle) < len(self.graphs)
+            if idle and not is_sharded:
+                where = idle[0] if self._acting[name] else ""
+                reason = "does not run that module as a module of its own"
+                if where:
+                    reason = "has no operation of that module alone there, as where it returns its input"
                 warnings.warn(
-                    f"A hook on {name!r} does not act: {', '.join(map(hook_name, hooks))}. The graph does not run that"
-                    " module as a module of its own. Hooks act on the model, on its layers, and on modules outside of"
-                    " layers that run once, as the embedding and the head.",
+                    f"A hook on {name!r} does not act{where}: {', '.join(map(hook_name, hooks))}. The graph {reason}."
+                    " Hooks act on the model, on its layers, and on modules outside of layers that run once, as the"
+                    " embedding and the head.",
                     stacklevel=2,
                 )
         return bool(hooks) and self._acting[name]

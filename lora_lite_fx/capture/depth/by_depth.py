@@ -1,9 +1,9 @@
 """Capture a deep model at the cost of a few layers: cut its stacks of layers, capture, stamp the rest.
 
-What licenses that is a run of the whole model on tensors without data (`operators.py`). Its operators are compared with
-those of the shortened model, one by one: it has to be the program that comes of stamping that one, for each layer. So
-a layer that branches on its own number, or has another constant, is seen although it was not captured. The same is
-checked of the graph of the captured layers (`repeats.py`), whose last ones are copied then (`stamp.py`).
+What proves the copies is a run of the whole model on tensors without data (`operators.py`). Its operators must be those
+of the shortened model with the other layers stamped, one by one (`repetition.py`). So a layer that branches on its own
+number, or has another constant, is seen although it was not captured. The graph of the captured layers must repeat in
+the same way (`graph_program.py`); then its last layers are copied (`stamp.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from ...compat.torch import pytree
 from ...errors import CaptureError
 from ...graph.modes import put_in_mode
 from .dropouts import Dropout, has_contiguous_calls, with_other_dropouts
+from .graph_program import Layers
 from .operators import Run, StandIn
 from .other_sizes import Sizes, guessed_sizes, sizes_taken
-from .repeats import Blocks, NotRepeated, Repetition, repetition_of, require_stamped
+from .program import NotRepeated, Program
+from .repetition import Repetition, repetition_of, require_same_when_shortened, stamped_results
 from .stacks import shortened, stacks_of
-from .stamp import Layers, number_nodes, stamp
-from .stamped_results import stamped_results
+from .stamp import number_nodes, stamp
 
 
 class ByDepth:
@@ -116,7 +117,7 @@ class ByDepth:
             layers, whole = self._layers(stand_in, sizes)
         with _shortened(self._model, layers.repetitions):
             gm = self._export()
-        taken = sizes_taken(gm, self._leaves, sizes, layers.templates())
+        taken = sizes_taken(gm, self._leaves, sizes, layers.inputs_left_out())
         shown = [(sizes, whole)]
         if taken != sizes:
             others, whole = self._layers(stand_in, taken)
@@ -140,16 +141,16 @@ class ByDepth:
             if any(name.startswith(f"{outer.stack}.") for outer in found):
                 continue
             try:
-                found.append(repetition_of(Blocks(whole.steps, {name: size}), name))
+                found.append(repetition_of(Program(whole.steps, {name: size}), name))
             except NotRepeated as other:
                 reason = other
         if not found:
             raise reason
         with _shortened(stand_in.model, found):
             part = stand_in.run(*self._call, sizes)
-        full = Blocks(whole.steps, {each.stack: each.members for each in found})
-        short = Blocks(part.steps, {each.stack: each.captured for each in found}, full.inputs)
-        require_stamped(full, short, found)
+        full = Program(whole.steps, {each.stack: each.layers for each in found})
+        short = Program(part.steps, {each.stack: each.captured for each in found}, full.inputs)
+        require_same_when_shortened(full, short, found)
         results = stamped_results(full, short, (whole.results, part.results), found)
         for each in found:
             _require_same_modules(self._model.get_submodule(each.stack), each)
@@ -166,9 +167,9 @@ def _require_same_modules(stack: nn.Module, repetition: Repetition) -> None:
 
 def _said(repetition: Repetition) -> str:
     kinds = f"{repetition.kinds} kind{'s' if repetition.kinds > 1 else ''}"
-    stamped = repetition.members - repetition.captured
+    stamped = repetition.layers - repetition.captured
     return (
-        f"{repetition.members} layers of {repetition.stack}: {kinds}, captured {repetition.captured}, stamped {stamped}"
+        f"{repetition.layers} layers of {repetition.stack}: {kinds}, captured {repetition.captured}, stamped {stamped}"
     )
 
 

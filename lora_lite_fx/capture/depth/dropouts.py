@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...graph.copies import Draft, copy_graph
 from ...graph.queries import argument_of, set_argument
-from .repeats import Step
+from .program import Step
 from .watched_functions import MadeContiguous
 
 _DROPOUT = torch.ops.aten.dropout.default

@@ -1,4 +1,4 @@
-"""Run a model on stand-ins without data, and record the operators that it calls, as a program of `repeats.py`.
+"""Run a model on stand-ins without data, and record the operators that it calls, as the steps of a program.
 
 A run of all layers costs some milliseconds a layer, where `torch.export` takes some hundred. The record has all that a
 graph depends on: each operator, its literals, what it reads and what it returns, also the values of constants. It has
@@ -24,7 +24,7 @@ from ...graph.copies import share_signatures
 from ..autograd_functions import telling_functions
 from ..without_data import without_data
 from .dropouts import Dropout, WithoutDropouts
-from .repeats import NotRepeated, Result, Step, input_name
+from .program import NotRepeated, Part, Read, Result, Step, input_name
 from .watched_functions import WatchedFunctions, literal, literals
 
 _MOST_VALUES = 1 << 20
@@ -71,7 +71,7 @@ class StandIn:
                 memo[id(tensor)] = fake = self._mode.from_tensor(tensor, static_shapes=True)
                 self._names[id(fake)] = name
         self.model = copy.deepcopy(model, memo)
-        self._inside: list[tuple[str, int]] = []
+        self._inside: list[Part] = []
         for stack in stacks:
             for member, layer in enumerate(self.model.get_submodule(stack).children()):
                 self._mark(layer, (stack, member))
@@ -133,10 +133,10 @@ class StandIn:
 class _Record:
     """The steps of a run, and where each tensor comes from."""
 
-    def __init__(self, names: Mapping[int, str], inside: list[tuple[str, int]]) -> None:
+    def __init__(self, names: Mapping[int, str], inside: list[Part]) -> None:
         self.steps: list[Step] = []
         self._inside = inside
-        self._origins: dict[int, tuple[int | str, int]] = {key: (name, 0) for key, name in names.items()}
+        self._origins: dict[int, Read] = {key: (name, 0) for key, name in names.items()}
         self._kept: list[Tensor] = []  # so that no two have one id
 
     def name(self, tensor: Tensor, name: str) -> None:
@@ -151,7 +151,7 @@ class _Record:
             values: of its arguments, tensors among them.
             results: what it returns.
         """
-        reads: list[tuple[int | str, int]] = []
+        reads: list[Read] = []
         arguments = self._described(values, reads)
         outcome: list[Hashable] = []
         leaves = [results] if isinstance(results, Tensor) else pytree.tree_leaves(results)
@@ -169,7 +169,7 @@ class _Record:
 
     def result(self, leaf: Any) -> Result:
         """Return a leaf of what the model returns, as a record."""
-        reads: list[tuple[int | str, int]] = []
+        reads: list[Read] = []
         what = self._described(leaf, reads)
         return Result(what, reads[0] if reads else None)
 
@@ -181,7 +181,7 @@ class _Record:
         """Add a step for a call of an autograd function, whose operators do not tell its backward pass."""
         self.event((f"{function.__module__}.{function.__qualname__}", id(function), literals(args)))
 
-    def _described(self, value: Any, reads: list[tuple[int | str, int]]) -> Hashable:
+    def _described(self, value: Any, reads: list[Read]) -> Hashable:
         if isinstance(value, Tensor):
             if (origin := self._origins.get(id(value))) is None:
                 return _constant(value)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ...compat.torch import children_of
 from ..export import GUARDS
-from .repeats import NotRepeated
+from .program import NotRepeated
 
 Sizes = Mapping[int, Sequence[int]]
 """The sizes of tensors in a call, by their number among its leaves."""

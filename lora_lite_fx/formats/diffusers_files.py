@@ -34,7 +34,7 @@ from .peft.form import PeftAdapter
 from .peft.read_adapter import adapters_at_sites, read_adapter
 from .peft.written_form import written_form
 from .safetensors_files import check_finite, tensor_bytes
-from .untrusted_files import as_path, read_safetensors
+from .untrusted_files import as_path, json_object, read_safetensors
 
 FILE = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_adapter_metadata"
@@ -174,12 +174,7 @@ def _new_key(key: str) -> str:
 
 def _config_in(metadata: Mapping[str, str], start: str, file: Path) -> dict[str, Any] | None:
     """Return the component's config in PEFT's words; None if the file does not say it."""
-    try:
-        fields = json.loads(metadata.get(_CONFIG, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: its config, {_CONFIG}, is damaged: {error}.") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file}: its config, {_CONFIG}, is not an object.")
+    fields = json_object(metadata.get(_CONFIG, "{}"), f"{file}: its config, {_CONFIG},")
     own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
     return {**own, "peft_type": "LORA"} if own else None
 

@@ -61,6 +61,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def json_object(text: str, what: str) -> dict[str, Any]:
+    """Return the object that a part of a file holds, such as an entry of the metadata of its tensors.
+
+    Raises:
+        CheckpointError: it is damaged, or something else; `what` names it.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is damaged: {error}.") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{what} is not an object, but {shown(document)}.")
+    return document
+
+
 def check_regular(path: Path, most: int) -> None:
     """Check that `path` is a regular file, or a link to one, of at most `most` bytes.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -12,7 +11,6 @@ from torch import nn
 
 from ...capture.capture_model import origin_of
 from ...capture.origins.origin import ModelReference, is_diffusers, is_hugging_face
-from ...errors import CheckpointError, shown
 from ...execution.optimize import execution_of
 
 _TASKS = {
@@ -65,23 +63,6 @@ def _task(source: ModelReference) -> str | None:
         right = source.generates and source.has_encoder == (task == "SEQ_2_SEQ_LM")
         return task if right else None
     return task
-
-
-def prints_in(metadata: Mapping[str, str], folder: PurePath) -> dict[str, str] | None:
-    """Return the fingerprints in the metadata of a directory's tensors; None if there are none.
-
-    Raises:
-        CheckpointError: they are damaged.
-    """
-    if FINGERPRINTS not in metadata:
-        return None
-    try:
-        prints = json.loads(metadata[FINGERPRINTS])
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: the fingerprints of its base are damaged: {error}.") from error
-    if not isinstance(prints, dict):
-        raise CheckpointError(f"{folder}: the fingerprints of its base are not an object, but {shown(prints)}.")
-    return prints
 
 
 def compare_names(gm: nn.Module, config: Mapping[str, Any], folder: PurePath) -> None:

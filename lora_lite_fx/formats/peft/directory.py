@@ -26,8 +26,8 @@ from ..base_fingerprints import fingerprints
 from ..filed_adapter import insert_filed
 from ..gathered import gathered, refuse_stage, write_once
 from ..safetensors_files import check_finite, tensor_bytes
-from ..untrusted_files import as_path, check_directory, read_json, read_safetensors
-from .base_model import FINGERPRINTS, prints_in
+from ..untrusted_files import as_path, check_directory, json_object, read_json, read_safetensors
+from .base_model import FINGERPRINTS
 from .form import PeftAdapter
 from .read_adapter import adapters_at_sites, read_adapter
 from .written_form import written_form
@@ -154,7 +154,10 @@ def _read_directory(folder: Path) -> PeftAdapter:
     config = read_json(folder / CONFIG)
     tensors, metadata = read_safetensors(folder / TENSORS)
     _check_pair(config, metadata, folder)
-    return read_adapter(config, tensors, folder / CONFIG, folder / TENSORS, prints_in(metadata, folder))
+    prints = None  # which PEFT's own files lack
+    if FINGERPRINTS in metadata:
+        prints = json_object(metadata[FINGERPRINTS], f"{folder}: the record of the fingerprints of its base")
+    return read_adapter(config, tensors, folder / CONFIG, folder / TENSORS, prints)
 
 
 def to_peft_config(model: nn.Module, *, adapter: str | None = None, as_lora: bool | None = None) -> dict[str, Any]:

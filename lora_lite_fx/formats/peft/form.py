@@ -26,35 +26,12 @@ from .beside import PREFIX, TIED, BesideFields, is_beside
 from .fields_and_tensors import PeftField, PeftTensor
 from .target_modules import excluded_patterns, target_patterns, with_flags_inside
 
-_UNREAD = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "fan_in_fan_out",
-        "inference_mode",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
+_UNREAD = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type"}
+_UNREAD |= {"peft_version", "revision", "runtime_config", "task_type"}
 """Fields that say where an adapter comes from, or how PEFT is to run it."""
 
-_READ_FOR_ALL = frozenset(
-    {
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "feedforward_modules",
-        "modules_to_save",
-        "bias",
-        "trainable_token_indices",
-    }
-)
+_READ_FOR_ALL = {"target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_READ_FOR_ALL |= {"feedforward_modules", "modules_to_save", "bias", "trainable_token_indices"}
 """Fields that say what an adapter is at, or what trains beside it."""
 
 

@@ -1,7 +1,5 @@
 """AdaLoRA in PEFT, which gives all sites the rank `init_r` and prunes it."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ....variants import AdaLoRA

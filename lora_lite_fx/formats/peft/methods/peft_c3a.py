@@ -1,7 +1,5 @@
 """C3A in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import C3A
 from ..fields_and_tensors import PeftField, PeftTensor
 from ..form import PeftForm

@@ -1,7 +1,5 @@
 """DeLoRA in PEFT."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ....variants import DeLoRA

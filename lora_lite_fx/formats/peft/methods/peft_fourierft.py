@@ -1,7 +1,5 @@
 """FourierFT in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import FourierFT
 from ..fields_and_tensors import PeftField, PeftTensor
 from ..form import PeftForm

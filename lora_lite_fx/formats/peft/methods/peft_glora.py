@@ -1,7 +1,5 @@
 """GLoRA in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import GLoRA
 from ..fields_and_tensors import PeftField, PeftTensor, R
 from ..form import PeftForm

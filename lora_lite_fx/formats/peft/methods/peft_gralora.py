@@ -1,7 +1,5 @@
 """GraLoRA in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import GraLoRA
 from ..fields_and_tensors import PeftField, PeftTensor
 from ..form import PeftForm

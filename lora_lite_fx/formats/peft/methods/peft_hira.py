@@ -1,7 +1,5 @@
 """HiRA in PEFT, which gives all sites the rank `r`."""
 
-from __future__ import annotations
-
 from ....variants import HiRA
 from ..fields_and_tensors import GAUSSIAN, PeftField, PeftTensor, as_patches, as_points, as_rows
 from ..one_rank import OneRankForm

@@ -1,7 +1,5 @@
 """LoHa in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import LoHa
 from ..fields_and_tensors import BOTH_PATTERNS, R_ALPHA, PeftField, PeftTensor
 from ..form import PeftForm

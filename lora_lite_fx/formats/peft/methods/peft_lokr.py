@@ -1,7 +1,5 @@
 """LoKr in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import LoKr
 from ..fields_and_tensors import BOTH_PATTERNS, R_ALPHA, PeftField, PeftTensor, as_rows
 from ..form import PeftForm

@@ -1,7 +1,5 @@
 """RoAd in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import RoAd
 from ..fields_and_tensors import PeftField, PeftTensor
 from ..form import PeftForm

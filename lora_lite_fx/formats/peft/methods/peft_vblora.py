@@ -1,7 +1,5 @@
 """VB-LoRA in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import VBLoRA
 from ..fields_and_tensors import PeftField, PeftTensor
 from ..form import PeftForm

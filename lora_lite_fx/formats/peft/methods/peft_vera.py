@@ -1,7 +1,5 @@
 """VeRA in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import VeRA
 from ..fields_and_tensors import PeftField, PeftTensor
 from ..form import PeftForm

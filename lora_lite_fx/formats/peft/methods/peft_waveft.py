@@ -1,7 +1,5 @@
 """WaveFT in PEFT."""
 
-from __future__ import annotations
-
 from ....variants import WaveFT
 from ..fields_and_tensors import PeftField, PeftTensor
 from ..form import PeftForm

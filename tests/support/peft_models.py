@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,3 +149,14 @@ def captured(name: str) -> tuple[nn.Module, fx.GraphModule]:
             parameter.data.add_(0.3 * torch.randn(parameter.shape)).data.copy_(parameter.float())
     with torch.random.fork_rng():
         return model, llfx.capture(model, case.inputs((3, 6)))
+
+
+SIZES = {"r": 4, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 6, "hybrid_r": 2}
+SIZES |= {"vector_length": 4, "num_vectors": 6}
+
+
+def small(cls: type[llfx.Variant], fields: Mapping[str, Any], **others: Any) -> llfx.Variant:
+    """Return a config with these fields, of a size that fits a tiny model."""
+    return cls(
+        **{name: value for name, value in {**SIZES, **fields}.items() if name in cls.__dataclass_fields__}, **others
+    )

@@ -63,7 +63,7 @@ class PeftModule:
 def modules_at_sites(
     model: nn.Module,
     sites: Mapping[str, Site],
-    modules: Mapping[str, Mapping[str, Tensor]],
+    modules: Mapping[str, Tensors],
     targets: Iterable[str],
     path: object,
 ) -> dict[str, PeftModule]:
@@ -82,10 +82,8 @@ def modules_at_sites(
     wrapped = {place: name for name, place in _wrapped(model, targets).items()}
     of_weight = {site.weight: site for site in sites.values()}
     at_sites: dict[str, PeftModule] = {}
-    attention: set[str] = set()
+    attention: list[PeftModule] = []
     for module, tensors in modules.items():
-        name = module.replace(_WRAPPER, "")
-        projections = [site for site in sites.values() if site.weight == f"{name}.{_PROJECTIONS}"]
         if module in wrapped:
             parameter = wrapped[module]
             site = of_weight.get(parameter)
@@ -93,27 +91,35 @@ def modules_at_sites(
                 raise CheckpointError(f"{path} adapts the parameter {parameter}, which is not a site of the model.")
             factors = _of_parameter(site, *_factors(tensors, parameter, path), path)
             at_sites[site.name] = PeftModule(module, parameter, factors, (site,), is_parameter=True)
-        elif projections and module not in sites:
-            attention.add(name)
-            a, b = _factors(tensors, name, path)
-            for site in projections:
-                factors = {"lora_A": a, "lora_B": b[slice(*(site.kind.rows or (None,)))]}
-                at_sites[site.name] = PeftModule(module, name, factors, (site,))
-        elif name != module and name in sites:  # the output projection of an attention module
-            owner = name.rpartition(".")[0]
-            attention.add(owner)
-            a, b = _factors(tensors, name, path)
-            at_sites[name] = PeftModule(module, owner, {"lora_A": a, "lora_B": _TIMES * b}, (sites[name],))
+        elif module in sites:
+            at_sites[module] = PeftModule(module, module, tensors, (sites[module],))
+        elif projections := _of_attention(module, tensors, sites, path):
+            attention += projections
+            at_sites |= {held.sites[0].name: held for held in projections}
         else:
-            at_sites[module] = PeftModule(module, module, tensors, (sites[module],) if module in sites else ())
-    for name in sorted(attention)[:1]:
+            at_sites[module] = PeftModule(module, module, tensors, ())
+    if attention:
         warnings.warn(
-            f"The adapter of {name!r} computes the same here as in PEFT, and trains otherwise, because PEFT has one"
-            " lora_A for the query, key and value of an attention module, where each has its own here, and adds the"
-            f" update of the output projection {_TIMES} times, where it is added once here.",
+            f"The adapter of {attention[0].name!r} computes the same here as in PEFT, and trains otherwise, because"
+            " PEFT has one lora_A for the query, key and value of an attention module, where each has its own here, and"
+            f" adds the update of the output projection {_TIMES} times, where it is added once here.",
             stacklevel=4,
         )
     return at_sites
+
+
+def _of_attention(module: str, tensors: Tensors, sites: Mapping[str, Site], path: object) -> list[PeftModule]:
+    """Return the projections that PEFT's module holds if that is an attention module or its output projection."""
+    name = module.replace(_WRAPPER, "")
+    projections = [site for site in sites.values() if site.weight == f"{name}.{_PROJECTIONS}"]
+    if not projections and name not in sites:
+        return []
+    a, b = _factors(tensors, name, path)
+    if not projections:
+        owner = name.rpartition(".")[0]
+        return [PeftModule(module, owner, {"lora_A": a, "lora_B": _TIMES * b}, (sites[name],))]
+    factors = [{"lora_A": a, "lora_B": b[slice(*(site.kind.rows or (None,)))]} for site in projections]
+    return [PeftModule(module, name, own, (site,)) for site, own in zip(projections, factors, strict=True)]
 
 
 def _factors(tensors: Tensors, name: str, path: object) -> tuple[Tensor, Tensor]:

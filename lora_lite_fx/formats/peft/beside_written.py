@@ -75,9 +75,8 @@ def write_beside(
             biases.add(name)
         between = BASE if name in adapted else "."
         tensors |= {f"{PREFIX}{name}{between}{leaf}": tensor for leaf, tensor in own.items()}
-    fields: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
-    if tokens:
-        fields["trainable_token_indices"] = tokens
+    named = {"modules_to_save": sorted(saved), "trainable_token_indices": tokens}
+    fields: dict[str, Any] = {field: value for field, value in named.items() if value}
     if biases:
         fields["bias"] = _biases(model, biases, sites, adapted, adapter)
     return fields, tensors

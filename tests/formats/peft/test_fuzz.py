@@ -22,11 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite_fx as llfx
 from lora_lite_fx.formats.lora_lite import _FORMATS as LORA_LITE
-from lora_lite_fx.formats.peft.methods import FORMS as FORMATS
+from lora_lite_fx.formats.peft.methods import FORMS as ALL_FORMS
+from tests.support.peft_models import small
 from tests.support.selection import is_distinct, slow_unless
 from tests.support.untouched import untouched
 
 pytestmark = pytest.mark.broad  # test_damaged_files.py and test_hostile_files.py are the everyday tests of bad files
+FORMATS = tuple(form for form in ALL_FORMS if form.tensors)
+"""Those that have tensors of their own at a site."""
 fuzz = settings(
     max_examples=60,
     phases=(Phase.explicit, Phase.generate),
@@ -37,10 +40,6 @@ fuzz = settings(
 )
 FORMS = {f"{form.variant.__name__} {' '.join(map(str, form.fixed.values()))}".strip(): form for form in FORMATS}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-SMALL = {"r": 4, "block_size": 4, "group_size": 4, "mini_r": 2, "n_frequency": 6, "hybrid_r": 2} | {
-    "vector_length": 4,
-    "num_vectors": 6,
-}
 D_IN, D_OUT = 16, 8
 ADAPTED = 1 << 18  # bytes; all tensors here together have less than a tenth of that
 IN_PYTHON = 1 << 20  # bytes
@@ -63,8 +62,7 @@ def graph() -> fx.GraphModule:
 
 
 def adapted(graph: fx.GraphModule, cls: type[llfx.Variant], fixed: Mapping[str, Any]) -> fx.GraphModule:
-    names = cls.__dataclass_fields__
-    cfg = cls(**{name: value for name, value in {**SMALL, **fixed}.items() if name in names}, target_names=("^0$",))
+    cfg = small(cls, fixed, target_names=("^0$",))
     return llfx.rewrite(graph, cfg, calibration=[(torch.randn(5, D_IN),)] if cls is llfx.EVA else None)
 
 

@@ -218,6 +218,15 @@ def test_another_base_of_whole_tensors_is_a_warning_at_the_users_line(tmp_path: 
         assert [warning.filename for warning in caught] == [__file__]
 
 
+def test_another_base_of_trained_tokens_is_a_warning(tmp_path: Path) -> None:
+    model, graph = captured("llama")
+    other = copy.deepcopy(model)
+    other.model.embed_tokens.weight.data.mul_(1.5)
+    llfx.save_peft(llfx.rewrite(graph, llfx.TrainableTokens(token_indices=(3,))), tmp_path)
+    with pytest.warns(UserWarning, match=r"the TrainableTokens adapter was made for other weights.*embed_tokens"):
+        llfx.load_peft(llfx.capture(other, INPUTS), tmp_path)
+
+
 DAMAGED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "a weight that nothing asks for": ({}, {"model.norm.weight": torch.ones(16)}, "other values"),
     "a module that is not there": (

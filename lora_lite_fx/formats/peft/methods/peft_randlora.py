@@ -20,16 +20,16 @@ def _form(basis: str) -> PeftForm:
         {
             "lora_lambda": PeftTensor("randlora_lambda"),
             "lora_gamma": PeftTensor("randlora_gamma"),
-            "lora_shared_form_A": PeftTensor(
+            "lora_shared_randlora_A": PeftTensor(
                 "randlora_A", to_ours=lambda t: t.squeeze(1), to_peft=lambda t: t[:, None]
             ),
-            "lora_shared_form_B": PeftTensor("randlora_B"),
+            "lora_shared_randlora_B": PeftTensor("randlora_B"),
         },
         fixed={"basis": basis},
         constants={"sparse": basis == "sparse", "very_sparse": basis == "very_sparse"},
         written={"save_projection": True},
         conv1d=True,
-        rest=("lora_shared_form_A", "lora_shared_form_B"),
+        rest=("lora_shared_randlora_A", "lora_shared_randlora_B"),
     )
 
 

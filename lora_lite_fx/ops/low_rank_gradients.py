@@ -35,7 +35,7 @@ class _Function(torch.autograd.Function):
             branch._replace(scale=_invertible(branch.scale)) if need.scale else branch
             for branch, need in zip(branches, needed, strict=True)
         ]
-        results = products.accumulated(x, a, used)
+        results: tuple[Tensor, ...] = products.accumulated(x, a, used)
         t, *ys = results
         kept = sources if a_needed else [None] * len(sources)
         saved, ctx.others = apart([*kept, *flatten(branches)])

@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from ...compat.torch import OpOverload
 from ...graph.layers import place_of
 from ...graph.parameter_work import parameter_work
 from ...graph.provenance import is_inserted
-from ...graph.queries import is_narrow, is_product, operation_name, reads_tensor, value_of
+from ...graph.queries import is_deterministic, is_narrow, is_product, operation_name, reads_tensor, value_of
 from ...graph.subgraph import function_between
 from ...graph.tensors import tensor_of
 from ...graph.walk import ancestors
-from ...graph.writes import overwrites
+from ...graph.writes import may_return_a_view, overwrites
 from ...ops.dropped_product import DroppedProduct
 from ...ops.low_rank_products import LowRankProducts
 from ...ops.saved_values import Recomputing
@@ -47,36 +48,8 @@ _SAVES_INPUTS = {
 # ... or each of two operands, if the other one needs a gradient.
 _SAVES_OTHER = {aten.bmm.default, aten.matmul.default, aten.mul.Tensor}
 
-# Operations that cost a few passes over a tensor, or nothing.
-_CHEAP = {
-    aten.gelu.default,
-    aten.layer_norm.default,
-    aten.pow.Tensor_Scalar,
-    aten.rms_norm.default,
-    aten.silu.default,
-    aten.add.Tensor,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.div.Tensor,
-    aten.expand.default,
-    aten.flatten.using_ints,
-    aten.mean.dim,
-    aten.mul.Tensor,
-    aten.neg.default,
-    aten.permute.default,
-    aten.relu.default,
-    aten.reshape.default,
-    aten.rsqrt.default,
-    aten.sigmoid.default,
-    aten.slice.Tensor,
-    aten.sub.Tensor,
-    aten.tanh.default,
-    aten.to.dtype,
-    aten.transpose.int,
-    aten.type_as.default,
-    aten.unsqueeze.default,
-    aten.view.default,
-}
+# Operations beside elementwise ones that cost a few passes over a tensor.
+_NORMS = {aten.layer_norm.default, aten.mean.dim, aten.rms_norm.default}
 _LONGEST = 12
 """The most operations that compute one input again."""
 
@@ -127,7 +100,7 @@ class RecomputeInputs(GraphPass):
                     declined.append(Declined.at(_results(node), sources))
                 continue
             recipe = function_between(sources, [x])
-            recomputing = replace(operation, recipe=recipe, sources=len(sources))
+            recomputing: Any = replace(operation, recipe=recipe, sources=len(sources))
             with gm.graph.inserting_before(node):
                 args = (x, a, *sources, *others)
                 call = gm.graph.create_node("call_function", recomputing, args, name=f"{node.name}_recomputing")
@@ -227,10 +200,17 @@ def _sources(gm: fx.GraphModule, user: fx.Node, saved: set[fx.Node]) -> list[fx.
             sources.append(node)
             continue
         repeated += 1
-        if node.target not in _CHEAP and not _is_between_narrow(gm, node):
+        if not _is_cheap(node) and not _is_between_narrow(gm, node):
             return f"the input depends on {operation_name(node)}, which is neither saved nor repeated"
         if place_of(node, called) != place_of(user, called):
             return "the input comes from another module that is called, of which hooks may change it"
         if repeated > _LONGEST:
             return f"the input follows from saved values only in more than {_LONGEST} operations"
     return sources
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    """Check whether `node` computes the same again in a few passes over a tensor, or in none."""
+    if not isinstance(node.target, OpOverload) or not is_deterministic(node):
+        return False
+    return node.target in _NORMS or torch.Tag.pointwise in node.target.tags or may_return_a_view(node)

@@ -300,7 +300,7 @@ MUTANTS = (
     ),
     _mutant(
         "recompute_inputs",
-        "node.target not in _CHEAP and not _is_between_narrow(gm, node)",
+        "not _is_cheap(node) and not _is_between_narrow(gm, node)",
         "False",
         "the backward pass draws other random numbers than the forward pass",
         "test_conditions.py::test_dropout_is_not_drawn_again",

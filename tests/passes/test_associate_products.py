@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -94,17 +95,17 @@ def reflected(cfg: llfx.Variant, dtype: torch.dtype = torch.float32, d_out: int 
     return gm
 
 
-def sites_of(gm: fx.GraphModule) -> list[fx.Node]:
-    linears = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
-    return [node for node in linears if not is_inserted(node)]
+def adapted_inputs(gm: fx.GraphModule) -> list[bool]:
+    """Return for each site whether an adapter changes its input."""
+    linears: list[Any] = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    return [is_inserted(node.args[0]) for node in linears if not is_inserted(node)]
 
 
 def test_the_sum_moves_behind_the_site() -> None:
     gm = reflected(llfx.HRA(r=2))
     moved, report = after(gm, AssociateProducts())
     assert [why for why in reasons(report) if "narrow" not in why] == []
-    sites = [*sites_of(gm), *sites_of(moved)]
-    assert [is_inserted(site.args[0]) for site in sites] == [True, False]
+    assert (adapted_inputs(gm), adapted_inputs(moved)) == ([True], [False])
     assert (in_calls(gm)[aten.type_as.default], in_calls(moved)[aten.type_as.default]) == (0, 0)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(moved(x), gm(x))
@@ -134,6 +135,5 @@ def test_the_sum_moves_behind_the_site() -> None:
 def test_the_reason_is_given_for_each_site(gm: Callable[[], fx.GraphModule], why: str) -> None:
     before = gm()
     moved, report = after(before, AssociateProducts())
-    inputs = [[site.args[0] for site in sites_of(each)] for each in (before, moved)]
-    assert [*map(is_inserted, inputs[0])] == [*map(is_inserted, inputs[1])]
+    assert adapted_inputs(before) == adapted_inputs(moved)
     assert [each.why for each in report.declined if "two narrow products" not in each.why] == [why]

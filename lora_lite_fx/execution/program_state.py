@@ -39,12 +39,11 @@ class Derived:
 
     Args:
         gm: the module.
+        names: of its adapters.
     """
 
-    def __init__(self, gm: RunsPrograms) -> None:
-        graph = gm.flat_graph
-        self.recorded = Recorded.of(gm)
-        self.names = self.recorded.names  # of the adapters
+    def __init__(self, gm: RunsPrograms, names: tuple[str, ...]) -> None:
+        graph, self.names = gm.flat_graph, names
         self.banks = BankInputs.of(gm, graph)
         self.parts = parts_with_modes(graph)  # those on whose mode it depends which operations run, see `one_mode`
         self.read_parts = reader_of_modes([flag_name(path) for part in self.parts for path in part])
@@ -60,6 +59,7 @@ class RunsPrograms(fx.GraphModule):
     """A graph module that runs programs, and whose layers can be compiled and can keep less for the backward pass."""
 
     execution: Execution | None = None  # None while the module is being made
+    recorded: Recorded | None = None  # the names that the graph has of adapters, as of the last recompile
     derived: Derived
     keeps_values: bool  # inside a scope of `frozen`
     own_switches: Switches
@@ -100,11 +100,6 @@ class RunsPrograms(fx.GraphModule):
         self.drop_derived()
 
     @property
-    def recorded(self) -> Recorded:
-        """The names that the graph has of adapters, as of the last recompile."""
-        return self.derived.recorded
-
-    @property
     def flat_graph(self) -> fx.Graph:
         """The flat graph with all adapters, from which programs are derived."""
         return super().graph
@@ -112,7 +107,8 @@ class RunsPrograms(fx.GraphModule):
     def drop_derived(self) -> None:
         """Drop the programs, which are derived again at the next calls."""
         with deriving:
-            self.derived = Derived(self)
+            self.recorded = Recorded.of(self)
+            self.derived = Derived(self, self.recorded.names)
             for module in self.modules():
                 if isinstance(module, GraphLayer):
                     module.own_part = None

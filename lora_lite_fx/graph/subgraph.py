@@ -62,7 +62,7 @@ def copy_of(members: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Any)
 
 
 def replace_by_call(
-    outer: fx.Graph, name: str, inputs: Sequence[fx.Node], members: Sequence[fx.Node], results: Sequence[fx.Node]
+    outer: fx.Graph, name: str, inputs: Sequence[fx.Node | int], members: Sequence[fx.Node], results: Sequence[fx.Node]
 ) -> None:
     """Replace the nodes `members` of `outer` by one call of the module's method `name`.
 

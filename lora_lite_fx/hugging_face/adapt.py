@@ -33,7 +33,8 @@ from ..graph.modes import modes_of, set_modes
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.calibration import Batches, check_calibration
 from ..rewriting.rewrite import rewrite
-from .adapted_model import Adapted, subclass
+from .adapted_model import Adapted
+from .adapted_parts import subclass
 from .diffusers_models import AdaptedDiffuser, require_example
 from .graph_cache import GraphCache
 from .own_forward import forget_replaced_forward, warn_of_replaced_forward
@@ -81,7 +82,9 @@ def adapt(
         adapter, as a layer calls them that is called by itself. A module that is replaced, or a number of one that is
         set (`dropout.p = 0`), acts in the next call, for which a graph is captured again; calls that torch.compile has
         compiled before see it in configs alone. `save_pretrained` writes the adapters alone;
-        `gradient_checkpointing_enable` checkpoints the layers of graphs.
+        `gradient_checkpointing_enable` checkpoints the layers of graphs. `is_quantized`, `is_loaded_in_4bit` and
+        `is_loaded_in_8bit` are False also over a quantized base: a Trainer would refuse the model, which is of no class
+        of PEFT, and TRL would cast its adapters to bfloat16.
 
     Raises:
         AdapterError: `model` is not one of transformers or diffusers, or is adapted already; or it is a graph without
@@ -95,12 +98,37 @@ def adapt(
     graph = None
     if isinstance(model, fx.GraphModule) and cfg is None:
         graph, model = model, model_of(model)
-    elif not isinstance(cfg, (str, os.PathLike)):
-        as_adapters(cfg)  # type: ignore[arg-type]  # None is an error there
+    else:
+        _check_config(cfg)
+    _check_model(model, example_inputs)
+    check_calibration(calibration)
+    if type(max_graphs) is not int or max_graphs < 1:
+        raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
+    copied = shared_copy(model)
+    warn_of_replaced_forward(model, forget_replaced_forward(copied))
+    if fuse_loss is None:
+        fuse_loss = graph is not None and execution_of(graph).fuse_loss
+    graphs = GraphCache(copied, example_inputs, max_graphs, verify, fuse_loss)
+    if graph is None:
+        graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
+        return _adopted(graphs)
+    graphs.start(lambda base, _: share_adapters(graph, base), None)
+    graphs.adapters.switches = graph.switches if isinstance(graph, HasSwitches) else Switches()
+    adopted = _adopted(graphs)
+    set_modes(adopted, modes_of(graph))
+    return adopted
+
+
+def _check_config(cfg: Any) -> None:
+    if not isinstance(cfg, (str, os.PathLike)):
+        as_adapters(cfg)  # None is an error there
     elif not os.path.exists(cfg):
         raise CheckpointError(
             f"There is no file {os.fspath(cfg)!r} to load adapters from. For new ones pass a config: LoRA(r=8)."
         )
+
+
+def _check_model(model: Any, example_inputs: Any) -> None:
     if not isinstance(model, fx.GraphModule):
         check_model(model)
     if is_diffusers(model):
@@ -110,7 +138,6 @@ def adapt(
             f"adapt takes a model of transformers or diffusers, not {shown(model)}; for other modules there is rewrite."
             f"{graph_hint(model)}"
         )
-    check_calibration(calibration)
     if example_inputs is not None:
         check_inputs(example_inputs)
     if placements(model):
@@ -118,24 +145,8 @@ def adapt(
             f"{type(model).__name__} is adapted already. The way out: llfx.add(model, {{'name': cfg}}) gives it a"
             " further adapter; or pass several configs at once."
         )
-    if type(max_graphs) is not int or max_graphs < 1:
-        raise ConfigError(f"max_graphs must be a positive integer, got {max_graphs!r}.")
     check_gradients(model)
     refuse_offloading(model)
-    copied = shared_copy(model)
-    warn_of_replaced_forward(model, forget_replaced_forward(copied))
-    if fuse_loss is None:
-        fuse_loss = graph is not None and execution_of(graph).fuse_loss
-    graphs = GraphCache(copied, example_inputs, max_graphs, verify, fuse_loss)
-    if graph is None:
-        graphs.start(lambda base, batches: _insert(base, cfg, batches), calibration)
-    else:
-        graphs.start(lambda base, _: share_adapters(graph, base), None)
-        graphs.switches = graph.switches if isinstance(graph, HasSwitches) else Switches()
-    adopted = _adopted(graphs)
-    if graph is not None:
-        set_modes(adopted, modes_of(graph))
-    return adopted
 
 
 def _insert(base: fx.GraphModule, cfg: Any, calibration: Batches | None) -> fx.GraphModule:

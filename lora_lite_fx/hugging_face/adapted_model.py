@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx
 
-from ..adapters.bank import IDS, check_ids
 from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, copy_over_tensors, next_index
 from ..adapters.state import trainable_parameters
-from ..adapters.switches import Switches, by_row, coefficients
+from ..adapters.switches import Switches, coefficients
 from ..adapters.variant import Variant
-from ..capture.forward_signature import forward_signature
 from ..capture.origins.origin import is_hugging_face
 from ..compat.torch import SeesMoves, children_of
 from ..errors import AdapterError, ConfigError
 from ..execution.compile_layers import LayerCompiler
-from ..execution.frozen import changed_inside, frozen
+from ..execution.frozen import changed_inside
 from ..execution.layer_modules import WRAPPED, RunsParts, plain_class, running_parts
-from ..execution.memory_plan import Memory, MemoryPlan
+from ..execution.memory_plan import Memory, MemoryPlan, check_memory
+from ..execution.optimize import checkpoints_layers
 from ..formats.any_file import WEIGHTS
 from ..formats.checkpoint import save
 from ..formats.peft.directory import CONFIG, TENSORS, save_peft
@@ -38,112 +35,35 @@ from ..log import logger
 from ..rewriting.calibration import Batches
 from ..rewriting.named import as_named
 from ..storage.dequantized import restore_quantized
-from .graph_cache import GraphCache
+from .adapted_parts import AdaptedLayer, AdaptedPart, subclass
 from .merge_into_model import fold_into
 from .named_adapters import NamedAdapters
 from .own_forward import forget_replaced_forward
-
-_PEFT = (
-    "PEFT has changed the modules of this adapted model, which do not run: its graphs do. PEFT's adapters would have no"
-    " effect. The way out: give adapt all configs, adapt(model, [LoRA(r=8), llfx.from_peft_config(config)])."
-)
-
-
-@functools.cache
-def subclass(kind: Any, cls: Any) -> type:
-    """Return a subclass of `cls`, of the same name, whose models run graphs: `kind` is `Adapted` or `AdaptedPart`."""
-
-    @functools.wraps(cls.forward)  # generate and Trainer look at its signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "peft_config" in vars(self):
-            raise AdapterError(_PEFT)
-        with _of_rows(self, kwargs):
-            return self._graphs.run(self, args, kwargs)
-
-    forward.__signature__ = forward_signature(cls)  # type: ignore[attr-defined]  # read in each call
-    adapted: Any = running_parts(cls, kind)
-    adapted.forward = forward
-    if issubclass(kind, Adapted) and hasattr(cls, "generate"):
-
-        @functools.wraps(cls.generate)
-        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-            copies = _copies_of_a_row(self, kwargs)
-            by_rows = kwargs.get("adapter_names", kwargs.get(IDS)) is not None
-            if copies > 1 and by_rows and self.config.is_encoder_decoder:
-                raise AdapterError(
-                    f"generate of {cls.__name__} with beams or several sequences calls the encoder with one row of each"
-                    f" text and the decoder with {copies}, so that rows cannot have adapters of their own. The way out:"
-                    " num_beams=1 and one sequence; or one generate for each adapter, as with active(model, name)."
-                )
-            with _of_rows(self, kwargs, copies), frozen(self):
-                return cls.generate(self, *args, **kwargs)
-
-        adapted.generate = generate
-    return adapted  # type: ignore[no-any-return]
-
-
-def _of_rows(model: Any, kwargs: dict[str, Any], copies: int = 1) -> AbstractContextManager[Any]:
-    """Return a scope in which each row of the batch has the adapter that `adapter_names` or `adapter_ids` say.
-
-    Args:
-        model: the adapted model.
-        kwargs: the arguments of a call, from which these are taken out. PEFT's name for the frozen model is `__base__`.
-        copies: how many rows there will be of each.
-    """
-    names, ids = kwargs.pop("adapter_names", None), kwargs.pop(IDS, None)
-    if ids is not None:
-        return by_row(model, check_ids(ids).repeat_interleave(copies) if copies > 1 else check_ids(ids))
-    if names is not None:
-        return by_row(model, [None if name == "__base__" else name for name in names for _ in range(copies)])
-    return nullcontext()
-
-
-def _copies_of_a_row(model: Any, kwargs: dict[str, Any]) -> int:
-    """Return how many rows `generate` makes of one: a beam each, or a sequence each to sample."""
-    config = kwargs.get("generation_config") or model.generation_config
-    asked = (kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
-    return int(max(asked))
-
-
-class AdaptedLayer(RunsParts):
-    """A module with an adapted site, in a model that runs graphs."""
-
-    _graphs: GraphCache
-    _path: str
-
-    def run_alone(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a graph of the module alone, because its adapter is in graphs and its own code lacks it."""
-        return self._graphs.run(self, args, kwargs)
-
-
-class AdaptedPart:
-    """A transformers model that runs graphs: the adapted model, or a part of it."""
-
-    _graphs: GraphCache
-    _path: str
 
 
 class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
     """The adapted model itself."""
 
+    is_whole = True
+
     @property
     def placements(self) -> list[Placement]:
         """The adapters by site, as `adapters.placement.placements` asks for them."""
-        return self._graphs.placements
+        return self._graphs.adapters.placements
 
     @property
     def switches(self) -> Switches:
         """The adapters that act, and their coefficients."""
-        return self._graphs.switches
+        return self._graphs.adapters.switches
 
     @switches.setter
     def switches(self, switches: Switches) -> None:
-        self._graphs.switches = switches
+        self._graphs.adapters.switches = switches
 
     @property
     def base_buffers(self) -> BaseBuffers:
         """The buffers of the user's model that calls of this one change in copies, by name."""
-        return self._graphs.base_buffers
+        return self._graphs.adapters.base_buffers
 
     @property
     def adapter_ids(self) -> Tensor | None:
@@ -203,15 +123,16 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
 
     def compile_layers_by(self, compiler: LayerCompiler | None) -> None:
         """Compile what the layers run from now on, see `compile_layers`; or no longer, for None."""
-        self._graphs.compile_layers_by(compiler)
+        self._graphs.apply(lambda gm: gm.compile_layers_by(compiler), "compiler")
 
     def plan_memory_by(self, memory: Memory) -> None:
         """Let the layers keep that much for the backward pass from now on, see `plan_memory`."""
-        self._graphs.plan_memory_by(memory)
+        check_memory(memory, checkpoints_layers(self))  # type: ignore[arg-type]
+        self._graphs.apply(lambda gm: gm.plan_memory_by(memory), "memory", lambda gm: gm.run_with(memory=memory))
 
     def memory_plans(self) -> list[MemoryPlan]:
         """Return the plans of all graphs that were called in training."""
-        return self._graphs.memory_plans()
+        return [plan for gm in self._graphs.modules() for plan in gm.memory_plans()]
 
     def add_to_graphs(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
         """Add new adapters to all graphs, as `add` asks for."""
@@ -235,7 +156,7 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
         """Return the model in its own class, its adapters folded into copies of the adapted weights, or left out."""
         way_out = "do this before it is sharded; or save the adapters, and load them onto the whole model"
         refuse_sharded(self, f"{'merge' if fold else 'remove'} does not take a model", way_out)
-        plain = self._graphs.plain()
+        plain = self._graphs.adapters.plain_model()
         for name, base in self.base_buffers.items():
             now = tensor_of(plain, name)
             register_tensor(plain, name, (now if fold or base is None else base.to(now)).clone())
@@ -270,7 +191,7 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
     def with_placements(self, placed: Sequence[Placement]) -> Any:
         """Return a copy of the model over the same tensors, with these configs at its places."""
         twin: Any = copy_over_tensors(self)  # type: ignore[arg-type]
-        twin._graphs.placements = list(placed)
+        twin._graphs.adapters.placements = list(placed)
         return twin
 
     def extra_repr(self) -> str:
@@ -343,12 +264,12 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
         """
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ConfigError("The layers of a graph are checkpointed with use_reentrant=False; the other kind is not.")
-        self._graphs.checkpoint_layers(True)
+        self._graphs.apply(lambda gm: gm.checkpoint_layers_if(True))
         self._switch_checkpointing("enable", gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Let the graphs save all activations again."""
-        self._graphs.checkpoint_layers(False)
+        self._graphs.apply(lambda gm: gm.checkpoint_layers_if(False))
         self._switch_checkpointing("disable")
 
     def _switch_checkpointing(self, how: str, *args: Any, **kwargs: Any) -> None:

@@ -18,17 +18,12 @@ from ..capture.differences import agree
 from ..capture.origins.origin import is_hugging_face
 from ..errors import CaptureError
 from ..execution.layer_modules import plain_class
+from ..graph.modes import in_mode
 from ..log import logger
 
 
 def has_parts(model: nn.Module, part: Any, placements: Sequence[Placement]) -> bool:
-    """Tell whether each adapter is in a module, which runs a graph of its own when a model's own code calls it.
-
-    Args:
-        model: the adapted model.
-        part: what is called of it.
-        placements: the adapters of the model.
-    """
+    """Tell whether each adapter is in a module, which runs a graph of its own when a model's own code calls it."""
     modules = dict(model.named_modules())
     return is_hugging_face(part) and all(placement.site in modules for placement in placements)
 
@@ -41,11 +36,9 @@ def run_around_parts(part: Any, arguments: dict[str, Any], return_dict: bool) ->
 def try_around_parts(part: Any, arguments: dict[str, Any], return_dict: bool, reason: CaptureError) -> Any:
     """Run a call with labels that cannot be captured around the parts, and say so in the log.
 
-    Args:
-        part: the model that is called.
-        arguments: of the call.
-        return_dict: whether the result is a `ModelOutput`.
-        reason: why it cannot be captured; raised if a part cannot either, or if the parts are not all that counts.
+    Raises:
+        CaptureError: `reason`, for which no graph can compute the call, if a part cannot be captured either, or if the
+            parts are not all that counts.
     """
     try:
         if not _computes_the_same(part, arguments):
@@ -67,14 +60,8 @@ def _computes_the_same(part: Any, arguments: dict[str, Any]) -> bool:
     A module may read the weight of another one in place of calling it, as `nn.MultiheadAttention` does, and leave out
     the adapter of that.
     """
-    modes = [(module, module.training) for module in part.modules()]
-    try:
-        part.eval()  # without dropout
-        with torch.no_grad():
-            around = run_around_parts(part, arguments, return_dict=True)
-            whole = part(**{name: value for name, value in arguments.items() if name != "labels"}, return_dict=True)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.no_grad(), in_mode(part, False):  # without dropout
+        around = run_around_parts(part, arguments, return_dict=True)
+        whole = part(**{name: value for name, value in arguments.items() if name != "labels"}, return_dict=True)
     tensors = [name for name, value in whole.items() if isinstance(value, Tensor)]
     return bool(tensors) and all(agree(around.get(name), whole[name]) for name in tensors)

@@ -64,7 +64,17 @@ _COUNTERS = frozenset({"cumulative_length", "cumulative_length_int", "max_cache_
 _UNSEEN = frozenset({"_is_user_defined", "batch_size", "max_batch_size"})
 
 
-def disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str] | None = None) -> Structure:
+_Counters = dict[tuple[type, str], list[Leaf]]
+"""The counters that were found in a value, by the class that has them and their name in it."""
+
+
+def disassemble(
+    value: Any,
+    name: str,
+    leaves: Leaves,
+    given: Mapping[int, str] | None = None,
+    counters: _Counters | None = None,
+) -> Structure:
     """Take `value` apart.
 
     Args:
@@ -72,18 +82,12 @@ def disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str] 
         name: what its leaves are called after.
         leaves: the tensors and integers in it are added here.
         given: names of objects, by identity, that are not taken apart.
+        counters: those of what `value` is a part of.
 
     Raises:
         CaptureError: it holds what cannot be compared between calls.
     """
-    return _disassemble(value, name, leaves, given or {}, {})
-
-
-_Counters = dict[tuple[type, str], list[Leaf]]
-"""The counters that were found in a value, by the class that has them and their name in it."""
-
-
-def _disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str], counters: _Counters) -> Structure:
+    counters = {} if counters is None else counters
     if given and id(value) in given:  # to ask without need would let torch.compile compile for each batch
         return Given(given[id(value)])
     if isinstance(value, Tensor):
@@ -101,15 +105,15 @@ def _disassemble(value: Any, name: str, leaves: Leaves, given: Mapping[int, str]
                 f"{name} is a {type(value).__name__}, which cannot be an argument of a graph."
             ) from error
         return Constant(type(value), value)
-    found: list[Structure] = []
+    structures: list[Structure] = []
     for key, part in zip(keys, parts, strict=True):
         if key in _COUNTERS and isinstance(part, (int, torch.SymInt)):
             count = int(part) if isinstance(part, int) else part  # a run that watches sizes has a class of numbers
             equals = counters.setdefault((type(value), key), [])
-            found.append(_counter(count, f"{name}_{key}", leaves, equals))
+            structures.append(_counter(count, f"{name}_{key}", leaves, equals))
         else:
-            found.append(_disassemble(part, re.sub(r"\W", "_", f"{name}_{key}"), leaves, given, counters))
-    return Tree(type(value), tuple(keys), tuple(found))
+            structures.append(disassemble(part, re.sub(r"\W", "_", f"{name}_{key}"), leaves, given, counters))
+    return Tree(type(value), tuple(keys), tuple(structures))
 
 
 def _counter(count: int | torch.SymInt, name: str, leaves: Leaves, others: list[Leaf]) -> Leaf:

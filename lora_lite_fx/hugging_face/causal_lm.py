@@ -6,16 +6,15 @@ loss is computed from the logits. `forms.py` finds out which of these steps mean
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..capture.forward_signature import forward_signature
 from ..execution.layer_modules import plain_class
-from .decoder import Decoder
+from .caches import Decoder, caches, opened
 
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 """Arguments that `generate` reads, for its stop strings, and passes on to models, which do not."""
@@ -38,16 +37,9 @@ _OF_TEXT = (
 """Arguments with a tensor that is as long as the text."""
 
 
-class Form(NamedTuple):
-    """What is done to a call of a kind, as far as that means the same to the model.
-
-    Args:
-        counts: positions that are not given are those from the number of cached tokens on, padding included.
-        loss_apart: the loss is the model's `loss_function` of all logits, and is computed from these.
-    """
-
-    counts: bool
-    loss_apart: bool
+Form = bool | None
+"""Whether positions that a call of a kind lacks are those from the number of cached tokens on, padding included; None
+for calls that a graph takes as they come."""
 
 
 @dataclass
@@ -130,39 +122,29 @@ def _checkpoints_layers(part: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
 
 
-def caches(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the caches among the arguments of a call, which the call changes."""
-    from transformers.cache_utils import Cache
-
-    return {name: value for name, value in arguments.items() if isinstance(value, Cache)}
-
-
-def loss_of(model: Any, logits: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Compute the loss as the model does."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    loss: Tensor = model.loss_function(logits=logits, vocab_size=vocabulary, **arguments)
-    return loss
-
-
 def with_loss(model: Any, call: NormalizedCall, result: Any) -> Any:
-    """Return the result with the loss, if that is left to compute."""
+    """Return the result with the loss, as the model computes it, if that is left to compute."""
     if call.loss is None:
         return result
-    return type(result)(**{**result, "loss": loss_of(model, result.logits, call.loss)})
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    loss = model.loss_function(logits=result.logits, vocab_size=vocabulary, **call.loss)
+    return type(result)(**{**result, "loss": loss})
 
 
 def normalize_call(
-    model: Any, decoder: Decoder | None, arguments: dict[str, Any], form: Form | None, fuses_loss: bool = False
+    model: Any, decoder: Decoder | None, arguments: dict[str, Any], form: Form, fuses_loss: bool = False
 ) -> NormalizedCall:
     """Return the call in its normal form; as it is if it has none.
 
     Args:
         model: the model that is called.
-        decoder: what a run of it has shown.
+        decoder: what a run of it has shown; None if it is not a causal language model.
         arguments: by name; none is None.
-        form: that of calls of this kind, see `find_form`.
+        form: that of calls of this kind, see `Forms`.
         fuses_loss: whether the graph is to compute the loss, if there are labels, and not we from its logits.
     """
+    from transformers.cache_utils import DynamicCache
+
     from ..compat.transformers import CACHE
 
     as_it_is = NormalizedCall(arguments, caches(arguments))
@@ -177,25 +159,29 @@ def normalize_call(
         return as_it_is  # positions that start again mark several texts in one row
     batch, length = tokens.shape[:2]
     keeps_cache, callers_caches = cache is not None or bool(use_cache), caches(arguments)
-    cache = _opened(cache, text, decoder, batch, tokens.device)
+    cache = opened(cache, text, decoder.layers, batch, tokens.device)
     arguments |= {CACHE: cache, "use_cache": True}
-    if _only_appends(cache):
+    if type(cache) is DynamicCache:  # which only appends
         past = cache.get_seq_length()
         if mask is None:
             mask = torch.ones(batch, past + length, dtype=torch.long, device=tokens.device)
         if mask.dim() == 2 and mask.shape[1] >= length:
             arguments["cached_mask"], arguments["attention_mask"] = mask[:, :-length], mask[:, -length:]
-        if form.counts and "position_ids" not in arguments:
+        if form and "position_ids" not in arguments:
             arguments["position_ids"] = torch.arange(past, past + length, device=tokens.device).repeat(batch, 1)
     if fuses_loss and "labels" in arguments:
         return NormalizedCall(arguments, callers_caches, None, keeps_cache)
     keep = arguments.get("logits_to_keep", 0)
     # Images and sound may make the text longer, and what is kept of it would be of other places.
     only_text = not any(isinstance(value, Tensor) for name, value in arguments.items() if name not in _OF_TEXT)
-    if "logits_to_keep" in decoder.parameters and isinstance(keep, int) and only_text:
+    if (
+        "logits_to_keep" in forward_signature(plain_class(type(model))).parameters
+        and isinstance(keep, int)
+        and only_text
+    ):
         arguments["logits_to_keep"] = torch.arange(length, device=tokens.device)[-keep:]
     loss = None
-    if form.loss_apart and "labels" in arguments:
+    if "labels" in arguments:
         loss = {name: arguments.pop(name) for name in _LOSS_ARGUMENTS if name in arguments}
     return NormalizedCall(arguments, callers_caches, loss, keeps_cache)
 
@@ -205,38 +191,3 @@ def join_mask(arguments: dict[str, Any]) -> None:
     if "cached_mask" in arguments:
         parts = [arguments.pop("cached_mask"), arguments["attention_mask"]]
         arguments["attention_mask"] = torch.cat(parts, dim=1)
-
-
-def _opened(cache: Any, text: Any, decoder: Decoder, batch: int, device: torch.device) -> Any:
-    """Return the cache, or a copy whose layers that have seen no token are initialized by an update with none."""
-    from transformers.cache_utils import DynamicCache
-
-    if cache is None:
-        cache = DynamicCache(config=text)
-    elif len(cache) == len(decoder.layers) and all(layer.is_initialized for layer in cache.layers):
-        return cache
-    opened = shallow(cache)
-    for index, layer in enumerate(decoder.layers):
-        if index == len(opened) and opened.layer_class_to_replicate is None:
-            opened.layers.append(layer.made())
-        if index >= len(opened) or not opened.layers[index].is_initialized:
-            none = (t.new_empty((batch, *t.shape[1:]), device=device) for t in (layer.keys, layer.values))
-            opened.update(*none, index)
-    return opened
-
-
-def shallow(cache: Any) -> Any:
-    """Return a cache with layers of its own that hold the same tensors."""
-    copied = object.__new__(type(cache))
-    vars(copied).update(vars(cache))
-    copied.layers = []
-    for layer in cache.layers:
-        copied.layers.append(object.__new__(type(layer)))
-        vars(copied.layers[-1]).update(vars(layer))
-    return copied
-
-
-def _only_appends(cache: Any) -> bool:
-    from transformers.cache_utils import DynamicCache
-
-    return type(cache) is DynamicCache

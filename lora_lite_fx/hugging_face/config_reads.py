@@ -83,29 +83,21 @@ class ConfigValues:
 
     @classmethod
     def of(cls, model: nn.Module, reads: Reads, decided: tuple[Any, str] | None) -> ConfigValues:
-        """Return the numbers among what was read, as the configs of `model` have them now.
-
-        Args:
-            model: the model that was copied to be captured.
-            reads: what the capture read.
-            decided: as in the class; dropped if the capture did not read it.
-        """
+        """Return the numbers among what a capture of a copy of `model` read, as its configs have them now."""
         if decided is not None and (type(decided[0]), _PROBLEM) not in reads:
             decided = None
-        configs = _configs_of(model)
-        values: list[tuple[Mapping[str, Any], str, Any]] = []
-        for config in {id(config): config for _, _, config in configs}.values():
-            names = getattr(config, "attribute_map", {})
+        captured = cls(_configs_of(model), [], decided)
+        for config in {id(config): config for _, _, config in captured.configs}.values():
+            names, has = getattr(config, "attribute_map", {}), vars(config)
             for kind, read in sorted(reads, key=lambda each: each[1]):
                 name = names.get(read, read)
                 if kind is not type(config) or name in _CALLS_FOLLOW:
                     continue
                 # One that is absent may be set later; what the class has are methods, and defaults as good as absent.
-                value = vars(config).get(name, _ABSENT)
+                value = has.get(name, _ABSENT)
                 if value is _ABSENT or _is_plain(value):
-                    values.append((vars(config), name, value if value is _ABSENT else copy.deepcopy(value)))
-        captured = cls(configs, [], decided)
-        captured.values = [(has, name, captured._seen(has, name, value)) for has, name, value in values]
+                    kept = value if value is _ABSENT else copy.deepcopy(value)
+                    captured.values.append((has, name, captured._seen(has, name, kept)))
         return captured
 
     def decide(self) -> None:
@@ -127,14 +119,10 @@ class ConfigValues:
         for attributes, name, value in self.values:
             now = self._seen(attributes, name, attributes.get(name, _ABSENT))
             if now is not value and now != value:
-                return f"config.{name} {_difference(now, value)}"
+                if torch.compiler.is_dynamo_compiling():  # it may take numbers for symbols, which have no words
+                    return f"config.{name} is another"
+                return f"config.{name} is {_shown(now)}, and was {_shown(value)}"
         return ""
-
-
-def _difference(now: Any, was: Any) -> str:
-    if torch.compiler.is_dynamo_compiling():  # it may take numbers for symbols, which have no words
-        return "is another"
-    return f"is {_shown(now)}, and was {_shown(was)}"
 
 
 def _shown(value: Any) -> str:

@@ -7,8 +7,7 @@ comes. Calls of text alone are tried on a few tokens, all others on what they br
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,17 +19,14 @@ from ..capture.shared_copy import shared_copy
 from ..compat.torch import constant_when_compiled, not_compiled
 from ..errors import CaptureError
 from ..graph.calls_and_traces import tracing
-from ..graph.sharded import refuse_sharded
+from ..graph.sharded import is_sharded, refuse_sharded
+from .caches import BATCH, LENGTH, PAST, Decoder, caches, cut_windows, probe, some_text, uncut_windows
 from .call_structure import Leaves, assemble, disassemble
-from .causal_lm import Form, NormalizedCall, caches, join_mask, normalize_call, with_loss
-from .decoder import BATCH, LENGTH, PAST, Decoder
-from .positions import Counted
-from .sliding_window import cut_windows, uncut_windows
+from .causal_lm import Form, NormalizedCall, join_mask, normalize_call, with_loss
+from .positions import Counted, count_positions
 
 Kind = tuple[Any, ...]
 """What calls have in common whose arguments have the same names and types, with or without tokens in a cache."""
-
-_FORMS = (Form(True, True), Form(False, True), Form(True, False), Form(False, False))
 
 
 class Forms:
@@ -44,19 +40,43 @@ class Forms:
     def __init__(self, model: Any, copied: Callable[[], Any]) -> None:
         self._model = model
         self._copied = copied
-        self._known: list[tuple[Kind, Form | None]] = []
+        self._known: list[tuple[Kind, Form]] = []
+        self._decoders: dict[torch.dtype | None, Decoder | None] = {}  # by what autocast computes in
+
+    def normalized(self, part: Any, arguments: dict[str, Any], fuses_loss: bool) -> NormalizedCall:
+        """Return a call of a part of the model in its normal form; it raises as `of` does."""
+        counted = count_positions(part, arguments)
+        decoder = self._decoder_for(part, arguments)
+        form = self.of(part, decoder, arguments, counted, fuses_loss)
+        if counted.positions is not None:
+            arguments = {**arguments, "position_ids": counted.positions}
+        return normalize_call(part, decoder, arguments, form, fuses_loss)
+
+    def _decoder_for(self, part: Any, arguments: Mapping[str, Any]) -> Decoder | None:
+        """Return what a run of the model has shown, if it is a causal language model, and is called whole.
+
+        Under autocast its cache has other types. The cache of a training call is read by no later one, and such calls
+        have one graph with and without autocast. Of a model that is sharded no copy can be run.
+        """
+        if part is not self._model:
+            return None
+        device, dtype = part.device.type, None
+        has_later_calls = not part.training or bool(caches(arguments))
+        if torch.is_autocast_enabled(device) and has_later_calls and not is_sharded(part):
+            dtype = torch.get_autocast_dtype(device)
+        if dtype not in self._decoders:
+            self._probe_now(dtype)
+        return self._decoders[dtype]
+
+    @not_compiled
+    def _probe_now(self, dtype: torch.dtype | None) -> None:
+        with torch.autocast(self._model.device.type, dtype=dtype, enabled=dtype is not None):
+            self._decoders[dtype] = probe(self._copied())
 
     def of(
         self, part: Any, decoder: Decoder | None, arguments: dict[str, Any], counted: Counted, fuses_loss: bool
-    ) -> Form | None:
+    ) -> Form:
         """Return the form for a call, None if a graph takes it as it comes; try it if it is the first of its kind.
-
-        Args:
-            part: the model that is called.
-            decoder: what runs of that part have shown, if it is a causal language model.
-            arguments: as the call has them.
-            counted: positions that are computed for the call.
-            fuses_loss: as in `normalize_call`.
 
         Raises:
             CaptureError: the model computes something else with these positions.
@@ -75,13 +95,13 @@ class Forms:
         return any(known == kind for known, _ in self._known)
 
     @constant_when_compiled
-    def _form_of(self, kind: Kind) -> Form | None:
+    def _form_of(self, kind: Kind) -> Form:
         return next(form for known, form in self._known if known == kind)
 
     @not_compiled
     def _tried(
         self, part: Any, decoder: Decoder | None, arguments: dict[str, Any], counted: Counted, fuses_loss: bool
-    ) -> Form | None:
+    ) -> Form:
         refuse_sharded(
             self._model,
             f"No call with {', '.join(arguments)} was made before, and its form cannot be tried on a model",
@@ -95,18 +115,20 @@ class Forms:
             plain = model.get_submodule(path_of(part))
             counted.recall(plain)
             for calls in (_small_calls(plain, decoder, arguments, counted), [(arguments, part.training)]):
-                forms = _forms(decoder, arguments, is_small=len(calls) > 1)
-                if (found := _first_equal(plain, calls, forms, decoder, counted.positions, fuses_loss)) is None:
+                # On what a call brings, padding may be missing, beside which positions could be other ones.
+                may_count = len(calls) > 1 and "position_ids" not in arguments
+                forms: tuple[Form, ...] = (None,) if decoder is None else (True, False, None)[not may_count :]
+                if (equal := _first_equal(plain, calls, forms, decoder, counted.positions, fuses_loss)) is None:
                     continue  # the model raises
-                if not found and counted.positions is not None:
+                if not equal and counted.positions is not None:
                     raise CaptureError(
                         f"{type(part).__name__} computes something else with the positions that its own method returns"
                         f" for a call with {', '.join(arguments)}. The way out: pass position_ids."
                     )
-                form = found[0] if found else None
-                same = [({**arguments, **_caching(call)}, training) for call, training in calls]
-                kinds = [self._kind(part, training, call, counted, fuses_loss) for call, training in same]
-                self._known += [(kind, form) for kind in kinds]
+                form = equal[0] if equal else None
+                for call, training in calls:
+                    alike = {**arguments, "use_cache": call["use_cache"]} if "use_cache" in call else arguments
+                    self._known.append((self._kind(part, training, alike, counted, fuses_loss), form))
                 return form
         return None
 
@@ -149,13 +171,9 @@ def _small_calls(part: Any, decoder: Decoder | None, arguments: dict[str, Any], 
     return [(call, training) for training in (True, False) for call in caching]
 
 
-def _caching(call: Mapping[str, Any]) -> dict[str, Any]:
-    return {"use_cache": call["use_cache"]} if "use_cache" in call else {}
-
-
 def _first_equal(
-    part: Any, calls: _Calls, forms: Iterable[Form | None], decoder: Decoder | None, positions: Any, fuses_loss: bool
-) -> list[Form | None] | None:
+    part: Any, calls: _Calls, forms: Iterable[Form], decoder: Decoder | None, positions: Any, fuses_loss: bool
+) -> list[Form] | None:
     """Return a list of the first form in which calls have the results that they have as they come.
 
     Returns:
@@ -166,25 +184,13 @@ def _first_equal(
         return None
     given = {} if positions is None else {"position_ids": positions}
     for form in forms:
-        normal = functools.partial(_normal, part, decoder, form, given, fuses_loss)
+
+        def normal(call: dict[str, Any], form: Form = form) -> NormalizedCall:
+            return normalize_call(part, decoder, {**call, **given}, form, fuses_loss)
+
         if all(_are_same(results, _results(part, *call, normal)) for call, results in expected):
             return [form]
     return []
-
-
-def _normal(
-    part: Any, decoder: Decoder | None, form: Form | None, given: dict[str, Any], fuses_loss: bool, call: dict[str, Any]
-) -> NormalizedCall:
-    return normalize_call(part, decoder, {**call, **given}, form, fuses_loss)
-
-
-def _forms(decoder: Decoder | None, arguments: Mapping[str, Any], is_small: bool) -> Iterator[Form | None]:
-    """Yield the forms to try, those first that most kinds of calls have in common."""
-    for form in _FORMS if decoder is not None else ():
-        may_count = is_small and "position_ids" not in arguments
-        if (may_count or not form.counts) and (form.loss_apart or "labels" in arguments):
-            yield form
-    yield None
 
 
 def _results(
@@ -195,11 +201,7 @@ def _results(
 ) -> Leaves | None:
     """Return the tensors and numbers of the result, and of the caches after the call; None if the model raises.
 
-    Args:
-        part: the model that is called.
-        arguments: of the call; they are copied.
-        training: the mode to call it in.
-        normal: brings the call into a form; None for the call as it came.
+    `normal` brings a copy of the call into a form; without it, the call is made as it came.
     """
     own = _copied(arguments)
     part.train(training)
@@ -208,18 +210,14 @@ def _results(
             if normal is None:
                 return _leaves_of(part(**own), own, keeps_cache=True)
             call = normal(own)
-            return _leaves_of(_run(part, call), call.arguments, call.keeps_cache)
+            arguments = dict(call.arguments)
+            join_mask(arguments)
+            with uncut_windows(arguments):
+                result = part(**arguments)
+            cut_windows(arguments)
+            return _leaves_of(with_loss(part, call, result), arguments, call.keeps_cache)
     except Exception:
         return None
-
-
-def _run(part: Any, call: NormalizedCall) -> Any:
-    arguments = dict(call.arguments)
-    join_mask(arguments)
-    with uncut_windows(arguments):
-        result = part(**arguments)
-    cut_windows(arguments)
-    return with_loss(part, call, result)
 
 
 def _leaves_of(result: Any, arguments: Mapping[str, Any], keeps_cache: bool) -> Leaves:
@@ -257,54 +255,37 @@ def _few_tokens(part: Any, arguments: Mapping[str, Any]) -> dict[str, Any] | Non
 
     text = part.config.get_text_config(decoder=True)
     cache = arguments.get(CACHE)
-    if cache is not None and type(cache) is not DynamicCache:
+    tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
+    if tokens is None or (cache is not None and type(cache) is not DynamicCache):
         return None
     past = PAST if cache is not None and cache.get_seq_length() else 0
-    tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
-    if tokens is None:
-        return None
-    ids, mask = _text(past + LENGTH, text, tokens.device)
+    device = tokens.device
+    ids, mask = some_text(past + LENGTH, text, device)
     if cache is not None:
         cache = DynamicCache(config=text)
         if past:
             part(**{"input_ids": ids[:, :past], "attention_mask": mask[:, :past], CACHE: cache, "use_cache": True})
-    ids, count = ids[:, past:], tokens.shape[1]
+    ids, masked = ids[:, past:], arguments.get("attention_mask")
+    labels = ids.where((ids % 3 > 0) & mask[:, past:].bool(), -100)
+    is_whole = not isinstance(masked, Tensor) or masked.shape[-1] != tokens.shape[1]
+    positions = torch.arange(past, past + LENGTH, device=device).repeat(BATCH, 1)
+    of_text = {
+        ("input_ids", 2): ids,
+        ("attention_mask", 2): mask if is_whole else mask[:, past:],
+        ("labels", 2): labels,
+        ("shift_labels", 2): labels,
+        ("position_ids", 2): positions,
+        ("position_ids", 3): positions.repeat(len(arguments.get("position_ids", ())), 1, 1),
+        ("token_type_ids", 2): torch.zeros_like(ids),
+        ("mm_token_type_ids", 2): torch.zeros_like(ids),
+        ("num_items_in_batch", 0): torch.tensor(5, device=device),
+        ("logits_to_keep", 1): torch.arange(2, device=device),
+    }
+    if "inputs_embeds" in arguments:
+        of_text["inputs_embeds", 3] = part.get_input_embeddings()(ids).detach()
     small: dict[str, Any] = {}
     for name, value in arguments.items():
-        dims = value.dim() if isinstance(value, Tensor) else None
-        if name == CACHE:
-            small[name] = cache
-        elif dims is None:
-            small[name] = value
-        elif (name, dims) == ("input_ids", 2):
-            small[name] = ids
-        elif (name, dims) == ("inputs_embeds", 3):
-            small[name] = part.get_input_embeddings()(ids).detach()
-        elif (name, dims) == ("attention_mask", 2):
-            small[name] = mask[:, past:] if past and value.shape[1] == count else mask
-        elif dims == 2 and name in ("labels", "shift_labels"):
-            small[name] = ids.where((ids % 3 > 0) & mask[:, past:].bool(), -100)
-        elif name == "position_ids" and dims in (2, 3):
-            positions = torch.arange(past, past + LENGTH, device=value.device)
-            small[name] = positions.repeat(*value.shape[:-2], BATCH, 1)
-        elif dims == 2 and name in ("token_type_ids", "mm_token_type_ids"):
-            small[name] = torch.zeros_like(ids)
-        elif (name, dims) == ("num_items_in_batch", 0):
-            small[name] = torch.full_like(value, 5)
-        elif (name, dims) == ("logits_to_keep", 1):
-            small[name] = torch.arange(2, device=value.device)
-        else:
+        if isinstance(value, Tensor) and (name, value.dim()) not in of_text:
             return None
-    return small
-
-
-def _text(length: int, config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tokens, and a mask with padding on the left. A token for padding is in the text too."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (BATCH, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    padding = getattr(config, "pad_token_id", None)
-    if isinstance(padding, int) and 0 <= padding < config.vocab_size:
-        ids[0, :2] = ids[1, 3] = padding
-    return ids.to(device), mask.to(device)
+        small[name] = of_text[name, value.dim()] if isinstance(value, Tensor) else value
+    return small if cache is None else {**small, CACHE: cache}

@@ -62,18 +62,23 @@ def fold_into(
             module = stored or _dense(module, merged.weight)
             _put(model, modules, owner, module)
         elif change_weight:
-            if site.computed_weight is not None or is_parametrized(module, name):
-                _drop_parametrization(module, name, site)
-            current = getattr(module, name)
-            if sum(parameter is current for _, parameter in model.named_parameters(remove_duplicate=False)) > 1:
-                model.config.tie_word_embeddings = False  # the other module keeps the frozen weight
-                model.all_tied_weights_keys.pop(f"{owner}.{name}", None)
-            module.register_parameter(name, merged.new_weight(current))
+            _change_weight(model, module, owner, name, merged)
         if change_bias:
             bias_name = site.bias.rpartition(".")[2] if site.bias else "bias"
             module.register_parameter(bias_name, merged.new_bias(getattr(module, bias_name)))
     if dense:
         _tell_config(model, dense)
+
+
+def _change_weight(model: Any, module: nn.Module, owner: str, name: str, merged: MergedSite) -> None:
+    """Give a module, `owner` in the model, the merged weight in place of its own."""
+    if merged.site.computed_weight is not None or is_parametrized(module, name):
+        _drop_parametrization(module, name, merged.site)
+    current = getattr(module, name)
+    if sum(parameter is current for _, parameter in model.named_parameters(remove_duplicate=False)) > 1:
+        model.config.tie_word_embeddings = False  # the other module keeps the frozen weight
+        model.all_tied_weights_keys.pop(f"{owner}.{name}", None)
+    module.register_parameter(name, merged.new_weight(current))
 
 
 def _tell_config(model: Any, dense: list[str]) -> None:

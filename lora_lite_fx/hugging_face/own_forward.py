@@ -54,12 +54,8 @@ def warn_of_replaced_forward(model: nn.Module, forgotten: Sequence[str]) -> None
 def check_is_whole(model: nn.Module, part: Any, placements: Sequence[Placement]) -> None:
     """Raise AdapterError if a replaced `forward` runs a part of the model and leaves out adapters beside it.
 
-    TRL's fused head runs the model without its head, and multiplies by the weight of the head itself.
-
-    Args:
-        model: the adapted model; its `forward` is replaced on the instance.
-        part: the part that is called.
-        placements: the adapters of the model.
+    TRL's fused head runs the model without its head, and multiplies by the weight of the head itself. `model` is the
+    adapted model, and `part` is called.
     """
     outside = sorted({p.site for p in placements if not p.site.startswith(f"{part._path}.")})
     if outside and not torch.compiler.is_dynamo_compiling() and _is_called_by(vars(model)["forward"]):

@@ -37,12 +37,7 @@ class Counted(NamedTuple):
 
 
 def count_positions(part: Any, arguments: Mapping[str, Any]) -> Counted:
-    """Compute the positions of a call by a method of the model, which may remember something of them.
-
-    Args:
-        part: the model that is called.
-        arguments: of the call, by name; none is None.
-    """
+    """Compute the positions of a call by a method of the model, which may remember something of them."""
     owner = _owner(part)
     if owner is None or "position_ids" in arguments:
         return Counted(None, {})

@@ -17,12 +17,8 @@ from ..sites.finding import find_sites
 def share_adapters(gm: fx.GraphModule, base: fx.GraphModule) -> fx.GraphModule:
     """Insert the adapters of `gm` into another graph of its model, over the same tensors.
 
-    Args:
-        gm: a rewritten graph.
-        base: a graph of the same model without adapters, which is changed.
-
     Returns:
-        `base`.
+        `base`, a graph of the same model, which is changed.
 
     Raises:
         AdapterError: `base` lacks a site of `gm`, or the two have other weights there.

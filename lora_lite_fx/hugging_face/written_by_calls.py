@@ -20,15 +20,10 @@ _ABSENT = object()
 def warn_of_writes(model: nn.Module, leaves: Leaves, training: bool) -> None:
     """Warn if a call leaves a value in a module or in a config that depends on the values of its arguments.
 
-    One that depends on their sizes alone saves time and nothing else, as a table of positions that grew.
-
-    Args:
-        model: a copy that takes the leaves of the call; it is not changed.
-        leaves: an example of them.
-        training: the mode of the call.
+    One that depends on their sizes alone saves time and nothing else, as a table of positions that grew. `model` is a
+    copy that takes the leaves of the call.
     """
-    written = _written(model, leaves, training)
-    if not written:
+    if not (written := _written(model, leaves, training)):
         return
     of_others = _written(model, {name: _other(name, leaf) for name, leaf in leaves.items()}, training)
     for (where, name), value in written.items():

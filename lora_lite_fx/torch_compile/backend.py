@@ -18,7 +18,6 @@ from ..adapters.bank import check_no_bank
 from ..adapters.named_configs import Config, as_adapters
 from ..adapters.quantized_base import check_gradients
 from ..adapters.variant import Variant
-from ..capture.capture_model import Inputs
 from ..errors import AdapterError, ConfigError, shown
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import outside_inference_mode
@@ -187,31 +186,6 @@ def _parameters(models: Iterable[nn.Module]) -> set[int]:
 
 compile_graph = backend()
 """The backend that is registered under `NAME`."""
-
-
-def adapt_compiled(
-    model: nn.Module, cfg: Config, example_inputs: Inputs, *, inner: str | Compiler = "inductor"
-) -> nn.Module:
-    """Return a copy of `model` that carries adapters and runs compiled, for a model that export cannot capture.
-
-    Args:
-        model: any module; it is not changed.
-        cfg: a variant, or several, as for `rewrite`.
-        example_inputs: a tuple of positional or a dict of keyword arguments. The model runs on them once, and the
-            linears that run can be adapted.
-        inner: the backend that compiles the rewritten graphs, or its name.
-
-    Returns:
-        The copy, of the same class and with the weights shared. Only the adapters' parameters require grad.
-
-    Raises:
-        SelectionError: a config's targets match no site.
-        ConfigError: `cfg` is not a variant, or does not fit a site; or a site is not a module of its own.
-    """
-    args, kwargs = (example_inputs, {}) if isinstance(example_inputs, tuple) else ((), example_inputs)
-    adapted = backend(cfg, inner=inner).adapt(model, *args, **kwargs)
-    adapted.forward = torch.compile(adapted.forward, backend=backend(inner=inner))
-    return adapted
 
 
 def _raising(error: AdapterError) -> Compiled:

@@ -3,14 +3,15 @@
 Such a model is a copy of the user's, of the same class and with the weights shared. Its adapters' tensors are
 registered where a rewritten graph has them. Every adapted module marks its input: it calls an operator that only this
 library's backend can take out of a graph. Whatever else runs a site runs the operator, an error that names the site.
+The text of a mark has the site's name, and leads to what is recorded of the module.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import weakref
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, site_bias, site_weight
-from ..adapters.registry import recorded_variant, to_config
 from ..adapters.switches import Switches
 from ..adapters.variant import Variant
 from ..capture.shared_copy import shared_copy
@@ -30,7 +30,6 @@ from ..rewriting.plan import Plan
 from ..sites.roles import ROLES
 from ..sites.site import Site, is_called
 from ..storage.dequantized import DequantizedLinear
-from .insert_marked import MarkedSite
 
 # Marking a model.
 
@@ -152,7 +151,7 @@ def _marking_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module.unmarked_forward(marked)
 
 
-# What a mark says, written and read.
+# What a mark says.
 
 ALL = "*"
 """Says in a mark that all adapters act; otherwise their names stand there."""
@@ -161,24 +160,54 @@ SCALED = "!"
 """Says in a mark that adapters are scaled, which the backend refuses."""
 
 
+@dataclass(frozen=True, eq=False)
+class MarkedSite:
+    """A module that marks its input, as its mark leads to it.
+
+    Args:
+        site: its site.
+        is_site: whether it was called when the adapters were inserted, and has them.
+        placements: the adapters, the innermost first.
+    """
+
+    site: Site
+    is_site: bool
+    placements: tuple[Placement, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MarkedSite:
+        return self  # the modules of a copy make the same marks
+
+    def acting(self, acting: str) -> list[Placement]:
+        """Return the adapters that act, by what the mark says of them.
+
+        Raises:
+            AdapterError: adapters are scaled, or the module was not called when the adapters were inserted.
+        """
+        if not self.is_site:
+            raise AdapterError(
+                f"Site {self.site.name!r} did not run on the inputs that backend(cfg).adapt was given, so it has no"
+                " adapters. The way out: give adapt inputs for which all of the model runs; or leave the site out of"
+                " the targets (exclude_names)."
+            )
+        if acting == SCALED:
+            raise AdapterError(
+                "A model that carries its adapters for torch.compile does not scale them. The way out: leave the scope"
+                " of scaled; rewrite or adapt make models that do."
+            )
+        return [each for each in self.placements if acting == ALL or each.adapter_name in acting.split(",")]
+
+
+MARKED: weakref.WeakValueDictionary[str, MarkedSite] = weakref.WeakValueDictionary()
+"""What marks lead to, by their text. The modules keep it."""
+
+_numbers = itertools.count()
+
+
 def _describe(copy: nn.Module, module: Any) -> None:
-    """Write on `module` what its mark says: its adapters, and the names of their tensors on the module."""
-    module.mark_text = json.dumps(
-        {
-            "site": module.site.name,
-            "roles": sorted(module.site.roles),
-            "is_site": module.is_site,
-            "adapters": [
-                {
-                    "adapter": p.adapter,
-                    "position": p.position,
-                    "names": p.names,
-                    "config": to_config(p.variant),
-                    "adapter_name": p.adapter_name,
-                }
-                for p in module.placements
-            ],
-        }
+    """Write on `module` what its mark says, and the names of its adapters' tensors."""
+    module.mark_text = f"{next(_numbers)} {module.site.name}"
+    vars(module)["marked"] = MARKED[module.mark_text] = MarkedSite(
+        module.site, module.is_site, tuple(module.placements)
     )
     module.marked_paths = tuple(path for placement in module.placements for path in placement.tensors.values())
     vars(module)["adapted_model"] = copy  # not a submodule
@@ -186,49 +215,7 @@ def _describe(copy: nn.Module, module: Any) -> None:
 
 def site_in_mark(text: str) -> str:
     """Return the name of the site whose module made the mark."""
-    return str(json.loads(text)["site"])
-
-
-def read_mark(text: str, acting: str, tensors: Iterable[Tensor], name: str) -> MarkedSite:
-    """Return the site that a mark describes, with the adapters that act.
-
-    Args:
-        text: the mark's text.
-        acting: the names of the adapters that act, see `ALL`.
-        tensors: the tensors of the adapters, as the mark has them.
-        name: the name that the site has in the graph.
-
-    Raises:
-        AdapterError: adapters are scaled, or the module was not called when the adapters were inserted.
-    """
-    described = json.loads(text)
-    if not described["is_site"]:
-        raise AdapterError(
-            f"Site {described['site']!r} did not run on the inputs that backend(cfg).adapt was given, so it has no"
-            " adapters. The way out: give adapt inputs for which all of the model runs; or leave the site out of the"
-            " targets (exclude_names)."
-        )
-    if acting == SCALED:
-        raise AdapterError(
-            "A model that carries its adapters for torch.compile does not scale them. The way out: leave the scope of"
-            " scaled; rewrite or adapt make models that do."
-        )
-    placements = [
-        Placement(
-            recorded_variant(adapter["config"]),
-            adapter["adapter"],
-            name,
-            adapter["position"],
-            tuple(adapter["names"]),
-            adapter["adapter_name"],
-        )
-        for adapter in described["adapters"]
-    ]
-    paths = [path for placement in placements for path in placement.tensors.values()]
-    by_path = dict(zip(paths, tensors, strict=True))
-    chosen = tuple(each for each in placements if acting == ALL or each.adapter_name in acting.split(","))
-    read = {path: by_path[path] for placement in chosen for path in placement.tensors.values()}
-    return MarkedSite(name, frozenset(described["roles"]), chosen, read)
+    return text.partition(" ")[2]
 
 
 # The operator.

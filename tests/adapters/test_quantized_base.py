@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite_fx as llfx
-from lora_lite_fx.torch_compile.backend import adapt_compiled
 
 CFG = llfx.LoRA(r=2, target_names="first")
 X = (torch.randn(3, 4),)
@@ -67,7 +66,6 @@ PATHS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "rewrite of a graph": lambda model, _: llfx.rewrite(llfx.capture(model, X), CFG),
     "wrap": lambda model, _: llfx.wrap(model, CFG, X),
     "backend": lambda model, _: llfx.backend(CFG, inner="eager").adapt(model, *X),
-    "adapt_compiled": lambda model, _: adapt_compiled(model, CFG, X, inner="eager"),
     "load": lambda model, saved: llfx.load(model, saved / "file"),
     "load_lora_lite": lambda model, saved: llfx.load_lora_lite(model, saved / "lite"),
     "load_peft": lambda model, saved: llfx.load_peft(model, saved / "peft"),

@@ -165,7 +165,7 @@ def test_graphs_are_bounded_and_the_reason_of_each_is_logged(caplog: pytest.LogC
         assert not messages()
         with_states = model(IDS, output_hidden_states=True)
     assert len(with_states.hidden_states) == 2
-    assert len(model._graphs) == 1
+    assert len(model.graphs) == 1
     captured, dropped = messages()
     assert "output_hidden_states: not given before, True now" in captured
     assert "max_graphs" in dropped

@@ -66,7 +66,7 @@ def test_rows_are_those_of_pefts_mixed_batch(tmp_path: Path) -> None:
 def test_slots_are_loaded_while_the_model_serves(tmp_path: Path) -> None:
     model = adapted_by(llfx.Bank(llfx.LoRA(r=2), slots=3))
     expected = model(PROMPT, adapter_ids=torch.full((4,), 2)).logits
-    graphs = len(model._graphs)
+    graphs = len(model.graphs)
     llfx.save_slot(model, 2, tmp_path / "adapter.safetensors")
     llfx.load_slot(model, 0, tmp_path / "adapter.safetensors")
     assert torch.equal(model(PROMPT, adapter_ids=torch.zeros(4, dtype=torch.long)).logits, expected)
@@ -74,7 +74,7 @@ def test_slots_are_loaded_while_the_model_serves(tmp_path: Path) -> None:
     close(
         model(PROMPT, adapter_ids=torch.zeros(4, dtype=torch.long)).logits, base()(PROMPT).logits, 1e-6, "a new start"
     )
-    assert len(model._graphs) == graphs
+    assert len(model.graphs) == graphs
 
 
 @pytest.mark.broad

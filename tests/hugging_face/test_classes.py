@@ -15,8 +15,8 @@ from torch import Tensor
 
 import lora_lite_fx as llfx
 from lora_lite_fx.compat.transformers import CACHE
-from lora_lite_fx.hugging_face.causal_lm import _NO_STATES_IN_TRAINING, Form, normalize_call
-from lora_lite_fx.hugging_face.decoder import probe
+from lora_lite_fx.hugging_face.caches import probe
+from lora_lite_fx.hugging_face.causal_lm import _NO_STATES_IN_TRAINING, normalize_call
 from lora_lite_fx.hugging_face.forms import Forms
 from lora_lite_fx.hugging_face.positions import Counted
 from tests.support.conformance import close, randomise
@@ -155,7 +155,7 @@ def dory() -> Any:
 def test_a_cache_has_the_layers_that_the_model_adds_to_it() -> None:
     model = dory()
     call = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
-    cache = normalize_call(model, probe(model), call, Form(True, True)).arguments[CACHE]
+    cache = normalize_call(model, probe(model), call, True).arguments[CACHE]
     assert [(layer.sliding_window, layer.keys.shape) for layer in cache.layers] == [(4, (2, 1, 0, 8))] * 4
 
 
@@ -211,8 +211,8 @@ def test_the_loss_of_other_logits_than_those_of_the_vocabulary_is_the_models_own
     decoder, call = probe(model), {"input_ids": torch.ones(2, 5, dtype=torch.long)}
     forms = Forms(model, lambda: model)
     no_positions = Counted(None, {})
-    assert forms.of(model, decoder, call, no_positions, False) == Form(True, True)
-    assert forms.of(model, decoder, {**call, "labels": call["input_ids"]}, no_positions, False) == Form(True, False)
+    assert forms.of(model, decoder, call, no_positions, False) is True
+    assert forms.of(model, decoder, {**call, "labels": call["input_ids"]}, no_positions, False) is None
 
 
 RWKV = hf.RwkvConfig(hidden_size=16, num_hidden_layers=2, vocab_size=99, attention_hidden_size=16, rescale_every=0)

@@ -185,7 +185,7 @@ def test_training_evaluating_and_generating_share_one_graph(tmp_path: Path) -> N
     trainer(model, tmp_path, max_steps=1).train()
     model.eval()
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=0)
-    assert len(model._graphs) == 1
+    assert len(model.graphs) == 1
 
 
 @pytest.mark.slow
@@ -199,6 +199,6 @@ def test_gradient_checkpointing_trains_the_same_adapters(tmp_path: Path) -> None
         close(tensor, state(shared())[name], 1e-6, name)
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
-    assert len(model._graphs) == 0
+    assert len(model.graphs) == 0
     with pytest.raises(llfx.ConfigError, match="use_reentrant=False"):
         model.gradient_checkpointing_enable({"use_reentrant": True})

@@ -156,7 +156,7 @@ def test_an_adapted_model_shows_the_graph_of_its_first_call() -> None:
     program = llfx.program(model)
     assert program.get_parameter("model.layers.0.self_attn.q_proj.lora_B") is layer.lora_B
     expected = model(**tokens(2, 5)).logits
-    (graph,) = model._graphs._kept
+    (graph,) = model._graphs._graphs
     leaves = model._graphs._call(model, tokens(2, 5)).leaves
     assert graph.gm is model.adapted_graph()
     close(program(**leaves)["result_logits"], expected, 1e-9, "logits")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
-from lora_lite_fx.torch_compile.backend import adapt_compiled, backend
+from lora_lite_fx.torch_compile.backend import backend
 from tests.sites.test_architectures import ARCHITECTURES, outputs_and_gradients, target_roles
 from tests.support.conformance import close, output, randomise
 from tests.support.selection import slow_unless
@@ -102,7 +102,8 @@ def test_generation_is_that_of_the_eager_wrapper() -> None:
     randomise(wrapped, 0)
     expected = wrapped.generate(**prompt, **settings)
     assert not torch.equal(expected, model.generate(**prompt, **settings))
-    carrier: Any = adapt_compiled(model, cfg, prompt, inner="eager")
+    carrier: Any = backend(cfg, inner="eager").adapt(model, **prompt)
+    carrier.forward = torch.compile(carrier.forward, backend=backend(inner="eager"))
     assert isinstance(carrier, transformers.LlamaForCausalLM)
     llfx.load_adapter_state_dict(carrier, llfx.adapter_state_dict(wrapped))
     assert torch.equal(carrier.generate(**prompt, **settings), expected)

@@ -33,3 +33,18 @@ def without_gradient(graph: fx.Graph) -> set[fx.Node]:
         elif not enabled:
             without.add(node)
     return without
+
+
+def regions_of(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Return in words the regions that each call in `graph` runs in, the outermost first; empty outside of all."""
+    regions: dict[fx.Node, str] = {}
+    inside: dict[fx.Node, str] = {}  # by the node that begins the region
+    for node in graph.nodes:
+        if opens_region(node):
+            inside[node] = f"{node.target} {node.args}"
+        elif closes_region(node):
+            inside.pop(node.args[0], None)
+        elif node.target is SET_GRAD_ENABLED and inside:
+            inside[next(reversed(inside))] = f"{node.target} {node.args}"
+        regions[node] = " ".join(inside.values()) if node.op.startswith("call_") else ""
+    return regions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ...capture.quiet_torch import failures_unlogged
 from ...graph.modes import by_mode, is_flag, one_mode, owner_of, read_flag, writes_outside
 from ...graph.queries import dtype_of
+from ...graph.regions import regions_of
 from ...graph.writes import written_roots
 
 aten = torch.ops.aten
@@ -21,8 +22,9 @@ _DROPOUT = aten.dropout.default
 def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
     """Add to the graph of `gm` what `evaluation` computes otherwise; return the number of nodes added.
 
-    Nodes of evaluation that compute the same as one of training, from the same values, are that node. All others are
-    copied. Safe because the copies read the same tensors and inputs, and because a program has one mode.
+    Nodes of evaluation that compute the same as one of training, from the same values and in the same regions, are that
+    node. All others are copied. Safe because the copies read the same tensors and inputs, and because a program has one
+    mode.
 
     Args:
         gm: the module over the graph that was captured in training mode.
@@ -34,13 +36,14 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
     """
     graph = gm.graph
     twin: dict[fx.Node, fx.Node] = {}
-    known: dict[str, fx.Node] = {}
+    known: dict[tuple[str, str], fx.Node] = {}
+    regions = regions_of(graph) | regions_of(evaluation)
     placeholders = iter(graph.find_nodes(op="placeholder"))
     # A tensor that one mode overwrites is not that of the other, and so is nothing that is computed from it.
     overwritten = {root for nodes in (graph.nodes, evaluation.nodes) for node in nodes for root in written_roots(node)}
     for node in graph.nodes:
         if not node.is_impure() and (node.op == "get_attr" or node not in overwritten):
-            known.setdefault(_key(node, {}), node)
+            known.setdefault((_key(node, {}), regions[node]), node)
     shared: set[fx.Node] = set()
     following = _let_follow(graph, evaluation)
     if following is None:
@@ -54,7 +57,7 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
                 twin[node] = next(placeholders)
             elif node.op == "output" or (node.op == "call_module" and not node.users):
                 continue
-            elif (same := _same(node, known, twin, overwritten)) is not None:
+            elif (same := _same(node, known.get((_key(node, twin), regions[node])), overwritten)) is not None:
                 twin[node] = same
                 shared.add(same)
             elif "assert" in str(node.target) or "constrain" in str(node.target):  # of sizes, which training has too
@@ -74,11 +77,8 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
     return added
 
 
-def _same(
-    node: fx.Node, known: Mapping[str, fx.Node], twin: dict[fx.Node, fx.Node], overwritten: Container[fx.Node]
-) -> fx.Node | None:
-    """Return the node of training that computes what `node` does, of the same values; None if there is none."""
-    same = known.get(_key(node, twin))
+def _same(node: fx.Node, same: fx.Node | None, overwritten: Container[fx.Node]) -> fx.Node | None:
+    """Return `same`, a node of training that seems to compute what `node` does, if it reads the same tensors."""
     if same is None or not _reads_same(node, same) or (node.op != "get_attr" and node in overwritten):
         return None
     return same

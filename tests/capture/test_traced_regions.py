@@ -194,7 +194,6 @@ def test_regions_that_are_exported_equal_the_model(kind: Any) -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.xfail(strict=True, reason="open: in evaluation the graph has gradients that the region cuts in the model")
 def test_a_region_of_one_mode_alone_that_is_exported_equals_the_model() -> None:
     torch.manual_seed(0)
     require_same(Flagged(), (X[:2],))

@@ -6,7 +6,6 @@ A step names what it reads by a place: in which layer, and where in it. So the p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 Read = tuple[int | str, int]
@@ -143,7 +142,9 @@ class Program:
 def _parts(steps: Sequence[Step], stacks: Mapping[str, int]) -> list[Part]:
     """Return the part of each step. What runs between two layers belongs to the second one."""
     layers = [next((layer for layer in step.layers if layer[0] in stacks), None) for step in steps]
-    next_layers = list(accumulate(reversed(layers), lambda after, layer: layer or after))[::-1]
+    next_layers = [*layers]
+    for number in range(len(layers) - 2, -1, -1):
+        next_layers[number] = layers[number] or next_layers[number + 1]
     done: list[str] = []
     part: Part = ("", 0)
     parts: list[Part] = []

@@ -100,7 +100,7 @@ class _Stamping:
         self, nodes: Sequence[fx.Node], kind: Callable[[fx.Node], str]
     ) -> dict[fx.Node, tuple[Repetition, list[fx.Node]]]:
         """Return the last node of each kind in the templates of each stack, with all nodes of that kind there."""
-        last = {}
+        last: dict[fx.Node, tuple[Repetition, list[fx.Node]]] = {}
         for repetition in self.layers.repetitions:
             templates: dict[str, list[fx.Node]] = {}
             for node in nodes:
@@ -214,7 +214,10 @@ class _Stamping:
         template = repetition.template(layer)
         part = repetition.stack, template
         path = re.compile(re.escape(f"{repetition.stack}.{template}") + r"(?=\.|@|$)")
-        rename = lambda name: path.sub(f"{repetition.stack}.{layer}", name)  # noqa: E731
+
+        def rename(name: str) -> str:
+            return path.sub(f"{repetition.stack}.{layer}", name)
+
         steps = zip(self.captured.program.numbers[part], self.captured.templates[part], strict=True)
         for number, (step, before) in steps:
             new = self._copy(self.captured.nodes[number], number, further(step, before, layer - template), layer)

@@ -18,6 +18,7 @@ def _is_program() -> bool:
 if not _is_program():  # else the program imports this again, when it has read its options
     from .adapters.adapted_site import AdaptedSite
     from .adapters.bank import Bank
+    from .adapters.calibration_data import Batch, Statistic
     from .adapters.frozen_linear import FrozenLinear
     from .adapters.hyperparameters import WithDropout, WithRank, WithScale
     from .adapters.listing import AdapterRow, AdapterTable, adapters
@@ -26,7 +27,7 @@ if not _is_program():  # else the program imports this again, when it has read i
     from .adapters.slot_optimizer import SlotOptimizer
     from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
     from .adapters.switches import active, by_row, scaled
-    from .adapters.variant import Batch, Statistic, Variant
+    from .adapters.variant import Variant
     from .capture.differences import Difference, DifferenceTable
     from .distributed.materialize import materialize
     from .distributed.parallelize import parallelize
@@ -61,7 +62,8 @@ if not _is_program():  # else the program imports this again, when it has read i
     from .rewriting.named import add, delete
     from .rewriting.reconfigure import reconfigure
     from .rewriting.rewrite import merge, remove, rewrite
-    from .rewriting.sums import combine, swap, to_lora
+    from .rewriting.sums import combine, to_lora
+    from .rewriting.swap import swap
     from .rewriting.verify import verify
     from .torch_compile.backend import backend
     from .variants import (

@@ -15,7 +15,7 @@ from ..capture.capture_model import Inputs
 from ..capture.origins.wrong_arguments import check_inputs
 from ..compat.torch import is_transform
 from ..errors import AdapterError, ConfigError, shown
-from ..graph.provenance import place_of
+from ..graph.insertion import place_of
 from ..graph.writes import written
 from .check import Check, Modes
 from .dump import Dump

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import AdapterError
-from ..graph.provenance import Insertion, insertions, surrounding
+from ..graph.insertion import Insertion, insertions, surrounding
 from ..sites.computed import Computation, computes_the_same
 from ..sites.finding import find_sites
 from ..sites.site import Site

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from ..graph.insertion import SHARED
+
 
 class AdapterTensors:
     """The tensors of an adapter as attributes, by the variant's own names. They are written to in place only.
@@ -37,3 +39,9 @@ class AdapterTensors:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in vars(self).items())
         return f"AdapterTensors({shapes})"
+
+
+def one_of(p: Any, index: int) -> AdapterTensors:
+    """Return the tensors of one expert, or of one slot of a bank, from those of all; shared ones as they are."""
+    tensors: dict[str, Tensor] = vars(p)
+    return AdapterTensors({name: t if name.startswith(SHARED) else t[index] for name, t in tensors.items()})

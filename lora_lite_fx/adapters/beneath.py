@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from ..capture.function_tracing.rehearsal import has_values
 from ..errors import AdapterError, ConfigError
 from ..sites.site import Site
+from .adapter_tensors import AdapterTensors
 from .dependencies import Dependencies
 from .frozen_linear import FrozenLinear
 from .maths import cast, wide
 from .promotion import call_forward
-from .variant import Variant, adapter_namespace
+from .variant import Variant
 
 
 def is_beneath(name: str, replaces: bool, outer: str) -> bool:
@@ -99,7 +100,7 @@ def _is_affine(variant: Variant, site: Site) -> bool:
         return F.linear(x, given.get("weight", weight), given.get("bias", bias))
 
     def f(x: Tensor) -> Tensor:
-        y: Tensor = call_forward(variant, call, FrozenLinear(call, weight, bias, site), adapter_namespace(tensors), x)
+        y: Tensor = call_forward(variant, call, FrozenLinear(call, weight, bias, site), AdapterTensors(tensors), x)
         return y
 
     terms = [f(x + z), f(x), f(z), f(torch.zeros_like(x))]

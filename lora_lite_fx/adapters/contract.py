@@ -6,29 +6,28 @@ without data, once for all sites that it cannot tell apart. Calls of an adapted 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import keyword
 from collections.abc import Container, Hashable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..capture.function_tracing.rehearsal import Refused, Stage, first_difference
-from ..compat.torch import version_of
+from ..capture.function_tracing.rehearsal import Stage, first_difference
 from ..errors import ConfigError, shown
-from ..graph.provenance import SHARED
+from ..graph.insertion import SHARED
 from ..sites.site import Site, stored_bias, stored_weight
+from .calibration_data import Statistic
 from .declaration import check_fields
-from .dependencies import Dependencies, PassedRuns
-from .frozen_site import FrozenSite
+from .dependencies import Dependencies, Remembered
+from .forward_run import Operands, run_forward
 from .naming import described, naming
 from .param_spec import ParamSpec
 from .placement import adapter_tensor_names
 from .promotion import not_innermost
-from .variant import Statistic, Variant, adapter_namespace
+from .variant import Variant
 
 _OF_THE_SITE = frozenset(
     f"{prefix}{name}" for prefix in ("", "frozen_", "computed_") for name in ("weight", "bias")
@@ -183,7 +182,7 @@ def _example(site: Site, stored: Tensor) -> Tensor:
     return torch.empty(shape, dtype=value.dtype, device=example.device)
 
 
-_rehearsed = PassedRuns()
+_rehearsed: Remembered[Dependencies] = Remembered()
 
 
 def rehearse(variant: Variant, site: Site, model: nn.Module) -> Dependencies:
@@ -195,12 +194,12 @@ def rehearse(variant: Variant, site: Site, model: nn.Module) -> Dependencies:
     Raises:
         ConfigError: as `_run_through`.
     """
-    operands = operands_of(variant, site, model)
-    dependencies = _rehearsed.at(operands, site)
-    if dependencies is None:
+
+    def run() -> tuple[Dependencies, Dependencies]:
         dependencies = _run_through(variant, site, model)
-        _rehearsed.add(operands, dependencies)
-    return dependencies
+        return dependencies, dependencies
+
+    return _rehearsed.at(operands_of(variant, site, model), site, run)
 
 
 def _run_through(variant: Variant, site: Site, model: nn.Module) -> Dependencies:
@@ -222,42 +221,26 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Dependencies
     x = stage.like(_example(site, stored))
     dtype = x.dtype if x.dtype.is_floating_point else stored.dtype
     shape = site.kind.factor(stored).shape
-    # The gradient tells whether the result depends on the product.
-    factor = stage.make(lambda: torch.empty(shape, dtype=dtype, device=stored.device, requires_grad=True))
-    routing = stage.make(lambda: site.kind.example_routing(x, site.experts))
     with naming(variant, "params", site):
         specs, of_adapter = variant.tensor_specs(site).items(), variant.param_dtype(stored.dtype)
         tensors = stage.make(lambda: {name: spec.empty(of_adapter, stored.device).detach() for name, spec in specs})
-    dependencies = Dependencies()
-    frozen = FrozenSite(site, stage.like(stored), None if bias is None else stage.like(bias), dependencies=dependencies)
-    read_only = {"x": x, "base.weight": frozen.weight, "base.bias": frozen.bias}
+    operands = Operands(
+        x=x,
+        weight=stage.like(stored),
+        bias=None if bias is None else stage.like(bias),
+        tensors=tensors,
+        routing=stage.make(lambda: site.kind.example_routing(x, site.experts)),
+        # The gradient tells whether the result depends on the product.
+        factor=stage.make(lambda: torch.empty(shape, dtype=dtype, device=stored.device, requires_grad=True)),
+    )
+    read_only = {"x": x, "base.weight": operands.weight, "base.bias": operands.bias}
     read_only |= {f"p.{name}": tensor for name, tensor in tensors.items()}
-
-    def forward(training: bool) -> None:
-        calls: list[_BaseCall] = []
-
-        def base(value: Tensor, **given: Tensor) -> Tensor:
-            if given and variant.slots:
-                raise Refused("calls base with a weight or bias, and a bank has one frozen weight for all slots")
-            if value.shape != x.shape:
-                raise Refused(f"calls base on an input {tuple(value.shape)}, and x is {tuple(x.shape)}")
-            y = site.kind.multiply(value, factor, *routing)
-            dependencies.replaces |= bool(given)
-            calls.append(_BaseCall(value, y, y.shape, y.dtype, version_of(y)))
-            return y
-
-        checked = _returning_values(variant, site.kind.value_type)
-        y = replace(frozen, training=training).adapted(base, checked, adapter_namespace(tensors), x, *routing)
-        if len(calls) != 1:
-            raise Refused(f"must call base(...) exactly once; it called it {len(calls)} times")
-        _check_result(y, calls[0])
-        unchanged = y is calls[0].y and version_of(y) == calls[0].version and calls[0].x is x
-        if training and unchanged and not dependencies.replaces:
-            raise Refused("returns base(x) unchanged")
+    dependencies = Dependencies()
 
     def run(training: bool) -> list[str]:
         with naming(variant, "forward", site, {"x": x, **tensors}):
-            return stage.run(lambda: forward(training), read_only)[1]
+            run_here = partial(run_forward, variant, site, operands, training, dependencies, sizes_are_known=True)
+            return stage.run(run_here, read_only)[1]
 
     if differ := first_difference(run(training=True), run(training=True)):
         raise ConfigError(
@@ -268,48 +251,3 @@ def _run_through(variant: Variant, site: Site, model: nn.Module) -> Dependencies
     if dependencies.training:
         run(training=False)
     return dependencies
-
-
-def _returning_values(variant: Variant, kind: type) -> Variant:
-    """Return a copy of `variant` whose `forward` refuses a result that is not of this kind, before anything uses it."""
-    checked = copy.copy(variant)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = variant.forward(*args, **kwargs)
-        if not isinstance(output, kind):
-            raise Refused(f"must return a tensor like base(x), and returned {shown(output)}")
-        return output
-
-    object.__setattr__(checked, "forward", forward)
-    return checked
-
-
-@dataclass(frozen=True)
-class _BaseCall:
-    """A call of the frozen linear on `x`, in the model's layout, and what `y` was then: it may be written to later."""
-
-    x: Tensor
-    y: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    version: int
-
-
-def _check_result(result: Tensor, base: _BaseCall) -> None:
-    """Check the result of `forward`, in the model's layout.
-
-    Raises:
-        Refused: it is not a tensor like `base(x)`, or does not depend on it.
-    """
-    if result.shape != base.shape:
-        raise Refused(f"returned a tensor {tuple(result.shape)}, and base(x) is {tuple(base.shape)}")
-    if result.dtype != base.dtype:
-        raise Refused(
-            f"returned {result.dtype}, and base(x) is {base.dtype}. The way out: y = base(x), and at the end"
-            " return (...).type_as(y)"
-        )
-    if not result.requires_grad:
-        raise Refused(
-            "leaves out the result of base(...), or cuts its gradient by detach() or torch.no_grad(), and the layers"
-            " before the site train through it"
-        )

@@ -6,14 +6,16 @@ A trace of `forward` holds wherever these have the same values. Nothing has to b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..sites.site import Site
 from .frozen_linear import FrozenLinear
 
+T = TypeVar("T")
+_REMEMBERED = 512
 _FIELDS = frozenset(each.name for each in fields(Site))
 _VALUES = _FIELDS | {
     name for name in dir(Site) if isinstance(inspect.getattr_static(Site, name), (property, cached_property))
@@ -45,26 +47,28 @@ class Dependencies:
         return _WatchedLinear(**{**vars(base), "site": _WatchedSite(base.site, self)}, dependencies=self)
 
 
-_REMEMBERED = 512
-
-
-class PassedRuns:
-    """The runs of `forward` that passed a check in this process, each with what `forward` read."""
+class Remembered(Generic[T]):
+    """What runs of `forward` have returned. Sites that `forward` cannot tell apart share a run."""
 
     def __init__(self) -> None:
-        self._reads: dict[Hashable, tuple[Dependencies, ...]] = {}
+        self._results: dict[Hashable, list[tuple[Dependencies, T]]] = {}
 
-    def at(self, operands: Hashable, site: Site) -> Dependencies | None:
-        """Return what was read in a run with the same `operands` that `forward` cannot tell from one at `site`."""
-        return next(
-            (dependencies for dependencies in self._reads.get(operands, ()) if dependencies.hold_at(site)), None
-        )
+    def at(self, operands: Hashable, site: Site, run: Callable[[], tuple[Dependencies, T]]) -> T:
+        """Return what an earlier run has returned if it holds at `site`, or run.
 
-    def add(self, operands: Hashable, dependencies: Dependencies) -> None:
-        """Remember a run."""
-        if len(self._reads) >= _REMEMBERED:
-            self._reads.clear()
-        self._reads[operands] = (*self._reads.get(operands, ()), dependencies)
+        Args:
+            operands: what the result depends on besides the site.
+            site: the site.
+            run: returns what `forward` depended on, and the result.
+        """
+        for dependencies, result in self._results.get(operands, ()):
+            if dependencies.hold_at(site):
+                return result
+        dependencies, result = run()
+        if len(self._results) >= _REMEMBERED:
+            self._results.clear()
+        self._results.setdefault(operands, []).append((dependencies, result))
+        return result
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from ..capture.function_tracing.rehearsal import Refused
-from ..graph.provenance import SHARED
+from ..graph.insertion import SHARED
 from ..sites.site import Site
+from .adapter_tensors import AdapterTensors
 from .bank import check_coefficients
 from .beneath import tensors_with
 from .dependencies import Dependencies
 from .frozen_linear import FrozenLinear
 from .promotion import call_forward, not_innermost
-from .variant import Variant, adapter_namespace
+from .variant import Variant
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class FrozenSite:
             return kind.result(call(kind.as_in_model(entered), **self._stored(**given)), entered)
 
         tensors: dict[str, Tensor] = vars(p)
-        operands = adapter_namespace(
+        operands = AdapterTensors(
             {name: t if name.startswith(SHARED) else kind.operand(t, who) for name, t in tensors.items()}
         )
         weight = kind.frozen_operand(kind.matrix(self.weight), who)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 from torch import fx, nn
 
-from ..graph.provenance import DEFAULT, insertions
+from ..graph.insertion import DEFAULT, insertions
 from ..graph.tensors import tensor_of
 from ..text_table import text_table
 from .adapted_site import AdaptedSite
@@ -71,25 +71,13 @@ class AdapterRow:
         return f"{named}{self.label} at {len(self.sites)} site{plural}, {self.trainable:,} parameters{off}"
 
 
-@dataclass(frozen=True)
-class AdapterTable(Sequence[AdapterRow]):
-    """The adapters of a model, in the order in which they were added; prints as a table.
+class AdapterTable(tuple[AdapterRow, ...]):
+    """The adapters of a model, a row for each, in the order in which they were added; prints as a table."""
 
-    Args:
-        rows: one for each adapter.
-    """
-
-    rows: tuple[AdapterRow, ...]
-
-    @overload
-    def __getitem__(self, index: int) -> AdapterRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[AdapterRow]: ...
-    def __getitem__(self, index: int | slice) -> AdapterRow | Sequence[AdapterRow]:
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def rows(self) -> tuple[AdapterRow, ...]:
+        """One row for each adapter."""
+        return self
 
     def __str__(self) -> str:
         named = any(row.name != DEFAULT or not row.acts for row in self)
@@ -123,7 +111,7 @@ def adapters(model: nn.Module) -> AdapterTable:
         AdapterError: the model has no adapters.
     """
     adapter_tensors(model)  # refuses a model without adapters, and says what to pass instead of one around it
-    return AdapterTable(tuple(_rows(model)))
+    return AdapterTable(_rows(model))
 
 
 def describe_adapters(model: nn.Module) -> list[str]:
@@ -139,7 +127,7 @@ def describe_adapters(model: nn.Module) -> list[str]:
 def _rows(model: nn.Module) -> list[AdapterRow]:
     # A graph knows its configs also where the variant's class is not known to this process.
     if isinstance(model, fx.GraphModule):
-        records = [(i.adapter, i.adapter_name, i.config, i.site, i.tensors) for i in insertions(model.graph)]
+        records = [(i.adapter, i.adapter_name, i.fields, i.site, i.tensors) for i in insertions(model.graph)]
     else:
         records = [(p.adapter, p.adapter_name, to_config(p.variant), p.site, p.tensors) for p in placements(model)]
     by_index: dict[int, tuple[str, dict[str, Any], dict[str, dict[str, str]]]] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import ConfigError, is_instance_of, shown
-from ..graph.provenance import DEFAULT
+from ..graph.insertion import DEFAULT
 from .registry import registry
 from .variant import Variant
 

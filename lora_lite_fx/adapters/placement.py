@@ -1,6 +1,6 @@
 """Placements: the adapters of an adapted model, with their places and their tensors.
 
-A graph module has them in the provenance of its nodes, and an eagerly wrapped model in its wrapped modules. Both keep
+A graph module has them in the records on its nodes, and an eagerly wrapped model in its wrapped modules. Both keep
 each tensor under the qualified name `<site>.<name>`, so the functions here work on either.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, fx, nn
 
 from ..errors import AdapterError, ConfigError
-from ..graph.provenance import (
+from ..graph.insertion import (
     DEFAULT,
     SHARED,
     Insertion,
@@ -26,10 +26,11 @@ from ..graph.provenance import (
 )
 from ..graph.tensors import tensor_of
 from ..sites.site import Site, stored_bias, stored_weight
+from .adapter_tensors import AdapterTensors
 from .naming import described
 from .registry import recorded_variant
-from .start_values import fill, initialize, initialize_shared
-from .variant import Statistic, Variant, adapter_namespace
+from .start_values import fill, initialize_shared
+from .variant import Variant
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Placement:
         Raises:
             ConfigError: the class of its variant is not known to this process.
         """
-        variant = recorded_variant(insertion.config)
+        variant = recorded_variant(insertion.fields)
         place = (insertion.adapter, insertion.site, insertion.position)
         return cls(variant, *place, insertion.names, insertion.adapter_name, insertion.scale)
 
@@ -127,30 +128,11 @@ class Placement:
             else:
                 module.register_buffer(attribute, tensor)
         if added:
-            initialize_shared(self.local, site, weight, adapter_namespace(added))
-
-    def initialize(
-        self,
-        model: nn.Module,
-        site: Site,
-        weight: Tensor,
-        bias: Tensor | None,
-        statistic: Statistic | None = None,
-    ) -> None:
-        """Write the start values into the tensors.
-
-        Args:
-            model: has the tensors, see `register`.
-            site: the site of this placement.
-            weight: the frozen weight of the site, as `site_weight` returns it.
-            bias: the frozen bias, as `site_bias` returns it.
-            statistic: the variant's observation of the site on calibration data, or None without such data.
-        """
-        initialize(self.local, site, weight, self.namespace(model), statistic, bias)
+            initialize_shared(self.local, site, weight, AdapterTensors(added))
 
     def namespace(self, model: nn.Module) -> Any:
         """Return the tensors as attributes by the variant's own names, for `Variant.forward`."""
-        return adapter_namespace({name: tensor_of(model, path) for name, path in self.tensors.items()})
+        return AdapterTensors({name: tensor_of(model, path) for name, path in self.tensors.items()})
 
 
 def site_weight(model: nn.Module, site: Site) -> Tensor:
@@ -230,7 +212,7 @@ def configs_of(placed: Iterable[Placement], adapter: str | None) -> Iterator[tup
 
 
 @dataclass(frozen=True)
-class Recorded:
+class AdapterNames:
     """The names that a model has of adapters. A graph has them in its nodes, where it takes milliseconds to read them.
 
     Args:
@@ -245,7 +227,7 @@ class Recorded:
     slots: Mapping[str, int]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Recorded:
+    def of(cls, model: nn.Module) -> AdapterNames:
         """Return those of a graph, or of a model with wrapped modules, as they are now."""
         first: dict[str, int] = {}
         tensors: dict[tuple[str, str], None] = {}
@@ -258,7 +240,7 @@ class Recorded:
             name = each.adapter_name
             first[name] = min(each.adapter, first.get(name, each.adapter))
             tensors |= dict.fromkeys((name, path) for path in each.tensors.values())
-            count = each.config.get("slots") if isinstance(each, Insertion) else each.variant.slots
+            count = each.fields.get("slots") if isinstance(each, Insertion) else each.variant.slots
             slots |= {name: count} if count else {}
         by_site = sorted(tensors, key=lambda pair: _order(pair[1]))
         return cls(tuple(sorted(first, key=first.__getitem__)), tuple(by_site), slots)
@@ -270,21 +252,21 @@ def _order(path: str) -> list[Any]:
     return [[(int(digits or 0), text) for digits, text in re.findall(r"(\d+)|(\D+)", part)] for part in (site, name)]
 
 
-def recorded_in(model: nn.Module) -> Recorded:
+def names_in(model: nn.Module) -> AdapterNames:
     """Return the names that a model has of adapters: those that it has at hand, or read anew."""
     # Only of a graph: what torch.compile returns passes on the attributes of the graph inside, and is not one.
     at_hand = getattr(model, "recorded", None) if isinstance(model, fx.GraphModule) else None
-    return at_hand if isinstance(at_hand, Recorded) else Recorded.of(model)
+    return at_hand if isinstance(at_hand, AdapterNames) else AdapterNames.of(model)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters of a model, in the order in which they were added."""
-    return list(recorded_in(model).names)
+    return list(names_in(model).names)
 
 
 def bank_slots(model: nn.Module) -> Mapping[str, int]:
     """Return the number of slots of each adapter that is a bank, by its name."""
-    return recorded_in(model).slots
+    return names_in(model).slots
 
 
 def refuse_banks(placed: Iterable[Placement], purpose: str) -> None:
@@ -304,5 +286,5 @@ def refuse_banks(placed: Iterable[Placement], purpose: str) -> None:
 
 def adapter_tensor_names(model: nn.Module, adapter: str | None = None) -> list[str]:
     """Return the qualified names of the tensors of all adapters, including frozen ones; or of that of one name."""
-    pairs = recorded_in(model).tensors
+    pairs = names_in(model).tensors
     return list(dict.fromkeys(path for name, path in pairs if adapter in (None, name)))

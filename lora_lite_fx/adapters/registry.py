@@ -43,7 +43,8 @@ def register(cls: V) -> V:
             f"A variant named {name} is already registered, by {known.__module__}. Files and graphs name variants by"
             " their class, so give this one another name."
         )
-    if known is not None and not _is_made_with(known, code_fingerprint(cls)):
+    code = code_fingerprint(cls)  # of the source as it is now
+    if known is not None and not _is_made_with(known, code):
         warnings.warn(
             f"{name} is defined anew, with other code in forward. Graphs that were made with the former {name} keep its"
             f" code. Files of the former {name} are refused from now on.",
@@ -186,8 +187,8 @@ def _registered(config: Mapping[str, Any]) -> type[Variant]:
         raise ConfigError(f"{name}: its fingerprint is damaged: {shown(code)}.")
     if not _is_made_with(cls, code):
         raise ConfigError(
-            f"The code of {name}.forward, or a constant that it reads, is not what it was when the adapter was"
-            f" made{_at(defined)}, so it would compute something else. Define {name} as it was. Or, if both compute the"
+            f"The source of {name}.forward, or of what it reads, is not what it was when the adapter was"
+            f" made{_at(defined)}, so it may compute something else. Define {name} as it was. Or, if both compute the"
             " same, copy the tensors into a new adapter:"
             f" llfx.load_adapter_state_dict(llfx.rewrite(model, {name}(...)), tensors), where the tensors are"
             " llfx.adapter_state_dict(graph) or safetensors.torch.load_file(file)."
@@ -195,8 +196,8 @@ def _registered(config: Mapping[str, Any]) -> type[Variant]:
     if is_same_code(code, code_fingerprint(cls) or {}) is None:
         warnings.warn(
             f"Whether the code of {name}.forward is what it was when the adapter was made{_at(defined)} cannot be told:"
-            f" its source is not at hand, and its bytecode was of {' and '.join(code)}. Save the adapter again to have"
-            " it checked from now on.",
+            " its source was not at hand then or is not now, or an earlier version of this library wrote the file. Save"
+            " the adapter again, from a class that is defined in a file or a notebook, to have it checked from now on.",
             stacklevel=2,
         )
     return cls

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import AdapterError, ConfigError
-from ..graph.provenance import DEFAULT, SHARED
+from ..graph.insertion import DEFAULT, SHARED
 from ..graph.tensors import tensor_of
 from .bank import check_ids, check_slots
 from .placement import Placement, adapter_names, bank_slots, placements

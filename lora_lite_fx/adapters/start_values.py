@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ..capture.function_tracing.rehearsal import Watch, has_values
 from ..errors import ConfigError, shown
-from ..graph.provenance import SHARED
+from ..graph.insertion import SHARED
 from ..sites.site import Site
+from .adapter_tensors import one_of
+from .calibration_data import Statistic
 from .maths import wide
 from .naming import described, naming
 from .param_spec import ParamSpec
-from .variant import Statistic, Variant, one_of
+from .variant import Variant
 
 
 @torch.no_grad()

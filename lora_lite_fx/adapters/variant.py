@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..graph.provenance import SHARED
+from ..graph.insertion import SHARED
 from ..graph.tensors import HALF
 from ..sites.dialects import KINDS
 from ..sites.roles import GROUPS, ROLES
 from ..sites.site import Site
-from .adapter_tensors import AdapterTensors
 from .arguments import ALL_LINEAR, ALL_LINEAR_HERE, check_arguments
+from .calibration_data import Observe, Statistic
 from .declaration import check_class
 from .frozen_linear import FrozenLinear
 from .param_spec import ParamSpec as ParamSpec
@@ -47,40 +47,6 @@ from .patterns import check_pattern, occurs
 
 T = TypeVar("T")
 _DTYPES = (*HALF, torch.float32, torch.float64)  # torch has no arithmetic in narrower ones
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A sum over a site's inputs on calibration data, as the variant's observer made it.
-
-    Args:
-        total: the sum, over all batches, of the tensors that the observer returned.
-        tokens: the number of inputs `(d_in,)` seen, padding left out.
-    """
-
-    total: Tensor
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The batch of calibration data that the inputs of a site come from.
-
-    Args:
-        index: its number among the batches, from 0.
-        arguments: what the model was called with, by name.
-        inputs: all inputs of the site as the model forms them, `(..., d_in)` in float32 or wider, padding included.
-        mask: `(batch, length)`, 1 for tokens and 0 for padding; None if no mask has an entry for each input.
-    """
-
-    index: int
-    arguments: Mapping[str, Any]
-    inputs: Tensor
-    mask: Tensor | None
-
-
-Observe = Callable[[Tensor], Tensor] | Callable[[Tensor, Batch], Tensor]
-"""A function that observes the inputs of a site, see `Variant.observer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,15 +343,3 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def pairs(patterns: Mapping[str, T] | Iterable[tuple[str, T]]) -> Iterable[tuple[str, T]]:
     """Return the entries of a pattern field, as it was given or as the config keeps it."""
     return patterns.items() if isinstance(patterns, Mapping) else patterns
-
-
-def one_of(p: Any, index: int) -> Any:
-    """Return the tensors of one expert, or of one slot of a bank, from those of all; shared ones as they are."""
-    return adapter_namespace(
-        {name: tensor if name.startswith(SHARED) else tensor[index] for name, tensor in vars(p).items()}
-    )
-
-
-def adapter_namespace(tensors: Mapping[str, Tensor]) -> Any:
-    """Return the tensors as attributes, the form in which `forward` takes them."""
-    return AdapterTensors(tensors)

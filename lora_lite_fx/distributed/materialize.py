@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from ..adapters.adapter_tensors import AdapterTensors
 from ..adapters.placement import adapter_tensor_names, placements, site_bias, site_weight
 from ..adapters.start_values import fill, initialize, initialize_shared
 from ..adapters.state import adapter_tensors
-from ..adapters.variant import adapter_namespace
 from ..compat.torch import change_tensors
 from ..errors import AdapterError, shown
 from ..execution.adapted_graph_module import AdaptedGraphModule
-from ..graph.provenance import SHARED
+from ..graph.insertion import SHARED
 from ..graph.sharded import copy_values, is_dtensor, is_sharded
 from ..graph.tensors import register_tensor, tensor_of
 from ..sites.finding import find_sites
@@ -126,8 +126,8 @@ def _start(gm: fx.GraphModule) -> None:
         for name, tensor in shared.items():
             fill(variant, site, name, specs[name], tensor)
         if shared:
-            initialize_shared(variant, site, weight, adapter_namespace(shared))
-        initialize(variant, site, weight, adapter_namespace(values), None, bias)
+            initialize_shared(variant, site, weight, AdapterTensors(shared))
+        initialize(variant, site, weight, AdapterTensors(values), None, bias)
         for name, path in placement.tensors.items():
             if path not in done:
                 copy_values(own[name], values[name])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..graph.divided import let_be_whole
-from ..graph.provenance import insertions, surrounding
+from ..graph.insertion import insertions, surrounding
 from ..passes import GraphPass
 from ..sites.finding import find_sites
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..graph.insertion import is_inserted
 from ..graph.modes import is_flag
 from ..graph.parameter_work import first_input, move_to_front
-from ..graph.provenance import is_inserted
 from ..graph.subgraph import copy_of, function_between, function_of_nodes, replace_by_call
 from ..graph.tensors import attribute_of, has_attribute
 from ..graph.walk import ancestors

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.changed_buffers import BaseBuffers
-from ..adapters.placement import Recorded
+from ..adapters.placement import AdapterNames
 from ..adapters.switches import Switches
 from ..capture.default_dtype import other_default_dtype
 from ..compat.torch import constant_when_compiled
@@ -59,7 +59,7 @@ class RunsPrograms(fx.GraphModule):
     """A graph module that runs programs, and whose layers can be compiled and can keep less for the backward pass."""
 
     execution: Execution | None = None  # None while the module is being made
-    recorded: Recorded | None = None  # the names that the graph has of adapters, as of the last recompile
+    recorded: AdapterNames | None = None  # the names that the graph has of adapters, as of the last recompile
     derived: Derived
     keeps_values: bool  # inside a scope of `frozen`
     own_switches: Switches
@@ -107,7 +107,7 @@ class RunsPrograms(fx.GraphModule):
     def drop_derived(self) -> None:
         """Drop the programs, which are derived again at the next calls."""
         with deriving:
-            self.recorded = Recorded.of(self)
+            self.recorded = AdapterNames.of(self)
             self.derived = Derived(self, self.recorded.names)
             for module in self.modules():
                 if isinstance(module, GraphLayer):

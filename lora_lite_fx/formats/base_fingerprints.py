@@ -15,7 +15,7 @@ from ..adapters.variant import Variant
 from ..errors import CheckpointError, counted
 from ..graph.sharded import whole
 from ..graph.tensors import tensor_of
-from ..rewriting.eager import AdaptedLinear
+from ..rewriting.adapted_linear import AdaptedLinear
 from ..sites.site import Site, stored_weight
 
 

@@ -30,10 +30,10 @@ from ..adapters.switches import known_names
 from ..adapters.variant import Variant
 from ..capture.capture_model import Inputs
 from ..errors import CheckpointError, ConfigError, counted
-from ..graph.provenance import DEFAULT
+from ..graph.insertion import DEFAULT
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.capture import capture
-from ..rewriting.plan import Plan
+from ..rewriting.choose_sites import NewAdapter
 from ..sites.site import stored_weight
 from .atomic_writing import write_atomically
 from .base_fingerprints import check_base
@@ -221,7 +221,7 @@ def _fitted(gm: fx.GraphModule, file: Checkpoint) -> list[FiledAdapter]:
                 f"{file.path} adapts {counted(len(missing), 'site')} that the model does not have"
                 f" ({', '.join(missing[:3])}, ...); the model has {', '.join(list(sites)[:3])}, ..."
             )
-    plans = [Plan(variant, [sites[each] for each in names], {}, name) for name, variant, names in file.adapters]
+    plans = [NewAdapter(variant, [sites[each] for each in names], {}, name) for name, variant, names in file.adapters]
     expected: dict[str, Tensor] = {}
     places: list[dict[str, dict[str, str]]] = []
     inner: dict[str, list[str]] = defaultdict(list)  # the names of the adapters that are at a site already

@@ -22,12 +22,12 @@ from ..adapters.param_spec import ParamSpec
 from ..adapters.placement import adapter_names, placements, site_bias, site_weight
 from ..adapters.variant import Variant
 from ..errors import AdapterError, CheckpointError, ConfigError
-from ..graph.provenance import DEFAULT
+from ..graph.insertion import DEFAULT
 from ..graph.sharded import copy_values
 from ..graph.tensors import tensor_of
 from ..log import phase
+from ..rewriting.choose_sites import NewAdapter
 from ..rewriting.named import act_as_before, acting_now
-from ..rewriting.plan import Plan
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
@@ -43,7 +43,7 @@ class FiledAdapter:
             config.
     """
 
-    plan: Plan
+    plan: NewAdapter
     tensors: Mapping[str, Mapping[str, Tensor]]
 
 
@@ -96,7 +96,7 @@ def fitted(
         check_contract(variant, targets, gm, inside)  # after the sizes are known, because it makes tensors
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return FiledAdapter(Plan(variant, targets), tensors)
+    return FiledAdapter(NewAdapter(variant, targets), tensors)
 
 
 def _check_tensors(

@@ -10,7 +10,7 @@ from ..adapters.state import adapter_tensors, check_unscaled
 from ..adapters.switches import known_names
 from ..adapters.variant import Variant
 from ..errors import ConfigError
-from ..rewriting.eager import AdaptedLinear
+from ..rewriting.adapted_linear import AdaptedLinear
 from ..sites.site import Site
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..compat.torch import is_transform
+from .insertion import is_inserted
 from .layers import layer_of
-from .provenance import is_inserted
 from .queries import is_deterministic
 from .regions import closes_region, opens_region
 from .tensors import tensor_of

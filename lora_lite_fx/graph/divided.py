@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..compat.torch import UNSAFE_VIEW
 from .divided_calls import begin_together
 from .divided_dropout import attention_with_dropout, let_dropouts_agree
-from .provenance import forget, is_inserted
+from .insertion import forget, is_inserted
 from .queries import reads_tensor
 from .sharded import is_dtensor, whole
 from .tensors import tensor_of

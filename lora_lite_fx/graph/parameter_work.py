@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from .provenance import is_inserted
+from .insertion import is_inserted
 from .queries import is_deterministic, reads_tensor
 from .regions import closes_region, opens_region
 from .writes import written_attributes

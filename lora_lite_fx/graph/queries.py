@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import OpOverload, is_transform, schema_of
-from .provenance import is_inserted
+from .insertion import is_inserted
 from .regions import closes_region, opens_region
 from .tensors import attribute_of, tensor_of
 from .writes import written

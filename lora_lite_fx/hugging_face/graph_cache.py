@@ -34,7 +34,7 @@ from ..graph.tensors import tensor_of
 from ..log import logger
 from ..passes import Pipeline, RemoveAdapters
 from ..rewriting.calibration import Batches
-from ..rewriting.plan import make_plans
+from ..rewriting.choose_sites import choose_sites
 from ..rewriting.rewrite import insert_new, insert_placed
 from .around_parts import has_parts, run_around_parts, try_around_parts
 from .call_structure import Leaves
@@ -241,7 +241,7 @@ class GraphCache:
         self.follow_model()
         with tracing():
             draft = draft_of(self._graph_for(self._first_call).gm)
-            insert_new(draft, make_plans(draft, adapters, self._batches(calibration)))
+            insert_new(draft, choose_sites(draft, adapters, self._batches(calibration)))
             names = {name for name, _ in adapters}
             placed = [placement for placement in placements(draft) if placement.adapter_name in names]
             tensors = {path: tensor_of(draft, path) for each in placed for path in each.tensors.values()}

@@ -14,7 +14,7 @@ from ..adapters.switches import active, scaled
 from ..errors import CheckpointError, ConfigError, is_instance_of
 from ..formats.any_file import load_any
 from ..formats.peft.peft_config import from_peft_config
-from ..graph.provenance import DEFAULT
+from ..graph.insertion import DEFAULT
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.named import act_as_before, acting_now, add, delete
 from ..rewriting.rewrite import remove

@@ -18,7 +18,7 @@ from ..capture.capture_model import Inputs
 from ..errors import counted
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..formats.atomic_writing import write_atomically
-from ..graph.provenance import DEFAULT, Insertion, surrounding
+from ..graph.insertion import DEFAULT, Insertion, surrounding
 from ..graph.queries import model_name
 from ..graph.tensors import tensor_of
 from ..rewriting.capture import base_graph

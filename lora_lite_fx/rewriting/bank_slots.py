@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
+from ..adapters.adapter_tensors import one_of
 from ..adapters.changed_buffers import check_same_buffers, moved_buffers
 from ..adapters.placement import Placement, placements, site_bias, site_weight
 from ..adapters.slot_optimizer import bank_placements
 from ..adapters.start_values import initialize
-from ..adapters.variant import Variant, one_of
+from ..adapters.variant import Variant
 from ..errors import ConfigError, counted
-from ..graph.provenance import DEFAULT, SHARED
+from ..graph.insertion import DEFAULT, SHARED
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..variants import LoRA
 from .rewrite import insert_placed, without_adapters
-from .sums import change_of, graph_with_adapters, write_into_room
+from .sums import change_of, graph_with_adapters
+from .swap import write_into_room
 
 
 @outside_inference_mode()

@@ -24,9 +24,9 @@ from ..execution.optimize import draft_of
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import delete_tensor, outside_inference_mode, tensor_of
 from ..passes import Pipeline, RemoveAdapters
+from .adapted_linear import AdaptedLinear
 from .calibration import Batches, check_calibration
-from .eager import AdaptedLinear
-from .plan import make_plans
+from .choose_sites import choose_sites
 from .rewrite import insert_new, insert_placed
 
 
@@ -79,7 +79,7 @@ def add(
         model.add_to_graphs(chosen, calibration)
     else:
         draft = draft_of(model)
-        insert_new(draft, make_plans(draft, chosen, calibration))
+        insert_new(draft, choose_sites(draft, chosen, calibration))
         model.take_over(draft)
     act_as_before(model, acting)
 
@@ -188,3 +188,21 @@ def insert_as(gm: fx.GraphModule, loaded: fx.GraphModule, name: str) -> None:
     """
     placed, tensors = as_named(loaded, name, next_index(gm))
     insert_placed(gm, placed, {}, tensors)
+
+
+def insert_from(model: nn.Module, loaded: fx.GraphModule, name: str) -> None:
+    """Insert the one adapter of another graph of the model into the model, in place. What acts stays as it is.
+
+    Args:
+        model: a graph of this library, or a model that runs such graphs.
+        loaded, name: as for `insert_as`.
+    """
+    acting = acting_now(model)
+    if isinstance(model, ChangesGraphs):
+        model.insert_from(loaded, name)
+    else:
+        assert isinstance(model, AdaptedGraphModule)
+        draft = draft_of(model)
+        insert_as(draft, loaded, name)
+        model.take_over(draft)
+    act_as_before(model, acting)

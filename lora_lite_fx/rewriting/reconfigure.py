@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..sites.finding import find_sites
 from ..sites.site import Site
-from .eager import AdaptedLinear
+from .adapted_linear import AdaptedLinear
 from .rewrite import insert_placed, remove
 
 _PLACE = frozenset(field.name for field in dataclasses.fields(Variant))

@@ -3,9 +3,9 @@
 `rewrite` takes four steps:
 
 1. Capture the model (`capture`).
-2. Plan: select the sites of each variant, and run the calibration data if there is any (`make_plans`).
+2. Plan: select the sites of each variant, and run the calibration data if there is any (`choose_sites`).
 3. Insert each variant at its sites with the pass `InsertAdapter` (`passes/adaptation/insert_adapter.py`).
-4. Fill the tensors of the new adapters (`Placement.initialize`).
+4. Give the tensors of the new adapters their start values (`initialize`).
 
 `merge` and `remove` run one pass each on a copy of the graph.
 """
@@ -35,6 +35,7 @@ from ..adapters.placement import (
     placements,
 )
 from ..adapters.quantized_base import check_gradients
+from ..adapters.start_values import initialize
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import HasSwitches, Switches, coefficients
 from ..capture.capture_model import Inputs
@@ -54,7 +55,7 @@ from ..passes import (
 from ..sites.site import Site, stored_bias, stored_weight
 from .calibration import Batches, check_calibration
 from .capture import capture
-from .plan import Plan, make_plans
+from .choose_sites import NewAdapter, choose_sites
 from .requantise import Requantised
 
 
@@ -127,41 +128,37 @@ def rewrite(
         plan_memory(gm, memory)
     if isinstance(cfg, Mapping):
         check_free(cfg, adapter_names(gm))
-    insert_new(gm, make_plans(gm, adapters, calibration), stacklevel=3)
+    insert_new(gm, choose_sites(gm, adapters, calibration), stacklevel=3)
     if isinstance(gm, HasSwitches) and gm.switches.acting is not None:
         gm.switches = replace(gm.switches, acting=(*gm.switches.acting, *(name for name, _ in adapters)))
     return gm
 
 
-def insert_new(gm: fx.GraphModule, plans: Sequence[Plan], stacklevel: int = 2) -> None:
-    """Insert the adapters that `plans` ask for, with their start values.
+def insert_new(gm: fx.GraphModule, new_adapters: Sequence[NewAdapter], stacklevel: int = 2) -> None:
+    """Insert the adapters that `new_adapters` ask for, with their start values.
 
     Args:
         gm: the graph, which is changed.
-        plans: as `make_plans` returns them.
+        new_adapters: as `choose_sites` returns them.
         stacklevel: of a warning, as for `warnings.warn`, seen from here.
 
     Raises:
         ConfigError: as `insert_adapters`.
     """
-    _warn_of_no_gradient(gm, plans, stacklevel + 1)
+    _warn_of_no_gradient(gm, new_adapters, stacklevel + 1)
     if not placements(gm):
         warn_of_moving_buffers(gm, stacklevel + 1)
-    _initialize(gm, plans, insert_adapters(gm, plans))
-
-
-def _initialize(gm: fx.GraphModule, plans: Sequence[Plan], first: int) -> None:
-    """Fill the tensors of the adapters that `plans` asked for, the first of which has the index `first`."""
-    sites = {site.name: site for plan in plans for site in plan.sites}
+    first = insert_adapters(gm, new_adapters)
+    sites = {site.name: site for new_adapter in new_adapters for site in new_adapter.sites}
     present = placements(gm)
-    inserted = [placement for placement in present if placement.adapter >= first]
+    before = [placement for placement in present if placement.adapter < first]
     with phase("computed the adapters' start values"):
-        for placement in progress(inserted, "start values"):
-            site, plan = sites[placement.site], plans[placement.adapter - first]
-            # Those that are new too start as the identity.
-            frozen = _beneath(gm, site, placement, [each for each in present if each.adapter < first])
+        for placement in progress(present[len(before) :], "start values"):
+            site, new_adapter = sites[placement.site], new_adapters[placement.adapter - first]
+            frozen = _beneath(gm, site, placement, before)  # those that are new too start as the identity
             weight, bias = site.kind.matrix(frozen.weight), site.own_bias(frozen.bias)
-            placement.initialize(gm, site, weight, bias, plan.statistics.get(site.name))
+            observed, tensors = new_adapter.statistics.get(site.name), placement.namespace(gm)
+            initialize(placement.local, site, weight, tensors, observed, bias)
 
 
 @torch.no_grad()
@@ -179,10 +176,15 @@ def _beneath(gm: fx.GraphModule, site: Site, placement: Placement, present: Iter
     return frozen
 
 
-def _warn_of_no_gradient(gm: fx.GraphModule, plans: Iterable[Plan], stacklevel: int) -> None:
+def _warn_of_no_gradient(gm: fx.GraphModule, new_adapters: Iterable[NewAdapter], stacklevel: int) -> None:
     """Warn of sites that the model runs without gradient at all their calls, because adapters there cannot train."""
     frozen = without_gradient(gm.graph)
-    sites = (site.name for plan in plans for site in plan.sites if all(call.node in frozen for call in site.calls))
+    sites = (
+        site.name
+        for new_adapter in new_adapters
+        for site in new_adapter.sites
+        if all(call.node in frozen for call in site.calls)
+    )
     if names := list(dict.fromkeys(sites)):
         warnings.warn(
             f"The model runs {len(names)} of the sites ({', '.join(names[:3])}, ...) under torch.no_grad():"
@@ -260,12 +262,12 @@ def _without_adapters(model: nn.Module, fold: bool, requantise: bool = False) ->
     return gm
 
 
-def insert_adapters(gm: fx.GraphModule, plans: Iterable[Plan]) -> int:
-    """Insert the adapters that `plans` ask for, in order. Their tensors are not filled yet.
+def insert_adapters(gm: fx.GraphModule, new_adapters: Iterable[NewAdapter]) -> int:
+    """Insert the adapters that `new_adapters` ask for, in order. Their tensors are not filled yet.
 
     Args:
         gm: the graph, which is changed.
-        plans: finalized configs with their sites.
+        new_adapters: finalized configs with their sites.
 
     Returns:
         The index of the first of these adapters; the others follow.
@@ -273,15 +275,17 @@ def insert_adapters(gm: fx.GraphModule, plans: Iterable[Plan]) -> int:
     Raises:
         ConfigError: gradients do not pass through the frozen weights.
     """
-    check_gradients(gm)
     first = next_index(gm)
     passes = (
-        InsertAdapter(plan.variant, first + i, tuple(site.name for site in plan.sites), adapter_name=plan.adapter_name)
-        for i, plan in enumerate(plans)
+        InsertAdapter(
+            new_adapter.variant,
+            first + i,
+            tuple(site.name for site in new_adapter.sites),
+            adapter_name=new_adapter.adapter_name,
+        )
+        for i, new_adapter in enumerate(new_adapters)
     )
-    with phase("inserted the adapters") as details:
-        Pipeline(tuple(passes)).run(gm)
-        details += describe_adapters(gm)
+    _insert(gm, passes)
     return first
 
 
@@ -299,12 +303,21 @@ def insert_placed(
         roles: of the sites by name, if another graph of the model shows more of them than this one.
         tensors: theirs, by qualified name. Without them new ones are made, which are not filled.
     """
-    check_gradients(gm)
     passes: dict[int, InsertAdapter] = {}
     for placement in sorted(placed, key=lambda placement: placement.adapter):
         index, name = placement.adapter, placement.adapter_name
         known = passes.get(index) or InsertAdapter(placement.variant, index, (), roles, tensors or {}, name)
         passes[index] = replace(known, names=(*known.names, placement.site))
+    _insert(gm, passes.values())
+
+
+def _insert(gm: fx.GraphModule, passes: Iterable[InsertAdapter]) -> None:
+    """Run the passes that insert adapters.
+
+    Raises:
+        ConfigError: gradients do not pass through the frozen weights.
+    """
+    check_gradients(gm)
     with phase("inserted the adapters") as details:
-        Pipeline(tuple(passes.values())).run(gm)
+        Pipeline(tuple(passes)).run(gm)
         details += describe_adapters(gm)

@@ -1,6 +1,6 @@
-"""`combine`, `to_lora` and `swap`: sums of adapters, and any adapter as a plain `LoRA`.
+"""`combine` and `to_lora`: sums of adapters, and any adapter as a plain `LoRA`.
 
-All ask by how much adapters change each weight. A sum of low-rank changes is one of the sum of their ranks: the
+Both ask by how much adapters change each weight. A sum of low-rank changes is one of the sum of their ranks: the
 factors are put side by side, and nothing is rounded. Any other change is a matrix, whose singular values say which rank
 it has, and what a smaller one leaves out.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -17,22 +17,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.accounting import account_for
-from ..adapters.changed_buffers import check_same_buffers, moved_buffers
 from ..adapters.named_configs import check_free, check_name
 from ..adapters.placement import Placement, adapter_names, graph_of, placements, refuse_banks
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import coefficients, known_names
 from ..errors import AdapterError, ConfigError, shown
 from ..execution.adapted_graph_module import AdaptedGraphModule
-from ..execution.optimize import draft_of
-from ..graph.provenance import DEFAULT
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..passes import weight_change
 from ..sites.site import Site
 from ..variants import LoRA
-from .named import ChangesGraphs, act_as_before, acting_now, insert_as
-from .plan import Plan
+from .choose_sites import NewAdapter
+from .named import insert_from
 from .rewrite import insert_adapters, without_adapters
 
 Method = Literal["linear", "ties", "dare", "dare_ties"]
@@ -101,28 +98,16 @@ def combine(
     _check_method(method, r, density)
     refuse_sharded(model, "combine cannot change a model", "combine the adapters before fully_shard")
     graph = graph_with_adapters(model)
-    factors = {each: _finite(weights[each]) for each in known_names(model, list(weights))}
+    coefficient = {each: _finite(weights[each]) for each in known_names(model, list(weights))}
     summed: dict[str, Factors] = {}
-    for site, by_name in _by_site(graph, factors):
-        terms = [(factors[each], placed) for each, placed in by_name.items()]
+    for site, by_name in _by_site(graph, coefficient):
+        terms = [(coefficient[each], placed) for each, placed in by_name.items()]
         if method == "linear":
             summed[site.name] = _linear(graph, site, terms, r)
         else:
-            changes = [_change(graph, site, placed) for _, placed in terms]
-            generator = torch.Generator().manual_seed(seed)
-            merged = _merge(method, changes, [factor for factor, _ in terms], density, generator)
-            summed[site.name] = _truncated(merged, r)
-    acting = acting_now(model)
-    loaded = _as_lora(graph, summed)
-    if isinstance(model, ChangesGraphs):
-        model.insert_from(loaded, name)
-    else:
-        assert isinstance(model, AdaptedGraphModule)
-        draft = draft_of(model)
-        insert_as(draft, loaded, name)
-        model.take_over(draft)
-    act_as_before(model, acting)
-    return {site: factor.error for site, factor in summed.items()}
+            summed[site.name] = _truncated(_merged(graph, site, terms, method, density, seed), r)
+    insert_from(model, _as_lora(graph, summed), name)
+    return {site: factors.error for site, factors in summed.items()}
 
 
 @outside_inference_mode()
@@ -154,78 +139,6 @@ def to_lora(
     acting = None if adapter is None else dict.fromkeys(known_names(model, adapter), 1.0)
     found = _acting_changes(model, graph, acting, r)
     return _as_lora(graph, found), {site: factor.error for site, factor in found.items()}
-
-
-@outside_inference_mode()
-@torch.no_grad()
-def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
-    """Write an adapter into the room of another, in place: `swap(gm, load(model, "it.safetensors"), "slot")`.
-
-    The room is a `LoRA`, with the largest rank and all the sites that an adapter will need. What is not used of it is
-    zero. Only values change, so that nothing is compiled again, also in a compiled graph and in the module of an
-    exported program.
-
-    Args:
-        model: a result of `rewrite`, `wrap`, `adapt` or `load`; the module of an exported program; or the `model` of a
-            `backend`.
-        source: a graph or adapted model over the same base, whose acting adapters are written; it is not changed.
-        name: the name of the adapter that is the room.
-
-    Raises:
-        ConfigError: the room is not a plain `LoRA`; or the source has a site, or a rank, that the room has not.
-            Nothing is written then.
-        AdapterError: as `to_lora`.
-    """
-    adapter_tensors(model)
-    (name,) = known_names(model, name)
-    check_same_buffers(model, moved_buffers(source), "The source of swap")
-    write_into_room(model, name, change_of(source))
-
-
-def write_into_room(model: nn.Module, name: str, found: Mapping[str, Factors], slot: int | None = None) -> None:
-    """Write changes of weights into a plain `LoRA` of a model, or into a slot of a bank of them, in place.
-
-    Args:
-        model: the model.
-        name: the name of its adapter.
-        found: the change of each site; at the others the adapter changes nothing afterwards.
-        slot: of the bank.
-
-    Raises:
-        ConfigError: as `swap`.
-    """
-    room = [placement for placement in placements(model) if placement.adapter_name == name]
-    if slot is None and any(each.variant.slots for each in room):
-        raise ConfigError(f"{name!r} is a bank. The way out: load_slot writes into one of its slots.")
-    if wrong := [each for each in room if type(each.variant) is not LoRA or each.variant.bias or each.scale != 1]:
-        raise ConfigError(
-            f"The room of swap is a LoRA without bias, and {name!r} is {type(wrong[0].variant).__name__}."
-        )
-    if len({each.site for each in room}) != len(room):
-        raise ConfigError(f"The room of swap is one LoRA, and {name!r} has several at a site.")
-    if missing := sorted(found.keys() - {each.site for each in room}):
-        raise ConfigError(
-            f"The source adapts {missing[0]!r}, at which {name!r} has no room; {len(missing)} such sites."
-        )
-    written: list[tuple[Tensor, Tensor]] = []
-    for each in room:
-        local: Any = each.local
-        stored = [tensor_of(model, each.tensors[own]) for own in ("lora_A", "lora_B")]
-        places = stored if slot is None else [tensor[slot] for tensor in stored]
-        a, b = map(torch.zeros_like, places)
-        if each.site in found:
-            factors = found[each.site]
-            rank = factors.rank
-            if rank > a.shape[-2]:
-                raise ConfigError(
-                    f"The source has the rank {rank} at {each.site!r}, and {name!r} has room for {a.shape[-2]}. The way"
-                    f" out: a room of that rank; or an approximation, llfx.to_lora(source, r={a.shape[-2]})[0]."
-                )
-            a[..., :rank, :].copy_(factors.a)
-            b[..., :rank].copy_(factors.b / local.scale)
-        written += zip(places, (a, b), strict=True)
-    for tensor, value in written:
-        tensor.copy_(value)
 
 
 def change_of(source: nn.Module) -> dict[str, Factors]:
@@ -335,17 +248,22 @@ def _truncated(change: Any, r: int | None) -> Factors:
     return Factors(root[:, None] * vh[:kept], u[:, :kept] * root, error)
 
 
-def _merge(
-    method: str, changes: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator
+def _merged(
+    graph: fx.GraphModule,
+    site: Site,
+    terms: Sequence[tuple[float, Sequence[Placement]]],
+    method: str,
+    density: float,
+    seed: int,
 ) -> Tensor:
-    """Return the sum of changes by a method other than `linear`."""
-    prune: Callable[[Tensor], Tensor]
+    """Return the sum of the changes of a weight by a method other than `linear`, each with its coefficient."""
+    changes = [_change(graph, site, placed) for _, placed in terms]
     if method == "ties":
-        prune = lambda change: change * (change.abs() >= _smallest_kept(change, density))  # noqa: E731
+        pruned = torch.stack([change * (change.abs() >= _smallest_kept(change, density)) for change in changes])
     else:
-        prune = lambda change: change * _drawn(change, density, generator) / density  # noqa: E731
-    pruned = torch.stack([prune(change) for change in changes])
-    weighted = pruned * pruned.new_tensor(weights)[:, None, None]
+        generator = torch.Generator().manual_seed(seed)
+        pruned = torch.stack([change * _drawn(change, density, generator) / density for change in changes])
+    weighted = pruned * pruned.new_tensor([coefficient for coefficient, _ in terms])[:, None, None]
     if method == "dare":
         return weighted.sum(0)
     # The sign that the sum has, and the mean of what is of that sign, as in PEFT.
@@ -388,7 +306,7 @@ def _as_lora(graph: fx.GraphModule, found: Mapping[str, Factors]) -> fx.GraphMod
         if (specs["lora_A"].shape, specs["lora_B"].shape) != (found[name].a.shape, found[name].b.shape):
             raise AdapterError(f"{name!r} has no LoRA of this form, because it is of the kind {site.kind.name!r}.")
         plain.for_site(name).check(site)
-    insert_adapters(base, [Plan(plain, tuple(sites.values()))])
+    insert_adapters(base, [NewAdapter(plain, tuple(sites.values()))])
     for placement in placements(base):
         factors = found[placement.site]
         for own, value in (("lora_A", factors.a), ("lora_B", factors.b)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import OpOverload
-from ..graph.provenance import is_inserted
+from ..graph.insertion import is_inserted
 from ..graph.queries import is_deterministic, reads_tensor
 from ..graph.regions import closes_region, opens_region
 from ..graph.sharded import whole

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from torch import Tensor, fx
 
-from ..graph.provenance import is_inserted
+from ..graph.insertion import is_inserted
 from ..graph.tensors import tensor_of
 from .computed import Computation
 from .dataflow import op_name

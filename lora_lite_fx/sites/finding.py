@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..graph.provenance import inner_name
+from ..graph.insertion import inner_name
 from ..graph.tensors import tensor_of
 from .computed import frozen_values
 from .dataflow import LinearNode

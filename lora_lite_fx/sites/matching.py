@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compat.torch import TO_COPY, UNSAFE_VIEW, OpOverload, schema_of
-from ..graph.provenance import is_inserted, replaced_tensor
+from ..graph.insertion import is_inserted, replaced_tensor
 from ..graph.queries import value_of
 from .computed import Computation, name_and_shape
 from .dataflow import op_name

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from torch import fx
 
 from ..graph.copies import copy_graph
-from ..graph.provenance import insertions, is_inserted, take_out
+from ..graph.insertion import insertions, is_inserted, take_out
 from ..graph.walk import walk
 from .attention import give_attention_roles
 from .dataflow import (

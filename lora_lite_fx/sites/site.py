@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ConfigError
-from ..graph.provenance import inner_name
+from ..graph.insertion import inner_name
 from ..graph.sharded import whole
 from ..graph.tensors import tensor_of
 from ..graph.walk import walk

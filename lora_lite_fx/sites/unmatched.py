@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, OpOverload, hooks_of
-from ..graph.provenance import is_inserted
+from ..graph.insertion import is_inserted
 from ..graph.tensors import is_quantized
 from .computed import frozen_values, is_table, largest, obstacle, parameters_behind
 from .dataflow import NORMS, PRODUCTS, LinearNode, op_name

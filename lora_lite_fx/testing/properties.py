@@ -18,7 +18,7 @@ from ..adapters.state import adapter_parameters, adapter_state_dict
 from ..capture.shared_copy import shared_copy
 from ..errors import AdapterError
 from ..execution.frozen import frozen
-from ..rewriting.eager import AdaptedLinear
+from ..rewriting.adapted_linear import AdaptedLinear
 from ..rewriting.verify import verify
 from ..storage.dequantized import DequantizedLinear
 from ..variants.lora import LoRA

@@ -14,8 +14,9 @@ from ..adapters.state import adapter_state_dict, load_adapter_state_dict
 from ..adapters.variant import Variant
 from ..execution.optimize import optimize
 from ..passes import Pipeline
+from ..rewriting.adapted_linear import AdaptedLinear
 from ..rewriting.capture import capture
-from ..rewriting.eager import AdaptedLinear, wrap
+from ..rewriting.eager import wrap
 from ..rewriting.rewrite import rewrite
 from .comparisons import TOLERANCES, difference, perturb, snapshot
 

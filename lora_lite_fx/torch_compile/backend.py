@@ -22,7 +22,7 @@ from ..errors import AdapterError, ConfigError, shown
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import outside_inference_mode
 from ..log import phase
-from ..rewriting.plan import make_plans
+from ..rewriting.choose_sites import choose_sites
 from .dynamo_graph import Compiled, Compiler
 from .inner import Inner
 from .marked_graph import compile_marked, has_marks
@@ -123,7 +123,7 @@ class Backend:
         refuse_sharded(model, "backend cannot adapt a model", way_out)
         with outside_inference_mode(), torch.enable_grad():
             run = record_run(model, args, kwargs)
-            adapted = mark_sites(model, make_plans(run, self.adapters, None), run.meta["called"])
+            adapted = mark_sites(model, choose_sites(run, self.adapters, None), run.meta["called"])
         self._adapted.add(adapted)
         return adapted
 

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from ..adapters.placement import Placement
 from ..adapters.variant import Variant
 from ..errors import AdapterError
+from ..graph.insertion import Insertion, is_inserted, recorded
 from ..graph.modes import is_flag
-from ..graph.provenance import Provenance, is_inserted, recorded
 from ..graph.tensors import tensor_of
 from ..log import phase
 from ..passes import InsertAdapter, Pipeline
@@ -135,7 +135,7 @@ def _insert(gm: fx.GraphModule, sites: Sequence[SiteInGraph]) -> None:
         Pipeline(tuple(inserted)).run(gm)
         details.append(f"{len(sites)} site{'s' * (len(sites) != 1)}")
     for flag in [node for node in gm.graph.find_nodes(op="get_attr") if is_flag(node) and is_inserted(node)]:
-        constant = training[cast(Provenance, recorded(flag)).site]
+        constant = training[cast(Insertion, recorded(flag)).site]
         for user in list(flag.users):
             user.args = fx.node.map_aggregate(user.args, lambda arg: constant if arg is flag else arg)  # noqa: B023
             user.kwargs = fx.node.map_aggregate(user.kwargs, lambda arg: constant if arg is flag else arg)  # noqa: B023

@@ -26,7 +26,7 @@ from ..capture.shared_copy import shared_copy
 from ..compat.torch import buffers_of
 from ..errors import AdapterError, ConfigError, is_instance_of
 from ..log import phase
-from ..rewriting.plan import Plan
+from ..rewriting.choose_sites import NewAdapter
 from ..sites.roles import ROLES
 from ..sites.site import Site, is_called
 from ..storage.dequantized import DequantizedLinear
@@ -37,7 +37,7 @@ ORIGINALS: list[weakref.ref[nn.Module]] = []
 """The models of which adapted copies were made in this process."""
 
 
-def mark_sites(model: nn.Module, plans: Sequence[Plan], called: Container[str]) -> nn.Module:
+def mark_sites(model: nn.Module, plans: Sequence[NewAdapter], called: Container[str]) -> nn.Module:
     """Return a copy of `model` that carries the adapters of `plans`, with their start values.
 
     A linear that was not called is marked too, if a config may mean it: a later call of it is an error.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..adapters.calibration_data import Statistic
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.hyperparameters import WithRank
 from ..adapters.maths import identity_like, low_rank
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Statistic
 from ..ops.skew_rotations import skew
 from ..sites.site import Site
 

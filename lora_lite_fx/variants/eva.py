@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..adapters.calibration_data import Batch, Observe, Statistic
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.registry import register
-from ..adapters.variant import Batch, Observe, Statistic, Variant
+from ..adapters.variant import Variant
 from ..sites.site import Site
 from .lora import LowRank
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..adapters.calibration_data import Statistic
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.hyperparameters import WithScale
 from ..adapters.maths import cast
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Statistic
 from ..errors import ConfigError
 from ..sites.site import Site
 from .vera import SharedProjections

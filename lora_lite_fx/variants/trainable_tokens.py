@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.calibration_data import Statistic
 from ..adapters.frozen_linear import FrozenLinear
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
-from ..adapters.variant import Statistic, Variant, as_tuple
+from ..adapters.variant import Variant, as_tuple
 from ..sites.kinds.embedding import Lookup
 from ..sites.site import Site
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...adapters.adapter_tensors import AdapterTensors
 from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.promotion import call_forward
-from ...adapters.variant import Variant, adapter_namespace
+from ...adapters.variant import Variant
 from ...errors import AdapterError
 from ...sites.site import Site
 
@@ -139,7 +140,7 @@ def in_float64(value: Any) -> Any:
         return replace(value, weight=in_float64(value.weight), bias=in_float64(value.bias))
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
-    return value if value is None else adapter_namespace({name: in_float64(t) for name, t in vars(value).items()})
+    return value if value is None else AdapterTensors({name: in_float64(t) for name, t in vars(value).items()})
 
 
 def _deviation(y: Tensor, x: Tensor, folded: tuple[Tensor, Tensor], frozen: Affine) -> float:

@@ -8,8 +8,8 @@ from torch import Tensor, fx
 from ...adapters.bank import IDS
 from ...capture.graph_calls import add_input, drop_input
 from ...errors import ConfigError
+from ...graph.insertion import insertions
 from ...graph.parameter_work import first_input
-from ...graph.provenance import insertions
 from ...sites.batch.batch_dimension import batch_sizes
 
 
@@ -22,7 +22,7 @@ def ids_input(graph: fx.Graph) -> fx.Node:
     """
     present = find_ids(graph)
     if present is not None:
-        if not any(insertion.config.get("slots") for insertion in insertions(graph)) and not present.meta.get(IDS):
+        if not any(insertion.fields.get("slots") for insertion in insertions(graph)) and not present.meta.get(IDS):
             raise ConfigError(f"The model has an input {IDS!r}, and a bank needs that name for its own.")
         return present
     beside = next(

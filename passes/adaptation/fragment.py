@@ -6,20 +6,19 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from functools import partial
+from typing import cast
 
 from torch import Tensor, fx
 
 from ...adapters.contract import operands_of
-from ...adapters.dependencies import Dependencies, PassedRuns
-from ...adapters.frozen_site import FrozenSite
+from ...adapters.dependencies import Dependencies, Remembered
+from ...adapters.forward_run import Operands, run_forward
 from ...adapters.naming import naming
 from ...adapters.placement import Placement
 from ...adapters.registry import to_config
-from ...adapters.variant import adapter_namespace
 from ...capture.function_tracing.trace import fake_input, fake_like, fake_of, trace
 from ...errors import ConfigError
 from ...sites.matching import Call
@@ -27,56 +26,6 @@ from ...sites.site import Site, stored_bias, stored_weight
 from ..normalize.follow_mode import ModesDiffer, follow_mode
 from .output_type import keep_type_under_autocast
 from .plain_products import normalize_products
-
-T = TypeVar("T")
-S = TypeVar("S")
-
-
-@dataclass(frozen=True)
-class Operands(Generic[T]):
-    """The operands of an adapted site: stand-ins while it is traced, and the placeholders of its fragment.
-
-    Args:
-        x: the input that the model passes.
-        weight: the frozen weight as the model stores it.
-        bias: the frozen bias as the model stores it, or None.
-        tensors: the adapter's tensors, by the variant's own names.
-        routing: the other inputs of the product, see `Call.routing`.
-        factor: the frozen weight once more, in the layout of the operator. Only `base(x)` reads it, so that the call
-            of the frozen linear can be told from other uses of the weight.
-    """
-
-    x: T
-    weight: T
-    bias: T | None
-    tensors: Mapping[str, T]
-    routing: tuple[T, ...]
-    factor: T
-
-    def in_order(self) -> list[T]:
-        """Return all operands that there are, as one list."""
-        bias = [] if self.bias is None else [self.bias]
-        return [self.x, self.weight, *bias, *self.tensors.values(), *self.routing, self.factor]
-
-    def frozen(self) -> tuple[T, ...]:
-        """Return the frozen weight and, if there is one, the frozen bias."""
-        return (self.weight, *(() if self.bias is None else (self.bias,)))
-
-    def not_data(self) -> set[T]:
-        """Return the frozen tensors and those of the adapter."""
-        return {*self.frozen(), *self.tensors.values()}
-
-    def filled_with(self, values: Iterable[S]) -> Operands[S]:
-        """Return the same operands with other values, which come in the order of `in_order`."""
-        rest = iter(values)
-        return Operands(
-            x=next(rest),
-            weight=next(rest),
-            bias=None if self.bias is None else next(rest),
-            tensors={name: next(rest) for name in self.tensors},
-            routing=tuple(next(rest) for _ in self.routing),
-            factor=next(rest),
-        )
 
 
 @dataclass(frozen=True)
@@ -102,39 +51,35 @@ class Fragment:
     dependencies: Dependencies
 
 
-class Fragments:
-    """The fragments of one adapter. Calls that `forward` cannot tell apart share one."""
+def fragment_at(
+    gm: fx.GraphModule, site: Site, placement: Placement, call: Call, known: Remembered[Fragment]
+) -> Fragment:
+    """Return the fragment for `call` of `site`: one of those that are known, or a new one.
 
-    def __init__(self) -> None:
-        self._traced: dict[Hashable, list[Fragment]] = defaultdict(list)
+    Raises:
+        ConfigError: as `trace_fragment`.
+    """
+    example, fixed = site.kind.example(stored_weight(gm, site))
+    has_shape = isinstance(call.x.meta.get("val"), Tensor)
+    # Without a shape it is the input of fewest dimensions, because each dimension of any size costs time.
+    x = fake_input(call.x, example, fixed) if has_shape else fake_of(example, fixed, min((0, *site.kind.other_ranks)))
 
-    def at(self, gm: fx.GraphModule, site: Site, placement: Placement, call: Call) -> Fragment:
-        """Return the fragment for `call` of `site`, and trace it if no earlier one fits.
+    def run() -> tuple[Dependencies, Fragment]:
+        if not has_shape:
+            _require_same_for_other_ranks(gm, site, placement)
+        fragment = trace_fragment(gm, site, placement, x, call.routing)
+        return fragment.dependencies, fragment
 
-        Raises:
-            ConfigError: as `trace_fragment`.
-        """
-        weight, bias = stored_weight(gm, site), stored_bias(gm, site)
-        example, fixed = site.kind.example(weight)
-        has_shape = isinstance(call.x.meta.get("val"), Tensor)
-        # Without a shape it is the input of fewest dimensions, because each dimension of any size costs time.
-        x = (
-            fake_input(call.x, example, fixed)
-            if has_shape
-            else fake_of(example, fixed, min((0, *site.kind.other_ranks)))
-        )
-        tensors = vars(placement.namespace(gm))
-        operands = [x, weight, *([] if bias is None else [bias]), *tensors.values()]
-        config = json.dumps(to_config(placement.local))
-        key = (has_shape, *map(layout_of, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
-        fragments = self._traced[key]
-        fragment = next((earlier for earlier in fragments if earlier.dependencies.hold_at(site)), None)
-        if fragment is None:
-            if not has_shape:
-                _require_same_for_other_ranks(gm, site, placement)
-            fragment = trace_fragment(gm, site, placement, x, call.routing)
-            fragments.append(fragment)
-        return fragment
+    return known.at((has_shape, layout_of(x), *layouts_at(gm, site, placement)), site, run)
+
+
+def layouts_at(gm: fx.GraphModule, site: Site, placement: Placement) -> tuple[Hashable, ...]:
+    """Return what a trace of an adapter depends on, besides its input and what `forward` reads of the site."""
+    weight, bias = stored_weight(gm, site), stored_bias(gm, site)
+    tensors = vars(placement.namespace(gm))
+    operands = [weight, *([] if bias is None else [bias]), *tensors.values()]
+    config = json.dumps(to_config(placement.local))
+    return (*map(layout_of, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
 
 
 def layout_of(tensor: Tensor) -> Hashable:
@@ -143,7 +88,7 @@ def layout_of(tensor: Tensor) -> Hashable:
     return str(tuple(tensor.shape)), str(tensor.stride()), tensor.dtype, tensor.device, type(tensor)
 
 
-_same_for_other_ranks = PassedRuns()
+_same_for_other_ranks: Remembered[None] = Remembered()
 
 
 def _require_same_for_other_ranks(gm: fx.GraphModule, site: Site, placement: Placement) -> None:
@@ -155,9 +100,12 @@ def _require_same_for_other_ranks(gm: fx.GraphModule, site: Site, placement: Pla
     Raises:
         ConfigError: it does not.
     """
-    operands = operands_of(placement.local, site, gm)
-    if not site.kind.other_ranks or _same_for_other_ranks.at(operands, site):
-        return
+    if site.kind.other_ranks:
+        operands = operands_of(placement.local, site, gm)
+        _same_for_other_ranks.at(operands, site, partial(_compare_other_ranks, gm, site, placement))
+
+
+def _compare_other_ranks(gm: fx.GraphModule, site: Site, placement: Placement) -> tuple[Dependencies, None]:
     example, _ = site.kind.example(stored_weight(gm, site))
 
     def traced(more: int) -> tuple[list[str | None], Dependencies]:
@@ -177,7 +125,7 @@ def _require_same_for_other_ranks(gm: fx.GraphModule, site: Site, placement: Pla
                 " example_inputs; or count dimensions from the last, as x.shape[-1], x.unflatten(-1, (heads, -1)) and"
                 " y.flatten(-2)."
             )
-    _same_for_other_ranks.add(operands, dependencies)
+    return dependencies, None
 
 
 @dataclass(frozen=True)
@@ -206,24 +154,19 @@ def trace_fragment(
         routing: the nodes of the other inputs of the product.
 
     Raises:
-        ConfigError: `forward` does not call `base` exactly once, or does with `x` what this kind of site cannot.
+        ConfigError: `forward` does with `x` what this kind of site cannot, or breaks a rule of `run_forward`.
     """
-    trace_of = _trace(gm, site, placement, x, routing)
-    graph, stand_ins = trace_of.graph, trace_of.stand_ins
+    traced = _trace(gm, site, placement, x, routing)
+    graph, stand_ins = traced.graph, traced.stand_ins
     inputs = stand_ins.filled_with(graph.find_nodes(op="placeholder"))
-    calls = list(inputs.factor.users)
-    if len(calls) != 1:
-        raise ConfigError(
-            f"{type(placement.variant).__name__}.forward must call base(...) exactly once;"
-            f" it called it {len(calls)} times."
-        )
-    normalize_products(graph, inputs.x, calls[0], inputs.not_data())
+    (base,) = inputs.factor.users
+    normalize_products(graph, inputs.x, base, {*inputs.frozen(), *inputs.tensors.values()})
     graph.eliminate_dead_code()
-    keep_type_under_autocast(graph, calls[0], stand_ins.in_order())
-    (base_input,) = [n for n in calls[0].all_input_nodes if n not in (inputs.factor, *inputs.routing)]
+    keep_type_under_autocast(graph, base, stand_ins.in_order())
+    (base_input,) = [n for n in base.all_input_nodes if n not in (inputs.factor, *inputs.routing)]
     result, *tensors = cast(list[fx.Node], graph.output_node().args[0])
-    replaced = dict(zip(trace_of.replaced, tensors, strict=True))
-    return Fragment(graph, inputs, calls[0], base_input, result, replaced, trace_of.dependencies)
+    replaced = dict(zip(traced.replaced, tensors, strict=True))
+    return Fragment(graph, inputs, base, base_input, result, replaced, traced.dependencies)
 
 
 def _trace(
@@ -236,32 +179,26 @@ def _trace(
     """
     weight, bias = stored_weight(gm, site), stored_bias(gm, site)
     dtype = x.dtype if x.dtype.is_floating_point else weight.dtype
-    adapter = vars(placement.namespace(gm))
     stand_ins = Operands(
         x=x,
         weight=fake_like(weight, x),
         bias=fake_like(bias, x) if bias is not None else None,
-        tensors={name: fake_like(tensor, x) for name, tensor in adapter.items()},
+        tensors={name: fake_like(tensor, x) for name, tensor in vars(placement.namespace(gm)).items()},
         routing=tuple(fake_input(node) for node in routing),
         factor=fake_like(site.kind.factor(weight).to(dtype), x),
     )
     dependencies = Dependencies()
-    replaced: dict[str, Tensor] = {}
-
-    def adapted(operands: Operands[Tensor], training: bool) -> list[Tensor]:
-        def base(value: Tensor, **given: Tensor) -> Tensor:
-            # The nodes of the frozen linear stay, and read the given tensors: so this product stands for both.
-            replaced.update(given)
-            return site.kind.multiply(value, operands.factor, *operands.routing)
-
-        frozen = FrozenSite(site, operands.weight, operands.bias, training, dependencies)
-        p = adapter_namespace(operands.tensors)
-        y = frozen.adapted(base, placement.local, p, operands.x, *operands.routing)
-        return [y, *replaced.values()]
+    names: dict[str, None] = {}  # of the tensors that are replaced
 
     def trace_in(training: bool) -> fx.Graph:
+        def run(*values: Tensor) -> list[Tensor]:
+            operands = stand_ins.filled_with(values)
+            y, replaced = run_forward(placement.local, site, operands, training, dependencies)
+            names.update(dict.fromkeys(replaced))
+            return [y, *replaced.values()]
+
         with naming(placement.local, "forward", site, {"x": x, **stand_ins.tensors}):
-            return trace(lambda *values: adapted(stand_ins.filled_with(values), training), stand_ins.in_order())
+            return trace(run, stand_ins.in_order())
 
     graph = trace_in(training=True)
     if dependencies.training:
@@ -275,4 +212,4 @@ def _trace(
                 " `if base.training: x = x + noise`; or F.dropout(x, rate, base.training)."
             ) from error
     graph.eliminate_dead_code()  # views of the weight that were not needed
-    return _Trace(graph, stand_ins, tuple(replaced), dependencies)
+    return _Trace(graph, stand_ins, tuple(names), dependencies)

@@ -6,7 +6,7 @@
 2. Trace the variant's own `forward` at such a call. The result is a `Fragment`: a graph of its own, see `fragment.py`.
 3. Splice a copy of the fragment into the graph. The nodes of the frozen linear stay. Only the readers of their output
    change and, for a variant that changes the input or replaces the weight, the node that they read.
-4. Record on every inserted node which adapter it belongs to (`graph/provenance.py`). The record is all that removing,
+4. Record on every inserted node which adapter it belongs to (`graph/insertion.py`). The record is all that removing,
    merging, saving and inspecting an adapter needs. The nodes have what torch.export gives its own too: `val`, the
    user's line as `stack_trace`, and the modules that they are in, among which the site's has the variant as its type.
 
@@ -16,31 +16,33 @@ The adapter's tensors are registered before step 2. `rewrite` fills them after t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
 from ...adapters.accounting import account_for
+from ...adapters.dependencies import Remembered
 from ...adapters.placement import Placement, site_weight
 from ...adapters.promotion import not_innermost
 from ...adapters.registry import to_config
 from ...adapters.variant import Variant
 from ...errors import ConfigError
-from ...graph.modes import flag_name, is_flag
-from ...graph.provenance import (
+from ...graph.insertion import (
     DEFAULT,
     INLET,
     OUTLET,
     PASSED,
     TENSOR,
-    Provenance,
+    Insertion,
     is_inserted,
     leads_only_to,
     record,
     surrounding,
 )
+from ...graph.modes import flag_name, is_flag
 from ...graph.queries import operation_name, reads_tensor
 from ...graph.tensors import module_at, register_tensor, tensor_of
 from ...graph.walk import ancestors
@@ -50,8 +52,8 @@ from ...sites.matching import Call
 from ...sites.site import Site, span
 from ..pipeline import GraphPass
 from .bank_ids import ids_input
-from .fragment import Fragment, Fragments
-from .passed_tensors import Below, Traced, beneath
+from .fragment import Fragment, fragment_at
+from .passed_tensors import Below, PassedTensors, beneath
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class InsertAdapter(GraphPass):
         account = account_for(gm)
         present = [insertion for around in account.insertions.values() for insertion in around]
         number = first_number = 1 + max((insertion.call for insertion in present), default=-1)
-        fragments, traced = Fragments(), Traced()
+        fragments: Remembered[Fragment] = Remembered()
+        passed: Remembered[PassedTensors] = Remembered()
         config = json.dumps(to_config(self.variant))
         flow = follow_rows(gm.graph) if self.variant.slots else None
         moved: dict[fx.Node, fx.Node] = {}  # an adapted output may be the input of a call found before
@@ -101,15 +104,15 @@ class InsertAdapter(GraphPass):
                 if slots and flow is not None:
                     at_call = site.with_bank(slots, batch_dim(flow, call.y, site.name))
                     around = replace(around, routing=(ids_input(gm.graph),))
-                fragment = fragments.at(gm, at_call, placement, around)
+                fragment = fragment_at(gm, at_call, placement, around, fragments)
                 if fragment.replaced and inner:
                     raise not_innermost(type(self.variant).__name__, site.name)
                 place = (site.name, self.adapter, placement.position)
-                provenance = Provenance(
+                insertion = Insertion(
                     *place, number, placement.names, by=self.name, config=config, adapter_name=self.adapter_name
                 )
-                below = beneath(gm, site, here, placement, traced) if fragment.dependencies.tensors else []
-                moved[y] = _splice(gm, at_call, around, placement, fragment, provenance, below)
+                below = beneath(gm, site, here, placement, passed) if fragment.dependencies.tensors else []
+                moved[y] = _splice(gm, at_call, around, placement, fragment, insertion, below)
                 number += 1
         return number - first_number
 
@@ -128,7 +131,7 @@ def _splice(
     call: Call,
     placement: Placement,
     fragment: Fragment,
-    provenance: Provenance,
+    insertion: Insertion,
     below: Sequence[Below],
 ) -> fx.Node:
     """Copy `fragment` into the graph around `call`, and return the adapted output.
@@ -145,21 +148,9 @@ def _splice(
     if fragment.base_input is inputs.x and fragment.result is fragment.base and not fragment.replaced:
         raise ConfigError(f"{type(placement.variant).__name__}.forward returns base(x) unchanged.")
     stack = _module_stack(call.node, placement)
-    replacing = set(ancestors(fragment.replaced.values()))
-    if any(replacing.intersection(written_roots(node)) for node in fragment.graph.nodes):
-        raise ConfigError(
-            f"{type(placement.variant).__name__}.forward at {site.name!r} writes in place to the weight or bias that it"
-            " gives to base(...). The way out: operations that return new tensors, such as torch.where."
-        )
-    for name, new in fragment.replaced.items():
-        frozen_tensor = inputs.weight if name == "weight" or inputs.bias is None else inputs.bias
-        for read, readers in _reads(gm, site, call, name).items():
-            stand_ins = {frozen_tensor: read}
-            with graph.inserting_before(min(readers)):
-                tensor = _Copier(graph, stand_ins, parameters, stack, provenance).copy(new, TENSOR)
-            for reader in readers:
-                reader.replace_input_with(read, tensor)
-    copier = _Copier(graph, values, parameters, stack, provenance, inputs.frozen(), below)
+    copier = partial(_Copier, graph, parameters=parameters, module_stack=stack, insertion=insertion)
+    replacing = _replace_tensors(gm, site, call, placement, fragment, copier)
+    copies = copier(values, frozen=inputs.frozen(), below=below)
     frozen = span(call.x, call.y)
     # All but what makes the tensors that replace frozen ones; writes in place have no readers, and belong to it.
     done = replacing.difference(ancestors([fragment.base_input, fragment.result]))
@@ -167,19 +158,52 @@ def _splice(
     if fragment.base_input is not inputs.x:
         split = body.index(fragment.base)
         with graph.inserting_before(frozen[0]):
-            copier.copy_all(body[:split], INLET)
-            x = copier.copy(fragment.base_input, INLET)
+            copies.copy_all(body[:split], INLET)
+            x = copies.copy(fragment.base_input, INLET)
         for node in frozen:
             node.replace_input_with(call.x, x)
         body = body[split:]
     with graph.inserting_before(call.y.next):
-        copier.copy_all(body, OUTLET)
-        y = copier.copy(fragment.result, OUTLET)
+        copies.copy_all(body, OUTLET)
+        y = copies.copy(fragment.result, OUTLET)
     if not isinstance(call.x.meta.get("val"), Tensor):
         y.meta.pop("val", None)  # of the made-up input that was traced; what reads `y` would take its shape for known
     if y is not call.y:
-        call.y.replace_all_uses_with(y, delete_user_cb=lambda user: user not in copier.inserted)
+        call.y.replace_all_uses_with(y, delete_user_cb=lambda user: user not in copies.inserted)
     return y
+
+
+def _replace_tensors(
+    gm: fx.GraphModule,
+    site: Site,
+    call: Call,
+    placement: Placement,
+    fragment: Fragment,
+    copier: Callable[[Mapping[fx.Node, fx.Node]], _Copier],
+) -> set[fx.Node]:
+    """Let `call` read the weight and bias that `forward` gives to `base` in place of the frozen ones.
+
+    Returns:
+        The nodes of the fragment that make them.
+
+    Raises:
+        ConfigError: `forward` writes to them in place, or something else reads the frozen ones through the same nodes.
+    """
+    inputs = fragment.inputs
+    replacing = set(ancestors(fragment.replaced.values()))
+    if any(replacing.intersection(written_roots(node)) for node in fragment.graph.nodes):
+        raise ConfigError(
+            f"{type(placement.variant).__name__}.forward at {site.name!r} writes in place to the weight or bias that it"
+            " gives to base(...). The way out: operations that return new tensors, such as torch.where."
+        )
+    for name, new in fragment.replaced.items():
+        frozen = inputs.weight if name == "weight" or inputs.bias is None else inputs.bias
+        for read, readers in _reads(gm, site, call, name).items():
+            with gm.graph.inserting_before(min(readers)):
+                tensor = copier({frozen: read}).copy(new, TENSOR)
+            for reader in readers:
+                reader.replace_input_with(read, tensor)
+    return replacing
 
 
 def _reads(gm: fx.GraphModule, site: Site, call: Call, name: str) -> dict[fx.Node, list[fx.Node]]:
@@ -227,7 +251,7 @@ def _module_stack(node: fx.Node, placement: Placement) -> dict[str, Any] | None:
 
 
 class _Copier:
-    """Copies nodes of a fragment to where the graph inserts, each once, and records their provenance.
+    """Copies nodes of a fragment to where the graph inserts, each once, and records the adapter on them.
 
     Args:
         graph: gets the copies.
@@ -235,7 +259,7 @@ class _Copier:
         parameters: placeholders of the fragment that stand for frozen tensors or the adapter's: with the qualified
             names of these, or with the nodes of the graph that compute them from tensors of the module.
         module_stack: the modules that the copies count as part of, as fx notes them.
-        provenance: the record for each copy, to which its part is added.
+        insertion: the record for each copy, to which its part is added.
         frozen: the placeholders for the frozen weight and bias.
         below: the adapters that change these before the copies read them, the innermost first.
     """
@@ -244,9 +268,10 @@ class _Copier:
         self,
         graph: fx.Graph,
         values: Mapping[fx.Node, fx.Node],
+        *,
         parameters: Mapping[fx.Node, str | fx.Node],
         module_stack: dict[str, Any] | None,
-        provenance: Provenance,
+        insertion: Insertion,
         frozen: tuple[fx.Node, ...] = (),
         below: Sequence[Below] = (),
     ) -> None:
@@ -254,7 +279,7 @@ class _Copier:
         self.copies = dict(values)
         self.parameters = parameters
         self.module_stack = module_stack
-        self.provenance = provenance
+        self.insertion = insertion
         self.frozen, self.below = frozen, below
         self.inserted: set[fx.Node] = set()
 
@@ -270,7 +295,7 @@ class _Copier:
         if node not in self.copies:
             source = self.parameters.get(node)
             if is_flag(node):  # the site's module has a mode of its own
-                source = flag_name(self.provenance.site)
+                source = flag_name(self.insertion.site)
             if isinstance(source, fx.Node):
                 # A copy of the computation is parameter work, as what reads it; and it may stand before the original.
                 copied = self.graph.node_copy(source, lambda operand: self.copy(operand, part))
@@ -283,7 +308,7 @@ class _Copier:
                 copied.meta = dict(node.meta)
             if self.module_stack is not None:
                 copied.meta["nn_module_stack"] = self.module_stack
-            record(copied, replace(self.provenance, part=part))
+            record(copied, replace(self.insertion, part=part))
             self.inserted.add(copied)
             self.copies[node] = copied
         return self.copies[node]
@@ -298,7 +323,9 @@ class _Copier:
         for each in below:
             tensors = {node: each.placement.tensors[name] for name, node in each.passed.tensors.items()}
             values = dict(zip(each.passed.frozen, read, strict=True))
-            copier = _Copier(self.graph, values, tensors, self.module_stack, each.provenance)
+            copier = _Copier(
+                self.graph, values, parameters=tensors, module_stack=self.module_stack, insertion=each.insertion
+            )
             read = [copier.copy(result, PASSED) for result in each.passed.results]
             self.inserted |= copier.inserted
         self.copies.update(zip(self.frozen, read, strict=True))
@@ -308,7 +335,7 @@ class _Copier:
 
         It does not depend on what else is in the graph: `layers_0_q_proj_lora_A_linear`.
         """
-        prefix = f"{self.provenance.site}."
+        prefix = f"{self.insertion.site}."
         read = (str(self.parameters.get(operand, "")) for operand in node.all_input_nodes)
-        tensor = next((name for name in read if name.removeprefix(prefix).startswith(self.provenance.names)), "")
-        return f"{tensor or self.provenance.site}_{operation_name(node).strip('_')}".replace(".", "_")
+        tensor = next((name for name in read if name.removeprefix(prefix).startswith(self.insertion.names)), "")
+        return f"{tensor or self.insertion.site}_{operation_name(node).strip('_')}".replace(".", "_")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ...graph.provenance import insertions
+from ...graph.insertion import insertions
 from ..pipeline import GraphPass
 from .remove_adapters import bypass
 

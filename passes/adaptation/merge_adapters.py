@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import AdapterError
-from ...graph.provenance import leads_only_to
+from ...graph.insertion import leads_only_to
 from ...graph.tensors import register_tensor, tensor_of
 from ...sites.computed import Computation, frozen_values
 from ...sites.dialects import match_site

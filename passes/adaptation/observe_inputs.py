@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ...adapters.accounting import account_for
+from ...adapters.calibration_data import Batch, Observe, Statistic
 from ...adapters.maths import wide
-from ...adapters.variant import Batch, Observe, Statistic
-from ...graph.provenance import surrounding
+from ...graph.insertion import surrounding
 from ...graph.walk import ancestors
 from ...sites.site import span
 from ..pipeline import GraphPass

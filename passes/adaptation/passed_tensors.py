@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 from torch import Tensor, fx
 
+from ...adapters.adapter_tensors import AdapterTensors
 from ...adapters.beneath import is_beneath, require_tensors
-from ...adapters.dependencies import Dependencies
+from ...adapters.dependencies import Dependencies, Remembered
 from ...adapters.frozen_site import FrozenSite
 from ...adapters.naming import naming
 from ...adapters.placement import Placement
-from ...adapters.registry import to_config
-from ...adapters.variant import adapter_namespace
 from ...capture.function_tracing.trace import fake_like, fake_of, trace
-from ...graph.provenance import PASSED, Insertion, Provenance, recorded
+from ...graph.insertion import PASSED, Insertion
 from ...sites.site import Site, stored_bias, stored_weight
-from .fragment import layout_of
+from .fragment import layouts_at
 
 
 @dataclass(frozen=True)
@@ -32,18 +30,16 @@ class PassedTensors:
         frozen: the placeholders of the weight and, if there is one, the bias, as the model stores them.
         tensors: the placeholders of the adapter's tensors, by the variant's own names.
         results: the nodes of the new weight and, if there is one, the new bias, as the model stores them.
-        dependencies: what the adapter's `forward` read apart from tensors.
     """
 
     graph: fx.Graph
     frozen: tuple[fx.Node, ...]
     tensors: Mapping[str, fx.Node]
     results: tuple[fx.Node, ...]
-    dependencies: Dependencies
 
 
-def trace_passed(gm: fx.GraphModule, site: Site, placement: Placement) -> PassedTensors:
-    """Trace what the adapter `placement` makes of the weight and the bias of `site`."""
+def trace_passed(gm: fx.GraphModule, site: Site, placement: Placement) -> tuple[Dependencies, PassedTensors]:
+    """Trace what the adapter `placement` makes of the weight and the bias of `site`; say what its `forward` read."""
     weight, bias = stored_weight(gm, site), stored_bias(gm, site)
     stand_in = fake_of(weight, None)
     adapter = vars(placement.namespace(gm))
@@ -54,7 +50,7 @@ def trace_passed(gm: fx.GraphModule, site: Site, placement: Placement) -> Passed
 
     def passed(*values: Tensor) -> list[Tensor]:
         below = FrozenSite(site, values[0], None if bias is None else values[1], dependencies=dependencies)
-        p = adapter_namespace(dict(zip(adapter, values[len(frozen) :], strict=True)))
+        p = AdapterTensors(dict(zip(adapter, values[len(frozen) :], strict=True)))
         made = below.with_adapter(placement.local, p)
         return [made.weight, *([] if made.bias is None else [made.bias])]
 
@@ -66,7 +62,7 @@ def trace_passed(gm: fx.GraphModule, site: Site, placement: Placement) -> Passed
     inputs = list(graph.find_nodes(op="placeholder"))
     results = cast(list[fx.Node], graph.output_node().args[0])
     tensors = dict(zip(adapter, inputs[len(frozen) :], strict=True))
-    return PassedTensors(graph, tuple(inputs[: len(frozen)]), tensors, tuple(results), dependencies)
+    return dependencies, PassedTensors(graph, tuple(inputs[: len(frozen)]), tensors, tuple(results))
 
 
 @dataclass(frozen=True)
@@ -75,38 +71,17 @@ class Below:
 
     Args:
         placement: the adapter.
-        provenance: the record of its nodes.
+        insertion: the record for its nodes.
         passed: the weight and the bias that it makes, traced.
     """
 
     placement: Placement
-    provenance: Provenance
+    insertion: Insertion
     passed: PassedTensors
 
 
-class Traced:
-    """What was traced of the adapters below one that is inserted. Sites that cannot be told apart share a trace."""
-
-    def __init__(self) -> None:
-        self._traced: dict[Hashable, list[PassedTensors]] = defaultdict(list)
-
-    def at(self, gm: fx.GraphModule, site: Site, placement: Placement) -> PassedTensors:
-        """Return the trace of `placement` at `site`, an earlier one if that fits."""
-        weight, bias = stored_weight(gm, site), stored_bias(gm, site)
-        tensors = vars(placement.namespace(gm))
-        operands = [weight, *([] if bias is None else [bias]), *tensors.values()]
-        config = json.dumps(to_config(placement.local))
-        key = (*map(layout_of, operands), tuple(tensors), site.kind, bias is None, site.bias_rows, config)
-        earlier = self._traced[key]
-        found = next((each for each in earlier if each.dependencies.hold_at(site)), None)
-        if found is None:
-            found = trace_passed(gm, site, placement)
-            earlier.append(found)
-        return found
-
-
 def beneath(
-    gm: fx.GraphModule, site: Site, here: Iterable[Insertion], placement: Placement, traced: Traced
+    gm: fx.GraphModule, site: Site, here: Iterable[Insertion], placement: Placement, known: Remembered[PassedTensors]
 ) -> list[Below]:
     """Return the adapters `here`, at one call, that count as a part of the linear for `placement` around them.
 
@@ -115,7 +90,7 @@ def beneath(
         site: the site.
         here: the adapters, the innermost first.
         placement: the adapter that is inserted.
-        traced: what was traced of others.
+        known: what was traced of others.
 
     Raises:
         ConfigError: one of them has no weight and bias that could be read.
@@ -125,7 +100,6 @@ def beneath(
         if is_beneath(insertion.adapter_name, bool(insertion.tensors_replaced), placement.adapter_name):
             inner = Placement.recorded(insertion)
             require_tensors(inner.local, site, type(placement.variant).__name__)
-            first = recorded(insertion.nodes[0])
-            assert first is not None
-            below.append(Below(inner, replace(first, part=PASSED), traced.at(gm, site, inner)))
+            passed = known.at(layouts_at(gm, site, inner), site, partial(trace_passed, gm, site, inner))
+            below.append(Below(inner, replace(insertion, part=PASSED), passed))
     return below

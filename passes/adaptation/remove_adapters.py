@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...errors import AdapterError
-from ...graph.provenance import Insertion, forget, insertions, is_size, take_out
+from ...graph.insertion import Insertion, forget, insertions, is_size, take_out
 from ...graph.tensors import delete_tensor
 from ..pipeline import GraphPass, eliminate_dead_code
 from .bank_ids import drop_ids
@@ -19,8 +19,8 @@ class RemoveAdapters(GraphPass):
     """Remove adapters, leaving the base graph node for node.
 
     Safe because insertion changes the nodes of the frozen linear only in the input that they read. To undo it, they
-    read the adapter's input again, and the readers of the adapter's output read theirs. The provenance of the inserted
-    nodes says which these are, so the pass works on a graph loaded from a `.pt2` file too.
+    read the adapter's input again, and the readers of the adapter's output read theirs. The records on the inserted
+    nodes say which these are, so the pass works on a graph loaded from a `.pt2` file too.
 
     Args:
         names: of the adapters to remove; None for all.

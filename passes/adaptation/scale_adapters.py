@@ -15,7 +15,7 @@ from ...adapters.beneath import rows_of_replaced
 from ...capture.function_tracing.trace import fake_like
 from ...capture.graph_calls import add_input
 from ...compat.torch import TO_COPY
-from ...graph.provenance import OUTLET, PASSED, Insertion, Provenance, record, recorded, surrounding
+from ...graph.insertion import OUTLET, PASSED, Insertion, record, recorded, surrounding
 from ...graph.tensors import HALF
 from ...graph.walk import walk
 from ...sites.batch.batch_dimension import batch_dim, batch_sizes, follow_rows
@@ -99,15 +99,13 @@ def _scale(
         scale: the coefficient, as a number or as an input of the graph.
         rows: the dimension of the output that counts the rows of the batch, if there is one for each; or None.
     """
-    provenance = recorded(insertion.nodes[0])
-    assert provenance is not None
     if isinstance(scale, float):
-        provenance = replace(provenance, scale=provenance.scale * scale)
+        insertion = replace(insertion, scale=insertion.scale * scale)
         for node in insertion.nodes:
             own = recorded(node)
             assert own is not None
-            record(node, replace(own, scale=provenance.scale))
-    build = _Builder(site, provenance, scale, rows, y)
+            record(node, replace(own, scale=insertion.scale))
+    build = _Builder(site, insertion, scale, rows, y)
     _scale_passed(insertion, build)
     if (found := _branch(insertion, y, adapted)) is not None:
         branch, total = found
@@ -128,7 +126,7 @@ def _scale_passed(insertion: Insertion, build: _Builder) -> None:
         AdapterError: there is a coefficient for each row.
     """
     build = copy(build)
-    build.provenance = replace(build.provenance, part=PASSED)
+    build.insertion = replace(build.insertion, part=PASSED)
     for made, below in insertion.tensors_passed.items():
         readers = (recorded(user) for user in made.users if insertion.is_outside(user))
         reader = next((by for by in readers if by is not None), None)
@@ -185,15 +183,15 @@ class _Builder:
 
     Args:
         site, scale, rows: as of `_scale`.
-        provenance: the record of the adapter.
+        insertion: the record of the adapter.
         output: a value of the shape and in the modules of the site's output, which stands before what is inserted.
     """
 
     def __init__(
-        self, site: Site, provenance: Provenance, scale: fx.Node | float, rows: int | None, output: fx.Node
+        self, site: Site, insertion: Insertion, scale: fx.Node | float, rows: int | None, output: fx.Node
     ) -> None:
         self.site = site
-        self.provenance = replace(provenance, part=OUTLET)
+        self.insertion = replace(insertion, part=OUTLET)
         self.scale = scale
         self.rows = rows
         self.output = output
@@ -251,6 +249,6 @@ class _Builder:
         return self._recorded(node)
 
     def _recorded(self, node: fx.Node) -> fx.Node:
-        record(node, self.provenance)
+        record(node, self.insertion)
         self.inserted.add(node)
         return node

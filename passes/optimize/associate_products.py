@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from ...graph.insertion import INLET, SHARED, is_inserted, record, recorded
 from ...graph.parameter_work import parameter_work
-from ...graph.provenance import INLET, SHARED, is_inserted, record, recorded
 from ...graph.queries import is_product, obstacle_between, reads_tensor, value_of
 from ...graph.tensors import HALF
 from ...graph.walk import ancestors

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...graph.provenance import is_inserted
+from ...graph.insertion import is_inserted
 from ..pipeline import Declined, GraphPass, Outcome
 
 aten = torch.ops.aten

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ...graph.insertion import is_inserted
 from ...graph.parameter_work import first_input
-from ...graph.provenance import is_inserted
 from ...graph.queries import obstacle_between, reads_tensor, value_of
 from ...ops.bank_products import BankProducts, rows_or_slots
 from ...ops.branches import Branch, flatten

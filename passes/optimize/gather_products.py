@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from ...graph.insertion import is_inserted
 from ...graph.parameter_work import parameter_work
-from ...graph.provenance import is_inserted
 from ...graph.queries import (
     is_narrow,
     is_product,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from ...graph.insertion import place_of, qualified_names, recorded
 from ...graph.parameter_work import move_to_front, parameter_work
-from ...graph.provenance import place_of, qualified_names, recorded
 from ...graph.tensors import tensor_of
 from ...graph.walk import ancestors
 from ..pipeline import Declined, GraphPass, Outcome

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from ...compat.torch import OpOverload
+from ...graph.insertion import is_inserted
 from ...graph.layers import place_of
 from ...graph.parameter_work import parameter_work
-from ...graph.provenance import is_inserted
 from ...graph.queries import is_deterministic, is_narrow, is_product, operation_name, reads_tensor, value_of
 from ...graph.subgraph import function_between
 from ...graph.tensors import tensor_of

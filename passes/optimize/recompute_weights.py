@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from ...graph.provenance import is_inserted
+from ...graph.insertion import is_inserted
 from ...graph.queries import reads_tensor
 from ...graph.subgraph import function_between
 from ...graph.walk import ancestors

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...graph.insertion import is_inserted, record, recorded
 from ...graph.layers import layer_of
 from ...graph.parameter_work import first_input, move_to_front, parameter_work
-from ...graph.provenance import is_inserted, record, recorded
 from ...graph.queries import (
     is_deterministic,
     is_narrow,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
+from lora_lite_fx.adapters.calibration_data import Statistic
 from lora_lite_fx.adapters.registry import _REGISTRY
-from lora_lite_fx.adapters.variant import Statistic
 from lora_lite_fx.sites.site import Site
 from tests.support.refusals import WAYS, Mine, Net, X, refusal
 from tests.support.untouched import untouched

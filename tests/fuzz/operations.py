@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_lite_fx.rewriting.eager import AdaptedLinear
+from lora_lite_fx.rewriting.adapted_linear import AdaptedLinear
 from tests.fuzz.blocks import WIDTH
 from tests.fuzz.verdict import Void
 

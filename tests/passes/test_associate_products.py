@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.graph.provenance import is_inserted
+from lora_lite_fx.graph.insertion import is_inserted
 from lora_lite_fx.ops.low_rank_products import LowRankProducts
 from lora_lite_fx.passes import (
     OPTIMIZATIONS,

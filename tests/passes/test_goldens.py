@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.graph.provenance import inner_name, insertions, is_inserted
+from lora_lite_fx.graph.insertion import inner_name, insertions, is_inserted
 from lora_lite_fx.graph.tensors import tensor_of
 from tests.support.captured import captured
 from tests.support.conformance import calibration, for_any_linear, small

@@ -14,8 +14,8 @@ from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.capture.function_tracing.trace import trace
+from lora_lite_fx.graph.insertion import INLET, OUTLET, insertions, is_inserted, recorded
 from lora_lite_fx.graph.layers import layer_of
-from lora_lite_fx.graph.provenance import INLET, OUTLET, insertions, is_inserted, recorded
 from lora_lite_fx.passes import (
     InsertAdapter,
 )
@@ -35,14 +35,14 @@ def test_inserted_nodes_say_where_they_come_from_and_no_other_node_does() -> Non
     gm = llfx.rewrite(Down(), [llfx.LoRA(r=2), llfx.HRA(r=2, target_names=("proj",))], EXAMPLE)
     base_names = {node.name for node in llfx.capture(Down(), EXAMPLE).graph.nodes}
     for node in gm.graph.nodes:
-        provenance = recorded(node)
-        assert (provenance is None) == (node.name in base_names)
-        if provenance is not None:
-            assert provenance.site in ("fc", "proj")
-            assert provenance.by == "insert_adapter"
+        insertion = recorded(node)
+        assert (insertion is None) == (node.name in base_names)
+        if insertion is not None:
+            assert insertion.site in ("fc", "proj")
+            assert insertion.by == "insert_adapter"
             assert node.meta["nn_module_stack"]
     inserted: Any = insertions(gm.graph)
-    assert [(i.site, i.adapter, i.position, i.config["variant"]) for i in inserted] == [
+    assert [(i.site, i.adapter, i.position, i.fields["variant"]) for i in inserted] == [
         ("fc", 0, 0, "LoRA"),
         ("proj", 0, 0, "LoRA"),
         ("proj", 1, 1, "HRA"),

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
-from lora_lite_fx.graph.provenance import is_inserted
+from lora_lite_fx.graph.insertion import is_inserted
 from lora_lite_fx.passes import OPTIMIZATIONS, Program
 from tests.support.conformance import randomise
 from tests.support.low_rank_llama import llama, tokens

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lora_lite_fx.graph.provenance import Provenance, record
+from lora_lite_fx.graph.insertion import Insertion, record
 from lora_lite_fx.passes import GraphPass, PassReport
 from tests.support.programs import after
 
@@ -55,7 +55,7 @@ def exported(
     not_adapters = {"weight", *base.split()}
     for call, node in enumerate(gm.graph.nodes):
         if node.op in ("get_attr", "call_function") and node.name not in not_adapters:
-            record(node, Provenance("site", 0, 0, call, ()))
+            record(node, Insertion("site", 0, 0, call, ()))
     result: fx.GraphModule = gm
     return result
 

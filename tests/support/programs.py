@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.copies import copy_graph
-from lora_lite_fx.graph.provenance import is_inserted
+from lora_lite_fx.graph.insertion import is_inserted
 from lora_lite_fx.passes import OPTIMIZATIONS, GraphPass, PassReport, Pipeline
 from tests.support.conformance import calibration, randomise, small
 from tests.support.models import Attention, Case, Conv1DMLP, GatedMLP, Normed, SharedLinear, ids

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...adapters.placement import Placement
 from ...adapters.variant import Variant
 from ...errors import CheckpointError, ConfigError
-from ...graph.provenance import inner_name
+from ...graph.insertion import inner_name
 from ...sites.site import Site
 from ...variants import LoRA
 from .form import PeftForm

@@ -18,7 +18,7 @@ from ...adapters.placement import adapter_names
 from ...adapters.state import warn_of_trained_base
 from ...capture.capture_model import Inputs
 from ...errors import CheckpointError
-from ...graph.provenance import DEFAULT
+from ...graph.insertion import DEFAULT
 from ...graph.tensors import outside_inference_mode
 from ...rewriting.capture import capture
 from ..atomic_writing import write_folders

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...adapters.placement import Placement
 from ...adapters.variant import Variant
 from ...errors import CheckpointError, ConfigError
-from ...graph.provenance import SHARED, inner_name
+from ...graph.insertion import SHARED, inner_name
 from ...sites.dataflow import op_name
 from ...sites.kinds.convolution import Convolution
 from ...sites.matching import Call

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ...graph.provenance import insertions, is_inserted
+from ...graph.insertion import insertions, is_inserted
 from ...graph.regions import AUTOCAST_REGION, GRAD_REGION
 from ...graph.tensors import attribute_of
 from ...graph.writes import may_return_a_view, written_operands

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import ConfigError
-from ...graph.provenance import is_size, replaced_tensor
+from ...graph.insertion import is_size, replaced_tensor
 from ..dataflow import CASTS, op_name
 from ..matching import Call, Dialect, FrozenReader, FrozenTensor, Match
 from .site_input import SiteInput

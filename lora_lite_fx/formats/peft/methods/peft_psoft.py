@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ....adapters.adapter_tensors import AdapterTensors
 from ....adapters.placement import Placement
-from ....adapters.variant import Variant, adapter_namespace
+from ....adapters.variant import Variant
 from ....errors import ConfigError
 from ....variants import PSOFT
 from ...single_adapter import sites_of, weight_of
@@ -32,7 +33,7 @@ class _PSOFT(PeftForm):
             site = sites[placement.site]
             ours = {name: state[placement.tensors[name]] for name in ("lora_A", "lora_B")}
             theirs = {name: torch.empty_like(tensor) for name, tensor in ours.items()}
-            placement.local.init(site, weight_of(model, site).detach().float(), adapter_namespace(theirs))
+            placement.local.init(site, weight_of(model, site).detach().float(), AdapterTensors(theirs))
             if not all(torch.allclose(ours[name], theirs[name].to(ours[name]), atol=1e-3) for name in ours):
                 raise ConfigError(
                     f"PSOFT: PEFT computes the frozen factors anew from the base, and at {placement.site!r} they are"

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from ..adapters.calibration_data import Statistic
 from ..adapters.contract import check_contract, finalize
 from ..adapters.placement import site_weight
 from ..adapters.quantized_base import check_gradients
 from ..adapters.selection import select, warn_of_unused_patterns
 from ..adapters.start_values import observer_of
-from ..adapters.variant import Statistic, Variant
+from ..adapters.variant import Variant
 from ..errors import ConfigError, SelectionError
-from ..graph.provenance import DEFAULT
+from ..graph.insertion import DEFAULT
 from ..log import phase
 from ..passes import Observer
 from ..sites.finding import find_sites
@@ -25,7 +26,7 @@ from .unadapted import covered, describe, tell_of_left_out
 
 
 @dataclass(frozen=True)
-class Plan:
+class NewAdapter:
     """An adapter to be inserted.
 
     Args:
@@ -41,7 +42,9 @@ class Plan:
     adapter_name: str = DEFAULT
 
 
-def make_plans(gm: fx.GraphModule, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> list[Plan]:
+def choose_sites(
+    gm: fx.GraphModule, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None
+) -> list[NewAdapter]:
     """Select the sites of each variant, run the calibration data, and finalize the configs.
 
     Args:
@@ -70,13 +73,13 @@ def make_plans(gm: fx.GraphModule, adapters: Sequence[tuple[str, Variant]], cali
     if calibration is not None:
         with phase("ran the calibration data"):
             statistics = _observe(gm, chosen, calibration)
-    plans: list[Plan] = []
+    new_adapters: list[NewAdapter] = []
     for (name, _), (variant, targets), observed in zip(adapters, chosen, statistics, strict=True):
         finalized = finalize(variant, targets, observed)
         kept = [site for site in targets if finalized.selects(site)]
-        check_contract(finalized, kept, gm, {site.name for plan in plans for site in plan.sites})
-        plans.append(Plan(finalized, kept, observed, name))
-    return plans
+        check_contract(finalized, kept, gm, {site.name for new_adapter in new_adapters for site in new_adapter.sites})
+        new_adapters.append(NewAdapter(finalized, kept, observed, name))
+    return new_adapters
 
 
 def _select(variant: Variant, sites: Sequence[Site], left_out: Sequence[LeftOut]) -> list[Site]:

@@ -1,4 +1,4 @@
-"""Provenance: which adapter a node belongs to, written on the node itself.
+"""Insertions: which adapter a node belongs to, written on the node itself.
 
 It lives in `node.meta["custom"]`, which survives `torch.export` and `.pt2` files. So a graph alone tells which nodes
 were inserted into it, by which config, and where.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,8 +36,11 @@ PASSED = "passed"
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """The record of why a node is in the graph.
+class Insertion:
+    """One adapter at one call of a site: as it is recorded on each of its nodes; read from a graph, with these nodes.
+
+    Other passes may have replaced nodes: a decomposition makes several of one, and none of a cast that does nothing. So
+    the nodes at which values enter and leave are not recorded; they follow from who reads whom.
 
     Args:
         site: qualified name of the adapted site.
@@ -44,11 +48,12 @@ class Provenance:
         position: index of the adapter among those of its name at the site; its tensors carry it as a suffix.
         call: number of the insertion; one adapter of a site that runs twice has two.
         names: of the adapter's tensors, as its variant calls them.
-        part: `INLET`, `OUTLET`, `TENSOR` or `PASSED`.
+        part: on a node: `INLET`, `OUTLET`, `TENSOR` or `PASSED`.
         by: the pass that inserted it.
         config: the adapter's config as JSON, on every node, because another pass may replace any of them.
         adapter_name: the name that the user gave the adapter.
         scale: a coefficient of the adapter that is a part of the graph.
+        nodes: its nodes in graph order; they are not recorded.
     """
 
     site: str
@@ -61,79 +66,17 @@ class Provenance:
     config: str = ""
     adapter_name: str = DEFAULT
     scale: float = 1.0
+    nodes: tuple[fx.Node, ...] = ()
 
-
-def record(node: fx.Node, provenance: Provenance) -> None:
-    """Write `provenance` on `node`."""
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), _KEY: asdict(provenance)}
-
-
-def recorded(node: fx.Node) -> Provenance | None:
-    """Return the provenance of `node`, or None if no pass inserted it."""
-    data = (node.meta.get("custom") or {}).get(_KEY)
-    return Provenance(**data) if data else None
-
-
-def forget(node: fx.Node) -> None:
-    """Take the provenance off `node`, which then counts as a node of the base."""
-    node.meta["custom"] = {key: value for key, value in node.meta["custom"].items() if key != _KEY}
-    if not node.meta["custom"]:
-        del node.meta["custom"]
-
-
-def is_inserted(node: fx.Node) -> bool:
-    """Check whether a pass inserted `node`."""
-    return _KEY in (node.meta.get("custom") or {})
-
-
-def replaced_tensor(node: fx.Node) -> fx.Node | None:
-    """Return the frozen weight or bias in whose place an adapter has put `node`; None for any other node."""
-    provenance = recorded(node)
-    if provenance is None or provenance.part != TENSOR or node.target is not torch.ops.aten.type_as.default:
-        return None
-    frozen = node.args[1]
-    return frozen if isinstance(frozen, fx.Node) and recorded(frozen) is None else None
-
-
-def inner_name(node: fx.Node) -> str | None:
-    """Return the qualified name of the innermost module that `node` was captured in, or None."""
-    stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else None
-
-
-def place_of(node: fx.Node) -> str:
-    """Return a name of `node` that a user knows: its site if a pass inserted it, else its module, else its own name."""
-    provenance = recorded(node)
-    return provenance.site if provenance is not None else inner_name(node) or node.name
-
-
-@dataclass(frozen=True)
-class Insertion:
-    """One adapter at one call of a site, as found in a graph.
-
-    Other passes may have replaced nodes: a decomposition makes several of one, and none of a cast that does nothing. So
-    the nodes at which values enter and leave are not recorded; they follow from who reads whom.
-
-    Args:
-        site, adapter, position, call, names, adapter_name, scale: as in `Provenance`.
-        config: the adapter's config, as `variant.to_config` writes it.
-        nodes: its nodes in graph order.
-    """
-
-    site: str
-    adapter: int
-    position: int
-    call: int
-    names: tuple[str, ...]
-    config: dict[str, Any]
-    nodes: tuple[fx.Node, ...]
-    adapter_name: str = DEFAULT
-    scale: float = 1.0
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """The adapter's config, as `registry.to_config` writes it."""
+        return dict(json.loads(self.config))
 
     @property
     def variant(self) -> str:
         """The name of the adapter's variant."""
-        return str(self.config["variant"])
+        return str(self.fields["variant"])
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -196,6 +139,51 @@ class Insertion:
         return max(entered, default=None)  # the output of the frozen linear comes after its input
 
 
+def record(node: fx.Node, insertion: Insertion) -> None:
+    """Write `insertion` on `node`."""
+    data = {each.name: getattr(insertion, each.name) for each in fields(insertion) if each.name != "nodes"}
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _KEY: data}
+
+
+def recorded(node: fx.Node) -> Insertion | None:
+    """Return the adapter that `node` was inserted for, or None if no pass inserted it."""
+    data = (node.meta.get("custom") or {}).get(_KEY)
+    return Insertion(**data) if data else None
+
+
+def forget(node: fx.Node) -> None:
+    """Take the record off `node`, which then counts as a node of the base."""
+    node.meta["custom"] = {key: value for key, value in node.meta["custom"].items() if key != _KEY}
+    if not node.meta["custom"]:
+        del node.meta["custom"]
+
+
+def is_inserted(node: fx.Node) -> bool:
+    """Check whether a pass inserted `node`."""
+    return _KEY in (node.meta.get("custom") or {})
+
+
+def replaced_tensor(node: fx.Node) -> fx.Node | None:
+    """Return the frozen weight or bias in whose place an adapter has put `node`; None for any other node."""
+    insertion = recorded(node)
+    if insertion is None or insertion.part != TENSOR or node.target is not torch.ops.aten.type_as.default:
+        return None
+    frozen = node.args[1]
+    return frozen if isinstance(frozen, fx.Node) and recorded(frozen) is None else None
+
+
+def inner_name(node: fx.Node) -> str | None:
+    """Return the qualified name of the innermost module that `node` was captured in, or None."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else None
+
+
+def place_of(node: fx.Node) -> str:
+    """Return a name of `node` that a user knows: its site if a pass inserted it, else its module, else its own name."""
+    insertion = recorded(node)
+    return insertion.site if insertion is not None else inner_name(node) or node.name
+
+
 def qualified_names(
     site: str, adapter: int, position: int, names: Iterable[str], adapter_name: str = DEFAULT
 ) -> dict[str, str]:
@@ -218,11 +206,17 @@ def _suffix(index: int) -> str:
 
 def insertions(graph: fx.Graph) -> list[Insertion]:
     """Return all adapters in `graph` and the graphs inside it, in the order in which they were inserted."""
-    by_call: dict[int, list[tuple[fx.Node, Provenance]]] = {}
+    by_call: dict[int, list[tuple[fx.Node, Insertion]]] = {}
     for node in _with_inner(graph):
-        if (provenance := recorded(node)) is not None:
-            by_call.setdefault(provenance.call, []).append((node, provenance))
-    return [_insertion(members) for _, members in sorted(by_call.items())]
+        if (insertion := recorded(node)) is not None:
+            by_call.setdefault(insertion.call, []).append((node, insertion))
+    found = []
+    for _, members in sorted(by_call.items()):
+        first, nodes = members[0][1], tuple(node for node, _ in members)
+        # torch.export writes on the reads of parameters what the graph had that it was given, without scales.
+        scale = next((insertion.scale for node, insertion in members if node.op == "call_function"), first.scale)
+        found.append(replace(first, names=tuple(first.names), part="", scale=scale, nodes=nodes))
+    return found
 
 
 def _with_inner(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -233,22 +227,6 @@ def _with_inner(graph: fx.Graph) -> Iterator[fx.Node]:
             body := getattr(graph.owning_module, node.target, None), fx.GraphModule
         ):
             yield from _with_inner(body.graph)
-
-
-def _insertion(members: list[tuple[fx.Node, Provenance]]) -> Insertion:
-    first = members[0][1]
-    return Insertion(
-        first.site,
-        first.adapter,
-        first.position,
-        first.call,
-        tuple(first.names),
-        json.loads(first.config),
-        tuple(node for node, _ in members),
-        first.adapter_name,
-        # torch.export writes on the reads of parameters what the graph had that it was given, without scales.
-        next((provenance.scale for node, provenance in members if node.op == "call_function"), first.scale),
-    )
 
 
 def take_out(inserted: Iterable[Insertion]) -> dict[fx.Node, fx.Node]:
@@ -293,7 +271,7 @@ def _is_data(node: fx.Node) -> bool:
     """Check whether `node` is neither a number nor a tensor of the module, perhaps reshaped or cast or adapted."""
     if is_size(node):
         return False
-    if (provenance := recorded(node)) is not None and provenance.part == PASSED:
+    if (insertion := recorded(node)) is not None and insertion.part == PASSED:
         return False
     while node.op == "call_function":
         read = [operand for operand in node.all_input_nodes if not is_size(operand)]

@@ -20,6 +20,7 @@ from ..adapters.listing import describe_adapters
 from ..adapters.named_configs import check_free, check_name
 from ..adapters.param_spec import ParamSpec
 from ..adapters.placement import adapter_names, placements, site_bias, site_weight
+from ..adapters.start_values import initialize
 from ..adapters.variant import Variant
 from ..errors import AdapterError, CheckpointError, ConfigError
 from ..graph.insertion import DEFAULT
@@ -184,7 +185,8 @@ def _insert(gm: fx.GraphModule, adapters: Sequence[FiledAdapter]) -> None:
         tensors = filed.tensors[placement.site]
         if set(placement.names) - tensors.keys():
             site = next(site for site in filed.plan.sites if site.name == placement.site)
-            placement.initialize(gm, site, site_weight(gm, site), site_bias(gm, site))
+            weight, bias = site_weight(gm, site), site_bias(gm, site)
+            initialize(placement.local, site, weight, placement.namespace(gm), bias=bias)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 target = tensor_of(gm, placement.tensors[name])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..adapters.listing import describe_adapters
 from ..adapters.placement import Placement, site_bias, site_weight
+from ..adapters.start_values import initialize
 from ..adapters.switches import Switches
 from ..adapters.variant import Variant
 from ..capture.shared_copy import shared_copy
@@ -71,7 +72,8 @@ def mark_sites(model: nn.Module, plans: Sequence[NewAdapter], called: Container[
                 inner = [each.adapter_name for each in module.placements]
                 placement = Placement.of(plan.variant, adapter, site, inner, plan.adapter_name)
                 placement.register(copy, site, weight)
-                placement.initialize(copy, site, weight, site_bias(copy, site), plan.statistics.get(site.name))
+                observed, tensors = plan.statistics.get(site.name), placement.namespace(copy)
+                initialize(placement.local, site, weight, tensors, observed, site_bias(copy, site))
                 module.placements.append(placement)
         for site in _not_called(copy, [plan.variant for plan in plans], called):
             _marking(copy, site).is_site = False

@@ -22,7 +22,6 @@ from ..graph.modes import held_modes, modes_of, put_in_mode, set_modes
 from ..graph.tensors import keep_registration
 from ..log import phase, progress
 from .compare import own_error
-from .constant_answers import trace_without_constants
 from .depth.by_depth import ByDepth
 from .export import export
 from .forward_signature import name_arguments, signature_of
@@ -38,6 +37,7 @@ from .quirks.python_random import without_python_random
 from .shared_copy import shared_copy
 from .signature import CallSignature
 from .symbolic_tracing.branches import Values, refuse_in_graph, refused_calls
+from .symbolic_tracing.constant_answers import trace_without_constants
 from .symbolic_tracing.foreign_graph import normalize
 
 Inputs = tuple[Any, ...] | dict[str, Any]

@@ -20,7 +20,6 @@ from ..graph.modes import modes_of, parts_with_flags
 from ..log import phase
 from .asserted_decisions import is_other_decision
 from .differences import TOLERANCES, Difference, distance, largest
-from .held_answers import hold_answer, other_answer
 from .outputs import (
     Call,
     Mode,
@@ -31,8 +30,9 @@ from .outputs import (
     outputs_of_program,
     written_tensors,
 )
-from .python_state import warn_of_count
-from .questions import GRAD, INFERENCE_REGION, Questions, device_of
+from .process_state.held_answers import hold_answer, other_answer
+from .process_state.python_state import warn_of_count
+from .process_state.questions import GRAD, INFERENCE_REGION, Questions, device_of
 from .refusal import line_of_error
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.

@@ -226,30 +226,30 @@ def _fill(values: Sequence[Any], place: int, value: int, left_out: Collection[in
     they differ in a call, the guards of the graph raise.
     """
     tensor: Tensor = values[place]
-    others = {index: other for index, other in enumerate(values) if index not in left_out and isinstance(other, Tensor)}
-    sizes = tuple(_size(tensor, dim, others) for dim in range(tensor.dim()))
-    return Fill(value, sizes, tensor.dtype, tensor.device)
+    open_sizes = [
+        (index, at, size)
+        for index, other in enumerate(values)
+        if index not in left_out and isinstance(other, Tensor)
+        for at, size in enumerate(other.shape)
+        if not isinstance(size, int)
+    ]
 
+    def size_of(dim: int) -> int | tuple[int, int]:
+        size = tensor.shape[dim]
+        if isinstance(size, int):
+            return size
 
-def _size(tensor: Tensor, dim: int, others: Mapping[int, Tensor]) -> int | tuple[int, int]:
-    size = tensor.shape[dim]
-    if isinstance(size, int):
-        return size
-    places = [(index, place) for index, other in others.items() for place in _places(other, dim, tensor.dim())]
-    same = [(index, place) for index, place in places if str(others[index].shape[place]) == str(size)]
-    alike = [(index, place) for index, place in places if _hint(others[index].shape[place]) == _hint(size)]
-    return next(iter((*same, *alike)), _hint(size))
+        def unlikeliness(index: int, at: int) -> tuple[Any, ...]:
+            # The batch is counted from the first, other dimensions from the last, so that the mask of an image finds
+            # height and width.
+            from_last = dim - tensor.dim() + values[index].dim()
+            first, second = (dim, from_last) if dim == 0 else (from_last, dim)
+            return str(values[index].shape[at]) != str(size), index, at != first, at != second, at
 
+        alike = [(index, at) for index, at, other in open_sizes if _hint(other) == _hint(size)]
+        return min(alike, key=lambda place: unlikeliness(*place), default=_hint(size))
 
-def _places(other: Tensor, dim: int, dims: int) -> list[int]:
-    """Return the dynamic dimensions of an input, the likeliest first to be that of a tensor of `dims` dimensions.
-
-    The batch is counted from the first, the others from the last, so that the mask of an image finds height and width.
-    """
-    from_last = dim - dims + other.dim()
-    likely = [dim, from_last] if dim == 0 else [from_last, dim]
-    places = dict.fromkeys([*likely, *range(other.dim())])
-    return [place for place in places if 0 <= place < other.dim() and not isinstance(other.shape[place], int)]
+    return Fill(value, tuple(map(size_of, range(tensor.dim()))), tensor.dtype, tensor.device)
 
 
 def _hint(size: Any) -> int:

@@ -20,8 +20,8 @@ from ..graph.modes import set_modes
 from ..graph.tensors import tensor_of
 from ..graph.writes import written_attributes
 from .graph_calls import values_of_call
-from .python_state import Change, PythonState, state_put_back
-from .questions import Questions
+from .process_state.python_state import Change, PythonState, state_put_back
+from .process_state.questions import Questions
 from .shared_copy import shared_copy
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.placement import AdapterNames
 from ..adapters.switches import Switches
-from ..capture.default_dtype import other_default_dtype
+from ..capture.process_state.default_dtype import other_default_dtype
 from ..compat.torch import constant_when_compiled
 from ..errors import AdapterError, CallError
 from ..graph.modes import FLAG, flag_name, is_flag, parts_with_modes

@@ -15,8 +15,8 @@ from ..capture.asserted_decisions import decisions_on_inputs
 from ..capture.capture_model import origin_of
 from ..capture.export import double_batch_of_one, images_in, take_for_one, take_guards
 from ..capture.graph_calls import names_of_results
-from ..capture.held_answers import held_answers, other_than_held
 from ..capture.inputs.labels import problem_type_of
+from ..capture.process_state.held_answers import held_answers, other_than_held
 from ..capture.quirks.layouts import layouts_in
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..rewriting.capture import base_graph

@@ -15,11 +15,11 @@ from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import adapter_tensors
 from ..capture.capture_model import Capture, Inputs, capture_model, without_what_cannot_be
 from ..capture.compare import follows_each_part, require_equal
-from ..capture.default_dtype import default_dtype_of
 from ..capture.graph_calls import call_like_the_model
 from ..capture.origins.hooks import check_hooks
 from ..capture.origins.wrong_arguments import check_model
-from ..capture.python_state import state_put_back
+from ..capture.process_state.default_dtype import default_dtype_of
+from ..capture.process_state.python_state import state_put_back
 from ..errors import CaptureError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.layer_nodes import require_layers

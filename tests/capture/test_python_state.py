@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lite_fx.capture.python_state import PythonState, state_put_back
+from lora_lite_fx.capture.process_state.python_state import PythonState, state_put_back
 
 SEEN: list[int] = [1]
 TABLES: dict[str, Any] = {}

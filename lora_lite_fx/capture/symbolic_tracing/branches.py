@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
 from ...errors import CallError, CaptureError
-from ..python_state import state_put_back
+from ..process_state.python_state import state_put_back
 from .tracer import symbolic_trace
 
 Values = tuple[tuple[str, bool | None], ...]

@@ -16,10 +16,10 @@ from ...compat.torch import schema_of
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ...graph.calls_and_traces import tracing
 from ..autograd_functions import keeping_functions
-from ..python_state import PythonState
+from ..process_state.python_state import PythonState
 from ..refusal import refusal
-from ..traced_regions import LeftChanged, RecordedRegions, changes_gradients, go_back_to_the_caller
 from .attention_module import attend, attend_in_function, is_attention
+from .traced_regions import LeftChanged, RecordedRegions, changes_gradients, go_back_to_the_caller
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import has_side_effect
 
-from ..errors import COMPILE_INSTEAD, CallError
+from ...errors import COMPILE_INSTEAD, CallError
 from .questions import AUTOCAST, DETERMINISTIC, DTYPE, INFERENCE
 
 _ANSWERS: dict[str, Callable[[str], Any]] = {

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..compat.torch import SET_GRAD_ENABLED, buffers_of
-from ..errors import COMPILE_INSTEAD, CaptureError
-from .python_state import PythonState, state_put_back, warn_of_count
-from .questions import AUTOCAST, GRAD, INFERENCE_REGION, Questions, device_of
-from .symbolic_tracing.branches import same_graphs
-from .symbolic_tracing.tracer import recorded, symbolic_trace
+from ...compat.torch import SET_GRAD_ENABLED, buffers_of
+from ...errors import COMPILE_INSTEAD, CaptureError
+from ..process_state.python_state import PythonState, state_put_back, warn_of_count
+from ..process_state.questions import AUTOCAST, GRAD, INFERENCE_REGION, Questions, device_of
+from .branches import same_graphs
+from .tracer import recorded, symbolic_trace
 
 
 def trace_without_constants(model: nn.Module) -> fx.GraphModule:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..quirks.quirk import ANSWERED
+from ..refusal import OF_OTHERS
 from .python_state import Change
-from .quirks.quirk import ANSWERED
-from .refusal import OF_OTHERS
 
 GRAD, AUTOCAST, INFERENCE = (
     "torch.is_grad_enabled()",

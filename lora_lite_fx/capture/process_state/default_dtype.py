@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph.tensors import attribute_of
+from ...graph.tensors import attribute_of
 
 _FACTORIES = frozenset(
     {"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "tensor", "zeros"}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compat.torch import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED, RegionMode
-from .refusal import own_line
+from ...compat.torch import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED, RegionMode
+from ..refusal import own_line
 
 
 class RecordedRegions(RegionMode):  # type: ignore[misc]

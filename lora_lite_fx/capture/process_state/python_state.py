@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from ..compat.torch import MODULES, REGISTRIES
-from ..errors import COMPILE_INSTEAD
+from ...compat.torch import MODULES, REGISTRIES
+from ...errors import COMPILE_INSTEAD
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _CONTAINERS = (list, tuple, dict, set)

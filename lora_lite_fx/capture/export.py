@@ -74,14 +74,18 @@ def images_in(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> fx.GraphModule:
     quirks = all_quirks.concerning(model)
-    try:
-        gm, check_quirks = _trace(model, args, kwargs, dynamic_shapes, quirks)
-    except CaptureError as error:
-        quirks += all_quirks.concerning(model, error)
+    before: Exception | None = None
+    while True:
         try:
             gm, check_quirks = _trace(model, args, kwargs, dynamic_shapes, quirks)
-        except Exception as other:
-            raise error from other
+            break
+        except Exception as error:
+            more = [quirk for quirk in all_quirks.concerning(model, error) if quirk not in quirks]
+            if not more and before is None:
+                raise
+            if not more:  # the last quirks did not help: the error without them names what the model does
+                raise before from error
+            before, quirks = error, [*quirks, *more]
     check_quirks(gm)
     return gm
 

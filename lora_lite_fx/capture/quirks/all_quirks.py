@@ -42,7 +42,7 @@ QUIRKS = (
 
 
 def concerning(model: nn.Module, error: Exception | None = None) -> list[Quirk]:
-    """Return the quirks that concern a model: before its first trace, or once that failed with `error`."""
+    """Return the quirks that concern a model: before its first trace, or after a trace that failed with `error`."""
     return [quirk for quirk in QUIRKS if quirk.concerns(model, error)]
 
 

@@ -23,8 +23,8 @@ class Quirk:
     """A construct of some models that a trace cannot follow by itself.
 
     Args:
-        concerns: whether a model needs it. Called with the model and None before the first trace; with the model and
-            the error if that trace failed.
+        concerns: whether a model needs it. Called with the model and None before the first trace, and with the model
+            and the error of each trace that failed.
         entered: makes the context in which the model is traced, for the model and its call.
         check: checks the graph after the trace, with what the context has yielded; raises CaptureError.
     """
@@ -40,23 +40,22 @@ def always(model: nn.Module, error: Exception | None) -> bool:
 
 
 def after_failure(model: nn.Module, error: Exception | None) -> bool:
-    """Concern the models whose first trace failed."""
+    """Concern the models of which a trace failed."""
     return error is not None
 
 
 def after_undecided(model: nn.Module, error: Exception | None) -> bool:
-    """Concern the models whose first trace failed because they decide by the values of tensors."""
+    """Concern the models of which a trace failed because they decide by the values of tensors."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return error is not None and isinstance(error.__cause__, GuardOnDataDependentSymNode)
 
 
 def where_mentioned(word: str) -> Callable[[nn.Module, Exception | None], bool]:
-    """Concern the models whose files have a word in their source text, and those whose first trace failed."""
+    """Concern the models whose files have a word in their source text, and those of which a trace failed."""
 
     def concerns(model: nn.Module, error: Exception | None) -> bool:
-        is_mentioned = any(word in _source_of(file) for file in files_of(model))
-        return is_mentioned if error is None else not is_mentioned
+        return error is not None or any(word in _source_of(file) for file in files_of(model))
 
     return concerns
 

@@ -16,6 +16,7 @@ from ..adapters.listing import describe_adapters
 from ..adapters.placement import adapter_tensor_names
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
+from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture_model import call_of
 from ..capture.graph_calls import return_as, take_further_inputs_from
 from ..compat.torch import SeesMoves, constant_when_compiled
@@ -127,24 +128,28 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
     def program(self, *fields: Any) -> Program:
         """Return the program with a `ProgramKey` of these fields; derive it if there is none."""
         if torch.compiler.is_dynamo_compiling():
-            return self.derived.numbered[self._number_of(*fields)]
+            program: Program = getattr(self.derived, self._name_of(*fields))
+            return program
         key = ProgramKey(*fields)
-        program = self.derived.programs.get(key)
-        return self._derive(key) if program is None or key.kind == "inference" else program
+        known = self.derived.programs.get(key)
+        return self._derive(key) if known is None or key.kind in ("inference", "exported") else known
 
     # Otherwise torch.compile would trace it.
     @constant_when_compiled
-    def _number_of(self, *fields: Any) -> int:
-        return self._derive(ProgramKey(*fields)).number
+    def _name_of(self, *fields: Any) -> str:
+        return self._derive(ProgramKey(*fields)).name
 
     def _derive(self, key: ProgramKey) -> Program:
         """Return the program with this key, derived if there is none, with its values inside a scope of `frozen`."""
         with deriving:
+            if key.kind == "exported":
+                warn_of_trace(self.flat_graph)
+                set_modes(self, modes_of(self.host))  # because the graph reads its own
             derived = self.derived
             program = derived.programs.get(key)
             if program is None:
                 program = derive_program(self, key)
-                derived.programs[key] = derived.numbered[program.number] = program
+                derived.add(program)
             if key.kind == "inference" and self.keeps_values:
                 ids = self.adapter_ids
                 if program.kept is None or program.kept.ids is not ids:

@@ -7,13 +7,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture_model import call_of
 from ..capture.graph_calls import left_out_of_export, return_without
 from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
 from ..graph.copies import Draft, copy_graph
-from ..graph.modes import keep_mode, modes_of, set_modes
+from ..graph.modes import keep_mode
 from ..graph.writes import overwrites, written_attributes
 from ..log import phase
 from ..passes import GraphPass, LeaveOutAdapters, LeaveOutInputs, PassReport, Pipeline, ScaleAdapters, read_ids
@@ -28,11 +27,9 @@ def derive_program(gm: RunsPrograms, key: ProgramKey) -> Program:
     """Return a new program for the calls that have this key."""
     execution = gm.execution
     assert execution is not None
-    number = len(gm.derived.programs)
+    name = f"program_{len(gm.derived.programs)}"
     if key.kind == "exported":
-        warn_of_trace(gm.flat_graph)
-        set_modes(gm, modes_of(gm.host))  # because the graph reads its own
-        program = Program(key, number, gm)
+        program = Program(key, name, gm)
         program.code, program.owner = traceable_forward(gm, optimized_graph(gm, key)[0]), gm
         return program
     without = f" for calls without {', '.join(key.left_out)}" if key.left_out else ""
@@ -48,7 +45,7 @@ def derive_program(gm: RunsPrograms, key: ProgramKey) -> Program:
         pieces, values = cut(gm, gm.host, graph, key.called)
         graph.lint()  # every value is there before it is read, wherever passes of others put their nodes
         written = written_attributes(gm) if key.kind == "inference" else ()
-        program = Program(key, number, gm.host, pieces, values, unplanned, written)
+        program = Program(key, name, gm.host, pieces, values, unplanned, written)
         paths = [piece.path for piece in pieces]
         for piece in pieces:
             if memory != "fast" and not unplanned:

@@ -51,8 +51,12 @@ class Derived:
         self.owners_of_modes: list[dict[str, Any]] | None = None  # their attributes, in a scope of `frozen`
         self.hooks_and_ties: HooksAndTies | None = None
         self.programs: dict[ProgramKey, Program] = {}
-        self.numbered: dict[int, Program] = {}  # the same for torch.compile, which takes numbers for keys
         self.exported: dict[ProgramKey, fx.Graph] = {}
+
+    def add(self, program: Program) -> None:
+        """Add a program; also as an attribute, which torch.compile finds if it is added while it traces a call."""
+        self.programs[program.key] = program
+        setattr(self, program.name, program)
 
 
 class RunsPrograms(fx.GraphModule):

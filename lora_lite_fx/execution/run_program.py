@@ -59,7 +59,7 @@ class Program:
 
     Args:
         key: of the calls that it runs.
-        number: its place among the programs of the graph, a name that torch.compile takes.
+        name: its own among the programs of the graph.
         host: the module whose tensors it reads, and whose modules it calls.
         pieces: what modules run of it.
         values: what the rest needs of the host; None if it needs nothing.
@@ -71,7 +71,7 @@ class Program:
     """
 
     key: ProgramKey
-    number: int
+    name: str
     host: nn.Module
     pieces: list[Piece] = field(default_factory=list)
     values: Values | None = None

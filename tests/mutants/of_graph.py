@@ -179,7 +179,7 @@ MUTANTS = (
         "waits = layer or _is_impure(node) or any(",
         "waits = layer or any(",
         "random numbers are drawn in another order",
-        "pieces.py::test_a_graph_that_is_cut_computes_what_the_model_does",
+        "layer_nodes.py::test_a_graph_that_is_cut_computes_what_the_model_does",
     ),
     _piece(
         "            if places not in ({None}, {piece_of.get(made_by)}):\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,13 @@ class Decoder(NamedTuple):
 
 @torch.no_grad()
 def probe(model: Any) -> Decoder | None:
-    """Run a causal language model on a few tokens, and return what that shows; None for any other model."""
+    """Run a causal language model on a few tokens, left-padded, and on one more, and return what that shows.
+
+    Returns:
+        None if it is not one that appends tokens, and these alone, to its cache: GIT widens masks by the tokens of an
+        image. None too if tokens see those behind them in texts without padding alone: `is_causal = False` on a module
+        of attention says so. Sdpa leaves out a mask of ones there, which a graph of a call with a mask does not.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     from ..compat.transformers import CACHE
@@ -74,12 +81,27 @@ def probe(model: Any) -> Decoder | None:
         return None
     text = model.config.get_text_config(decoder=True)
     ids, mask = some_text(LENGTH, text, model.device)
-    with in_mode(model, False):
+    ids[2] = ids[1]
+    ids[2, -1] = (ids[1, -1] + 1) % text.vocab_size  # for `_sees_behind`
+
+    def run(**more: Any) -> Any:
+        given = {"input_ids": ids, "attention_mask": mask, CACHE: DynamicCache(config=text), "use_cache": True, **more}
         try:
-            result = model(input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: DynamicCache(config=text)})
+            return model(**given)
         except Exception:  # Kyutai's speech models take tokens in another form, with a column for each code
             return None
-    layers = getattr(getattr(result, CACHE, None), "layers", ())  # none of BertLMHeadModel that is not a decoder
+
+    with in_mode(model, False):
+        result = run()
+        if not isinstance(getattr(result, CACHE, None), DynamicCache):
+            return None  # BertLMHeadModel that is not a decoder
+        unpadded = run(attention_mask=None)
+        longer = torch.cat([mask, mask[:, -1:]], dim=1)
+        if run(input_ids=ids[:, :1], attention_mask=longer, **{CACHE: copy.deepcopy(result[CACHE])}) is None:
+            return None
+    if unpadded is not None and _sees_behind(unpadded.logits) != _sees_behind(result.logits):
+        return None
+    layers = result[CACHE].layers
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     if not layers or not all(type(layer) in known and layer.is_initialized for layer in layers):
         return None
@@ -88,6 +110,12 @@ def probe(model: Any) -> Decoder | None:
         for layer in layers
     )
     return Decoder(tuple(empty), "logits_to_keep" in signature)
+
+
+def _sees_behind(logits: Tensor) -> bool:
+    """Return whether tokens before the last see it: it is what distinguishes the second text from the third."""
+    one, other = logits[1, :-1], logits[2, :-1]
+    return not torch.allclose(one, other, rtol=0, atol=0.01 * float(one.nan_to_num().abs().max()), equal_nan=True)
 
 
 def some_text(length: int, config: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,6 @@ from tests.support.programs import (
     in_calls,
     reasons,
 )
-from tests.support.selection import broad_after
 
 T, IN, OUT, R, BLOCK = 256, 192, 160, 8, 8
 
@@ -113,23 +112,16 @@ def test_the_sum_moves_behind_the_site() -> None:
 
 @pytest.mark.parametrize(
     ("gm", "why"),
-    broad_after(
-        2,
-        [
-            (lambda: reflected(llfx.OFT(block_size=2)), "the adapter adds no low-rank branch to the input"),
-            (
-                lambda: llfx.rewrite(Down(), GATE, EXAMPLE),
-                "the adapter does not add to the input",
-            ),
-            (lambda: reflected(llfx.HRA(r=2), torch.bfloat16), "the weight and B have different types"),
-            (
-                lambda: reflected(llfx.HRA(r=2, dtype=torch.bfloat16), torch.bfloat16),
-                "in half precision W B would be rounded",
-            ),
-            (lambda: reflected(llfx.HRA(r=2), d_out=25), "the output is more than 4 times as wide as the input"),
-        ],
-        several=True,
-    ),
+    [
+        (lambda: reflected(llfx.OFT(block_size=2)), "the adapter adds no low-rank branch to the input"),
+        (lambda: llfx.rewrite(Down(), GATE, EXAMPLE), "the adapter does not add to the input"),
+        (lambda: reflected(llfx.HRA(r=2), torch.bfloat16), "the weight and B have different types"),
+        (
+            lambda: reflected(llfx.HRA(r=2, dtype=torch.bfloat16), torch.bfloat16),
+            "in half precision W B would be rounded",
+        ),
+        (lambda: reflected(llfx.HRA(r=2), d_out=25), "the output is more than 4 times as wide as the input"),
+    ],
     ids=["no branch", "no sum", "types", "half", "wide"],
 )
 def test_the_reason_is_given_for_each_site(gm: Callable[[], fx.GraphModule], why: str) -> None:

@@ -46,18 +46,36 @@ def prepare_arguments(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class AdaptedDiffuser:
-    """The methods of an adapted model of diffusers."""
+    """The methods of an adapted model of diffusers.
+
+    Its graphs are captured again when its modules are told to compute in another way: by attributes that they did not have
+    before, which `ModelState` does not look for.
+    """
 
     def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         """Let the graphs checkpoint their layers, as `rewrite(..., checkpoint_layers=True)` does."""
-        super().enable_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
-        self._graphs.drop()  # type: ignore[attr-defined]  # see `Adapted`
+        self._change("enable_gradient_checkpointing", *args, **kwargs)
 
     def disable_gradient_checkpointing(self) -> None:
         """Let the graphs save all activations again."""
-        super().disable_gradient_checkpointing()  # type: ignore[misc]
-        self._graphs.drop()  # type: ignore[attr-defined]
+        self._change("disable_gradient_checkpointing")
+
+    def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
+        """Do what the model does, in new graphs."""
+        self._change("enable_freeu", *args, **kwargs)
+
+    def disable_freeu(self) -> None:
+        """Do what the model does, in new graphs."""
+        self._change("disable_freeu")
+
+    def set_attn_processor(self, *args: Any, **kwargs: Any) -> None:
+        """Do what the model does, in new graphs."""
+        self._change("set_attn_processor", *args, **kwargs)
 
     def fuse_qkv_projections(self) -> None:
         """Raise AdapterError, because the adapters of the projections would have no place in the fused one."""
         raise AdapterError("Fuse the projections before adapt: the adapters of to_q, to_k and to_v are at theirs.")
+
+    def _change(self, method: str, *args: Any, **kwargs: Any) -> None:
+        getattr(super(), method)(*args, **kwargs)
+        self._graphs.drop()  # type: ignore[attr-defined]  # see `Adapted`

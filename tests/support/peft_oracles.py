@@ -343,7 +343,7 @@ def randomise(theirs: nn.Module, size: float) -> None:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and "ranknum" not in name:  # which AdaLoRA counts the ranks in
                 value = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.2
                 if "delora_lambda" in name:
                     value *= 10
@@ -364,7 +364,7 @@ def gradients_of(theirs: Any, graph: fx.GraphModule) -> dict[str, Tensor]:
     with_gradients = copy.deepcopy(theirs)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
+            if parameter.grad is not None:
                 with_gradients.get_parameter(name).copy_(parameter.grad)
     return llfx.adapter_state_dict(loaded(with_gradients, graph))
 

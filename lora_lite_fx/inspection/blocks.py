@@ -190,35 +190,26 @@ def _place(name: str, depth: int) -> tuple[str, int] | None:
 
 
 def _sublayer(step: list[Part], home: str) -> Sublayer:
-    roles = [set(part.row.roles) for part in step]
-    present = set().union(*roles)
     named, path = _named(step, home)
+    present = {role for part in named for role in part.row.roles}
     if QKV & present:
-        middle = [
-            part
-            for part, part_roles in zip(named, roles, strict=True)
-            if part_roles & QKV and not _is_first(part_roles, roles)
-        ]
-        after = [
-            part
-            for part, part_roles in zip(named, roles, strict=True)
-            if "output" in part_roles and not part_roles & QKV
-        ]
+        middle = [part for part in named if QKV & set(part.row.roles) and not _is_first(part, named)]
+        after = [part for part in named if "output" in part.row.roles and not QKV & set(part.row.roles)]
         before = [part for part in named if part not in middle and part not in after]
         return Sublayer("attention", path, (tuple(before), tuple(middle), tuple(after)))
     if set(GROUPS["mlp"]) & present:
-        after = [part for part, part_roles in zip(named, roles, strict=True) if "down" in part_roles]
+        after = [part for part in named if "down" in part.row.roles]
         return Sublayer("feed-forward", path, (tuple(part for part in named if part not in after), tuple(after)))
     if "router" in present:
         return Sublayer("router", path, tuple((part,) for part in named))
     return _in_a_row(step, home)
 
 
-def _is_first(part_roles: set[str], roles: Sequence[set[str]]) -> bool:
-    """Check whether a projection is the first factor of a low-rank one, from its roles and those of all sites."""
-    return "reader" in part_roles and any(
-        "inner" in other and other & QKV and other & QKV <= part_roles for other in roles
-    )
+def _is_first(part: Part, parts: Sequence[Part]) -> bool:
+    """Check whether a projection is the first factor of a low-rank one, of which the second is among `parts`."""
+    roles = set(part.row.roles)
+    made = (QKV & set(other.row.roles) for other in parts if "inner" in other.row.roles)
+    return "reader" in roles and any(second and second <= roles for second in made)
 
 
 def _in_a_row(step: list[Part], home: str) -> Sublayer:

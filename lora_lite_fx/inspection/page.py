@@ -4,49 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ..sites.roles import ROLES
 from .blocks import Block, blocks, main_roles
-from .picture import (
-    draw,
-    gradient,
-    is_inline,
-    largest,
-    room_below,
-)
+from .picture import draw, gradient, is_inline, largest, room_below
 
 if TYPE_CHECKING:
     from ..rewriting.unadapted import Unadapted
     from .site_rows import LeftOutRow, SiteRow
-
-
-class PageData(Protocol):
-    """The data of a page: the rows of a table, and its counts."""
-
-    @property
-    def rows(self) -> tuple[SiteRow, ...]: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def total(self) -> int: ...
-    @property
-    def trainable(self) -> int: ...
-    @property
-    def sizes(self) -> Mapping[str, int]: ...
-    @property
-    def left_out(self) -> tuple[LeftOutRow, ...]: ...
-    @property
-    def unadapted(self) -> tuple[Unadapted, ...]: ...
-
+    from .table import SiteTable
 
 _UNKNOWN = "the dataflow leaves a doubt, so nothing is guessed"
 
 
-def render(table: PageData) -> str:
+def render(table: SiteTable) -> str:
     """Return `table` as one HTML page; the same table gives the same page, bit for bit."""
     all_blocks = blocks(table.rows)
     most = largest(part for block in all_blocks for part in block.parts)
@@ -75,7 +49,7 @@ def render(table: PageData) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
 
 
-def _legend(table: PageData) -> str:
+def _legend(table: SiteTable) -> str:
     counts = Counter(role for row in table.rows for role in row.roles or ("unknown",))
     return "".join(
         f'<button type="button" class="key" data-q="{role}" title="{escape(why)}" style="--c:var(--{role})">'
@@ -85,7 +59,7 @@ def _legend(table: PageData) -> str:
     )
 
 
-def _card(block: Block, most: int, table: PageData) -> str:
+def _card(block: Block, most: int, table: SiteTable) -> str:
     """Return the card of a block; a block of several equal layers has a strip for each of them below."""
     sublayers = block.sublayers()
     inline = [is_inline(sublayer, bool(block.layers)) for sublayer in sublayers]

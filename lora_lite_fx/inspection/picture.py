@@ -11,12 +11,7 @@ from html import escape
 from itertools import pairwise
 from math import ceil
 
-from .blocks import (
-    QKV,
-    Part,
-    Sublayer,
-    main_roles,
-)
+from .blocks import QKV, Part, Sublayer, main_roles
 
 _LOW, _HIGH = 62.0, 100.0  # the height of a site's side, from no feature to the most
 _GAP = 60.0  # between columns: the adapter's branch, then the lines that meet
@@ -100,9 +95,9 @@ def _inline(sublayer: Sublayer, most: int, below: float) -> str:
         boxes.append(_Box(part, x, stream, _width(part)))
         x += boxes[-1].w + _GAP
     width = max(x - _GAP + _MARGIN + 30, _title_width(sublayer))
-    lines = [
-        _line((left, stream), (right, stream), arrow=False, kind="stream") for left, right in _between(boxes, width)
-    ]
+    edges = [0.0, *(edge for box in boxes for edge in (box.x, box.right)), width + 1]  # of the stream between boxes
+    ends = zip(edges[::2], edges[1::2], strict=True)
+    lines = [_line((left, stream), (right, stream), arrow=False, kind="stream") for left, right in ends]
     return _svg(sublayer, width, stream + below, [*lines, *(_site(box, most) for box in boxes)])
 
 
@@ -130,26 +125,22 @@ def _branch(sublayer: Sublayer, most: int, below: float) -> str:
     end = x - _GAP + 44
     drawn = [_line((0, stream), (max(end + _MARGIN, _title_width(sublayer)) + 1, stream), arrow=False, kind="stream")]
 
-    first = placed[0]
-    for box in first:
+    for box in placed[0]:
         if box.part in crossing:
-            drawn.append(_line((bus + 16, box.y), (box.x, box.y)))
-            drawn.append(f'<circle class="port" cx="{bus + 16:g}" cy="{box.y:g}" r="4"/>')
-            drawn.append(_text(bus + 12, box.y + 17, "other input", "small"))
+            drawn += _port(box, bus + 16, bus + 12, "other input")
         else:
             drawn.append(_line((bus, stream), (bus, box.y), (box.x, box.y)))
     for left, right in pairwise(placed):
         meet = max(box.right for box in left) + 36
         for target in right:
             if target.part and not _follows(target.part, left):
-                drawn.append(_line((target.x - 26, target.y), (target.x, target.y)))
-                drawn.append(f'<circle class="port" cx="{target.x - 26:g}" cy="{target.y:g}" r="4"/>')
-                drawn.append(_text(target.x - 48, target.y + 17, "stream", "small"))
+                drawn += _port(target, target.x - 26, target.x - 48, "stream")
                 continue
             for box in left:
                 if _feeds(box, target):
                     drawn.append(_line((box.right, box.y), (meet, box.y), (meet, target.y), (target.x, target.y)))
-    returns = "line" if _returns(sublayer) else "open"
+    writes = any({"writer", "output", "down"} & set(part.row.roles) for part in sublayer.parts)
+    returns = "line" if writes else "open"
     for box in placed[-1]:
         drawn.append(_line((box.right, box.y), (end, box.y), (end, stream - 9), kind=returns))
     drawn.append(f'<circle class="dot" cx="{bus:g}" cy="{stream:g}" r="4"/>')
@@ -177,11 +168,8 @@ def _crossing(sublayer: Sublayer) -> list[Part]:
         return []
     queries = {part.row.reads for part in sublayer.stages[1] if "query" in part.row.roles}
     others = [part for part in sublayer.stages[1] if "query" not in part.row.roles]
-    return others if queries.isdisjoint(part.row.reads for part in others) and _agree(others) else []
-
-
-def _agree(parts: list[Part]) -> bool:
-    return len({part.row.reads for part in parts}) == 1
+    read = {part.row.reads for part in others}
+    return others if len(read) == 1 and queries.isdisjoint(read) else []
 
 
 def _follows(part: Part, before: list[_Box]) -> bool:
@@ -195,11 +183,6 @@ def _feeds(box: _Box, target: _Box) -> bool:
         return True
     roles = QKV & set(box.part.row.roles)
     return not roles or not roles.isdisjoint(target.part.row.roles)
-
-
-def _returns(sublayer: Sublayer) -> bool:
-    """Check whether one of the sites writes the stream."""
-    return any({"writer", "output", "down"} & set(part.row.roles) for part in sublayer.parts)
 
 
 # Pieces.
@@ -262,6 +245,12 @@ def _operation(box: _Box) -> str:
     )
 
 
+def _port(box: _Box, x: float, x_of_text: float, text: str) -> list[str]:
+    """Return the line into a box from a value that is not drawn, which `text` names."""
+    port = f'<circle class="port" cx="{x:g}" cy="{box.y:g}" r="4"/>'
+    return [_line((x, box.y), (box.x, box.y)), port, _text(x_of_text, box.y + 17, text, "small")]
+
+
 def _sum(x: float, y: float, kind: str, r: float = 9) -> str:
     a = r * 0.55
     return (
@@ -321,12 +310,6 @@ def shorten(text: str, most: int = 24) -> str:
 
 
 # Sizes.
-
-
-def _between(boxes: list[_Box], width: float) -> list[tuple[float, float]]:
-    """Return the stretches of the stream around boxes that stand on it."""
-    edges = [0.0, *(edge for box in boxes for edge in (box.x, box.right)), width + 1]
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _side(features: int, most: int) -> float:

@@ -8,6 +8,7 @@ from typing import get_args
 from torch import fx, nn
 
 from ..adapters.placement import graph_of, placements
+from ..capture.signature import CallSignature
 from ..errors import AdapterError, CallError, shown
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..passes import Program
@@ -53,18 +54,22 @@ def program(model: nn.Module, name: Program = "inference", *, without: Sequence[
         )
     if name not in get_args(Program):
         raise AdapterError(f"There is no program {name!r}; the programs are {', '.join(get_args(Program))}.")
-    left_out = (without,) if isinstance(without, str) else tuple(without)
-    if left_out:
-        signature = graph.execution.signature
-        if signature is None:
-            raise CallError(f"This graph takes all its inputs in every call; without={left_out!r} leaves some out.")
-        signature.omission(left_out)
-        left_out = tuple(argument for argument in signature.captured if argument in left_out)
+    left_out = _in_order((without,) if isinstance(without, str) else tuple(without), graph.execution.signature)
     result, reports = graph.program_graph(name, left_out)
     result.meta["report"] = ProgramReport(name, tuple(reports))
     if name in ("inference", "checkpointed"):
         result.train(name == "checkpointed")
     return result
+
+
+def _in_order(left_out: tuple[str, ...], signature: CallSignature | None) -> tuple[str, ...]:
+    """Return the arguments that a call leaves out in the order of the signature, which has to allow it."""
+    if not left_out:
+        return ()
+    if signature is None:
+        raise CallError(f"This graph takes all its inputs in every call; without={left_out!r} leaves some out.")
+    signature.omission(left_out)
+    return tuple(argument for argument in signature.captured if argument in left_out)
 
 
 def _hint(model: object) -> str:

@@ -26,7 +26,7 @@ from ..rewriting.unadapted import Unadapted, find_unadapted
 from ..sites.computed import Computation
 from ..sites.roles import ROLES
 from ..sites.site import Site, stored_weight
-from ..sites.unmatched import find_left_out
+from ..sites.unmatched import LeftOut, find_left_out
 from ..text_table import text_table
 from .page import render
 from .pass_reports import ProgramReport
@@ -140,11 +140,8 @@ class SiteTable(Sequence[SiteRow]):
             f"{counted(len(self.rows), 'site')}; {self.trainable:,} of {self.total:,} parameters train"
             f" ({share:.3f}%){outside}"
         )
-        held, entries = (
-            sum(row.bytes for row in self.rows),
-            sum(row.bytes * 8 / row.bits for row in self.rows if row.bits),
-        )
         if self.is_quantized:
+            held, entries = sum(r.bytes for r in self.rows), sum(r.bytes * 8 / r.bits for r in self.rows if r.bits)
             lines.append(f"the weights of the sites take {held:,} bytes, {8 * held / entries:.2f} bits each")
         lines += ["", "not sites, though they multiply data:"] if self.left_out else []
         lines += [f"  {row.name}: {row.reason}" for row in self.left_out]
@@ -178,66 +175,73 @@ def inspect(
     model_or_graph = model if isinstance(model, ExportedProgram) else graph_of(model)
     gm = base_graph(model_or_graph, example_inputs)
     account = account_for(gm)
-    rows = []
-    for site in account.sites:
-        around = () if site.name in account.lost else account.insertions.get(site.name, ())
-        if site.kind.name not in kinds and not around:
-            continue
-        _, x, _ = surrounding(around, site.calls[0].x, site.calls[0].y)
-        dtype, entries, held = _weight(gm, site)
-        rows.append(
-            SiteRow(
-                name=site.name,
-                roles=tuple(role for role in ROLES if role in site.roles),
-                d_in=site.d_in,
-                d_out=site.d_out,
-                reasons={role: site.reasons[role] for role in ROLES if role in site.reasons},
-                weight=site.weight,
-                dtype=str(dtype).removeprefix("torch."),
-                bias=site.bias is not None,
-                calls=len(site.calls),
-                reads=x.name,
-                kind=site.kind.name,
-                experts=site.experts,
-                bytes=held,
-                bits=8 * held / entries,
-                **_adapters(gm, around),
-            )
-        )
+    around = {site.name: account.insertions.get(site.name, ()) for site in account.sites}
+    around |= dict.fromkeys(account.lost.keys() & around.keys(), ())
+    listed = [site for site in account.sites if site.kind.name in kinds or around[site.name]]
+    rows = [_row(gm, site, around[site.name]) for site in listed]
     rows += [_lost_row(gm, name, account.insertions[name], why) for name, why in account.lost.items()]
-    entries_of = _entries(gm, account.sites)
+    entries = _entries(gm, account.sites)
     adapters = set(adapter_tensor_names(gm))
-    counts = {name: entries_of.get(name, parameter.numel()) for name, parameter in gm.named_parameters()}
-    total = sum(counts.values())
-    sizes = {name: count for name, count in counts.items() if name not in adapters}
+    counts = {name: entries.get(name, parameter.numel()) for name, parameter in gm.named_parameters()}
     trained = sum(tensor.numel() for name in adapters if (tensor := tensor_of(gm, name)).requires_grad)
-    repeated = sum(row.parameters for row in rows) - trained
-    unfrozen = 0
-    if adapters and isinstance(model, nn.Module):
-        own = {id(tensor_of(model, name)) for name in adapters}
-        unfrozen = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
-    programs: tuple[ProgramReport, ...] = ()
-    if passes:
-        # A model that runs is asked for its own programs; of another model the graph made here shows what would run.
-        running = model_or_graph if isinstance(model_or_graph, AdaptedGraphModule) else gm
-        assert isinstance(running, AdaptedGraphModule)
-        assert running.execution is not None
-        programs = tuple(program(running, which).meta["report"] for which in running.execution.programs)
     not_sites = find_left_out(gm, account.sites)
-    unadapted = find_unadapted(gm, account.sites, not_sites, {row.name for row in rows if row.adapters})
-    left_out = tuple(
-        LeftOutRow(
-            name=weight.name,
-            weight=weight.weight,
-            reason=weight.reason,
-            roles=tuple(role for role in ROLES if role in weight.roles),
-            kind=weight.kind.name,
-        )
-        for weight in not_sites
-        if weight.kind.name in kinds
+    return SiteTable(
+        rows=tuple(rows),
+        total=sum(counts.values()),
+        model=model_name(gm) if isinstance(model, (fx.GraphModule, ExportedProgram)) else type(model).__name__,
+        sizes={name: count for name, count in counts.items() if name not in adapters},
+        unfrozen=_unfrozen(model, adapters),
+        programs=_reports(model_or_graph, gm) if passes else (),
+        left_out=tuple(_left_out_row(weight) for weight in not_sites if weight.kind.name in kinds),
+        repeated=sum(row.parameters for row in rows) - trained,
+        unadapted=tuple(find_unadapted(gm, account.sites, not_sites, {row.name for row in rows if row.adapters})),
     )
-    name = _class_name(model, gm)
-    return SiteTable(tuple(rows), total, name, sizes, unfrozen, programs, left_out, repeated, tuple(unadapted))
+
+
+def _row(gm: fx.GraphModule, site: Site, around: Sequence[Insertion]) -> SiteRow:
+    _, x, _ = surrounding(around, site.calls[0].x, site.calls[0].y)
+    dtype, entries, held = _weight(gm, site)
+    return SiteRow(
+        name=site.name,
+        roles=_in_order(site.roles),
+        d_in=site.d_in,
+        d_out=site.d_out,
+        reasons={role: site.reasons[role] for role in ROLES if role in site.reasons},
+        weight=site.weight,
+        dtype=str(dtype).removeprefix("torch."),
+        bias=site.bias is not None,
+        calls=len(site.calls),
+        reads=x.name,
+        kind=site.kind.name,
+        experts=site.experts,
+        bytes=held,
+        bits=8 * held / entries,
+        **_adapters(gm, around),
+    )
+
+
+def _left_out_row(weight: LeftOut) -> LeftOutRow:
+    return LeftOutRow(weight.name, weight.weight, weight.reason, _in_order(weight.roles), weight.kind.name)
+
+
+def _in_order(roles: frozenset[str]) -> tuple[str, ...]:
+    return tuple(role for role in ROLES if role in roles)
+
+
+def _unfrozen(model: object, adapters: Iterable[str]) -> int:
+    """Return how many parameters outside the adapters train, in a model that has adapters."""
+    if not isinstance(model, nn.Module) or not adapters:
+        return 0
+    of_adapters = {id(tensor_of(model, name)) for name in adapters}
+    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in of_adapters)
+
+
+def _reports(model: object, gm: fx.GraphModule) -> tuple[ProgramReport, ...]:
+    """Return the reports of the programs of a model that runs; of another model those that its graph would have."""
+    running = model if isinstance(model, AdaptedGraphModule) else gm
+    assert isinstance(running, AdaptedGraphModule)
+    assert running.execution is not None
+    return tuple(program(running, which).meta["report"] for which in running.execution.programs)
 
 
 def _weight(gm: fx.GraphModule, site: Site) -> tuple[torch.dtype, int, int]:
@@ -292,8 +296,3 @@ def _lost_row(gm: fx.GraphModule, name: str, around: Sequence[Insertion], why: s
         **fields,
         **_adapters(gm, around),
     )
-
-
-def _class_name(model: nn.Module | ExportedProgram, gm: fx.GraphModule) -> str:
-    """Return the name of the class that was captured."""
-    return model_name(gm) if isinstance(model, (fx.GraphModule, ExportedProgram)) else type(model).__name__

@@ -22,7 +22,7 @@ from .finding import name_of_weight
 from .kinds.contraction import contraction
 from .kinds.convolution import Convolution
 from .kinds.embedding import Lookup
-from .kinds.experts import Experts
+from .kinds.experts import GROUPED, Experts
 from .kinds.linear import Linear
 from .kinds.norm import Norm
 from .kinds.site_kind import SiteKind
@@ -33,7 +33,6 @@ _MATRIX_PRODUCTS = PRODUCTS | {"linear", "mm", "addmm", "addbmm", "mv", "addmv",
 _LOOKUPS = {"embedding", "embedding_bag"}
 _EMBEDDINGS = {"embedding", "embeddingbag"}
 _GATHERS = {"index", "index_select", "gather", "getitem"}
-_GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _OWN = ("torch", "_operator", "operator", "math", "builtins", "lora_lite_fx")
 _COMPLEX = "its numbers are complex, and adapters are made of real ones"
@@ -116,44 +115,16 @@ def find_left_out(gm: fx.GraphModule, sites: Iterable[Site]) -> list[LeftOut]:
 
 def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None:
     """Return how `node` multiplies data with a weight, or None if it does not."""
-    name = op_name(node)
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        weights: dict[str, Tensor] = {
-            f"{node.target}.{path}": p for path, p in module.named_parameters() if p.dim() > 1
-        }
-        if name in NORMS and isinstance(getattr(module, "weight", None), Tensor):
-            reason = f"symbolic tracing does not look into norms; {_EXAMPLES}"
-            return _Use(node, {f"{node.target}.weight": module.weight}, reason, Norm())  # type: ignore[dict-item]
-        if not weights or name in NORMS or isinstance(module, fx.GraphModule):
-            return None
-        called = type(module).__name__
-        if type(module).__module__.startswith("torch.nn.") and not called.startswith(
-            ("MultiheadAttention", "Transformer")
-        ):
-            module_kind = Convolution() if name.startswith("conv") else Lookup() if name in _EMBEDDINGS else Linear()
-            is_site = called in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d") and _is_hooked(module)
-            reason = "a hook stands on the module" if is_site else f"{called} is not a kind of site"
-            return _Use(node, weights, reason, module_kind)
-        return _Use(node, weights, f"symbolic tracing does not look into {called}; {_EXAMPLES}", opaque=True)
-    operands = {operand: _weights(gm, operand) for operand in node.all_input_nodes if operand in frozen}
-    operands = {operand: weights for operand, weights in operands.items() if weights}
+        return _use_of_module(gm, node)
+    operands = {each: weights for each in node.all_input_nodes if each in frozen and (weights := _weights(gm, each))}
     data = [operand for operand in node.all_input_nodes if operand not in frozen]
     if not operands or not data:
         return None
-    mains = [(main := largest(of_operand), of_operand[main]) for of_operand in operands.values()]
-    weights = dict(mains)
+    name = op_name(node)
     if name in _MATRIX_PRODUCTS:
-        if name != "linear":  # what is multiplied with looked-up or projected positions is no weight
-            operands = {operand: weights for operand, weights in operands.items() if not is_table(operand)}
-        if not operands:
-            return None
-        operand = next(iter(operands))
-        main = largest(operands[operand])
-        kind: SiteKind = Experts() if operands[operand][main].dim() > 2 and name in ("bmm", "matmul") else Linear()
-        reason = obstacle(gm, operand, node) or _why_not_linear(gm, node, name, operand, data)
-        linear = LinearNode(data[0], node) if kind.has_roles else None
-        return _Use(node, {main: operands[operand][main]}, reason, kind, linear=linear)
+        return _use_of_product(gm, node, operands, data)
+    weights = {(main := largest(of_operand)): of_operand[main] for of_operand in operands.values()}
     if name.startswith("conv"):
         computed = next((why for operand in operands if (why := obstacle(gm, operand, node))), "")
         return _Use(node, weights, computed or f"{name} is not a kind of site", Convolution())
@@ -164,15 +135,49 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
     if name in _GATHERS and all(weight.dim() > 2 for weight in weights.values()):
         way_out = "experts_implementation='grouped_mm' of from_pretrained makes it a site"
         return _Use(node, weights, f"its matrices are gathered for each token; {way_out}", Experts())
-    if name in _GROUPED:
+    if name in GROUPED:
         return _Use(node, weights, "a product of experts with a weight that is not a parameter", Experts())
     if name in _RECURRENT:
         return _Use(node, weights, f"{name} multiplies inside one operation")
+    if isinstance(node.target, (OpOverload, str)) or _is_plain(node):
+        return None
+    called = getattr(node.target, "__name__", str(node.target))
     weights = {path: parameter for of_operand in operands.values() for path, parameter in of_operand.items()}
-    if not isinstance(node.target, (OpOverload, str)) and not _is_plain(node):
-        called = getattr(node.target, "__name__", str(node.target))
-        return _Use(node, weights, f"the function {called} is opaque to the capture; {_EXAMPLES}", opaque=True)
-    return None
+    return _Use(node, weights, f"the function {called} is opaque to the capture; {_EXAMPLES}", opaque=True)
+
+
+def _use_of_module(gm: fx.GraphModule, node: fx.Node) -> _Use | None:
+    """Return how a module that is called as a leaf multiplies data with its weights, or None if it does not."""
+    name, module = op_name(node), gm.get_submodule(str(node.target))
+    weights: dict[str, Tensor] = {f"{node.target}.{path}": p for path, p in module.named_parameters() if p.dim() > 1}
+    if name in NORMS and isinstance(weight := getattr(module, "weight", None), Tensor):
+        reason = f"symbolic tracing does not look into norms; {_EXAMPLES}"
+        return _Use(node, {f"{node.target}.weight": weight}, reason, Norm())
+    if not weights or name in NORMS or isinstance(module, fx.GraphModule):
+        return None
+    called = type(module).__name__
+    is_composed = called.startswith(("MultiheadAttention", "Transformer"))
+    if is_composed or not type(module).__module__.startswith("torch.nn."):
+        return _Use(node, weights, f"symbolic tracing does not look into {called}; {_EXAMPLES}", opaque=True)
+    kind = Convolution() if name.startswith("conv") else Lookup() if name in _EMBEDDINGS else Linear()
+    is_site = called in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d") and _is_hooked(module)
+    return _Use(node, weights, "a hook stands on the module" if is_site else f"{called} is not a kind of site", kind)
+
+
+def _use_of_product(
+    gm: fx.GraphModule, node: fx.Node, operands: Mapping[fx.Node, dict[str, Tensor]], data: list[fx.Node]
+) -> _Use | None:
+    """Return how a matrix product multiplies data with its first frozen operand that is a weight."""
+    name = op_name(node)
+    # What is multiplied with looked-up or projected positions is not a weight, unless the graph says so.
+    operand = next((each for each in operands if name == "linear" or not is_table(each)), None)
+    if operand is None:
+        return None
+    main = largest(operands[operand])
+    weight = operands[operand][main]
+    kind: SiteKind = Experts() if weight.dim() > 2 and name in ("bmm", "matmul") else Linear()
+    reason = obstacle(gm, operand, node) or _why_not_linear(gm, node, name, operand, data)
+    return _Use(node, {main: weight}, reason, kind, linear=LinearNode(data[0], node) if kind.has_roles else None)
 
 
 def _is_complex(gm: fx.GraphModule, use: _Use, frozen: set[fx.Node]) -> bool:

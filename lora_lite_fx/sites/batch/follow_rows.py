@@ -28,7 +28,7 @@ from ...graph.tensors import attribute_of
 from ...graph.writes import may_return_a_view, written_operands
 from .operator_classes import SHAPE_OF_OTHER, STATISTICS, plain_name
 from .operator_rules import RowRules, lost
-from .row_states import BATCH, Lost, Rows, Sizes, State
+from .row_states import BATCH, Lost, Rows, State
 
 ROWS_LOST = "lora_lite_fx_rows_lost"
 """The key of what loses the rows before an input of a graph, in the meta of the input."""
@@ -46,8 +46,7 @@ class RowFlow:
     """
 
     def __init__(self, graph: fx.Graph, batch: Iterable[str]) -> None:
-        self._sizes = Sizes(batch)
-        self._rules = RowRules(self._sizes)
+        self._rules = RowRules(batch)
         self._states: dict[fx.Node, State] = {}
         self._memory: dict[fx.Node, Any] = {}
         self._written: dict[Any, tuple[Lost, fx.Node]] = {}  # memory with other rows than before, and who wrote it last
@@ -67,7 +66,7 @@ class RowFlow:
 
     def is_whole(self, node: fx.Node, rows: Rows) -> bool:
         """Tell whether the dimension counts rows alone, joined with no others."""
-        return self._sizes.shape(node.meta["val"])[rows.dim] == BATCH
+        return self._rules.shape(node)[rows.dim] == BATCH
 
     def others_asked(self, rows: Rows) -> str:
         """Note that these rows are asked for. Return the input of others that were, if they may be other rows."""
@@ -101,7 +100,7 @@ class RowFlow:
         value = node.meta.get("val")
         if ROWS_LOST in node.meta:
             return Lost(node.meta[ROWS_LOST])
-        if not isinstance(value, Tensor) or not value.dim() or (size := str(value.shape[0])) not in self._sizes.batch:
+        if not isinstance(value, Tensor) or not value.dim() or (size := str(value.shape[0])) not in self._rules.batch:
             return None
         return Rows(0, source=self._inputs.setdefault(size, str(node.target)))
 

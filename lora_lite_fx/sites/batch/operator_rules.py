@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,19 +22,42 @@ from .operator_classes import (
     plain_name,
     sums_up,
 )
-from .row_states import BATCH, Lost, Rows, Sizes, State
+from .row_states import BATCH, Lost, Rows, State
 
 
 class RowRules:
     """The rules, for the operators of one graph.
 
+    Sizes are compared as numbers, with primes for symbols, so that products of sizes are compared by arithmetic.
+
     Args:
-        sizes: of the values of the graph.
+        batch: the names of the size of the batch, which is `BATCH`.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
-        self._shape = sizes.shape
+    def __init__(self, batch: Iterable[str]) -> None:
+        self.batch = frozenset(batch)
+        self._numbers: dict[Any, int] = {}
+        self._symbols: dict[Any, Any] = {}
         self._met: dict[str, str] = {}  # inputs that have the same rows, because their values meet
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Return the sizes of a value as numbers."""
+        return self._shape(node.meta["val"])
+
+    def _shape(self, value: Tensor) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else self._number(size) for size in value.shape)
+
+    def _number(self, size: torch.SymInt) -> int:
+        import sympy
+
+        expression = size.node.expr  # nothing public tells how a size is computed of others
+        if expression not in self._numbers:
+            for symbol in expression.free_symbols - self._symbols.keys():
+                prime = BATCH if str(symbol) in self.batch else sympy.nextprime(10_000 + 97 * len(self._symbols))
+                self._symbols[symbol] = sympy.Integer(prime)
+            is_batch = str(expression) in self.batch
+            self._numbers[expression] = BATCH if is_batch else int(expression.xreplace(self._symbols))
+        return self._numbers[expression]
 
     def root(self, source: str) -> str:
         """Return one name for all inputs that are shown to have the same rows."""
@@ -45,9 +68,7 @@ class RowRules:
     def without_rows(self, node: fx.Node, name: str, one: Lost | None) -> State:
         """Return the state of what is computed of values without rows; `one` is one for all rows, or None."""
 
-        def of(value: Any) -> State:
-            if not isinstance(value, Tensor):
-                return [of(each) for each in value] if isinstance(value, (list, tuple)) else None
+        def of(value: Tensor) -> State:
             dims = [dim for dim, size in enumerate(self._shape(value)) if size % BATCH == 0]
             if not dims:
                 return one
@@ -57,12 +78,12 @@ class RowRules:
                 return Rows(0, points=(None,))
             return lost(node)
 
-        return of(node.meta["val"])
+        return _of_each(node.meta["val"], of)
 
     def with_rows(self, node: fx.Node, name: str, rows: Mapping[fx.Node, Rows], states: Mapping[Any, State]) -> State:
         """Return the state of what is computed of values with rows, and of others that do not depend on them."""
         first, state = next(iter(rows.items()))
-        old = self._shape(first.meta["val"])
+        old = self.shape(first)
         if name in SAME_ELEMENTS:
             return self._laid_out(node, state, old)
         if name in CASTS or name in ("expand", "slice"):
@@ -94,7 +115,7 @@ class RowRules:
     def _each(self, node: fx.Node, rows: Mapping[fx.Node, Rows]) -> State:
         """Return the state of a result each of whose rows is computed of the same row of the operands."""
         # If the rows of two operands did not meet, two dimensions of the result would have their size, or none.
-        places = {(own.place, self._shape(each.meta["val"])[own.dim]) for each, own in rows.items()}
+        places = {(own.place, self.shape(each)[own.dim]) for each, own in rows.items()}
         ((_, size), *others) = places
         return lost(node) if others else self._found(node, self._joined(rows.values()), size)
 
@@ -109,18 +130,16 @@ class RowRules:
     def _found(self, node: fx.Node, state: Rows, size: int) -> State:
         """Return the state with the one dimension of a result that has the size of the rows; lost if not one has."""
 
-        def of(value: Any) -> State:
-            if not isinstance(value, Tensor):
-                return [of(each) for each in value] if isinstance(value, (list, tuple)) else None
+        def of(value: Tensor) -> State:
             dims = [dim for dim, own in enumerate(self._shape(value)) if own == size]
             return replace(state, dim=dims[0], points=(), repeats=1) if len(dims) == 1 else lost(node)
 
-        return of(node.meta["val"])
+        return _of_each(node.meta["val"], of)
 
-    def _laid_out(self, node: fx.Node, state: Rows, old: Sequence[int]) -> State:
+    def _laid_out(self, node: fx.Node, state: Rows, old: tuple[int, ...]) -> State:
         """Return where the rows are when the same elements, in the same order, get another shape."""
         before, passed = math.prod(old[: state.dim]) * state.before, 1
-        for dim, size in enumerate(self._shape(node.meta["val"])):
+        for dim, size in enumerate(self.shape(node)):
             if before % passed == 0 and size * passed % (before * BATCH) == 0:
                 points = state.points if size == old[state.dim] else ()
                 return replace(state, dim=dim, before=before // passed, points=points)
@@ -141,7 +160,7 @@ class RowRules:
         own = rows.get(picking)
         if own is None or own.points != (state.order,) or own.before != state.before:
             return lost(node)
-        if self._shape(picking.meta["val"])[own.dim] != self._shape(values.meta["val"])[state.dim] * own.repeats:
+        if self.shape(picking)[own.dim] != self.shape(values)[state.dim] * own.repeats:
             return lost(node)
         return self._each(node, {each: replace(other, source=state.source) for each, other in rows.items()})
 
@@ -160,7 +179,7 @@ class RowRules:
             return lost(node)
         if picking.meta["val"].dtype == torch.bool:
             return self._each(node, {target: state, picking: picked}) if own is None else lost(node)
-        same_size = self._shape(picking.meta["val"]) == self._shape(target.meta["val"])
+        same_size = self.shape(picking) == self.shape(target)
         is_counted = isinstance(own, Rows) and own.points == (None,) and own.order is None and own.repeats == 1
         is_counted = is_counted and not argument_of(node, "accumulate")
         if same_size and is_counted and picked.points and picked.repeats == 1:
@@ -179,9 +198,9 @@ class RowRules:
             return lost(node)
         return places if name == "argsort" else [values, places]
 
-    def _repeated(self, node: fx.Node, name: str, state: Rows, old: Sequence[int]) -> State:
+    def _repeated(self, node: fx.Node, name: str, state: Rows, old: tuple[int, ...]) -> State:
         """Return the state of a number of copies of each entry, or of all entries."""
-        new, is_flat = self._shape(node.meta["val"]), name == "repeat_interleave" and argument_of(node, "dim") is None
+        new, is_flat = self.shape(node), name == "repeat_interleave" and argument_of(node, "dim") is None
         is_by_values = any(isinstance(each.meta["val"], Tensor) for each in node.all_input_nodes[1:])
         if is_flat or is_by_values:
             return lost(node)
@@ -200,6 +219,13 @@ class RowRules:
         if letter not in result:
             return lost(node)
         return replace(self._joined(rows.values()), dim=result.index(letter), points=(), repeats=1)
+
+
+def _of_each(result: Any, of: Callable[[Tensor], State]) -> State:
+    """Return the state of each tensor of a result; None of what is not a tensor."""
+    if isinstance(result, (list, tuple)):
+        return [_of_each(each, of) for each in result]
+    return of(result) if isinstance(result, Tensor) else None
 
 
 def lost(node: fx.Node, is_one: bool = False) -> Lost:

@@ -1,13 +1,11 @@
-"""What is known of the rows of the batch in a value of a graph, and the sizes that tell it."""
+"""What is known of the rows of the batch in a value of a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 BATCH = 2**61 - 1
 """Stands for the number of rows where sizes are computed: a prime that divides no other size."""
@@ -56,32 +54,3 @@ class Lost:
 
 State = Rows | Lost | list[Any] | None
 """None for a value that does not depend on rows; a list for an operation with several results."""
-
-
-class Sizes:
-    """Sizes of values as numbers, with primes for symbols, so that products of sizes are compared by arithmetic.
-
-    Args:
-        batch: the names of the size of the batch, which is `BATCH`.
-    """
-
-    def __init__(self, batch: Iterable[str]) -> None:
-        self.batch = frozenset(batch)
-        self._numbers: dict[Any, int] = {}
-        self._symbols: dict[Any, Any] = {}
-
-    def shape(self, value: Tensor) -> tuple[int, ...]:
-        """Return the sizes of a value."""
-        return tuple(size if isinstance(size, int) else self._number(size) for size in value.shape)
-
-    def _number(self, size: torch.SymInt) -> int:
-        import sympy
-
-        expression = size.node.expr  # nothing public tells how a size is computed of others
-        if expression not in self._numbers:
-            for symbol in expression.free_symbols - self._symbols.keys():
-                prime = BATCH if str(symbol) in self.batch else sympy.nextprime(10_000 + 97 * len(self._symbols))
-                self._symbols[symbol] = sympy.Integer(prime)
-            is_batch = str(expression) in self.batch
-            self._numbers[expression] = BATCH if is_batch else int(expression.xreplace(self._symbols))
-        return self._numbers[expression]

@@ -47,7 +47,7 @@ class _Value:
 
     @property
     def mT(self) -> Any:
-        return _apply(Tensor.t, (self,), {})
+        return _apply(Tensor.t, self)
 
     T = mT
 
@@ -55,23 +55,23 @@ class _Value:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _apply(func, args, kwargs or {})
+        return _apply(func, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         method = getattr(Tensor, name)
-        return partial(_method, method, self) if callable(method) else self._refuse(name)
+        return partial(_apply, method, self) if callable(method) else self._refuse(name)
 
     def _refuse(self, name: str) -> NoReturn:
         """Raise the error for a function without a rule."""
         raise ConfigError(f"{self.who}: {name} is not known of values that belong to several experts or adapters.")
 
     def __getitem__(self, index: Any) -> Any:
-        return _apply(operator.getitem, (self, index), {})
+        return _apply(operator.getitem, self, index)
 
     def __neg__(self) -> Any:
-        return _apply(operator.neg, (self,), {})
+        return _apply(operator.neg, self)
 
     # A product goes through torch, so that modes see it as they see that of tensors.
 
@@ -82,19 +82,15 @@ class _Value:
         return torch.matmul(other, self)  # type: ignore[arg-type]
 
 
-def _method(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return _apply(func, args, kwargs)
-
-
-def _operators() -> None:
-    """Give `_Value` the operators of a tensor."""
+def _give_operators() -> None:
+    """Give `_Value` the arithmetic of a tensor."""
     for name in ("add", "sub", "mul", "truediv", "pow"):
         func = getattr(operator, name)
-        setattr(_Value, f"__{name}__", lambda self, other, func=func: _apply(func, (self, other), {}))
-        setattr(_Value, f"__r{name}__", lambda self, other, func=func: _apply(func, (other, self), {}))
+        setattr(_Value, f"__{name}__", lambda self, other, func=func: _apply(func, self, other))
+        setattr(_Value, f"__r{name}__", lambda self, other, func=func: _apply(func, other, self))
 
 
-_operators()
+_give_operators()
 
 
 class PerExpert(_Value):
@@ -133,7 +129,7 @@ class Routed(_Value):
         return operand.value if isinstance(operand, Routed) else operand
 
 
-def _apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _apply(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Compute `func` of values of several experts, by the rule for its name.
 
     Raises:
@@ -145,66 +141,61 @@ def _apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
     rule = (_RULES if routed is None else _ROUTED_RULES).get(name)
     if any(isinstance(value, _Value) for key, value in kwargs.items() if key != "bias"):
         rule = None  # the rules look for values among the positional arguments
-    result = rule(func, args, kwargs) if rule is not None else None
+    result = rule(func, *args, **kwargs) if rule is not None else None
     if result is None:
         values[0]._refuse(name)
     return PerExpert(result, values[0].who) if routed is None else routed.replaced(result)
 
 
 # A rule takes the function and its arguments, and returns the tensor for all experts, or None to refuse the arguments.
-_Rule = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Tensor | None]
+_Rule = Callable[..., Tensor | None]
 
 
 # Rules for functions of `PerExpert` values and plain tensors.
 
 
-def _elementwise(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _elementwise(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     rank = max(arg.dim() for arg in args if isinstance(arg, (PerExpert, Tensor)))
 
     def aligned(arg: Any) -> Any:
         # Dimensions are aligned from the last. That of the experts is the first, so ones go in after it.
-        missing = [None] * (rank - arg.dim()) if isinstance(arg, PerExpert) else []
-        return arg.value[(slice(None), *missing)] if isinstance(arg, PerExpert) else arg
+        return arg.value[(slice(None), *[None] * (rank - arg.dim()))] if isinstance(arg, PerExpert) else arg
 
     return func(*map(aligned, args), **kwargs)
 
 
-def _matmul(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    first, second = args
+def _matmul(func: Callable[..., Tensor], first: Any, second: Any) -> Tensor | None:
     if not _is_matrix(first) or second.dim() > 2 or (isinstance(second, PerExpert) and second.dim() < 2):
         return None
     product: Tensor = first.value @ (second.value if isinstance(second, PerExpert) else second)
     return product
 
 
-def _linear(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    return _matmul(func, (args[0], args[1].mT), {}) if len(args) == 2 and not kwargs and args[1].dim() == 2 else None
+def _linear(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
+    return _matmul(func, args[0], args[1].mT) if len(args) == 2 and not kwargs and args[1].dim() == 2 else None
 
 
-def _transpose(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    return args[0].value.mT if _is_matrix(args[0]) else None
+def _transpose(func: Callable[..., Tensor], matrix: PerExpert) -> Tensor | None:
+    return matrix.value.mT if _is_matrix(matrix) else None
 
 
-def _index(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    if not isinstance(args[0], PerExpert):
-        return None
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return args[0].value[(slice(None), *index)]
+def _index(func: Callable[..., Tensor], value: Any, index: Any) -> Tensor | None:
+    every = (slice(None), *(index if isinstance(index, tuple) else (index,)))
+    return value.value[every] if isinstance(value, PerExpert) else None
 
 
-def _along_positions(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _along_positions(func: Callable[..., Tensor], value: PerExpert, *dims: Any, **kwargs: Any) -> Tensor | None:
     """Shift the dimensions given by position; without one the function would join the experts."""
-    dimensions = args[1:]
-    if not dimensions or kwargs or not all(type(dim) is int for dim in dimensions):
+    if not dims or kwargs or not all(type(dim) is int for dim in dims):
         return None
-    return func(args[0].value, *map(_shifted, dimensions))
+    return func(value.value, *map(_shifted, dims))
 
 
-def _along_dim(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _along_dim(func: Callable[..., Tensor], value: PerExpert, *args: Any, **kwargs: Any) -> Tensor | None:
     """Shift the dimension given as `dim`; without it the function would join the experts."""
     if type(kwargs.get("dim")) is not int:
         return None
-    return func(args[0].value, *args[1:], **{**kwargs, "dim": _shifted(kwargs["dim"])})
+    return func(value.value, *args, **{**kwargs, "dim": _shifted(kwargs["dim"])})
 
 
 def _shifted(dim: int) -> int:
@@ -219,46 +210,33 @@ def _is_matrix(value: Any) -> bool:
 # Rules for functions with at least one `Routed` value.
 
 
-def _routed_elementwise(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _routed_elementwise(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
     if any(arg.dim() > 1 for arg in args if isinstance(arg, (PerExpert, Tensor))):
         return None
     routed = next(arg for arg in args if isinstance(arg, Routed))
     return func(*map(routed.spread, args), **kwargs)
 
 
-def _routed_linear(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    x, matrix, bias = (*args, kwargs.get("bias"))[:3]
+def _routed_linear(func: Callable[..., Tensor], x: Any, matrix: Any, bias: Any = None) -> Tensor | None:
     if not isinstance(x, Routed):
         return None
     y = x.kind.times(x.value, matrix.value, x.routing) if isinstance(matrix, PerExpert) else F.linear(x.value, matrix)
     return y if bias is None else y + x.spread(bias)
 
 
-def _routed_matmul(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    x, matrix = args
+def _routed_matmul(func: Callable[..., Tensor], x: Any, matrix: Any) -> Tensor | None:
     is_matrix = isinstance(matrix, (PerExpert, Tensor)) and matrix.dim() == 2
-    return _routed_linear(func, (x, matrix.mT), {}) if is_matrix else None
+    return _routed_linear(func, x, matrix.mT) if is_matrix else None
 
 
+# fmt: off
 _ELEMENTWISE = (
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "truediv",
-    "pow",
-    "neg",
-    "square",
-    "sqrt",
-    "clamp_min",
-    "cos",
-    "sin",
-    "tanh",
+    "add", "sub", "mul", "div", "truediv", "pow", "neg", "square", "sqrt", "clamp_min", "cos", "sin", "tanh",
+    "to", "type_as", "float", "double", "detach", "dropout",
 )
-_CASTS = ("to", "type_as", "float", "double", "detach", "dropout")
-
+# fmt: on
 _RULES: Mapping[str, _Rule] = {
-    **dict.fromkeys((*_ELEMENTWISE, *_CASTS), _elementwise),
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
     "linear": _linear,
     "matmul": _matmul,
     "t": _transpose,
@@ -267,7 +245,7 @@ _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(("norm", "vector_norm", "linalg_vector_norm"), _along_dim),
 }
 _ROUTED_RULES: Mapping[str, _Rule] = {
-    **dict.fromkeys((*_ELEMENTWISE, *_CASTS), _routed_elementwise),
+    **dict.fromkeys(_ELEMENTWISE, _routed_elementwise),
     "linear": _routed_linear,
     "matmul": _routed_matmul,
 }

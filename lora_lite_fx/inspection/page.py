@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..sites.roles import ROLES
 from .blocks import Block, blocks, main_roles
@@ -15,12 +16,31 @@ from .picture import draw, gradient, is_inline, largest, room_below
 if TYPE_CHECKING:
     from ..rewriting.unadapted import Unadapted
     from .site_rows import LeftOutRow, SiteRow
-    from .table import SiteTable
+
+
+class PageData(Protocol):
+    """The data of a page: the rows of a table, and its counts."""
+
+    @property
+    def rows(self) -> tuple[SiteRow, ...]: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def trainable(self) -> int: ...
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+    @property
+    def left_out(self) -> tuple[LeftOutRow, ...]: ...
+    @property
+    def unadapted(self) -> tuple[Unadapted, ...]: ...
+
 
 _UNKNOWN = "the dataflow leaves a doubt, so nothing is guessed"
 
 
-def render(table: SiteTable) -> str:
+def render(table: PageData) -> str:
     """Return `table` as one HTML page; the same table gives the same page, bit for bit."""
     all_blocks = blocks(table.rows)
     most = largest(part for block in all_blocks for part in block.parts)
@@ -49,7 +69,7 @@ def render(table: SiteTable) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
 
 
-def _legend(table: SiteTable) -> str:
+def _legend(table: PageData) -> str:
     counts = Counter(role for row in table.rows for role in row.roles or ("unknown",))
     return "".join(
         f'<button type="button" class="key" data-q="{role}" title="{escape(why)}" style="--c:var(--{role})">'
@@ -59,7 +79,7 @@ def _legend(table: SiteTable) -> str:
     )
 
 
-def _card(block: Block, most: int, table: SiteTable) -> str:
+def _card(block: Block, most: int, table: PageData) -> str:
     """Return the card of a block; a block of several equal layers has a strip for each of them below."""
     sublayers = block.sublayers()
     inline = [is_inline(sublayer, bool(block.layers)) for sublayer in sublayers]

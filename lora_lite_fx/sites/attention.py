@@ -12,14 +12,7 @@ from typing import Any
 from torch import fx
 
 from ..graph.walk import ancestors
-from .dataflow import (
-    CARRY,
-    PRODUCTS,
-    TRANSPOSES,
-    Dataflow,
-    LinearNode,
-    op_name,
-)
+from .dataflow import CARRY, PRODUCTS, TRANSPOSES, Dataflow, LinearNode, op_name
 
 # The operator, our own function for `nn.MultiheadAttention`, and what decompositions make of the operator.
 _KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -55,20 +48,18 @@ def _give_low_rank(flow: Dataflow, projections: Mapping[str, list[LinearNode]], 
 
     Two conditions keep other linears in front of the attention out. The first factor shares its input with another
     projection of the attention, or with the first factor of one. And it makes only a part of the queries, keys and
-    values, and nothing else.
+    values: nothing else reads it, and it is not added to the residual stream.
     """
     direct = {id(linear) for linears in projections.values() for linear in linears}
     firsts: list[tuple[LinearNode, set[str]]] = []
     for linears in projections.values():
         for second in linears:
             for first in flow.sources(second.x) if second.x not in flow.skips else ():
-                readers = flow.readers(first.y)
-                if {id(reader) for reader in readers} <= direct and not _joins(flow, first):
+                readers = {id(reader) for reader in flow.readers(first.y)}
+                joins = any(node in flow.joins or node in flow.skips for node in flow.ahead(first.y))
+                if readers <= direct and not joins:
                     roles = {
-                        role
-                        for role, projecting in projections.items()
-                        for reader in readers
-                        if any(reader is linear for linear in projecting)
+                        role for role, made in projections.items() if any(id(linear) in readers for linear in made)
                     }
                     firsts.append((first, roles))
     inputs = [linear for linears in projections.values() for linear in linears] + [first for first, _ in firsts]
@@ -76,11 +67,6 @@ def _give_low_rank(flow: Dataflow, projections: Mapping[str, list[LinearNode]], 
         shared = any(other.x is first.x and other is not first for other in inputs)
         for role in sorted(roles) if shared and len(roles) < len(_ARGUMENTS) else ():
             first.give(role, f"its output is projected to the {role} of {result.name}")
-
-
-def _joins(flow: Dataflow, linear: LinearNode) -> bool:
-    """Return whether the output of `linear` is, or is added to, the residual stream."""
-    return any(node in flow.joins or node in flow.skips for node in flow.ahead(linear.y))
 
 
 # Attention that is spelled out.
@@ -99,21 +85,15 @@ def _around_softmax(flow: Dataflow, softmax: fx.Node) -> Iterator[tuple[dict[str
         if probable.count(True) != 1:
             continue
         value = second if probable[0] else first
-        scores = [
-            _query_and_key(product, softmax, _is_transposed(flow, product, softmax))
-            for product in (products if len(products) == 1 else _content(flow, products))
-        ]
+        # Of several score products, those of two projections count, and not those with a parameter or a constant.
+        content = [p for p in products if len(products) == 1 or all(flow.sources(factor) for factor in _factors(p))]
+        scores = [_query_and_key(p, softmax, _is_transposed(flow, p, softmax)) for p in content]
         if len(scores) > 1:
             # Relative positions have a projection of their own. The keys are projected from the input of the values.
             inputs = {linear.x for linear in flow.sources(value)}
             scores = [pair for pair in scores if not inputs.isdisjoint(linear.x for linear in flow.sources(pair[1]))]
         if len(scores) == 1:
             yield {"query": scores[0][0], "key": scores[0][1], "value": value}, result
-
-
-def _content(flow: Dataflow, products: list[fx.Node]) -> list[fx.Node]:
-    """Return the score products whose two factors are projections, instead of a parameter or a constant."""
-    return [product for product in products if all(flow.sources(factor) for factor in _factors(product))]
 
 
 def _is_transposed(flow: Dataflow, scores: fx.Node, softmax: fx.Node) -> bool:

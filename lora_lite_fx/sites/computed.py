@@ -24,7 +24,7 @@ from ..graph.tensors import tensor_of
 from ..graph.walk import ancestors
 from ..graph.writes import written, written_buffers
 from ..storage.storages import STORAGES
-from .dataflow import LOOKUPS, PRODUCTS, op_name
+from .dataflow import LOOKUPS, PLAIN_MODULES, PRODUCTS, op_name
 
 _LINEARS = frozenset({"linear", "addmm", "mm"})
 _RANDOM = frozenset({"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softmax"})
@@ -201,12 +201,6 @@ def _repeats(gm: fx.GraphModule, node: fx.Node) -> bool:
         return is_deterministic(node) and not written(gm, node)
     name = op_name(node)
     module = getattr(node.target, "__module__", None) or "torch"
-    known = node.op == "call_method" or module.partition(".")[0] in (
-        "torch",
-        "_operator",
-        "operator",
-        "math",
-        "builtins",
-    )
+    known = node.op == "call_method" or module.partition(".")[0] in PLAIN_MODULES
     random = name in _RANDOM or "dropout" in name or name.startswith("rand")
     return known and not random and not written(gm, node) and "out" not in node.kwargs

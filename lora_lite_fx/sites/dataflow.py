@@ -52,6 +52,8 @@ ADDS = frozenset({"add", "add_", "iadd"})
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 LOOKUPS = frozenset({"embedding", "index", "index_select", "gather", "take"})
 SIZES = frozenset({"size", "sym_size", "dim", "getattr"})
+PLAIN_MODULES = frozenset({"torch", "_operator", "operator", "math", "builtins"})
+"""The packages of functions whose meaning is known by their name."""
 
 
 def op_name(node: fx.Node) -> str:

@@ -15,16 +15,7 @@ from ..graph.copies import copy_graph
 from ..graph.insertion import insertions, is_inserted, take_out
 from ..graph.walk import walk
 from .attention import give_attention_roles
-from .dataflow import (
-    ACTIVATIONS,
-    ARITHMETIC,
-    CARRY,
-    CASTS,
-    SOFTMAXES,
-    SPLITS,
-    Dataflow,
-    LinearNode,
-)
+from .dataflow import ACTIVATIONS, ARITHMETIC, CARRY, CASTS, SOFTMAXES, SPLITS, Dataflow, LinearNode
 
 ROLES: Mapping[str, str] = {
     "query": "its output is the query of an attention",

@@ -16,7 +16,7 @@ from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, OpOverload, hooks_of
 from ..graph.insertion import is_inserted
 from ..graph.tensors import is_quantized
 from .computed import frozen_values, is_table, largest, obstacle, parameters_behind
-from .dataflow import NORMS, PRODUCTS, LinearNode, op_name
+from .dataflow import NORMS, PLAIN_MODULES, PRODUCTS, LinearNode, op_name
 from .dialects import is_complex
 from .finding import name_of_weight
 from .kinds.contraction import contraction
@@ -34,7 +34,6 @@ _LOOKUPS = {"embedding", "embedding_bag"}
 _EMBEDDINGS = {"embedding", "embeddingbag"}
 _GATHERS = {"index", "index_select", "gather", "getitem"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
-_OWN = ("torch", "_operator", "operator", "math", "builtins", "lora_lite_fx")
 _COMPLEX = "its numbers are complex, and adapters are made of real ones"
 _EXAMPLES = "with example_inputs torch.export looks into it"
 
@@ -200,7 +199,7 @@ def _weights(gm: fx.GraphModule, operand: fx.Node) -> dict[str, Tensor]:
 def _is_plain(node: fx.Node) -> bool:
     """Return whether `node` calls a function of torch or Python, whose meaning is known by its name."""
     module: Any = getattr(node.target, "__module__", None) or "torch"
-    return module.partition(".")[0] in _OWN and "higher_order" not in str(node.target)
+    return module.partition(".")[0] in PLAIN_MODULES | {"lora_lite_fx"} and "higher_order" not in str(node.target)
 
 
 def _why_not_linear(gm: fx.GraphModule, node: fx.Node, name: str, operand: fx.Node, data: list[fx.Node]) -> str:

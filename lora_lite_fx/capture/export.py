@@ -81,10 +81,10 @@ def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             break
         except Exception as error:
             more = [quirk for quirk in all_quirks.concerning(model, error) if quirk not in quirks]
-            if not more and before is None:
-                raise
-            if not more:  # the last quirks did not help: the error without them names what the model does
-                raise before from error
+            if not more:
+                if before is None:
+                    raise
+                raise before from error  # which names what the model does, as the last quirks did not help
             before, quirks = error, [*quirks, *more]
     check_quirks(gm)
     return gm

@@ -9,7 +9,7 @@ the same way (`graph_program.py`); then its last layers are copied (`stamp.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import Any
 
 from torch import fx, nn
@@ -115,7 +115,7 @@ class ByDepth:
         except Exception:  # the model may refuse them
             sizes = {}
             layers, whole = self._layers(stand_in, sizes)
-        with _shortened(self._model, layers.repetitions):
+        with shortened(self._model, _captured(layers.repetitions)):
             gm = self._export()
         taken = sizes_taken(gm, self._leaves, sizes, layers.inputs_left_out())
         shown = [(sizes, whole)]
@@ -135,34 +135,34 @@ class ByDepth:
             NotRepeated: none does.
         """
         whole = stand_in.run(*self._call, sizes)
-        found: list[Repetition] = []
+        repetitions: list[Repetition] = []
         reason = NotRepeated("no stack of layers runs")
         for name, size in self._stacks.items():
-            if any(name.startswith(f"{outer.stack}.") for outer in found):
+            if any(name.startswith(f"{outer.stack}.") for outer in repetitions):
                 continue
             try:
-                found.append(repetition_of(Program(whole.steps, {name: size}), name))
+                repetitions.append(repetition_of(Program(whole.steps, {name: size}), name))
             except NotRepeated as other:
                 reason = other
-        if not found:
+        if not repetitions:
             raise reason
-        with _shortened(stand_in.model, found):
+        with shortened(stand_in.model, _captured(repetitions)):
             part = stand_in.run(*self._call, sizes)
-        full = Program(whole.steps, {each.stack: each.layers for each in found})
-        short = Program(part.steps, {each.stack: each.captured for each in found}, full.inputs)
-        require_same_when_shortened(full, short, found)
-        results = stamped_results(full, short, (whole.results, part.results), found)
-        for each in found:
-            _require_same_modules(self._model.get_submodule(each.stack), each)
-        return Layers(tuple(found), full.inputs, results, whole.returned), whole
+        full = Program(whole.steps, {repetition.stack: repetition.layers for repetition in repetitions})
+        short = Program(part.steps, {repetition.stack: repetition.captured for repetition in repetitions}, full.inputs)
+        require_same_when_shortened(full, short, repetitions)
+        results = stamped_results(full, short, (whole.results, part.results), repetitions)
+        for repetition in repetitions:
+            _require_same_modules(self._model.get_submodule(repetition.stack), repetition)
+        return Layers(tuple(repetitions), full.inputs, results, whole.returned), whole
 
 
 def _require_same_modules(stack: nn.Module, repetition: Repetition) -> None:
     """Check that layers are built of modules of the same classes as their templates, which a graph tells."""
     layers = [[(name, type(module)) for name, module in layer.named_modules()] for layer in stack.children()]
-    for member, layer in enumerate(layers):
-        if layer != layers[repetition.template(member)]:
-            raise NotRepeated(f"layer {member} of {repetition.stack} has modules of other classes")
+    for number, layer in enumerate(layers):
+        if layer != layers[repetition.template(number)]:
+            raise NotRepeated(f"layer {number} of {repetition.stack} has modules of other classes")
 
 
 def _said(repetition: Repetition) -> str:
@@ -173,10 +173,5 @@ def _said(repetition: Repetition) -> str:
     )
 
 
-def _shortened(model: nn.Module, repetitions: Sequence[Repetition]) -> AbstractContextManager[None]:
-    """Leave the layers that are to be stamped out of `model`."""
-    return shortened(model, _captured(repetitions))
-
-
 def _captured(repetitions: Sequence[Repetition]) -> dict[str, int]:
-    return {each.stack: each.captured for each in repetitions}
+    return {repetition.stack: repetition.captured for repetition in repetitions}

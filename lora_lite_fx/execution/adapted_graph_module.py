@@ -23,6 +23,7 @@ from ..compat.torch import SeesMoves, constant_when_compiled
 from ..errors import AdapterError
 from ..graph.copies import share_signatures
 from ..graph.modes import add_flagged_modules, flag_name, modes_of, set_modes
+from ..graph.sharded import is_sharded
 from ..graph.tensors import delete_tensor, has_attribute, keep_registration, module_at, register_tensor, tensor_of
 from ..ops.low_rank_products import let_flops_be_counted
 from ..passes import PassReport
@@ -32,7 +33,7 @@ from .choose_program import Switched, constant_switches, forward_of_programs, in
 from .cut_program import cut
 from .derive_program import derive_program, graph_while_exporting, optimized_graph
 from .execution import ELSEWHERE, Execution
-from .frozen import can_be_kept, changed_inside
+from .frozen import changed_inside
 from .layer_modules import make_layers
 from .program_graph import ProgramGraph
 from .program_state import RunsPrograms, deriving
@@ -158,8 +159,8 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
 
     def keep_values(self) -> None:
         """Keep the values that depend on parameters alone, see `frozen`."""
-        if not can_be_kept(self.host):
-            return
+        if is_sharded(self.host):
+            return  # sharded parameters are freed
         self.keeps_values, self.derived.owners_of_modes = True, None
         if self.derived.banks is None:  # the rows of banks are known at the first call
             for key in [key for key in self.derived.programs if key.kind == "inference"]:

@@ -15,7 +15,7 @@ from ..compat.torch import version_of
 from ..errors import AdapterError, shown
 from ..graph.calls_and_traces import tracing
 from ..graph.direct_calls import ORDINARY
-from ..graph.sharded import is_sharded, reshard
+from ..graph.sharded import reshard
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -149,8 +149,3 @@ def _leave(model: nn.Module) -> None:
             del _scopes[id(model)]
             if isinstance(model, KeepsValues):
                 model.drop_values()
-
-
-def can_be_kept(model: nn.Module) -> bool:
-    """Check whether values of the model's parameters may be kept: not those of sharded ones, which are freed."""
-    return not is_sharded(model)

@@ -1,6 +1,6 @@
 """Measure how much code there is to know: lines by wing, and the files and functions that each way of a user runs.
 
-Run `python -m tests.project.measure` at the root. `test_measure.py` holds the figures to the bounds below.
+Run `python -m tests.project.measure` at the root.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _modules() -> Iterator[tuple[str, Path]]:
 
 
 def code_run_by(action: Callable[[], Any]) -> set[tuple[str, str]]:
-    """Return the files and the named functions of the package that `action` runs, without lambdas and comprehensions."""
+    """Return the files and the functions of the package that `action` runs, without lambdas and comprehensions."""
     ran: set[tuple[str, str]] = set()
     folders = (str(PACKAGE), str((PACKAGE / "passes").resolve()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,10 +36,11 @@ def derive_program(gm: RunsPrograms, key: ProgramKey) -> Program:
     without = f" for calls without {', '.join(key.left_out)}" if key.left_out else ""
     with phase(f"derived the {key.kind} program{without}") as details:
         graph, _ = optimized_graph(gm, key)
-        for name in key.called if gm.host is not gm else ():
-            module = submodule(gm.host, name)
+        for path in key.called if gm.host is not gm else ():
+            module = submodule(gm.host, path)
             if not isinstance(module, RunsParts):
-                module.__class__ = running_parts(type(module))
+                cls: Any = type(module)
+                module.__class__ = running_parts(cls)
         compiler = None if key.kind == "plain" else execution.compiler
         memory = execution.memory if key.kind == "training" and compiler is None else "fast"
         unplanned = "the graph overwrites tensors" if memory != "fast" and overwrites(gm, graph) else ""

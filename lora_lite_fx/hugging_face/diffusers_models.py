@@ -48,8 +48,7 @@ def prepare_arguments(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 class AdaptedDiffuser:
     """The methods of an adapted model of diffusers.
 
-    Its graphs are captured again when its modules are told to compute in another way: by attributes that they did not
-    have before, which `ModelState` does not look for.
+    Its graphs are captured again when its modules are told to compute in another way.
     """
 
     def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:

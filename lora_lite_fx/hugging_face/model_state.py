@@ -6,10 +6,12 @@ A graph has them as they were when it was captured, whereas it reads the tensors
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -79,6 +81,9 @@ class _Module(NamedTuple):
                 return f".{name} was taken away"
             if now.settings[name] != value:
                 return f".{name} is {_shown(now.settings[name])}, and was {_shown(value)}"
+        for name in sorted(now.settings.keys() - self.settings.keys()):
+            if now.settings[name] is not None and name in _names_in_code(now.kind):  # None: models forget a tensor so
+                return f".{name} was added"
         return ""
 
     def _computes_like(self, now: _Module) -> bool:
@@ -181,6 +186,22 @@ def _found_in(kind: type) -> dict[str, Any]:
             if (not name.startswith("__") or name == "__call__") and not _wraps_once_more(value, inherited):
                 found[name] = value
     return found
+
+
+@functools.cache
+def _names_in_code(kind: Any) -> frozenset[str]:
+    """Return the names and texts in the code of a class and its bases, and the names of what they define.
+
+    Their code reads no attribute of another name. Trainers put such attributes on models as notes.
+    """
+    members = [member for base in user_classes(kind) for member in vars(base).items()]
+    names = {name for name, _ in members}
+    codes = [inspect.unwrap(member).__code__ for _, member in members if isinstance(member, FunctionType)]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return frozenset(names)
 
 
 def _wraps_once_more(value: Any, inherited: Any) -> bool:

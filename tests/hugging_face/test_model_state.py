@@ -292,6 +292,23 @@ def test_attributes_of_every_kind_act_in_the_next_call() -> None:
         assert model._graphs.captures == captures
 
 
+class ScaledLater(hf.LlamaForCausalLM):
+    """A model that reads an attribute which it does not have at first."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().forward(*args, **kwargs)
+        result.logits = result.logits * getattr(self, "scale_of_logits", 1.0)
+        return result
+
+
+def test_an_attribute_that_the_code_of_a_model_names_acts_from_when_it_is_set() -> None:
+    torch.manual_seed(0)
+    model: Any = llfx.adapt(ScaledLater(one_layer_llama().config).eval(), LORA)
+    before = model(IDS).logits
+    model.scale_of_logits = 3.0
+    torch.testing.assert_close(model(IDS).logits, 3 * before)
+
+
 @pytest.mark.broad
 def test_a_loss_function_that_is_set_is_that_of_the_next_call() -> None:
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import tokenize
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -128,7 +129,10 @@ def _constant(value: object) -> str:
 
 @functools.cache  # the file that the code is from may be edited while it runs
 def _source(code: CodeType) -> str:
-    return inspect.getsource(code)
+    try:
+        return inspect.getsource(code)
+    except (SyntaxError, tokenize.TokenError) as error:  # another text stands where the code is said to be from
+        raise OSError(f"no source of {code.co_name}") from error
 
 
 @functools.cache

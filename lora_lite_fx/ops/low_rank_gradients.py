@@ -110,7 +110,8 @@ def _through_branches(
     """
     of_columns, of_sums, gradients = [], [], []
     for narrow, ((branch, columns, alpha), need, y, of_y) in zip(_narrowed(of_t, ranks), values, strict=True):
-        of_sum, of_branch = None, Branch[Any](None, None, None, None)
+        of_sum: Tensor | None = None
+        of_branch: Branch[Any] = Branch(None, None, None, None)  # Dynamo follows no call of `Branch[Any]`
         if of_y is not None:
             of_sum, of_branch = _gradients(branch, columns, alpha, need, y, as_matrix(of_y, branch.b))
             narrow = add_product(narrow, of_sum, branch.b, alpha, in_place)

@@ -12,7 +12,7 @@ from ...adapters.variant import Variant
 from ...errors import ConfigError
 from .beside import BesideFields
 from .form import PeftForm
-from .methods import FORMS
+from .methods import all_forms
 from .target_modules import with_targets_of
 
 
@@ -58,12 +58,12 @@ def form_of_config(config: Mapping[str, Any]) -> PeftForm:
     """
     kind = config.get("peft_type")
     method = str(getattr(kind, "value", kind))
-    forms = [form for form in FORMS if form.peft_type == method]
+    forms = [form for form in all_forms() if form.peft_type == method]
     for form in forms:
         if form.is_of(config):
             return form
     if not forms:
-        known = ", ".join(dict.fromkeys(form.peft_type for form in FORMS))
+        known = ", ".join(dict.fromkeys(form.peft_type for form in all_forms()))
         raise ConfigError(f"PEFT's method {method!r} is not known here; known are {known}.")
     told = [(key, form.told(config)) for form in forms for key in form.constants]
     said = {key: values[key] for key, values in told if key in values}
@@ -91,7 +91,7 @@ def form_of(variant: Variant) -> PeftForm:
     Raises:
         ConfigError: PEFT does not have it.
     """
-    for form in FORMS:
+    for form in all_forms():
         if form.has(variant):
             return form
     raise ConfigError(f"PEFT has no method that computes {type(variant).__name__}.")

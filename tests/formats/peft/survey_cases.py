@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_lite_fx.formats.peft.methods import FORMS
+from lora_lite_fx.formats.peft.methods import all_forms
 from tests.support.peft_round_trip import Outcome, round_trip
 
 TABLE = Path(__file__).with_name("cases.md")
@@ -113,7 +113,7 @@ def main() -> None:
 
 def summary(results: list[Result]) -> str:
     """Return the counts, of all cases and of those of methods that there are here."""
-    known = {form.peft_type for form in FORMS}
+    known = {form.peft_type for form in all_forms()}
     ours = [result for result in results if result.method in known]
     lines = []
     for what, members in (("methods that are here", ours), ("all methods", results)):

@@ -12,11 +12,11 @@ from torch import fx, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.placement import by_config
 from lora_lite_fx.formats.peft.form import PeftForm
-from lora_lite_fx.formats.peft.methods import FORMS
+from lora_lite_fx.formats.peft.methods import all_forms
 from tests.support.peft_models import small
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
-WRITTEN = {form.name + "".join(f" {value}" for value in form.fixed.values()): form for form in FORMS}
+WRITTEN = {form.name + "".join(f" {value}" for value in form.fixed.values()): form for form in all_forms()}
 del WRITTEN["TinyLoRA False"]  # which PEFT alone writes
 AS_LORA = ("PiSSA", "OLoRA", "LoRAXS")
 

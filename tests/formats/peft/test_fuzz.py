@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite_fx as llfx
 from lora_lite_fx.formats.lora_lite import _FORMATS as LORA_LITE
-from lora_lite_fx.formats.peft.methods import FORMS as ALL_FORMS
+from lora_lite_fx.formats.peft.methods import all_forms
 from tests.support.peft_models import small
 from tests.support.selection import is_distinct, slow_unless
 from tests.support.untouched import untouched
 
 pytestmark = pytest.mark.broad  # test_damaged_files.py and test_hostile_files.py are the everyday tests of bad files
-FORMATS = tuple(form for form in ALL_FORMS if form.tensors)
+FORMATS = tuple(form for form in all_forms() if form.tensors)
 """Those that have tensors of their own at a site."""
 fuzz = settings(
     max_examples=60,

@@ -106,7 +106,7 @@ def run_forward(
         y = site.kind.multiply(value, operands.factor, *operands.routing)
         replaced.update(given)
         dependencies.replaces |= bool(given)
-        calls.append(_BaseCall(value, y, y.shape, y.dtype, version_of(y)))
+        calls.append(_BaseCall(value, y, y.shape, y.dtype, version_of(y) if sizes_are_known else 0))
         return y
 
     frozen = FrozenSite(site, operands.weight, operands.bias, training, dependencies)

@@ -57,17 +57,19 @@ def cut(
         The pieces by number; and the values that the rest of the graph needs, None if it needs none. A single value is
         returned bare.
     """
-    for node in outer.find_nodes(op="call_module"):
-        _call_as_function(node)
+    _read_first(outer)
+    members_of = pieces_of(gm, outer, also)  # before calls of modules, which may write, are calls of a function
+    functions = {node: _call_as_function(node) for node in outer.find_nodes(op="call_module")}
     _read_first(outer)
     pieces: list[Piece] = []
     graphs: dict[Callable[..., Any], fx.Graph] = {}
     modules = dict(host.named_modules())
-    for path, members in pieces_of(gm, outer, also):
+    for path, members in members_of:
         module = modules.get(path)
         if getattr(module, "runs_parts", False):
             assert module is not None
-            pieces.append(_cut_piece(module, outer, members, path, len(pieces), graphs))
+            nodes = [functions.get(node, node) for node in members]
+            pieces.append(_cut_piece(module, outer, nodes, path, len(pieces), graphs))
     return pieces, _cut_values(gm, host, outer)
 
 
@@ -115,7 +117,7 @@ def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
-def _call_as_function(node: fx.Node) -> None:
+def _call_as_function(node: fx.Node) -> fx.Node:
     """Let a call of a submodule take the module as an operand, so that the program reads it as it reads tensors."""
     graph = node.graph
     with graph.inserting_before(first_input(graph)):
@@ -125,6 +127,7 @@ def _call_as_function(node: fx.Node) -> None:
     twin.meta = node.meta
     node.replace_all_uses_with(twin)
     graph.erase_node(node)
+    return twin
 
 
 def _own(module: nn.Module, outer: fx.Graph, prefix: str) -> Callable[[fx.Node], bool]:

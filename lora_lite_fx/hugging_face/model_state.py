@@ -10,7 +10,7 @@ import functools
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class _Module(NamedTuple):
         module: itself.
         kind: its class.
         tensors: the names of its own parameters and buffers that it has, without those of adapters.
+        lost: the names of tensors of adapters that it should have and does not, because another module is in its place.
         settings: its numbers and functions by name, and lists, tuples and dicts of numbers.
         has_own_forward: whether `forward` of its class is replaced on it.
     """
@@ -52,26 +53,27 @@ class _Module(NamedTuple):
     module: nn.Module
     kind: type
     tensors: frozenset[str]
+    lost: frozenset[str]
     settings: dict[str, Any]
     has_own_forward: bool
 
     @classmethod
-    def of(cls, module: nn.Module, adapters: Collection[str]) -> _Module:
+    def of(cls, module: nn.Module, adapters: frozenset[str]) -> _Module:
         """Return what `module` is now, which has the tensors of these names from adapters."""
         attributes = vars(module)
         named = (*parameters_of(module).items(), *buffers_of(module).items())
         computed: Any = module.parametrizations if is_parametrized(module) else ()
-        tensors = frozenset((*(name for name, tensor in named if tensor is not None), *computed)).difference(adapters)
-        present = {name: value_to_compare(value) for name, value in attributes.items() if _is_setting(name, value)}
-        settings = (
-            {name: attributes.get(name) for name in _LATER} | present | {FORWARD_PRE_HOOKS: weight_hooks_on(module)}
-        )
-        return cls(module, type(module), tensors, settings, "forward" in attributes)
+        present = frozenset((*(name for name, tensor in named if tensor is not None), *computed))
+        own = {name: value_to_compare(value) for name, value in attributes.items() if _is_setting(module, name)}
+        settings = {name: attributes.get(name) for name in _LATER} | own | {FORWARD_PRE_HOOKS: weight_hooks_on(module)}
+        return cls(module, type(module), present - adapters, adapters - present, settings, "forward" in attributes)
 
     def change(self, now: _Module) -> str:
         """Return in words how the module that has this one's place now differs from it; empty if it does not."""
         if not self._computes_like(now):
             return f" is a {now.kind.__name__}, and was a {self.kind.__name__}"
+        for name in sorted(now.lost - self.lost):
+            return f".{name} was taken away"
         for name in sorted(self.tensors ^ now.tensors):
             return f".{name} was {'taken away' if name in self.tensors else 'added'}"
         for name, value in self.settings.items():
@@ -134,12 +136,16 @@ class ModelState:
             path, _, leaf = name.rpartition(".")
             adapters[path].add(leaf)
         modules = dict(_modules_of(self.model))
-        self._modules = {name: _Module.of(module, adapters[name]) for name, module in modules.items()}
-        owners = [*map(vars, modules.values())]
+        self._modules = {name: _Module.of(module, frozenset(adapters[name])) for name, module in modules.items()}
         self._snapshot = Snapshot(
             modules,
             registries=(hooks_of(module, FORWARD_PRE_HOOKS) for module in modules.values()),
-            settings=((owner, name) for owner in owners for name in owner if _is_setting(name, owner[name])),
+            settings=(
+                (vars(module), name)
+                for module in modules.values()
+                for name in vars(module)
+                if _is_setting(module, name)
+            ),
         )
 
     def _warn_of_forwards(self, before: dict[str, _Module]) -> None:
@@ -192,9 +198,11 @@ def _found_in(kind: type) -> dict[str, Any]:
 def _names_in_code(kind: Any) -> frozenset[str]:
     """Return the names and texts in the code of a class and its bases, and the names of what they define.
 
-    Their code reads no attribute of another name. Trainers put such attributes on models as notes.
+    Their code reads no attribute of another name. Trainers put such attributes on models as notes, and so does the
+    mixin of transformers that generates, which is not a module and does not run in `forward`.
     """
-    members = [member for base in user_classes(kind) for member in vars(base).items()]
+    modules = [base for base in user_classes(kind) if issubclass(base, nn.Module)]
+    members = [member for base in modules for member in vars(base).items()]
     names = {name for name, _ in members}
     codes = [inspect.unwrap(member).__code__ for _, member in members if isinstance(member, FunctionType)]
     while codes:
@@ -214,11 +222,14 @@ def _wraps_once_more(value: Any, inherited: Any) -> bool:
     return value.__code__ is inherited.__code__ and vars(value).get("__wrapped__") is inherited
 
 
-def _is_setting(name: str, value: Any) -> bool:
+def _is_setting(module: nn.Module, name: str) -> bool:
     if name in _NO_PART_OF_GRAPHS:
         return False
+    value = vars(module)[name]
     if name.startswith("_"):  # torch and transformers have objects of many kinds under such names
-        return (value is not None and isinstance(value, _NUMBERS)) or isinstance(value, FunctionType)
+        is_simple = (value is not None and isinstance(value, _NUMBERS)) or isinstance(value, FunctionType)
+        cls: Any = type(module)
+        return is_simple and name in _names_in_code(cls)
     parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
     return callable(value) or all(isinstance(part, _NUMBERS) for part in parts)
 

@@ -303,7 +303,8 @@ class ScaledLater(hf.LlamaForCausalLM):
 
 def test_an_attribute_that_the_code_of_a_model_names_acts_from_when_it_is_set() -> None:
     torch.manual_seed(0)
-    model: Any = llfx.adapt(ScaledLater(one_layer_llama().config).eval(), LORA)
+    base: Any = ScaledLater(one_layer_llama().config)
+    model: Any = llfx.adapt(base.eval(), LORA)
     before = model(IDS).logits
     model.scale_of_logits = 3.0
     torch.testing.assert_close(model(IDS).logits, 3 * before)

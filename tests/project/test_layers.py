@@ -182,7 +182,11 @@ def test_private_names_stay_in_their_module() -> None:
             ("sites/site.py", f"from {NAME}.capture.shared_copy import shared_copy", upward),
             ("variants/lora.py", "from ..passes import Pipeline", upward),
             ("formats/untrusted_files.py", "from .. import rewrite", upward),
-            ("passes/optimize/group_heads.py", "from ..adapt.insert_adapter import InsertAdapter", between_families),
+            (
+                "passes/optimize/group_heads.py",
+                "from ..adaptation.insert_adapter import InsertAdapter",
+                between_families,
+            ),
             ("graph/tensors.py", "from .writes import written", circles),
             ("adapters/param_spec.py", "from .variant import Variant", circles),
         ],

@@ -332,10 +332,10 @@ def peft_model(name: str, oracle: Oracle, model: nn.Module) -> Any:
     reference = copy.deepcopy(model)
     if not oracle.conv1d:
         use_ordinary_linears(reference)
+    if oracle.in_single and next(reference.parameters()).dtype is torch.float64:
+        reference.float()
     torch.manual_seed(1)
-    return peft.get_peft_model(
-        reference.float() if oracle.in_single else reference, oracle.config(**targets_of(name, oracle)[0])
-    ).eval()
+    return peft.get_peft_model(reference, oracle.config(**targets_of(name, oracle)[0])).eval()
 
 
 def randomise(theirs: nn.Module, size: float) -> None:

@@ -139,13 +139,14 @@ def load_peft(
     Raises:
         CheckpointError, AdapterError, CaptureError: as for `load`; or the repository cannot be had.
     """
-    adapter = _read_directory(directory_of(path, revision, subfolder))
+    folder = directory_of(path, revision, subfolder)
+    adapter = _read_directory(folder)
     if not allow_nonfinite:
         check_finite(adapter.tensors, adapter.path, "it is not loaded")
     with outside_inference_mode():
         gm = capture(model, example_inputs, fuse_loss=fuse_loss)
         adapters = adapters_at_sites(gm, adapter)
-        return insert_filed(gm, adapters, adapter.path, "load_peft", name=name, stack=stack)
+        return insert_filed(gm, adapters, folder, "load_peft", name=name, stack=stack)
 
 
 def _read_directory(folder: Path) -> PeftAdapter:

@@ -195,16 +195,21 @@ def _found_in(kind: type) -> dict[str, Any]:
 
 
 @functools.cache
-def _names_in_code(kind: Any) -> frozenset[str]:
+def _names_in_code(kind: Any, of_modules: bool = True) -> frozenset[str]:
     """Return the names and texts in the code of a class and its bases, and the names of what they define.
 
-    Their code reads no attribute of another name. Trainers put such attributes on models as notes, and so does the
-    mixin of transformers that generates, which is not a module and does not run in `forward`.
+    Their code reads no attribute of another name: trainers put such attributes on models as notes.
+
+    Args:
+        kind: the class.
+        of_modules: the bases that are modules. Otherwise the others, such as the mixin of transformers that generates:
+            it notes on the model how long its last cache was, and `forward` does not run it.
     """
-    modules = [base for base in user_classes(kind) if issubclass(base, nn.Module)]
-    members = [member for base in modules for member in vars(base).items()]
+    bases = [base for base in user_classes(kind) if issubclass(base, nn.Module) == of_modules]
+    members = [member for base in bases for member in vars(base).items()]
     names = {name for name, _ in members}
-    codes = [inspect.unwrap(member).__code__ for _, member in members if isinstance(member, FunctionType)]
+    functions = [member.fget if isinstance(member, property) else member for _, member in members]
+    codes = [inspect.unwrap(function).__code__ for function in functions if isinstance(function, FunctionType)]
     while codes:
         code = codes.pop()
         names.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
@@ -229,7 +234,8 @@ def _is_setting(module: nn.Module, name: str) -> bool:
     if name.startswith("_"):  # torch and transformers have objects of many kinds under such names
         is_simple = (value is not None and isinstance(value, _NUMBERS)) or isinstance(value, FunctionType)
         cls: Any = type(module)
-        return is_simple and name in _names_in_code(cls)
+        is_note = name in _names_in_code(cls, of_modules=False) and name not in _names_in_code(cls)
+        return is_simple and not is_note
     parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
     return callable(value) or all(isinstance(part, _NUMBERS) for part in parts)
 

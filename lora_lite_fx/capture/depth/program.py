@@ -6,6 +6,7 @@ A step names what it reads by a place: in which layer, and where in it. So the p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 Read = tuple[int | str, int]
@@ -33,8 +34,8 @@ class Step(NamedTuple):
     """
 
     what: object
-    reads: tuple[Read, ...]
-    layers: tuple[Part, ...] = ()
+    reads: tuple[tuple[int | str, int], ...]  # `Read`, spelled out because pdoc finds no alias in a NamedTuple
+    layers: tuple[tuple[str, int], ...] = ()
     about_sizes: bool = False
 
 
@@ -42,7 +43,7 @@ class Result(NamedTuple):
     """A leaf of what a model returns: its value, or for a tensor what it looks like; and where a tensor comes from."""
 
     what: object
-    read: Read | None
+    read: tuple[int | str, int] | None
 
 
 class Place(NamedTuple):
@@ -54,7 +55,8 @@ class Place(NamedTuple):
     result: int
 
 
-class PlacedStep(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PlacedStep:
     """A step whose reads are places."""
 
     what: object

@@ -63,12 +63,14 @@ def follow_data(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
         device = fn(torch.empty(0, device=_META)).device
     if device == _META:
         return
-    for graph in [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]:
-        for node in graph.nodes:
+    for part in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+        for node in part.graph.nodes:
             node.args = map_aggregate(node.args, lambda item: device if item == _META else item)
             node.kwargs = map_aggregate(node.kwargs, lambda item: device if item == _META else item)
             if "val" in node.meta:
                 node.meta["val"] = map_aggregate(node.meta["val"], lambda value: _moved(value, device))
+        if part is not gm:  # the body of a region, which programs call by its code
+            part.recompile()
 
 
 def describe_cast(gm: fx.GraphModule, host: nn.Module) -> str:

@@ -15,12 +15,19 @@ class DropMetadataAsserts(GraphPass):
     """Erase the assertions on dtype, device and layout that `torch.export` records around casts.
 
     Safe because they compute nothing: they only refuse a value that has another dtype than at capture, as values
-    under `torch.autocast` do. The guards on shapes and constant inputs (`_guards_fn`) stay.
+    under `torch.autocast` do, or is on another device, as those of a model without data that gets its tensors later.
+    The guards on shapes and constant inputs (`_guards_fn`) stay. The graphs of regions are parts of the graph.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
-        target = ASSERT_METADATA
-        assertions = [node for node in gm.graph.nodes if node.target is target]
-        for node in assertions:
-            gm.graph.erase_node(node)
-        return len(assertions)
+        edits = 0
+        for part in gm.modules():
+            if not isinstance(part, fx.GraphModule):
+                continue
+            assertions = [node for node in part.graph.nodes if node.target is ASSERT_METADATA]
+            for node in assertions:
+                part.graph.erase_node(node)
+            if assertions and part is not gm:  # the runner recompiles `gm`
+                part.recompile()
+            edits += len(assertions)
+        return edits

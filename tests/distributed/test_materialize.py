@@ -171,3 +171,26 @@ def test_buffers_without_data_and_graphs_with_data_are_refused() -> None:
         llfx.materialize(llfx.rewrite(model, CONFIGS["LoRA"]), lambda tensors: None)
     with pytest.raises(llfx.AdapterError, match="takes a graph that rewrite made of a model on the device 'meta'"):
         llfx.materialize(llfx.rewrite(base(), CONFIGS["LoRA"]), lambda tensors: None)
+
+
+class CountsWithoutGradients(torch.nn.Module):
+    """Makes a tensor on the device of its input in a region, whose operators a graph keeps in a graph of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            numbers = torch.arange(x.shape[1], device=x.device).to(x.dtype).sin()
+        return self.fc(x) * numbers[None, :, None]
+
+
+def test_the_regions_of_a_graph_make_their_tensors_on_the_new_device() -> None:
+    with torch.device("meta"):
+        gm = llfx.rewrite(CountsWithoutGradients(), llfx.LoRA(r=2, target_names="fc"), (torch.ones(2, 3, 4),))
+    model, x = CountsWithoutGradients(), torch.randn(2, 5, 4)
+    weights = model.state_dict()
+    llfx.materialize(gm, lambda tensors: [tensor.copy_(weights[key]) for key, tensor in tensors.items()])
+    for _ in range(2):
+        close(gm(x), model(x), 1e-6, "the start is the base")

@@ -17,7 +17,7 @@ from lora_lite_fx.hugging_face.positions import forget_positions
 from tests.support.against_wrapper import adapted_and_wrapped, require_equal
 from tests.support.conformance import close
 from tests.support.models import tiny_llama
-from tests.support.releases import cases_by_name
+from tests.support.releases import cases_by_name, has
 from tests.support.selection import broad_after, slow_unless
 
 CASES = cases_by_name()
@@ -242,7 +242,8 @@ def test_caches_under_autocast_have_the_types_that_the_model_gives_them(name: st
             found.append(([*types, types_of(result[CACHE])], result.logits))
     (ours, our_logits), (theirs, their_logits) = found
     assert ours == theirs
-    assert any(dtype in each for step in theirs for each in step)
+    # Before, the rotations of Llama's keys were in single precision under autocast too.
+    assert any(dtype in each for step in theirs for each in step) or not has("transformers", "5.24")
     close(our_logits.float(), their_logits.float(), 2e-2, "logits")
 
 

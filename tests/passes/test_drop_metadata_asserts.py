@@ -33,3 +33,18 @@ def test_the_assertions_go_and_the_casts_stay() -> None:
     assert dropped(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float64
     with pytest.raises(RuntimeError, match="dtype"):
         gm(torch.ones(2, dtype=torch.bfloat16))
+
+
+class CastsInARegion(nn.Module):
+    """Casts its input where gradients are off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x.to(torch.float64) + 1
+
+
+def test_the_assertions_in_a_region_go_too() -> None:
+    gm = torch.export.export(CastsInARegion(), (torch.ones(2),)).module()
+    dropped, report = after(gm, DropMetadataAsserts())
+    assert report.edits == 1
+    assert dropped(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float64

@@ -135,6 +135,7 @@ def test_a_graph_has_the_modes_that_the_parts_had_before_it_was_captured(capture
     assert frozen.num_batches_tracked == 1
 
 
+@pytest.mark.broad
 @settings(deadline=None)
 @given(
     capture=st.sampled_from(sorted(CAPTURES)),
@@ -196,6 +197,7 @@ def test_a_layer_that_is_called_alone_reads_its_own_modes() -> None:
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.broad
 def test_compiled_calls_guard_on_the_modes_of_parts() -> None:
     gm, wrapped = adapted()
     torch._dynamo.reset()

@@ -30,6 +30,7 @@ def test_images_in_a_row_of_patches_are_captured_by_default() -> None:
     assert known["sites"] == known["linears"], known["left_out"]
 
 
+@pytest.mark.broad
 def test_casts_that_only_training_makes_are_followed() -> None:
     assert outcome("mamba")["default"] == "yes"
 

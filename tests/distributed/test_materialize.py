@@ -183,7 +183,8 @@ class CountsWithoutGradients(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             numbers = torch.arange(x.shape[1], device=x.device).to(x.dtype).sin()
-        return self.fc(x) * numbers[None, :, None]
+        y: Tensor = self.fc(x)
+        return y * numbers[None, :, None]
 
 
 def test_the_regions_of_a_graph_make_their_tensors_on_the_new_device() -> None:

@@ -28,9 +28,11 @@ def rebind_functions(copied: nn.Module, memo: Mapping[int, Any]) -> None:
     for module in copied.modules():
         attributes = vars(module)
         for name, value in [*attributes.items()]:
+            if not rebinding.reaches(value):
+                continue
             if isinstance(value, dict):  # of hooks: what else holds the registry has to see the change
-                value.update({key: rebinding.of(each) for key, each in value.items() if rebinding.reaches(each)})
-            elif rebinding.reaches(value):
+                value.update({key: rebinding.of(each) for key, each in value.items()})
+            else:
                 attributes[name] = rebinding.of(value)
 
 

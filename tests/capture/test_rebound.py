@@ -143,3 +143,17 @@ def test_adapters_act_inside_a_function_that_was_put_on_a_module(way: Any, adapt
 def test_a_forward_that_was_put_on_the_model_is_not_traced(way: Any) -> None:
     with pytest.raises(llfx.CaptureError, match=r"forward of this Outer was replaced .* way out: pass example_inputs"):
         adapted(llfx.rewrite, way, "", None)
+
+
+class Frozen(dict[str, int]):
+    """A dict that refuses changes, as the configs of diffusers do."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("it is frozen")
+
+
+def test_a_dict_that_refuses_changes_stays_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.config = Frozen(sizes=4)  # type: ignore[assignment]
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names="0"), (torch.ones(2, 4),))
+    assert torch.equal(gm(torch.ones(2, 4)), model(torch.ones(2, 4)))

@@ -57,7 +57,6 @@ def cut(
         The pieces by number; and the values that the rest of the graph needs, None if it needs none. A single value is
         returned bare.
     """
-    _read_first(outer)
     members_of = pieces_of(gm, outer, also)  # before calls of modules, which may write, are calls of a function
     functions = {node: _call_as_function(node) for node in outer.find_nodes(op="call_module")}
     _read_first(outer)

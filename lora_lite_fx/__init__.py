@@ -1,6 +1,8 @@
 """Adapters by rewriting the graph of a frozen PyTorch model. See the README for a tour."""
 
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 from .compat.versions import check_versions
 
@@ -104,6 +106,24 @@ if not _is_program():  # else the program imports this again, when it has read i
         WaveFT,
     )
 
+if TYPE_CHECKING:
+    from .hand_over.bake import bake
+    from .hand_over.exported_program import export
+
+_HAND_OVER = {"bake": "bake", "export": "exported_program"}
+"""The files of `hand_over/` that have these functions. Each is imported when it is asked for, because few need it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HAND_OVER:
+        return getattr(importlib.import_module(f".hand_over.{_HAND_OVER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HAND_OVER})
+
+
 __all__ = [
     "BOFT",
     "C3A",
@@ -169,11 +189,13 @@ __all__ = [
     "adapters",
     "add",
     "backend",
+    "bake",
     "by_row",
     "capture",
     "combine",
     "compile_layers",
     "delete",
+    "export",
     "from_peft_config",
     "frozen",
     "inspect",

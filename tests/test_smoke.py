@@ -135,6 +135,12 @@ def test_export(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(gm, EXAMPLE), tmp_path / "model.pt2")
     again = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(again(*EXAMPLE), gm(*EXAMPLE))
+    _, language_model = llama(llfx.DoRA(r=2, target_roles=("attention", "mlp")))
+    inputs = {name: TOKENS[name] for name in ("input_ids", "attention_mask")}
+    torch.export.save(llfx.export(language_model, inputs, outputs=("logits",)), tmp_path / "plain.pt2")
+    plain = torch.export.load(tmp_path / "plain.pt2").module()
+    torch.testing.assert_close(plain(**inputs), logits(language_model))
+    torch.testing.assert_close(llfx.bake(language_model)(**inputs).logits, logits(language_model))
 
 
 def test_inspect_and_program_and_trainable_parameters() -> None:

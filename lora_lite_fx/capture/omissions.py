@@ -246,11 +246,12 @@ def _fill(values: Sequence[Any], place: int, value: int, left_out: Collection[in
             first, second = (dim, from_last) if dim == 0 else (from_last, dim)
             return str(values[index].shape[at]) != str(size), index, at != first, at != second, at
 
-        alike = [(index, at) for index, at, other in open_sizes if _hint(other) == _hint(size)]
-        return min(alike, key=lambda place: unlikeliness(*place), default=_hint(size))
+        alike = [(index, at) for index, at, other in open_sizes if size_in_example(other) == size_in_example(size)]
+        return min(alike, key=lambda place: unlikeliness(*place), default=size_in_example(size))
 
     return Fill(value, tuple(map(size_of, range(tensor.dim()))), tensor.dtype, tensor.device)
 
 
-def _hint(size: Any) -> int:
-    return int(size.node.hint)  # the size in the example; nothing public tells it
+def size_in_example(size: Any) -> int:
+    """Return a size of an input as it was in the example that a graph was captured with."""
+    return int(size) if isinstance(size, int) else int(size.node.hint)  # nothing public tells it

@@ -17,9 +17,11 @@ from ..adapters.placement import Placement, copy_over_tensors, next_index
 from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches, coefficients
 from ..adapters.variant import Variant
+from ..capture.capture_model import Inputs
 from ..capture.origins.origin import is_hugging_face
 from ..compat.torch import SeesMoves, children_of
 from ..errors import AdapterError, ConfigError
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.compile_layers import LayerCompiler
 from ..execution.frozen import changed_inside
 from ..execution.layer_modules import WRAPPED, RunsParts, plain_class, running_parts
@@ -33,6 +35,7 @@ from ..graph.sharded import is_sharded, refuse_sharded
 from ..graph.tensors import register_tensor, tensor_of
 from ..log import logger
 from ..rewriting.calibration import Batches
+from ..rewriting.capture import base_graph
 from ..rewriting.named import as_named
 from ..storage.dequantized import restore_quantized
 from .adapted_parts import AdaptedLayer, AdaptedPart, subclass
@@ -133,6 +136,30 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
     def memory_plans(self) -> list[MemoryPlan]:
         """Return the plans of all graphs that were called in training."""
         return [plan for gm in self._graphs.modules() for plan in gm.memory_plans()]
+
+    def graph_of_call(self, inputs: Inputs | None) -> AdaptedGraphModule:
+        """Return a graph of the model's own call with these arguments, with the adapters, over the model's tensors.
+
+        Unlike the graphs that calls run, it takes the arguments as they are. It is captured anew each time.
+
+        Args:
+            inputs: as for `capture`.
+        """
+        gm = base_graph(self.adapters_taken_off(), inputs)
+        assert isinstance(gm, AdaptedGraphModule)
+        self.give_adapters_to(gm)
+        return gm
+
+    def adapters_taken_off(self) -> Any:
+        """Return a copy of the model without adapters, of its own class, over the same weights."""
+        self._graphs.follow_model()
+        return self._graphs.shadow()
+
+    def give_adapters_to(self, gm: AdaptedGraphModule) -> None:
+        """Insert the adapters into a graph of the copy without them, over the tensors of the model."""
+        self._graphs.adapters.insert_into(gm)
+        self._graphs.adapters.bind(gm)
+        gm.own_switches = self.switches
 
     def add_to_graphs(self, adapters: Sequence[tuple[str, Variant]], calibration: Batches | None) -> None:
         """Add new adapters to all graphs, as `add` asks for."""

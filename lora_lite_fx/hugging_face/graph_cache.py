@@ -85,7 +85,7 @@ class GraphCache:
     def drop(self) -> None:
         """Forget all graphs, because devices, dtypes, and what `ModelState` sees are part of them."""
         self._graphs: list[CapturedGraph] = []  # a new list for each change, because other threads may look through it
-        self._forms = Forms(self.model, self._shadow)
+        self._forms = Forms(self.model, self.shadow)
         self._around_parts: list[Kind] = []  # kinds of calls with a loss that cannot be captured
         self._state: ModelState | None = None  # of the time of the first of them
         self.__dict__.pop("_first_call", None)
@@ -290,7 +290,7 @@ class GraphCache:
         """The call that the first graph is captured for. Kept, because that of a sharded model cannot be made anew."""
         inputs = self.example_inputs
         if inputs is None:
-            inputs = example_inputs_of(self._shadow(), self._without)
+            inputs = example_inputs_of(self.shadow(), self._without)
         return self._call_with(pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.model.device), inputs))
 
     def _batches(self, calibration: Batches | None) -> Iterator[Leaves] | None:
@@ -304,7 +304,7 @@ class GraphCache:
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
         return self._call(self.model, arguments_of(self.model, args, kwargs)[0], is_first=True)
 
-    def _shadow(self) -> Any:
+    def shadow(self) -> Any:
         """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls."""
         copied = self.adapters.plain_model()
         take_hooks_off(copied)
@@ -340,7 +340,7 @@ class GraphCache:
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: Sequence[str]) -> CapturedGraph:
         """Capture the call with an example of its leaves, and give the graph the adapters and the model's tensors."""
-        graph = capture_call(self.model, self._shadow, call, example, fixed, self.verify, self.fuse_loss)
+        graph = capture_call(self.model, self.shadow, call, example, fixed, self.verify, self.fuse_loss)
         self.adapters.insert_into(graph.gm)
         for setting in self._settings.values():
             setting(graph.gm)

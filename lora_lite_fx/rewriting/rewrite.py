@@ -193,15 +193,15 @@ def _warn_of_no_gradient(gm: fx.GraphModule, new_adapters: Iterable[NewAdapter],
         )
 
 
-def merge(model: nn.Module, *, requantise: bool = False) -> Any:
+def merge(model: nn.Module | ExportedProgram, *, requantise: bool = False) -> Any:
     """Return the model with its adapters folded into the weights: the base graph node for node, without adapters.
 
     Those that act are folded, by their coefficients if they are scaled; the others are left out. On a quantized base
     the sites with adapters get dense weights, because a merged weight does not fit the grid of the frozen one.
 
     Args:
-        model: a result of `rewrite`, `adapt` or `load`; it is not changed. For an adapted Hugging Face model the
-            result is a model of its class.
+        model: a result of `rewrite`, `adapt` or `load`, or an exported program of one; it is not changed. For an
+            adapted Hugging Face model the result is a model of its class.
         requantise: quantize the merged weights of quantized sites again, in the way of the base. That rounds them,
             often by more than a small adapter changes them. The result has the attribute `requantised`: by site, how
             far the stored weight is from the merged one, as a multiple of its norm.
@@ -214,14 +214,14 @@ def merge(model: nn.Module, *, requantise: bool = False) -> Any:
     return _without_adapters(model, fold=True, requantise=requantise)
 
 
-def remove(model: nn.Module) -> Any:
+def remove(model: nn.Module | ExportedProgram) -> Any:
     """Return the model without its adapters: the base graph node for node, over the base weights bit for bit.
 
     Buffers that training has changed, as the statistics of batch norm, have the base's values again.
 
     Args:
-        model: a result of `rewrite`, `adapt` or `load`, or the module of an exported program; it is not changed. For
-            an adapted Hugging Face model the result is a model of its class.
+        model: a result of `rewrite`, `adapt` or `load`, or an exported program of one; it is not changed. For an
+            adapted Hugging Face model the result is a model of its class.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -242,7 +242,9 @@ def without_adapters(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 @outside_inference_mode()
-def _without_adapters(model: nn.Module, fold: bool, requantise: bool = False) -> Any:
+def _without_adapters(model: nn.Module | ExportedProgram, fold: bool, requantise: bool = False) -> Any:
+    if isinstance(model, ExportedProgram):
+        model = model.module()
     if isinstance(model, HasGraphs):
         return model.without_adapters(fold=fold, requantise=requantise)
     adapter_tensors(model)

@@ -1,0 +1,72 @@
+"""`export`: an adapted model as an exported program of plain tensors, which loads where torch alone is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from ..graph.tensors import outside_inference_mode
+from .bake import bake as baked_graph
+from .served_graph import ServedGraph, Tensors, graph_to_serve
+
+
+@outside_inference_mode()
+def export(
+    model: nn.Module,
+    inputs: Tensors | None = None,
+    *,
+    outputs: str | Sequence[str] | None = None,
+    cache: bool = False,
+    bake: bool = False,
+) -> ExportedProgram:
+    """Return a model as an exported program with plain tensors in and out.
+
+    `torch.export.save` writes it to a file that loads and runs where torch alone is installed:
+    `torch.export.load("m.pt2").module()(**inputs)`. Batch and length stay open. Its tensors have the names of
+    `adapter_state_dict`, so that `inspect`, `merge` and `load` take it.
+
+    Args:
+        model: a result of `rewrite`, `load`, `adapt` or `merge`. Only the adapters that act are exported.
+        inputs: keyword arguments of a call, tensors; None for those that the graph was captured with but labels.
+        outputs: names of fields of the model's output. One gives the tensor itself, several a tuple; None for all
+            tensors of the output.
+        cache: export a step of a causal language model, see `step_with_cache`.
+        bake: make constants of what depends on parameters alone, see `bake`.
+
+    Raises:
+        AdapterError: `model` is no such result.
+        CallError, ConfigError: the inputs or outputs are not those of the model.
+        CaptureError: the call of an adapted model cannot be captured.
+    """
+    return exported(served(model, inputs, outputs, cache, bake, "export"))
+
+
+def served(
+    model: nn.Module,
+    inputs: Tensors | None,
+    outputs: str | Sequence[str] | None,
+    cache: bool,
+    bake: bool,
+    function: str,
+) -> ServedGraph:
+    """Return the graph of plain tensors that `export` exports."""
+    if cache:
+        from .step_with_cache import step_with_cache
+
+        gm, inputs = step_with_cache(model, inputs, outputs)
+        outputs = None  # the step returns those, and the cache
+    else:
+        gm = graph_to_serve(model, inputs)
+    if bake:
+        gm = graph_to_serve(baked_graph(gm))
+    return ServedGraph.of(gm, inputs, outputs, function)
+
+
+def exported(graph: ServedGraph) -> ExportedProgram:
+    """Export a graph of plain tensors, with each size open that the graph leaves open."""
+    sizes = {name: dict.fromkeys(range(tensor.dim()), Dim.AUTO) for name, tensor in graph.inputs.items()}
+    with torch.no_grad():
+        return torch.export.export(graph.gm, (), graph.inputs, dynamic_shapes=sizes, strict=False)

@@ -20,7 +20,7 @@ _PILL = 32.0  # the room of an adapter above its site
 _TOP = 8.0
 _MARGIN = 26.0
 _LIFT = 30.0  # from the sites down to the stream
-_CHARACTER = 8.43  # width in 14 px monospace
+CHARACTER = 8.43  # width in 14 px monospace
 _SCALE = 1.15  # of the whole picture
 
 
@@ -97,7 +97,7 @@ def _inline(sublayer: Sublayer, most: int, below: float) -> str:
     width = max(x - _GAP + _MARGIN + 30, _title_width(sublayer))
     edges = [0.0, *(edge for box in boxes for edge in (box.x, box.right)), width + 1]  # of the stream between boxes
     ends = zip(edges[::2], edges[1::2], strict=True)
-    lines = [_line((left, stream), (right, stream), arrow=False, kind="stream") for left, right in ends]
+    lines = [line_through((left, stream), (right, stream), arrow=False, kind="stream") for left, right in ends]
     return _svg(sublayer, width, stream + below, [*lines, *(_site(box, most) for box in boxes)])
 
 
@@ -123,13 +123,15 @@ def _branch(sublayer: Sublayer, most: int, below: float) -> str:
             placed[-1].append(_Box(part, x, top + i * pitch, width, text))
         x += width + _GAP
     end = x - _GAP + 44
-    drawn = [_line((0, stream), (max(end + _MARGIN, _title_width(sublayer)) + 1, stream), arrow=False, kind="stream")]
+    drawn = [
+        line_through((0, stream), (max(end + _MARGIN, _title_width(sublayer)) + 1, stream), arrow=False, kind="stream")
+    ]
 
     for box in placed[0]:
         if box.part in crossing:
             drawn += _port(box, bus + 16, bus + 12, "other input")
         else:
-            drawn.append(_line((bus, stream), (bus, box.y), (box.x, box.y)))
+            drawn.append(line_through((bus, stream), (bus, box.y), (box.x, box.y)))
     for left, right in pairwise(placed):
         meet = max(box.right for box in left) + 36
         for target in right:
@@ -138,13 +140,15 @@ def _branch(sublayer: Sublayer, most: int, below: float) -> str:
                 continue
             for box in left:
                 if _feeds(box, target):
-                    drawn.append(_line((box.right, box.y), (meet, box.y), (meet, target.y), (target.x, target.y)))
+                    drawn.append(
+                        line_through((box.right, box.y), (meet, box.y), (meet, target.y), (target.x, target.y))
+                    )
     writes = any({"writer", "output", "down"} & set(part.row.roles) for part in sublayer.parts)
     returns = "line" if writes else "open"
     for box in placed[-1]:
-        drawn.append(_line((box.right, box.y), (end, box.y), (end, stream - 9), kind=returns))
+        drawn.append(line_through((box.right, box.y), (end, box.y), (end, stream - 9), kind=returns))
     drawn.append(f'<circle class="dot" cx="{bus:g}" cy="{stream:g}" r="4"/>')
-    drawn.append(_sum(end, stream, "join" if returns == "line" else "join open"))
+    drawn.append(sum_sign(end, stream, "join" if returns == "line" else "join open"))
     drawn += [_site(box, most) if box.part else _operation(box) for column in placed for box in column]
     return _svg(sublayer, max(end + _MARGIN, _title_width(sublayer)), stream + below, drawn)
 
@@ -205,9 +209,9 @@ def _site(box: _Box, most: int) -> str:
     style = f"fill:url(#{fill(roles)});stroke:var(--{roles[0]})"
     pieces = [
         f'<polygon class="site{unknown}" points="{corners}" style="{style}"/>',
-        _text(middle, y - 11, shorten(part.name), "name"),
-        _text(middle, y + 6, " \u00b7 ".join(roles), "role"),
-        _text(middle, y + 23, sizes, "size"),
+        text_at(middle, y - 11, shorten(part.name), "name"),
+        text_at(middle, y + 6, " \u00b7 ".join(roles), "role"),
+        text_at(middle, y + 23, sizes, "size"),
     ]
     if row.adapters:
         pieces.append(_adapter(box, max(left, right)))
@@ -228,7 +232,7 @@ def _adapter(box: _Box, half: float) -> str:
     return (
         f'<path class="adapter" d="{path}"/><circle class="tap" cx="{before:g}" cy="{box.y:g}" r="3"/>'
         f'<rect class="pill" x="{middle - width / 2:g}" y="{y - 11:g}" width="{width:g}" height="22" rx="11"/>'
-        f"{_text(middle, y + 4, text, 'pilltext')}{_sum(after, box.y, 'tapsum', 6)}"
+        f"{text_at(middle, y + 4, text, 'pilltext')}{sum_sign(after, box.y, 'tapsum', 6)}"
     )
 
 
@@ -241,17 +245,17 @@ def _adapter_text(part: Part) -> str:
 def _operation(box: _Box) -> str:
     return (
         f'<rect class="op" x="{box.x:g}" y="{box.y - 21:g}" width="{box.w:g}" height="42" rx="21"/>'
-        f"{_text(box.x + box.w / 2, box.y + 4.5, box.text, 'optext')}"
+        f"{text_at(box.x + box.w / 2, box.y + 4.5, box.text, 'optext')}"
     )
 
 
 def _port(box: _Box, x: float, x_of_text: float, text: str) -> list[str]:
     """Return the line into a box from a value that is not drawn, which `text` names."""
     port = f'<circle class="port" cx="{x:g}" cy="{box.y:g}" r="4"/>'
-    return [_line((x, box.y), (box.x, box.y)), port, _text(x_of_text, box.y + 17, text, "small")]
+    return [line_through((x, box.y), (box.x, box.y)), port, text_at(x_of_text, box.y + 17, text, "small")]
 
 
-def _sum(x: float, y: float, kind: str, r: float = 9) -> str:
+def sum_sign(x: float, y: float, kind: str, r: float = 9) -> str:
     a = r * 0.55
     return (
         f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="{r:g}"/>'
@@ -259,7 +263,7 @@ def _sum(x: float, y: float, kind: str, r: float = 9) -> str:
     )
 
 
-def _line(*points: tuple[float, float], arrow: bool = True, kind: str = "line") -> str:
+def line_through(*points: tuple[float, float], arrow: bool = True, kind: str = "line") -> str:
     """Return a line through the points, with round corners."""
     (x, y), *rest = points
     path = [f"M{x:g} {y:g}"]
@@ -280,7 +284,7 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def _text(x: float, y: float, text: str, kind: str) -> str:
+def text_at(x: float, y: float, text: str, kind: str) -> str:
     return f'<text class="{kind}" x="{x:g}" y="{y:g}">{escape(text)}</text>'
 
 
@@ -330,7 +334,7 @@ def _width(item: Part | str) -> float:
         return 8.2 * len(item) + 32
     row = item.row
     texts = [
-        _CHARACTER * len(shorten(item.name)),
+        CHARACTER * len(shorten(item.name)),
         6.9 * len(" \u00b7 ".join(main_roles(row))),
         7.25 * len(f"{row.d_in:,} \u2192 {row.d_out:,}"),
         7.25 * len(_adapter_text(item)) + 12 if row.adapters else 0.0,

@@ -108,9 +108,10 @@ if not _is_program():  # else the program imports this again, when it has read i
 
 if TYPE_CHECKING:
     from .hand_over.bake import bake
+    from .hand_over.executorch_files import save_executorch
     from .hand_over.exported_program import export
 
-_HAND_OVER = {"bake": "bake", "export": "exported_program"}
+_HAND_OVER = {"bake": "bake", "export": "exported_program", "save_executorch": "executorch_files"}
 """The files of `hand_over/` that have these functions. Each is imported when it is asked for, because few need it."""
 
 
@@ -222,6 +223,7 @@ __all__ = [
     "rewrite",
     "save",
     "save_diffusers",
+    "save_executorch",
     "save_lora_lite",
     "save_peft",
     "save_slot",

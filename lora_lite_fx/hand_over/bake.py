@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from ..graph.parameter_work import first_input, parameter_work
 from ..graph.tensors import attribute_of, keep_registration, outside_inference_mode, register_tensor
 from ..passes import AssociateProducts, FoldScaleIntoAddition, HoistParameterWork, LeaveOutDropout, Pipeline
 from .served_graph import evaluated_graph, graph_to_serve
+
+_BAKED = "baked_"
+"""The names of constants begin with this, in the module of their site."""
+
+
+def is_baked(name: str) -> bool:
+    """Tell whether a tensor of this name is a constant of `bake`."""
+    return re.fullmatch(rf"{_BAKED}\d+", name.rpartition(".")[2]) is not None
 
 
 @outside_inference_mode()
@@ -78,7 +87,7 @@ def _make_constants(gm: fx.GraphModule, work: list[fx.Node]) -> None:
         if not isinstance(value, Tensor):
             node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in members)
             continue
-        name = f"{place_of(node)}.baked_{count}"
+        name = f"{place_of(node)}.{_BAKED}{count}"
         count += 1
         register_tensor(gm, name, value.detach().clone(memory_format=torch.contiguous_format))
         with gm.graph.inserting_before(node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,8 +66,18 @@ def served(
     return ServedGraph.of(gm, inputs, outputs, function)
 
 
-def exported(graph: ServedGraph) -> ExportedProgram:
-    """Export a graph of plain tensors, with each size open that the graph leaves open."""
-    sizes = {name: dict.fromkeys(range(tensor.dim()), Dim.AUTO) for name, tensor in graph.inputs.items()}
+def exported(graph: ServedGraph, largest: tuple[int, int] | None = None) -> ExportedProgram:
+    """Export a graph of plain tensors, with each size open that the graph leaves open.
+
+    Args:
+        graph: the graph.
+        largest: bounds of the first size of each input and of its other sizes, where the example is not larger; None
+            for no bounds.
+    """
+
+    def size(dim: int, example: int) -> Any:
+        return Dim.AUTO if largest is None else Dim.AUTO(max=max(largest[dim > 0], example))
+
+    sizes = {name: {dim: size(dim, n) for dim, n in enumerate(tensor.shape)} for name, tensor in graph.inputs.items()}
     with torch.no_grad():
         return torch.export.export(graph.gm, (), graph.inputs, dynamic_shapes=sizes, strict=False)

@@ -1,7 +1,8 @@
-"""The Python code of README.md, CONTRIBUTING.md and the wings' READMEs runs as written, and their links work."""
+"""The Python code of the README, the docs and the wings' READMEs runs as written, their links work, counts are true."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,18 @@ import pytest
 
 from lora_lite_fx.adapters.registry import _REGISTRY, registry
 from tests.support.selection import broad_unless
+from tests.survey.__main__ import RESULTS as SURVEY
+from tests.survey.__main__ import read
+from tests.survey.table import paths
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 FOLDERS = ("lora_lite_fx", "passes", "tests", "examples", "docs", ".github")
 # The link lora_lite_fx/passes is not followed, so that each page is found once.
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
+EVERY_DAY = {README, ROOT / "docs/ladder/first_adapter.md", ROOT / "docs/how_to/any_module.md"}
+"""The pages whose code runs every day; that of the others runs in the broad tier."""
+RESULTS = ROOT / "examples/results"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -59,7 +66,7 @@ def own_registry() -> Iterator[None]:
 @pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize(
     "page",
-    broad_unless(lambda page: page != README, [page for page in PAGES if blocks(page, "python")]),
+    broad_unless(lambda page: page in EVERY_DAY, [page for page in PAGES if blocks(page, "python")]),
     ids=named,
 )
 def test_the_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +80,12 @@ def test_the_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch:
 
 def test_pages_with_python_are_found() -> None:
     with_python = {named(page) for page in PAGES if blocks(page, "python")}
-    assert with_python >= {"README.md", "CONTRIBUTING.md", "lora_lite_fx/variants/README.md"}
-    assert "lora_lite_fx/variants/YOUR_OWN.md" in with_python
-    assert len(blocks(README, "python")) >= 5
+    assert with_python >= {"README.md", "CONTRIBUTING.md", "lora_lite_fx/variants/README.md", "docs/from_peft.md"}
+    assert with_python >= {named(page) for page in (ROOT / "docs/ladder").glob("*.md")} - WITHOUT_CODE
+    assert len(blocks(README, "python")) >= 3
+
+
+WITHOUT_CODE = {"docs/ladder/README.md", "docs/ladder/several_processes.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -92,8 +102,87 @@ def test_the_quickstart_has_ten_lines_at_most() -> None:
     assert len([line for line in blocks(README, "python")[0].splitlines() if line.strip()]) <= 10
 
 
-def test_every_variant_is_in_the_table() -> None:
-    for name, cls in registry().items():
-        if cls.__module__.startswith("lora_lite_fx."):
-            # arXiv, or for HiRA, which is not there, OpenReview.
-            assert f"[`{name}`](https://" in README.read_text(encoding="utf-8")
+def built_in() -> set[str]:
+    """Return the names of the variants of this package."""
+    return {name for name, cls in registry().items() if cls.__module__.startswith("lora_lite_fx.")}
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    assert len(text.splitlines()) <= 150
+
+
+def test_the_readme_counts_variants() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert f"another of {len(built_in())} methods" in text
+    assert f"[All {len(built_in())}, with formulas and costs]" in text
+    table = text.partition("## Variants")[2].partition("\n## ")[0]
+    assert len(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == 6
+
+
+def ratios(file: str, case: str, measure: str, variant: str) -> dict[str, float]:
+    """Return one result of a committed file, as multiples of the base (of runs in pairs in `cpu-frozen`); or counts."""
+    results = json.loads((RESULTS / file).read_text())["results"]
+    (result,) = (r for r in results if (r["case"], r["measure"], r["variant"]) == (case, measure, variant))
+    if file == "cpu-frozen.json":
+        return {name: paired[0] for name, paired in result["paired"].items()}
+    return dict(result["ratios"] or result["values"])
+
+
+FIGURES = {
+    "plain LoRA, large batches": ("cpu-training.json", "smollm2-6", "train-8192", "LoRA", "ours"),
+    "DoRA": ("cpu-frozen.json", "smollm2-6", "decode", "DoRA", "ours-frozen"),
+    "HRA": ("cpu.json", "smollm2-6", "train", "HRA", "ours"),
+    "OFT": ("cpu.json", "smollm2-6", "decode", "OFT", "ours"),
+    "compile, export": ("cpu.json", "smollm2-6", "graphs", "DoRA", "ours"),
+    "save memory": ("cpu.json", "smollm2-6", "saved", "DoRA", "ours"),
+}
+"""The rows of the README that say when to use this library: the result of each, and what is ours in it."""
+
+
+@pytest.mark.parametrize("row", FIGURES)
+def test_a_figure_of_the_readme_is_a_committed_result(row: str) -> None:
+    *place, ours = FIGURES[row]
+    values = ratios(*place)
+    (line,) = re.findall(rf"^\| {row} \|.*$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    digits = 0 if place[2] == "graphs" else 2
+    assert f"{values['peft']:.{digits}f} / {values[ours]:.{digits}f}" in line
+
+
+def test_the_other_figures_of_the_readme_are_committed_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    oft = ratios("cpu-oft.json", "smollm2-6-body", "train", "OFT")
+    assert f"(a training step: {oft['peft']:.2f} / {oft['ours']:.2f})" in text
+    capture = json.loads((RESULTS / "capture.json").read_text())["results"]
+    (ready,) = (r["values"] for r in capture if (r["case"], r["measure"]) == ("layers-30", "capture"))
+    assert f"30 layers are ready in {ready['peft']:.1f} s / {ready['ours']:.1f} s" in text
+    bank = (RESULTS / "bank.txt").read_text()
+    ours, theirs = (
+        re.findall(rf"^  {name} .* ([\d.]+)$", bank, re.MULTILINE)[0] for name in ("bank", "PEFT, mixed batch")
+    )
+    assert f"a decoded token: {theirs} / {ours} |" in text
+
+
+def test_the_readme_counts_what_works() -> None:
+    text = README.read_text(encoding="utf-8")
+    rows = [row for file in SURVEY.glob("*.jsonl") for row in read(file)]
+    built = [row for row in rows if row.get("built") == "yes"]
+    equal = sum(bool(paths(row)) for row in rows)
+    assert f"{equal} of {len(built)} architectures" in text
+    sites, unknown = (sum(row.get(key) or 0 for row in built) for key in ("sites", "without_role"))
+    assert f"known for {100 * (1 - unknown / sites):.1f} % of {sites:,} sites" in text
+    trainers = re.findall(r"^\| \w.*? \| (\w+) \|", (ROOT / "tests/hugging_face/trainers.md").read_text(), re.MULTILINE)
+    outcomes = [outcome for outcome in trainers if outcome != "outcome"]
+    assert f"so do {outcomes.count('equal')} of {len(outcomes)} cases" in text
+    cases = (ROOT / "tests/formats/peft/cases.md").read_text(encoding="utf-8")
+    counted = re.search(r"^- (\d+) cases of methods that are here: (\d+) equal, (\d+) refused;", cases, re.MULTILINE)
+    assert counted
+    assert f"{counted[2]} of {counted[1]} files compute the same, {counted[3]} are refused" in text
+
+
+def test_the_fields_of_peft_are_told_as_they_are() -> None:
+    pytest.importorskip("peft")
+    from tests.formats.peft.field_table import field_table
+
+    assert field_table() in (ROOT / "docs/from_peft.md").read_text(encoding="utf-8")

@@ -29,8 +29,7 @@ def missing_files(readme: Path) -> list[str]:
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
 def test_a_readme_names_files_that_exist_and_fits_a_page(readme: Path) -> None:
     assert missing_files(readme) == []
-    if readme.parent.name != "variants":  # a reference with a table of costs
-        assert len(readme.read_text(encoding="utf-8").splitlines()) <= 50
+    assert len(readme.read_text(encoding="utf-8").splitlines()) <= 50
 
 
 WINGS = ["torch_compile", "ops", "storage", "capture", "sites", "adapters", "rewriting", "hugging_face"]

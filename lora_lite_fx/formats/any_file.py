@@ -27,7 +27,9 @@ def load_any(
     Args:
         model: as for `load`.
         path: of the file or directory; or "owner/name" of a repository on the Hub.
-        revision, subfolder: as for `load_peft`.
+        adapter: as for `put_slot`.
+        revision: as for `load_peft`.
+        subfolder: as for `load_peft`.
 
     Raises:
         CheckpointError, AdapterError, CaptureError: as `load`.
@@ -58,8 +60,11 @@ def save_slot(
     `save_peft(take_slot(model, slot), path)` and the other functions that save write it in their forms.
 
     Args:
-        model, slot, adapter: as for `take_slot`.
-        path, allow_nonfinite: as for `save`.
+        model: as for `take_slot`.
+        slot: as for `take_slot`.
+        path: as for `save`.
+        adapter: as for `take_slot`.
+        allow_nonfinite: as for `save`.
 
     Raises:
         ConfigError, AdapterError: as `take_slot`.
@@ -80,10 +85,13 @@ def load_slot(
     """Load an adapter into a slot of a bank, in place. Nothing is compiled again.
 
     Args:
-        model, slot, adapter: as for `put_slot`, which says which adapters fit.
+        model: as for `put_slot`, which says which adapters fit.
+        slot: as for `put_slot`.
         path: a file that `save`, `save_slot` or diffusers wrote, a PEFT directory, a checkpoint, or the "owner/name" of
             a repository on the Hub.
-        revision, subfolder: as for `load_peft`.
+        adapter: as for `put_slot`.
+        revision: as for `load_peft`.
+        subfolder: as for `load_peft`.
 
     Raises:
         ConfigError, AdapterError: as `put_slot`. Nothing is written then.

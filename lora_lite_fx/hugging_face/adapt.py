@@ -90,7 +90,8 @@ def adapt(
         AdapterError: `model` is not one of transformers or diffusers, or is adapted already; or it is a graph without
             adapters, or one whose model does not exist any more.
         CaptureError: a model of diffusers is given without example inputs.
-        As `rewrite`, and, with a path, as `load` or `load_peft`.
+        ConfigError, SelectionError: as `rewrite`.
+        CheckpointError: as `load` or `load_peft`, with a path.
 
     Warns:
         UserWarning: `forward` of the model is replaced on the instance. The adapted model runs that of the class.

@@ -49,14 +49,17 @@ def wrap(
 
     Args:
         model: the model, which is not changed; or the graph that `capture` made of it, as long as the model exists.
-        cfg, example_inputs, calibration: as for `rewrite`.
+        cfg: as for `rewrite`.
+        example_inputs: as for `rewrite`.
+        calibration: as for `rewrite`.
 
     Returns:
         The copy, in the model's mode. Only the adapters' parameters require grad.
 
     Raises:
-        As `rewrite`. ConfigError also for a site that is not a module of its own, such as a weight used functionally
-        or experts, and for a module that does more than multiply.
+        ConfigError: as `rewrite`; or a site is not a module of its own, such as a weight used functionally or experts;
+            or a module does more than multiply.
+        SelectionError, CaptureError: as `rewrite`.
     """
     adapters = as_adapters(cfg)
     check_calibration(calibration)

@@ -61,8 +61,9 @@ def backend(
         cfg: a variant, or several, as for `rewrite`. None for a backend that compiles models that are adapted already;
             the name `backend="lora_lite_fx"` stands for `backend()`.
         inner: the backend that compiles the rewritten graphs, or its name.
-        mode, options: settings of `inner`, as `torch.compile` takes them. They may also be given to `torch.compile`
-            beside this backend: `torch.compile(adapted, backend="lora_lite_fx", mode="reduce-overhead")`.
+        mode: a setting of `inner`, as `torch.compile` takes it. It may also be given to `torch.compile` beside this
+            backend: `torch.compile(adapted, backend="lora_lite_fx", mode="reduce-overhead")`.
+        options: further settings of `inner`, as `mode`.
 
     Raises:
         ConfigError: `cfg` is not a variant; or there is no such `inner`, `mode` or option.

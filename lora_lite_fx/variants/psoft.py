@@ -32,7 +32,8 @@ class PSOFT(WithDropout, WithRank):
             `R` is trained itself.
         use_cayley_neumann: whether `R` is `I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4` instead: cheap, orthogonal only near the
             start.
-        scale_in, scale_out: whether `u` and `v` are trained.
+        scale_in: whether `u` is trained.
+        scale_out: whether `v` is trained.
         symmetric: whether `A = sqrt(S) V^T` and `B = U sqrt(S)`, as of PiSSA.
     """
 

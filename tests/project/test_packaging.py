@@ -164,8 +164,11 @@ def test_the_metadata_of_the_wheel_is_complete(wheel: Path) -> None:
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in required) == ["regex", "safetensors", "torch"]
     built_in = [cls for cls in registry().values() if cls.__module__.startswith(f"{NAME}.")]
-    assert len(built_in) > 21
-    assert "LoRA and over twenty other methods" in metadata["Summary"]
+    assert f"LoRA and {len(built_in) - 1} other methods" in metadata["Summary"]
+    assert metadata.get_all("Project-URL")
+    notes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(metadata['Version'])} \(\d{{4}}-\d\d-\d\d\)$", notes, re.MULTILINE)
+    assert f"\nversion: {metadata['Version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_page_on_versions_names_every_lower_bound_as_a_version_that_was_run(wheel: Path) -> None:
@@ -176,7 +179,8 @@ def test_the_page_on_versions_names_every_lower_bound_as_a_version_that_was_run(
     assert bounds.keys() >= {"torch", "transformers", "safetensors", "peft", "accelerate", "pytest"}
     run = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8").lower()
     missing = [name for name, bound in bounds.items() if not re.search(rf"\b{name} {re.escape(bound)}\b(?!\.\d)", run)]
-    assert set(missing) <= {"mypy", "pdoc", "pre-commit", "ruff"}, "tools, which no user of the package needs"
+    site = {"mkdocs", "mkdocs-material", "mkdocstrings-python"}
+    assert set(missing) <= {"mypy", "pre-commit", "ruff"} | site, "tools, which no user of the package needs"
 
 
 @pytest.mark.broad
@@ -212,6 +216,20 @@ from lora_lite_fx import (LoRA, adapter_parameters, passes, rewrite)
 reveal_type((LoRA(r=4).target_names, rewrite, adapter_parameters, passes.Pipeline.run))
 LoRA(rank=4)
 """
+
+
+@pytest.mark.broad
+def test_the_wheel_passes_the_smoke_tests_outside_of_the_checkout(installed: Environment, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n    smoke\n    broad\n    slow\nfilterwarnings =\n    ignore::DeprecationWarning\n"
+    )
+    script = f"""
+import {NAME}, pytest, sys
+assert "{installed.site_packages}" in {NAME}.__file__, {NAME}.__file__
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "smoke", "tests/test_smoke.py"]))
+"""
+    assert re.search(r"\b\d+ passed\b", installed.execute(script, cwd=tmp_path))
 
 
 @pytest.mark.broad

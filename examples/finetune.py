@@ -4,6 +4,7 @@
     python examples/finetune.py                           # SmolLM2-135M-Instruct, LoRA: 4 to 5 minutes, 2 cores
     python examples/finetune.py --variant ia3 --steps 3   # any registered variant; three steps show that it runs
     python examples/finetune.py --roles query,value --rank 16 --dtype bfloat16 --compile
+    python examples/finetune.py --merged                  # write OUT/merged too: a model folder, with its tokenizer
     python examples/finetune.py --quantise nf4            # QLoRA: a base of 4 bits; needs pip install bitsandbytes
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-360M --text notes.txt --out notes
     torchrun --nproc-per-node 2 examples/finetune.py --shard   # two processes, half of the parameters in each
@@ -98,9 +99,11 @@ def main() -> int:
     calibration = None
     if isinstance(args.config, llfx.EVA):
         calibration = [inputs(part) for part in blocks[:CALIBRATION_BLOCKS].split(args.batch)]
-    gm = llfx.rewrite(base_of(args), args.config, calibration=calibration, fuse_loss=True)  # in training, no logits
+    base: Any = base_of(args)  # kept, because the merged graph is saved as its files
+    gm = llfx.rewrite(base, args.config, calibration=calibration, fuse_loss=True)  # in training, no logits
     print(llfx.inspect(gm))
     if args.shard:
+        base = None  # its tensors are freed
         llfx.shard(gm)
     before, sample_before = perplexity(gm, held, args.batch), continuation(gm, tokenizer, args.prompt)
     print(f"held-out perplexity before: {before:.2f}")
@@ -125,11 +128,15 @@ def main() -> int:
     draw(losses, args, change, curve)
     print(f"{change}\nprompt:   {args.prompt!r}\n  before: {sample_before!r}\n  after:  {sample_after!r}")
 
-    reloaded = llfx.load(base_of(args), adapter)
+    reloaded = llfx.load(other := base_of(args), adapter)
     if args.shard:
-        gm = reloaded  # which is whole
+        base, gm = other, reloaded  # which are whole
     others = {"reloaded": reloaded, "merged": llfx.merge(gm), "exported": export(gm, held, pt2)}
     print_differences(expected, others, held[:3])
+    if args.merged:
+        others["merged"].save_pretrained(args.out / "merged")
+        tokenizer.save_pretrained(args.out / "merged")
+        print(f"wrote {args.out / 'merged'}, for AutoModelForCausalLM.from_pretrained")
     print(f"wrote {adapter}, {pt2} and {curve}")
     return 0
 
@@ -155,6 +162,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate (default: the variant's, see LEARNING_RATES)")
     add("--seed", type=int, default=0, help="of the adapter's start and the order of the text (default: 0)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (default: float32)")
+    add("--merged", action="store_true", help="write the merged model to OUT/merged too, as save_pretrained does")
     add("--quantise", choices=("nf4", "int8"), help="keep the linears of the base in 4 or 8 bits, by bitsandbytes")
     compile_help = "train through torch.compile. On a CPU, compiling takes longer than it saves in a default run;"
     compile_help += " it pays from some hundred steps on (default: --no-compile)"
@@ -172,6 +180,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--batch {args.batch} cannot be divided among {processes} processes")
     if args.device != "cpu" and not args.shard:
         parser.error(f"--device {args.device} is for --shard")
+    if args.merged and args.quantise:
+        parser.error("--merged is for a base that is not quantized here, because its config does not say that it is")
     if args.variant.lower() not in variants:
         parser.error(f"unknown variant {args.variant!r}; the variants are {names}")
     if args.length < 8:

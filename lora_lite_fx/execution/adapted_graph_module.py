@@ -7,6 +7,7 @@ program, `derive_program.py` derives it at the first call of its kind, and `run_
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -67,6 +68,8 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         assert isinstance(twin, AdaptedGraphModule)
         keep_registration(self, twin)
         twin.keeps_values, twin.execution, twin.own_switches = False, self.execution, self.switches
+        if (errors := vars(self).get("requantised")) is not None:  # as `merge` notes them
+            vars(twin)["requantised"] = dict(errors)
         twin._run_programs()
         return twin
 
@@ -234,9 +237,16 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
+            if name == "save_pretrained" and (save := self._saver()) is not None:
+                return save
             if name in ELSEWHERE:
                 raise AttributeError(f"A rewritten graph has no {name}. {ELSEWHERE[name]}") from error
             raise
+
+    def _saver(self) -> Callable[..., None] | None:
+        """Return what saves the model with the weights of this graph; None if it has adapters or cannot be saved."""
+        save = None if self.execution is None else self.execution.save_as_model
+        return None if save is None or adapter_tensor_names(self) else partial(save, self)
 
     def extra_repr(self) -> str:
         """Return the lines on the adapters that `repr` shows."""

@@ -32,6 +32,8 @@ class Execution:
         source: a weak reference to the model that it was captured from; calling it returns the model, or None.
         base_buffers: the base's buffers of which the graph has copies, because calls change them; by name.
         absent: the names of parameters and buffers that the model has a place for, and that were None.
+        save_as_model: writes a graph without adapters as the files of the model that it was captured from; None if the
+            library of the model has no such files.
         default_dtype: torch's default type when the graph was captured; None if the graph does not depend on it.
     """
 
@@ -46,6 +48,7 @@ class Execution:
     source: Callable[[], nn.Module | None] = lambda: None
     base_buffers: BaseBuffers = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    save_as_model: Callable[..., None] | None = None
     default_dtype: torch.dtype | None = None
 
     @property
@@ -71,7 +74,8 @@ _ADAPT = "llfx.adapt(model, cfg) returns a model of the same class, which has it
 ELSEWHERE = {
     "generate": _ADAPT,
     "config": _ADAPT,
-    "save_pretrained": "llfx.save(graph, path) and llfx.save_peft(graph, folder) write its adapters.",
+    "save_pretrained": "llfx.save(graph, path) and llfx.save_peft(graph, folder) write its adapters;"
+    " llfx.merge(graph).save_pretrained(folder) writes the model of transformers that it was captured from, with them.",
     "merge_and_unload": "llfx.merge(graph) returns the model with its adapters folded in.",
     "unload": "llfx.remove(graph) returns the model without its adapters.",
     "disable_adapter": "`with llfx.active(graph, []):` is a scope without adapters.",

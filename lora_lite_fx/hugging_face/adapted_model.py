@@ -36,10 +36,10 @@ from ..graph.tensors import register_tensor, tensor_of
 from ..log import logger
 from ..rewriting.calibration import Batches
 from ..rewriting.capture import base_graph
+from ..rewriting.merge_into_model import fold_into, tell_config
 from ..rewriting.named import as_named
 from ..storage.dequantized import restore_quantized
 from .adapted_parts import AdaptedLayer, AdaptedPart, subclass
-from .merge_into_model import fold_into
 from .named_adapters import NamedAdapters
 from .own_forward import forget_replaced_forward
 
@@ -190,6 +190,8 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
         if fold:
             acting = coefficients(self, "merge")  # type: ignore[arg-type]
             fold_into(plain, self.adapted_graph(), acting, requantise)
+        else:
+            tell_config(plain)
         restore_quantized(plain)
         return plain
 

@@ -17,6 +17,7 @@ from ..capture.capture_model import Capture, Inputs, capture_model, without_what
 from ..capture.compare import follows_each_part, require_equal
 from ..capture.graph_calls import call_like_the_model
 from ..capture.origins.hooks import check_hooks
+from ..capture.origins.origin import is_diffusers, is_hugging_face
 from ..capture.origins.wrong_arguments import check_model
 from ..capture.process_state.default_dtype import default_dtype_of
 from ..capture.process_state.python_state import state_put_back
@@ -35,6 +36,7 @@ from ..passes import (
     InlineRegions,
     Pipeline,
 )
+from .merged_model import save_as_model
 
 
 @outside_inference_mode()
@@ -179,6 +181,7 @@ def _graph_of(
         execution = replace(
             execution,
             source=captured.reference,
+            save_as_model=save_as_model if is_hugging_face(model) or is_diffusers(model) else None,
             held=captured.held,
             absent=absent_tensors(captured.source),
             default_dtype=default_dtype_of(captured.gm, captured.source),

@@ -201,7 +201,8 @@ def merge(model: nn.Module | ExportedProgram, *, requantise: bool = False) -> An
 
     Args:
         model: a result of `rewrite`, `adapt` or `load`, or an exported program of one; it is not changed. For an
-            adapted Hugging Face model the result is a model of its class.
+            adapted Hugging Face model the result is a model of its class. A merged graph of one has `save_pretrained`
+            too, which writes the model's own files with the merged weights, as long as the model exists.
         requantise: quantize the merged weights of quantized sites again, in the way of the base. That rounds them,
             often by more than a small adapter changes them. The result has the attribute `requantised`: by site, how
             far the stored weight is from the merged one, as a multiple of its norm.

@@ -243,7 +243,8 @@ MISTAKES: list[Mistake] = [
         lambda: graph().save_pretrained("folder"),
         AttributeError,
         "A rewritten graph has no save_pretrained. llfx.save(graph, path) and llfx.save_peft(graph, folder) write its"
-        " adapters.",
+        " adapters; llfx.merge(graph).save_pretrained(folder) writes the model of transformers that it was captured"
+        " from, with them.",
     ),
     (
         lambda: graph().merge_and_unload(),

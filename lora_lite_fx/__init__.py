@@ -110,8 +110,15 @@ if TYPE_CHECKING:
     from .hand_over.bake import bake
     from .hand_over.executorch_files import save_executorch
     from .hand_over.exported_program import export
+    from .hand_over.onnx_file import save_onnx, save_onnx_adapter
 
-_HAND_OVER = {"bake": "bake", "export": "exported_program", "save_executorch": "executorch_files"}
+_HAND_OVER = {
+    "bake": "bake",
+    "export": "exported_program",
+    "save_executorch": "executorch_files",
+    "save_onnx": "onnx_file",
+    "save_onnx_adapter": "onnx_file",
+}
 """The files of `hand_over/` that have these functions. Each is imported when it is asked for, because few need it."""
 
 
@@ -225,6 +232,8 @@ __all__ = [
     "save_diffusers",
     "save_executorch",
     "save_lora_lite",
+    "save_onnx",
+    "save_onnx_adapter",
     "save_peft",
     "save_slot",
     "scaled",

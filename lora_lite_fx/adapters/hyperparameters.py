@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,12 +58,20 @@ class WithScale(Variant):
             name, to alphas. The first that matches a site counts.
     """
 
+    takes_scale: ClassVar[tuple[str, ...]] = ()
+    """The tensors to multiply by the scale, so that a scale of one computes the same. Without any, no file folds it."""
+
     alpha: float = 16.0
     alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._make_pairs("alpha_pattern", is_finite, "finite numbers")
+
+    @property
+    def scale(self) -> float:
+        """Return the factor `s` of the update, which is proportional to `alpha`."""
+        return self.alpha / getattr(self, "r", 1)
 
     def overrides(self, name: str) -> dict[str, Any]:
         return super().overrides(name) | override(self, "alpha", "alpha_pattern", name)

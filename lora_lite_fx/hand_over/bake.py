@@ -12,7 +12,7 @@ from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..graph.copies import Draft
 from ..graph.insertion import forget, is_inserted, place_of
 from ..graph.parameter_work import first_input, parameter_work
-from ..graph.tensors import attribute_of, keep_registration, outside_inference_mode, register_tensor
+from ..graph.tensors import attribute_of, has_attribute, keep_registration, outside_inference_mode, register_tensor
 from ..passes import AssociateProducts, FoldScaleIntoAddition, HoistParameterWork, LeaveOutDropout, Pipeline
 from .served_graph import evaluated_graph, graph_to_serve
 
@@ -51,14 +51,8 @@ def bake(model: nn.Module, *, whole_updates: bool = False) -> fx.GraphModule:
     gm = graph_to_serve(model)
     draft = Draft(gm, evaluated_graph(gm, "bake"))
     keep_registration(gm, draft)
-    Pipeline((LeaveOutDropout(), AssociateProducts(), FoldScaleIntoAddition())).run(draft)
-    if whole_updates:
-        work = parameter_work(draft)
-    else:
-        HoistParameterWork().run(draft)
-        first = first_input(draft.graph)
-        work = [node for node in parameter_work(draft) if node < first]
-    _make_constants(draft, work)
+    Pipeline((LeaveOutDropout(),)).run(draft)
+    make_constants(draft, whole_updates)
     for node in filter(is_inserted, draft.graph.nodes):
         forget(node)
     assert gm.execution is not None
@@ -66,6 +60,18 @@ def bake(model: nn.Module, *, whole_updates: bool = False) -> fx.GraphModule:
     keep_registration(draft, baked)
     baked.base_buffers = gm.base_buffers
     return baked.eval()
+
+
+def make_constants(gm: fx.GraphModule, whole_updates: bool) -> None:
+    """Make constants of the parameter work of adapters in a graph in evaluation mode, see `bake`."""
+    Pipeline((AssociateProducts(), FoldScaleIntoAddition())).run(gm)
+    if whole_updates:
+        work = parameter_work(gm)
+    else:
+        HoistParameterWork().run(gm)
+        first = first_input(gm.graph)
+        work = [node for node in parameter_work(gm) if node < first]
+    _make_constants(gm, work)
 
 
 @torch.no_grad()
@@ -87,8 +93,8 @@ def _make_constants(gm: fx.GraphModule, work: list[fx.Node]) -> None:
         if not isinstance(value, Tensor):
             node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in members)
             continue
-        name = f"{place_of(node)}.{_BAKED}{count}"
-        count += 1
+        while has_attribute(gm, name := f"{place_of(node)}.{_BAKED}{count}"):
+            count += 1
         register_tensor(gm, name, value.detach().clone(memory_format=torch.contiguous_format))
         with gm.graph.inserting_before(node):
             constant = gm.graph.get_attr(name)

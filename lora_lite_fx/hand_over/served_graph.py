@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..adapters.bank import IDS
 from ..capture.export import double_batch_of_one
 from ..capture.omissions import size_in_example
 from ..capture.origins.wrong_arguments import check_model
@@ -124,7 +125,7 @@ class ServedGraph:
         inputs = dict(double_batch_of_one(dict(inputs)) or inputs)  # torch.export takes a size of one for a constant
         signature, left_out = gm.execution.signature, tuple[str, ...]()
         if signature is not None:
-            _, left_out = signature.bind((), inputs)
+            _, left_out = signature.bind((), {name: value for name, value in inputs.items() if name != IDS})
         draft = Draft(gm, evaluated_graph(gm, function, left_out))
         results = _named_results(draft.graph, signature, left_out)
         Pipeline((LeaveOutDropout(),)).run(draft)

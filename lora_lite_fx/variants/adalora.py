@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ class AdaLoRA(WithDropout, WithScale, WithRank):
     start, exactly: `E = 0`.
     """
 
+    takes_scale: ClassVar[tuple[str, ...]] = ("lora_E",)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.r + _AVOIDS_ZERO)
+
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         drawn = partial(torch.nn.init.normal_, std=0.02)
         return {
@@ -40,6 +46,5 @@ class AdaLoRA(WithDropout, WithScale, WithRank):
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
         y = base(x)
-        scale = self.alpha / (self.r + _AVOIDS_ZERO)
         # The small factor takes both scalings, so that nothing of the size of x is computed twice.
-        return y + low_rank(self.drop(x, base), scale * p.lora_E[:, None] * p.lora_A, p.lora_B)
+        return y + low_rank(self.drop(x, base), self.scale * p.lora_E[:, None] * p.lora_A, p.lora_B)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class GraLoRA(WithDropout, WithScale, WithRank):
         hybrid_r: rank of an ordinary LoRA added to `D`; 0 for none.
     """
 
+    takes_scale: ClassVar[tuple[str, ...]] = ("lora_B", "lora_hybrid_B")
+
     k: int = 2
     hybrid_r: int = 0
 
@@ -39,6 +41,10 @@ class GraLoRA(WithDropout, WithScale, WithRank):
         self._require(self.k >= 1, f"k must be a positive integer, got {self.k}")
         self._require(self.r % self.k == 0, f"r={self.r} must be a multiple of k={self.k}: blocks have rank r / k")
         self._require(self.hybrid_r >= 0, f"hybrid_r must not be negative, got {self.hybrid_r}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.r + self.hybrid_r)
 
     def check(self, site: Site) -> None:
         super().check(site)
@@ -69,4 +75,4 @@ class GraLoRA(WithDropout, WithScale, WithRank):
         delta = torch.einsum("...or,ord->...od", exchanged, p.lora_B).flatten(-2)
         if self.hybrid_r:
             delta = delta + low_rank(x, p.lora_hybrid_A, p.lora_hybrid_B)
-        return y + self.alpha / (self.r + self.hybrid_r) * delta
+        return y + self.scale * delta

@@ -32,6 +32,7 @@ class LoHa(WithUpdateDropout, WithScale, WithRank):
     """
 
     by_update: ClassVar[bool] = True
+    takes_scale: ClassVar[tuple[str, ...]] = ("lora_B1",)
 
     effective_conv: bool = False
 
@@ -62,7 +63,7 @@ class LoHa(WithUpdateDropout, WithScale, WithRank):
                 first, second = p.lora_B1 @ p.lora_A1, p.lora_B2 @ p.lora_A2
             weight = first * second
             delta = F.linear(cast(x, weight), weight)
-        return y + self.alpha / self.r * self.drop_update(delta, base)
+        return y + self.scale * self.drop_update(delta, base)
 
 
 def has_core(effective_conv: bool, site: Site) -> bool:

@@ -40,6 +40,7 @@ class LoKr(WithUpdateDropout, WithScale, WithRank):
     """
 
     by_update: ClassVar[bool] = True
+    takes_scale: ClassVar[tuple[str, ...]] = ("lora_W1", "lora_B1")  # a site has one of them
 
     decompose_both: bool = False
     decompose_factor: int = -1
@@ -82,7 +83,7 @@ class LoKr(WithUpdateDropout, WithScale, WithRank):
         else:
             blocks = low_rank(blocks, p.lora_A2, p.lora_B2)
         # The small factor takes the scale, so that nothing of the size of y is computed twice.
-        mixed = F.linear(blocks.mT, self.alpha / self.r * w1).mT
+        mixed = F.linear(blocks.mT, self.scale * w1).mT
         return y + self.drop_update(mixed.flatten(-2), base)
 
     def _convolved(self, x: Tensor, site: Site, w1: Tensor, p: Any, names: Iterable[str]) -> Tensor:
@@ -97,7 +98,7 @@ class LoKr(WithUpdateDropout, WithScale, WithRank):
             weight = torch.einsum("ab,cdk->cadbk", w1, w2).reshape(site.d_out, site.d_in)
         else:
             weight = kron(w1, w2)
-        weight = self.alpha / self.r * weight
+        weight = self.scale * weight
         return F.linear(cast(x, weight), weight)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class LowRank(WithDropout, WithScale, WithRank):
         rank_stabilized: scale by `alpha / sqrt(r)` instead of `alpha / r` (https://arxiv.org/abs/2312.03732).
         train_A: whether `A` is trained; if not, it stays at its start (LoRA-FA, https://arxiv.org/abs/2308.03303).
     """
+
+    takes_scale: ClassVar[tuple[str, ...]] = ("lora_B", "lora_bias")
 
     rank_stabilized: bool = False
     train_A: bool = True

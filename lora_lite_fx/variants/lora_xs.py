@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,10 +31,7 @@ class LoRAXS(WithDropout, WithScale, WithRank):
     with the standard deviation 1e-5.
     """
 
-    @property
-    def scale(self) -> float:
-        """Return the factor `s` of `B R A`."""
-        return self.alpha / self.r
+    takes_scale: ClassVar[tuple[str, ...]] = ("lora_R",)
 
     def params(self, site: Site) -> Mapping[str, ParamSpec]:
         r = min(self.r, site.d_in, site.d_out)

@@ -28,6 +28,7 @@ class FromWeight(LowRank):
     """
 
     ties_to_weight: ClassVar[bool] = True
+    takes_scale: ClassVar[tuple[str, ...]] = ("lora_B", "lora_B0")
 
     def start_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return `A0 (r, d_in)` and `B0 (d_out, r)` of a weight `(d_out, d_in)`; all parts, if it has fewer than r."""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class RandLoRA(WithScale, SharedProjections):
             zero, stored dense all the same. Each is scaled to a standard deviation of one.
         shared_bases: the number of `B_j` that there are; 0 for the largest number of the sites.
     """
+
+    takes_scale: ClassVar[tuple[str, ...]] = ("lora_lambda",)
 
     basis: Literal["dense", "sparse", "very_sparse"] = "dense"
     shared_bases: int = 0
@@ -85,7 +87,7 @@ class RandLoRA(WithScale, SharedProjections):
         # The columns of the B_j meet these rows in PEFT's order, by column first: another numbering of random columns.
         b = p.lora_shared_randlora_B[:larger, :n, : self.r].flatten(1)  # (M, n r)
         down, up = (a, b) if m == base.site.d_in else (b.t(), a.t())
-        return y + self.alpha / self.r * F.linear(F.linear(cast(self.drop(x, base), a), down), up)
+        return y + self.scale * F.linear(F.linear(cast(self.drop(x, base), a), down), up)
 
     def _count(self, site: Site) -> int:
         """Return the number of terms at `site`."""

@@ -25,7 +25,9 @@ from tests.variants import test_conformance
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 IN_SEVERAL_PROCESSES = {"materialize", "parallelize", "shard", "split"}
-NEED_MORE_PACKAGES = {"load_diffusers", "loftq", "save_diffusers", "save_executorch"}
+NEED_MORE_PACKAGES = {
+    "load_diffusers", "loftq", "save_diffusers", "save_executorch", "save_onnx", "save_onnx_adapter",
+}  # fmt: skip
 
 
 def marks(test: Any) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,12 @@ def test_every_page_is_in_the_navigation() -> None:
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - IS_NO_PAGE
     folders = tuple(entry for entry in ENTRIES if entry.endswith("/"))
     assert [page for page in sorted(pages) if page not in ENTRIES and not page.startswith(folders)] == []
+
+
+def test_every_extra_is_told_where_it_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = set(project["optional-dependencies"])
+    assert extras == set(re.findall(r"^\| `(\w+)` \|", (DOCS / "install.md").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,14 @@ _COARSE = ("reader", "writer", "inner")
 
 
 def main_roles(row: SiteRow) -> tuple[str, ...]:
-    """Return the fine roles of a site; the coarse ones if it has no others; `unknown` if it has none."""
+    """Return the fine roles of a site; the coarse ones if it has no others; without any its kind, or `unknown`."""
     fine = tuple(role for role in row.roles if role not in _COARSE)
-    return fine or row.roles or ("unknown",)
+    return fine or row.roles or shown_roles(row)
+
+
+def shown_roles(row: SiteRow) -> tuple[str, ...]:
+    """Return the roles of a site. Only linears have any: of the other kinds, the kind."""
+    return row.roles or ("unknown" if row.kind == "linear" else row.kind,)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Sublayer:
     """Sites that form one step along the residual stream.
 
     Args:
-        kind: `attention`, `feed-forward`, `router`, or empty for sites in a row.
+        kind: `attention`, `feed-forward`, `router`, `experts` (with their router), or empty for sites in a row.
         path: the part of the name that its sites share, inside the block.
         stages: sites that stand side by side, stage after stage. An attention has always three: the sites before the
             projections (such as the first factors of low-rank ones), the projections, and the sites after the
@@ -106,10 +111,10 @@ class Block:
         return sum(sizes[name] for name in names)
 
     def sublayers(self) -> list[Sublayer]:
-        """Return its steps along the residual stream, in order of execution."""
+        """Return its steps along the residual stream, in order of execution; norms are left out beside other sites."""
         home = self.home
         steps: list[list[Part]] = [[]]
-        for part in self.parts:
+        for part in [part for part in self.parts if part.row.kind != "norm"] or self.parts:
             steps[-1].append(part)
             roles = part.row.roles
             # Sites without a role, and routers, do not tell where the step ends, so each of them is a step by itself.
@@ -118,6 +123,10 @@ class Block:
         sublayers: list[Sublayer] = []
         for step in filter(None, steps):
             new = _sublayer(step, home)
+            of_experts = all(part.row.kind == "experts" for part in new.parts)
+            if sublayers and of_experts and sublayers[-1].kind in ("router", "experts"):
+                router = sublayers.pop()
+                new = Sublayer("experts", router.path, (*router.stages, *new.stages))
             if sublayers and not new.kind and not sublayers[-1].kind:
                 new = _in_a_row([*sublayers.pop().parts, *new.parts], home)
             sublayers.append(new)

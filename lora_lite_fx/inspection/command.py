@@ -48,6 +48,10 @@ def run(options: argparse.Namespace, program: str) -> int:
             table = _table(options.model, options.adapter, options.passes, options.trust)
         if options.html is not None:
             table.save_html(options.html)
+            size = Path(options.html).stat().st_size
+            # Standard output is for the data, if they were asked for.
+            told = sys.stderr if options.json else sys.stdout
+            print(f"wrote {options.html} ({size / 1000:,.0f} kB): open it in a browser", file=told)
     except (_Refused, AdapterError) as error:
         print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
         return 2

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..sites.roles import ROLES
-from .blocks import Block, blocks, main_roles
-from .picture import draw, gradient, is_inline, largest, room_below
+from .blocks import Block, blocks, main_roles, shown_roles
+from .picture import draw, gradient, is_inline, largest, room_below, rows_of_pictures, total_width
 
 if TYPE_CHECKING:
     from ..rewriting.unadapted import Unadapted
@@ -37,7 +37,14 @@ class PageData(Protocol):
     def unadapted(self) -> tuple[Unadapted, ...]: ...
 
 
-_UNKNOWN = "the dataflow leaves a doubt, so nothing is guessed"
+_UNKNOWN = "the graph does not tell, so nothing is guessed"
+_KINDS = {
+    "embedding": "an embedding, chosen by its kind: only linears have roles",
+    "conv": "a convolution, chosen by its kind: only linears have roles",
+    "grouped_conv": "a convolution with groups, chosen by its kind: only linears have roles",
+    "experts": "a stack of experts, chosen by its kind: only linears have roles",
+    "norm": "a norm, chosen by its kind: only linears have roles",
+}
 
 
 def render(table: PageData) -> str:
@@ -70,11 +77,11 @@ def render(table: PageData) -> str:
 
 
 def _legend(table: PageData) -> str:
-    counts = Counter(role for row in table.rows for role in row.roles or ("unknown",))
+    counts = Counter(role for row in table.rows for role in shown_roles(row))
     return "".join(
         f'<button type="button" class="key" data-q="{role}" title="{escape(why)}" style="--c:var(--{role})">'
         f"<i></i>{role}<b>{counts[role]}</b></button>"
-        for role, why in {**ROLES, "unknown": _UNKNOWN}.items()
+        for role, why in {**ROLES, **_KINDS, "unknown": _UNKNOWN}.items()
         if counts[role]
     )
 
@@ -84,19 +91,23 @@ def _card(block: Block, most: int, table: PageData) -> str:
     sublayers = block.sublayers()
     inline = [is_inline(sublayer, bool(block.layers)) for sublayer in sublayers]
     below = room_below(any(inline))
-    pictures = "".join(draw(sublayer, bool(block.layers), most, below) for sublayer in sublayers)
+    rows = rows_of_pictures([draw(sublayer, bool(block.layers), most, below) for sublayer in sublayers])
+    flows = "".join(f'<div class="flow" style="--all:{total_width(row)}">{"".join(row)}</div>' for row in rows)
     times = len(block.layers)
     train = sum(part.row.parameters for part in block.parts)
     runs = max(part.row.calls for part in block.parts)
-    facts = f"{_short(block.weights(table.sizes))} weights" + (f", {_short(train)} train" if train else "")
-    facts += (" each" if times > 1 else "") + (f"; runs {runs} times" if runs > 1 else "")
+    weights = block.weights(table.sizes)
+    facts = f"{_short(weights) if weights else 'no'} weights{'' if weights else ' of its own'}" + (
+        f", {_short(train)} train" if train else ""
+    )
+    facts = (f"each: {facts}" if times > 1 else facts) + (f"; runs {runs} times" if runs > 1 else "")
     names = ", ".join(part.row.name for part in block.parts)
     head = f"<h2>{escape(block.label or (names if len(block.parts) < 3 else 'outside of layers'))}</h2>"
     head += f'<b class="times">\u00d7 {times}</b>' if times > 1 else ""
     many = " many" if times > 1 else ""
     return (
         f'<section class="card{many}"><header>{head}<span>{facts}</span></header>'
-        f'<div class="flow">{pictures}</div>{_strips(block) if times > 1 else ""}</section>'
+        f"{flows}{_strips(block) if times > 1 else ''}</section>"
     )
 
 
@@ -114,10 +125,12 @@ def _strips(block: Block) -> str:
 
 
 def _row(index: int, row: SiteRow) -> str:
-    roles = "".join(f'<span class="tag" style="--c:var(--{role})">{role}</span>' for role in row.roles or ("unknown",))
+    roles = "".join(f'<span class="tag" style="--c:var(--{role})">{role}</span>' for role in shown_roles(row))
     reasons = "".join(f"<li><b>{role}</b> {escape(why)}</li>" for role, why in row.reasons.items())
-    reasons = reasons or f"<li><b>unknown</b> {_UNKNOWN}</li>"
-    calls = f" \u00d7 {row.calls}" if row.calls > 1 else ""
+    (first, *_) = shown_roles(row)
+    reasons = reasons or f"<li><b>{first}</b> {_KINDS.get(first, _UNKNOWN)}</li>"
+    calls = f" \u00d7 {row.experts}" if row.experts else ""
+    calls += f" \u00d7 {row.calls}" if row.calls > 1 else ""
     return (
         f'<tr id="s{index}"><td><code>{escape(row.name)}</code>{calls}</td><td>{roles}</td><td>{row.d_in}</td>'
         f"<td>{row.d_out}</td><td>{escape(' + '.join(row.adapters))}</td><td>{row.parameters:,}</td>"
@@ -127,12 +140,16 @@ def _row(index: int, row: SiteRow) -> str:
 
 def _left_out(rows: tuple[LeftOutRow, ...]) -> str:
     items = "".join(f"<li><code>{escape(row.name)}</code> {escape(row.reason)}</li>" for row in rows)
-    return f"\n<h3>Not sites, though they multiply data</h3>\n<ul>{items}</ul>" if rows else ""
+    return f"\n<h3>Weights that cannot have an adapter, and why</h3>\n<ul>{items}</ul>" if rows else ""
 
 
 def _unadapted(sorts: tuple[Unadapted, ...]) -> str:
     items = "".join(f"<li>{escape(sort.told())}</li>" for sort in sorts)
-    return f"\n<h3>Without an adapter, because default targets leave them out</h3>\n<ul>{items}</ul>" if sorts else ""
+    return (
+        f"\n<h3>Sites without an adapter, because the default targets leave them out</h3>\n<ul>{items}</ul>"
+        if sorts
+        else ""
+    )
 
 
 def _short(number: int) -> str:

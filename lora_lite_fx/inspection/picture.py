@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from math import ceil
+from typing import TYPE_CHECKING
 
-from .blocks import QKV, Part, Sublayer, main_roles
+from .blocks import QKV, Part, Sublayer, main_roles, shown_roles
+
+if TYPE_CHECKING:
+    from .site_rows import SiteRow
 
 _LOW, _HIGH = 62.0, 100.0  # the height of a site's side, from no feature to the most
 _GAP = 60.0  # between columns: the adapter's branch, then the lines that meet
@@ -21,7 +25,9 @@ _TOP = 8.0
 _MARGIN = 26.0
 _LIFT = 30.0  # from the sites down to the stream
 CHARACTER = 8.43  # width in 14 px monospace
-_SCALE = 1.15  # of the whole picture
+_SCALE = 1.15  # of the whole picture, where there is room
+_LEAST = 0.85  # of a picture that stands beside others
+_ROOM = 1170.0  # for pictures side by side, in a window of 1280 pixels
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,22 @@ def draw(sublayer: Sublayer, in_layer: bool, most: int, below: float) -> str:
     if is_inline(sublayer, in_layer):
         return _inline(sublayer, most, below)
     return _branch(sublayer, most, below)
+
+
+def rows_of_pictures(pictures: Sequence[str]) -> list[list[str]]:
+    """Return pictures as rows: as many side by side as can be read in a window of 1280 pixels."""
+    rows: list[list[str]] = []
+    for picture in pictures:
+        if rows and (_LEAST / _SCALE) * total_width([*rows[-1], picture]) <= _ROOM:
+            rows[-1].append(picture)
+        else:
+            rows.append([picture])
+    return rows
+
+
+def total_width(pictures: Iterable[str]) -> int:
+    """Return the width of pictures side by side, in full size."""
+    return sum(int(picture.partition('<svg width="')[2].partition('"')[0]) for picture in pictures)
 
 
 def is_inline(sublayer: Sublayer, in_layer: bool) -> bool:
@@ -137,13 +159,16 @@ def _branch(sublayer: Sublayer, most: int, below: float) -> str:
         for target in right:
             if target.part and not _follows(target.part, left):
                 drawn += _port(target, target.x - 26, target.x - 48, "stream")
-                continue
+                if sublayer.kind != "experts":  # which read the stream, and the router's choice
+                    continue
             for box in left:
                 if _feeds(box, target):
                     drawn.append(
                         line_through((box.right, box.y), (meet, box.y), (meet, target.y), (target.x, target.y))
                     )
-    writes = any({"writer", "output", "down"} & set(part.row.roles) for part in sublayer.parts)
+    writes = sublayer.kind == "experts" or any(
+        {"writer", "output", "down"} & set(part.row.roles) for part in sublayer.parts
+    )
     returns = "line" if writes else "open"
     for box in placed[-1]:
         drawn.append(line_through((box.right, box.y), (end, box.y), (end, stream - 9), kind=returns))
@@ -160,9 +185,11 @@ def _columns(sublayer: Sublayer) -> list[list[Part | str]]:
         columns.insert(2, ["attention"])
     elif sublayer.kind == "feed-forward":
         gated = any("gate" in part.row.roles for part in sublayer.parts)
-        columns.insert(1, ["act \u00d7" if gated else "act"])
+        columns.insert(1, ["act(gate) \u00d7 up" if gated else "activation"])
     elif sublayer.kind == "router":
         columns.append(["experts"])
+    elif sublayer.kind == "experts" and len(columns) > 2:
+        columns.insert(-1, ["activation"])
     return [column for column in columns if column]
 
 
@@ -200,8 +227,10 @@ def _site(box: _Box, most: int) -> str:
     x, y, end = box.x, box.y, box.right
     corners = f"{x:g},{y - left:g} {end:g},{y - right:g} {end:g},{y + right:g} {x:g},{y + left:g}"
     middle = x + box.w / 2
-    sizes = f"{row.d_in:,} \u2192 {row.d_out:,}"
-    label = f"{row.name}: {', '.join(row.roles) or 'unknown'}, {row.d_in} to {row.d_out}"
+    sizes = _sizes(row)
+    label = f"{row.name}: {', '.join(shown_roles(row))}, {row.d_in} to {row.d_out}"
+    if row.experts:
+        label += f", {row.experts} experts"
     if row.adapters:
         label += f", {' + '.join(row.adapters)}, {row.parameters} parameters train"
     indices = " ".join(map(str, part.indices))
@@ -218,6 +247,11 @@ def _site(box: _Box, most: int) -> str:
     return (
         f'<g class="s" tabindex="0" role="button" data-s="{indices}" aria-label="{escape(label)}">{"".join(pieces)}</g>'
     )
+
+
+def _sizes(row: SiteRow) -> str:
+    times = f"{row.experts} \u00d7 " if row.experts else ""
+    return f"{times}{row.d_in:,} \u2192 {row.d_out:,}"
 
 
 def _adapter(box: _Box, half: float) -> str:
@@ -295,7 +329,7 @@ def _svg(sublayer: Sublayer, width: float, height: float, pieces: list[str]) -> 
     view = f"0 {height - h / _SCALE:.2f} {w / _SCALE:.2f} {h / _SCALE:.2f}"
     return (
         f"<figure><figcaption><b>{title}</b><code>{path}</code></figcaption>"
-        f'<svg width="{w}" height="{h}" viewBox="{view}">{"".join(pieces)}</svg></figure>'
+        f'<svg width="{w}" height="{h}" style="--w:{w}" viewBox="{view}">{"".join(pieces)}</svg></figure>'
     )
 
 
@@ -336,7 +370,7 @@ def _width(item: Part | str) -> float:
     texts = [
         CHARACTER * len(shorten(item.name)),
         6.9 * len(" \u00b7 ".join(main_roles(row))),
-        7.25 * len(f"{row.d_in:,} \u2192 {row.d_out:,}"),
+        7.25 * len(_sizes(row)),
         7.25 * len(_adapter_text(item)) + 12 if row.adapters else 0.0,
     ]
     return max(120.0, max(texts) + 26)

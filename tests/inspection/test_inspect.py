@@ -180,7 +180,7 @@ def test_a_layer_has_the_weights_of_all_that_is_in_it() -> None:
     size = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     assert (layers.weights(table.sizes), head.weights(table.sizes)) == (size, 29 * 16)
     assert sum(table.sizes.values()) == table.total - table.trainable
-    assert f"{size / 1000:.2f} k weights, {table.trainable // 2} train each" in table.to_html()
+    assert f"{size / 1000:.2f} k weights, {table.trainable // 2} train" in table.to_html()
 
 
 def test_ranges() -> None:
@@ -268,7 +268,7 @@ def test_the_page_needs_nothing_else_and_is_the_same_each_time(name: str) -> Non
     assert not re.search(r"https?://|@import|url\((?!#)|fetch\(|{{", page.replace(HOSTILE, "").replace("{{rows}}", ""))
     assert not Checker(page).references
     colours = set(re.findall(r"var\(--([\w-]+)\)", page))
-    assert colours - {"c"} <= set(re.findall(r"--([\w-]+):", page))
+    assert colours - {"all", "c", "w"} <= set(re.findall(r"--([\w-]+):", page))
     assert set(re.findall(r"url\(#([\w-]+)\)", page)) <= set(Checker(page).ids)
 
 
@@ -304,6 +304,16 @@ def test_the_page_of_a_large_model_is_small() -> None:
     assert len(table_of(*map(with_adapter, large(80))).to_html().encode()) < 400_000
 
 
+def test_experts_are_drawn_after_their_router_with_their_number() -> None:
+    experts = [replace(row(f"layers.0.mlp.experts.{name}"), kind="experts", experts=8) for name in ("up", "down")]
+    norm = replace(row("layers.0.norm", d_in=1), kind="norm")
+    page = table_of(row("layers.0.mlp.gate", "router reader", d_out=8), norm, *experts).to_html()
+    assert page.count("8 \u00d7 16 \u2192 16") == 2
+    assert "<b>experts</b><code>mlp</code>" in page
+    assert ">norm</text>" not in page  # norms are in the table alone
+    assert "only linears have roles" in page
+
+
 def test_a_page_is_saved_whole(tmp_path: Path) -> None:
     table = large(1)
     table.save_html(tmp_path / "page.html")
@@ -336,7 +346,9 @@ def test_the_command_prints_data_and_writes_a_page(
 ) -> None:
     page = tmp_path / "page.html"
     assert main(["inspect", str(folder / "config.json"), "--json", "--html", str(page)]) == 0
-    data = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert re.fullmatch(rf"wrote {re.escape(str(page))} \(\d+ kB\): open it in a browser\n", said.err)
+    data = json.loads(said.out)
     assert len(data["sites"]) == 15
     assert all(site["name"] in page.read_text(encoding="utf-8") for site in data["sites"])
 

@@ -1,0 +1,94 @@
+"""The page in a real browser: Chromium lays it out and paints it, in the light form and in the dark one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_lite_fx.inspection.table import SiteTable
+from tests.inspection.test_inspect import layer, row, table_of
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.broad,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
+]
+MEASURE = """<script>
+const boxes = [...document.querySelectorAll("figure")].map((figure) => figure.getBoundingClientRect());
+const streams = [...document.querySelectorAll(".stream")].map((stream) => stream.getBoundingClientRect());
+const plain = (box) => [box.left, box.top, box.right, box.bottom].map(Math.round);
+const page = document.documentElement;
+document.title = JSON.stringify({
+  figures: boxes.map(plain), streams: streams.map(plain), wide: page.scrollWidth - page.clientWidth,
+  background: getComputedStyle(document.body).backgroundColor,
+});
+</script></body>"""
+
+
+def decoder() -> SiteTable:
+    """Return the table of two equal layers of a decoder, with adapters."""
+    sites = [site for i in range(2) for site in layer(f"model.layers.{i}", 576)]
+    adapted = [replace(site, adapters=("LoRA",), parameters=9216) for site in sites]
+    return table_of(*adapted, row("lm_head", "head reader", 576, 49152))
+
+
+def browse(folder: Path, *options: str, width: int = 1280) -> str:
+    """Run Chromium on the page in `folder`, and return what it prints."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", *options]
+    done = subprocess.run([*command, f"file://{folder / 'page.html'}"], capture_output=True, text=True, timeout=120)
+    return done.stdout
+
+
+def laid_out(folder: Path, *options: str, width: int = 1280) -> dict[str, Any]:
+    """Return where the pictures of the page stand."""
+    text = browse(folder, "--dump-dom", *options, width=width)
+    (title,) = re.findall(r"<title>(.*?)</title>", text)
+    measured: dict[str, Any] = json.loads(title)
+    return measured
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    page = decoder().to_html()
+    (tmp_path / "page.html").write_text(page.replace("</body>", MEASURE), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_halves_of_a_layer_stand_side_by_side_at_1280_pixels(folder: Path) -> None:
+    measured = laid_out(folder)
+    (attention, feed_forward, _) = measured["figures"]
+    assert attention[2] <= feed_forward[0] + 1  # no overlap
+    assert abs(attention[3] - feed_forward[3]) <= 1  # on one line
+    (first, second, *_) = measured["streams"]
+    assert first[3] == second[3]  # whose streams are one
+    assert second[0] - first[2] <= 1
+    assert measured["wide"] == 0
+
+
+def test_a_narrow_window_stacks_them(folder: Path) -> None:
+    (attention, feed_forward, _) = laid_out(folder, width=700)["figures"]
+    assert feed_forward[1] >= attention[3]
+
+
+def test_it_is_dark_where_the_system_is(folder: Path) -> None:
+    light = laid_out(folder)["background"]
+    dark = laid_out(folder, "--blink-settings=preferredColorScheme=0")["background"]
+    assert light == "rgb(244, 245, 247)"
+    assert dark == "rgb(15, 18, 22)"
+
+
+def test_screenshots_are_the_same_each_time_and_not_empty(folder: Path) -> None:
+    for name in ("first", "second"):
+        browse(folder, f"--screenshot={folder / name}.png")
+    first, second = ((folder / f"{name}.png").read_bytes() for name in ("first", "second"))
+    assert first == second
+    assert len(first) > 20_000  # an empty page is much smaller

@@ -107,6 +107,7 @@ if not _is_program():  # else the program imports this again, when it has read i
     )
 
 if TYPE_CHECKING:
+    from .hand_over.aoti import save_aoti
     from .hand_over.bake import bake
     from .hand_over.executorch_files import save_executorch
     from .hand_over.exported_program import export
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
 _HAND_OVER = {
     "bake": "bake",
     "export": "exported_program",
+    "save_aoti": "aoti",
     "save_executorch": "executorch_files",
     "save_onnx": "onnx_file",
     "save_onnx_adapter": "onnx_file",
@@ -229,6 +231,7 @@ __all__ = [
     "reset_slot",
     "rewrite",
     "save",
+    "save_aoti",
     "save_diffusers",
     "save_executorch",
     "save_lora_lite",

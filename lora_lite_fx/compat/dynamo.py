@@ -40,6 +40,11 @@ inductor_with: Callable[..., Any] = offered(
     "torch.compile(mode=..., options=...): no public function compiles a graph with them",
     "backend(mode=..., options=...) with Inductor",
 )
+aoti_compile_and_package: Callable[..., str] = offered(
+    "torch._inductor.aoti_compile_and_package",
+    "nothing: torch documents this function under this name",
+    "llfx.save_aoti",
+)
 _mod_index = preferred(
     "torch._dynamo._trace_wrapped_higher_order_op.ModIndex",
     "Tensor.__getitem__: torch's modes put this function in its place inside vmap, and a graph names it. Without it, a"

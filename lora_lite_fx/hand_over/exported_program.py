@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..graph.tensors import outside_inference_mode
@@ -52,8 +52,15 @@ def served(
     cache: bool,
     bake: bool,
     function: str,
+    scaled: Mapping[str, Tensor] | None = None,
 ) -> ServedGraph:
-    """Return the graph of plain tensors that `export` exports."""
+    """Return the graph of plain tensors that `export` exports.
+
+    Args:
+        model, inputs, outputs, cache, bake: as of `export`.
+        function: what it is for, for messages.
+        scaled: adapters whose coefficients are buffers of the graph, as of `ServedGraph.of`.
+    """
     if cache:
         from .step_with_cache import step_with_cache
 
@@ -63,7 +70,7 @@ def served(
         gm = graph_to_serve(model, inputs)
     if bake:
         gm = graph_to_serve(baked_graph(gm))
-    return ServedGraph.of(gm, inputs, outputs, function)
+    return ServedGraph.of(gm, inputs, outputs, function, scaled)
 
 
 def exported(graph: ServedGraph, largest: tuple[int, int] | None = None) -> ExportedProgram:

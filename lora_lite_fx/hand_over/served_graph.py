@@ -20,12 +20,12 @@ from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.choose_program import constant_switches
 from ..execution.derive_program import optimized_graph
 from ..execution.optimize import optimize
-from ..execution.run_program import ProgramKey
+from ..execution.run_program import NUMBER, ProgramKey
 from ..graph.copies import Draft
 from ..graph.modes import parts_with_modes
-from ..graph.tensors import keep_registration
+from ..graph.tensors import keep_registration, register_tensor
 from ..hugging_face.adapted_model import Adapted
-from ..passes import LeaveOutDropout, Pipeline
+from ..passes import LeaveOutDropout, Pipeline, input_name
 from ..rewriting.capture import capture
 
 Tensors = Mapping[str, Tensor]
@@ -64,13 +64,16 @@ def as_graph(gm: fx.GraphModule) -> AdaptedGraphModule:
     return gm
 
 
-def evaluated_graph(gm: AdaptedGraphModule, function: str, left_out: tuple[str, ...] = ()) -> fx.Graph:
+def evaluated_graph(
+    gm: AdaptedGraphModule, function: str, left_out: tuple[str, ...] = (), scaled: Mapping[str, Tensor] | None = None
+) -> fx.Graph:
     """Return a copy of the flat graph of `gm`: in evaluation, and with the switches of now.
 
     Args:
         gm: the graph module, which is not changed.
         function: what it is for, for messages.
         left_out: the arguments that a call leaves out, for which the copy has constants.
+        scaled: the adapters whose coefficients are inputs of the copy, see `ScaleAdapters`. Others are constants.
 
     Raises:
         AdapterError: a coefficient of an adapter is not one number, or the parameters are DTensors.
@@ -82,6 +85,10 @@ def evaluated_graph(gm: AdaptedGraphModule, function: str, left_out: tuple[str, 
             " adapters, and load them onto the whole model."
         )
     acting, scales = constant_switches(gm, f"llfx.{function}")
+    if scaled:
+        numbers = dict(scales)
+        names = [name for name in gm.derived.names if name in numbers or name in scaled]
+        scales = tuple((name, NUMBER if name in scaled else numbers[name]) for name in names)
     mode = False if parts_with_modes(gm.flat_graph)[0] else None
     graph, _ = optimized_graph(gm, ProgramKey("exported", left_out, mode=mode, acting=acting, scales=scales))
     return graph
@@ -103,7 +110,12 @@ class ServedGraph:
 
     @classmethod
     def of(
-        cls, gm: AdaptedGraphModule, inputs: Tensors | None, outputs: str | Sequence[str] | None, function: str
+        cls,
+        gm: AdaptedGraphModule,
+        inputs: Tensors | None,
+        outputs: str | Sequence[str] | None,
+        function: str,
+        scaled: Mapping[str, Tensor] | None = None,
     ) -> ServedGraph:
         """Return the graph of the calls of `gm` with these inputs, over the same tensors.
 
@@ -112,6 +124,8 @@ class ServedGraph:
             inputs: an example; None for all that the graph takes but labels.
             outputs: the names of what is to be returned; None for all tensors.
             function: what it is for, for messages.
+            scaled: by name of an adapter, a tensor `()` that becomes a buffer of the graph, called `input_name(name)`:
+                the coefficient of the adapter.
 
         Raises:
             CallError: the graph does not take the inputs.
@@ -126,7 +140,9 @@ class ServedGraph:
         signature, left_out = gm.execution.signature, tuple[str, ...]()
         if signature is not None:
             _, left_out = signature.bind((), {name: value for name, value in inputs.items() if name != IDS})
-        draft = Draft(gm, evaluated_graph(gm, function, left_out))
+        draft = Draft(gm, evaluated_graph(gm, function, left_out, scaled))
+        for name, value in (scaled or {}).items():
+            _input_to_buffer(draft, input_name(name), value)
         results = _named_results(draft.graph, signature, left_out)
         Pipeline((LeaveOutDropout(),)).run(draft)
         names = _chosen(results, outputs)
@@ -149,6 +165,17 @@ class ServedGraph:
         plain = fx.GraphModule(draft, graph)  # with only the tensors that the graph reads
         keep_registration(gm, plain)
         return cls(plain.eval(), ordered, names)
+
+
+def _input_to_buffer(gm: fx.GraphModule, name: str, value: Tensor) -> None:
+    """Make an input of a graph a buffer of its module."""
+    (node,) = [node for node in gm.graph.find_nodes(op="placeholder") if node.target == name]
+    register_tensor(gm, name, value)
+    with gm.graph.inserting_before(node):
+        read = gm.graph.get_attr(name)
+    read.meta = node.meta
+    node.replace_all_uses_with(read)
+    gm.graph.erase_node(node)
 
 
 def _example_of(gm: AdaptedGraphModule) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Run a package that `llfx.save_aoti` wrote, and exchange its adapters. Copy this file beside the package.
 
-It needs torch and safetensors; the library that wrote the package is not needed.
+It needs torch and safetensors, and not the library that wrote the package:
 
     s = Swappable("m.pt2")
     s.load("fr", "fr.safetensors")  # a file of llfx.save, or a dict by the names of adapter_state_dict
@@ -61,14 +61,12 @@ class Swappable:
             )
         self.lock = threading.RLock()
         self._is_bank = "slots" in self.spec
-        device = self.spec["device"]
-        self._saved = {name: t.to(device) for name, t in (_saved(path) if self.spec["tensors"] else {}).items()}
+        device, saved = self.spec["device"], _saved(path) if self.spec["tensors"] else {}
+        self._saved = {name: tensor.to(device) for name, tensor in saved.items()}
         self.adapters = {} if self._is_bank or not self._saved else {"saved": self._saved}
         self._slots = {name: tensor.clone() for name, tensor in self._saved.items()} if self._is_bank else {}
-        self._coefficients = {
-            name: torch.ones((), dtype=getattr(torch, dtype), device=device)
-            for name, dtype in self.spec["coefficients"].items()
-        }
+        dtypes = {name: getattr(torch, dtype) for name, dtype in self.spec["coefficients"].items()}
+        self._coefficients = {name: torch.ones((), dtype=dtype, device=device) for name, dtype in dtypes.items()}
         self._acting: dict[str, Tensor] | None = self._saved
 
     def load(self, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
@@ -264,7 +262,8 @@ def _name_in_file(short: str, site: str, index: int, position: int, called: str)
 def _factors(name: str, config: Mapping[str, Any], to: Mapping[str, Any]) -> dict[str, float]:
     """Return for each site the scale of a file's adapter in scales of the package's; refuse what is not a scale."""
     own = to["config"]
-    differ = [f for f in sorted(config.keys() | own.keys()) if f not in to["unread"] and config.get(f) != own.get(f)]
+    every = sorted(config.keys() | own.keys(), key=lambda field: (field != "variant", field))
+    differ = [field for field in every if field not in to["unread"] and config.get(field) != own.get(field)]
     for field in differ:
         if to["folds"] is None or field not in _FOLDED:
             raise ValueError(

@@ -149,7 +149,7 @@ def test_another_rank_and_scale_go_into_the_tensors(program: Swappable, tmp_path
 
 def test_a_named_adapter_of_several_is_taken_from_its_file(program: Swappable, tmp_path: Path) -> None:
     gm = adapted(lora())
-    llfx.add(gm, lora(r=2), name="de")
+    llfx.add(gm, {"de": lora(r=2)})
     randomise(gm, 5)
     llfx.active(gm, "de")
     program.load("de", saved(gm, tmp_path / "de", adapter="de"))
@@ -258,7 +258,7 @@ def test_calls_that_do_not_fit_are_refused(program: Swappable) -> None:
         ({"ids": good.to("meta")}, "is on meta, and the package runs on cpu"),
     ):
         with pytest.raises(ValueError, match=message):
-            program(**inputs)  # type: ignore[arg-type]
+            program(**inputs)
     for scale in (float("nan"), float("inf"), True, "1"):
         with pytest.raises(ValueError, match="scale is a finite number"):
             program.use("saved", scale)  # type: ignore[arg-type]
@@ -349,7 +349,7 @@ def test_what_cannot_be_compiled_names_the_site(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(dynamo, "aoti_compile_and_package", fail)
     path = tmp_path / "m.pt2"
     path.write_bytes(b"old")
-    with pytest.raises(llfx.AdapterError, match=r"because of aten.mul.Tensor of LoRA at 'blocks.0.\w+': Lowering.*bake"):
+    with pytest.raises(llfx.AdapterError, match=r"of aten.mul.Tensor of LoRA at 'blocks.0.\w+': Lowering.*bake"):
         llfx.save_aoti(adapted(lora()), path, EXAMPLE)
     assert path.read_bytes() == b"old"
 
@@ -360,7 +360,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         llfx.save_aoti(gm, 3, EXAMPLE)  # type: ignore[arg-type]
     with pytest.raises(llfx.ConfigError, match="does not return 'logit'"):
         llfx.save_aoti(gm, tmp_path / "m.pt2", EXAMPLE, outputs="logit")
-    llfx.add(gm, llfx.Bank(lora(), slots=2), name="bank")
+    llfx.add(gm, {"bank": llfx.Bank(lora(), slots=2)})
     llfx.active(gm)
     with pytest.raises(llfx.AdapterError, match=r"and not both.*active\(model, name\)"):
         llfx.save_aoti(gm, tmp_path / "m.pt2", EXAMPLE)
@@ -431,7 +431,7 @@ def test_slots_of_a_bank_are_filled(tmp_path: Path) -> None:
         program.put(3, "less")
     with pytest.raises(ValueError, match="adapter_ids are slots, 0 to 2, or -1"):
         program(ids=ids(1, 2), adapter_ids=torch.tensor([3]))
-    with pytest.raises(ValueError, match="adapter_ids is .*a name is one size in all inputs"):
+    with pytest.raises(ValueError, match=r"adapter_ids is .*a name is one size in all inputs"):
         program(ids=ids(2, 2), adapter_ids=torch.tensor([1]))
 
 
@@ -440,7 +440,8 @@ def test_a_baked_package_has_nothing_to_exchange(tmp_path: Path) -> None:
     gm = adapted(llfx.DoRA(r=2, target_names="gate|up"))
     program = compiled(gm, tmp_path / "m.pt2", bake=True)
     same(program, gm)
-    for call in (lambda: program.load("a", {}), lambda: program.use(None), lambda: program.put(0, {})):
+    calls: list[Callable[[], object]] = [lambda: program.load("a", {}), lambda: program.use(None)]
+    for call in (*calls, lambda: program.put(0, {})):
         with pytest.raises(ValueError, match="was compiled with bake=True: it has no adapter to exchange"):
             call()
 
@@ -448,7 +449,7 @@ def test_a_baked_package_has_nothing_to_exchange(tmp_path: Path) -> None:
 @pytest.mark.broad
 def test_only_what_acts_is_in_the_package(tmp_path: Path) -> None:
     gm = adapted(lora())
-    llfx.add(gm, llfx.IA3(target_names="up"), name="de")
+    llfx.add(gm, {"de": llfx.IA3(target_names="up")})
     llfx.active(gm)
     randomise(gm, 2)
     with llfx.scaled(gm, 0.5, "de"):
@@ -500,6 +501,6 @@ def test_a_causal_model_decodes_with_a_cache(tmp_path: Path) -> None:
 @pytest.mark.broad
 def test_a_tensor_that_becomes_a_constant_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aoti, "_OPTIONS", {})
-    with pytest.raises(llfx.AdapterError, match="differs from the model by .* after its adapter was exchanged"):
+    with pytest.raises(llfx.AdapterError, match=r"differs from the model by .* after its adapter was exchanged"):
         llfx.save_aoti(adapted(lora()), tmp_path / "m.pt2", EXAMPLE)
     assert not (tmp_path / "m.pt2").exists()

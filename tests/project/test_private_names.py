@@ -20,6 +20,8 @@ KNOWN = {path.rpartition(".")[2] for path in NAMES}
 """The last parts of the names that are looked up."""
 OF_PYTHON = {"_replace", "_fields", "_asdict", "_getframe"}
 """Documented names of Python that look private."""
+STANDING_ALONE = {"lora_lite_fx/hand_over/swappable.py": {"_inductor"}}
+"""Files that are copied to where this library is not, and so cannot ask `compat/`, with the names that they read."""
 LIBRARIES = {"torch", "torchvision", "transformers", "accelerate", "bitsandbytes", "optimum", "diffusers", "peft"}
 """The libraries whose names a text may spell out, from the first part to the last."""
 READERS = {"getattr", "hasattr", "setattr", "delattr", "attrgetter", "itemgetter"}
@@ -111,6 +113,7 @@ def test_private_names_are_read_in_compat_alone() -> None:
         f"{file.relative_to(ROOT)}:{line} reads {name}"
         for file, tree in trees().items()
         for line, name in sorted(set(private_names(tree, all_own_names())))
+        if name not in STANDING_ALONE.get(str(file.relative_to(ROOT)), ())
     ] == []
 
 

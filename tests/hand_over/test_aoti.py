@@ -440,10 +440,9 @@ def test_a_baked_package_has_nothing_to_exchange(tmp_path: Path) -> None:
     gm = adapted(llfx.DoRA(r=2, target_names="gate|up"))
     program = compiled(gm, tmp_path / "m.pt2", bake=True)
     same(program, gm)
-    calls: list[Callable[[], object]] = [lambda: program.load("a", {}), lambda: program.use(None)]
-    for call in (*calls, lambda: program.put(0, {})):
+    for call, *arguments in ((program.load, "a", {}), (program.use, None), (program.put, 0, {})):
         with pytest.raises(ValueError, match="was compiled with bake=True: it has no adapter to exchange"):
-            call()
+            call(*arguments)
 
 
 @pytest.mark.broad

@@ -164,6 +164,38 @@ def test_the_other_figures_of_the_readme_are_committed_results() -> None:
     assert f"a decoded token: {theirs} / {ours} |" in text
 
 
+def committed(measure: str, variant: str, compiled: bool) -> set[tuple[str, str]]:
+    """Return what a cell of the table of results may say: PEFT and ours, by medians or by runs in pairs."""
+    cells = set()
+    for file in ("cpu.json", "cpu-frozen.json"):
+        for result in json.loads((RESULTS / file).read_text())["results"]:
+            if (result["case"], result["measure"], result["variant"]) != ("smollm2-6", measure, variant):
+                continue
+            paired = {name: values[0] for name, values in result["paired"].items()}
+            for values in (result["ratios"], paired):
+                theirs = values.get("peft-compiled" if compiled else "peft")
+                ours = values.get("ours-compiled" if compiled else "ours")
+                kept = values.get("ours-frozen-compiled" if compiled else "ours-frozen")
+                cells |= {(f"{theirs:.2f}" if theirs else "", f"{value:.2f}") for value in (ours, kept) if value}
+    return cells
+
+
+def test_the_table_of_results_is_what_was_committed() -> None:
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    rows = text.partition("| | decode | prefill | train | saved |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(rows) == 10
+    for number, row in enumerate(rows):
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        variant, compiled = name.split()[-1], number >= 7
+        for measure, cell in zip(("decode", "forward", "train", "saved"), cells, strict=True):
+            if cell:
+                theirs, ours = cell.replace("*", "").split(" / ")
+                known = committed(measure, variant, compiled)
+                assert ours in {value for _, value in known}, (row, measure)
+                if float(theirs) < 10:
+                    assert theirs in {value for value, _ in known}, (row, measure)
+
+
 def test_the_readme_counts_what_works() -> None:
     text = README.read_text(encoding="utf-8")
     rows = [row for file in SURVEY.glob("*.jsonl") for row in read(file)]

@@ -104,8 +104,8 @@ def adapters(model: nn.Module) -> AdapterTable:
         model: a result of `rewrite`, `wrap`, `adapt` or `load`, or the `model` of a `backend`.
 
     Returns:
-        The table, one row for each adapter: `adapters(model)[0].config.alpha`, `adapters(model)[0].sites[3].name`. What
-        is counted as trainable is what requires grad now.
+        The table, one row for each adapter: `adapters(model)[0].config.alpha`, `adapters(model)[0].sites[3].name`.
+        Parameters count as trainable if they require grad now.
 
     Raises:
         AdapterError: the model has no adapters.

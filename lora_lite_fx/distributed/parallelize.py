@@ -49,9 +49,9 @@ def parallelize(
     """Divide the weights of an adapted model among processes, each weight by its outputs or its inputs; in place.
 
     That is tensor parallelism: all processes get the same inputs, compute their part of each layer, and have the whole
-    results and gradients. Weights become DTensors, whose operators torch runs on parts; so results are those of one
-    process whatever is divided, and `columns` and `rows` decide what is sent: with those of Megatron, the default,
-    a layer's heads and inner units stay in their process.
+    results and gradients. Weights become DTensors, whose operators torch runs on parts, so results are those of one
+    process whatever is divided. `columns` and `rows` decide what is sent. With those of Megatron, the default, a
+    layer's heads and inner units stay in their process.
 
     At a site with divided outputs B is divided and A whole, at one with divided inputs A is divided and B whole; other
     tensors of adapters are whole. Dropout draws what it would in one process. `save` is called in all processes, and

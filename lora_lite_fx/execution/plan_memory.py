@@ -39,8 +39,8 @@ def plan_memory(model: Model, memory: Memory = "balanced") -> Model:
 
     Args:
         model: the model.
-        memory: `"fast"` keeps all; `"balanced"` the least that costs at most 8 % of a layer's step, by a count of
-            operations and bytes; a float such as 0.5 is a part of what `"fast"` keeps; and an int a number of bytes
+        memory: `"fast"` keeps all. `"balanced"` keeps the least that costs at most 8 % of a layer's step, by a count
+            of operations and bytes. A float such as 0.5 is a part of what `"fast"` keeps. An int is a number of bytes
             that a layer may keep for each token, a row of its output.
 
     Returns:

@@ -26,10 +26,9 @@ def program(model: nn.Module, name: Program = "inference", *, without: Sequence[
     what each pass did and why it left candidates as they are. `torch.fx.Interpreter(result)` runs it node by node, a
     debugger steps through its code, and `torch.fx.passes.graph_drawer` draws it.
 
-    What runs differs from that in how, and not in what it computes: layers are called as modules at their own paths,
-    and do their own parameter work; the `checkpointed` program runs a layer again in the backward pass; inside `frozen`
-    the inference program computes what stands before its inputs once; most operators are called by faster names. Hooks
-    do not act on the result.
+    A call computes the same in another way. It calls layers as modules at their own paths, which do their own parameter
+    work, and most operators by faster names. The `checkpointed` program runs a layer again in the backward pass. Inside
+    `frozen` the inference program computes what stands before its inputs once. Hooks do not act on the result.
 
     Args:
         model: the result of `rewrite`, `load`, `capture` or `optimize`, which is not changed; or of `adapt`, of which

@@ -81,9 +81,9 @@ def capture(
         writes to are copies, so that training it leaves the model alone.
 
     Raises:
-        CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or the
-            graph computes something else than the model; the message names the first module whose output differs; or
-            hooks of accelerate stand on it. Or the model itself raises for the example inputs in both modes; or it asks
+        CaptureError: the model cannot be captured, the inputs do not fit it, it has no layers to checkpoint, or hooks
+            of accelerate stand on it. Or the graph computes something else than the model: the message names the first
+            module whose output differs. Or the model itself raises for the example inputs in both modes; or it asks
             the process, or keeps in Python for its next call, what a graph would have as a constant.
 
     Warns:

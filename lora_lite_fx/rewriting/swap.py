@@ -24,7 +24,7 @@ from .sums import Factors, change_of
 def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
     """Write an adapter into the room of another, in place: `swap(gm, load(model, "it.safetensors"), "slot")`.
 
-    The room is a `LoRA`, with the largest rank and all the sites that an adapter will need. What is not used of it is
+    The room is a `LoRA`, with the largest rank and all the sites that an adapter will need. Unused parts are
     zero. Only values change, so that nothing is compiled again, also in a compiled graph and in the module of an
     exported program.
 

@@ -22,9 +22,9 @@ from ..sites.site import Site
 class GraLoRA(WithDropout, WithScale, WithRank):
     """`y = W x + b + s D drop(x)`, D of k x k blocks of rank r / k; https://arxiv.org/abs/2505.20355.
 
-    `s = alpha / (r + hybrid_r)`. Column i of blocks has factors `A_i (d_in / k, r)`, row o has `B_o (r, d_out / k)`;
-    they meet in block o, i through a part of the rank: the o-th of the k parts of `A_i`, the i-th of `B_o`. As many
-    parameters as LoRA, and a rank of up to k r. Identity at the start, exactly: `B = 0`.
+    `s = alpha / (r + hybrid_r)`. Column i of blocks has factors `A_i (d_in / k, r)`, row o has `B_o (r, d_out / k)`.
+    They meet in block o, i through a part of the rank: the o-th of the k parts of `A_i`, the i-th of `B_o`. It has as
+    many parameters as LoRA, and a rank of up to k r. Identity at the start, exactly: `B = 0`.
 
     Args:
         k: number of blocks along each side; a divisor of `r`, `d_in` and `d_out`.

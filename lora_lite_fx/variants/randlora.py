@@ -28,8 +28,8 @@ from .vera import SharedProjections
 class RandLoRA(WithScale, SharedProjections):
     """`y = W x + b + s sum_j B_j L_j A G_j drop(x)`, `s = alpha / r`; https://arxiv.org/abs/2502.00987.
 
-    `A (r, m)` and `B_j (M, r)` are random, frozen, and shared by all sites of the adapter, each of which reads as much
-    of them as it needs; `L_j`, `G_j` are diagonal and trained. `m` and `M` are the smaller and the larger side of `W`;
+    `A (r, m)` and `B_j (M, r)` are random, frozen, and shared by all sites of the adapter. Each site reads as much of
+    them as it needs. `L_j`, `G_j` are diagonal and trained. `m` and `M` are the smaller and the larger side of `W`;
     where `m` is `d_out`, the sum is transposed. There are `n = ceil(m / r)` terms: together they have full rank, the
     products are as large as `W`, and a *smaller* `r` trains *more*. PEFT's default is `r=32, alpha=640`.
 

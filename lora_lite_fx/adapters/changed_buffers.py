@@ -52,6 +52,18 @@ def moved_buffers(model: nn.Module) -> dict[str, Tensor]:
     return moved
 
 
+def moved_from_base(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of `values`, of buffers of a model by name, that differ from the base's, as `moved_buffers`."""
+    base = base_buffers_of(model)
+    moved: dict[str, Tensor] = {}
+    for name, value in values.items():
+        path, _, leaf = name.rpartition(".")
+        in_base = base[name] if name in base else tensor_of(model, name)
+        if is_persistent(model.get_submodule(path), leaf) and not _is_same(value, in_base):
+            moved[name] = value
+    return moved
+
+
 def put_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Write values of buffers into a graph or a wrapped model, which gets copies of those that it shares."""
     base = dict(base_buffers_of(model))

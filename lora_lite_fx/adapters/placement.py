@@ -72,13 +72,19 @@ class Placement:
         return cls(variant, adapter, site.name, list(inner).count(adapter_name), names, adapter_name)
 
     @classmethod
-    def recorded(cls, insertion: Insertion) -> Placement:
+    def recorded(cls, insertion: Insertion, known: dict[str, Variant] | None = None) -> Placement:
         """Return the placement that a graph records.
+
+        Args:
+            insertion: the record.
+            known: the configs of earlier records, by their text; gets this one.
 
         Raises:
             ConfigError: the class of its variant is not known to this process.
         """
-        variant = recorded_variant(insertion.fields)
+        known = {} if known is None else known
+        if (variant := known.get(insertion.config)) is None:
+            variant = known[insertion.config] = recorded_variant(insertion.fields)
         place = (insertion.adapter, insertion.site, insertion.position)
         return cls(variant, *place, insertion.names, insertion.adapter_name, insertion.scale)
 
@@ -179,11 +185,12 @@ def graph_of(model: nn.Module) -> nn.Module:
 def placements(model: nn.Module) -> list[Placement]:
     """Return all placements of a model, in the order of their adapters; none for a model without adapters."""
     by_place: dict[tuple[int, str], Placement] = {}
+    known: dict[str, Variant] = {}
     if isinstance(model, fx.GraphModule):
         for insertion in insertions(model.graph):
             place = (insertion.adapter, insertion.site)
             if place not in by_place:
-                by_place[place] = Placement.recorded(insertion)
+                by_place[place] = Placement.recorded(insertion, known)
     else:
         for module in model.modules():
             for placement in getattr(module, "placements", ()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,16 @@ from .state import adapter_tensors
 from .switches import known_names
 
 
-def bank_placements(model: nn.Module, slot: object, adapter: str | None) -> list[Placement]:
+def bank_placements(
+    model: nn.Module, slot: object, adapter: str | None, placed: Sequence[Placement] | None = None
+) -> list[Placement]:
     """Return the placements of a bank.
 
     Args:
         model: has the bank.
         slot: is checked to be one of its slots.
         adapter: the name of the bank; None if there is one alone.
+        placed: the placements of the model, if they are known already.
 
     Raises:
         ConfigError: there is no such bank or slot.
@@ -42,7 +45,8 @@ def bank_placements(model: nn.Module, slot: object, adapter: str | None) -> list
         raise ConfigError(f"The model has the banks {', '.join(banks)}. The way out: adapter={name!r} names one.")
     if type(slot) is not int or not 0 <= slot < banks[name]:
         raise ConfigError(f"{slot!r} is not a slot of {name!r}, which has {banks[name]}: 0 to {banks[name] - 1}.")
-    return [placement for placement in placements(model) if placement.adapter_name == name]
+    known = placements(model) if placed is None else placed
+    return [placement for placement in known if placement.adapter_name == name]
 
 
 class SlotOptimizer:

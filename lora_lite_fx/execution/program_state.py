@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adapters.changed_buffers import BaseBuffers
-from ..adapters.placement import AdapterNames
+from ..adapters.placement import AdapterNames, Placement, placements
 from ..adapters.switches import Switches
 from ..capture.process_state.default_dtype import other_default_dtype
 from ..compat.torch import constant_when_compiled
 from ..errors import AdapterError, CallError
 from ..graph.modes import FLAG, flag_name, is_flag, parts_with_modes
+from ..graph.writes import written_buffers
 from ..sites.batch.batch_dimension import inputs_with_rows
+from ..sites.finding import find_sites
+from ..sites.site import Site
 from .bank_inputs import BankInputs
 from .compile_layers import LayerCompiler
 from .execution import Execution, Host
@@ -52,6 +56,9 @@ class Derived:
         self.hooks_and_ties: HooksAndTies | None = None
         self.programs: dict[ProgramKey, Program] = {}
         self.exported: dict[ProgramKey, fx.Graph] = {}
+        self.sites: Mapping[str, Site] | None = None  # found when they are asked for, as the placements
+        self.placed: Sequence[Placement] | None = None
+        self.written: Sequence[str] | None = None
 
     def add(self, program: Program) -> None:
         """Add a program; also as an attribute, which torch.compile finds if it is added while it traces a call."""
@@ -116,6 +123,27 @@ class RunsPrograms(fx.GraphModule):
             for module in self.modules():
                 if isinstance(module, GraphLayer):
                     module.own_part = None
+
+    def known_sites(self) -> Mapping[str, Site]:
+        """Return the sites of the graph by name, which are found once after each recompile."""
+        derived = self.derived
+        if derived.sites is None:
+            derived.sites = {site.name: site for site in find_sites(self)}
+        return derived.sites
+
+    def known_placements(self) -> Sequence[Placement]:
+        """Return the adapters of the graph in their places, which are read once after each recompile."""
+        derived = self.derived
+        if derived.placed is None:
+            derived.placed = placements(self)
+        return derived.placed
+
+    def known_written_buffers(self) -> Sequence[str]:
+        """Return the names of the buffers that the graph writes to, which are found once after each recompile."""
+        derived = self.derived
+        if derived.written is None:
+            derived.written = written_buffers(self)
+        return derived.written
 
     # Otherwise torch.compile would trace it. The hooks and ties of a compiled call are those that it was compiled with.
     @constant_when_compiled

@@ -5,15 +5,26 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
+from ..adapters.accounting import account_for
+from ..adapters.changed_buffers import check_same_buffers, moved_buffers, moved_from_base
 from ..adapters.slot_optimizer import bank_placements
-from ..rewriting.bank_slots import put_slot, take_slot
+from ..graph.tensors import outside_inference_mode
+from ..rewriting.bank_slots import slot_alone, write_slot
+from ..rewriting.factors import Factors, known_changes
 from ..rewriting.rewrite import remove
-from ..rewriting.sums import graph_with_adapters
-from .checkpoint import load, save
-from .diffusers_files import FILE, load_diffusers
-from .peft.directory import CONFIG, load_peft
+from ..rewriting.sums import change_of, graph_with_adapters
+from .atomic_writing import write_atomically
+from .base_fingerprints import fingerprint_at
+from .checkpoint import adapters_of_checkpoint, file_of, load, read_checkpoint
+from .diffusers_files import FILE, load_diffusers, read_diffusers
+from .filed_adapter import FiledAdapter, insert_filed, placed_alone
+from .gathered import Held, gathered, write_once
+from .peft.directory import CONFIG, directory_of, load_peft, read_directory
+from .peft.read_adapter import adapters_at_sites
+from .untrusted_files import as_path
 
 WEIGHTS = "model.safetensors"
 """The name under which a Trainer looks for weights in a checkpoint."""
@@ -34,17 +45,43 @@ def load_any(
     Raises:
         CheckpointError, AdapterError, CaptureError: as `load`.
     """
+    kind, where = _kind_of(path, revision, subfolder)
+    if kind == "diffusers":
+        return load_diffusers(model, where)
+    if kind == "peft":
+        return load_peft(model, path, revision=revision, subfolder=subfolder)
+    return load(model, where)
+
+
+def _kind_of(path: str | os.PathLike[str], revision: str | None, subfolder: str) -> tuple[str, Path]:
+    """Return what is at a path, "diffusers", "peft" or "save", and the file or folder that is to be read."""
     where = Path(path) / subfolder
     if where.name == FILE or (where / FILE).is_file():
-        return load_diffusers(model, where)
+        return "diffusers", where
     # save_pretrained writes both: PEFT's form of PiSSA is LoRA, the other file has the adapter as it was.
     if (where / WEIGHTS).is_file():
-        return load(model, where / WEIGHTS)
+        return "save", where / WEIGHTS
     if where.is_file():
-        return load(model, where)
+        return "save", where
     if not where.exists() or (where / CONFIG).is_file() or revision is not None:
-        return load_peft(model, path, revision=revision, subfolder=subfolder)
-    return load(model, where / WEIGHTS)
+        return "peft", where
+    return "save", where / WEIGHTS
+
+
+def _adapters_in(
+    graph: fx.GraphModule, path: str | os.PathLike[str], revision: str | None, subfolder: str
+) -> tuple[dict[str, Tensor], list[FiledAdapter]]:
+    """Return the buffers and the adapters that are at a path, at the sites of a graph, after the checks of `load_any`.
+
+    Raises:
+        CheckpointError: as `load_any`.
+    """
+    kind, where = _kind_of(path, revision, subfolder)
+    if kind == "save":
+        return adapters_of_checkpoint(graph, graph, read_checkpoint(as_path(where, "load_slot(model, slot, path)")))
+    if kind == "diffusers":
+        return {}, adapters_at_sites(graph, read_diffusers(graph, where))
+    return {}, adapters_at_sites(graph, read_directory(directory_of(path, revision, subfolder)))
 
 
 def save_slot(
@@ -70,9 +107,20 @@ def save_slot(
         ConfigError, AdapterError: as `take_slot`.
         CheckpointError: as `save`.
     """
-    save(take_slot(model, slot, adapter=adapter), path, allow_nonfinite=allow_nonfinite)
+    file = as_path(path, "save_slot(model, slot, path)")
+    with gathered(model):
+        graph = graph_with_adapters(model)
+        placed, tensors = slot_alone(graph, slot, adapter)
+        values = {name: tensor.detach() for name, tensor in tensors.items()}
+        names = {each.site for each in placed}
+        adapted = account_for(graph, [*graph.known_sites().values()]).adapted("save_slot")
+        prints = {site.name: fingerprint_at(graph, site) for site in adapted if site.name in names}
+        data = file_of(Held(placed, values, prints, moved_buffers(graph)), file, None, allow_nonfinite)
+    write_once(model, lambda: write_atomically(file, data))
 
 
+@outside_inference_mode()
+@torch.no_grad()
 def load_slot(
     model: nn.Module,
     slot: int,
@@ -82,7 +130,13 @@ def load_slot(
     revision: str | None = None,
     subfolder: str = "",
 ) -> None:
-    """Load an adapter into a slot of a bank, in place. Nothing is compiled again.
+    """Load an adapter into a slot of a bank, in place. Nothing is captured or compiled.
+
+    The file is checked as by `load`. An adapter that is neither of the bank's config nor of two factors (DoRA into a
+    bank of LoRA) takes seconds, because its change of each weight is computed, and factorized.
+
+    A call that uses the slot meanwhile, in another thread, may read a part of each adapter. Load into a slot that no
+    call uses, and then let new calls use that one. No slot may be loaded inside `frozen`, which `generate` opens.
 
     Args:
         model: as for `put_slot`, which says which adapters fit.
@@ -98,5 +152,17 @@ def load_slot(
         CheckpointError: as `load` and `load_peft`.
     """
     graph = graph_with_adapters(model)
-    bank_placements(graph, slot, adapter)
-    put_slot(model, slot, load_any(remove(graph).eval(), path, revision=revision, subfolder=subfolder), adapter=adapter)
+    bank = bank_placements(graph, slot, adapter, graph.known_placements())
+    buffers, adapters = _adapters_in(graph, path, revision, subfolder)
+    placed, tensors = placed_alone(graph, adapters)
+    check_same_buffers(graph, moved_from_base(graph, buffers), f"Slot {slot}")
+
+    def change() -> dict[str, Factors]:
+        if (known := known_changes(placed, tensors)) is not None:
+            return known
+        alone = insert_filed(
+            remove(graph).eval(), adapters, Path(path), "load_slot", name=None, stack=False, buffers=buffers
+        )
+        return change_of(alone)
+
+    write_slot(graph, bank, slot, placed, tensors, change)

@@ -38,7 +38,7 @@ from ..sites.site import stored_weight
 from .atomic_writing import write_atomically
 from .base_fingerprints import check_base
 from .filed_adapter import FiledAdapter, insert_filed, sites_in
-from .gathered import gathered, held_by, write_once
+from .gathered import Held, gathered, held_by, write_once
 from .safetensors_files import check_finite
 from .untrusted_files import as_path, check_file, foreign_file_hint, read_safetensors
 
@@ -78,17 +78,27 @@ def save(
     file = as_path(path, "save(model, path)")
     warn_of_trained_base(model, "save")
     with gathered(model, whole_tensors):
-        data = _file_of(model, file, adapter, allow_nonfinite)
+        held = held_by(model, adapter)
+        if adapter is not None and all(placement.adapter_name != adapter for placement in held.placed):
+            known_names(model, adapter)  # says which names there are
+        check_unscaled(model)
+        data = file_of(held, file, adapter, allow_nonfinite)
     write_once(model, lambda: write_atomically(file, data), alone=whole_tensors is not None)
 
 
-def _file_of(model: nn.Module, file: Path, adapter: str | None, allow_nonfinite: bool) -> bytes:
-    held = held_by(model, adapter)
+def file_of(held: Held, file: Path, adapter: str | None, allow_nonfinite: bool) -> bytes:
+    """Return the file of adapters.
+
+    Args:
+        held: the adapters of a model.
+        file: the path, for messages.
+        adapter, allow_nonfinite: as for `save`.
+
+    Raises:
+        ConfigError, CheckpointError: as `save`.
+    """
     values = held.values
-    if adapter is not None and all(placement.adapter_name != adapter for placement in held.placed):
-        known_names(model, adapter)  # says which names there are
     configs = list(configs_of(held.placed, adapter))
-    check_unscaled(model)
     state = {
         written: values[own].contiguous().cpu()
         for (_, members), in_file in zip(configs, _as_written(configs), strict=True)
@@ -186,10 +196,28 @@ def load(
     file = read_checkpoint(as_path(path, "load(model, path)"))
     with outside_inference_mode():
         gm = capture(model, example_inputs, fuse_loss=fuse_loss)
-        buffers, adapters = _buffers_read_by(gm, model, file), _fitted(gm, file)
-        if not allow_nonfinite:
-            check_finite(file.tensors, file.path, "it is not loaded")
+        buffers, adapters = adapters_of_checkpoint(gm, model, file, allow_nonfinite)
         return insert_filed(gm, adapters, file.path, "load", name=name, stack=stack, buffers=buffers)
+
+
+def adapters_of_checkpoint(
+    gm: fx.GraphModule, model: object, file: Checkpoint, allow_nonfinite: bool = False
+) -> tuple[dict[str, Tensor], list[FiledAdapter]]:
+    """Return the buffers of a file that a graph reads, and its adapters at the sites of the graph.
+
+    Args:
+        gm: the graph of `model`.
+        model: it may have buffers that the graph does not read.
+        file: what was read.
+        allow_nonfinite: as for `load`.
+
+    Raises:
+        CheckpointError: they do not fit the graph, or a value is not finite.
+    """
+    buffers, adapters = _buffers_read_by(gm, model, file), _fitted(gm, file)
+    if not allow_nonfinite:
+        check_finite(file.tensors, file.path, "it is not loaded")
+    return buffers, adapters
 
 
 def _buffers_read_by(gm: fx.GraphModule, model: object, file: Checkpoint) -> dict[str, Tensor]:
@@ -229,7 +257,7 @@ def _fitted(gm: fx.GraphModule, file: Checkpoint) -> list[FiledAdapter]:
         for index, plan in enumerate(plans):
             for site in plan.sites:
                 plan.variant.for_site(site.name).check(site)
-            check_contract(plan.variant, plan.sites, gm)
+            check_contract(plan.variant, plan.sites, gm, [name for name, around in inner.items() if around])
             places.append({})
             for site in plan.sites:
                 placement = Placement.of(plan.variant, index, site, inner[site.name], plan.adapter_name)
@@ -242,7 +270,7 @@ def _fitted(gm: fx.GraphModule, file: Checkpoint) -> list[FiledAdapter]:
     except ConfigError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
     base = [(plan.variant, plan.sites) for plan in plans]
-    check_base(gm, base, file.document["fingerprint"], file.path, stacklevel=4)
+    check_base(gm, base, file.document["fingerprint"], file.path, stacklevel=5)
     try:
         # Before any tensor is made: a damaged config may ask for more of them than there is memory.
         check_fit(expected, {name: value for name, value in file.tensors.items() if name not in file.buffers})

@@ -129,20 +129,41 @@ def load_diffusers(
         CheckpointError, AdapterError, CaptureError: as for `load`; or the file has nothing for the component, or keys
             of another library (kohya's `lora_unet_...`).
     """
-    wanted = component or (_component_of(model) if isinstance(model, nn.Module) else None)
-    parts = {key.partition(".")[0] for key, _ in model.named_parameters()}
-    file = as_path(path, "load_diffusers(model, path)")
-    adapter = _read(file / FILE if file.is_dir() else file, wanted, parts)
-    if not allow_nonfinite:
-        check_finite(adapter.tensors, adapter.path, "it is not loaded")
+    adapter = read_diffusers(model, path, component, allow_nonfinite)
     with outside_inference_mode():
         gm = capture(model, example_inputs, fuse_loss=fuse_loss)
         adapters = adapters_at_sites(gm, adapter)
         return insert_filed(gm, adapters, adapter.path, "load_diffusers", name=name, stack=stack)
 
 
-def _read(file: Path, component: str | None, parts: Collection[str]) -> PeftAdapter:
-    """Return the adapter in `file` of a component, or of the model alone if all keys begin with the model's `parts`."""
+def read_diffusers(
+    model: nn.Module | ExportedProgram,
+    path: str | os.PathLike[str],
+    component: str | None = None,
+    allow_nonfinite: bool = False,
+) -> PeftAdapter:
+    """Read and check the adapter of a model in a file.
+
+    Args:
+        model: says which component of a pipeline it is.
+        path, component, allow_nonfinite: as for `load_diffusers`.
+
+    Raises:
+        CheckpointError: as `load_diffusers`.
+    """
+    wanted = component or (_component_of(model) if isinstance(model, nn.Module) else None)
+    parts = {key.partition(".")[0] for key, _ in model.named_parameters()}
+    file = as_path(path, "load_diffusers(model, path)")
+    file = file / FILE if file.is_dir() else file
+    config, tensors = _read(file, wanted, parts)
+    adapter = read_adapter(config, tensors, file, file)
+    if not allow_nonfinite:
+        check_finite(adapter.tensors, adapter.path, "it is not loaded")
+    return adapter
+
+
+def _read(file: Path, component: str | None, parts: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return PEFT's config and tensors of a component in `file`, or of the model alone if all keys are its `parts`."""
     state, metadata = read_safetensors(file)
     if foreign := [key for key in state if key.startswith(("lora_unet_", "lora_te", "lora_transformer_"))]:
         raise CheckpointError(
@@ -162,7 +183,7 @@ def _read(file: Path, component: str | None, parts: Collection[str]) -> PeftAdap
     tensors = {_new_key(key.removeprefix(start)): value for key, value in state.items() if key.startswith(start)}
     alphas = {key.removesuffix(_ALPHA): tensors.pop(key) for key in list(tensors) if key.endswith(_ALPHA)}
     config = _config_in(metadata, start, file) or _config_of(tensors, alphas, file)
-    return read_adapter(config, {PREFIX + key: value for key, value in tensors.items()}, file, file)
+    return config, {PREFIX + key: value for key, value in tensors.items()}
 
 
 def _new_key(key: str) -> str:

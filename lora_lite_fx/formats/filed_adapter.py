@@ -6,26 +6,28 @@ a list of `FiledAdapter` (here or in the reader's own file, where everything is 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..adapters.changed_buffers import check_same_buffers, put_buffers, warn_of_moving_buffers
 from ..adapters.contract import check_contract, finalize
 from ..adapters.listing import describe_adapters
 from ..adapters.named_configs import check_free, check_name
 from ..adapters.param_spec import ParamSpec
-from ..adapters.placement import adapter_names, placements, site_bias, site_weight
+from ..adapters.placement import Placement, adapter_names, placements, site_bias, site_weight
 from ..adapters.start_values import initialize
 from ..adapters.variant import Variant
 from ..errors import AdapterError, CheckpointError, ConfigError
+from ..execution.program_state import RunsPrograms
 from ..graph.insertion import DEFAULT
 from ..graph.sharded import copy_values
-from ..graph.tensors import tensor_of
+from ..graph.tensors import module_at, tensor_of
 from ..log import phase
 from ..rewriting.choose_sites import NewAdapter
 from ..rewriting.named import act_as_before, acting_now
@@ -48,10 +50,10 @@ class FiledAdapter:
     tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-def sites_in(gm: fx.GraphModule) -> dict[str, Site]:
+def sites_in(gm: fx.GraphModule) -> Mapping[str, Site]:
     """Return the sites of a graph by name."""
     with phase("found the sites") as details:
-        sites = {site.name: site for site in find_sites(gm)}
+        sites = gm.known_sites() if isinstance(gm, RunsPrograms) else {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")
     return sites
 
@@ -181,16 +183,44 @@ def _insert(gm: fx.GraphModule, adapters: Sequence[FiledAdapter]) -> None:
     for placement in placements(gm):
         if placement.adapter < first:
             continue
-        filed = adapters[placement.adapter - first]
-        tensors = filed.tensors[placement.site]
-        if set(placement.names) - tensors.keys():
-            site = next(site for site in filed.plan.sites if site.name == placement.site)
-            weight, bias = site_weight(gm, site), site_bias(gm, site)
-            initialize(placement.local, site, weight, placement.namespace(gm), bias=bias)
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                target = tensor_of(gm, placement.tensors[name])
-                copy_values(target, tensor.to(target.dtype))
+        _fill(gm, gm, placement, adapters[placement.adapter - first])
+
+
+def _fill(gm: fx.GraphModule, owner: nn.Module, placement: Placement, filed: FiledAdapter) -> None:
+    """Write the values of a file into the tensors of a placement, which `owner` has, over the weights of a graph."""
+    tensors = filed.tensors[placement.site]
+    if set(placement.names) - tensors.keys():
+        site = next(site for site in filed.plan.sites if site.name == placement.site)
+        weight, bias = site_weight(gm, site), site_bias(gm, site)
+        initialize(placement.local, site, weight, placement.namespace(owner), bias=bias)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            target = tensor_of(owner, placement.tensors[name])
+            copy_values(target, tensor.to(target.dtype))
+
+
+def placed_alone(gm: fx.GraphModule, adapters: Sequence[FiledAdapter]) -> tuple[list[Placement], nn.Module]:
+    """Return the adapters of a file in their places in a model that has them alone, without inserting them.
+
+    Args:
+        gm: a graph, which is not changed.
+        adapters: they fit it.
+
+    Returns:
+        The places; and a module that has the tensors there, with their values.
+    """
+    owner, placed = nn.Module(), []
+    inner: dict[str, list[str]] = defaultdict(list)  # the names of the adapters that are at a site already
+    for index, filed in enumerate(adapters):
+        name = filed.plan.adapter_name
+        for site in filed.plan.sites:
+            placement = Placement.of(filed.plan.variant, index, site, inner[site.name], name)
+            inner[site.name].append(name)
+            module_at(owner, site.name)
+            placement.register(owner, site, site_weight(gm, site))
+            _fill(gm, owner, placement, filed)
+            placed.append(placement)
+    return placed, owner
 
 
 def _has_adapters(gm: fx.GraphModule, called: str, path: Path) -> AdapterError:

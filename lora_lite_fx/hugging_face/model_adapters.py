@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapters.changed_buffers import BaseBuffers
-from ..adapters.placement import Placement, placements
+from ..adapters.placement import Placement, adapter_tensor_names, placements
 from ..adapters.switches import Switches
 from ..capture.origins.origin import is_hugging_face
 from ..capture.shared_copy import shared_copy
@@ -21,7 +21,6 @@ from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.layer_modules import plain_class
 from ..graph.modes import add_flagged_modules
 from ..graph.tensors import delete_tensor, has_attribute, register_tensor, tensor_of
-from ..graph.writes import written_buffers
 from ..rewriting.rewrite import insert_placed
 from ..sites.finding import find_sites
 from ..sites.site import Site
@@ -107,9 +106,9 @@ class ModelAdapters:
 
         What runs reads the tensors of the model. Passes, `merge` and files read those of the graph.
         """
-        adapters = {name for placement in placements(gm) for name in placement.tensors.values()}
+        adapters = set(adapter_tensor_names(gm))
         written = [
-            name for name in {**dict.fromkeys(written_buffers(gm)), **gm.base_buffers} if name not in self._owned
+            name for name in {**dict.fromkeys(gm.known_written_buffers()), **gm.base_buffers} if name not in self._owned
         ]
         self.base_buffers = {**{name: gm.base_buffers.get(name) for name in written}, **self.base_buffers}
         gm.base_buffers = self.base_buffers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,17 @@ from torch import Tensor, fx, nn
 from ..adapters.accounting import account_for
 from ..adapters.adapter_tensors import one_of
 from ..adapters.changed_buffers import check_same_buffers, moved_buffers
-from ..adapters.placement import Placement, placements, site_bias, site_weight
+from ..adapters.placement import Placement, site_bias, site_weight
 from ..adapters.slot_optimizer import bank_placements
 from ..adapters.start_values import initialize
+from ..adapters.switches import coefficients
 from ..adapters.variant import Variant
 from ..errors import ConfigError, counted
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..graph.insertion import DEFAULT, SHARED
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..variants import LoRA
+from .factors import Factors
 from .rewrite import insert_placed, without_adapters
 from .sums import change_of, graph_with_adapters
 from .swap import write_into_room
@@ -43,7 +46,23 @@ def take_slot(model: nn.Module, slot: int, *, adapter: str | None = None) -> fx.
         AdapterError: it has no adapters, or was made by `wrap` or `backend`.
     """
     graph = graph_with_adapters(model)
-    bank = bank_placements(graph, slot, adapter)
+    placed, tensors = slot_alone(graph, slot, adapter)
+    base = without_adapters(graph)
+    insert_placed(base, placed, {}, tensors)
+    return base
+
+
+def slot_alone(graph: AdaptedGraphModule, slot: int, adapter: str | None) -> tuple[list[Placement], dict[str, Tensor]]:
+    """Return the adapter of a slot in its places in a model that has it alone, and copies of its values by name.
+
+    Args:
+        graph: has the bank.
+        slot, adapter: as for `take_slot`.
+
+    Raises:
+        ConfigError: the graph has no such bank or slot.
+    """
+    bank = bank_placements(graph, slot, adapter, graph.known_placements())
     placed: list[Placement] = []
     tensors: dict[str, Tensor] = {}
     for index, config in enumerate(dict.fromkeys(each.adapter for each in bank)):
@@ -53,9 +72,7 @@ def take_slot(model: nn.Module, slot: int, *, adapter: str | None = None) -> fx.
             placed.append(new)
             for own, path in old.tensors.items():
                 tensors.setdefault(new.tensors[own], _copy_of(tensor_of(graph, path), own, slot))
-    base = without_adapters(graph)
-    insert_placed(base, placed, {}, tensors)
-    return base
+    return placed, tensors
 
 
 @outside_inference_mode()
@@ -77,10 +94,34 @@ def put_slot(model: nn.Module, slot: int, source: nn.Module, *, adapter: str | N
         AdapterError: as `take_slot`; or as `to_lora`, for an adapter of another config.
     """
     graph = graph_with_adapters(model)
-    bank = bank_placements(graph, slot, adapter)
+    bank = bank_placements(graph, slot, adapter, graph.known_placements())
     given = graph_with_adapters(source)
-    own = placements(given)
     check_same_buffers(graph, moved_buffers(given), f"Slot {slot}")
+    own = [] if _is_scaled(source) else given.known_placements()
+    write_slot(graph, bank, slot, own, given, lambda: change_of(source))
+
+
+def write_slot(
+    graph: fx.GraphModule,
+    bank: Sequence[Placement],
+    slot: int,
+    own: Sequence[Placement],
+    given: nn.Module,
+    change: Callable[[], Mapping[str, Factors]],
+) -> None:
+    """Write an adapter into a slot of a bank, after all checks.
+
+    Args:
+        graph: has the bank.
+        bank: its places.
+        slot: the slot.
+        own: the adapter in its places; none if it acts otherwise than these say.
+        given: a module that has its tensors.
+        change: returns what it changes each weight by; asked if it is not of the bank's own config.
+
+    Raises:
+        ConfigError, AdapterError: as `put_slot`.
+    """
     if values := _same_adapter(bank, own, graph, given, slot):
         for place, value in values:
             place.copy_(value)
@@ -92,7 +133,7 @@ def put_slot(model: nn.Module, slot: int, source: nn.Module, *, adapter: str | N
             f" {type(bank[0].variant).__name__} at {counted(len(bank), 'site')}. The way out: an adapter of the bank's"
             " config, or a bank of LoRA, which takes others too."
         )
-    write_into_room(graph, bank[0].adapter_name, change_of(source), slot)
+    write_into_room(graph, bank, change(), slot)
 
 
 @outside_inference_mode()
@@ -110,7 +151,7 @@ def reset_slot(model: nn.Module, slot: int, *, adapter: str | None = None) -> No
         AdapterError: as `take_slot`.
     """
     graph = graph_with_adapters(model)
-    bank = bank_placements(graph, slot, adapter)
+    bank = bank_placements(graph, slot, adapter, graph.known_placements())
     for each in bank:
         if type(each.variant).observer is not Variant.observer:
             raise ConfigError(
@@ -132,16 +173,16 @@ def _copy_of(tensor: Tensor, own: str, slot: int) -> Tensor:
 
 
 def _same_adapter(
-    bank: list[Placement], own: list[Placement], graph: nn.Module, given: nn.Module, slot: int
+    bank: Sequence[Placement], own: Sequence[Placement], graph: nn.Module, given: nn.Module, slot: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the places in a slot with their new values, for an adapter of the bank's config; none for another one."""
     at = {(each.site, each.position): each for each in own}
-    if at.keys() != {(each.site, each.position) for each in bank}:
+    if at.keys() != {(each.site, each.position) for each in bank} or len(at) != len(own):  # several of several names
         return []
     written: list[tuple[Tensor, Tensor]] = []
     for each in bank:
         other = at[each.site, each.position]
-        if _maths(each.local) != _maths(other.local) or each.names != other.names:
+        if _maths(each.local) != _maths(other.local) or each.names != other.names or other.scale != each.scale:
             return []
         for name in each.names:
             place, value = tensor_of(graph, each.tensors[name]), tensor_of(given, other.tensors[name])
@@ -153,6 +194,12 @@ def _same_adapter(
                 return []
             written.append((place[slot], value))
     return written
+
+
+def _is_scaled(source: nn.Module) -> bool:
+    """Return whether an adapter of a model acts by another coefficient than 1."""
+    by_name = coefficients(source, "A slot")
+    return by_name is not None and any(coefficient != 1 for coefficient in by_name.values())
 
 
 _WHERE = {"dtype", "target_roles", "target_names", "exclude_names", "layers", "target_kinds", "slots"}

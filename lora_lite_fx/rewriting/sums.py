@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,10 +25,10 @@ from ..errors import AdapterError, ConfigError, shown
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..graph.sharded import refuse_sharded
 from ..graph.tensors import outside_inference_mode, tensor_of
-from ..passes import weight_change
 from ..sites.site import Site
 from ..variants import LoRA
 from .choose_sites import NewAdapter
+from .factors import A_SUM, Factors, change_at, linear_sum, truncated
 from .named import insert_from
 from .rewrite import insert_adapters, without_adapters
 
@@ -40,26 +40,6 @@ Method = Literal["linear", "ties", "dare", "dare_ties"]
 - `dare`: a random part of the entries of each change, divided by the density (arXiv 2311.03099).
 - `dare_ties`: a random part of the entries, of the sign that most of the sum has.
 """
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A change of a weight, `B A`.
-
-    Args:
-        a: `A (..., k, d_in)`.
-        b: `B (..., d_out, k)`.
-        error: the norm of what it lacks of the change, in norms of the change.
-    """
-
-    a: Tensor
-    b: Tensor
-    error: float = 0.0
-
-    @property
-    def rank(self) -> int:
-        """The number of columns of `B`."""
-        return self.a.shape[-2]
 
 
 @outside_inference_mode()
@@ -103,9 +83,9 @@ def combine(
     for site, by_name in _by_site(graph, coefficient):
         terms = [(coefficient[each], placed) for each, placed in by_name.items()]
         if method == "linear":
-            summed[site.name] = _linear(graph, site, terms, r)
+            summed[site.name] = linear_sum(graph, site, terms, r)
         else:
-            summed[site.name] = _truncated(_merged(graph, site, terms, method, density, seed), r)
+            summed[site.name] = truncated(_merged(graph, site, terms, method, density, seed), r)
     insert_from(model, _as_lora(graph, summed), name)
     return {site: factors.error for site, factors in summed.items()}
 
@@ -157,7 +137,9 @@ def _acting_changes(
     if acting is None:
         acting = coefficients(model, "A change of the weights")
         assert acting is not None  # the graph is one of this library's, which follows switches
-    return {site.name: _linear(graph, site, _in_turn(by_name, acting), r) for site, by_name in _by_site(graph, acting)}
+    return {
+        site.name: linear_sum(graph, site, _in_turn(by_name, acting), r) for site, by_name in _by_site(graph, acting)
+    }
 
 
 def _in_turn(
@@ -173,7 +155,7 @@ def _in_turn(
     return [(1.0, sorted(placed, key=lambda placement: placement.adapter))]
 
 
-def graph_with_adapters(model: Any) -> fx.GraphModule:
+def graph_with_adapters(model: Any) -> AdaptedGraphModule:
     """Return the graph of an adapted model that has one.
 
     Raises:
@@ -194,58 +176,13 @@ def _by_site(graph: fx.GraphModule, names: Mapping[str, float]) -> list[tuple[Si
     at_site: dict[str, dict[str, list[Placement]]] = defaultdict(lambda: defaultdict(list))
     for placement in placements(graph):
         if names.get(placement.adapter_name):
-            refuse_banks([placement], "A sum of adapters")
+            refuse_banks([placement], A_SUM)
             at_site[placement.site][placement.adapter_name].append(placement)
     adapted = account_for(graph).adapted("a sum of adapters")
     return [(site, at_site[site.name]) for site in adapted if site.name in at_site]
 
 
-# The change of one weight.
-
-
-def _linear(
-    graph: fx.GraphModule, site: Site, terms: Sequence[tuple[float, Sequence[Placement]]], r: int | None
-) -> Factors:
-    """Return the sum of the changes of a weight, each with its coefficient."""
-    known = [_factors(graph, placement, factor) for factor, placed in terms for placement in placed]
-    factors = [each for each in known if each is not None]
-    if len(factors) == len(known):
-        a, b = torch.cat([a for a, _ in factors], dim=-2), torch.cat([b for _, b in factors], dim=-1)
-        if a.shape[-2] <= (r or min(a.shape[-1], b.shape[-2])):
-            return Factors(a, b)
-        if a.dim() == 2:
-            return _truncated(b.double() @ a.double(), r)
-    return _truncated(sum(factor * _change(graph, site, placed) for factor, placed in terms), r)
-
-
-def _factors(graph: fx.GraphModule, placement: Placement, factor: float) -> tuple[Tensor, Tensor] | None:
-    found = placement.local.low_rank_change(placement.namespace(graph))
-    return None if found is None else (found[0], factor * placement.scale * found[1])
-
-
-def _change(graph: fx.GraphModule, site: Site, placed: Sequence[Placement]) -> Tensor:
-    """Return by how much the adapters `placed` at a site change its weight, `(d_out, d_in)` in float64."""
-    if site.experts:
-        raise AdapterError(
-            f"{site.name!r} is a stack of experts, whose change is known for variants that are two factors alone (LoRA,"
-            " PiSSA, OLoRA, EVA), and without a smaller rank."
-        )
-    matrix, shift = weight_change(graph, site, placed)
-    if shift.abs().max() > 1e-12 * (1 + matrix.abs().max()):
-        names = " and ".join(dict.fromkeys(type(placement.variant).__name__ for placement in placed))
-        raise AdapterError(f"{names} at {site.name!r} changes the bias too, which a LoRA does not.")
-    return matrix
-
-
-def _truncated(change: Any, r: int | None) -> Factors:
-    """Return factors of a matrix `(d_out, d_in)`: of rank `r`, or of the rank that it has."""
-    u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    kept = int((s > s[:1] * max(change.shape) * 1e-14).sum()) if r is None else min(r, len(s))
-    kept = max(kept, 1)
-    root = s[:kept].sqrt()
-    total = float(torch.linalg.vector_norm(s))
-    error = float(torch.linalg.vector_norm(s[kept:])) / total if total and r is not None else 0.0
-    return Factors(root[:, None] * vh[:kept], u[:, :kept] * root, error)
+# The change of one weight by the other methods.
 
 
 def _merged(
@@ -257,7 +194,7 @@ def _merged(
     seed: int,
 ) -> Tensor:
     """Return the sum of the changes of a weight by a method other than `linear`, each with its coefficient."""
-    changes = [_change(graph, site, placed) for _, placed in terms]
+    changes = [change_at(graph, site, placed) for _, placed in terms]
     if method == "ties":
         pruned = torch.stack([change * (change.abs() >= _smallest_kept(change, density)) for change in changes])
     else:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.changed_buffers import check_same_buffers, moved_buffers
-from ..adapters.placement import placements
+from ..adapters.placement import Placement, placements
 from ..adapters.state import adapter_tensors
 from ..adapters.switches import known_names
 from ..errors import ConfigError
 from ..graph.insertion import DEFAULT
 from ..graph.tensors import outside_inference_mode, tensor_of
 from ..variants import LoRA
-from .sums import Factors, change_of
+from .factors import Factors
+from .sums import change_of
 
 
 @outside_inference_mode()
@@ -42,22 +43,25 @@ def swap(model: nn.Module, source: nn.Module, name: str = DEFAULT) -> None:
     adapter_tensors(model)
     (name,) = known_names(model, name)
     check_same_buffers(model, moved_buffers(source), "The source of swap")
-    write_into_room(model, name, change_of(source))
+    room = [placement for placement in placements(model) if placement.adapter_name == name]
+    write_into_room(model, room, change_of(source))
 
 
-def write_into_room(model: nn.Module, name: str, found: Mapping[str, Factors], slot: int | None = None) -> None:
+def write_into_room(
+    model: nn.Module, room: Sequence[Placement], found: Mapping[str, Factors], slot: int | None = None
+) -> None:
     """Write changes of weights into a plain `LoRA` of a model, or into a slot of a bank of them, in place.
 
     Args:
         model: the model.
-        name: the name of its adapter.
+        room: the places of its adapter.
         found: the change of each site; at the others the adapter changes nothing afterwards.
         slot: of the bank.
 
     Raises:
         ConfigError: as `swap`.
     """
-    room = [placement for placement in placements(model) if placement.adapter_name == name]
+    name = room[0].adapter_name
     if slot is None and any(each.variant.slots for each in room):
         raise ConfigError(f"{name!r} is a bank. The way out: load_slot writes into one of its slots.")
     if wrong := [each for each in room if type(each.variant) is not LoRA or each.variant.bias or each.scale != 1]:

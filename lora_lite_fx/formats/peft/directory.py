@@ -140,17 +140,23 @@ def load_peft(
         CheckpointError, AdapterError, CaptureError: as for `load`; or the repository cannot be had.
     """
     folder = directory_of(path, revision, subfolder)
-    adapter = _read_directory(folder)
-    if not allow_nonfinite:
-        check_finite(adapter.tensors, adapter.path, "it is not loaded")
+    adapter = read_directory(folder, allow_nonfinite)
     with outside_inference_mode():
         gm = capture(model, example_inputs, fuse_loss=fuse_loss)
         adapters = adapters_at_sites(gm, adapter)
         return insert_filed(gm, adapters, folder, "load_peft", name=name, stack=stack)
 
 
-def _read_directory(folder: Path) -> PeftAdapter:
-    """Read and check a PEFT directory, without a model."""
+def read_directory(folder: Path, allow_nonfinite: bool = False) -> PeftAdapter:
+    """Read and check a PEFT directory, without a model.
+
+    Args:
+        folder: the directory.
+        allow_nonfinite: as for `load`.
+
+    Raises:
+        CheckpointError: it cannot be read or represented, or a value is not finite.
+    """
     check_directory(folder)
     config = read_json(folder / CONFIG)
     tensors, metadata = read_safetensors(folder / TENSORS)
@@ -158,7 +164,10 @@ def _read_directory(folder: Path) -> PeftAdapter:
     prints = None  # which PEFT's own files lack
     if FINGERPRINTS in metadata:
         prints = json_object(metadata[FINGERPRINTS], f"{folder}: the record of the fingerprints of its base")
-    return read_adapter(config, tensors, folder / CONFIG, folder / TENSORS, prints)
+    adapter = read_adapter(config, tensors, folder / CONFIG, folder / TENSORS, prints)
+    if not allow_nonfinite:
+        check_finite(adapter.tensors, adapter.path, "it is not loaded")
+    return adapter
 
 
 def to_peft_config(model: nn.Module, *, adapter: str | None = None, as_lora: bool | None = None) -> dict[str, Any]:

@@ -211,6 +211,11 @@ def test_the_readme_counts_what_works() -> None:
     counted = re.search(r"^- (\d+) cases of methods that are here: (\d+) equal, (\d+) refused;", cases, re.MULTILINE)
     assert counted
     assert f"{counted[2]} of {counted[1]} files compute the same, {counted[3]} are refused" in text
+    page = (ROOT / "docs/from_peft.md").read_text(encoding="utf-8")
+    assert f"PEFT's own {counted[1]} test cases of methods that are here,\n[{counted[2]} compute the same]" in page
+    table = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert f"| {equal} of {len(built)} equal |" in table
+    assert f"| {counted[2]} of {counted[1]} equal, {counted[3]} refused |" in table
 
 
 def test_the_fields_of_peft_are_told_as_they_are() -> None:

@@ -267,6 +267,9 @@ def _converted(program: ExportedProgram, graph: ServedGraph, adapters: Mapping[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted: Any = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names, output_names=outputs)
+    for value in converted.model.graph.inputs:  # sizes that torch.export has found to be constant are names of sizes
+        sizes = [str(getattr(size, "value", size)) for size in value.shape]
+        value.shape = type(value.shape)([int(size) if size.isdigit() else size for size in sizes])
     return converted.model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,18 @@ def test_a_step_with_a_cache_prefills_and_decodes_also_in_genai(tmp_path: Path) 
         with llfx.active(model, names), torch.no_grad():
             expected = model.generate(PROMPT[:1], max_length=12, do_sample=False)
         assert generator.get_sequence(0).tolist() == expected[0].tolist()
+
+
+@pytest.mark.broad
+def test_the_page_on_onnx_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "hand_over" / "onnx.md"
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"```py\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, namespace)
+    gm, given = namespace["gm"], {name: torch.from_numpy(value) for name, value in namespace["inputs"].items()}
+    with llfx.active(gm, "it"):
+        close(torch.from_numpy(namespace["logits"][0]), gm(**given).logits, 1e-5, "the page")
 
 
 @pytest.mark.broad

@@ -13,6 +13,7 @@ from ..graph.copies import Draft
 from ..graph.insertion import forget, is_inserted, place_of
 from ..graph.parameter_work import first_input, parameter_work
 from ..graph.tensors import attribute_of, has_attribute, keep_registration, outside_inference_mode, register_tensor
+from ..graph.writes import written_attributes
 from ..passes import AssociateProducts, FoldScaleIntoAddition, HoistParameterWork, LeaveOutDropout, Pipeline
 from .served_graph import evaluated_graph, graph_to_serve
 
@@ -77,6 +78,7 @@ def make_constants(gm: fx.GraphModule, whole_updates: bool) -> None:
 @torch.no_grad()
 def _make_constants(gm: fx.GraphModule, work: list[fx.Node]) -> None:
     """Replace the values of nodes that others read by buffers that hold them."""
+    work = _of_unwritten_tensors(gm, work)
     members, values = set(work), dict[fx.Node, Any]()
 
     def value_of(node: fx.Node) -> Any:
@@ -103,3 +105,13 @@ def _make_constants(gm: fx.GraphModule, work: list[fx.Node]) -> None:
     for node in reversed(work):
         if not node.users:
             gm.graph.erase_node(node)
+
+
+def _of_unwritten_tensors(gm: fx.GraphModule, work: list[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that depend on no tensor that calls write to, because its values change."""
+    written, kept = set(written_attributes(gm)), set[fx.Node]()
+    for node in work:
+        reads = [node, *node.all_input_nodes]
+        if all(read.target not in written if read.op == "get_attr" else read in kept or read is node for read in reads):
+            kept.add(node)
+    return [node for node in work if node in kept]

@@ -136,7 +136,7 @@ class ServedGraph:
             inputs = _example_of(gm)
         if not isinstance(inputs, Mapping) or not all(isinstance(value, Tensor) for value in inputs.values()):
             raise inputs_by_name(inputs)
-        inputs = dict(double_batch_of_one(dict(inputs)) or inputs)  # torch.export takes a size of one for a constant
+        inputs = _with_open_sizes(gm, inputs)
         signature, left_out = gm.execution.signature, tuple[str, ...]()
         if signature is not None:
             _, left_out = signature.bind((), {name: value for name, value in inputs.items() if name != IDS})
@@ -194,6 +194,30 @@ def _example_of(gm: AdaptedGraphModule) -> dict[str, Tensor]:
     return inputs
 
 
+def _with_open_sizes(gm: AdaptedGraphModule, inputs: Tensors) -> dict[str, Tensor]:
+    """Return inputs in which no open size is one, because torch.export takes a size of one for a constant.
+
+    If one is, each input is repeated to the open sizes that the graph was captured with, which fit each other.
+    """
+    captured = {str(node.target): node.meta.get("val") for node in gm.flat_graph.find_nodes(op="placeholder")}
+    if not all(isinstance(captured.get(name), Tensor) for name in inputs):
+        return dict(double_batch_of_one(dict(inputs)) or inputs)
+    open_sizes = {
+        name: {dim: size_in_example(size) for dim, size in enumerate(captured[name].shape) if not isinstance(size, int)}
+        for name in inputs
+    }
+    fits = all(tensor.dim() == captured[name].dim() for name, tensor in inputs.items())
+    if not fits or all(inputs[name].shape[dim] != 1 for name, sizes in open_sizes.items() for dim in sizes):
+        return dict(inputs)
+    repeated = dict(inputs)
+    for name, sizes in open_sizes.items():
+        for dim, size in sizes.items():
+            tensor = repeated[name]
+            indices = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+            repeated[name] = tensor.index_select(dim, indices)
+    return repeated
+
+
 def inputs_by_name(inputs: object) -> ConfigError:
     """Return the error for inputs that are not a dict of tensors."""
     return ConfigError(f"inputs is a dict of the model's arguments, {{'input_ids': tensor}}, not {shown(inputs)}.")
@@ -208,8 +232,13 @@ def _named_results(graph: fx.Graph, signature: CallSignature | None, left_out: t
         spec = signature.omission(left_out).out_spec
     result = values if spec is None else pytree.tree_unflatten(list(values), spec)
     pairs, _ = pytree.tree_flatten_with_path(result, is_leaf=lambda leaf: isinstance(leaf, fx.Node))
-    named = {".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): node for path, node in pairs}
+    named = {".".join(map(_step_in, path)): node for path, node in pairs}
     return {name or "output": node for name, node in named.items() if isinstance(node, fx.Node)}
+
+
+def _step_in(key: Any) -> str:
+    """Return the key, index or field that leads into a container."""
+    return str(next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), key))
 
 
 def _chosen(results: Mapping[str, fx.Node], outputs: str | Sequence[str] | None) -> tuple[str, ...]:

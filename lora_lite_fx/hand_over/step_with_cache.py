@@ -103,6 +103,8 @@ def _sizes(name: str, tensor: Tensor) -> dict[int, Any]:
 def _step(cls: type, decoder: Decoder, names: tuple[str, ...], outputs: Sequence[str] | None) -> type:
     """Return a subclass of `cls`, by the same name, that takes and returns the tensors of its cache."""
 
+    from ..compat.transformers import CACHE
+
     def forward(self: Any, **given: Tensor) -> dict[str, Tensor]:
         arguments = {name: given[name] for name in names if not name.startswith("past_")}
         tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
@@ -120,8 +122,8 @@ def _step(cls: type, decoder: Decoder, names: tuple[str, ...], outputs: Sequence
                 take_for_one(size, past)
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = past
-        with uncut_windows({"past_key_values": cache}):
-            result = cls.forward(self, **arguments, past_key_values=cache, use_cache=True)  # type: ignore[attr-defined]
+        with uncut_windows({CACHE: cache}):
+            result = cls.forward(self, **arguments, **{CACHE: cache}, use_cache=True)  # type: ignore[attr-defined]
         found = {name: result[name] for name in outputs or ("logits",)}
         for index, layer in enumerate(cache.layers):
             found |= {f"present_key_{index}": layer.keys, f"present_value_{index}": layer.values}

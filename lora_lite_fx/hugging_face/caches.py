@@ -25,6 +25,13 @@ def caches(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if isinstance(value, Cache)}
 
 
+def has_static_cache(arguments: Mapping[str, Any]) -> bool:
+    """Return whether a cache of a fixed length is among the arguments of a call."""
+    from transformers.cache_utils import StaticCache
+
+    return any(isinstance(value, StaticCache) for value in arguments.values())
+
+
 # The layers of a model's cache.
 
 

@@ -17,7 +17,7 @@ from ..capture.differences import agree
 from ..capture.outputs import comparable
 from ..capture.shared_copy import shared_copy
 from ..compat.torch import constant_when_compiled, not_compiled
-from ..errors import CaptureError
+from ..errors import AdapterError, CaptureError
 from ..graph.calls_and_traces import tracing
 from ..graph.sharded import is_sharded, refuse_sharded
 from .caches import BATCH, LENGTH, PAST, Decoder, caches, cut_windows, probe, some_text, uncut_windows
@@ -87,6 +87,11 @@ class Forms:
         kind = self._kind(part, part.training, arguments, counted, fuses_loss)
         if self._knows(kind):
             return self._form_of(kind)
+        if torch.compiler.is_exporting():  # there are no values to try it on
+            raise AdapterError(
+                f"torch.export meets the first call of the model with {', '.join(arguments)}, which is to be captured"
+                " before. The way out: call what is exported once, with the same arguments, under torch.no_grad()."
+            )
         return self._tried(part, decoder, arguments, counted, fuses_loss)
 
     # What is known of a kind stays, so that torch.compile does not guard on what is known of others.

@@ -25,7 +25,7 @@ from ..capture.inputs.example_inputs import example_inputs_of
 from ..capture.origins.hooks import take_hooks_off
 from ..capture.origins.origin import is_diffusers, is_hugging_face
 from ..compat.torch import not_compiled, pytree
-from ..errors import COMPILE_INSTEAD, CaptureError
+from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.optimize import draft_of
 from ..graph.calls_and_traces import calling, tracing
@@ -37,6 +37,7 @@ from ..rewriting.calibration import Batches
 from ..rewriting.choose_sites import choose_sites
 from ..rewriting.rewrite import insert_new, insert_placed
 from .around_parts import has_parts, run_around_parts, try_around_parts
+from .caches import has_static_cache
 from .call_structure import Leaves
 from .capture_call import attempts, capture_call
 from .captured_call import CapturedCall, CapturedGraph
@@ -101,6 +102,12 @@ class GraphCache:
         if part is not self.model and is_hugging_face(part) and "forward" in vars(self.model):
             check_is_whole(self.model, part, self.adapters.placements)
         arguments, return_dict = arguments_of(part, args, kwargs)
+        if torch.compiler.is_exporting() and has_static_cache(arguments):
+            raise AdapterError(
+                "torch.export does not take an adapted model with a static cache, because its graphs keep caches"
+                " outside of themselves. The way out: llfx.export(model, cache=True); or export llfx.merge(model),"
+                " which is a plain model of transformers."
+            )
         # Several threads may call one model. torch.compile knows no locks.
         with nullcontext() if torch.compiler.is_dynamo_compiling() else calling():
             return self._run(part, arguments, return_dict)

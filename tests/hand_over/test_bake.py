@@ -33,7 +33,7 @@ def wide_net() -> nn.Module:
 def adapted(cfg: Any, seed: int = 1) -> Any:
     """Return a graph whose adapters have random values."""
     _, graph = captured(small_net, inputs=(EXAMPLE,))
-    gm = llfx.rewrite(graph, cfg, calibration=calibration(cfg, None, (EXAMPLE,)))
+    gm: Any = llfx.rewrite(graph, cfg, calibration=calibration(cfg, None, (EXAMPLE,)))
     randomise(gm, seed)
     return gm
 
@@ -82,7 +82,7 @@ def table() -> list[str]:
     for name in SHOWN:
         _, graph = captured(wide_net, inputs=(torch.ones(2, 64),))
         cfg = small(llfx.registry()[name], 2 if name != "OFT" else 8, target_names="0")
-        gm = llfx.rewrite(graph, cfg, calibration=calibration(cfg, None, (torch.ones(2, 64),)))
+        gm: Any = llfx.rewrite(graph, cfg, calibration=calibration(cfg, None, (torch.ones(2, 64),)))
         randomise(gm, 0)
         cells = [name, f"{sum(tensor.numel() for tensor in llfx.adapter_state_dict(gm).values()):,}"]
         for whole_updates in (False, True):
@@ -108,7 +108,7 @@ def test_the_table_of_the_docs_is_true() -> None:
 
 def test_updates_as_large_as_the_weight_are_left_by_default() -> None:
     _, graph = captured(wide_net, inputs=(torch.ones(2, 64),))
-    gm = llfx.rewrite(graph, llfx.SHiRA(r=2, target_names="0"))
+    gm: Any = llfx.rewrite(graph, llfx.SHiRA(r=2, target_names="0"))
     randomise(gm, 0)
     assert all(tensor.numel() < 64 * 48 for tensor in constants(llfx.bake(gm)).values())
     (update,) = constants(llfx.bake(gm, whole_updates=True)).values()
@@ -127,6 +127,7 @@ class Moving(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lin = nn.Linear(4, 4)
+        self.count: Tensor
         self.register_buffer("count", torch.zeros(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class Cast(nn.Module):
 
 
 def test_buffers_that_calls_write_to_are_not_constant() -> None:
-    gm = llfx.rewrite(Moving(), llfx.DoRA(r=2, target_names="lin"), (torch.randn(2, 4),))
+    gm: Any = llfx.rewrite(Moving(), llfx.DoRA(r=2, target_names="lin"), (torch.randn(2, 4),))
     randomise(gm, 0)
     baked = llfx.bake(gm)
     x = torch.randn(3, 4)
@@ -161,7 +162,7 @@ def test_buffers_that_calls_write_to_are_not_constant() -> None:
 
 def test_a_written_weight_is_not_folded() -> None:
     """Norms of DoRA depend on the weight. A graph that writes to it computes them in each call."""
-    gm = llfx.rewrite(nn.Sequential(nn.Linear(4, 4)), llfx.DoRA(r=2, target_names="0"), (torch.randn(2, 4),))
+    gm: Any = llfx.rewrite(nn.Sequential(nn.Linear(4, 4)), llfx.DoRA(r=2, target_names="0"), (torch.randn(2, 4),))
     randomise(gm, 0)
     assert constants(llfx.bake(gm))
     graph = gm.flat_graph
@@ -173,7 +174,7 @@ def test_a_written_weight_is_not_folded() -> None:
 
 
 def test_random_numbers_are_not_constant() -> None:
-    gm = llfx.rewrite(nn.Sequential(nn.Linear(4, 4)), llfx.LoRA(r=2, target_names="0"), (torch.randn(2, 4),))
+    gm: Any = llfx.rewrite(nn.Sequential(nn.Linear(4, 4)), llfx.LoRA(r=2, target_names="0"), (torch.randn(2, 4),))
     randomise(gm, 0)
     graph = gm.flat_graph
     add = next(node for node in graph.nodes if node.target is torch.ops.aten.add.Tensor)
@@ -190,7 +191,7 @@ def test_random_numbers_are_not_constant() -> None:
 
 
 def test_values_of_inputs_are_not_constant() -> None:
-    gm = llfx.rewrite(
+    gm: Any = llfx.rewrite(
         nn.Sequential(nn.Linear(4, 4)), llfx.Bank(llfx.LoRA(r=2, target_names="0"), slots=3), (torch.randn(2, 4),)
     )
     randomise(gm, 0)
@@ -203,7 +204,7 @@ def test_values_of_inputs_are_not_constant() -> None:
 
 def test_regions_with_autocast_stay() -> None:
     for cfg in (llfx.DoRA(r=2, target_names="lin"), llfx.OFT(block_size=4, target_names="lin")):
-        gm = llfx.rewrite(Cast().eval(), cfg, (torch.randn(2, 8),))
+        gm: Any = llfx.rewrite(Cast().eval(), cfg, (torch.randn(2, 8),))
         randomise(gm, 0)
         x = torch.randn(3, 8)
         with torch.no_grad():

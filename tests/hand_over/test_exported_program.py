@@ -182,8 +182,8 @@ def test_arguments_may_be_left_out() -> None:
         for names in (("input_ids",), ("input_ids", "attention_mask")):
             example, other = ({name: text[name] for name in names} for text in (tokens(2, 6), tokens(3, 9)))
             close(llfx.export(gm, example, outputs="logits").module()(**other), gm(**other).logits)
-        names = list(llfx.export(gm, tokens(2, 6), outputs="logits").graph_signature.user_inputs)
-    assert names == ["input_ids", "attention_mask"]
+        taken = list(llfx.export(gm, tokens(2, 6), outputs="logits").graph_signature.user_inputs)
+    assert taken == ["input_ids", "attention_mask"]
 
 
 @pytest.mark.parametrize("front_door", ["adapt", "merge", "load", "merge adapt"])
@@ -231,7 +231,7 @@ def test_an_encoder_a_decoder_with_one_and_an_image_model() -> None:
     sizes: Any = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = BertModel(BertConfig(vocab_size=32, **sizes)).eval()
     t5 = T5ForConditionalGeneration(tiny_t5()).eval()
-    vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes)).eval()
+    vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes)).eval()
     of_t5 = [{**tokens(*shape), "decoder_input_ids": tokens(*shape)["input_ids"][:, :3]} for shape in ((2, 6), (3, 9))]
     images = [{"pixel_values": torch.randn(batch, 3, 8, 8)} for batch in (2, 3)]
     text = [tokens(2, 6), tokens(3, 9)]

@@ -22,14 +22,15 @@ A second Ctrl-C kills the process. The adapter is saved while training too (--sa
 leaves the last one whole.
 
 With --shard the processes that torchrun starts divide the parameters among them, and each takes its part of the
-sequences of a step, so that the losses are those of one process. Process 0 prints and writes. On CUDA devices, one for
-each process, add --device cuda.
+sequences of a step, so that the losses are those of one process. Process 0 prints and writes. Each process has a CUDA
+device of its own, if there are such devices.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import math
@@ -80,6 +81,9 @@ OTHER_FIELDS: dict[str, dict[str, Any]] = {
     "C3A": {"block_size": 192, "init_weights": "zeros"},  # The usual 256 does not divide the default model's widths.
     "FourierFT": {"spectrum": "zeros"},
 }
+
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
 def main() -> int:
@@ -169,7 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help=compile_help)
     shard_help = "divide the model among the processes of torchrun, which it must be started by"
     add("--shard", action="store_true", help=shard_help)
-    add("--device", default="cpu", help="with --shard, cuda for one device for each process (default: cpu)")
+    add("--device", choices=DEVICES, default="auto", help="auto is cuda, else mps, else cpu, as there is one (default)")
     args = parser.parse_args()
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.shard and "WORLD_SIZE" not in os.environ:
@@ -178,12 +182,19 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{processes} processes would all do the same; add --shard")
     if args.shard and args.batch % processes:
         parser.error(f"--batch {args.batch} cannot be divided among {processes} processes")
-    if args.device != "cpu" and not args.shard:
-        parser.error(f"--device {args.device} is for --shard")
     if args.merged and args.quantise:
         parser.error("--merged is for a base that is not quantized here, because its config does not say that it is")
+    present = [name for name in DEVICES if name != "auto" and (name == "cpu" or getattr(torch, name).is_available())]
+    if args.shard and "mps" in present:
+        present.remove("mps")  # processes cannot exchange what is there
+    if args.device == "auto":
+        args.device = present[0]
+    if args.device not in present:
+        parser.error(f"--device {args.device}: torch finds no such device here; it finds {', '.join(present)}")
     if args.variant.lower() not in variants:
-        parser.error(f"unknown variant {args.variant!r}; the variants are {names}")
+        near = difflib.get_close_matches(args.variant.lower(), variants, n=3)
+        meant = f"did you mean {' or '.join(variants[name].__name__ for name in near)}?" if near else ""
+        parser.error(f"unknown variant {args.variant!r}; {meant or f'the variants are {names}'}")
     if args.length < 8:
         parser.error(f"--length {args.length} is too short; use at least 8")
     variant = variants[args.variant.lower()]

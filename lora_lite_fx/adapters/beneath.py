@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..capture.function_tracing.rehearsal import has_values
 from ..errors import AdapterError, ConfigError
+from ..graph.tensors import has_values
 from ..sites.site import Site
 from .adapter_tensors import AdapterTensors
 from .dependencies import Dependencies

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..compat.torch import is_persistent
 from ..errors import AdapterError
 from ..graph.sharded import copy_values, whole
-from ..graph.tensors import has_attribute, register_tensor, tensor_of
+from ..graph.tensors import has_attribute, has_values, register_tensor, tensor_of
 from ..graph.writes import written_buffers
 
 BaseBuffers = Mapping[str, Tensor | None]
@@ -176,9 +176,9 @@ def warn_of_moving_buffers(model: nn.Module, stacklevel: int = 2) -> None:
 
 
 def _is_same(now: Tensor, base: Tensor | None) -> bool:
-    if now.is_meta:  # without data there is nothing to save
+    if not has_values(now):  # without data there is nothing to save
         return True
-    return base is not None and not base.is_meta and torch.equal(now, base.to(now))
+    return base is not None and has_values(base) and torch.equal(now, base.to(now))
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.function_tracing.rehearsal import Watch, has_values
+from ..capture.function_tracing.rehearsal import Watch
 from ..errors import ConfigError, shown
 from ..graph.insertion import SHARED
+from ..graph.tensors import has_values
 from ..sites.site import Site
 from .adapter_tensors import one_of
 from .calibration_data import Statistic

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..compat.torch import FakeTensor, TorchDispatchMode, is_wrapped, pytree
+from ..compat.torch import TorchDispatchMode, is_wrapped, pytree
 from ..graph.modes import set_modes
-from ..graph.tensors import tensor_of
+from ..graph.tensors import has_values, tensor_of
 from ..graph.writes import written_attributes
 from .graph_calls import values_of_call
 from .process_state.python_state import Change, PythonState, state_put_back
@@ -54,9 +54,7 @@ class Outputs:
 def has_data(model: nn.Module, call: Call) -> bool:
     """Tell whether a model can run: no tensor, also none made now, is a meta or a fake tensor."""
     tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(call), torch.empty(0)]
-    return not any(
-        isinstance(tensor, Tensor) and (tensor.is_meta or isinstance(tensor, FakeTensor)) for tensor in tensors
-    )
+    return all(has_values(tensor) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def outputs_of_model(

@@ -20,7 +20,7 @@ from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture_model import call_of
 from ..capture.graph_calls import return_as, take_further_inputs_from
-from ..compat.torch import SeesMoves, constant_when_compiled
+from ..compat.torch import SeesMoves, constant_when_compiled, disable_current_modes
 from ..errors import AdapterError
 from ..graph.copies import share_signatures
 from ..graph.modes import add_flagged_modules, flag_name, modes_of, set_modes
@@ -152,7 +152,8 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
             derived = self.derived
             program = derived.programs.get(key)
             if program is None:
-                program = derive_program(self, key)
+                with disable_current_modes():  # as that of fake tensors: a pass computes on those of the graph alone
+                    program = derive_program(self, key)
                 derived.add(program)
             if key.kind == "inference" and self.keeps_values:
                 ids = self.adapter_ids

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from ..compat.torch import buffers_of, children_of
+from ..compat.torch import FakeTensor, buffers_of, children_of
 
 HALF = (torch.float16, torch.bfloat16)
 """The types that round sums and products to about three digits."""
@@ -33,6 +33,11 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     tensor = attribute_of(model, name)
     assert isinstance(tensor, Tensor)
     return tensor
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Tell whether `tensor` holds numbers, which a stand-in and a tensor on the meta device do not."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def attribute_of(model: nn.Module, name: str) -> Any:

@@ -19,6 +19,8 @@ from ..adapters.maths import cast
 from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..errors import ConfigError
+from ..graph.tensors import has_values
+from ..graph.tensors import has_values
 from ..sites.site import Site
 from .vera import SharedProjections
 
@@ -114,6 +116,6 @@ def _draw(basis: str, seed: int, r: int, m: int, larger: int, count: int) -> tup
         shapes = (r, m), (larger, count, r)
         draws = [torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes]
         a, b = ((drawn > 1 - share).float() - (drawn < share).float() for drawn in draws)
-    if a.min() == a.max() or b.min() == b.max():
+    if has_values(a) and (a.min() == a.max() or b.min() == b.max()):
         raise ConfigError(f"RandLoRA: the bases drawn for r={r} and a side of {m} are all one number; use a larger r.")
     return a / a.std(), b / b.std()

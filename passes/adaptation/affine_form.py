@@ -15,6 +15,7 @@ from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.promotion import call_forward
 from ...adapters.variant import Variant
 from ...errors import AdapterError
+from ...graph.tensors import has_values
 from ...sites.site import Site
 
 _ROUNDINGS = 1024
@@ -70,7 +71,8 @@ def fold(
     matrix = (output(identity).reshape(-1, site.d_out) - shift).t().contiguous()
     folded = matrix, shift
     # What is not finite is refused as that by the caller.
-    if site.kind.is_known_by_identity or weight.is_meta or not all(bool(value.isfinite().all()) for value in folded):
+    is_known = site.kind.is_known_by_identity or not has_values(weight)
+    if is_known or not all(bool(value.isfinite().all()) for value in folded):
         return folded
     for rank in ranks:
         x = _probes(site.d_in, rank).to(weight)

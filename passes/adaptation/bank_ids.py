@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from ...adapters.bank import IDS
 from ...capture.graph_calls import add_input, drop_input
+from ...compat.torch import disable_current_modes
 from ...errors import ConfigError
 from ...graph.insertion import insertions
 from ...graph.parameter_work import first_input
@@ -29,7 +30,9 @@ def ids_input(graph: fx.Graph) -> fx.Node:
         value for node in graph.find_nodes(op="placeholder") if isinstance(value := node.meta.get("val"), Tensor)
     )
     size = next(iter(batch_sizes(graph).values()))
-    node = add_input(graph, IDS, beside.new_empty((size,), dtype=torch.int64))
+    with disable_current_modes():  # as that of fake tensors of a caller, with which those of the graph do not mix
+        ids = beside.new_empty((size,), dtype=torch.int64)
+    node = add_input(graph, IDS, ids)
     node.meta[IDS] = True  # for the sites before the first of which a record says that it is of a bank
     return node
 

@@ -19,6 +19,7 @@ from ...adapters.frozen_linear import FrozenLinear
 from ...adapters.placement import Placement, placements, refuse_banks, site_bias, site_weight
 from ...adapters.variant import Variant
 from ...errors import AdapterError
+from ...graph.tensors import has_values
 from ...sites.site import Site
 from .affine_form import Affine, fold, in_float64
 
@@ -187,7 +188,7 @@ def _rounded(site: Site, name: str, exact: Tensor, frozen: Tensor) -> Tensor:
     """
     rounded = exact.to(frozen.dtype)
     bad = ~torch.isfinite(rounded.to(exact.dtype))
-    if bad.is_meta or not bad.any():
+    if not has_values(bad) or not bad.any():
         return rounded
     count = f"{int(bad.sum())} of {bad.numel()} values of the merged {name} of {site.name!r}"
     if torch.isfinite(exact[bad]).all():

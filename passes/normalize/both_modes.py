@@ -13,6 +13,7 @@ from ...capture.quiet_torch import failures_unlogged
 from ...graph.modes import by_mode, is_flag, one_mode, owner_of, read_flag, writes_outside
 from ...graph.queries import dtype_of
 from ...graph.regions import regions_of
+from ...graph.tensors import has_values
 from ...graph.writes import written_roots
 
 aten = torch.ops.aten
@@ -128,7 +129,7 @@ def _reads_same(node: fx.Node, other: fx.Node) -> bool:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.is_meta:
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or not has_values(left):
         return bool(left is right)
     if left.data_ptr() == right.data_ptr() and left.shape == right.shape:
         return True

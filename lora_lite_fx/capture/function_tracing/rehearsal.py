@@ -17,7 +17,6 @@ from ...compat.torch import (
     LOCAL_SCALAR_DENSE,
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
     disable_current_modes,
@@ -172,8 +171,3 @@ def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[str, str
     ended = ["nothing"]
     pairs = zip([*one, *ended * (len(other) - len(one))], [*other, *ended * (len(one) - len(other))], strict=True)
     return next((pair for pair in pairs if pair[0] != pair[1]), None)
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Tell whether `tensor` holds numbers, which a stand-in and a tensor on the meta device do not."""
-    return not tensor.is_meta and not isinstance(tensor, FakeTensor)

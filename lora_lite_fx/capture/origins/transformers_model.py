@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CaptureError
 from ...graph.sharded import is_dtensor
+from ...graph.tensors import has_values
 from ..differences import agree
 from ..inputs.example_inputs import example_inputs_of, what_may_be_left_out
 from ..inputs.parts import attends_by_type
@@ -119,7 +120,7 @@ class TransformersModel(PlainModule):
         Models may leave out masks of ones, and then compute without a mask. None without a mask or its values.
         """
         mask = inputs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.is_meta or mask.dim() != 2 or mask.shape[1] < 2:
+        if not isinstance(mask, Tensor) or not has_values(mask) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
         other = torch.ones_like(mask)
         if bool((mask == 1).all()):
@@ -199,7 +200,7 @@ def leave_out_clamps(model: nn.Module) -> None:
         configs[id(config)] = config
         for part in ("prediction_coefs", "correction_coefs"):
             weight = module.get_submodule(part).weight
-            if isinstance(weight, Tensor) and not weight.is_meta and bool((weight.abs() > clip).any()):
+            if isinstance(weight, Tensor) and has_values(weight) and bool((weight.abs() > clip).any()):
                 raise CaptureError(
                     f"{type(model).__name__} clamps {name}.{part}.weight in training to values up to {clip}"
                     " (altup_coef_clip), which a graph cannot. The way out: clamp the weight before."

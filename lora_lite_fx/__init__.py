@@ -27,7 +27,7 @@ if not _is_program():  # else the program imports this again, when it has read i
     from .adapters.param_spec import ParamSpec
     from .adapters.registry import register, registry
     from .adapters.slot_optimizer import SlotOptimizer
-    from .adapters.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
+    from .adapters.state import adapter_parameters, load_adapter_state_dict
     from .adapters.switches import active, by_row, scaled
     from .adapters.variant import Variant
     from .capture.differences import Difference, DifferenceTable
@@ -52,7 +52,7 @@ if not _is_program():  # else the program imports this again, when it has read i
     from .formats.checkpoint import load, save
     from .formats.diffusers_files import load_diffusers, save_diffusers
     from .formats.lora_lite import load_lora_lite, save_lora_lite
-    from .formats.peft.directory import load_peft, save_peft, to_peft_config
+    from .formats.peft.directory import adapter_state_dict, load_peft, save_peft, to_peft_config
     from .formats.peft.peft_config import from_peft_config
     from .hugging_face.adapt import adapt
     from .inspection.program import program
@@ -111,6 +111,7 @@ if TYPE_CHECKING:
     from .hand_over.bake import bake
     from .hand_over.executorch_files import save_executorch
     from .hand_over.exported_program import export
+    from .hand_over.gguf_file import save_gguf
     from .hand_over.onnx_file import save_onnx, save_onnx_adapter
 
 _HAND_OVER = {
@@ -118,6 +119,7 @@ _HAND_OVER = {
     "export": "exported_program",
     "save_aoti": "aoti",
     "save_executorch": "executorch_files",
+    "save_gguf": "gguf_file",
     "save_onnx": "onnx_file",
     "save_onnx_adapter": "onnx_file",
 }
@@ -234,6 +236,7 @@ __all__ = [
     "save_aoti",
     "save_diffusers",
     "save_executorch",
+    "save_gguf",
     "save_lora_lite",
     "save_onnx",
     "save_onnx_adapter",

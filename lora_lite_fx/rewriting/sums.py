@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -116,9 +116,8 @@ def to_lora(
     graph = graph_with_adapters(model)
     if r is not None:
         _check_rank(r)
-    acting = None if adapter is None else dict.fromkeys(known_names(model, adapter), 1.0)
-    found = _acting_changes(model, graph, acting, r)
-    return _as_lora(graph, found), {site: factor.error for site, factor in found.items()}
+    found = {site.name: factors for site, factors in changes(graph, acting(model, adapter), r)}
+    return _as_lora(graph, found), {site: factors.error for site, factors in found.items()}
 
 
 def change_of(source: nn.Module) -> dict[str, Factors]:
@@ -127,19 +126,25 @@ def change_of(source: nn.Module) -> dict[str, Factors]:
     Raises:
         AdapterError: as `to_lora`.
     """
-    return _acting_changes(source, graph_with_adapters(source))
+    found = changes(graph_with_adapters(source), acting(source))
+    return {site.name: factors for site, factors in found}
 
 
-def _acting_changes(
-    model: nn.Module, graph: fx.GraphModule, acting: Mapping[str, float] | None = None, r: int | None = None
-) -> dict[str, Factors]:
-    """Return the change of each weight by the adapters that act, or by those of `acting` with their coefficients."""
-    if acting is None:
-        acting = coefficients(model, "A change of the weights")
-        assert acting is not None  # the graph is one of this library's, which follows switches
-    return {
-        site.name: linear_sum(graph, site, _in_turn(by_name, acting), r) for site, by_name in _by_site(graph, acting)
-    }
+def acting(model: nn.Module, adapter: str | None = None) -> Mapping[str, float]:
+    """Return the coefficients of the adapters that act, by name; of the adapter of one name, that it acts alone."""
+    if adapter is not None:
+        return dict.fromkeys(known_names(model, adapter), 1.0)
+    found = coefficients(model, "A change of the weights")
+    assert found is not None  # the graph is one of this library's, which follows switches
+    return found
+
+
+def changes(
+    graph: fx.GraphModule, factors: Mapping[str, float], r: int | None = None
+) -> Iterator[tuple[Site, Factors]]:
+    """Yield each adapted site with the change of its weight by these adapters, each with its coefficient."""
+    for site, by_name in _by_site(graph, factors):
+        yield site, linear_sum(graph, site, _in_turn(by_name, factors), r)
 
 
 def _in_turn(

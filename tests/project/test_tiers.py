@@ -27,7 +27,7 @@ ROOT = TESTS.parent
 IN_SEVERAL_PROCESSES = {"materialize", "parallelize", "shard", "split"}
 COMPILE_FOR_LONG = {"save_aoti"}
 NEED_MORE_PACKAGES = {
-    "load_diffusers", "loftq", "save_diffusers", "save_executorch", "save_onnx", "save_onnx_adapter",
+    "load_diffusers", "loftq", "save_diffusers", "save_executorch", "save_gguf", "save_onnx", "save_onnx_adapter",
 }  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def peft_modules(
         elif site.experts or _is_plain_parameter(site):
             parameters.append((site, tensors))
         else:
-            _check_module(form, site)
+            check_module(form, site)
             modules.append(PeftModule(site.name, site.name, tensors, (site,), variant.overrides(site.name)))
     for name, members in attention.items():
         modules += _attention(variant, name, members)
@@ -247,7 +247,8 @@ def _is_plain_parameter(site: Site) -> bool:
     return site.kind.vector_dims > 0 and site.kind.rows is None and unknown and runs == {owner}
 
 
-def _check_module(form: PeftForm, site: Site) -> None:
+def check_module(form: PeftForm, site: Site) -> None:
+    """Raise `ConfigError` if PEFT cannot adapt the module of a site."""
     name = form.name
     if not site.weight.startswith(f"{site.name}."):
         raise ConfigError(f"{name}: PEFT adapts modules, and site {site.name!r} is not a module of its own.")

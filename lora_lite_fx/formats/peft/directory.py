@@ -1,4 +1,4 @@
-"""PEFT directories: `adapter_config.json` and `adapter_model.safetensors`, read and written; and PEFT's configs."""
+"""PEFT directories (`adapter_config.json`, `adapter_model.safetensors`): read, written, and their content as values."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ...adapters.changed_buffers import warn_of_lost_buffers
-from ...adapters.placement import adapter_names
-from ...adapters.state import warn_of_trained_base
+from ...adapters.placement import adapter_names, adapter_tensor_names
+from ...adapters.state import adapter_parameters, warn_of_trained_base
+from ...adapters.state import adapter_state_dict as every_tensor
+from ...adapters.switches import known_names
 from ...capture.capture_model import Inputs
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...graph.insertion import DEFAULT
 from ...graph.tensors import outside_inference_mode
 from ...rewriting.capture import capture
@@ -45,6 +48,7 @@ def save_peft(
     *,
     adapter: str | None = None,
     as_lora: bool | None = None,
+    target: str | None = None,
     allow_nonfinite: bool = False,
     whole_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -66,11 +70,14 @@ def save_peft(
             `PiSSA` and `OLoRA`: of twice the rank, the start and the end side by side. False writes PEFT's own form of
             those, whose base PEFT factorizes and changes at each load, and which is wrong elsewhere.
             `LoRAXS`, which PEFT has not, is always written as a LoRA of its rank.
+        target: the server that is to read it, "vllm", "sglang" or "openvino": plain LoRA of one rank that the server
+            takes, with each scale folded into `B` (`lora_alpha` is `r`). What the server refuses, or would leave out
+            without an error, is an error here; `server_rules.py` has the rules.
         allow_nonfinite: write values that are NaN or infinite too, in place of an error.
         whole_tensors: as for `save`.
 
     Raises:
-        AdapterError: the model has no adapters.
+        AdapterError: the model has no adapters, or the server does not take one; the message says by what rule.
         ConfigError: the adapter cannot be represented; the message says why.
         CheckpointError: the files cannot be written, or a value is not finite.
     """
@@ -81,19 +88,25 @@ def save_peft(
     names = adapter_names(model)
     with gathered(model, whole_tensors):
         if adapter is not None or len(names) == 1:
-            files = [_files(model, folder, adapter, as_lora, allow_nonfinite)]
+            files = [_files(model, folder, adapter, as_lora, target, allow_nonfinite)]
         else:
             folders = {name: folder if name == DEFAULT else folder / name for name in names}
-            files = [_files(model, folders[name], name, as_lora, allow_nonfinite) for name in names]
+            files = [_files(model, folders[name], name, as_lora, target, allow_nonfinite) for name in names]
 
     write_once(model, lambda: write_folders(files), alone=whole_tensors is not None)
 
 
 def _files(
-    model: nn.Module, folder: Path, adapter: str | None, as_lora: bool | None, allow_nonfinite: bool
+    model: nn.Module,
+    folder: Path,
+    adapter: str | None,
+    as_lora: bool | None,
+    target: str | None,
+    allow_nonfinite: bool,
 ) -> list[tuple[Path, bytes]]:
     """Return the paths of the two files of a directory, with their contents."""
-    config, tensors, sites = written_form(model, as_lora, adapter)
+    config, tensors, sites = _form(model, as_lora, target, adapter)
+    tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
     if not allow_nonfinite:
         check_finite(tensors, folder / TENSORS, "nothing was written")
     prints = fingerprints(model, sites)
@@ -101,6 +114,23 @@ def _files(
     data = tensor_bytes(tensors, metadata)
     document = json.dumps(config, indent=2, sort_keys=True).encode()
     return [(folder / TENSORS, data), (folder / CONFIG, document)]
+
+
+def _form(
+    model: nn.Module, as_lora: bool | None, target: str | None, adapter: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """Return the config, the tensors and the names of the sites of an adapter, for PEFT or for a server.
+
+    Raises:
+        ConfigError: both `as_lora` and `target` are given.
+    """
+    if target is None:
+        return written_form(model, as_lora, adapter)
+    if as_lora is not None:
+        raise ConfigError(f"target={target!r} writes plain LoRA, so leave as_lora={as_lora} out.")
+    from .served_form import served_form  # which few need
+
+    return served_form(model, target, adapter)
 
 
 def load_peft(
@@ -170,18 +200,56 @@ def read_directory(folder: Path, allow_nonfinite: bool = False) -> PeftAdapter:
     return adapter
 
 
-def to_peft_config(model: nn.Module, *, adapter: str | None = None, as_lora: bool | None = None) -> dict[str, Any]:
+def to_peft_config(
+    model: nn.Module, *, adapter: str | None = None, as_lora: bool | None = None, target: str | None = None
+) -> dict[str, Any]:
     """Return the config of an adapter as PEFT writes it, JSON-ready; `peft.get_peft_config` takes it.
 
     Args:
         model: a model from `rewrite`, `wrap`, `adapt` or `load`.
         adapter: the name of the adapter; may be left out if there is one.
-        as_lora: as for `save_peft`.
+        as_lora, target: as for `save_peft`.
 
     Raises:
         AdapterError, ConfigError: as for `save_peft`.
     """
-    return written_form(model, as_lora, adapter)[0]
+    with gathered(model) if target is not None else nullcontext():
+        return _form(model, as_lora, target, adapter)[0]
+
+
+def adapter_state_dict(model: nn.Module, target: str | None = None, *, adapter: str | None = None) -> dict[str, Tensor]:
+    """Return the adapters' tensors by qualified name, `"<module path>.<param>"`; or as a server takes them.
+
+    Without `target` the tensors are detached and share the model's storage. Those of a sharded model are DTensors, as
+    `torch.distributed.checkpoint` takes them. Buffers that training changes besides the adapters, as the statistics of
+    batch norm, are not among them; files of `save` hold them.
+
+    With `target` they are what `save_peft(model, folder, target=...)` writes, on the device of the model, to be sent to
+    a server after each step of training: plain LoRA by PEFT's names, of one rank, with each scale folded into `B`.
+    `to_peft_config(model, target=...)` is the config that belongs to them. All processes of a sharded model call this.
+
+    Args:
+        model: a result of `rewrite`, `wrap`, `adapt` or `load`; with `target`, not of `wrap`.
+        target: "vllm", "sglang" or "openvino".
+        adapter: the name of the adapter; None for all, and with `target` for the only one.
+
+    Raises:
+        AdapterError: the model has no adapters, or the server does not take the adapter; the message says by what rule.
+        ConfigError: there is no adapter or no server of the name, or the model has several adapters.
+
+    Warns:
+        UserWarning: training has changed buffers.
+    """
+    if target is None:
+        tensors = every_tensor(model)
+        if adapter is None:
+            return tensors
+        known_names(model, adapter)
+        return {name: tensors[name] for name in adapter_tensor_names(model, adapter)}
+    adapter_parameters(model)  # refuses a model without adapters
+    refuse_stage(model, "A dict for a server")
+    with gathered(model):
+        return _form(model, None, target, adapter)[1]
 
 
 def directory_of(path: str | os.PathLike[str], revision: str | None, subfolder: str) -> Path:

@@ -221,3 +221,22 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(llfx.CheckpointError, match="NaN"):
         llfx.save_peft(gm, tmp_path / "a", target="vllm")
     assert not (tmp_path / "a").exists()
+
+
+def test_vllm_reads_the_files(tmp_path: Path) -> None:
+    helpers: Any = pytest.importorskip("vllm.lora.peft_helper", exc_type=ImportError)
+    models: Any = pytest.importorskip("vllm.lora.lora_model", exc_type=ImportError)
+    modules = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"}
+    for cfg in (*OF_LOW_RANK.values(), llfx.LoRA(r=8, target_names=("lm_head",))):
+        gm = adapted(llama()[1], cfg)
+        llfx.save_peft(gm, tmp_path, target="vllm")
+        helper = helpers.PEFTHelper.from_local_dir(str(tmp_path), 64)
+        helper.validate_legal(helpers.LoRAConfig(max_lora_rank=helper.r))
+        read = models.LoRAModel.from_local_checkpoint(str(tmp_path), modules, helper, lora_model_id=1, device="cpu")
+        changes, _ = llfx.to_lora(gm)
+        state = llfx.adapter_state_dict(changes)
+        assert {f"{name}.lora_{x}" for name in read.loras for x in "AB"} == state.keys()
+        for name, layer in read.loras.items():
+            assert layer.scaling == 1
+            expected = state[f"{name}.lora_B"].double() @ state[f"{name}.lora_A"].double()
+            torch.testing.assert_close(layer.lora_b.double() @ layer.lora_a.double(), expected, atol=1e-5, rtol=0)

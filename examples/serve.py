@@ -79,7 +79,7 @@ class Request:
     stopped: bool = False
 
 
-class Batch(BaseStreamer, transformers.StoppingCriteria):  # type: ignore[misc]
+class Batch(BaseStreamer, transformers.StoppingCriteria):
     """Requests that run together: takes the tokens from `generate`, and tells it which rows are done."""
 
     def __init__(self, requests: list[Request], ends: set[int]) -> None:
@@ -190,7 +190,7 @@ class Engine:
         self.thread.join()
 
     def _work(self) -> None:
-        waiting: deque[Request | Callable[[], None] | None] = deque()
+        waiting: deque[Any] = deque()  # requests, functions to call between batches, and None at the end
         while True:
             while not waiting or not self.jobs.empty():
                 waiting.append(self.jobs.get())

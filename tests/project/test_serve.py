@@ -45,7 +45,7 @@ def base() -> Any:
 def adapters(base: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], dict[Any, str]]:
     """Several adapters, of two ranks and in two forms of files; and the answer of each, alone, to each prompt."""
     files = [tmp_path_factory.mktemp("adapters") / str(state) for state in range(STATES)]
-    answers = {(prompt, None): answer(base, prompt) for prompt in PROMPTS}
+    answers: dict[Any, str] = {(prompt, None): answer(base, prompt) for prompt in PROMPTS}
     for state, file in enumerate(files):
         model = llfx.adapt(base, llfx.LoRA(r=2 + state % 2, target_roles=("attention",)))
         randomise(model, state)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.placement import adapter_names
 from ..errors import AdapterError
 from ..formats.atomic_writing import write_atomically
 from ..formats.peft.directory import save_peft
@@ -93,7 +94,7 @@ def _write(written: Written, options: argparse.Namespace) -> list[Path]:
         _function("aoti", "save_aoti")(gm, out, None, **arguments)
     elif written.to == "onnx":
         _function("onnx_file", "save_onnx")(gm, out, None, **arguments)
-        return [out, *_adapter_for_onnx(written)]
+        return [out, *(_adapter_for_onnx(written) if adapter_names(gm) else [])]
     elif written.to == "executorch":
         is_new = not (out / "base.ptd").exists()
         _function("executorch_files", "save_executorch")(gm, out, written.name, None, **arguments)

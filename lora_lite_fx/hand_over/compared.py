@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..adapters.placement import adapter_names
 from ..adapters.state import adapter_state_dict
 from ..errors import AdapterError
 from ..formats.peft.directory import load_peft
@@ -127,7 +128,7 @@ def _in_onnx(written: Written, graph: ServedGraph, batch: dict[str, Tensor]) -> 
     ort: Any = importlib.import_module("onnxruntime")
     session = ort.InferenceSession(str(written.out), providers=["CPUExecutionProvider"])
     options, adapter = ort.RunOptions(), None
-    if adapter_beside(written.out).exists():
+    if adapter_names(written.gm) and adapter_beside(written.out).exists():
         adapter = ort.LoraAdapter()  # has to be held while the session runs, or it acts no more
         adapter.Load(str(adapter_beside(written.out)))
         options.add_active_adapter(adapter)

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model: Any = transformers.LlamaForCausalLM(LLAMA)
     model.save_pretrained(path / "model")
     gm = llfx.rewrite(model, llfx.LoRA(r=2))
-    randomise(gm)
+    randomise(gm, 1)
     llfx.save(gm, path / "fr.safetensors")
     llfx.save_peft(gm, path / "peft")
     return path

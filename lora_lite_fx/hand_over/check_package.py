@@ -39,14 +39,20 @@ def check_package(package: Path, graph: ServedGraph, tensors: Mapping[str, Tenso
         return
     generator = torch.Generator().manual_seed(0)
     other = {name: _other(value, generator) for name, value in tensors.items()}
-    if "slots" in spec:
-        shared = {name for name, entry in spec["tensors"].items() if entry["shared"]}
-        other |= {name: tensors[name] for name in shared}
-        for slot in range(spec["slots"]):
-            program.put(slot, {name: value if name in shared else value[slot] for name, value in other.items()})
-    else:
-        program.load("other", other)
-        program.use("other", _SCALE)
+    try:
+        if "slots" in spec:
+            shared = {name for name, entry in spec["tensors"].items() if entry["shared"]}
+            other |= {name: tensors[name] for name in shared}
+            for slot in range(spec["slots"]):
+                program.put(slot, {name: value if name in shared else value[slot] for name, value in other.items()})
+        else:
+            program.load("other", other)
+            program.use("other", _SCALE)
+    except RuntimeError as error:  # of torch, which does not find a name
+        raise AdapterError(
+            f"AOTInductor made a constant of a tensor that is to be exchanged: {error}. Nothing was written. The way"
+            " out: bake=True."
+        ) from error
     read = {name: value.to(spec["device"]) for name, value in other.items() if spec["tensors"][name]["read"]}
     coefficients = {
         name: torch.tensor(_SCALE, dtype=getattr(torch, dtype), device=spec["device"])

@@ -143,8 +143,8 @@ def _reached(steps: dict[fx.Node, _Step], last: fx.Node) -> set[fx.Node]:
 
 def _operation(node: fx.Node) -> str:
     """Return the name of an operator: `add` of `aten.add.Tensor`."""
-    name = getattr(node.target, "_opname", None) or str(node.target).split(".")[-2 if "." in str(node.target) else 0]
-    return str(name).rstrip("_")
+    parts = str(node.target).split(".")
+    return parts[-2 if len(parts) > 1 else 0].rstrip("_")
 
 
 def _step(gm: fx.GraphModule, insertion: Insertion, node: fx.Node, given: list[fx.Node]) -> _Step:

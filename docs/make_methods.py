@@ -324,7 +324,7 @@ def files(cls: type[Variant]) -> str:
     lite = [form.name for form in _FORMATS if form.variant is cls]
     rows.append(("lora-lite", " or ".join(f"`{name}`" for name in lite) if lite else "not in its files"))
     rows.append(("`to_lora`, for servers of plain LoRA", as_lora(cls)))
-    rows.append(("`merge`, for every runtime", "yes: ordinary weights"))
+    rows.append(("`merge`", "yes: ordinary weights, which [every runtime](../hand_over/README.md) takes"))
     rows.append(("sites", ", ".join(kinds(cls))))
     return table(("", ""), rows)
 

@@ -20,7 +20,6 @@ from ..adapters.param_spec import ParamSpec
 from ..adapters.registry import register
 from ..errors import ConfigError
 from ..graph.tensors import has_values
-from ..graph.tensors import has_values
 from ..sites.site import Site
 from .vera import SharedProjections
 

@@ -77,8 +77,17 @@ class ActingAdapter:
 
     @property
     def takes_scale(self) -> tuple[str, ...]:
-        """The names of its tensors that take the scale."""
-        return tuple(name for name in getattr(self.config, "takes_scale", ()) if name in self.tensors)
+        """The names of its tensors that take the scale; none of a variant with a `forward` that does not say it.
+
+        A class says it for its own `forward`, and not for that of a subclass, which may compute something else.
+        """
+        classes = type(self.config).__mro__
+        says, computes = (
+            next((index for index, cls in enumerate(classes) if name in vars(cls)), len(classes))
+            for name in ("takes_scale", "forward")
+        )
+        names = getattr(self.config, "takes_scale", ()) if says <= computes else ()
+        return tuple(name for name in names if name in self.tensors)
 
     def values(self) -> dict[str, Tensor]:
         """Return its tensors by qualified name, with the scale in them, for a graph of `swappable_graph`.

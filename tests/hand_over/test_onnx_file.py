@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import lora_lite_fx as llfx
+from lora_lite_fx.adapters import registry
 from lora_lite_fx.hand_over import onnx_file
 from lora_lite_fx.testing.comparisons import perturb
 from tests.support.conformance import close
@@ -49,6 +51,26 @@ def check_swaps(name: str, folder: Path) -> None:
 )
 def test_adapters_swap(name: str, tmp_path: Path) -> None:
     check_swaps(name, tmp_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squared(llfx.LoRA):
+    """A user's class that is not linear in `lora_B`, and inherits that LoRA is."""
+
+    def forward(self, x: Any, base: Any, p: Any) -> Any:
+        return base(x) + self.scale * (x @ p.lora_A.T @ p.lora_B.T) ** 2
+
+
+def test_a_class_does_not_inherit_where_its_scale_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(llfx.registry()))
+    llfx.register(Squared)
+    model, gm = adapted(Squared(r=4, alpha=6, target_names=("up", "down_proj")))
+    perturb(gm, 1)
+    llfx.save_onnx(gm, tmp_path / "m.onnx")
+    llfx.save_onnx_adapter(gm, tmp_path / "1.onnx_adapter")
+    session = Session(tmp_path / "m.onnx")
+    close(session(tmp_path / "1.onnx_adapter", ids=X)[0], expected(gm), 1e-5, "adapter")
+    close(session(ids=X)[0], model(X).detach(), 1e-6, "none")
 
 
 @pytest.mark.parametrize("name", broad_unless(lambda name: name == "HRA", sorted(BAKED)))

@@ -126,7 +126,9 @@ def _in_aoti(written: Written, _: ServedGraph, batch: dict[str, Tensor]) -> Any:
 
 def _in_onnx(written: Written, graph: ServedGraph, batch: dict[str, Tensor]) -> Any:
     ort: Any = importlib.import_module("onnxruntime")
-    session = ort.InferenceSession(str(written.out), providers=["CPUExecutionProvider"])
+    silent = ort.SessionOptions()
+    silent.log_severity_level = 3  # else it warns of each optional input
+    session = ort.InferenceSession(str(written.out), silent, providers=["CPUExecutionProvider"])
     options, adapter = ort.RunOptions(), None
     if adapter_names(written.gm) and adapter_beside(written.out).exists():
         adapter = ort.LoraAdapter()  # has to be held while the session runs, or it acts no more

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,7 +169,11 @@ class _Files:
         try:
             results = _run(self.program, base, inputs)
         except Exception as error:
-            raise AdapterError(f"ExecuTorch cannot run the program that it made: {error}") from error
+            raise AdapterError(
+                f"ExecuTorch cannot run the program that it made: {error} Nothing was written. XNNPACK crashes on"
+                " operations whose operands are all constant. The way out: bake=False; or save llfx.bake(model,"
+                " whole_updates=True), and the base alone before it."
+            ) from error
         for name, result, wanted in zip(
             self.graph.outputs, results, (expected,) if isinstance(expected, Tensor) else expected, strict=True
         ):
@@ -180,15 +186,32 @@ class _Files:
                 )
 
 
-def _run(program: bytes, base: bytes, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
-    """Return what ExecuTorch's runtime computes."""
-    from executorch.runtime import Runtime
+_RUN = """
+import sys, torch
+from executorch.runtime import Runtime
+program, base, inputs, results = sys.argv[1:]
+method = Runtime.get().load_program(program, data_path=base or None).load_method("forward")
+torch.save([result.clone() for result in method.execute(torch.load(inputs))], results)
+"""
 
+
+def _run(program: bytes, base: bytes, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return what ExecuTorch's runtime computes, in a process of its own, because it may end with a crash.
+
+    Raises:
+        RuntimeError: it does not run to its end.
+    """
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / f"{BASE}.ptd"
-        path.write_bytes(base)
-        method = Runtime.get().load_program(program, data_path=path if base else None).load_method("forward")
-        results: Sequence[Tensor] = method.execute(inputs)
+        paths = {name: Path(temporary) / name for name in ("program.pte", "base.ptd", "inputs.pt", "results.pt")}
+        paths["program.pte"].write_bytes(program)
+        paths["base.ptd"].write_bytes(base)
+        torch.save([tensor.contiguous() for tensor in inputs], paths["inputs.pt"])
+        arguments = [str(path) if name != "base.ptd" or base else "" for name, path in paths.items()]
+        done = subprocess.run([sys.executable, "-c", _RUN, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()
+            raise RuntimeError(f"the runtime ended with {done.returncode}: {said[-1] if said else 'no message'}")
+        results: list[Tensor] = torch.load(paths["results.pt"])
         return results
 
 

@@ -43,7 +43,7 @@ def constants(gm: nn.Module) -> dict[str, Tensor]:
 
 
 def close(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())), rtol=0)
 
 
 @pytest.mark.parametrize("cls", broad_unless(is_typical, llfx.registry().values()))
@@ -103,7 +103,7 @@ def table() -> list[str]:
 def test_the_table_of_the_docs_is_true() -> None:
     """To write it anew: `python -m tests.hand_over.test_bake`."""
     rows = re.findall(r"^\| [A-Z].*\|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert [row for row in rows if row.split(" | ")[0].strip("| ") in SHOWN] == table()
+    assert [row for row in rows if row.count("|") == 7 and row.split(" | ")[0].strip("| ") in SHOWN] == table()
 
 
 def test_updates_as_large_as_the_weight_are_left_by_default() -> None:

@@ -20,6 +20,7 @@ from tests.fuzz.known import OF_ACCOUNT
 from tests.fuzz.oracle import FORMULAS, Oracle
 from tests.fuzz.verdict import Void, Wrong, is_ours, require_close
 from tests.support.conformance import randomise
+from tests.support.releases import has
 
 NEUTRAL = {"copy.deepcopy", "gradient checkpointing", "requires_grad of a frozen weight"}
 """What changes no result of the eager model. The regions in a model are compared with the oracle, which has them."""
@@ -151,6 +152,8 @@ def test_the_rows_that_are_to_matter_do() -> None:
         changes = row.change or row.before or row.ask != Ask()
         if row.name in NEUTRAL or looks_at_a_region or not changes or row.ask.context in ("no_grad", "inference"):
             continue
+        if row.training and row.ask.context == "autocast" and not has("transformers", "5.24"):
+            continue  # whose training calls keep caches in the type of the weights
         plain = row.subject.build("wrap").train(row.training)
         before = result_of(plain, "", row.subject, Ask(), dict(plain.named_parameters()))
         other = row.subject.build("wrap").train(row.training)

@@ -72,6 +72,7 @@ def test_what_is_written_is_compared_in_its_runtime(
     assert "--overwrite" in line
 
 
+@pytest.mark.broad
 def test_the_base_alone_a_step_with_a_cache_and_a_peft_directory(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

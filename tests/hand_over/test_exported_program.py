@@ -17,7 +17,7 @@ from tests.support.captured import captured
 from tests.support.conformance import calibration, randomise, small
 from tests.support.models import GatedMLP, Normed, ids, net, one_layer_llama, tiny_t5
 from tests.support.quantized import STORAGES, storages
-from tests.support.selection import broad_unless, is_typical
+from tests.support.selection import broad_after, broad_unless, is_typical
 
 EXAMPLE = {"ids": ids(2, 5)}
 SHAPES = ((2, 5), (1, 1), (3, 9))
@@ -76,7 +76,7 @@ torch.save(torch.export.load(sys.argv[1]).module()(**example), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("bake", [False, True])
+@pytest.mark.parametrize("bake", broad_after(1, [False, True]))
 def test_a_file_runs_where_torch_alone_is(bake: bool, tmp_path: Path) -> None:
     _, graph = captured(one_layer_llama)
     gm = llfx.rewrite(graph, llfx.DoRA(r=2, target_roles=("attention", "mlp")))

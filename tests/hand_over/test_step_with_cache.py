@@ -74,7 +74,7 @@ def check_steps(program: Any, model: Any, **further: Any) -> None:
             begin = end
 
 
-@pytest.mark.parametrize("build", broad_after(1, [gemma3, mistral, one_layer_llama]))
+@pytest.mark.parametrize("build", broad_after(1, [one_layer_llama, gemma3, mistral]))
 def test_one_program_prefills_and_decodes(build: Any) -> None:
     torch.manual_seed(0)
     model = llfx.adapt(build().eval(), CFG)
@@ -85,6 +85,7 @@ def test_one_program_prefills_and_decodes(build: Any) -> None:
     assert llfx.adapter_state_dict(model).keys() <= program.state_dict.keys()
 
 
+@pytest.mark.broad  # as files without a cache, which are tried every day
 def test_a_file_with_a_cache_runs_where_torch_alone_is(tmp_path: Path) -> None:
     model, graph = captured(one_layer_llama)
     gm = llfx.rewrite(graph, llfx.DoRA(r=2, target_roles=("attention", "mlp")))

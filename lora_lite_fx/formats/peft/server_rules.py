@@ -43,7 +43,7 @@ class ServerRules:
     embeddings: frozenset[str] = frozenset()
     together: tuple[tuple[str, ...], ...] = ()
     by_part_of_name: bool = False
-    left_out: str = ""
+    left_out: re.Pattern[str] | None = None
 
     def rank_for(self, rank: int) -> int | None:
         """Return the rank that an adapter of this rank is filled up to; None if it is too large."""
@@ -52,7 +52,7 @@ class ServerRules:
     def leaves_out(self, module: str) -> str:
         """Return why the server leaves out the adapter of a module; empty if it does not."""
         last = module.rpartition(".")[2]
-        if self.left_out and re.search(self.left_out, module):
+        if self.left_out is not None and self.left_out.search(module):
             return "it has adapters for the language model alone"
         if last in self.embeddings:
             return ""
@@ -63,7 +63,7 @@ class ServerRules:
         return ""
 
 
-_TOWERS = r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|mtp)\."
+_TOWERS = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|mtp)\.")
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 SERVERS: dict[str, ServerRules] = {

@@ -77,16 +77,16 @@ class ActingAdapter:
 
     @property
     def takes_scale(self) -> tuple[str, ...]:
-        """The names of its tensors that take the scale; none of a variant with a `forward` that does not say it.
+        """The names of its tensors that take the scale; none of a user's class with a `forward` of its own.
 
-        A class says it for its own `forward`, and not for that of a subclass, which may compute something else.
+        That may compute something else than what the class says of which it is a subclass. It can say it for itself.
         """
-        classes = type(self.config).__mro__
-        says, computes = (
-            next((index for index, cls in enumerate(classes) if name in vars(cls)), len(classes))
-            for name in ("takes_scale", "forward")
+        kind = type(self.config)
+        computes = next(cls for cls in kind.__mro__ if "forward" in vars(cls))
+        is_said = "takes_scale" in vars(computes) or computes.__module__.startswith(
+            Variant.__module__.partition(".")[0]
         )
-        names = getattr(self.config, "takes_scale", ()) if says <= computes else ()
+        names = getattr(self.config, "takes_scale", ()) if is_said else ()
         return tuple(name for name in names if name in self.tensors)
 
     def values(self) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from ..adapters.bank import IDS
 from ..capture.export import double_batch_of_one
 from ..capture.omissions import size_in_example
 from ..capture.origins.wrong_arguments import check_model
+from ..capture.outputs import leaves_by_path
 from ..capture.signature import CallSignature
 from ..compat.torch import codegen_of, pytree
 from ..errors import AdapterError, CallError, ConfigError, shown
@@ -231,8 +232,7 @@ def _named_results(graph: fx.Graph, signature: CallSignature | None, left_out: t
     if signature is not None and left_out:
         spec = signature.omission(left_out).out_spec
     result = values if spec is None else pytree.tree_unflatten(list(values), spec)
-    pairs, _ = pytree.tree_flatten_with_path(result, is_leaf=lambda leaf: isinstance(leaf, fx.Node))
-    named = {".".join(map(_step_in, path)): node for path, node in pairs}
+    named = {".".join(map(_step_in, path)): node for path, node in leaves_by_path(result)[0].items()}
     return {name or "output": node for name, node in named.items() if isinstance(node, fx.Node)}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..graph.tensors import outside_inference_mode
 from ..passes import DropMetadataAsserts
 from .bake import bake as baked_graph
@@ -62,16 +63,21 @@ def served(
         function: what it is for, for messages.
         scaled: adapters whose coefficients are buffers of the graph, as of `ServedGraph.of`.
     """
-    if cache:
-        from .step_with_cache import step_with_cache
-
-        gm, inputs = step_with_cache(model, inputs, outputs)
-        outputs = None  # the step returns those, and the cache
-    else:
-        gm = graph_to_serve(model, inputs)
+    gm, inputs, outputs = graph_of_call(model, inputs, outputs, cache)
     if bake:
         gm = graph_to_serve(baked_graph(gm))
     return ServedGraph.of(gm, inputs, outputs, function, scaled)
+
+
+def graph_of_call(
+    model: nn.Module, inputs: Tensors | None, outputs: str | Sequence[str] | None, cache: bool
+) -> tuple[AdaptedGraphModule, Tensors | None, str | Sequence[str] | None]:
+    """Return the graph of a call or of a step with a cache, and the inputs and outputs to take of it, as `export`."""
+    if not cache:
+        return graph_to_serve(model, inputs), inputs, outputs
+    from .step_with_cache import step_with_cache
+
+    return *step_with_cache(model, inputs, outputs), None  # it returns these outputs, and the cache
 
 
 def exported(graph: ServedGraph, largest: tuple[int, int] | None = None) -> ExportedProgram:

@@ -24,7 +24,8 @@ from ..graph.insertion import insertions, is_inserted, place_of
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.sums import graph_with_adapters
 from .bake import make_constants
-from .served_graph import ServedGraph, Tensors, graph_to_serve
+from .exported_program import graph_of_call
+from .served_graph import ServedGraph, Tensors
 from .swappable_adapters import ActingAdapter, SwappableGraph, acting_adapters, swappable_graph
 
 _ONE_FILE = 1 << 30
@@ -164,13 +165,7 @@ def _served(
     model: nn.Module, inputs: Tensors | None, outputs: str | Sequence[str] | None, cache: bool, bake: bool | None
 ) -> tuple[ServedGraph, dict[str, _Input], list[str]]:
     """Return the graph of the file; the inputs for adapters, by the names of the graph's inputs; and their labels."""
-    if cache:
-        from .step_with_cache import step_with_cache
-
-        gm, inputs = step_with_cache(model, inputs, outputs)
-        outputs = None
-    else:
-        gm = graph_to_serve(model, inputs)
+    gm, inputs, outputs = graph_of_call(model, inputs, outputs, cache)
     adapters = acting_adapters(gm)
     reasons = _fixed(gm, adapters)
     if reasons and bake is False:

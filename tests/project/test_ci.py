@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_lite_fx.compat.versions import PYTHON, TRIED
+from tests.support.scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,11 +22,7 @@ SCRIPT = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def readme_command() -> Callable[[str, str], str]:
     """The function of `.ci/readme_command.py`, which is a script beside CI's own and belongs to no package."""
-    spec = importlib.util.spec_from_file_location("readme_command", ROOT / ".ci" / "readme_command.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script(ROOT / ".ci" / "readme_command.py")
     command: Callable[[str, str], str] = module.readme_command
     return command
 

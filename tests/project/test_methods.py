@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from tests.support.scripts import script
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "methods"
 
@@ -19,12 +20,7 @@ PAGES = ROOT / "docs" / "methods"
 @pytest.fixture(scope="module")
 def make_methods() -> ModuleType:
     """The script that writes the pages, which belongs to no package."""
-    spec = importlib.util.spec_from_file_location("make_methods", ROOT / "docs" / "make_methods.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "docs" / "make_methods.py")
 
 
 def test_every_variant_has_a_page_a_picture_and_a_row(make_methods: ModuleType) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.support.scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
@@ -20,12 +21,7 @@ PICTURES = ROOT / "docs" / "pictures"
 def runner() -> ModuleType:
     """The script beside the notebooks that runs them."""
     pytest.importorskip("matplotlib", reason="the notebooks draw with matplotlib")
-    spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "examples" / "notebooks" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "examples" / "notebooks" / "run.py", "run_notebooks")
 
 
 def printed(cell: dict[str, Any]) -> list[str]:

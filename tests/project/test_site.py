@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import lora_lite_fx
 import lora_lite_fx.passes
 import lora_lite_fx.testing
+from tests.support.scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -38,12 +38,7 @@ def test_every_extra_is_told_where_it_is_installed() -> None:
 def site_hooks() -> ModuleType:
     """The hooks of the site, which belong to no package."""
     pytest.importorskip("mkdocs", reason="MkDocs is not installed")
-    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site_hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(DOCS / "site_hooks.py")
 
 
 def test_the_reference_has_every_public_name(site_hooks: ModuleType) -> None:

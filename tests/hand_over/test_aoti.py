@@ -274,13 +274,15 @@ def test_calls_see_one_adapter_as_a_whole(program: Swappable) -> None:
         program.load(str(seed), llfx.adapter_state_dict(adapted(lora(), seed)))
         program.use(str(seed))
         expected.append(program(**EXAMPLE))
+    assert (expected[0] - expected[1]).abs().amax() > 1e-2
     wrong: list[Tensor] = []
     done = threading.Event()
 
     def call() -> None:
         while not done.is_set():
             got = program(**EXAMPLE)
-            if not any(torch.equal(got, each) for each in expected):
+            # The first call of a thread may round as another number of cores does; two adapters differ by far more.
+            if not any(torch.allclose(got, each, atol=1e-6) for each in expected):
                 wrong.append(got)
 
     threads = [threading.Thread(target=call) for _ in range(3)]

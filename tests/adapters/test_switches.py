@@ -162,6 +162,7 @@ def test_one_is_the_adapter_and_zero_the_base_to_the_bit(variant: Variant, dtype
             assert torch.equal(gm(x), model(x))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("example", [None, (ids(2, 5),)], ids=["traced", "exported"])
 def test_rows_of_one_batch_equal_the_same_rows_one_by_one(example: Any) -> None:
     gm, _, _ = pair(SPEC, GatedMLP, example=example)
@@ -211,6 +212,7 @@ def test_another_number_of_coefficients_than_of_rows_is_an_error(rows: int, caps
     assert not capsys.readouterr().err  # torch.fx prints the line of a graph that fails
 
 
+@pytest.mark.broad
 def test_switches_hold_at_tied_weights_and_with_checkpointed_layers() -> None:
     model = net(GatedMLP, ResidualMLP, tied=True).double()
     gm: Any = llfx.rewrite(model, SPEC, (ids(2, 5),), checkpoint_layers=True)

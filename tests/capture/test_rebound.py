@@ -123,6 +123,7 @@ def adapted(adapt: Any, change: Callable[[Any], None], part: str, inputs: Any) -
     return gm
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("adapt", "part", "inputs"),

@@ -125,6 +125,7 @@ def test_processes_fill_their_parts_and_train_like_one(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, loaded[key]) for key, tensor in llfx.adapter_state_dict(gm).items())
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", slow_unless(lambda name: name == "DoRA", ["LoRA", "DoRA", "VeRA"]))
 def test_a_graph_without_data_is_filled_in_one_process(name: str) -> None:
     model = base(tie_word_embeddings=True)

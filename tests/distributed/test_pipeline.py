@@ -63,6 +63,7 @@ def equal_to_one_process(pipe: Pipe, found: list[dict[str, Any]]) -> None:
                 close(tensor, expected[what][name], 1e-9, f"{what}: {name}")
 
 
+@pytest.mark.broad
 @KEEPS_REGIONS
 @pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, PIPES))
 def test_stages_in_two_processes_train_like_the_model_in_one(name: str) -> None:

@@ -34,6 +34,7 @@ def ranks_of_all(rank: int) -> list[int]:
     return ranks
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(("function", "seconds", "reason"), [(dies, 60, "Rank 1 died"), (raises, 60, "on purpose")])
 def test_a_rank_that_fails_ends_the_others(function: object, seconds: float, reason: str) -> None:
     assert callable(function)

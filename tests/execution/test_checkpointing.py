@@ -292,6 +292,7 @@ def test_a_graph_saves_no_more_tensors_than_hugging_face(build: Callable[[], Any
     ours.train(), plain.train()
 
 
+@pytest.mark.broad
 def test_every_call_of_a_shared_layer_is_checkpointed() -> None:
     plain, ours = plain_and_checkpointed(albert)
     assert saved_by(ours, tokens()) < 0.15 * saved_by(plain, tokens())

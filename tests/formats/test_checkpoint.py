@@ -218,6 +218,7 @@ def test_on_other_weights_a_variant_that_needs_its_own_is_refused_and_others_war
         assert [warning.filename for warning in caught] == [__file__]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["LoRA", "PiSSA", "DeLoRA"])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
 def test_the_same_base_in_bfloat16_is_the_same_base(

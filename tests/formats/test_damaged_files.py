@@ -358,6 +358,7 @@ def test_two_that_save_at_once_both_succeed(path: Path, monkeypatch: pytest.Monk
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.broad
 def test_a_full_disk_leaves_the_old_file_and_no_other(path: Path) -> None:
     old = path.read_bytes()
     script = """

@@ -49,6 +49,7 @@ def saved(folder: Path, metadata: bool, cfg: llfx.Variant) -> Tensor:
     return expected.detach()
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("component", [None, "unet"])
 @pytest.mark.parametrize("metadata", [True, False])
 def test_a_file_of_the_model_alone_is_read(metadata: bool, component: str | None, tmp_path: Path) -> None:

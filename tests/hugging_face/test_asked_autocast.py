@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor
@@ -21,6 +22,7 @@ class Asking(hf.BertForSequenceClassification):
         return result
 
 
+@pytest.mark.broad
 def test_an_adapted_model_has_a_graph_for_each_answer() -> None:
     torch.manual_seed(0)
     config = hf.BertConfig(

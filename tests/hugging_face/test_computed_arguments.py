@@ -72,6 +72,7 @@ def on_its_side(inputs: Inputs) -> Inputs:
     return {**inputs, "image_grid_thw": grid}
 
 
+@pytest.mark.broad
 def test_positions_of_images_are_the_models_own_if_a_call_brings_none() -> None:
     """The model was called before, and remembers how much further its positions were than its tokens."""
     model = CASES["qwen2_vl"].builder()().double()
@@ -181,7 +182,8 @@ class InTraining(hf.LlamaForCausalLM):
         return super().forward(input_ids, position_ids=position_ids, **kwargs)
 
 
-@pytest.mark.parametrize("kind", broad_after(1, [WithoutTokens, WithoutMask, OtherLoss, InTraining]))
+@pytest.mark.broad
+@pytest.mark.parametrize("kind", [WithoutTokens, WithoutMask, OtherLoss, InTraining])
 def test_a_call_is_not_brought_into_the_form_of_another_kind_of_call(kind: Any) -> None:
     torch.manual_seed(0)
     models = adapted_and_wrapped(kind(tiny_llama()).double())

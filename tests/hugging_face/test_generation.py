@@ -262,6 +262,7 @@ def test_smollm2_generates_the_same_text() -> None:
     assert len(adapted.graphs) == 1
 
 
+@pytest.mark.broad
 def test_rows_of_an_encoder_decoder_have_adapters_of_their_own() -> None:
     torch.manual_seed(0)
     lora = llfx.LoRA(r=R, alpha=ALPHA, target_names=".")

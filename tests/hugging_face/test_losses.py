@@ -153,7 +153,8 @@ def doubles() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("doubles")
-@pytest.mark.parametrize("build", broad_after(1, [transcriber, detector]))
+@pytest.mark.broad
+@pytest.mark.parametrize("build", [transcriber, detector])
 def test_a_loss_that_no_graph_computes_is_the_models_own(
     build: Callable[[], tuple[Any, dict[str, Any], Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

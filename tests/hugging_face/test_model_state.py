@@ -139,6 +139,7 @@ def test_dropout_that_a_trainer_switches_off_is_off() -> None:
     assert same(model.eval()(IDS).logits, logits)
 
 
+@pytest.mark.broad
 def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     config = hf.LlamaConfig(

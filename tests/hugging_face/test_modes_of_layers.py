@@ -66,6 +66,7 @@ def put(models: tuple[Any, ...], modes: dict[str, bool]) -> None:
             model.get_submodule(path).train(mode)
 
 
+@pytest.mark.broad
 def test_modules_follow_their_own_modes_in_graphs_captured_before_and_after() -> None:
     models = adapted_once()
     found = []

@@ -45,6 +45,7 @@ def with_fused_head(model: Any) -> Any:
     return model
 
 
+@pytest.mark.broad
 def test_a_replaced_forward_runs_the_graphs_and_is_not_captured() -> None:
     model = copy.deepcopy(adapted())
     expected = adapted()(IDS).logits
@@ -70,6 +71,7 @@ def test_a_forward_that_was_replaced_before_adapt_is_left_to_the_user_with_a_war
     assert "forward" in vars(patched)
 
 
+@pytest.mark.broad
 def test_numbers_that_vary_from_call_to_call_share_one_graph() -> None:
     """Check the count of a batch's tokens in a loss that a graph computes, and lengths for flash attention."""
     torch.manual_seed(0)

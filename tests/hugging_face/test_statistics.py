@@ -54,6 +54,7 @@ def same(one: Any, other: Any) -> bool:
     return torch.allclose(logits(one), logits(other), atol=1e-5)
 
 
+@pytest.mark.broad
 def test_a_folder_of_an_adapted_model_brings_its_statistics_back(tmp_path: Path) -> None:
     base, model = adapted()
     with pytest.warns(UserWarning, match="save_peft writes adapters only, and training has changed"):

@@ -148,6 +148,7 @@ def test_a_call_that_leaves_arguments_out_has_a_program_of_its_own() -> None:
     )
 
 
+@pytest.mark.broad
 def test_an_adapted_model_shows_the_graph_of_its_first_call() -> None:
     model: Any = llfx.adapt(llama()[0], LOW_RANK["LoRA"]).eval()
     randomise(model, 1)

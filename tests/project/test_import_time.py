@@ -136,6 +136,7 @@ def test_a_function_stands_in_front_of_a_wing_that_is_imported_first(first: str)
     assert done.stdout == "adapters capture\n", done.stderr
 
 
+@pytest.mark.broad
 def test_an_exported_program_of_a_marked_model_loads_after_the_import_alone(tmp_path: Path) -> None:
     # It cannot run, but it can be looked at. The operator of the marks must be known for that.
     script = """

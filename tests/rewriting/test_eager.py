@@ -234,6 +234,7 @@ class TwiceRound(nn.Module):
 FOUR = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "cfg",
     [
@@ -266,6 +267,7 @@ def test_parameters_have_one_order_by_site_and_name(cfg: Any, tmp_path: Path) ->
         assert [parameter.shape for parameter in ours] == [parameter.shape for parameter in theirs]
 
 
+@pytest.mark.broad
 def test_the_state_of_an_optimizer_by_index_goes_from_a_graph_to_the_wrapper() -> None:
     cfg = [llfx.LoRA(r=2, target_names="."), llfx.IA3(target_names=".")]
     ways = [start_by_name(way(TwiceRound(), cfg, (FOUR,))) for way in (llfx.rewrite, llfx.wrap)]

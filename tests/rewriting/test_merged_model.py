@@ -182,6 +182,7 @@ def test_a_base_from_gguf_can_be_saved_merged(adapted: bool, tmp_path: Path) -> 
     close(outputs(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "removed"), TEXT), outputs(model, TEXT), 0, "base")
 
 
+@pytest.mark.broad
 def test_a_quantized_base_has_dense_weights_where_adapters_were(tmp_path: Path) -> None:
     model = quantized_llama("nf4", tmp_path / "base")
     gm = moved(llfx.rewrite(model, llfx.LoRA(r=2, target_roles=("up", "query"))), 0.1)
@@ -211,6 +212,7 @@ def test_half_precision_is_kept(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.named_parameters())
 
 
+@pytest.mark.broad
 def test_statistics_and_a_second_round_are_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")

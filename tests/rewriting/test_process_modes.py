@@ -58,6 +58,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("inputs", [(X,), None], ids=["exported", "traced"])
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_a_mode_of_the_capture_is_not_one_of_calls(mode: Any, inputs: Any) -> None:

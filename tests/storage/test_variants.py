@@ -28,6 +28,7 @@ def check_on(storage: str, cls: type[llfx.Variant], data: st.DataObject) -> None
     check(cfg, model, (ids(2, 5),) if exported else None, inputs, start=None, skip=("stacks", "seed"))
 
 
+@pytest.mark.broad
 @settings(max_examples=1, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(st.sampled_from(installed()), st.sampled_from(VARIANTS), st.data())
 def test_a_variant_conforms_on_a_quantized_base(storage: str, cls: type[llfx.Variant], data: st.DataObject) -> None:

@@ -412,6 +412,7 @@ class ReadsX(Gate):
         return (y * (1 + p.lora_g * torch.tanh(y))).to(y.dtype)
 
 
+@pytest.mark.broad
 def test_a_variant_that_is_not_affine_passes_if_merge_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(gm: fx.GraphModule) -> fx.GraphModule:
         raise llfx.ConfigError("it is not affine")

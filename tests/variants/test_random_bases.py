@@ -402,6 +402,7 @@ def test_shared_tensors_are_saved_once_and_come_back(name: str, tmp_path: Path) 
         close(loaded(x), adapted(x), 1e-14)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("again", [llfx.rewrite, llfx.load], ids=["rewritten", "loaded"])
 @every_sharing
 def test_a_second_adapter_has_shared_tensors_of_its_own(name: str, again: Any, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from torch.distributions.gumbel import Gumbel
 import lora_lite_fx as llfx
 from tests.project.test_layers import NAME, ROOT
 from tests.support.models import tiny_llama
-from tests.support.selection import broad_after
 
 
 class Converts(nn.Linear):
@@ -71,7 +70,8 @@ def main() -> None:
             print(name, str(error).partition("\n")[0])
 
 
-@pytest.mark.parametrize("name", broad_after(1, LINES))
+@pytest.mark.broad
+@pytest.mark.parametrize("name", LINES)
 def test_a_quirk_is_deleted_with_its_lines_and_loses_its_models_alone(name: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / NAME, tmp_path / NAME)
     shutil.copytree(ROOT / "passes", tmp_path / "passes")

@@ -11,13 +11,15 @@ from torch import fx, nn
 
 from ..graph.insertion import DEFAULT, insertions
 from ..graph.tensors import tensor_of
-from ..text_table import text_table
+from ..text_table import fold, text_table
 from .adapted_site import AdaptedSite
 from .placement import placements
 from .registry import recorded_variant, to_config
 from .state import adapter_tensors
 from .switches import HasSwitches
 from .variant import Variant
+
+_MOST_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,27 @@ def adapters(model: nn.Module) -> AdapterTable:
     return AdapterTable(_rows(model))
 
 
-def describe_adapters(model: nn.Module) -> list[str]:
+def describe_adapters(model: nn.Module, with_sites: bool = False) -> list[str]:
     """Return a line for each adapter of `model`, such as `LoRA(r=8, alpha=16) at 14 sites, 43,008 parameters`.
 
     A module that is still being made, as a debugger shows it, has no lines.
+
+    Args:
+        model: any module.
+        with_sites: whether lines with its sites follow that of an adapter: `  layers.0-1.up x 2`.
     """
     with suppress(AttributeError):
-        return [str(row) for row in _rows(model)]
+        lines = []
+        for row in _rows(model):
+            lines += [str(row), *(f"  {site}" for site in (_shown_sites(row) if with_sites else ()))]
+        return lines
     return []
+
+
+def _shown_sites(row: AdapterRow) -> list[str]:
+    """Return the sites of an adapter, those of equal layers once, and no more than fit on a screen."""
+    shown = [str(site) for site in fold((site.name, (site.trainable, site.parameters)) for site in row.sites)]
+    return shown if len(shown) <= _MOST_SHOWN else [*shown[: _MOST_SHOWN - 1], "..."]
 
 
 def _rows(model: nn.Module) -> list[AdapterRow]:

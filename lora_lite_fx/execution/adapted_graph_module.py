@@ -24,6 +24,7 @@ from ..compat.torch import SeesMoves, constant_when_compiled, disable_current_mo
 from ..errors import AdapterError
 from ..graph.copies import share_signatures
 from ..graph.modes import add_flagged_modules, flag_name, modes_of, set_modes
+from ..graph.queries import model_name
 from ..graph.sharded import is_sharded
 from ..graph.tensors import delete_tensor, has_attribute, keep_registration, module_at, register_tensor, tensor_of
 from ..ops.low_rank_products import let_flops_be_counted
@@ -249,9 +250,22 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         save = None if self.execution is None else self.execution.save_as_model
         return None if save is None or adapter_tensor_names(self) else partial(save, self)
 
-    def extra_repr(self) -> str:
-        """Return the lines on the adapters that `repr` shows."""
-        return "\n".join(describe_adapters(self))
+    def __repr__(self) -> str:
+        """Return the model's class, the sizes, the adapters and their sites; `code` has the graph."""
+        if vars(self).get("execution") is None:  # it is still being made, as a debugger shows it
+            return super().__repr__()
+        parameters = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        total, trained = sum(size for size, _ in parameters), sum(size for size, trains in parameters if trains)
+        of = "" if (name := model_name(self)) == "GraphModule" else f" of {name}"  # where it is not known
+        lines = [
+            f"GraphModule{of}, {total:,} parameters, of which {trained:,} train",
+            *(f"  {line}" for line in describe_adapters(self, with_sites=True)),
+            "  Its graph: code, print_readable(); its sites: lora_lite_fx.inspect",
+        ]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return repr(self)
 
     def print_trainable_parameters(self) -> None:
         """Print one line: how many parameters train now, of how many, as PEFT prints it."""

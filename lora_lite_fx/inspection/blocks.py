@@ -6,11 +6,12 @@ residual stream and comes back to it: an attention, a feed-forward, or sites in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..sites.roles import GROUPS
+from ..text_table import ranges
 
 if TYPE_CHECKING:
     from .site_rows import SiteRow
@@ -136,17 +137,6 @@ class Block:
 def blocks(rows: Sequence[SiteRow]) -> list[Block]:
     """Return the blocks of a model in order of execution, with equal layers of one list taken together."""
     return _blocks([(index, row) for index, row in enumerate(rows)], 0)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Return numbers as text, sorted and with runs taken together: `0-3, 7`."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}\u2013{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _blocks(sites: Sequence[tuple[int, SiteRow]], depth: int) -> list[Block]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..passes import Declined, PassReport, Program
-from .blocks import ranges
+from ..text_table import ranges
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class SiteRow:
         """The reasons for its roles, in one line."""
         return "; ".join(f"{role}: {why}" for role, why in self.reasons.items())
 
+    @property
+    def beside_name(self) -> Hashable:
+        """All but its name and that of the value that it reads; two sites that agree in this are told together."""
+        return replace(self, name="", weight=self.weight.removeprefix(f"{self.name}."), reads="", reasons={})
+
 
 @dataclass(frozen=True)
 class LeftOutRow:
@@ -69,3 +75,8 @@ class LeftOutRow:
     reason: str
     roles: tuple[str, ...]
     kind: str
+
+    @property
+    def beside_name(self) -> Hashable:
+        """All but its name; two weights that agree in this are told together."""
+        return replace(self, name="", weight=self.weight.removeprefix(f"{self.name}."))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,16 +27,20 @@ from ..sites.computed import Computation
 from ..sites.roles import ROLES
 from ..sites.site import Site, stored_weight
 from ..sites.unmatched import LeftOut, find_left_out
-from ..text_table import text_table
+from ..text_table import Folded, fold, text_table
 from .page import render
 from .pass_reports import ProgramReport
 from .program import program
 from .site_rows import LeftOutRow, SiteRow
 
+Row = TypeVar("Row", SiteRow, LeftOutRow)
+
 
 @dataclass(frozen=True)
 class SiteTable(Sequence[SiteRow]):
-    """The sites of a model; prints as a table.
+    """The sites of a model; prints as a table, which tells equal sites of equal layers once: `layers.0-29.up x 30`.
+
+    Iterate over it for all sites; `to_dict` has them too. A printed row has the parameters of one site.
 
     Args:
         rows: one for each site, in order of execution.
@@ -123,7 +127,7 @@ class SiteTable(Sequence[SiteRow]):
         head += ["bits"] if self.is_quantized else []
         body = [
             (
-                row.name,
+                str(name),
                 ", ".join(row.roles) or "unknown",
                 str(row.d_in),
                 str(row.d_out),
@@ -131,7 +135,7 @@ class SiteTable(Sequence[SiteRow]):
                 f"{row.parameters:,}",
                 *([f"{row.bits:.2f}"] if self.is_quantized else []),
             )
-            for row in self.rows
+            for name, row in _folded(self.rows)
         ]
         lines = text_table(head, body, right=(2, 3, 5, 6))
         share = 100 * self.trainable / self.total if self.total else 0.0
@@ -144,7 +148,7 @@ class SiteTable(Sequence[SiteRow]):
             held, entries = sum(r.bytes for r in self.rows), sum(r.bytes * 8 / r.bits for r in self.rows if r.bits)
             lines.append(f"the weights of the sites take {held:,} bytes, {8 * held / entries:.2f} bits each")
         lines += ["", "not sites, though they multiply data:"] if self.left_out else []
-        lines += [f"  {row.name}: {row.reason}" for row in self.left_out]
+        lines += [f"  {name}: {row.reason}" for name, row in _folded(self.left_out)]
         lines += ["", "without an adapter, because default targets leave them out:"] if self.unadapted else []
         lines += [f"  {sort.told()}" for sort in self.unadapted]
         text = "\n".join(line.rstrip() for line in lines)
@@ -196,6 +200,12 @@ def inspect(
         repeated=sum(row.parameters for row in rows) - trained,
         unadapted=tuple(find_unadapted(gm, account.sites, not_sites, {row.name for row in rows if row.adapters})),
     )
+
+
+def _folded(rows: Sequence[Row]) -> Iterator[tuple[Folded, Row]]:
+    """Yield the first of the rows that differ in an index of their names alone, with the names of all."""
+    for name in fold((row.name, row.beside_name) for row in rows):
+        yield name, rows[name.members[0]]
 
 
 def _row(gm: fx.GraphModule, site: Site, around: Sequence[Insertion]) -> SiteRow:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .hand_over.targets import TARGETS, complaint
+from .log import waiting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {wrong}", file=sys.stderr)
         return 2
     package = sys.modules[__package__]
-    if not hasattr(package, "inspect"):
-        importlib.reload(package)  # with all public names, which it left out for the program
     wing = {"inspect": "inspection", "export": "hand_over"}[options.command]
-    status: int = importlib.import_module(f".{wing}.command", __package__).run(options, parser.prog)
+    with waiting("importing torch"):
+        if not hasattr(package, "inspect"):
+            importlib.reload(package)  # with all public names, which it left out for the program
+        command = importlib.import_module(f".{wing}.command", __package__)
+    status: int = command.run(options, parser.prog)
     return status
 
 

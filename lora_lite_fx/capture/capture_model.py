@@ -20,7 +20,7 @@ from ..compat.torch import pytree
 from ..errors import CaptureError
 from ..graph.modes import held_modes, modes_of, put_in_mode, set_modes
 from ..graph.tensors import keep_registration
-from ..log import phase, progress
+from ..log import phase
 from .compare import own_error
 from .depth.by_depth import ByDepth
 from .export import export
@@ -171,7 +171,8 @@ def _exported(
         done.update(dict.fromkeys(said))
         return graph
 
-    with phase(f"captured {type(copied).__name__}") as details:
+    name = type(copied).__name__
+    with phase(f"captured {name}", f"capturing {name}") as details:
         try:
             with without_python_random(origin.model), KnownWhileTraced() if layouts else nullcontext():
                 gm, eval_gm = _in_both_modes(copied, capture_mode)
@@ -197,7 +198,8 @@ def _traced(origin: PlainModule, copied: nn.Module) -> Capture:
         refused.update(refused_calls(copied, graph))
         return graph
 
-    with phase(f"captured {type(copied).__name__}") as details:
+    name = type(copied).__name__
+    with phase(f"captured {name}", f"capturing {name}") as details:
         gm, eval_gm = _in_both_modes(copied, capture_mode)
         for graph in (gm, eval_gm):
             if graph is not None:
@@ -216,7 +218,7 @@ def _in_both_modes(
         capture_mode: captures it in the mode that it is in. Gets the graph of training in evaluation.
     """
     graphs: list[fx.GraphModule] = []
-    for training in progress((True, False), f"capturing {type(copied).__name__}"):
+    for training in (True, False):
         put_in_mode(copied, training)
         graphs.append(capture_mode(None if training else graphs[0]))
     in_training, in_evaluation = graphs

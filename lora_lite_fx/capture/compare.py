@@ -89,7 +89,8 @@ def require_equal(
     if not has_data(model, calls[0]):
         return
     questions, raising = Questions(), list[_ModelRaises]()
-    with phase(f"compared the graph of {name} with the model") as details:
+    compared = f"the graph of {name} with the model"
+    with phase(f"compared {compared}", f"comparing {compared}") as details:
         first, *others = _modes(model)
         for call, (mode, where) in [*((call, first) for call in calls), *((calls[0], each) for each in others)]:
             try:

@@ -33,8 +33,8 @@ def derive_program(gm: RunsPrograms, key: ProgramKey) -> Program:
         program = Program(key, name, gm)
         program.code, program.owner = traceable_forward(gm, optimized_graph(gm, key)[0]), gm
         return program
-    without = f" for calls without {', '.join(key.left_out)}" if key.left_out else ""
-    with phase(f"derived the {key.kind} program{without}") as details:
+    what = f"the {key.kind} program" + (f" for calls without {', '.join(key.left_out)}" if key.left_out else "")
+    with phase(f"derived {what}", f"deriving {what}") as details:
         graph, _ = optimized_graph(gm, key)
         for path in key.called if gm.host is not gm else ():
             module = submodule(gm.host, path)

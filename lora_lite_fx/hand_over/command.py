@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import io
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ from ..inspection.given_model import (
     import_module,
     model_with_weights,
     one_line,
+    phases_on,
     with_adapter,
 )
 from ..log import logger, phase
@@ -34,8 +30,6 @@ from ..rewriting.rewrite import merge
 from .compared import Written, compared
 from .exported_program import export
 from .targets import adapter_beside, name_of
-
-_PACKAGE = str(Path(__file__).parents[1])
 
 
 def run(options: argparse.Namespace, program: str) -> int:
@@ -48,15 +42,14 @@ def run(options: argparse.Namespace, program: str) -> int:
     Returns:
         The exit status.
     """
-    shown = sys.stderr
     try:
         for module in options.modules:
             import_module(module)
-        with _phases_on(shown):
+        with phases_on(sys.stderr):
             written = _loaded(options)
-            with phase(f"wrote {written.out}"):
+            with phase(f"wrote {written.out}", f"writing {written.out}"):
                 paths = _write(written, options)
-            with phase("compared"):
+            with phase("compared", "comparing it with torch"):
                 said = compared(written)
     except (Refused, AdapterError, ImportError, OSError) as error:
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
@@ -67,13 +60,12 @@ def run(options: argparse.Namespace, program: str) -> int:
 
 def _loaded(options: argparse.Namespace) -> Written:
     """Return the graph of the model with its adapter, and where it goes."""
-    with phase(f"loaded {options.model}"):
-        source: Any = None
-        given: Any
-        if options.model.endswith(".pt2"):
-            given = exported_program(options.model, options.trust)
-        else:
-            given = source = model_with_weights(options.model).eval()
+    source: Any = None
+    given: Any
+    if options.model.endswith(".pt2"):
+        given = exported_program(options.model, options.trust)
+    else:
+        given = source = model_with_weights(options.model).eval()
     gm: Any = capture(given) if options.adapter is None else with_adapter(given, options.adapter)
     outputs = tuple(filter(None, options.outputs.split(","))) if options.outputs else None
     out = Path(options.out)
@@ -122,33 +114,6 @@ def _adapter_for_onnx(written: Written) -> list[Path]:
         logger.info("no file of the adapter alone: %s", one_line(error))
         return []
     return [path]
-
-
-@contextlib.contextmanager
-def _phases_on(stream: Any) -> Iterator[None]:
-    """Show the phases and warnings of this library on a stream, and nothing that other libraries print."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    handler = logging.StreamHandler(stream)
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    nowhere = io.StringIO()
-    try:
-        with (
-            warnings.catch_warnings(record=True) as caught,
-            contextlib.redirect_stderr(nowhere),
-            contextlib.redirect_stdout(nowhere),
-        ):
-            warnings.simplefilter("always")
-            yield
-        for warning in caught:
-            if issubclass(warning.category, UserWarning) and warning.filename.startswith(_PACKAGE):
-                print(f"warning: {warning.message}", file=stream)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
 
 
 def _size(path: Path) -> str:

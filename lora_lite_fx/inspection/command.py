@@ -19,7 +19,7 @@ from .given_model import (
     import_module,
     model_with_weights,
     one_line,
-    quiet,
+    phases_on,
     with_adapter,
 )
 from .table import SiteTable, inspect
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, program: str) -> int:
     try:
         for module in options.modules:
             import_module(module)
-        with quiet():
+        with phases_on(sys.stderr):
             table = _table(options.model, options.adapter, options.passes, options.trust)
         if options.html is not None:
             table.save_html(options.html)

@@ -21,6 +21,9 @@ from ..errors import AdapterError
 from ..formats.checkpoint import load
 from ..formats.peft.directory import load_peft
 from ..formats.untrusted_files import MOST_TENSORS, check_regular, read_json
+from ..log import SECONDS_OF_A_LOOK_UP, logger, phase, waiting
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 class Refused(Exception):
@@ -64,7 +67,8 @@ def exported_program(model: str, trust: bool) -> ExportedProgram:
     with contextlib.suppress(ImportError):
         importlib.import_module("transformers.modeling_outputs")  # whose classes torch finds by name
     try:
-        return torch.export.load(model)
+        with phase(f"loaded {model}", f"loading {model}"):
+            return torch.export.load(model)
     except Exception as error:
         raise Refused(f"{model} is not a readable exported program: {error}") from error
 
@@ -85,7 +89,8 @@ def model_with_weights(model: str) -> nn.Module:
     if Path(model).is_file():
         raise Refused("an adapter is shown on a model with its weights: give the folder, not its config.json")
     try:
-        loaded: nn.Module = model_class.from_pretrained(model, config=config)
+        with phase(f"loaded {model}", f"loading {model}"):
+            loaded: nn.Module = model_class.from_pretrained(model, config=config)
     except Exception as error:
         raise Refused(f"{model} cannot be loaded: {error}") from error
     return loaded
@@ -94,7 +99,8 @@ def model_with_weights(model: str) -> nn.Module:
 def config_and_class(model: str) -> tuple[Any, Any]:
     """Return the config that `model` names, and the class of its model."""
     try:
-        import transformers
+        with waiting("importing transformers"):
+            import transformers
     except ImportError as error:
         raise Refused(f"{model} needs transformers: pip install 'lora_lite_fx[hf]'") from error
     path = Path(model)
@@ -103,8 +109,12 @@ def config_and_class(model: str) -> tuple[Any, Any]:
         read_json(file)  # raises if it is broken; transformers would take some broken files for hub ids
     elif path.suffix or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise Refused(f"there is no {model}")
+    look_up = None if path.exists() else f"asking the Hugging Face hub for {model}; HF_HUB_OFFLINE=1 reads what is here"
     try:
-        config = transformers.AutoConfig.from_pretrained(str(file) if path.exists() else model, trust_remote_code=False)
+        with waiting(look_up, SECONDS_OF_A_LOOK_UP):
+            config = transformers.AutoConfig.from_pretrained(
+                str(file if path.exists() else model), trust_remote_code=False
+            )
     except Exception as error:
         raise Refused(f"{model} has no config that transformers can read: {error}") from error
     name = next(iter(config.architectures or ()), None)
@@ -120,17 +130,40 @@ def config_and_class(model: str) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars, warnings and logs of other libraries, which would stand between the lines."""
+def phases_on(stream: Any) -> Iterator[None]:
+    """Show the phases and warnings of this library on a stream, and nothing that other libraries print."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    handler = logging.StreamHandler(stream)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    nowhere = io.StringIO()
+    loggers = [other for other in (logging.root, *logging.root.manager.loggerDict.values()) if other is not logger]
+    others = [other for each in loggers if isinstance(each, logging.Logger) for other in each.handlers]
+    for other in others:
+        other.addFilter(_nothing)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            contextlib.redirect_stderr(nowhere),
+            contextlib.redirect_stdout(nowhere),
+        ):
+            warnings.simplefilter("always")
             yield
+        for warning in caught:
+            if issubclass(warning.category, UserWarning) and warning.filename.startswith(_PACKAGE):
+                print(f"warning: {warning.message}", file=stream)
     finally:
-        logging.disable(disabled)
+        for other in others:
+            other.removeFilter(_nothing)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def one_line(error: Exception) -> str:

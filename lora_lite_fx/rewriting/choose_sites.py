@@ -60,7 +60,7 @@ def choose_sites(
         CaptureError: a batch does not fit the graph.
     """
     check_gradients(gm)
-    with phase("found the sites") as details:
+    with phase("found the sites", "finding the sites") as details:
         sites = find_sites(gm)
         left_out = find_left_out(gm, sites)
         details.append(f"{len(sites)} in the model")

@@ -321,6 +321,6 @@ def _insert(gm: fx.GraphModule, passes: Iterable[InsertAdapter]) -> None:
         ConfigError: gradients do not pass through the frozen weights.
     """
     check_gradients(gm)
-    with phase("inserted the adapters") as details:
+    with phase("inserted the adapters", "inserting the adapters") as details:
         Pipeline(tuple(passes)).run(gm)
         details += describe_adapters(gm)

@@ -145,7 +145,7 @@ class Backend:
         """
         try:
             inner = self.inner.given(mode, options).compiler()
-            with phase("derived the program of a graph") as details:
+            with phase("derived the program of a graph", "deriving the program of a graph") as details:
                 details.append(f"{len(gm.graph.nodes)} nodes")
                 if has_marks(gm):
                     return compile_marked(gm, inputs, inner)

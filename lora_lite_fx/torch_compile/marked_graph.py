@@ -131,7 +131,7 @@ def _insert(gm: fx.GraphModule, sites: Sequence[SiteInGraph]) -> None:
         InsertAdapter(variant, adapter, tuple(names), roles, tensors, adapter_name)
         for (adapter, adapter_name, variant), names in sorted(chosen.items(), key=lambda item: item[0][0])
     )
-    with phase("inserted the adapters into a graph") as details:
+    with phase("inserted the adapters into a graph", "inserting the adapters into a graph") as details:
         Pipeline(tuple(inserted)).run(gm)
         details.append(f"{len(sites)} site{'s' * (len(sites) != 1)}")
     for flag in [node for node in gm.graph.find_nodes(op="get_attr") if is_flag(node) and is_inserted(node)]:

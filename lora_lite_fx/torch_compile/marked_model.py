@@ -64,7 +64,7 @@ def mark_sites(model: nn.Module, plans: Sequence[NewAdapter], called: Container[
     vars(copy)["base_buffers"] = base
     vars(copy)["not_pickled"] = NotPickled()
     vars(copy)["switches"] = Switches()
-    with phase("inserted the adapters") as details:
+    with phase("inserted the adapters", "inserting the adapters") as details:
         for adapter, plan in enumerate(plans):
             for site in plan.sites:
                 module = _marking(copy, site)

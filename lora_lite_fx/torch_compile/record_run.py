@@ -61,7 +61,8 @@ def record_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for whole layers, in which no linear is to be seen
     try:
-        with phase(f"recorded a run of {type(model).__name__}") as details:
+        name = type(model).__name__
+        with phase(f"recorded a run of {name}", f"recording a run of {name}") as details:
             with (
                 torch.no_grad(),
                 torch.random.fork_rng(),

@@ -20,9 +20,10 @@ from torch import nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.__main__ import main
-from lora_lite_fx.inspection.blocks import Block, blocks, ranges
-from lora_lite_fx.inspection.site_rows import SiteRow
+from lora_lite_fx.inspection.blocks import Block, blocks
+from lora_lite_fx.inspection.site_rows import LeftOutRow, SiteRow
 from lora_lite_fx.inspection.table import SiteTable
+from lora_lite_fx.text_table import fold, ranges
 from tests.sites.test_roles_of_models import build
 from tests.support.selection import broad_after
 
@@ -185,6 +186,79 @@ def test_a_layer_has_the_weights_of_all_that_is_in_it() -> None:
 
 def test_ranges() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == "0\u20132, 5, 7\u20138"
+    assert ranges([0, 1, 2, 5], "-", ",") == "0-2,5"
+
+
+# The table.
+
+
+def first_column(table: SiteTable) -> list[str]:
+    """The names of the printed rows, without the head and the lines below the rows."""
+    lines = str(table).splitlines()
+    body = lines[2 : next(i for i, line in enumerate(lines) if " parameters train" in line)]
+    return [re.split(r"  +", line)[0] for line in body]
+
+
+def test_equal_layers_are_told_once() -> None:
+    table = large(30)
+    names = [f"model.layers.0-29.{name} x 30" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    assert first_column(table) == [*names, "lm_head"]
+    assert "\n211 sites; " in str(table)
+    assert len(table) == len(table.to_dict()["sites"]) == 211
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"adapters": ("LoRA",)},
+        {"parameters": 5},
+        {"d_in": 8},
+        {"roles": ("inner",)},
+        {"dtype": "bfloat16"},
+        {"bias": True},
+        {"calls": 2},
+        {"weight": "shared.weight"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_layer_that_differs_is_told_apart(change: dict[str, Any]) -> None:
+    rows = [row(f"layers.{i}.up", "up") for i in range(5)]
+    rows[2] = replace(rows[2], **change)
+    assert first_column(table_of(*rows)) == ["layers.0-1,3-4.up x 4", "layers.2.up"]
+
+
+def test_folded_names_stand_for_exactly_their_members() -> None:
+    names = [f"layers.{i}.experts.{e}.up" for i in range(3) for e in range(4)]
+    names += ["layers.1.norm.0", "layers.2.norm.0", "layers.2.norm.1", "layers.01.up", "head", "0.up", "2.up"]
+    folded = fold((name, None) for name in names)
+    assert [str(each) for each in folded] == [
+        "layers.0-2.experts.0-3.up x 12",
+        "layers.1-2.norm.0 x 2",  # the last part is not an index
+        "layers.2.norm.1",
+        "layers.01.up",
+        "head",
+        "0,2.up x 2",
+    ]
+    assert sorted(member for each in folded for member in each.members) == list(range(len(names)))
+    lopsided = [name for name in names[:12] if name != "layers.1.experts.2.up"]
+    assert [str(each) for each in fold((name, None) for name in lopsided)] == [
+        "layers.0,2.experts.0-3.up x 8",
+        "layers.1.experts.0-1,3.up x 3",
+    ]
+    assert fold(()) == []
+    assert [str(each) for each in fold([("a.0.b", 1), ("a.1.b", 2), ("same", 1), ("same", 1)])] == [
+        "a.0.b",
+        "a.1.b",
+        "same",
+        "same",
+    ]
+
+
+def test_weights_that_are_not_sites_are_told_once_too() -> None:
+    left_out = tuple(LeftOutRow(f"layers.{i}.mix", f"layers.{i}.mix.weight", "why", (), "linear") for i in range(3))
+    table = replace(table_of(row("head")), left_out=left_out)
+    assert "\n  layers.0-2.mix x 3: why" in str(table)
+    assert len(table.to_dict()["left_out"]) == 3
 
 
 # The page.
@@ -336,7 +410,9 @@ def test_real_models_have_a_page(name: str) -> None:
 def test_the_command_prints_the_table(folder: Path) -> None:
     command = [sys.executable, "-m", "lora_lite_fx", "inspect", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    phases = [line.partition(" in ")[0] for line in done.stderr.splitlines()]
+    assert phases == ["captured LlamaForCausalLM"]
     table = llfx.inspect(transformers.LlamaForCausalLM(LLAMA))
     assert done.stdout == f"{table}\n"
 
@@ -347,7 +423,8 @@ def test_the_command_prints_data_and_writes_a_page(
     page = tmp_path / "page.html"
     assert main(["inspect", str(folder / "config.json"), "--json", "--html", str(page)]) == 0
     said = capsys.readouterr()
-    assert re.fullmatch(rf"wrote {re.escape(str(page))} \(\d+ kB\): open it in a browser\n", said.err)
+    *_, last = said.err.splitlines()
+    assert re.fullmatch(rf"wrote {re.escape(str(page))} \(\d+ kB\): open it in a browser", last)
     data = json.loads(said.out)
     assert len(data["sites"]) == 15
     assert all(site["name"] in page.read_text(encoding="utf-8") for site in data["sites"])
@@ -373,7 +450,8 @@ def test_the_command_shows_adapters(folder: Path, tmp_path: Path, capsys: pytest
     for arguments in [*commands, [str(tmp_path / "m.pt2"), "--trust"]]:
         assert main(["inspect", *arguments]) == 0, arguments
         out = capsys.readouterr().out
-        assert out.count("LoRA") == 14, arguments
+        assert out.count("LoRA") == 7, arguments  # of two equal layers
+        assert out.count(" x 2 ") == 7, arguments
         assert f"{llfx.inspect(gm).trainable:,} of" in out
 
 
@@ -416,8 +494,9 @@ def test_bad_input_is_one_line(
     assert main(["inspect", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert message in err
-    assert len(err.splitlines()) == 1
+    *phases, last = err.splitlines()
+    assert message in last
+    assert all(re.search(r" in \d+\.\d s", line) for line in phases), err
 
 
 def test_a_class_by_a_config_that_names_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -453,5 +532,5 @@ def test_an_exported_program_is_opened_only_if_it_is_trusted(
     out, err = capsys.readouterr()
     assert out == ""
     assert "pass --trust" in err
-    assert main(["inspect", str(path), "--trust"]) == 0
+    assert main(["inspect", str(path), "--trust"]) == 0, capsys.readouterr().err
     assert "1 site;" in capsys.readouterr().out

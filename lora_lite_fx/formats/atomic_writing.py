@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Sequence
@@ -26,14 +27,14 @@ _IS_TEMPORARY = re.compile(r"\.lora_lite_fx-[0-9a-f]{16}\.(?:new|part)")
 _LOCKED_AFTER = 60.0  # seconds; by then the writer of a file that was named early has locked it
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | Path) -> None:
     """Write a file so that readers see the old bytes or the new, never a part, also after a crash.
 
     A file that was there keeps its mode and owner. A symbolic link stays, and the file that it leads to is replaced.
 
     Args:
         path: of the file; its folder must exist.
-        data: the whole content.
+        data: the whole content; or a file that has it, which is copied, so that it need not fit into memory.
 
     Raises:
         CheckpointError: it could not be written, or what is there is read-only or not a regular file. What was there
@@ -42,7 +43,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     write_together([(path, data)])
 
 
-def write_together(contents: Iterable[tuple[Path, bytes]]) -> None:
+def write_together(contents: Iterable[tuple[Path, bytes | Path]]) -> None:
     """Write files that belong together. All are complete on the disk before the first takes its place.
 
     The last of several is the one that readers open first. Its old file is removed before any new one is in place, so
@@ -50,7 +51,7 @@ def write_together(contents: Iterable[tuple[Path, bytes]]) -> None:
     compute something that nobody saved.
 
     Args:
-        contents: paths with their whole contents.
+        contents: paths with their whole contents, see `write_atomically`.
 
     Raises:
         CheckpointError: as for `write_atomically`; the message says if the files are incomplete now.
@@ -124,10 +125,14 @@ class _NewFile(contextlib.AbstractContextManager["_NewFile"]):
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | Path) -> None:
         """Write the whole content, to the disk itself."""
         with os.fdopen(self._descriptor, "wb", closefd=False) as file:
-            file.write(data)
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file)
+            else:
+                file.write(data)
         os.fsync(self._descriptor)
 
     def remove_old(self) -> None:

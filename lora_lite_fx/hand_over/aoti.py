@@ -102,7 +102,7 @@ def save_aoti(
                 root = archive.namelist()[0].partition("/")[0]
                 archive.writestr(f"{root}/{TENSORS}", safetensors.torch.save(tensors))
         check_package(package, graph, tensors)
-        write_atomically(file, package.read_bytes())
+        write_atomically(file, package)
 
 
 def _acting(model: nn.Module) -> list[Placement]:

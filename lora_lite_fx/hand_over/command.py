@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,10 @@ def _write(written: Written, options: argparse.Namespace) -> list[Path]:
     if options.bake:
         arguments["bake"] = True
     if written.to == "pt2":
-        buffer = io.BytesIO()
-        torch.export.save(export(gm, None, **arguments), buffer)
-        write_atomically(out, buffer.getvalue())
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / out.name
+            torch.export.save(export(gm, None, **arguments), made)
+            write_atomically(out, made)
     elif written.to == "aoti":
         _function("aoti", "save_aoti")(gm, out, None, **arguments)
     elif written.to == "onnx":

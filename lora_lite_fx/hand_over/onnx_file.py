@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..compat.torch import OpOverload
 from ..errors import AdapterError, CheckpointError
-from ..formats.atomic_writing import write_atomically
+from ..formats.atomic_writing import write_atomically, write_together
 from ..graph.insertion import insertions, is_inserted, place_of
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.sums import graph_with_adapters
@@ -121,7 +121,7 @@ def save_onnx_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "adapter"
         file.export_adapter(str(made))
-        write_atomically(Path(path), made.read_bytes())
+        write_atomically(Path(path), made)
 
 
 def _package(name: str) -> Any:
@@ -317,7 +317,7 @@ def _let_be_left_out(ir: Any, model: Any, adapters: Iterable[_Input], labels: It
 
 
 def _write(ir: Any, model: Any, path: Path) -> None:
-    """Write a model whole or not at all: to a new folder beside it, from which its files are moved."""
+    """Write a model whole or not at all, with large tensors in a file of their own."""
     if sum(value.const_value.nbytes for value in model.graph.initializers.values()) <= _ONE_FILE:
         write_atomically(path, ir.to_proto(model).SerializeToString())
         return
@@ -326,8 +326,6 @@ def _write(ir: Any, model: Any, path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lora_lite_fx-") as folder:
             made = Path(folder) / path.name
             ir.save(model, made, external_data=data.name)
-            path.unlink(missing_ok=True)  # readers would take the new tensors for those of the old file
-            os.replace(made.with_name(data.name), data)
-            os.replace(made, path)
+            write_together([(data, made.with_name(data.name)), (path, made)])
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}.") from error

@@ -42,6 +42,23 @@ def test_a_file_that_is_replaced_keeps_its_mode(mode: int, tmp_path: Path) -> No
 
 
 @every_filesystem
+def test_the_content_may_be_in_a_file_which_is_not_read_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, path = tmp_path / "source", tmp_path / "file"
+    content = bytes(range(256)) * 10_000
+    source.write_bytes(content)
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", lambda self: pytest.fail(f"{self} is read as a whole"))
+        write_together([(tmp_path / "other", b"bytes"), (path, source)])
+    assert (path.read_bytes(), source.read_bytes()) == (content, content)
+    with pytest.raises(CheckpointError, match=r"file could not be written: .*none"):
+        write_atomically(path, tmp_path / "none")
+    assert path.read_bytes() == content
+
+
+@every_filesystem
 def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
     previous = os.umask(0o027)
     try:

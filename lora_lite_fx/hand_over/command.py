@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 import tempfile
@@ -96,9 +97,24 @@ def _write(written: Written, options: argparse.Namespace) -> list[Path]:
         _function("gguf_file", "save_gguf")(gm, out)
     elif written.to == "merged":
         merge(gm).save_pretrained(out)
+        _write_tokenizer(options.model, out)
     else:
         save_peft(gm, out, target=written.to)
     return [out]
+
+
+def _write_tokenizer(model: str, out: Path) -> None:
+    """Write the tokenizer or processor of a folder or hub id, if it has one, beside the merged weights."""
+    transformers: Any = importlib.import_module("transformers")
+    for kind in ("AutoProcessor", "AutoTokenizer"):
+        with contextlib.suppress(Exception):  # of whatever kind, where there is none
+            processor = getattr(transformers, kind).from_pretrained(model)
+            tokenizer = getattr(processor, "tokenizer", processor)
+            special = getattr(tokenizer, "all_special_tokens", None)
+            if special is None or len(tokenizer) > len(special):  # else transformers made one without a vocabulary
+                processor.save_pretrained(out)
+                return
+    logger.info("no tokenizer or processor beside %s", model)
 
 
 def _function(file: str, name: str) -> Any:

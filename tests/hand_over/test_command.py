@@ -13,14 +13,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lora_lite_fx as llfx
 from lora_lite_fx.__main__ import main
-from lora_lite_fx.hand_over import compared
+from lora_lite_fx.hand_over import command, compared
 from lora_lite_fx.hand_over.targets import TARGETS
 from tests.inspection.test_inspect import LLAMA
 from tests.support.conformance import randomise
 from tests.support.selection import broad_after
+
+
+def tokenizer() -> Any:
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(29)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", unk_token="w3")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model: Any = transformers.LlamaForCausalLM(LLAMA)
     model.save_pretrained(path / "model")
+    tokenizer().save_pretrained(path / "model")
     gm = llfx.rewrite(model, llfx.LoRA(r=2))
     randomise(gm, 1)
     llfx.save(gm, path / "fr.safetensors")
@@ -47,7 +55,7 @@ HEAVY = ("onnx", "gguf", "executorch", "aoti")
 """Targets whose package is not a part of the extra `test`, or that compile."""
 
 
-@pytest.mark.parametrize("to", broad_after(2, ["pt2", "vllm", "merged", "sglang", "openvino", *HEAVY]))
+@pytest.mark.parametrize("to", broad_after(2, ["pt2", "merged", "vllm", "sglang", "openvino", *HEAVY]))
 def test_what_is_written_is_compared_in_its_runtime(
     to: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,11 +73,28 @@ def test_what_is_written_is_compared_in_its_runtime(
         assert "logits" in line
         assert float(figure) < 1e-5
         assert line.endswith(" on a batch of 2 x 9 tokens")
+    if to == "merged":
+        assert transformers.AutoTokenizer.from_pretrained(out)("w5 w7").input_ids == [5, 7]
     assert "loaded " in progress
     assert f"wrote {out} in " in progress
     assert export(folder, to, out) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--overwrite" in line
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.GPT2Config(),  # of which transformers makes a tokenizer without a vocabulary
+        transformers.LlamaConfig(),
+        transformers.ViTConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_without_a_tokenizer_gets_none(config: Any, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path / "model")
+    command._write_tokenizer(str(tmp_path / "model"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.broad

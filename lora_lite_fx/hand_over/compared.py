@@ -16,14 +16,12 @@ from ..adapters.placement import adapter_names
 from ..adapters.state import adapter_state_dict
 from ..errors import AdapterError
 from ..formats.peft.directory import load_peft
+from .differences import allowed, difference
 from .exported_program import served
 from .served_graph import ServedGraph
 from .targets import adapter_beside
 
 _ROWS, _TOKENS = 2, 9
-_MOST = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""How far the outputs of half precision may be from torch's, relative to the largest: runtimes round elsewhere."""
-_MOST_OF_OTHERS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,7 @@ def compared(written: Written) -> str:
     results, expected = _listed(reader(written, graph, batch)), _listed(graph.gm(**batch))
     if len(results) != len(expected):
         raise AdapterError(f"{written.out} has {len(results)} outputs, and torch has {len(expected)}.")
-    error = max(map(_distance, results, expected))
-    most = max(_MOST.get(tensor.dtype, _MOST_OF_OTHERS) for tensor in expected)
-    if not error <= most:
+    if (error := difference(results, expected)) > allowed(expected):
         raise AdapterError(
             f"{written.out} was written, and its outputs differ from torch's by {error:.1e} of the largest: do not use"
             " it."
@@ -107,13 +103,6 @@ def _described(batch: Mapping[str, Tensor]) -> str:
 
 def _listed(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
-
-
-def _distance(result: Tensor, expected: Tensor) -> float:
-    if result.shape != expected.shape:
-        return float("inf")
-    largest = expected.abs().max().double().clamp_min(1e-30)
-    return float((result.double() - expected.double()).abs().max() / largest)
 
 
 def _in_torch(written: Written, _: ServedGraph, batch: dict[str, Tensor]) -> Any:

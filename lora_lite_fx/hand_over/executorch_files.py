@@ -23,6 +23,7 @@ from ..graph.insertion import recorded
 from ..graph.tensors import outside_inference_mode
 from .bake import bake as constants
 from .bake import is_baked
+from .differences import difference
 from .exported_program import exported, served
 from .served_graph import ServedGraph, Tensors
 
@@ -174,16 +175,11 @@ class _Files:
                 " operations whose operands are all constant. The way out: bake=False; or save llfx.bake(model,"
                 " whole_updates=True), and the base alone before it."
             ) from error
-        for name, result, wanted in zip(
-            self.graph.outputs, results, (expected,) if isinstance(expected, Tensor) else expected, strict=True
-        ):
-            wanted, result = wanted.double(), result.double()
-            bound = _TOLERANCE * float(wanted.abs().max()) if wanted.numel() else 0.0
-            if not torch.allclose(result, wanted, rtol=0, atol=bound, equal_nan=True):
-                raise AdapterError(
-                    f"ExecuTorch computes another {name} than torch: they differ by up to"
-                    f" {float((result - wanted).abs().max()):.2g}. Nothing was written."
-                )
+        if (apart := difference(results, [expected] if isinstance(expected, Tensor) else list(expected))) > _TOLERANCE:
+            raise AdapterError(
+                f"ExecuTorch computes something else than torch: its {', '.join(self.graph.outputs)} differ by"
+                f" {apart:.1e} of the largest. Nothing was written."
+            )
 
 
 _RUN = """

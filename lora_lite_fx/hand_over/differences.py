@@ -1,0 +1,40 @@
+"""How far what a runtime computes is from what torch does, and how far that may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat.torch import pytree
+
+_SMALL = 1e-3
+_ALLOWED = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_ALLOWED_OF_OTHERS = 1e-3
+
+
+def difference(results: Any, expected: Any) -> float:
+    """Return the largest difference of tensors, relative to the largest number of each that is expected.
+
+    Numbers below 0.001 count as 0.001. Other shapes, and values that are NaN or infinite in one of the two alone, are
+    infinitely far.
+    """
+    pairs = zip(pytree.tree_leaves(results), pytree.tree_leaves(expected), strict=True)
+    return max((_difference(result, wanted) for result, wanted in pairs), default=0.0)
+
+
+def allowed(expected: Any) -> float:
+    """Return how far results may be: rounding, which runtimes do elsewhere, and no other computation."""
+    dtypes = [torch.as_tensor(value).dtype for value in pytree.tree_leaves(expected)]
+    return max((_ALLOWED.get(dtype, _ALLOWED_OF_OTHERS) for dtype in dtypes), default=0.0)
+
+
+def _difference(result: Tensor, expected: Tensor) -> float:
+    result, expected = (torch.as_tensor(value).detach().cpu().double() for value in (result, expected))
+    if result.shape != expected.shape:
+        return float("inf")
+    is_same = (result == expected) | (result.isnan() & expected.isnan())
+    apart = (result - expected).abs().masked_fill(is_same, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    largest = expected[expected.isfinite()].abs()
+    return float(apart.max()) / max(float(largest.max()) if largest.numel() else 0.0, _SMALL) if apart.numel() else 0.0

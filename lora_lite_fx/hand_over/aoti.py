@@ -11,16 +11,14 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..adapters.hyperparameters import WithDropout, WithUpdateDropout
 from ..adapters.placement import Placement, configs_of, graph_of, placements
 from ..adapters.registry import to_config
 from ..adapters.switches import HasSwitches
@@ -32,9 +30,10 @@ from ..formats.untrusted_files import as_path
 from ..graph.insertion import SHARED, recorded
 from ..graph.tensors import outside_inference_mode, register_tensor, tensor_of
 from ..passes import input_name
+from ..sites.finding import find_sites
 from .check_package import check_package
 from .exported_program import exported, served
-from .folding import folding, scale_of
+from .folding import OF_ALPHA, OF_RANK, WITHOUT_EFFECT, Folding, folding, rank_dims
 from .served_graph import ServedGraph, Tensors
 from .swappable import FORMAT, KEY, TENSORS
 
@@ -44,15 +43,6 @@ _OPTIONS = {
     "joint_graph_constant_folding": False,  # else tensors of one element are
     "freezing": False,  # else all are folded into what is computed of them
 }
-_WHERE = {"dtype", "target_roles", "target_names", "exclude_names", "layers", "target_kinds", "slots"}
-_STARTS = {"train_A", "init_weights"}
-_UNREAD = (
-    _WHERE
-    | _STARTS
-    | {field.name for cls in (WithDropout, WithUpdateDropout) for field in fields(cls)}
-    - {field.name for field in fields(Variant)}
-)
-"""The fields of configs that do not change what an adapter computes in evaluation."""
 
 
 @outside_inference_mode()
@@ -186,16 +176,24 @@ def _exchanged(
 ) -> dict[str, Any]:
     """Return what a reader of the package has to know of the adapters that it exchanges."""
     read = {str(node.target) for node in graph.gm.graph.find_nodes(op="get_attr")}
-    slots = placed[0].variant.slots
+    slots, configs = placed[0].variant.slots, list(configs_of(placed, None))
+    folds = {members[0].adapter: folding(variant) for variant, members in configs}
+    assert isinstance(model, fx.GraphModule)
+    sites = {site.name: site for site in find_sites(model)}
     tensors = dict[str, Any]()
-    for short, full in (pair for each in placed for pair in each.tensors.items()):
-        tensor, is_shared = tensor_of(model, full), short.startswith(SHARED)
-        tensors[full] = {
-            "shape": list(tensor.shape if slots is None or is_shared else tensor.shape[1:]),  # of one adapter
-            "dtype": _name_of(tensor.dtype),
-            "read": full in read,
-            "shared": is_shared,
-        }
+    for each in placed:
+        known = folds[each.adapter]
+        ranks = rank_dims(each.local, sites[each.site]) if known.is_padded else {}
+        for short, full in each.tensors.items():
+            tensor, is_shared = tensor_of(model, full), short.startswith(SHARED)
+            tensors[full] = {
+                "shape": list(tensor.shape if slots is None or is_shared else tensor.shape[1:]),  # of one adapter
+                "dtype": _name_of(tensor.dtype),
+                "read": full in read,
+                "shared": is_shared,
+                "ranks": [dim - tensor.dim() for dim in ranks.get(short, ())],  # from the end
+                "scaled": short in known.scaled,
+            }
     return {
         "refused": {"put": "has no bank. The way out: load(name, file) and use(name)."}
         if slots is None
@@ -203,24 +201,23 @@ def _exchanged(
             "use": "has a bank. The way out: put(slot, file), and adapter_ids, the slot of each row, or -1 for none."
         },
         **({} if slots is None else {"slots": slots}),
-        "adapters": [_adapter(variant, members) for variant, members in configs_of(placed, None)],
+        "adapters": [_adapter(variant, members, folds[members[0].adapter]) for variant, members in configs],
         "coefficients": {input_name(name): _name_of(value.dtype) for name, value in scaled.items()},
         "tensors": tensors,
         "fingerprint": fingerprints(model, [placement.site for placement in placed]),
     }
 
 
-def _adapter(variant: Variant, members: Sequence[Placement]) -> dict[str, Any]:
+def _adapter(variant: Variant, members: Sequence[Placement], known: Folding) -> dict[str, Any]:
     """Return the description of one config of an adapter."""
     config = to_config(variant)
     config.pop("slots", None)
     return {
         "name": members[0].adapter_name,
         "config": config,
-        "unread": sorted(_UNREAD),
+        "unread": sorted(WITHOUT_EFFECT),
+        "folds": [*(OF_ALPHA if known.scaled else ()), *(OF_RANK if known.is_padded else ())],
         "tensors": {member.site: member.tensors for member in members},
-        "scales": {member.site: scale_of(member.local) for member in members},
-        "folds": folding(variant),
         "ties_to_weight": variant.ties_to_weight,
     }
 

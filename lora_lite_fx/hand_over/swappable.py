@@ -31,7 +31,6 @@ from torch import Tensor
 KEY = "lora_lite_fx"  # of the description in the package's metadata, and of the document in a file of `llfx.save`
 TENSORS = "lora_lite_fx/adapter.safetensors"  # the file inside the package with the adapter that it was saved with
 FORMAT = 1  # the version of the description
-_FOLDED = {"r", "alpha", "rank_pattern", "alpha_pattern", "rank_stabilized"}  # they say the rank and the scale alone
 _PLAIN = re.compile(r"[^*+?{(]*")  # patterns that are searched in bounded time: without repetitions and groups
 
 
@@ -241,7 +240,7 @@ def _written_for(
                     in_file = _name_in_file(short, site, index, seen[site, called], called)
                     if in_file not in state:
                         raise ValueError(f"{name}: the file lacks {in_file}.")
-                    written[full] = _folded(state[in_file], short, own, factors[site], spec["tensors"][full]["shape"])
+                    written[full] = _folded(state[in_file], spec["tensors"][full], factors[site])
                     taken.add(in_file)
                 seen[site, called] += 1
     except (KeyError, TypeError, AttributeError, ArithmeticError, re.error) as error:
@@ -265,18 +264,25 @@ def _factors(name: str, config: Mapping[str, Any], to: Mapping[str, Any]) -> dic
     every = sorted(config.keys() | own.keys(), key=lambda field: (field != "variant", field))
     differ = [field for field in every if field not in to["unread"] and config.get(field) != own.get(field)]
     for field in differ:
-        if to["folds"] is None or field not in _FOLDED:
+        if field not in to["folds"]:
             raise ValueError(
                 f"{name}: the adapter has {field}={config.get(field)!r}, and the {own['variant']} of the package has"
                 f" {own.get(field)!r}, for which its code was compiled. The way out: compile a package of this adapter."
             )
     if not differ:
         return dict.fromkeys(to["tensors"], 1.0)
-    return {site: _scale(name, config, own, site) / to["scales"][site] for site in to["tensors"]}
+    return {site: scale_of(name, config, own, site) / scale_of(name, own, own, site) for site in to["tensors"]}
 
 
-def _scale(name: str, config: Mapping[str, Any], own: Mapping[str, Any], site: str) -> float:
-    """Return the scale of an adapter at a site by its config, `alpha / r`; 1 for a variant without alpha."""
+def scale_of(name: str, config: Mapping[str, Any], own: Mapping[str, Any], site: str) -> float:
+    """Return the scale of an adapter at a site by its config, `alpha / r`; 1 for a variant without alpha.
+
+    Args:
+        name: of the adapter, for messages.
+        config: its config.
+        own: the config of the package, whose patterns are safe to search.
+        site: the name of the site.
+    """
     if "alpha" not in config:
         return 1.0
     values = {}
@@ -293,16 +299,14 @@ def _scale(name: str, config: Mapping[str, Any], own: Mapping[str, Any], site: s
     return float(values["alpha"]) / (math.sqrt(values["r"]) if config.get("rank_stabilized") else values["r"])
 
 
-def _folded(tensor: Tensor, short: str, to: Mapping[str, Any], factor: float, shape: list[int]) -> Tensor:
+def _folded(tensor: Tensor, entry: Mapping[str, Any], factor: float) -> Tensor:
     """Return a tensor of a file with zeros up to the rank of the package, and the scale in it."""
-    folds, count = to["folds"], tensor.dim()
-    if folds is None:
-        return tensor
+    count, shape = tensor.dim(), entry["shape"]
     if count == len(shape):
-        ranks = [dim + count for dim in folds["ranks"].get(short, ())]
+        ranks = [dim + count for dim in entry["ranks"]]
         more = [max(shape[dim] - tensor.shape[dim], 0) * (dim in ranks) for dim in range(count)]
         tensor = torch.nn.functional.pad(tensor, [size for room in reversed(more) for size in (0, room)])
-    return tensor if factor == 1 or short not in folds["scaled"] else (tensor.double() * factor).to(tensor.dtype)
+    return (tensor.double() * factor).to(tensor.dtype) if entry["scaled"] and factor != 1 else tensor
 
 
 def _check_tensors(name: str, entries: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -12,28 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..adapters.adapter_tensors import AdapterTensors
-from ..adapters.hyperparameters import WithDropout, WithRank, WithScale, WithUpdateDropout
-from ..adapters.placement import Placement, placements
+from ..adapters.hyperparameters import WithScale
+from ..adapters.placement import Placement, configs_of, placements
 from ..adapters.state import check_unscaled
 from ..adapters.switches import Switches, coefficients
 from ..adapters.variant import Variant
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..graph.insertion import DEFAULT, INLET, OUTLET, PASSED, TENSOR, Insertion, insertions, record
 from ..graph.tensors import register_tensor, tensor_of
 from ..rewriting.rewrite import insert_placed, without_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
+from .folding import OF_ALPHA, OF_RANK, WITHOUT_EFFECT, Folding, folding, rank_dims
 from .served_graph import as_graph
-
-_WITHOUT_EFFECT = frozenset(
-    field.name for cls in (Variant, WithDropout, WithUpdateDropout) for field in dataclasses.fields(cls)
-) | {"init_weights", "seed", "projection_seed", "train_A"}
-"""Fields that say where adapters are, how they start and how they train, and not what trained ones compute."""
-
-_OF_SCALE = frozenset({"alpha", "alpha_pattern", "r", "rank_pattern", "rank_stabilized"})
-"""Fields that say the scale, and otherwise shapes alone."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +37,14 @@ class ActingAdapter:
         tensors: its tensors, by the variant's names.
         coefficient: its coefficient, see `scaled`.
         index: of its config in the model.
+        folding: what its tensors can say.
     """
 
     placed: Placement
     tensors: Mapping[str, Tensor]
     coefficient: float
     index: int
+    folding: Folding
 
     @property
     def config(self) -> Variant:
@@ -60,34 +54,14 @@ class ActingAdapter:
     @property
     def label(self) -> str:
         """Its variant, with all that it computes by and that is not in its tensors: `HRA(orthogonal=True)`."""
-        config, shown = self.placed.variant, []
-        untold = _WITHOUT_EFFECT
-        if self.takes_scale or not isinstance(config, WithScale):
-            untold |= _OF_SCALE
+        config, told = self.placed.variant, []
+        untold = set(WITHOUT_EFFECT)
+        untold |= (OF_ALPHA if self.folding.scaled else set()) | (OF_RANK if self.folding.is_open else set())
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             if field.name not in untold and value != field.default:
-                shown.append(f"{field.name}={value!r}")
-        return type(config).__name__ + (f"({', '.join(shown)})" if shown else "")
-
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether it is a change `B A` of the weight: none where its tensors are zero, and scaled where `B` is."""
-        return bool(self.takes_scale) and self.config.low_rank_change(AdapterTensors(self.tensors)) is not None
-
-    @property
-    def takes_scale(self) -> tuple[str, ...]:
-        """The names of its tensors that take the scale; none of a user's class with a `forward` of its own.
-
-        That may compute something else than what the class says of which it is a subclass. It can say it for itself.
-        """
-        kind = type(self.config)
-        computes = next(cls for cls in kind.__mro__ if "forward" in vars(cls))
-        is_said = "takes_scale" in vars(computes) or computes.__module__.startswith(
-            Variant.__module__.partition(".")[0]
-        )
-        names = getattr(self.config, "takes_scale", ()) if is_said else ()
-        return tuple(name for name in names if name in self.tensors)
+                told.append(f"{field.name}={value!r}")
+        return type(config).__name__ + (f"({', '.join(told)})" if told else "")
 
     def values(self) -> dict[str, Tensor]:
         """Return its tensors by qualified name, with the scale in them, for a graph of `swappable_graph`.
@@ -95,32 +69,24 @@ class ActingAdapter:
         Raises:
             AdapterError: it has a coefficient that its tensors cannot take.
         """
-        config = self.config
-        scale = config.scale if self.takes_scale and isinstance(config, WithScale) else 1.0
-        if self.is_low_rank:
+        scale, scaled = 1.0, self.folding.scaled
+        if scaled and isinstance(self.config, WithScale):
+            scale = self.config.scale
+        if self.folding.is_addition:
             scale *= self.coefficient
         elif self.coefficient != 1:
             raise AdapterError(
-                f"{type(config).__name__} at {self.placed.site!r} has the coefficient {self.coefficient:g} of"
+                f"{type(self.config).__name__} at {self.placed.site!r} has the coefficient {self.coefficient:g} of"
                 " llfx.scaled, which its tensors cannot take. The way out: bake=True in the file of the model."
             )
-        values = {name: tensor * scale if name in self.takes_scale else tensor for name, tensor in self.tensors.items()}
+        values = {name: tensor * scale if name in scaled else tensor for name, tensor in self.tensors.items()}
         return {self.placed.tensors[name]: value.detach() for name, value in values.items()}
 
-    def rank_dims(self, site: Site) -> dict[str, list[int]]:
-        """Return the dimensions of its tensors that are the rank, by qualified name."""
-        own = self.config
-        if not isinstance(own, WithRank) or own.r == 1:  # torch.export takes a size of one for a constant
-            return {}
-        try:
-            double = replace(own, r=2 * own.r).tensor_specs(site)
-        except ConfigError:
-            return {}
-        dims = {}
-        for name, path in self.placed.tensors.items():
-            sizes = enumerate(zip(self.tensors[name].shape, double[name].shape if name in double else (), strict=False))
-            dims[path] = [dim for dim, pair in sizes if pair == (own.r, 2 * own.r)]
-        return dims
+    def open_dims(self, site: Site) -> dict[str, list[int]]:
+        """Return the dimensions of its tensors that may have any size, by qualified name."""
+        if not self.folding.is_open or getattr(self.config, "r", 1) == 1:
+            return {}  # torch.export takes a size of one for a constant
+        return {self.placed.tensors[name]: dims for name, dims in rank_dims(self.config, site).items()}
 
 
 def acting_adapters(model: nn.Module) -> list[ActingAdapter]:
@@ -137,12 +103,13 @@ def acting_adapters(model: nn.Module) -> list[ActingAdapter]:
     placed = [each for each in placements(model) if by_name is None or by_name.get(each.adapter_name) is not None]
     is_alone = len({each.adapter_name for each in placed}) == 1
     order = {index: place for place, index in enumerate(dict.fromkeys(each.adapter for each in placed))}
+    foldings = {members[0].adapter: folding(variant) for variant, members in configs_of(placed, None)}
     adapters = []
     for each in placed:
         tensors = {name: tensor_of(model, path) for name, path in each.tensors.items()}
         coefficient = 1.0 if by_name is None else by_name[each.adapter_name]
         new = replace(each, adapter_name=DEFAULT, adapter=order[each.adapter]) if is_alone else each
-        adapters.append(ActingAdapter(new, tensors, coefficient, each.adapter))
+        adapters.append(ActingAdapter(new, tensors, coefficient, each.adapter, foldings[each.adapter]))
     return adapters
 
 
@@ -185,7 +152,7 @@ def swappable_graph(
     switched = {
         (each.placed.adapter, each.placed.site): each.label
         for each in swapped
-        if not each.is_low_rank and not each.placed.variant.slots
+        if not each.folding.is_addition and not each.placed.variant.slots
     }
     labels = {label: f"acts_{index}" for index, label in enumerate(dict.fromkeys(switched.values()))}
     for insertion in insertions(base.flat_graph) if labels else ():
@@ -193,7 +160,7 @@ def swappable_graph(
             _put_switch(base, insertion, labels[label])
     dims = dict[str, Sequence[int]]()
     for each in swapped:
-        dims |= each.rank_dims(sites[each.placed.site])
+        dims |= each.open_dims(sites[each.placed.site])
     return SwappableGraph(base, labels, dims)
 
 
@@ -221,7 +188,7 @@ def _of_unit_scale(adapters: Iterable[ActingAdapter]) -> list[Placement]:
     placed: list[Placement] = []
     for members in by_index.values():
         variant = members[0].placed.variant
-        if members[0].takes_scale and isinstance(variant, WithScale):
+        if members[0].folding.scaled and isinstance(variant, WithScale):
             alphas = {each.placed.site: 1 / _per_alpha(each.config) for each in members}
             usual = alphas[members[0].placed.site]
             others = {f"^{re.escape(site)}$": alpha for site, alpha in alphas.items() if alpha != usual}
@@ -238,7 +205,8 @@ def _per_alpha(config: Any) -> float:
 def _put_switch(gm: fx.GraphModule, insertion: Insertion, name: str) -> None:
     """Let the readers of an adapter read what it replaces, where the buffer `name` is zero.
 
-    Safe because the readers get one of the two values to the bit, so that what is not chosen may be NaN.
+    Safe because the readers get one of the two values to the bit, so that what is not chosen may be NaN: a coefficient,
+    as in a package of AOTInductor, would make NaN of it, and runs the linear again where the adapter changes its input.
     """
     sides = [(INLET, insertion.inlet, insertion.x), (OUTLET, insertion.outlet, insertion.y)]
     sides += [(TENSOR, *pair) for pair in insertion.tensors_replaced.items()]

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 import lora_lite_fx.compat.dynamo as dynamo
 from lora_lite_fx.hand_over import aoti, swappable
-from lora_lite_fx.hand_over.folding import folding
 from lora_lite_fx.hand_over.swappable import Swappable
 from tests.support.captured import captured
 from tests.support.conformance import calibration, randomise, small
@@ -378,16 +377,6 @@ def test_other_files_are_not_packages(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path, found=metadata: Package(found))
         with pytest.raises(ValueError, match=r"has the format (None|9) of llfx.save_aoti, and this file reads 1"):
             Swappable(tmp_path / "m.pt2")
-
-
-def test_which_variants_take_other_ranks_and_scales() -> None:
-    b = {"ranks": {"lora_A": [-2], "lora_B": [-1]}, "scaled": ["lora_B"]}
-    assert [folding(cfg) for cfg in (llfx.LoRA(), llfx.EVA(), llfx.DoRA(rank_stabilized=True))] == [b, b, b]
-    assert folding(llfx.LoRA(bias=True)) == {**b, "scaled": ["lora_B", "lora_bias"]}
-    found = folding(llfx.PiSSA())
-    assert found is not None
-    assert found["scaled"] == ["lora_B", "lora_B0"]
-    assert [folding(cfg) for cfg in (llfx.HRA(), llfx.IA3(), llfx.OFT(), llfx.LoHa(), llfx.DeLoRA())] == [None] * 5
 
 
 # More packages.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters import registry
 from lora_lite_fx.hand_over import onnx_file
 from lora_lite_fx.testing.comparisons import perturb
+from tests.hand_over.test_folding import Squared
 from tests.support.conformance import close
 from tests.support.onnx_models import Session, Small, adapted, config, ids
 from tests.support.selection import broad_unless
@@ -51,14 +51,6 @@ def check_swaps(name: str, folder: Path) -> None:
 )
 def test_adapters_swap(name: str, tmp_path: Path) -> None:
     check_swaps(name, tmp_path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Squared(llfx.LoRA):
-    """A user's class that is not linear in `lora_B`, and inherits that LoRA is."""
-
-    def forward(self, x: Any, base: Any, p: Any) -> Any:
-        return base(x) + self.scale * (x @ p.lora_A.T @ p.lora_B.T) ** 2
 
 
 def test_a_class_does_not_inherit_where_its_scale_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +103,23 @@ def test_an_adapter_of_another_alpha_and_rank_runs_at_its_own_strength(tmp_path:
         llfx.scaled(other, {"default": 0.3})
         llfx.save_onnx_adapter(other, tmp_path / f"{index}")
         close(session(tmp_path / f"{index}", ids=X)[0], expected(other), 1e-5, str(cfg))
+
+
+def test_a_rank_that_the_program_computes_with_is_not_open(tmp_path: Path) -> None:
+    model, gm = adapted(config("DeLoRA"))
+    llfx.save_onnx(gm, tmp_path / "m.onnx")
+    llfx.save_onnx_adapter(adapted(config("DeLoRA", r=2), 2, model)[1], tmp_path / "a")
+    with pytest.raises(Exception, match=r"Invalid input name|invalid dimensions"):
+        Session(tmp_path / "m.onnx")(tmp_path / "a", ids=X)
+
+
+def test_a_coefficient_goes_into_what_is_added(tmp_path: Path) -> None:
+    model, gm = adapted(config("LoHa"))
+    llfx.save_onnx(gm, tmp_path / "m.onnx")
+    other = adapted(config("LoHa", r=2, alpha=5.0), 2, model)[1]
+    llfx.scaled(other, {"default": 0.3})
+    llfx.save_onnx_adapter(other, tmp_path / "a")
+    close(Session(tmp_path / "m.onnx")(tmp_path / "a", ids=X)[0], expected(other), 1e-5, "another rank and scale")
 
 
 def test_adapters_of_one_model_swap_whatever_their_names(tmp_path: Path) -> None:

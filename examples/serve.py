@@ -23,25 +23,23 @@ import argparse
 import asyncio
 import importlib.util
 import json
-import queue
 import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import Body, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 import lora_lite_fx as llfx
 
@@ -59,12 +57,6 @@ class Question(BaseModel):
     stream: bool = False
 
 
-class AdapterFile(BaseModel):
-    """Where an adapter is on the server's machine: a file of `save`, a PEFT directory, or diffusers' file."""
-
-    path: Path
-
-
 @dataclass(eq=False)
 class Request:
     """A question that waits or runs: its tokens, its slot, how many new ones it wants, and who gets them.
@@ -79,28 +71,21 @@ class Request:
     stopped: bool = False
 
 
-class Batch(BaseStreamer, transformers.StoppingCriteria):
-    """Requests that run together: takes the tokens from `generate`, and tells it which rows are done."""
+class Batch(transformers.StoppingCriteria):
+    """Requests that run together: `generate` asks after each token which rows are done, and they get theirs here."""
 
     def __init__(self, requests: list[Request], ends: set[int]) -> None:
         self.requests, self.ends, self.count = requests, ends, 0
 
-    def put(self, value: Tensor) -> None:
-        if value.dim() > 1:  # the prompts, which come first
-            return
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.count += 1
-        for request, token in zip(self.requests, value.tolist(), strict=True):
+        for request, token in zip(self.requests, input_ids[:, -1].tolist(), strict=True):
             if not request.stopped:
                 if token not in self.ends:
                     request.put(token)
                 if token in self.ends or self.count >= request.limit:
                     request.stopped = True
                     request.put(None)
-
-    def end(self) -> None:
-        """Do nothing, because each request has its end."""
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.tensor([request.stopped for request in self.requests], device=input_ids.device)
 
 
@@ -121,12 +106,12 @@ class Engine:
         self.ends = {*(ends if isinstance(ends, list) else [ends])}
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.slots: dict[str, int] = {}
+        self.waiting: deque[Request] = deque()
         self.unanswered: set[Request] = set()
         self.all_slots, self.lock = frozenset(range(slots)), threading.Lock()
-        self.jobs: queue.Queue[Request | Callable[[], None] | None] = queue.Queue()
-        self._run([Request([self.pad], -1, 2, lambda token: None) for _ in range(2)])  # captures the model
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
+        self.thread = ThreadPoolExecutor(1)
+        first = [Request([self.pad], -1, 2, lambda token: None) for _ in range(2)]
+        self.thread.submit(self._run, first).result()  # captures the model
 
     def ask(self, question: Question, put: Callable[[Any], object]) -> Request:
         """Let a question wait for the next batch."""
@@ -139,74 +124,48 @@ class Engine:
             raise HTTPException(
                 422, f"The prompt has {len(tokens)} tokens; with max_tokens 1 to {longest} are possible."
             )
-        if self.jobs.qsize() >= MOST_WAITING:
+        if len(self.waiting) >= MOST_WAITING:
             raise HTTPException(503, "Too many requests are waiting.")
         with self.lock:
-            if question.adapter is not None and question.adapter not in self.slots:
-                raise HTTPException(404, f"There is no adapter {question.adapter!r}; there are {sorted(self.slots)}.")
-            slot = -1 if question.adapter is None else self.slots[question.adapter]
+            slot = -1 if question.adapter is None else self._slot_of(question.adapter)
             request = Request(tokens, slot, question.max_tokens, put)
             self.unanswered.add(request)
-        self.jobs.put(request)
+        self.waiting.append(request)
+        self.thread.submit(self._answer)  # finds nothing to do where an earlier batch had room for this request
         return request
 
-    def load(self, name: str, path: Path) -> Future[None]:
-        """Load an adapter between two batches, into a free slot, and give it the name."""
-        done: Future[None] = Future()
-
-        def write() -> None:
-            try:
-                free = self.free_slots()
-                if not free:
-                    raise HTTPException(409, f"No slot is free. Remove an adapter first: {sorted(self.slots)}.")
-                llfx.load_slot(self.model, min(free), path)  # writes nothing if it fails
-                with self.lock:
-                    self.slots[name] = min(free)
-                done.set_result(None)
-            except (llfx.CheckpointError, llfx.AdapterError, llfx.ConfigError) as error:
-                done.set_exception(HTTPException(422, str(error)))
-            except Exception as error:
-                done.set_exception(error)
-
+    def load(self, name: str, path: Path) -> None:
+        """Load an adapter into a free slot, and give it the name. Called in the thread, so between two batches."""
         if not path.exists():  # load_slot would ask the Hub
             raise HTTPException(422, f"There is no {path}.")
-        self.jobs.put(write)
-        return done
+        free = self.free_slots()
+        if not free:
+            raise HTTPException(409, f"No slot is free. Remove an adapter first: {sorted(self.slots)}.")
+        try:
+            llfx.load_slot(self.model, min(free), path)  # writes nothing if it fails
+        except (llfx.CheckpointError, llfx.AdapterError, llfx.ConfigError) as error:
+            raise HTTPException(422, str(error)) from error
+        with self.lock:
+            self.slots[name] = min(free)
 
     def remove(self, name: str) -> None:
         """Remove an adapter; the requests that came before still get its answers."""
         with self.lock:
-            if self.slots.pop(name, None) is None:
-                raise HTTPException(404, f"There is no adapter {name!r}; there are {sorted(self.slots)}.")
+            self._slot_of(name)
+            del self.slots[name]
 
     def free_slots(self) -> frozenset[int]:
         """Return the slots that no adapter and no unanswered request has."""
         with self.lock:
             return self.all_slots - {*self.slots.values()} - {request.slot for request in self.unanswered}
 
-    def close(self) -> None:
-        """Answer what has come before, and end the thread."""
-        self.jobs.put(None)
-        self.thread.join()
+    def _slot_of(self, name: str) -> int:
+        if name not in self.slots:
+            raise HTTPException(404, f"There is no adapter {name!r}; there are {sorted(self.slots)}.")
+        return self.slots[name]
 
-    def _work(self) -> None:
-        waiting: deque[Any] = deque()  # requests, functions to call between batches, and None at the end
-        while True:
-            while not waiting or not self.jobs.empty():
-                waiting.append(self.jobs.get())
-            if not isinstance(waiting[0], Request):
-                job = waiting.popleft()
-                if job is None:
-                    return
-                job()
-                continue
-            batch: list[Request] = []
-            while waiting and isinstance(request := waiting[0], Request) and len(batch) < self.batch:
-                batch.append(request)
-                waiting.popleft()
-            self._answer(batch)
-
-    def _answer(self, batch: list[Request]) -> None:
+    def _answer(self) -> None:
+        batch = [self.waiting.popleft() for _ in range(min(self.batch, len(self.waiting)))]
         error = None
         try:
             if wanted := [request for request in batch if not request.stopped]:
@@ -225,7 +184,6 @@ class Engine:
         rows = [[self.pad] * gap + request.tokens for gap, request in zip(gaps, requests, strict=True)]
         mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
         slots = torch.tensor([request.slot for request in requests], device=self.model.device)
-        batch = Batch(requests, self.ends)
         with torch.no_grad(), llfx.by_row(self.model, slots):
             self.model.generate(
                 torch.tensor(rows, device=self.model.device),
@@ -233,8 +191,7 @@ class Engine:
                 max_new_tokens=max(request.limit for request in requests),
                 do_sample=False,
                 pad_token_id=self.pad,
-                streamer=batch,
-                stopping_criteria=transformers.StoppingCriteriaList([batch]),
+                stopping_criteria=transformers.StoppingCriteriaList([Batch(requests, self.ends)]),
             )
 
 
@@ -262,7 +219,7 @@ def make_app(engine: Engine) -> FastAPI:
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(engine.thread.shutdown)  # answers what has come before
 
     app = FastAPI(title="lora_lite_fx", lifespan=life)
 
@@ -286,8 +243,9 @@ def make_app(engine: Engine) -> FastAPI:
         return sorted(engine.slots)
 
     @app.put("/adapters/{name}")
-    async def put_adapter(name: str, file: AdapterFile) -> list[str]:
-        await asyncio.wrap_future(engine.load(name, file.path))
+    async def put_adapter(name: str, path: Annotated[Path, Body(embed=True)]) -> list[str]:
+        """Load an adapter from the server's machine: a file of `save`, a PEFT directory, or diffusers' file."""
+        await asyncio.get_running_loop().run_in_executor(engine.thread, engine.load, name, path)
         return sorted(engine.slots)
 
     @app.delete("/adapters/{name}")
@@ -297,8 +255,6 @@ def make_app(engine: Engine) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, int]:
-        if not engine.thread.is_alive():
-            raise HTTPException(503, "The thread of the model has ended.")
         return {"unanswered": len(engine.unanswered), "free_slots": len(engine.free_slots())}
 
     return app

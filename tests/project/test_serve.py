@@ -68,7 +68,7 @@ def answer(model: Any, prompt: str) -> str:
 def engine(base: Any) -> Iterator[Any]:
     engine = serve.Engine(base, tokenizer(), slots=3, rank=4, batch=4)
     yield engine
-    engine.close()
+    engine.thread.shutdown()
 
 
 @asynccontextmanager

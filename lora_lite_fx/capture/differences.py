@@ -112,6 +112,8 @@ def distance(ours: Any, theirs: Any) -> float:
         return math.inf if isinstance(ours, (bool, int, float, str)) and ours != theirs else 0.0
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return math.inf
+    if torch.equal(ours, theirs):  # the usual case, in a tenth of the time
+        return 0.0
     one, other = _wide(ours), _wide(theirs)
     same = (one == other) | (one.isnan() & other.isnan())
     gaps = (one - other).abs().where(~same, 0).nan_to_num(nan=math.inf, posinf=math.inf)
@@ -131,7 +133,8 @@ def largest(value: Any) -> float:
 def agree(one: Any, other: Any) -> bool:
     """Tell whether two results are the same to the rounding of their dtype."""
     tolerance = TOLERANCES.get(other.dtype, 0.0) if isinstance(other, Tensor) else 0.0
-    return distance(one, other) <= tolerance * max(1e-30, largest(other))
+    gap = distance(one, other)
+    return gap == 0 or gap <= tolerance * max(1e-30, largest(other))
 
 
 def _wide(tensor: Tensor) -> Tensor:

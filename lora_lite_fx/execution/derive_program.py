@@ -12,6 +12,7 @@ from ..capture.capture_model import call_of
 from ..capture.graph_calls import left_out_of_export, return_without
 from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
+from ..graph.calls_and_traces import collection_put_off
 from ..graph.copies import Draft, copy_graph
 from ..graph.modes import keep_mode
 from ..graph.writes import overwrites, written_attributes
@@ -24,6 +25,7 @@ from .program_state import RunsPrograms
 from .run_program import NUMBER, ROWS, Program, ProgramKey, part_of
 
 
+@collection_put_off()
 def derive_program(gm: RunsPrograms, key: ProgramKey) -> Program:
     """Return a new program for the calls that have this key."""
     execution = gm.execution

@@ -6,6 +6,7 @@ another thread would be recorded in the trace, and would take itself for a part 
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -57,3 +58,23 @@ def tracing() -> Iterator[None]:
         with _changed:
             _tracing.pop()
             _changed.notify_all()
+
+
+@contextmanager
+def collection_put_off() -> Iterator[None]:
+    """Collect no garbage in the body.
+
+    A capture makes a million objects, of which most stay: looking through them again and again takes a seventh of its
+    time. What no cycle keeps is freed at once as ever.
+    """
+    if not gc.isenabled():  # by the caller, or by a body around this one
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # else this would thaw what the caller has frozen
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation: what was made is not looked through at once
+        gc.enable()

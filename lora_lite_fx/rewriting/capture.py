@@ -26,6 +26,7 @@ from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.layer_nodes import require_layers
 from ..execution.module_checks import absent_tensors
 from ..execution.optimize import checkpoints_layers, execution_of
+from ..graph.calls_and_traces import collection_put_off
 from ..graph.modes import let_modes_be_one, set_modes
 from ..graph.tensors import keep_registration, outside_inference_mode, tensor_of
 from ..graph.writes import own_buffers, written_buffers
@@ -123,6 +124,7 @@ def _check_can_be_a_graph(model: nn.Module, adapter_names: Sequence[str]) -> Non
         )
 
 
+@collection_put_off()
 def base_graph(
     model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,

@@ -43,6 +43,7 @@ from ..errors import AdapterError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.memory_plan import Memory, check_memory
 from ..execution.plan_memory import plan_memory
+from ..graph.calls_and_traces import collection_put_off
 from ..graph.tensors import outside_inference_mode
 from ..log import phase, progress
 from ..passes import (
@@ -314,6 +315,7 @@ def insert_placed(
     _insert(gm, passes.values())
 
 
+@collection_put_off()
 def _insert(gm: fx.GraphModule, passes: Iterable[InsertAdapter]) -> None:
     """Run the passes that insert adapters.
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from ..graph.calls_and_traces import collection_put_off
 from ..graph.insertion import inner_name
 from ..graph.tensors import tensor_of
 from .computed import frozen_values
@@ -29,6 +30,7 @@ from .site import Site
 _Group = tuple[str, str, SiteKind, Hashable]
 
 
+@collection_put_off()
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """Return the sites of a graph in order of first execution, adapted or not. Adapters' own linears are not sites."""
     constants = _constants(gm.graph)

@@ -58,7 +58,7 @@ import transformers
 from benchmark_arms import ADAPTED, BASE, VARIANTS, Arm, Arms, capture, config
 from benchmark_cases import CASES
 from benchmark_report import Result
-from finetune import positive
+from finetune_options import positive
 from live_bytes import LiveBytes
 from torch import Tensor, nn
 from variants import flop_counter

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import finetune
+import finetune_model
 import peft
 import safetensors.torch
 import torch
@@ -35,7 +35,7 @@ VARIANTS = ("LoRA", "DoRA", "HRA", "DeLoRA", "IA3", "RoAd", "OFT")
 def config(variant: str, rank: int, case: Case) -> llfx.Variant:
     """Return the config of a variant at its default roles, or at all linears of a layer, which have no roles."""
     targets: dict[str, Any] = {"target_names": (".",)} if case.tokens else {}
-    return finetune.config(llfx.registry()[variant], rank, **targets)
+    return finetune_model.config(llfx.registry()[variant], rank, **targets)
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import finetune
 import torch
 import transformers
+from finetune_model import load_base
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -197,7 +197,7 @@ def _cache(model: Any, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _smollm2() -> nn.Module:
-    return finetune.load_base()
+    return load_base()
 
 
 def _llama(

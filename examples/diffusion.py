@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import finetune
 import matplotlib
 import torch
+from finetune_options import positive
+from finetune_training import warmup_cosine
 from matplotlib import pyplot
 from torch import Tensor
 from tqdm import tqdm
@@ -69,8 +70,8 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base-steps", type=finetune.positive, default=300, help="that train the base (default: %(default)s)")
-    add("--steps", type=finetune.positive, default=150, help="that train the adapters (default: %(default)s)")
+    add("--base-steps", type=positive, default=300, help="that train the base (default: %(default)s)")
+    add("--steps", type=positive, default=150, help="that train the adapters (default: %(default)s)")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     return parser.parse_args()
 
@@ -119,7 +120,7 @@ def train(model: Any, parameters: list[Any], draw: Any, steps: int, rate: float,
     """Train parameters of a UNet on images that `draw` draws."""
     model.train()
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: finetune.warmup_cosine(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     with tqdm(range(steps), unit="step", desc=f"training the {what}") as bar:
         for _ in bar:
             loss = loss_of(model, draw(BATCH))

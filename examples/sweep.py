@@ -19,10 +19,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import finetune
 import matplotlib
 import torch
 import transformers
+from finetune_options import positive
 from matplotlib import pyplot
 from torch import Tensor, fx
 from tqdm import tqdm
@@ -124,10 +124,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=Path, help="a file to compute the loss on; needs --model (default: random tokens)"
     )
-    parser.add_argument(
-        "--layers", type=finetune.positive, default=12, help="of the random model (default: %(default)s)"
-    )
-    parser.add_argument("--ranks", type=finetune.positive, nargs="+", default=[2, 4, 8, 16, 32], metavar="R")
+    parser.add_argument("--layers", type=positive, default=12, help="of the random model (default: %(default)s)")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8, 16, 32], metavar="R")
     parser.add_argument("--out", type=Path, default=Path("sweep.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args()
     if args.text and not args.model:

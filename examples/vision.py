@@ -21,10 +21,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import finetune
 import matplotlib
 import timm
 import torch
+from finetune_options import positive
+from finetune_training import warmup_cosine
 from matplotlib import pyplot
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -67,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name of a model of timm (default: its test_vit, for images of 32 pixels)")
     parser.add_argument("--pretrained", action="store_true", help="take timm's weights from the hub")
-    parser.add_argument("--steps", type=finetune.positive, default=300, help="of 32 images (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=300, help="of 32 images (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     return parser.parse_args()
 
@@ -117,7 +118,7 @@ def train(gm: Any, size: int, steps: int) -> list[float]:
     """Train the adapters and the head, and return the loss of each step."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(llfx.adapter_parameters(gm), lr=5e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: finetune.warmup_cosine(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     losses = []
     gm.train()
     with tqdm(range(steps), unit="step", desc="training") as bar:

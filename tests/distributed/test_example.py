@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import tokenizers
 import transformers
 
 import lora_lite_fx as llfx
-from tests.support.models import tiny_llama
+from tests.support.tiny_folder import write_tiny_folder
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300  # in which a run must begin to save, and must have ended
@@ -29,17 +28,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny model, its tokenizer, and a text."""
-    folder = tmp_path_factory.mktemp("model")
-    words = [f"w{i}" for i in range(40)]
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0").save_pretrained(folder)
-    config = tiny_llama(num_hidden_layers=2, vocab_size=40)
-    transformers.set_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    paragraphs = [" ".join(words[(3 * i + j * (i % 5 + 1)) % 40] for j in range(24)) for i in range(60)]
-    (folder / "text.txt").write_text("\n\n".join(paragraphs))
-    return folder
+    return write_tiny_folder(tmp_path_factory.mktemp("model"))
 
 
 @dataclass
@@ -70,7 +59,7 @@ class Run:
 def example(folder: Path, out: Path, *options: str, torchrun: bool = True) -> Iterator[Run]:
     """Start the example, and leave none of its processes behind."""
     command = [sys.executable, *(TORCHRUN if torchrun else ()), "examples/finetune.py", *(["--shard"] * torchrun)]
-    command += ["--model", str(folder), "--text", str(folder / "text.txt"), "--out", str(out), "--prompt", "w1 w2"]
+    command += ["--model", str(folder), "--data", str(folder / "text.txt"), "--out", str(out), "--prompt", "w1 w2"]
     command += ["--length", "8", "--batch", "4", *options]
     environment = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(

@@ -10,7 +10,7 @@ import benchmark
 import benchmark_arms
 import benchmark_cases as cases
 import benchmark_report as report
-import finetune
+import finetune_model
 import pytest
 import torch
 import transformers
@@ -174,7 +174,7 @@ def test_liger_is_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyP
 
 def test_the_pretrained_model_is_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = transformers.LlamaForCausalLM(tiny_llama())
-    monkeypatch.setattr(finetune, "location", lambda model: {"pretrained_model_name_or_path": "the wheel"})
+    monkeypatch.setattr(finetune_model, "location", lambda model: {"pretrained_model_name_or_path": "the wheel"})
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tiny)
     assert cases.CASES["smollm2"].build() is tiny
 

@@ -26,6 +26,7 @@ from .bake import is_baked
 from .differences import difference
 from .exported_program import exported, served
 from .served_graph import ServedGraph, Tensors
+from .targets import import_package
 
 BASE = "base"
 """The name of the file that has the tensors of the base, without its ending."""
@@ -78,8 +79,12 @@ def save_executorch(
         CheckpointError: the files cannot be written, or `base.ptd` cannot be read.
     """
     _check_arguments(name, largest)
-    _import_executorch()
-    folder = Path(folder)
+    for package in ("executorch.exir", "executorch.runtime"):
+        import_package(package, "executorch")
+    path = Path(folder) / f"{BASE}.ptd"
+    base = _read(path)
+    is_new = base is None
+    _tensors(base or b"", path)  # raises before anything is lowered
     adapters = set(adapter_tensor_names(model)) if isinstance(model, nn.Module) else set[str]()
     bake = bake is not False
 
@@ -93,9 +98,6 @@ def save_executorch(
             return _Files.of(graph, {n for n in _tensor_names(graph.gm) if n in adapters or is_baked(n)}, largest)
 
     files = lowered(bake)
-    path = folder / f"{BASE}.ptd"
-    base = _read(path)
-    is_new = base is None
     if base is None:
         if adapters:
             with active(model, []):
@@ -110,7 +112,7 @@ def save_executorch(
     _check_fit(files, base, path)
     files.check_run(base)
     contents = [(path, base)] if is_new else []
-    write_folders([[*contents, (folder / f"{name}.pte", files.program)]])
+    write_folders([[*contents, (path.with_name(f"{name}.pte"), files.program)]])
 
 
 @dataclass(frozen=True)
@@ -219,17 +221,6 @@ def _check_arguments(name: object, largest: object) -> None:
         raise ConfigError(f"name is a file name without an ending, such as 'fr', not {shown(name)}.")
     if not isinstance(largest, Sequence) or len(largest) != 2 or not all(type(n) is int and n > 0 for n in largest):
         raise ConfigError(f"largest is two sizes, of the batch and of each other open size, not {shown(largest)}.")
-
-
-def _import_executorch() -> None:
-    try:
-        import executorch.exir
-        import executorch.runtime  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"save_executorch needs ExecuTorch, which cannot be imported ({error}): pip install"
-            " 'lora_lite_fx[executorch]'"
-        ) from error
 
 
 def _check_devices(gm: fx.GraphModule) -> None:

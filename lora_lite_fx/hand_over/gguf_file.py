@@ -21,6 +21,7 @@ from ..formats.peft.base_model import source_of
 from ..formats.plain_lora import SiteFactors, plain_lora
 from ..formats.safetensors_files import check_finite
 from ..formats.untrusted_files import as_path
+from .targets import import_package
 
 _RUNTIME = "llama.cpp"
 _TYPES = (torch.float32, torch.float16)
@@ -132,7 +133,9 @@ def _tensors(
     Raises:
         AdapterError: llama.cpp has no tensor for a site, or reads it for another site too.
     """
-    names = _gguf().get_tensor_name_map(_number_of(architecture.name), config.num_hidden_layers)
+    gguf = import_package("gguf", "gguf")
+    kind = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture.name)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tensors: dict[str, Tensor] = {}
     for factors in found:
         site = factors.site
@@ -164,7 +167,7 @@ def _permuted(rows: Tensor, heads: int) -> Tensor:
 
 def _file(architecture: _Architecture, tensors: Mapping[str, Tensor]) -> bytes:
     """Return the content of the file."""
-    gguf = _gguf()
+    gguf = import_package("gguf", "gguf")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.gguf"
         writer = gguf.GGUFWriter(path, architecture.name)
@@ -178,16 +181,3 @@ def _file(architecture: _Architecture, tensors: Mapping[str, Tensor]) -> bytes:
         writer.write_tensors_to_file()
         writer.close()
         return path.read_bytes()
-
-
-def _number_of(name: str) -> Any:
-    """Return gguf's member for the name of an architecture."""
-    return next(number for number, known in _gguf().MODEL_ARCH_NAMES.items() if known == name)
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError("save_gguf needs the package gguf: pip install 'lora_lite_fx[gguf]'.") from error
-    return gguf

@@ -27,6 +27,7 @@ from .bake import make_constants
 from .exported_program import graph_of_call
 from .served_graph import ServedGraph, Tensors
 from .swappable_adapters import ActingAdapter, SwappableGraph, acting_adapters, swappable_graph
+from .targets import import_package
 
 _ONE_FILE = 1 << 30
 """Bytes of tensors that are a part of the file; larger models have them beside it, because protobuf ends at 2 GB."""
@@ -66,14 +67,14 @@ def save_onnx(
         bake: True for constants in place of all adapters, False for none. None for those that ONNX takes only so.
 
     Raises:
-        AdapterError: `model` is no such result; ONNX lacks an operator, whose site the message names; or the extra
-            `onnx` is not installed.
+        ImportError: a package of the extra `onnx` is missing.
+        AdapterError: `model` is no such result; or ONNX lacks an operator, whose site the message names.
         CallError, ConfigError: the inputs or outputs are not those of the model.
         CaptureError: the call of an adapted model cannot be captured.
         CheckpointError: the file cannot be written. What was there is unchanged.
     """
-    ir = _package("onnx_ir")
-    _package("onnxscript")
+    ir = import_package("onnx_ir", "onnx")
+    import_package("onnxscript", "onnx")
     graph, adapters, labels = _served(model, inputs, outputs, cache, bake)
     program = _exported(graph, adapters)
     try:
@@ -95,11 +96,12 @@ def save_onnx_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: of the file, `fr.onnx_adapter`.
 
     Raises:
-        AdapterError: no adapter acts; one is of a variant that is constants of the model's file; it has a coefficient
-            that its tensors cannot take; or the extra `onnx` is not installed.
+        ImportError: the package onnxruntime is missing.
+        AdapterError: no adapter acts; one is of a variant that is constants of the model's file; or one has a
+            coefficient that its tensors cannot take.
         CheckpointError: the file cannot be written. What was there is unchanged.
     """
-    ort = _package("onnxruntime")
+    ort = import_package("onnxruntime", "onnx")
     gm = graph_with_adapters(model)
     adapters = acting_adapters(gm)
     if not adapters:
@@ -122,13 +124,6 @@ def save_onnx_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         made = Path(folder) / "adapter"
         file.export_adapter(str(made))
         write_atomically(Path(path), made)
-
-
-def _package(name: str) -> Any:
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise AdapterError(f"ONNX files need the package {name}: pip install 'lora_lite_fx[onnx]'.") from error
 
 
 def _acts(label: str) -> str:

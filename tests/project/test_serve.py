@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -135,7 +136,9 @@ def test_nothing_is_lost_while_adapters_are_replaced_and_removed(
     files, expected = adapters
 
     async def asks(client: Any, number: int) -> None:
-        for turn in range(turns):
+        for turn in itertools.count():
+            if turn >= turns and counts.get("changes", 0) >= 2:
+                return
             prompt = PROMPTS[(number + turn) % len(PROMPTS)]
             name = ("fr", None, "fr", "guest")[(number + 2 * turn + turn // 3) % 4]
             answer = await ask(client, prompt, name, stream=number % 3 == 2)
@@ -175,5 +178,4 @@ def test_nothing_is_lost_while_adapters_are_replaced_and_removed(
     counts: dict[Any, int] = {}
     done = asyncio.Event()
     asyncio.run(run())
-    assert counts["changes"] >= 2
     assert counts["fr"] >= clients * turns // 3

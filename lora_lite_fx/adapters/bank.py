@@ -91,10 +91,11 @@ def check_slots(ids: Tensor, slots: int) -> None:
     """
     if not can_read_values(ids):
         return
-    wrong = ids[(ids < -1) | (ids >= slots)]
-    if len(wrong):
+    wrong = (ids < -1) | (ids >= slots)
+    if wrong.any():  # the one value that is read, for which a GPU is waited for
         raise AdapterError(
-            f"{IDS} has {int(wrong[0])}, and the bank has {slots} slots: 0 to {slots - 1}, and -1 for the frozen model."
+            f"{IDS} has {int(ids[wrong][0])}, and the bank has {slots} slots: 0 to {slots - 1}, and -1 for the frozen"
+            " model."
         )
 
 

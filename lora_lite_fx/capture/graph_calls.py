@@ -83,7 +83,7 @@ def call_like_the_model(graph: fx.Graph, signature: CallSignature) -> None:
     """Let what interprets `graph` call it by `signature`."""
     codegen = codegen_of(graph)
     if isinstance(codegen, PyTreeCodeGen):
-        _set(graph, codegen.pytree_info, (), signature)
+        _set(graph, codegen.pytree_info, further_inputs(graph), signature)
 
 
 def return_as(graph: fx.Graph, out_spec: pytree.TreeSpec | None) -> None:

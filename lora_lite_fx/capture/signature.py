@@ -8,8 +8,8 @@ served by a program that has the constants built in and computes only the result
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,6 +132,17 @@ class CallSignature:
                 raise self._no_tensor(name, value)
             values.append(value)
         return values, left_out
+
+    def moved(self, moved_device: Callable[[torch.device], torch.device]) -> CallSignature:
+        """Return the signature with the constants of its omissions on other devices."""
+        omissions = {
+            names: replace(
+                omission,
+                fills={at: replace(fill, device=moved_device(fill.device)) for at, fill in omission.fills.items()},
+            )
+            for names, omission in self.omissions.items()
+        }
+        return replace(self, omissions=omissions)
 
     @property
     def has_defaults(self) -> bool:

@@ -7,6 +7,7 @@ program, `derive_program.py` derives it at the first call of its kind, and `run_
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from ..adapters.state import trainable_parameters
 from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture_model import call_of
-from ..capture.graph_calls import return_as, take_further_inputs_from
+from ..capture.graph_calls import call_like_the_model, return_as, take_further_inputs_from
 from ..compat.torch import SeesMoves, constant_when_compiled, disable_current_modes
 from ..errors import AdapterError
 from ..graph.copies import share_signatures
@@ -30,7 +31,7 @@ from ..graph.tensors import delete_tensor, has_attribute, keep_registration, mod
 from ..ops.low_rank_products import let_flops_be_counted
 from ..passes import PassReport
 from ..passes import Program as Kind
-from .casting import follow_cast, follow_data
+from .casting import Moves, follow_cast, follow_move, moved_device, moves_of
 from .choose_program import Switched, constant_switches, forward_of_programs, input_switches
 from .cut_program import cut
 from .derive_program import derive_program, graph_while_exporting, optimized_graph
@@ -229,11 +230,21 @@ class AdaptedGraphModule(SeesMoves, RunsPrograms):
         if self.keeps_values:
             raise changed_inside("The model was moved or cast")
         follow_cast(self, fn)
-        follow_data(self, fn)
+        if moves := moves_of(self, fn):
+            self._follow_move(moves)
         self.drop_derived()
         apply()
         if self.own_switches.scales or self.own_switches.ids is not None:
             self.own_switches = self.own_switches.moved_to(tensor_of(self, adapter_tensor_names(self)[0]).device)
+
+    def _follow_move(self, moves: Moves) -> None:
+        with disable_current_modes():  # as in `_derive`
+            follow_move(self, moves)
+        if self.execution is not None and self.execution.signature is not None:
+            signature = self.execution.signature.moved(lambda device: moved_device(device, moves))
+            self.execution = replace(self.execution, signature=signature)
+            call_like_the_model(self.flat_graph, signature)
+        self.recompile()
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -13,11 +13,11 @@ from ..adapters.bank import IDS, check_ids, check_rows, check_slots, ids_of
 from ..adapters.placement import bank_slots
 from ..adapters.switches import Switches
 from ..capture.graph_calls import count_arguments
-from ..compat.torch import pytree, trace_is_active
+from ..compat.torch import pytree, trace_is_active, version_of
 from ..sites.batch.batch_dimension import inputs_with_rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class BankInputs:
     """The input `adapter_ids` of a graph.
 
@@ -25,11 +25,13 @@ class BankInputs:
         slots: the number of slots of each bank, by name.
         with_rows: the indices of the inputs whose first dimension is the batch.
         arguments: how many arguments the graph takes by position, with the ids.
+        checked: the ids that were checked last, how often they had been written to, and the slots that they fit.
     """
 
     slots: Mapping[str, int]
     with_rows: tuple[int, ...]
     arguments: int
+    checked: tuple[Tensor, tuple[int, int]] | None = None
 
     @classmethod
     def of(cls, gm: fx.GraphModule, graph: fx.Graph) -> BankInputs | None:
@@ -77,5 +79,15 @@ class BankInputs:
         for index in self.with_rows:
             if isinstance(leaves[index], Tensor):
                 check_rows(checked, leaves[index].shape[0])
-        check_slots(checked, min(slots))
+        self._check_slots(checked, min(slots))
         return {IDS: checked}
+
+    def _check_slots(self, ids: Tensor, slots: int) -> None:
+        """Check ids against a number of slots: once as long as nothing writes to them, because that reads values."""
+        if torch.compiler.is_compiling() or ids.is_inference():  # whose writes are not counted
+            check_slots(ids, slots)
+            return
+        known, state = self.checked, (version_of(ids), slots)
+        if known is None or known[0] is not ids or known[1] != state:
+            check_slots(ids, slots)
+            self.checked = ids, state

@@ -1,13 +1,14 @@
-"""What a cast of an adapted graph's tensors, such as `gm.to(torch.bfloat16)`, means for the graph itself.
+"""What a cast or a move of an adapted graph's tensors, such as `gm.to(torch.bfloat16)`, means for the graph itself.
 
 A graph that holds no dtypes computes in those of its tensors, so that only the recorded dtypes of its values change.
 Most graphs that are exported hold some: `x.to(y.dtype)` in a model becomes a cast to the dtype that `y` had at capture.
+The devices that it holds become those of the move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from itertools import chain
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from ..compat.torch import ENTER_AUTOCAST, FakeTensor
 from ..errors import AdapterError
+from ..graph.regions import AUTOCAST_REGION
 
-_META = torch.device("meta")
+Moves = Mapping[torch.device, torch.device]
+"""Where the tensors of each device are moved to."""
 
 
 def follow_cast(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
@@ -49,26 +53,41 @@ def follow_cast(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
             node.meta["val"] = map_aggregate(node.meta["val"], lambda value: _cast(value, casts))
 
 
-def follow_data(gm: fx.GraphModule, fn: Callable[[Tensor], Tensor]) -> None:
-    """Let a graph that was captured on the device "meta" be one of the device where its tensors get memory.
+def moves_of(gm: nn.Module, fn: Callable[[Tensor], Tensor]) -> Moves:
+    """Return the devices that `fn`, as `nn.Module._apply` gets it, moves tensors of `gm` from, and where to."""
+    moves: dict[torch.device, torch.device] = {}
+    for device in dict.fromkeys(tensor.device for tensor in chain(gm.parameters(), gm.buffers())):
+        with suppress(Exception), torch.no_grad():  # as in `_casts`
+            new = fn(torch.empty(0, device=device)).device
+            moves |= {device: new} if new != device else {}
+    return moves
 
-    Args:
-        gm: the graph; the devices that it holds change.
-        fn: what is to be applied to each tensor, as `nn.Module._apply` gets it.
+
+def moved_device(item: Any, moves: Moves) -> Any:
+    """Return where a device is moved to, and anything else as it is.
+
+    A device without an index is the one of its type that is moved.
     """
-    if not any(parameter.is_meta for parameter in gm.parameters()):
-        return
-    device = _META
-    with suppress(Exception), torch.no_grad():
-        device = fn(torch.empty(0, device=_META)).device
-    if device == _META:
-        return
+    if not isinstance(item, torch.device):
+        return item
+    alike = (new for old, new in moves.items() if item.index is None and item.type == old.type)
+    return moves.get(item) or next(alike, item)
+
+
+def follow_move(gm: fx.GraphModule, moves: Moves) -> None:
+    """Let the graph follow a move of its tensors to other devices.
+
+    A graph holds devices: of the tensors that it makes, and of regions of autocast.
+    """
+    kinds = {old.type: new.type for old, new in moves.items()}
     for part in [module for module in gm.modules() if isinstance(module, fx.GraphModule)]:
         for node in part.graph.nodes:
-            node.args = map_aggregate(node.args, lambda item: device if item == _META else item)
-            node.kwargs = map_aggregate(node.kwargs, lambda item: device if item == _META else item)
+            node.args = map_aggregate(node.args, lambda item: moved_device(item, moves))
+            node.kwargs = map_aggregate(node.kwargs, lambda item: moved_device(item, moves))
+            if node.target in (ENTER_AUTOCAST, AUTOCAST_REGION):
+                node.update_arg(0, kinds.get(node.args[0], node.args[0]))
             if "val" in node.meta:
-                node.meta["val"] = map_aggregate(node.meta["val"], lambda value: _moved(value, device))
+                node.meta["val"] = map_aggregate(node.meta["val"], lambda value: _moved(value, moves))
         if part is not gm:  # the body of a region, which programs call by its code
             part.recompile()
 
@@ -89,6 +108,27 @@ def describe_cast(gm: fx.GraphModule, host: nn.Module) -> str:
     return ""
 
 
+def describe_move(gm: fx.GraphModule, host: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """Return which input or tensor of a call is on another device than the graph, and the way out; empty if none is.
+
+    Args:
+        gm: a graph with the devices of its capture, or of its last move.
+        host: the module whose tensors it reads.
+        inputs: those of the call, by name.
+    """
+    named = chain(host.named_parameters(remove_duplicate=False), host.named_buffers(remove_duplicate=False))
+    tensors = {"placeholder": inputs, "get_attr": dict(named)}
+    for node in (node for op in tensors for node in gm.graph.find_nodes(op=op)):
+        tensor, value = tensors[node.op].get(str(node.target)), node.meta.get("val")
+        if not isinstance(tensor, Tensor) or not isinstance(value, Tensor) or tensor.device == value.device:
+            continue
+        said = f"{node.target} is on {tensor.device} in this call, and the graph is on {value.device}"
+        if node.op == "placeholder":
+            return f'{said}. The way out: model.to("{tensor.device}"), or {node.target}.to("{value.device}")'
+        return f'{said}. The way out: model.to("{tensor.device}") moves all of its tensors, and the graph'
+    return ""
+
+
 def _casts(gm: nn.Module, fn: Callable[[Tensor], Tensor]) -> dict[torch.dtype, torch.dtype]:
     """Return the floating-point dtypes of the tensors that `fn` changes, and what it makes of them."""
     tensors: Iterable[Tensor] = chain(gm.parameters(), gm.buffers())
@@ -105,8 +145,11 @@ def _cast(value: Any, casts: dict[torch.dtype, torch.dtype]) -> Any:
     return value.to(casts[value.dtype]) if isinstance(value, Tensor) and value.dtype in casts else value
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) and value.device == _META else value
+def _moved(value: Any, moves: Moves) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    with value.fake_mode if isinstance(value, FakeTensor) else nullcontext():
+        return value.to(moved_device(value.device, moves))
 
 
 def _name(dtype: torch.dtype) -> str:

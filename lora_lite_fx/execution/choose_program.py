@@ -6,7 +6,7 @@ Read this file first, then `derive_program.py` and `run_program.py`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ..graph.modes import one_mode
 from ..graph.sharded import is_sharded
 from ..passes import Program as Kind
 from ..passes import input_name
-from .casting import describe_cast
+from .casting import describe_cast, describe_move
 from .program_state import RunsPrograms
 from .run_program import NUMBER, ROWS, Program
 
@@ -63,7 +63,7 @@ def forward_of_programs(plain: Callable[..., Any], gm: RunsPrograms) -> Callable
             try:
                 return run(self, *args, **kwargs)
             except (RuntimeError, AssertionError) as error:
-                if (message := _explained(error, self)) is None:
+                if (message := _explained(error, self, args, kwargs)) is None:
                     raise
                 raise CallError(message) from (None if is_other_decision(error) else error)
 
@@ -76,7 +76,9 @@ def forward_of_programs(plain: Callable[..., Any], gm: RunsPrograms) -> Callable
     return forward
 
 
-def _explained(error: RuntimeError | AssertionError, gm: RunsPrograms) -> str | None:
+def _explained(
+    error: RuntimeError | AssertionError, gm: RunsPrograms, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
     """Return why a call failed and the way out, where the graph knows; None where it does not."""
     if isinstance(error, AssertionError):
         if (condition := failed_guard(error)) is None:
@@ -87,6 +89,11 @@ def _explained(error: RuntimeError | AssertionError, gm: RunsPrograms) -> str | 
         )
     if is_other_decision(error):
         return str(error)
+    signature = None if gm.execution is None else gm.execution.signature
+    inputs = (str(node.target) for node in gm.graph.find_nodes(op="placeholder"))
+    names = inputs if signature is None else signature.positional
+    if move := describe_move(gm, gm.host, {**dict(zip(names, args, strict=False)), **kwargs}):
+        return f"{move}."
     if not (cast := describe_cast(gm, gm.host)):
         return None
     way_out = "cast the model before it is adapted, model.to(torch.bfloat16)"

@@ -84,3 +84,8 @@ def can_read_values(tensor: Tensor) -> bool:
     if transform_is_active() or trace_is_active():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def reading_waits(tensor: Tensor) -> bool:
+    """Check whether a process that reads a value of `tensor` waits for all work that it has given to a device."""
+    return tensor.device.type != "cpu"

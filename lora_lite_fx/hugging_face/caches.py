@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..capture.forward_signature import forward_signature
 from ..graph.modes import in_mode
+from ..graph.tensors import has_values
 
 # Every dynamic dimension of an example has a size of its own, and none is one: torch.export specializes ones.
 BATCH, LENGTH, PAST = 3, 7, 5
@@ -106,7 +107,8 @@ def probe(model: Any) -> Decoder | None:
         longer = torch.cat([mask, mask[:, -1:]], dim=1)
         if run(input_ids=ids[:, :1], attention_mask=longer, **{CACHE: copy.deepcopy(result[CACHE])}) is None:
             return None
-    if unpadded is not None and _sees_behind(unpadded.logits) != _sees_behind(result.logits):
+    can_tell = unpadded is not None and has_values(unpadded.logits)
+    if can_tell and _sees_behind(unpadded.logits) != _sees_behind(result.logits):
         return None
     layers = result[CACHE].layers
     known = (DynamicLayer, DynamicSlidingWindowLayer)

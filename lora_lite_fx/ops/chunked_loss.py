@@ -2,7 +2,8 @@
 
 The logits of a language model are by far its largest values: a row as long as the vocabulary for each token. In
 training nobody needs them but the loss. `ChunkedLoss` multiplies only the rows that have a label, a chunk of them at a
-time, and computes the gradients of what the logits are computed of at once. So it saves a narrow row per token.
+time, and computes the gradients of what the logits are computed of at once. So it saves a narrow row per token. On a
+GPU it multiplies all rows, because the process would wait for the number of those with a label.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import AdapterError, CallError
-from ..graph.direct_calls import ORDINARY
+from ..graph.direct_calls import ORDINARY, reading_waits
 
 _FEWEST_ROWS = 512
 """Of a chunk. With fewer rows, a product with the weight of a head takes longer for each of them."""
@@ -179,26 +180,27 @@ class ChunkedLoss:
                 else None
                 for index, (operand, need) in enumerate(zip(used, needed, strict=True))
             ]
-            kept = (labels != self.ignore_index).nonzero().squeeze(1)
+            counts = labels != self.ignore_index
+            with_ignored = reading_waits(labels)  # for how many rows count
+            kept = torch.arange(len(labels), device=labels.device) if with_ignored else counts.nonzero().squeeze(1)
             losses = []
             for places in kept.chunk(self._chunks(kept, rows)):
                 values = self.values([*(operand[places] for operand in rows), *shared])
                 logits, targets = values[-1], labels[places]
                 log_probabilities = F.log_softmax(logits, -1, dtype=_wide(logits))
-                losses.append(F.nll_loss(log_probabilities, targets, reduction="sum"))
+                losses.append(F.nll_loss(log_probabilities, targets, ignore_index=self.ignore_index, reduction="sum"))
                 if not any(needed):
                     continue
-                of_logits = log_probabilities.exp_()  # in place: the probabilities, less one at the label
-                at_labels = targets.unsqueeze(1)
-                of_logits.scatter_(1, at_labels, of_logits.gather(1, at_labels) - 1)
+                of_logits = _of_logits(log_probabilities, targets, counts[places] if with_ignored else None)
                 found = self.gradients(values, of_logits.to(logits.dtype), needed)
                 for index, (total, gradient) in enumerate(zip(totals, found, strict=True)):
                     if total is not None and gradient is not None:
                         total.index_copy_(0, places, gradient) if index < self.rows else total.add_(gradient)
             loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-            share = loss.new_tensor(1 / max(len(kept), 1) if self.is_mean else 1.0)
+            share = loss.new_ones(())
             if self.is_mean:
-                loss = loss / len(kept) if len(kept) else loss.new_tensor(torch.nan)
+                number = counts.sum()
+                share, loss = share / number.clamp(min=1), loss / number
             gradients = [t.to(operand.dtype) for t, operand in zip(totals, operands, strict=True) if t is not None]
             return [loss.to(_wide(logits) if low is not None else logits.dtype), share, *gradients]
 
@@ -228,6 +230,21 @@ class ChunkedLoss:
 
 def _operands(step: Step, values: Sequence[Any]) -> list[Any]:
     return [values[operand] if isinstance(operand, int) else operand for operand in step.operands]
+
+
+def _of_logits(log_probabilities: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
+    """Return the gradient of the summed loss of some rows, in the memory of the log-probabilities.
+
+    Args:
+        log_probabilities: `(rows, classes)`.
+        targets: `(rows,)`.
+        counts: which rows count; None for all.
+    """
+    of_logits, at_labels = log_probabilities.exp_(), targets.unsqueeze(1)
+    if counts is not None:
+        at_labels = at_labels.where(counts.unsqueeze(1), 0)
+    of_logits.scatter_(1, at_labels, of_logits.gather(1, at_labels) - 1)  # the probabilities, less one at the label
+    return of_logits if counts is None else of_logits.masked_fill_(~counts.unsqueeze(1), 0)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

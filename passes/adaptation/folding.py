@@ -139,7 +139,7 @@ def _merge_matrix(
     # In float32 at least, so that folding into a half-precision weight rounds once.
     exact = torch.promote_types(weight.dtype, torch.float32)
     matrix, shift = _folded(site, weight.to(exact), None if bias is None else bias.to(exact), adapters)
-    needs_bias = bias is not None or bool(shift.any())
+    needs_bias = bias is not None or not has_values(shift) or bool(shift.any())
     merged = _rounded(site, "weight", matrix, weight)
     return merged, _rounded(site, "bias", shift, weight if bias is None else bias) if needs_bias else None
 

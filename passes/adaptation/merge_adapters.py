@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ...errors import AdapterError
 from ...graph.insertion import leads_only_to
-from ...graph.tensors import register_tensor, tensor_of
+from ...graph.tensors import has_values, register_tensor, tensor_of
 from ...sites.computed import Computation, frozen_values
 from ...sites.dialects import match_site
 from ...sites.finding import find_sites
@@ -74,7 +74,7 @@ def _require_read(gm: fx.GraphModule, merged: MergedSite) -> None:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.nan_to_num(), other.nan_to_num())
+    return not has_values(one) or torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _replace(

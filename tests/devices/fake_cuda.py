@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite_fx as llfx
+from lora_lite_fx.compat.torch import disable_current_modes as no_modes
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "C3A": {"block_size": 8},
+    "OFT": {"block_size": 16},
     "PSOFT": {"r": 4},
     "RoAd": {"group_size": 8},
     "TrainableTokens": {"token_indices": (1, 2)},
@@ -28,10 +30,15 @@ _FIELDS: dict[str, dict[str, Any]] = {
 """Fields of variants whose defaults do not fit sites this small."""
 
 FROM_DATA = {"AntiPaSTO", "EVA"}
-"""Variants that start from the values of a calibration."""
+"""Variants that start from the values of a calibration: they are inserted on the CPU, and the graph is moved."""
 
 
-_FAKE = FakeTensorMode()
+class _Mode(FakeTensorMode):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:  # else a copied tensor would not mix with others
+        return self
+
+
+_FAKE = _Mode()
 _graphs: dict[Any, Any] = {}
 
 
@@ -48,7 +55,7 @@ def model(dtype: torch.dtype) -> Any:
     torch.set_default_dtype(dtype)
     try:
         config = LlamaConfig(
-            vocab_size=32,
+            vocab_size=64,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
@@ -61,10 +68,10 @@ def model(dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def tokens() -> dict[str, Tensor]:
+def tokens(labels: bool = True) -> dict[str, Tensor]:
     """Return the inputs of a call of two rows, on the device of now."""
-    ids = torch.randint(0, 32, (2, 9))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    ids = torch.randint(0, 64, (2, 9))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"labels": ids} if labels else {})
 
 
 def config(name: str, **fields: Any) -> llfx.Variant:
@@ -72,10 +79,10 @@ def config(name: str, **fields: Any) -> llfx.Variant:
     return llfx.registry()[name](**{**_FIELDS.get(name, {}), **fields})
 
 
-def captured(dtype: torch.dtype, **options: Any) -> Any:
+def captured(dtype: torch.dtype, labels: bool = True, **options: Any) -> Any:
     """Return the graph of the model, and the inputs that it was captured with."""
-    inputs = tokens()
-    key = inputs["input_ids"].device, dtype, *options.items()
+    inputs = tokens(labels)
+    key = inputs["input_ids"].device, dtype, labels, *options.items()
     if key not in _graphs:  # a rewritten graph is a copy
         _graphs[key] = llfx.capture(model(dtype), dict(inputs), verify=False, **options)
     return _graphs[key], inputs
@@ -83,8 +90,34 @@ def captured(dtype: torch.dtype, **options: Any) -> Any:
 
 def rewritten(name: str, dtype: torch.dtype, **options: Any) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     """Return a rewritten graph, and inputs for it."""
+    if name in FROM_DATA:
+        return moved(name, dtype, **options)
     graph, inputs = captured(dtype, **options)
     return llfx.rewrite(graph, config(name)), inputs
+
+
+def moved(name: str, dtype: torch.dtype, **options: Any) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """Return a graph that was rewritten on the CPU and moved to the device of now, and inputs for it."""
+    inputs = tokens(options.get("labels", True))
+    device = inputs["input_ids"].device
+    with no_modes(), torch.device("cpu"):
+        graph, on_cpu = captured(dtype, **options)
+        gm = llfx.rewrite(graph, config(name), calibration=[on_cpu] if name in FROM_DATA else None)
+    if device.type == "cuda":
+        gm._apply(lambda tensor: (tensor if isinstance(tensor, FakeTensor) else _FAKE.from_tensor(tensor)).to(device))
+    return gm, inputs
+
+
+@contextmanager
+def autocast(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Compute products in `dtype` in the body: `torch.autocast` does not on a device that is not there."""
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, False)
+        torch.clear_autocast_cache()
 
 
 def kinds_of(result: Any) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

@@ -83,8 +83,8 @@ MUTANTS = (
         "test_gradients_of_gradients_are_refused",
     ),
     _operation(
-        "share = loss.new_tensor(1 / max(len(kept), 1) if self.is_mean else 1.0)",
-        "share = loss.new_tensor(1.0)",
+        "share, loss = share / number.clamp(min=1), loss / number",
+        "loss = loss / number",
         "the gradient is that of the sum",
         "test_loss_and_gradients_are_those_of_all_logits",
     ),

@@ -25,6 +25,20 @@ MUTANTS = (
         "attention goes by the values that the mask had before it was overwritten",
         "test_conditions.py::test_a_mask_that_is_overwritten_is_not_left_out",
     ),
+    _mutant(
+        "leave_out_mask",
+        "None if overwrites(gm, gm.graph) else _sizes(mask)",
+        "_sizes(mask)",
+        "a mask into which values are written is looked at in the first call alone",
+        "test_conditions.py::test_a_mask_is_looked_at_once_for_each_size_if_it_follows_from_sizes",
+    ),
+    _mutant(
+        "leave_out_mask",
+        "if not all(_is_size(node) or",
+        "if not any(_is_size(node) or",
+        "a mask that follows from values is looked at in the first call alone",
+        "test_conditions.py::test_a_mask_is_looked_at_once_for_each_size_if_it_follows_from_sizes",
+    ),
     Mutant(
         "lora_lite_fx/graph/queries.py",
         "isinstance(mask, fx.Node) and dtype_of(mask) is torch.bool",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from lora_lite_fx.ops.attention_mask import as_numbers, needed_mask
+from lora_lite_fx.ops import attention_mask
+from lora_lite_fx.ops.attention_mask import MaskOfSizes, as_numbers, needed_mask
 
 CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril()
 SEEN = torch.ones(4, 4, dtype=torch.bool)
@@ -70,6 +73,8 @@ def test_attention_computes_the_same(batch: int, queries: int, keys: int, seed: 
     mask |= ~mask.any(-1, keepdim=True)  # attention of a query that sees nothing is not defined
     q, k, v = (torch.randn(batch, 2, n, 3, generator=generator, dtype=torch.float64) for n in (queries, keys, keys))
     kept, causal = needed_mask(mask)
+    with mock.patch.object(attention_mask, "reading_waits", return_value=True):
+        assert needed_mask(mask) == (kept, causal)
     expected = F.scaled_dot_product_attention(q, k, v, mask)
     for needed in (kept, as_numbers(kept, q.dtype)):
         actual = F.scaled_dot_product_attention(q, k, v, needed, is_causal=causal)
@@ -92,3 +97,15 @@ def test_a_trace_records_no_answer() -> None:
     kept = torch.vmap(lambda mask: needed_mask(mask)[0])(SEEN[None])
     assert kept is not None
     assert torch.equal(kept, SEEN[None])
+
+
+def test_a_mask_of_sizes_is_looked_at_once_for_each_of_them() -> None:
+    of_sizes = MaskOfSizes()
+    assert of_sizes(CAUSAL, 4, 4) == (None, True)
+    assert of_sizes(CAUSAL[:, :2], 4, 2)[0] is not None
+    with mock.patch.object(attention_mask, "needed_mask", side_effect=AssertionError):
+        assert of_sizes(CAUSAL, 4, 4) == (None, True)
+        mask, causal = of_sizes(CAUSAL[:, :2], 4, 2)
+        with pytest.raises(AssertionError):
+            of_sizes(SEEN, 4, 1)
+    assert (mask is None, causal) == (False, False)

@@ -96,9 +96,16 @@ def assert_close(ours: Sequence[Tensor], expected: Sequence[Tensor], dtype: torc
 @pytest.mark.parametrize("pattern", ["all", "half", "one", "none"])
 @pytest.mark.parametrize("is_mean", [True, False])
 @pytest.mark.parametrize("kind", [PLAIN, FULL, OTHERS], ids=["plain", "full", "others"])
+@pytest.mark.parametrize("waits", [False, True], ids=["cpu", "gpu"])
 def test_loss_and_gradients_are_those_of_all_logits(
-    kind: ChunkedLoss, is_mean: bool, pattern: str, dtype: torch.dtype
+    kind: ChunkedLoss,
+    is_mean: bool,
+    pattern: str,
+    dtype: torch.dtype,
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(chunked_loss, "reading_waits", lambda labels: waits)
     steps = tuple(step for step in kind.steps if step.name != "to") if dtype is torch.float64 else kind.steps
     loss = ChunkedLoss(steps, kind.rows, CLASSES, kind.ignore_index, is_mean)
     operands, labels = operands_of(kind, dtype), labels_of(pattern, kind.ignore_index)

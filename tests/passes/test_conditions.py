@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from lora_lite_fx.ops.attention_mask import MaskOfSizes
 from lora_lite_fx.ops.rotated_blocks import rotated_blocks
 from lora_lite_fx.ops.rotated_pairs import rotated_pairs
 from lora_lite_fx.passes import (
@@ -22,6 +24,7 @@ from lora_lite_fx.passes import (
     GatherProducts,
     GroupHeads,
     LeaveOutMask,
+    Pipeline,
     PutFastForms,
     RecomputeInputs,
     ShareSiblings,
@@ -71,6 +74,32 @@ def test_a_mask_that_is_overwritten_is_not_left_out() -> None:
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     check(exported(overwritten_between, heads(2), causal), LeaveOutMask(), heads(2), causal, edits=0)
     check(exported(twice, heads(2), causal), LeaveOutMask(), heads(2), causal, edits=1)
+
+
+def of_sizes(m: Any, q: Tensor, k: Tensor) -> Any:
+    return attention(q, k, k, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril())
+
+
+def of_values(m: Any, q: Tensor, k: Tensor) -> Any:
+    return attention(q, k, k, (k[0, 0, :, :1] > 0).expand(-1, q.shape[-2]).t())
+
+
+def overwritten_with_values(m: Any, q: Tensor, k: Tensor) -> Any:
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
+    seen[:, :1] = k[0, 0, :1, :1] > 0
+    return attention(q, k, k, seen.tril())
+
+
+@pytest.mark.parametrize(
+    ("function", "target"),
+    [(of_sizes, MaskOfSizes), (of_values, FunctionType), (overwritten_with_values, FunctionType)],
+    ids=["sizes", "values", "overwritten"],
+)
+def test_a_mask_is_looked_at_once_for_each_size_if_it_follows_from_sizes(function: Any, target: type) -> None:
+    gm = exported(function, heads(2), heads(2))
+    Pipeline((LeaveOutMask(),)).run(gm)
+    (look,) = (node for node in gm.graph.nodes if getattr(node.target, "__name__", "") == "needed_mask")
+    assert isinstance(look.target, target)
 
 
 def test_a_mask_that_is_overwritten_is_not_converted() -> None:

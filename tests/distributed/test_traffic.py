@@ -1,4 +1,4 @@
-"""What a step of a divided model sends, counted, is what TRAFFIC.md says by formulas; and memory falls as it says."""
+"""What a step of a divided model sends, counted, is what traffic.md says by formulas; and memory falls as it says."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import lora_lite_fx as llfx
 from tests.distributed.training import Case, base_of, batch, graph_of, make
 from tests.support.ranks import on_ranks
 
-TRAFFIC = Path(llfx.__file__).parent / "distributed/TRAFFIC.md"
+TRAFFIC = Path(__file__).parents[2] / "docs/several_processes/traffic.md"
 LORA = Case(llfx.LoRA(r=2))
 PARALLEL = {
     "llama": Case(llfx.LoRA(r=2), engine="parallel"),
@@ -203,7 +203,7 @@ def test_the_figures_at_70b_follow_from_the_formulas() -> None:
 
 
 def _require(figures: list[float], columns: int, column: int) -> None:
-    """Require that a column of the table with this many columns in TRAFFIC.md has these figures."""
+    """Require that a column of the table with this many columns in traffic.md has these figures."""
     lines = TRAFFIC.read_text().splitlines()
     rows = [line.split("|")[1:-1] for line in lines if line.count("|") == columns + 1]
     written = [row[column].split()[0].strip(",").replace(",", "") for row in rows[2:]]

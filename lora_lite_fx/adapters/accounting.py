@@ -49,7 +49,7 @@ class Account:
             raise AdapterError(
                 f"{purpose} needs every adapted site, and {len(self.lost)} of {len(self.insertions)} are not found in"
                 f" the graph any more. {name!r}: {why}.{others} The way out: {purpose} before the pass that changed the"
-                " graph (a fusion, a quantization); remove takes the adapters out as it is, and adapter_state_dict"
+                " graph (a fusion, a quantization). Or: remove takes the adapters out as it is, and adapter_state_dict"
                 " returns their tensors."
             )
         return [site for site in self.sites if site.name in self.insertions]

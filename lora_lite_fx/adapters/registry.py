@@ -190,13 +190,13 @@ def _registered(config: Mapping[str, Any]) -> type[Variant]:
             f"The source of {name}.forward, or of what it reads, is not what it was when the adapter was"
             f" made{_at(defined)}, so it may compute something else. Define {name} as it was. Or, if both compute the"
             " same, copy the tensors into a new adapter:"
-            f" llfx.load_adapter_state_dict(llfx.rewrite(model, {name}(...)), tensors), where the tensors are"
+            f" llfx.load_adapter_state_dict(llfx.rewrite(model, {name}(...)), tensors). The tensors are"
             " llfx.adapter_state_dict(graph) or safetensors.torch.load_file(file)."
         )
     if is_same_code(code, code_fingerprint(cls) or {}) is None:
         warnings.warn(
-            f"Whether the code of {name}.forward is what it was when the adapter was made{_at(defined)} cannot be told:"
-            " its source was not at hand then or is not now, or an earlier version of this library wrote the file. Save"
+            f"Whether the code of {name}.forward is what it was when the adapter was made{_at(defined)} cannot be told."
+            " Its source was not at hand then or is not now, or an earlier version of this library wrote the file. Save"
             " the adapter again, from a class that is defined in a file or a notebook, to have it checked from now on.",
             stacklevel=2,
         )

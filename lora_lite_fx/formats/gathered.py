@@ -135,8 +135,8 @@ def held_by(model: nn.Module, adapter: str | None) -> Held:
     if missing := sorted({*range(stage_of.count)} - {index for index, *_ in found}):
         raise CheckpointError(
             f"A file holds the adapters of all {stage_of.count} stages, and no process gave stage {missing[0]}: nothing"
-            " was written. The way out: call save in all processes at once, each with its stage; or, where a process"
-            " has several stages, torch.distributed.checkpoint.save of what adapter_state_dict returns for each."
+            " was written. The way out: call save in all processes at once, each with its stage. Or, where a process"
+            " has several stages: torch.distributed.checkpoint.save of what adapter_state_dict returns for each."
         )
     whole = Held(stage_of.placed, {}, {}, {})
     for _, values, prints, buffers, _ in found:

@@ -151,10 +151,10 @@ def one_mode(paths: Sequence[str], others: Sequence[str], *flags: bool) -> bool:
         first = {flag: path or "the model itself" for path, flag in reversed(named)}
         raise CallError(
             f"{first[True]} is in training mode and {first[False]} in evaluation mode. This graph takes no calls where"
-            " such parts differ, because what the model computes in one of them depends on the mode of another, or"
-            " because it runs other operations in training than in evaluation, as for stochastic depth. The way out:"
+            " such parts differ. The model computes something in one of them by the mode of another; or it runs other"
+            " operations in training, as stochastic depth does. The way out:"
             " put them in one mode, by train() or eval(). For dropout in evaluation (MC dropout), capture the model"
-            " with a rate of 0 for stochastic depth (drop_path_rate=0 in its config); or use wrap in place of rewrite,"
+            " with a rate of 0 for stochastic depth (drop_path_rate=0 in its config). Or use wrap in place of rewrite,"
             " which runs the model's own code."
         )
     return mode

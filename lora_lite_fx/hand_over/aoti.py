@@ -256,8 +256,8 @@ def _compile(program: ExportedProgram, package: Path, spec: Mapping[str, Any], g
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise AdapterError(
             f"AOTInductor cannot compile this model{_blamed(str(error), graph)}: {lines[0]}. Nothing was written. The"
-            " way out: bake=True, if an operator of an adapter is the reason; a C++ compiler (g++ or clang) that torch"
-            " finds, if that is missing; or llfx.export, whose program runs without compiling."
+            " way out: bake=True, if an operator of an adapter is the reason. A C++ compiler (g++ or clang) that torch"
+            " finds, if that is missing. Or llfx.export, whose program runs without compiling."
         ) from error
 
 

@@ -43,7 +43,7 @@ def subclass(kind: Any, cls: Any) -> type:
             if copies > 1 and by_rows and self.config.is_encoder_decoder:
                 raise AdapterError(
                     f"generate of {cls.__name__} with beams or several sequences calls the encoder with one row of each"
-                    f" text and the decoder with {copies}, so that rows cannot have adapters of their own. The way out:"
+                    f" text and the decoder with {copies}. So rows cannot have adapters of their own. The way out:"
                     " num_beams=1 and one sequence; or one generate for each adapter, as with active(model, name)."
                 )
             with _of_rows(self, kwargs, copies), frozen(self):

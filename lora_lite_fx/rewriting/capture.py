@@ -112,7 +112,7 @@ def _check_can_be_a_graph(model: nn.Module, adapter_names: Sequence[str]) -> Non
     if adapter_names:
         raise CaptureError(
             f"{type(model).__name__} is wrapped eagerly already, or adapted. The way out: start from the model that"
-            " it was made of, and pass several configs at once; or, to give an adapted model a further adapter,"
+            " it was made of, and pass several configs at once. Or, to give an adapted model a further adapter:"
             " llfx.add(model, {'name': cfg})."
         )
     at_root = (model.named_children(), model.named_parameters(recurse=False), model.named_buffers(recurse=False))

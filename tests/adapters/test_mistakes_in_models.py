@@ -218,7 +218,7 @@ MISTAKES: list[Mistake] = [
         lambda: anything.rewrite(chat(), CFG),
         llfx.CaptureError,
         "LlamaForCausalLM is wrapped eagerly already, or adapted. The way out: start from the model that it was made"
-        " of, and pass several configs at once; or, to give an adapted model a further adapter,"
+        " of, and pass several configs at once. Or, to give an adapted model a further adapter:"
         " llfx.add(model, {'name': cfg}).",
     ),
     (

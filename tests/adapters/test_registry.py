@@ -57,7 +57,7 @@ CHANGED = (
     "The source of Gate.forward, or of what it reads, is not what it was when the adapter was made (as"
     " notebook.Gate), so it may compute something else. Define Gate as it was. Or, if both compute the same, copy the"
     " tensors into a new adapter:"
-    " llfx.load_adapter_state_dict(llfx.rewrite(model, Gate(...)), tensors), where the tensors are"
+    " llfx.load_adapter_state_dict(llfx.rewrite(model, Gate(...)), tensors). The tensors are"
     " llfx.adapter_state_dict(graph) or safetensors.torch.load_file(file)."
 )
 REDEFINED = (
@@ -65,7 +65,7 @@ REDEFINED = (
     " of the former Gate are refused from now on."
 )
 UNTOLD = (
-    "Whether the code of Gate.forward is what it was when the adapter was made (as notebook.Gate) cannot be told: its"
+    "Whether the code of Gate.forward is what it was when the adapter was made (as notebook.Gate) cannot be told. Its"
     " source was not at hand then or is not now, or an earlier version of this library wrote the file. Save the adapter"
     " again, from a class that is defined in a file or a notebook, to have it checked from now on."
 )

@@ -1,10 +1,12 @@
-"""The English of README, docs and public docstrings: short sentences, and none of the turns that readers stumbled over.
+"""The English of README, docs, public docstrings and messages: short sentences, and none of the bad turns below.
 
-One reader (who knows PyTorch) and one voice. Patterns see what is checked here; CONTRIBUTING.md has the rest.
+One reader (who knows PyTorch) and one voice. Readers stumbled over these turns. Patterns see what is checked here;
+CONTRIBUTING.md has the rest.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
@@ -83,6 +85,46 @@ def test_a_public_docstring_reads_well(name: str) -> None:
     )
     text = re.sub(r"^ {4,}>>>.*$|^ {8,}\S.*::$", "", text, flags=re.MULTILINE)
     assert faults(joined(text), WORDS_OF_DOCSTRINGS) == []
+
+
+def said(node: ast.AST) -> str:
+    """Return the text of a message, with one word for each value that is formatted in; empty if it is not a literal."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.BinOp):
+        return said(node.left) + said(node.right)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(said(part) or "value" for part in node.values)
+    return ""
+
+
+def messages(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield the messages of the errors and warnings that a file raises, with their lines."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        if isinstance(call, ast.Call) and call.args:
+            is_warning = isinstance(call.func, ast.Attribute) and call.func.attr == "warn"
+            if isinstance(node, ast.Raise) or is_warning:
+                yield call.lineno, said(call.args[0])
+
+
+def test_messages_read_well() -> None:
+    files = [file for folder in ("lora_lite_fx", "passes") for file in (ROOT / folder).rglob("*.py")]
+    found = {file: list(messages(file)) for file in files}
+    assert sum(map(len, found.values())) > 600
+    wrong = [
+        f"{file}:{line}: {fault}"
+        for file, several in found.items()
+        for line, text in several
+        for fault in faults(joined(text), WORDS)
+    ]
+    assert wrong == []
+
+
+def test_a_message_that_reads_badly_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text('raise ValueError(f"{name} is warned of " "here.")\n')
+    assert [faults(joined(text), WORDS) for _, text in messages(file)] != [[]]
 
 
 def test_faults_are_found() -> None:

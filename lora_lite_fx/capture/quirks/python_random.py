@@ -46,9 +46,9 @@ def without_python_random(model: nn.Module) -> Iterator[None]:
     if drawn:
         raise CaptureError(
             f"{type(model).__name__} draws numbers of {' and '.join(drawn)} in its forward, and a graph would keep"
-            " those of its capture for good. The way out: draw them from a tensor, such as torch.rand_like(x); or"
+            " those of its capture for good. The way out: draw them from a tensor, such as torch.rand_like(x). Or"
             " switch off what decides at random in training (layerdrop, jitter, SpecAugment), in a config or by a test"
-            f" of self.training; or {COMPILE_INSTEAD}."
+            f" of self.training. Or {COMPILE_INSTEAD}."
         )
 
 

@@ -100,9 +100,9 @@ def modules_at_sites(
             at_sites[module] = PeftModule(module, module, tensors, ())
     if attention:
         warnings.warn(
-            f"The adapter of {attention[0].name!r} computes the same here as in PEFT, and trains otherwise, because"
-            " PEFT has one lora_A for the query, key and value of an attention module, where each has its own here, and"
-            f" adds the update of the output projection {_TIMES} times, where it is added once here.",
+            f"The adapter of {attention[0].name!r} computes the same here as in PEFT, and trains otherwise. PEFT has"
+            " one lora_A for the query, key and value of an attention module, where each has its own here. And it adds"
+            f" the update of the output projection {_TIMES} times, where it is added once here.",
             stacklevel=4,
         )
     return at_sites

@@ -92,8 +92,8 @@ def _converted(
         rank, site = len(state[placement.tensors["lora_A"]]), sites[placement.site]
         if 2 * rank > min(site.d_in, site.d_out):
             raise ConfigError(
-                f"as_lora: {type(variant).__name__} changes {placement.site!r} by a matrix of rank {rank}, which is no"
-                " smaller than half the weight. The way out: an approximation,"
+                f"as_lora: {type(variant).__name__} changes {placement.site!r} by a matrix of rank {rank}, which is"
+                " not smaller than half the weight. The way out: an approximation,"
                 " lora, errors = llfx.to_lora(model, r=16), and save_peft(lora, path)."
             )
     return placed, placed[0].variant, state

@@ -59,6 +59,6 @@ def test_alpha_has_no_effect_in_peft_either(alpha: int) -> None:
 def test_factors_that_peft_would_not_compute_are_not_written(tmp_path: Path) -> None:
     gm = llfx.rewrite(base(), llfx.PSOFT(r=4, target_names="."))
     randomise(gm, 0)  # frozen tensors too
-    with pytest.raises(llfx.ConfigError, match="PEFT computes the frozen factors anew from the base, and at '0'"):
+    with pytest.raises(llfx.ConfigError, match=r"frozen factors anew from the base\. At '0'"):
         llfx.save_peft(gm, tmp_path)
     assert not list(tmp_path.iterdir())

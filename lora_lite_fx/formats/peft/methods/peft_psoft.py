@@ -36,8 +36,8 @@ class _PSOFT(PeftForm):
             placement.local.init(site, weight_of(model, site).detach().float(), AdapterTensors(theirs))
             if not all(torch.allclose(ours[name], theirs[name].to(ours[name]), atol=1e-3) for name in ours):
                 raise ConfigError(
-                    f"PSOFT: PEFT computes the frozen factors anew from the base, and at {placement.site!r} they are"
-                    " others here than those of this adapter: it was made on another device, or for another base."
+                    f"PSOFT: PEFT computes the frozen factors anew from the base. At {placement.site!r} they are"
+                    " others here than those of this adapter, which was made on another device, or for another base."
                 )
         return variant, state
 

@@ -17,11 +17,11 @@ _ALLOWED_OF_OTHERS = 1e-3
 def difference(results: Any, expected: Any) -> float:
     """Return the largest difference of tensors, relative to the largest number of each that is expected.
 
-    Numbers below 0.001 count as 0.001. Other shapes, and values that are NaN or infinite in one of the two alone, are
-    infinitely far.
+    Numbers below 0.001 count as 0.001. Another number of tensors, other shapes, and values that are NaN or infinite in
+    one of the two alone are infinitely far.
     """
-    pairs = zip(pytree.tree_leaves(results), pytree.tree_leaves(expected), strict=True)
-    return max((_difference(result, wanted) for result, wanted in pairs), default=0.0)
+    found, wanted = pytree.tree_leaves(results), pytree.tree_leaves(expected)
+    return max(map(_difference, found, wanted), default=0.0) if len(found) == len(wanted) else float("inf")
 
 
 def allowed(expected: Any) -> float:

@@ -58,13 +58,12 @@ class Folding:
 def folding(variant: Variant) -> Folding:
     """Return what the tensors of a config can say."""
     known = {field.name for field in fields(variant)}
-    patterns: dict[str, Any] = {name: () for name in ("rank_pattern", "alpha_pattern") if name in known}
-    low, high = dict[str, Any](), dict[str, Any]()
+    plain: dict[str, Any] = {name: () for name in ("rank_pattern", "alpha_pattern") if name in known} | {"slots": None}
+    program, adapter = dict(plain), dict(plain)  # the fields of the two, where they are not the config's
 
     def tried(passes: Callable[[_Trial], bool], *scaled: str) -> bool:
         try:
-            program, adapter = (replace(variant, slots=None, **patterns, **changed) for changed in (high, low))
-            return passes(_Trial(program, adapter, scaled))
+            return passes(_Trial(replace(variant, **program), replace(variant, **adapter), scaled))
         except Exception:  # of a variant that does not take these sizes, whatever it raises
             return False
 
@@ -72,17 +71,19 @@ def folding(variant: Variant) -> Folding:
     is_addition = False
     if isinstance(variant, WithScale):
         is_addition = tried(_Trial.is_addition, *variant.takes_scale)
-        low["alpha"], high["alpha"] = -5.0, 3.0
-        scaled = variant.takes_scale if tried(_Trial.is_same, *variant.takes_scale) else ()
-    if not isinstance(variant, WithRank) or (low and not scaled):
-        return Folding(scaled, is_addition and bool(scaled))
-    high["r"] = 2 * variant.r
+        program["alpha"], adapter["alpha"] = 3.0, -5.0
+        scaled = variant.takes_scale
+        if not scaled or not (tried(_Trial.is_same, *scaled) and tried(_Trial.is_same_padded, *scaled)):
+            return Folding()
+    if not isinstance(variant, WithRank):
+        return Folding(scaled, is_addition)
+    program["r"] = 2 * variant.r
     is_open, is_padded = tried(_Trial.is_same, *scaled), tried(_Trial.is_same_padded, *scaled)
     if "rank_stabilized" in known:
-        low["rank_stabilized"] = not getattr(variant, "rank_stabilized", False)
+        adapter["rank_stabilized"] = not getattr(variant, "rank_stabilized", False)
         is_open = is_open and tried(_Trial.is_same, *scaled)
         is_padded = is_padded and tried(_Trial.is_same_padded, *scaled)
-    return Folding(scaled, is_addition and bool(scaled), is_open, is_padded)
+    return Folding(scaled, is_addition, is_open, is_padded)
 
 
 def rank_dims(config: Variant, site: Site) -> dict[str, list[int]]:
@@ -94,7 +95,7 @@ def rank_dims(config: Variant, site: Site) -> dict[str, list[int]]:
     except ConfigError:
         return {}
     return {
-        name: [dim for dim, pair in enumerate(zip(spec.shape, double[name].shape, strict=True)) if pair[0] != pair[1]]
+        name: [dim for dim, pair in enumerate(zip(spec.shape, double[name].shape, strict=False)) if pair[0] != pair[1]]
         for name, spec in config.tensor_specs(site).items()
         if name in double
     }

@@ -278,8 +278,8 @@ def scale_of(name: str, config: Mapping[str, Any], own: Mapping[str, Any], site:
     """Return the scale at a site, `alpha / r`, or 1 without alpha. The patterns of `own` are safe to search."""
     if "alpha" not in config:
         return 1.0
-    values = {}
-    for field, patterns in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+    values = {"r": 1}  # a variant may have a scale and no rank
+    for field, patterns in [("r", "rank_pattern")] * ("r" in own) + [("alpha", "alpha_pattern")]:
         values[field] = config[field]
         known = [pattern for pattern, _ in own[patterns]]
         for pattern, value in config[patterns]:

@@ -66,6 +66,15 @@ class ByRank(llfx.LoRA):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curved(llfx.LoRA):
+    """Its scale is not proportional to alpha, and files of adapters say alpha alone."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha**3 / self.r
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doubled(llfx.LoRA):
     """Its output is not the base's where its tensors are zero."""
 
@@ -87,6 +96,20 @@ class Own(WithScale, WithRank):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rankless(WithScale):
+    """It has a scale and no rank."""
+
+    takes_scale: ClassVar[tuple[str, ...]] = ("lora_v",)
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        return {"lora_v": ParamSpec((site.d_out,))}
+
+    def forward(self, x: Any, base: FrozenLinear, p: Any) -> Any:
+        y = base(x)
+        return y + self.scale * p.lora_v * y
+
+
+@dataclass(frozen=True, kw_only=True)
 class Silent(Own):
     """It does not say where its scale goes."""
 
@@ -98,6 +121,8 @@ class Silent(Own):
     [
         (Squared, NOTHING),
         (Rectified, NOTHING),
+        (Curved, NOTHING),
+        (Rankless, Folding(("lora_v",), is_addition=True)),
         (ByRank, replace(LORA, is_open=False, is_padded=False)),
         (Doubled, replace(LORA, is_addition=False)),
         (Own, replace(LORA, scaled=("down",))),
@@ -105,7 +130,7 @@ class Silent(Own):
     ],
 )
 def test_classes_of_users(cls: Any, expected: Folding) -> None:
-    assert folding(cls(r=4)) == expected
+    assert folding(cls(alpha=6.0)) == expected
 
 
 def test_dimensions_of_the_rank() -> None:

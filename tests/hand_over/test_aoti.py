@@ -404,6 +404,19 @@ def test_each_variant_is_exchanged_and_scaled(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.broad
+def test_a_factor_goes_into_the_tensors_that_the_class_names(tmp_path: Path) -> None:
+    other: dict[str, Any] = {"alpha": 3.0, "target_names": "gate|up"}
+    for cls, rank in ((llfx.LoHa, 2), (llfx.AdaLoRA, 4)):
+        program = compiled(adapted(cls(r=4, target_names="gate|up")), tmp_path / "m.pt2")
+        gm = adapted(cls(r=rank, **other), 2)
+        program.load("other", saved(gm, tmp_path / "other"))
+        program.use("other")
+        same(program, gm)
+    with pytest.raises(ValueError, match="r=2, and the AdaLoRA of the package has 4, for which its code was compiled"):
+        program.load("lower", saved(adapted(llfx.AdaLoRA(r=2, **other)), tmp_path / "lower"))
+
+
+@pytest.mark.broad
 def test_slots_of_a_bank_are_filled(tmp_path: Path) -> None:
     bank = adapted(llfx.Bank(lora(), slots=3))
     llfx.save_aoti(bank, tmp_path / "m.pt2", {**EXAMPLE, "adapter_ids": torch.tensor([0, 1])})

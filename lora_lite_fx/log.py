@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 logger = logging.getLogger("lora_lite_fx")
@@ -68,6 +68,11 @@ def waiting(doing: str | None, seconds: float | None = None) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def looking_up(name: str) -> AbstractContextManager[None]:
+    """Say after two seconds that the body waits for a look-up or a download of the Hugging Face hub."""
+    return waiting(f"asking the Hugging Face hub for {name}; HF_HUB_OFFLINE=1 reads what is here", SECONDS_OF_A_LOOK_UP)
 
 
 def _say(line: str, stderr: Any) -> None:

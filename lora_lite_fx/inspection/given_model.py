@@ -21,7 +21,7 @@ from ..errors import AdapterError
 from ..formats.checkpoint import load
 from ..formats.peft.directory import load_peft
 from ..formats.untrusted_files import MOST_TENSORS, check_regular, read_json
-from ..log import SECONDS_OF_A_LOOK_UP, logger, phase, waiting
+from ..log import logger, looking_up, phase, waiting
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -109,12 +109,10 @@ def config_and_class(model: str) -> tuple[Any, Any]:
         read_json(file)  # raises if it is broken; transformers would take some broken files for hub ids
     elif path.suffix or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise Refused(f"there is no {model}")
-    look_up = None if path.exists() else f"asking the Hugging Face hub for {model}; HF_HUB_OFFLINE=1 reads what is here"
+    is_here = path.exists()
     try:
-        with waiting(look_up, SECONDS_OF_A_LOOK_UP):
-            config = transformers.AutoConfig.from_pretrained(
-                str(file if path.exists() else model), trust_remote_code=False
-            )
+        with contextlib.nullcontext() if is_here else looking_up(model):
+            config = transformers.AutoConfig.from_pretrained(str(file) if is_here else model, trust_remote_code=False)
     except Exception as error:
         raise Refused(f"{model} has no config that transformers can read: {error}") from error
     name = next(iter(config.architectures or ()), None)

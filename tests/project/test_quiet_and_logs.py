@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers as hf
@@ -392,6 +393,18 @@ def test_without_a_terminal_or_turned_off_nothing_is_said(
     llfx.inspect(plain(), (net_ids(2, 5),))
     assert stderr.getvalue() == ""
     assert log.progress(items := [1], "calibration") is items
+
+
+def test_a_look_up_at_the_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm, terminal = rewritten("plain"), Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(threading, "Timer", Late)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(Path("missing") / "config.json"))
+    with pytest.raises(llfx.CheckpointError):
+        llfx.load_peft(gm, "owner/name", subfolder="fr", stack=True)
+    first, *_ = terminal.getvalue().splitlines()
+    where = "owner/name, folder fr"
+    assert first == f"lora_lite_fx: asking the Hugging Face hub for {where}; HF_HUB_OFFLINE=1 reads what is here ..."
 
 
 def test_what_is_fast_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

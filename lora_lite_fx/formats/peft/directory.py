@@ -23,6 +23,7 @@ from ...capture.capture_model import Inputs
 from ...errors import CheckpointError, ConfigError
 from ...graph.insertion import DEFAULT
 from ...graph.tensors import outside_inference_mode
+from ...log import looking_up
 from ...rewriting.capture import capture
 from ..atomic_writing import write_folders
 from ..base_fingerprints import fingerprints
@@ -277,10 +278,11 @@ def directory_of(path: str | os.PathLike[str], revision: str | None, subfolder: 
         ) from error
     where = f"{path}{f' at {revision}' if revision else ''}{f', folder {subfolder}' if subfolder else ''}"
     try:
-        config = Path(hf_hub_download(str(path), CONFIG, subfolder=subfolder or None, revision=revision))
-        # The tensors of the same commit, should the branch move on meanwhile.
-        commit = config.parts[config.parts.index("snapshots") + 1] if "snapshots" in config.parts else revision
-        hf_hub_download(str(path), TENSORS, subfolder=subfolder or None, revision=commit)
+        with looking_up(where):
+            config = Path(hf_hub_download(str(path), CONFIG, subfolder=subfolder or None, revision=revision))
+            # The tensors of the same commit, should the branch move on meanwhile.
+            commit = config.parts[config.parts.index("snapshots") + 1] if "snapshots" in config.parts else revision
+            hf_hub_download(str(path), TENSORS, subfolder=subfolder or None, revision=commit)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{where} is neither a directory here nor in the local cache of the Hub, and could not be downloaded"

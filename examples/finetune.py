@@ -79,7 +79,7 @@ CALIBRATION_BLOCKS = 16  # Blocks of the training text, for the variants that st
 
 @dataclasses.dataclass
 class Job:
-    """What the parts of the run share.
+    """Holds what the parts of the run share.
 
     Args:
         args: the options of the command line.
@@ -97,7 +97,7 @@ class Job:
 
     @property
     def prints(self) -> bool:
-        """Whether this is the only process, or the first."""
+        """Tell whether this is the only process, or the first."""
         return not self.args.shard or dist.get_rank() == 0
 
 

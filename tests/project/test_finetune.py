@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def test_a_look_up_at_the_hub_says_so(model: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(threading, "Timer", Late)
     for name, lines in ((str(model), 1), (None, 1), ("owner/name", 2)):
         with finetune_options.loading("the model", name):
-            pass
+            time.sleep(0.05)
         said = capsys.readouterr().out.splitlines()
         assert said[0] == "loading the model ..."
         assert len(said) == lines
@@ -404,6 +405,15 @@ def test_a_run_ends_with_its_files_and_what_to_do_next(
     lines = jsonl(tmp_path / "a.jsonl", *({"prompt": text[:20], "completion": text[20:]} for text in PARAGRAPHS))
     assert run("out", "--data", lines, "--merged") == 0
     printed = capsys.readouterr().out
+    said = (
+        "loading the tokenizer",
+        "loading the model",
+        "capturing the model",
+        "loading the adapter",
+        "merging",
+        "exporting",
+    )
+    assert all(f"\n{line}" in f"\n{printed}" for line in said)  # before what takes seconds
     out = tmp_path / "out"
     names = ["adapter.safetensors", "loss.png", "loss.txt", "merged", "model.pt2"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -425,7 +435,7 @@ def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(folder: Path, tmp_pa
     def until(first: int, number: signal.Signals, *options: str) -> int:
         process = subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
         while process.poll() is None and not ((found := checkpoints.newest(tmp_path)) and _step(found) > first):
-            pass
+            time.sleep(0.05)
         process.send_signal(number)
         process.wait()
         assert process.returncode == (-number if number == signal.SIGKILL else 130)

@@ -130,6 +130,7 @@ def test_what_has_no_step_is_refused() -> None:
         llfx.export(one_layer_llama().eval(), {"labels": torch.ones(1, 1)}, cache=True)
 
 
+@pytest.mark.broad
 def test_the_recipe_of_transformers_for_a_static_cache_is_refused_with_the_way_out() -> None:
     torch.manual_seed(0)
     model = one_layer_llama().eval()

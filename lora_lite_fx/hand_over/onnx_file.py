@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -136,6 +136,9 @@ def _at_least_1d(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
 
 
+_Default = Literal["own", "zeros", "rank one"]
+
+
 @dataclass(frozen=True)
 class _Input:
     """A tensor of an adapter as an input of the file.
@@ -143,13 +146,13 @@ class _Input:
     Args:
         name: of the input.
         value: an example.
-        is_default: whether it is the value where none is given; else that is zeros, of a size of one where any may be.
+        default: its value where none is given: the example (`own`), zeros of its shape, or zeros of rank one.
         open_dims: the dimensions that may have any size.
     """
 
     name: str
     value: Tensor
-    is_default: bool = False
+    default: _Default = "zeros"
     open_dims: Sequence[int] = ()
 
 
@@ -208,9 +211,10 @@ def _inputs_of(swappable: SwappableGraph, adapters: Iterable[ActingAdapter]) -> 
     """Return the inputs for adapters, by the names of the tensors in the graph."""
     found = {buffer: _Input(_acts(label), torch.ones(1)) for label, buffer in swappable.switches.items()}
     for adapter in adapters:
-        is_bank = adapter.placed.variant.slots is not None
+        default: _Default = "rank one" if adapter.is_nothing_at_rank_one else "zeros"
+        default = "own" if adapter.placed.variant.slots else default
         for name, tensor in adapter.values().items():
-            found[name] = _Input(name, tensor, is_bank, swappable.open_dims.get(name, ()))
+            found[name] = _Input(name, tensor, default, swappable.open_dims.get(name, ()))
     return found
 
 
@@ -298,8 +302,10 @@ def _let_be_left_out(ir: Any, model: Any, adapters: Iterable[_Input], labels: It
             value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]))
             model.graph.inputs.append(value)
         default = _at_least_1d(each.value)
-        if not each.is_default:
-            sizes = [size if isinstance(size, int) else 1 for size in value.shape]
+        if each.default != "own":
+            sizes = list(default.shape)
+            if each.default == "rank one":
+                sizes = [size if isinstance(size, int) else 1 for size in value.shape]
             default = torch.zeros(sizes, dtype=default.dtype)
         value.const_value = ir.tensor(default.cpu().contiguous(), name=name)
         model.graph.register_initializer(value)

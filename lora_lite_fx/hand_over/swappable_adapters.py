@@ -17,7 +17,7 @@ from ..adapters.placement import Placement, configs_of, placements
 from ..adapters.state import check_unscaled
 from ..adapters.switches import Switches, coefficients
 from ..adapters.variant import Variant
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..graph.insertion import DEFAULT, INLET, OUTLET, PASSED, TENSOR, Insertion, insertions, record
 from ..graph.tensors import register_tensor, tensor_of
@@ -62,6 +62,17 @@ class ActingAdapter:
             if field.name not in untold and value != field.default:
                 told.append(f"{field.name}={value!r}")
         return type(config).__name__ + (f"({', '.join(told)})" if told else "")
+
+    @property
+    def is_nothing_at_rank_one(self) -> bool:
+        """Whether it does nothing where its tensors are zeros of rank one, which take the least time."""
+        if not self.folding.is_addition or not self.folding.is_open:
+            return False
+        try:
+            replace(self.config, r=1)  # type: ignore[call-arg]
+        except ConfigError:  # of a variant whose rank is a multiple of another number
+            return False
+        return True
 
     def values(self) -> dict[str, Tensor]:
         """Return its tensors by qualified name, with the scale in them, for a graph of `swappable_graph`.

@@ -223,9 +223,10 @@ def test_bad_input(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_vllm_reads_the_files(tmp_path: Path) -> None:
+def test_vllm_reads_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     helpers: Any = pytest.importorskip("vllm.lora.peft_helper", exc_type=ImportError)
     models: Any = pytest.importorskip("vllm.lora.lora_model", exc_type=ImportError)
+    monkeypatch.setattr(models, "PIN_MEMORY", torch.cuda.is_available())  # it pins without asking for a driver
     modules = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"}
     for cfg in (*OF_LOW_RANK.values(), llfx.LoRA(r=8, target_names=("lm_head",))):
         gm = adapted(llama()[1], cfg)

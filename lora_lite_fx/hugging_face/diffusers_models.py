@@ -59,18 +59,6 @@ class AdaptedDiffuser:
         """Let the graphs save all activations again."""
         self._change("disable_gradient_checkpointing")
 
-    def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
-        """Do what the model does, in new graphs."""
-        self._change("enable_freeu", *args, **kwargs)
-
-    def disable_freeu(self) -> None:
-        """Do what the model does, in new graphs."""
-        self._change("disable_freeu")
-
-    def set_attn_processor(self, *args: Any, **kwargs: Any) -> None:
-        """Do what the model does, in new graphs."""
-        self._change("set_attn_processor", *args, **kwargs)
-
     def fuse_qkv_projections(self) -> None:
         """Raise AdapterError, because the adapters of the projections would have no place in the fused one."""
         raise AdapterError("Fuse the projections before adapt: the adapters of to_q, to_k and to_v are at theirs.")

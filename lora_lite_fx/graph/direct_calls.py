@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from ..compat.torch import is_wrapped, trace_is_active, transform_is_active
+from ..compat.torch import FakeTensor, is_wrapped, trace_is_active, transform_is_active
 
 aten = torch.ops.aten
 
@@ -60,6 +60,15 @@ ORDINARY = (Tensor, Parameter)
 """The types of ordinary tensors: those of other classes, such as DTensors, do what their class makes of it."""
 
 
+def is_ordinary(tensor: Tensor) -> bool:
+    """Check whether the operators of torch alone say what is computed of `tensor`.
+
+    That of a tensor of another class, such as DTensors, is for the class to say. A stand-in without data is ordinary
+    where no trace records what is computed of it.
+    """
+    return type(tensor) in ORDINARY or (type(tensor) is FakeTensor and not trace_is_active())
+
+
 def is_plain_call(*tensors: Tensor) -> bool:
     """Check whether a function with gradients of its own may take these tensors.
 
@@ -68,7 +77,7 @@ def is_plain_call(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or is_wrapped(*tensors):
         return False
-    if not all(type(tensor) in ORDINARY for tensor in tensors):
+    if not all(map(is_ordinary, tensors)):
         return False
     return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import AdapterError, CallError
-from ..graph.direct_calls import ORDINARY, reading_waits
+from ..graph.direct_calls import is_ordinary, reading_waits
+from ..graph.tensors import has_values
 
 _FEWEST_ROWS = 512
 """Of a chunk. With fewer rows, a product with the weight of a head takes longer for each of them."""
@@ -124,7 +125,7 @@ class ChunkedLoss:
                 f"There are labels for {labels.shape[0]} tokens or rows, and logits for {operands[0].shape[0]}."
                 " They must be as many: one label for each."
             )
-        if not all(type(operand) in ORDINARY for operand in operands):
+        if not all(map(is_ordinary, operands)):
             logits = self.values(operands)[-1]
             reduction = "mean" if self.is_mean else "sum"
             return F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction=reduction)
@@ -181,7 +182,7 @@ class ChunkedLoss:
                 for index, (operand, need) in enumerate(zip(used, needed, strict=True))
             ]
             counts = labels != self.ignore_index
-            with_ignored = reading_waits(labels)  # for how many rows count
+            with_ignored = reading_waits(labels) or not has_values(labels)  # that say how many rows count
             kept = torch.arange(len(labels), device=labels.device) if with_ignored else counts.nonzero().squeeze(1)
             losses = []
             for places in kept.chunk(self._chunks(kept, rows)):

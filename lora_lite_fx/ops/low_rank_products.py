@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..compat.torch import constant_when_compiled
-from ..graph.direct_calls import ORDINARY
+from ..graph.direct_calls import is_ordinary
 from ..graph.tensors import HALF
 from .branches import Branch, add_product, as_matrix, as_rows, flatten, unflatten
 from .low_rank_gradients import apply_with_gradients
@@ -163,7 +163,7 @@ class LowRankProducts(Recomputing):
         dtype = x.dtype if self.ranks else None
         try:
             for tensor in tensors:
-                if dtype is not None and (tensor.dtype is not dtype or type(tensor) not in ORDINARY):
+                if dtype is not None and (tensor.dtype is not dtype or not is_ordinary(tensor)):
                     return False
                 tensor.data_ptr()
         except RuntimeError:  # a transform of `torch.func` wraps a tensor in one that has no memory of its own

@@ -38,14 +38,14 @@ class _Mode(FakeTensorMode):
         return self
 
 
-_FAKE = _Mode()
+FAKE = _Mode()
 _graphs: dict[Any, Any] = {}
 
 
 @contextmanager
 def on(device: str) -> Iterator[None]:
     """Make tensors on a device for the body; on "cuda" they are fake."""
-    with _FAKE if device == "cuda" else nullcontext(), torch.device(device):
+    with FAKE if device == "cuda" else nullcontext(), torch.device(device):
         yield
 
 
@@ -104,7 +104,7 @@ def moved(name: str, dtype: torch.dtype, **options: Any) -> tuple[fx.GraphModule
         graph, on_cpu = captured(dtype, **options)
         gm = llfx.rewrite(graph, config(name), calibration=[on_cpu] if name in FROM_DATA else None)
     if device.type == "cuda":
-        gm._apply(lambda tensor: (tensor if isinstance(tensor, FakeTensor) else _FAKE.from_tensor(tensor)).to(device))
+        gm._apply(lambda tensor: (tensor if isinstance(tensor, FakeTensor) else FAKE.from_tensor(tensor)).to(device))
     return gm, inputs
 
 

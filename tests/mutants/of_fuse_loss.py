@@ -71,7 +71,7 @@ MUTANTS = (
         "test_other_numbers_of_labels_than_of_rows_are_refused",
     ),
     _operation(
-        "if not all(type(operand) in ORDINARY for operand in operands):",
+        "if not all(map(is_ordinary, operands)):",
         "if False:",
         "the gradient of a quantized weight's input is computed by operations that it lacks",
         "test_tensors_that_are_not_ordinary_make_all_logits",

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import benchmark
+import benchmark_alone
 import benchmark_arms
 import benchmark_cases as cases
+import benchmark_cuda
+import benchmark_measures
 import benchmark_report as report
 import finetune_model
 import pytest
@@ -214,6 +217,50 @@ def test_a_wrong_or_missing_gradient_is_a_disagreement() -> None:
     assert "one arm alone" in report.disagreement(wrong, expected, 1e-3, trained=True)
 
 
+def test_arms_that_have_not_begun_in_time_are_left_out_and_the_base_is_not() -> None:
+    ready, notes = benchmark.ready_arms(arms("LoRA"), ["base", "base-again", "ours"], compiled=False, ends=0)
+    assert [arm.name for arm in ready] == ["base", "base-again"]
+    assert notes == {"ours": "left out: the time is over (--minutes)"}
+    times = benchmark_measures.time_rounds(ready, 9, 0, "cpu", ends=0)
+    assert len(times["base"]) == benchmark_measures.FEWEST_ROUNDS
+
+
+# A GPU.
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit):
+        benchmark.main(["--device", "cuda"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--device cuda: torch finds no CUDA device here")
+
+
+def test_on_a_gpu_other_things_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = benchmark.parse_arguments(["--device", "cuda", "--variants", "LoRA"])
+    assert (args.cases, args.variants, args.dtype) == (["llama-1b"], ["LoRA"], "bfloat16")
+    assert args.arms == ["base", "base-again", *benchmark_cuda.DEFAULTS["arms"]]
+    assert cases.shape_of("train-8x2048") == (8, 2048)
+    assert cases.tokens_of("train-8x2048") == 16384
+    assert (cases.shape_of("train-2048"), cases.shape_of("train"), cases.tokens_of("decode")) == (
+        (1, 2048),
+        (1, 256),
+        1,
+    )
+
+
+def test_the_table_of_a_gpu_has_speed_and_peak(tmp_path: Path) -> None:
+    seconds = {"base": [2.0] * 3, "base-again": [2.0] * 3, "ours": [2.5] * 3}
+    times = report.of_rounds(result(measure="train-8x2048", notes={"peft-liger": "not there"}), seconds)
+    peaks = report.of_values(result(measure="peak of train-8x2048", unit="B"), {"base": 2e9, "ours": 3e9})
+    benchmark_cuda.write_table(tmp_path / "table.md", WHERE, [times, peaks])
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| `ours` | 2.5 s | 1.250 | 6,554 | 3.0 GB |" in table
+    assert "| `base-again` | 2.0 s | 1.000 | 8,192 |  |" in table
+    assert "| `peft-liger` | not there | | | |" in table
+
+
 # Counts.
 
 
@@ -221,8 +268,8 @@ def test_a_wrong_or_missing_gradient_is_a_disagreement() -> None:
 def test_products_added_in_place_are_counted(name: str) -> None:
     base = 3 * 4 * TOKENS * WIDTH**2
     lora = 3 * 6 * TOKENS * RANK * 2 * WIDTH
-    assert benchmark.flops(arms("LoRA").make("base")) == base
-    assert benchmark.flops(arms("LoRA").make(name)) == base + lora
+    assert benchmark_measures.flops(arms("LoRA").make("base")) == base
+    assert benchmark_measures.flops(arms("LoRA").make(name)) == base + lora
 
 
 def test_an_arm_in_a_frozen_scope_agrees_and_is_not_there_in_training() -> None:
@@ -236,20 +283,20 @@ def test_an_arm_in_a_frozen_scope_agrees_and_is_not_there_in_training() -> None:
 def test_work_on_parameters_counts_in_every_step_but_once_in_a_frozen_scope() -> None:
     ours = arms("DoRA").make("ours")
     ours.results()
-    assert benchmark.flops(ours) == benchmark.flops(ours)
+    assert benchmark_measures.flops(ours) == benchmark_measures.flops(ours)
     ours, plain = (arms("DoRA", "forward").make(name) for name in ("ours-frozen", "ours-plain"))
     ours.results()
-    assert benchmark.flops(ours) < benchmark.flops(plain)
+    assert benchmark_measures.flops(ours) < benchmark_measures.flops(plain)
 
 
 def test_saved_bytes_leave_out_parameters() -> None:
-    assert benchmark.saved(arms("LoRA").make("base")) == 0
-    assert benchmark.saved(arms("LoRA").make("ours-plain")) == 4 * TOKENS * (WIDTH + 3 * RANK)
+    assert benchmark_measures.saved(arms("LoRA").make("base")) == 0
+    assert benchmark_measures.saved(arms("LoRA").make("ours-plain")) == 4 * TOKENS * (WIDTH + 3 * RANK)
 
 
 @pytest.mark.broad
 def test_one_graph_is_compiled_for_all_shapes() -> None:
-    first, *others = benchmark.compilations(arms("LoRA", "forward"), "ours")
+    first, *others = benchmark_measures.compilations(arms("LoRA", "forward"), "ours")
     assert first == 1
     assert not any(others[:-1])  # the last shape, a batch of one, may need a graph of its own
 
@@ -274,8 +321,8 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arm", ["ours", "peft"])
 def test_what_comes_once_is_measured_in_a_process_of_its_own(arm: str) -> None:
     settings = f"--alone --cases tiny-qkv --variants LoRA --arms {arm}"
-    measured = benchmark.alone(benchmark.parse_arguments(settings.split()))
-    assert measured.keys() == set(benchmark.ALONE)
+    measured = benchmark_alone.alone(benchmark.parse_arguments(settings.split()))
+    assert measured.keys() == set(benchmark_alone.ALONE)
     assert measured["capture"] > 0
     assert measured["first-call"] > 0
     assert measured["compile"] == measured["capture"] + measured["first-call"]

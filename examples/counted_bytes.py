@@ -1,0 +1,59 @@
+"""Count the bytes that a step keeps and moves, on tensors with data or without: the counts are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def kept_bytes(run: Any, modules: Iterable[nn.Module], inputs: Iterable[Tensor] = ()) -> tuple[int, Tensor]:
+    """Return the bytes that autograd keeps of a forward pass, and the loss.
+
+    Args:
+        run: computes the loss.
+        modules: their parameters and buffers do not count.
+        inputs: do not count either.
+    """
+    given = [*inputs, *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))]
+    known = {tensor.untyped_storage()._cdata for tensor in given}
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages stay alive here, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()
+    return sum(storage.nbytes() for storage in kept.values()), loss
+
+
+class MovedBytes(TorchDispatchMode):
+    """Adds up the bytes that each operator of the body reads and writes, if each reads and writes all once.
+
+    Operators that return views or numbers move nothing. Caches may hold some of it back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        memory = {tensor.untyped_storage()._cdata for tensor in read}
+        writes = any(
+            argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
+        )
+        if writes or any(tensor.untyped_storage()._cdata not in memory for tensor in made):
+            self.total += sum(tensor.numel() * tensor.itemsize for tensor in (*read, *made))
+        return result

@@ -1,4 +1,4 @@
-"""torch.compile makes few kernels more of an adapted layer than of a frozen one, for a CUDA device that is not there."""
+"""torch.compile makes few kernels more of an adapted layer than of a frozen one, for a CUDA device that is absent."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from ..adapters.placement import bank_slots
 from ..adapters.switches import Switches
 from ..capture.graph_calls import count_arguments
 from ..compat.torch import pytree, trace_is_active, version_of
+from ..graph.direct_calls import reading_waits
 from ..sites.batch.batch_dimension import inputs_with_rows
 
 
@@ -83,8 +84,11 @@ class BankInputs:
         return {IDS: checked}
 
     def _check_slots(self, ids: Tensor, slots: int) -> None:
-        """Check ids against a number of slots: once as long as nothing writes to them, because that reads values."""
-        if torch.compiler.is_compiling() or ids.is_inference():  # whose writes are not counted
+        """Check ids against a number of slots; on a GPU once as long as nothing writes to them, because that waits.
+
+        On a CPU each call checks: writes by numpy are not counted.
+        """
+        if torch.compiler.is_compiling() or ids.is_inference() or not reading_waits(ids):
             check_slots(ids, slots)
             return
         known, state = self.checked, (version_of(ids), slots)

@@ -294,6 +294,16 @@ def test_checkpointed_layers_and_half_precision() -> None:
     close(half(x.bfloat16(), adapter_ids=ids)[0], one_slot(x.bfloat16())[0], 1e-2, "in half precision")
 
 
+def test_ids_that_numpy_changes_are_checked_again() -> None:
+    _, graph = stack(ResidualMLP)
+    gm: Any = llfx.rewrite(graph, llfx.Bank(llfx.LoRA(r=2, **EVERYWHERE), slots=2))
+    ids, x = torch.tensor([0, 1]), inputs(2, 4)
+    gm(x, adapter_ids=ids)
+    ids.numpy()[0] = 7  # which the counter of writes does not see
+    with pytest.raises(llfx.AdapterError, match="adapter_ids has 7"):
+        gm(x, adapter_ids=ids)
+
+
 def test_ids_are_checked_against_the_banks_that_act() -> None:
     _, graph = stack(ResidualMLP)
     cfg = llfx.LoRA(r=2, **EVERYWHERE)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lora_lite_fx as llfx
 from lora_lite_fx.errors import AdapterError
+from lora_lite_fx.execution import bank_inputs
 from lora_lite_fx.ops import attention_mask, chunked_loss
 from tests.devices.fake_cuda import FROM_DATA, captured, config, tokens
 from tests.devices.host_reads import host_reads
@@ -23,7 +24,7 @@ VARIANTS = [name for name in llfx.registry() if name not in FROM_DATA]
 
 @pytest.fixture(autouse=True)
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (attention_mask, chunked_loss):
+    for module in (attention_mask, bank_inputs, chunked_loss):
         monkeypatch.setattr(module, "reading_waits", lambda tensor: True)
 
 

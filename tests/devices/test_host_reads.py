@@ -17,6 +17,7 @@ from lora_lite_fx.execution import bank_inputs
 from lora_lite_fx.ops import attention_mask, chunked_loss
 from tests.devices.fake_cuda import FROM_DATA, captured, config, tokens
 from tests.devices.host_reads import host_reads
+from tests.support.releases import since
 from tests.support.selection import broad_unless, is_typical
 
 VARIANTS = [name for name in llfx.registry() if name not in FROM_DATA]
@@ -75,6 +76,7 @@ def test_a_bank_reads_nothing_where_the_scope_says_the_rows() -> None:
     assert reads == ["check_slots"]
 
 
+@since("transformers", "5.20", "One mask of booleans serves all layers")
 def test_an_attention_mask_is_looked_at_once() -> None:
     gm = llfx.rewrite(captured(torch.float32)[0], config("LoRA"))
     train(gm, tokens())

@@ -14,7 +14,6 @@ import lora_lite_fx as llfx
 from tests.support.captured import captured
 from tests.support.conformance import calibration, randomise, small
 from tests.support.models import GatedMLP, ids, net, one_layer_llama
-from tests.support.selection import broad_unless
 
 pytest.importorskip("executorch")
 
@@ -88,11 +87,8 @@ def test_the_base_is_the_same_whichever_adapter_is_first(tmp_path: Path) -> None
         llfx.save_executorch(models[0], tmp_path / "0", "first", EXAMPLE)
 
 
-def variants() -> list[Any]:
-    return broad_unless(lambda cls: cls.__name__ == "C3A", [*llfx.registry().values()])
-
-
-@pytest.mark.parametrize("cls", variants())
+@pytest.mark.broad
+@pytest.mark.parametrize("cls", llfx.registry().values())
 def test_each_variant(cls: type[llfx.Variant], tmp_path: Path) -> None:
     gm = adapted(small(cls))
     reason = REFUSED.get(cls.__name__)

@@ -74,7 +74,4 @@ def collection_put_off() -> Iterator[None]:
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # else this would thaw what the caller has frozen
-            gc.freeze()
-            gc.unfreeze()  # into the oldest generation: what was made is not looked through at once
         gc.enable()

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.graph.calls_and_traces import collection_put_off
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +27,3 @@ def test_collection_is_as_it_was_after_a_capture_and_after_an_error(is_on: bool)
     with pytest.raises(llfx.CaptureError):
         llfx.capture(nn.Linear(4, 4), (torch.ones(2, 5),))
     assert gc.isenabled() is is_on
-
-
-def test_frozen_objects_stay_frozen() -> None:
-    gc.enable()
-    gc.freeze()
-    count = gc.get_freeze_count()
-    with collection_put_off():
-        assert not gc.isenabled()
-    assert gc.get_freeze_count() == count > 0

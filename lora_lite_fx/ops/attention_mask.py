@@ -53,6 +53,9 @@ class MaskOfSizes:
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], tuple[bool, bool]] = {}
 
+    def __repr__(self) -> str:
+        return "needed_mask of sizes"
+
     def __call__(self, mask: Tensor, *sizes: int) -> tuple[Tensor | None, bool]:
         """Return `attn_mask` and `is_causal`."""
         if not can_read_values(mask):

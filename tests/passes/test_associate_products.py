@@ -13,6 +13,7 @@ from torch import fx, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.insertion import is_inserted
+from lora_lite_fx.ops.attention_mask import MaskOfSizes
 from lora_lite_fx.ops.low_rank_products import LowRankProducts
 from lora_lite_fx.passes import (
     OPTIMIZATIONS,
@@ -78,7 +79,9 @@ def test_in_inference_all_low_rank_variants_run_the_same_operations() -> None:
         nodes = list(gm.graph.nodes)
         first = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
         assert [len(node.target.ranks) for node in gathered(gm)] == 2 * [3, 1, 2, 1]
-        targets = (type(n.target) if isinstance(n.target, LowRankProducts) else n.target for n in nodes[first:])
+        targets = (
+            type(n.target) if isinstance(n.target, (LowRankProducts, MaskOfSizes)) else n.target for n in nodes[first:]
+        )
         counts[name] = Counter(target for target in targets if target is not aten.type_as.default)
     assert counts["LoRA"] == counts["DoRA"] == counts["DeLoRA"] == counts["HRA"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .differences import allowed, difference
+from .distance_from_torch import allowed, difference
 from .served_graph import ServedGraph
 from .swappable import Swappable
 

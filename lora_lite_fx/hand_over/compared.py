@@ -16,7 +16,7 @@ from ..adapters.placement import adapter_names
 from ..adapters.state import adapter_state_dict
 from ..errors import AdapterError
 from ..formats.peft.directory import load_peft
-from .differences import allowed, difference
+from .distance_from_torch import allowed, difference
 from .exported_program import served
 from .served_graph import ServedGraph
 from .targets import adapter_beside

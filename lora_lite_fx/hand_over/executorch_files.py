@@ -23,7 +23,7 @@ from ..graph.insertion import recorded
 from ..graph.tensors import outside_inference_mode
 from .bake import bake as constants
 from .bake import is_baked
-from .differences import difference
+from .distance_from_torch import difference
 from .exported_program import exported, served
 from .served_graph import ServedGraph, Tensors
 from .targets import import_package

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_lite_fx.hand_over.differences import allowed, difference
+from lora_lite_fx.hand_over.distance_from_torch import allowed, difference
 
 NAN, INF = float("nan"), float("inf")
 

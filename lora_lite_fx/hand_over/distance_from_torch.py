@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..capture.differences import distance, largest
 from ..compat.torch import pytree
 
 _SMALL = 1e-3
@@ -32,9 +33,4 @@ def allowed(expected: Any) -> float:
 
 def _difference(result: Tensor, expected: Tensor) -> float:
     result, expected = (torch.as_tensor(value).detach().cpu().double() for value in (result, expected))
-    if result.shape != expected.shape:
-        return float("inf")
-    is_same = (result == expected) | (result.isnan() & expected.isnan())
-    apart = (result - expected).abs().masked_fill(is_same, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
-    largest = expected[expected.isfinite()].abs()
-    return float(apart.max()) / max(float(largest.max()) if largest.numel() else 0.0, _SMALL) if apart.numel() else 0.0
+    return distance(result, expected) / max(largest(expected), _SMALL)

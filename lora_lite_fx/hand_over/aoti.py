@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..adapters.placement import Placement, configs_of, graph_of, placements
@@ -26,11 +26,11 @@ from ..adapters.variant import Variant
 from ..errors import AdapterError
 from ..formats.atomic_writing import write_atomically
 from ..formats.base_fingerprints import fingerprints
+from ..formats.single_adapter import sites_of
 from ..formats.untrusted_files import as_path
 from ..graph.insertion import SHARED, recorded
 from ..graph.tensors import outside_inference_mode, register_tensor, tensor_of
 from ..passes import input_name
-from ..sites.finding import find_sites
 from .check_package import check_package
 from .exported_program import exported, served
 from .folding import OF_ALPHA, OF_RANK, WITHOUT_EFFECT, Folding, folding, rank_dims
@@ -178,8 +178,7 @@ def _exchanged(
     read = {str(node.target) for node in graph.gm.graph.find_nodes(op="get_attr")}
     slots, configs = placed[0].variant.slots, list(configs_of(placed, None))
     folds = {members[0].adapter: folding(variant) for variant, members in configs}
-    assert isinstance(model, fx.GraphModule)
-    sites = {site.name: site for site in find_sites(model)}
+    sites = sites_of(model)
     tensors = dict[str, Any]()
     for each in placed:
         known = folds[each.adapter]

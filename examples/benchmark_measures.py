@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from benchmark_arms import Arm, Arms
+from counted_bytes import kept_bytes
 from live_bytes import LiveBytes
-from torch import Tensor, nn
+from torch import nn
 from variants import flop_counter
 
 SHAPES = ((2, 16), (3, 24), (5, 40), (8, 3), (1, 32))
@@ -109,26 +110,15 @@ def flops(arm: Arm) -> int:
 def saved(arm: Arm) -> int:
     """Count the bytes that a forward pass keeps for the backward pass, without parameters and buffers."""
     modules = [module for module in (arm.step.module, arm.run) if isinstance(module, nn.Module)]
-    given = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    given += arm.parameters.values()
     if arm.name == "ours-balanced":  # hooks around a layer do not see what it keeps
+        given = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         with LiveBytes() as live:
             outputs = arm.run(**arm.step.inputs)
-            return int(live.count(besides=[*given, outputs]))
-    known = {tensor.untyped_storage().data_ptr() for tensor in given}
-    kept: dict[int, torch.UntypedStorage] = {}  # the storages stay alive here, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
+            return int(live.count(besides=[*given, *arm.parameters.values(), outputs]))
     arm.renew()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        arm()
+    kept, _ = kept_bytes(arm, modules, arm.parameters.values())
     arm.renew()
-    return sum(storage.nbytes() for storage in kept.values())
+    return kept
 
 
 def compilations(arms: Arms, name: str) -> list[int]:

@@ -11,15 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def kept_bytes(run: Any, modules: Iterable[nn.Module], inputs: Iterable[Tensor] = ()) -> tuple[int, Tensor]:
-    """Return the bytes that autograd keeps of a forward pass, and the loss.
+def kept_bytes(run: Any, modules: Iterable[nn.Module], given: Iterable[Tensor] = ()) -> tuple[int, Any]:
+    """Return the bytes that autograd keeps of a forward pass, and what the pass returns.
 
     Args:
-        run: computes the loss.
+        run: does the forward pass.
         modules: their parameters and buffers do not count.
-        inputs: do not count either.
+        given: tensors that do not count either, such as inputs.
     """
-    given = [*inputs, *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))]
+    given = [*given, *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))]
     known = {tensor.untyped_storage()._cdata for tensor in given}
     kept: dict[int, torch.UntypedStorage] = {}  # the storages stay alive here, so that no address is used twice
 
@@ -30,8 +30,8 @@ def kept_bytes(run: Any, modules: Iterable[nn.Module], inputs: Iterable[Tensor] 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run()
-    return sum(storage.nbytes() for storage in kept.values()), loss
+        result = run()
+    return sum(storage.nbytes() for storage in kept.values()), result
 
 
 class MovedBytes(TorchDispatchMode):

@@ -64,7 +64,7 @@ def tracing() -> Iterator[None]:
 def collection_put_off() -> Iterator[None]:
     """Collect no garbage in the body.
 
-    A capture makes a million objects, of which most stay: looking through them again and again takes a seventh of its
+    A capture makes a million objects, of which most stay: looking through them again and again takes a tenth of its
     time. What no cycle keeps is freed at once as ever.
     """
     if not gc.isenabled():  # by the caller, or by a body around this one

@@ -26,7 +26,7 @@ _MARGIN = 26.0
 _LIFT = 30.0  # from the sites down to the stream
 CHARACTER = 8.43  # width in 14 px monospace
 _SCALE = 1.15  # of the whole picture, where there is room
-_LEAST = 0.85  # of a picture that stands beside others
+_LEAST = 0.79  # of a picture that stands beside others
 _ROOM = 1170.0  # for pictures side by side, in a window of 1280 pixels
 
 

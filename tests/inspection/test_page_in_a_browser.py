@@ -56,11 +56,27 @@ def laid_out(folder: Path, *options: str, width: int = 1280) -> dict[str, Any]:
     return measured
 
 
+def with_experts() -> SiteTable:
+    """Return the table of two equal layers with experts, of the sizes of Qwen3-30B-A3B, with adapters."""
+    sites = []
+    for home in ("model.layers.0", "model.layers.1"):
+        attention = layer(f"{home}.self_attn", 2048)[:4]
+        sites += [replace(site, adapters=("LoRA",), parameters=49152) for site in attention]
+        sites.append(row(f"{home}.mlp.gate", "router reader", 2048, 128, reads=f"{home}.normed"))
+        for name, d_in, d_out in (("gate_up_proj", 2048, 1536), ("down_proj", 768, 2048)):
+            expert = row(f"{home}.mlp.experts.sites.{name}", "experts", d_in, d_out, reads=f"{home}.{name}")
+            sites.append(replace(expert, kind="experts", experts=128, adapters=("LoRA",), parameters=1835008))
+    return table_of(*sites)
+
+
+def measured_page(table: SiteTable, folder: Path) -> Path:
+    (folder / "page.html").write_text(table.to_html().replace("</body>", MEASURE), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    page = decoder().to_html()
-    (tmp_path / "page.html").write_text(page.replace("</body>", MEASURE), encoding="utf-8")
-    return tmp_path
+    return measured_page(decoder(), tmp_path)
 
 
 def test_the_halves_of_a_layer_stand_side_by_side_at_1280_pixels(folder: Path) -> None:
@@ -71,6 +87,15 @@ def test_the_halves_of_a_layer_stand_side_by_side_at_1280_pixels(folder: Path) -
     (first, second, *_) = measured["streams"]
     assert first[3] == second[3]  # whose streams are one
     assert second[0] - first[2] <= 1
+    assert measured["wide"] == 0
+
+
+def test_so_do_attention_and_experts(tmp_path: Path) -> None:
+    measured = laid_out(measured_page(with_experts(), tmp_path))
+    attention, experts = measured["figures"]
+    assert attention[2] <= experts[0] + 1
+    assert abs(attention[3] - experts[3]) <= 1
+    assert experts[2] <= 1280
     assert measured["wide"] == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -43,5 +45,11 @@ def rounds_inputs(value: object) -> bool:
 def _storages_of(*values: object) -> list[Storage]:
     """Return the storages of which a library has a class of one of these values."""
     # Every model of transformers has a mixin of an integration, which is not a class of modules.
-    classes = {c for v in values for c in type(v).__mro__ if not isinstance(v, nn.Module) or issubclass(c, nn.Module)}
-    return [storage for storage in STORAGES if any(storage.has(cls.__module__) for cls in classes)]
+    classes = (c for v in values for c in type(v).__mro__ if not isinstance(v, nn.Module) or issubclass(c, nn.Module))
+    return _storages_with(frozenset(cls.__module__ for cls in classes))
+
+
+@functools.lru_cache(maxsize=1024)  # of names, because a class may hold a model, as that of each graph module does
+def _storages_with(modules: frozenset[str]) -> list[Storage]:
+    """Return the storages that have one of these Python modules."""
+    return [storage for storage in STORAGES if any(map(storage.has, modules))]

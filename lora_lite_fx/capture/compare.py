@@ -71,7 +71,12 @@ def _raises_itself(model: nn.Module, error: BaseException) -> CaptureError:
 
 
 def require_equal(
-    gm: fx.GraphModule, model: nn.Module, calls: Sequence[Call], hint: str = "", made: bool = False
+    gm: fx.GraphModule,
+    model: nn.Module,
+    calls: Sequence[Call],
+    hint: str = "",
+    made: bool = False,
+    same_in_both_modes: bool = False,
 ) -> None:
     """Raise `CaptureError` if the flat graph `gm` and `model` differ in either mode; log what was compared.
 
@@ -81,6 +86,8 @@ def require_equal(
         hint: a sentence on how to avoid a difference, after a space.
         made: whether the inputs are not the user's: those that the model does not take say nothing of the user's then,
             and the graph is not compared.
+        same_in_both_modes: whether the model has called the same operators in both modes. Then its graph has no modes,
+            and each is compared on one call: evaluation on the second, if there is one.
 
     Raises:
         CaptureError: they differ; or the model itself raises in both modes, for inputs of the user.
@@ -92,7 +99,9 @@ def require_equal(
     compared = f"the graph of {name} with the model"
     with phase(f"compared {compared}", f"comparing {compared}") as details:
         first, *others = _modes(model)
-        for call, (mode, where) in [*((call, first) for call in calls), *((calls[0], each) for each in others)]:
+        in_evaluation = calls[1:] if same_in_both_modes and len(calls) > 1 else calls
+        pairs = [*((call, first) for call in in_evaluation), *((calls[0], each) for each in others)]
+        for call, (mode, where) in pairs:
             try:
                 rows = _all_rows(gm, model, call, mode, where, questions)
             except CaptureError:
@@ -101,6 +110,9 @@ def require_equal(
                 details.append(f"not in {mode}, where the model raises {reason}")
                 if call is calls[0]:
                     raising.append(reason)
+                    if in_evaluation is not calls:  # the call was not compared in evaluation
+                        in_evaluation = calls
+                        pairs.append((call, first))
                 continue
             except Exception as error:
                 if is_other_decision(error) and call is not calls[0]:

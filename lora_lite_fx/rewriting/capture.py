@@ -198,7 +198,8 @@ def _graph_of(
     if isinstance(model, AdaptedGraphModule):
         gm.switches = model.switches
     if verify and captured.source is not None and captured.calls:
-        require_equal(gm, captured.source, captured.calls, captured.hint, made)
+        same_in_both_modes = captured.eval_gm is None
+        require_equal(gm, captured.source, captured.calls, captured.hint, made, same_in_both_modes)
         if not follows_each_part(gm, captured.source, captured.calls[0]):
             let_modes_be_one(gm, captured.modes)
             set_modes(gm, captured.modes)

@@ -12,6 +12,7 @@ from torch.export import Dim
 from ..compat.torch import assert_in_graph, check, pytree
 from ..errors import CaptureError
 from ..graph.calls_and_traces import tracing
+from ..graph.copies import Draft
 from ..graph.writes import returns_what_it_writes
 from .autograd_functions import keeping_functions
 from .forward_signature import signature_of
@@ -87,7 +88,7 @@ def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
                 raise before from error  # which names what the model does, as the last quirks did not help
             before, quirks = error, [*quirks, *more]
     check_quirks(gm)
-    return gm
+    return Draft(gm, gm.graph)  # because what follows changes the graph, and calls it as another module
 
 
 @tracing()

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx, nn
 
-from ..compat.torch import is_persistent
+from ..compat.torch_modules import is_persistent
 from ..errors import AdapterError
 from ..graph.sharded import copy_values, whole
 from ..graph.tensors import has_attribute, has_values, register_tensor, tensor_of

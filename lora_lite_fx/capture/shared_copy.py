@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..compat.torch import buffers_of, parameters_of
+from ..compat.torch_modules import buffers_of, parameters_of
 from ..errors import CaptureError
 from ..graph.copies import share_signatures
 from ..graph.tensors import tensor_of

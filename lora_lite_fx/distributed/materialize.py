@@ -14,7 +14,7 @@ from ..adapters.adapter_tensors import AdapterTensors
 from ..adapters.placement import adapter_tensor_names, placements, site_bias, site_weight
 from ..adapters.start_values import fill, initialize, initialize_shared
 from ..adapters.state import adapter_tensors
-from ..compat.torch import change_tensors
+from ..compat.torch_modules import change_tensors
 from ..errors import AdapterError, shown
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..graph.insertion import SHARED

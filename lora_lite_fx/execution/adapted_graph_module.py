@@ -21,7 +21,8 @@ from ..adapters.switches import Switches
 from ..capture.autograd_functions import warn_of_trace
 from ..capture.capture_model import call_of
 from ..capture.graph_calls import call_like_the_model, return_as, take_further_inputs_from
-from ..compat.torch import SeesMoves, constant_when_compiled, disable_current_modes
+from ..compat.torch import constant_when_compiled, disable_current_modes
+from ..compat.torch_modules import SeesMoves
 from ..errors import AdapterError
 from ..graph.copies import share_signatures
 from ..graph.modes import add_flagged_modules, flag_name, modes_of, set_modes

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..capture.origins.hooks import hook_name, hooks_on, weight_hooks_on
-from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
+from ..compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 from ..errors import AdapterError, is_instance_of
 from ..graph.copies import copy_graph
 from ..graph.modes import has_modes, keep_mode

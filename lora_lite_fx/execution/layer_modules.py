@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from ..compat.torch import children_of
+from ..compat.torch_modules import children_of
 from ..errors import AdapterError
 from ..graph.layers import is_layer, layer_of
 

@@ -10,7 +10,8 @@ from torch import fx, nn
 from torch.nn import functional
 
 from ..adapters.placement import adapter_tensor_names
-from ..compat.torch import OpOverload, buffers_of, children_of, parameters_of, schema_of
+from ..compat.torch import OpOverload, schema_of
+from ..compat.torch_modules import buffers_of, children_of, parameters_of
 from ..errors import AdapterError
 from .layer_modules import WRAPPED, GraphLayer
 from .snapshot import Snapshot

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..compat.torch import buffers_of, children_of, parameters_of
+from ..compat.torch_modules import buffers_of, children_of, parameters_of
 from .layer_modules import plain_class
 
 

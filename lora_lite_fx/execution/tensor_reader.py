@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..compat.torch import MODULES, REGISTRIES
+from ..compat.torch_modules import MODULES, REGISTRIES
 from ..errors import AdapterError
 from ..graph.subgraph import function_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..compat.torch import children_of
+from ..compat.torch_modules import children_of
 
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from ..compat.torch import FakeTensor, buffers_of, children_of
+from ..compat.torch import FakeTensor
+from ..compat.torch_modules import buffers_of, children_of
 
 HALF = (torch.float16, torch.bfloat16)
 """The types that round sums and products to about three digits."""

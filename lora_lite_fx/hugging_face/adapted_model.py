@@ -19,7 +19,7 @@ from ..adapters.switches import Switches, coefficients
 from ..adapters.variant import Variant
 from ..capture.capture_model import Inputs
 from ..capture.origins.origin import is_hugging_face
-from ..compat.torch import SeesMoves, children_of
+from ..compat.torch_modules import SeesMoves, children_of
 from ..errors import AdapterError, ConfigError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.compile_layers import LayerCompiler

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..capture.forward_signature import forward_signature
+from ..errors import AdapterError
 from ..graph.modes import in_mode
 from ..graph.tensors import has_values
 
@@ -26,11 +27,18 @@ def caches(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if isinstance(value, Cache)}
 
 
-def has_static_cache(arguments: Mapping[str, Any]) -> bool:
-    """Return whether a cache of a fixed length is among the arguments of a call."""
+def refuse_exports_with_static_cache(arguments: Mapping[str, Any]) -> None:
+    """Raise `AdapterError` if `torch.export` traces a call with a cache of a fixed length among its arguments."""
+    if not torch.compiler.is_exporting():
+        return
     from transformers.cache_utils import StaticCache
 
-    return any(isinstance(value, StaticCache) for value in arguments.values())
+    if any(isinstance(value, StaticCache) for value in arguments.values()):
+        raise AdapterError(
+            "torch.export does not take an adapted model with a static cache, because its graphs keep caches outside"
+            " of themselves. The way out: llfx.export(model, cache=True); or export llfx.merge(model), which is a plain"
+            " model of transformers."
+        )
 
 
 # The layers of a model's cache.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,9 +51,10 @@ class CapturedCall:
         """Return what the log calls the part of `model` that is called."""
         return f"{type(model).__name__}.{self.path}".rstrip(".")
 
-    def differs_from(self, other: CapturedCall) -> list[str]:
-        """Return in what the signature of a call of the same part differs from that of `other`."""
-        return [*differences(other.structure, self.structure)]
+    def news_beside(self, others: Iterable[CapturedCall]) -> str:
+        """Return in what the signature of the call differs from that of the nearest of `others` of the same part."""
+        same = ([*differences(other.structure, self.structure)] for other in others if other.path == self.path)
+        return "; ".join(min(same, key=len, default=["the first call"])[:3])
 
 
 @dataclass

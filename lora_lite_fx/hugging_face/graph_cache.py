@@ -20,12 +20,12 @@ from torch import Tensor, fx
 from ..adapters.placement import Placement, placements
 from ..adapters.variant import Variant
 from ..capture.asserted_decisions import is_other_decision
-from ..capture.capture_model import Inputs, without_what_cannot_be
+from ..capture.capture_model import Inputs, call_of, without_what_cannot_be
 from ..capture.inputs.example_inputs import example_inputs_of
 from ..capture.origins.hooks import take_hooks_off
 from ..capture.origins.origin import is_diffusers, is_hugging_face
 from ..compat.torch import not_compiled, pytree
-from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
+from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.optimize import draft_of
 from ..graph.calls_and_traces import calling, tracing
@@ -37,7 +37,7 @@ from ..rewriting.calibration import Batches
 from ..rewriting.choose_sites import choose_sites
 from ..rewriting.rewrite import insert_new, insert_placed
 from .around_parts import has_parts, run_around_parts, try_around_parts
-from .caches import has_static_cache
+from .caches import refuse_exports_with_static_cache
 from .call_structure import Leaves
 from .capture_call import attempts, capture_call
 from .captured_call import CapturedCall, CapturedGraph
@@ -102,12 +102,7 @@ class GraphCache:
         if part is not self.model and is_hugging_face(part) and "forward" in vars(self.model):
             check_is_whole(self.model, part, self.adapters.placements)
         arguments, return_dict = arguments_of(part, args, kwargs)
-        if torch.compiler.is_exporting() and has_static_cache(arguments):
-            raise AdapterError(
-                "torch.export does not take an adapted model with a static cache, because its graphs keep caches"
-                " outside of themselves. The way out: llfx.export(model, cache=True); or export llfx.merge(model),"
-                " which is a plain model of transformers."
-            )
+        refuse_exports_with_static_cache(arguments)
         # Several threads may call one model. torch.compile knows no locks.
         with nullcontext() if torch.compiler.is_dynamo_compiling() else calling():
             return self._run(part, arguments, return_dict)
@@ -166,11 +161,8 @@ class GraphCache:
                 return graph
             start = time.perf_counter()
             graph = self._capture_for(call)
-            same = [other.call for other in self._graphs if other.call.path == call.path]
-            if not reason:
-                reason = "; ".join(min(map(call.differs_from, same), key=len)[:3]) if same else "the first call"
-            seconds = time.perf_counter() - start
-            logger.info("%s: captured a graph in %.1f s (%s)", call.name_in(self.model), seconds, reason)
+            seconds, why = time.perf_counter() - start, reason or call.news_beside(other.call for other in self._graphs)
+            logger.info("%s: captured a graph in %.1f s (%s)", call.name_in(self.model), seconds, why)
             self._keep(graph)
             if self.keeps_values:
                 graph.gm.keep_values()
@@ -308,8 +300,9 @@ class GraphCache:
         return (self._call_with(batch).leaves for batch in batches)
 
     def _call_with(self, inputs: Inputs) -> CapturedCall:
-        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
-        return self._call(self.model, arguments_of(self.model, args, kwargs)[0], is_first=True)
+        args, kwargs = call_of(inputs)
+        arguments, _ = arguments_of(self.model, args, dict(kwargs))
+        return self._call(self.model, arguments, is_first=True)
 
     def shadow(self) -> Any:
         """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..graph.insertion import SHARED, Insertion, insertions
 from ..graph.tensors import attribute_of
-from .picture import CHARACTER, line_through, shorten, sum_sign, text_at
+from .svg import CHARACTER, line_through, shorten, sum_sign, text_at
 
 _HEIGHT = 46.0  # of a box
 _PITCH = 84.0  # from row to row

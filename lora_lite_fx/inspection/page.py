@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..sites.roles import ROLES
 from .blocks import Block, blocks, main_roles, shown_roles
-from .picture import draw, gradient, is_inline, largest, room_below, rows_of_pictures, total_width
+from .picture import draw, is_inline, largest, room_below, rows_of_pictures, total_width
+from .svg import gradient
 
 if TYPE_CHECKING:
     from ..rewriting.unadapted import Unadapted

@@ -13,6 +13,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from .blocks import QKV, Part, Sublayer, main_roles, shown_roles
+from .svg import CHARACTER, fill, line_through, shorten, sum_sign, text_at
 
 if TYPE_CHECKING:
     from .site_rows import SiteRow
@@ -24,7 +25,6 @@ _PILL = 32.0  # the room of an adapter above its site
 _TOP = 8.0
 _MARGIN = 26.0
 _LIFT = 30.0  # from the sites down to the stream
-CHARACTER = 8.43  # width in 14 px monospace
 _SCALE = 1.15  # of the whole picture, where there is room
 _LEAST = 0.79  # of a picture that stands beside others
 _ROOM = 1170.0  # for pictures side by side, in a window of 1280 pixels
@@ -90,20 +90,6 @@ def is_inline(sublayer: Sublayer, in_layer: bool) -> bool:
 def room_below(inline: bool) -> float:
     """Return the height that the picture needs under the stream."""
     return _HIGH / 2 + 12 if inline else _MARGIN
-
-
-def fill(roles: Sequence[str]) -> str:
-    """Return the id of the gradient that shows `roles` as stripes."""
-    return "f-" + "-".join(roles)
-
-
-def gradient(roles: Sequence[str]) -> str:
-    """Return the definition of the gradient that shows `roles` as stripes."""
-    stops = []
-    for i, role in enumerate(roles):
-        for edge in (i, i + 1):
-            stops.append(f'<stop offset="{edge / len(roles):.3f}" style="stop-color:var(--{role})"/>')
-    return f'<linearGradient id="{fill(roles)}">{"".join(stops)}</linearGradient>'
 
 
 # The two ways to stand at the stream.
@@ -289,39 +275,6 @@ def _port(box: _Box, x: float, x_of_text: float, text: str) -> list[str]:
     return [line_through((x, box.y), (box.x, box.y)), port, text_at(x_of_text, box.y + 17, text, "small")]
 
 
-def sum_sign(x: float, y: float, kind: str, r: float = 9) -> str:
-    a = r * 0.55
-    return (
-        f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="{r:g}"/>'
-        f'<path class="{kind}" d="M{x - a:g} {y:g}h{2 * a:g}M{x:g} {y - a:g}v{2 * a:g}"/>'
-    )
-
-
-def line_through(*points: tuple[float, float], arrow: bool = True, kind: str = "line") -> str:
-    """Return a line through the points, with round corners."""
-    (x, y), *rest = points
-    path = [f"M{x:g} {y:g}"]
-    for i, (px, py) in enumerate(rest):
-        if i + 1 < len(rest) and (px, py) != rest[i + 1] and (px, py) != (x, y):
-            nx, ny = rest[i + 1]
-            r = min(8.0, max(abs(px - x), abs(py - y)) / 2, max(abs(nx - px), abs(ny - py)) / 2)
-            path.append(f"L{px - r * _sign(px - x):g} {py - r * _sign(py - y):g}")
-            path.append(f"Q{px:g} {py:g} {px + r * _sign(nx - px):g} {py + r * _sign(ny - py):g}")
-        else:
-            path.append(f"L{px:g} {py:g}")
-        x, y = px, py
-    end = ' marker-end="url(#arrow)"' if arrow else ""
-    return f'<path class="{kind}" d="{"".join(path)}"{end}/>'
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
-
-
-def text_at(x: float, y: float, text: str, kind: str) -> str:
-    return f'<text class="{kind}" x="{x:g}" y="{y:g}">{escape(text)}</text>'
-
-
 def _svg(sublayer: Sublayer, width: float, height: float, pieces: list[str]) -> str:
     title, path = map(escape, _titles(sublayer))
     # Whole pixels, and the lower edge exact: the streams of neighbours meet without a seam.
@@ -337,14 +290,6 @@ def _titles(sublayer: Sublayer) -> tuple[str, str]:
     times = f" \u00d7 {sublayer.times}" if sublayer.times > 1 else ""
     path = sublayer.path + (f" \u2026 {sublayer.last}" if sublayer.last else "")
     return sublayer.kind + times, shorten(path, 40)
-
-
-def shorten(text: str, most: int = 24) -> str:
-    """Return `text`, without its middle if it is longer than `most` characters."""
-    if len(text) <= most:
-        return text
-    half = (most - 1) // 2
-    return f"{text[: most - 1 - half]}\u2026{text[-half:]}"
 
 
 # Sizes.

@@ -28,7 +28,6 @@ from ..sites.roles import ROLES
 from ..sites.site import Site, stored_weight
 from ..sites.unmatched import LeftOut, find_left_out
 from ..text_table import Folded, fold, text_table
-from .page import render
 from .pass_reports import ProgramReport
 from .program import program
 from .site_rows import LeftOutRow, SiteRow
@@ -99,6 +98,8 @@ class SiteTable(Sequence[SiteRow]):
 
     def to_html(self) -> str:
         """Return the table as one HTML page that needs no other file: a picture of the model, and its sites."""
+        from .page import render  # here, because few programs draw
+
         return render(self)
 
     def save_html(self, path: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ from ..adapters.dependencies import Dependencies
 from ..adapters.frozen_site import FrozenSite
 from ..adapters.placement import Placement
 from ..adapters.switches import Switches
-from ..compat.torch import MODULES
+from ..compat.torch_modules import MODULES
 from ..errors import AdapterError, ConfigError
 from ..sites.computed import Computation
 from ..sites.site import Site

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, OpOverload, hooks_of
+from ..compat.torch import OpOverload
+from ..compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 from ..graph.insertion import is_inserted
 from ..graph.tensors import is_quantized
 from .computed import frozen_values, is_table, largest, obstacle, parameters_behind

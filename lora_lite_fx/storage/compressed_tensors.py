@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat.torch import parameters_of
+from ..compat.torch_modules import parameters_of
 from ..errors import ConfigError
 from .affine import Affine
 from .stored_weight import Storage, StoredWeight, copy_over_tensors, detached, fields, not_supported

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compat.torch import FORWARD_HOOKS, FORWARD_PRE_HOOKS, HOOKS_WITH_KEYWORDS, hooks_of
+from ..compat.torch_modules import FORWARD_HOOKS, FORWARD_PRE_HOOKS, HOOKS_WITH_KEYWORDS, hooks_of
 from ..errors import AdapterError
 from ..graph.replacing import replace_modules
 from ..ops.recomputed_product import RecomputedProduct

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..compat.torch import buffers_of, parameters_of
+from ..compat.torch_modules import buffers_of, parameters_of
 from ..errors import is_instance_of
 from ..graph.tensors import is_quantized
 from .stored_weight import Storage, not_supported

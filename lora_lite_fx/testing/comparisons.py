@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.state import adapter_state_dict, load_adapter_state_dict
-from ..compat.torch import HOOKS, hooks_of
+from ..compat.torch_modules import HOOKS, hooks_of
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far results of two programs may be apart, as a multiple of the largest value."""

@@ -24,7 +24,7 @@ from ..adapters.start_values import initialize
 from ..adapters.switches import Switches
 from ..adapters.variant import Variant
 from ..capture.shared_copy import shared_copy
-from ..compat.torch import buffers_of
+from ..compat.torch_modules import buffers_of
 from ..errors import AdapterError, ConfigError, is_instance_of
 from ..log import phase
 from ..rewriting.choose_sites import NewAdapter

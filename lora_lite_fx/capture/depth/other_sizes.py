@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...compat.torch import children_of
+from ...compat.torch_modules import children_of
 from ..export import GUARDS
 from .program import NotRepeated
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ...compat.torch import children_of
+from ...compat.torch_modules import children_of
 
 _FEWEST = 4
 """The number of layers from which on some can be left out: one before the repetition, and two that show it."""

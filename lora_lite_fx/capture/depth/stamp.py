@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...compat.torch import children_of, codegen_of, empty_like
+from ...compat.torch import codegen_of, empty_like
+from ...compat.torch_modules import children_of
 from ...graph.tensors import register_tensor, tensor_of
 from ..export import GUARDS, guard_sizes
 from ..graph_calls import return_as

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compat.torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, buffers_of
+from ...compat.torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from ...compat.torch_modules import buffers_of
 from ...graph.modes import in_mode
 from ..forward_signature import signature_of
 from ..without_data import without_data

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...compat.accelerate import offloading_hook_of
-from ...compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, FORWARD_PRE_HOOKS, hooks_of
+from ...compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS, FORWARD_PRE_HOOKS, hooks_of
 from ...errors import CaptureError
 from ...storage.storages import STORAGES
 

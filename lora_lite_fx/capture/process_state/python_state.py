@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ...compat.torch import MODULES, REGISTRIES
+from ...compat.torch_modules import MODULES, REGISTRIES
 from ...errors import COMPILE_INSTEAD
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)

@@ -19,15 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ...compat.torch import (
-    FakeTensor,
-    FunctionalTensor,
-    buffers_of,
-    check,
-    disable_current_modes,
-    is_persistent,
-    pytree,
-)
+from ...compat.torch import FakeTensor, FunctionalTensor, check, disable_current_modes, pytree
+from ...compat.torch_modules import buffers_of, is_persistent
 from .quirk import Quirk, after_undecided
 
 Quotient = tuple[Any, int]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...compat.torch import SET_GRAD_ENABLED, buffers_of
+from ...compat.torch import SET_GRAD_ENABLED
+from ...compat.torch_modules import buffers_of
 from ...errors import COMPILE_INSTEAD, CaptureError
 from ..process_state.python_state import PythonState, state_put_back, warn_of_count
 from ..process_state.questions import AUTOCAST, GRAD, INFERENCE_REGION, Questions, device_of

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ...compat.torch import BACKWARD_HOOKS, FORWARD_HOOKS, pytree
+from ...compat.torch import pytree
+from ...compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS
 from ...errors import CaptureError
 from ...graph.tensors import attribute_of, name_tensors, tensor_names
 from ...graph.walk import ancestors

@@ -55,7 +55,7 @@ if not _is_program():  # else the program imports this again, when it has read i
     from .formats.peft.directory import adapter_state_dict, load_peft, save_peft, to_peft_config
     from .formats.peft.peft_config import from_peft_config
     from .hugging_face.adapt import adapt
-    from .inspection.program import program
+    from .inspection.shown_program import program
     from .inspection.table import inspect
     from .rewriting.bank_slots import put_slot, reset_slot, take_slot
     from .rewriting.capture import capture

@@ -1,7 +1,7 @@
 """The command line: `inspect MODEL` prints the sites of a model, `export MODEL --to onnx OUT` writes it for a runtime.
 
-This file reads the options. `inspection/command.py` and `hand_over/command.py` do the work, because they need torch,
-which takes seconds.
+This file reads the options. `inspection/inspect_command.py` and `hand_over/export_command.py` do the work, because they
+need torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {wrong}", file=sys.stderr)
         return 2
     package = sys.modules[__package__]
-    wing = {"inspect": "inspection", "export": "hand_over"}[options.command]
+    file = {"inspect": "inspection.inspect_command", "export": "hand_over.export_command"}[options.command]
     with waiting("importing torch"):
         if not hasattr(package, "inspect"):
             importlib.reload(package)  # with all public names, which it left out for the program
-        command = importlib.import_module(f".{wing}.command", __package__)
+        command = importlib.import_module(f".{file}", __package__)
     status: int = command.run(options, parser.prog)
     return status
 

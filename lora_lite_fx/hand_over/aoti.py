@@ -33,7 +33,7 @@ from ..graph.tensors import outside_inference_mode, register_tensor, tensor_of
 from ..passes import input_name
 from .check_package import check_package
 from .exported_program import exported, served
-from .folding import OF_ALPHA, OF_RANK, WITHOUT_EFFECT, Folding, folding, rank_dims
+from .foldable_options import OF_ALPHA, OF_RANK, WITHOUT_EFFECT, Folding, folding, rank_dims
 from .served_graph import ServedGraph, Tensors
 from .swappable import FORMAT, KEY, TENSORS
 

@@ -24,7 +24,7 @@ from ..graph.tensors import register_tensor, tensor_of
 from ..rewriting.rewrite import insert_placed, without_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
-from .folding import OF_ALPHA, OF_RANK, WITHOUT_EFFECT, Folding, folding, rank_dims
+from .foldable_options import OF_ALPHA, OF_RANK, WITHOUT_EFFECT, Folding, folding, rank_dims
 from .served_graph import as_graph
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..graph.tensors import HALF
-from .branches import flatten, unflatten
+from .low_rank_branch import flatten, unflatten
 from .low_rank_products import LowRankProducts
 
 _MOST_ROWS = 4

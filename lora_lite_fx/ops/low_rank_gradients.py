@@ -12,7 +12,7 @@ from torch.autograd.function import BackwardCFunction
 
 from ..compat.torch import is_wrapped
 from .autocast import autocast_of
-from .branches import Branch, add_product, as_matrix, as_rows, flatten
+from .low_rank_branch import Branch, add_product, as_matrix, as_rows, flatten
 from .saved_values import apart, together
 
 _SMALLEST_SCALE = 1e-30

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..compat.torch import constant_when_compiled
 from ..graph.direct_calls import is_ordinary
 from ..graph.tensors import HALF
-from .branches import Branch, add_product, as_matrix, as_rows, flatten, unflatten
+from .low_rank_branch import Branch, add_product, as_matrix, as_rows, flatten, unflatten
 from .low_rank_gradients import apply_with_gradients
 from .saved_values import Recomputing
 

@@ -13,7 +13,7 @@ from ...graph.insertion import is_inserted
 from ...graph.parameter_work import first_input
 from ...graph.queries import obstacle_between, reads_tensor, value_of
 from ...ops.bank_products import BankProducts, rows_or_slots
-from ...ops.branches import Branch, flatten
+from ...ops.low_rank_branch import Branch, flatten
 from ...ops.low_rank_products import LowRankProducts
 from ..pipeline import Declined, GraphPass, Outcome
 from .gather_products import insert_gathered

@@ -23,7 +23,7 @@ from ...graph.queries import (
 )
 from ...graph.walk import walk
 from ...graph.writes import may_return_a_view, overwrites
-from ...ops.branches import Branch, flatten
+from ...ops.low_rank_branch import Branch, flatten
 from ...ops.low_rank_products import LowRankProducts
 from ..pipeline import Declined, GraphPass, Outcome
 

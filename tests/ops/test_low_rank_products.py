@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from variants import flop_counter
 
 import lora_lite_fx as llfx
-from lora_lite_fx.ops.branches import Branch, flatten, unflatten
+from lora_lite_fx.ops.low_rank_branch import Branch, flatten, unflatten
 from lora_lite_fx.ops.low_rank_products import LowRankProducts
 from tests.support.conformance import close, randomise
 from tests.support.low_rank_llama import LOW_RANK, adapted_llama, run

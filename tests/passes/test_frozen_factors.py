@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_lite_fx as llfx
-from lora_lite_fx.ops.branches import Branch, flatten
 from lora_lite_fx.ops.dropped_product import DroppedProduct
+from lora_lite_fx.ops.low_rank_branch import Branch, flatten
 from lora_lite_fx.ops.low_rank_products import LowRankProducts
 from lora_lite_fx.ops.rotated_blocks import RotatedBlocks
 from lora_lite_fx.ops.rotated_pairs import rotated_pairs_at_once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,11 @@ def test_families_of_passes_do_not_know_each_other(imports: list[Import]) -> Non
 
 def test_nothing_imports_in_a_circle(imports: list[Import]) -> None:
     assert circles(imports) == []
+
+
+def test_no_two_files_have_one_name() -> None:
+    names = Counter(file.name for file in module_files(ROOT / NAME).values())
+    assert [name for name, count in names.items() if count > 1 and name != "__init__.py"] == []
 
 
 def test_private_names_stay_in_their_module() -> None:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lora_lite_fx as llfx
 from lora_lite_fx.__main__ import main
-from lora_lite_fx.hand_over import command, compared
+from lora_lite_fx.hand_over import compared, export_command
 from lora_lite_fx.hand_over.targets import TARGETS
 from tests.inspection.test_inspect import LLAMA
 from tests.support.conformance import randomise
@@ -93,7 +93,7 @@ def test_what_is_written_is_compared_in_its_runtime(
 )
 def test_a_model_without_a_tokenizer_gets_none(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path / "model")
-    command._write_tokenizer(str(tmp_path / "model"), tmp_path / "out")
+    export_command._write_tokenizer(str(tmp_path / "model"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

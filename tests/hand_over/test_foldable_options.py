@@ -11,7 +11,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.frozen_linear import FrozenLinear
 from lora_lite_fx.adapters.hyperparameters import WithRank, WithScale
 from lora_lite_fx.adapters.variant import ParamSpec
-from lora_lite_fx.hand_over.folding import Folding, folding, rank_dims
+from lora_lite_fx.hand_over.foldable_options import Folding, folding, rank_dims
 from lora_lite_fx.sites.site import Site
 
 LORA = Folding(("lora_B", "lora_bias"), is_addition=True, is_open=True, is_padded=True)

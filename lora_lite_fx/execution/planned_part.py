@@ -82,7 +82,8 @@ class _Cell:
     __slots__ = ("again", "place", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor: Tensor | None = tensor
+        # Without its history: an operation that saves its own result would keep itself alive, as Python sees no circle.
+        self.tensor: Tensor | None = tensor.detach()
         self.version = version_of(tensor)
         self.again: _Again | None = None
         self.place: Any = None

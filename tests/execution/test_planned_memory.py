@@ -172,6 +172,18 @@ def test_a_backward_pass_can_be_run_twice() -> None:
         assert torch.equal(expected, actual)
 
 
+@pytest.mark.parametrize("memory", ["balanced", 0.5])
+def test_a_call_without_a_backward_pass_keeps_nothing(memory: Any) -> None:
+    ours = planned(trained(plain_llama, llfx.DoRA(r=2)), memory)
+    step(ours, tokens())  # which makes the plan
+    with LiveBytes() as live:
+        for _ in range(2):
+            loss = ours(**tokens()).loss
+        assert live.count() > 10 * loss.nbytes
+        del loss
+    assert live.count([*ours.parameters(), *ours.buffers()]) == 0
+
+
 def test_accumulated_gradients_of_two_calls_in_flight_are_the_same() -> None:
     plain = trained(llama)
     ours = planned(plain, "balanced")

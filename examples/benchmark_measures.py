@@ -116,8 +116,7 @@ def saved(arm: Arm) -> int:
             outputs = arm.run(**arm.step.inputs)
             return int(live.count(besides=[*given, *arm.parameters.values(), outputs]))
     arm.renew()
-    kept, _ = kept_bytes(arm, modules, arm.parameters.values())
-    arm.renew()
+    kept, _ = kept_bytes(lambda: arm.run(**arm.step.inputs), modules, arm.parameters.values())
     return kept
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+class _Kept:
+    """A tensor that autograd keeps.
+
+    Without its history, because an operation that saves its own result would keep itself alive: Python sees no circle.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
 def kept_bytes(run: Any, modules: Iterable[nn.Module], given: Iterable[Tensor] = ()) -> tuple[int, Any]:
-    """Return the bytes that autograd keeps of a forward pass, and what the pass returns.
+    """Return the bytes that autograd keeps after a forward pass, and what the pass returns.
+
+    What is saved for a value that is detached goes with that value, and does not count.
 
     Args:
         run: does the forward pass.
@@ -21,17 +34,16 @@ def kept_bytes(run: Any, modules: Iterable[nn.Module], given: Iterable[Tensor] =
     """
     given = [*given, *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))]
     known = {tensor.untyped_storage()._cdata for tensor in given}
-    kept: dict[int, torch.UntypedStorage] = {}  # the storages stay alive here, so that no address is used twice
+    alive = weakref.WeakSet[_Kept]()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage
-        return tensor
+    def pack(tensor: Tensor) -> _Kept:
+        alive.add(kept := _Kept(tensor))
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         result = run()
-    return sum(storage.nbytes() for storage in kept.values()), result
+    storages = {storage._cdata: storage for kept in alive for storage in [kept.tensor.untyped_storage()]}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in known), result
 
 
 class MovedBytes(TorchDispatchMode):

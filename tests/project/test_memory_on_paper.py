@@ -38,6 +38,12 @@ def test_kept_bytes_are_those_of_the_formula() -> None:
     assert loss.requires_grad
 
 
+def test_what_is_saved_for_a_value_that_is_detached_is_not_kept() -> None:
+    x = torch.randn(5, 8, requires_grad=True)
+    kept, _ = kept_bytes(lambda: (x * x.exp().sum(1).sqrt().detach()[:, None]).sum(), [], [x])
+    assert kept == 5 * 4  # the factors
+
+
 def test_views_move_nothing_and_products_what_they_read_and_write() -> None:
     x, w = torch.randn(5, 8), torch.randn(8, 4)
     with MovedBytes() as moved:

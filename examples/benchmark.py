@@ -18,9 +18,9 @@ times differ by more than 3 %, the run is void. A CPU is timed by the processor 
 Arms: `base` (the model as it is), `base-again`, `base-graph` (captured, without adapters), `base-compiled`, `peft`,
 `peft-compiled`, `peft-liger` (with Liger's kernels and fused loss, on a GPU with liger-kernel installed), `hooks`
 (ordinary modules around the linears, the scheme of lora-lite), `ours`, `ours-compiled`, `ours-frozen` and
-`ours-frozen-compiled` (inside `llfx.frozen`, as `generate` runs; not in training), `ours-plain` (without optimizing
-passes), `ours-adapt` (made by `adapt`), `ours-fused` (by `fuse_loss=True`), `ours-balanced` (by `memory="balanced"`),
-`merged`.
+`ours-frozen-compiled` (inside `llfx.frozen`, as `generate` runs; not in training), `ours-exported` (by `llfx.bake` and
+`torch.export`; not in training either), `ours-plain` (without optimizing passes), `ours-adapt` (made by `adapt`),
+`ours-fused` (by `fuse_loss=True`), `ours-balanced` (by `memory="balanced"`), `merged`.
 
 Measures: `forward` (512 tokens), `decode` (one token, 128 in the cache), `train` (forward and backward, 256 tokens),
 `train-2048`, `train-8192`, `train-8x2048` (as many tokens; on a GPU with the peak of memory), `train-masked` (labels

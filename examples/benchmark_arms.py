@@ -117,6 +117,7 @@ ADAPTED = (
     "ours-compiled",
     "ours-frozen",
     "ours-frozen-compiled",
+    "ours-exported",
     "ours-adapt",
     "ours-fused",
     "ours-balanced",
@@ -160,7 +161,16 @@ class Arms:
             arm = self._peft()
             apply_liger(arm.run)
             return replace(arm, name=name)
+        if name == "ours-exported":
+            return Arm(name, self.step, self._exported(), {})
         return self._arm(name, self._module(name))
+
+    def _exported(self) -> nn.Module:
+        if self.step.trains:
+            raise llfx.ConfigError("a baked program does not train")
+        program = torch.export.export(llfx.bake(llfx.optimize(self.ours).eval()), (), dict(self.step.inputs))
+        exported: nn.Module = program.module()
+        return exported
 
     def _module(self, name: str) -> nn.Module:
         step = self.step

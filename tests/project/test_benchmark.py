@@ -122,7 +122,8 @@ def test_several_result_files_become_one(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The cayley-neumann")
 @pytest.mark.parametrize("variant", broad_after(1, VARIANTS))
 def test_all_arms_agree(variant: str) -> None:
-    left_out = ("peft-liger", "ours-adapt", "ours-frozen", "ours-fused", "ours-balanced")  # of whole models alone
+    of_inference = ("ours-frozen", "ours-exported")
+    left_out = ("peft-liger", "ours-adapt", "ours-fused", "ours-balanced", *of_inference)  # of whole models the others
     names = [name for name in (*BASE, *ADAPTED) if "compiled" not in name and name not in left_out]
     ready, notes = benchmark.ready_arms(arms(variant), names, compiled=False)
     assert not notes
@@ -272,12 +273,16 @@ def test_products_added_in_place_are_counted(name: str) -> None:
     assert benchmark_measures.flops(arms("LoRA").make(name)) == base + lora
 
 
-def test_an_arm_in_a_frozen_scope_agrees_and_is_not_there_in_training() -> None:
-    ready, notes = benchmark.ready_arms(arms("DoRA", "forward"), ["base", "ours-frozen"], compiled=False)
+def test_arms_with_kept_values_agree_and_are_not_there_in_training() -> None:
+    names = ["base", "ours-frozen", "ours-exported"]
+    ready, notes = benchmark.ready_arms(arms("DoRA", "forward"), names, compiled=False)
     assert not notes
-    assert [arm.name for arm in ready] == ["base", "ours-frozen"]
-    _, notes = benchmark.ready_arms(arms("DoRA"), ["base", "ours-frozen"], compiled=False)
-    assert notes == {"ours-frozen": "not there: nothing is kept in training"}
+    assert [arm.name for arm in ready] == names
+    _, notes = benchmark.ready_arms(arms("DoRA"), names, compiled=False)
+    assert notes == {
+        "ours-frozen": "not there: nothing is kept in training",
+        "ours-exported": "not there: a baked program does not train",
+    }
 
 
 def test_work_on_parameters_counts_in_every_step_but_once_in_a_frozen_scope() -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 class _Kept:
     """A tensor that autograd keeps.
 
-    Without its history, because an operation that saves its own result would keep itself alive: Python sees no circle.
+    Without its history, because an operation that saves its own result would hold itself, which no collector sees.
     """
 
     def __init__(self, tensor: Tensor) -> None:

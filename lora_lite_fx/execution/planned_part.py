@@ -82,7 +82,7 @@ class _Cell:
     __slots__ = ("again", "place", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        # Without its history: an operation that saves its own result would keep itself alive, as Python sees no circle.
+        # Without its history: an operation that saves its own result would hold itself by it, which no collector sees.
         self.tensor: Tensor | None = tensor.detach()
         self.version = version_of(tensor)
         self.again: _Again | None = None

@@ -51,7 +51,7 @@ class CapturedCall:
         """Return what the log calls the part of `model` that is called."""
         return f"{type(model).__name__}.{self.path}".rstrip(".")
 
-    def news_beside(self, others: Iterable[CapturedCall]) -> str:
+    def difference_from_nearest(self, others: Iterable[CapturedCall]) -> str:
         """Return in what the signature of the call differs from that of the nearest of `others` of the same part."""
         same = ([*differences(other.structure, self.structure)] for other in others if other.path == self.path)
         return "; ".join(min(same, key=len, default=["the first call"])[:3])

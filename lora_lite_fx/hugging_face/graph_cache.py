@@ -161,7 +161,8 @@ class GraphCache:
                 return graph
             start = time.perf_counter()
             graph = self._capture_for(call)
-            seconds, why = time.perf_counter() - start, reason or call.news_beside(other.call for other in self._graphs)
+            seconds = time.perf_counter() - start
+            why = reason or call.difference_from_nearest(other.call for other in self._graphs)
             logger.info("%s: captured a graph in %.1f s (%s)", call.name_in(self.model), seconds, why)
             self._keep(graph)
             if self.keeps_values:
@@ -301,8 +302,7 @@ class GraphCache:
 
     def _call_with(self, inputs: Inputs) -> CapturedCall:
         args, kwargs = call_of(inputs)
-        arguments, _ = arguments_of(self.model, args, dict(kwargs))
-        return self._call(self.model, arguments, is_first=True)
+        return self._call(self.model, arguments_of(self.model, args, dict(kwargs))[0], is_first=True)
 
     def shadow(self) -> Any:
         """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls."""

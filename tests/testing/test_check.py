@@ -265,7 +265,7 @@ FAULTS: list[tuple[type[Gate], str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("cls", "name", "message"), broad_after(8, FAULTS, several=True), ids=lambda value: getattr(value, "__name__", None)
+    ("cls", "name", "message"), broad_after(4, FAULTS, several=True), ids=lambda value: getattr(value, "__name__", None)
 )
 def test_a_planted_fault_is_found(cls: type[Gate], name: str, message: str) -> None:
     failed = failures(cls(), skip=())

@@ -140,7 +140,7 @@ def effective(name: str, linear: Any, p: dict[str, Tensor], down: bool = False) 
 
 
 @pytest.mark.parametrize("example_inputs", broad_after(1, [None, (sample(2, 4, D_IN),)]), ids=["symbolic", "exported"])
-@pytest.mark.parametrize("cls", broad_after(2, [Net, Conv1DNet, KeywordNet]))
+@pytest.mark.parametrize("cls", broad_after(1, [Net, Conv1DNet, KeywordNet]))
 @every_variant
 def test_rewrite_wrap_and_merge_compute_the_formula(name: str, cls: Any, example_inputs: Any) -> None:
     model, x = ready(cls()), sample(3, 5, D_IN)
@@ -210,7 +210,7 @@ def test_on_a_bfloat16_base_all_tensors_are_float32_and_a_small_step_moves_them(
 
 
 @pytest.mark.parametrize("at_once", broad_after(1, [True, False]), ids=["in one list", "one after the other"])
-@pytest.mark.parametrize("second", ["LoRA", "IA3"])
+@pytest.mark.parametrize("second", broad_after(1, ["LoRA", "IA3"]))
 @every_variant
 def test_second_adapter_does_not_freeze_the_first(name: str, second: str, at_once: bool) -> None:
     first, then, model = CONFIGS[name], CONFIGS[second], single()

@@ -13,7 +13,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters import registry
 from lora_lite_fx.hand_over import onnx_file
 from lora_lite_fx.testing.comparisons import perturb
-from tests.hand_over.test_folding import Squared
+from tests.hand_over.test_foldable_options import Squared
 from tests.support.conformance import close
 from tests.support.onnx_models import Session, Small, adapted, config, ids
 from tests.support.selection import broad_unless

@@ -182,3 +182,14 @@ def test_arguments_by_name_mean_what_they_say(make: Any) -> None:
     close(gm(x), model(x), 1e-12, "at the start")
     randomise(gm, 1)
     close(output(llfx.merge(gm), (x,)), output(gm, (x,)).detach(), 1e-12, "merged")
+
+
+def test_sites_of_an_exported_program_do_not_read_the_dropout_of_another_ones_adapter() -> None:
+    """In evaluation its result is its input, which torch.export of torch 2.14 and later takes for one value."""
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    model = Block().double().eval()
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, dropout=0.5, target_names=("q", "k", "v")), (x,)).eval()
+    randomise(gm, 1)
+    exported = torch.export.export(gm, (x,)).module()
+    close(output(llfx.merge(exported), (x,)), output(gm, (x,)), 1e-10, "merged output")
+    assert torch.equal(output(llfx.remove(exported), (x,)), output(model, (x,)))

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ...compat.torch import pytree
 from ...compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS
 from ...errors import CaptureError
+from ...graph.insertion import recorded
 from ...graph.tensors import attribute_of, name_tensors, tensor_names
 from ...graph.walk import ancestors
 from ..origins.hooks import hooks_on
@@ -34,7 +36,23 @@ def normalize(gm: fx.GraphModule) -> None:
         _normalize_record(node)
     _inline_linears(gm)
     use_aten(gm.graph)
+    _read_past_dropouts(gm.graph)
     _name_tensors_as_the_model(gm)
+
+
+def _read_past_dropouts(graph: fx.Graph) -> None:
+    """Let all but an adapter itself read the input of its dropout where that drops nothing.
+
+    In evaluation the two are one tensor, and `torch.export` of torch 2.14 and later writes the result for both.
+    """
+    for dropout in graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
+        x, _, training = dropout.args
+        if training is not False or (own := recorded(dropout)) is None:
+            continue
+        for user in list(dropout.users):
+            insertion = recorded(user)
+            if insertion is None or insertion.call != own.call:
+                user.replace_input_with(dropout, x)
 
 
 def _refuse_parameters_as_inputs(graph: fx.Graph) -> None:

@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 from torch.distributions.gumbel import Gumbel
 
 import lora_lite_fx as llfx
+from lora_lite_fx.compat.versions import release
 from tests.project.test_layers import NAME, ROOT
 from tests.support.models import tiny_llama
 
@@ -73,6 +74,8 @@ def main() -> None:
 @pytest.mark.broad
 @pytest.mark.parametrize("name", LINES)
 def test_a_quirk_is_deleted_with_its_lines_and_loses_its_models_alone(name: str, tmp_path: Path) -> None:
+    if name == "checks_of_distributions" and release(torch.__version__) >= (2, 15):
+        pytest.skip("torch 2.15 traces these checks")
     shutil.copytree(ROOT / NAME, tmp_path / NAME)
     shutil.copytree(ROOT / "passes", tmp_path / "passes")
     quirks = tmp_path / NAME / "capture" / "quirks"

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,8 +128,14 @@ def test_a_function_stays_in_front_of_the_wing_of_its_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "first",
-    [f"import lora_lite_fx.{name}" for name in COLLISIONS]
-    + ["import lora_lite_fx.capture.export", "from lora_lite_fx.adapters.listing import AdapterTable"],
+    broad_after(
+        2,
+        [
+            *(f"import lora_lite_fx.{name}" for name in COLLISIONS),
+            "import lora_lite_fx.capture.export",
+            "from lora_lite_fx.adapters.listing import AdapterTable",
+        ],
+    ),
 )
 def test_a_function_stands_in_front_of_a_wing_that_is_imported_first(first: str) -> None:
     script = f"{first}\nimport lora_lite_fx as llfx\nprint(llfx.adapters.__name__, llfx.capture.__name__)"

@@ -9,13 +9,12 @@ from counted_bytes import MovedBytes, kept_bytes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.support.selection import broad_after
-
 TOKENS = 96
 
 
+@pytest.mark.broad
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("method", broad_after(1, paper.METHODS))
+@pytest.mark.parametrize("method", paper.METHODS)
 def test_counts_without_data_are_those_with_data(method: str) -> None:
     real = paper.counts("tiny", method, TOKENS)
     with FakeTensorMode():

@@ -193,3 +193,17 @@ def test_sites_of_an_exported_program_do_not_read_the_dropout_of_another_ones_ad
     exported = torch.export.export(gm, (x,)).module()
     close(output(llfx.merge(exported), (x,)), output(gm, (x,)), 1e-10, "merged output")
     assert torch.equal(output(llfx.remove(exported), (x,)), output(model, (x,)))
+
+
+def test_a_dropout_whose_numbers_are_keywords_is_left_as_it_is() -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.a(torch.ops.aten.dropout.default(x, p=0.5, train=False))
+
+    model, x = Drops().eval(), torch.randn(3, 4)
+    gm = llfx.rewrite(fx.symbolic_trace(model), llfx.LoRA(r=2, target_names="a"))
+    close(output(gm, (x,)), output(model, (x,)), 1e-6, "output")

@@ -15,6 +15,7 @@ from ...compat.torch import pytree
 from ...compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS
 from ...errors import CaptureError
 from ...graph.insertion import recorded
+from ...graph.queries import argument_of
 from ...graph.tensors import attribute_of, name_tensors, tensor_names
 from ...graph.walk import ancestors
 from ..origins.hooks import hooks_on
@@ -46,13 +47,13 @@ def _read_past_dropouts(graph: fx.Graph) -> None:
     In evaluation the two are one tensor, and `torch.export` of torch 2.14 and later writes the result for both.
     """
     for dropout in graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
-        x, _, training = dropout.args
-        if training is not False or (own := recorded(dropout)) is None:
+        own = recorded(dropout)
+        if own is None or argument_of(dropout, "train") is not False:
             continue
         for user in list(dropout.users):
             insertion = recorded(user)
             if insertion is None or insertion.call != own.call:
-                user.replace_input_with(dropout, x)
+                user.replace_input_with(dropout, argument_of(dropout, "input"))
 
 
 def _refuse_parameters_as_inputs(graph: fx.Graph) -> None:

@@ -60,6 +60,7 @@ class Omission:
         return pytree.tree_unflatten(list(results), self.out_spec)
 
 
+_OF_DECODER = "decoder_input_ids"
 _NO_TENSORS = (Mapping, list, tuple, str, bytes, bool, int, float)
 """What is passed by mistake where a graph takes a tensor."""
 
@@ -171,6 +172,8 @@ class CallSignature:
             message = f"{name} cannot be left out, because {reason}. {self._captured_with}"
             if "raises" not in reason:
                 message += f" To leave it out, {self._capture_another(without=left_out)}"
+            elif _OF_DECODER in self.parameters and _OF_DECODER not in self.captured:
+                message += f" For calls with {_OF_DECODER} instead, {self._capture_another([_OF_DECODER], left_out)}"
             raise CallError(message)
         return omission
 
@@ -243,6 +246,7 @@ class CallSignature:
     def _capture_another(self, more: Sequence[str] = (), without: Sequence[str] = ()) -> str:
         example = ", ".join(f"{name!r}: ..." for name in (*self.captured, *self.layouts, *more) if name not in without)
         return (
-            f"capture such a call: rewrite(model, cfg, example_inputs={{{example}}}); or, of a Hugging Face model,"
-            " adapt(model, cfg), which captures a graph for each kind of call."
+            f"capture such a call: rewrite(model, cfg, example_inputs={{{example}}}), or load(model, file,"
+            " example_inputs) for an adapter that is saved; or, of a Hugging Face model, adapt(model, cfg), which"
+            " captures a graph for each kind of call."
         )

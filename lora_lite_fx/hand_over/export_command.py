@@ -30,6 +30,7 @@ from ..rewriting.capture import capture
 from ..rewriting.rewrite import merge
 from .compared import Written, compared
 from .exported_program import export
+from .served_graph import inputs_to_serve
 from .targets import adapter_beside, name_of
 
 
@@ -62,12 +63,14 @@ def run(options: argparse.Namespace, program: str) -> int:
 def _loaded(options: argparse.Namespace) -> Written:
     """Return the graph of the model with its adapter, and where it goes."""
     source: Any = None
+    inputs: Any = None
     given: Any
     if options.model.endswith(".pt2"):
         given = exported_program(options.model, options.trust)
     else:
         given = source = model_with_weights(options.model).eval()
-    gm: Any = capture(given) if options.adapter is None else with_adapter(given, options.adapter)
+        inputs = inputs_to_serve(given)
+    gm: Any = capture(given, inputs) if options.adapter is None else with_adapter(given, options.adapter, inputs)
     outputs = tuple(filter(None, options.outputs.split(","))) if options.outputs else None
     out = Path(options.out)
     return Written(options.to, out, gm.eval(), source, outputs, options.cache, name_of(options))

@@ -11,7 +11,9 @@ from torch import Tensor, fx, nn
 
 from ..adapters.bank import IDS
 from ..capture.export import double_batch_of_one
+from ..capture.inputs.example_inputs import example_inputs_of
 from ..capture.omissions import size_in_example
+from ..capture.origins.origin import is_hugging_face
 from ..capture.origins.wrong_arguments import check_model
 from ..capture.outputs import leaves_by_path
 from ..capture.signature import CallSignature
@@ -51,12 +53,23 @@ def graph_to_serve(model: object, inputs: Tensors | None = None) -> AdaptedGraph
     if isinstance(model, fx.GraphModule):
         return as_graph(optimize(model))
     if isinstance(model, Adapted):
-        return model.graph_of_call(None if inputs is None else dict(inputs))
+        return model.graph_of_call(inputs_to_serve(model.adapters_taken_off()) if inputs is None else dict(inputs))
     check_model(model)
     assert isinstance(model, nn.Module)
     if not isinstance(inputs, Mapping | None):
         raise inputs_by_name(inputs)
-    return as_graph(capture(model, None if inputs is None else dict(inputs)))
+    return as_graph(capture(model, inputs_to_serve(model) if inputs is None else dict(inputs)))
+
+
+def inputs_to_serve(model: nn.Module) -> dict[str, Any] | None:
+    """Return inputs of an encoder with a decoder, with tokens of the decoder; None for what `capture` takes by default.
+
+    By default it takes labels, of which the model makes these tokens. Nobody serves that.
+    """
+    config: Any = model.config if is_hugging_face(model) else None
+    if config is None or not config.is_encoder_decoder:
+        return None
+    return example_inputs_of(model, ("labels",))
 
 
 def as_graph(gm: fx.GraphModule) -> AdaptedGraphModule:
@@ -136,7 +149,7 @@ class ServedGraph:
         if inputs is None:
             inputs = _example_of(gm)
         if not isinstance(inputs, Mapping) or not all(isinstance(value, Tensor) for value in inputs.values()):
-            raise inputs_by_name(inputs)
+            raise inputs_by_name(inputs, next(node.target for node in gm.flat_graph.find_nodes(op="placeholder")))
         inputs = _with_open_sizes(gm, inputs)
         signature, left_out = gm.execution.signature, tuple[str, ...]()
         if signature is not None:
@@ -144,8 +157,8 @@ class ServedGraph:
         draft = Draft(gm, evaluated_graph(gm, function, left_out, scaled))
         for name, value in (scaled or {}).items():
             _input_to_buffer(draft, input_name(name), value)
-        results = _named_results(draft.graph, signature, left_out)
         Pipeline((LeaveOutDropout(),)).run(draft)
+        results = _named_results(draft.graph, signature, left_out)
         names = _chosen(results, outputs)
         graph = draft.graph
         chosen = [results[name] for name in names]
@@ -219,9 +232,9 @@ def _with_open_sizes(gm: AdaptedGraphModule, inputs: Tensors) -> dict[str, Tenso
     return repeated
 
 
-def inputs_by_name(inputs: object) -> ConfigError:
-    """Return the error for inputs that are not a dict of tensors."""
-    return ConfigError(f"inputs is a dict of the model's arguments, {{'input_ids': tensor}}, not {shown(inputs)}.")
+def inputs_by_name(inputs: object, name: object = "input_ids") -> ConfigError:
+    """Return the error for inputs that are not a dict of tensors, with the name of an argument."""
+    return ConfigError(f"inputs is a dict of the model's arguments, {{{name!r}: tensor}}, not {shown(inputs)}.")
 
 
 def _named_results(graph: fx.Graph, signature: CallSignature | None, left_out: tuple[str, ...]) -> dict[str, fx.Node]:

@@ -73,10 +73,10 @@ def exported_program(model: str, trust: bool) -> ExportedProgram:
         raise Refused(f"{model} is not a readable exported program: {error}") from error
 
 
-def with_adapter(model: Any, adapter: str) -> nn.Module:
+def with_adapter(model: Any, adapter: str, example_inputs: Any = None) -> nn.Module:
     """Return a model, a graph or a program with the adapter of a file or of a PEFT directory."""
     # Adapters that a .pt2 file has already are shown with it.
-    return (load_peft if Path(adapter).is_dir() else load)(model, adapter, stack=True)
+    return (load_peft if Path(adapter).is_dir() else load)(model, adapter, example_inputs, stack=True)
 
 
 def model_with_weights(model: str) -> nn.Module:

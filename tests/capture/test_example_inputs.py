@@ -21,12 +21,16 @@ from lora_lite_fx.capture.inputs.config_values import Values
 from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
-from tests.support.models import tiny_llama
+from tests.support.models import tiny_llama, tiny_t5
 from tests.support.releases import cases_by_name
 from tests.support.selection import broad_after
 from tests.survey.tiny import tiny_model
 
 CASES = cases_by_name()
+WHISPER: dict[str, Any] = {
+    **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_source_positions": 9, "encoder_ffn_dim": 16},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 16},
+}
 
 ARGUMENTS = {
     "clip": {"pixel_values", "labels"},
@@ -96,6 +100,19 @@ SOUNDS = {
     "qwen2_audio": {"input_ids", "attention_mask", "input_features", "feature_attention_mask"},
     "omniasr": {"input_ids", "attention_mask", "input_values"},
 }
+
+
+def test_a_decoder_without_a_head_gets_tokens_beside_sound() -> None:
+    model = hf.WhisperModel(hf.WhisperConfig(**WHISPER, vocab_size=99, pad_token_id=0))
+    assert example_inputs_of(model).keys() == {"input_features", "decoder_input_ids"}
+
+
+@pytest.mark.parametrize("without", [(), ("labels",)])
+def test_labels_may_be_left_out_for_the_tokens_of_a_decoder(without: tuple[str, ...]) -> None:
+    model = hf.T5ForConditionalGeneration(tiny_t5())
+    of_decoder = "decoder_input_ids" if without else "labels"
+    assert example_inputs_of(model, without).keys() == {"input_ids", "attention_mask", of_decoder}
+    assert "labels" not in example_inputs_of(hf.LlamaForCausalLM(tiny_llama()), ("labels",))
 
 
 @pytest.mark.parametrize("name", broad_after(4, [*IMAGES, *SOUNDS]))

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertModel,
+    T5ForConditionalGeneration,
+    T5Model,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import lora_lite_fx as llfx
 from tests.support.captured import captured
@@ -248,6 +255,25 @@ def test_an_encoder_a_decoder_with_one_and_an_image_model() -> None:
             close(llfx.export(gm, example, outputs=output).module()(**other), gm(**other)[output])
 
 
+def test_an_encoder_with_a_decoder_is_served_its_tokens_and_not_labels() -> None:
+    chat = llfx.adapt(T5ForConditionalGeneration(tiny_t5()), llfx.LoRA(r=2)).eval()
+    randomise(chat, 0)
+    program = llfx.export(chat, outputs="logits").module()
+    inputs = {**tokens(3, 9), "decoder_input_ids": ids(3, 4)}
+    with torch.no_grad():
+        close(program(**inputs), chat(**inputs).logits)
+
+
+def test_a_result_that_comes_out_of_a_dropout() -> None:
+    """T5 without a head returns what its last dropout returns."""
+    gm = llfx.rewrite(T5Model(tiny_t5(dropout_rate=0.3)), llfx.LoRA(r=2)).eval()
+    randomise(gm, 0)
+    inputs = {**tokens(3, 9), "decoder_input_ids": ids(3, 4)}
+    program = llfx.export(gm, outputs="last_hidden_state").module()
+    with torch.no_grad():
+        close(program(**inputs), gm(**inputs).last_hidden_state)
+
+
 def test_bad_arguments() -> None:
     gm = adapted()
     with pytest.raises(llfx.CallError, match="more is not an argument that this graph has"):
@@ -255,7 +281,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(llfx.CallError, match="ids"):
         llfx.export(gm, {})
     for inputs in ((ids(2, 5),), {"ids": 3}, ids(2, 5)):
-        with pytest.raises(llfx.ConfigError, match="inputs is a dict of the model's arguments"):
+        with pytest.raises(llfx.ConfigError, match=r"a dict of the model's arguments, \{'ids': tensor\}"):
             llfx.export(gm, inputs)  # type: ignore[arg-type]
     for model in ("model", None):
         with pytest.raises(llfx.AdapterError):

@@ -55,9 +55,10 @@ def warn_of_unused_patterns(
         known: names of weights that are not sites, of which another warning tells: patterns may match them.
         stacklevel: as for `warnings.warn`, seen from here.
     """
+    sites = list(sites)
     names = [site.name for site in sites if site.kind.name in variant.target_kinds]
     unused = [
-        f"{pattern!r} in {field}{_nearest(pattern, names)}"
+        f"{pattern!r} in {field}{_instead(pattern, names, sites)}"
         for field in ("target_names", "exclude_names")
         for pattern in as_tuple(getattr(variant, field))
         if not any(occurs([pattern], name) for name in (*names, *known))
@@ -70,7 +71,10 @@ def warn_of_unused_patterns(
         )
 
 
-def _nearest(pattern: str, names: list[str]) -> str:
+def _instead(pattern: str, names: list[str], sites: list[Site]) -> str:
+    """Return what may be meant by a pattern that matches none of `names`: a site of another kind, or a name like it."""
+    if others := [site for site in sites if occurs([pattern], site.name)]:
+        return f" (to adapt {_first(others[:1])}, name its kind in target_kinds)"
     near = _near([pattern], names)
     return f" (the nearest: {near[0]})" if near else ""
 

@@ -144,9 +144,9 @@ def check_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) 
         if not isinstance(theirs, Tensor):
             problems.append(f"not a tensor: {name}")
         elif ours.shape != theirs.shape:
-            problems.append(f"shape of {name}: {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
+            problems.append(f"shape of {name}: {tuple(theirs.shape)} instead of the model's {tuple(ours.shape)}")
         elif ours.dtype != theirs.dtype:
-            problems.append(f"dtype of {name}: {theirs.dtype} instead of {ours.dtype}")
+            problems.append(f"dtype of {name}: {theirs.dtype} instead of the model's {ours.dtype}")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise CheckpointError(f"The tensors do not fit the model's adapters: {'; '.join(sorted(problems)[:5])}{more}.")

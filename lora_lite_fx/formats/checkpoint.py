@@ -29,7 +29,7 @@ from ..adapters.state import check_fit, check_unscaled, warn_of_trained_base
 from ..adapters.switches import known_names
 from ..adapters.variant import Variant
 from ..capture.capture_model import Inputs
-from ..errors import CheckpointError, ConfigError, counted
+from ..errors import CheckpointError, ConfigError
 from ..graph.insertion import DEFAULT
 from ..graph.tensors import outside_inference_mode
 from ..rewriting.capture import capture
@@ -37,7 +37,7 @@ from ..rewriting.choose_sites import NewAdapter
 from ..sites.site import stored_weight
 from .atomic_writing import write_atomically
 from .base_fingerprints import check_base
-from .filed_adapter import FiledAdapter, insert_filed, sites_in
+from .filed_adapter import FiledAdapter, check_sites_exist, insert_filed, sites_in
 from .gathered import Held, gathered, held_by, write_once
 from .safetensors_files import check_finite
 from .untrusted_files import as_path, check_file, foreign_file_hint, read_safetensors
@@ -244,11 +244,7 @@ def _fitted(gm: fx.GraphModule, file: Checkpoint) -> list[FiledAdapter]:
     """Return the adapters of a file at the sites of a graph, after checks of everything that can be wrong."""
     sites = sites_in(gm)
     for _, _, names in file.adapters:
-        if missing := [name for name in names if name not in sites]:
-            raise CheckpointError(
-                f"{file.path} adapts {counted(len(missing), 'site')} that the model does not have"
-                f" ({', '.join(missing[:3])}, ...); the model has {', '.join(list(sites)[:3])}, ..."
-            )
+        check_sites_exist(gm, sites, names, file.path)
     plans = [NewAdapter(variant, [sites[each] for each in names], {}, name) for name, variant, names in file.adapters]
     expected: dict[str, Tensor] = {}
     places: list[dict[str, dict[str, str]]] = []

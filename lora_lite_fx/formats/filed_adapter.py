@@ -7,7 +7,7 @@ a list of `FiledAdapter` (here or in the reader's own file, where everything is 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from ..adapters.param_spec import ParamSpec
 from ..adapters.placement import Placement, adapter_names, placements, site_bias, site_weight
 from ..adapters.start_values import initialize
 from ..adapters.variant import Variant
-from ..errors import AdapterError, CheckpointError, ConfigError
+from ..errors import AdapterError, CheckpointError, ConfigError, counted
 from ..execution.program_state import RunsPrograms
 from ..graph.insertion import DEFAULT
 from ..graph.sharded import copy_values
@@ -34,6 +34,7 @@ from ..rewriting.named import act_as_before, acting_now
 from ..rewriting.rewrite import insert_adapters
 from ..sites.finding import find_sites
 from ..sites.site import Site
+from ..sites.unmatched import find_left_out
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,46 @@ def sites_in(gm: fx.GraphModule) -> Mapping[str, Site]:
         sites = gm.known_sites() if isinstance(gm, RunsPrograms) else {site.name: site for site in find_sites(gm)}
         details.append(f"{len(sites)} in the model")
     return sites
+
+
+def check_sites_exist(gm: fx.GraphModule, sites: Mapping[str, Site], adapted: Iterable[str], path: Path) -> None:
+    """Check that a graph has the sites that a file adapts.
+
+    Args:
+        gm: the graph.
+        sites: its sites by name.
+        adapted: names of sites.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: it lacks some; the message has the reason where it is known.
+    """
+    missing = [name for name in adapted if name not in sites]
+    if not missing:
+        return
+    present = [name for name, site in sites.items() if site.kind.name == "linear"] or list(sites)
+    message = (
+        f"{path} adapts {counted(len(missing), 'site')} that the model does not have ({', '.join(missing[:3])}, ...);"
+        f" the model has {', '.join(present[:3])}, ..."
+    )
+    reasons = {each.name: each.reason for each in find_left_out(gm, sites.values())}
+    if (name := next(filter(reasons.__contains__, missing), None)) is not None:
+        message += f" For {name}: {reasons[name]}."
+    elif len(prefixes := {_prefix_between(name, sites) for name in missing}) == 1 and (prefix := prefixes.pop()):
+        message += (
+            f" The names differ by the prefix {prefix!r} alone: one of the two models is a part of the other. The way"
+            " out: load onto the class that was adapted, such as AutoModelForCausalLM in place of AutoModel."
+        )
+    raise CheckpointError(message)
+
+
+def _prefix_between(name: str, sites: Iterable[str]) -> str | None:
+    """Return what stands before the name of a site in another name of it, in whichever of the two it is longer."""
+    for site in sites:
+        short, long = sorted((name, site), key=len)
+        if long.endswith(f".{short}"):
+            return long.removesuffix(short)
+    return None
 
 
 def fitted(
@@ -84,11 +125,7 @@ def fitted(
     """
     if not tensors:
         raise CheckpointError(f"{path} holds no adapter.")
-    if missing := [name for name in tensors if name not in sites]:
-        raise CheckpointError(
-            f"{path} adapts {len(missing)} modules that are not a linear site of the model ({', '.join(missing[:3])});"
-            f" it has {', '.join(list(sites)[:3])}, ..."
-        )
+    check_sites_exist(gm, sites, tensors, path)
     targets = [site for name, site in sites.items() if name in tensors]
     try:
         variant = finalize(variant, targets, {})

@@ -41,7 +41,10 @@ def only_adapter(
     held = [(variant, placed) for variant, placed in every if not isinstance(variant, beside)] or every
     if len(held) > 1:
         names = ", ".join(type(variant).__name__ for variant, _ in held)
-        raise ConfigError(f"{where} holds one adapter; the model has {len(held)} ({names}).")
+        message = f"{where} holds one config; the model has {len(held)} ({names})."
+        if len({type(variant) for variant, _ in held}) == 1:
+            message += " The way out: one config for all their sites, with their kinds in target_kinds."
+        raise ConfigError(message)
     refuse_banks(held[0][1], where)
     return held[0]
 

@@ -37,7 +37,10 @@ IDS = (torch.tensor([[1, 2]]),)
             llfx.IA3(target_names=("a", "q_proj", "b1"), exclude_names=("v_proj", "b2")),
             ["'b1' in target_names", "'b2' in exclude_names"],
         ),
-        (llfx.LoRA(r=2, target_names=("q_proj", "embed")), ["'embed' in target_names"]),  # is there, of another kind
+        (
+            llfx.LoRA(r=2, target_names=("q_proj", "embed")),
+            ["'embed' in target_names (to adapt embed (embedding), name its kind in target_kinds)"],
+        ),
     ],
 )
 @pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])

@@ -22,7 +22,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import from_config
 from lora_lite_fx.formats import checkpoint
 from lora_lite_fx.passes import Pipeline
-from tests.support.conformance import calibration, for_any_linear, representatives, small
+from tests.support.conformance import calibration, for_any_linear, randomise, representatives, small
 from tests.support.selection import broad_after, broad_unless, is_distinct, is_typical, slow_unless
 from tests.support.untouched import untouched
 
@@ -333,6 +333,34 @@ def test_sites_that_the_model_lacks_are_named(tmp_path: Path) -> None:
     refuses(Without(), saved(tmp_path), "1 site that the model does not have (fc2", "the model has fc1")
 
 
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.encoder(x))
+        return y
+
+
+def test_sites_that_a_capture_without_inputs_does_not_see_name_the_way_out(tmp_path: Path) -> None:
+    path, x = tmp_path / "a.safetensors", torch.randn(2, 5, 8)
+    model = Inner().eval()
+    gm = llfx.rewrite(model, llfx.LoRA(r=2, target_names=r"linear\d"), (x,))
+    randomise(gm, 0)
+    llfx.save(gm, path)
+    refuses(model, path, "linear1: symbolic tracing does not look into TransformerEncoder; with example_inputs")
+    torch.testing.assert_close(llfx.load(model, path, (x,)).eval()(x), gm.eval()(x))
+
+
+def test_a_part_of_the_model_is_told_by_the_prefix_of_its_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    llfx.save(llfx.rewrite(nn.Sequential(Net()), llfx.LoRA(r=2, target_names=".")), path)
+    refuses(Net(), path, "The names differ by the prefix '0.' alone")
+    llfx.save(llfx.rewrite(Net(), llfx.LoRA(r=2, target_names=".")), path)
+    refuses(nn.Sequential(Net()), path, "The names differ by the prefix '0.' alone")
+
+
 def test_sites_of_another_size_are_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="other weights"):
         refuses(Wider(), saved(tmp_path))
@@ -341,7 +369,7 @@ def test_sites_of_another_size_are_refused(tmp_path: Path) -> None:
 BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "missing": (lambda t: t.pop("fc1.lora_A"), "missing: fc1.lora_A"),
     "extra": (lambda t: t.update({"fc3.lora_A": torch.zeros(1)}), "unexpected: fc3.lora_A"),
-    "shape": (lambda t: t.update({"fc1.lora_A": torch.zeros(3, 8)}), "shape of fc1.lora_A: (3, 8) instead of (2, 8)"),
+    "shape": (lambda t: t.update({"fc1.lora_A": torch.zeros(3, 8)}), "(3, 8) instead of the model's (2, 8)"),
     "dtype": (lambda t: t.update({"fc2.lora_B": t["fc2.lora_B"].half()}), "dtype of fc2.lora_B: torch.float16"),
 }
 

@@ -171,7 +171,7 @@ def test_what_is_written_is_what_was_read(name: str, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "several adapters": ([llfx.LoRA(r=2, target_names=("0",)), llfx.IA3(target_names=("0",))], "holds one adapter"),
+    "several adapters": ([llfx.LoRA(r=2, target_names=("0",)), llfx.IA3(target_names=("0",))], "holds one config"),
     "several ranks": (llfx.LoRA(r=2, target_names=("0", "2"), rank_pattern={"2": 1}), "one rank"),
     "another scale": (llfx.LoRA(r=2, target_names=("0",), rank_stabilized=True), "rank_stabilized"),
     "a bias": (llfx.LoRA(r=2, target_names=("0",), bias=True), "no bias"),
@@ -208,7 +208,7 @@ DAMAGE: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
         {"cfg": config("lora")},
         "odd",
     ),
-    "a foreign module": ({f"9.{k}": v for k, v in FACTORS.items()}, {"cfg": config("lora")}, "not a linear site"),
+    "a foreign module": ({f"9.{k}": v for k, v in FACTORS.items()}, {"cfg": config("lora")}, "the model does not have"),
     "another rank": ({f"0.{k}": v for k, v in FACTORS.items()}, {"cfg": config("lora", r=2)}, "shape"),
     "a rank that is no number": ({f"0.{k}": v for k, v in FACTORS.items()}, {"cfg": config("lora", r="4")}, "integer"),
 }

@@ -219,7 +219,7 @@ def test_what_cannot_be_represented_is_refused_by_name(field: str, tmp_path: Pat
 def test_adapters_that_peft_cannot_hold_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     _, graph = captured("llama")
     for cfg, part in (
-        ([llfx.LoRA(r=2), llfx.IA3()], "holds one adapter"),
+        ([llfx.LoRA(r=2), llfx.IA3()], "holds one config"),
         (llfx.AntiPaSTO(r=4), "PEFT has no method"),
         (llfx.HRA(r=2, rank_pattern={"q_proj": 4}), "one r for all sites"),
     ):
@@ -243,7 +243,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "a tensor less": (GOOD, {f"{SITE}.lora_A.weight": torch.ones(4, 16)}, "lacks lora_B"),
     "an unknown tensor": (GOOD, {**TENSORS, f"{SITE}.lora_embedding_A": torch.ones(1)}, "lora_embedding_A"),
     "a tensor that the config rules out": (GOOD, {**TENSORS, f"{SITE}.lora_B.bias": torch.ones(16)}, "lora_bias"),
-    "another module": (GOOD, {k.replace("q_proj", "z_proj"): v for k, v in TENSORS.items()}, "not a linear site"),
+    "another module": (GOOD, {k.replace("q_proj", "z_proj"): v for k, v in TENSORS.items()}, "the model does not have"),
     "another shape": ({**GOOD, "r": 3}, TENSORS, "shape"),
     "no tensor": (GOOD, {}, "holds no adapter"),
     "too large a rank": ({**GOOD, "r": 400}, TENSORS, r"\(400, 16\)"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -51,6 +52,7 @@ class SiteTable(Sequence[SiteRow]):
         left_out: one for each weight that multiplies data and is not a site, of the kinds asked for.
         repeated: number of parameters that train and that a row before has counted, because sites share them.
         unadapted: the sites without an adapter that default targets leave out although a user may expect them, by sort.
+        of_other_kinds: how many sites there are of each kind that was not asked for.
     """
 
     rows: tuple[SiteRow, ...]
@@ -62,6 +64,7 @@ class SiteTable(Sequence[SiteRow]):
     left_out: tuple[LeftOutRow, ...] = ()
     repeated: int = 0
     unadapted: tuple[Unadapted, ...] = ()
+    of_other_kinds: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -145,6 +148,10 @@ class SiteTable(Sequence[SiteRow]):
             f"{counted(len(self.rows), 'site')}; {self.trainable:,} of {self.total:,} parameters train"
             f" ({share:.3f}%){outside}"
         )
+        if self.of_other_kinds:
+            kinds = ", ".join(f"{kind} x {count}" for kind, count in self.of_other_kinds.items())
+            example = ("linear", next(iter(self.of_other_kinds)))
+            lines.append(f"not listed: {kinds}; inspect(..., kinds={example}) lists more")
         if self.is_quantized:
             held, entries = sum(r.bytes for r in self.rows), sum(r.bytes * 8 / r.bits for r in self.rows if r.bits)
             lines.append(f"the weights of the sites take {held:,} bytes, {8 * held / entries:.2f} bits each")
@@ -190,6 +197,8 @@ def inspect(
     counts = {name: entries.get(name, parameter.numel()) for name, parameter in gm.named_parameters()}
     trained = sum(tensor.numel() for name in adapters if (tensor := tensor_of(gm, name)).requires_grad)
     not_sites = find_left_out(gm, account.sites)
+    listed_names = {site.name for site in listed}
+    others = Counter(site.kind.name for site in account.sites if site.name not in listed_names)
     return SiteTable(
         rows=tuple(rows),
         total=sum(counts.values()),
@@ -200,6 +209,7 @@ def inspect(
         left_out=tuple(_left_out_row(weight) for weight in not_sites if weight.kind.name in kinds),
         repeated=sum(row.parameters for row in rows) - trained,
         unadapted=tuple(find_unadapted(gm, account.sites, not_sites, {row.name for row in rows if row.adapters})),
+        of_other_kinds=dict(sorted(others.items())),
     )
 
 

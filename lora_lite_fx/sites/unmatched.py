@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..compat.torch import OpOverload
+from ..compat.torch import OpOverload, pytree
 from ..compat.torch_modules import BACKWARD_HOOKS, FORWARD_HOOKS, hooks_of
 from ..graph.insertion import is_inserted
 from ..graph.tensors import is_quantized
@@ -107,7 +107,7 @@ def find_left_out(gm: fx.GraphModule, sites: Iterable[Site]) -> list[LeftOut]:
     for use in uses:
         roles = set(FINE) if use.opaque else set()
         roles |= use.linear.reasons.keys() if use.linear is not None else set()
-        for weight in use.weights.keys() - known if use.opaque else use.weights:
+        for weight in [each for each in use.weights if not use.opaque or each not in known]:
             name = name_of_weight(weight)
             found.setdefault(weight, LeftOut(name, weight, use.reason, frozenset(roles), use.kind, use.opaque))
     return list(found.values())
@@ -132,7 +132,7 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
         quantized = any(map(is_quantized, weights.values()))
         why = "whose rows are stored quantized" if quantized else "with a weight that is computed, split or summed over"
         return _Use(node, weights, f"{name} {why}", Lookup())
-    if name in _GATHERS and all(weight.dim() > 2 for weight in weights.values()):
+    if name in _GATHERS and _index_is_data(node) and all(weight.dim() > 2 for weight in weights.values()):
         way_out = "experts_implementation='grouped_mm' of from_pretrained makes it a site"
         return _Use(node, weights, f"its matrices are gathered for each token; {way_out}", Experts())
     if name in GROUPED:
@@ -144,6 +144,11 @@ def _use(gm: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> _Use | None
     called = getattr(node.target, "__name__", str(node.target))
     weights = {path: parameter for of_operand in operands.values() for path, parameter in of_operand.items()}
     return _Use(node, weights, f"the function {called} is opaque to the capture; {_EXAMPLES}", opaque=True)
+
+
+def _index_is_data(node: fx.Node) -> bool:
+    """Check whether a gather reads its elements at computed indices, and is not a slice such as `table[:, :length]`."""
+    return any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves((node.args[1:], dict(node.kwargs))))
 
 
 def _use_of_module(gm: fx.GraphModule, node: fx.Node) -> _Use | None:

@@ -403,6 +403,15 @@ def test_real_models_have_a_page(name: str) -> None:
     assert len(blocks(table)[0].layers) == 2
 
 
+def test_sites_of_kinds_that_were_not_asked_for_are_counted() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(20, 5), nn.Linear(5, 2))
+    example = (torch.randn(2, 3, 5),)
+    told = "not listed: conv x 1, norm x 1; inspect(..., kinds=('linear', 'conv')) lists more"
+    assert told in str(llfx.inspect(model, example)).splitlines()
+    assert "not listed: norm x 1;" in str(llfx.inspect(model, example, kinds=("linear", "conv")))
+    assert "not listed" not in str(llfx.inspect(model, example, kinds=("linear", "conv", "norm")))
+
+
 # The command.
 
 

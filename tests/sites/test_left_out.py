@@ -251,6 +251,24 @@ def test_positions_scales_norms_and_constants_are_not_listed(exported: bool) -> 
     assert "left_out" not in table.to_dict()
 
 
+class Positions(nn.Module):
+    """A table of three dimensions that is cut to the length of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lin = nn.Parameter(torch.randn(1, 7, D)), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lin(x + self.table[:, : x.shape[1]])
+        return y
+
+
+@pytest.mark.parametrize("inputs", [None, (X,)])
+def test_a_cut_table_of_positions_is_no_stack_of_experts(inputs: Any) -> None:
+    table = llfx.inspect(Positions(), inputs)
+    assert (table.unadapted, table.left_out) == ((), ())
+
+
 def test_an_adapted_graph_lists_the_same() -> None:
     base = base_of("weight @ x")
     adapted: Any = llfx.rewrite(base, [llfx.DoRA(r=2, target_names=("lin",)), llfx.HRA(r=2, target_names=("lin",))])

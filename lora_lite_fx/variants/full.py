@@ -22,7 +22,7 @@ class Full(Variant):
     """`y = W' x + b'`, where `W'` and `b'` start as copies of the frozen `W` and `b`. Identity at the start, exactly.
 
     For what must be trained whole beside adapters, such as a new head of a classifier:
-    `[LoRA(r=8), Full(target_names="score")]`. It costs what the frozen site costs, and `merge` gives `W'` and `b'`
+    `[Full(target_names="score"), LoRA(r=8)]`. It costs what the frozen site costs, and `merge` gives `W'` and `b'`
     themselves. A weight that is tied to `W` stays as it is: a head that shares the embedding's weight keeps the frozen
     one.
 

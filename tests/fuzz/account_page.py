@@ -22,7 +22,7 @@ adapted model does when it changes after `rewrite` (with example inputs, or trac
 - **n/a**: this path has no such change.
 - *not yet* beside a word: the library does otherwise today, as an open entry of `tests/fuzz/known.py` says.
 
-There is no other way. `tests/fuzz/test_account.py` checks each cell, and this page is printed by
+No dependency is left open. `tests/fuzz/test_account.py` checks each cell, and this page is printed by
 `python -m tests.fuzz.account_page`.
 """
 

@@ -14,7 +14,7 @@ from ..compat.torch import is_transform
 from .insertion import is_inserted
 from .layers import layer_of
 from .queries import is_deterministic
-from .regions import closes_region, opens_region
+from .regions import closes_region, opens_region, sets_mode
 from .tensors import tensor_of
 from .walk import ancestors
 from .writes import overwritten_tensors
@@ -117,7 +117,7 @@ def _computed_anew(gm: fx.GraphModule, graph: fx.Graph) -> set[fx.Node]:
         elif node.op == "placeholder" or (
             layer_of(node) is None
             and not is_inserted(node)
-            and (_is_pure(node) or opens_region(node) or closes_region(node) or is_transform(node))
+            and (_is_pure(node) or sets_mode(node) or is_transform(node))
             and anew.issuperset(node.all_input_nodes)
         ):
             anew.add(node)

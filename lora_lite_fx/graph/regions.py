@@ -21,6 +21,11 @@ def closes_region(node: fx.Node) -> bool:
     return node.target is EXIT_AUTOCAST or (node.target is SET_GRAD_ENABLED and isinstance(node.args[0], fx.Node))
 
 
+def sets_mode(node: fx.Node) -> bool:
+    """Check whether `node` begins or ends such a region, or sets the mode inside it."""
+    return opens_region(node) or node.target in (SET_GRAD_ENABLED, EXIT_AUTOCAST)
+
+
 def without_gradient(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes of `graph` that run with autograd switched off by the model itself."""
     without: set[fx.Node] = set()

@@ -33,10 +33,10 @@ class InlineRegions(GraphPass):
     the same nodes then run between a call that enters the mode and a call that goes back to the mode of the caller; a
     re-export makes regions of them again.
 
-    Regions that read no parameter, draw no random numbers and write to nothing, such as those of rotary embeddings,
-    stay as they are, because they contain nothing to adapt. One that writes would be taken for dead code if it returns
-    nothing. Regions of autocast are opened all before torch 2.13, whose compiler takes none with dynamic sizes. The
-    bodies of `cond`, `scan` and `while_loop` stay too, because they do not run exactly once. An exception
+    Regions of autograd are opened all, because torch.compile takes none with dynamic sizes; so are those of autocast
+    before torch 2.13. From there on a region of autocast stays if it reads no parameter, draws no random numbers and
+    writes to nothing, because it contains nothing to adapt. One that writes would be taken for dead code if it returns
+    nothing. The bodies of `cond`, `scan` and `while_loop` stay too, because they do not run exactly once. An exception
     inside an open region leaves its thread in the region's mode.
     """
 
@@ -61,14 +61,7 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
 
 
 def _is_to_open(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return _holds_work(gm, node) or (not AUTOCAST_REGIONS_COMPILE and _sets_autocast(gm, node))
-
-
-def _sets_autocast(gm: fx.GraphModule, node: fx.Node) -> bool:
-    body = _body(gm, node)
-    return node.target is AUTOCAST_REGION or any(
-        _sets_autocast(body, each) for each in body.graph.nodes if _is_region(each)
-    )
+    return node.target is GRAD_REGION or not AUTOCAST_REGIONS_COMPILE or _holds_work(gm, node)
 
 
 def _holds_work(gm: fx.GraphModule, node: fx.Node) -> bool:

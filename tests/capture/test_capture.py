@@ -25,7 +25,6 @@ from tests.support.conformance import (
     unchanged,
 )
 from tests.support.models import GatedMLP, Normed, ResidualMLP, ids, net, tiny_t5
-from tests.support.releases import since
 from tests.support.selection import broad_after, broad_unless, is_typical, slow_unless
 
 SMALL: dict[str, Any] = {
@@ -293,7 +292,6 @@ def test_the_adapters_dtype_can_be_chosen() -> None:
 # torch.compile.
 
 
-@since("transformers", "5.24", "Positions are computed without a region, whose sizes torch.compile does not take")
 @pytest.mark.parametrize("cls", broad_after(1, VARIANTS), ids=lambda cls: cls.__name__)
 def test_the_rewritten_graph_compiles_whole_and_once_for_all_shapes(cls: type[llfx.Variant]) -> None:
     _, graph = captured("llama")

@@ -131,7 +131,6 @@ def test_stages_of_a_quantized_model_compute_and_train_what_it_does(base: str) -
         close(ours, theirs, 1e-5, "a gradient")
 
 
-@since("transformers", "5.24", "Positions are computed anew in each stage")
 def test_a_stage_has_its_layers_and_nothing_of_the_others() -> None:
     gm = make(Pipe(llfx.LoRA(r=2)))
     first, last = llfx.split(gm, 2, without=TEXT)

@@ -100,5 +100,5 @@ def test_a_cache_whose_layers_have_other_lengths_is_not_taken() -> None:
     ids = torch.randint(3, 99, (2, 4), generator=torch.Generator().manual_seed(0))
     cache = adapted(ids, use_cache=True).past_key_values
     cache.layers[3].keys, cache.layers[3].values = (t[:, :, 1:] for t in (cache.layers[3].keys, cache.layers[3].values))
-    with pytest.raises(llfx.CaptureError, match="input_ids, cache"):
+    with pytest.raises(llfx.CaptureError, match=f"input_ids, {CACHE}"):
         adapted(ids[:, :1], **{CACHE: cache})

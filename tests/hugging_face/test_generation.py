@@ -16,6 +16,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.compat.transformers import CACHE
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_t5
+from tests.support.releases import has
 from tests.support.selection import broad_after, slow_unless
 from tests.support.untouched import untouched
 
@@ -154,6 +155,8 @@ def assert_same(adapted: Any, merged: Any, inputs: dict[str, Tensor], **options:
 
 @pytest.mark.parametrize("name", broad_after(1, slow_unless(EVERYDAY.__contains__, CAUSAL)))
 def test_a_causal_model_generates_and_trains(name: str) -> None:
+    if name == "longrope" and not has("transformers", "5.24"):
+        pytest.skip("transformers chooses the frequencies of long texts by a branch before 5.24")
     adapted, merged = pair(name)
     for beams in (1, 3):
         assert_same(adapted, merged, prompt(), num_beams=beams)

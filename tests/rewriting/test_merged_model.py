@@ -111,7 +111,7 @@ def test_a_merged_graph_is_saved_as_its_model(name: str, tmp_path: Path) -> None
     build, cfg, inputs = CASES[name]
     model = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    gm = moved(llfx.rewrite(model, cfg, inputs if "pixel_values" in inputs else None))
+    gm = moved(llfx.rewrite(model, cfg, inputs if {"pixel_values", "labels"} & inputs.keys() else None))
     merged = llfx.merge(gm)
     merged.save_pretrained(tmp_path / "merged", max_shard_size="20KB")
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2, "several shards"

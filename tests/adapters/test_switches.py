@@ -122,7 +122,7 @@ def test_none_is_the_frozen_model_and_no_names_are_all_adapters(base: Any) -> No
         assert torch.equal(each(x), both)
 
 
-@pytest.mark.parametrize("name", [None, "fr", "de"])
+@pytest.mark.parametrize("name", broad_after(1, ["fr", None, "de"]))
 def test_named_adapters_act_like_wrappers_of_their_own(name: str | None) -> None:
     gm, _, model = pair(SPEC, ResidualMLP, GatedMLP, example=(ids(2, 5),))
     alone = llfx.wrap(model, list(SPEC["de"]) if name == "de" else SPEC["fr"], (ids(2, 5),)) if name else model

@@ -9,9 +9,10 @@ import torch
 
 from tests.devices.backward_pass import gradients_of
 from tests.devices.fake_cuda import rewritten
+from tests.support.selection import broad_after
 
 
-@pytest.mark.parametrize("options", [{}, {"fuse_loss": True}, {"checkpoint_layers": True}], ids=str)
+@pytest.mark.parametrize("options", broad_after(1, [{"fuse_loss": True}, {}, {"checkpoint_layers": True}]), ids=str)
 def test_gradients_are_those_of_the_engine(options: dict[str, Any]) -> None:
     gm, inputs = rewritten("DoRA", torch.float32, **options)
     gradients = gradients_of(gm.train()(**inputs).loss)

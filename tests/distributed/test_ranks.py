@@ -48,5 +48,6 @@ def test_a_rank_that_hangs_is_killed() -> None:
         on_ranks(hangs, 2, seconds=3)
 
 
+@pytest.mark.broad
 def test_results_come_by_rank() -> None:
     assert on_ranks(ranks_of_all, 2) == [[0, 1], [0, 1]]

@@ -65,6 +65,7 @@ def test_a_graph_that_holds_dtypes_refuses_at_once_and_stays(cast: str, cls: Any
     assert torch.equal(gm(X), before)
 
 
+@pytest.mark.broad
 def test_tensors_that_were_cast_one_by_one_are_named_by_the_call_that_fails() -> None:
     gm = llfx.rewrite(captured("llama")[1], llfx.LoRA(r=2))
     for parameter in gm.parameters():

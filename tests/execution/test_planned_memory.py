@@ -488,6 +488,7 @@ def test_other_values_are_refused(memory: Any, message: str) -> None:
     assert str(error.value) == message
 
 
+@pytest.mark.broad
 def test_memory_and_checkpointed_layers_are_one_or_the_other() -> None:
     message = "memory='balanced' plans what layers keep, and checkpoint_layers=True lets them keep nothing but"
     with pytest.raises(llfx.ConfigError, match=message):

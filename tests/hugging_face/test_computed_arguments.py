@@ -223,6 +223,7 @@ def test_what_a_call_writes_for_later_ones_is_named() -> None:
 # Types of caches.
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(1, ["llama", "gpt2", "t5", "bart"]))
 @pytest.mark.parametrize("dtype", broad_after(1, [torch.bfloat16, torch.float16]))
 def test_caches_under_autocast_have_the_types_that_the_model_gives_them(name: str, dtype: torch.dtype) -> None:

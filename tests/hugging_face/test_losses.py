@@ -40,6 +40,7 @@ def llama(labels: int) -> Any:
 CLASSES, MANY, NUMBERS = torch.tensor([0, 2, 1]), torch.rand(3, 3).round(), torch.tensor([0.5, -1.0, 2.0])
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("build", broad_after(1, [bert, llama]))
 @pytest.mark.parametrize(
     ("labels", "sequence"),

@@ -83,6 +83,7 @@ def test_modules_follow_their_own_modes_in_graphs_captured_before_and_after() ->
     assert len(models[0].graphs) == captures + 1
 
 
+@pytest.mark.broad
 def test_generation_runs_each_layer_in_its_mode() -> None:
     adapted, wrapped = adapted_once()
     put((adapted, wrapped), CHANGES["attention that stays on"])

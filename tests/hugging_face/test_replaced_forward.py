@@ -62,6 +62,7 @@ def test_a_replaced_forward_runs_the_graphs_and_is_not_captured() -> None:
     assert "forward" not in vars(llfx.merge(model))
 
 
+@pytest.mark.broad
 def test_a_forward_that_was_replaced_before_adapt_is_left_to_the_user_with_a_warning() -> None:
     patched = with_fused_head(base())
     with pytest.warns(UserWarning, match=r"replaced on the instance .*with_fused_head"):

@@ -89,6 +89,7 @@ def test_models_that_are_made_of_an_adapted_one_have_statistics_of_their_own() -
         assert torch.equal(logits(llfx.remove(twin)), logits(base))
 
 
+@pytest.mark.broad
 def test_a_second_graph_and_another_adapter_leave_the_bases_statistics() -> None:
     base, model = adapted()
     model = copy.deepcopy(model)

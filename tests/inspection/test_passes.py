@@ -103,6 +103,7 @@ def test_a_changed_graph_is_reported_anew(gm: Any) -> None:
     assert edits == [14, 14, 13, 13]
 
 
+@pytest.mark.broad
 def test_the_command_reports_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Any) -> None:
     LLAMA.save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--passes"]) == 0

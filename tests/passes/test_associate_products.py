@@ -72,6 +72,7 @@ def test_the_reason_is_the_cost(cfg: llfx.Variant, why: str) -> None:
 # Branches at the input of a site.
 
 
+@pytest.mark.broad
 def test_in_inference_all_low_rank_variants_run_the_same_operations() -> None:
     counts = {}
     for name in LOW_RANK:

@@ -158,6 +158,7 @@ torch.export.save(torch.export.export(marked, (x,)), "marked.pt2")
     assert "lora_lite_fx.mark.default" in done.stdout, done.stderr
 
 
+@pytest.mark.broad
 def test_flops_of_the_first_call_are_counted() -> None:
     # The counter copies the formulas when it is made, and the first call derives the operations that need them.
     script = """

@@ -428,6 +428,7 @@ def test_what_is_fast_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 # What a model says of itself.
 
 
+@pytest.mark.broad
 def test_trainable_parameters_are_printed_as_peft_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -471,6 +472,7 @@ def test_a_graph_prints_its_short_form() -> None:
     assert repr(gm) == str(gm)
 
 
+@pytest.mark.broad
 def test_the_short_form_tells_equal_layers_once_and_few_sites() -> None:
     every = llfx.IA3(target_names=".")
     deep = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(5)))

@@ -113,6 +113,7 @@ def test_the_size_of_a_statistic_does_not_depend_on_the_data() -> None:
         assert len(sizes) == 1
 
 
+@pytest.mark.broad
 def test_loading_needs_no_calibration_data(tmp_path: Any) -> None:
     for cfg in (EVA, llfx.EVA(r=3, rho=2.0, target_names=(".",)), llfx.AntiPaSTO(r=4, target_names=("0", "2"))):
         gm = llfx.rewrite(model(), cfg, calibration=data(8))

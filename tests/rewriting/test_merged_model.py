@@ -166,7 +166,7 @@ def gguf_folder(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("adapted", broad_after(1, [True, False]))
 def test_a_base_from_gguf_can_be_saved_merged(adapted: bool, tmp_path: Path) -> None:
     folder = gguf_folder(tmp_path)
     model: Any = hf.LlamaForCausalLM.from_pretrained(folder, gguf_file="tiny.gguf")

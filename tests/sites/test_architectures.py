@@ -148,6 +148,7 @@ def test_rewritten_graph_equals_the_eager_wrapper(name: str) -> None:
                 close(value, expected_gradients[key], tolerance, f"gradient of {key}, training={training}")
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", broad_after(1, [name for name in CAPTURED if ARCHITECTURES[name].unwrapped]))
 def test_wrap_refuses_sites_that_are_not_called_modules_and_rewrite_adapts_them(name: str) -> None:
     _, gm = captured(name)

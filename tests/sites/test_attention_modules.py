@@ -171,6 +171,7 @@ def test_adapted_attention_modules_are_exported_and_compiled(name: str) -> None:
     close(output(fast, inputs), output(gm, inputs), 1e-9, "compiled")
 
 
+@pytest.mark.broad
 def test_wrap_refuses_projections_because_they_are_not_called_modules() -> None:
     model, _ = base_of("encoder layer")
     for name in ("in_proj", "out_proj"):

@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[type[TiedAutoencoder | ThereAndBack], tuple[str, str]]] 
 
 @pytest.mark.parametrize("exported", broad_after(1, [False, True]), ids=["symbolic", "exported"])
 @pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("cls", broad_after(2, VARIANTS))
+@pytest.mark.parametrize("cls", broad_after(1, VARIANTS))
 def test_one_weight_in_two_orientations_is_two_sites(
     cls: type[llfx.Variant], model_name: str, exported: bool, tmp_path: Path
 ) -> None:

@@ -179,6 +179,7 @@ profile = settings(
 )
 
 
+@pytest.mark.broad
 @settings(profile, max_examples=4)
 @given(cfg=generated, case=cases, shape=shapes)
 def test_a_generated_variant_is_right_or_refused(cfg: Generated, case: Case, shape: tuple[int, int]) -> None:

@@ -58,7 +58,7 @@ def contents(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("target", SERVERS)
-@pytest.mark.parametrize("name", broad_after(2, OF_LOW_RANK))
+@pytest.mark.parametrize("name", broad_after(1, OF_LOW_RANK))
 def test_the_files_hold_plain_lora_of_one_rank(name: str, target: str, tmp_path: Path) -> None:
     model, graph = llama()
     gm = adapted(graph, OF_LOW_RANK[name])
@@ -168,6 +168,7 @@ def test_heads_and_embeddings(tmp_path: Path) -> None:
     llfx.save_peft(adapted(graph, llfx.LoRA(r=8, target_names=("lm_head",))), tmp_path / "b", target="openvino")
 
 
+@pytest.mark.broad
 def test_what_a_server_would_leave_out_is_refused(tmp_path: Path) -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=99))
     gm = llfx.rewrite(gpt2, llfx.LoRA(r=2, target_roles=("attention",)))

@@ -197,8 +197,7 @@ def inspect(
     counts = {name: entries.get(name, parameter.numel()) for name, parameter in gm.named_parameters()}
     trained = sum(tensor.numel() for name in adapters if (tensor := tensor_of(gm, name)).requires_grad)
     not_sites = find_left_out(gm, account.sites)
-    listed_names = {site.name for site in listed}
-    others = Counter(site.kind.name for site in account.sites if site.name not in listed_names)
+    others = Counter(site.kind.name for site in account.sites) - Counter(site.kind.name for site in listed)
     return SiteTable(
         rows=tuple(rows),
         total=sum(counts.values()),

@@ -42,10 +42,12 @@ class Values:
 
     Args:
         model: it is not changed.
+        labels: whether its inputs may have labels.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, labels: bool = True) -> None:
         self.model = model
+        self.labels = labels
         self.parameters = signature_of(model).parameters
         self.required = required(model.forward)
         self.config = model.config

@@ -38,12 +38,11 @@ def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
     Warns:
         UserWarning: the model takes images or sound beside text, and none could be made.
     """
-    values = Values(model)
+    values = Values(model, labels="labels" not in without)
     problems: list[str] = []
-    labels = "labels" not in without
     try:
         for form in _forms_without_images(values) if "images" in without else _forms(values):
-            if (inputs := _tried(values, form, problems, labels)) is None:
+            if (inputs := _tried(values, form, problems)) is None:
                 continue
             if problems and takes_images(values) and not any(name in inputs for name in IMAGES):
                 warn_of("images", model, f"no example images can be made from its config, because {problems[0]}")
@@ -51,7 +50,7 @@ def example_inputs_of(model: Any, without: Collection[str] = ()) -> Inputs:
                 _warn_of_other_names(values, inputs)
             if "sound" in without or "input_ids" not in form or not takes_sound(values):
                 return inputs
-            return inputs if any(name in form for name in SOUNDS) else _with_sound(values, form, inputs, labels)
+            return inputs if any(name in form for name in SOUNDS) else _with_sound(values, form, inputs)
     except Exception as error:  # the config lacks what the inputs would be made of
         problems.append(_first_line(error))
     problem = problems[0] if problems else f"its main input is {model.main_input_name!r}"
@@ -103,27 +102,26 @@ def _required_by_name(values: Values) -> Inputs:
     return made
 
 
-def _tried(values: Values, form: Inputs, problems: list[str], labels: bool) -> Inputs | None:
+def _tried(values: Values, form: Inputs, problems: list[str]) -> Inputs | None:
     """Return this form of inputs with all that belongs to it; None, and its problem, if the model does not take it."""
     try:
-        return completed(values, with_parts(values, form), labels)
+        return completed(values, with_parts(values, form))
     except Exception as error:
         problems.append(f"it raises {_first_line(error)}")
         return None
 
 
-def _with_sound(values: Values, form: Inputs, inputs: Inputs, labels: bool) -> Inputs:
+def _with_sound(values: Values, form: Inputs, inputs: Inputs) -> Inputs:
     """Return inputs with sound too, which the model takes beside what `form` has; `inputs` and a warning if none runs.
 
     Args:
         values: of the model.
         form: text, which may show images.
         inputs: all that belongs to it.
-        labels: whether labels do.
     """
     problems: list[str] = []
     for sound in sounds(values):
-        if (heard := _tried(values, {**form, **sound}, problems, labels)) is not None:
+        if (heard := _tried(values, {**form, **sound}, problems)) is not None:
             return heard
     warn_of("sound", values.model, f"no example sound can be made from its config, because {problems[0]}")
     return inputs

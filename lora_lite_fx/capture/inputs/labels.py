@@ -12,11 +12,11 @@ from ..depth.stacks import built_alike, shortened
 from .config_values import READS_VALUES, SEQUENCE, Inputs, Values
 
 
-def completed(values: Values, inputs: Inputs, labels: bool = True) -> Inputs:
+def completed(values: Values, inputs: Inputs) -> Inputs:
     """Return `inputs` with labels that fit the logits, if the model computes a loss from them and from sizes.
 
-    Else, and without `labels`, with the tokens of a decoder, which a model otherwise makes of labels. Raises what the
-    model raises of them.
+    Else, and where `values.labels` is not set, with the tokens of a decoder, which a model otherwise makes of labels.
+    Raises what the model raises of them.
     """
     asked = inputs
     if values.config.is_encoder_decoder and "decoder_input_ids" in values.parameters:
@@ -30,7 +30,7 @@ def completed(values: Values, inputs: Inputs, labels: bool = True) -> Inputs:
         return inputs
     # Make no labels for a transcription, because its loss branches on their values.
     is_transcription = "input_values" in inputs and isinstance(logits, Tensor) and logits.dim() == 3
-    if not labels or "labels" not in values.parameters or not isinstance(logits, Tensor) or is_transcription:
+    if not values.labels or "labels" not in values.parameters or not isinstance(logits, Tensor) or is_transcription:
         return _with_decoder(values, inputs)
     labelled = {**inputs, "labels": _labels(values, tuple(int(size) for size in logits.shape))}
     try:

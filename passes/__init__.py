@@ -23,7 +23,7 @@ from .optimize.convert_mask_once import ConvertMaskOnce
 from .optimize.fold_scale_into_addition import FoldScaleIntoAddition
 from .optimize.fuse_loss import FuseLoss
 from .optimize.gather_bank_products import GatherBankProducts
-from .optimize.gather_products import GatherProducts
+from .optimize.gather_products import GatherProducts, GatherWiderProducts
 from .optimize.group_heads import GroupHeads
 from .optimize.hoist_parameter_work import HoistParameterWork
 from .optimize.leave_out_dropout import LeaveOutDropout
@@ -56,6 +56,7 @@ OPTIMIZATIONS = Pipeline(
         PutFastForms(),
         RecomputeWeights(),
         GatherProducts(),
+        GatherWiderProducts(),
         GatherBankProducts(),
         RecomputeInputs(),
     )
@@ -77,6 +78,7 @@ __all__ = [
     "FuseLoss",
     "GatherBankProducts",
     "GatherProducts",
+    "GatherWiderProducts",
     "GraphPass",
     "GroupHeads",
     "HoistParameterWork",

@@ -105,6 +105,12 @@ def is_narrow(node: Any) -> bool:
     return is_product(node)
 
 
+def before_cast(x: Any) -> Any:
+    """Return the value that an adapter casts to its own type as the node `x`; `x` itself if it is not that."""
+    is_cast = isinstance(x, fx.Node) and is_inserted(x) and x.target is torch.ops.aten.to.dtype and len(x.args) == 2
+    return x.args[0] if is_cast else x
+
+
 def source_of(product: fx.Node, work: Container[fx.Node]) -> fx.Node:
     """Return the value that an adapter's product reads, as it was before the adapter cast, scaled or dropped it.
 

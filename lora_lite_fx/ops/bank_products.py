@@ -80,10 +80,12 @@ class BankProducts:
         order = slots.argsort()
         ends = tokens * (slots[:, None] == torch.arange(len(a), device=ids.device)).sum(0).cumsum(0).int()
         acts = (ids >= 0).index_select(0, order).repeat_interleave(tokens)[:, None]
-        t = F.grouped_mm(x.index_select(0, order).view(-1, width), a.mT, offs=ends)
+        t = F.grouped_mm(x.index_select(0, order).view(-1, width).to(a.dtype), a.mT, offs=ends)
         results = [t]
         for branch, columns, alpha in self.products.with_columns(unflatten(fields), t):
             z = torch.where(acts, F.grouped_mm(columns.contiguous(), branch.b.mT, offs=ends), 0.0)
             y = F.linear(x, branch.weight, branch.bias)
-            results.append(y.index_add(0, order, z.view(batch, tokens, -1), alpha=alpha))
+            wide = torch.promote_types(y.dtype, z.dtype)  # so that the sum is rounded once
+            total = y.to(wide).index_add(0, order, z.to(wide).view(batch, tokens, -1), alpha=alpha)
+            results.append(total.to(y.dtype))
         return tuple(results)

@@ -50,12 +50,28 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, in_place: bool = True) -> Tensor:
-    """Return `total + alpha left right`, formed in `total` unless a transform forbids that."""
+def add_product(
+    total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, in_place: bool = True, scale: Tensor | None = None
+) -> Tensor:
+    """Return `scale (total + alpha left right)` in the type of `total`, formed in it unless a transform forbids that.
+
+    Args:
+        total: a matrix, or one for each row of the batch.
+        left, right: the factors. They may be wider than `total`, if it is formed in place.
+        alpha: a number.
+        in_place: whether `total` may be overwritten.
+        scale: of each column; None for 1. Only if it is formed in place.
+    """
     of_rows = right.dim() == 3  # a matrix for each row of the batch
     if not in_place:
         return (torch.baddbmm if of_rows else torch.addmm)(total, left, right, alpha=alpha)
-    if total.dtype in HALF and total.device.type == "cpu":
-        # There addmm would round the sum more than once.
-        return total.add_(left @ right, alpha=alpha)
-    return total.baddbmm_(left, right, alpha=alpha) if of_rows else total.addmm_(left, right, alpha=alpha)
+    if total.dtype is not left.dtype and scale is not None:
+        wide = left @ right
+        return total.copy_(torch.add(total, wide, alpha=alpha, out=wide).mul_(scale))  # rounded once
+    if total.dtype is not left.dtype or (total.dtype in HALF and total.device.type == "cpu"):
+        total.add_(left @ right, alpha=alpha)  # on a CPU addmm would round the sum more than once
+    elif of_rows:
+        total.baddbmm_(left, right, alpha=alpha)
+    else:
+        total.addmm_(left, right, alpha=alpha)
+    return total if scale is None else total.mul_(scale)

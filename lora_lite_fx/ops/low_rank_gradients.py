@@ -46,7 +46,7 @@ class _Function(torch.autograd.Function):
             *(y if need.scale else None for y, need in zip(ys, needed, strict=True)),
             *saved,
         )
-        ctx.products = products
+        ctx.products, ctx.dtype = products, x.dtype
         ctx.autocast = autocast_of(x.device.type)
         ctx.set_materialize_grads(False)
         return results
@@ -69,16 +69,16 @@ class _Function(torch.autograd.Function):
             in_place = torch.compiler.is_compiling() or not is_wrapped(*given)
             if of_t is None:
                 rows = as_matrix(given[0], a)
-                of_t = rows.new_zeros(*rows.shape[:-1], a.shape[-2])
+                of_t = a.new_zeros(*rows.shape[:-1], a.shape[-2])
             else:
                 of_t = as_matrix(of_t, a).clone() if branches else as_matrix(of_t, a)
             t = of_t if t is None else as_matrix(t, a)  # no gradient of a B reads it then
             values = zip(products.with_columns(branches, t), needed, ys, of_ys, strict=True)
             of_t, of_sums, gradients = _through_branches(values, of_t, products.ranks, in_place)
-            of_a = of_t.mT @ as_matrix(x, a) if a_needed else None
+            of_a = of_t.mT @ as_matrix(x, a).to(of_t.dtype) if a_needed else None
             of_x = None
             if x_needed:
-                of_x = as_rows(of_t @ a)
+                of_x = as_rows(of_t @ a).to(ctx.dtype)
                 for of_sum, branch in zip(of_sums, branches, strict=True):
                     if of_sum is not None:
                         of_x = add_product(of_x, as_rows(of_sum), branch.weight, in_place=in_place)
@@ -113,8 +113,10 @@ def _through_branches(
         of_sum: Tensor | None = None
         of_branch: Branch[Any] = Branch(None, None, None, None)  # Dynamo follows no call of `Branch[Any]`
         if of_y is not None:
-            of_sum, of_branch = _gradients(branch, columns, alpha, need, y, as_matrix(of_y, branch.b))
-            narrow = add_product(narrow, of_sum, branch.b, alpha, in_place)
+            of_sum = as_matrix(of_y, branch.b)
+            of_wide, of_branch = _gradients(branch, columns, alpha, need, y, of_sum.to(branch.b.dtype))
+            narrow = add_product(narrow, of_wide, branch.b, alpha, in_place)
+            of_sum = of_sum if branch.scale is None else of_wide.to(of_y.dtype)
         of_columns.append(narrow)
         of_sums.append(of_sum)
         gradients.append(of_branch)
@@ -130,7 +132,7 @@ def _gradients(
         branch, columns, alpha: of `y = c (x W^T + b + alpha t B^T)`, with the columns of `t`.
         need: which tensors need a gradient.
         y: the result; None if `c` needs no gradient.
-        of_y: its gradient.
+        of_y: its gradient, in the type of the adapter.
     """
     of_scale = None
     if branch.scale is not None:

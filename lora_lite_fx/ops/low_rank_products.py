@@ -10,6 +10,7 @@ tensors one by one: `flatten` and `unflatten` are the only places that know in w
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,6 +31,9 @@ from .saved_values import Recomputing
 @dataclass(frozen=True)
 class LowRankProducts(Recomputing):
     """`x, a, *sources, *flatten(branches) -> t, *ys`: `t = x a^T`, and `y = c (x W^T + b + alpha t_i B^T)` per branch.
+
+    The adapter's tensors may be wider than those of the base, such as float32 beside bfloat16. Then `x` is cast for
+    `t`, and the sum is rounded once, to the type of the base.
 
     For the backward pass it saves `t` for the gradient of a `B`; the sources of `x` if there are any, else `x`, for
     that of `a`; and for that of a `c` the result `y`, which the operations that follow may save as well. A frozen
@@ -72,14 +76,7 @@ class LowRankProducts(Recomputing):
             return self._plain(x, a, self.split(rest)[1])
         if torch.is_grad_enabled():
             return apply_with_gradients(self, x, a, *rest)
-        # As matrices, which take less time where there are few tokens.
-        shape, x = x.shape[:-1], as_matrix(x, a)
-        if a.dim() == 2 and not (x.dtype in HALF and x.device.type == "cpu"):
-            results = self._of_matrix(x, a, rest)
-        else:
-            results = [*self.accumulated(x, a, self.split(rest)[1])]
-        shaped: list[Any] = [y if y is None else y.view(*shape, y.shape[-1]) for y in results]
-        return tuple(shaped)
+        return self._shared(x, a, rest) if a.dim() == 2 else self.accumulated(x, a, self.split(rest)[1])
 
     def split(self, rest: Sequence[Any]) -> tuple[Sequence[Any], list[Branch[Any]]]:
         """Return the sources and the branches, of what follows `x` and `a` among the arguments."""
@@ -98,14 +95,18 @@ class LowRankProducts(Recomputing):
     def _numbers(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         return self.ranks, self.alphas
 
-    def _of_matrix(self, x: Tensor, a: Tensor, rest: Sequence[Any]) -> list[Any]:
-        """Return the results for a matrix `x`, without gradients, to the bits of `accumulated`.
+    def _shared(self, x: Tensor, a: Tensor, rest: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the results for one `a (r, d_in)`, without gradients, to the bits of `accumulated`.
 
         A token of `generate` waits for the calls and not for the products, so this makes as few as it can.
         """
-        t = F.linear(x, a)
+        shape = x.shape[:-1]
+        is_one_call = x.dtype is a.dtype and not (x.dtype in HALF and x.device.type == "cpu")
+        if is_one_call:
+            x = as_rows(x)  # as matrices, which take less time where there are few tokens
+        t = self._narrow(x, a)
         results: list[Any] = [t]
-        parts = torch.split_with_sizes(t, self.ranks, 1) if len(self.ranks) > 1 else (t,)
+        parts = torch.split_with_sizes(t, self.ranks, -1) if len(self.ranks) > 1 else (t,)
         place = self.sources
         for columns, alpha in zip(parts, self.alphas, strict=False):  # without branches there is t alone
             weight, bias, b, scale = rest[place : place + 4]
@@ -113,11 +114,17 @@ class LowRankProducts(Recomputing):
             if weight is None:
                 results.append(None)
                 continue
-            y = F.linear(x, weight, bias).addmm_(columns, b.t(), alpha=alpha)
-            if scale is not None:
-                y.mul_(scale)
+            y = F.linear(x, weight, bias)
+            if not is_one_call:
+                add_product(y, columns, b.t(), alpha, scale=scale)
+            else:
+                y.addmm_(columns, b.t(), alpha=alpha)
+                if scale is not None:
+                    y.mul_(scale)
             results.append(y)
-        return results
+        if not is_one_call:
+            return tuple(results)
+        return tuple([y if y is None else y.view(*shape, y.shape[-1]) for y in results])
 
     def without_unread(self, args: Sequence[Any], read: Container[int]) -> tuple[Any, ...]:
         """Return the arguments of a call whose branches have no tensors if nothing reads their results.
@@ -132,38 +139,48 @@ class LowRankProducts(Recomputing):
         return x, a, *sources, *flatten(kept)
 
     def _plain(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> tuple[Tensor, ...]:
-        t = _product(x, a)
+        t = self._narrow(x, a)
         results: list[Any] = [t]
         for branch, columns, alpha in self.with_columns(branches, t):
             if branch.weight is None:
                 results.append(None)
                 continue
-            y = torch.add(F.linear(x, branch.weight, branch.bias), _product(columns, branch.b), alpha=alpha)
-            results.append(y if branch.scale is None else (y * branch.scale).type_as(y))
+            y = F.linear(x, branch.weight, branch.bias)
+            total = torch.add(y, _product(columns, branch.b), alpha=alpha)
+            results.append((total if branch.scale is None else total * branch.scale).type_as(y))
         return tuple(results)
 
     def accumulated(self, x: Tensor, a: Tensor, branches: Sequence[Branch[Tensor]]) -> tuple[Tensor, ...]:
         """Return the results, added and scaled in place. None of them is a view, so that they may be overwritten."""
-        t = _product(x, a)
+        t = self._narrow(x, a)
         results: list[Any] = [t]
         for branch, columns, alpha in self.with_columns(branches, as_matrix(t, a)):
             if branch.weight is None:
                 results.append(None)
                 continue
             y = _linear(x, branch.weight, branch.bias)
-            add_product(as_matrix(y, a), columns, branch.b.mT, alpha)
-            results.append(y if branch.scale is None else y.mul_(branch.scale))
+            add_product(as_matrix(y, a), columns, branch.b.mT, alpha, scale=branch.scale)
+            results.append(y)
         return tuple(results)
+
+    def _narrow(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return `t`. Without branches the graph has cast `x` already; autocast casts both."""
+        casts = self.ranks and x.dtype is not a.dtype and not torch.is_autocast_enabled(x.device.type)
+        return _product(x.to(a.dtype) if casts else x, a)
 
     def _is_usual(self, x: Tensor, a: Tensor, rest: Sequence[Any]) -> bool:
         """Return whether the sums can be formed in place, and the gradients by hand."""
         if torch.compiler.is_compiling() or (self.ranks and torch.is_autocast_enabled(x.device.type)):
             return False
-        tensors = [x, a, *(tensor for tensor in rest[self.sources :] if tensor is not None)]
-        dtype = x.dtype if self.ranks else None
+        if self.ranks and torch.promote_types(x.dtype, a.dtype) is not a.dtype:
+            return False
+        base, adapter = x.dtype, a.dtype
+        dtypes = itertools.chain((base, adapter), itertools.cycle(Branch(base, base, adapter, adapter)))
+        pairs = zip((x, a, *rest[self.sources :]), dtypes, strict=False)
+        tensors = [(tensor, dtype) for tensor, dtype in pairs if tensor is not None]
         try:
-            for tensor in tensors:
-                if dtype is not None and (tensor.dtype is not dtype or not is_ordinary(tensor)):
+            for tensor, dtype in tensors:
+                if self.ranks and (tensor.dtype is not dtype or not is_ordinary(tensor)):
                     return False
                 tensor.data_ptr()
         except RuntimeError:  # a transform of `torch.func` wraps a tensor in one that has no memory of its own
@@ -174,7 +191,7 @@ class LowRankProducts(Recomputing):
         frozen = (tensor for branch in branches for tensor in (branch.weight, branch.bias) if tensor is not None)
         return not (
             any(tensor.requires_grad for tensor in frozen)
-            or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+            or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor, _ in tensors)
         )
 
 

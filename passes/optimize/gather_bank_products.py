@@ -11,7 +11,7 @@ from torch import fx
 
 from ...graph.insertion import is_inserted
 from ...graph.parameter_work import first_input
-from ...graph.queries import obstacle_between, reads_tensor, value_of
+from ...graph.queries import before_cast, obstacle_between, reads_tensor, value_of
 from ...ops.bank_products import BankProducts, rows_or_slots
 from ...ops.low_rank_branch import Branch, flatten
 from ...ops.low_rank_products import LowRankProducts
@@ -58,6 +58,8 @@ class GatherBankProducts(GraphPass):
 class _Sum(NamedTuple):
     """The sum `where(acts, add(y, bmm(bmm(x, a^T), b^T), alpha), y)` of a site `y` of `x`, with factors for each row.
 
+    Where the factors have another type than the site, `x` is cast before, and the sum after.
+
     Args:
         node: the node of the result.
         y, a, b, alpha: the terms.
@@ -84,22 +86,23 @@ class _Sum(NamedTuple):
 
 def _sum(gm: fx.GraphModule, where: fx.Node) -> _Sum | str | None:
     """Return the sum that is the choice of `where`; the reason why it is not one; None if it is no choice of rows."""
-    acts, total, y = where.args
-    if not (isinstance(acts, fx.Node) and isinstance(total, fx.Node) and isinstance(y, fx.Node) and is_inserted(acts)):
+    acts, chosen, y = where.args
+    if not (isinstance(acts, fx.Node) and isinstance(chosen, fx.Node) and isinstance(y, fx.Node) and is_inserted(acts)):
         return None
+    total: Any = chosen.args[0] if chosen.target is aten.type_as.default and chosen.args[1] is y else chosen
     if total.target is not aten.add.Tensor or total.args[0] is not y:
         return "the adapter does more than add a branch to the output of its site"
     if y.target is not aten.linear.default or is_inserted(y):
         return "the branch is not added to the output of a linear"
-    if y.users.keys() != {total, where} or total.users.keys() != {where}:
+    if y.users.keys() != {total, chosen, where} or {*total.users, *chosen.users} - {chosen} != {where}:
         return "the output of the site is read elsewhere too"
     second = _product_of_rows(total.args[1], total)
     first = _product_of_rows(second.args[0], second) if second is not None else None
-    if first is None or second is None or first.args[0] is not y.args[0]:
+    if first is None or second is None or before_cast(first.args[0]) is not y.args[0]:
         return "other operations stand between the site's input and its sum"
     a, b = first.all_input_nodes[1].all_input_nodes[0], second.all_input_nodes[1].all_input_nodes[0]
-    dtypes = {value.dtype for node in (y.all_input_nodes[1], a, b) if (value := value_of(gm, node)) is not None}
-    if len(dtypes) > 1:
+    dtypes = [value.dtype for node in (y.all_input_nodes[1], a, b) if (value := value_of(gm, node)) is not None]
+    if len({*dtypes}) > 1 and chosen is total:
         return "the sum has another type than the factors"
     alpha: Any = total.kwargs.get("alpha", 1.0)
     return _Sum(where, y, a, b, alpha, acts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ...graph.insertion import is_inserted
 from ...graph.parameter_work import parameter_work
 from ...graph.queries import (
+    before_cast,
     is_narrow,
     is_product,
     obstacle_between,
@@ -25,7 +26,7 @@ from ...graph.walk import walk
 from ...graph.writes import may_return_a_view, overwrites
 from ...ops.low_rank_branch import Branch, flatten
 from ...ops.low_rank_products import LowRankProducts
-from ..pipeline import Declined, GraphPass, Outcome
+from ..pipeline import Declined, GraphPass, Outcome, Program
 
 aten = torch.ops.aten
 
@@ -44,6 +45,9 @@ class GatherProducts(GraphPass):
     the base usually saves anyway.
     """
 
+    casts: ClassVar[bool] = False
+    """Whether the products are those whose input was cast."""
+
     def run(self, gm: fx.GraphModule) -> Outcome:
         edits = 0
         declined = []
@@ -51,7 +55,7 @@ class GatherProducts(GraphPass):
         rows = _rows(gm, work)
         known = set(work)
         for product in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-            if not is_product(product):
+            if not is_product(product) or (before_cast(product.args[0]) is not product.args[0]) is not self.casts:
                 continue
             sums = _sums(gm, product, rows)
             if not isinstance(sums, str):
@@ -63,11 +67,24 @@ class GatherProducts(GraphPass):
         return Outcome(edits, tuple(declined))
 
 
+@dataclass(frozen=True)
+class GatherWiderProducts(GatherProducts):
+    """Do the same where the adapter is wider than the base, as float32 is beside bfloat16.
+
+    The operation casts the input itself, and saves it as narrow as it is. Of DoRA it saves the result, and not the sum
+    in float32. Safe for the reasons of `GatherProducts`, and because the sum is rounded once, as before. In inference,
+    where one token waits for calls and not for memory, the plain operators are quicker.
+    """
+
+    programs: ClassVar[frozenset[Program]] = frozenset({"training", "checkpointed"})
+    casts: ClassVar[bool] = True
+
+
 class Sum(NamedTuple):
     """The sum `scale add(y, linear(t, b), alpha)`, where `t` is some columns of a product, and `y` a site of its input.
 
     Args:
-        node: the node of the sum, after the scale.
+        node: the node of the sum, after the scale and a cast to the type of `y`.
         y, b, scale, alpha: the terms; `scale` is None if the sum is not scaled.
         columns: the first column of the product, and the one after the last.
         casts: the nodes that cast other values to the type of `y`.
@@ -87,12 +104,7 @@ def _rows(gm: fx.GraphModule, work: list[fx.Node]) -> set[fx.Node]:
     if overwrites(gm):
         return set()
     values = ((node, value_of(gm, node)) for node in work)
-    # The backward pass divides by the scale, or by a tiny number where it is zero; float16 has none that is so tiny.
-    return {
-        node
-        for node, value in values
-        if isinstance(value, Tensor) and value.dim() == 1 and value.dtype is not torch.float16
-    }
+    return {node for node, value in values if isinstance(value, Tensor) and value.dim() == 1}
 
 
 def _sums(gm: fx.GraphModule, product: fx.Node, rows: set[fx.Node]) -> list[Sum] | str:
@@ -153,22 +165,22 @@ def _sum(
     y = added.args[0]
     if not isinstance(y, fx.Node) or y.target is not aten.linear.default or is_inserted(y):
         return "the branch is not added to the output of a linear"
-    if y.args[0] is not product.args[0] or t is not part or not isinstance(b, fx.Node):
+    if y.args[0] is not before_cast(product.args[0]) or t is not part or not isinstance(b, fx.Node):
         return "the branch reads another value than its site"
     casts = [user for user in y.users if user.target is aten.type_as.default and user.args[0] is not y]
     if y.users.keys() != {added, *casts}:
         return "the output of the site is read elsewhere too"
-    if casts and not _same_type(gm, y, b):
-        return "the sum has another type than the output of the site"
+    weight, b_value = (value_of(gm, operand) for operand in (y.all_input_nodes[1], b))
+    # The backward pass divides by the scale, or by a tiny number where it is zero; float16 has none that is so tiny.
+    may_scale = weight is not None and weight.dtype is not torch.float16
+    node, scale = _scaled(added, rows if may_scale else set(), casts)
+    if casts or product.args[0] is not y.args[0]:
+        is_same_type = weight is not None and b_value is not None and weight.dtype is b_value.dtype
+        node = casts[0] if casts == [*added.users] and not is_same_type else node
+        if not is_same_type and node not in casts:
+            return "the sum has another type than the output of the site"
     alpha: Any = added.kwargs.get("alpha", 1.0)
-    scaled, scale = _scaled(added, rows, casts)
-    return Sum(scaled, y, b, scale, alpha, columns, [cast for cast in casts if cast is not scaled])
-
-
-def _same_type(gm: fx.GraphModule, y: fx.Node, b: fx.Node) -> bool:
-    """Check whether the sum of `y` and a branch has the type of `y`."""
-    weight, b_value = value_of(gm, y.all_input_nodes[1]), value_of(gm, b)
-    return weight is not None and b_value is not None and weight.dtype == b_value.dtype
+    return Sum(node, y, b, scale, alpha, columns, [cast for cast in casts if cast is not node])
 
 
 def _scaled(added: fx.Node, rows: set[fx.Node], casts: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
@@ -212,7 +224,7 @@ def _gather(product: fx.Node, sums: list[Sum]) -> None:
     for term in sums:
         _, weight, bias = (*term.y.args, None)[:3]
         branches.append(Branch(weight, bias, term.b, term.scale))
-    args = (*product.args, *flatten(branches))
+    args = (sums[0].y.args[0], *product.args[1:], *flatten(branches))
     results = insert_gathered(place, products, args, product, [term.node for term in sums], product.meta.get("val"))
     for term, result in zip(sums, results, strict=True):
         for cast in term.casts:

@@ -195,11 +195,21 @@ def test_kept_factors_are_those_of_the_rows_of_now() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens", "is_sorted"),
-    broad_after(1, [(5, 4, False), (13, 2, True), (40, 1, True), (40, 9, False)], several=True),
+    ("rows", "tokens", "is_sorted", "dtype"),
+    broad_after(
+        2,
+        [
+            (5, 4, False, torch.float32),
+            (13, 2, True, torch.bfloat16),
+            (13, 2, True, torch.float32),
+            (40, 1, True, torch.float32),
+            (40, 9, False, torch.float32),
+        ],
+        several=True,
+    ),
 )
 def test_many_rows_of_few_tokens_are_sorted_by_slot(
-    rows: int, tokens: int, is_sorted: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, tokens: int, is_sorted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
     by_slot = BankProducts._sorted
@@ -209,15 +219,16 @@ def test_many_rows_of_few_tokens_are_sorted_by_slot(
         return by_slot(self, x, a, ids, *fields)
 
     monkeypatch.setattr(BankProducts, "_sorted", counted)
-    gm, model = banked(llfx.LoRA(r=4, **EVERYWHERE), dtype=torch.float32)
+    gm, model = banked(llfx.LoRA(r=4, **EVERYWHERE), dtype=dtype)
     gm.eval()
     for seed in range(2):
         ids = torch.randint(-1, SLOTS, (rows,), generator=torch.Generator().manual_seed(seed))
-        x = inputs(rows, tokens, seed=seed).float()
+        x = inputs(rows, tokens, seed=seed).to(dtype)
         expected = gm(x, adapter_ids=ids)
         with llfx.frozen(gm), llfx.by_row(gm, ids), torch.no_grad():
             y = gm(x)
-        close(y, expected, 1e-5, "kept")
+        assert y.dtype is dtype
+        close(y, expected, 1e-5 if dtype is torch.float32 else 1e-2, "kept")
         assert torch.equal(y[ids < 0], model(x)[ids < 0])
     assert bool(calls) == is_sorted
 

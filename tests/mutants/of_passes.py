@@ -128,14 +128,14 @@ MUTANTS = (
     ),
     _mutant(
         "gather_products",
-        "value.dim() == 1 and value.dtype",
-        "value.dtype",
+        " and value.dim() == 1}",
+        "}",
         "a scale that is not a row is taken for one",
         "test_conditions.py::test_only_rows_are_scales",
     ),
     _mutant(
         "gather_products",
-        " and value.dtype is not torch.float16\n",
+        " and weight.dtype is not torch.float16\n",
         "\n",
         "the backward pass divides by a scale of zero",
         "test_conditions.py::test_a_scale_of_zero_in_float16_has_a_gradient",
@@ -184,10 +184,17 @@ MUTANTS = (
     ),
     _mutant(
         "gather_products",
-        "y.args[0] is not product.args[0] or t is not part",
+        "y.args[0] is not before_cast(product.args[0]) or t is not part",
         "t is not part",
         "the branch reads the input without its dropout",
         "test_conditions.py::test_products_are_gathered_where_the_operation_computes_their_sum",
+    ),
+    _mutant(
+        "gather_products",
+        "        if not is_same_type and node not in casts:\n",
+        "        if False:\n",
+        "a sum in float32 is rounded to bfloat16",
+        "test_conditions.py::test_a_wider_sum_is_gathered_where_it_is_cast_to_the_type_of_its_site",
     ),
     _mutant(
         "gather_products",

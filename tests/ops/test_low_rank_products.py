@@ -61,6 +61,43 @@ def test_each_tensor_of_a_branch_gets_its_own_gradient() -> None:
     assert_close(ours, expected, 1e-12)
 
 
+@pytest.mark.parametrize("of_rows", [False, True], ids=["shared", "a row each"])
+@pytest.mark.parametrize(
+    ("base", "adapter", "tolerance"),
+    [(torch.bfloat16, torch.float32, 2e-2), (torch.float16, torch.float32, 2e-3), (torch.float32, torch.float64, 1e-6)],
+    ids=str,
+)
+def test_an_adapter_may_be_wider_than_its_base(
+    base: torch.dtype, adapter: torch.dtype, tolerance: float, of_rows: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(dtype: torch.dtype, *shape: int, grad: bool = True) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
+
+    rows = (2,) if of_rows else ()
+    x, a = tensor(base, 2, 3, 5), tensor(adapter, *rows, 4, 5)
+    scale = None if of_rows or base is torch.float16 else tensor(adapter, 6)
+    branches: list[Branch[Any]] = [
+        Branch(tensor(base, 6, 5, grad=False), None, tensor(adapter, *rows, 6, 1), scale),
+        Branch(tensor(base, 2, 5, grad=False), tensor(base, 2, grad=False), tensor(adapter, *rows, 2, 3), None),
+    ]
+    products = LowRankProducts((1, 3), (2.0, 0.5))
+    given = flatten(branches)
+    results = [products(x, a, *given), products._plain(x, a, branches)]
+    with torch.no_grad():
+        results.append(products(x, a, *given))
+    for t, *ys in results:
+        assert (t.dtype, {y.dtype for y in ys}) == (adapter, {base})
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[2], results[1])
+    trained = [x, a, *(leaf for leaf in given if leaf is not None and leaf.requires_grad)]
+    losses: list[Any] = [sum((y.double() ** 2).sum() for y in ys) for ys in results[:2]]
+    ours, expected = (torch.autograd.grad(loss, trained) for loss in losses)
+    assert [of.dtype for of in ours] == [of.dtype for of in trained]
+    assert_close(ours, expected, tolerance)
+
+
 # The same numbers.
 
 

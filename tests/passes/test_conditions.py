@@ -22,6 +22,7 @@ from lora_lite_fx.passes import (
     ConvertMaskOnce,
     FoldScaleIntoAddition,
     GatherProducts,
+    GatherWiderProducts,
     GroupHeads,
     LeaveOutMask,
     Pipeline,
@@ -171,6 +172,28 @@ GATHERED: dict[str, tuple[Any, int]] = {
 def test_products_are_gathered_where_the_operation_computes_their_sum(case: str) -> None:
     compute, edits = GATHERED[case]
     check(exported(compute, x(), base="linear add_1"), GatherProducts(), x(), edits=edits)
+
+
+WIDER: dict[str, tuple[Any, int]] = {
+    "not cast": (lambda m, y, z: y + z, 0),
+    "cast": (lambda m, y, z: (y + z).type_as(y) + 1, 1),
+    "scaled": (lambda m, y, z: ((y + z) * m.row.float()).type_as(y) + 1, 1),
+    "shifted": (lambda m, y, z: ((y + z) * m.row.float() + m.row).type_as(y) + 1, 0),
+    "read twice": (lambda m, y, z: (y + z).type_as(y) * (y + z).sum(), 0),
+}
+
+
+@pytest.mark.parametrize("case", WIDER)
+def test_a_wider_sum_is_gathered_where_it_is_cast_to_the_type_of_its_site(case: str) -> None:
+    result, edits = WIDER[case]
+
+    def compute(m: Any, x: Tensor) -> Any:
+        z = F.linear(F.linear(x.to(torch.float32), m.a.to(torch.float32)), m.b.to(torch.float32))
+        return result(m, F.linear(x, m.weight), z)
+
+    half = x(dtype=torch.bfloat16)
+    gm = exported(compute, half, base="linear_2 add_1", dtype=torch.bfloat16)
+    check(gm, GatherWiderProducts(), half, edits=edits)
 
 
 def test_the_weight_of_a_branch_is_not_a_site() -> None:

@@ -51,6 +51,16 @@ def test_siblings_are_one_operation_and_nothing_else_is_left_of_the_bank() -> No
         close(one, other, 1e-10, "with and without the pass")
 
 
+def test_a_bank_of_a_bfloat16_model_has_factors_in_float32() -> None:
+    gm = llfx.rewrite(llama(torch.bfloat16)[1], llfx.Bank(llfx.LoRA(r=2, alpha=3.0, **EVERYWHERE), slots=3)).train()
+    fill(gm)
+    assert {parameter.dtype for parameter in llfx.adapter_parameters(gm)} == {torch.float32}
+    assert len(gathered(llfx.program(gm, "training"))) == 8
+    plain = llfx.optimize(gm, OPTIMIZATIONS.without("gather_bank_products"))
+    ids = torch.tensor([2, -1, 0, 2])
+    assert torch.equal(run(gm, ids), run(plain, ids))
+
+
 def test_gradients_of_gradients() -> None:
     def products(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         weight = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4)

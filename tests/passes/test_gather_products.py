@@ -12,19 +12,11 @@ from torch.nn import functional as F
 
 import lora_lite_fx as llfx
 from lora_lite_fx.adapters.registry import _REGISTRY
-from lora_lite_fx.passes import (
-    FoldScaleIntoAddition,
-    GatherProducts,
-    Pipeline,
-)
+from lora_lite_fx.passes import FoldScaleIntoAddition, GatherProducts, GatherWiderProducts, Pipeline
 from tests.support.conformance import randomise
-from tests.support.low_rank_llama import TRAINING, adapted_llama, gathered, llama, run
-from tests.support.programs import (
-    after,
-    count,
-    derived,
-    reasons,
-)
+from tests.support.low_rank_llama import TRAINING, adapted_llama, gathered, llama, run, tokens
+from tests.support.programs import PLAIN, after, count, derived, reasons
+from tests.support.saved import saved_by
 from tests.support.selection import broad_after
 
 aten = torch.ops.aten
@@ -43,11 +35,36 @@ def test_a_layer_has_four_gathered_products(name: str, bias: bool) -> None:
     assert set(scaled) == {name == "DoRA" and not bias}
 
 
-def test_a_scaled_result_that_the_caller_could_overwrite_is_not_saved() -> None:
-    gm = llfx.rewrite(llama()[1], llfx.DoRA(r=2, target_names=("lm_head", "down_proj"))).train()
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA"])
+def test_adapters_of_a_bfloat16_model_are_gathered_in_float32(name: str) -> None:
+    gm = adapted_llama(name, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in llfx.adapter_parameters(gm)} == {torch.float32}
+    products = gathered(derived(gm, TRAINING))
+    assert [len(node.target.ranks) for node in products] == 2 * [3, 1, 2, 1]
+    assert {node.args[-1] is not None for node in products} == {name == "DoRA"}
+    plain = llfx.optimize(gm, PLAIN)
+    assert torch.equal(run(gm, 3, 4)(), run(plain, 3, 4)())
+    singly, ours = (saved_by(each, tokens(2, 64)) for each in (plain, gm))
+    assert ours < 0.5 * singly
+
+
+def test_the_scale_of_a_float16_model_stays_outside() -> None:
+    """Check that nothing divides a result of float16 by a scale that may be tiny."""
+    gm = derived(
+        adapted_llama("DoRA", dtype=torch.float16), TRAINING.without("gather_wider_products", "recompute_inputs")
+    )
+    _, report = after(gm, GatherWiderProducts())
+    assert report.edits == 0
+    assert {declined.why for declined in report.declined} == {"the sum has another type than the output of the site"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_scaled_result_that_the_caller_could_overwrite_is_not_saved(dtype: torch.dtype) -> None:
+    gm = llfx.rewrite(llama(dtype)[1], llfx.DoRA(r=2, target_names=("lm_head", "down_proj"))).train()
     randomise(gm, 1)
-    scaled = {str(node.args[-4]): node.args[-1] is not None for node in gathered(derived(gm, TRAINING))}
-    assert scaled.pop("lm_head_weight") is False
+    products = [node for node in gathered(derived(gm, TRAINING)) if node.target.ranks]
+    scaled = {str(node.args[-4]): node.args[-1] is not None for node in products}
+    assert scaled.pop("lm_head_weight", False) is False  # of bfloat16 it is not gathered at all
     assert list(scaled.values()) == [True, True]
     loss = run(gm, 2, 3)().div_(2.0).sum()
     loss.backward()

@@ -69,7 +69,7 @@ class GatherProducts(GraphPass):
 
 @dataclass(frozen=True)
 class GatherWiderProducts(GatherProducts):
-    """Do the same where the adapter is wider than the base, as float32 is beside bfloat16.
+    """Make one operation of products and sums where the adapter is wider than the base, as float32 beside bfloat16.
 
     The operation casts the input itself, and saves it as narrow as it is. Of DoRA it saves the result, and not the sum
     in float32. Safe for the reasons of `GatherProducts`, and because the sum is rounded once, as before. In inference,

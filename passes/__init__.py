@@ -23,7 +23,8 @@ from .optimize.convert_mask_once import ConvertMaskOnce
 from .optimize.fold_scale_into_addition import FoldScaleIntoAddition
 from .optimize.fuse_loss import FuseLoss
 from .optimize.gather_bank_products import GatherBankProducts
-from .optimize.gather_products import GatherProducts, GatherWiderProducts
+from .optimize.gather_products import GatherProducts
+from .optimize.gather_wider_products import GatherWiderProducts
 from .optimize.group_heads import GroupHeads
 from .optimize.hoist_parameter_work import HoistParameterWork
 from .optimize.leave_out_dropout import LeaveOutDropout

@@ -26,7 +26,7 @@ from ...graph.walk import walk
 from ...graph.writes import may_return_a_view, overwrites
 from ...ops.low_rank_branch import Branch, flatten
 from ...ops.low_rank_products import LowRankProducts
-from ..pipeline import Declined, GraphPass, Outcome, Program
+from ..pipeline import Declined, GraphPass, Outcome
 
 aten = torch.ops.aten
 
@@ -65,19 +65,6 @@ class GatherProducts(GraphPass):
                 readers = [reader for part, _ in _parts(gm, product) for reader in part.users]
                 declined.append(Declined.at(readers or [product], sums))
         return Outcome(edits, tuple(declined))
-
-
-@dataclass(frozen=True)
-class GatherWiderProducts(GatherProducts):
-    """Make one operation of products and sums where the adapter is wider than the base, as float32 beside bfloat16.
-
-    The operation casts the input itself, and saves it as narrow as it is. Of DoRA it saves the result, and not the sum
-    in float32. Safe for the reasons of `GatherProducts`, and because the sum is rounded once, as before. In inference,
-    where one token waits for calls and not for memory, the plain operators are quicker.
-    """
-
-    programs: ClassVar[frozenset[Program]] = frozenset({"training", "checkpointed"})
-    casts: ClassVar[bool] = True
 
 
 class Sum(NamedTuple):

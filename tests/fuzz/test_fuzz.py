@@ -49,7 +49,7 @@ def test_random_trials_find_nothing_new(kind: str) -> None:
     require_nothing_new(kind, 0, EXAMPLES[kind])
 
 
-@pytest.mark.broad
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_more_random_trials_find_nothing_new(kind: str) -> None:
     require_nothing_new(kind, 1, 3 * EXAMPLES[kind])

@@ -25,7 +25,7 @@ from lora_lite_fx.hand_over.swappable import Swappable
 from tests.support.captured import captured
 from tests.support.conformance import calibration, randomise, small
 from tests.support.models import GatedMLP, ids, net, one_layer_llama
-from tests.support.selection import broad_unless
+from tests.support.selection import slow_unless
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -384,7 +384,7 @@ def test_other_files_are_not_packages(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("name", broad_unless(lambda name: name in TYPICAL, [*TYPICAL, *OTHERS]))
+@pytest.mark.parametrize("name", slow_unless(lambda name: name in TYPICAL, [*TYPICAL, *OTHERS]))
 def test_each_variant_is_exchanged_and_scaled(name: str, tmp_path: Path) -> None:
     cfg = small(llfx.registry()[name])
     gms = [adapted(cfg, seed) for seed in (1, 2)]

@@ -17,7 +17,7 @@ from lora_lite_fx.adapters.registry import _REGISTRY
 from lora_lite_fx.sites.site import Site
 from lora_lite_fx.testing.comparisons import close, perturb
 from tests.support.captured import captured
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_unless
 from tests.variants.formula_parts import Array, Given, affine
 from tests.variants.numpy_formulas import FORMULAS
 from tests.variants.test_formulas import AT, LINEAR, X, agree, given, linear
@@ -139,7 +139,7 @@ def agrees_with_formula(inner: llfx.Variant, outer: llfx.Variant) -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("name", READING)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name in ("DoRA", "MiSS"), READING))
 def test_every_variant_inside_one_that_reads_the_weight(name: str) -> None:
     for inner in [*LINEAR, BIAS]:
         agrees_with_formula(inner, READING[name])

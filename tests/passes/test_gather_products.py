@@ -40,7 +40,7 @@ def test_a_scaled_result_that_the_caller_could_overwrite_is_not_saved(dtype: tor
     randomise(gm, 1)
     products = [node for node in gathered(derived(gm, TRAINING)) if node.target.ranks]
     scaled = {str(node.args[-4]): node.args[-1] is not None for node in products}
-    assert scaled.pop("lm_head_weight", False) is False  # of bfloat16 it is not gathered at all
+    assert scaled.pop("lm_head_weight", None) is (False if dtype is torch.float64 else None)  # else it is not gathered
     assert list(scaled.values()) == [True, True]
     loss = run(gm, 2, 3)().div_(2.0).sum()
     loss.backward()

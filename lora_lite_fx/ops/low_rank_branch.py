@@ -60,18 +60,24 @@ def add_product(
         left, right: the factors. They may be wider than `total`, if it is formed in place.
         alpha: a number.
         in_place: whether `total` may be overwritten.
-        scale: of each column; None for 1. Only if it is formed in place.
+        scale: of each column; None for 1.
     """
     of_rows = right.dim() == 3  # a matrix for each row of the batch
     if not in_place:
-        return (torch.baddbmm if of_rows else torch.addmm)(total, left, right, alpha=alpha)
+        total = (torch.baddbmm if of_rows else torch.addmm)(total, left, right, alpha=alpha)
+        return total if scale is None else total * scale
     if total.dtype is not left.dtype and scale is not None:
         wide = left @ right
         return total.copy_(torch.add(total, wide, alpha=alpha, out=wide).mul_(scale))  # rounded once
-    if total.dtype is not left.dtype or (total.dtype in HALF and total.device.type == "cpu"):
-        total.add_(left @ right, alpha=alpha)  # on a CPU addmm would round the sum more than once
+    if not adds_in_one_call(total, left):
+        total.add_(left @ right, alpha=alpha)
     elif of_rows:
         total.baddbmm_(left, right, alpha=alpha)
     else:
         total.addmm_(left, right, alpha=alpha)
     return total if scale is None else total.mul_(scale)
+
+
+def adds_in_one_call(total: Tensor, left: Tensor) -> bool:
+    """Return whether `addmm` may add a product of `left` to `total`: on CPUs it rounds half precision several times."""
+    return total.dtype is left.dtype and not (total.dtype in HALF and total.device.type == "cpu")

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 
 from ..compat.torch import constant_when_compiled
 from ..graph.direct_calls import is_ordinary
-from ..graph.tensors import HALF
-from .low_rank_branch import Branch, add_product, as_matrix, as_rows, flatten, unflatten
+from .low_rank_branch import Branch, add_product, adds_in_one_call, as_matrix, as_rows, flatten, unflatten
 from .low_rank_gradients import apply_with_gradients
 from .saved_values import Recomputing
 
@@ -101,7 +100,7 @@ class LowRankProducts(Recomputing):
         A token of `generate` waits for the calls and not for the products, so this makes as few as it can.
         """
         shape = x.shape[:-1]
-        is_one_call = x.dtype is a.dtype and not (x.dtype in HALF and x.device.type == "cpu")
+        is_one_call = adds_in_one_call(x, a)
         if is_one_call:
             x = as_rows(x)  # as matrices, which take less time where there are few tokens
         t = self._narrow(x, a)

@@ -101,8 +101,8 @@ def _sum(gm: fx.GraphModule, where: fx.Node) -> _Sum | str | None:
     if first is None or second is None or before_cast(first.args[0]) is not y.args[0]:
         return "other operations stand between the site's input and its sum"
     a, b = first.all_input_nodes[1].all_input_nodes[0], second.all_input_nodes[1].all_input_nodes[0]
-    dtypes = [value.dtype for node in (y.all_input_nodes[1], a, b) if (value := value_of(gm, node)) is not None]
-    if len({*dtypes}) > 1 and chosen is total:
+    dtypes = {value.dtype for node in (y.all_input_nodes[1], a, b) if (value := value_of(gm, node)) is not None}
+    if len(dtypes) > 1 and chosen is total:
         return "the sum has another type than the factors"
     alpha: Any = total.kwargs.get("alpha", 1.0)
     return _Sum(where, y, a, b, alpha, acts)

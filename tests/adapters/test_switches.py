@@ -229,6 +229,7 @@ def test_switches_hold_at_tied_weights_and_with_checkpointed_layers() -> None:
     assert torch.equal(llfx.remove(gm)(ids(3, 4)), model(ids(3, 4)))
 
 
+@pytest.mark.broad
 def test_a_copy_has_the_switches_of_then_and_follows_its_own() -> None:
     gm, _, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))
     llfx.active(gm, "fr")
@@ -253,6 +254,7 @@ def test_a_coefficient_gets_a_gradient() -> None:
     assert found[0] != 0
 
 
+@pytest.mark.broad
 def test_each_scope_takes_back_its_own_change_alone() -> None:
     gm, _, _ = pair(SPEC, GatedMLP)
     with llfx.active(gm, "fr"):
@@ -310,6 +312,7 @@ def test_exports_and_merges_compute_what_the_switches_say(switch: Callable[[nn.M
     assert not torch.equal(gm(x), expected)
 
 
+@pytest.mark.broad
 def test_rows_of_coefficients_are_not_folded_exported_or_saved(tmp_path: Any) -> None:
     gm, _, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))
     with llfx.scaled(gm, torch.ones(3)):

@@ -47,6 +47,7 @@ def test_a_second_rewrite_keeps_the_first_adapter_trainable_and_the_first_graph_
     assert llfx.inspect(second)[0].adapters == ("LoRA", "DoRA")
 
 
+@pytest.mark.broad
 def test_a_list_of_configs_is_the_same_as_one_rewrite_after_the_other() -> None:
     configs = [llfx.HRA(r=2), llfx.LoRA(r=2), llfx.IA3(target_names=".")]
     at_once = llfx.rewrite(exported(GatedMLP), configs)

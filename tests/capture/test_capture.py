@@ -252,7 +252,8 @@ def test_the_graph_has_the_models_mode() -> None:
 # Dtypes.
 
 
-@pytest.mark.parametrize("cls", broad_unless(is_typical, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.broad
+@pytest.mark.parametrize("cls", slow_unless(is_typical, VARIANTS), ids=lambda cls: cls.__name__)
 def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: type[llfx.Variant]) -> None:
     model, graph = captured("llama", torch.bfloat16)
     gm, wrapped = rewrite_and_wrap(graph, two_sites(cls), data_for(cls))
@@ -266,7 +267,8 @@ def test_a_bfloat16_model_gets_float32_adapters_and_computes_in_bfloat16(cls: ty
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in llfx.adapter_parameters(gm))
 
 
-@pytest.mark.parametrize("cls", broad_unless(is_typical, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.broad
+@pytest.mark.parametrize("cls", slow_unless(is_typical, VARIANTS), ids=lambda cls: cls.__name__)
 def test_a_float32_capture_runs_under_autocast_as_the_eager_wrapper_does(cls: type[llfx.Variant]) -> None:
     gm, wrapped = rewrite_and_wrap(captured("llama")[1], two_sites(cls), data_for(cls))
     randomise(gm, 0)

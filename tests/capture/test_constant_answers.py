@@ -89,6 +89,7 @@ def test_a_question_for_gradients_is_refused_with_example_inputs_whatever_the_mo
         llfx.capture(made(AsksGrad), (X[:2],))
 
 
+@pytest.mark.broad
 def test_a_graph_holds_for_the_autocast_of_its_capture() -> None:
     model = made(AsksAutocast)
     gm = llfx.rewrite(model, CFG, (X[:2],))

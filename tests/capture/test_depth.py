@@ -172,6 +172,7 @@ def test_an_input_of_a_stamped_layer_of_another_size_is_refused() -> None:
         gm(*values)
 
 
+@pytest.mark.broad
 def test_a_layer_whose_input_has_another_size_is_captured_in_full(log: Callable[[], str]) -> None:
     model = WithCache().eval()
     values = torch.randn(3, 2, 4), caches(3, 5, odd=2)

@@ -182,7 +182,7 @@ def test_functions_that_a_model_does_not_call_keep_what_they_remember() -> None:
     assert model_of_a_script(4) is kept
 
 
-@pytest.mark.parametrize("name", broad_after(12, ARGUMENTS))
+@pytest.mark.parametrize("name", broad_after(6, ARGUMENTS))
 def test_a_model_runs_on_inputs_of_its_config(name: str) -> None:
     model = CASES[name].builder()()
     inputs = example_inputs_of(model)
@@ -191,6 +191,7 @@ def test_a_model_runs_on_inputs_of_its_config(name: str) -> None:
         model(**inputs)
 
 
+@pytest.mark.broad
 def test_a_model_of_choices_is_captured_for_any_number_of_them() -> None:
     import transformers
 

@@ -115,6 +115,7 @@ def test_a_dynamo_graph_has_the_names_of_the_model() -> None:
     assert {name for name, _ in gm.named_parameters()} == {name for name, _ in net().named_parameters()}
 
 
+@pytest.mark.broad
 def test_an_aten_graph_of_dynamo_has_the_names_of_the_modules() -> None:
     model = net()
     graph = dynamo_export(model, aten_graph=True)

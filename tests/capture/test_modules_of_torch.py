@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 
 class Recurrent(nn.Module):
@@ -46,7 +46,8 @@ def test_the_projections_beside_a_recurrent_layer_are_adapted(exported: bool) ->
     require_equal(gm, wrapped, torch.randn(3, 5, 4))
 
 
-@pytest.mark.parametrize("exported", broad_after(1, [True, False]))
+@pytest.mark.broad
+@pytest.mark.parametrize("exported", slow_after(1, [True, False]))
 def test_a_recurrent_layer_itself_is_not_a_site_and_is_named(exported: bool) -> None:
     inputs = (torch.randn(2, 5, 4),) if exported else None
     with pytest.raises(llfx.SelectionError, match=r"lstm"):

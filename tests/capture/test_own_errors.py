@@ -105,6 +105,7 @@ def test_an_argument_that_a_graph_does_not_take_is_named_with_a_way_out(what: st
     assert str(caught.value) == message
 
 
+@pytest.mark.broad
 def test_the_way_out_to_hidden_states_works() -> None:
     model = llama()
     model.config.output_hidden_states = True

@@ -22,7 +22,7 @@ from lora_lite_fx.compat.transformers import CACHE
 from lora_lite_fx.execution.optimize import checkpoints_layers
 from tests.support.conformance import randomise
 from tests.support.models import ids, tiny_llama, tiny_t5
-from tests.support.selection import broad_after
+from tests.support.selection import slow_after
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -197,7 +197,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", broad_after(1, MODELS))
+@pytest.mark.broad
+@pytest.mark.parametrize("name", slow_after(1, MODELS))
 def test_models_of_every_kind_are_called_without_labels(name: str) -> None:
     fields, inputs = MODELS[name]
     model = tiny(name, **fields)
@@ -218,7 +219,8 @@ def test_an_encoder_decoder_says_why_labels_cannot_be_left_out() -> None:
         gm(input_ids=ids(2, 5), decoder_input_ids=ids(2, 4))
 
 
-@pytest.mark.parametrize("by_position", broad_after(1, [False, True]))
+@pytest.mark.broad
+@pytest.mark.parametrize("by_position", slow_after(1, [False, True]))
 def test_padding_that_a_model_finds_by_itself_is_not_taken_for_text(by_position: bool) -> None:
     """Check with XLM: without a mask it looks for padding tokens, so a mask of ones gives another result."""
     sizes = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 40, "n_langs": 1}

@@ -49,7 +49,7 @@ def test_a_convolution_takes_one_number_for_all_dimensions(dims: int, what: str)
     close(llfx.merge(gm)(x), gm(x), 1e-9, "merged")
 
 
-@pytest.mark.parametrize("cls", [llfx.LoRA, llfx.LoHa, llfx.RoAd, llfx.IA3])
+@pytest.mark.parametrize("cls", broad_after(2, [llfx.LoRA, llfx.LoHa, llfx.RoAd, llfx.IA3]))
 def test_a_convolution_reads_an_adapted_linear_whose_shape_is_not_known(cls: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(4, 4, 3)).double()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.regions import closes_region, opens_region
 from tests.support.conformance import close, randomise
-from tests.support.selection import broad_unless
+from tests.support.selection import broad_after, broad_unless
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 CFG = llfx.LoRA(r=2, target_names=(".",))
@@ -172,7 +172,7 @@ def require_same(model: nn.Module, inputs: Any, callers: Any = tuple(CALLERS)) -
 
 
 @pytest.mark.filterwarnings("ignore:The model runs")
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", broad_after(5, MODELS))
 def test_regions_that_are_traced_equal_the_model(kind: Any) -> None:
     torch.manual_seed(0)
     callers = [caller for caller in CALLERS if not (kind is Functions and caller == "no_grad")]

@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", broad_after(8, REFUSED))
+@pytest.mark.parametrize("name", broad_after(4, REFUSED))
 def test_refusal(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(llfx.AdapterError, match=message):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.training import BASES, CASES, EVERYDAY, in_one_process, train_all
+from tests.distributed.training import BASES, BROAD, CASES, EVERYDAY, in_one_process, train_all
 from tests.support.conformance import close
 from tests.support.ranks import RankFailed, on_ranks
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_unless, slow_unless
 
 # What is float64 is equal but for rounding; fused losses and quantized bases are computed in float32. In bfloat16 the
 # wrapper rounds in another order, and a gradient that is not averaged would be off by more than half.
@@ -33,25 +33,29 @@ and of processes are equally far from those in float64."""
 
 
 @functools.cache
-def trained(is_everyday: bool) -> list[dict[str, Any]] | str:
-    """Return what each process found in all cases of one kind, or why they failed.
+def trained(names: tuple[str, ...]) -> list[dict[str, Any]] | str:
+    """Return what each process found in these cases, or why they failed.
 
-    All cases share two processes, because to start processes costs more than a case.
+    All cases of a tier share two processes, because to start processes costs more than a case.
     """
-    names = [name for name in CASES if (name in EVERYDAY) == is_everyday]
     try:
         return on_ranks(train_all, 2, names)
     except RankFailed as error:
         return str(error)
 
 
-@pytest.mark.parametrize("name", slow_unless(EVERYDAY.__contains__, CASES))
+SLOW = tuple(name for name in CASES if name not in EVERYDAY + BROAD)
+
+
+@pytest.mark.parametrize(
+    "name", broad_unless(EVERYDAY.__contains__, slow_unless((EVERYDAY + BROAD).__contains__, CASES))
+)
 def test_two_processes_train_like_one(name: str) -> None:
     case = CASES[name]
     is_parallel = case.engine == "parallel"
     expected = in_one_process(case, 1 if is_parallel else 2)
     tolerance = max(TOLERANCES[case.base], PARALLEL.get(case.base, 0) if is_parallel else 0)
-    results = trained(name in EVERYDAY)
+    results = trained(next(names for names in TIERS if name in names))
     assert not isinstance(results, str), results
     for rank, found in enumerate(results):
         losses = torch.tensor([found[name]["losses"], expected["losses"][0 if is_parallel else rank]])

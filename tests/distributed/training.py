@@ -295,8 +295,7 @@ CASES |= {
 EVERYDAY = (
     "parallel, LoRA, transposed",
     "ddp, static graph, DoRA, rewrite",
-    "ddp, bank, rewrite",
     "shard, checkpointed, DoRA, rewrite",
-    "shard, bank, rewrite",
 )
 """The cases of the everyday run. `tests/execution/test_layers.py` shards an adapted model in one process."""
+BROAD = ("ddp, bank, rewrite", "shard, bank, rewrite")

@@ -28,7 +28,7 @@ REFUSE = [llfx.DoRA, llfx.HRA]
 
 @pytest.mark.parametrize("cls", broad_after(1, FOLLOW))
 @pytest.mark.parametrize("inputs", [None, (torch.randn(2, 16),)], ids=["traced", "exported"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", broad_after(1, [torch.bfloat16, torch.float64]))
 def test_a_graph_that_holds_no_dtypes_follows(cls: Any, inputs: Any, dtype: torch.dtype) -> None:
     gm = llfx.rewrite(net(), cls(**TARGETS), inputs)
     randomise(gm, 3)
@@ -53,7 +53,7 @@ CASTS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("cast", broad_after(2, CASTS))
 @pytest.mark.parametrize("cls", broad_after(1, REFUSE))
 def test_a_graph_that_holds_dtypes_refuses_at_once_and_stays(cast: str, cls: Any) -> None:
     gm = llfx.rewrite(net(), cls(**TARGETS))
@@ -74,6 +74,7 @@ def test_tensors_that_were_cast_one_by_one_are_named_by_the_call_that_fails() ->
         gm(torch.tensor([[1, 2, 3]]))
 
 
+@pytest.mark.broad
 def test_a_language_model_refuses_and_may_be_moved() -> None:
     gm = llfx.rewrite(captured("llama")[1], llfx.LoRA(r=2))
     with pytest.raises(llfx.AdapterError, match="from float64 to bfloat16"):

@@ -521,7 +521,7 @@ IN_SUITE = [
 @pytest.mark.parametrize(
     ("front_end", "variant"),
     broad_after(
-        2,
+        1,
         [
             pytest.param(*case, marks=pytest.mark.slow) if case[1] == "VeRA" and case[0] != "rewrite" else case
             for case in IN_SUITE

@@ -33,7 +33,7 @@ from tests.support.models import (
 )
 from tests.support.models import Attention as AttentionBlock
 from tests.support.saved import saved_by
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import broad_after, slow_after, slow_unless
 from tests.support.untouched import untouched
 
 VOCABULARY = 40
@@ -164,7 +164,8 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "exported"), broad_after(1, VARIANTS, several=True))
+@pytest.mark.broad
+@pytest.mark.parametrize(("cls", "exported"), slow_after(1, VARIANTS, several=True))
 def test_two_adapters_with_dropout_and_batch_norm_compute_the_same(cls: type[llfx.Variant], exported: bool) -> None:
     cfg = [small(cls, target_names=("blocks",)), llfx.LoRA(r=2, dropout=0.5, target_names=("fc", "lin"))]
     base = small_base(exported)
@@ -323,6 +324,7 @@ def test_a_compiled_graph_has_no_breaks_and_saves_memory() -> None:
         close(tensor, expected[name], 1e-5, name or "output")
 
 
+@pytest.mark.broad
 def test_a_deep_copy_is_checkpointed_and_independent() -> None:
     _, ours = plain_and_checkpointed(gpt2)
     twin = copy.deepcopy(ours)

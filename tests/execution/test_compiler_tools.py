@@ -20,7 +20,7 @@ from torch.fx.passes.split_module import split_module
 import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise, small
 from tests.support.models import Attention, GatedMLP, ids, net
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 aten = torch.ops.aten
 X = (torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
@@ -169,8 +169,9 @@ def first(result: Any) -> Tensor:
     return value
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
-    "block", broad_after(1, [GatedMLP, Attention])
+    "block", slow_after(1, [GatedMLP, Attention])
 )  # their inputs are computed again in the backward pass
 def test_compiled_autograd_gives_the_gradients_of_autograd(block: Any) -> None:
     gm = llfx.rewrite(net(block), llfx.LoRA(r=2, target_names=("blocks",)), (ids(2, 5),)).eval()

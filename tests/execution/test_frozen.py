@@ -17,7 +17,7 @@ import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise
 from tests.support.models import ids, tiny_llama
 from tests.support.programs import PLAIN, Count, X, counted, pair
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 PARAMETER_WORK = [
     (llfx.DoRA, "linalg_vector_norm"),
@@ -251,7 +251,8 @@ def test_generate_sees_what_changed_since_the_last_one() -> None:
 # Compiled.
 
 
-@pytest.mark.parametrize(("cls", "work"), broad_after(1, PARAMETER_WORK, several=True))
+@pytest.mark.broad
+@pytest.mark.parametrize(("cls", "work"), slow_after(1, PARAMETER_WORK, several=True))
 def test_compiled_calls_inside_the_scope_do_no_parameter_work(cls: type[llfx.Variant], work: str) -> None:
     gm, plain = pair(cls)
     gm.eval(), plain.eval()

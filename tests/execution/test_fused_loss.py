@@ -29,7 +29,7 @@ from lora_lite_fx.passes import OPTIMIZATIONS, Pipeline
 from tests.support.conformance import calibration, randomise, representatives, small
 from tests.support.models import tiny_t5
 from tests.support.saved import saved_by
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import broad_after, slow_after, slow_unless
 
 CLASSES = 99
 LLAMA: dict[str, Any] = {
@@ -168,7 +168,8 @@ def test_in_evaluation_and_without_labels_logits_are_as_ever() -> None:
     torch.testing.assert_close(ours.loss, theirs.loss)
 
 
-@pytest.mark.parametrize("dtype", broad_after(1, [torch.float64, torch.bfloat16, torch.float16]))
+@pytest.mark.broad
+@pytest.mark.parametrize("dtype", slow_after(1, [torch.float64, torch.bfloat16, torch.float16]))
 def test_the_types_are_those_of_the_logits(dtype: torch.dtype) -> None:
     fused, plain = pair("plain", WITH_HEAD, dtype)
     ours, theirs = gradients(fused, batch()), gradients(plain, batch())
@@ -177,6 +178,7 @@ def test_the_types_are_those_of_the_logits(dtype: torch.dtype) -> None:
     assert_close(ours, theirs, {torch.float64: 1e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype])
 
 
+@pytest.mark.broad
 def test_autocast_is_followed() -> None:
     fused, plain = pair("soft-capped", WITH_HEAD)
     with torch.autocast("cpu", torch.bfloat16):
@@ -253,7 +255,8 @@ def test_dropout_of_an_adapter_on_the_head_drops_the_same() -> None:
     assert fused(**batch()).logits is None
 
 
-@pytest.mark.parametrize("checkpoint_layers", broad_after(1, [False, True]))
+@pytest.mark.broad
+@pytest.mark.parametrize("checkpoint_layers", slow_after(1, [False, True]))
 @pytest.mark.parametrize("compiled", [False, True])
 def test_steps_may_be_accumulated_checkpointed_and_compiled(checkpoint_layers: bool, compiled: bool) -> None:
     fused, plain = pair("soft-capped", WITH_HEAD, checkpoint_layers=checkpoint_layers)

@@ -58,6 +58,7 @@ def logits(model: Any, **kwargs: Any) -> Tensor:
 # Hooks.
 
 
+@pytest.mark.broad
 @front_ends
 def test_hooks_on_layers_see_what_the_layers_of_the_wrapper_return(front_end: str) -> None:
     model, wrapper = made(front_end, llfx.DoRA(r=2))

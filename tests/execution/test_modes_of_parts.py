@@ -19,7 +19,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.captured import captured, twins
 from tests.support.conformance import randomise
-from tests.support.selection import broad_after
+from tests.support.selection import slow_after
 
 WIDTH = 8
 EXAMPLE = (torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(0)),)
@@ -165,7 +165,8 @@ def test_frozen_keeps_no_mode() -> None:
             require_same(gm, wrapped, backward=False)
 
 
-@pytest.mark.parametrize("execution", broad_after(1, [{"checkpoint_layers": True}, {"memory": "balanced"}]), ids=str)
+@pytest.mark.broad
+@pytest.mark.parametrize("execution", slow_after(1, [{"checkpoint_layers": True}, {"memory": "balanced"}]), ids=str)
 def test_layers_that_keep_less_follow_the_modes_of_their_parts(execution: dict[str, Any]) -> None:
     models = adapted(norm=nn.LayerNorm, **execution)
     for modes in MIXED.values():
@@ -213,7 +214,8 @@ def test_compiled_calls_guard_on_the_modes_of_parts() -> None:
             )
 
 
-@pytest.mark.parametrize("strict", broad_after(1, [False, True]))
+@pytest.mark.broad
+@pytest.mark.parametrize("strict", slow_after(1, [False, True]))
 def test_an_exported_graph_has_the_modes_of_its_export(strict: bool) -> None:
     gm, wrapped = adapted()
     for name in ("dropout that stays on", "frozen batch norm"):

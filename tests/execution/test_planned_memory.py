@@ -22,7 +22,7 @@ from tests.execution.test_checkpointing import MODELS, VOCABULARY, InPlace, asse
 from tests.support.captured import captured
 from tests.support.conformance import randomise, small
 from tests.support.models import WIDTH, ResidualMLP, tiny_llama
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import broad_after, slow_after, slow_unless
 
 LORA = llfx.LoRA(r=3, dropout=0.2)
 
@@ -77,9 +77,10 @@ def test_outputs_and_gradients_are_those_of_the_plain_graph(build: Callable[[], 
     plain.train()
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     "cls",
-    broad_after(
+    slow_after(
         1, slow_unless((llfx.DoRA, llfx.OFT).__contains__, [llfx.DoRA, llfx.HRA, llfx.OFT, llfx.IA3, llfx.VeRA])
     ),
     ids=lambda cls: cls.__name__,

@@ -36,7 +36,7 @@ from tests.support.conformance import (
 )
 from tests.support.models import Attention, GatedMLP, ids
 from tests.support.programs import MIXED, PAIR, PLAIN, X, adapted, base, counted, derived, edits, in_calls, pair
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 aten = torch.ops.aten
 NAMES = [graph_pass.name for graph_pass in OPTIMIZATIONS]
@@ -72,7 +72,8 @@ def assert_computes_the_same(gm: fx.GraphModule, plain: fx.GraphModule, toleranc
 # The same outputs and gradients.
 
 
-@pytest.mark.parametrize("cls", broad_after(1, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.broad
+@pytest.mark.parametrize("cls", slow_after(1, VARIANTS), ids=lambda cls: cls.__name__)
 @settings(QUICKLY, max_examples=1)
 @given(data=st.data())
 def test_every_variant_computes_the_same(cls: type[llfx.Variant], data: st.DataObject) -> None:
@@ -107,7 +108,8 @@ def test_merging_and_removing_restore_the_base_graph(name: str) -> None:
     check_remove(gm, graph, model)
 
 
-@pytest.mark.parametrize("name", broad_after(1, ["LoRA", "DoRA", "DeLoRA", "HRA"]))
+@pytest.mark.broad
+@pytest.mark.parametrize("name", slow_after(1, ["LoRA", "DoRA", "DeLoRA", "HRA"]))
 def test_passes_do_not_increase_errors_in_half_precision(name: str) -> None:
     cfg = small(llfx.registry()[name], alpha=6.0, target_names=(".",), dtype=torch.bfloat16)
     _, model, graph = base(dtype=torch.bfloat16, blocks=(GatedMLP, Attention))

@@ -103,7 +103,7 @@ def refuses(model: nn.Module, path: Path, *parts: str, error: type[Exception] = 
 
 @pytest.mark.parametrize(
     ("adapt", "example"),
-    [(llfx.rewrite, None), (llfx.wrap, None), (llfx.rewrite, (inputs(2, 3),))],
+    broad_after(2, [(llfx.rewrite, None), (llfx.wrap, None), (llfx.rewrite, (inputs(2, 3),))], several=True),
     ids=["traced", "wrapped", "exported"],
 )
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def old_variant(name: str) -> llfx.Variant:
     return small(cls, 4, **{field: value for field, value in values.items() if field in has}, **ALL)
 
 
-@pytest.mark.parametrize("name", broad_after(3, slow_unless(is_distinct, OLD)))
+@pytest.mark.parametrize("name", broad_after(2, slow_unless(is_distinct, OLD)))
 def test_a_file_with_an_old_header_loads(name: str, tmp_path: Path) -> None:
     variant = old_variant(name)
     assert from_config(OLD[name]) == variant
@@ -343,6 +343,7 @@ class Inner(nn.Module):
         return y
 
 
+@pytest.mark.broad
 def test_sites_that_a_capture_without_inputs_does_not_see_name_the_way_out(tmp_path: Path) -> None:
     path, x = tmp_path / "a.safetensors", torch.randn(2, 5, 8)
     model = Inner().eval()

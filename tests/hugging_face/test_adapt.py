@@ -105,6 +105,7 @@ def test_a_copy_has_adapters_of_its_own() -> None:
     assert not torch.equal(twin(IDS).logits, expected)
 
 
+@pytest.mark.broad
 def test_a_copy_of_a_module_alone_is_a_module_of_the_same_model() -> None:
     model = copy.deepcopy(adapted())
     expected = model(IDS).logits
@@ -235,6 +236,7 @@ def test_a_pipeline_generates() -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.broad
 def test_torch_compile_compiles_the_graphs() -> None:
     model = adapted()
     compiled: Any = torch.compile(model, backend="eager")

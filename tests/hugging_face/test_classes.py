@@ -22,7 +22,7 @@ from lora_lite_fx.hugging_face.positions import Counted
 from tests.support.conformance import close, randomise
 from tests.support.models import tiny_llama
 from tests.support.releases import since
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import slow_after, slow_unless
 
 BERT: dict[str, Any] = {
     "hidden_size": 16,
@@ -94,7 +94,8 @@ def calls(model: Any) -> list[dict[str, Tensor]]:
 EVERYDAY = ("an encoder with a head for each token, which has no cache", "a classifier that reads its labels")
 
 
-@pytest.mark.parametrize("name", broad_after(1, slow_unless(EVERYDAY.__contains__, MODELS)))
+@pytest.mark.broad
+@pytest.mark.parametrize("name", slow_after(1, slow_unless(EVERYDAY.__contains__, MODELS)))
 def test_outputs_and_gradients_equal_those_of_the_eager_wrapper(name: str) -> None:
     adapted, wrapped = pair(name)
     tolerance = 1e-10 if adapted.dtype == torch.float64 else 1e-4

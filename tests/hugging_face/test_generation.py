@@ -211,6 +211,7 @@ def test_a_static_cache_is_written_in_place_by_one_graph(name: str) -> None:
     assert graphs() == before + (2 if name in SEQ2SEQ else 1)
 
 
+@pytest.mark.broad
 def test_the_callers_cache_is_updated_as_the_eager_model_updates_it() -> None:
     inputs = prompt()
     for name in ("llama", "mistral"):

@@ -21,7 +21,7 @@ from lora_lite_fx.hugging_face.config_reads import recorded_reads
 from lora_lite_fx.hugging_face.model_state import ModelState
 from tests.support.conformance import randomise
 from tests.support.models import one_layer_llama
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 IDS = torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))
 LORA = llfx.LoRA(r=2, target_roles=("reader", "writer"))
@@ -440,7 +440,8 @@ COMPUTED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("compute", broad_after(1, COMPUTED.values()), ids=COMPUTED)
+@pytest.mark.broad
+@pytest.mark.parametrize("compute", slow_after(1, COMPUTED.values()), ids=COMPUTED)
 def test_a_weight_that_is_computed_since_is_computed_in_each_call(
     compute: tuple[Callable[[nn.Module], object], str],
 ) -> None:
@@ -586,7 +587,8 @@ def test_an_adapted_module_of_another_class_runs_alone_with_its_adapter() -> Non
     assert same(model.model.layers[0].mlp.up_proj(x), plain.model.layers[0].mlp.up_proj(x))
 
 
-@pytest.mark.parametrize("had", broad_after(1, [True, False]))
+@pytest.mark.broad
+@pytest.mark.parametrize("had", slow_after(1, [True, False]))
 def test_a_bias_that_full_trains_or_would_train_is_not_taken_away_or_added(had: bool) -> None:
     plain = one_layer_llama()
     head = plain.lm_head

@@ -77,6 +77,7 @@ def test_continuous_batching_is_refused_with_a_way_out() -> None:
         adapted().generate_batch([[5, 6, 7]], progress_bar=False)
 
 
+@pytest.mark.broad
 def test_a_saved_folder_is_loaded_by_peft_by_transformers_and_by_the_adapted_class(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path / "base")
     loaded = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")

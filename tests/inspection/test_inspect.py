@@ -25,7 +25,7 @@ from lora_lite_fx.inspection.site_rows import LeftOutRow, SiteRow
 from lora_lite_fx.inspection.table import SiteTable
 from lora_lite_fx.text_table import fold, ranges
 from tests.sites.test_roles_of_models import build
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 LLAMA = transformers.LlamaConfig(
     hidden_size=16,
@@ -396,7 +396,8 @@ def test_a_page_is_saved_whole(tmp_path: Path) -> None:
         table.save_html(tmp_path / "missing" / "page.html")
 
 
-@pytest.mark.parametrize("name", broad_after(1, ["gpt2", "bert-masked-lm"]))
+@pytest.mark.broad
+@pytest.mark.parametrize("name", slow_after(1, ["gpt2", "bert-masked-lm"]))
 def test_real_models_have_a_page(name: str) -> None:
     table = llfx.inspect(build(name, num_hidden_layers=2))
     assert all(site.name in " ".join(Checker(table.to_html()).text) for site in table)
@@ -508,6 +509,7 @@ def test_bad_input_is_one_line(
     assert all(re.search(r" in \d+\.\d s| \.\.\.$", line) for line in phases), err
 
 
+@pytest.mark.broad
 def test_a_class_by_a_config_that_names_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**LLAMA.to_dict(), "architectures": None}))

@@ -20,7 +20,7 @@ from tests.support.conformance import close, randomise
 from tests.support.low_rank_llama import EVERYWHERE, llama, run, tokens
 from tests.support.programs import PLAIN
 from tests.support.saved import saved_by, saved_bytes
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 
 def kept(cfg: llfx.Variant, memory: Any = None) -> tuple[int, int]:
@@ -30,8 +30,9 @@ def kept(cfg: llfx.Variant, memory: Any = None) -> tuple[int, int]:
     return saved_by(gm, tokens(64, 8)), saved_by(llfx.optimize(gm, PLAIN), tokens(64, 8))
 
 
-@pytest.mark.parametrize("dropout", broad_after(1, [0.25, 0.0]))
-@pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.DoRA, llfx.PiSSA]))
+@pytest.mark.broad
+@pytest.mark.parametrize("dropout", slow_after(1, [0.25, 0.0]))
+@pytest.mark.parametrize("cls", slow_after(1, [llfx.LoRA, llfx.DoRA, llfx.PiSSA]))
 def test_a_frozen_first_factor_takes_less_than_a_trained_one(cls: Any, dropout: float) -> None:
     frozen = cls(r=8, train_A=False, dropout=dropout, **EVERYWHERE)
     ours, plain = kept(frozen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -81,6 +82,7 @@ def test_what_is_saved_does_not_grow_with_the_slots() -> None:
     assert saved(2) == saved(64)
 
 
+@pytest.mark.broad
 def test_other_forms_are_left_alone_with_the_reason() -> None:
     gm = banked(llfx.DoRA(r=2, **EVERYWHERE))
     _, reports = gm.program_graph("training")

@@ -34,7 +34,7 @@ def test_a_layer_has_four_gathered_products(name: str, bias: bool) -> None:
     assert set(scaled) == {name == "DoRA" and not bias}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", broad_after(1, [torch.bfloat16, torch.float64]), ids=str)
 def test_a_scaled_result_that_the_caller_could_overwrite_is_not_saved(dtype: torch.dtype) -> None:
     gm = llfx.rewrite(llama(dtype)[1], llfx.DoRA(r=2, target_names=("lm_head", "down_proj"))).train()
     randomise(gm, 1)

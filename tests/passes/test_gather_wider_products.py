@@ -25,6 +25,7 @@ def test_adapters_of_a_bfloat16_model_are_gathered_in_float32(name: str) -> None
     assert ours < 0.5 * singly
 
 
+@pytest.mark.broad
 def test_the_scale_of_a_float16_model_stays_outside() -> None:
     """Check that nothing divides a result of float16 by a scale that may be tiny."""
     gm = derived(

@@ -146,6 +146,7 @@ def test_arms_of_whole_models_agree(call: str) -> None:
     assert [arm.name for arm in ready] == ["base", "ours", "ours-fused", "ours-balanced"]
 
 
+@pytest.mark.broad
 def test_liger_changes_its_own_arm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 

@@ -95,6 +95,7 @@ def test_the_command_line_has_all_public_names_when_it_imports_a_users_module(tm
     assert done.stderr.splitlines() == ["probed [] True", "python -m lora_lite_fx: error: there is no nothing.pt2"]
 
 
+@pytest.mark.broad
 def test_another_program_has_all_public_names_though_it_is_started_by_m(tmp_path: Path) -> None:
     (tmp_path / "program").mkdir()
     (tmp_path / "program" / "__init__.py").write_text("from lora_lite_fx import LoRA\n")

@@ -225,6 +225,7 @@ def test_a_file_is_loaded_in_the_same_phases(caplog: pytest.LogCaptureFixture, t
     assert phases == ["captured Net", "found the sites", "inserted the adapters"]
 
 
+@pytest.mark.broad
 def test_an_adapted_model_is_made_in_the_same_phases(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lora_lite_fx"):
         llfx.adapt(llama(), CFG)

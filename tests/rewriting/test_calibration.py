@@ -181,6 +181,7 @@ def llama() -> fx.GraphModule:
     return llfx.capture(LlamaForCausalLM(LlamaConfig(vocab_size=31, bos_token_id=1, eos_token_id=2, **shape)).eval())
 
 
+@pytest.mark.broad
 def test_padding_does_not_change_the_statistics() -> None:
     ids = torch.randint(3, 31, (4, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Callable[[], Any], llfx.Variant, dict[str, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", broad_after(3, CASES))
+@pytest.mark.parametrize("name", broad_after(2, CASES))
 def test_a_merged_graph_is_saved_as_its_model(name: str, tmp_path: Path) -> None:
     build, cfg, inputs = CASES[name]
     model = build()
@@ -202,6 +202,7 @@ def test_a_quantized_base_has_dense_weights_where_adapters_were(tmp_path: Path) 
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.broad
 def test_half_precision_is_kept(tmp_path: Path) -> None:
     model = llama(torch.bfloat16)
     merged = llfx.merge(moved(llfx.rewrite(model, llfx.LoRA(r=2))))

@@ -153,6 +153,7 @@ def test_targets_that_include_nothing_else_are_an_error_that_says_why() -> None:
         llfx.rewrite(base, llfx.LoRA(r=2, target_names=("steps",)))
 
 
+@pytest.mark.broad
 def test_what_symbolic_tracing_does_not_look_into_is_warned_about_by_role() -> None:
     class Opaque(nn.Module):
         def __init__(self) -> None:

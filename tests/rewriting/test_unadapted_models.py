@@ -74,6 +74,7 @@ def gathering_moe() -> Any:
     return model
 
 
+@pytest.mark.broad
 def test_experts_that_are_no_sites_are_named_with_the_reason() -> None:
     graph = captured(gathering_moe)[1]
     (message,) = warned(lambda: llfx.rewrite(graph, llfx.LoRA(r=2)))
@@ -139,6 +140,7 @@ def test_a_head_that_was_drawn_at_random_is_a_warning_with_the_way_to_train_it()
     assert unadapted.told().endswith('(score; 48 parameters): Full(target_names="score")')
 
 
+@pytest.mark.broad
 def test_a_head_of_several_linears_is_named_by_a_pattern_that_finds_it_alone() -> None:
     graph = captured(encoder)[1]
     (message,) = warned(lambda: llfx.rewrite(graph, llfx.LoRA(r=2)))

@@ -126,6 +126,7 @@ def test_results_and_calls_are_told_apart() -> None:
     assert not table.ok
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["dropout", "attention", "unread"])
 def test_random_draws_do_not_count_as_differences(name: str) -> None:
     """In training mode too, and where the graph draws in another order or draws less."""

@@ -22,7 +22,7 @@ from tests.support.conformance import (
     output,
     randomise,
 )
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 from tests.support.untouched import untouched
 
 D = 8
@@ -160,7 +160,8 @@ def test_a_part_of_a_weight_has_the_gradient_of_its_rows() -> None:
     close(grads["att.in_proj.rows_8_16.lora_B"], dense["att.in_proj_weight"][8:16] @ a.t(), 1e-9, "gradient")
 
 
-@pytest.mark.parametrize("name", broad_after(1, ["cross, keys are values", "self, with weights"]))
+@pytest.mark.broad
+@pytest.mark.parametrize("name", slow_after(1, ["cross, keys are values", "self, with weights"]))
 def test_adapted_attention_modules_are_exported_and_compiled(name: str) -> None:
     _, base = base_of(name)
     inputs = CASES[name].inputs

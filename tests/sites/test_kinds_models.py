@@ -145,6 +145,7 @@ def test_default_targets_reach_no_experts_and_no_embeddings() -> None:
     assert {name.rsplit(".", 1)[-1] for name in rows} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+@pytest.mark.broad
 def test_experts_in_bfloat16_get_adapters_of_any_rank_and_dtype() -> None:
     """Use bfloat16, because its grouped product only takes rows whose size is a multiple of 16 bytes."""
     model = copy.deepcopy(model_and_base("mixtral")[0]).bfloat16()

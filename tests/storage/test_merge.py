@@ -16,7 +16,7 @@ from lora_lite_fx.testing.comparisons import close
 from tests.storage.test_dequantized import X, adapted, base
 from tests.support.models import tiny_llama
 from tests.support.quantized import STORAGES, dequantized, effective_weight, library, storages
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import broad_after, slow_after, slow_unless
 
 
 @pytest.mark.parametrize("storage", storages("nf4 twice"))
@@ -130,7 +130,8 @@ def test_an_adapted_model_comes_back_quantized_or_merged(kind: str, tmp_path: Pa
     assert abs(off - again.requantised["model.layers.0.mlp.up_proj"]) < 1e-5
 
 
-@pytest.mark.parametrize("kind", broad_after(1, ["nf4", "compressed 4"]))
+@pytest.mark.broad
+@pytest.mark.parametrize("kind", slow_after(1, ["nf4", "compressed 4"]))
 def test_a_model_that_is_merged_in_part_is_loaded_as_it_was_saved(kind: str, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

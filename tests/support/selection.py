@@ -50,13 +50,22 @@ def broad_after(everyday: int, values: Iterable[Any], several: bool = False) -> 
         everyday: how many; the others are marked `broad`.
         values, several: as of `broad_unless`. Values that `slow_unless` has marked do not count.
     """
-    unmarked = itertools.count()
-    return _mark_unless(lambda _: next(unmarked) < everyday, values, pytest.mark.broad, several)
+    return _mark_unless(_first(everyday), values, pytest.mark.broad, several)
 
 
 def slow_unless(kept: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
     """Do as `broad_unless`, with the mark `slow`: of what is not `kept` for the everyday or the broad run."""
     return _mark_unless(kept, values, pytest.mark.slow)
+
+
+def slow_after(kept: int, values: Iterable[Any], several: bool = False) -> list[Any]:
+    """Do as `broad_after`, with the mark `slow`: of a test that is `broad` as a whole."""
+    return _mark_unless(_first(kept), values, pytest.mark.slow, several)
+
+
+def _first(number: int) -> Callable[[Any], bool]:
+    count = itertools.count()
+    return lambda _: next(count) < number
 
 
 def _mark_unless(

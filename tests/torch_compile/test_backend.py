@@ -397,6 +397,7 @@ def test_a_model_that_carries_no_adapters_is_refused(monkeypatch: pytest.MonkeyP
     torch.compile(carrier, backend=adapting)(inputs(2, 3))
 
 
+@pytest.mark.broad
 def test_other_modules_beside_an_adapted_model_are_compiled_as_they_are() -> None:
     """Run a module whose graphs have parameters and no sites before and after an adapted one."""
     adapting = backend(llfx.LoRA(r=2, target_names=("blocks",)), inner="eager")

@@ -15,7 +15,7 @@ from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
 from lora_lite_fx.torch_compile.backend import backend
 from tests.sites.test_architectures import ARCHITECTURES, outputs_and_gradients, target_roles
 from tests.support.conformance import close, output, randomise
-from tests.support.selection import slow_unless
+from tests.support.selection import broad_after, slow_unless
 from tests.support.untouched import untouched
 from tests.torch_compile.test_backend import _fresh, eager_of  # noqa: F401
 
@@ -70,7 +70,7 @@ def causal() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "build",
-    slow_unless((deberta, gpt2).__contains__, [deberta, wav2vec2, dynamic_rope, eager_experts, gpt2]),
+    broad_after(1, slow_unless((deberta, gpt2).__contains__, [deberta, wav2vec2, dynamic_rope, eager_experts, gpt2])),
     ids=lambda f: f.__name__,
 )
 def test_a_model_that_export_refuses_computes_what_the_eager_wrapper_does(build: Any) -> None:

@@ -102,7 +102,7 @@ SITES = {
 }
 
 
-@pytest.mark.parametrize("name", broad_after(4, CONFIGS))
+@pytest.mark.parametrize("name", broad_after(2, CONFIGS))
 def test_it_equals_the_wrapper_and_is_merged_and_removed(name: str) -> None:
     case, cfg = CONFIGS[name]
     model, base = captured(case)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite_fx as llfx
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 R, ALPHA = 4, 6.0
 S = ALPHA / R
@@ -167,7 +167,7 @@ def test_rank_stabilized_scales_by_the_root_of_the_rank(name: str) -> None:
 
 
 @pytest.mark.parametrize("how", [llfx.rewrite, llfx.wrap])
-@pytest.mark.parametrize("dtype", broad_after(2, [F64, torch.float32, BF16]), ids=str)
+@pytest.mark.parametrize("dtype", broad_after(1, [F64, torch.float32, BF16]), ids=str)
 @every_variant
 def test_start_is_the_identity(name: str, dtype: torch.dtype, how: Any) -> None:
     torch.manual_seed(0)
@@ -209,8 +209,9 @@ def test_on_a_bfloat16_base_all_tensors_are_float32_and_a_small_step_moves_them(
         assert (parameter != was).all()
 
 
-@pytest.mark.parametrize("at_once", broad_after(1, [True, False]), ids=["in one list", "one after the other"])
-@pytest.mark.parametrize("second", broad_after(1, ["LoRA", "IA3"]))
+@pytest.mark.broad
+@pytest.mark.parametrize("at_once", slow_after(1, [True, False]), ids=["in one list", "one after the other"])
+@pytest.mark.parametrize("second", slow_after(1, ["LoRA", "IA3"]))
 @every_variant
 def test_second_adapter_does_not_freeze_the_first(name: str, second: str, at_once: bool) -> None:
     first, then, model = CONFIGS[name], CONFIGS[second], single()

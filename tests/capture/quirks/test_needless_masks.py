@@ -74,6 +74,7 @@ def test_a_model_that_makes_no_such_masks_replaces_nothing() -> None:
     assert makes_masks(llama)
 
 
+@pytest.mark.broad
 def test_without_the_function_masks_are_made_and_the_graph_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "MASK_QUESTION", "gone")
     assert any(map(is_masked, attentions(llfx.capture(CASES["vit"].builder()()))))  # which capture compares

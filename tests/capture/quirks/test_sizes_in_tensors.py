@@ -64,6 +64,7 @@ def test_padding_that_is_computed_of_lengths_fits_other_lengths(mode: str) -> No
         torch.testing.assert_close(gm(x), model(x))
 
 
+@pytest.mark.broad
 def test_a_length_for_which_the_example_would_have_been_padded_otherwise_is_refused() -> None:
     model = codec("reflect")
     gm = llfx.capture(model, (torch.randn(3, 4, 97).double(),))

@@ -32,7 +32,7 @@ from lora_lite_fx.formats.safetensors_files import tensor_bytes
 from lora_lite_fx.formats.untrusted_files import read_safetensors
 from tests.support.conformance import randomise
 from tests.support.peft_models import CASES, captured, llama
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 IDS = torch.tensor([[3, 4, 5], [6, 7, 1]])
 NAMES = ("q_proj", "down_proj")
@@ -71,7 +71,8 @@ CONFIG = LlamaConfig(
 T5 = T5Config(vocab_size=32, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
 
 
-@pytest.mark.parametrize("how", broad_after(1, [llfx.wrap, llfx.adapt]))
+@pytest.mark.broad
+@pytest.mark.parametrize("how", slow_after(1, [llfx.wrap, llfx.adapt]))
 def test_adapted_and_wrapped_models_name_their_base_too(how: Any) -> None:
     model = LlamaForCausalLM(CONFIG)
     model.config._name_or_path, model.config._commit_hash = "someone/model", "abc123"

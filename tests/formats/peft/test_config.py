@@ -50,7 +50,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", broad_after(4, TARGETS))
+@pytest.mark.parametrize("what", broad_after(2, TARGETS))
 def test_a_config_means_the_modules_and_ranks_that_it_means_in_peft(what: str, tmp_path: Path) -> None:
     model, graph = captured("llama")
     config = peft.LoraConfig(r=4, lora_alpha=6, **TARGETS[what])

@@ -15,7 +15,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3M
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.peft_round_trip import EQUAL, round_trip
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 WIDTH = 8
 
@@ -150,7 +150,8 @@ def test_experts_go_both_ways(stored: str) -> None:
     assert round_trip(with_experts(stored), lora, ids) == EQUAL
 
 
-@pytest.mark.parametrize("cls", broad_after(1, [llfx.PiSSA, llfx.LoRAXS]))
+@pytest.mark.broad
+@pytest.mark.parametrize("cls", slow_after(1, [llfx.PiSSA, llfx.LoRAXS]))
 def test_a_start_from_the_weights_of_experts_is_written_as_a_lora(cls: Any, tmp_path: Path) -> None:
     model, ids = with_experts("outputs first"), torch.arange(12).view(2, 6)
     cfg = cls(r=7, target_names=r"experts\.", target_kinds="experts")  # more than half of a side

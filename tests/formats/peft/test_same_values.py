@@ -31,7 +31,7 @@ from tests.support.peft_oracles import (
     targets_of,
     use_ordinary_linears,
 )
-from tests.support.selection import broad_unless, is_distinct, slow_unless
+from tests.support.selection import broad_after, broad_unless, is_distinct, slow_unless
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
 FEW = ("LoRA", "DoRA", "IA3", "OFT")  # of those of the other models
@@ -190,7 +190,9 @@ def test_pissa_start_and_residual_sum_to_the_frozen_weight_as_in_peft(name: str)
         close(weight - start, residual, f"{site}: W - s B0 A0")
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA", "HRA", "HRA orthogonal", "C3A", "LoHa", "GraLoRA", "HiRA"])
+@pytest.mark.parametrize(
+    "name", broad_after(5, ["LoRA", "DoRA", "DeLoRA", "HRA", "C3A", "HRA orthogonal", "LoHa", "GraLoRA", "HiRA"])
+)
 def test_random_start_values_are_drawn_as_in_peft(name: str) -> None:
     oracle = ORACLES[name]
     model = nn.Sequential(nn.Linear(300, 200))

@@ -166,6 +166,7 @@ def test_what_was_loaded_is_named_by_variant_and_site(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.broad
 def test_saved_embeddings_must_be_those_of_the_base(tmp_path: Path) -> None:
     model, graph = captured("llama")
     trained(model, CASES["an adapted head"][1]()).save_pretrained(str(tmp_path))

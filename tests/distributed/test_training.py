@@ -44,12 +44,11 @@ def trained(names: tuple[str, ...]) -> list[dict[str, Any]] | str:
         return str(error)
 
 
-SLOW = tuple(name for name in CASES if name not in EVERYDAY + BROAD)
+TIERS = (EVERYDAY, BROAD, tuple(name for name in CASES if name not in EVERYDAY + BROAD))
+NAMES = broad_unless(EVERYDAY.__contains__, slow_unless((EVERYDAY + BROAD).__contains__, CASES))
 
 
-@pytest.mark.parametrize(
-    "name", broad_unless(EVERYDAY.__contains__, slow_unless((EVERYDAY + BROAD).__contains__, CASES))
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_train_like_one(name: str) -> None:
     case = CASES[name]
     is_parallel = case.engine == "parallel"

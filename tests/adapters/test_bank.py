@@ -144,6 +144,7 @@ def test_slots_that_start_from_data_start_as_one_adapter_does() -> None:
     assert all(torch.equal(own[name], value) for name, value in before.items())
 
 
+@pytest.mark.broad
 def test_other_dimensions_before_the_last() -> None:
     for shape, example in (((5,), (3,)), ((5, 2, 3), (3, 2, 4))):
         gm, model = banked(llfx.LoRA(r=2, **EVERYWHERE), shape=example)

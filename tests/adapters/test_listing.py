@@ -35,7 +35,7 @@ MODELS: dict[str, Callable[[Path], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("how", broad_after(2, MODELS))
+@pytest.mark.parametrize("how", broad_after(1, MODELS))
 def test_the_configs_and_sites_of_a_model_are_read_back(how: str, tmp_path: Path) -> None:
     model = MODELS[how](tmp_path)
     lora, ia3 = llfx.adapters(model)

@@ -37,6 +37,7 @@ from tests.support.mistakes import (
     with_peft,
 )
 from tests.support.models import GatedMLP, Net
+from tests.support.selection import broad_after
 
 
 def trainer() -> Any:
@@ -265,7 +266,7 @@ MISTAKES: list[Mistake] = [
 ]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=range(len(MISTAKES)))
+@pytest.mark.parametrize("mistake", broad_after(2, MISTAKES), ids=range(len(MISTAKES)))
 def test_the_error_of_a_mistake_says_how_to_correct_it(
     mistake: Mistake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

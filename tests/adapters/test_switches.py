@@ -198,7 +198,7 @@ def test_rows_that_are_joined_or_of_a_fixed_batch_are_refused() -> None:
             gm(x)
 
 
-@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("rows", broad_after(1, [2, 4]))
 def test_another_number_of_coefficients_than_of_rows_is_an_error(rows: int, capsys: pytest.CaptureFixture[str]) -> None:
     gm, wrapped, _ = pair(SPEC, GatedMLP, example=(ids(2, 5),))
     uses: list[Any] = [lambda m: llfx.scaled(m, torch.ones(rows)), lambda m: llfx.by_row(m, ["fr"] * rows)]

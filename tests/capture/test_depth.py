@@ -163,6 +163,7 @@ def test_inputs_of_layers_are_stamped_too(
             torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
+@pytest.mark.broad
 def test_an_input_of_a_stamped_layer_of_another_size_is_refused() -> None:
     """The graph of all layers takes it; the stamped one says that it does not, and does not compute something else."""
     model = WithCache().eval()

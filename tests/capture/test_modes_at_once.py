@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lora_lite_fx as llfx
+from tests.support.selection import broad_after
 from tests.support.stacks import Straight
 
 
@@ -90,7 +91,7 @@ def test_a_model_is_captured_once_if_both_modes_compute_the_same(name: str, monk
     assert len(calls) == expected
 
 
-@pytest.mark.parametrize("name", DROPOUTS)
+@pytest.mark.parametrize("name", broad_after(6, DROPOUTS))
 def test_a_model_is_captured_once_if_dropouts_alone_tell_the_modes_apart(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

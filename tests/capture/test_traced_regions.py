@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from lora_lite_fx.graph.regions import closes_region, opens_region
 from tests.support.conformance import close, randomise
-from tests.support.selection import broad_after, broad_unless
+from tests.support.selection import broad_after, slow_unless
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 CFG = llfx.LoRA(r=2, target_names=(".",))
@@ -185,8 +185,9 @@ def test_a_region_ends_where_it_ends_in_the_model() -> None:
     assert len([node for node in graph.nodes if closes_region(node)]) == 3
 
 
+@pytest.mark.broad
 @pytest.mark.filterwarnings("ignore:The model runs")
-@pytest.mark.parametrize("kind", broad_unless({NoGrad, Nested, Decorated}.__contains__, EXPORTED))
+@pytest.mark.parametrize("kind", slow_unless({NoGrad, Nested, Decorated}.__contains__, EXPORTED))
 def test_regions_that_are_exported_equal_the_model(kind: Any) -> None:
     torch.manual_seed(0)
     callers = [caller for caller in CALLERS if not (kind in (Functions, Enabled) and caller == "no_grad")]

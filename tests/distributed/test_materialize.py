@@ -152,6 +152,7 @@ def test_a_graph_without_data_is_filled_in_one_process(name: str) -> None:
     assert torch.equal(gm.get_parameter("lm_head.weight"), gm.get_parameter("model.embed_tokens.weight"))
 
 
+@pytest.mark.broad
 def test_what_load_leaves_out_is_an_error() -> None:
     gm = without_data(CONFIGS["LoRA"])
 

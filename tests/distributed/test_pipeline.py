@@ -276,6 +276,7 @@ def test_refusal(name: str) -> None:
         call()
 
 
+@pytest.mark.broad
 @KEEPS_REGIONS
 def test_a_stage_alone_is_not_saved_as_the_whole(tmp_path: Path) -> None:
     with pytest.raises(llfx.CheckpointError, match="the adapters of all 2 stages, and no process gave stage 1"):

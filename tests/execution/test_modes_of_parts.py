@@ -19,7 +19,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.captured import captured, twins
 from tests.support.conformance import randomise
-from tests.support.selection import slow_after
+from tests.support.selection import broad_after, slow_after
 
 WIDTH = 8
 EXAMPLE = (torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(0)),)
@@ -107,7 +107,7 @@ MIXED: dict[str, dict[str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("capture", broad_after(1, CAPTURES))
 def test_parts_follow_their_own_modes_in_each_call(capture: str) -> None:
     models = adapted(capture)
     for modes in MIXED.values():
@@ -115,7 +115,7 @@ def test_parts_follow_their_own_modes_in_each_call(capture: str) -> None:
         require_same(*models)
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("capture", broad_after(1, CAPTURES))
 def test_a_graph_has_the_modes_that_the_parts_had_before_it_was_captured(capture: str) -> None:
     torch.manual_seed(0)
     model = Net()
@@ -272,7 +272,7 @@ class KeepsFrozen(Net):
         return self
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("capture", broad_after(1, CAPTURES))
 def test_parts_that_the_models_own_train_keeps_frozen_stay_so(capture: str) -> None:
     torch.manual_seed(0)
     model = KeepsFrozen()

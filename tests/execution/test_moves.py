@@ -46,6 +46,7 @@ def test_what_a_graph_makes_is_made_on_the_new_device() -> None:
     assert "meta" not in gm.code
 
 
+@pytest.mark.broad
 def test_an_argument_that_is_left_out_is_made_on_the_new_device() -> None:
     ids = torch.randint(0, 8, (2, 5))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -15,7 +15,7 @@ from torch import nn
 import lora_lite_fx as llfx
 from tests.support.conformance import close, output, randomise, small
 from tests.support.models import ids, one_layer_llama
-from tests.support.selection import broad_after
+from tests.support.selection import slow_after
 
 
 @pytest.fixture(scope="module", params=["symbolic", "exported"])
@@ -63,7 +63,8 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", broad_after(1, MESSAGES))
+@pytest.mark.broad
+@pytest.mark.parametrize("kind", slow_after(1, MESSAGES))
 def test_an_adapted_model_says_why_it_cannot_be_pickled(kind: str) -> None:
     make, message = MESSAGES[kind]
     model = make()

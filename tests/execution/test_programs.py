@@ -211,6 +211,7 @@ def test_functional_calls_and_transforms_compute_the_same(cls: type[llfx.Variant
     close(output(gm, X), output(plain, X), 1e-9, "output after all this")
 
 
+@pytest.mark.broad
 def test_gradients_of_gradients_are_the_same() -> None:
     gm = adapted(llfx.DoRA(r=2, alpha=2.0, target_names=(".",)), blocks=(GatedMLP,))
     plain = llfx.optimize(gm, PLAIN)

@@ -302,6 +302,7 @@ class ScaledLater(hf.LlamaForCausalLM):
         return result
 
 
+@pytest.mark.broad
 def test_an_attribute_that_the_code_of_a_model_names_acts_from_when_it_is_set() -> None:
     torch.manual_seed(0)
     base: Any = ScaledLater(one_layer_llama().config)
@@ -374,6 +375,7 @@ def test_a_module_that_is_put_back_brings_its_adapter_back() -> None:
     assert same(model(IDS).logits, expected)
 
 
+@pytest.mark.broad
 def test_a_scope_of_frozen_sees_changes_from_before_it() -> None:
     model = adapted()
     model(IDS)

@@ -76,6 +76,7 @@ def test_a_file_of_an_adapted_model_is_loaded_alone_or_as_a_trainer_resumes(tmp_
         assert same(fresh, model)
 
 
+@pytest.mark.broad
 def test_models_that_are_made_of_an_adapted_one_have_statistics_of_their_own() -> None:
     base, model = adapted()
     with untouched(base, model):

@@ -171,6 +171,7 @@ def test_numbered_modules_of_a_chain_are_no_layers() -> None:
     assert "unknown" in table.to_html()
 
 
+@pytest.mark.broad
 def test_a_layer_has_the_weights_of_all_that_is_in_it() -> None:
     """Experts too, which are not listed; the head outside the layers has its own."""
     config: dict[str, Any] = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}

@@ -46,8 +46,10 @@ def captured() -> fx.GraphModule:
 @pytest.mark.parametrize("checkpoint_layers", broad_after(1, [False, True]))
 @pytest.mark.parametrize(
     ("mask", "seen"),
-    [(None, (False, True)), (ONES, (False, True)), (LEFT, (True, False)), (RIGHT, (True, False))],
-    ids=["none", "ones", "left", "right"],
+    broad_after(
+        2, [(None, (False, True)), (LEFT, (True, False)), (ONES, (False, True)), (RIGHT, (True, False))], several=True
+    ),
+    ids=["none", "left", "ones", "right"],
 )
 def test_each_call_goes_by_its_own_mask(mask: Tensor | None, seen: tuple[bool, bool], checkpoint_layers: bool) -> None:
     gm = llfx.rewrite(captured(), LOW_RANK["LoRA"], checkpoint_layers=checkpoint_layers)

@@ -130,7 +130,7 @@ def test_a_function_stays_in_front_of_the_wing_of_its_name(name: str) -> None:
 @pytest.mark.parametrize(
     "first",
     broad_after(
-        2,
+        1,
         [
             *(f"import lora_lite_fx.{name}" for name in COLLISIONS),
             "import lora_lite_fx.capture.export",

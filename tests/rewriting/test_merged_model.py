@@ -243,6 +243,7 @@ class Shift(llfx.Variant):
         return result
 
 
+@pytest.mark.broad
 def test_a_bias_that_the_class_lacks_is_not_lost_silently(tmp_path: Path) -> None:
     model = llama()
     with registered(Shift):

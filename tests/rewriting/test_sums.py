@@ -112,7 +112,7 @@ def test_adapters_that_act_together_and_are_scaled_become_one_lora() -> None:
         torch.testing.assert_close(lora(ids(3, 4)), gm(ids(3, 4)))
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+@pytest.mark.parametrize("method", broad_after(1, ["dare_ties", "ties"]))
 def test_merging_methods_equal_those_of_peft(method: Any) -> None:
     from peft.utils.merge_utils import dare_ties, ties
 

@@ -323,7 +323,7 @@ CFGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", broad_after(2, CFGS))
+@pytest.mark.parametrize("name", broad_after(1, CFGS))
 def test_a_rewritten_graph_agrees_with_the_wrapper_of_its_adapters(
     name: str, model_and_graph: tuple[Any, fx.GraphModule]
 ) -> None:

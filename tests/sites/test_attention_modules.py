@@ -114,7 +114,7 @@ def base_of(name: str) -> tuple[nn.Module, fx.GraphModule]:
     return model, llfx.capture(model, tuple(x[:2] for x in case.inputs))
 
 
-@pytest.mark.parametrize("name", broad_after(3, CASES))
+@pytest.mark.parametrize("name", broad_after(2, CASES))
 def test_the_graph_computes_the_module_in_both_modes(name: str) -> None:
     model, base = base_of(name)
     for training in (True, False):
@@ -183,6 +183,7 @@ def test_wrap_refuses_projections_because_they_are_not_called_modules() -> None:
             llfx.wrap(model, llfx.LoRA(r=2, target_names=(name,)), (X[:2],))
 
 
+@pytest.mark.broad
 def test_the_fast_path_of_an_encoder_does_not_go_around_wrapped_linears() -> None:
     model, base = base_of("encoder layer")
     cfg = llfx.LoRA(r=2, target_roles=("mlp",))

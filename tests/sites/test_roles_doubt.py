@@ -32,7 +32,7 @@ from tests.sites.test_roles_blocks import (
 )
 from tests.sites.test_roles_of_models import check_table, parse, roles_of
 from tests.support.conformance import calibration, representatives
-from tests.support.selection import broad_after
+from tests.support.selection import slow_after
 
 # Blocks that look like attention or feed-forward, and are neither.
 
@@ -227,10 +227,11 @@ def captured(exported: bool) -> nn.Module:
     return llfx.capture(model, example(model, exported))
 
 
+@pytest.mark.broad
 @both_captures
 @pytest.mark.parametrize(
     "cfg",
-    broad_after(1, CONFIGS),
+    slow_after(1, CONFIGS),
     ids=lambda cfg: "+".join(type(variant).__name__ for variant in cfg),
 )
 def test_inserting_adapters_changes_no_role(cfg: list[llfx.Variant], exported: bool) -> None:

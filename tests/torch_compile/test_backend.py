@@ -357,6 +357,7 @@ class Mapped(Block):
         return x + self.drop(self.down(scaled(h, self.up.bias, 1.0)))
 
 
+@pytest.mark.broad
 def test_sites_beside_transforms_of_functions_are_adapted() -> None:
     carrier = backend(llfx.LoRA(r=2, target_names=ALL)).adapt(Net(Mapped).eval(), inputs(2, 3))
     randomise(carrier, 0)

@@ -111,6 +111,7 @@ def test_start_is_the_identity_exactly(name: str, dtype: torch.dtype, how: Any) 
     assert torch.equal(how(model, CONFIGS[name])(x), model(x))
 
 
+@pytest.mark.broad
 @every_config
 def test_nothing_is_dead_after_two_steps(name: str) -> None:
     torch.manual_seed(0)

@@ -164,6 +164,7 @@ def test_each_element_gets_a_gradient_at_the_start_or_a_step_later(name: str) ->
         assert (grad != 0).all(), f"{parameter} is dead after a step"
 
 
+@pytest.mark.broad
 @every_variant
 def test_tensors_are_float32_on_a_bfloat16_base_and_autocast_changes_no_more_than_rounding(name: str) -> None:
     gm, x = randomised(llfx.rewrite(ready(Net(), BF16), CONFIGS[name])), sample(5, 3, D_IN, dtype=BF16)
@@ -179,7 +180,7 @@ def test_tensors_are_float32_on_a_bfloat16_base_and_autocast_changes_no_more_tha
 # What is drawn.
 
 
-@every_sharing
+@pytest.mark.parametrize("name", broad_after(1, SHARED))
 def test_projections_follow_from_the_seed_alone(name: str) -> None:
     models = {dtype: ready(Net(), dtype) for dtype in (F64, torch.float32, BF16)}
     before = torch.get_rng_state()
@@ -198,6 +199,7 @@ def test_projections_follow_from_the_seed_alone(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before), "the global generator is the user's"
 
 
+@pytest.mark.broad
 @every_sharing
 def test_given_sizes_make_the_projections_of_adapters_at_other_sites_the_same(name: str) -> None:
     def drawn(target: str, **sizes: int) -> dict[str, Tensor]:

@@ -144,6 +144,7 @@ def test_start_is_the_identity_exactly(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(llfx.rewrite(model, CASES[name][0])(x), model(x))
 
 
+@pytest.mark.broad
 @some_cases
 def test_on_a_bfloat16_base_and_under_autocast_only_the_linear_is_in_half_precision(name: str) -> None:
     cfg, x = CASES[name][0], sample(64, D_IN)

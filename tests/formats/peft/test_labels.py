@@ -17,6 +17,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.peft_models import ResidualMLP, captured
 from tests.support.peft_round_trip import round_trip
+from tests.support.selection import broad_after
 
 X = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
 
@@ -69,7 +70,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", broad_after(1, ["llama", "gpt2", "bert"]))
 def test_default_targets_are_those_of_peft(name: str) -> None:
     base, graph = captured(name)
     sites = {site.name: site for site in find_sites(graph)}

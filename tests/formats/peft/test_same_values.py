@@ -64,7 +64,7 @@ class Pair:
 @pytest.fixture(
     scope="module",
     params=broad_unless(
-        lambda it: it[0] == "mlp" or it[1] == "LoRA",
+        lambda it: it[0] == "mlp" or it in (("llama", "LoRA"), ("gpt2", "LoRA")),
         slow_unless(lambda it: it[1] in FEW or (it[0] == "mlp" and is_distinct(it[1])), PAIRS),
     ),
     ids=" ".join,

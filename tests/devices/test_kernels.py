@@ -26,7 +26,8 @@ def test_lora_adds_two_products_a_site_and_few_kernels() -> None:
     assert products < more_products <= products + 2 * SITES  # those that read one input share a product
     assert triton <= more_triton <= triton + SITES
     of_step, of_adapted_step = (sum(kernels_in(codes[1])) for codes in (frozen, adapted))
-    assert of_step < of_adapted_step <= of_step + 6 * SITES  # two products, and two for each of their gradients
+    # Two products, and two for each of their gradients. What stands between them is fused; torch 2.12 fuses less of it.
+    assert of_step < of_adapted_step <= of_step + 7 * SITES
 
 
 def test_the_table_has_all_variants() -> None:

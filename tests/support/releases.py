@@ -21,7 +21,15 @@ def since(library: str, oldest: str, what: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not has(library, oldest), reason=reason)
 
 
-COMPLETE_SINCE = {"canine": "5.20", "fuyu": "5.24", "gemma4_unified_assistant": "5.20", "modernvbert": "5.24"}
+COMPLETE_SINCE = {
+    "canine": "5.20",
+    "deepseek_vl_hybrid": "5.20",
+    "fuyu": "5.24",
+    "gemma4_unified_assistant": "5.20",
+    "gemma4_vision": "5.20",
+    "modernvbert": "5.24",
+    "speech-encoder-decoder": "5.20",
+}
 """The releases of transformers since which a type has all that inputs are made of."""
 
 

@@ -104,8 +104,7 @@ class _Session:
         config, formula = FORMULAS[trial.variant]
         self.formulas = {"default": formula}
         self.oracle = Oracle(copy.deepcopy(model))
-        for parameter in self.oracle.model.parameters():
-            parameter.requires_grad_(False)
+        self.oracle.model.requires_grad_(False)
         with the_oracle():
             self._run(copy.deepcopy(model), Call("grad", 3), 0)
         self.adapted: Any = self._adapt(model, config)
@@ -201,6 +200,7 @@ class _Session:
             fresh.train(self.oracle.model.training)
             example = None if self.trial.path == "traced" else (self.net.inputs(2),)
             self.adapted, self.model = llfx.load(fresh, path, example), fresh
+            self.oracle.model.requires_grad_(False)  # because `load` freezes the base, as `rewrite` does
             for name, module in self.oracle.model.named_modules():  # modes of parts are no part of files
                 if isinstance(module, nn.Module) and name in dict(self.adapted.named_modules()):
                     self.adapted.get_submodule(name).training = module.training

@@ -63,6 +63,9 @@ CACHES = ("cache", "past_key_values")
 _COUNTERS = frozenset({"cumulative_length", "cumulative_length_int", "max_cache_len"})
 _UNSEEN = frozenset({"_is_user_defined", "batch_size", "max_batch_size"})
 
+# Constants with a hash: torch.compile of torch 2.12 cannot follow a call of `hash` with some of them.
+_HASHABLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
 
 _Counters = dict[tuple[type, str], list[Leaf]]
 """The counters that were found in a value, by the class that has them and their name in it."""
@@ -99,7 +102,8 @@ def disassemble(
     keys, parts = _parts(value)
     if parts is None:
         try:
-            hash(value)
+            if not isinstance(value, _HASHABLE):
+                hash(value)
         except TypeError as error:
             raise CaptureError(
                 f"{name} is a {type(value).__name__}, which cannot be an argument of a graph."

@@ -27,6 +27,7 @@ from transformers import (
 import lora_lite_fx as llfx
 from lora_lite_fx.testing.comparisons import unchanged
 from tests.support.conformance import randomise
+from tests.support.releases import has
 from tests.support.selection import broad_after
 
 VOCABULARY = 40
@@ -134,6 +135,8 @@ def trained(model: Any, config: peft.PeftConfig) -> Any:
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, about embeddings and ties
 @pytest.mark.parametrize("case", broad_after(1, CASES))
 def test_files_compute_the_same_both_ways_and_new_adapters_train_the_same(case: str, tmp_path: Path) -> None:
+    if case == "biases of adapted modules" and not has("peft", "0.21"):
+        pytest.skip("PEFT writes the biases of adapted modules since 0.21: its own files lacked them")
     name, make = CASES[case]
     model, graph = captured(name)
     theirs = trained(model, make())

@@ -124,7 +124,8 @@ def _run_here(copy: Path, tests: Iterable[str]) -> int:
     output = os.open(os.devnull if not os.environ.get("MUTANTS_VERBOSE") else "/dev/stderr", os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+    everyday_and_broad = ["-m", "not slow"]
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *everyday_and_broad, *tests]))
 
 
 if __name__ == "__main__":

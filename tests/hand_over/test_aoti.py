@@ -25,6 +25,7 @@ from lora_lite_fx.hand_over.swappable import Swappable
 from tests.support.captured import captured
 from tests.support.conformance import calibration, randomise, small
 from tests.support.models import GatedMLP, ids, net, one_layer_llama
+from tests.support.releases import since
 from tests.support.selection import slow_unless
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -480,6 +481,7 @@ def half_net() -> nn.Module:
     return small_net().bfloat16()
 
 
+@since("torch", "2.13", "The code of a step with a cache is compiled by g++ with AVX-512")
 @pytest.mark.broad
 def test_a_causal_model_decodes_with_a_cache(tmp_path: Path) -> None:
     model = captured(one_layer_llama, inputs={"input_ids": ids(2, 5) % 32})[0].eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..capture.graph_calls import further_inputs
 from ..graph.insertion import is_inserted
 from ..graph.modes import is_flag
 from ..graph.parameter_work import first_input, move_to_front
@@ -29,6 +30,7 @@ class Piece:
         modes: reads the modes of the module's parts that it follows.
         graph: computes the results from these modes and values and the inputs. Equal pieces share it.
         rest: `None, *modes, *values, *inputs -> results`, the graph as a function.
+        unseen: how many of the first inputs are no activations, so that hooks on the module must not see them.
         has_more_results: whether there are several.
         part: what the module runs, which `derive_program` makes of all this.
     """
@@ -38,6 +40,7 @@ class Piece:
     modes: Reader
     graph: fx.Graph
     rest: Callable[..., Any]
+    unseen: int
     has_more_results: bool
     part: Part = field(init=False)
 
@@ -60,6 +63,7 @@ def cut(
     members_of = pieces_of(gm, outer, also)  # before calls of modules, which may write, are calls of a function
     functions = {node: _call_as_function(node) for node in outer.find_nodes(op="call_module")}
     _read_first(outer)
+    independent = _independent(outer)
     pieces: list[Piece] = []
     graphs: dict[Callable[..., Any], fx.Graph] = {}
     modules = dict(host.named_modules())
@@ -68,7 +72,7 @@ def cut(
         if getattr(module, "runs_parts", False):
             assert module is not None
             nodes = [functions.get(node, node) for node in members]
-            pieces.append(_cut_piece(module, outer, nodes, path, len(pieces), graphs))
+            pieces.append(_cut_piece(module, outer, nodes, path, len(pieces), graphs, independent))
     return pieces, _cut_values(gm, host, outer)
 
 
@@ -89,6 +93,7 @@ def _cut_piece(
     path: str,
     number: int,
     graphs: dict[Callable[..., Any], fx.Graph],
+    independent: set[fx.Node],
 ) -> Piece:
     """Replace what a module runs by a call of it; take the graph of an equal piece from `graphs`, or add it."""
     inside = set(members)
@@ -96,7 +101,9 @@ def _cut_piece(
     is_own = _own(module, outer, f"{path}.")
     flags = [node for node in read if is_flag(node) and _has(module, str(node.target), f"{path}.")]
     own = [node for node in read if is_own(node)]
-    inputs = [node for node in read if node not in flags and not is_own(node)]
+    others = [node for node in read if node not in flags and not is_own(node)]
+    unseen = [node for node in others if node in independent]
+    inputs = [*unseen, *(node for node in others if node not in independent)]
     results = [node for node in members if not inside.issuperset(node.users)]
     results = [*results[-1:], *results[:-1]]  # the last one is its output, as a rule; hooks look there
 
@@ -108,7 +115,7 @@ def _cut_piece(
     names, modes = ([str(node.target).removeprefix(f"{path}.") for node in nodes] for nodes in (tensors, flags))
     values = Values(reader_of(module, names), function_between(tensors, own))
     replace_by_call(outer, "run_piece", [number, *inputs], members, results)
-    return Piece(path, values, reader_of_modes(modes), graphs[rest], rest, len(results) > 1)
+    return Piece(path, values, reader_of_modes(modes), graphs[rest], rest, len(unseen), len(results) > 1)
 
 
 def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +150,18 @@ def _own(module: nn.Module, outer: fx.Graph, prefix: str) -> Callable[[fx.Node],
         return known[node]
 
     return is_own
+
+
+def _independent(graph: fx.Graph) -> set[fx.Node]:
+    """Return the values that depend on no input of the model.
+
+    Among them are tensors of other modules, and inputs that were added: coefficients of adapters, ids of banks.
+    """
+    added, found = further_inputs(graph), set[fx.Node]()
+    for node in graph.nodes:
+        if node.target in added if node.op == "placeholder" else found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _has(module: nn.Module, name: str, prefix: str) -> bool:

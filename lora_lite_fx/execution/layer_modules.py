@@ -33,18 +33,26 @@ class RunsParts:
     runs_parts = True
     __call__ = nn.Module.__call__  # transformers' layers have one of their own, which checkpoints
 
-    def forward(self, *args: Any, part: Part | None = None, more: list[Any] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        part: Part | None = None,
+        unseen: tuple[Any, ...] = (),
+        more: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run a part of a program; called without one, do what the module's own class does.
 
         Args:
-            args: the values that the part reads and that are not tensors of the module.
+            args: the activations that the part reads. A hook may change them, as those of the model's own module.
             part: given by the program.
+            unseen: what else the part reads and the module does not have: values that `frozen` keeps, coefficients.
             more: takes the results after the first one, if it is given.
             kwargs: of a call without a part.
         """
         if part is None:
             return self.run_alone(*args, **kwargs)
-        results = part(self, *args)
+        results = part(self, *unseen, *args)
         if more is None:
             return results
         more += results[1:]

@@ -111,14 +111,15 @@ class Program:
                 " the layer that it was captured from, with the tensors that stand at its names. The way out: capture"
                 " the changed model."
             )
+        unseen, activations = inputs[: piece.unseen], inputs[piece.unseen :]
         if self.key.kind == "inference":
             assert self.kept is not None
-            inputs = (*self.kept.values[number + 1], *inputs)
+            unseen = (*self.kept.values[number + 1], *unseen)
         if not piece.has_more_results or torch.is_grad_enabled():
-            return layer(*inputs, part=piece.part)
+            return layer(*activations, part=piece.part, unseen=unseen)
         # Without gradients a layer has caches among its results. Hooks expect its output alone.
         more: list[Any] = []
-        return layer(*inputs, part=piece.part, more=more), *more
+        return layer(*activations, part=piece.part, unseen=unseen, more=more), *more
 
     def keep_values(self, ids: Any) -> None:
         """Compute what the program needs of modules, and keep it.

@@ -112,6 +112,26 @@ def check_steering(model: Any, wrapper: Any, place: str, before: Tensor) -> None
 
 
 @front_ends
+def test_a_hook_that_changes_an_input_acts(front_end: str) -> None:
+    """Hooks do not get what a layer gets besides: values that `frozen` keeps, and coefficients of adapters."""
+    model, wrapper = made(front_end, llfx.DoRA(r=2))
+    before = logits(model).detach()
+    for each in (model, wrapper):
+        each.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
+    close(logits(model), logits(wrapper), 1e-9, "logits")
+    with torch.no_grad():
+        expected = logits(wrapper)
+        assert not torch.allclose(expected, before)
+        close(logits(model), expected, 1e-9, "logits without gradients")
+        with llfx.frozen(model):
+            close(logits(model), expected, 1e-9, "logits in frozen")
+    with llfx.scaled(model, 0.5), llfx.scaled(wrapper, 0.5):
+        close(logits(model), logits(wrapper), 1e-9, "logits of a scaled adapter")
+        with torch.no_grad(), llfx.frozen(model):
+            close(logits(model), logits(wrapper), 1e-9, "logits of a scaled adapter in frozen")
+
+
+@front_ends
 def test_backward_hooks_on_layers_fire(front_end: str) -> None:
     model, _ = made(front_end, llfx.LoRA(r=2))
     fired: list[int] = []

@@ -100,6 +100,16 @@ FINDINGS: tuple[Found, ...] = (
         "gradient",
     ),
     Found(
+        "a pre-hook on a block changes the coefficient of an adapter",
+        "calls",
+        Calls(Net(), "adapt", before=(ops.Hook("b0", "pre"),), after=(Step("scaled"),)),
+    ),
+    Found(
+        "a pre-hook on a block changes what frozen keeps",
+        "calls",
+        Calls(Net(), "adapt", before=(ops.Hook("b0", "pre"),), after=(ops.Mode("", False), Call("frozen"))),
+    ),
+    Found(
         "a bias taken away beside Full",
         "calls",
         Calls(Net(), variant="Full", after=(ops.Bias("b0.fc"),)),

@@ -30,6 +30,7 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "frozen": torch.no_grad,  # and the scope of the adapted model
 }
 
 
@@ -105,9 +106,10 @@ class _Session:
         self.formulas = {"default": formula}
         self.oracle = Oracle(copy.deepcopy(model))
         self.oracle.model.requires_grad_(False)
+        self.adapted: Any = None
         with the_oracle():
             self._run(copy.deepcopy(model), Call("grad", 3), 0)
-        self.adapted: Any = self._adapt(model, config)
+        self.adapted = self._adapt(model, config)
         self.model = model  # a graph refers to it weakly
         randomise(self.adapted, 0)
         self.oracle.copy_adapters(self.adapted, self.formulas)
@@ -135,7 +137,8 @@ class _Session:
     def _run(self, model: nn.Module, call: Call, seed: int) -> Tensor:
         torch.manual_seed(seed)
         x = self.net.inputs(call.rows, seed).to(next(model.parameters()).dtype)
-        with CONTEXTS[call.context]():
+        is_adapted = call.context == "frozen" and model is self.adapted
+        with CONTEXTS[call.context](), llfx.frozen(model) if is_adapted else nullcontext():
             output: Tensor = model(x)
         return output
 

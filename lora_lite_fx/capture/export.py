@@ -20,6 +20,7 @@ from .quiet_torch import failures_unlogged, quiet_export
 from .quirks import all_quirks
 from .quirks.quirk import Quirk
 from .refusal import refusal
+from .sizes_of_one import sizes_of_one_that_decide
 
 
 def export(
@@ -38,7 +39,9 @@ def export(
             exported, this is tried with its images too.
     """
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
-        return _export_as(model, args, kwargs, dynamic_shapes)
+        gm = _export_as(model, args, kwargs, dynamic_shapes)
+        guard_sizes(gm, {}, sizes_of_one_that_decide(gm, model, (args, kwargs)))
+        return gm
 
     def dynamic(leaf: Any, others: Any = Dim.AUTO) -> list[Any] | None:
         return [Dim.AUTO, *[others] * (leaf.dim() - 1)][: leaf.dim()] if isinstance(leaf, Tensor) else None
@@ -55,7 +58,9 @@ def export(
     for fixed in dict.fromkeys((tuple(batch_only), (*batch_only, *images_in(bound[0])))):
         for (args, kwargs), arguments in zip(calls, bound, strict=True):
             try:
-                return _export_as(model, args, kwargs, shapes(arguments, fixed))
+                gm = _export_as(model, args, kwargs, shapes(arguments, fixed))
+                guard_sizes(gm, {}, sizes_of_one_that_decide(gm, model, (args, kwargs)))
+                return gm
             except CaptureError as error:
                 errors.append(error)
     raise errors[len(calls) - 1]  # of the call as it is, with every dimension dynamic
@@ -190,14 +195,24 @@ def failed_guard(error: AssertionError) -> str | None:
 
 
 class _GuardsOfSizes(nn.Module):
-    """Guards of a graph, and further ones: that inputs have the sizes of others."""
+    """Guards of a graph, and further ones: that inputs have the sizes of others, and that sizes are not one.
 
-    def __init__(self, first: nn.Module, same: Mapping[int, int], names: Sequence[str]) -> None:
+    Args:
+        first: the guards that the graph has.
+        names: of the inputs.
+        same: the numbers of inputs, with those of the inputs whose sizes they have.
+        several: the numbers of inputs and the dimensions of which the size is not one.
+    """
+
+    def __init__(
+        self, first: nn.Module, names: Sequence[str], same: Mapping[int, int], several: Sequence[tuple[int, int]]
+    ) -> None:
         super().__init__()
         self.first = first
         self.pairs = [
             (one, other, f"{_FAILED}{names[one]}.shape == {names[other]}.shape") for one, other in same.items()
         ]
+        self.several = [(one, dim, f"{_FAILED}{names[one]}.shape[{dim}] != 1") for one, dim in several]
         self._is_impure = True  # torch.fx would remove the call, whose result nobody reads
 
     def forward(self, *inputs: Any) -> None:
@@ -205,17 +220,21 @@ class _GuardsOfSizes(nn.Module):
         self.first(*inputs)
         for one, other, message in self.pairs:
             assert_in_graph(inputs[one].shape == inputs[other].shape, message)
+        for one, dim, message in self.several:
+            assert_in_graph(inputs[one].shape[dim] != 1, message)
 
 
-def guard_sizes(gm: fx.GraphModule, same: Mapping[int, int]) -> None:
-    """Let the guards of a graph check that some inputs have the sizes of others.
+def guard_sizes(gm: fx.GraphModule, same: Mapping[int, int], several: Sequence[tuple[int, int]]) -> None:
+    """Let the guards of a graph check further sizes of inputs.
 
     Args:
         gm: as torch.export made it.
-        same: the numbers of inputs, with those of the inputs whose sizes they have.
+        same, several: what they check, as for `_GuardsOfSizes`; nothing is done if that is nothing.
     """
+    if not same and not several:
+        return
     names = [node.name for node in gm.graph.find_nodes(op="placeholder", sort=True)]
-    gm.add_module(GUARDS, _GuardsOfSizes(gm.get_submodule(GUARDS), same, names))
+    gm.add_module(GUARDS, _GuardsOfSizes(gm.get_submodule(GUARDS), names, same, several))
 
 
 def take_guards(gm: fx.GraphModule) -> Callable[..., object]:

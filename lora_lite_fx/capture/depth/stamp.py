@@ -91,8 +91,7 @@ class _Stamping:
             register_tensor(self.gm, name, tensor)
         for name, tensor in self.constants:
             _set_constant(self.gm, name, tensor)
-        if inputs_left_out:
-            guard_sizes(self.gm, inputs_left_out)
+        guard_sizes(self.gm, inputs_left_out, ())
         self.gm.graph = self.graph
 
     # Nodes of layers that were left out stand after the last one of their kind in a captured layer.

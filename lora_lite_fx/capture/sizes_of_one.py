@@ -1,0 +1,76 @@
+"""Find the sizes of one by which a model decides, because its graph must refuse them.
+
+torch.export takes each dynamic size for two or more, and answers no where a model asks whether a size is one. The graph
+runs on a size of one all the same, and of most models it computes the same. So each graph is tried.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..compat.torch import pytree
+from .differences import agree
+from .graph_calls import values_of_call
+from .outputs import Call, has_data, outputs_of_graph, outputs_of_model
+
+Places = dict[str, list[tuple[int, int]]]
+"""For each dynamic size, the numbers of the inputs that have it, each with its dimension."""
+
+
+def sizes_of_one_that_decide(gm: fx.GraphModule, model: nn.Module, call: Call) -> list[tuple[int, int]]:
+    """Return the inputs and dimensions with which graph and model compute something else where the size is one.
+
+    What one of the two refuses to run is no matter here.
+
+    Args:
+        gm: a graph as torch.export made it.
+        model: that it was made of, in the mode of then; it is not changed.
+        call: that it was made on.
+    """
+    # A run of torch.cond leaves marks in Dynamo, with which the capture of the other mode fails.
+    has_regions = any(isinstance(module, fx.GraphModule) for module in gm.children())
+    if has_regions or not has_data(model, call):
+        return []
+    values = values_of_call(gm.graph, inspect.signature(model.forward), *call)
+    places = _dynamic_sizes(gm, values)
+    if not places or _is_right(gm, model, call, values, places):
+        return []
+    decide = [name for name in places if not _is_right(gm, model, call, values, {name: places[name]})]
+    return [place for name in decide or places for place in places[name]]
+
+
+def _dynamic_sizes(gm: fx.GraphModule, values: list[Any]) -> Places:
+    """Return the dynamic sizes that no other size is computed of, where they are more than one."""
+    places: Places = defaultdict(list)
+    computed: set[str] = set()
+    for number, node in enumerate(gm.graph.find_nodes(op="placeholder", sort=True)):
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape) if isinstance(value, Tensor) else ():
+            names: list[str] = re.findall(r"[a-z]+\d+", str(size)) if isinstance(size, torch.SymInt) else []
+            if names != [str(size)]:
+                computed.update(names)
+            elif values[number].shape[dim] > 1:
+                places[names[0]].append((number, dim))
+    return {name: where for name, where in places.items() if name not in computed}
+
+
+def _is_right(gm: fx.GraphModule, model: nn.Module, call: Call, values: list[Any], places: Mapping[str, Any]) -> bool:
+    """Check whether graph and model compute the same where these sizes are one; also if one of the two does not run."""
+    shrunk: dict[int, Tensor] = {}
+    for number, dim in (place for where in places.values() for place in where):
+        key = id(values[number])
+        shrunk[key] = shrunk.get(key, values[number]).narrow(dim, 0, 1).contiguous()
+    args, kwargs = pytree.tree_map(lambda leaf: shrunk.get(id(leaf), leaf), call)
+    try:
+        expected = outputs_of_model(model, (args, kwargs), model.training).results
+        actual = outputs_of_graph(gm, model, (args, kwargs), model.training, by_module=False).results
+    except Exception:
+        return True
+    return all(not isinstance(value, Tensor) or agree(actual.get(path), value) for path, value in expected.items())

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import OpOverload
+from ..errors import AdapterError
 from ..graph.insertion import is_inserted
 from ..graph.queries import is_deterministic, reads_tensor
 from ..graph.regions import closes_region, opens_region
 from ..graph.sharded import whole
 from ..graph.subgraph import extract
-from ..graph.tensors import tensor_of
+from ..graph.tensors import attribute_of, has_attribute, tensor_of
 from ..graph.walk import ancestors
 from ..graph.writes import written, written_buffers
 from ..storage.storages import STORAGES
@@ -65,7 +66,17 @@ class Computation:
         return self.value(module).detach()
 
     def value(self, module: nn.Module) -> Tensor:
-        """Return the same with its gradient, which the tensors get that it is computed from."""
+        """Return the same with its gradient, which the tensors get that it is computed from.
+
+        Raises:
+            AdapterError: `module` no longer has one of the tensors.
+        """
+        gone = [name for name in self.tensors if not isinstance(_found(module, name), Tensor)]
+        if gone:
+            raise AdapterError(
+                f"{gone[0]!r} was taken away after the graph was captured, and the graph computes with it. The way out:"
+                " put it back, or capture the changed model."
+            )
         (value,) = _OfWholeTensors(module, garbage_collect_values=False, graph=self.graph).run()
         assert isinstance(value, Tensor)
         return value
@@ -77,6 +88,10 @@ class Computation:
         return "\n".join(
             f"{node.target}{fx.map_arg((node.args, node.kwargs), numbers.__getitem__)}" for node in self.graph.nodes
         )
+
+
+def _found(module: nn.Module, name: str) -> Any:
+    return attribute_of(module, name) if has_attribute(module, name) else None
 
 
 class _OfWholeTensors(fx.Interpreter):

@@ -110,6 +110,13 @@ FINDINGS: tuple[Found, ...] = (
         Calls(Net(), "adapt", before=(ops.Hook("b0", "pre"),), after=(ops.Mode("", False), Call("frozen"))),
     ),
     Found(
+        "an adapter that is added after a bias was taken away, traced",
+        "calls",
+        Calls(Net(), "traced", after=(ops.Bias("b0.fc"), Step("add"))),
+        "AssertionError",
+        "RAW",
+    ),
+    Found(
         "a bias taken away beside Full",
         "calls",
         Calls(Net(), variant="Full", after=(ops.Bias("b0.fc"),)),

@@ -15,6 +15,7 @@ from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.support.conformance import randomise
 from tests.support.low_rank_llama import LOW_RANK, llama, tokens
 from tests.support.releases import since
+from tests.support.releases import since
 from tests.support.selection import broad_after
 
 ONES = torch.ones(3, 5, dtype=torch.long)
@@ -76,6 +77,7 @@ def test_each_call_goes_by_its_own_mask(mask: Tensor | None, seen: tuple[bool, b
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@since("transformers", "5.20", "A mask that hides nothing from one token is made in a form that the pass knows")
 @pytest.mark.broad
 def test_one_token_of_a_cache_needs_no_mask() -> None:
     chat = llfx.adapt(llama()[0], LOW_RANK["DoRA"])

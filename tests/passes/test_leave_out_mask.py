@@ -15,7 +15,6 @@ from lora_lite_fx.passes import OPTIMIZATIONS
 from tests.support.conformance import randomise
 from tests.support.low_rank_llama import LOW_RANK, llama, tokens
 from tests.support.releases import since
-from tests.support.releases import since
 from tests.support.selection import broad_after
 
 ONES = torch.ones(3, 5, dtype=torch.long)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ..compat.torch import pytree
 from .differences import agree
 from .graph_calls import values_of_call
-from .outputs import Call, has_data, outputs_of_graph, outputs_of_model
+from .outputs import Call, has_data, outputs_of_graph, outputs_of_model, written_tensors
 
 Places = dict[str, list[tuple[int, int]]]
 """For each dynamic size, the numbers of the inputs that have it, each with its dimension."""
@@ -68,8 +68,10 @@ def _is_right(gm: fx.GraphModule, model: nn.Module, call: Call, values: list[Any
         key = id(values[number])
         shrunk[key] = shrunk.get(key, values[number]).narrow(dim, 0, 1).contiguous()
     args, kwargs = pytree.tree_map(lambda leaf: shrunk.get(id(leaf), leaf), call)
+    parameters = dict(model.named_parameters())
+    writes = [name for name in written_tensors(gm) if name in parameters]
     try:
-        expected = outputs_of_model(model, (args, kwargs), model.training).results
+        expected = outputs_of_model(model, (args, kwargs), model.training, writes).results
         actual = outputs_of_graph(gm, model, (args, kwargs), model.training, by_module=False).results
     except Exception:
         return True

@@ -10,7 +10,7 @@ import inspect
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def sizes_of_one_that_decide(gm: fx.GraphModule, model: nn.Module, call: Call) -
     has_regions = any(isinstance(module, fx.GraphModule) for module in gm.children())
     if has_regions or not has_data(model, call):
         return []
-    values = values_of_call(gm.graph, inspect.signature(model.forward), *call)
+    values = gm.graph.process_inputs(*values_of_call(gm.graph, inspect.signature(model.forward), *call))
     places = _dynamic_sizes(gm, values)
     if not places or _is_right(gm, model, call, values, places):
         return []
@@ -47,7 +47,7 @@ def sizes_of_one_that_decide(gm: fx.GraphModule, model: nn.Module, call: Call) -
     return [place for name in decide or places for place in places[name]]
 
 
-def _dynamic_sizes(gm: fx.GraphModule, values: list[Any]) -> Places:
+def _dynamic_sizes(gm: fx.GraphModule, values: Sequence[Any]) -> Places:
     """Return the dynamic sizes that no other size is computed of, where they are more than one."""
     places: Places = defaultdict(list)
     computed: set[str] = set()
@@ -62,7 +62,9 @@ def _dynamic_sizes(gm: fx.GraphModule, values: list[Any]) -> Places:
     return {name: where for name, where in places.items() if name not in computed}
 
 
-def _is_right(gm: fx.GraphModule, model: nn.Module, call: Call, values: list[Any], places: Mapping[str, Any]) -> bool:
+def _is_right(
+    gm: fx.GraphModule, model: nn.Module, call: Call, values: Sequence[Any], places: Mapping[str, Any]
+) -> bool:
     """Check whether graph and model compute the same where these sizes are one; also if one of the two does not run."""
     shrunk: dict[int, Tensor] = {}
     for number, dim in (place for where in places.values() for place in where):

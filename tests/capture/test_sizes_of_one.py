@@ -80,6 +80,17 @@ def test_inputs_of_one_size_are_tried_together() -> None:
         gm(x=torch.randn(2, 1, 4), y=torch.randn(2, 1, 4))
 
 
+def test_inputs_inside_a_list_are_tried() -> None:
+    class OfList(Asks):
+        def forward(self, x: Any, y: Any = None) -> Any:
+            return super().forward(x[0]) + x[1]
+
+    model = OfList(1)
+    gm = llfx.rewrite(model, CFG, ([EXAMPLE[0], EXAMPLE[0].clone()],))
+    with pytest.raises(llfx.CallError, match=r"shape\[1\] != 1"):
+        gm([torch.randn(2, 1, 4), torch.randn(2, 1, 4)])
+
+
 def test_layers_of_a_stack_decide() -> None:
     gm = llfx.rewrite(Layers(), CFG, EXAMPLE)
     with pytest.raises(llfx.CallError, match=r"x\.shape\[1\] != 1"):

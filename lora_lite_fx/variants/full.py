@@ -78,11 +78,12 @@ class Full(Variant):
             p.lora_bias.copy_(bias)
 
     def forward(self, x: Tensor, base: FrozenLinear, p: Any) -> Tensor:
-        if self.bias and base.bias is None and base.site.bias is not None:
+        trains_bias = self.bias and base.site.bias is not None
+        if trains_bias and base.bias is None:
             raise CallError(
                 f"The bias of {base.site.name!r} was taken away, and Full trains one in its place. The way out: zeros"
                 " in its place, which leave the trained one; or take it away in the model, and adapt that again."
             )
         weight = base.site.kind.matrix(p.lora_weight) if self.weight else None
-        bias = p.lora_bias if self.bias and base.bias is not None else None
+        bias = p.lora_bias if trains_bias else None
         return base(x, weight=weight, bias=bias)

@@ -128,6 +128,13 @@ FINDINGS: tuple[Found, ...] = (
         "calls",
         Calls(Net(), "adapt", "Full", after=(ops.Bias("b0.fc"),)),
     ),
+    Found(
+        "a bias set beside Full, which trains none, in wrap",
+        "calls",
+        Calls(Net(), "wrap", "Full", before=(ops.Bias("b0.fc"),), after=(ops.Bias("b0.fc"),)),
+        "AttributeError",
+        "RAW",
+    ),
     Found("a bias taken away beside Full, in wrap", "calls", Calls(Net(), "wrap", "Full", after=(ops.Bias("b0.fc"),))),
     Found("forward replaced on the model, traced", "calls", Calls(Net(), "traced", before=(ops.Forward(),))),
     # What a process says, and symbolic capture.

@@ -28,7 +28,7 @@ from .outputs import (
     outputs_of_graph,
     outputs_of_model,
     outputs_of_program,
-    written_tensors,
+    written_parameters,
 )
 from .process_state.held_answers import hold_answer, other_answer
 from .process_state.python_state import warn_of_count
@@ -236,7 +236,7 @@ def _compare(
     as_called: bool = False,
     questions: Questions | None = None,
 ) -> list[Difference]:
-    writes = [name for name in written_tensors(gm) if name in dict(model.named_parameters())]
+    writes = written_parameters(gm, model)
     try:
         # Compare without the modules first, and in any order of draws only if that finds a difference.
         expected = outputs_of_model(model, call, where, writes, by_module, in_any_order=by_module, questions=questions)

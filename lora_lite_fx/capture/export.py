@@ -39,9 +39,7 @@ def export(
             exported, this is tried with its images too.
     """
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
-        gm = _export_as(model, args, kwargs, dynamic_shapes)
-        guard_sizes(gm, {}, sizes_of_one_that_decide(gm, model, (args, kwargs)))
-        return gm
+        return _export_as(model, args, kwargs, dynamic_shapes)
 
     def dynamic(leaf: Any, others: Any = Dim.AUTO) -> list[Any] | None:
         return [Dim.AUTO, *[others] * (leaf.dim() - 1)][: leaf.dim()] if isinstance(leaf, Tensor) else None
@@ -58,9 +56,7 @@ def export(
     for fixed in dict.fromkeys((tuple(batch_only), (*batch_only, *images_in(bound[0])))):
         for (args, kwargs), arguments in zip(calls, bound, strict=True):
             try:
-                gm = _export_as(model, args, kwargs, shapes(arguments, fixed))
-                guard_sizes(gm, {}, sizes_of_one_that_decide(gm, model, (args, kwargs)))
-                return gm
+                return _export_as(model, args, kwargs, shapes(arguments, fixed))
             except CaptureError as error:
                 errors.append(error)
     raise errors[len(calls) - 1]  # of the call as it is, with every dimension dynamic
@@ -93,7 +89,9 @@ def _export_as(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
                 raise before from error  # which names what the model does, as the last quirks did not help
             before, quirks = error, [*quirks, *more]
     check_quirks(gm)
-    return Draft(gm, gm.graph)  # because what follows changes the graph, and calls it as another module
+    draft = Draft(gm, gm.graph)  # because what follows changes the graph, and calls it as another module
+    guard_sizes(draft, {}, sizes_of_one_that_decide(draft, model, (args, kwargs)))
+    return draft
 
 
 @tracing()

@@ -275,6 +275,12 @@ def written_tensors(gm: fx.GraphModule) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def written_parameters(gm: fx.GraphModule, model: nn.Module) -> list[str]:
+    """Return the qualified names of the parameters of `model` that running its graph `gm` changes."""
+    parameters = dict(model.named_parameters())
+    return [name for name in written_tensors(gm) if name in parameters]
+
+
 @contextmanager
 def as_before(gm: fx.GraphModule) -> Iterator[None]:
     """Restore the modes of the modules of `gm`, and the tensors that it writes to."""

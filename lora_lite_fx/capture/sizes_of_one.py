@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import pytree
+from ..graph.regions import has_branches
 from .differences import agree
 from .graph_calls import values_of_call
-from .outputs import Call, has_data, outputs_of_graph, outputs_of_model, written_tensors
+from .outputs import Call, has_data, outputs_of_graph, outputs_of_model, written_parameters
 
 Places = dict[str, list[tuple[int, int]]]
 """For each dynamic size, the numbers of the inputs that have it, each with its dimension."""
@@ -35,9 +36,7 @@ def sizes_of_one_that_decide(gm: fx.GraphModule, model: nn.Module, call: Call) -
         model: that it was made of, in the mode of then; it is not changed.
         call: that it was made on.
     """
-    # A run of torch.cond leaves marks in Dynamo, with which the capture of the other mode fails.
-    has_regions = any(isinstance(module, fx.GraphModule) for module in gm.children())
-    if has_regions or not has_data(model, call):
+    if has_branches(gm) or not has_data(model, call):
         return []
     values = gm.graph.process_inputs(*values_of_call(gm.graph, inspect.signature(model.forward), *call))
     places = _dynamic_sizes(gm, values)
@@ -71,8 +70,7 @@ def _is_right(
         key = id(values[number])
         shrunk[key] = shrunk.get(key, values[number]).narrow(dim, 0, 1).contiguous()
     args, kwargs = pytree.tree_map(lambda leaf: shrunk.get(id(leaf), leaf), call)
-    parameters = dict(model.named_parameters())
-    writes = [name for name in written_tensors(gm) if name in parameters]
+    writes = written_parameters(gm, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the user did not call
         try:

@@ -26,6 +26,14 @@ def sets_mode(node: fx.Node) -> bool:
     return opens_region(node) or node.target in (SET_GRAD_ENABLED, EXIT_AUTOCAST)
 
 
+def has_branches(gm: fx.GraphModule) -> bool:
+    """Check whether a graph has graphs inside, as of `torch.cond`.
+
+    A run of it, with data or without, leaves marks in Dynamo, with which a later capture fails.
+    """
+    return any(isinstance(module, fx.GraphModule) for module in gm.children())
+
+
 def without_gradient(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes of `graph` that run with autograd switched off by the model itself."""
     without: set[fx.Node] = set()

@@ -71,7 +71,7 @@ class Computation:
         Raises:
             AdapterError: `module` no longer has one of the tensors.
         """
-        gone = [name for name in self.tensors if not isinstance(_found(module, name), Tensor)]
+        gone = [name for name in self.tensors if _found(module, name) is None]
         if gone:
             raise AdapterError(
                 f"{gone[0]!r} was taken away after the graph was captured, and the graph computes with it. The way out:"

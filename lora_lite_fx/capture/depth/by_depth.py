@@ -17,6 +17,7 @@ from torch import fx, nn
 from ...compat.torch import pytree
 from ...errors import CaptureError
 from ...graph.modes import put_in_mode
+from ...graph.regions import has_branches
 from .dropouts import Dropout, has_contiguous_calls, with_other_dropouts
 from .graph_program import Layers
 from .operators import Run, StandIn
@@ -98,9 +99,7 @@ class ByDepth:
     def _in_full(self) -> fx.GraphModule:
         gm = self._export()
         number_nodes(gm)
-        # A run of torch.cond without data leaves marks in Dynamo, with which a later capture fails.
-        has_regions = any(isinstance(module, fx.GraphModule) for module in gm.children())
-        if not has_regions:
+        if not has_branches(gm):
             with suppress(Exception):  # the model does not run without data, or not at sizes that were found
                 sizes = sizes_taken(gm, self._leaves, guessed_sizes(self._leaves), {})
                 self._shown = [(sizes, StandIn(self._model, self._stacks).run(*self._call, sizes))]

@@ -25,6 +25,16 @@ COMMANDS = {
 _left_out: Counter[str] = Counter()
 
 
+@pytest.hookimpl(tryfirst=True)
+def _seed() -> None:
+    """Seed torch, so that no test depends on what its process has drawn before."""
+    torch.manual_seed(0)
+
+
+# Before the values of a module are drawn, those of its fixtures, and those of the test itself.
+pytest_collectstart = pytest_runtest_setup = pytest_runtest_call = _seed
+
+
 def pytest_collection_finish() -> None:
     # Half a million objects of imported modules stay for good: without them, collecting garbage takes half the time.
     gc.freeze()

@@ -232,7 +232,7 @@ def test_a_quantised_base(storage: str) -> None:
 def test_an_encoder_a_decoder_with_one_and_an_image_model() -> None:
     sizes: Any = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = BertModel(BertConfig(vocab_size=32, **sizes)).eval()
-    t5 = T5ForConditionalGeneration(tiny_t5()).eval()
+    t5 = T5ForConditionalGeneration(tiny_t5()).double().eval()  # which does not scale its attention
     vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes)).eval()
     of_t5 = [{**tokens(*shape), "decoder_input_ids": tokens(*shape)["input_ids"][:, :3]} for shape in ((2, 6), (3, 9))]
     images = [{"pixel_values": torch.randn(batch, 3, 8, 8)} for batch in (2, 3)]

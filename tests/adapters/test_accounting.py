@@ -91,7 +91,6 @@ def test_a_further_adapter_goes_around_those_of_a_decomposed_graph() -> None:
 
 
 def test_decomposed_convolutions_are_sites() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(8, 6, 3, padding=1, dilation=2)).double().eval()
     x = EXAMPLE[0].mT.contiguous()
     gm = llfx.rewrite(model, small(llfx.LoRA, target_kinds=("conv",), target_names=(".",)), (x,))

@@ -32,7 +32,6 @@ def same_buffers(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_remove_gives_the_bases_own_and_the_rest_keeps_what_training_made() -> None:
-    torch.manual_seed(0)
     base, of_base = graph()
     gm = trained(llfx.rewrite(of_base, LORA))
     with untouched(base, of_base), silent():

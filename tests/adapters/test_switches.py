@@ -148,7 +148,6 @@ def is_everyday(variant: Variant) -> bool:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_is_the_adapter_and_zero_the_base_to_the_bit(variant: Variant, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).to(dtype).eval()
     x = torch.randn(3, 256).to(dtype)
     gm = llfx.rewrite(model, variant, (x,))
@@ -326,7 +325,6 @@ def test_rows_of_coefficients_are_not_folded_exported_or_saved(tmp_path: Any) ->
 
 
 def test_an_adapted_model_follows_switches_in_calls_and_in_generate() -> None:
-    torch.manual_seed(0)
     model: Any = LlamaForCausalLM(tiny_llama()).eval()
     adapted: Any = llfx.adapt(model, {"fr": llfx.LoRA(r=2), "de": llfx.IA3()})
     fill(adapted)

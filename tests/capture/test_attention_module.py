@@ -72,7 +72,6 @@ CALLS: list[tuple[str, bool, Any, Any]] = [
 
 @pytest.mark.parametrize(("batch_first", "need_weights"), list(itertools.product((True, False), repeat=2)))
 def test_masks_layouts_and_weights_are_those_of_the_module(batch_first: bool, need_weights: bool) -> None:
-    torch.manual_seed(0)
     for average, causal in ((True, False), (False, True)):
         model = Masked(batch_first, need_weights, average, causal).double()
         base = llfx.capture(model)

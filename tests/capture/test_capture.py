@@ -117,7 +117,6 @@ def test_heads_with_labels_of_other_shapes_are_captured_with_their_loss() -> Non
 
 @pytest.mark.broad
 def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
-    torch.manual_seed(0)
     config = tiny_t5(d_model=32, d_ff=48, num_layers=2, num_heads=4, vocab_size=99)
     model = hf.T5ForConditionalGeneration(config).eval()
     batch = tokens(2, 6)
@@ -126,7 +125,6 @@ def test_an_encoder_decoder_is_captured_with_its_loss() -> None:
 
 @pytest.mark.broad
 def test_a_vision_model_is_captured_on_images_made_from_its_config() -> None:
-    torch.manual_seed(0)
     config = hf.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=16, patch_size=8)
     model = hf.ViTForImageClassification(config).eval()
     batch = {"pixel_values": torch.randn(5, 3, 16, 16), "labels": torch.tensor([0, 1, 1, 0, 1])}

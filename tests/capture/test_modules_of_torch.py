@@ -39,7 +39,6 @@ def require_equal(gm: nn.Module, wrapped: nn.Module, *inputs: Tensor) -> None:
 
 @pytest.mark.parametrize("exported", broad_after(1, [True, False]))
 def test_the_projections_beside_a_recurrent_layer_are_adapted(exported: bool) -> None:
-    torch.manual_seed(0)
     model, cfg = Recurrent(), llfx.LoRA(r=2, target_names="proj")
     inputs = (torch.randn(2, 5, 4),) if exported else None
     gm, wrapped = llfx.rewrite(model, cfg, inputs), llfx.wrap(model, cfg, inputs)
@@ -57,7 +56,6 @@ def test_a_recurrent_layer_itself_is_not_a_site_and_is_named(exported: bool) -> 
 
 @pytest.mark.broad
 def test_a_transformer_of_torch_equals_the_wrapper() -> None:
-    torch.manual_seed(0)
     model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
     cfg = llfx.LoRA(r=2, target_names=("linear1", "linear2"))
     inputs = (torch.randn(2, 5, 8), torch.randn(2, 4, 8))

@@ -139,7 +139,6 @@ def test_export_makes_regions_again_and_its_file_keeps_their_adapters() -> None:
 
 
 def test_nested_regions_equal_the_eager_wrapper() -> None:
-    torch.manual_seed(0)
     model = Nested()
     with untouched(model):
         gm = llfx.rewrite(model, CFG, TRACED)

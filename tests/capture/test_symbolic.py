@@ -39,7 +39,6 @@ class Convolved(nn.Module):
 @pytest.mark.parametrize("what", SETTINGS)
 @pytest.mark.parametrize("dims", broad_after(1, [1, 2, 3]))
 def test_a_convolution_takes_one_number_for_all_dimensions(dims: int, what: str) -> None:
-    torch.manual_seed(0)
     model = Convolved(dims, *SETTINGS[what]).double()
     x = torch.randn(2, 4, *[8] * dims).double()
     gm = llfx.rewrite(model, llfx.LoHa(r=2, target_kinds=("conv", "grouped_conv")))
@@ -51,7 +50,6 @@ def test_a_convolution_takes_one_number_for_all_dimensions(dims: int, what: str)
 
 @pytest.mark.parametrize("cls", broad_after(2, [llfx.LoRA, llfx.LoHa, llfx.RoAd, llfx.IA3]))
 def test_a_convolution_reads_an_adapted_linear_whose_shape_is_not_known(cls: Any) -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(4, 4, 3)).double()
     x = torch.randn(2, 4, 8).double()
     cfg = small(cls, 2, target_names=("0", "1"), target_kinds=("linear", "conv"))

@@ -174,7 +174,6 @@ def require_same(model: nn.Module, inputs: Any, callers: Any = tuple(CALLERS)) -
 @pytest.mark.filterwarnings("ignore:The model runs")
 @pytest.mark.parametrize("kind", broad_after(5, MODELS))
 def test_regions_that_are_traced_equal_the_model(kind: Any) -> None:
-    torch.manual_seed(0)
     callers = [caller for caller in CALLERS if not (kind is Functions and caller == "no_grad")]
     require_same(kind(), None, callers)
 
@@ -189,14 +188,12 @@ def test_a_region_ends_where_it_ends_in_the_model() -> None:
 @pytest.mark.filterwarnings("ignore:The model runs")
 @pytest.mark.parametrize("kind", slow_unless({NoGrad, Nested, Decorated}.__contains__, EXPORTED))
 def test_regions_that_are_exported_equal_the_model(kind: Any) -> None:
-    torch.manual_seed(0)
     callers = [caller for caller in CALLERS if not (kind in (Functions, Enabled) and caller == "no_grad")]
     require_same(kind(), (X[:2],), callers)
 
 
 @pytest.mark.broad
 def test_a_region_of_one_mode_alone_that_is_exported_equals_the_model() -> None:
-    torch.manual_seed(0)
     require_same(Flagged(), (X[:2],))
 
 

@@ -27,7 +27,6 @@ class Mapped(nn.Module):
 
 @pytest.mark.parametrize("cls", broad_after(2, [llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA]))
 def test_levels_of_vmap_stay_in_the_graph(cls: type[llfx.Variant]) -> None:
-    torch.manual_seed(0)
     model = Mapped().double()
     x, other = (torch.randn(*shape, 8, dtype=torch.float64) for shape in ((2, 5), (3, 4)))
     graph = llfx.capture(model, (x,))
@@ -65,7 +64,6 @@ def test_a_release_that_calls_the_indexing_function_otherwise_is_refused(monkeyp
 
 
 def test_what_is_indexed_inside_vmap_compiles() -> None:
-    torch.manual_seed(0)
     model = Indexed().double()
     first, other = (
         (torch.randn(*shape, 8, dtype=torch.float64), torch.rand(shape) > 0.3) for shape in ((3, 7), (2, 5))

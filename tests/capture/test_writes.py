@@ -116,7 +116,6 @@ class Weighted(nn.Module):
 
 
 def test_gradients_pass_through_a_product_with_a_buffer_that_was_written_to() -> None:
-    torch.manual_seed(0)
     model, cfg = Weighted(), llfx.LoRA(r=2, target_names=("linear",))
     gm, wrapped = llfx.rewrite(model, cfg, (X,)), llfx.wrap(model, cfg, (X,))
     for _ in range(2):
@@ -130,7 +129,6 @@ def test_gradients_pass_through_a_product_with_a_buffer_that_was_written_to() ->
 
 
 def test_a_part_of_a_buffer_is_written_to_in_the_graph_alone() -> None:
-    torch.manual_seed(0)
     model, cfg = Counts(), llfx.LoRA(r=2, target_names=("linear",))
     gm, wrapped = llfx.rewrite(model, cfg, (X,)), llfx.wrap(model, cfg, (X,))
     for adapted in (gm, wrapped):
@@ -147,7 +145,6 @@ def test_a_part_of_a_buffer_is_written_to_in_the_graph_alone() -> None:
 @pytest.mark.parametrize("cls", [Twice, Normed, Writes], ids=lambda cls: cls.__name__)
 def test_writes_are_kept_and_follow_the_mode(cls: type[nn.Module], exported: bool) -> None:
     """Compare the results, and the buffers after each call, with those of the eager wrapper."""
-    torch.manual_seed(0)
     model: Any = cls()
     example_inputs = (X[:3],) if exported else None
     cfg = llfx.LoRA(r=2, target_names=(".",))

@@ -257,7 +257,6 @@ def test_layers_with_other_computations_between_their_parts_compute_the_same(exp
 
 
 def test_the_blocks_of_a_sequential_are_checkpointed() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, WIDTH), *(ResidualMLP(bias=False) for _ in range(3)), nn.Linear(WIDTH, 4))
     x = torch.randn(5, 6)
     plain = llfx.rewrite(model, LORA, checkpoint_layers=False)
@@ -304,7 +303,6 @@ def test_every_call_of_a_shared_layer_is_checkpointed() -> None:
 
 @pytest.mark.broad
 def test_a_compiled_graph_has_no_breaks_and_saves_memory() -> None:
-    torch.manual_seed(0)
     x = torch.randn(64, 32, WIDTH)  # large compared with the saved random states, whose size is fixed
     model = nn.Sequential(*(GatedMLP(bias=True) for _ in range(3)))
     plain = llfx.rewrite(model, llfx.LoRA(r=2), (x,)).train()

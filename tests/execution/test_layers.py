@@ -235,7 +235,6 @@ class Around(nn.Module):
     ids=["norm", "around layers", "norm as layer"],
 )
 def test_a_hook_on_a_module_that_runs_in_parts_is_warned_of(model: Any, name: str) -> None:
-    torch.manual_seed(0)
     x = torch.randn(3, 6)
     gm = llfx.rewrite(model().eval(), llfx.LoRA(r=2, target_names=(".",)), (x,))
     before = gm(x)
@@ -246,7 +245,6 @@ def test_a_hook_on_a_module_that_runs_in_parts_is_warned_of(model: Any, name: st
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_an_input_is_not_recomputed_without_the_hook_that_changed_it(dropout: float) -> None:
-    torch.manual_seed(0)
     base, x = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 6)), torch.randn(3, 6)
     cfg = llfx.LoRA(r=2, target_names=(".",), target_kinds="linear", dropout=dropout)
     gm, wrapper = llfx.rewrite(base, cfg, (x,)).train(), llfx.wrap(base, cfg, (x,)).train()
@@ -307,7 +305,6 @@ def test_a_layer_that_was_replaced_by_another_module_is_an_error() -> None:
 
 @pytest.mark.broad
 def test_a_tied_parameter_that_is_replaced_under_one_name_is_an_error() -> None:
-    torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(tiny_llama(num_hidden_layers=1, vocab_size=40, tie_word_embeddings=True))
     for front_end in FRONT_ENDS.values():
         model = front_end(base, llfx.LoRA(r=2))
@@ -426,7 +423,6 @@ def test_hooks_on_the_adapted_model_are_those_of_the_user_and_fire_once() -> Non
 
 @pytest.mark.broad
 def test_weights_that_hooks_compute_are_traced() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     prune.random_unstructured(model[0], "weight", 0.5)
     x = torch.randn(3, 4)

@@ -117,7 +117,6 @@ def test_parts_follow_their_own_modes_in_each_call(capture: str) -> None:
 
 @pytest.mark.parametrize("capture", broad_after(1, CAPTURES))
 def test_a_graph_has_the_modes_that_the_parts_had_before_it_was_captured(capture: str) -> None:
-    torch.manual_seed(0)
     model = Net()
     put((model,), MIXED["frozen batch norm"] | {"layers.2.drop": False})
     gm = llfx.rewrite(model, LORA, CAPTURES[capture])
@@ -274,7 +273,6 @@ class KeepsFrozen(Net):
 
 @pytest.mark.parametrize("capture", broad_after(1, CAPTURES))
 def test_parts_that_the_models_own_train_keeps_frozen_stay_so(capture: str) -> None:
-    torch.manual_seed(0)
     model = KeepsFrozen()
     model.train()
     gm = llfx.rewrite(model, LORA, CAPTURES[capture])

@@ -95,7 +95,6 @@ def test_every_form_of_adapter_computes_the_same(cls: type[llfx.Variant]) -> Non
 
 @pytest.mark.broad
 def test_an_adapted_model_computes_the_same() -> None:
-    torch.manual_seed(0)
     model = llama()
     plain, ours = llfx.adapt(model, LORA).train(), llfx.adapt(model, LORA).train()
     randomise(plain, 1)
@@ -302,7 +301,6 @@ class Noisy(nn.Module):
 
 @pytest.mark.parametrize("memory", ["balanced", 0.8])
 def test_random_numbers_are_not_drawn_again(memory: Any) -> None:
-    torch.manual_seed(0)
     x = torch.randn(3, WIDTH)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Noisy() for _ in range(3)))
     plain = llfx.rewrite(model, llfx.LoRA(r=2, target_names=(".",)), (x,), verify=False).train()
@@ -328,7 +326,6 @@ class AddsInPlace(nn.Module):
 
 
 def test_layers_of_symbolic_traces_that_write_keep_all() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(AddsInPlace() for _ in range(3)))
     plain = llfx.rewrite(model, llfx.LoRA(r=2, target_names=(".",))).train()
     randomise(plain, 1)
@@ -377,7 +374,6 @@ def test_graphs_that_overwrite_tensors_keep_all(writes_input: bool) -> None:
 
 
 def test_layers_with_batch_norm_keep_all() -> None:
-    torch.manual_seed(0)
     blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.SiLU()) for _ in range(2))
     model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), *blocks), torch.randn(5, WIDTH)
     plain = llfx.rewrite(model, llfx.LoRA(r=2, target_names=(".",)), (x,)).train()
@@ -522,7 +518,6 @@ def test_models_without_layers_and_other_models_are_refused() -> None:
 
 @pytest.mark.broad
 def test_layers_of_other_shapes_have_plans_of_their_own() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, WIDTH), *(ResidualMLP(bias=False) for _ in range(3)), nn.Linear(WIDTH, 4))
     x = torch.randn(5, 6)
     plain = llfx.rewrite(model, LORA)

@@ -130,7 +130,6 @@ def changed(gm: Any, how: str) -> None:
 
 @pytest.mark.parametrize("how", broad_after(2, ["in place", "data", "new data", "another"]))
 def test_other_weights_of_the_base_are_noticed_though_the_former_were_hashed(how: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     model = ResidualMLP(True).double().eval()
     gm: Any = llfx.rewrite(model, llfx.Bank(LORA, slots=2), (inputs(3, 4),))
     pissa: Any = llfx.rewrite(model, llfx.Bank(llfx.PiSSA(r=2, **EVERYWHERE), slots=2), (inputs(3, 4),))

@@ -76,7 +76,6 @@ def check_steps(program: Any, model: Any, **further: Any) -> None:
 
 @pytest.mark.parametrize("build", broad_after(1, [one_layer_llama, gemma3, mistral]))
 def test_one_program_prefills_and_decodes(build: Any) -> None:
-    torch.manual_seed(0)
     model = llfx.adapt(build().eval(), CFG)
     randomise(model, 0)
     inputs = {name: torch.ones(1, 1, dtype=torch.long) for name in ("input_ids", "attention_mask", "position_ids")}
@@ -105,7 +104,6 @@ def test_a_file_with_a_cache_runs_where_torch_alone_is(tmp_path: Path) -> None:
 
 @pytest.mark.broad
 def test_merged_models_and_the_base_alone() -> None:
-    torch.manual_seed(0)
     model = llfx.adapt(one_layer_llama().eval(), CFG)
     randomise(model, 0)
     names = {name: torch.ones(1, 1, dtype=torch.long) for name in ("input_ids", "attention_mask", "position_ids")}
@@ -132,7 +130,6 @@ def test_what_has_no_step_is_refused() -> None:
 
 @pytest.mark.broad
 def test_the_recipe_of_transformers_for_a_static_cache_is_refused_with_the_way_out() -> None:
-    torch.manual_seed(0)
     model = one_layer_llama().eval()
     model.generation_config.cache_implementation = "static"
     chat = llfx.adapt(model, CFG)

@@ -185,7 +185,6 @@ class Marked(hf.LlamaForCausalLM):
 
 @pytest.mark.broad
 def test_a_call_for_which_the_model_decides_otherwise_gets_a_graph_of_its_own() -> None:
-    torch.manual_seed(0)
     model = Marked(tiny_llama(hidden_size=16, intermediate_size=24)).double()
     adapted, wrapped = llfx.adapt(model, llfx.LoRA(r=2)), llfx.wrap(model, llfx.LoRA(r=2))
     randomise(adapted, 0)

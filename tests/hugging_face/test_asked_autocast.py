@@ -24,7 +24,6 @@ class Asking(hf.BertForSequenceClassification):
 
 @pytest.mark.broad
 def test_an_adapted_model_has_a_graph_for_each_answer() -> None:
-    torch.manual_seed(0)
     config = hf.BertConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )

@@ -186,7 +186,6 @@ class Codes(hf.LlamaForCausalLM):
 
 @pytest.mark.broad
 def test_a_decoder_of_several_codes_for_each_token_is_adapted() -> None:
-    torch.manual_seed(0)
     model: Any = Codes(DECODER).train(False)
     ids = torch.randint(1, 9, (3, 5, 2))
     adapted, wrapped = both_ways(model, {"input_ids": ids})
@@ -224,7 +223,6 @@ RWKV = hf.RwkvConfig(hidden_size=16, num_hidden_layers=2, vocab_size=99, attenti
     "model", [(hf.MambaForCausalLM, MAMBA), pytest.param((hf.RwkvForCausalLM, RWKV), marks=pytest.mark.slow)]
 )
 def test_no_states_are_kept_in_training_where_the_model_keeps_none(model: tuple[Any, Any]) -> None:
-    torch.manual_seed(0)
     adapted, wrapped = both_ways(model[0](model[1]).double().train())
     ids = torch.randint(3, 99, (2, 5), generator=torch.Generator().manual_seed(1))
     gradients = []
@@ -259,7 +257,6 @@ class FlatPositions(hf.LlamaForCausalLM):
 
 @pytest.mark.broad
 def test_positions_may_be_viewed_as_one_row() -> None:
-    torch.manual_seed(0)
     model: Any = FlatPositions(DECODER).train(False)
     cls: Any = FlatPositions
     cls.forward.__signature__ = inspect.signature(hf.LlamaForCausalLM.forward)

@@ -185,7 +185,6 @@ class InTraining(hf.LlamaForCausalLM):
 @pytest.mark.broad
 @pytest.mark.parametrize("kind", [WithoutTokens, WithoutMask, OtherLoss, InTraining])
 def test_a_call_is_not_brought_into_the_form_of_another_kind_of_call(kind: Any) -> None:
-    torch.manual_seed(0)
     models = adapted_and_wrapped(kind(tiny_llama()).double())
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0

@@ -268,7 +268,6 @@ def test_smollm2_generates_the_same_text() -> None:
 
 @pytest.mark.broad
 def test_rows_of_an_encoder_decoder_have_adapters_of_their_own() -> None:
-    torch.manual_seed(0)
     lora = llfx.LoRA(r=R, alpha=ALPHA, target_names=".")
     model = llfx.adapt(hf.T5ForConditionalGeneration(tiny_t5()).eval(), {"a": lora, "b": lora})
     randomise(model, 0)

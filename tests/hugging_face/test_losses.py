@@ -50,7 +50,6 @@ def test_the_first_labels_decide_on_the_loss_of_all(
     build: Callable[[int], Any], labels: int, sequence: list[Tensor]
 ) -> None:
     """A model writes `problem_type` to its config, also where labels of another kind are an error afterwards."""
-    torch.manual_seed(0)
     model = build(labels)
     adapted, wrapped = adapted_and_wrapped(model)
     assert adapted.config.problem_type is None
@@ -69,7 +68,6 @@ def test_the_first_labels_decide_on_the_loss_of_all(
 
 @pytest.mark.broad
 def test_a_loss_that_is_set_in_the_config_is_taken() -> None:
-    torch.manual_seed(0)
     adapted, wrapped = adapted_and_wrapped(bert(3))
     for kind in ("multi_label_classification", "regression", None, "regression"):
         losses = []

@@ -126,7 +126,6 @@ def test_a_change_acts_in_the_next_call(change: Callable[[Any], object], caplog:
 @pytest.mark.broad
 def test_dropout_that_a_trainer_switches_off_is_off() -> None:
     # TRL's disable_dropout sets p of all nn.Dropout to zero, and its default for DPO is to do so.
-    torch.manual_seed(0)
     config = hf.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)
     model = llfx.adapt(hf.GPT2LMHeadModel(config), LORA).train()
     randomise(model, 0)
@@ -141,7 +140,6 @@ def test_dropout_that_a_trainer_switches_off_is_off() -> None:
 
 @pytest.mark.broad
 def test_a_config_that_the_model_reads_acts_in_the_next_call(caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
     )
@@ -266,7 +264,6 @@ class Scaled(hf.LlamaForCausalLM):
 
 @pytest.mark.broad
 def test_attributes_of_every_kind_act_in_the_next_call() -> None:
-    torch.manual_seed(0)
     config = one_layer_llama().config
     base: Any = Scaled(config)
     model = llfx.adapt(base.eval(), LORA)
@@ -304,7 +301,6 @@ class ScaledLater(hf.LlamaForCausalLM):
 
 @pytest.mark.broad
 def test_an_attribute_that_the_code_of_a_model_names_acts_from_when_it_is_set() -> None:
-    torch.manual_seed(0)
     base: Any = ScaledLater(one_layer_llama().config)
     model: Any = llfx.adapt(base.eval(), LORA)
     before = model(IDS).logits
@@ -314,7 +310,6 @@ def test_an_attribute_that_the_code_of_a_model_names_acts_from_when_it_is_set() 
 
 @pytest.mark.broad
 def test_a_loss_function_that_is_set_is_that_of_the_next_call() -> None:
-    torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -405,7 +400,6 @@ def test_a_wrapper_around_the_forward_of_a_layer_acts() -> None:
 
 @pytest.mark.broad
 def test_a_layer_without_adapters_may_be_replaced_by_another_of_its_class() -> None:
-    torch.manual_seed(0)
     model = llfx.adapt(one_layer_llama().eval(), llfx.LoRA(r=2, target_names=("lm_head",)))
     randomise(model, 0)
     before = model(IDS).logits

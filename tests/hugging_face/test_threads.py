@@ -31,7 +31,6 @@ SIGNATURES: dict[str, Callable[[Any], Any]] = {
     "cfg", [pytest.param(llfx.LoRA(r=2), marks=pytest.mark.slow), llfx.DoRA(r=2)], ids=lambda cfg: type(cfg).__name__
 )
 def test_threads_that_bring_new_signatures_get_what_one_thread_gets(cfg: llfx.Variant) -> None:
-    torch.manual_seed(0)
     base = hf.LlamaForCausalLM(tiny_llama()).eval()
     model, alone = llfx.adapt(base, cfg), llfx.adapt(base, cfg)
     for each in (model, alone):

@@ -240,7 +240,6 @@ SHAPES = ((WIDTH,), (3, WIDTH), (2, 3, WIDTH), (2, 1, 3, WIDTH))
 
 @pytest.mark.parametrize("form", ["shape", "dim", "unpacked"])
 def test_a_forward_for_one_number_of_dimensions_is_refused_without_example_inputs(form: str) -> None:
-    torch.manual_seed(0)
     model = Deep()
     cfg = ByHead(form=form, target_names="layers.1")
     with pytest.raises(llfx.ConfigError) as caught:
@@ -255,13 +254,11 @@ def test_a_forward_for_one_number_of_dimensions_is_refused_without_example_input
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_forward_for_any_number_of_dimensions_needs_none(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
     model = Deep()
     _same_as_wrap(llfx.capture(model), ByHead(target_names="layers"), torch.randn(shape))
 
 
 def test_all_sites_of_a_graph_that_knows_its_dimensions_are_right_in_any() -> None:
-    torch.manual_seed(0)
     model = Deep()
     for shape in SHAPES[1:3]:
         graph = llfx.capture(model, (torch.randn(shape),))

@@ -63,7 +63,6 @@ class Pairs(nn.Module):
 
 
 def test_the_gradient_of_a_complex_product_takes_the_conjugate_weight() -> None:
-    torch.manual_seed(0)
     gm, x = llfx.capture(Pairs(), (torch.randn(3, 2, 2),)), torch.randn(3, 2, 2, requires_grad=True)
     (expected,) = torch.autograd.grad(gm(x).square().sum(), x)
     assert RecomputeWeights().run(gm) == Outcome(1)

@@ -209,7 +209,6 @@ def test_a_parametrized_weight_is_replaced_read_and_trained_as_in_a_graph(name: 
 
 
 def test_a_parametrized_convolution_is_replaced() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3, padding=1)))
     cfg, x = llfx.Full(target_names="0"), torch.randn(2, 2, 5, 5)
     torch.testing.assert_close(start(llfx.wrap(model, cfg, (x,)))(x), start(llfx.rewrite(model, cfg, (x,)))(x))

@@ -215,7 +215,6 @@ def test_half_precision_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.broad
 def test_statistics_and_a_second_round_are_saved(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     model: Any = hf.ResNetForImageClassification(config).eval()
     gm = moved(llfx.rewrite(model, llfx.LoRA(r=2, target_kinds=("conv",)), IMAGES))

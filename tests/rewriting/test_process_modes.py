@@ -126,7 +126,6 @@ class Positions(hf.LlamaForCausalLM):
 
 @pytest.mark.broad
 def test_an_adapted_model_follows_the_default_dtype() -> None:
-    torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -145,7 +144,6 @@ def test_an_adapted_model_follows_the_default_dtype() -> None:
 @pytest.mark.broad
 @pytest.mark.parametrize("name", [*MODES, "nothing"])
 def test_an_adapted_model_captures_outside_of_the_modes_of_the_call(name: str) -> None:
-    torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )

@@ -411,7 +411,6 @@ class OneModuleSeveralWeights(nn.Module):
 
 
 def test_one_module_with_several_weights_has_a_site_for_each() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(OneModuleSeveralWeights()).double()
     x = _noise(4, WIDTH)
     base = llfx.capture(model, (x[:2],))
@@ -443,7 +442,6 @@ def test_products_written_with_matmul_are_those_of_linear_at_every_kind(case: st
 
 @pytest.mark.parametrize("case", ["embedding", "conv1d", "batched experts"])
 def test_a_plain_forward_is_right_at_every_kind_in_half_precision(case: str) -> None:
-    torch.manual_seed(0)
     model = CASES[case].model().bfloat16()
     traced = CASES[case].traced
     x = traced.bfloat16() if traced.is_floating_point() else traced

@@ -65,7 +65,6 @@ MODELS: dict[str, tuple[type[TiedAutoencoder | ThereAndBack], tuple[str, str]]] 
 def test_one_weight_in_two_orientations_is_two_sites(
     cls: type[llfx.Variant], model_name: str, exported: bool, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
     kind, names = MODELS[model_name]
     model = kind().double().eval()
     x = torch.randn(3, 8, dtype=torch.float64)
@@ -103,7 +102,6 @@ def test_one_weight_in_two_orientations_is_two_sites(
 @pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "exported"])
 @pytest.mark.parametrize("cls", broad_after(2, VARIANTS))
 def test_a_weight_at_the_root_is_a_site(cls: type[llfx.Variant], exported: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     model = nn.Linear(8, 12).double().eval()
     x = torch.randn(3, 8, dtype=torch.float64)
     graph = llfx.capture(model, (torch.randn(2, 8, dtype=torch.float64),) if exported else None)

@@ -306,7 +306,6 @@ def test_evaluation_on_a_cpu_reorders_a_weight_of_four_bits_and_it_is_read_as_be
 
 def test_whole_numbers_of_a_model_of_transformers_are_no_weight() -> None:
     """All of its models inherit from a mixin of an integration, and XLM's keeps its positions in a buffer."""
-    torch.manual_seed(0)
     sizes: dict[str, Any] = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 40}
     model = transformers.XLMModel(transformers.XLMConfig(**sizes))
     assert len(llfx.adapters(llfx.wrap(model, llfx.LoRA(r=2, target_names=("q_lin",))))) == 1

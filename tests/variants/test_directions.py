@@ -21,7 +21,6 @@ R = 4
 @pytest.mark.parametrize("suppress", [False, True])
 @pytest.mark.parametrize("basis", ["svd", "corda", "asvd"])
 def test_gains_scale_the_directions_of_their_basis_and_are_steered_between_calls(basis: str, suppress: bool) -> None:
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8)).double()
     data = torch.randn(200, 6).double() * torch.tensor([3.0, 1, 1, 0.3, 0.1, 1]) @ torch.randn(6, 6).double()
     x, weight, bias = torch.randn(4, 6).double(), *(tensor.detach() for tensor in net.parameters())
@@ -135,7 +134,6 @@ def test_cores_start_as_the_identity(cls: Any) -> None:
 
 
 def test_an_ablation_of_full_strength_takes_away_a_direction_of_the_output() -> None:
-    torch.manual_seed(0)
     net: Any = nn.Sequential(nn.Linear(6, 8, bias=False)).double()
     gm = llfx.rewrite(net, llfx.AntiPaSTOAblate(strength=1, target_names="0"))  # all 6 directions of W
     p = llfx.adapter_state_dict(gm)

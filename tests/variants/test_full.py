@@ -150,7 +150,6 @@ def test_merge_gives_the_trained_tensors_bit_for_bit(name: str) -> None:
 
 
 def test_files_and_exports_hold_whole_weights_and_tokens() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 4)).double()
     ids, other = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 1], [0, 2]])
     base = llfx.capture(model, (torch.tensor([[1, 2, 3], [4, 5, 6]]),))
@@ -186,7 +185,6 @@ class Experts(nn.Module):
 
 
 def test_a_grouped_convolution_is_trained_whole() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv1d(6, 6, 1, groups=3, bias=False)).double()
     model.insert(1, nn.Flatten(2))
     x, y = torch.randn(2, 4, 5, 5).double(), torch.randn(3, 4, 6, 4).double()
@@ -257,7 +255,6 @@ def test_a_symbolic_trace_names_the_norms_that_it_leaves_out() -> None:
 
 @pytest.mark.broad
 def test_an_adapted_model_generates_merges_and_keeps_it_in_checkpoints(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     model: Any = MODELS["tied llama"]().eval()
     cfg = [llfx.Full(target_names="norm"), TOKENS, LORA]
     adapted: Any = llfx.adapt(model, cfg)
@@ -275,7 +272,6 @@ def test_an_adapted_model_generates_merges_and_keeps_it_in_checkpoints(tmp_path:
 
 
 def test_the_backend_trains_whole_weights() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(4, 8)
     cfg = [llfx.Full(target_names="2"), llfx.LoRA(r=2, target_names="0")]

@@ -170,7 +170,6 @@ def test_rank_stabilized_scales_by_the_root_of_the_rank(name: str) -> None:
 @pytest.mark.parametrize("dtype", broad_after(1, [F64, torch.float32, BF16]), ids=str)
 @every_variant
 def test_start_is_the_identity(name: str, dtype: torch.dtype, how: Any) -> None:
-    torch.manual_seed(0)
     model, x = ready(Net(), dtype), sample(5, 3, D_IN, dtype=dtype)
     y, expected = how(model, CONFIGS[name])(x), model(x)
     if name in ("LoRA", "DeLoRA", "IA3"):
@@ -181,7 +180,6 @@ def test_start_is_the_identity(name: str, dtype: torch.dtype, how: Any) -> None:
 
 @every_variant
 def test_each_element_gets_a_gradient_at_the_start_or_once_b_has_moved(name: str) -> None:
-    torch.manual_seed(0)
     gm, x = llfx.rewrite(ready(Net()), CONFIGS[name]), sample(5, 3, D_IN)
     waiting = {"LoRA": {"lora_A"}, "DoRA": {"lora_A"}, "DeLoRA": {"lora_A", "lora_lambda"}}.get(name, ())
     for parameter, grad in gradients(gm, gm(x)).items():
@@ -197,7 +195,6 @@ def test_each_element_gets_a_gradient_at_the_start_or_once_b_has_moved(name: str
 
 @every_variant
 def test_on_a_bfloat16_base_all_tensors_are_float32_and_a_small_step_moves_them(name: str) -> None:
-    torch.manual_seed(0)
     gm = llfx.rewrite(ready(Net(), BF16), CONFIGS[name])
     assert {tensor.dtype for tensor in llfx.adapter_state_dict(gm).values()} == {torch.float32}
     if name != "IA3":  # whose gates are to move from exactly one

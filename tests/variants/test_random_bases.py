@@ -154,7 +154,6 @@ WAITING = {"VeRA": {"lora_ld"}, "RandLoRA": {"lora_gamma"}}  # for a factor that
 
 @every_variant
 def test_each_element_gets_a_gradient_at_the_start_or_a_step_later(name: str) -> None:
-    torch.manual_seed(0)
     gm, x = llfx.rewrite(ready(Net()), CONFIGS[name]), sample(5, 3, D_IN)
     for parameter, grad in gradients(gm, gm(x)).items():
         dead = parameter.rpartition(".")[2] in WAITING.get(name, ())
@@ -314,7 +313,6 @@ def test_fourierft_takes_the_frequencies_of_peft_and_all_where_there_are_fewer()
 
 
 def test_fourierft_starts_from_standard_normal_coefficients_which_are_not_the_identity() -> None:
-    torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(300, 200)), torch.randn(2, 300)
     gm = llfx.rewrite(model, llfx.FourierFT(n_frequency=20_000, target_names=("0",)))
     spectrum = gm.get_parameter("0.lora_spectrum")

@@ -260,7 +260,6 @@ def test_oft_turns_the_other_way_with_the_series() -> None:
 
 
 def test_orthogonal_hra_reflects_the_span_of_its_vectors_from_the_start_on() -> None:
-    torch.manual_seed(0)
     gm = llfx.rewrite(single(), CASES["HRA orthogonal"][0])
     u = gm.get_parameter("fc.lora_U")
     assert torch.linalg.matrix_rank(u) == 5, "no vector repeats another"
@@ -273,7 +272,6 @@ def test_orthogonal_hra_reflects_the_span_of_its_vectors_from_the_start_on() -> 
 
 
 def test_orthogonal_hra_gets_a_gradient_for_every_element_from_the_start() -> None:
-    torch.manual_seed(0)
     gm = llfx.rewrite(single(), CASES["HRA orthogonal"][0])
     (grad,) = gradients(gm, gm(sample(7, D_IN))).values()
     assert (grad != 0).all()

@@ -119,7 +119,6 @@ def ids() -> Tensor:
 @pytest.mark.broad
 @pytest.mark.parametrize("kind", [Experts, ReadingShapes])
 def test_a_loop_over_the_experts_that_tokens_chose_is_followed_for_others(kind: type[Experts], ids: Tensor) -> None:
-    torch.manual_seed(0)
     model = kind()
     gm = llfx.rewrite(model, CFG, (ids,))
     randomise(gm, 0)

@@ -90,7 +90,6 @@ def images() -> tuple[Model, tuple[Tensor, ...], tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.DoRA, llfx.IA3]))
 def test_channels_that_must_lie_beside_each_other(cls: type[llfx.Variant]) -> None:
-    torch.manual_seed(0)
     model, x, other = images()
     model.double()
     check(model, small(cls, target_names=(".",)), x, other)
@@ -110,7 +109,6 @@ def test_channels_that_must_lie_beside_each_other(cls: type[llfx.Variant]) -> No
 )
 @pytest.mark.parametrize("cls", broad_after(1, [llfx.LoRA, llfx.DoRA, llfx.IA3]))
 def test_values_that_are_written_to(cls: type[llfx.Variant], between: Callable[[Tensor], Tensor]) -> None:
-    torch.manual_seed(0)
     model = Model(nn.Linear(5, 6), between).double()
     x, other = (torch.randn(*shape, 5, dtype=torch.float64) for shape in ((2, 3), (3, 4)))
     check(model, small(cls, target_names=(".",)), (x,), (other,))

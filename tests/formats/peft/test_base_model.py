@@ -111,7 +111,6 @@ def test_the_task_is_that_of_the_class(build: Any, task: str | None) -> None:
 
 
 def test_auto_peft_model_finds_a_classifier_by_its_class(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     LlamaForSequenceClassification(CONFIG).save_pretrained(tmp_path / "base")
     model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base").eval()
     gm = llfx.wrap(model, llfx.LoRA(r=2, target_names=NAMES), {"input_ids": IDS})

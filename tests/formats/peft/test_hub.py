@@ -42,7 +42,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_repository_in_the_cache_is_loaded_with_revision_and_subfolder(cache: Path) -> None:
-    torch.manual_seed(0)
     model = ResidualMLP().eval()
     cached: list[tuple[dict[str, Any], float]] = [
         ({}, 0.3),
@@ -70,7 +69,6 @@ def test_what_is_not_cached_is_said_offline(cache: Path, tmp_path: Path) -> None
 
 
 def test_directories_have_folders_and_no_revisions(cache: Path) -> None:
-    torch.manual_seed(0)
     model, snapshot = ResidualMLP().eval(), cache / "snapshots" / COMMITS["v2"]
     gm = llfx.load_peft(model, snapshot, (X,), subfolder="checkpoints/last").eval()
     assert torch.allclose(gm(X), trained(0.7)(X))

@@ -170,7 +170,14 @@ def transform_is_active() -> bool:
 
     They need operations that they know: no autograd functions of our own, and no writes to results.
     """
-    return _functorch_level() is not None or forward_ad._current_level >= 0 or _is_jit_tracing()
+    return bool(name_of_transform()) or forward_ad._current_level >= 0
+
+
+def name_of_transform() -> str:
+    """Return "torch.func" or "torch.jit.trace" if one of them runs this call, else an empty string."""
+    if _functorch_level() is not None:
+        return "torch.func"
+    return "torch.jit.trace" if _is_jit_tracing() else ""
 
 
 def trace_is_active() -> bool:

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..capture.capture_model import call_of
 from ..capture.graph_calls import left_out_of_export, return_without
+from ..compat.torch import is_wrapped
 from ..errors import AdapterError
 from ..graph.annotated import traceable_forward
 from ..graph.calls_and_traces import collection_put_off
@@ -38,6 +39,8 @@ def derive_program(gm: RunsPrograms, key: ProgramKey) -> Program:
     what = f"the {key.kind} program" + (f" for calls without {', '.join(key.left_out)}" if key.left_out else "")
     with phase(f"derived {what}", f"deriving {what}") as details:
         graph, _ = optimized_graph(gm, key)
+        if key.kind == "plain":
+            _ask_wrapped_tensors(graph)
         for path in key.called if gm.host is not gm else ():
             module = submodule(gm.host, path)
             if not isinstance(module, RunsParts):
@@ -62,6 +65,16 @@ def derive_program(gm: RunsPrograms, key: ProgramKey) -> Program:
         program.compile(graph)
         details.append(f"{len(graph.nodes)} nodes")
     return program
+
+
+def _ask_wrapped_tensors(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        node.target = _size
+
+
+def _size(x: Tensor, dim: int) -> int | torch.SymInt:
+    """Return a size as exports ask for it, or otherwise where `torch.func.vmap` has no rule for their operator."""
+    return x.size(dim) if is_wrapped(x) else torch.ops.aten.sym_size.int(x, dim)
 
 
 def optimized_graph(gm: RunsPrograms, key: ProgramKey) -> tuple[fx.Graph, list[PassReport]]:

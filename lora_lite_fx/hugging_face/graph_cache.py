@@ -24,8 +24,8 @@ from ..capture.capture_model import Inputs, call_of, without_what_cannot_be
 from ..capture.inputs.example_inputs import example_inputs_of
 from ..capture.origins.hooks import take_hooks_off
 from ..capture.origins.origin import is_diffusers, is_hugging_face
-from ..compat.torch import not_compiled, pytree
-from ..errors import COMPILE_INSTEAD, CaptureError
+from ..compat.torch import name_of_transform, not_compiled, pytree
+from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.optimize import draft_of
 from ..graph.calls_and_traces import calling, tracing
@@ -305,7 +305,17 @@ class GraphCache:
         return self._call(self.model, arguments_of(self.model, args, dict(kwargs))[0], is_first=True)
 
     def shadow(self) -> Any:
-        """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls."""
+        """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls.
+
+        Raises:
+            AdapterError: a transform of `torch.func` or a trace of `torch.jit` runs, which would run the copy too.
+        """
+        if transform := name_of_transform():
+            raise AdapterError(
+                f"{transform} meets the first call of its kind (its arguments, their types, the mode), of which no"
+                f" graph can be captured inside {transform}. The way out: call the model once like this before, outside"
+                f" of {transform}; torch.no_grad() is enough."
+            )
         copied = self.adapters.plain_model()
         take_hooks_off(copied)
         forget_positions(copied)

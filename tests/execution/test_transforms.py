@@ -27,7 +27,9 @@ class Layer(nn.Module):
         self.up, self.gate, self.down = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.down(torch.tanh(self.up(x)) * torch.sigmoid(self.gate(x)))
+        batch, length, width = x.shape  # asks for sizes, for which vmap has no rule in the operator of exports
+        heads = torch.tanh(self.up(x)).view(batch, length, 2, width // 2).flip(2).reshape(batch, length, width)
+        result: Tensor = x + self.down(heads * torch.sigmoid(self.gate(x)))
         return result
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lora_lite_fx as llfx
 from tests.support.conformance import close, randomise
-from tests.support.models import GatedMLP, Net, tiny_llama
+from tests.support.models import GatedMLP, Net, one_layer_llama, tiny_llama
 from tests.support.selection import broad_after
 from tests.support.untouched import untouched
 
@@ -233,6 +233,31 @@ def test_a_pipeline_generates() -> None:
         results = generate(["w5 w6 w7", "w8"], max_new_tokens=4, do_sample=False)
         texts.append([result[0]["generated_text"] for result in results])
     assert texts[0] == texts[1]
+
+
+def test_a_transform_takes_calls_that_were_made_before_and_refuses_others_by_name() -> None:
+    model = llfx.adapt(one_layer_llama().double(), llfx.LoRA(r=2))
+    randomise(model, 0)
+    ids = torch.randint(3, 32, (3, 5))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        arguments = {"input_ids": row[None], "labels": row[None], "use_cache": False}
+        result: Tensor = torch.func.functional_call(model, parameters, (), arguments).loss
+        return result
+
+    of_rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    with pytest.raises(llfx.AdapterError, match=r"torch\.func meets the first call of its kind .* torch\.no_grad\(\)"):
+        of_rows(parameters, ids)
+    with pytest.raises(llfx.AdapterError, match=r"torch\.jit\.trace meets the first call"):
+        torch.jit.trace(model, (ids,), strict=False)
+    with torch.no_grad():
+        loss(parameters, ids[0])
+    gradients = of_rows(parameters, ids)
+    for index, row in enumerate(ids):
+        expected = torch.autograd.grad(loss(parameters, row), list(parameters.values()))
+        for name, gradient in zip(parameters, expected, strict=True):
+            close(gradients[name][index], gradient, 1e-9, name)
 
 
 @pytest.mark.broad

@@ -75,7 +75,8 @@ def frozen(model: Model) -> Iterator[Model]:
     opens the scope itself. Compiled calls take the kept values as inputs. Calls with gradients keep nothing.
 
     A step of an optimizer and `load_state_dict` are errors at once, other writes at the next call or at the end of the
-    scope. Writes to `.data`, by numpy and by collectives are not noticed, nor are writes to tensors that were made in
+    scope. What is assigned to `.data`, as `torch.nn.utils.vector_to_parameters` does, is an error at the end. Writes to
+    elements of `.data`, by numpy and by collectives are not noticed, nor are writes to tensors that were made in
     inference mode. Modules of an adapted model that are replaced inside, and numbers of modules that are set, act when
     the scope has ended. Sharded parameters are not kept.
 
@@ -95,6 +96,7 @@ def frozen(model: Model) -> Iterator[Model]:
     reshard(model)
     before = dict(model.named_parameters())
     versions = {name: version_of(tensor) for name, tensor in before.items() if not tensor.is_inference()}
+    data = {name: tensor.data_ptr() for name, tensor in before.items() if type(tensor) in ORDINARY}
     watched = set(map(id, before.values()))
 
     def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -117,6 +119,8 @@ def frozen(model: Model) -> Iterator[Model]:
             raise changed_inside(f"{name} was replaced")
         if name in versions and version_of(tensor) != versions[name]:
             raise changed_inside(f"{name} was written to")
+        if name in data and tensor.data_ptr() != data[name]:
+            raise changed_inside(f"{name} was given other data")
 
 
 def _refuse_to_load(*_: Any) -> None:

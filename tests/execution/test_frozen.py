@@ -121,7 +121,13 @@ def replaced(gm: nn.Module) -> None:
     setattr(gm.get_submodule(path), leaf, nn.Parameter(gm.get_parameter(name).detach() * 0.9))
 
 
-@pytest.mark.parametrize("write", [*WRITES, replaced], ids=lambda write: write.__name__)
+def assigned(gm: nn.Module) -> None:
+    parameters = llfx.adapter_parameters(gm)
+    vector = nn.utils.parameters_to_vector(parameters)
+    nn.utils.vector_to_parameters(vector * 0.9, parameters)  # which counts no versions
+
+
+@pytest.mark.parametrize("write", [*WRITES, replaced, assigned], ids=lambda write: write.__name__)
 def test_the_end_of_the_scope_notices_a_write(write: Callable[[nn.Module], None]) -> None:
     gm = pair(llfx.DoRA)[0].eval()
     with pytest.raises(llfx.AdapterError, match=r"inside llfx\.frozen"):

@@ -2,6 +2,7 @@
 
     python docs/make_methods.py                # write them, after a variant or the prose has changed
     python docs/make_methods.py --check        # say which pages are not what this would write
+    python docs/make_methods.py --check DoRA   # of these variants alone, and of the index
 
 What a program can know comes from the dataclasses, from the graph of each variant and from the committed results.
 The rest is in `methods/prose.toml`.
@@ -16,7 +17,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -311,10 +312,10 @@ def linked(text: str) -> str:
     return re.sub(r"(https?://[^\s),]+)", r"<\1>", text)
 
 
-def made() -> dict[Path, str]:
-    """Return the content of each file, by its path."""
+def made(chosen: Iterable[type[Variant]]) -> dict[Path, str]:
+    """Return the content of the index, and that of each file of the variants, by path."""
     content = {DOCS / "methods" / "README.md": index()}
-    for cls in variants().values():
+    for cls in chosen:
         check_count(cls)
         content[DOCS / "methods" / f"{stem(cls)}.md"] = page(cls)
         content[DOCS / "methods" / "images" / f"{stem(cls)}.svg"] = draw_insertion(adapted(cls), "site")
@@ -325,10 +326,14 @@ def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, and say what is not up to date")
-    check = parser.parse_args().check
-    content = made()
+    names = [*variants(), []]  # argparse looks for its default there too
+    parser.add_argument("variants", nargs="*", choices=names, metavar="VARIANT", help="all by default")
+    options = parser.parse_args()
+    check = options.check
+    content = made(variants()[name] for name in options.variants or variants())
     old = {path for path, text in content.items() if not path.exists() or path.read_text(encoding="utf-8") != text}
-    old |= {path for path in (DOCS / "methods").glob("*.md") if path not in content and path.name != "path.md"}
+    if not options.variants:
+        old |= {path for path in (DOCS / "methods").glob("*.md") if path not in content and path.name != "path.md"}
     for path in sorted(old):
         print(f"{'not up to date' if check else 'written'}: {path.relative_to(DOCS.parent)}")
         if not check and path in content:

@@ -23,7 +23,7 @@ from lora_lite_fx.rewriting.eager import wrap_again
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama, tiny_t5
 from tests.support.releases import cases_by_name
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 from tests.survey.tiny import tiny_model
 
 CASES = cases_by_name()
@@ -182,7 +182,7 @@ def test_functions_that_a_model_does_not_call_keep_what_they_remember() -> None:
     assert model_of_a_script(4) is kept
 
 
-@pytest.mark.parametrize("name", broad_after(6, ARGUMENTS))
+@pytest.mark.parametrize("name", broad_after(6, slow_after(20, ARGUMENTS)))
 def test_a_model_runs_on_inputs_of_its_config(name: str) -> None:
     model = CASES[name].builder()()
     inputs = example_inputs_of(model)

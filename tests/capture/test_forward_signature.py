@@ -14,7 +14,7 @@ import lora_lite_fx as llfx
 from lora_lite_fx.capture.forward_signature import forward_signature, signature_of
 from tests.support.conformance import randomise
 from tests.support.models import ids, tiny_llama
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 
 def _sharper(output: Any) -> Any:
@@ -132,7 +132,7 @@ def test_the_class_of_the_model_is_left_as_it_is() -> None:
     assert not hasattr(forward, "__signature__")
 
 
-@pytest.mark.parametrize("subclass", broad_after(1, SUBCLASSES))
+@pytest.mark.parametrize("subclass", broad_after(1, slow_after(2, SUBCLASSES)))
 @pytest.mark.parametrize("given", broad_after(1, [False, True]))
 def test_a_subclass_is_rewritten(subclass: Any, given: bool) -> None:
     model, cfg = build(subclass), llfx.LoRA(r=2)
@@ -149,7 +149,7 @@ def test_a_subclass_is_rewritten(subclass: Any, given: bool) -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("subclass", broad_after(1, SUBCLASSES))
+@pytest.mark.parametrize("subclass", slow_after(2, SUBCLASSES))
 def test_a_subclass_is_adapted(subclass: Any) -> None:
     model, cfg = build(subclass), llfx.LoRA(r=2)
     chat = llfx.adapt(model, cfg)

@@ -18,7 +18,7 @@ from lora_lite_fx.ops import attention_mask, chunked_loss
 from tests.devices.fake_cuda import FROM_DATA, captured, config, tokens
 from tests.devices.host_reads import host_reads
 from tests.support.releases import since
-from tests.support.selection import broad_after, broad_unless, is_typical
+from tests.support.selection import broad_after, by_tier, slow_after
 
 VARIANTS = [name for name in llfx.registry() if name not in FROM_DATA]
 
@@ -39,8 +39,10 @@ def train(gm: Any, inputs: dict[str, Tensor]) -> None:
     gm.train()(**inputs).loss.backward()
 
 
-@pytest.mark.parametrize("options", broad_after(1, [{"fuse_loss": True}, {}, {"checkpoint_layers": True}]), ids=str)
-@pytest.mark.parametrize("name", broad_unless(is_typical, VARIANTS))
+@pytest.mark.parametrize(
+    "options", broad_after(1, slow_after(2, [{"fuse_loss": True}, {}, {"checkpoint_layers": True}])), ids=str
+)
+@pytest.mark.parametrize("name", by_tier(VARIANTS))
 def test_a_step_of_training_reads_nothing(name: str, options: dict[str, Any]) -> None:
     gm = llfx.rewrite(captured(torch.float32, **options)[0], config(name))
     train(gm, without_mask())  # the first call derives the program, and looks at the mask of this length
@@ -49,7 +51,7 @@ def test_a_step_of_training_reads_nothing(name: str, options: dict[str, Any]) ->
     assert reads == []
 
 
-@pytest.mark.parametrize("name", broad_unless(is_typical, VARIANTS))
+@pytest.mark.parametrize("name", by_tier(VARIANTS))
 def test_a_call_in_frozen_reads_nothing(name: str) -> None:
     gm = llfx.rewrite(captured(torch.float32)[0], config(name)).eval()
     with torch.no_grad(), llfx.frozen(gm):

@@ -523,7 +523,7 @@ IN_SUITE = [
     broad_after(
         1,
         [
-            pytest.param(*case, marks=pytest.mark.slow) if case[1] == "VeRA" and case[0] != "rewrite" else case
+            pytest.param(*case, marks=pytest.mark.slow) if case[0] != "rewrite" and case != ("adapt", "DoRA") else case
             for case in IN_SUITE
         ],
         several=True,

@@ -108,7 +108,10 @@ def refuses(model: nn.Module, path: Path, *parts: str, error: type[Exception] = 
 )
 @pytest.mark.parametrize(
     "name",
-    broad_unless(lambda name: name == "stack" or is_typical(name), CONFIGS),
+    broad_unless(
+        lambda name: name == "stack" or is_typical(name),
+        slow_unless(lambda name: name == "stack" or is_distinct(name), CONFIGS),
+    ),
 )
 def test_a_file_brings_back_tensors_and_outputs_bit_for_bit(
     name: str, adapt: Callable[..., nn.Module], example: Any, tmp_path: Path

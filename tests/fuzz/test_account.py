@@ -33,7 +33,7 @@ def mark(row: Row, path: str) -> Any:
     if (row.group, row.name, path) in OF_ACCOUNT:
         marks.append(pytest.mark.xfail(strict=True, reason=OF_ACCOUNT[row.group, row.name, path]))
     if path not in EVERYDAY:
-        marks.append(pytest.mark.broad)
+        marks.append(pytest.mark.slow if path == "backend" else pytest.mark.broad)  # it compiles each cell
     return pytest.param(row, path, marks=marks, id=f"{path}-{row.group}-{row.name}".replace(" ", "_"))
 
 

@@ -15,7 +15,7 @@ from lora_lite_fx.hand_over.bake import is_baked
 from tests.support.captured import captured
 from tests.support.conformance import calibration, randomise, small
 from tests.support.models import GatedMLP, ids, net
-from tests.support.selection import broad_unless, is_typical
+from tests.support.selection import broad_unless, by_tier, is_distinct, slow_unless
 
 EXAMPLE = ids(2, 5)
 
@@ -46,7 +46,7 @@ def close(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())), rtol=0)
 
 
-@pytest.mark.parametrize("cls", broad_unless(is_typical, llfx.registry().values()))
+@pytest.mark.parametrize("cls", by_tier(llfx.registry().values()))
 def test_each_variant_computes_the_same(cls: type[llfx.Variant]) -> None:
     gm = adapted(small(cls))
     before = {name: tensor.clone() for name, tensor in gm.state_dict().items()}
@@ -60,7 +60,9 @@ def test_each_variant_computes_the_same(cls: type[llfx.Variant]) -> None:
     assert constants(again).keys() == constants(baked).keys()
 
 
-@pytest.mark.parametrize("cls", broad_unless(lambda cls: cls is llfx.DoRA, llfx.registry().values()))
+@pytest.mark.parametrize(
+    "cls", broad_unless(lambda cls: cls is llfx.DoRA, slow_unless(is_distinct, llfx.registry().values()))
+)
 def test_whole_updates_agree_with_merge(cls: type[llfx.Variant]) -> None:
     gm = adapted(small(cls))
     try:

@@ -17,7 +17,7 @@ from tests.support.captured import captured
 from tests.support.conformance import calibration, randomise, small
 from tests.support.models import GatedMLP, Normed, ids, net, one_layer_llama, tiny_t5
 from tests.support.quantized import STORAGES, storages
-from tests.support.selection import broad_after, broad_unless
+from tests.support.selection import broad_after, broad_unless, is_distinct, slow_unless
 
 EXAMPLE = {"ids": ids(2, 5)}
 SHAPES = ((2, 5), (1, 1), (3, 9))
@@ -57,7 +57,9 @@ def check(program: Any, gm: Any) -> None:
         close(module(ids=ids(*shape)), gm(ids(*shape)))
 
 
-@pytest.mark.parametrize("cls", broad_unless(lambda cls: cls is llfx.DoRA, llfx.registry().values()))
+@pytest.mark.parametrize(
+    "cls", broad_unless(lambda cls: cls is llfx.DoRA, slow_unless(is_distinct, llfx.registry().values()))
+)
 def test_each_variant_is_exported(cls: type[llfx.Variant]) -> None:
     gm = adapted(small(cls))
     program = llfx.export(gm, EXAMPLE)

@@ -15,7 +15,7 @@ import lora_lite_fx as llfx
 from tests.support.against_wrapper import EVERYWHERE, adapted_and_wrapped, require_equal
 from tests.support.conformance import randomise
 from tests.support.process import default_dtype
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 IDS = torch.randint(3, 99, (3, 6), generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {
@@ -41,7 +41,7 @@ CLASSES, MANY, NUMBERS = torch.tensor([0, 2, 1]), torch.rand(3, 3).round(), torc
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("build", broad_after(1, [bert, llama]))
+@pytest.mark.parametrize("build", slow_after(1, [bert, llama]))
 @pytest.mark.parametrize(
     ("labels", "sequence"),
     broad_after(1, [(3, [CLASSES, MANY, CLASSES]), (3, [MANY, CLASSES, MANY]), (1, [NUMBERS, NUMBERS])], several=True),
@@ -153,7 +153,7 @@ def doubles() -> Iterator[None]:
 
 @pytest.mark.usefixtures("doubles")
 @pytest.mark.broad
-@pytest.mark.parametrize("build", [transcriber, detector])
+@pytest.mark.parametrize("build", slow_after(1, [transcriber, detector]))
 def test_a_loss_that_no_graph_computes_is_the_models_own(
     build: Callable[[], tuple[Any, dict[str, Any], Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", broad_after(1, CHANGES.values()), ids=CHANGES)
+@pytest.mark.parametrize("change", broad_after(1, slow_after(6, CHANGES.values())), ids=CHANGES)
 def test_a_change_acts_in_the_next_call(change: Callable[[Any], object], caplog: pytest.LogCaptureFixture) -> None:
     model = adapted()
     plain = llfx.merge(model)

@@ -24,6 +24,7 @@ from finetune_data import DataError, Example, encoded
 from finetune_training import NOT_COUNTED, counted, to_blocks
 
 import lora_lite_fx as llfx
+from tests.support.selection import slow_after
 from tests.support.tiny_folder import PARAGRAPHS, TEMPLATE, tokenizer, write_tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -372,7 +373,7 @@ def state(out: Path, step: int) -> dict[str, Any]:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("variant", ["lora", "dora", "vera"])
+@pytest.mark.parametrize("variant", slow_after(1, ["vera", "lora", "dora"]))
 def test_a_resumed_run_is_an_uninterrupted_one_to_the_bit(
     variant: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,12 +9,14 @@ from counted_bytes import MovedBytes, kept_bytes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.support.selection import slow_unless
+
 TOKENS = 96
 
 
 @pytest.mark.broad
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("method", paper.METHODS)
+@pytest.mark.parametrize("method", slow_unless("dora".__eq__, paper.METHODS))
 def test_counts_without_data_are_those_with_data(method: str) -> None:
     real = paper.counts("tiny", method, TOKENS)
     with FakeTensorMode():

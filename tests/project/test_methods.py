@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.scripts import script
+from tests.support.selection import TYPICAL, slow_after
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "methods"
@@ -59,8 +60,9 @@ def test_the_counted_costs_are_of_every_variant_for_linears(make_methods: Module
 @pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="other releases capture some variants with other operators"
 )
+@pytest.mark.parametrize("chosen", slow_after(1, [sorted(TYPICAL), []]), ids=["some", "all"])
 def test_the_pages_are_what_the_script_writes(
-    make_methods: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chosen: list[str], make_methods: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["make_methods.py", "--check"])
+    monkeypatch.setattr(sys, "argv", ["make_methods.py", "--check", *chosen])
     assert make_methods.main() == 0, capsys.readouterr().out

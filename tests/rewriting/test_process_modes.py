@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from tests.support.conformance import randomise
 from tests.support.process import default_dtype, deterministic
+from tests.support.selection import slow_after
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 LORA = llfx.LoRA(r=2, target_names=("fc",))
@@ -142,7 +143,7 @@ def test_an_adapted_model_follows_the_default_dtype() -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("name", [*MODES, "nothing"])
+@pytest.mark.parametrize("name", slow_after(3, [*MODES, "nothing"]))
 def test_an_adapted_model_captures_outside_of_the_modes_of_the_call(name: str) -> None:
     config = hf.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2

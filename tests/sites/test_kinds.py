@@ -34,7 +34,7 @@ from tests.support.conformance import (
 )
 from tests.support.own_variants import registered
 from tests.support.plain_variants import PlainLoRA
-from tests.support.selection import broad_after, broad_unless, is_typical
+from tests.support.selection import broad_after, by_tier
 
 VARIANTS = list(for_any_linear().values())
 E, WIDTH, INNER, NUMBER = 3, 8, 12, 20
@@ -228,7 +228,7 @@ def dense(gm: fx.GraphModule, model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("cls", broad_unless(is_typical, VARIANTS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", by_tier(VARIANTS), ids=lambda cls: cls.__name__)
 def test_every_variant_is_right_on_every_kind_or_refused(cls: type[llfx.Variant], case: str) -> None:
     kind = CASES[case]
     model, base = model_and_base(case)

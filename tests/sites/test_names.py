@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import lora_lite_fx as llfx
 from lora_lite_fx.sites.finding import find_sites
 from tests.support.conformance import check_remove, close, output, randomise, small
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 VARIANTS = (llfx.LoRA, llfx.DoRA, llfx.IA3, llfx.OFT, llfx.HRA)
 
@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[type[TiedAutoencoder | ThereAndBack], tuple[str, str]]] 
 
 @pytest.mark.parametrize("exported", broad_after(1, [False, True]), ids=["symbolic", "exported"])
 @pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("cls", broad_after(1, VARIANTS))
+@pytest.mark.parametrize("cls", broad_after(1, slow_after(3, VARIANTS)))
 def test_one_weight_in_two_orientations_is_two_sites(
     cls: type[llfx.Variant], model_name: str, exported: bool, tmp_path: Path
 ) -> None:

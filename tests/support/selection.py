@@ -43,6 +43,11 @@ def broad_unless(everyday: Callable[[Any], bool], values: Iterable[Any], several
     return _mark_unless(everyday, values, pytest.mark.broad, several)
 
 
+def by_tier(variants: Iterable[Any]) -> list[Any]:
+    """Return variants as the parameters of a test: `TYPICAL` run every day, `DISTINCT` are broad, the others slow."""
+    return broad_unless(is_typical, slow_unless(is_distinct, variants))
+
+
 def broad_after(everyday: int, values: Iterable[Any], several: bool = False) -> list[Any]:
     """Return `values` as the parameters of a test, of which the first ones are a part of the everyday run.
 

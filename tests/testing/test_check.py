@@ -22,7 +22,7 @@ from lora_lite_fx.sites.site import Site
 from lora_lite_fx.testing import Report, check
 from lora_lite_fx.testing.models import GatedMLP, Net, ResidualMLP, ids
 from lora_lite_fx.testing.properties import PROPERTIES
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 INPUTS = (ids(3, 4),)
 NAMES = [has.__name__ for has in PROPERTIES]
@@ -265,7 +265,9 @@ FAULTS: list[tuple[type[Gate], str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("cls", "name", "message"), broad_after(3, FAULTS, several=True), ids=lambda value: getattr(value, "__name__", None)
+    ("cls", "name", "message"),
+    broad_after(3, slow_after(10, FAULTS, several=True), several=True),
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_planted_fault_is_found(cls: type[Gate], name: str, message: str) -> None:
     failed = failures(cls(), skip=())

@@ -18,7 +18,7 @@ from lora_lite_fx.testing.comparisons import close
 from tests.support.captured import captured
 from tests.support.peft_oracles import ORACLES, Oracle
 from tests.support.releases import since
-from tests.support.selection import broad_unless
+from tests.support.selection import DISTINCT, broad_unless, slow_unless
 
 
 def net() -> nn.Module:
@@ -40,6 +40,7 @@ def config(oracle: Oracle, bias: str) -> peft.PeftConfig | None:
 
 METHODS = [name for name, oracle in ORACLES.items() if config(oracle, "none") is not None]
 EVERYDAY = ("DoRA", "BOFT", "GLoRA lora lora constant")
+BROAD = {*EVERYDAY, *DISTINCT}
 
 
 def trained(name: str, bias: str) -> tuple[nn.Module, Any]:
@@ -68,7 +69,7 @@ def file_of_gradients(model: Any, folder: Path) -> dict[str, Tensor]:
     "peft", "0.21", "PEFT writes trained biases of every method"
 )  # its own files lacked them, or could not be written
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-@pytest.mark.parametrize("name", broad_unless(EVERYDAY.__contains__, METHODS))
+@pytest.mark.parametrize("name", broad_unless(EVERYDAY.__contains__, slow_unless(BROAD.__contains__, METHODS)))
 def test_trained_biases_are_those_of_the_adapter(name: str, bias: str, tmp_path: Path) -> None:
     model, theirs = trained(name, bias)
     theirs.save_pretrained(tmp_path / "theirs")

@@ -75,8 +75,8 @@ def frozen(model: Model) -> Iterator[Model]:
     opens the scope itself. Compiled calls take the kept values as inputs. Calls with gradients keep nothing.
 
     A step of an optimizer and `load_state_dict` are errors at once, other writes at the next call or at the end of the
-    scope. What is assigned to `.data`, as `torch.nn.utils.vector_to_parameters` does, is an error at the end. Writes to
-    elements of `.data`, by numpy and by collectives are not noticed, nor are writes to tensors that were made in
+    scope. An assignment to `.data`, as `torch.nn.utils.vector_to_parameters` makes it, is an error at the end. Writes
+    to elements of `.data`, by numpy and by collectives are not noticed, nor are writes to tensors that were made in
     inference mode. Modules of an adapted model that are replaced inside, and numbers of modules that are set, act when
     the scope has ended. Sharded parameters are not kept.
 

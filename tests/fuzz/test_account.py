@@ -24,7 +24,6 @@ from tests.support.releases import has
 
 NEUTRAL = {"copy.deepcopy", "gradient checkpointing", "requires_grad of a frozen weight"}
 """What changes no result of the eager model. The regions in a model are compared with the oracle, which has them."""
-EVERYDAY = {"rewrite", "traced"}
 CELLS = [(row, path) for row in ROWS for path in PATHS]
 
 
@@ -32,7 +31,7 @@ def mark(row: Row, path: str) -> Any:
     marks = []
     if (row.group, row.name, path) in OF_ACCOUNT:
         marks.append(pytest.mark.xfail(strict=True, reason=OF_ACCOUNT[row.group, row.name, path]))
-    if path not in EVERYDAY:
+    if path != "rewrite":
         marks.append(pytest.mark.slow if path == "backend" else pytest.mark.broad)  # it compiles each cell
     return pytest.param(row, path, marks=marks, id=f"{path}-{row.group}-{row.name}".replace(" ", "_"))
 

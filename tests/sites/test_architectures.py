@@ -24,7 +24,7 @@ from tests.support.selection import broad_after, broad_unless, slow_unless
 
 ARCHITECTURES = DECODERS | OTHERS
 CAPTURED = list(ARCHITECTURES)
-FEW = ("llama", "gpt2", "bert", "t5")
+FEW = ("llama", "bert")
 # The others are built of nearly the same constructs, under other names.
 DISTINCT = (
     *("llama", "gemma3", "gpt2", "bloom", "deepseek_v3", "gpt_oss", "lfm2", "mamba", "bert", "deberta-v2"),

@@ -31,7 +31,7 @@ from tests.support.peft_oracles import (
     targets_of,
     use_ordinary_linears,
 )
-from tests.support.selection import broad_after, broad_unless, is_distinct, slow_unless
+from tests.support.selection import broad_after, broad_unless, is_distinct, is_typical, slow_unless
 
 PAIRS = [(case, name) for case in CASES for name, oracle in ORACLES.items() if case in oracle.cases]
 FEW = ("LoRA", "DoRA", "IA3", "OFT")  # of those of the other models
@@ -64,7 +64,7 @@ class Pair:
 @pytest.fixture(
     scope="module",
     params=broad_unless(
-        lambda it: it[0] == "mlp" or it in (("llama", "LoRA"), ("gpt2", "LoRA")),
+        lambda it: (it[0] == "mlp" and is_typical(it[1])) or it in (("llama", "LoRA"), ("gpt2", "LoRA")),
         slow_unless(lambda it: it[1] in FEW or (it[0] == "mlp" and is_distinct(it[1])), PAIRS),
     ),
     ids=" ".join,

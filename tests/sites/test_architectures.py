@@ -20,6 +20,7 @@ from lora_lite_fx.sites.site import Site
 from tests.support.architectures import DECODERS, Architecture
 from tests.support.architectures_others import OTHERS
 from tests.support.conformance import close, randomise, rewrite_and_wrap, unchanged
+from tests.support.releases import has
 from tests.support.selection import broad_after, broad_unless, slow_unless
 
 ARCHITECTURES = DECODERS | OTHERS
@@ -32,11 +33,14 @@ DISTINCT = (
 )
 NAMES = broad_unless(FEW.__contains__, slow_unless(DISTINCT.__contains__, CAPTURED))
 COARSE = {"reader", "writer", "inner"}
+WRITTEN_ANEW = ("gpt_neox", "mamba")
 
 
 @functools.cache
 def captured(name: str) -> tuple[Any, fx.GraphModule]:
     """Return the model and its graph; every model is captured once."""
+    if name in WRITTEN_ANEW and not has("transformers", "5.20"):
+        pytest.skip(f"{name} is the one of the table since transformers 5.20")
     model = ARCHITECTURES[name].build()
     return model, llfx.capture(model)
 
@@ -110,8 +114,8 @@ def outputs_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
     """Return all outputs, and the gradients of a random functional of them, by parameter."""
     model.zero_grad()
     torch.manual_seed(0)
-    leaves = pytree.tree_flatten_with_path(dict(model(**inputs)))[0]
-    results = {pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+    leaves = pytree.tree_leaves(dict(model(**inputs)))
+    results = {f"tensor {index}": leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     generator = torch.Generator().manual_seed(1)
     total: Any = 0
     for result in results.values():

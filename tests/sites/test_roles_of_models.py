@@ -115,12 +115,12 @@ model.decoder.project_out                   reader          16  12
 lm_head                                     head inner      12  29
 """
 
-GPT_NEOX = """
+GPT_NEOX = f"""
 gpt_neox.layers.0.attention.query_key_value   query key value reader   16  48
 gpt_neox.layers.0.attention.dense             output writer            16  16
 gpt_neox.layers.0.mlp.dense_h_to_4h           up reader                16  24
 gpt_neox.layers.0.mlp.dense_4h_to_h           down writer              24  16
-lm_head                                       head reader              16  29
+{"lm_head" if has("transformers", "5.20") else "embed_out"}  head reader  16  29
 """
 
 _BERT_LAYER = """

@@ -235,7 +235,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", broad_after(1, WAYS))
 @pytest.mark.parametrize(("cls", "expected"), MISTAKES.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_a_forward_that_breaks_a_rule(way: Any, cls: type[Mine], expected: str) -> None:
     assert refusal(way, cls) == f"{cls.__name__}.forward at 'fc' (d_in=4, d_out=8) {expected}"

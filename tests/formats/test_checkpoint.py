@@ -103,7 +103,7 @@ def refuses(model: nn.Module, path: Path, *parts: str, error: type[Exception] = 
 
 @pytest.mark.parametrize(
     ("adapt", "example"),
-    broad_after(2, [(llfx.rewrite, None), (llfx.wrap, None), (llfx.rewrite, (inputs(2, 3),))], several=True),
+    broad_after(1, [(llfx.rewrite, None), (llfx.wrap, None), (llfx.rewrite, (inputs(2, 3),))], several=True),
     ids=["traced", "wrapped", "exported"],
 )
 @pytest.mark.parametrize(

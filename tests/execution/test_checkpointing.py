@@ -335,6 +335,7 @@ def test_a_deep_copy_is_checkpointed_and_independent() -> None:
     assert not torch.equal(step(twin, tokens())[""], expected[""])
 
 
+@pytest.mark.broad
 def test_an_export_is_flat() -> None:
     plain, ours = plain_and_checkpointed(gpt2)
     inputs = tokens()

@@ -10,9 +10,10 @@ from lora_lite_fx.passes import OPTIMIZATIONS, GatherWiderProducts
 from tests.support.low_rank_llama import TRAINING, adapted_llama, gathered, run, tokens
 from tests.support.programs import PLAIN, after, derived
 from tests.support.saved import saved_by
+from tests.support.selection import broad_after
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "DeLoRA"])
+@pytest.mark.parametrize("name", broad_after(1, ["LoRA", "DoRA", "DeLoRA"]))
 def test_adapters_of_a_bfloat16_model_are_gathered_in_float32(name: str) -> None:
     gm = adapted_llama(name, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in llfx.adapter_parameters(gm)} == {torch.float32}

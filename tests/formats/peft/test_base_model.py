@@ -178,6 +178,7 @@ def test_the_same_adapter_is_written_in_the_same_bytes(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], tensor) for name, tensor in again[0].items())
 
 
+@pytest.mark.broad
 def test_without_fingerprints_the_names_are_compared(tmp_path: Path) -> None:
     model, graph = captured("llama")
     config = peft.LoraConfig(target_modules=["q_proj"])

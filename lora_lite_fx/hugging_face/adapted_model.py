@@ -153,7 +153,7 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
     def adapters_taken_off(self) -> Any:
         """Return a copy of the model without adapters, of its own class, over the same weights."""
         self._graphs.follow_model()
-        return self._graphs.shadow()
+        return self._graphs.adapters.shadow()
 
     def give_adapters_to(self, gm: AdaptedGraphModule) -> None:
         """Insert the adapters into a graph of the copy without them, over the tensors of the model."""
@@ -306,9 +306,23 @@ class Adapted(SeesMoves, NamedAdapters, AdaptedPart):
             warnings.simplefilter("ignore", FutureWarning)  # the new name calls the old one if that is overridden
             getattr(super(), f"gradient_checkpointing_{how}")(*args, **kwargs)
 
-    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
-        """Raise AdapterError, because the graphs are captured for the embeddings that the model has."""
-        raise AdapterError("Resize the embeddings before adapt; the graphs of an adapted model read these weights.")
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resize the embeddings, as the model does. The next calls have graphs for them; files hold the adapters alone.
+
+        Raises:
+            AdapterError: the embeddings or the head have an adapter.
+        """
+        if self._graphs.keeps_values:
+            raise changed_inside("The embeddings were resized")
+        modules: dict[str, Any] = dict(self.named_modules(remove_duplicate=False))  # type: ignore[attr-defined]
+        resized = self.get_input_embeddings(), self.get_output_embeddings()  # type: ignore[attr-defined]
+        for site in (placement.site for placement in self.placements):
+            if (module := modules.get(site)) is not None and module in resized:
+                raise AdapterError(
+                    f"{site!r} has an adapter, whose tensors are of the size that it has. The way out: resize the"
+                    " embeddings before adapt."
+                )
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
     def move(self, fn: Any, apply: Callable[[], object]) -> None:
         """Move or cast the model; its graphs are captured again if that changes a tensor."""

@@ -22,10 +22,9 @@ from ..adapters.variant import Variant
 from ..capture.asserted_decisions import is_other_decision
 from ..capture.capture_model import Inputs, call_of, without_what_cannot_be
 from ..capture.inputs.example_inputs import example_inputs_of
-from ..capture.origins.hooks import take_hooks_off
 from ..capture.origins.origin import is_diffusers, is_hugging_face
-from ..compat.torch import name_of_transform, not_compiled, pytree
-from ..errors import COMPILE_INSTEAD, AdapterError, CaptureError
+from ..compat.torch import not_compiled, pytree
+from ..errors import COMPILE_INSTEAD, CaptureError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.optimize import draft_of
 from ..graph.calls_and_traces import calling, tracing
@@ -47,7 +46,6 @@ from .forms import Forms, Kind, kind_of
 from .model_adapters import ModelAdapters
 from .model_state import ModelState
 from .own_forward import check_is_whole
-from .positions import forget_positions
 
 Setting = Callable[[AdaptedGraphModule], object]
 """A function that changes how a graph runs."""
@@ -86,7 +84,7 @@ class GraphCache:
     def drop(self) -> None:
         """Forget all graphs, because devices, dtypes, and what `ModelState` sees are part of them."""
         self._graphs: list[CapturedGraph] = []  # a new list for each change, because other threads may look through it
-        self._forms = Forms(self.model, self.shadow)
+        self._forms = Forms(self.model, self.adapters.shadow)
         self._around_parts: list[Kind] = []  # kinds of calls with a loss that cannot be captured
         self._state: ModelState | None = None  # of the time of the first of them
         self.__dict__.pop("_first_call", None)
@@ -290,7 +288,7 @@ class GraphCache:
         """The call that the first graph is captured for. Kept, because that of a sharded model cannot be made anew."""
         inputs = self.example_inputs
         if inputs is None:
-            inputs = example_inputs_of(self.shadow(), self._without)
+            inputs = example_inputs_of(self.adapters.shadow(), self._without)
         return self._call_with(pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.model.device), inputs))
 
     def _batches(self, calibration: Batches | None) -> Iterator[Leaves] | None:
@@ -303,23 +301,6 @@ class GraphCache:
     def _call_with(self, inputs: Inputs) -> CapturedCall:
         args, kwargs = call_of(inputs)
         return self._call(self.model, arguments_of(self.model, args, dict(kwargs))[0], is_first=True)
-
-    def shadow(self) -> Any:
-        """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls.
-
-        Raises:
-            AdapterError: a transform of `torch.func` or a trace of `torch.jit` runs, which would run the copy too.
-        """
-        if transform := name_of_transform():
-            raise AdapterError(
-                f"{transform} meets the first call of its kind (its arguments, their types, the mode), of which no"
-                f" graph can be captured inside {transform}. The way out: call the model once like this before, outside"
-                f" of {transform}; torch.no_grad() is enough."
-            )
-        copied = self.adapters.plain_model()
-        take_hooks_off(copied)
-        forget_positions(copied)
-        return copied
 
     def _capture_for(self, call: CapturedCall) -> CapturedGraph:
         """Capture the call with one example after the other, and return the first graph that holds for it."""
@@ -350,7 +331,7 @@ class GraphCache:
 
     def _capture(self, call: CapturedCall, example: Leaves, fixed: Sequence[str]) -> CapturedGraph:
         """Capture the call with an example of its leaves, and give the graph the adapters and the model's tensors."""
-        graph = capture_call(self.model, self.shadow, call, example, fixed, self.verify, self.fuse_loss)
+        graph = capture_call(self.model, self.adapters.shadow, call, example, fixed, self.verify, self.fuse_loss)
         self.adapters.insert_into(graph.gm)
         for setting in self._settings.values():
             setting(graph.gm)

@@ -14,8 +14,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..adapters.changed_buffers import BaseBuffers
 from ..adapters.placement import Placement, adapter_tensor_names, placements
 from ..adapters.switches import Switches
+from ..capture.origins.hooks import take_hooks_off
 from ..capture.origins.origin import is_hugging_face
 from ..capture.shared_copy import shared_copy
+from ..compat.torch import name_of_transform
 from ..errors import AdapterError, CaptureError
 from ..execution.adapted_graph_module import AdaptedGraphModule
 from ..execution.layer_modules import plain_class
@@ -25,6 +27,7 @@ from ..rewriting.rewrite import insert_placed
 from ..sites.finding import find_sites
 from ..sites.site import Site
 from .own_forward import forget_replaced_forward
+from .positions import forget_positions
 
 
 class ModelAdapters:
@@ -138,6 +141,23 @@ class ModelAdapters:
 
             vars(copied).pop(KEYS_TO_IGNORE_ON_SAVE, None)
         forget_replaced_forward(copied)
+        return copied
+
+    def shadow(self) -> Any:
+        """Return a copy of the model to be run for facts: without adapters, and without hooks, which act in calls.
+
+        Raises:
+            AdapterError: a transform of `torch.func` or a trace of `torch.jit` runs, which would run the copy too.
+        """
+        if transform := name_of_transform():
+            raise AdapterError(
+                f"{transform} meets the first call of its kind (its arguments, their types, the mode), of which no"
+                f" graph can be captured inside {transform}. The way out: call the model once like this before, outside"
+                f" of {transform}; torch.no_grad() is enough."
+            )
+        copied = self.plain_model()
+        take_hooks_off(copied)
+        forget_positions(copied)
         return copied
 
 

@@ -267,6 +267,28 @@ def test_torch_compile_compiles_the_graphs() -> None:
     assert torch.equal(compiled(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_resized_before_and_after_a_call(tied: bool) -> None:
+    model = hf.LlamaForCausalLM(tiny_llama(tie_word_embeddings=tied)).eval()
+    users, expected = copy.deepcopy(model), copy.deepcopy(model)
+    resized = llfx.adapt(users, llfx.LoRA(r=2))
+    for size in (105, 110):  # the first before a call
+        for each in (resized, expected):
+            torch.manual_seed(1)
+            each.resize_token_embeddings(size)
+        eager = llfx.wrap(copy.deepcopy(expected), llfx.LoRA(r=2))
+        randomise(resized, 0)
+        llfx.load_adapter_state_dict(eager, llfx.adapter_state_dict(resized))
+        ids = IDS.clone()
+        ids[0, 0] = size - 1
+        close(resized(ids).logits, eager(ids).logits, 1e-5, "logits")
+        assert torch.equal(resized.generate(ids, max_new_tokens=3), eager.generate(ids, max_new_tokens=3))
+    assert llfx.remove(resized).config.vocab_size == 110
+    assert users.config.vocab_size == users.get_output_embeddings().out_features == 99
+    with llfx.frozen(resized), pytest.raises(llfx.AdapterError, match="resized inside"):
+        resized.resize_token_embeddings(120)
+
+
 def test_models_and_configs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(llfx.AdapterError, match="there is rewrite"):
         llfx.adapt(Net([GatedMLP], True, False), llfx.LoRA(r=2))
@@ -278,5 +300,5 @@ def test_models_and_configs_that_do_not_fit_are_refused() -> None:
         llfx.adapt(base(), llfx.LoRA(r=2), max_graphs=0)
     with pytest.raises(llfx.SelectionError):
         llfx.adapt(base(), llfx.LoRA(r=2, target_names=("nowhere",)))
-    with pytest.raises(llfx.AdapterError, match="before adapt"):
+    with pytest.raises(llfx.AdapterError, match=r"'lm_head' has an adapter.*before adapt"):
         adapted().resize_token_embeddings(120)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ..compat.torch import TorchDispatchMode, is_wrapped, pytree
 from ..graph.modes import set_modes
 from ..graph.tensors import has_values, tensor_of
-from ..graph.writes import written_attributes
+from ..graph.writes import written_tensors
 from .graph_calls import values_of_call
 from .process_state.python_state import Change, PythonState, state_put_back
 from .process_state.questions import Questions
@@ -265,14 +265,6 @@ def _nudged(output: Any, sign: int) -> Any:
         return leaf * (1 + torch.finfo(leaf.dtype).eps * up.to(leaf.dtype))
 
     return pytree.tree_map(nudge, output)
-
-
-def written_tensors(gm: fx.GraphModule) -> list[str]:
-    """Return the qualified names of the tensors that running `gm` changes, also through views of them."""
-    names = written_attributes(gm)
-    for node in gm.graph.find_nodes(op="call_module"):
-        names += [f"{node.target}.{name}" for name, _ in gm.get_submodule(str(node.target)).named_buffers()]
-    return list(dict.fromkeys(names))
 
 
 def written_parameters(gm: fx.GraphModule, model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..compat.torch import OpOverload, schema_of
+from ..compat.torch import OpOverload, pytree, schema_of
 from .tensors import attribute_of, tensor_of
 
 
@@ -29,11 +29,17 @@ def own_buffers(model: nn.Module, names: Iterable[str]) -> None:
 def written_buffers(gm: fx.GraphModule) -> list[str]:
     """Return the qualified names of the buffers that running `gm` changes."""
     buffers = {name for name, _ in gm.named_buffers()}
-    names = [name for name in written_attributes(gm) if name in buffers]
+    return [name for name in written_tensors(gm) if name in buffers]
+
+
+def written_tensors(gm: fx.GraphModule) -> list[str]:
+    """Return the qualified names of the tensors that running `gm` changes.
+
+    A module that is called may change all of its buffers, as the statistics of a batch norm.
+    """
+    names = written_attributes(gm)
     for node in gm.graph.find_nodes(op="call_module"):
-        module = gm.get_submodule(str(node.target))
-        if getattr(module, "track_running_stats", False):
-            names += [f"{node.target}.{name}" for name, _ in module.named_buffers()]
+        names += [f"{node.target}.{name}" for name, _ in gm.get_submodule(str(node.target)).named_buffers()]
     return list(dict.fromkeys(names))
 
 
@@ -92,6 +98,8 @@ def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
         if name in ("batch_norm", "instance_norm"):  # they update their statistics
             statistics = (*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
             return [value for value in statistics if isinstance(value, fx.Node)]
+        if node.kwargs.get("out") is not None:
+            return [value for value in pytree.tree_leaves(node.kwargs["out"]) if isinstance(value, fx.Node)]
         flags = (*node.args, node.kwargs.get("inplace"))
         writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
     return node.all_input_nodes[:1] if writes else []
@@ -161,6 +169,6 @@ def overwritten_tensors(gm: fx.GraphModule, graph: fx.Graph) -> list[tuple[fx.No
                 seen_by[node] |= seen_by[read]
         for operand in written(gm, node):
             overwritten |= {tensor: list(readers[tensor]) for tensor in seen_by[operand]}
-        if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "track_running_stats", False):
-            overwritten.setdefault(node.target, []).append(node)  # the module's own statistics, which no node makes
+        if node.op == "call_module" and any(True for _ in gm.get_submodule(str(node.target)).buffers()):
+            overwritten.setdefault(node.target, []).append(node)  # the module's own buffers, which no node makes
     return [(made_by.get(tensor), reading) for tensor, reading in overwritten.items()]

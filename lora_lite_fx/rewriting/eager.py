@@ -223,13 +223,12 @@ def _adapted(model: nn.Module, site: Site) -> AdaptedLinear:
         return module
     if not (replaced_only or isinstance(module, DequantizedLinear) or _is_all(site)):
         module = None
-    weight = getattr(module, "weight", None)
     simple = module is not None and (
         site.kind.vector_dims > 0
         or (replaced_only and not computed)  # which the module would compute again
         or (type(module).forward in _PLAIN and getattr(module, "padding_mode", "zeros") == "zeros")
     )
-    named = isinstance(weight, Tensor) or site.computed_weight is not None
+    named = site.computed_weight is not None or isinstance(getattr(module, "weight", None), Tensor)
     if module is None or not named or site.experts or not simple:
         raise ConfigError(
             f"Site {site.name!r} is not a module that is called and does nothing else, so it cannot be wrapped eagerly;"

@@ -218,4 +218,4 @@ def _repeats(gm: fx.GraphModule, node: fx.Node) -> bool:
     module = getattr(node.target, "__module__", None) or "torch"
     known = node.op == "call_method" or module.partition(".")[0] in PLAIN_MODULES
     random = name in _RANDOM or "dropout" in name or name.startswith("rand")
-    return known and not random and not written(gm, node) and "out" not in node.kwargs
+    return known and not random and not written(gm, node)

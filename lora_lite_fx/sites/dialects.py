@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from ..graph.insertion import is_inserted
 from ..graph.tensors import tensor_of
-from .computed import Computation
+from .computed import Computation, obstacle
 from .dataflow import op_name
 from .kinds.contraction import EINSUM
 from .kinds.convolution import CONVOLUTION
@@ -48,9 +48,9 @@ def is_complex(gm: fx.GraphModule, product: fx.Node, weight: str, computed: fx.N
         gm: the graph module.
         product: the node.
         weight: the name of the parameter that it multiplies with, the largest if it multiplies with a computed tensor.
-        computed: that tensor, or None.
+        computed: that tensor, or None. It is not looked at if computing it changes something, as spectral norm does.
     """
     value = product.meta.get("val")
     if "val" not in product.meta and computed is not None:  # symbolic tracing does not tell
-        value = Computation.of(computed).run(gm)
+        value = None if obstacle(gm, computed, product) else Computation.of(computed).run(gm)
     return tensor_of(gm, weight).is_complex() or (isinstance(value, Tensor) and value.is_complex())

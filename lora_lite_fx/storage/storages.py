@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .bitsandbytes_modules import BITSANDBYTES
 from .compressed_tensors import COMPRESSED_TENSORS
@@ -32,7 +33,9 @@ def stored_weight_of(module: nn.Module, dtype: torch.dtype) -> StoredWeight | No
     """
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return None
-    parts = (module, *(getattr(module, name, None) for name in ("weight", "quantization_scheme")))
+    # A parametrized weight is computed when it is read, and spectral norm writes to its buffers then.
+    names = (name for name in ("weight", "quantization_scheme") if not is_parametrized(module, name))
+    parts = (module, *(getattr(module, name, None) for name in names))
     reads = (storage.read(module, dtype) for storage in _storages_of(*parts))
     return next((stored for stored in reads if stored is not None), None)
 

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, fx
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.outputs import written_tensors
+from lora_lite_fx.graph.writes import written_tensors
 from tests.support.architectures import DECODERS, Architecture
 from tests.support.architectures_others import OTHERS
 from tests.support.conformance import check_rewrite_equals_wrap, rewrite_and_wrap

@@ -82,10 +82,12 @@ def of_batch_norm(m: Any, x: Tensor) -> Any:
         (exported, of_batch_norm, ["mean", "var"]),
         (traced, of_batch_norm, ["mean", "var"]),
         (traced, lambda m, x: x + m.mean.add_(1), ["mean"]),
+        (traced, lambda m, x: x + torch.add(m.mean, 1, out=m.var), ["var"]),
+        (traced, lambda m, x: x + torch.frexp(m.mean, out=(m.var, m.mean))[0], ["var", "mean"]),
         (traced, lambda m, x: m.norm(x), ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]),
         (exported, lambda m, x: x + m.mean, []),
     ],
-    ids=["exported", "exported statistics", "traced statistics", "traced", "module", "read"],
+    ids=["exported", "exported statistics", "traced statistics", "traced", "out", "two out", "module", "read"],
 )
 def test_written_buffers_are_known(capture: Capture, compute: Callable[..., Any], names: list[str]) -> None:
     assert written_buffers(capture(compute)) == names

@@ -59,10 +59,23 @@ def written_attributes(gm: fx.GraphModule) -> list[str]:
 
 
 def written_operands(node: fx.Node) -> list[fx.Node]:
-    """Return the operands that a call of an operator changes in place; none for other calls, which have no schema."""
-    if not isinstance(node.target, OpOverload):
+    """Return the operands that a call of an operator, a function or a method changes in place.
+
+    Where it has no schema, names and flags tell. For calls of modules there is `written`.
+    """
+    if isinstance(node.target, OpOverload):
+        values = written_arguments(node.target, node.args, node.kwargs)
+    elif node.op not in ("call_function", "call_method"):
         return []
-    return [value for value in written_arguments(node.target, node.args, node.kwargs) if isinstance(value, fx.Node)]
+    elif (name := str(getattr(node.target, "__name__", node.target))) in ("batch_norm", "instance_norm"):
+        values = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]  # their statistics
+    elif node.kwargs.get("out") is not None:
+        values = pytree.tree_leaves(node.kwargs["out"])
+    else:
+        flags = (*node.args, node.kwargs.get("inplace"))
+        writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
+        values = node.all_input_nodes[:1] if writes else []
+    return [value for value in values if isinstance(value, fx.Node)]
 
 
 def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -88,21 +101,10 @@ def _written_names(operator: Any) -> frozenset[str]:
 
 
 def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """Return the operands that `node` changes in place. Where it has no schema, names and flags tell."""
-    if isinstance(node.target, OpOverload):
+    """Return the operands that `node` changes in place, also if it calls a module of `gm`."""
+    if node.op != "call_module":
         return written_operands(node)
-    if node.op == "call_module":
-        writes = getattr(gm.get_submodule(str(node.target)), "inplace", False)
-    else:
-        name = str(getattr(node.target, "__name__", node.target))
-        if name in ("batch_norm", "instance_norm"):  # they update their statistics
-            statistics = (*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
-            return [value for value in statistics if isinstance(value, fx.Node)]
-        if node.kwargs.get("out") is not None:
-            return [value for value in pytree.tree_leaves(node.kwargs["out"]) if isinstance(value, fx.Node)]
-        flags = (*node.args, node.kwargs.get("inplace"))
-        writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
-    return node.all_input_nodes[:1] if writes else []
+    return node.all_input_nodes[:1] if getattr(gm.get_submodule(str(node.target)), "inplace", False) else []
 
 
 # The schemas of these do not say that they may return their input.

@@ -6,8 +6,8 @@ import functools
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
+from ..compat.torch_modules import parameters_of
 from .bitsandbytes_modules import BITSANDBYTES
 from .compressed_tensors import COMPRESSED_TENSORS
 from .fp8 import FP8
@@ -33,9 +33,8 @@ def stored_weight_of(module: nn.Module, dtype: torch.dtype) -> StoredWeight | No
     """
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return None
-    # A parametrized weight is computed when it is read, and spectral norm writes to its buffers then.
-    names = (name for name in ("weight", "quantization_scheme") if not is_parametrized(module, name))
-    parts = (module, *(getattr(module, name, None) for name in names))
+    # No property is read: a parametrized weight is computed then, and spectral norm changes its buffers.
+    parts = (module, parameters_of(module).get("weight"), vars(module).get("quantization_scheme"))
     reads = (storage.read(module, dtype) for storage in _storages_of(*parts))
     return next((stored for stored in reads if stored is not None), None)
 

@@ -174,7 +174,7 @@ def _let_follow(graph: fx.Graph, evaluation: fx.Graph) -> list[str] | None:
         if node.target is aten.batch_norm.default:
             place = 5 if node.args[5] is True else None
         elif writes_outside(node):
-            if node.target is not aten.add_.Tensor or node.args[1] != 1:
+            if node.target not in (aten.add_.Tensor, "add_") or node.args[1:] != (1,):
                 return None
             place = 1
         else:

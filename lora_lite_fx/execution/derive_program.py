@@ -85,7 +85,7 @@ def optimized_graph(gm: RunsPrograms, key: ProgramKey) -> tuple[fx.Graph, list[P
     draft = (fx.GraphModule if is_checked else Draft)(gm, copy_graph(gm.flat_graph))
     draft.meta["called"] = key.called
     if key.mode is not None:
-        keep_mode(draft.graph, key.mode)
+        keep_mode(draft, draft.graph, key.mode)
     if key.left_out:
         assert execution.signature is not None
         Pipeline((LeaveOutInputs(execution.signature.omission(key.left_out)),)).run(draft, kind)

@@ -56,7 +56,7 @@ class HooksAndTies:
         if has_modes(gm.graph):
             graphs = {" in training mode": copy_graph(gm.graph), " in evaluation mode": copy_graph(gm.graph)}
             for training, graph in zip((True, False), graphs.values(), strict=True):
-                keep_mode(graph, training)
+                keep_mode(gm, graph, training)
         called = frozenset.intersection(*(whole_of(gm, graph) for graph in graphs.values()))
         modules = {name: module for name, module in host.named_modules() if name and name not in called}
         hooks = [hooks_of(module, kind) for module in modules.values() for kind in (*FORWARD_HOOKS, *BACKWARD_HOOKS)]

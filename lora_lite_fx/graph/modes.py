@@ -189,9 +189,9 @@ def let_modes_be_one(gm: fx.GraphModule, paths: Iterable[str]) -> None:
     gm.recompile()
 
 
-def writes_outside(node: fx.Node) -> bool:
+def writes_outside(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether `node` changes a tensor that the graph did not make: one of its module, or an input."""
-    return any(root.op in ("get_attr", "placeholder") for root in written_roots(node))
+    return any(root.op in ("get_attr", "placeholder") for root in written_roots(gm, node))
 
 
 def has_modes(graph: fx.Graph) -> bool:
@@ -199,14 +199,21 @@ def has_modes(graph: fx.Graph) -> bool:
     return any(node.target is by_mode for node in graph.nodes)
 
 
-def keep_mode(graph: fx.Graph, training: bool) -> None:
-    """Leave only what `graph` computes in one mode, in place; random operations of the other are not run either."""
+def keep_mode(gm: fx.GraphModule, graph: fx.Graph, training: bool) -> None:
+    """Leave only what `graph` computes in one mode, in place; random operations of the other are not run either.
+
+    Args:
+        gm: has the modules that `graph` calls.
+        graph: its own, or another one.
+        training: the mode.
+    """
     if not has_modes(graph):
         return
     for node in [node for node in graph.nodes if node.target is by_mode]:
         node.replace_all_uses_with(node.args[1 if training else 2])
         graph.erase_node(node)
-    writes = {node: roots for node in graph.nodes if (roots := written_roots(node)) and not writes_outside(node)}
+    written = {node: written_roots(gm, node) for node in graph.nodes}
+    writes = {node: roots for node, roots in written.items() if roots and not writes_outside(gm, node)}
     others = (node for node in graph.nodes if node not in writes)
     needed = set(ancestors(n for n in others if n.op == "call_module" or n.is_impure(impure_random=False)))
     while more := [node for node, roots in writes.items() if node not in needed and not needed.isdisjoint(roots)]:

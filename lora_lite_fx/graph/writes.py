@@ -133,10 +133,10 @@ def _returns_a_view(operator: Any) -> bool:
     return any(result.alias_info is not None for result in schema_of(operator).returns)
 
 
-def written_roots(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes that made the tensors which a call of an operator changes in place: views are looked through."""
+def written_roots(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that made the tensors which `node` changes in place: views are looked through."""
     roots = []
-    for operand in written_operands(node):
+    for operand in written(gm, node):
         while operand.all_input_nodes and may_return_a_view(operand):
             operand = operand.all_input_nodes[0]
         roots.append(operand)

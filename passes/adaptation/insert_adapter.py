@@ -191,7 +191,7 @@ def _replace_tensors(
     """
     inputs = fragment.inputs
     replacing = set(ancestors(fragment.replaced.values()))
-    if any(replacing.intersection(written_roots(node)) for node in fragment.graph.nodes):
+    if any(replacing.intersection(written_roots(gm, node)) for node in fragment.graph.nodes):
         raise ConfigError(
             f"{type(placement.variant).__name__}.forward at {site.name!r} writes in place to the weight or bias that it"
             " gives to base(...). The way out: operations that return new tensors, such as torch.where."

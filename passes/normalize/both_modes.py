@@ -18,6 +18,7 @@ from ...graph.writes import written_roots
 
 aten = torch.ops.aten
 _DROPOUT = aten.dropout.default
+_BATCH_NORMS = (aten.batch_norm.default, nn.functional.batch_norm)
 
 
 def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
@@ -41,12 +42,12 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
     regions = regions_of(graph) | regions_of(evaluation)
     placeholders = iter(graph.find_nodes(op="placeholder"))
     # A tensor that one mode overwrites is not that of the other, and so is nothing that is computed from it.
-    overwritten = {root for nodes in (graph.nodes, evaluation.nodes) for node in nodes for root in written_roots(node)}
+    overwritten = _overwritten(gm, evaluation)
     for node in graph.nodes:
         if not node.is_impure() and (node.op == "get_attr" or node not in overwritten):
             known.setdefault((_key(node, {}), regions[node]), node)
     shared: set[fx.Node] = set()
-    following = _let_follow(graph, evaluation)
+    following = _let_follow(gm, evaluation)
     if following is None:
         return None
     of_training = list(graph.nodes)
@@ -78,6 +79,25 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
     return added
 
 
+def _overwritten(gm: fx.GraphModule, evaluation: fx.Graph) -> set[fx.Node]:
+    """Return the tensors that a mode overwrites, but for those that a module does alike in both, as an activation."""
+    by_modules: list[dict[str, list[fx.Node]]] = [{}, {}]
+    overwritten: set[fx.Node] = set()
+    for graph, by_module in zip((gm.graph, evaluation), by_modules, strict=True):
+        module = graph.owning_module or gm
+        for node in graph.nodes:
+            roots = written_roots(module, node)
+            overwritten.update(roots)
+            if roots and node.op == "call_module":
+                by_module.setdefault(str(node.target), []).extend(roots)
+    ours, theirs = by_modules
+    for target in ours.keys() & theirs.keys():
+        readers = [[[(user.op, user.target) for user in root.users] for root in side[target]] for side in by_modules]
+        if readers[0] == readers[1]:
+            overwritten.difference_update(ours[target], theirs[target])
+    return overwritten
+
+
 def _same(node: fx.Node, same: fx.Node | None, overwritten: Container[fx.Node]) -> fx.Node | None:
     """Return `same`, a node of training that seems to compute what `node` does, if it reads the same tensors."""
     if same is None or not _reads_same(node, same) or (node.op != "get_attr" and node in overwritten):
@@ -87,7 +107,7 @@ def _same(node: fx.Node, same: fx.Node | None, overwritten: Container[fx.Node]) 
 
 def _copied(gm: fx.GraphModule, node: fx.Node, twin: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """Copy a node of evaluation to where the graph of `gm` inserts; return None if it writes to something outside."""
-    if node.op == "call_module" or (writes_outside(node) and not _only_reads_statistics(node)):
+    if node.op == "call_module" or (writes_outside(gm, node) and not _only_reads_statistics(node)):
         return None
     copied = gm.graph.node_copy(node, twin.__getitem__)
     if node.op == "get_attr" and not _take_what_is_read(gm, node, copied):
@@ -159,7 +179,7 @@ def _take_what_is_read(gm: fx.GraphModule, theirs: fx.Node, ours: fx.Node) -> bo
     return True
 
 
-def _let_follow(graph: fx.Graph, evaluation: fx.Graph) -> list[str] | None:
+def _let_follow(gm: fx.GraphModule, evaluation: fx.Graph) -> list[str] | None:
     """Let batch norms, their counters and dropouts of training follow the modes of their modules.
 
     The graph itself runs in either mode, so it must not write in evaluation. And a part may be in evaluation mode in a
@@ -170,28 +190,37 @@ def _let_follow(graph: fx.Graph, evaluation: fx.Graph) -> list[str] | None:
     """
     always = {owner_of(node) for node in evaluation.nodes if node.target is _DROPOUT and node.args[2] is True}
     following: dict[str, None] = {}
-    for node in list(graph.nodes):
-        if node.target is aten.batch_norm.default:
+    for node in list(gm.graph.nodes):
+        if node.target in _BATCH_NORMS:
+            node.args, node.kwargs = _flag_by_position(node)
             place = 5 if node.args[5] is True else None
-        elif writes_outside(node):
+        elif writes_outside(gm, node):
             if node.target not in (aten.add_.Tensor, "add_") or node.args[1:] != (1,):
                 return None
             place = 1
         else:
             place = 2 if node.target is _DROPOUT and node.args[2] is True and owner_of(node) not in always else None
         if place is not None:
-            node.update_arg(place, read_flag(graph, owner_of(node)))
+            node.update_arg(place, read_flag(gm.graph, owner_of(node)))
             following[owner_of(node)] = None
     return [*following]
 
 
+def _flag_by_position(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a batch norm with its flag in the sixth place, where the operator has it."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    others = dict(node.kwargs)
+    defaults = {"weight": None, "bias": None, "training": False}
+    return (*node.args, *(others.pop(name, defaults.get(name)) for name in names[len(node.args) :])), others
+
+
 def _follows(node: fx.Node) -> bool:
     """Check whether a node follows the mode of its module, or is the one of evaluation that stands for such a node."""
-    return any(map(is_flag, node.all_input_nodes)) or node.target in (aten.batch_norm.default, _DROPOUT)
+    return any(map(is_flag, node.all_input_nodes)) or node.target in (*_BATCH_NORMS, _DROPOUT)
 
 
 def _only_reads_statistics(node: fx.Node) -> bool:
-    return node.target is aten.batch_norm.default and node.args[5] is False
+    return node.target in _BATCH_NORMS and _flag_by_position(node)[0][5] is False
 
 
 def _revalue(node: fx.Node) -> None:

@@ -276,7 +276,7 @@ def test_embeddings_are_resized_before_and_after_a_call(tied: bool) -> None:
         for each in (resized, expected):
             torch.manual_seed(1)
             each.resize_token_embeddings(size)
-        eager = llfx.wrap(copy.deepcopy(expected), llfx.LoRA(r=2))
+        eager: Any = llfx.wrap(copy.deepcopy(expected), llfx.LoRA(r=2))
         randomise(resized, 0)
         llfx.load_adapter_state_dict(eager, llfx.adapter_state_dict(resized))
         ids = IDS.clone()

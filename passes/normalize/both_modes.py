@@ -14,7 +14,7 @@ from ...graph.modes import by_mode, is_flag, one_mode, owner_of, read_flag, writ
 from ...graph.queries import dtype_of
 from ...graph.regions import regions_of
 from ...graph.tensors import has_values
-from ...graph.writes import written_roots
+from ...graph.writes import written, written_roots
 
 aten = torch.ops.aten
 _DROPOUT = aten.dropout.default
@@ -44,7 +44,8 @@ def take_both(gm: fx.GraphModule, evaluation: fx.Graph) -> int | None:
     # A tensor that one mode overwrites is not that of the other, and so is nothing that is computed from it.
     overwritten = _overwritten(gm, evaluation)
     for node in graph.nodes:
-        if not node.is_impure() and (node.op == "get_attr" or node not in overwritten):
+        has_effects = node.is_impure() or (node.op != "call_module" and written(gm, node))
+        if not has_effects and (node.op == "get_attr" or node not in overwritten):
             known.setdefault((_key(node, {}), regions[node]), node)
     shared: set[fx.Node] = set()
     following = _let_follow(gm, evaluation)

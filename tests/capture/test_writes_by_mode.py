@@ -100,6 +100,11 @@ def counts_in_evaluation(m: Any, x: Tensor) -> Any:
     return x + m.count
 
 
+def counts_beside(m: Any, x: Tensor) -> Any:
+    m.count.add_(1)
+    return (x.tanh() if m.training else x) + m.count
+
+
 def both_otherwise(m: Any, x: Tensor) -> Any:
     if m.training:
         m.values.zero_().add_(1)
@@ -109,7 +114,7 @@ def both_otherwise(m: Any, x: Tensor) -> Any:
 
 
 FOLLOWED = [counts, own_sum, own_result, activation, statistics]
-REFUSED = [counts_by_out, average, data, view, counts_in_evaluation, both_otherwise]
+REFUSED = [counts_by_out, average, data, view, counts_in_evaluation, counts_beside, both_otherwise]
 EXPORTED = broad_after(1, [False, True])
 
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 from ..errors import CallError
 from .tensors import module_at
 from .walk import ancestors
-from .writes import written_roots
+from .writes import updates_statistics, written_roots
 
 FLAG = "training"
 """The name of the attribute of a module that says in which mode it is. No parameter, buffer or child can have it."""
@@ -212,10 +212,18 @@ def keep_mode(gm: fx.GraphModule, graph: fx.Graph, training: bool) -> None:
     for node in [node for node in graph.nodes if node.target is by_mode]:
         node.replace_all_uses_with(node.args[1 if training else 2])
         graph.erase_node(node)
-    written = {node: written_roots(gm, node) for node in graph.nodes}
-    writes = {node: roots for node, roots in written.items() if roots and not writes_outside(gm, node)}
-    others = (node for node in graph.nodes if node not in writes)
-    needed = set(ancestors(n for n in others if n.op == "call_module" or n.is_impure(impure_random=False)))
+    written = {node: roots for node in graph.nodes if (roots := written_roots(gm, node))}
+    writes = {node: roots for node, roots in written.items() if not writes_outside(gm, node)}
+
+    def has_effects(node: fx.Node) -> bool:
+        if node.op == "call_module" or node.is_impure(impure_random=False):
+            return True
+        if not updates_statistics(node):
+            return node in written
+        by_name = node.kwargs.get("training", node.kwargs.get("use_input_stats", False))
+        return training and (node.args[5] if len(node.args) > 5 else by_name) is not False
+
+    needed = set(ancestors(node for node in graph.nodes if node not in writes and has_effects(node)))
     while more := [node for node, roots in writes.items() if node not in needed and not needed.isdisjoint(roots)]:
         needed |= set(ancestors(more))
     for node in reversed(list(graph.nodes)):

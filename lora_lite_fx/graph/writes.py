@@ -67,15 +67,22 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
         values = written_arguments(node.target, node.args, node.kwargs)
     elif node.op not in ("call_function", "call_method"):
         return []
-    elif (name := str(getattr(node.target, "__name__", node.target))) in ("batch_norm", "instance_norm"):
-        values = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]  # their statistics
+    elif updates_statistics(node):
+        values = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
     elif node.kwargs.get("out") is not None:
         values = pytree.tree_leaves(node.kwargs["out"])
     else:
+        name = str(getattr(node.target, "__name__", node.target))
         flags = (*node.args, node.kwargs.get("inplace"))
         writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
         values = node.all_input_nodes[:1] if writes else []
     return [value for value in values if isinstance(value, fx.Node)]
+
+
+def updates_statistics(node: fx.Node) -> bool:
+    """Tell whether `node` is a call of batch or instance norm, which updates statistics in training."""
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return name in ("batch_norm", "instance_norm")
 
 
 def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

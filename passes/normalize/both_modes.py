@@ -85,17 +85,17 @@ def _overwritten(gm: fx.GraphModule, evaluation: fx.Graph) -> set[fx.Node]:
     by_modules: list[dict[str, list[fx.Node]]] = [{}, {}]
     overwritten: set[fx.Node] = set()
     for graph, by_module in zip((gm.graph, evaluation), by_modules, strict=True):
-        module = graph.owning_module or gm
         for node in graph.nodes:
-            roots = written_roots(module, node)
-            overwritten.update(roots)
-            if roots and node.op == "call_module":
+            roots = written_roots(graph.owning_module or gm, node)
+            if node.op == "call_module":
                 by_module.setdefault(str(node.target), []).extend(roots)
-    ours, theirs = by_modules
-    for target in ours.keys() & theirs.keys():
-        readers = [[[(user.op, user.target) for user in root.users] for root in side[target]] for side in by_modules]
-        if readers[0] == readers[1]:
-            overwritten.difference_update(ours[target], theirs[target])
+            else:
+                overwritten.update(roots)
+    for target in by_modules[0].keys() | by_modules[1].keys():
+        roots_of_two = [side.get(target, []) for side in by_modules]
+        ours, theirs = ([[(user.op, user.target) for user in root.users] for root in roots] for roots in roots_of_two)
+        if ours != theirs:
+            overwritten.update(*roots_of_two)
     return overwritten
 
 

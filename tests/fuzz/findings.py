@@ -19,6 +19,7 @@ from tests.fuzz.trial_models import Called, Models
 from tests.fuzz.trial_peft import Folder
 from tests.fuzz.trial_rows import Rows
 from tests.fuzz.trial_stacks import Stack
+from tests.fuzz.trial_writes import Line, Writes
 from tests.fuzz.verdict import Trial, Verdict
 
 
@@ -186,6 +187,22 @@ FINDINGS: tuple[Found, ...] = (
         "peft",
         _folder("LoRA", "attention", r=4, lora_alpha=6),
         "file after a step",
+    ),
+    # Writes in place, in one mode alone.
+    Found("training overwrites a value", "writes", Writes((Line("clone"), Line("mul_", (1, 1), mode=True)))),
+    Found(
+        "training has an activation in place", "writes", Writes((Line("activation in place", mode=True), Line("tanh")))
+    ),
+    Found("training averages into a buffer", "writes", Writes((Line("an average", mode=True), Line("times a buffer")))),
+    Found(
+        "evaluation counts", "writes", Writes((Line("a count", mode=False), Line("plus the count"), Line("a count")))
+    ),
+    Found(
+        "training updates statistics, and nothing else reads the norm",
+        "writes",
+        Writes(
+            (Line("batch norm"), Line("view", mode=False), Line("batch norm", mode=False), Line("tanh")), exported=True
+        ),
     ),
     # Models of transformers, and defaults.
     Found(

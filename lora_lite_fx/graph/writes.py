@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from ..compat.torch import OpOverload, pytree, schema_of
+from .augmented import AUGMENTED
 from .tensors import attribute_of, tensor_of
 
 
@@ -74,7 +75,7 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
     else:
         name = str(getattr(node.target, "__name__", node.target))
         flags = (*node.args, node.kwargs.get("inplace"))
-        writes = re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
+        writes = name in AUGMENTED or re.search(r"[^_]_$", name) or any(flag is True for flag in flags)
         values = node.all_input_nodes[:1] if writes else []
     return [value for value in values if isinstance(value, fx.Node)]
 

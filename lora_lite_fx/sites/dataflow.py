@@ -37,8 +37,8 @@ NORMS = frozenset({
 })
 POOLS = frozenset({"adaptive_avg_pool1d", "adaptiveavgpool1d", "adaptive_avg_pool2d", "adaptiveavgpool2d"})
 ARITHMETIC = frozenset({
-    "add", "sub", "mul", "div", "neg", "rsub", "add_", "mul_", "div_", "iadd", "imul", "truediv", "masked_fill",
-    "where", "clamp", "max", "maximum", "minimum", "by_mode",
+    "add", "sub", "mul", "div", "neg", "rsub", "add_", "mul_", "div_", "iadd", "isub", "imul", "itruediv", "truediv",
+    "masked_fill", "where", "clamp", "max", "maximum", "minimum", "by_mode",
 })
 CARRY = SPLITS | SHAPES | CASTS | NORMS | POOLS | ARITHMETIC
 """Operations that carry a value on: their result holds it, in whatever shape, scale, mask, mean or norm."""

@@ -188,7 +188,8 @@ FINDINGS: tuple[Found, ...] = (
         _folder("LoRA", "attention", r=4, lora_alpha=6),
         "file after a step",
     ),
-    # Writes in place, in one mode alone.
+    # Writes in place, traced, and in one mode alone.
+    Found("an augmented assignment", "writes", Writes((Line("view"), Line("+= a number")))),
     Found("training overwrites a value", "writes", Writes((Line("clone"), Line("mul_", (1, 1), mode=True)))),
     Found(
         "training has an activation in place", "writes", Writes((Line("activation in place", mode=True), Line("tanh")))

@@ -32,6 +32,15 @@ def _without_gradients(m: Any, x: Tensor, y: Tensor) -> None:
         x.add_(0.5)
 
 
+def _plus_one(m: Any, x: Tensor, y: Tensor) -> None:
+    x += 1
+
+
+def _minus_another(m: Any, x: Tensor, y: Tensor) -> None:
+    part = x.view(-1, WIDTH)
+    part -= y.detach()
+
+
 Statement = Callable[[Any, Tensor, Tensor], Any]
 VALUES: dict[str, Statement] = {
     "linear 0": lambda m, x, y: m.linears[0](x),
@@ -56,6 +65,8 @@ WRITES: dict[str, Statement] = {
     "copy_ of another": lambda m, x, y: x.copy_(torch.tanh(y)),
     "neg_ of torch": lambda m, x, y: torch.neg_(x),
     "a part": lambda m, x, y: x.narrow(1, 0, 3).mul_(2),
+    "+= a number": _plus_one,
+    "-= another in a view": _minus_another,
     "out": lambda m, x, y: torch.mul(x.detach(), 2, out=x.detach()),
     "without gradients": _without_gradients,
     "a count": lambda m, x, y: m.count.add_(1),

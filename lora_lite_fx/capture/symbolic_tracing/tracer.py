@@ -19,6 +19,7 @@ from ..autograd_functions import keeping_functions
 from ..process_state.python_state import PythonState
 from ..refusal import refusal
 from .attention_module import attend, attend_in_function, is_attention
+from .proxies import Proxy
 from .traced_regions import LeftChanged, RecordedRegions, changes_gradients, go_back_to_the_caller
 
 aten = torch.ops.aten
@@ -52,6 +53,9 @@ class _Tracer(fx.Tracer):
             self.values.get(str(argument.node.target), argument) if isinstance(argument, fx.Proxy) else argument
             for argument in arguments
         ]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if not super().is_leaf_module(module, name) or isinstance(module, INLINED):

@@ -78,7 +78,7 @@ def test_a_bank_reads_nothing_where_the_scope_says_the_rows() -> None:
     assert reads == ["check_slots"]
 
 
-@since("transformers", "5.20", "One mask of booleans serves all layers")
+@since("transformers", "5.24", "No region without gradients stands between the mask and the layers")
 def test_an_attention_mask_is_looked_at_once() -> None:
     gm = llfx.rewrite(captured(torch.float32)[0], config("LoRA"))
     train(gm, tokens())

@@ -114,14 +114,14 @@ MUTANTS = (
     ),
     _mutant(
         "writes",
-        'writes = getattr(gm.get_submodule(str(node.target)), "inplace", False)',
-        "writes = False",
+        'if getattr(gm.get_submodule(str(node.target)), "inplace", False) else []',
+        "if False else []",
         "a module that works in place is not seen",
     ),
     _mutant(
         "writes",
-        'writes = re.search(r"[^_]_$", name) or any(',
-        "writes = any(",
+        're.search(r"[^_]_$", name) or any(',
+        "any(",
         "a method that writes in place is not seen in a symbolic trace",
     ),
     _mutant(
@@ -132,14 +132,27 @@ MUTANTS = (
     ),
     _mutant(
         "writes",
-        'name in ("batch_norm", "instance_norm")',
-        "False",
+        'return name in ("batch_norm", "instance_norm")',
+        "return False",
         "the statistics of batch norm are the user's own in a symbolic trace",
     ),
     _mutant(
         "writes",
-        'getattr(module, "track_running_stats", False)',
-        'getattr(gm, "", False)',
+        'if node.kwargs.get("out") is not None',
+        "if False",
+        "a write by out= is not seen",
+    ),
+    _mutant(
+        "writes",
+        "name in AUGMENTED or ",
+        "",
+        "x += y is not seen to write",
+        "tests/fuzz/test_fuzz.py",
+    ),
+    _mutant(
+        "writes",
+        'names += [f"{node.target}.{name}"',
+        'names += [f"{node.target}{name}"',
         "the statistics of a batch norm module are the user's own",
     ),
     _mutant(
@@ -163,8 +176,8 @@ MUTANTS = (
     ),
     _mutant(
         "writes",
-        'gm.get_submodule(str(node.target)), "track_running_stats", False)',
-        'gm, "", False)',
+        "any(True for _ in gm.get_submodule(str(node.target)).buffers())",
+        "False",
         "a batch norm that runs again updates its statistics twice",
         "tests/execution/test_checkpointing.py::test_two_adapters_with_dropout_and_batch_norm_compute_the_same",
     ),

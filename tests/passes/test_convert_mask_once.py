@@ -24,7 +24,7 @@ from tests.support.releases import since
 aten = torch.ops.aten
 
 
-@since("transformers", "5.20", "One mask of booleans serves all layers")
+@since("transformers", "5.24", "No region without gradients stands between the mask and the layers")
 def test_a_mask_is_converted_once_for_all_layers() -> None:
     inputs = {**tokens(3, 5), "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])}
     gm = llfx.rewrite(llama()[0], LOW_RANK["LoRA"], inputs)
@@ -41,7 +41,7 @@ def test_a_mask_is_converted_once_for_all_layers() -> None:
             )
 
 
-@since("transformers", "5.20", "One mask of booleans serves all layers")
+@since("transformers", "5.24", "No region without gradients stands between the mask and the layers")
 def test_the_reason_is_the_device_or_a_single_reader() -> None:
     gm = adapted_llama("LoRA")
     attentions = gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)

@@ -42,7 +42,7 @@ def captured() -> fx.GraphModule:
     return llfx.capture(llama()[0], {**tokens(3, 5), "attention_mask": LEFT})
 
 
-@since("transformers", "5.20", "One mask of booleans serves all layers")
+@since("transformers", "5.24", "No region without gradients stands between the mask and the layers")
 @pytest.mark.parametrize("checkpoint_layers", broad_after(1, [False, True]))
 @pytest.mark.parametrize(
     ("mask", "seen"),

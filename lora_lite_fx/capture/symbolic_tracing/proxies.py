@@ -9,12 +9,14 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from ...graph.augmented import AUGMENTED
 
-_NUMBERS = frozenset({"size", "dim", "numel", "nelement", "ndimension", "stride", "shape", "ndim"})
-"""The methods and attributes of a tensor that are numbers or tuples of them."""
+_NUMBERS = frozenset({"dim", "numel", "nelement", "ndimension", "ndim"})
+_SIZES = frozenset({"size", "shape", "stride"})
+"""The methods and attributes of a tensor that are numbers, and those that are tuples of numbers."""
 
 
 class Proxy(fx.Proxy):
@@ -22,6 +24,10 @@ class Proxy(fx.Proxy):
 
     def __getattr__(self, k: str) -> Any:
         return Attribute(self, k)
+
+    def __len__(self) -> int:
+        with self.tracer.noting_refusals():  # type: ignore[attr-defined]
+            return super().__len__()
 
 
 class Attribute(Proxy, fx.proxy.Attribute):
@@ -33,7 +39,7 @@ def _record(name: str) -> None:
 
     def assign(self: fx.Proxy, value: Any) -> fx.Proxy:
         return self.tracer.create_proxy(
-            "call_function", plain if _is_number(self.node) else AUGMENTED[name], (self, value), {}
+            "call_function", plain if number_like(self.node) is not None else AUGMENTED[name], (self, value), {}
         )
 
     setattr(Proxy, f"__{name}__", assign)
@@ -43,9 +49,12 @@ for _name in AUGMENTED:
     _record(_name)
 
 
-def _is_number(node: fx.Node) -> bool:
-    """Tell whether a value is known to be a size, or computed of sizes alone."""
-    if node.op == "call_method" or node.target is getattr:
-        return (node.target if node.op == "call_method" else node.args[1]) in _NUMBERS
-    plain = getattr(node.target, "__module__", "") == "_operator"
-    return plain and bool(node.all_input_nodes) and all(map(_is_number, node.all_input_nodes))
+def number_like(node: fx.Node) -> int | tuple[int, ...] | None:
+    """Return an object of the type of a value that is a size, or computed of sizes alone; None for other values."""
+    name = node.target if node.op == "call_method" else node.args[1] if node.target is getattr else None
+    if name in _SIZES:
+        return torch.Size() if len(node.args) + len(node.kwargs) == (1 if node.op == "call_method" else 2) else 1
+    plain = getattr(node.target, "__module__", "") == "_operator" and node.all_input_nodes
+    if name in _NUMBERS or (plain and all(number_like(operand) is not None for operand in node.all_input_nodes)):
+        return 1
+    return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,7 @@ from ...graph.calls_and_traces import tracing
 from ..autograd_functions import keeping_functions
 from ..process_state.python_state import PythonState
 from ..refusal import refusal
+from .asked_types import AskedTypes
 from .attention_module import attend, attend_in_function, is_attention
 from .proxies import Proxy
 from .traced_regions import LeftChanged, RecordedRegions, changes_gradients, go_back_to_the_caller
@@ -45,6 +47,31 @@ class _Tracer(fx.Tracer):
         self.inline = inline
         # A graph that is only compared needs none, and they take most of the time.
         self.record_stack_traces = not values
+        self._refused: Exception | None = None
+
+    @contextmanager
+    def noting_refusals(self) -> Iterator[None]:
+        """Note what cannot be traced, because the model may catch the error and go another way."""
+        try:
+            yield
+        except Exception as error:
+            self._refused = error
+            raise
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        with self.noting_refusals():
+            return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        with self.noting_refusals():
+            return super().iter(obj)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with RecordedRegions(self), AskedTypes():
+            graph = super().trace(root, concrete_args)
+        if self._refused is not None:
+            raise self._refused
+        return graph
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         # The placeholder of an argument with a value stays in the graph, so that graphs of one model can be compared.
@@ -164,9 +191,7 @@ def recorded(model: nn.Module, values: Mapping[str, Any] = MappingProxyType({}))
 
 
 def _trace(model: nn.Module, values: Mapping[str, Any], inline: bool) -> fx.Graph:
-    tracer = _Tracer(values, inline)
-    with RecordedRegions(tracer):
-        return tracer.trace(model)
+    return _Tracer(values, inline).trace(model)
 
 
 def trace_into_linears(model: nn.Module) -> fx.Graph:

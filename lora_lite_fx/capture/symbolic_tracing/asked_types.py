@@ -68,7 +68,10 @@ class AskedTypes:
         if node not in self._checked:
             self._checked.add(node)
             said = value.tracer.create_proxy("call_function", torch.is_tensor, (value,), {})
-            message = f"{node.name} is not a tensor, as it was taken for when the model was traced"
+            message = (
+                f"{node.name} is not a tensor, as it was taken for when the model was traced. The way out: capture the"
+                " model with example_inputs."
+            )
             value.tracer.create_proxy("call_function", assert_in_graph, (said, message), {})
         return _TENSOR
 

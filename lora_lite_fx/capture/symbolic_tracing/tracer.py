@@ -67,7 +67,7 @@ class _Tracer(fx.Tracer):
             return super().iter(obj)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with RecordedRegions(self), AskedTypes():
+        with AskedTypes():
             graph = super().trace(root, concrete_args)
         if self._refused is not None:
             raise self._refused
@@ -191,7 +191,9 @@ def recorded(model: nn.Module, values: Mapping[str, Any] = MappingProxyType({}))
 
 
 def _trace(model: nn.Module, values: Mapping[str, Any], inline: bool) -> fx.Graph:
-    return _Tracer(values, inline).trace(model)
+    tracer = _Tracer(values, inline)
+    with RecordedRegions(tracer):
+        return tracer.trace(model)
 
 
 def trace_into_linears(model: nn.Module) -> fx.Graph:

@@ -312,7 +312,7 @@ def test_random_numbers_are_not_drawn_again(memory: Any) -> None:
 
 
 class AddsInPlace(nn.Module):
-    """A layer that adds to the result of a site, which a symbolic trace records as a function of Python."""
+    """A layer that adds to the result of a site in place, which a symbolic trace records as a function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,8 +333,7 @@ def test_layers_of_symbolic_traces_that_write_keep_all() -> None:
     x = torch.randn(3, WIDTH)
     for _ in range(2):
         assert_same(step(ours, (x,)), step(plain, (x,)))
-    reasons = {plan.layers[0]: plan.reason for plan in llfx.memory_plan(ours)}
-    assert reasons["1"]
+    assert "overwrites" in llfx.memory_plan(ours)[0].reason
 
 
 def test_lazy_conjugates_are_kept() -> None:

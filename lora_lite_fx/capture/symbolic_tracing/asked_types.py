@@ -19,6 +19,8 @@ from ...compat.torch import assert_in_graph, pytree
 from ...compat.torch_modules import buffers_of, parameters_of
 from .proxies import Attribute, Proxy, number_like
 
+PLAIN = "plain"
+"""The attribute of a function of the scope that holds Python's own, which graphs call: torch.fx records `getattr`."""
 _TENSOR = torch.empty(0)
 _ASKING_FOR_USERS = ("torch", pytree.__name__)
 """The modules of torch that ask on behalf of their callers: `torch.is_tensor`, `tree_map_only`."""
@@ -53,6 +55,7 @@ class AskedTypes:
             lacks = default and not self._plain["hasattr"](self._stand_in(value), name)
             return default[0] if lacks else plain(value, name)
 
+        vars(ask)[PLAIN] = plain
         return ask
 
     def _stand_in(self, value: Any) -> Any:

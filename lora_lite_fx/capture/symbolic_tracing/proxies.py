@@ -14,6 +14,7 @@ from torch import fx
 
 from ...graph.augmented import AUGMENTED
 
+_GETATTR = getattr  # itself: while a model is traced, the name means what `asked_types` puts there
 _NUMBERS = frozenset({"dim", "numel", "nelement", "ndimension", "ndim"})
 _SIZES = frozenset({"size", "shape", "stride"})
 """The methods and attributes of a tensor that are numbers, and those that are tuples of numbers."""
@@ -51,7 +52,7 @@ for _name in AUGMENTED:
 
 def number_like(node: fx.Node) -> int | tuple[int, ...] | None:
     """Return an object of the type of a value that is a size, or computed of sizes alone; None for other values."""
-    name = node.target if node.op == "call_method" else node.args[1] if node.target is getattr else None
+    name = node.target if node.op == "call_method" else node.args[1] if node.target is _GETATTR else None
     if name in _SIZES:
         return torch.Size() if len(node.args) + len(node.kwargs) == (1 if node.op == "call_method" else 2) else 1
     plain = getattr(node.target, "__module__", "") == "_operator" and node.all_input_nodes

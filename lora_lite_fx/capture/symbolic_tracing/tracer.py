@@ -19,7 +19,7 @@ from ...graph.calls_and_traces import tracing
 from ..autograd_functions import keeping_functions
 from ..process_state.python_state import PythonState
 from ..refusal import refusal
-from .asked_types import AskedTypes
+from .asked_types import PLAIN, AskedTypes
 from .attention_module import attend, attend_in_function, is_attention
 from .proxies import Proxy
 from .traced_regions import LeftChanged, RecordedRegions, changes_gradients, go_back_to_the_caller
@@ -99,6 +99,8 @@ class _Tracer(fx.Tracer):
             result = attend_in_function(self, args, kwargs)
             if result is not None:
                 return result
+        if kind == "call_function":
+            target = getattr(target, PLAIN, target)
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
 
 

@@ -19,7 +19,7 @@ from ...compat.torch import assert_in_graph, pytree
 from ...compat.torch_modules import buffers_of, parameters_of
 from .proxies import Attribute, Proxy, number_like
 
-PLAIN = "plain"
+PLAIN = "of_python"
 """The attribute of a function of the scope that holds Python's own, which graphs call: torch.fx records `getattr`."""
 _TENSOR = torch.empty(0)
 _ASKING_FOR_USERS = ("torch", pytree.__name__)

@@ -87,11 +87,7 @@ def modules() -> list[Row]:
     """Return the rows of modules and of what stands on them."""
     on_instance = "refused: a warning names the module"
     without_tensors = cells(NO_MODULE, traced=FOLLOWED)
-    hooked = cells(
-        FOLLOWED,
-        wrap="refused: `wrap` takes modules that only multiply",
-        traced="refused: a warning says that it was traced",
-    )
+    hooked = cells(FOLLOWED, wrap="refused: `wrap` takes modules that only multiply")
     return [
         Row("modules", "another module in the place of one", without_tensors, change=ops.Exchange("b0.act").of),
         Row("modules", "another class, without tensors", without_tensors, change=ops.Exchange("b0.act", "class").of),

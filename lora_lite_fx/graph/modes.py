@@ -18,7 +18,7 @@ from torch import fx, nn
 from ..errors import CallError
 from .tensors import module_at
 from .walk import ancestors
-from .writes import updates_statistics, written_roots
+from .writes import statistics_flag, updates_statistics, written_roots
 
 FLAG = "training"
 """The name of the attribute of a module that says in which mode it is. No parameter, buffer or child can have it."""
@@ -218,10 +218,7 @@ def keep_mode(gm: fx.GraphModule, graph: fx.Graph, training: bool) -> None:
     def has_effects(node: fx.Node) -> bool:
         if node.op == "call_module" or node.is_impure(impure_random=False):
             return True
-        if not updates_statistics(node):
-            return node in written
-        by_name = node.kwargs.get("training", node.kwargs.get("use_input_stats", False))
-        return training and (node.args[5] if len(node.args) > 5 else by_name) is not False
+        return training and statistics_flag(node) is not False if updates_statistics(node) else node in written
 
     needed = set(ancestors(node for node in graph.nodes if node not in writes and has_effects(node)))
     while more := [node for node, roots in writes.items() if node not in needed and not needed.isdisjoint(roots)]:

@@ -82,8 +82,18 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
 
 def updates_statistics(node: fx.Node) -> bool:
     """Tell whether `node` is a call of batch or instance norm, which updates statistics in training."""
-    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-    return name in ("batch_norm", "instance_norm")
+    return _name(node) in ("batch_norm", "instance_norm")
+
+
+def statistics_flag(node: fx.Node) -> Any:
+    """Return the argument of a call of batch or instance norm by which it updates its statistics, also as a default."""
+    if len(node.args) > 5:
+        return node.args[5]
+    return node.kwargs.get("training", node.kwargs.get("use_input_stats", _name(node) == "instance_norm"))
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
 def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from ...graph.modes import by_mode, is_flag, one_mode, owner_of, read_flag, writ
 from ...graph.queries import dtype_of
 from ...graph.regions import regions_of
 from ...graph.tensors import has_values
-from ...graph.writes import written, written_roots
+from ...graph.writes import statistics_flag, written, written_roots
 
 aten = torch.ops.aten
 _DROPOUT = aten.dropout.default
@@ -221,7 +221,7 @@ def _follows(node: fx.Node) -> bool:
 
 
 def _only_reads_statistics(node: fx.Node) -> bool:
-    return node.target in _BATCH_NORMS and _flag_by_position(node)[0][5] is False
+    return node.target in _BATCH_NORMS and statistics_flag(node) is False
 
 
 def _revalue(node: fx.Node) -> None:

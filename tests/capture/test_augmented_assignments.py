@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,12 @@ def residual(m: Any, x: Tensor) -> Any:
     return y
 
 
+def copied(m: Any, x: Tensor) -> Any:
+    y = copy.deepcopy(x.detach())
+    y += 1
+    return x + y
+
+
 def number(m: Any, x: Tensor) -> Any:
     n = x.shape[1]
     before = n
@@ -76,7 +83,7 @@ def number(m: Any, x: Tensor) -> Any:
     return x * (n + before)
 
 
-@pytest.mark.parametrize("between", [other_name, view, attribute, parts, buffer, residual, number])
+@pytest.mark.parametrize("between", [other_name, view, attribute, parts, buffer, residual, copied, number])
 def test_a_graph_assigns_as_the_model_does(between: Callable[[Any, Tensor], Any]) -> None:
     model, cfg = Between(between).double(), llfx.LoRA(r=2, target_names=".")
     with untouched(model):

@@ -6,6 +6,7 @@ was before.
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -25,6 +26,10 @@ class Proxy(fx.Proxy):
 
     def __getattr__(self, k: str) -> Any:
         return Attribute(self, k)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.Proxy:
+        """Record the copy of a tensor, because `torch.fx` copies the trace."""
+        return self.tracer.create_proxy("call_function", copy.deepcopy, (self,), {})
 
     def __len__(self) -> int:
         with self.tracer.noting_refusals():  # type: ignore[attr-defined]

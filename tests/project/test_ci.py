@@ -46,7 +46,10 @@ def test_ci_installs_nothing_beside_the_commands() -> None:
 
 
 def test_ci_tries_the_newest_and_the_oldest_releases() -> None:
-    assert re.findall(r"^check_\w+$", SCRIPT, re.MULTILINE) == ["check_newest", "check_oldest"]
+    begun = ["begin check_main_job", "begin check_oldest", "begin check_benchmark"]
+    assert re.findall(r"^begin \w+$", SCRIPT, re.MULTILINE) == begun
+    assert len(re.findall(r"^finish \w+$", SCRIPT, re.MULTILINE)) == len(begun)
+    assert re.findall(r"^check_\w+$", SCRIPT, re.MULTILINE) == ["check_newest"]
     oldest = {name: ".".join(tried.oldest.split(".")[:2]) for name, tried in TRIED.items()}
     assert f"'torch=={oldest['torch']}.*' 'transformers=={oldest['transformers']}.*'" in SCRIPT
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

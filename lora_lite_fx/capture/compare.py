@@ -34,6 +34,7 @@ from .process_state.held_answers import hold_answer, other_answer
 from .process_state.python_state import warn_of_count
 from .process_state.questions import GRAD, INFERENCE_REGION, Questions, device_of
 from .refusal import line_of_error
+from .revealed_parameters import revealed_parameters
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.
 _MORE_THAN_A_BIT = 4.0
@@ -160,8 +161,9 @@ def _hold_answers(gm: fx.GraphModule, model: nn.Module, call: Call, questions: Q
 
 def _computes_the_same(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
     """Tell whether graph and model agree in evaluation as far as half precision goes, in whatever types of results."""
-    expected = outputs_of_model(model, call, False, in_any_order=False).results
-    actual = outputs_of_graph(gm, model, call, False, by_module=False, in_any_order=False).results
+    with revealed_parameters(model, gm):
+        expected = outputs_of_model(model, call, False, in_any_order=False).results
+        actual = outputs_of_graph(gm, model, call, False, by_module=False, in_any_order=False).results
     for name, theirs in expected.items():
         ours = actual.get(name)
         if isinstance(theirs, Tensor) and isinstance(ours, Tensor) and theirs.is_floating_point():
@@ -222,8 +224,18 @@ def _all_rows(
     gm: fx.GraphModule, model: nn.Module, call: Call, mode: str, where: Mode, questions: Questions | None = None
 ) -> list[Difference]:
     """Return the differences of the results; if one is not explained by rounding, those of all modules too."""
-    rows = _compare(gm, model, call, mode, where, by_module=False, questions=questions)
-    return rows if all(row.ok for row in rows) else _compare(gm, model, call, mode, where, by_module=True)
+
+    def compared() -> list[Difference]:
+        rows = _compare(gm, model, call, mode, where, by_module=False, questions=questions)
+        return rows if all(row.ok for row in rows) else _compare(gm, model, call, mode, where, by_module=True)
+
+    try:
+        with revealed_parameters(model, gm):
+            return compared()
+    except CaptureError:
+        raise
+    except Exception:  # a model may decide by values of its parameters
+        return compared()
 
 
 def _compare(

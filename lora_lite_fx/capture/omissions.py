@@ -24,6 +24,7 @@ from .differences import agree
 from .forward_signature import signature_of
 from .origins.origin import PlainModule
 from .outputs import has_data, leaves_by_path
+from .revealed_parameters import revealed_parameters
 from .shared_copy import shared_copy
 from .signature import CallSignature, Fill, Omission
 
@@ -186,7 +187,7 @@ class _Comparison:
             filled = {name: torch.full_like(self.inputs[index][name], fill) for name, fill in constants.items()}
             device = next((tensor.device.type for tensor in self.model.parameters()), "cpu")
             try:
-                with torch.random.fork_rng(), torch.autocast(device, enabled=False):
+                with revealed_parameters(self.model), torch.random.fork_rng(), torch.autocast(device, enabled=False):
                     result = self.model(**copy.deepcopy(inputs), **filled)
             except Exception as error:
                 first = next(iter(str(error).splitlines()), "")

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..adapters.placement import Placement
 from ..capture.differences import agree
 from ..capture.origins.origin import is_hugging_face
+from ..capture.revealed_parameters import revealed_parameters
 from ..errors import CaptureError
 from ..execution.layer_modules import plain_class
+from ..graph.calls_and_traces import tracing
 from ..graph.modes import in_mode
 from ..log import logger
 
@@ -60,7 +62,8 @@ def _computes_the_same(part: Any, arguments: dict[str, Any]) -> bool:
     A module may read the weight of another one in place of calling it, as `nn.MultiheadAttention` does, and leave out
     the adapter of that.
     """
-    with torch.no_grad(), in_mode(part, False):  # without dropout
+    # Without dropout, and with adapters that do something, which start at zero. No other call may see them meanwhile.
+    with tracing(), torch.no_grad(), in_mode(part, False), revealed_parameters(part):
         around = run_around_parts(part, arguments, return_dict=True)
         whole = part(**{name: value for name, value in arguments.items() if name != "labels"}, return_dict=True)
     tensors = [name for name, value in whole.items() if isinstance(value, Tensor)]

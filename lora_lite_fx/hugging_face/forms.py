@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..capture.differences import agree
 from ..capture.outputs import comparable
+from ..capture.revealed_parameters import revealed_parameters
 from ..capture.shared_copy import shared_copy
 from ..compat.torch import constant_when_compiled, not_compiled
 from ..errors import AdapterError, CaptureError
@@ -211,7 +212,7 @@ def _results(
     own = _copied(arguments)
     part.train(training)
     try:
-        with comparable(part), torch.autocast(part.device.type, enabled=False):
+        with comparable(part), revealed_parameters(part), torch.autocast(part.device.type, enabled=False):
             if normal is None:
                 return _leaves_of(part(**own), own, keeps_cache=True)
             call = normal(own)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_lite_fx as llfx
 from lora_lite_fx.capture.inputs.example_inputs import example_inputs_of
@@ -209,13 +209,42 @@ class Keeps(hf.BertForMaskedLM):
         return super().forward(inputs_embeds=embedded, attention_mask=attention_mask, **kwargs)
 
 
+class Backwards(hf.GPT2LMHeadModel):
+    """Counts positions from the last token."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).repeat(len(input_ids), 1).flip(1)
+        return super().forward(input_ids, position_ids=position_ids, **kwargs)
+
+
 @pytest.mark.broad
-def test_what_a_call_writes_for_later_ones_is_named() -> None:
+def test_positions_count_although_their_embedding_starts_at_zero() -> None:
+    config = hf.GPT2Config(vocab_size=99, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    model: Any = Backwards(config).double()
+    positions = model.transformer.wpe.weight
+    with torch.no_grad():
+        positions.zero_()
+    models = adapted_and_wrapped(model.eval())
+    mask = torch.ones_like(IDS)
+    mask[0, :2] = 0
+    require_equal(models, {"input_ids": IDS, "attention_mask": mask})
+    with torch.no_grad():
+        positions.normal_()
+    require_equal(models, {"input_ids": IDS, "attention_mask": mask})
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("is_zero", [False, True])
+def test_what_a_call_writes_for_later_ones_is_named(is_zero: bool) -> None:
     config = hf.BertConfig(
         vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
     )
+    model: Any = Keeps(config)
+    if is_zero:
+        nn.init.zeros_(model.get_input_embeddings().weight)
     with pytest.warns(UserWarning, match="Keeps keeps kept from one call") as caught:
-        llfx.adapt(Keeps(config), llfx.LoRA(r=2))
+        llfx.adapt(model, llfx.LoRA(r=2))
     assert not any("keeps table" in str(warning.message) for warning in caught)
 
 

@@ -1,7 +1,8 @@
-"""The safety conditions of the passes, each with a mutant that drops it and the test that notices."""
+"""The conditions that keep results right, each with a mutant that drops it and the test that notices."""
 
+from .of_comparisons import MUTANTS as OF_COMPARISONS
 from .of_fuse_loss import MUTANTS as OF_FUSE_LOSS
 from .of_graph import MUTANTS as OF_GRAPH
 from .of_passes import MUTANTS as OF_PASSES
 
-MUTANTS = (*OF_PASSES, *OF_FUSE_LOSS, *OF_GRAPH)
+MUTANTS = (*OF_PASSES, *OF_FUSE_LOSS, *OF_GRAPH, *OF_COMPARISONS)

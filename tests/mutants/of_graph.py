@@ -132,7 +132,7 @@ MUTANTS = (
     ),
     _mutant(
         "writes",
-        'return name in ("batch_norm", "instance_norm")',
+        'return _name(node) in ("batch_norm", "instance_norm")',
         "return False",
         "the statistics of batch norm are the user's own in a symbolic trace",
     ),

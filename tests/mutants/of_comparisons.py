@@ -1,0 +1,73 @@
+"""Mutants of the comparisons of a model with its graph: parameters near zero would hide what differs."""
+
+from .mutant import Mutant
+
+_CAPTURE, _HUGGING_FACE = "lora_lite_fx/capture/", "lora_lite_fx/hugging_face/"
+_GATES = "tests/capture/test_revealed_parameters.py::test_"
+_COMPUTED = "tests/hugging_face/test_computed_arguments.py::test_"
+
+MUTANTS = (
+    Mutant(
+        f"{_CAPTURE}omissions.py",
+        "with revealed_parameters(self.model), torch.random",
+        "with torch.random",
+        "a condition behind a gate that starts at zero may be left out, and counts as one of ones when the gate opens",
+        f"{_GATES}a_condition_whose_gate_starts_near_zero_may_not_be_left_out",
+    ),
+    Mutant(
+        f"{_CAPTURE}sizes_of_one.py",
+        ", revealed_parameters(model, gm):",
+        ":",
+        "a size of one that decides behind such a gate is not refused",
+        f"{_GATES}a_size_of_one_that_decides_is_seen_behind_a_gate",
+    ),
+    Mutant(
+        f"{_CAPTURE}compare.py",
+        "        with revealed_parameters(model, gm):\n            return compared()",
+        "        return compared()",
+        "a branch behind such a gate that a trace changes is not seen",
+        f"{_GATES}a_branch_that_a_trace_changes_is_seen_behind_a_gate",
+    ),
+    Mutant(
+        f"{_CAPTURE}compare.py",
+        "a model may decide by values of its parameters\n        return compared()",
+        "\n        raise",
+        "a model that decides by a parameter that is zero is refused",
+        f"{_GATES}a_model_that_decides_by_a_parameter_is_compared_as_it_is",
+    ),
+    Mutant(
+        f"{_CAPTURE}revealed_parameters.py",
+        "return bool((value.abs() < _SMALL).all())",
+        "return True",
+        "a parameter of which one value is zero gets other values, with which a pretrained model may compute nonsense",
+        f"{_GATES}parameters_over_one_storage_get_the_same_values_and_their_own_afterwards",
+    ),
+    Mutant(
+        f"{_CAPTURE}quirks/decisions.py",
+        "with revealed_parameters(self._model, plain):",
+        "if True:",
+        "a loop that does something for each index behind such a gate is followed",
+        "tests/capture/quirks/test_decisions.py::test_a_loop_that_works_for_each_index_that_occurs_is_refused",
+    ),
+    Mutant(
+        f"{_HUGGING_FACE}around_parts.py",
+        ", revealed_parameters(part):",
+        ":",
+        "an adapter that starts at zero, in a module that is read and not called, does nothing in calls with labels",
+        "tests/hugging_face/test_around_parts.py::test_an_adapter_whose_module_is_read_and_not_called_is_seen_at_the_start",
+    ),
+    Mutant(
+        f"{_HUGGING_FACE}forms.py",
+        " revealed_parameters(part),",
+        "",
+        "a model whose table of positions starts at zero gets positions that are not its own",
+        f"{_COMPUTED}positions_count_although_their_embedding_starts_at_zero",
+    ),
+    Mutant(
+        f"{_HUGGING_FACE}written_by_calls.py",
+        " revealed_parameters(twin),",
+        "",
+        "what a call keeps for later ones is not named if a parameter makes it zero at the start",
+        f"{_COMPUTED}what_a_call_writes_for_later_ones_is_named",
+    ),
+)

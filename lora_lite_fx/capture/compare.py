@@ -34,7 +34,7 @@ from .process_state.held_answers import hold_answer, other_answer
 from .process_state.python_state import warn_of_count
 from .process_state.questions import GRAD, INFERENCE_REGION, Questions, device_of
 from .refusal import line_of_error
-from .revealed_parameters import revealed_parameters
+from .revealing import revealed_parameters, varied
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.
 _MORE_THAN_A_BIT = 4.0
@@ -83,7 +83,8 @@ def require_equal(
 
     Args:
         gm, model: neither is changed. Where parts of the model are in other modes, the two are compared in these too.
-        calls: the first is compared in all modes, the others in evaluation.
+        calls: the first is compared in all modes, also with other numbers in the place of zeros or ones; the others in
+            evaluation.
         hint: a sentence on how to avoid a difference, after a space.
         made: whether the inputs are not the user's: those that the model does not take say nothing of the user's then,
             and the graph is not compared.
@@ -102,6 +103,8 @@ def require_equal(
         first, *others = _modes(model)
         in_evaluation = calls[1:] if same_in_both_modes and len(calls) > 1 else calls
         pairs = [*((call, first) for call in in_evaluation), *((calls[0], each) for each in others)]
+        with_others = varied(calls[0])
+        pairs += [(with_others, each) for each in (first, *others) if with_others is not None]
         for call, (mode, where) in pairs:
             try:
                 rows = _all_rows(gm, model, call, mode, where, questions)
@@ -116,7 +119,7 @@ def require_equal(
                         pairs.append((call, first))
                 continue
             except Exception as error:
-                if is_other_decision(error) and call is not calls[0]:
+                if call is with_others or (is_other_decision(error) and call is not calls[0]):
                     details.append(f"not in {mode} for another call, where the model decides otherwise")
                     continue
                 first_line = next(iter(str(error).splitlines()), "")
@@ -129,7 +132,7 @@ def require_equal(
             details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
         if len(raising) == 1 + len(others) and not made:
             raise _raises_itself(model, raising[0].__cause__ or raising[0]) from raising[0].__cause__
-        _hold_answers(gm, model, calls[0], questions)
+        _hold_answers(gm, model, with_others or calls[0], questions)
     if questions.counted is not None:
         warn_of_count(model, questions.counted)
 

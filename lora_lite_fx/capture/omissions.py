@@ -24,7 +24,7 @@ from .differences import agree
 from .forward_signature import signature_of
 from .origins.origin import PlainModule
 from .outputs import has_data, leaves_by_path
-from .revealed_parameters import revealed_parameters
+from .revealing import revealed_parameters, varied
 from .shared_copy import shared_copy
 from .signature import CallSignature, Fill, Omission
 
@@ -115,13 +115,21 @@ class _Comparison:
     def __init__(self, origin: PlainModule, model: nn.Module, inputs: Mapping[str, Any], graph: fx.Graph) -> None:
         self.model = shared_copy(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
         padded = _with_padding(model, dict(inputs))
-        other = origin.with_other_mask(padded)
-        self.inputs = [padded] if other is None else [padded, other]
+        self.inputs = [padded]
         leaves = (len(pytree.tree_leaves(value)) for value in inputs.values())
         self.places = dict(zip(inputs, itertools.accumulate(leaves, initial=0), strict=False))
         self.values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
         self.results = len(pytree.tree_leaves(graph.output_node().args[0]))
         self.answers: dict[tuple[Any, ...], _Answer] = {}
+        if (others := varied(padded)) is not None:
+            self.inputs.append(others)
+            try:
+                self._answer({}, 1)
+            except _Differs:  # the model does not take such numbers
+                self.inputs.pop()
+        self.with_one_mask = len(self.inputs)
+        if (other := origin.with_other_mask(padded)) is not None:
+            self.inputs.append(other)
 
     def of(self, optional: Sequence[str]) -> tuple[dict[frozenset[str], Omission], dict[str, str]]:
         """Return the sets of `optional` that may be left out; and for each that may not be left out alone, why."""
@@ -150,7 +158,7 @@ class _Comparison:
         Raises:
             _Differs: the constants do not stand for that.
         """
-        for index in range(1 if "attention_mask" in fills else len(self.inputs)):
+        for index in range(self.with_one_mask if "attention_mask" in fills else len(self.inputs)):
             short, whole = self._answer(dict.fromkeys(fills), index), self._answer(fills, index)
             self._require_equal(short, whole)
         short, whole = self._answer(dict.fromkeys(fills), 0), self._answer(fills, 0)

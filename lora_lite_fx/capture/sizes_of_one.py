@@ -10,7 +10,7 @@ import inspect
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..graph.regions import has_branches
 from .differences import agree
 from .graph_calls import values_of_call
 from .outputs import Call, has_data, outputs_of_graph, outputs_of_model, written_parameters
-from .revealed_parameters import revealed_parameters
+from .revealing import revealed_parameters, varied
 
 Places = dict[str, list[tuple[int, int]]]
 """For each dynamic size, the numbers of the inputs that have it, each with its dimension."""
@@ -39,12 +39,22 @@ def sizes_of_one_that_decide(gm: fx.GraphModule, model: nn.Module, call: Call) -
     """
     if has_branches(gm) or not has_data(model, call):
         return []
-    values = gm.graph.process_inputs(*values_of_call(gm.graph, inspect.signature(model.forward), *call))
-    places = _dynamic_sizes(gm, values)
-    if not places or _is_right(gm, model, call, values, places):
+    places = _dynamic_sizes(gm, _values(gm, model, call))
+    calls = [each for each in (call, varied(call)) if each is not None]
+
+    def is_right(chosen: Places) -> bool:
+        return all(_is_right(gm, model, each, chosen) for each in calls)
+
+    if not places or is_right(places):
         return []
-    decide = [name for name in places if not _is_right(gm, model, call, values, {name: places[name]})]
+    decide = [name for name in places if not is_right({name: places[name]})]
     return [place for name in decide or places for place in places[name]]
+
+
+def _values(gm: fx.GraphModule, model: nn.Module, call: Call) -> Sequence[Any]:
+    arguments = values_of_call(gm.graph, inspect.signature(model.forward), *call)
+    values: Sequence[Any] = gm.graph.process_inputs(*arguments)
+    return values
 
 
 def _dynamic_sizes(gm: fx.GraphModule, values: Sequence[Any]) -> Places:
@@ -62,11 +72,9 @@ def _dynamic_sizes(gm: fx.GraphModule, values: Sequence[Any]) -> Places:
     return {name: where for name, where in places.items() if name not in computed}
 
 
-def _is_right(
-    gm: fx.GraphModule, model: nn.Module, call: Call, values: Sequence[Any], places: Mapping[str, Any]
-) -> bool:
+def _is_right(gm: fx.GraphModule, model: nn.Module, call: Call, places: Places) -> bool:
     """Check whether graph and model compute the same where these sizes are one; also if one of the two does not run."""
-    shrunk: dict[int, Tensor] = {}
+    values, shrunk = _values(gm, model, call), dict[int, Tensor]()
     for number, dim in (place for where in places.values() for place in where):
         key = id(values[number])
         shrunk[key] = shrunk.get(key, values[number]).narrow(dim, 0, 1).contiguous()

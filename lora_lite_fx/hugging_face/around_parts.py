@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..adapters.placement import Placement
 from ..capture.differences import agree
 from ..capture.origins.origin import is_hugging_face
-from ..capture.revealed_parameters import revealed_parameters
+from ..capture.revealing import revealed_parameters
 from ..errors import CaptureError
 from ..execution.layer_modules import plain_class
 from ..graph.calls_and_traces import tracing

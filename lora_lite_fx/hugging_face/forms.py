@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..capture.differences import agree
 from ..capture.outputs import comparable
-from ..capture.revealed_parameters import revealed_parameters
+from ..capture.revealing import revealed_parameters
 from ..capture.shared_copy import shared_copy
 from ..compat.torch import constant_when_compiled, not_compiled
 from ..errors import AdapterError, CaptureError

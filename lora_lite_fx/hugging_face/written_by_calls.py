@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..capture.differences import agree
 from ..capture.outputs import comparable
-from ..capture.revealed_parameters import revealed_parameters
+from ..capture.revealing import revealed_parameters
 from ..capture.shared_copy import shared_copy
 from .call_structure import CACHES, Leaves
 

@@ -1,9 +1,9 @@
-"""Mutants of the comparisons of a model with its graph: parameters near zero would hide what differs."""
+"""Mutants of the comparisons of a model with its graph: what differs may be hidden at the start."""
 
 from .mutant import Mutant
 
 _CAPTURE, _HUGGING_FACE = "lora_lite_fx/capture/", "lora_lite_fx/hugging_face/"
-_GATES = "tests/capture/test_revealed_parameters.py::test_"
+_GATES = "tests/capture/test_revealing.py::test_"
 _COMPUTED = "tests/hugging_face/test_computed_arguments.py::test_"
 
 MUTANTS = (
@@ -36,11 +36,39 @@ MUTANTS = (
         f"{_GATES}a_model_that_decides_by_a_parameter_is_compared_as_it_is",
     ),
     Mutant(
-        f"{_CAPTURE}revealed_parameters.py",
+        f"{_CAPTURE}revealing.py",
         "return bool((value.abs() < _SMALL).all())",
         "return True",
         "a parameter of which one value is zero gets other values, with which a pretrained model may compute nonsense",
         f"{_GATES}parameters_over_one_storage_get_the_same_values_and_their_own_afterwards",
+    ),
+    Mutant(
+        f"{_CAPTURE}omissions.py",
+        "if (others := varied(padded)) is not None:",
+        "if (others := None):",
+        "a condition that scales inputs may be left out if the example's are zeros",
+        f"{_GATES}a_condition_that_inputs_of_zeros_hide_may_not_be_left_out",
+    ),
+    Mutant(
+        f"{_CAPTURE}omissions.py",
+        "                self.inputs.pop()\n",
+        "                pass\n",
+        "an argument of a model that takes no other numbers may not be left out, and the reason given is wrong",
+        f"{_GATES}a_model_that_takes_no_other_numbers_is_compared_on_its_own",
+    ),
+    Mutant(
+        f"{_CAPTURE}compare.py",
+        "with_others = varied(calls[0])",
+        "with_others = None",
+        "what a trace changes is not seen if the example's inputs are zeros",
+        f"{_GATES}a_product_that_a_trace_changes_is_seen_behind_inputs_of_zeros",
+    ),
+    Mutant(
+        f"{_CAPTURE}sizes_of_one.py",
+        "for each in (call, varied(call)) if each is not None",
+        "for each in (call,)",
+        "a size of one that decides is not refused if the example's inputs are zeros",
+        f"{_GATES}a_size_of_one_that_decides_is_seen_behind_inputs_of_zeros",
     ),
     Mutant(
         f"{_CAPTURE}quirks/decisions.py",

@@ -33,7 +33,7 @@ from ..asserted_decisions import assert_decision
 from ..depth.watched_functions import READ_SIZES
 from ..differences import TOLERANCES, distance, largest
 from ..outputs import Call, Outputs, has_data, outputs_of_graph, outputs_of_model
-from ..revealed_parameters import revealed_parameters
+from ..revealing import revealed_parameters
 from .quirk import Quirk, after_undecided
 
 _MOST_INDICES = 1024

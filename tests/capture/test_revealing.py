@@ -1,4 +1,4 @@
-"""Check that parameters near zero hide nothing of a model when its graph is compared with it."""
+"""Check that parameters near zero, and inputs of one number, hide nothing of a model when its graph is compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite_fx as llfx
-from lora_lite_fx.capture.revealed_parameters import revealed_parameters
+from lora_lite_fx.capture.revealing import revealed_parameters, varied
 from tests.support.conformance import close, randomise
 from tests.support.untouched import untouched
 
@@ -52,6 +52,36 @@ def otherwise_for_one_row(m: Any, y: Tensor, condition: Tensor | None) -> Any:
 
 def decides_by_the_gate(m: Any, y: Tensor, condition: Tensor | None) -> Any:
     return m.scale * y.sin() if m.scale[0] > 0.1 else 0
+
+
+def film(m: Any, x: Tensor, condition: Tensor | None) -> Tensor:
+    return m.last(x if condition is None else x * (1 + m.first(condition)))  # type: ignore[no-any-return]
+
+
+def other_product_while_traced(m: Any, x: Tensor, condition: Tensor | None) -> Tensor:
+    return m.last(2 * x if torch.compiler.is_compiling() else x)  # type: ignore[no-any-return]
+
+
+def other_product_for_one_row(m: Any, x: Tensor, condition: Tensor | None) -> Tensor:
+    return m.last(x if x.shape[0] == 1 else 2 * x)  # type: ignore[no-any-return]
+
+
+def only_zeros_and_ones(m: Any, x: Tensor, condition: Tensor | None) -> Tensor:
+    if ((x != 0) & (x != 1)).any():
+        raise ValueError("zeros and ones alone")
+    return m.last(x if condition is None else x * condition)  # type: ignore[no-any-return]
+
+
+class Whole(nn.Module):
+    """Two linears in a function."""
+
+    def __init__(self, function: Callable[[Any, Tensor, Tensor | None], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.function = function
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.function(self, x, condition)
 
 
 def both(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Any]:
@@ -96,8 +126,48 @@ def test_parameters_over_one_storage_get_the_same_values_and_their_own_afterward
     other.bias.data[0] = 0  # one value says nothing of the others
     bias = other.bias.clone()
     with revealed_parameters(linear, other):
-        assert linear.weight.abs().min() > 0.1
+        assert linear.weight.min() > 0.01
         assert torch.equal(linear.weight, other.weight)
         assert torch.equal(other.bias, bias)
     assert not linear.weight.any()
     assert linear.weight.data_ptr() == other.weight.data_ptr()
+
+
+ZEROS, ONES = torch.zeros_like(X), torch.ones_like(X)
+
+
+@pytest.mark.parametrize("condition", [ZEROS, ONES])
+def test_a_condition_that_inputs_of_zeros_hide_may_not_be_left_out(condition: Tensor) -> None:
+    gm, wrapped = both(Whole(film).double(), {"x": ZEROS, "condition": condition})
+    close(gm(X, CONDITION), wrapped(X, CONDITION), 1e-9, "output")
+    with pytest.raises(llfx.CallError, match="condition cannot be left out"):
+        gm(X)
+
+
+def test_a_product_that_a_trace_changes_is_seen_behind_inputs_of_zeros() -> None:
+    with pytest.raises(llfx.CaptureError, match="differs from the model"):
+        both(Whole(other_product_while_traced).double(), {"x": ZEROS})
+
+
+def test_a_size_of_one_that_decides_is_seen_behind_inputs_of_zeros() -> None:
+    gm, wrapped = both(Whole(other_product_for_one_row).double(), {"x": ZEROS})
+    close(gm(X), wrapped(X), 1e-9, "output")
+    with pytest.raises(llfx.CallError, match=r"x.shape\[0\] != 1"):
+        gm(X[:1])
+
+
+def test_a_model_that_takes_no_other_numbers_is_compared_on_its_own() -> None:
+    gm, wrapped = both(Whole(only_zeros_and_ones).double(), {"x": ONES, "condition": ZEROS})
+    close(gm(ONES, CONDITION), wrapped(ONES, CONDITION), 1e-9, "output")
+    close(gm(ONES), wrapped(ONES), 1e-9, "output without a condition")
+
+
+def test_inputs_vary_where_they_are_one_number() -> None:
+    whole, scalar = torch.ones(3, dtype=torch.long), torch.tensor(2.0)
+    args, kwargs = varied(((ZEROS, whole), {"x": X, "scalar": scalar, "name": "name", "other": ONES}))
+    assert args[0].unique().numel() == X.numel()
+    assert not torch.equal(args[0], kwargs["other"])
+    assert args[1] is whole
+    assert kwargs["x"] is X
+    assert kwargs["scalar"] is scalar
+    assert varied(((X, whole), {"name": None})) is None

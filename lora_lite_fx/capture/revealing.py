@@ -1,0 +1,78 @@
+"""Give parameters and inputs that hide what a model computes other values, while it is compared.
+
+A gate that starts at zero, as the last layer of a condition, makes whatever stands before it the same. So a comparison
+at the start would find that a condition may be left out, and training would make it wrong. Inputs of zeros or ones, as
+examples often are, hide as much. What a model computes does not depend on these values, so it is compared with values
+that show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compat.torch import pytree
+from ..graph.tensors import has_values
+
+_SMALL = 1e-3
+"""The largest value of a parameter that hides something. The scales of layers start at 1e-4 or less."""
+
+
+@contextmanager
+def revealed_parameters(*models: nn.Module) -> Iterator[None]:
+    """Give parameters that are near zero other values for the body; those over the same storage get the same.
+
+    Args:
+        models: a model, and graphs of it. They have parameters of their own, which may share storage with a user's.
+    """
+    hidden: list[tuple[nn.Parameter, Tensor]] = []
+    values: dict[tuple[int, torch.Size], Tensor] = {}
+    try:
+        for parameter in (parameter for model in models for parameter in model.parameters()):
+            if _hides(parameter):
+                key = parameter.data_ptr(), parameter.shape
+                inputs = parameter[0].numel() if parameter.dim() > 1 else 1
+                values.setdefault(key, _drawn(parameter, len(values), 1 / inputs**0.5))
+                hidden.append((parameter, parameter.data))
+                parameter.data = values[key]
+        yield
+    finally:
+        for parameter, data in hidden:
+            parameter.data = data
+
+
+def varied(values: Any) -> Any:
+    """Return the inputs of a call with other numbers where a tensor has the same in each place; None without such.
+
+    Args:
+        values: a tree. Whole numbers stay as they are, because few of them may be valid.
+    """
+    leaves, spec = pytree.tree_flatten(values)
+    others = [_drawn(leaf, seed) if _is_uniform(leaf) else leaf for seed, leaf in enumerate(leaves)]
+    changed = any(other is not leaf for other, leaf in zip(others, leaves, strict=True))
+    return pytree.tree_unflatten(others, spec) if changed else None
+
+
+def _is_uniform(leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not has_values(leaf) or leaf.numel() < 2:
+        return False
+    return bool((leaf == leaf[(0,) * leaf.dim()]).all())
+
+
+def _hides(parameter: nn.Parameter) -> bool:
+    if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or not has_values(parameter):
+        return False
+    value = parameter.detach()
+    if not value.numel() or value[(0,) * value.dim()].abs() >= _SMALL:  # the usual case, without a look at the others
+        return False
+    return bool((value.abs() < _SMALL).all())
+
+
+def _drawn(like: Tensor, seed: int, scale: float = 1.0) -> Tensor:
+    """Return a tensor of positive numbers up to `scale`, which models take wherever they take zeros or ones."""
+    drawn = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.1
+    return torch.empty_like(like.detach()).copy_(scale * drawn)

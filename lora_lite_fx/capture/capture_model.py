@@ -180,7 +180,7 @@ def _exported(
             itself = None if made else own_error(copied, calls[0])
             raise (itself or error) from error.__cause__
         has_constants = dynamic_shapes is None or isinstance(dynamic_shapes, str)  # else a number may be an input
-        signature = call_signature(origin, copied, args, kwargs, gm.graph, has_constants, by_depth.few_layers)
+        signature = call_signature(origin, copied, args, kwargs, gm.graph, has_constants, by_depth.few_layers, made)
         if signature is not None and layouts:
             signature = replace(signature, layouts=layouts)
         details += [f"{len(gm.graph.nodes)} nodes", *done]

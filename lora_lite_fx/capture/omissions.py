@@ -47,6 +47,7 @@ def call_signature(
     graph: fx.Graph,
     has_constants: bool,
     few_layers: Mapping[str, int],
+    made: bool,
 ) -> CallSignature | None:
     """Find out how the graph of `model` may be called; None if its arguments have no names.
 
@@ -57,6 +58,7 @@ def call_signature(
         graph: what it was captured as.
         has_constants: whether arguments that are not tensors were made part of the graph.
         few_layers: how many layers of each stack show what all do, by the name of the stack; empty if not known.
+        made: whether the call is not the user's, and so hides nothing by zeros or ones.
     """
     parameters = dict(signature_of(model).parameters)
     if any(parameter.kind in _WITHOUT_NAMES for parameter in parameters.values()):
@@ -71,7 +73,7 @@ def call_signature(
     omissions: dict[frozenset[str], Omission] = {}
     refusals = dict.fromkeys(optional, "the model has no data, so that a call without it could not be tried")
     if optional and has_data(model, (args, kwargs)):
-        omissions, refusals = _tried(_Comparison(origin, model, inputs, graph), optional, few_layers)
+        omissions, refusals = _tried(_Comparison(origin, model, inputs, graph, made), optional, few_layers)
     positional = tuple(name for name, parameter in parameters.items() if parameter.kind is not _KEYWORD_ONLY)
     return CallSignature(
         type(model).__name__,
@@ -112,7 +114,9 @@ def _tried(
 class _Comparison:
     """Compares a model's answers to calls that leave arguments out with those to a constant in their place."""
 
-    def __init__(self, origin: PlainModule, model: nn.Module, inputs: Mapping[str, Any], graph: fx.Graph) -> None:
+    def __init__(
+        self, origin: PlainModule, model: nn.Module, inputs: Mapping[str, Any], graph: fx.Graph, made: bool
+    ) -> None:
         self.model = shared_copy(model, [name for name, _ in model.named_buffers()])  # a run may write to buffers
         padded = _with_padding(model, dict(inputs))
         self.inputs = [padded]
@@ -121,10 +125,13 @@ class _Comparison:
         self.values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
         self.results = len(pytree.tree_leaves(graph.output_node().args[0]))
         self.answers: dict[tuple[Any, ...], _Answer] = {}
-        if (others := varied(padded)) is not None:
+        for of_tokens in () if made else (True, False):
+            if (others := varied(padded, of_tokens)) is None:
+                break
             self.inputs.append(others)
             try:
                 self._answer({}, 1)
+                break
             except _Differs:  # the model does not take such numbers
                 self.inputs.pop()
         self.with_one_mask = len(self.inputs)

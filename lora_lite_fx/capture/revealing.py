@@ -45,22 +45,30 @@ def revealed_parameters(*models: nn.Module) -> Iterator[None]:
             parameter.data = data
 
 
-def varied(values: Any) -> Any:
+def varied(values: Any, of_tokens: bool = False) -> Any:
     """Return the inputs of a call with other numbers where a tensor has the same in each place; None without such.
 
     Args:
-        values: a tree. Whole numbers stay as they are, because few of them may be valid.
+        values: a tree.
+        of_tokens: whether whole numbers vary too, but for those of a mask. Few of them may be valid.
     """
-    leaves, spec = pytree.tree_flatten(values)
-    others = [_drawn(leaf, seed) if _is_uniform(leaf) else leaf for seed, leaf in enumerate(leaves)]
-    changed = any(other is not leaf for other, leaf in zip(others, leaves, strict=True))
+    leaves, spec = pytree.tree_flatten_with_path(values)
+    others = []
+    for seed, (path, leaf) in enumerate(leaves):
+        if _is_uniform(leaf) and leaf.is_floating_point():
+            others.append(_drawn(leaf, seed))
+        elif of_tokens and _is_uniform(leaf) and "mask" not in pytree.keystr(path):
+            others.append(_drawn_tokens(leaf, seed))
+        else:
+            others.append(leaf)
+    changed = any(other is not leaf for other, (_, leaf) in zip(others, leaves, strict=True))
     return pytree.tree_unflatten(others, spec) if changed else None
 
 
 def _is_uniform(leaf: Any) -> bool:
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not has_values(leaf) or leaf.numel() < 2:
+    if not isinstance(leaf, Tensor) or not has_values(leaf) or leaf.numel() < 2 or leaf.is_complex():
         return False
-    return bool((leaf == leaf[(0,) * leaf.dim()]).all())
+    return leaf.dtype is not torch.bool and bool((leaf == leaf[(0,) * leaf.dim()]).all())
 
 
 def _hides(parameter: nn.Parameter) -> bool:
@@ -76,3 +84,13 @@ def _drawn(like: Tensor, seed: int, scale: float = 1.0) -> Tensor:
     """Return a tensor of positive numbers up to `scale`, which models take wherever they take zeros or ones."""
     drawn = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.1
     return torch.empty_like(like.detach()).copy_(scale * drawn)
+
+
+def _drawn_tokens(like: Tensor, seed: int) -> Tensor:
+    """Return whole numbers between zero and the one of `like`, which tables of models have as well."""
+    most = int(like.flatten()[0])
+    if most == 0 and like.device.type == "cpu":  # elsewhere a token that there is not may end the process
+        most = 1
+    if most <= 0:
+        return like
+    return torch.randint(most + 1, like.shape, generator=torch.Generator().manual_seed(seed)).to(like)

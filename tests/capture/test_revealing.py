@@ -162,6 +162,31 @@ def test_a_model_that_takes_no_other_numbers_is_compared_on_its_own() -> None:
     close(gm(ONES), wrapped(ONES), 1e-9, "output without a condition")
 
 
+class Attends(nn.Module):
+    """Attention to the tokens of a mask; without one, to those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.last = nn.Embedding(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.first(self.embed(ids))
+        scores = y @ y.mT
+        seen = torch.ones_like(scores).tril() if mask is None else mask[:, None]
+        result: Tensor = self.last(scores.masked_fill(seen == 0, -1e9).softmax(-1) @ y)
+        return result
+
+
+@pytest.mark.parametrize("token", [0, 2])
+def test_a_mask_that_tokens_of_one_kind_hide_may_not_be_left_out(token: int) -> None:
+    ids = torch.full((2, 5), token)
+    gm, wrapped = both(Attends().double(), {"ids": ids, "mask": torch.ones_like(ids)})
+    others = torch.arange(10).view(2, 5) % 3
+    close(gm(others, torch.ones_like(ids)), wrapped(others, torch.ones_like(ids)), 1e-9, "output")
+    with pytest.raises(llfx.CallError, match="mask cannot be left out"):
+        gm(others)
+
+
 def test_inputs_vary_where_they_are_one_number() -> None:
     whole, scalar = torch.ones(3, dtype=torch.long), torch.tensor(2.0)
     args, kwargs = varied(((ZEROS, whole), {"x": X, "scalar": scalar, "name": "name", "other": ONES}))
@@ -171,3 +196,13 @@ def test_inputs_vary_where_they_are_one_number() -> None:
     assert kwargs["x"] is X
     assert kwargs["scalar"] is scalar
     assert varied(((X, whole), {"name": None})) is None
+
+
+def test_tokens_vary_among_those_that_a_model_surely_has() -> None:
+    ids, labels = torch.full((4, 9), 5), torch.full((4, 9), -100)
+    inputs = varied({"ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, of_tokens=True)
+    assert inputs["ids"].min() >= 0
+    assert inputs["ids"].max() <= 5
+    assert inputs["ids"].unique().numel() > 2
+    assert inputs["attention_mask"].all()
+    assert inputs["labels"] is labels

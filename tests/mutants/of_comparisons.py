@@ -44,10 +44,17 @@ MUTANTS = (
     ),
     Mutant(
         f"{_CAPTURE}omissions.py",
-        "if (others := varied(padded)) is not None:",
-        "if (others := None):",
+        "if (others := varied(padded, of_tokens)) is None:",
+        "if True:",
         "a condition that scales inputs may be left out if the example's are zeros",
         f"{_GATES}a_condition_that_inputs_of_zeros_hide_may_not_be_left_out",
+    ),
+    Mutant(
+        f"{_CAPTURE}omissions.py",
+        "() if made else (True, False)",
+        "(False,)",
+        "a mask may be left out if the example's tokens are all one, because these get the same attention under any",
+        f"{_GATES}a_mask_that_tokens_of_one_kind_hide_may_not_be_left_out",
     ),
     Mutant(
         f"{_CAPTURE}omissions.py",

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from ..compat.torch import pytree
@@ -30,16 +28,14 @@ from .outputs import (
     outputs_of_program,
     written_parameters,
 )
-from .process_state.held_answers import hold_answer, other_answer
+from .process_state.held_answers import hold_answers
 from .process_state.python_state import warn_of_count
-from .process_state.questions import GRAD, INFERENCE_REGION, Questions, device_of
+from .process_state.questions import Questions
 from .refusal import line_of_error
 from .revealing import revealed_parameters, varied
 
 # Rounding may do several times as much as a change of the last bit of each module's output does.
 _MORE_THAN_A_BIT = 4.0
-_HALF = TOLERANCES[torch.bfloat16]
-"""How far results may be apart under autocast, relative to the largest value."""
 _NOTHING = object()
 _OF_PARTS = "the modes of its parts"
 
@@ -132,48 +128,9 @@ def require_equal(
             details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
         if len(raising) == 1 + len(others) and not made:
             raise _raises_itself(model, raising[0].__cause__ or raising[0]) from raising[0].__cause__
-        _hold_answers(gm, model, with_others or calls[0], questions)
+        hold_answers(gm, model, with_others or calls[0], questions)
     if questions.counted is not None:
         warn_of_count(model, questions.counted)
-
-
-def _hold_answers(gm: fx.GraphModule, model: nn.Module, call: Call, questions: Questions) -> None:
-    """Let the graph refuse calls in which the process answers otherwise, where the model asks and would differ then.
-
-    Raises:
-        CaptureError: the model runs a part of itself in inference mode.
-    """
-    device = device_of(model)
-    for kind, line in questions.asked.items():
-        if kind == INFERENCE_REGION:
-            raise CaptureError(
-                f"{type(model).__name__} runs a region of {kind} at {line}, and a graph has none. The way out:"
-                f" torch.no_grad() instead, or {COMPILE_INSTEAD}."
-            )
-        if kind == GRAD:  # the model was traced with gradients, and compared without
-            continue
-        other = other_answer(kind, device)
-        try:
-            with other or nullcontext():
-                same = other is not None and _computes_the_same(gm, model, call)
-        except Exception:  # of the graph or the model, in a state in which it may never be called
-            same = False
-        if not same:
-            hold_answer(gm, model, kind, device, line)
-
-
-def _computes_the_same(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
-    """Tell whether graph and model agree in evaluation as far as half precision goes, in whatever types of results."""
-    with revealed_parameters(model, gm):
-        expected = outputs_of_model(model, call, False, in_any_order=False).results
-        actual = outputs_of_graph(gm, model, call, False, by_module=False, in_any_order=False).results
-    for name, theirs in expected.items():
-        ours = actual.get(name)
-        if isinstance(theirs, Tensor) and isinstance(ours, Tensor) and theirs.is_floating_point():
-            ours, theirs = ours.float(), theirs.float()
-        if distance(ours, theirs) > _HALF * largest(theirs):
-            return False
-    return True
 
 
 def follows_each_part(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:

@@ -6,15 +6,18 @@ A model may ask whether autocast is on. Its graph goes one way, and refuses call
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
-from ...errors import COMPILE_INSTEAD, CallError
-from .questions import AUTOCAST, DETERMINISTIC, DTYPE, INFERENCE
+from ...errors import COMPILE_INSTEAD, CallError, CaptureError
+from ..differences import TOLERANCES, distance, largest
+from ..outputs import Call, outputs_of_graph, outputs_of_model
+from ..revealing import revealed_parameters
+from .questions import AUTOCAST, DETERMINISTIC, DTYPE, GRAD, INFERENCE, INFERENCE_REGION, Questions, device_of
 
 _ANSWERS: dict[str, Callable[[str], Any]] = {
     AUTOCAST: lambda device: torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
@@ -24,6 +27,9 @@ _ANSWERS: dict[str, Callable[[str], Any]] = {
 }
 """What a model may ask, with the answer of now for a type of device."""
 
+_HALF = TOLERANCES[torch.bfloat16]
+"""How far results may be apart under autocast, relative to the largest value."""
+
 
 class HeldAnswer(NamedTuple):
     """The arguments of `require_answer` in a graph."""
@@ -32,15 +38,6 @@ class HeldAnswer(NamedTuple):
     device: str
     answer: object
     message: str
-
-
-def other_answer(kind: str, device: str) -> AbstractContextManager[Any] | None:
-    """Return a context in which this thread gets another answer; None if the whole process would."""
-    if kind == INFERENCE:
-        return torch.inference_mode(not torch.is_inference_mode_enabled())
-    if kind == AUTOCAST and torch.amp.is_autocast_available(device):
-        return torch.autocast(device, torch.bfloat16, enabled=not torch.is_autocast_enabled(device))
-    return None
 
 
 @has_side_effect
@@ -54,7 +51,55 @@ def require_answer(kind: str, device: str, answer: Any, message: str) -> None:
         raise CallError(message)
 
 
-def hold_answer(gm: fx.GraphModule, model: nn.Module, kind: str, device: str, line: str) -> None:
+def hold_answers(gm: fx.GraphModule, model: nn.Module, call: Call, questions: Questions) -> None:
+    """Let the graph refuse calls in which the process answers otherwise, where the model asks and would differ then.
+
+    Raises:
+        CaptureError: the model runs a part of itself in inference mode.
+    """
+    device = device_of(model)
+    for kind, line in questions.asked.items():
+        if kind == INFERENCE_REGION:
+            raise CaptureError(
+                f"{type(model).__name__} runs a region of {kind} at {line}, and a graph has none. The way out:"
+                f" torch.no_grad() instead, or {COMPILE_INSTEAD}."
+            )
+        if kind == GRAD:  # the model was traced with gradients, and compared without
+            continue
+        other = _other_answer(kind, device)
+        try:
+            with other or nullcontext():
+                same = other is not None and _computes_the_same(gm, model, call)
+        except Exception:  # of the graph or the model, in a state in which it may never be called
+            same = False
+        if not same:
+            _hold_answer(gm, model, kind, device, line)
+
+
+def _computes_the_same(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
+    """Tell whether graph and model agree in evaluation as far as half precision goes, in whatever types of results."""
+    with revealed_parameters(model, gm):
+        expected = outputs_of_model(model, call, False, in_any_order=False).results
+        actual = outputs_of_graph(gm, model, call, False, by_module=False, in_any_order=False).results
+    for name, theirs in expected.items():
+        ours = actual.get(name)
+        if isinstance(theirs, Tensor) and isinstance(ours, Tensor) and theirs.is_floating_point():
+            ours, theirs = ours.float(), theirs.float()
+        if distance(ours, theirs) > _HALF * largest(theirs):
+            return False
+    return True
+
+
+def _other_answer(kind: str, device: str) -> AbstractContextManager[Any] | None:
+    """Return a context in which this thread gets another answer; None if the whole process would."""
+    if kind == INFERENCE:
+        return torch.inference_mode(not torch.is_inference_mode_enabled())
+    if kind == AUTOCAST and torch.amp.is_autocast_available(device):
+        return torch.autocast(device, torch.bfloat16, enabled=not torch.is_autocast_enabled(device))
+    return None
+
+
+def _hold_answer(gm: fx.GraphModule, model: nn.Module, kind: str, device: str, line: str) -> None:
     """Insert a node into `gm` that refuses calls in which the process answers otherwise than now."""
     answer = _ANSWERS[kind](device)
     message = (

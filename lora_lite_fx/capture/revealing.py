@@ -35,8 +35,7 @@ def revealed_parameters(*models: nn.Module) -> Iterator[None]:
         for parameter in (parameter for model in models for parameter in model.parameters()):
             if _hides(parameter):
                 key = parameter.data_ptr(), parameter.shape
-                inputs = parameter[0].numel() if parameter.dim() > 1 else 1
-                values.setdefault(key, _drawn(parameter, len(values), 1 / inputs**0.5))
+                values.setdefault(key, _drawn_matrix(parameter, len(values)))
                 hidden.append((parameter, parameter.data))
                 parameter.data = values[key]
         yield
@@ -80,10 +79,16 @@ def _hides(parameter: nn.Parameter) -> bool:
     return bool((value.abs() < _SMALL).all())
 
 
-def _drawn(like: Tensor, seed: int, scale: float = 1.0) -> Tensor:
-    """Return a tensor of positive numbers up to `scale`, which models take wherever they take zeros or ones."""
+def _drawn(like: Tensor, seed: int) -> Tensor:
+    """Return a tensor of numbers between 0.1 and 1, which models take wherever they take zeros or ones."""
     drawn = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.1
-    return torch.empty_like(like.detach()).copy_(scale * drawn)
+    return torch.empty_like(like.detach()).copy_(drawn)
+
+
+def _drawn_matrix(like: Tensor, seed: int) -> Tensor:
+    """Return values for a parameter; those of a matrix let results be as large as inputs, lest functions saturate."""
+    drawn = _drawn(like, seed)
+    return (2 * drawn - 1.1) / like[0].numel() ** 0.5 if like.dim() > 1 else drawn
 
 
 def _drawn_tokens(like: Tensor, seed: int) -> Tensor:

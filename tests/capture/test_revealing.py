@@ -126,7 +126,7 @@ def test_parameters_over_one_storage_get_the_same_values_and_their_own_afterward
     other.bias.data[0] = 0  # one value says nothing of the others
     bias = other.bias.clone()
     with revealed_parameters(linear, other):
-        assert linear.weight.min() > 0.01
+        assert linear.weight.abs().mean() > 0.1
         assert torch.equal(linear.weight, other.weight)
         assert torch.equal(other.bias, bias)
     assert not linear.weight.any()

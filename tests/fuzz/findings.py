@@ -19,6 +19,7 @@ from tests.fuzz.trial_models import Called, Models
 from tests.fuzz.trial_peft import Folder
 from tests.fuzz.trial_rows import Rows
 from tests.fuzz.trial_stacks import Stack
+from tests.fuzz.trial_starts import Starts
 from tests.fuzz.trial_writes import Line, Writes
 from tests.fuzz.verdict import Trial, Verdict
 
@@ -204,6 +205,20 @@ FINDINGS: tuple[Found, ...] = (
         Writes(
             (Line("batch norm"), Line("view", mode=False), Line("batch norm", mode=False), Line("tanh")), exported=True
         ),
+    ),
+    # What gates that start at zero and examples of one number hide.
+    Found("a condition behind a gate of zeros is left out", "starts", Starts(("plus a gate of the condition",))),
+    Found("a condition behind a small gate is left out", "starts", Starts(("plus a gate of the condition",), 1e-6)),
+    Found("a size of one decides behind a gate", "starts", Starts(("a gate of twice for one row",))),
+    Found(
+        "a condition that scales zeros is left out",
+        "starts",
+        Starts(("times a linear of the condition",), 0.1, "zeros"),
+    ),
+    Found("a mask of tokens that are alike is left out", "starts", Starts(("attend",), 0.1, "ones")),
+    Found("a trace changes what zeros hide", "starts", Starts(("twice while it is traced",), 0.1, "zeros")),
+    Found(
+        "a size of one decides on zeros", "starts", Starts(("twice for one row", "times the condition"), 0.1, "zeros")
     ),
     # Models of transformers, and defaults.
     Found(

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from . import draw_calls, trial_defaults, trial_models, trial_peft, trial_rows, trial_stacks, trial_writes
+from . import draw_calls, trial_defaults, trial_models, trial_peft, trial_rows, trial_stacks, trial_starts, trial_writes
 from .verdict import Trial
 
 KINDS: dict[str, Callable[[], st.SearchStrategy[Any]]] = {
@@ -17,6 +17,7 @@ KINDS: dict[str, Callable[[], st.SearchStrategy[Any]]] = {
     "peft": trial_peft.folders,
     "rows": trial_rows.rows,
     "writes": trial_writes.writes,
+    "starts": trial_starts.starts,
     "models": trial_models.models,
     "defaults": trial_defaults.defaults,
 }

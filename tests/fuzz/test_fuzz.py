@@ -18,8 +18,8 @@ from tests.fuzz.trial_calls import Calls
 from tests.fuzz.verdict import Void, Wrong, judge, require_close
 from tests.support.selection import broad_after
 
-EXAMPLES = {"calls": 6, "stacks": 6, "rows": 4, "writes": 6, "peft": 6, "models": 3, "defaults": 2}
-"""How many random trials of each kind run: the first four every day, because the others take seconds each."""
+EXAMPLES = {"calls": 6, "stacks": 6, "rows": 4, "writes": 6, "starts": 6, "peft": 6, "models": 3, "defaults": 2}
+"""How many random trials of each kind run: the first five every day, because the others take seconds each."""
 
 
 def of_findings() -> list[Any]:
@@ -44,7 +44,7 @@ def require_nothing_new(kind: str, seed: int, examples: int) -> None:
     assert not campaign.findings[known:], [kinds.script(each.kind, each.trial) for each in campaign.findings[known:]]
 
 
-@pytest.mark.parametrize("kind", broad_after(4, EXAMPLES))
+@pytest.mark.parametrize("kind", broad_after(5, EXAMPLES))
 def test_random_trials_find_nothing_new(kind: str) -> None:
     require_nothing_new(kind, 0, EXAMPLES[kind])
 

@@ -99,14 +99,16 @@ def require_equal(
         first, *others = _modes(model)
         in_evaluation = calls[1:] if same_in_both_modes and len(calls) > 1 else calls
         pairs = [*((call, first) for call in in_evaluation), *((calls[0], each) for each in others)]
-        with_others = varied(calls[0])
-        pairs += [(with_others, each) for each in (first, *others) if with_others is not None]
+        if (with_others := None if made else varied(calls[0])) is not None:
+            pairs += [(with_others, (f"{mode} with other numbers in them", where)) for mode, where in (first, *others)]
+        shown = with_others or calls[0]  # the call that shows most, if it can be compared
         for call, (mode, where) in pairs:
             try:
                 rows = _all_rows(gm, model, call, mode, where, questions)
             except CaptureError:
                 raise
             except _ModelRaises as reason:
+                shown = calls[0]
                 details.append(f"not in {mode}, where the model raises {reason}")
                 if call is calls[0]:
                     raising.append(reason)
@@ -116,6 +118,7 @@ def require_equal(
                 continue
             except Exception as error:
                 if call is with_others or (is_other_decision(error) and call is not calls[0]):
+                    shown = calls[0]
                     details.append(f"not in {mode} for another call, where the model decides otherwise")
                     continue
                 first_line = next(iter(str(error).splitlines()), "")
@@ -128,7 +131,7 @@ def require_equal(
             details.append(f"{mode}: {max(row.relative for row in rows):.1g} apart" if rows else mode)
         if len(raising) == 1 + len(others) and not made:
             raise _raises_itself(model, raising[0].__cause__ or raising[0]) from raising[0].__cause__
-        hold_answers(gm, model, with_others or calls[0], questions)
+        hold_answers(gm, model, shown, questions)
     if questions.counted is not None:
         warn_of_count(model, questions.counted)
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import lora_lite_fx as llfx
 from tests.sites.test_attention_modules import CASES
 from tests.support.conformance import check_file, check_merge, check_remove, close, output, randomise
-from tests.support.selection import broad_after
+from tests.support.selection import broad_after, slow_after
 
 D = 8
 SYMBOLIC = [name for name in CASES if name != "encoder layer"]  # whose own forward looks at shapes
 
 
-@pytest.mark.parametrize("name", broad_after(1, SYMBOLIC))
+@pytest.mark.parametrize("name", broad_after(1, slow_after(3, SYMBOLIC)))
 def test_projections_are_the_sites_that_export_finds(name: str) -> None:
     case = CASES[name]
     model = case.model.double()

@@ -12,7 +12,7 @@ import lora_lite_fx as llfx
 from tests.support.compilations import graphs
 from tests.support.conformance import randomise
 from tests.support.models import tiny_llama
-from tests.support.selection import broad_after, slow_unless
+from tests.support.selection import slow_after, slow_unless
 
 CONFIGS = {"fr": llfx.LoRA(r=2), "de": llfx.DoRA(r=2)}
 FORMS = ["a graph", "an adapted model", "the layers of a graph", "the layers of an adapted model"]
@@ -72,7 +72,7 @@ def test_batches_and_scopes_compile_nothing_again(form: str) -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("form", broad_after(1, FORMS[:2]))
+@pytest.mark.parametrize("form", slow_after(1, FORMS[:2]))
 def test_the_first_call_may_be_within_a_scope(form: str) -> None:
     model, compiled = plain_and_compiled(form)
     model.eval()

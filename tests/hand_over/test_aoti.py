@@ -385,7 +385,7 @@ def test_other_files_are_not_packages(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("name", slow_unless(("DoRA", "HRA", "VeRA").__contains__, [*TYPICAL, *OTHERS]))
+@pytest.mark.parametrize("name", slow_unless("DoRA".__eq__, [*TYPICAL, *OTHERS]))
 def test_each_variant_is_exchanged_and_scaled(name: str, tmp_path: Path) -> None:
     cfg = small(llfx.registry()[name])
     gms = [adapted(cfg, seed) for seed in (1, 2)]
